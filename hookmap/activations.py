@@ -1,0 +1,50 @@
+"""What a capture yields: rows of one point of one layer, for one sample."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+Key = tuple[str, int | None]
+"""(point, layer); the layer is None for points of the whole model: embed, final_norm, logits"""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Consecutive rows of one tensor of one sample, as one forward pass saw them."""
+
+    sample: int
+    """which prompt of the run, 0-based"""
+    point: str
+    layer: int | None
+    start: int
+    """position of the first row in the sample's own tokens (no padding)"""
+    tensor: "torch.Tensor"
+    """[tokens, d], in the model's own dtype, a copy that nobody else writes to"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and what came of it."""
+
+    sample: int
+    prompt: str
+    text: str
+    """the generated part only, without special tokens"""
+    token_ids: tuple[int, ...]
+    """prompt, then generated tokens, end of sequence included, no padding"""
+    prompt_tokens: int
+    """how many of `token_ids` are the prompt"""
+    rows: int
+    """rows of each captured tensor: the tokens that were fed to the model. The last generated token never is."""
+
+
+class Sink(Protocol):
+    """What takes activations as they come: memory, or a folder of shards."""
+
+    def write(self, activation: Activation) -> None:
+        """Take rows; they come in order of `start` within a sample, points and layers interleaved."""
+
+    def finish(self, sample: Sample) -> None:
+        """All rows of this sample are written."""

@@ -1,0 +1,10 @@
+"""The bundled demo model: a tiny Qwen3 that answers one- and two-step word problems."""
+
+from pathlib import Path
+
+from hookmap.demo.problems import Problem, problems
+
+__all__ = ["MODEL_PATH", "Problem", "problems"]
+
+#: Folder of the bundled model, loadable with ``AutoModelForCausalLM`` and ``AutoTokenizer``.
+MODEL_PATH: Path = Path(__file__).resolve().parent / "model"

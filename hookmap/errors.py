@@ -1,0 +1,55 @@
+"""The one error tree. The command line prints the message; a traceback is for `--debug`.
+
+    HookmapError
+    ├── ModelError                  the model cannot be found, built or loaded
+    │   └── TokenizerError          its tokenizer cannot
+    ├── DiscoveryError              the dataflow has no structure that hookmap understands
+    ├── MapError                    a map document is broken
+    │   ├── MapNotFoundError        no map file and no shipped map
+    │   └── MapMismatchError        the map contradicts the model in front of it
+    ├── SelectionError              unknown points, layers out of range, unavailable points: all of them
+    ├── CaptureError                a run did not see what its selectors promise
+    └── StoreError                  a capture folder is missing, broken, full or of another run
+
+Every message says what, where, what was expected and what was found, and ends with the next thing to type.
+"""
+
+
+class HookmapError(Exception):
+    """Everything that hookmap raises on purpose."""
+
+
+class ModelError(HookmapError):
+    """The model cannot be found, built or loaded."""
+
+
+class TokenizerError(ModelError):
+    """The model's tokenizer is missing, gated or cannot be loaded."""
+
+
+class DiscoveryError(HookmapError):
+    """The dataflow has no structure that hookmap understands; nothing is guessed."""
+
+
+class MapError(HookmapError):
+    """A map document is broken: the message names the field, what was expected and what was found."""
+
+
+class MapNotFoundError(MapError):
+    """There is no such map file, and no shipped map for this model."""
+
+
+class MapMismatchError(MapError):
+    """The map contradicts the model in front of it."""
+
+
+class SelectionError(HookmapError):
+    """Points or layers that cannot be selected; all problems are in one message."""
+
+
+class CaptureError(HookmapError):
+    """A run did not see what its selectors promise; nothing wrong is returned."""
+
+
+class StoreError(HookmapError):
+    """A capture folder is missing, broken, full, or belongs to another run."""

@@ -1,0 +1,92 @@
+"""The vocabulary: the abstract names of tensors, the same in every model.
+
+Names are TransformerLens's without the `hook_` prefix. This module knows names and nothing of models.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+RESIDUAL_AXES = ("batch", "pos", "d_model")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One abstract tensor: its name, its axes, and its definition in one sentence."""
+
+    name: str
+    meaning: str
+    per_layer: bool = True
+    axes: tuple[str, ...] = RESIDUAL_AXES
+
+
+_ALL = (
+    Point("embed", "the token embedding's output, before scaling and positions", per_layer=False),
+    Point("resid_pre", "the residual stream that enters the block, before any normalisation"),
+    Point("mixer_in", "what the mixer reads: after its pre-norm"),
+    Point("mixer_out_raw", "the bare mixer's output, before post-norm, scale or gate"),
+    Point("mixer_out", "exactly what the mixer branch adds to the residual stream"),
+    Point("attn_in", "mixer_in, where the mixer is attention"),
+    Point("attn_out_raw", "mixer_out_raw, where the mixer is attention"),
+    Point("attn_out", "mixer_out, where the mixer is attention"),
+    Point("resid_mid_sum", "in post-norm blocks: the stream after the mixer's contribution, before the norm on it"),
+    Point("resid_mid", "the residual stream after the mixer's contribution, as the MLP branch reads it"),
+    Point("mlp_in", "what the MLP reads: after its pre-norm"),
+    Point("mlp_out_raw", "the bare MLP's output, before post-norm or scale"),
+    Point("mlp_out", "exactly what the MLP branch adds to the residual stream"),
+    Point("resid_post", "the residual stream that leaves the block"),
+    Point("final_norm", "the residual stream after the model's last norm", per_layer=False),
+    Point("logits", "the logits, after any soft-cap or scale", per_layer=False, axes=("batch", "pos", "d_vocab")),
+)
+
+POINTS: dict[str, Point] = {point.name: point for point in _ALL}
+
+# Names of other tools that mean the same tensor. A name of theirs that means another tensor is not an alias:
+# TransformerLens's `hook_mlp_in` is the stream *before* the norm, ours is after it.
+_NNTERP = {
+    "token_embeddings": "embed",
+    "layers_input": "resid_pre",
+    "layers_output": "resid_post",
+    "attentions_output": "attn_out_raw",
+    "mlps_input": "mlp_in",
+    "mlps_output": "mlp_out_raw",
+}
+_TRANSFORMER_LENS = {
+    "hook_embed": "embed",
+    "hook_resid_pre": "resid_pre",
+    "hook_attn_out": "attn_out",
+    "hook_resid_mid": "resid_mid",
+    "hook_mlp_out": "mlp_out",
+    "hook_resid_post": "resid_post",
+}
+_FALSE_FRIENDS = {
+    "hook_mlp_in": "TransformerLens's hook_mlp_in is the stream before the norm: use resid_mid (or mlp_in, after it)",
+    "hook_attn_in": "TransformerLens's hook_attn_in is the stream before the norm: use resid_pre (or attn_in, after it)",
+    "attentions_input": "nnterp's attentions_input is the attention module's input: use attn_in",
+}
+_BLOCK_NAME = re.compile(r"^blocks\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class PointName:
+    """A name as a user may write it: the point, and the layer where the name itself holds one."""
+
+    point: str
+    layer: int | None = None
+
+
+def parse_point(name: str) -> PointName | str:
+    """The point that `name` (ours, TransformerLens's or nnterp's) means, or a sentence that says why none."""
+    text = name.strip()
+    layer = None
+    if match := _BLOCK_NAME.match(text):
+        layer, text = int(match[1]), match[2]
+    point = _TRANSFORMER_LENS.get(text) or _NNTERP.get(text) or text
+    base, _, number = point.partition(".")
+    if base in POINTS and (not number or number.isdecimal()):
+        return PointName(point, layer)
+    if text in _FALSE_FRIENDS:
+        return _FALSE_FRIENDS[text]
+    near = difflib.get_close_matches(text.removeprefix("hook_"), POINTS, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the points are {', '.join(POINTS)}"
+    return f"unknown point {name!r}: {hint}"

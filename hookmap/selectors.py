@@ -1,0 +1,229 @@
+"""Map + points + layers -> forward-ordered selectors. Pure: no model, no torch.
+
+A selector says at which module's boundary a point's tensor is; a point that no single boundary exposes has several
+terms, and is the sum over them of `scale * tensor`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hookmap.architecture_map import ArchitectureMap, PointTemplate
+from hookmap.errors import CaptureError, SelectionError
+from hookmap.points import POINTS, parse_point
+
+
+@dataclass(frozen=True)
+class Term:
+    """One tensor at one module's boundary, times a constant."""
+
+    module: str
+    """path from the model's root, "" for the root"""
+    side: Literal["input", "output"]
+    index: int | str | None
+    """place in the positional (int) or keyword (str) arguments, or in the output; None: the output is the tensor"""
+    scale: float = 1.0
+    flat: bool = False
+    """the module sees [batch * pos, d], not [batch, pos, d]"""
+
+    def resolve(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """The unscaled tensor, given what a plain PyTorch forward hook of `module` sees.
+
+        Raises CaptureError where the arguments or the output have no such place.
+        """
+        where: Any
+        if self.side == "input":
+            where = kwargs if isinstance(self.index, str) else args
+            place = 0 if self.index is None else self.index
+        elif self.index is None:
+            return self._tensor(output)
+        else:
+            where, place = output, self.index
+        if hasattr(where, "shape"):
+            raise self._wrong(f"a bare tensor of shape {list(where.shape)}")
+        try:
+            return self._tensor(where[place])
+        except (LookupError, TypeError) as error:
+            found = sorted(where) if isinstance(where, Mapping) else f"{type(where).__name__} of {len(where)}"
+            raise self._wrong(str(found)) from error
+
+    def _tensor(self, value: Any) -> Any:
+        if not hasattr(value, "shape"):
+            raise self._wrong(type(value).__name__)
+        return value
+
+    def _wrong(self, found: str) -> CaptureError:
+        return CaptureError(
+            f"{self} is not there: expected a tensor at index {self.index!r} of the {self.side}, found {found}. "
+            "The map was made for another version of this model: run `hookmap discover` again."
+        )
+
+    def __str__(self) -> str:
+        place = "" if self.index is None else f"[{self.index!r}]"
+        scale = "" if self.scale == 1.0 else f"{self.scale:g} * "
+        return f"{scale}{self.module or 'model'}.{self.side}{place}"
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Where one point of one layer is. `module`, `side`, `index`, `scale` are those of its last term."""
+
+    point: str
+    layer: int | None
+    """None for points of the whole model: embed, final_norm, logits"""
+    terms: tuple[Term, ...]
+    forward_index: int
+    """a selector with a smaller number is complete earlier in the forward pass"""
+
+    @property
+    def module(self) -> str:
+        return self.terms[-1].module
+
+    @property
+    def side(self) -> Literal["input", "output"]:
+        return self.terms[-1].side
+
+    @property
+    def index(self) -> int | str | None:
+        return self.terms[-1].index
+
+    @property
+    def scale(self) -> float:
+        return self.terms[-1].scale
+
+    def resolve(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """The unscaled tensor; see `Term.resolve`. A point with several terms has no single module: use `.terms`."""
+        if len(self.terms) > 1:
+            raise CaptureError(f"{self} is a sum of {len(self.terms)} tensors: resolve each of .terms and add them.")
+        return self.terms[0].resolve(args, kwargs, output)
+
+    def __str__(self) -> str:
+        where = " + ".join(map(str, self.terms))
+        return f"{self.point}{'' if self.layer is None else f'[{self.layer}]'} = {where}"
+
+
+def select(
+    architecture_map: ArchitectureMap, points: str | Iterable[str] = "all", layers: str | int | Iterable[int] = "all"
+) -> tuple[Selector, ...]:
+    """Selectors of `points` on `layers`, each once, in the order in which the forward pass reaches them.
+
+    `points`: names (ours, TransformerLens's or nnterp's), or "all": every point that exists, on the layers that have
+    it. `layers`: 0-based, negative from the end, or "all": every layer; a named point must exist on each of them,
+    save that a model of several kinds of block skips, under "all", the layers without it.
+    Raises SelectionError with every problem at once.
+    """
+    problems: list[str] = []
+    all_layers = layers == "all"
+    chosen_layers = _parse_layers(architecture_map, layers, problems)
+    wanted: dict[tuple[str, int | None], PointTemplate] = {}
+    if points == "all":
+        names: list[str] = list(architecture_map.points)
+    else:
+        names = [points] if isinstance(points, str) else list(points)
+    if not names:
+        problems.append("no points given: name at least one, or 'all'")
+    for name in names:
+        parsed = parse_point(name)
+        if isinstance(parsed, str):
+            problems.append(parsed)
+            continue
+        if POINTS[parsed.point.partition(".")[0]].per_layer:
+            own = chosen_layers
+            if parsed.layer is not None:
+                own = _parse_layers(architecture_map, [parsed.layer], problems)
+            missing = []
+            for layer in own:
+                reason = unavailable(architecture_map, parsed.point, layer)
+                if reason is None:
+                    wanted[parsed.point, layer] = architecture_map.kind_of(layer).points[parsed.point]
+                else:
+                    missing.append((layer, reason))
+            lenient = points == "all" or (all_layers and parsed.layer is None and len(missing) < len(own))
+            if not lenient:
+                problems += _missing(architecture_map, parsed.point, missing)
+        elif reason := unavailable(architecture_map, parsed.point):
+            problems.append(f"{architecture_map.architecture} has no {parsed.point}: {reason}")
+        else:
+            wanted[parsed.point, None] = architecture_map.model_points[parsed.point]
+    if problems:
+        raise SelectionError(_report(architecture_map, list(dict.fromkeys(problems))))
+    made = [_selector(architecture_map, point, layer, template) for (point, layer), template in wanted.items()]
+    names_order = {name: position for position, name in enumerate(POINTS)}
+    return tuple(sorted(made, key=lambda s: (s.forward_index, names_order[s.point.partition(".")[0]], s.point)))
+
+
+def unavailable(architecture_map: ArchitectureMap, point: str, layer: int | None = None) -> str | None:
+    """Why `point` does not exist on `layer` (or on no layer at all, where `layer` is None); None where it does."""
+    parsed = parse_point(point)
+    if isinstance(parsed, str):
+        return parsed
+    name = parsed.point
+    if not POINTS[name.partition(".")[0]].per_layer:
+        if name in architecture_map.model_points:
+            return None
+        return architecture_map.model_unavailable.get(name, "the dataflow shows no such tensor")
+    layer = parsed.layer if layer is None else layer
+    if layer is None:
+        reasons = [unavailable(architecture_map, name, kind.layers[0]) for kind in architecture_map.kinds]
+        return None if None in reasons else reasons[0]
+    count = architecture_map.num_layers
+    if not -count <= layer < count:
+        return f"layer {layer} is out of range: the model has layers 0 to {count - 1}"
+    kind = architecture_map.kind_of(layer % count)
+    if name in kind.points:
+        return None
+    return kind.unavailable.get(name, "the dataflow shows no such tensor")
+
+
+def _parse_layers(architecture_map: ArchitectureMap, layers: Any, problems: list[str]) -> list[int]:
+    count = architecture_map.num_layers
+    if layers == "all":
+        return list(range(count))
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        layers = [layers]
+    chosen = []
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            problems.append(f"layer {layer!r} is not a whole number: give numbers from 0 to {count - 1}, or 'all'")
+        elif not -count <= layer < count:
+            problems.append(f"layer {layer} is out of range: the model has layers 0 to {count - 1} (or -{count} to -1)")
+        else:
+            chosen.append(layer % count)
+    return list(dict.fromkeys(chosen))
+
+
+def _missing(architecture_map: ArchitectureMap, point: str, missing: list[tuple[int, str]]) -> list[str]:
+    by_reason: dict[str, list[int]] = {}
+    for layer, reason in missing:
+        by_reason.setdefault(reason, []).append(layer)
+    lines = []
+    for reason, found in by_reason.items():
+        where = f"layer {found[0]}" if len(found) == 1 else f"layers {', '.join(map(str, found))}"
+        verb = "has" if len(found) == 1 else "have"
+        stream = [p for p in architecture_map.kind_of(found[0]).points if p.startswith("resid_")]
+        use = f" Use {' or '.join(stream)}." if stream else ""
+        lines.append(f"{where} of {architecture_map.architecture} {verb} no {point}: {reason}.{use}")
+    return lines
+
+
+def _report(architecture_map: ArchitectureMap, problems: list[str]) -> str:
+    see = f"See what there is: hookmap show {architecture_map.model_id or architecture_map.architecture}"
+    if len(problems) == 1:
+        return f"{problems[0]}\n{see}"
+    return f"{len(problems)} problems with this selection:\n" + "\n".join(f"  - {p}" for p in problems) + f"\n{see}"
+
+
+def _selector(m: ArchitectureMap, point: str, layer: int | None, template: PointTemplate) -> Selector:
+    def path(text: str) -> str:
+        return text if layer is None else text.replace("{i}", str(layer))
+
+    terms = tuple(Term(path(t.module), t.side, t.index, t.scale, t.flat) for t in template.terms)
+    return Selector(point, layer, terms, _forward_index(m, point, layer, template.order))
+
+
+def _forward_index(m: ArchitectureMap, point: str, layer: int | None, order: int) -> int:
+    """Block points stand between the embedding and the final norm, each block in a span of its own."""
+    span = 1 + max(t.order for kind in m.kinds for t in (*kind.points.values(), *m.model_points.values()))
+    if layer is not None:
+        return (layer + 1) * span + order
+    return order if point == "embed" else (m.num_layers + 1) * span + order
