@@ -4,18 +4,19 @@ A map holds kinds of blocks and path templates over `{i}`, never one row per lay
 serves every size of an architecture. It knows nothing of torch: `discovery` writes it, `selectors` reads it.
 """
 
-import hashlib
+import difflib
 import json
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hookmap.errors import MapError, MapNotFoundError
 from hookmap.points import POINTS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 SCHEMA_ID = "https://hookmap.dev/schema/architecture-map-1.json"
 
 
@@ -31,7 +32,7 @@ class TermTemplate(_Frozen):
     index: int | str | None = Field(
         default=None, description="position or name in the arguments or the output; null where the output is the tensor"
     )
-    scale: float = Field(default=1.0, description="the constant that the model multiplies this tensor by, outside modules")
+    scale: float = Field(default=1.0, description="the constant that the model multiplies it by, outside modules")
     flat: bool = Field(default=False, description="the module sees [batch * pos, ...]; a capture unflattens it")
 
 
@@ -47,7 +48,7 @@ class Branch(_Frozen):
     """The mixer or the MLP of a kind of block."""
 
     type: str = Field(description="mixer: attention, recurrent, convolution; mlp: dense, moe")
-    module: str | None = Field(default=None, description="path template of the module that computes it, if one does")
+    modules: tuple[str, ...] = Field(default=(), description="path templates of the modules inside the block that compute it")
     module_class: str | None = Field(default=None, description="its class in the library, for people")
     experts: int | None = Field(default=None, description="MoE: number of routed experts")
     experts_per_token: int | None = Field(default=None, description="MoE: experts that each token uses")
@@ -77,7 +78,7 @@ class ArchitectureMap(_Frozen):
     schema_version: Literal[1] = SCHEMA_VERSION
     architecture: str
     layer_access_pattern: str = Field(description="the layer list, indexed: `model.layers[i]`")
-    pre_attention_path: str | None = Field(description="template of the module whose input is `resid_pre`: the pre-norm")
+    pre_attention_path: str | None = Field(description="template of the module that reads `resid_pre`: the pre-norm")
     pre_mlp_path: str | None = Field(description="template of the module whose input is `resid_mid`, or null")
 
     scope: Literal["architecture", "model"] = Field(description="`model`: only for the config with this hash")
@@ -101,7 +102,7 @@ class ArchitectureMap(_Frozen):
     model_points: dict[str, PointTemplate] = Field(description="points of the whole model: embed, final_norm, logits")
     model_unavailable: dict[str, str] = Field(default_factory=dict)
     kinds: tuple[BlockKind, ...] = Field(min_length=1)
-    discovered_by: str = Field(default="", description="how the dataflow was read: meta, narrow copy, or the model itself")
+    discovered_by: str = Field(default="", description="what ran: the model on meta, a narrow copy, or the model itself")
     verified_by: tuple[str, ...] = Field(default=(), description="the checks that this map passed, and on what")
 
     @model_validator(mode="after")
@@ -146,3 +147,107 @@ class ArchitectureMap(_Frozen):
     def save(self, path: str | Path) -> None:
         """Write the document to `path`."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a map; `mappings/architecture-map.schema.json` is this, and a test holds it so."""
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_ID}
+    return {**head, **ArchitectureMap.model_json_schema()}
+
+
+def load(path: str | Path) -> ArchitectureMap:
+    """The map in the file `path`. Raises MapNotFoundError or MapError, see `parse`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise MapNotFoundError(f"there is no map file {path}. Make one: hookmap discover MODEL -o {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise MapError(f"the map file {path} cannot be read: {error}") from error
+    return parse(text, source=str(path))
+
+
+def parse(document: str | Mapping[str, Any], source: str = "the document") -> ArchitectureMap:
+    """A map from JSON text or from its parsed form; `source` names it in errors.
+
+    Raises MapError with every problem at once: the field, what was expected, and what was found.
+    """
+    found = _parse_json(document if isinstance(document, str) else json.dumps(dict(document)), source)
+    problems = _schema_problems(found)
+    if not problems:
+        try:
+            return ArchitectureMap.model_validate_json(json.dumps(found))
+        except ValidationError as error:  # what a schema cannot say: every layer has one kind, point names
+            problems = [f"{_path(e['loc'])}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = "\n".join(f"  - {problem}" for problem in problems)
+    raise MapError(
+        f"{source} is not a hookmap map, {count}:\n{lines}\n"
+        f"Mend the file, or make it anew: hookmap discover MODEL -o {source if source.endswith('.json') else 'FILE'}"
+    )
+
+
+def _parse_json(text: str, source: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise MapError(f"{source} is not JSON: {constant} is no JSON number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
+        raise MapError(
+            f"{source} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+            f"{f', at: {line[:80]}' if line else ''}\n"
+            "Mend the file there, or make it anew: hookmap discover MODEL -o FILE"
+        ) from error
+
+
+def _schema_problems(document: Any) -> list[str]:
+    """Every violation of the published schema, as `field: expected ..., found ...`."""
+    from jsonschema import Draft202012Validator
+
+    errors = Draft202012Validator(schema()).iter_errors(document)
+    return [line for error in sorted(errors, key=lambda e: list(map(str, e.absolute_path))) for line in _explain(error)]
+
+
+def _explain(error: Any) -> Iterable[str]:
+    where = _path(error.absolute_path)
+    if error.validator == "additionalProperties":
+        known = error.schema.get("properties", {})
+        for key in error.instance.keys() - known.keys():
+            near = difflib.get_close_matches(key, known, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(known)}"
+            yield f"{_path([*error.absolute_path, key])}: unknown field; {hint}"
+    elif error.validator == "required":
+        missing = next(key for key in error.validator_value if f"'{key}' is a required" in error.message)
+        expected = error.schema["properties"][missing]
+        yield f"{_path([*error.absolute_path, missing])}: expected {_expected(expected)}, found nothing: it is missing"
+    else:
+        yield f"{where}: expected {_expected(error.schema)}, found {_shorten(error.instance)}"
+
+
+def _expected(rule: Mapping[str, Any]) -> str:
+    """A schema in a few words: what a person would have to write there."""
+    if "const" in rule:
+        return json.dumps(rule["const"])
+    if "enum" in rule:
+        return "one of " + ", ".join(map(json.dumps, rule["enum"]))
+    if "anyOf" in rule:
+        return " or ".join(map(_expected, rule["anyOf"]))
+    if "$ref" in rule:
+        return f"an object ({rule['$ref'].rpartition('/')[2]})"
+    names = {"string": "a string", "integer": "a whole number", "number": "a number", "array": "a list"}
+    names |= {"object": "an object", "boolean": "true or false", "null": "null"}
+    text = names.get(rule.get("type", ""), "another value")
+    if rule.get("minItems"):
+        text += f" of at least {rule['minItems']}"
+    return f"{text}, at least {rule['minimum']}" if "minimum" in rule else text
+
+
+def _path(parts: Iterable[str | int]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return text.removeprefix(".") or "the whole document"
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,243 @@
+"""One forward pass -> a graph of tensors, operations and module calls. Knows nothing of language models.
+
+A `TorchDispatchMode` sees every operation below autograd; hooks on every module say between which operations it ran
+and which tensors crossed its boundary. On the meta device no weight exists and no arithmetic is done, so a model of
+any size is read in seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+Place = int | str | None
+"""Where a tensor stands at a boundary: position, name, or None where it is the whole output."""
+
+# Above this a tensor with data is not kept alive (a dequantised weight, say); its identity ends with it.
+_KEEP_ALIVE_BYTES = 64 * 2**20
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor in an operation's recorded arguments."""
+
+    id: int
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One value that a tensor had; an in-place operation makes a new one."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    producer: int | None
+    """index of the operation that made it; None for weights and inputs"""
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of an ATen operator, with tensors replaced by `TensorRef`."""
+
+    name: str
+    """overload packet, such as `add` for aten.add.Tensor and aten.add_.Tensor alike"""
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    time: int
+    call: int
+    """index of the innermost module call around it"""
+
+@dataclass
+class ModuleCall:
+    """One call of one module: when, and which tensors crossed its boundary."""
+
+    index: int
+    path: str
+    module: nn.Module
+    parent: int | None
+    enter: int
+    exit: int = -1
+    entered: dict[Place, int] = field(default_factory=dict)
+    """tensors in the arguments when it began"""
+    inputs: dict[Place, int] = field(default_factory=dict)
+    """those of them that were not written to in place by the time it returned, as a forward hook finds them"""
+    outputs: dict[Place, int] = field(default_factory=dict)
+
+@dataclass
+class Dataflow:
+    """The graph of one forward pass. Times are one clock over operations, entries and exits."""
+
+    tensors: list[TensorInfo] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+    inputs: dict[str, int] = field(default_factory=dict)
+    """the model's own inputs, such as `input_ids`"""
+    parameters: dict[int, str] = field(default_factory=dict)
+    """tensor -> name of the parameter or buffer that it is"""
+
+    def producer(self, tensor: int) -> Operation | None:
+        index = self.tensors[tensor].producer
+        return None if index is None else self.operations[index]
+
+def record(model: nn.Module, kwargs: dict[str, Any]) -> Dataflow:
+    """Run `model(**kwargs)` once, without gradients, and return its dataflow. Leaves the model as it was."""
+    recorder = _Recorder(model)
+    handles = []
+    for module in dict.fromkeys(model.modules()):
+        handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
+    try:
+        with torch.no_grad(), recorder:
+            for name, value in kwargs.items():
+                if isinstance(value, torch.Tensor):
+                    recorder.flow.inputs[name] = recorder.identify(value)
+            model(**kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorder.flow
+
+def leaves(value: Any) -> Iterator[tuple[Place, torch.Tensor]]:
+    """The tensors of a module's arguments or output with their places; one level deep, as selectors reach."""
+    if isinstance(value, torch.Tensor):
+        yield None, value
+    elif isinstance(value, Mapping):
+        yield from ((key, item) for key, item in value.items() if isinstance(item, torch.Tensor))
+    elif isinstance(value, (tuple, list)):
+        yield from ((place, item) for place, item in enumerate(value) if isinstance(item, torch.Tensor))
+    elif dataclasses.is_dataclass(value):
+        for each in dataclasses.fields(value):
+            if isinstance(item := getattr(value, each.name), torch.Tensor):
+                yield each.name, item
+
+class _Recorder(TorchDispatchMode):
+    """Gives every tensor value a number and writes the graph down."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.flow = Dataflow()
+        self._model = model
+        self._clock = 0
+        self._ids: dict[int, int] = {}
+        self._alive: list[torch.Tensor] = []
+        self._finalizers: list[Any] = []
+        self._by_storage: dict[int, list[torch.Tensor]] = {}
+        self._stack: list[int] = []
+        self._paths: dict[int, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            self._paths.setdefault(id(module), []).append(path)
+        self._parameter_names = {
+            id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        }
+
+    def identify(self, tensor: torch.Tensor) -> int:
+        """The number of this tensor's present value."""
+        known = self._ids.get(id(tensor))
+        return self._new_value(tensor, None) if known is None else known
+
+    def _new_value(self, tensor: torch.Tensor, producer: int | None) -> int:
+        number = len(self.flow.tensors)
+        self.flow.tensors.append(TensorInfo(tuple(tensor.shape), tensor.dtype, producer))
+        if id(tensor) not in self._ids:
+            self._keep(tensor)
+        self._ids[id(tensor)] = number
+        if name := self._parameter_names.get(id(tensor)):
+            self.flow.parameters[number] = name
+        return number
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        """Python numbers of dead objects come back: keep the object alive, or forget it when it dies."""
+        large = tensor.device.type != "meta" and tensor.numel() * tensor.element_size() > _KEEP_ALIVE_BYTES
+        if large:
+            key, ids = id(tensor), self._ids
+            self._finalizers.append(weakref.ref(tensor, lambda _, key=key: ids.pop(key, None)))  # type: ignore[misc]
+            return
+        self._alive.append(tensor)
+        if (storage := _storage(tensor)) is not None:
+            self._by_storage.setdefault(storage, []).append(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            return _meta_scalar(args[0])
+        inputs = [self.identify(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        refs = tree_map_only(torch.Tensor, lambda t: TensorRef(self.identify(t)), (args, kwargs))
+        result = func(*args, **kwargs)
+        produced = [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
+        self._append(func._schema.name.split("::")[-1].rstrip("_"), refs, inputs, produced)
+        for written in _written_arguments(func, args, kwargs):
+            self._renew_aliases(written)
+        return result
+
+    def _append(self, name: str, refs: Any, inputs: list[int], produced: list[torch.Tensor]) -> None:
+        index = len(self.flow.operations)
+        outputs = tuple(self._new_value(tensor, index) for tensor in produced)
+        call = self._stack[-1] if self._stack else -1
+        self.flow.operations.append(Operation(name, refs[0], refs[1], tuple(inputs), outputs, self._tick(), call))
+
+    def _renew_aliases(self, written: torch.Tensor) -> None:
+        """Every live view of the same memory has a new value too."""
+        storage = _storage(written)
+        source = self.identify(written)
+        for other in self._by_storage.get(storage, []) if storage is not None else []:
+            if other is not written:
+                old = self.identify(other)
+                refs: Any = ((TensorRef(old), TensorRef(source)), {})
+                self._append("alias_update", refs, [old, source], [other])
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _path(self, module: nn.Module) -> str:
+        """A shared module has several paths: the one below the caller is meant."""
+        paths = self._paths[id(module)]
+        if self._stack and len(paths) > 1:
+            parent = self.flow.calls[self._stack[-1]].path
+            inside = [path for path in paths if not parent or path.startswith(parent + ".")]
+            paths = inside or paths
+        return paths[0]
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        parent = self._stack[-1] if self._stack else None
+        call = ModuleCall(len(self.flow.calls), self._path(module), module, parent, self._tick())
+        call.entered = self._boundary(args) | self._boundary(kwargs)
+        self.flow.calls.append(call)
+        self._stack.append(call.index)
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = self.flow.calls[self._stack.pop()]
+        call.exit = self._tick()
+        now = self._boundary(args) | self._boundary(kwargs)
+        call.inputs = {place: tensor for place, tensor in call.entered.items() if now.get(place) == tensor}
+        call.outputs = self._boundary(output)
+
+    def _boundary(self, value: Any) -> dict[Place, int]:
+        return {place: self.identify(tensor) for place, tensor in leaves(value)}
+
+def _storage(tensor: torch.Tensor) -> int | None:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse and opaque tensors have none
+        return None
+
+def _meta_scalar(tensor: torch.Tensor) -> bool | int | float:
+    """What `.item()` answers where there is no data: a one, which leaves most masks and counters on their usual way."""
+    if tensor.dtype is torch.bool:
+        return True
+    return 1.0 if tensor.dtype.is_floating_point else 1
+
+def _written_arguments(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            if isinstance(value, torch.Tensor):
+                yield value
+
+Visitor = Callable[[Operation], None]

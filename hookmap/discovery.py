@@ -1,0 +1,175 @@
+"""Model -> map: run one forward pass without weights, read the dataflow, name what is found.
+
+    discover(x): x -> module -> dataflow -> values -> blocks -> points -> kinds -> ArchitectureMap
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hookmap import __version__, skeleton
+from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate
+from hookmap.blocks import Stack, find_stack, read_block
+from hookmap.dataflow import Dataflow, record
+from hookmap.errors import DiscoveryError, HookmapError
+from hookmap.points import POINTS
+from hookmap.points_of_block import BlockPoints, points_of_block
+from hookmap.points_of_model import read_outside
+from hookmap.taps import Tap
+from hookmap.values import Values
+
+
+def discover(source: Any, *, trust_remote_code: bool = False, revision: str | None = None) -> ArchitectureMap:
+    """The map of a model, read from its dataflow.
+
+    `source`: a hub id, a local folder, a transformers config, a torch module (traced as it stands, its weights
+    untouched) or an nnsight model. Raises ModelError where it cannot be loaded or built, DiscoveryError where its
+    dataflow has no structure that hookmap understands.
+    """
+    if isinstance(source, (str, Path)):
+        config = skeleton.load_config(source, trust_remote_code, revision)
+        return _of_config(config, str(source), trust_remote_code)
+    if hasattr(source, "to_dict") and hasattr(source, "model_type") and not isinstance(source, nn.Module):
+        return _of_config(source, getattr(source, "_name_or_path", "") or None, trust_remote_code)
+    return _of_module(skeleton.unwrap(source))
+
+
+def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> ArchitectureMap:
+    seq = skeleton.sequence_length(config)
+    try:
+        model = skeleton.build(config, trust_remote_code=trust_remote_code)
+        flow = record(model, skeleton.inputs("meta", seq))
+        how = "one forward pass on the meta device, full size"
+    except HookmapError:
+        raise
+    except Exception as error:  # what a model does with data that is not there has no common type
+        from hookmap.narrow import narrow
+
+        config_small = narrow(config)
+        seq = skeleton.sequence_length(config_small)
+        model = skeleton.build(config_small, "cpu", torch.float32, trust_remote_code=trust_remote_code)
+        try:
+            flow = record(model, skeleton.inputs("cpu", seq))
+        except Exception as second:
+            raise DiscoveryError(
+                f"{type(model).__name__} ran neither without weights ({type(error).__name__}: {error}) "
+                f"nor as a narrow copy ({type(second).__name__}: {second})."
+            ) from second
+        how = "one forward pass of a narrow copy of full depth on the CPU"
+    return assemble(model, flow, seq, config, model_id, how)
+
+
+def _of_module(model: nn.Module) -> ArchitectureMap:
+    config = getattr(model, "config", None)
+    seq = skeleton.sequence_length(config)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with skeleton.eager(model):
+        try:
+            flow = record(model, skeleton.inputs(device, seq))
+        except Exception as error:
+            raise DiscoveryError(
+                f"{type(model).__name__} did not run on {seq} token ids: {type(error).__name__}: {error}\n"
+                "Expected a causal language model that takes input_ids, attention_mask and use_cache."
+            ) from error
+    how = "one forward pass of the model as it stands"
+    return assemble(model, flow, seq, config, getattr(config, "_name_or_path", "") or None, how)
+
+
+def assemble(
+    model: nn.Module, flow: Dataflow, seq: int, config: Any, model_id: str | None, how: str
+) -> ArchitectureMap:
+    """Read the dataflow of `model` and write the map down."""
+    values = Values(flow)
+    stack = find_stack(values, seq)
+    readings: dict[int, BlockPoints] = {}
+    for number in sorted(stack.streams):
+        readings[number] = points_of_block(read_block(values, stack, number, seq), stack.path)
+    kinds = _kinds(stack, readings)
+    outside = read_outside(values, stack, seq)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    return ArchitectureMap(
+        architecture=type(model).__name__,
+        layer_access_pattern=stack.path.replace(".{i}", "[i]"),
+        pre_attention_path=_first_reader(readings, "mixer"),
+        pre_mlp_path=_first_reader(readings, "mlp"),
+        scope="model",
+        model_id=model_id,
+        model_type=getattr(config, "model_type", None),
+        config=json.loads(json.dumps(config.to_diff_dict(), default=str)) if hasattr(config, "to_diff_dict") else {},
+        config_hash=skeleton.config_hash(settings) if settings else None,
+        transformers_version=version("transformers"),
+        hookmap_version=__version__,
+        num_layers=stack.length,
+        d_model=stack.width,
+        num_heads=_number(config, "num_attention_heads"),
+        d_vocab=outside.d_vocab,
+        embedding_path=outside.embedding_path,
+        layers_path=stack.path,
+        final_norm_path=outside.final_norm_path,
+        lm_head_path=outside.lm_head_path,
+        model_points=_templates(outside.taps),
+        model_unavailable=outside.unavailable,
+        kinds=kinds,
+        discovered_by=how,
+    )
+
+
+def _kinds(stack: Stack, readings: dict[int, BlockPoints]) -> tuple[BlockKind, ...]:
+    """Blocks that read alike are one kind; layers that were never called are a kind without points."""
+    groups: dict[str, tuple[list[int], BlockKind]] = {}
+    for number in range(stack.length):
+        kind = _kind(stack, number, readings.get(number))
+        groups.setdefault(kind.model_dump_json(), ([], kind))[0].append(number)
+    made: list[BlockKind] = []
+    for layers, kind in groups.values():
+        twins = sum(other.name.split("#")[0] == kind.name for other in made)
+        name = f"{kind.name}#{twins + 1}" if twins else kind.name
+        made.append(kind.model_copy(update={"layers": tuple(layers), "name": name}))
+    return tuple(made)
+
+
+def _kind(stack: Stack, number: int, reading: BlockPoints | None) -> BlockKind:
+    if reading is None:
+        reason = "this layer is never called on text alone" if number not in stack.calls else "no stream was found in it"
+        names = [name for name, point in POINTS.items() if point.per_layer]
+        return BlockKind(
+            name="not_called", block_class="", layers=(), branch_order="other", norm_placement="other",
+            points={}, unavailable=dict.fromkeys(names, reason),
+        )  # fmt: skip
+    name = "+".join(branch.type for branch in (reading.mixer, reading.mlp) if branch is not None)
+    return BlockKind(
+        name=name or reading.branch_order,
+        block_class=type(stack.calls[number].module).__name__,
+        layers=(),
+        branch_order=reading.branch_order,
+        norm_placement=reading.norm_placement,
+        mixer=reading.mixer,
+        mlp=reading.mlp,
+        relations=tuple(reading.relations),
+        points=_templates(reading.taps),
+        unavailable=reading.unavailable,
+    )
+
+
+def _templates(taps: dict[str, Tap]) -> dict[str, PointTemplate]:
+    """The taps in forward order, each with its place in it."""
+    times = sorted({tap.time for tap in taps.values()})
+    ordered = sorted(taps.items(), key=lambda item: item[1].time)
+    return {n: PointTemplate(terms=t.terms, order=times.index(t.time), evidence=t.evidence) for n, t in ordered}
+
+
+def _first_reader(readings: dict[int, BlockPoints], role: str) -> str | None:
+    return next((path for reading in readings.values() if (path := reading.readers.get(role))), None)
+
+
+def _number(config: Any, name: str) -> int | None:
+    for each in (config, getattr(config, "text_config", None)):
+        if isinstance(value := getattr(each, name, None), int):
+            return value
+    return None

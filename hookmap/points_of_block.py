@@ -1,0 +1,326 @@
+"""One block's dataflow -> its points: which value each abstract name means, and the reasons for those it lacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hookmap.architecture_map import Branch as BranchDocument
+from hookmap.blocks import Block, Branch, mixes
+from hookmap.dataflow import ModuleCall, Operation
+from hookmap.taps import Tap, Tapper
+from hookmap.values import HEAVY, Exposure, Values
+
+BranchOrder = Literal["sequential", "parallel", "mixer_only", "mlp_only", "other"]
+NormPlacement = Literal["pre", "post", "sandwich", "none", "other"]
+
+
+@dataclass
+class BlockPoints:
+    """What the map says of one block."""
+
+    branch_order: BranchOrder
+    norm_placement: NormPlacement
+    mixer: BranchDocument | None
+    mlp: BranchDocument | None
+    taps: dict[str, Tap] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    relations: list[str] = field(default_factory=list)
+    readers: dict[str, str] = field(default_factory=dict)
+    """mixer, mlp -> path template of the first module whose input is the stream that the branch reads"""
+
+
+def points_of_block(block: Block, template: str) -> BlockPoints:
+    """Name the values of one block."""
+    return _Reader(block, template).read()
+
+
+class _Reader:
+    def __init__(self, block: Block, template: str) -> None:
+        self.block, self.values = block, block.values
+        self.tapper = Tapper(block.values, block.call, block.seq, template)
+        self.mixers, self.mlps = block.role("mixer"), block.role("mlp")
+        self.norms: set[str] = set()
+        self.points = BlockPoints(self._branch_order(), "none", None, None)
+
+    def read(self) -> BlockPoints:
+        block, points = self.block, self.points
+        self._put("resid_pre", block.entry, "input")
+        self._branch("mixer", self.mixers, "this block has no mixer")
+        self._middles()
+        self._branch("mlp", self.mlps, "this block has no MLP")
+        self._put("resid_post", block.exit, "output")
+        points.mixer = self._document(self.mixers, _mixer_type)
+        points.mlp = self._document(self.mlps, _mlp_type)
+        self._attention_names()
+        if any(step.kind == "norm" for step in block.path):
+            self.norms.add("post")
+        points.norm_placement = (
+            "sandwich" if len(self.norms) == 2 else next(iter(self.norms)) if self.norms else "none"  # type: ignore[assignment]
+        )
+        points.relations = self._relations()
+        return points
+
+    def _branch_order(self) -> BranchOrder:
+        if not self.mixers or not self.mlps:
+            return "mixer_only" if self.mixers else "mlp_only" if self.mlps else "other"
+        first = self.mixers[0]
+        after = set(self.block.states[first.step + 1 :])
+        return "sequential" if all(mlp.reads & after for mlp in self.mlps) else "parallel"
+
+    def _put(self, name: str, value: int | None, prefer: str, missing: str = "no module boundary exposes it") -> None:
+        tap = None if value is None else self.tapper.tap(value, prefer)
+        if tap is None:
+            self.points.unavailable[name] = missing
+        else:
+            self.points.taps[name] = tap
+
+    def _no_path(self) -> bool:
+        return not self.block.path and self.block.entry != self.block.exit
+
+    def _branch(self, role: str, branches: list[Branch], absent: str) -> None:
+        names = (f"{role}_in", f"{role}_out_raw", f"{role}_out")
+        if not branches:
+            reason = "no residual addition was found in this block" if self._no_path() else absent
+            self.points.unavailable.update(dict.fromkeys(names, reason))
+            return
+        for number, branch in enumerate(branches):
+            suffix = "" if number == 0 else f".{number}"
+            self._reads(f"{role}_in{suffix}", branch)
+            self._adds(role, suffix, branch)
+        if len(branches) > 1:
+            for name in names:
+                if name in self.points.taps:
+                    self.points.taps[f"{name}.0"] = self.points.taps[name]
+
+    def _reads(self, name: str, branch: Branch) -> None:
+        """What the branch reads: the stream, followed through the pre-norm if all of the branch goes through it."""
+        states = [state for state in self.block.states if state in branch.reads]
+        value = states[-1]
+        while (normed := self._only_norm(value, branch)) is not None:
+            self.norms.add("pre")
+            value = normed
+        self._put(name, value, "input" if value in self.block.states else "output")
+        if name == "mixer_in" or (name == "mlp_in" and self.points.branch_order != "parallel"):
+            readers = [e.call for e in self._inside_inputs(states[-1])]
+            if readers:
+                self.points.readers[branch.role] = self.tapper.templated(readers[0].path)
+
+    def _only_norm(self, value: int, branch: Branch) -> int | None:
+        """The one normalisation through which all of the branch reads `value`."""
+        readers = [op for op in branch.ops if value in self.values.operands(op)]
+        calls = [c for c in self._norm_calls(value) if readers and all(c.enter < op.time < c.exit for op in readers)]
+        if calls:
+            (output,) = calls[0].outputs.values()
+            return self.values.value(output)
+        for op in self._following(branch, readers):
+            output = self.values.value(op.outputs[0])
+            if self.values.norm_source(output) == value and self._all_through(branch, value, output):
+                return output
+        if len(readers) == 1 and readers[0].name == "_to_copy":
+            return self._only_norm(self.values.value(readers[0].outputs[0]), branch)
+        return None
+
+    def _norm_calls(self, value: int) -> list[ModuleCall]:
+        return [e.call for e in self._inside_inputs(value) if self.values.norm_input(e.call) == value]
+
+    def _inside_inputs(self, value: int) -> list[Exposure]:
+        block = self.block.call
+        places = self.values.exposures.get(value, [])
+        return [e for e in places if e.side == "input" and block.enter < e.call.enter < block.exit]
+
+    def _following(self, branch: Branch, readers: list[Operation]) -> list[Operation]:
+        """Operations shortly after the readers: a norm written out in the block's own forward, its weight last."""
+        if not readers:
+            return []
+        start = branch.ops.index(readers[0])
+        return [op for op in branch.ops[start : start + 12] if op.outputs][::-1]
+
+    def _all_through(self, branch: Branch, value: int, output: int) -> bool:
+        return not any(
+            set(self.block.values.cone(part, [value, output], self.block.call)[1]) - {output} for part in branch.parts
+        )
+
+    def _adds(self, role: str, suffix: str, branch: Branch) -> None:
+        """What the branch adds; and its bare output, before post-norm, scale or gate."""
+        tails = [self.block.tails[part] for part in branch.parts]
+        if any(step.kind == "norm" for tail in tails for step in tail):
+            self.norms.add("post")
+        self._put_sum(f"{role}_out_raw{suffix}", [self.block.raw(part) for part in branch.parts], 1.0)
+        name = f"{role}_out{suffix}"
+        self._put_sum(name, branch.parts, branch.factor)
+        step = self.block.path[branch.step]
+        alone = sum(other.step == branch.step for other in self.block.branches) == 1
+        plain = branch.factor == 1.0 and step.source_factor == 1.0
+        if name not in self.points.taps and alone and plain:
+            after, before = step.result, step.source
+            if (tap := self.tapper.difference(after, before)) is not None:
+                del self.points.unavailable[name]
+                self.points.taps[name] = tap
+
+    def _put_sum(self, name: str, parts: list[int], factor: float | None) -> None:
+        taps = [self.tapper.tap(part) for part in parts]
+        if factor is None or any(tap is None for tap in taps) or (factor != 1.0 and any(len(t.terms) > 1 for t in taps if t)):
+            self.points.unavailable[name] = "no module boundary exposes it, nor the tensors it is the sum of"
+            return
+        found = [tap for tap in taps if tap is not None]
+        terms = tuple(t.model_copy(update={"scale": t.scale * factor}) for tap in found for t in tap.terms)
+        self.points.taps[name] = Tap(terms, max(tap.time for tap in found), found[0].evidence)
+
+    def _middles(self) -> None:
+        """The stream after each addition but the last, as the next branch reads it."""
+        order = self.points.branch_order
+        reasons = {
+            "parallel": "attention and MLP run in parallel" if self._is_attention() else "mixer and MLP run in parallel",
+            "mixer_only": "this block has no MLP",
+            "mlp_only": "this block has no mixer",
+            "other": "no residual addition was found in this block",
+        }
+        if order != "sequential":
+            self.points.unavailable["resid_mid"] = self.points.unavailable["resid_mid_sum"] = reasons[order]
+            return
+        adds = sorted({branch.step for branch in self.block.branches})
+        path = self.block.path
+        first = adds.index(self.mixers[0].step)
+        middles = []
+        for add, following in zip(adds, adds[1:], strict=False):
+            summed, read = path[add].result, path[following].source
+            middles.append((summed, read))
+        summed, read = middles[first]
+        self._put("resid_mid", read, "input")
+        normed = any(step.kind == "norm" for step in path[adds[first] + 1 : adds[first + 1]])
+        if normed:
+            self._put("resid_mid_sum", summed, "input")
+        else:
+            self.points.unavailable["resid_mid_sum"] = "no norm stands on the stream: it is resid_mid"
+        if len(middles) > 1:
+            for number, (_, value) in enumerate(middles):
+                self._put(f"resid_mid.{number}", value, "input")
+
+    def _is_attention(self) -> bool:
+        return bool(self.mixers) and "attention" in _mixer_type(self.mixers, self.values, self.block.seq).type
+
+    def _attention_names(self) -> None:
+        attention = self._is_attention()
+        for name in ("in", "out_raw", "out"):
+            if attention:
+                for found in [n for n in self.points.taps if n.startswith(f"mixer_{name}") and n.split(".")[0] == f"mixer_{name}"]:
+                    self.points.taps[found.replace("mixer_", "attn_")] = self.points.taps[found]
+            if f"attn_{name}" not in self.points.taps:
+                self.points.unavailable[f"attn_{name}"] = (
+                    self.points.unavailable.get(f"mixer_{name}", "")
+                    if attention or not self.mixers
+                    else f"this block's mixer is not attention: use mixer_{name}"
+                )
+
+    def _relations(self) -> list[str]:
+        """The additions of the block in the points' own names."""
+        if self.points.branch_order == "other":
+            return []
+        names = self._names_of_states()
+        lines: list[str] = []
+        for position, step in enumerate(self.block.path):
+            if step.kind == "add":
+                added = [
+                    f"{b.role}_out{'' if (n := self.block.role(b.role).index(b)) == 0 else f'.{n}'}"
+                    for b in self.block.branches
+                    if b.step == position and b.role != "other"
+                ] or ["other"]
+                lines.append(f"{names[position + 1]} = {_times(step.source_factor)}{names[position]} + {' + '.join(added)}")
+            elif step.kind == "cast":
+                lines.append(f"{names[position + 1]} = {names[position]}")
+            else:
+                lines.append(f"{names[position + 1]} = {step.kind}({names[position]})")
+        return _merge(lines)
+
+    def _names_of_states(self) -> list[str]:
+        adds = [p for p, step in enumerate(self.block.path) if step.kind == "add"]
+        names = ["resid_pre"]
+        for position in range(1, len(self.block.states)):
+            names.append(f"state_{position}")
+        if self.points.branch_order == "sequential":
+            first = adds.index(self.mixers[0].step)
+            names[adds[first] + 1] = "resid_mid_sum"
+            names[adds[first + 1]] = "resid_mid"
+        names[-1] = "resid_post"
+        return names
+
+    def _document(self, branches: list[Branch], describe: object) -> BranchDocument | None:
+        if not branches:
+            return None
+        found: BranchDocument = describe(branches, self.values, self.block.seq)  # type: ignore[operator]
+        modules = self._modules([op for branch in branches for op in branch.ops])
+        return found.model_copy(
+            update={
+                "modules": tuple(self.tapper.templated(call.path) for call in modules),
+                "module_class": " + ".join(dict.fromkeys(type(call.module).__name__ for call in modules)) or None,
+            }
+        )
+
+    def _modules(self, ops: list[Operation]) -> list[ModuleCall]:
+        """The fewest modules inside the block that hold all weight operations of a branch."""
+        flow, block = self.values.flow, self.block.call
+        heavy = [op for op in ops if op.name in HEAVY and any(map(self.values.is_constant, self.values.operands(op)))]
+        chains = []
+        for op in heavy:
+            chain, call = [], op.call
+            while call != block.index and call >= 0:
+                chain.append(call)
+                call = flow.calls[call].parent if flow.calls[call].parent is not None else -1  # type: ignore[assignment]
+            if chain:
+                chains.append(chain[::-1])
+        outermost = dict.fromkeys(chain[0] for chain in chains)
+        calls = [flow.calls[index] for index in outermost]
+        return [c for c in calls if self.values.norm_input(c) is None] or calls
+
+
+def _times(factor: float) -> str:
+    return "" if factor == 1.0 else f"{factor:g} * "
+
+
+def _merge(lines: list[str]) -> list[str]:
+    """Substitute the nameless states of a chain of additions into the next one."""
+    known: dict[str, str] = {}
+    out = []
+    for line in lines:
+        left, right = line.split(" = ", 1)
+        if left == right:
+            continue
+        for name, text in known.items():
+            right = right.replace(name, text)
+        if left.startswith("state_"):
+            known[left] = right
+        else:
+            out.append(f"{left} = {right}")
+    text = "\n".join(out)
+    if "resid_mid = " not in text:  # no norm between: the sum is resid_mid itself
+        text = text.replace("resid_mid_sum", "resid_mid")
+    return text.split("\n") if text else []
+
+
+def _mixer_type(branches: list[Branch], values: Values, seq: int) -> BranchDocument:
+    kinds = dict.fromkeys(_mixer_kind(values, branch.ops, seq) for branch in branches)
+    return BranchDocument(type="+".join(kinds))
+
+
+def _mixer_kind(values: Values, ops: list[Operation], seq: int) -> str:
+    def shape(op: Operation) -> tuple[int, ...]:
+        return values.flow.tensors[op.outputs[0]].shape
+
+    if any(op.name.startswith("_scaled_dot") or (op.name == "_softmax" and shape(op).count(seq) >= 2) for op in ops):
+        return "attention"
+    mixing = {op.name for op in ops if mixes(values, op, seq)}
+    return "convolution" if mixing <= {"convolution", "constant_pad_nd", "slice"} else "recurrent"
+
+
+def _mlp_type(branches: list[Branch], values: Values, seq: int) -> BranchDocument:
+    """Mixture of experts, where a top-k over more scores than it keeps chooses among weights."""
+    best: tuple[int, int] | None = None
+    for op in (op for branch in branches for op in branch.ops if op.name in ("topk", "sort")):
+        experts = values.flow.tensors[op.inputs[0]].shape[-1]
+        kept = values.flow.tensors[op.outputs[0]].shape[-1]
+        if seq in values.flow.tensors[op.inputs[0]].shape[:-1] and kept < experts and (best is None or experts > best[0]):
+            best = (experts, kept)
+    if best is None:
+        return BranchDocument(type="dense")
+    return BranchDocument(type="moe", experts=best[0], experts_per_token=best[1])

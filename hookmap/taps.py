@@ -1,0 +1,115 @@
+"""Values -> terms: at which module boundary a value stands, or of which such values it is the exact sum."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from hookmap.architecture_map import TermTemplate
+from hookmap.dataflow import ModuleCall
+from hookmap.values import Exposure, Values
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a value is found, when it is complete, and what shows it."""
+
+    terms: tuple[TermTemplate, ...]
+    time: int
+    evidence: str
+
+
+class Tapper:
+    """Finds taps inside one call: a block, or the model itself."""
+
+    def __init__(self, values: Values, within: ModuleCall, seq: int, template: str | None = None) -> None:
+        self.values, self.within, self.seq, self.template = values, within, seq, template
+        self.calls_of = _calls_of(values)
+
+    def tap(self, value: int, prefer: str = "output") -> Tap | None:
+        """One boundary if there is one, else the scaled one, else the sum the model itself computes, else a flat one."""
+        exposures = self._exposures(value)
+        whole = [e for e in exposures if not self._is_flat(e)]
+        if whole:
+            return self._single(min(whole, key=lambda e: self._rank(e, prefer)))
+        if (composed := self._composed(value)) is not None:
+            return composed
+        if exposures:
+            return self._single(min(exposures, key=lambda e: self._rank(e, prefer)))
+        return None
+
+    def difference(self, after: int, before: int) -> Tap | None:
+        """after - before, where each has a boundary of its own; exact up to the rounding of the model's addition."""
+        a, b = self.tap(after), self.tap(before)
+        if a is None or b is None or any(t.flat for t in (*a.terms, *b.terms)) or len(a.terms) + len(b.terms) > 3:
+            return None
+        minus = tuple(replace_scale(t, -t.scale) for t in b.terms)
+        return Tap(a.terms + minus, max(a.time, b.time), "difference of the stream after and before the addition")
+
+    def _exposures(self, value: int) -> list[Exposure]:
+        found = []
+        for each in self.values.exposures.get(value, []):
+            inside = self.within.enter <= each.call.enter and each.call.exit <= self.within.exit
+            once = len(self.calls_of[each.call.path]) == 1
+            own = not (each.side == "input" and each.call is self.within and self.template is None)
+            if inside and once and own and self.seq in each.shape:
+                found.append(each)
+        return found
+
+    def _is_flat(self, exposure: Exposure) -> bool:
+        """Batch and positions are one axis there: [batch * pos, ...]."""
+        return len(exposure.shape) < 3
+
+    def _rank(self, exposure: Exposure, prefer: str) -> tuple[bool, bool, int, int]:
+        if self.template is None:  # around the blocks the module that makes the tensor says most
+            return (exposure.side != prefer, False, 0, exposure.time)
+        return (exposure.call is not self.within, exposure.side != prefer, exposure.call.path.count("."), exposure.time)
+
+    def _single(self, exposure: Exposure) -> Tap:
+        index = exposure.place
+        term = TermTemplate(
+            module=self.templated(exposure.call.path),
+            side=exposure.side,
+            index=0 if exposure.side == "input" and index is None else index,
+            flat=self._is_flat(exposure),
+        )
+        name = type(exposure.call.module).__name__
+        what = "enters" if exposure.side == "input" else "leaves"
+        return Tap((term,), exposure.time, f"the tensor that {what} {name}")
+
+    def _composed(self, value: int) -> Tap | None:
+        for step in self.values.steps(value):
+            if step.kind == "scale" and step.factor is not None:
+                inner = self.tap(step.source)
+                if inner is not None and len(inner.terms) == 1:
+                    scaled = replace_scale(inner.terms[0], inner.terms[0].scale * step.factor)
+                    return replace(inner, terms=(scaled,), evidence=f"{inner.evidence}, times {step.factor:g}")
+            if step.kind == "add" and step.branch is not None and step.factor == 1.0 == step.source_factor:
+                left, right = self.tap(step.source), self.tap(step.branch)
+                # A sum is computed term by term: only a sum whose second operand is one term comes out to the bit.
+                if left and right and len(right.terms) == 1 and not any(t.flat for t in left.terms + right.terms):
+                    time = max(left.time, right.time)
+                    return Tap(left.terms + right.terms, time, "the sum that the block itself computes")
+        return None
+
+    def templated(self, path: str) -> str:
+        """The path with this block's number as `{i}`."""
+        if self.template is None:
+            return path
+        own = self.within.path
+        return self.template + path[len(own) :] if path == own or path.startswith(own + ".") else path
+
+
+def replace_scale(term: TermTemplate, scale: float) -> TermTemplate:
+    return term.model_copy(update={"scale": scale})
+
+
+def _calls_of(values: Values) -> dict[str, list[ModuleCall]]:
+    found: dict[str, list[ModuleCall]] = {}
+    for call in values.flow.calls:
+        found.setdefault(call.path, []).append(call)
+    return found
+
+
+def most_common(items: list[str]) -> str | None:
+    return Counter(items).most_common(1)[0][0] if items else None
