@@ -1,0 +1,94 @@
+"""A narrow copy of a config: the same depth, the same kinds of layer, widths that a CPU runs in a moment.
+
+Verification computes with it, and discovery where a model cannot run without data. Config fields are told by the
+words that transformers uses in their names; what is not a width, a count of heads or of experts stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+VOCAB = 512
+
+# First match decides. A value is a ceiling: a field that is smaller already stays.
+_CEILINGS: tuple[tuple[str, int], ...] = (
+    (r"vocab_size", VOCAB),
+    (r"(rope|nope|rotary).*dim", 8),
+    (r"(num|n)_(key_value|kv)_heads|num_kv|multi_query_group_num|num_key_value_groups", 2),
+    (r"index_n_heads|index_head_dim", 8),
+    (r"(num_experts_per_tok|moe_k|experts_per_token|top_?k(_experts)?)$", 2),
+    (r"n_group$|topk_group|num_expert_group", 2),
+    (r"(num|n)(_local|_routed)?_experts$|moe_num_experts$|num_zero_experts", 8),
+    (r"(n|num)_shared_experts", 1),
+    (r"lora_rank|_rank$|^lora_", 16),
+    (r"mamba_(n|num)_heads|ssm_num_heads|mamba_num_heads", 8),
+    (r"n_groups$|mamba_n_groups|mamba_ngroups", 2),
+    (r"(linear|short|mamba|ssm|head).*head_dim|d_head|head_dim|head_size|kv_channels|attention_head_dim", 16),
+    (r"state_size|d_state|state_dim|ssm_state", 16),
+    (r"(linear|mamba|ssm)_.*(key|value|num).*heads", 4),
+    (r"(attention|encoder|decoder)_(attention_)?heads|(^|_)n_heads?$|num_heads|num_attention_heads", 4),
+    (r"(intermediate|ffn|inner|ff|mlp|expert|feed_?forward|shared).*(dim|size|hidden)|n_inner|d_ff|d_inner", 128),
+    (r"hidden_size|d_model|n_embd|^dim$|(embed|embedding|emb|proj|model|lru|vision|output|input)_?(dim|size|width)", 64),
+    (r"width", 64),
+)
+_TOKEN = re.compile(r"token_id$|token_index$")
+
+
+def narrow(config: Any) -> Any:
+    """A copy of a transformers config at narrow width; depth and the pattern of layers stay."""
+    made = copy.deepcopy(config)
+    _narrow(made, config)
+    return made
+
+
+def _narrow(config: Any, original: Any) -> None:
+    names = getattr(config, "attribute_map", {})
+    for name in list(vars(config)):
+        value = getattr(config, name)
+        if name.startswith("_") or name in names:
+            continue
+        if hasattr(value, "to_dict"):
+            _narrow(value, getattr(original, name))
+        else:
+            setattr(config, name, _field(name, value))
+    _relations(config, original)
+
+
+def _field(name: str, value: Any) -> Any:
+    if _TOKEN.search(name):
+        return _token(value)
+    if isinstance(value, bool) or not isinstance(value, (int, list, tuple)):
+        return value
+    for pattern, ceiling in _CEILINGS:
+        if re.search(pattern, name):
+            if isinstance(value, int):
+                return min(value, ceiling)
+            if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+                return type(value)(min(item, ceiling) for item in value)
+    return value
+
+
+def _token(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_token(item) for item in value]
+    return value % VOCAB if isinstance(value, int) and value >= VOCAB else value
+
+
+def _relations(config: Any, original: Any) -> None:
+    """Sizes that agreed with one another before the cut agree after it."""
+    heads, shared = _heads(config)
+    if heads and shared:
+        config.num_key_value_heads = heads if len(set(_heads(original))) == 1 else shared if heads % shared == 0 else 1
+    rope = getattr(config, "qk_rope_head_dim", None)
+    if rope and getattr(original, "head_dim", None) == original.qk_rope_head_dim:
+        config.head_dim = rope
+    if rope and hasattr(config, "qk_head_dim"):
+        config.qk_head_dim = config.qk_nope_head_dim + rope
+
+
+def _heads(config: Any) -> tuple[int | None, int | None]:
+    found = (vars(config).get(name) for name in ("num_attention_heads", "num_key_value_heads"))
+    heads, shared = (value if isinstance(value, int) else None for value in found)
+    return heads, shared

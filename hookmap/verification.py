@@ -1,0 +1,361 @@
+"""Does a map tell the truth? Numbers from plain PyTorch hooks, compared with Hugging Face and with arithmetic.
+
+Nothing that discovery used is used here: the model runs with data, hooks read what the map names, and three kinds of
+evidence are asked for: Hugging Face's own hidden states, the additions of the block, and causes (a branch's weights
+are changed, and what the map says comes after them must move, and nothing else).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hookmap import skeleton
+from hookmap.architecture_map import ArchitectureMap, BlockKind
+from hookmap.discovery import discover
+from hookmap.errors import HookmapError, MapMismatchError
+from hookmap.narrow import narrow
+from hookmap.selectors import Selector, select
+
+Key = tuple[str, int | None]
+_BATCH, _POSITIONS = 2, 9
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement about the map, and whether the numbers bear it out."""
+
+    name: str
+    layers: tuple[int, ...]
+    passed: bool
+    detail: str
+    error: float | None = None
+    """largest difference, relative to the root mean square of what was expected"""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one map on one model."""
+
+    architecture_map: ArchitectureMap
+    on: str
+    """what ran: the model's own weights, or random ones at narrow width"""
+    checks: tuple[Check, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "architecture": self.architecture_map.architecture,
+            "model_id": self.architecture_map.model_id,
+            "on": self.on,
+            "passed": self.passed,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+
+def verify(
+    source: Any,
+    *,
+    architecture_map: ArchitectureMap | None = None,
+    random_weights: bool = False,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> Verification:
+    """Run a model and check its map (found by discovery where none is given).
+
+    `source`: as for `discover`. A torch module, an nnsight model, and a hub id or folder whose weights can be loaded
+    are verified with their own weights; a config, and anything under `random_weights`, as a narrow copy of full depth
+    with random weights. Raises ModelError or DiscoveryError where there is nothing to check.
+    """
+    model, on = _runnable(source, random_weights, trust_remote_code, seed)
+    found = architecture_map or discover(source, trust_remote_code=trust_remote_code)
+    _same_architecture(found, model)
+    with skeleton.eager(model):
+        return Verification(found, on, tuple(_Verifier(found, model, seed).checks()))
+
+
+def redraw(model: nn.Module, seed: int = 0) -> None:
+    """Random weights under which each branch adds about as much as the stream holds.
+
+    Under the usual initialisation (std 0.02) a branch adds so little that a wrong tensor hides in the tolerance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.dtype.is_floating_point:
+                continue
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            value = noise * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else parameter + 0.1 * noise
+            parameter.copy_(value)
+
+
+def _runnable(source: Any, random_weights: bool, trust_remote_code: bool, seed: int) -> tuple[nn.Module, str]:
+    if not isinstance(source, (str, Path)) and not (hasattr(source, "to_dict") and not isinstance(source, nn.Module)):
+        return skeleton.unwrap(source), "the model's own weights"
+    config = skeleton.load_config(source, trust_remote_code) if isinstance(source, (str, Path)) else source
+    if isinstance(source, (str, Path)) and not random_weights:
+        from hookmap.loading import load_model
+
+        return load_model(source, trust_remote_code=trust_remote_code), "the model's own weights"
+    model = skeleton.build(narrow(config), "cpu", torch.float32, trust_remote_code=trust_remote_code)
+    redraw(model, seed)
+    return model, "random weights, narrow width, full depth"
+
+
+def _same_architecture(found: ArchitectureMap, model: nn.Module) -> None:
+    if found.architecture != type(model).__name__:
+        raise MapMismatchError(
+            f"the map is of {found.architecture}, the model is a {type(model).__name__}. "
+            "Make its own map: hookmap discover MODEL -o FILE"
+        )
+
+
+class _Verifier:
+    def __init__(self, found: ArchitectureMap, model: nn.Module, seed: int) -> None:
+        self.map, self.model = found, model
+        self.selectors = select(found)
+        generator = torch.Generator().manual_seed(seed)
+        vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        device = next(model.parameters()).device
+        self.ids = torch.randint(min(5, vocab - 1), vocab, (_BATCH, _POSITIONS), generator=generator).to(device)
+        self.events: list[tuple[str, str]] = []
+        precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
+        self.tolerance = 1e-4 if precise else 4e-2
+
+    def checks(self) -> Iterator[Check]:
+        missing = sorted({t.module for s in self.selectors for t in s.terms if not self._has(t.module)})
+        if missing:
+            yield Check("modules", (), False, f"the model has no module {', '.join(missing)}")
+            return
+        try:
+            values, output = self._run()
+        except HookmapError as error:
+            yield Check("selectors", (), False, str(error))
+            return
+        yield self._shapes(values)
+        yield self._order()
+        yield from self._hidden_states(values, output)
+        yield from self._ends(values, output)
+        yield from self._sums(values)
+        yield from self._causes(values)
+
+    def _has(self, path: str) -> bool:
+        try:
+            self.model.get_submodule(path)
+        except AttributeError:
+            return False
+        return True
+
+    # Running ----------------------------------------------------------------------------------------------------
+
+    def _run(self, changed: dict[str, Tensor] | None = None) -> tuple[dict[Key, Tensor], Any]:
+        """All points of all layers, as plain forward hooks see them in one forward pass."""
+        found: dict[tuple[Key, int], Tensor] = {}
+        handles = []
+        self.events = []
+        for selector in self.selectors:
+            for number, term in enumerate(selector.terms):
+                module = self.model.get_submodule(term.module)
+                handles.append(module.register_forward_hook(self._reader(found, selector, number), with_kwargs=True))
+        for path in {t.module for s in self.selectors for t in s.terms}:
+            module = self.model.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(self._event(path, "input")))
+            handles.append(module.register_forward_hook(self._event(path, "output")))
+        kwargs = {
+            "input_ids": self.ids,
+            "attention_mask": torch.ones_like(self.ids),
+            "use_cache": False,
+            "output_hidden_states": True,
+        }
+        try:
+            with torch.no_grad():
+                output = torch.func.functional_call(self.model, changed or {}, (), kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {(s.point, s.layer): self._total(s, found) for s in self.selectors if self._seen(s, found)}, output
+
+    def _reader(self, found: dict[tuple[Key, int], Tensor], selector: Selector, number: int) -> Callable[..., None]:
+        term = selector.terms[number]
+
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            tensor = term.resolve(args, kwargs, output).detach().clone()
+            found[(selector.point, selector.layer), number] = tensor.unflatten(0, (_BATCH, -1)) if term.flat else tensor
+
+        return hook
+
+    def _event(self, path: str, side: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self.events.append((path, side))
+
+        return hook
+
+    def _seen(self, selector: Selector, found: dict[tuple[Key, int], Tensor]) -> bool:
+        return all(((selector.point, selector.layer), n) in found for n in range(len(selector.terms)))
+
+    def _total(self, selector: Selector, found: dict[tuple[Key, int], Tensor]) -> Tensor:
+        parts = [found[(selector.point, selector.layer), n] * t.scale for n, t in enumerate(selector.terms)]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    # Checks -----------------------------------------------------------------------------------------------------
+
+    def _shapes(self, values: dict[Key, Tensor]) -> Check:
+        width = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        wrong = [f"{s} was not reached" for s in self.selectors if (s.point, s.layer) not in values]
+        for (point, layer), tensor in values.items():
+            if tuple(tensor.shape[:2]) != (_BATCH, _POSITIONS):
+                wrong.append(f"{point}[{layer}] has shape {list(tensor.shape)}, expected [{_BATCH}, {_POSITIONS}, …]")
+        widths = {tensor.shape[-1] for (point, _), tensor in values.items() if point.startswith("resid_")}
+        if len(widths) > 1:
+            wrong.append(f"the residual stream has several widths: {sorted(widths)}")
+        del width
+        return Check("shapes", (), not wrong, "; ".join(wrong[:5]) or f"{len(values)} tensors are [batch, pos, d]")
+
+    def _order(self) -> Check:
+        """The promised order is the order in which the boundaries were crossed."""
+        place = {event: number for number, event in reversed(list(enumerate(self.events)))}
+        wrong, last, last_name = [], -1, ""
+        for selector in self.selectors:
+            here = max(place.get((term.module, term.side), -1) for term in selector.terms)
+            if here < last:
+                wrong.append(f"{selector.point}[{selector.layer}] comes before {last_name}")
+            last, last_name = max(last, here), f"{selector.point}[{selector.layer}]"
+        detail = "; ".join(wrong[:5]) or f"{len(self.selectors)} selectors are in the order of the forward pass"
+        return Check("order", (), not wrong, detail)
+
+    def _hidden_states(self, values: dict[Key, Tensor], output: Any) -> Iterator[Check]:
+        """`resid_pre` is Hugging Face's `hidden_states[i]`; some models record after the block instead."""
+        states = getattr(output, "hidden_states", None)
+        layers = [layer for point, layer in values if point == "resid_pre" and layer is not None]
+        if not states or not layers:
+            yield Check("hidden_states", (), not layers, "the model returns no hidden states to compare with")
+            return
+        before = [self._error(values["resid_pre", i], states[i]) for i in layers if i < len(states)]
+        after = [self._error(values["resid_post", i], states[i]) for i in layers if ("resid_post", i) in values]
+        recorded_after = max(before) > self.tolerance and after and max(after) <= self.tolerance
+        errors, point = (after, "resid_post") if recorded_after else (before, "resid_pre")
+        wrong = [i for i, error in zip(layers, errors, strict=False) if error > self.tolerance]
+        detail = f"{point} differs from hidden_states[i] on layers {wrong}" if wrong else f"{point}[i] = hidden_states[i]"
+        if recorded_after:
+            detail += " (this model records them after the block)"
+        yield Check("hidden_states", tuple(layers), not wrong, detail, max(errors))
+
+    def _ends(self, values: dict[Key, Tensor], output: Any) -> Iterator[Check]:
+        """The embedding, the hand-over from block to block, and the logits."""
+        if ("embed", None) in values:
+            with torch.no_grad():
+                expected = self.model.get_input_embeddings()(self.ids)  # type: ignore[operator]
+            yield self._equal("embed", (), "embed = the input embedding's output", values["embed", None], expected)
+        if ("logits", None) in values and getattr(output, "logits", None) is not None:
+            yield self._equal("logits", (), "logits = the model's logits", values["logits", None], output.logits)
+        pairs = [i for i in range(self.map.num_layers - 1) if ("resid_post", i) in values and ("resid_pre", i + 1) in values]
+        errors = [self._error(values["resid_post", i], values["resid_pre", i + 1]) for i in pairs]
+        if pairs:
+            good = max(errors) <= self.tolerance
+            yield Check("hand-over", tuple(pairs), good, "resid_post[i] = resid_pre[i + 1]", max(errors))
+
+    def _sums(self, values: dict[Key, Tensor]) -> Iterator[Check]:
+        for kind in self.map.kinds:
+            for relation in kind.relations:
+                left, right = relation.split(" = ", 1)
+                names = [part.split("*")[-1].strip() for part in right.split(" + ")]
+                present = [i for i in kind.layers if all((name, i) in values for name in (left, *names))]
+                if "(" in relation or not present:
+                    continue
+                errors = [self._error(values[left, i], self._sum(values, right, i)) for i in present]
+                yield Check("sum", tuple(present), max(errors) <= self.tolerance, relation, max(errors))
+
+    def _sum(self, values: dict[Key, Tensor], right: str, layer: int) -> Tensor:
+        total: Tensor | None = None
+        for part in right.split(" + "):
+            factor, _, name = part.rpartition("*")
+            value = values[name.strip(), layer] * (float(factor) if factor else 1.0)
+            total = value if total is None else total + value
+        assert total is not None
+        return total
+
+    def _causes(self, values: dict[Key, Tensor]) -> Iterator[Check]:
+        """Change the weights of one branch of one layer: what comes after it moves, what does not is untouched."""
+        for kind in self.map.kinds:
+            for layer in dict.fromkeys((kind.layers[0], kind.layers[-1])):
+                for role in ("mixer", "mlp"):
+                    expected = _expected(kind, role)
+                    names = self._weights(kind, role, layer)
+                    if not expected or not names:
+                        continue
+                    moved_values, _ = self._run(self._changed(names))
+                    yield self._cause(values, moved_values, kind, layer, role, expected)
+
+    def _weights(self, kind: BlockKind, role: str, layer: int) -> list[str]:
+        branch = kind.mixer if role == "mixer" else kind.mlp
+        paths = [path.replace("{i}", str(layer)) for path in (branch.modules if branch else ())]
+        parameters = dict(self.model.named_parameters())
+        return [
+            name
+            for name, parameter in parameters.items()
+            if parameter.dtype.is_floating_point and any(name.startswith(path + ".") for path in paths)
+        ]
+
+    def _changed(self, names: list[str]) -> dict[str, Tensor]:
+        parameters = dict(self.model.named_parameters())
+        return {name: (parameters[name] * 1.5 + 0.01).detach() for name in names}
+
+    def _cause(
+        self,
+        before: dict[Key, Tensor],
+        after: dict[Key, Tensor],
+        kind: BlockKind,
+        layer: int,
+        role: str,
+        expected: dict[str, bool],
+    ) -> Check:
+        wrong, said = [], []
+        for point, should_move in expected.items():
+            if (point, layer) not in before or (point, layer) not in after:
+                continue
+            moved = self._error(after[point, layer], before[point, layer]) > self.tolerance
+            said.append(f"{point} {'moves' if should_move else 'stays'}")
+            if moved != should_move:
+                wrong.append(f"{point} {'moved' if moved else 'did not move'}")
+        what = "mixer" if role == "mixer" else "MLP"
+        detail = f"other {what} weights in layer {layer}: " + (", ".join(wrong or said))
+        return Check("cause", (layer,), not wrong, detail)
+
+    def _equal(self, name: str, layers: tuple[int, ...], detail: str, found: Tensor, expected: Tensor) -> Check:
+        error = self._error(found, expected)
+        return Check(name, layers, error <= self.tolerance, detail, error)
+
+    def _error(self, found: Tensor, expected: Tensor) -> float:
+        if found.shape != expected.shape:
+            return float("inf")
+        found, expected = found.float(), expected.float()
+        scale = expected.square().mean().sqrt().clamp_min(1e-12)
+        error = float(((found - expected).abs().max() / scale).item())
+        return error if error == error else float("inf")
+
+
+def _expected(kind: BlockKind, role: str) -> dict[str, bool]:
+    """What must move, and what must not, when the weights of a branch change."""
+    if kind.branch_order == "sequential":
+        if role == "mixer":
+            return {"resid_pre": False, "mixer_out": True, "resid_mid": True, "mlp_in": True, "resid_post": True}
+        stay = dict.fromkeys(("resid_pre", "mixer_in", "mixer_out", "resid_mid"), False)
+        return {**stay, "mlp_out": True, "resid_post": True}
+    if kind.branch_order == "parallel":
+        own, other = (role, "mlp" if role == "mixer" else "mixer")
+        return {"resid_pre": False, f"{other}_out": False, f"{own}_out": True, "resid_post": True}
+    if kind.branch_order in ("mixer_only", "mlp_only"):
+        return {"resid_pre": False, f"{role}_in": False, f"{role}_out": True, "resid_post": True}
+    return {}
