@@ -310,7 +310,7 @@ def _mixer_kind(values: Values, ops: list[Operation], seq: int) -> str:
     if any(op.name.startswith("_scaled_dot") or (op.name == "_softmax" and shape(op).count(seq) >= 2) for op in ops):
         return "attention"
     mixing = {op.name for op in ops if mixes(values, op, seq)}
-    return "convolution" if mixing <= {"convolution", "constant_pad_nd", "slice"} else "recurrent"
+    return "convolution" if mixing <= {"convolution", "slice"} else "recurrent"
 
 
 def _mlp_type(branches: list[Branch], values: Values, seq: int) -> BranchDocument:

@@ -67,8 +67,8 @@ def _logits(values: Values, tapper: Tapper, root: ModuleCall, outside: Outside) 
         return
     value = values.value(named.get("logits", next(iter(named.values()))))
     outside.d_vocab = values.shape(value)[-1]
-    if (tap := tapper.tap(value)) is not None:
-        outside.taps["logits"] = tap
+    # The model's own output and not the unembedding's: in half precision a cast stands between, in single none.
+    outside.taps["logits"] = tapper.at_root(value)
     while (op := values.producers.get(value)) is not None:
         varying = [v for v in values.operands(op) if not values.is_constant(v)]
         if op.name in HEAVY and len(varying) < len(op.inputs):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 
 from hookmap.architecture_map import TermTemplate
@@ -37,6 +36,10 @@ class Tapper:
         if exposures:
             return self._single(min(exposures, key=lambda e: self._rank(e, prefer)))
         return None
+
+    def at_root(self, value: int) -> Tap:
+        """The place of a value in the output of the whole model."""
+        return self._single(next(e for e in self._exposures(value)[::-1] if e.call is self.within))
 
     def difference(self, after: int, before: int) -> Tap | None:
         """after - before, where each has a boundary of its own; exact up to the rounding of the model's addition."""
@@ -109,7 +112,3 @@ def _calls_of(values: Values) -> dict[str, list[ModuleCall]]:
     for call in values.flow.calls:
         found.setdefault(call.path, []).append(call)
     return found
-
-
-def most_common(items: list[str]) -> str | None:
-    return Counter(items).most_common(1)[0][0] if items else None

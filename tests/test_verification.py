@@ -1,0 +1,81 @@
+"""Verification passes on a right map and fails on every wrong one."""
+
+import plain_hooks
+import pytest
+import torch
+
+from hookmap.architecture_map import ArchitectureMap
+from hookmap.discovery import discover
+from hookmap.errors import MapMismatchError
+from hookmap.verification import Verification, redraw, verify
+
+
+def _changed(found: ArchitectureMap, point: str, **term: object) -> ArchitectureMap:
+    """The map with one point moved, as a careless edit would."""
+    document = found.model_dump()
+    for kind in document["kinds"]:
+        if point in kind["points"]:
+            kind["points"][point]["terms"][0].update(term)
+    return ArchitectureMap.model_validate(document)
+
+
+def _failed(verification: Verification) -> set[str]:
+    return {check.name for check in verification.checks if not check.passed}
+
+
+@pytest.mark.parametrize("name", plain_hooks.FAMILIES)
+def test_a_right_map_passes(name: str) -> None:
+    model = plain_hooks.build(name)
+    redraw(model)
+    result = verify(model)
+    assert result.passed, [check for check in result.checks if not check.passed]
+    names = {check.name for check in result.checks}
+    assert {"hidden_states", "sum", "cause", "order", "shapes", "logits", "embed", "hand-over"} <= names
+
+
+# Each wrong place has the right shape: only numbers can tell.
+@pytest.mark.parametrize(
+    ("point", "term", "check"),
+    [
+        ("resid_pre", {"module": "model.layers.{i}.input_layernorm", "side": "output", "index": None}, "hidden_states"),
+        ("resid_mid", {"module": "model.layers.{i}.post_attention_layernorm", "side": "output", "index": None}, "sum"),
+        ("resid_mid", {"module": "model.layers.{i}", "side": "input", "index": 0}, "cause"),
+        ("mixer_out", {"module": "model.layers.{i}.mlp", "side": "output", "index": None}, "cause"),
+        ("mixer_out", {"scale": 0.9}, "sum"),
+        ("mlp_out", {"module": "model.layers.{i}.self_attn", "side": "output", "index": 0}, "cause"),
+        ("resid_post", {"module": "model.layers.{i}.mlp", "side": "output", "index": None}, "hand-over"),
+        ("mlp_in", {"module": "model.layers.{i}.input_layernorm", "side": "output", "index": None}, "cause"),
+        ("resid_mid", {"module": "model.layers.{i}.nowhere"}, "modules"),
+        ("resid_mid", {"index": 5}, "selectors"),
+    ],
+)
+def test_a_wrong_map_fails(point: str, term: dict[str, object], check: str) -> None:
+    model = plain_hooks.build("llama")
+    redraw(model)
+    result = verify(model, architecture_map=_changed(discover(model), point, **term))
+    assert not result.passed
+    assert check in _failed(result), result.checks
+
+
+def test_a_wrong_order_fails() -> None:
+    model = plain_hooks.build("llama")
+    document = discover(model).model_dump()
+    document["kinds"][0]["points"]["resid_mid"]["order"] = 0
+    assert "order" in _failed(verify(model, architecture_map=ArchitectureMap.model_validate(document)))
+
+
+def test_a_map_of_another_architecture_is_refused() -> None:
+    with pytest.raises(MapMismatchError, match="LlamaForCausalLM.*Qwen3ForCausalLM"):
+        verify(plain_hooks.build("qwen3"), architecture_map=discover(plain_hooks.FAMILIES["llama"].config()))
+
+
+def test_a_config_is_verified_as_a_narrow_copy() -> None:
+    result = verify(plain_hooks.FAMILIES["deepseek_v3"].config())
+    assert result.passed and "narrow" in result.on
+
+
+def test_the_weights_are_as_they_were() -> None:
+    model = plain_hooks.build("mixtral")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    verify(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
