@@ -20,6 +20,14 @@ SCHEMA_VERSION: Literal[1] = 1
 SCHEMA_ID = "https://hookmap.dev/schema/architecture-map-1.json"
 
 
+# A number, or a word without spaces: sentences stay on lines of their own.
+_SCALAR = r'(?:-?\d+|"[^"\s]*")'
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    return "[" + re.sub(r"\s+", " ", match[1]) + "]"
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,7 +56,9 @@ class Branch(_Frozen):
     """The mixer or the MLP of a kind of block."""
 
     type: str = Field(description="mixer: attention, recurrent, convolution; mlp: dense, moe")
-    modules: tuple[str, ...] = Field(default=(), description="path templates of the modules inside the block that compute it")
+    modules: tuple[str, ...] = Field(
+        default=(), description="path templates of the modules inside the block that compute it"
+    )
     module_class: str | None = Field(default=None, description="its class in the library, for people")
     experts: int | None = Field(default=None, description="MoE: number of routed experts")
     experts_per_token: int | None = Field(default=None, description="MoE: experts that each token uses")
@@ -102,7 +112,9 @@ class ArchitectureMap(_Frozen):
     model_points: dict[str, PointTemplate] = Field(description="points of the whole model: embed, final_norm, logits")
     model_unavailable: dict[str, str] = Field(default_factory=dict)
     kinds: tuple[BlockKind, ...] = Field(min_length=1)
-    discovered_by: str = Field(default="", description="what ran: the model on meta, a narrow copy, or the model itself")
+    discovered_by: str = Field(
+        default="", description="what ran: the model on meta, a narrow copy, or the model itself"
+    )
     verified_by: tuple[str, ...] = Field(default=(), description="the checks that this map passed, and on what")
 
     @model_validator(mode="after")
@@ -140,9 +152,9 @@ class ArchitectureMap(_Frozen):
         return select(self, points, layers)
 
     def to_json(self) -> str:
-        """The document as JSON, lists of numbers on one line."""
-        text = json.dumps(self.model_dump(mode="json", exclude_defaults=False), indent=2, ensure_ascii=False)
-        return re.sub(r"\[\s*(-?\d+(?:,\s*-?\d+)*)\s*\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text) + "\n"
+        """The document as JSON; lists of numbers and of words on one line."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        return re.sub(rf"\[\s*({_SCALAR}(?:,\s*{_SCALAR})*)\s*\]", _on_one_line, text) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the document to `path`."""

@@ -81,6 +81,8 @@ class Tapper:
         return Tap((term,), exposure.time, f"the tensor that {what} {name}")
 
     def _composed(self, value: int) -> Tap | None:
+        if not self.values.made_in(value, self.within):
+            return None
         for step in self.values.steps(value):
             if step.kind == "scale" and step.factor is not None:
                 inner = self.tap(step.source)

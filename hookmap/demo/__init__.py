@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from hookmap.demo.problems import Problem, problems
+from hookmap.demo.problems import Problem, sample_problems
 
-__all__ = ["MODEL_PATH", "Problem", "problems"]
+__all__ = ["MODEL_PATH", "Problem", "sample_problems"]
 
 #: Folder of the bundled model, loadable with ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 MODEL_PATH: Path = Path(__file__).resolve().parent / "model"

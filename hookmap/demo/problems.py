@@ -1,7 +1,7 @@
 """Seeded generator of small word problems in GSM8K's answer form. Pure Python, no dependencies.
 
 A problem is a question such as ``Tom has 3 apples. He buys 4 more. How many apples does Tom have?`` with the
-worked answer ``3+4=<<3+4=7>>7`` followed by the line ``#### 7``.
+worked answer ``Tom has 3+4=<<3+4=7>>7 apples.`` followed by the line ``#### 7``.
 """
 
 import hashlib
@@ -66,10 +66,10 @@ def split_of(question: str) -> Split:
     return "heldout" if int.from_bytes(digest[:4], "big") % 10 == 0 else "train"
 
 
-def _calculate(left: int, operator: str, right: int) -> tuple[str, int]:
+def _work(who: str, left: int, operator: str, right: int, what: str) -> tuple[str, int]:
     """One line of a worked answer, with GSM8K's calculator annotation, and its result."""
     result = {"+": left + right, "-": left - right, "*": left * right}[operator]
-    return f"{left}{operator}{right}=<<{left}{operator}{right}={result}>>{result}", result
+    return f"{who} {left}{operator}{right}=<<{left}{operator}{right}={result}>>{result} {what}.", result
 
 
 def _change(rng: random.Random, total: int) -> tuple[str, str, int]:
@@ -93,12 +93,13 @@ def _draw(rng: random.Random, steps: int) -> Problem:
         )
     )
     lines: list[str] = []
+    has = f"{name} has"
     kind = rng.random()
     if kind < 0.2:
         # a multiplication opens the problem
         left, right = rng.randint(2, LARGEST_FACTOR), rng.randint(2, LARGEST_FACTOR)
         opening = f"{name} has {left} {rng.choice(CONTAINERS)} with {right} {thing} each."
-        line, total = _calculate(left, "*", right)
+        line, total = _work(has, left, "*", right, thing)
         lines.append(line)
     elif kind < 0.4:
         # two owners: what they have together, or how many more the first has
@@ -107,12 +108,13 @@ def _draw(rng: random.Random, steps: int) -> Problem:
         if steps == 2 or rng.random() < 0.5:
             opening = f"{name} has {left} {thing} and {other} has {right}."
             ask = f"How many {thing} do they have?"
-            line, total = _calculate(left, "+", right)
+            has = "They have"
+            line, total = _work(has, left, "+", right, thing)
         else:
             left, right = max(left, right), min(left, right)
             opening = f"{name} has {left} {thing} and {other} has {right}."
             ask = f"How many more {thing} does {name} have?"
-            line, total = _calculate(left, "-", right)
+            line, total = _work(has, left, "-", right, f"more {thing}")
         lines.append(line)
         pronoun = name
     else:
@@ -126,7 +128,7 @@ def _draw(rng: random.Random, steps: int) -> Problem:
             sentences[1] = sentences[1].removesuffix(".") + f" and {part}."
         else:
             sentences.append(f"{pronoun} {part}.")
-        line, total = _calculate(total, operator, amount)
+        line, total = _work(has, total, operator, amount, thing)
         lines.append(line)
     return Problem(" ".join([*sentences, ask]), "\n".join([*lines, f"#### {total}"]), total, steps)
 
@@ -142,7 +144,7 @@ def stream(seed: int, split: Split, two_step_share: float = 0.5) -> Iterator[Pro
             yield problem
 
 
-def problems(n: int, seed: int = 0, split: Split = "heldout", two_step_share: float = 0.5) -> list[Problem]:
+def sample_problems(n: int, seed: int = 0, split: Split = "heldout", two_step_share: float = 0.5) -> list[Problem]:
     """The first ``n`` different problems of a seeded stream."""
 
     def unique() -> Iterator[Problem]:

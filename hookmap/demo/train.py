@@ -1,16 +1,17 @@
 """Train the bundled demo model, or measure one: ``python -m hookmap.demo.train --help``.
 
-A net this deep and this narrow learns slowly from scratch on a processor, so it is grown: a shallow model is trained
-first, then doubled in depth twice. Each new layer is a copy of its neighbour whose two output projections are zero,
-so that a freshly grown model computes what the shallower one did, and trains on from there. Everything is seeded.
+A net of 20 narrow layers learns slowly from scratch on a processor, so it is grown: five layers learn the bare
+calculations first, then each is followed by three copies of itself whose output projections are zero, so that the
+20 layers compute what the five did, and all of them learn whole answers from there. Everything is seeded.
 """
 
 import json
 import math
 import random
+import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,12 @@ from transformers import (
 )
 
 from hookmap.demo import MODEL_PATH
-from hookmap.demo.problems import Problem, final_answer, problems, stream
+from hookmap.demo.problems import final_answer, sample_problems, stream
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CONTEXT = 1024
+
+Row = tuple[list[int], int]
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -47,22 +50,26 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training at one depth."""
+    """A stretch of training at one depth, with an optimizer of its own."""
 
     layers: int
     steps: int
+    batch: int
     rate: float
     two_step_share: float
+    #: Whether answers are bare calculations, without the words around them or system messages before them.
+    bare: bool
 
 
 #: The stages that made the bundled model.
 STAGES: tuple[Stage, ...] = (
-    Stage(layers=5, steps=500, rate=3e-3, two_step_share=0.2),
-    Stage(layers=5, steps=1500, rate=3e-3, two_step_share=0.6),
-    Stage(layers=10, steps=700, rate=2e-3, two_step_share=0.6),
-    Stage(layers=20, steps=800, rate=1.5e-3, two_step_share=0.6),
+    Stage(layers=5, steps=500, batch=64, rate=3e-3, two_step_share=0.2, bare=True),
+    Stage(layers=5, steps=1500, batch=64, rate=3e-3, two_step_share=0.6, bare=True),
+    Stage(layers=20, steps=400, batch=32, rate=1.5e-3, two_step_share=0.6, bare=False),
 )
-BATCH = 64
+#: A few examples open with a system message, so that one does not put the model off.
+SYSTEM_SHARE = 0.1
+SYSTEMS: tuple[str, ...] = ("You are a helpful assistant.", "Solve the problem step by step.", "Be brief.")
 WARMUP = 50
 #: The questions count a little: predicting them is how the first layers learn to read numbers and words.
 QUESTION_WEIGHT = 0.1
@@ -115,12 +122,12 @@ def build_model(layers: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCaus
     )
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            # what a layer adds to the residual stream starts small, the smaller the deeper the model is
+            # what a layer adds to the residual stream starts small, the smaller the more layers add to it
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.div_(math.sqrt(2 * layers))
     model.generation_config = GenerationConfig(
         do_sample=False,
-        max_new_tokens=96,
+        max_new_tokens=128,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -144,30 +151,45 @@ def grow(model: Qwen3ForCausalLM, layers: int, tokenizer: PreTrainedTokenizerFas
     return grown
 
 
-def encode(problem: Problem, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], int]:
-    """The tokens of a problem with its answer, and how many of them are the prompt's."""
-    prompt = render(problem.question, tokenizer)
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-    answer_ids = tokenizer.encode(problem.answer_text + END, add_special_tokens=False)
+def without_words(answer_text: str) -> str:
+    """A worked answer as bare calculations: ``Tom has 3+4=<<3+4=7>>7 apples.`` becomes ``3+4=<<3+4=7>>7``."""
+    return re.sub(r"^\w+ (?:has|have) (\S+) .*$", r"\1", answer_text, flags=re.MULTILINE)
+
+
+def encode(question: str, answer_text: str, tokenizer: PreTrainedTokenizerFast, system: str | None) -> Row:
+    """The tokens of a question with its answer, and how many of them are the prompt's."""
+    prompt_ids = tokenizer.encode(render(question, tokenizer, system), add_special_tokens=False)
+    answer_ids = tokenizer.encode(answer_text + END, add_special_tokens=False)
     return prompt_ids + answer_ids, len(prompt_ids)
 
 
-def render(question: str, tokenizer: PreTrainedTokenizerFast) -> str:
+def render(question: str, tokenizer: PreTrainedTokenizerFast, system: str | None = None) -> str:
     """The chat prompt that asks a question."""
     chat = [{"role": "user", "content": question}]
+    if system is not None:
+        chat.insert(0, {"role": "system", "content": system})
     return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
 
-def batches(
-    seed: int, two_step_share: float, tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def rows(seed: int, stage: Stage, tokenizer: PreTrainedTokenizerFast) -> Iterator[Row]:
+    """Yield the encoded training problems of a stage without end."""
+    rng = random.Random(seed)
+    for problem in stream(seed, "train", stage.two_step_share):
+        if stage.bare:
+            yield encode(problem.question, without_words(problem.answer_text), tokenizer, None)
+        else:
+            system = rng.choice(SYSTEMS) if rng.random() < SYSTEM_SHARE else None
+            yield encode(problem.question, problem.answer_text, tokenizer, system)
+
+
+def batches(seed: int, stage: Stage, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield token ids and loss weights without end, in batches of like length."""
-    source = stream(seed, "train", two_step_share)
+    source = rows(seed, stage, tokenizer)
     rng = random.Random(seed)
     pad = tokenizer.pad_token_id
     while True:
-        pool = sorted((encode(problem, tokenizer) for problem in islice(source, 32 * BATCH)), key=lambda row: len(row[0]))
-        chunks = [pool[start : start + BATCH] for start in range(0, len(pool), BATCH)]
+        pool = sorted(islice(source, 32 * stage.batch), key=lambda row: len(row[0]))
+        chunks = [pool[start : start + stage.batch] for start in range(0, len(pool), stage.batch)]
         rng.shuffle(chunks)
         for chunk in chunks:
             width = max(len(ids) for ids, _ in chunk)
@@ -182,9 +204,7 @@ def batches(
             yield ids, weights
 
 
-def train_stage(
-    model: Qwen3ForCausalLM, stage: Stage, seed: int, tokenizer: PreTrainedTokenizerFast, out: Path
-) -> None:
+def train(model: Qwen3ForCausalLM, stage: Stage, seed: int, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Train ``model`` in place through one stage, saving it to ``out`` now and then."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
@@ -204,9 +224,7 @@ def train_stage(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     model.train()
     began, mean = time.monotonic(), math.nan
-    for step, (ids, weights) in enumerate(
-        islice(batches(seed, stage.two_step_share, tokenizer), stage.steps), start=1
-    ):
+    for step, (ids, weights) in enumerate(islice(batches(seed, stage, tokenizer), stage.steps), start=1):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         counted = weights[:, 1:].flatten()
@@ -219,13 +237,13 @@ def train_stage(
         answers = counted == 1.0
         answer_loss = float(losses.detach()[answers].mean())
         mean = answer_loss if math.isnan(mean) else 0.95 * mean + 0.05 * answer_loss
-        if step % 50 == 0 or step == stage.steps:
+        if step % 20 == 0 or step == stage.steps:
             rate = (time.monotonic() - began) / step
             click.echo(
                 f"layers {stage.layers} step {step}/{stage.steps} loss {float(loss.detach()):.4f} "
                 f"answer loss {mean:.4f} {rate:.2f} s/step"
             )
-        if step % 250 == 0 or step == stage.steps:
+        if step % 50 == 0 or step == stage.steps:
             save(model, tokenizer, out)
 
 
@@ -236,7 +254,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def generate(
-    model: Any, tokenizer: Any, questions: list[str], batch_size: int = 64, max_new_tokens: int = 80
+    model: Any, tokenizer: Any, questions: list[str], batch_size: int = 64, max_new_tokens: int = 128
 ) -> list[str]:
     """Greedy answers to questions, special tokens kept so that a missing end of text shows."""
     answers: list[str] = []
@@ -253,14 +271,14 @@ def evaluate(folder: Path, count: int, seed: int) -> dict[str, float | int]:
     """Measure a saved model on ``count`` different held-out problems; shares of them, not percentages."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    asked = problems(count, seed, "heldout")
+    asked = sample_problems(count, seed, "heldout")
     answers = generate(model, tokenizer, [problem.question for problem in asked])
     right = [
         END in answer and final_answer(answer) == problem.answer for problem, answer in zip(asked, answers, strict=True)
     ]
     whole = sum(answer.split(END)[0] == problem.answer_text for problem, answer in zip(asked, answers, strict=True))
     # the best that can be done without reading the question: always give the commonest answer of the training data
-    known = [problem.answer for problem in problems(20_000, seed, "train")]
+    known = [problem.answer for problem in sample_problems(20_000, seed, "train")]
     commonest = max(sorted(set(known)), key=known.count)
     result: dict[str, float | int] = {
         "problems": count,
@@ -278,7 +296,13 @@ def evaluate(folder: Path, count: int, seed: int) -> dict[str, float | int]:
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder to write the trained model to.")
 @click.option("--seed", default=0, show_default=True, help="Seeds the weights and the problems.")
-@click.option("--scale", default=1.0, show_default=True, help="Multiply every stage's number of steps, for a trial.")
+@click.option(
+    "--first-stage",
+    type=click.IntRange(1, len(STAGES)),
+    default=1,
+    show_default=True,
+    help="Start from the model that the stage before has left in --out.",
+)
 @click.option("--threads", default=1, show_default=True, help="Threads; another number rounds differently.")
 @click.option("--evaluate", "only_evaluate", is_flag=True, help="Measure a model instead of training one.")
 @click.option(
@@ -289,7 +313,7 @@ def evaluate(folder: Path, count: int, seed: int) -> dict[str, float | int]:
 def main(
     out: Path | None,
     seed: int,
-    scale: float,
+    first_stage: int,
     threads: int,
     only_evaluate: bool,
     model: Path,
@@ -303,11 +327,13 @@ def main(
             raise click.UsageError("give --out DIR, or --evaluate")
         torch.manual_seed(seed)
         tokenizer = build_tokenizer()
-        trained = build_model(STAGES[0].layers, tokenizer)
-        for number, stage in enumerate(STAGES):
-            stage = Stage(**{**asdict(stage), "steps": max(1, round(stage.steps * scale))})
+        if first_stage == 1:
+            trained = build_model(STAGES[0].layers, tokenizer)
+        else:
+            trained = Qwen3ForCausalLM.from_pretrained(out)
+        for number, stage in enumerate(STAGES[first_stage - 1 :], start=first_stage - 1):
             trained = grow(trained, stage.layers, tokenizer)
-            train_stage(trained, stage, 1000 * seed + number, tokenizer, out)
+            train(trained, stage, 1000 * seed + number, tokenizer, out)
         model = out
     click.echo(json.dumps(evaluate(model, count, problem_seed), indent=2))
 

@@ -1,0 +1,144 @@
+"""One kind of block as an SVG: the stream as a line, branches above and below it, every point where it is.
+
+Pure: map in, text out. The stream runs from left to right; a branch leaves it, passes its norms, and is added back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from xml.etree import ElementTree as Xml
+
+from hookmap.architecture_map import ArchitectureMap, BlockKind
+
+_STYLE = (
+    "text{font:13px system-ui,sans-serif;fill:#1f2933}.point{font-weight:600;fill:#0b5cad}"
+    ".path{font:11px ui-monospace,monospace;fill:#616e7c}.stream{stroke:#0b5cad;stroke-width:5}"
+    ".wire{stroke:#52606d;stroke-width:1.6;fill:none}.box{fill:#f5f7fa;stroke:#52606d;stroke-width:1.4}"
+    ".norm{fill:#fdf3d8;stroke:#b7791f;stroke-width:1.4}.dot{fill:#0b5cad}.sum{fill:#fff;stroke:#0b5cad;stroke-width:2.4}"
+)
+_BRANCH, _SPAN, _END, _RISE = 590, 360, 150, 130
+
+
+def block_svg(architecture_map: ArchitectureMap, kind: BlockKind) -> str:
+    """An SVG document of one kind of block of a map."""
+    return _Drawing(architecture_map, kind).draw()
+
+
+@dataclass
+class _Drawing:
+    map: ArchitectureMap
+    kind: BlockKind
+    parts: list[Xml.Element] = field(default_factory=list)
+
+    def draw(self) -> str:
+        roles = [role for role in ("mixer", "mlp") if getattr(self.kind, role) is not None]
+        parallel = self.kind.branch_order == "parallel"
+        columns = 1 if parallel else max(1, len(roles))
+        norm_on_stream = any("norm(" in relation for relation in self.kind.relations)
+        pitch = _BRANCH + (110 if norm_on_stream else 0)
+        width = 2 * _END + columns * pitch + 40
+        self.line = 90 + _RISE + 40
+        height = self.line + (_RISE + 110 if parallel else 110)
+        self._element("line", x1=40, y1=self.line, x2=width - 40, y2=self.line, cls="stream")
+        layers = f"{len(self.kind.layers)} of {self.map.num_layers} layers"
+        self._text(40, 28, f"{self.map.architecture} · {self.kind.block_class} · {self.kind.name} · {layers}", "")
+        self._stream_point("resid_pre", 60)
+        for number, role in enumerate(roles):
+            start = _END + (0 if parallel else number * pitch)
+            self._branch(role, start, below=parallel and role == "mlp")
+            if not parallel:
+                self._after_sum(start, role, number == len(roles) - 1, norm_on_stream)
+        self._stream_point("resid_post", width - 110)
+        return self._document(width, height)
+
+    def _branch(self, role: str, start: int, below: bool) -> None:
+        """Up from the stream, through pre-norm, mixer or MLP, and what follows it, and back to the sum."""
+        level = self.line + (_RISE if below else -_RISE)
+        end = start + _SPAN
+        self._element("path", d=f"M{start},{self.line} V{level} H{end} V{self.line}", cls="wire")
+        branch = getattr(self.kind, role)
+        boxes = []
+        if self._has_pre_norm(role):
+            boxes.append(("norm", "norm"))
+        core = (f"{branch.type} {'MLP' if role == 'mlp' else ''}".strip(), "box")
+        boxes.append(core)
+        if (after := self._after(role)) is not None:
+            boxes.append((after, "norm" if after == "norm" else "box"))
+        place = start + 22
+        for label, cls in boxes:
+            size = 150 if (label, cls) == core else 62
+            self._element("rect", x=place, y=level - 19, width=size, height=38, rx=7, cls=cls)
+            self._text(place + size / 2, level + 5, label, "", "middle")
+            if (label, cls) == core:
+                self._branch_point(f"{role}_in", place - 6, level, place - 26, level + (40 if below else -50))
+            place += size + 26
+        self._branch_point(f"{role}_out", end, level, end + 12, level + (-32 if below else 40))
+        self._element("circle", cx=end, cy=self.line, r=12, cls="sum")
+        self._text(end, self.line + 5, "+", "", "middle")
+
+    def _after_sum(self, start: int, role: str, last: bool, normed: bool) -> None:
+        end = start + _SPAN
+        if normed:
+            self._element("rect", x=end + 34, y=self.line - 17, width=56, height=34, rx=7, cls="norm")
+            self._text(end + 62, self.line + 5, "norm", "", "middle")
+        if not last and self.kind.branch_order == "sequential":
+            if normed:
+                self._stream_point("resid_mid_sum", end + 22, drop=66)
+            self._stream_point("resid_mid", end + (105 if normed else 40))
+
+    def _has_pre_norm(self, role: str) -> bool:
+        """The branch reads something else than the stream itself."""
+        stream = ("resid_pre",) if role == "mixer" or self.kind.branch_order != "sequential" else ("resid_mid",)
+        reads = self.kind.points.get(f"{role}_in")
+        return (
+            self.kind.norm_placement in ("pre", "sandwich")
+            and reads is not None
+            and all(reads.terms != self.kind.points[name].terms for name in stream if name in self.kind.points)
+        )
+
+    def _after(self, role: str) -> str | None:
+        """What stands between the bare module and the sum: a norm, or a constant."""
+        raw, out = (self.kind.points.get(f"{role}_{name}") for name in ("out_raw", "out"))
+        if raw is None or out is None or raw.terms == out.terms:
+            return None
+        factor = out.terms[0].scale
+        return f"× {factor:g}" if factor != 1.0 else "norm"
+
+    def _stream_point(self, name: str, x: float, drop: int = 30) -> None:
+        if name not in self.kind.points:
+            return
+        self._element("circle", cx=x, cy=self.line, r=6, cls="dot")
+        self._label(name, x - 20, self.line + drop)
+
+    def _branch_point(self, name: str, x: float, y: float, label_x: float, label_y: float) -> None:
+        if name in self.kind.points:
+            self._element("circle", cx=x, cy=y, r=5, cls="dot")
+            self._label(name, label_x, label_y)
+
+    def _label(self, name: str, x: float, y: float) -> None:
+        self._text(x, y, name, "point")
+        terms = self.kind.points[name].terms
+        for number, term in enumerate(terms):
+            path = term.module.removeprefix(self.map.layers_path).lstrip(".") or "block"
+            scale = "" if term.scale == 1.0 else f"{term.scale:g}·"
+            sign = "+ " if number else ""
+            self._text(x, y + 15 + 13 * number, f"{sign}{scale}{path}.{term.side}", "path")
+
+    def _text(self, x: float, y: float, text: str, cls: str, anchor: str = "start") -> None:
+        element = self._element("text", x=x, y=y, cls=cls, **{"text-anchor": anchor})
+        element.text = text
+
+    def _element(self, tag: str, cls: str = "", **attributes: object) -> Xml.Element:
+        element = Xml.Element(tag, {name: str(value) for name, value in attributes.items()})
+        if cls:
+            element.set("class", cls)
+        self.parts.append(element)
+        return element
+
+    def _document(self, width: float, height: float) -> str:
+        size = {"width": str(width), "height": str(height), "viewBox": f"0 0 {width} {height}"}
+        root = Xml.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", **size})
+        Xml.SubElement(root, "style").text = _STYLE
+        Xml.SubElement(root, "rect", {"width": "100%", "height": "100%", "fill": "#fff"})
+        root.extend(self.parts)
+        return Xml.tostring(root, encoding="unicode") + "\n"
