@@ -44,8 +44,10 @@ class Term:
         try:
             return self._tensor(where[place])
         except (LookupError, TypeError) as error:
-            found = sorted(where) if isinstance(where, Mapping) else f"{type(where).__name__} of {len(where)}"
-            raise self._wrong(str(found)) from error
+            found = str(sorted(where)) if isinstance(where, Mapping) else type(where).__name__
+            if isinstance(where, Sequence):
+                found += f" of {len(where)}"
+            raise self._wrong(found) from error
 
     def _tensor(self, value: Any) -> Any:
         if not hasattr(value, "shape"):

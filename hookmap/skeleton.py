@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hookmap import hub
 from hookmap.errors import DiscoveryError, ModelError
 
 # Settings that leave the structure alone: they differ between copies of one model.
@@ -32,12 +33,12 @@ def load_config(source: str | Path, trust_remote_code: bool = False, revision: s
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists():
         raise ModelError(f"{folder} has no config.json: expected a folder that save_pretrained wrote.")
+    arguments = {"trust_remote_code": trust_remote_code, "revision": revision, **hub.source_arguments(source)}
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+        return AutoConfig.from_pretrained(source, **arguments)
     except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"cannot load the config of {str(source)!r}: {first}\n"
+            f"cannot load the config of {str(source)!r}: {hub.explain(error, source)}\n"
             "Expected a Hugging Face model id that can be reached, or a local folder with a config.json."
         ) from error
 

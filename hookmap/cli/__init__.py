@@ -1,0 +1,1 @@
+"""The command line. `main` is the entry; each command is one file of `commands`."""

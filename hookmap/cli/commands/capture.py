@@ -1,0 +1,242 @@
+"""`hookmap capture`: generate, and keep the chosen tensors in a folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from hookmap.capture import Progress
+    from hookmap.model import HookedModel
+
+DEFAULT_PROMPT = "Tom has 3 apples. He buys 4 more. How many apples does Tom have?"
+_LARGE_BYTES = 10**9
+_LARGE_PASSES = 1000
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--points", metavar="NAMES", help="Which tensors: resid_pre,resid_mid or all. See: hookmap show MODEL")
+@click.option("--layers", metavar="LAYERS", help="Of which layers: 8,12,16 or 0-3 or -1 or all.  [default: all]")
+@click.option("--prompt", "texts", metavar="TEXT", multiple=True, help="A prompt; may be given several times.")
+@click.option("--prompts", metavar="FILE", help='Prompts, one JSON line each: a text, or {"prompt": …}.')
+@click.option("-o", "--output", metavar="DIR", help="The capture folder.  [default: a new one in captures/]")
+@click.option("--resume", is_flag=True, help="Go on with the capture that is in DIR.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="For each prompt.  [default: 64]")
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Prompts that run together.  [default: 8]")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    metavar="T",
+    help="Sample at this temperature; greedy if not given, or 0.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="P",
+    help="Sample from the likeliest tokens of this mass.",
+)
+@click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Sample from this many likeliest tokens.")
+@click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable.")
+@click.option(
+    "--chat/--no-chat", default=None, help="Send prompts through the chat template.  [default: if there is one]"
+)
+@click.option("--map", "map_", metavar="MAP", help="A map file, instead of discovering one.")
+@click.option("--dtype", type=click.Choice(_DTYPES), help="Of the weights.  [default: auto, the checkpoint's own]")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: a GPU where there is one]")
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Run the modelling code that the model brings.")
+def command(
+    model: str | None,
+    points: str | None,
+    layers: str | None,
+    texts: tuple[str, ...],
+    prompts: str | None,
+    output: str | None,
+    resume: bool,
+    max_new_tokens: int | None,
+    batch_size: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    chat: bool | None,
+    map_: str | None,
+    dtype: str | None,
+    device: str | None,
+    trust_remote_code: bool | None,
+) -> None:
+    """Generate with MODEL and keep the chosen tensors, of the prompt and of every generated token.
+
+    \b
+    hookmap capture --points resid_pre,resid_mid --layers 8,12,16
+    hookmap capture Qwen/Qwen3-0.6B --points resid_post --prompts questions.jsonl --max-new-tokens 256 -o run
+
+    The folder's name goes to stdout. Read it with `hookmap inspect DIR`, or in Python with hookmap.open_store(DIR).
+    """
+    from hookmap.cli.settings import choose_model, load_settings, parse_layers, parse_list
+
+    settings = load_settings()
+    points = points or settings.get("points")
+    if not points:
+        raise click.UsageError("which points? For example: --points resid_pre,resid_mid. All of them: hookmap show")
+    chosen_layers = parse_layers(settings.get("layers", "all") if layers is None else layers)
+    given = _prompts(texts, prompts or settings.get("prompts"))
+    sampling = _sampling(temperature, top_p, top_k, seed)
+    folder = _folder(output, resume)
+    model = choose_model(model, settings)
+
+    hm = _open(
+        model,
+        map=map_ or settings.get("map"),
+        dtype=dtype or settings.get("dtype", "auto"),
+        device=device or settings.get("device"),
+        trust_remote_code=bool(trust_remote_code or settings.get("trust_remote_code")),
+    )
+    run = {
+        "points": parse_list(points),
+        "layers": chosen_layers,
+        "max_new_tokens": max_new_tokens or settings.get("max_new_tokens", 64),
+        "chat": _chat(hm, chat),
+        "batch_size": batch_size or settings.get("batch_size", 8),
+    }
+    _announce(hm, given, run, folder)
+    _capture(hm, given, run, sampling, folder, resume)
+    click.echo(str(folder))
+
+
+def _prompts(texts: tuple[str, ...], file: str | None) -> list[Any]:
+    from hookmap.cli.prompts_file import read_prompts
+
+    prompts = [*texts, *(read_prompts(file) if file and not texts else [])]
+    if not prompts:
+        click.echo(f"prompt: {DEFAULT_PROMPT} (the default; give your own with --prompt or --prompts)", err=True)
+        prompts = [DEFAULT_PROMPT]
+    return prompts
+
+
+def _sampling(temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None) -> dict[str, Any]:
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given = {name: value for name, value in given.items() if value is not None}
+    if temperature == 0:  # greedy, as every server understands it
+        if len(given) > 1:
+            raise click.UsageError("--temperature 0 is greedy: leave --top-p and --top-k out")
+        given = {}
+    return {"do_sample": bool(given), "seed": seed, **given}
+
+
+def _folder(output: str | None, resume: bool) -> Path:
+    """Where to write. A new name under captures/ unless one is given."""
+    if resume and not output:
+        raise click.UsageError("--resume needs the folder to go on with: -o DIR")
+    if output:
+        return Path(output)
+    number = 1
+    while (folder := Path("captures") / f"{number:04d}").exists():
+        number += 1
+    return folder
+
+
+def _open(model: str, **options: Any) -> "HookedModel":
+    from hookmap.cli.console import working
+
+    with working("importing torch and transformers"):
+        import hookmap.model
+    with working(f"loading {model}", spinner=False):  # transformers shows a bar of its own
+        return hookmap.open(model, **options)
+
+
+def _chat(hm: "HookedModel", chat: bool | None) -> bool | str:
+    """A chat model is asked as a user would ask it."""
+    if chat is not None:
+        return chat or "auto"
+    return True if getattr(hm.tokenizer, "chat_template", None) else "auto"
+
+
+def _announce(hm: "HookedModel", prompts: list[Any], run: dict[str, Any], folder: Path) -> None:
+    """How large the capture gets, and how long a large one takes, before it begins."""
+    import shutil
+
+    from hookmap.cli.console import console, size
+    from hookmap.errors import StoreError
+
+    expected = hm.estimate(prompts, **run)
+    text = f"capture: {expected} -> {folder}"
+    if expected.bytes > _LARGE_BYTES or expected.forward_passes > _LARGE_PASSES:
+        text += f", at most about {_duration(_seconds_per_pass(hm, prompts, run) * expected.forward_passes)}"
+    console().print(text, markup=False)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if expected.bytes > (free := shutil.disk_usage(there).free):
+        raise StoreError(
+            f"{folder} has room for {size(free)}, and this capture needs up to {size(expected.bytes)}. "
+            "Choose fewer points or layers, a smaller --max-new-tokens, or another disk: -o DIR"
+        )
+
+
+def _seconds_per_pass(hm: "HookedModel", prompts: list[Any], run: dict[str, Any]) -> float:
+    """Measured on the first batch, for two tokens, kept nowhere; the first of the two runs warms up."""
+    from time import perf_counter
+
+    for _ in range(2):
+        start = perf_counter()
+        hm.capture(prompts[: run["batch_size"]], **{**run, "max_new_tokens": 2})
+    return (perf_counter() - start) / 2
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _capture(
+    hm: "HookedModel", prompts: list[Any], run: dict[str, Any], sampling: dict[str, Any], folder: Path, resume: bool
+) -> None:
+    from time import perf_counter
+
+    from hookmap.cli.console import console
+
+    start = perf_counter()
+    try:
+        with _bars(len(prompts)) as show:
+            done = hm.capture(prompts, **run, **sampling, store=folder, resume=resume, progress=show)
+    except KeyboardInterrupt:
+        _say_what_is_kept(folder)
+        raise
+    tokens = sum(len(sample.token_ids) - sample.prompt_tokens for sample in done.samples)
+    seconds = perf_counter() - start
+    samples = "1 sample" if len(done) == 1 else f"{len(done)} samples"
+    console().print(f"[dim]{samples}, {tokens} tokens generated in {seconds:.1f} s[/]")
+
+
+@contextmanager
+def _bars(samples: int) -> "Iterator[Any]":
+    """Two bars: prompts, and tokens of the batch that runs."""
+    from hookmap.cli.console import progress
+
+    with progress() as bars:
+        prompts_bar = bars.add_task("prompts", total=samples)
+        tokens_bar = bars.add_task("tokens of this batch", total=None)
+
+        def show(state: "Progress") -> None:
+            bars.update(prompts_bar, completed=state.samples_done)
+            bars.update(tokens_bar, completed=state.tokens_done, total=state.tokens)
+
+        yield show
+
+
+def _say_what_is_kept(folder: Path) -> None:
+    import hookmap
+
+    try:
+        kept = len(hookmap.open_store(folder))
+    except hookmap.StoreError:
+        click.echo("\nnothing is kept: no sample was finished", err=True)
+        return
+    click.echo(
+        f"\n{kept} finished samples are kept in {folder}; to go on: the same command with --resume -o {folder}",
+        err=True,
+    )

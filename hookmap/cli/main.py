@@ -1,0 +1,91 @@
+"""The entry of the command line: finds the commands, and turns every error into a message and an exit code.
+
+0 done, 1 failed, 2 wrong usage, 130 interrupted. What a program reads goes to stdout, what a person reads to stderr.
+"""
+
+import os
+import pkgutil
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from hookmap import HookmapError, __version__
+from hookmap.cli import commands
+
+
+class _Commands(click.Group):
+    """The commands are the files of `hookmap/cli/commands`; nothing else lists them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command: click.Command = import_module(f"{commands.__name__}.{cmd_name}").command
+        if not any(option.name == "debug" for option in command.params):
+            command.params.append(_debug_option())
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        _quiet_libraries()
+        try:
+            return super().invoke(ctx)
+        except HookmapError as error:
+            _fail(ctx, str(error), error)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click knows what to do with its own, and ends quietly where nobody reads stdout any more
+        except Exception as error:
+            text = (
+                f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
+            )
+            hint = "This is not an error that hookmap foresaw; add --debug to see the traceback."
+            _fail(ctx, f"{type(error).__name__}: {text}\n{hint}", error)
+
+
+def _fail(ctx: click.Context, message: str, error: Exception) -> None:
+    if ctx.meta.get("hookmap.debug"):
+        raise error
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    ctx.exit(1)
+
+
+def _quiet_libraries() -> None:
+    """The libraries below log advice for their own users; a person here reads our notes. Set these to hear them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar in a log file is a thousand lines
+
+
+def _debug_option() -> click.Option:
+    def keep(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.meta["hookmap.debug"] = True  # meta is shared with the parent context, where errors are caught
+
+    return click.Option(
+        ["--debug"], is_flag=True, expose_value=False, callback=keep, help="Show the traceback of an error."
+    )
+
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.command(cls=_Commands, params=[_debug_option()], context_settings=_CONTEXT)
+@click.version_option(__version__, prog_name="hookmap")
+def main() -> None:
+    """Name a tensor once and read it from any Hugging Face causal language model.
+
+    MODEL is a hub id, a model folder or a map file. It may be left out: then it is what the environment variable
+    HOOKMAP_MODEL or the file hookmap.yaml names, or else the bundled demo model.
+
+    \b
+    hookmap discover Qwen/Qwen3-0.6B -o map.json
+    hookmap capture Qwen/Qwen3-0.6B --points resid_pre,resid_mid --layers 8,12,16 --prompt "Hello" -o run
+    hookmap inspect run
+    """

@@ -1,0 +1,139 @@
+"""How a capture generates: its settings, when a row is finished, and the seed. One row for each prompt, no beams."""
+
+import contextlib
+import copy
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, StoppingCriteria
+
+from hookmap.errors import CaptureError
+
+Told = Callable[[int, list[bool]], None]
+"""(columns of the batch now, whether each row got its last token with this one)"""
+
+_SAMPLING = ("temperature", "top_k", "top_p")
+
+
+def settings(
+    root: nn.Module, tokenizer: Any, *, max_new_tokens: int, do_sample: bool, options: Mapping[str, Any]
+) -> GenerationConfig:
+    """The model's own generation settings with these over them; the model's stay as they are.
+
+    `options`: any field of transformers' GenerationConfig. Raises CaptureError for a field it does not have, for
+    sampling fields without `do_sample`, and for ways of generating in which a row is not a prompt.
+    """
+    if max_new_tokens < 1:
+        raise CaptureError(f"max_new_tokens: expected at least 1, got {max_new_tokens}.")
+    given = {name: value for name, value in options.items() if value is not None}
+    known = set(GenerationConfig().to_dict())
+    if "stop_strings" in given:
+        raise CaptureError("stop_strings: give it as stop=, which also cuts the rows behind it.")
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "it is no field of transformers' GenerationConfig."
+            raise CaptureError(f"unknown generation setting {name!r}: {hint}")
+    config: GenerationConfig = copy.deepcopy(root.generation_config)
+    if not do_sample:
+        if unused := [name for name in _SAMPLING if name in given]:
+            raise CaptureError(f"{', '.join(unused)} needs do_sample=True: greedy decoding does not use it.")
+        given |= {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' defaults: it warns of others
+    ours = {"return_dict_in_generate": False, "output_hidden_states": False, "output_attentions": False}
+    try:
+        config.update(**given, **ours, max_new_tokens=max_new_tokens, do_sample=do_sample)
+        config.validate()
+    except ValueError as error:
+        raise CaptureError(f"transformers refuses these generation settings: {error}") from error
+    if config.pad_token_id is None:
+        config.pad_token_id = _pad_token(config, tokenizer)
+    mode = config.get_generation_mode()
+    if mode not in ("greedy_search", "sample") or (config.num_return_sequences or 1) > 1:
+        raise CaptureError(
+            f"this way of generating ({mode.value}, num_return_sequences={config.num_return_sequences}) has no row for "
+            "each prompt. Give num_beams=1, num_return_sequences=1."
+        )
+    return config
+
+
+def end_tokens(config: GenerationConfig) -> tuple[int, ...]:
+    """The tokens that end a sequence; none is possible."""
+    ends = config.eos_token_id
+    if ends is None:
+        return ()
+    return (ends,) if isinstance(ends, int) else tuple(ends)
+
+
+def takes(root: nn.Module, argument: str) -> bool:
+    """Whether the model's forward has this argument."""
+    return argument in inspect.signature(type(root).forward).parameters
+
+
+class Finished(StoppingCriteria):  # type: ignore[misc]  # transformers' base is not typed
+    """Ends rows at an end of sequence or a stop string, and tells which ended, after each token."""
+
+    def __init__(self, config: GenerationConfig, stop: Sequence[str], tokenizer: Any, tell: Told) -> None:
+        if stop and tokenizer is None:
+            raise CaptureError("stop strings need a tokenizer: hookmap.open(model, tokenizer=...)")
+        self._ends = frozenset(end_tokens(config))
+        self._stop = tuple(stop)
+        self._tokenizer = tokenizer
+        self._tell = tell
+        self._prompt: int | None = None
+        # A token is a byte at least, so that a stop string that has just ended is inside this many tokens.
+        self._reach = max((len(text.encode()) for text in stop), default=0) + 4
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
+        columns = input_ids.shape[1]
+        if self._prompt is None:
+            self._prompt = columns - 1
+        done = [row[-1] in self._ends or self._stops(row) for row in self._newest(input_ids)]
+        self._tell(columns, done)
+        return torch.tensor(done, device=input_ids.device)
+
+    def _newest(self, input_ids: torch.Tensor) -> list[list[int]]:
+        """The last generated tokens of each row, as many as matter."""
+        assert self._prompt is not None
+        new: list[list[int]] = input_ids[:, max(self._prompt, input_ids.shape[1] - self._reach) :].tolist()
+        return new
+
+    def _stops(self, newest: list[int]) -> bool:
+        if not self._stop:
+            return False
+        text = self._tokenizer.decode(newest)
+        return any(stop in text for stop in self._stop)
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """`torch.manual_seed(seed)` inside, the generators' states as before outside. None changes nothing."""
+    if seed is None:
+        yield
+        return
+    cuda = range(torch.cuda.device_count()) if device.type == "cuda" else ()
+    with torch.random.fork_rng(devices=list(cuda)):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """No dropout inside; every module's training flag as before outside."""
+    training = [part for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _pad_token(config: GenerationConfig, tokenizer: Any) -> int:
+    """What fills the left of shorter prompts. The attention mask hides it, so any token serves."""
+    own = getattr(tokenizer, "pad_token_id", None)
+    return own if own is not None else (*end_tokens(config), 0)[0]

@@ -1,0 +1,74 @@
+"""Whether the Hugging Face hub can be reached, and what its errors mean. Nothing is downloaded here.
+
+Without a network transformers retries each file for some 20 seconds before it says so; one look-up of the host first
+answers at once, and sends transformers to its cache.
+"""
+
+import os
+import socket
+import urllib.request
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+_NO_NETWORK = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}
+
+
+def source_arguments(source: str | Path) -> dict[str, Any]:
+    """What `from_pretrained` is to be given so that it does not wait for a hub that is not there."""
+    return {"local_files_only": True} if Path(source).exists() or not reachable() else {}
+
+
+@lru_cache(maxsize=1)
+def reachable() -> bool:
+    """Whether the hub's host has an address, or is behind a proxy, and offline mode is not set; asked once."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    address = urlsplit(constants.ENDPOINT)
+    if urllib.request.getproxies().get(address.scheme):
+        return True
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname or "", port), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether `source` can only mean a repository: `name` or `owner/name`, and no folder of that name is there."""
+    text = str(source)
+    return text.count("/") <= 1 and not text.startswith((".", "~", os.sep)) and not Path(text).exists()
+
+
+def explain(error: BaseException, source: str | Path) -> str:
+    """One sentence: why `source` could not be loaded, and what to type next."""
+    names = {type(cause).__name__ for cause in _causes(error)}
+    text = str(source)
+    if not is_hub_id(source):
+        return f"{_first_line(error)} Give a folder that save_pretrained wrote, or a hub id."
+    if "GatedRepoError" in names:
+        return f"the repository is gated: ask for access at https://huggingface.co/{text}, then type: hf auth login"
+    if names & {"RepositoryNotFoundError", "RevisionNotFoundError"}:
+        return "the hub has no such repository or revision (or it is private: type: hf auth login)."
+    if names & _NO_NETWORK or not reachable():
+        return (
+            "the hub cannot be reached and the local cache does not hold it. "
+            f"With a network, type: hf download {text}   Then it works offline; or give a local folder."
+        )
+    return _first_line(error)
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,277 @@
+"""`hookmap.open`: a model, its tokenizer and its map, held against each other; one copy of the weights."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from hookmap.architecture_map import ArchitectureMap
+from hookmap.capture import Capture, Progress, capture
+from hookmap.discovery import discover
+from hookmap.engines.nnsight import NNsightEngine, lock_of
+from hookmap.errors import DiscoveryError, MapMismatchError, ModelError, TokenizerError
+from hookmap.estimate import Estimate, estimate
+from hookmap.library import load_map, resize
+from hookmap.loading import load_config, load_model, load_tokenizer
+from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
+
+Points = str | Iterable[str]
+Layers = str | int | Iterable[int]
+
+
+class HookedModel:
+    """A causal language model that can be captured from. Made by `hookmap.open`."""
+
+    map: ArchitectureMap
+    """where each point is in this model"""
+    model: nn.Module
+    """the module itself: no copy, no hooks on it"""
+    tokenizer: Any
+    """its tokenizer, or None where none was given with a module"""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        architecture_map: ArchitectureMap,
+        name: str | None = None,
+        why_no_tokenizer: str = NO_TOKENIZER,
+    ) -> None:
+        """For callers there is `hookmap.open`, which also holds the map against the model. `name`: hub id or path."""
+        self.map = architecture_map
+        self._why_no_tokenizer = why_no_tokenizer
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self._engine = NNsightEngine(model, _generating_root(model))
+
+    def capture(
+        self,
+        prompts: Any,
+        points: Points = "all",
+        layers: Layers = "all",
+        max_new_tokens: int = 64,
+        *,
+        do_sample: bool = False,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        chat: Chat = "auto",
+        batch_size: int = 8,
+        store: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+        **generation: Any,
+    ) -> Capture:
+        """Generate from `prompts` and keep `points` of `layers`, for every token that the model reads.
+
+        prompts: a string, chat messages or token ids, or a list of such.
+        points, layers: see `ArchitectureMap.selectors`; in any order.
+        do_sample, seed: greedy unless asked. With a seed the run repeats, and the generators' states stay as they were.
+        stop: strings that end a row. chat: "auto" sends messages through the chat template and leaves strings as they
+        are; True makes each string a user's message.
+        batch_size: prompts that run together, left-padded; the pads are in no result.
+        store: a folder to stream to, with memory flat, or None for memory. resume: go on with that folder after an
+        interruption; finished samples are not done again.
+        progress: called after each step. generation: fields of transformers' GenerationConfig, such as temperature.
+
+        Raises SelectionError, TokenizerError, StoreError, and CaptureError where a run did not see what it should.
+        """
+        return capture(
+            self._engine,
+            self.map,
+            self.tokenizer,
+            self.name,
+            self._encode(prompts, chat),
+            self.map.selectors(points, layers),
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            seed=seed,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            batch_size=batch_size,
+            store=store,
+            resume=resume,
+            progress=progress,
+            generation=generation,
+        )
+
+    def estimate(
+        self,
+        prompts: Any,
+        points: Points = "all",
+        layers: Layers = "all",
+        max_new_tokens: int = 64,
+        *,
+        chat: Chat = "auto",
+        batch_size: int = 8,
+    ) -> Estimate:
+        """How large the capture of the same arguments gets at most. Runs nothing."""
+        lengths = [len(prompt.token_ids) for prompt in self._encode(prompts, chat)]
+        itemsize = next(self._engine.root.parameters()).itemsize
+        return estimate(self.map, self.map.selectors(points, layers), lengths, max_new_tokens, itemsize, batch_size)
+
+    def _encode(self, prompts: Any, chat: Chat) -> tuple[Prompt, ...]:
+        return encode(prompts, self.tokenizer, chat, why_none=self._why_no_tokenizer)
+
+    def __repr__(self) -> str:
+        return f"<HookedModel {self.map.architecture}, {self.map.num_layers} layers, d_model {self.map.d_model}>"
+
+
+def open(
+    x: Any,
+    *,
+    map: ArchitectureMap | str | os.PathLike[str] | None = None,
+    dtype: Any = "auto",
+    device: Any = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    tokenizer: Any = None,
+) -> HookedModel:
+    """A model to capture from.
+
+    x: a hub id, a local folder, a loaded torch module, or an nnsight model (its module is used; give modules their
+    `tokenizer`, if prompts are to be text). map: a map, a map file or an architecture's name; discovered from the
+    model as it stands where none is given. tokenizer: a tokenizer, or where to load it from.
+    Raises ModelError, TokenizerError, DiscoveryError, and MapMismatchError where the given map contradicts the model.
+    """
+    given = load_map(os.fspath(map)) if isinstance(map, str | os.PathLike) else map
+    why_none = NO_TOKENIZER
+    loads: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = load_tokenizer(os.fspath(tokenizer), **loads)
+    if isinstance(x, str | os.PathLike):
+        source = os.fspath(x)
+        load_config(source, **loads)  # small: a wrong name is said before weights are loaded
+        if tokenizer is None:
+            tokenizer, why_none = _tokenizer_or_reason(source, loads)
+        module = load_model(source, dtype=dtype, device=device, **loads)
+    else:
+        module, tokenizer = _module_of(x), tokenizer if tokenizer is not None else _tokenizer_of(x)
+    _generating_root(module)
+    with lock_of(module):
+        architecture_map = _map_for(module, given)
+    name = os.fspath(x) if isinstance(x, str | os.PathLike) else architecture_map.model_id
+    return HookedModel(module, tokenizer, architecture_map, name, why_none)
+
+
+def _module_of(x: Any) -> nn.Module:
+    """The module itself, or the one inside an nnsight model, loaded."""
+    if isinstance(x, nn.Module):
+        return x
+    inner = getattr(x, "_module", None)
+    if isinstance(inner, nn.Module) and type(x).__module__.startswith("nnsight"):
+        if any(p.is_meta for p in inner.parameters()) and hasattr(x, "dispatch"):
+            x.dispatch()  # nnsight loads the weights at the first run
+        module: nn.Module = x._module
+        return module
+    raise ModelError(
+        f"cannot open a {type(x).__name__}: expected a hub id, a local folder, a torch module or an nnsight model."
+    )
+
+
+def _tokenizer_or_reason(source: str, loads: dict[str, Any]) -> tuple[Any, str]:
+    """Without a tokenizer token ids can still be captured: text is refused when it comes, with the reason."""
+    try:
+        return load_tokenizer(source, **loads), NO_TOKENIZER
+    except TokenizerError as error:
+        return None, str(error)
+
+
+def _tokenizer_of(x: Any) -> Any:
+    return None if isinstance(x, nn.Module) else getattr(x, "tokenizer", None)
+
+
+def _generating_root(module: nn.Module) -> nn.Module:
+    """The transformers model that `generate` calls: the module, or the one that wrappers (PEFT) hold."""
+    from transformers import PreTrainedModel
+
+    root: Any = next((p for p in module.modules() if isinstance(p, PreTrainedModel)), None)
+    if root is None:
+        raise ModelError(f"{type(module).__name__} holds no transformers model: expected one with `generate`.")
+    if root.config.is_encoder_decoder or not root.can_generate():
+        kind = "an encoder-decoder" if root.config.is_encoder_decoder else "not a generating model"
+        raise ModelError(
+            f"{type(root).__name__} is {kind}: expected a causal language model, such as AutoModelForCausalLM loads."
+        )
+    if any(p.is_meta for p in root.parameters()):
+        raise ModelError(f"{type(root).__name__} has no weights (meta device): load them, then open it.")
+    found: nn.Module = root
+    return found
+
+
+def _map_for(module: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:
+    """The given map where it tells the truth on this module, else the one that its dataflow shows."""
+    if given is None:
+        return discover(module)
+    try:
+        found = discover(module)
+    except DiscoveryError:  # a map by hand is how a model gets captured that discovery does not understand
+        problems = [
+            *_wrong_architecture(given, type(_generating_root(module)).__name__),
+            *_missing_modules(given, module),
+        ]
+    else:
+        if given.scope == "architecture" and given.architecture == found.architecture:
+            given = _at_size_of(given, found)
+        problems = contradictions(given, found)
+    if problems:
+        raise MapMismatchError(
+            f"the map of {given.model_id or given.architecture} contradicts this {type(module).__name__}:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+            + "\nLeave the map out, or make one of this model: hookmap discover MODEL -o FILE"
+        )
+    return given
+
+
+def _at_size_of(given: ArchitectureMap, found: ArchitectureMap) -> ArchitectureMap:
+    if (given.num_layers, given.d_model) == (found.num_layers, found.d_model):
+        return given
+    sizes = {"num_heads": found.num_heads, "d_vocab": found.d_vocab, "model_id": found.model_id}
+    return resize(given, found.num_layers, found.d_model, **sizes)  # type: ignore[arg-type]
+
+
+def contradictions(given: ArchitectureMap, found: ArchitectureMap) -> list[str]:
+    """What `given` says otherwise than `found`, the model's own map. A point left out is no contradiction."""
+    problems = _wrong_architecture(given, found.architecture)
+    if given.scope == "model" and given.config_hash != found.config_hash:
+        problems.append(f"config_hash: the map's is {given.config_hash}, the model's {found.config_hash}")
+    for field in ("num_layers", "d_model", "layers_path"):
+        ours, theirs = getattr(given, field), getattr(found, field)
+        if ours != theirs:
+            problems.append(f"{field}: the map says {ours!r}, the model has {theirs!r}")
+    wrong: dict[str, list[int]] = {}
+    for layer in range(min(given.num_layers, found.num_layers)):
+        ours, theirs = given.kind_of(layer).points, found.kind_of(layer).points
+        for point in _different(ours, theirs):
+            wrong.setdefault(f"{point}: {_difference(ours[point], theirs.get(point))}", []).append(layer)
+    problems += [f"{text} (layers {', '.join(map(str, layers))})" for text, layers in wrong.items()]
+    for point in _different(given.model_points, found.model_points):
+        problems.append(f"{point}: {_difference(given.model_points[point], found.model_points.get(point))}")
+    return problems
+
+
+def _different(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return [point for point in ours if point not in theirs or ours[point].terms != theirs[point].terms]
+
+
+def _difference(ours: Any, theirs: Any) -> str:
+    return f"the map says {_terms(ours)}, the model has it at {_terms(theirs) if theirs else 'no place'}"
+
+
+def _terms(template: Any) -> str:
+    return " + ".join(
+        f"{'' if t.scale == 1 else f'{t.scale:g} * '}{t.module or 'model'}.{t.side}"
+        + ("" if t.index is None else f"[{t.index!r}]")
+        for t in template.terms
+    )
+
+
+def _wrong_architecture(given: ArchitectureMap, name: str) -> list[str]:
+    same = given.architecture == name
+    return [] if same else [f"architecture: the map's is {given.architecture}, the model is {name}"]
+
+
+def _missing_modules(given: ArchitectureMap, module: nn.Module) -> list[str]:
+    present = {name for name, _ in module.named_modules(remove_duplicate=False)}
+    wanted = {term.module for selector in given.selectors() for term in selector.terms}
+    return [f"module {path!r} is not in the model" for path in sorted(wanted - present)]

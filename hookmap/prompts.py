@@ -1,0 +1,94 @@
+"""What a user may give as prompts -> token ids. Nothing is padded here, and the tokenizer is left as it was."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hookmap.errors import TokenizerError
+
+Chat = bool | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as the model reads it."""
+
+    text: str
+    """with the chat template filled in; "" where only token ids were given"""
+    token_ids: tuple[int, ...]
+
+
+NO_TOKENIZER = "the model was given without a tokenizer. Give one: hookmap.open(model, tokenizer=...)"
+
+
+def encode(prompts: Any, tokenizer: Any, chat: Chat = "auto", *, why_none: str = NO_TOKENIZER) -> tuple[Prompt, ...]:
+    """One or several prompts, each a string, a list of chat messages, or a list of token ids.
+
+    `chat`: "auto" sends messages through the chat template and leaves strings as they are; True makes each string the
+    one message of a user; False refuses messages. `why_none`: the reason, where there is no tokenizer.
+    Raises TokenizerError with what is missing.
+    """
+    if isinstance(prompts, str) or (isinstance(prompts, Sequence) and prompts and _is_part(prompts[0])):
+        prompts = [prompts]
+    encoded = tuple(_encode(prompt, number, tokenizer, chat, why_none) for number, prompt in enumerate(prompts))
+    if not encoded:
+        raise TokenizerError("no prompts given: expected a string, a list of strings, or chat messages, got none.")
+    return encoded
+
+
+def decode(token_ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of generated tokens, without special tokens; "" where there is no tokenizer."""
+    return "" if tokenizer is None else str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a list of such values is one prompt: messages or token ids."""
+    return isinstance(value, Mapping) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _encode(prompt: Any, number: int, tokenizer: Any, chat: Chat, why_none: str) -> Prompt:
+    if hasattr(prompt, "tolist"):  # a tensor or an array of token ids
+        prompt = prompt.tolist()
+    if not isinstance(prompt, str | Sequence):
+        raise _not_a_prompt(prompt, number)
+    if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
+        return _checked(Prompt("", tuple(prompt)), number)
+    if tokenizer is None:
+        raise TokenizerError(f"prompt {number} is text: {why_none}\nOr give lists of token ids as prompts.")
+    if isinstance(prompt, str) and chat is not True:
+        return _checked(Prompt(prompt, tuple(tokenizer(prompt)["input_ids"])), number)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if not all(isinstance(message, Mapping) and "role" in message for message in messages):
+        raise _not_a_prompt(prompt, number)
+    if chat is False:
+        raise TokenizerError(f"prompt {number} is a list of chat messages, and chat=False was given. Use chat='auto'.")
+    return _checked(_templated(messages, number, tokenizer), number)
+
+
+def _templated(messages: list[Any], number: int, tokenizer: Any) -> Prompt:
+    if not getattr(tokenizer, "chat_template", None):
+        raise TokenizerError(
+            f"prompt {number} needs a chat template, and this tokenizer ({type(tokenizer).__name__}) has none. "
+            "Give plain text (chat=False), or set tokenizer.chat_template."
+        )
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the model's author, and raises what it likes
+        raise TokenizerError(f"the chat template refuses prompt {number}: {error}") from error
+    # The template writes the special tokens itself.
+    return Prompt(text, tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def _checked(prompt: Prompt, number: int) -> Prompt:
+    if not prompt.token_ids:
+        raise TokenizerError(
+            f"prompt {number} ({prompt.text!r}) has no tokens: a model needs at least one. Give some text."
+        )
+    return prompt
+
+
+def _not_a_prompt(prompt: Any, number: int) -> TokenizerError:
+    return TokenizerError(
+        f"prompt {number}: expected a string, a list of chat messages ({{'role': ..., 'content': ...}}) "
+        f"or a list of token ids, got {type(prompt).__name__}: {str(prompt)[:80]}"
+    )

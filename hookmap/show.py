@@ -1,0 +1,169 @@
+"""A tree of the model with its points marked where they are, read in the order of the forward pass.
+
+Pure: map (+ the names and classes of the model's modules, where a model is at hand) -> a rich tree. Layers of one kind
+are one branch. A point at a module's input stands on the line before the module, at its output on the line after it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rich.markup import escape
+from rich.tree import Tree
+
+from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
+
+_LAST = 10**9
+
+
+@dataclass
+class _Module:
+    """One module: the points before and after it, and its children in the order in which they are shown."""
+
+    name: str = ""
+    class_name: str = ""
+    before: list[tuple[int, str]] = field(default_factory=list)
+    after: list[tuple[int, str]] = field(default_factory=list)
+    children: "dict[str, _Module]" = field(default_factory=dict)
+    kinds: "list[tuple[str, _Module, Mapping[str, str]]]" = field(default_factory=list)
+    """of the layer list only: label, block and unavailable points of each kind"""
+
+    def child(self, path: str) -> "_Module":
+        """The descendant at `path`, made if nobody has named it yet."""
+        module = self
+        for name in filter(None, path.split(".")):
+            module = module.children.setdefault(name, _Module(name))
+        return module
+
+    def order(self) -> int:
+        """Place of its first point in the forward pass; modules without points come last."""
+        own = [order for order, _ in (*self.before, *self.after)]
+        return min([*own, *(child.order() for child in self.children.values())], default=_LAST)
+
+
+def tree(architecture_map: ArchitectureMap, modules: Mapping[str, str] | None = None) -> Tree:
+    """The tree. `modules`: path -> class name of every module, e.g. of a model on the meta device; without it, the
+    tree holds the modules that the map names."""
+    m = architecture_map
+    layer_list, _, _ = m.layers_path.rpartition(".")
+    named = (m.embedding_path, layer_list, m.final_norm_path, m.lm_head_path)
+    modules = modules or {path: "" for path in named if path}
+    root = _Module()
+    for path, class_name in modules.items():
+        if not path.startswith(f"{layer_list}."):
+            root.child(path).class_name = class_name
+    _mark(root, m.model_points, prefix="")
+    _collapse_numbered(root)
+    root.child(layer_list).kinds = [_block(m, kind, modules) for kind in m.kinds]
+    top = Tree(_title(m), guide_style="dim")
+    _grow(top, root)
+    _missing(top, m.model_unavailable)
+    return top
+
+
+def _title(m: ArchitectureMap) -> str:
+    sizes = [f"{m.num_layers} layers", f"d_model {m.d_model}"]
+    sizes += [f"{m.num_heads} heads"] if m.num_heads else []
+    sizes += [f"d_vocab {m.d_vocab}"] if m.d_vocab else []
+    name = f"  [dim]{escape(m.model_id)}[/]" if m.model_id else ""
+    return f"[bold]{escape(m.architecture)}[/]{name}  [dim]{', '.join(sizes)}[/]"
+
+
+def _block(m: ArchitectureMap, kind: BlockKind, modules: Mapping[str, str]) -> tuple[str, _Module, Mapping[str, str]]:
+    """Label, modules and unavailable points of one kind of block; its first layer stands for all of them."""
+    prefix = m.layers_path.replace("{i}", str(kind.layers[0]))
+    block = _Module()
+    for path, class_name in modules.items():
+        if path.startswith(f"{prefix}."):
+            block.child(path.removeprefix(f"{prefix}.")).class_name = class_name
+    for branch in filter(None, (kind.mixer, kind.mlp)):
+        for path in branch.modules:
+            module = block.child(path.removeprefix(m.layers_path).removeprefix("."))
+            if path == branch.modules[-1]:
+                module.class_name = module.class_name or branch.module_class or ""
+    _mark(block, kind.points, prefix=m.layers_path)
+    # Modules are defined in any order (Qwen3 defines its norms last); a block reads best in the order of its forward.
+    block.children = dict(sorted(block.children.items(), key=lambda item: item[1].order()))
+    _collapse_numbered(block)
+    parts = [b.type for b in (kind.mixer, kind.mlp) if b]
+    what = f"{' + '.join(parts)}, {kind.branch_order.replace('_', ' ')}, {kind.norm_placement} norm"
+    word = "layer" if len(kind.layers) == 1 else "layers"
+    label = f"[bold]{word} {layer_ranges(kind.layers)}[/]: {escape(kind.block_class)}  [dim]{escape(what)}[/]"
+    return label, block, kind.unavailable
+
+
+def _mark(root: _Module, points: Mapping[str, PointTemplate], prefix: str) -> None:
+    """Puts every point before or after the module of its last term; names of one tensor share a line."""
+    for names, point in same_place(points):
+        last = point.terms[-1]
+        path = last.module.removeprefix(prefix).removeprefix(".")
+        module = root.child(path)
+        where = " + ".join(_term(term, prefix) for term in point.terms)
+        line = f"[cyan]● {escape(' = '.join(names))}[/]  [dim]{escape(where)}[/]"
+        (module.before if last.side == "input" else module.after).append((point.order, line))
+
+
+def same_place(points: Mapping[str, PointTemplate]) -> list[tuple[list[str], PointTemplate]]:
+    """The points in forward order; names of one tensor come together."""
+    together: dict[tuple[TermTemplate, ...], list[str]] = {}
+    for name, point in sorted(points.items(), key=lambda item: (item[1].order, "_raw" in item[0])):
+        together.setdefault(point.terms, []).append(name)
+    return [(names, points[names[0]]) for names in together.values()]
+
+
+def _term(term: TermTemplate, prefix: str) -> str:
+    path = term.module.removeprefix(prefix).removeprefix(".") or ("block" if prefix else "model")
+    place = "" if term.index is None else f"[{term.index!r}]"
+    scale = "" if term.scale == 1.0 else f"{term.scale:g} × "
+    return f"{scale}{path}.{term.side}{place}"
+
+
+def _grow(branch: Tree, module: _Module) -> None:
+    """Adds to `branch` the points at the module's input, its children, and the points at its output."""
+    for _, line in sorted(module.before):
+        branch.add(line)
+    for child in module.children.values():
+        if child.kinds:
+            for label, block, unavailable in child.kinds:
+                layers = branch.add(label)
+                _grow(layers, block)
+                _missing(layers, unavailable)
+            continue
+        class_name = f"  [dim]{escape(child.class_name)}[/]" if child.class_name else ""
+        for _, line in sorted(child.before):
+            branch.add(line)
+        _grow(branch.add(f"{escape(child.name)}{class_name}"), _Module(children=child.children))
+        for _, line in sorted(child.after):
+            branch.add(line)
+    for _, line in sorted(module.after):
+        branch.add(line)
+
+
+def _missing(tree_: Tree, unavailable: Mapping[str, str]) -> None:
+    """Points that are not there, those with the same reason on one line."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in unavailable.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        tree_.add(f"[yellow]○ no {escape(', '.join(names))}[/]  [dim]{escape(reason)}[/]")
+
+
+def _collapse_numbered(module: _Module) -> None:
+    """Numbered children of one class without points (64 experts) become one line."""
+    numbered = [c for c in module.children.values() if c.name.isdecimal() and c.order() == _LAST]
+    if len(numbered) > 2 and len({c.class_name for c in numbered}) == 1 and len(numbered) == len(module.children):
+        first = numbered[0]
+        first.name = f"{first.name}–{numbered[-1].name}"
+        module.children = {first.name: first}
+    for child in module.children.values():
+        _collapse_numbered(child)
+
+
+def layer_ranges(layers: tuple[int, ...]) -> str:
+    """(0, 1, 2, 5) -> "0–2, 5"."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)

@@ -1,0 +1,90 @@
+"""Makes .venv with hookmap in it. Needs only Python >= 3.10 and pip; `make demo` and `make test` call it.
+
+PyPI's Linux build of PyTorch brings several GB of CUDA libraries. So, on Linux without an NVIDIA GPU, the CPU build
+is installed first and by its exact version: no CUDA build answers to `2.13.0+cpu`. Everywhere else PyPI's is right.
+The environment variable TORCH names another requirement, e.g. TORCH="torch==2.14.1".
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+CPU_TORCH = "torch==2.13.0+cpu"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tests", action="store_true", help="also install what the tests need")
+    tests = parser.parse_args().tests
+    if sys.version_info < (3, 10):  # noqa: UP036 - this file runs before anything has checked the version
+        sys.exit(f"hookmap needs Python 3.10 or later, not {platform.python_version()}: PYTHON=python3.12 make demo")
+    pip = make_environment()
+    install_torch(pip)
+    say("installing hookmap and what it needs (a minute or two)")
+    run(*pip, "install", "-qq", "--editable", f"{ROOT}[test]" if tests else str(ROOT))
+    # The stamps that the Makefile looks at. The tests' environment is also good enough for the demo.
+    (VENV / ".ready").touch()
+    if tests:
+        (VENV / ".ready-for-tests").touch()
+
+
+def make_environment() -> list[str]:
+    """Makes .venv if it is not there; returns the command that is its pip."""
+    python = str(VENV / "bin" / "python")
+    if not Path(python).exists():
+        say(f"making {VENV} with Python {platform.python_version()}")
+        # Debian's python3 without python3-venv can make an environment, only not put pip into it: ours fills it then.
+        bare = [] if has_module("ensurepip") else ["--without-pip"]
+        run(sys.executable, "-m", "venv", *bare, str(VENV))
+    own_pip = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
+    return [python, "-m", "pip"] if own_pip else [sys.executable, "-m", "pip", "--python", python]
+
+
+def install_torch(pip: list[str]) -> None:
+    """Chooses the build of PyTorch before anything that depends on it can."""
+    chosen = os.environ.get("TORCH")
+    if chosen is None and platform.system() == "Linux" and not has_nvidia_gpu():
+        say(f"no NVIDIA GPU here: installing {CPU_TORCH}, the build without CUDA (about 200 MB)")
+        # Few retries, and its dependencies later from PyPI: where this index cannot be reached, pip soon goes on with
+        # the other places that it is configured for.
+        index = ("--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "20")
+        failure = (
+            f"pip found no {CPU_TORCH}, which is at {CPU_INDEX} (for CPython 3.10 to 3.14). To choose another build "
+            'yourself: TORCH="torch" make demo (PyPI\'s, several GB with its CUDA libraries)'
+        )
+        run(*pip, "install", "-qq", "--no-deps", CPU_TORCH, *index, failure=failure)
+    else:
+        run(*pip, "install", "-q", chosen or "torch>=2.4")
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether nvidia-smi is there and lists a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
+def has_module(name: str) -> bool:
+    return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, check=False).returncode == 0
+
+
+def run(*command: str, failure: str = "") -> None:
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        sys.exit(failure or f"this command failed ({code}): {' '.join(command)}")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

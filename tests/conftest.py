@@ -1,0 +1,8 @@
+"""What every test needs: no network, and few threads (two workers share the cores)."""
+
+import os
+
+# Before transformers or huggingface_hub is imported: they read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,0 +1,264 @@
+"""An independent reference: plain PyTorch hooks at paths written by hand, around a plain `model.generate`.
+
+Nothing of hookmap is used here. Each family is a tiny random model whose weights are drawn so that every branch
+contributes O(1): with the usual std of 0.02 a wrong tensor hides inside any tolerance.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import nn
+
+VOCABULARY = 97
+LAYERS = 3
+
+_COMMON = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+_GPT = {
+    "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module's input or output, times a constant."""
+
+    module: str
+    side: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model, and where its tensors are by hand: point -> places whose sum it is; `{i}` is the layer."""
+
+    config: Callable[[], Any]
+    block: str
+    points: dict[str, tuple[Place, ...]]
+    only_layers: dict[str, tuple[int, ...]]
+    """points of the layers that have them, where not all do"""
+
+
+def _in(module: str) -> tuple[Place, ...]:
+    return (Place(module, "input"),)
+
+
+def _out(module: str, scale: float = 1.0) -> tuple[Place, ...]:
+    return (Place(module, "output", scale),)
+
+
+def _family(
+    config: Callable[[], Any], block: str, only: dict[str, tuple[int, ...]] | None = None, **points: Any
+) -> Family:
+    places = {
+        name: tuple(Place(f"{block}.{p.module}" if p.module else block, p.side, p.scale) for p in parts)
+        for name, parts in points.items()
+    }
+    ends = {"resid_pre": (Place(block, "input"),), "resid_post": (Place(block, "output"),)}
+    return Family(config, block, {**ends, **places}, only or {})
+
+
+def _llama(config: Callable[[], Any]) -> Family:
+    return _family(
+        config, "model.layers.{i}",
+        mixer_out=_out("self_attn"), resid_mid=_in("post_attention_layernorm"), mlp_out=_out("mlp"),
+    )  # fmt: skip
+
+
+def _sandwich(config: Callable[[], Any]) -> Family:
+    return _family(
+        config, "model.layers.{i}",
+        mixer_out=_out("post_attention_layernorm"), resid_mid=_in("pre_feedforward_layernorm"),
+        mlp_out=_out("post_feedforward_layernorm"),
+    )  # fmt: skip
+
+
+def _falcon(**settings: Any) -> Callable[[], Any]:
+    sizes = {k: v for k, v in _COMMON.items() if k not in ("num_key_value_heads", "intermediate_size")}
+    return lambda: tf.FalconConfig(**sizes, **settings)
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": _family(
+        lambda: tf.GPT2Config(**_GPT), "transformer.h.{i}",
+        mixer_out=_out("attn"), resid_mid=_in("ln_2"), mlp_out=_out("mlp"),
+    ),
+    "llama": _llama(lambda: tf.LlamaConfig(**_COMMON)),
+    "qwen2": _llama(lambda: tf.Qwen2Config(**_COMMON)),
+    "mistral": _llama(lambda: tf.MistralConfig(**_COMMON)),
+    "gemma": _llama(lambda: tf.GemmaConfig(**_COMMON, head_dim=8)),
+    "qwen3": _llama(lambda: tf.Qwen3Config(**_COMMON, head_dim=8)),
+    "qwen3_moe": _llama(
+        lambda: tf.Qwen3MoeConfig(
+            **_COMMON, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1
+        )
+    ),
+    "mixtral": _llama(lambda: tf.MixtralConfig(**_COMMON, num_local_experts=4, num_experts_per_tok=2)),
+    "deepseek_v3": _llama(
+        lambda: tf.DeepseekV3Config(
+            **{**_COMMON, "num_key_value_heads": 4}, first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=2,
+            n_group=2, topk_group=1, moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4,
+            qk_nope_head_dim=8, v_head_dim=8,
+        )
+    ),
+    "gemma2": _sandwich(lambda: tf.Gemma2Config(**_COMMON, head_dim=8, sliding_window=16)),
+    "gemma3": _sandwich(lambda: tf.Gemma3TextConfig(**_COMMON, head_dim=8, sliding_window=16)),
+    "opt": Family(
+        lambda: tf.OPTConfig(
+            vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=LAYERS, num_attention_heads=4,
+            max_position_embeddings=128, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+        ),
+        "model.decoder.layers.{i}",
+        {
+            "resid_pre": (Place("model.decoder.layers.{i}", "input"),),
+            "mixer_out": (Place("model.decoder.layers.{i}.self_attn", "output"),),
+            # No module of the model has it: the two are added outside.
+            "resid_mid": (
+                Place("model.decoder.layers.{i}", "input"), Place("model.decoder.layers.{i}.self_attn", "output"),
+            ),
+            "resid_post": (Place("model.decoder.layers.{i}", "output"),),
+        },
+        {},
+    ),
+    "gpt_neox": _family(
+        lambda: tf.GPTNeoXConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
+            num_attention_heads=4, max_position_embeddings=128, rotary_pct=0.5, pad_token_id=0, bos_token_id=1,
+            eos_token_id=None,
+        ),
+        "gpt_neox.layers.{i}", mixer_out=_out("attention"), mlp_out=_out("mlp"),
+    ),
+    "gptj": _family(
+        lambda: tf.GPTJConfig(**_GPT, rotary_dim=4), "transformer.h.{i}", mixer_out=_out("attn"), mlp_out=_out("mlp")
+    ),
+    # Both add the attention's output into the MLP's output in place: a hook that does not copy sees the sum.
+    "falcon_7b": _family(
+        _falcon(multi_query=True, parallel_attn=True, new_decoder_architecture=False), "transformer.h.{i}",
+        mixer_out=_out("self_attention"), mlp_out=_out("mlp"),
+    ),
+    "falcon_40b": _family(
+        _falcon(new_decoder_architecture=True, num_kv_heads=2), "transformer.h.{i}",
+        mixer_out=_out("self_attention"), mlp_out=_out("mlp"),
+    ),
+    "falcon_sequential": _family(
+        _falcon(multi_query=False, parallel_attn=False, new_decoder_architecture=False, alibi=True),
+        "transformer.h.{i}",
+        mixer_out=_out("self_attention"), resid_mid=_in("post_attention_layernorm"), mlp_out=_out("mlp"),
+    ),
+    "phi": _family(
+        lambda: tf.PhiConfig(**{**_COMMON, "num_key_value_heads": 4}, partial_rotary_factor=0.5), "model.layers.{i}",
+        mixer_out=_out("self_attn"), mlp_out=_out("mlp"),
+    ),
+    # BLOOM's attention adds the residual stream itself: its output is the middle of the block.
+    "bloom": _family(
+        lambda: tf.BloomConfig(
+            vocab_size=VOCABULARY, hidden_size=32, n_layer=LAYERS, n_head=4, pad_token_id=0, bos_token_id=1,
+            eos_token_id=None,
+        ),
+        "transformer.h.{i}", resid_mid=_out("self_attention"),
+    ),
+    "mamba": _family(
+        lambda: tf.MambaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=LAYERS, pad_token_id=0,
+            bos_token_id=1, eos_token_id=None,
+        ),
+        "backbone.layers.{i}", mixer_out=_out("mixer"),
+    ),
+    "jamba": _family(
+        lambda: tf.JambaConfig(
+            **_COMMON, attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+            num_experts=4, num_experts_per_tok=2, use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
+        ),
+        "model.layers.{i}", resid_mid=_in("pre_ff_layernorm"), mlp_out=_out("feed_forward"),
+    ),
+    "granite": _family(
+        lambda: tf.GraniteConfig(**_COMMON, residual_multiplier=0.22, embedding_multiplier=3.0), "model.layers.{i}",
+        mixer_out=_out("self_attn", 0.22), resid_mid=_in("post_attention_layernorm"), mlp_out=_out("mlp", 0.22),
+    ),
+    "olmo2": _family(
+        lambda: tf.Olmo2Config(**_COMMON), "model.layers.{i}",
+        mixer_out=_out("post_attention_layernorm"), resid_mid=_in("mlp"), mlp_out=_out("post_feedforward_layernorm"),
+    ),
+    "cohere": _family(
+        lambda: tf.CohereConfig(**_COMMON), "model.layers.{i}", mixer_out=_out("self_attn"), mlp_out=_out("mlp")
+    ),
+}  # fmt: skip
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The family's model, always the same one."""
+    torch.manual_seed(7)
+    model = tf.AutoModelForCausalLM.from_config(FAMILIES[name].config(), dtype=dtype)
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            if weight.ndim >= 2 and not path.endswith("A_log"):
+                weight.normal_(0, weight.shape[-1] ** -0.5)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What plain hooks saw: every place, pass by pass, joined along the positions."""
+
+    sequences: torch.Tensor
+    seen: dict[tuple[str, str], torch.Tensor]
+    """(module, side) -> [batch, padded prompt + generated - 1, d]"""
+    passes: int
+
+    def point(self, family: Family, point: str, layer: int) -> torch.Tensor:
+        """A point of a layer, [batch, pos, d], pads and all."""
+        total = None
+        for place in family.points[point]:
+            tensor = self.seen[place.module.replace("{i}", str(layer)), place.side]
+            tensor = tensor if place.scale == 1.0 else tensor * place.scale
+            total = tensor if total is None else total + tensor
+        assert total is not None
+        return total
+
+
+def generate(model: nn.Module, family: Family, token_ids: list[list[int]], **settings: Any) -> Reference:
+    """A plain `model.generate` of left-padded prompts, with hooks that copy what they see."""
+    width = max(map(len, token_ids))
+    inputs = {
+        "input_ids": torch.tensor([[0] * (width - len(ids)) + ids for ids in token_ids]),
+        "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in token_ids]),
+    }
+    seen: dict[tuple[str, str], list[torch.Tensor]] = {}
+    handles = []
+    places = {
+        (p.module.replace("{i}", str(i)), p.side) for ps in family.points.values() for p in ps for i in range(LAYERS)
+    }
+    for path, side in sorted(places):
+        module = model.get_submodule(path)
+        kept = seen.setdefault((path, side), [])
+        if side == "input":
+            handles.append(module.register_forward_pre_hook(_keep_input(kept), with_kwargs=True))
+        else:
+            handles.append(module.register_forward_hook(_keep_output(kept)))
+    calls: list[int] = []
+    handles.append(model.register_forward_pre_hook(lambda module, args: calls.append(1)))
+    sequences = model.generate(**inputs, pad_token_id=0, **settings)
+    for handle in handles:
+        handle.remove()
+    return Reference(sequences, {key: torch.cat(parts, dim=1) for key, parts in seen.items()}, len(calls))
+
+
+def _keep_input(kept: list[torch.Tensor]) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        kept.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+    return hook
+
+
+def _keep_output(kept: list[torch.Tensor]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        kept.append((output[0] if isinstance(output, tuple) else output).detach().clone())
+
+    return hook

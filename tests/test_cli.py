@@ -1,0 +1,394 @@
+"""The command line as a person and a program meet it: what is on stdout, what on stderr, and the exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from documents import hybrid
+
+import hookmap
+from hookmap.architecture_map import parse
+from hookmap.cli.main import main
+from hookmap.cli.settings import parse_layers
+from hookmap.demo import MODEL_PATH
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hookmap.yaml and no HOOKMAP_MODEL of the person who runs the tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOOKMAP_MODEL", raising=False)
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(main, list(args))
+
+
+def config_folder(folder: Path, **changes: Any) -> Path:
+    """A model folder with a config and nothing else: enough for discover, show and verify --random."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 61}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes, **heads, **changes}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def capture_demo(folder: str, *more: str) -> Result:
+    return run(
+        "capture", "--points", "resid_pre,resid_mid", "--layers", "8,-4", "--max-new-tokens", "4", "-o", folder, *more
+    )
+
+
+# The main job ---------------------------------------------------------------------------------------------------------
+
+
+def test_discover_prints_the_map_for_programs_and_the_table_for_people(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "llama")
+    piped = run("discover", str(folder))
+    assert piped.exit_code == 0, piped.output
+    assert parse(piped.stdout) == hookmap.discover(str(folder))
+    assert "post_attention_layernorm.input[0]" in piped.stderr
+
+    only_json = run("discover", str(folder), "--json")
+    assert only_json.stdout == piped.stdout
+    assert only_json.stderr == ""
+
+    written = run("discover", str(folder), "-o", "map.json", "--quiet")
+    assert (written.stdout, written.stderr) == ("", "wrote map.json\n")
+    assert hookmap.load_map("map.json") == parse(piped.stdout)
+
+
+def test_capture_prints_its_folder_and_inspect_shows_it(tmp_path: Path) -> None:
+    captured = capture_demo("run", "--prompt", "2 and 3?", "--prompt", "Tom has 3 apples.")
+    assert captured.exit_code == 0, captured.output
+    assert captured.stdout == "run\n"
+    assert "the bundled demo model" in captured.stderr
+    assert "2 samples, 4 tensors" in captured.stderr, "the size is told before it begins"
+
+    store = hookmap.open_store("run")
+    assert store.keys == (("resid_pre", 8), ("resid_mid", 8), ("resid_pre", 16), ("resid_mid", 16))
+    assert "<|im_start|>user\n2 and 3?" in store.samples[0].prompt, "a chat model is asked as a user asks it"
+
+    shown = run("inspect", "run", "--verify")
+    assert shown.exit_code == 0 and shown.stdout == ""
+    for part in ("finished", "2 and 3?", "resid_mid", "F32", "× 64", "mean norm", "sound"):
+        assert part in shown.stderr
+    found = json.loads(run("inspect", "run", "--json").stdout)
+    assert (found["samples"], found["layers"], found["finished"]) == (2, [8, 16], True)
+    norm = store.read(0, "resid_mid", 8).norm(dim=1).sum() + store.read(1, "resid_mid", 8).norm(dim=1).sum()
+    mean = next(t["mean_norm"] for t in found["tensors"] if t["name"] == "resid_mid.8")
+    assert mean == pytest.approx(float(norm) / found["rows"], rel=1e-5)
+
+
+def test_capture_without_a_folder_makes_a_new_one_each_time() -> None:
+    args = ("capture", "--points", "embed", "--prompt", "a", "--max-new-tokens", "1", "--no-chat")
+    assert [run(*args).stdout for _ in range(2)] == ["captures/0001\n", "captures/0002\n"]
+    assert hookmap.open_store("captures/0001").samples[0].prompt == "a", "--no-chat sends it as it is"
+
+
+def test_the_same_seed_samples_the_same_text() -> None:
+    texts = []
+    for folder, seed in (("a", "1"), ("b", "1"), ("c", "2"), ("d", "3")):
+        args = ("--temperature", "3", "--seed", seed, "--prompt", "x", "--max-new-tokens", "12")
+        done = run("capture", "--points", "embed", "-o", folder, *args)
+        assert done.exit_code == 0, done.output
+        texts.append(hookmap.open_store(folder).tokens[0])
+    assert texts[0] == texts[1]
+    # At temperature 3 over 259 characters, that three seeds give the same 12 tokens is less likely than 1e-6.
+    assert len(set(texts)) > 1
+
+
+def test_prompts_come_from_a_file_of_json_lines() -> None:
+    lines = [
+        '"one"',
+        '{"prompt": "two"}',
+        '{"question": "three"}',
+        "",
+        '{"messages": [{"role": "user", "content": "four"}]}',
+    ]
+    Path("p.jsonl").write_text("\n".join(lines))
+    done = capture_demo("run", "--prompts", "p.jsonl", "--batch-size", "3")
+    assert done.exit_code == 0, done.output
+    prompts = [sample.prompt for sample in hookmap.open_store("run").samples]
+    assert [word in prompt for word, prompt in zip(("one", "two", "three", "four"), prompts, strict=True)] == [True] * 4
+
+
+def test_show_draws_each_point_next_to_its_module(tmp_path: Path) -> None:
+    done = run("show", str(config_folder(tmp_path / "llama")))
+    assert done.exit_code == 0, done.output
+    lines = [line.strip("│├└─ ") for line in done.stdout.splitlines()]
+    place = {line.split("  ")[0]: number for number, line in enumerate(lines)}
+    in_order = [
+        "layers 0–2: LlamaDecoderLayer", "● resid_pre", "input_layernorm", "● mixer_in = attn_in", "self_attn",
+        "● mixer_out = attn_out = mixer_out_raw = attn_out_raw", "● resid_mid", "post_attention_layernorm", "● mlp_in",
+        "mlp", "● resid_post", "norm", "● final_norm", "lm_head", "● logits",
+    ]  # fmt: skip
+    assert [place[text] for text in in_order] == sorted(place[text] for text in in_order)
+    assert lines.count("q_proj  Linear") == 1, "layers of one kind are one branch"
+
+
+def test_show_needs_no_model_beside_a_map() -> None:
+    parse(hybrid()).save("map.json")
+    done = run("show", "map.json")
+    assert done.exit_code == 0 and done.stderr == ""
+    for part in ("layers 0–1, 4: Block", "layers 2, 5: Block", "layer 3: ParallelBlock", "0.5 × self_attn.output[0]"):
+        assert part in done.stdout
+    assert "○ no resid_mid, resid_mid_sum  attention and MLP run in parallel" in done.stdout
+
+
+def test_verify_passes_on_a_true_map_and_exits_1_on_a_false_one(tmp_path: Path) -> None:
+    folder = str(config_folder(tmp_path / "llama"))
+    good = run("verify", folder, "--random")
+    assert good.exit_code == 0 and good.stdout == "" and "the map tells the truth" in good.stderr
+
+    document = json.loads(run("discover", folder, "--json").stdout)
+    points = document["kinds"][0]["points"]
+    points["resid_mid"] = points["resid_pre"]
+    Path("false.json").write_text(json.dumps(document))
+    bad = run("verify", folder, "--random", "--map", "false.json", "--json")
+    assert bad.exit_code == 1 and bad.stderr == ""
+    assert [c for c in json.loads(bad.stdout)["checks"] if not c["passed"]]
+
+
+# Which model ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_the_typed_one_then_the_environment_then_the_file_then_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {name: number for number, name in enumerate(("typed", "environment", "file"), start=1)}
+    for name, layers in sizes.items():
+        config_folder(tmp_path / "models" / name, num_hidden_layers=layers)
+    (tmp_path / "below").mkdir()
+
+    def layers(*args: str) -> tuple[int, str]:
+        done = run("discover", "--quiet", *args)
+        assert done.exit_code == 0, done.output
+        return parse(done.stdout).num_layers, done.stderr
+
+    assert layers() == (20, f"model: {MODEL_PATH} (the bundled demo model)\n")
+    (tmp_path / "hookmap.yaml").write_text("model: models/file\n")
+    monkeypatch.chdir(tmp_path / "below")
+    number, note = layers()
+    assert number == 3 and "named by hookmap.yaml" in note, "found upwards; its paths are relative to itself"
+    monkeypatch.setenv("HOOKMAP_MODEL", str(tmp_path / "models" / "environment"))
+    number, note = layers()
+    assert number == 2 and "named by HOOKMAP_MODEL" in note
+    assert layers(str(tmp_path / "models" / "typed")) == (1, "")
+
+
+def test_hookmap_yaml_gives_the_options_that_are_not_typed() -> None:
+    Path("hookmap.yaml").write_text("points: [resid_pre, embed]\nlayers: [3, -1]\nmax_new_tokens: 1\n")
+    done = run("capture", "--prompt", "a", "-o", "run")
+    assert done.exit_code == 0, done.output
+    assert hookmap.open_store("run").keys == (("embed", None), ("resid_pre", 3), ("resid_pre", 19))
+
+
+def test_every_wrong_key_of_hookmap_yaml_is_named() -> None:
+    Path("hookmap.yaml").write_text("modle: x\nmax_new_tokens: many\nlayers: []\nnonsense: 1\n")
+    done = run("discover")
+    assert done.exit_code == 2
+    for part in (
+        "unknown key 'modle': did you mean model?",
+        "max_new_tokens: expected a whole number, at least 1, found 'many'",
+        "layers: expected a list",
+        "unknown key 'nonsense': the keys are model, map,",
+    ):
+        assert part in done.stderr
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a\n- b\n"])
+def test_a_hookmap_yaml_that_cannot_be_read_is_wrong_usage(text: str) -> None:
+    Path("hookmap.yaml").write_text(text)
+    assert run("discover").exit_code == 2
+
+
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("8,12,16", [8, 12, 16]), ("0-3", [0, 1, 2, 3]), ("-1", [-1]), ("-3--1, 5", [-3, -2, -1, 5]), ("all", "all")],
+)
+def test_layers_are_numbers_ranges_negatives_or_all(text: str, layers: Any) -> None:
+    assert parse_layers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["8;12", "3-1", "a", "", "1.5", ","])
+def test_layers_that_are_none_are_wrong_usage(text: str) -> None:
+    done = run("capture", "--points", "resid_pre", "--layers", text)
+    assert done.exit_code == 2
+    assert "--layers" in done.stderr or "which" in done.stderr
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("capture", "--prompt", "a"), "which points? For example: --points resid_pre,resid_mid"),
+        (("capture", "--points", "embed", "--max-new-tokens", "0"), "x>=1"),
+        (("capture", "--points", "embed", "--dtype", "int7"), "bfloat16"),
+        (("capture", "--points", "embed", "--resume"), "-o DIR"),
+        (("capture", "--points", "embed", "--temperature", "0", "--top-k", "3"), "greedy"),
+        (("capture", "--points", "embed", "--prompts", "none.jsonl"), "none.jsonl cannot be read"),
+        (("discover", "a", "b"), "Got unexpected extra argument"),
+        (("inspect",), "Missing argument 'DIR'"),
+        (("discovr",), "No such command 'discovr'"),
+        (("discover", "--jsn"), "--json"),
+    ],
+)
+def test_wrong_usage_exits_2_and_says_what_is_right(args: tuple[str, ...], message: str) -> None:
+    done = run(*args)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+def test_every_wrong_line_of_a_prompts_file_is_named() -> None:
+    Path("p.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\nnot json\n{"prompt": 3}\n')
+    done = capture_demo("run", "--prompts", "p.jsonl")
+    assert done.exit_code == 2
+    for part in ("line 2: expected one of the fields prompt", "line 3, column 1: not JSON", "line 4: expected a text"):
+        assert part in done.stderr
+
+
+def failed(*args: str) -> str:
+    """Runs, expects exit code 1 and one message without a traceback; returns it."""
+    done = run(*args)
+    assert done.exit_code == 1, done.output
+    assert done.stdout == ""
+    assert "error: " in done.stderr and "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_an_unknown_model_without_a_network_says_all_that_was_tried() -> None:
+    start = time.perf_counter()
+    message = failed("discover", "nobody/nothing")
+    assert "nobody/nothing" in message and "hookmap ships no map that could stand in" in message
+    assert time.perf_counter() - start < 15, "no long retries"
+
+
+def test_a_known_model_without_a_network_is_answered_from_the_shipped_map_and_says_so() -> None:
+    done = run("discover", "willcb/Qwen3-0.6B")
+    assert done.exit_code == 0, done.output
+    assert parse(done.stdout).num_layers == 28
+    assert "the map that ships with hookmap" in done.stderr
+    assert run("show", "willcb/Qwen3-0.6B").exit_code == 0
+
+
+def test_a_folder_that_is_no_model_is_told_apart_from_a_hub_id(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in failed("discover", str(tmp_path / "empty"))
+    assert "config.json" in failed("capture", str(tmp_path / "empty"), "--points", "embed", "--prompt", "a")
+
+
+def test_a_broken_map_names_the_field_and_the_command() -> None:
+    document = hybrid()
+    document["d_model"] = "wide"
+    Path("broken.json").write_text(json.dumps(document))
+    message = failed("show", "broken.json")
+    assert 'd_model: expected a whole number, at least 1, found "wide"' in message
+    assert "hookmap discover MODEL -o broken.json" in message
+
+
+def test_a_map_of_another_model_is_refused() -> None:
+    parse(hybrid()).save("other.json")
+    message = failed("capture", "--map", "other.json", "--points", "resid_pre", "--prompt", "a", "-o", "run")
+    assert "HybridForCausalLM" in message and "Qwen3ForCausalLM" in message
+    assert not Path("run").exists()
+
+
+def test_layer_99_and_a_misspelt_point_are_told_together() -> None:
+    message = failed("capture", "--points", "resid_midd", "--layers", "3,99", "--prompt", "a", "-o", "run")
+    assert "did you mean resid_mid" in message and "layer 99 is out of range" in message
+    assert not Path("run").exists()
+
+
+def test_a_folder_that_is_no_capture_says_how_to_make_one(tmp_path: Path) -> None:
+    assert "hookmap capture" in failed("inspect", str(tmp_path))
+    assert "nothing there" in failed("inspect", "nowhere")
+
+
+def test_a_damaged_capture_fails_inspect_verify() -> None:
+    assert capture_demo("run", "--prompt", "a").exit_code == 0
+    shard = next(Path("run").rglob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-8])
+    assert "is damaged" in failed("inspect", "run", "--no-norms", "--verify")
+
+
+def test_a_used_folder_is_not_written_over() -> None:
+    assert capture_demo("run", "--prompt", "a").exit_code == 0
+    assert "--resume" in failed("capture", "--points", "embed", "--prompt", "b", "-o", "run")
+    assert hookmap.open_store("run").points == ("resid_pre", "resid_mid")
+
+
+def test_an_unwritable_output_is_one_line() -> None:
+    assert "No such file or directory: no/such/map.json" in failed("discover", "-q", "-o", "no/such/map.json")
+
+
+def test_debug_shows_the_traceback_wherever_it_is_typed() -> None:
+    for args in (("--debug", "inspect", "nowhere"), ("inspect", "nowhere", "--debug")):
+        done = run(*args)
+        assert isinstance(done.exception, hookmap.StoreError)
+
+
+# As a program is run ------------------------------------------------------------------------------------------------
+
+
+def start(*args: str, **options: Any) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(CHECKOUT / "cli.py"), *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_the_version_and_the_exit_codes_of_the_real_program() -> None:
+    version = start("--version")
+    assert version.communicate()[0] == f"hookmap, version {hookmap.__version__}\n"
+    wrong = start("inspect")
+    assert "Usage" in wrong.communicate()[1] and wrong.returncode == 2
+    broken = start("inspect", "nowhere")
+    assert "Traceback" not in broken.communicate()[1] and broken.returncode == 1
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    folder = config_folder(Path("llama"))
+    with start("discover", str(folder), "--json") as program:
+        assert program.stdout is not None and program.stderr is not None
+        program.stdout.close()
+        assert program.stderr.read() == ""
+
+
+def test_ctrl_c_keeps_the_finished_samples_and_resume_goes_on_with_them() -> None:
+    Path("p.jsonl").write_text("\n".join(json.dumps(f"Tom has {n} apples.") for n in range(400)))
+    args = ("capture", "--points", "resid_pre", "--layers", "3", "--prompts", "p.jsonl", "--max-new-tokens", "8")
+    more = ("--batch-size", "4", "-o", "run")
+    program = start(*args, *more)
+    samples = Path("run") / "samples.jsonl"
+    deadline = time.monotonic() + 120
+    while not (samples.exists() and samples.stat().st_size > 0):
+        assert program.poll() is None and time.monotonic() < deadline, program.communicate()[1]
+        time.sleep(0.02)
+    os.kill(program.pid, signal.SIGINT)
+    stdout, stderr = program.communicate(timeout=60)
+    assert (program.returncode, stdout) == (130, "")
+    assert "finished samples are kept in run" in stderr and "--resume -o run" in stderr
+    kept = hookmap.open_store("run")
+    assert 0 < len(kept) < 400 and not kept.finished
+    first = kept.read(0, "resid_pre", 3)
+
+    again = run(*args, *more, "--resume")
+    assert again.exit_code == 0, again.output
+    whole = hookmap.open_store("run")
+    assert whole.finished and len(whole) == 400
+    assert whole.read(0, "resid_pre", 3).equal(first)
