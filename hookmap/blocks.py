@@ -10,17 +10,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 from hookmap.dataflow import ModuleCall, Operation, Place
 from hookmap.errors import DiscoveryError
 from hookmap.values import HEAVY, Exposure, Step, Values
 
 _STEP_COST = {"add": 0, "scale": 0, "cast": 0, "norm": 1, "gate": 2}
-_MIXING = {
-    "flip", "roll", "unfold", "cumsum", "cumprod", "logcumsumexp", "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention", "_scaled_dot_product_attention_math",
-    "scaled_dot_product_attention", "_fft_r2c", "_fft_c2c", "_fft_c2r",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,8 +106,9 @@ def find_stack(values: Values, seq: int) -> Stack:
     candidates = [stack for group in _groups(values) if (stack := _stack(values, *group, seq)) is not None]
     if not candidates:
         raise DiscoveryError(
-            "no list of blocks was found: expected modules numbered 0, 1, 2, … that hand a tensor [batch, pos, d_model] "
-            "from one to the next. If this is a causal language model, please report it with its config."
+            "no list of blocks was found: expected modules numbered 0, 1, 2, … that hand a tensor "
+            "[batch, pos, d_model] from one to the next. If this is a causal language model, please report it "
+            "with its config."
         )
     return max(candidates, key=lambda s: (len(s.streams), -s.path.count("."), -min(c.enter for c in s.calls.values())))
 
@@ -137,7 +134,7 @@ def _stack(values: Values, path: str, calls: dict[int, ModuleCall], length: int,
     streams: dict[int, tuple[int, int]] = {}
     entries: dict[int, set[Place]] = {}
     exits: dict[int, int] = {}
-    for here, after in zip(numbers, numbers[1:], strict=False):
+    for here, after in pairwise(numbers):
         leaving, entering = wide(calls[here].outputs), wide(calls[after].entered)
         for value in leaving.values():
             places = {place for place, other in entering.items() if other == value}
@@ -223,7 +220,7 @@ def _parts(block: Block, value: int, total: int) -> list[int]:
     if stands_inside(block, value) or not block.values.made_in(value, block.call):
         return [value]
     op = block.values.producers[value]
-    sides = [v for v in block.values.operands(op)] if op.name == "add" else []
+    sides = block.values.operands(op) if op.name == "add" else ()
     if len(sides) == 2 and all(block.values.size(v) == block.values.size(value) for v in sides):
         return [part for side in sides for part in _parts(block, side, total)]
     return [value]
@@ -258,4 +255,4 @@ def mixes(values: Values, op: Operation, seq: int) -> bool:
     if op.name in ("cumsum", "cumprod", "logcumsumexp", "flip", "roll"):
         dims = op.args[-1] if isinstance(op.args[-1], (list, tuple)) else [op.args[1]]
         return any(isinstance(d, int) and sources[0][d] == seq for d in dims)
-    return op.name in _MIXING
+    return op.name in ("unfold", "_fft_r2c", "_fft_c2c", "_fft_c2r")

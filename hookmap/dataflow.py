@@ -24,11 +24,13 @@ Place = int | str | None
 # Above this a tensor with data is not kept alive (a dequantised weight, say); its identity ends with it.
 _KEEP_ALIVE_BYTES = 64 * 2**20
 
+
 @dataclass(frozen=True)
 class TensorRef:
     """A tensor in an operation's recorded arguments."""
 
     id: int
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -38,6 +40,7 @@ class TensorInfo:
     dtype: torch.dtype
     producer: int | None
     """index of the operation that made it; None for weights and inputs"""
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -52,6 +55,7 @@ class Operation:
     time: int
     call: int
     """index of the innermost module call around it"""
+
 
 @dataclass
 class ModuleCall:
@@ -69,6 +73,7 @@ class ModuleCall:
     """those of them that were not written to in place by the time it returned, as a forward hook finds them"""
     outputs: dict[Place, int] = field(default_factory=dict)
 
+
 @dataclass
 class Dataflow:
     """The graph of one forward pass. Times are one clock over operations, entries and exits."""
@@ -84,6 +89,7 @@ class Dataflow:
     def producer(self, tensor: int) -> Operation | None:
         index = self.tensors[tensor].producer
         return None if index is None else self.operations[index]
+
 
 def record(model: nn.Module, kwargs: dict[str, Any]) -> Dataflow:
     """Run `model(**kwargs)` once, without gradients, and return its dataflow. Leaves the model as it was."""
@@ -103,6 +109,7 @@ def record(model: nn.Module, kwargs: dict[str, Any]) -> Dataflow:
             handle.remove()
     return recorder.flow
 
+
 def leaves(value: Any) -> Iterator[tuple[Place, torch.Tensor]]:
     """The tensors of a module's arguments or output with their places; one level deep, as selectors reach."""
     if isinstance(value, torch.Tensor):
@@ -116,11 +123,12 @@ def leaves(value: Any) -> Iterator[tuple[Place, torch.Tensor]]:
             if isinstance(item := getattr(value, each.name), torch.Tensor):
                 yield each.name, item
 
-class _Recorder(TorchDispatchMode):
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Gives every tensor value a number and writes the graph down."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flow = Dataflow()
         self._model = model
         self._clock = 0
@@ -221,11 +229,13 @@ class _Recorder(TorchDispatchMode):
     def _boundary(self, value: Any) -> dict[Place, int]:
         return {place: self.identify(tensor) for place, tensor in leaves(value)}
 
+
 def _storage(tensor: torch.Tensor) -> int | None:
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse and opaque tensors have none
         return None
+
 
 def _meta_scalar(tensor: torch.Tensor) -> bool | int | float:
     """What `.item()` answers where there is no data: a one, which leaves most masks and counters on their usual way."""
@@ -233,11 +243,13 @@ def _meta_scalar(tensor: torch.Tensor) -> bool | int | float:
         return True
     return 1.0 if tensor.dtype.is_floating_point else 1
 
+
 def _written_arguments(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             if isinstance(value, torch.Tensor):
                 yield value
+
 
 Visitor = Callable[[Operation], None]

@@ -1,6 +1,6 @@
 """Model -> map: run one forward pass without weights, read the dataflow, name what is found.
 
-    discover(x): x -> module -> dataflow -> values -> blocks -> points -> kinds -> ArchitectureMap
+discover(x): x -> module -> dataflow -> values -> blocks -> points -> kinds -> ArchitectureMap
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def _kinds(stack: Stack, readings: dict[int, BlockPoints]) -> tuple[BlockKind, .
 
 def _kind(stack: Stack, number: int, reading: BlockPoints | None) -> BlockKind:
     if reading is None:
-        reason = "this layer is never called on text alone" if number not in stack.calls else "no stream was found in it"
+        reason = (
+            "this layer is never called on text alone" if number not in stack.calls else "no stream was found in it"
+        )
         names = [name for name, point in POINTS.items() if point.per_layer]
         return BlockKind(
             name="not_called", block_class="", layers=(), branch_order="other", norm_placement="other",

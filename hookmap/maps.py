@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,11 +68,10 @@ def build_all(
 ) -> list[Entry]:
     """Build the maps of these model types into `folder`, each in a process of its own."""
     entries: list[Entry] = []
-    with ProcessPoolExecutor(workers, max_tasks_per_child=8) as pool:
-        running = [pool.submit(build_type, model_type, folder) for model_type in types]
-        for done in as_completed(running):
-            entries.append(done.result())
-            report(entries[-1])
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=8) as pool:
+        for entry in pool.imap_unordered(partial(build_type, folder=folder), types):
+            entries.append(entry)
+            report(entry)
     return sorted(entries, key=lambda entry: entry.model_type)
 
 
@@ -86,7 +86,9 @@ def build_type(model_type: str, folder: Path) -> Entry:
         found = build(CONFIG_MAPPING[model_type]())
     except HookmapError as error:
         wrong = "does not verify" in str(error)
-        return Entry(model_type, "SILENTLY WRONG" if wrong else "ERROR", detail=str(error), seconds=time.monotonic() - begun)
+        return Entry(
+            model_type, "SILENTLY WRONG" if wrong else "ERROR", detail=str(error), seconds=time.monotonic() - begun
+        )
     except Exception as error:  # transformers' own failures to make a config
         return Entry(model_type, "ERROR", detail=f"{type(error).__name__}: {error}", seconds=time.monotonic() - begun)
     found.save(folder / f"{found.architecture}.json")

@@ -37,6 +37,7 @@ class HookedModel:
         architecture_map: ArchitectureMap,
         name: str | None = None,
         why_no_tokenizer: str = NO_TOKENIZER,
+        nnsight_model: Any = None,
     ) -> None:
         """For callers there is `hookmap.open`, which also holds the map against the model. `name`: hub id or path."""
         self.map = architecture_map
@@ -44,7 +45,7 @@ class HookedModel:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
-        self._engine = NNsightEngine(model, _generating_root(model))
+        self._engine = NNsightEngine(model, _generating_root(model), nnsight_model)
 
     def capture(
         self,
@@ -129,9 +130,10 @@ def open(
 ) -> HookedModel:
     """A model to capture from.
 
-    x: a hub id, a local folder, a loaded torch module, or an nnsight model (its module is used; give modules their
-    `tokenizer`, if prompts are to be text). map: a map, a map file or an architecture's name; discovered from the
-    model as it stands where none is given. tokenizer: a tokenizer, or where to load it from.
+    x: a hub id, a local folder, a loaded torch module, or an nnsight model (its module and its stored edits are used).
+    tokenizer: a tokenizer, or where to load it from; x's own where x has one, and needed for prompts that are text.
+    map: a map, a map file or an architecture's name; where none is given, what discovery finds on the loaded model.
+    dtype: "auto" is the checkpoint's own. device: None is a GPU where there is one; both are for hub ids and folders.
     Raises ModelError, TokenizerError, DiscoveryError, and MapMismatchError where the given map contradicts the model.
     """
     given = load_map(os.fspath(map)) if isinstance(map, str | os.PathLike) else map
@@ -151,7 +153,8 @@ def open(
     with lock_of(module):
         architecture_map = _map_for(module, given)
     name = os.fspath(x) if isinstance(x, str | os.PathLike) else architecture_map.model_id
-    return HookedModel(module, tokenizer, architecture_map, name, why_none)
+    nnsight_model = None if isinstance(x, str | os.PathLike | nn.Module) else x
+    return HookedModel(module, tokenizer, architecture_map, name, why_none, nnsight_model)
 
 
 def _module_of(x: Any) -> nn.Module:

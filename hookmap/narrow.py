@@ -30,7 +30,10 @@ _CEILINGS: tuple[tuple[str, int], ...] = (
     (r"(linear|mamba|ssm)_.*(key|value|num).*heads", 4),
     (r"(attention|encoder|decoder)_(attention_)?heads|(^|_)n_heads?$|num_heads|num_attention_heads", 4),
     (r"(intermediate|ffn|inner|ff|mlp|expert|feed_?forward|shared).*(dim|size|hidden)|n_inner|d_ff|d_inner", 128),
-    (r"hidden_size|d_model|n_embd|^dim$|(embed|embedding|emb|proj|model|lru|vision|output|input)_?(dim|size|width)", 64),
+    (
+        r"hidden_size|d_model|n_embd|^dim$|(embed|embedding|emb|proj|model|lru|vision|output|input)_?(dim|size|width)",
+        64,
+    ),
     (r"width", 64),
 )
 _TOKEN = re.compile(r"token_id$|token_index$")

@@ -60,8 +60,8 @@ _TRANSFORMER_LENS = {
     "hook_resid_post": "resid_post",
 }
 _FALSE_FRIENDS = {
-    "hook_mlp_in": "TransformerLens's hook_mlp_in is the stream before the norm: use resid_mid (or mlp_in, after it)",
-    "hook_attn_in": "TransformerLens's hook_attn_in is the stream before the norm: use resid_pre (or attn_in, after it)",
+    "hook_mlp_in": "TransformerLens's hook_mlp_in is the stream before the norm: use resid_mid (or mlp_in)",
+    "hook_attn_in": "TransformerLens's hook_attn_in is the stream before the norm: use resid_pre (or attn_in)",
     "attentions_input": "nnterp's attentions_input is the attention module's input: use attn_in",
 }
 _BLOCK_NAME = re.compile(r"^blocks\.(\d+)\.(.+)$")

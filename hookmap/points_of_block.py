@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from hookmap.architecture_map import Branch as BranchDocument
@@ -55,11 +56,14 @@ class _Reader:
         self._attention_names()
         if any(step.kind == "norm" for step in block.path):
             self.norms.add("post")
-        points.norm_placement = (
-            "sandwich" if len(self.norms) == 2 else next(iter(self.norms)) if self.norms else "none"  # type: ignore[assignment]
-        )
+        points.norm_placement = self._norm_placement()
         points.relations = self._relations()
         return points
+
+    def _norm_placement(self) -> NormPlacement:
+        if self.norms == {"pre", "post"}:
+            return "sandwich"
+        return "pre" if "pre" in self.norms else "post" if "post" in self.norms else "none"
 
     def _branch_order(self) -> BranchOrder:
         if not self.mixers or not self.mlps:
@@ -160,7 +164,11 @@ class _Reader:
 
     def _put_sum(self, name: str, parts: list[int], factor: float | None) -> None:
         taps = [self.tapper.tap(part) for part in parts]
-        if factor is None or any(tap is None for tap in taps) or (factor != 1.0 and any(len(t.terms) > 1 for t in taps if t)):
+        if (
+            factor is None
+            or any(tap is None for tap in taps)
+            or (factor != 1.0 and any(len(t.terms) > 1 for t in taps if t))
+        ):
             self.points.unavailable[name] = "no module boundary exposes it, nor the tensors it is the sum of"
             return
         found = [tap for tap in taps if tap is not None]
@@ -171,7 +179,9 @@ class _Reader:
         """The stream after each addition but the last, as the next branch reads it."""
         order = self.points.branch_order
         reasons = {
-            "parallel": "attention and MLP run in parallel" if self._is_attention() else "mixer and MLP run in parallel",
+            "parallel": "attention and MLP run in parallel"
+            if self._is_attention()
+            else "mixer and MLP run in parallel",
             "mixer_only": "this block has no MLP",
             "mlp_only": "this block has no mixer",
             "other": "no residual addition was found in this block",
@@ -183,7 +193,7 @@ class _Reader:
         path = self.block.path
         first = adds.index(self.mixers[0].step)
         middles = []
-        for add, following in zip(adds, adds[1:], strict=False):
+        for add, following in pairwise(adds):
             summed, read = path[add].result, path[following].source
             middles.append((summed, read))
         summed, read = middles[first]
@@ -204,7 +214,9 @@ class _Reader:
         attention = self._is_attention()
         for name in ("in", "out_raw", "out"):
             if attention:
-                for found in [n for n in self.points.taps if n.startswith(f"mixer_{name}") and n.split(".")[0] == f"mixer_{name}"]:
+                for found in [
+                    n for n in self.points.taps if n.startswith(f"mixer_{name}") and n.split(".")[0] == f"mixer_{name}"
+                ]:
                     self.points.taps[found.replace("mixer_", "attn_")] = self.points.taps[found]
             if f"attn_{name}" not in self.points.taps:
                 self.points.unavailable[f"attn_{name}"] = (
@@ -226,7 +238,9 @@ class _Reader:
                     for b in self.block.branches
                     if b.step == position and b.role != "other"
                 ] or ["other"]
-                lines.append(f"{names[position + 1]} = {_times(step.source_factor)}{names[position]} + {' + '.join(added)}")
+                lines.append(
+                    f"{names[position + 1]} = {_times(step.source_factor)}{names[position]} + {' + '.join(added)}"
+                )
             elif step.kind == "cast":
                 lines.append(f"{names[position + 1]} = {names[position]}")
             else:
@@ -319,7 +333,11 @@ def _mlp_type(branches: list[Branch], values: Values, seq: int) -> BranchDocumen
     for op in (op for branch in branches for op in branch.ops if op.name in ("topk", "sort")):
         experts = values.flow.tensors[op.inputs[0]].shape[-1]
         kept = values.flow.tensors[op.outputs[0]].shape[-1]
-        if seq in values.flow.tensors[op.inputs[0]].shape[:-1] and kept < experts and (best is None or experts > best[0]):
+        if (
+            seq in values.flow.tensors[op.inputs[0]].shape[:-1]
+            and kept < experts
+            and (best is None or experts > best[0])
+        ):
             best = (experts, kept)
     if best is None:
         return BranchDocument(type="dense")

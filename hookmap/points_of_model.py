@@ -105,5 +105,5 @@ def _next_norm(values: Values, value: int, after: int) -> int | None:
         result = values.value(op.outputs[0]) if op.time > after and op.outputs else value
         if result != value and op.name == "_to_copy":
             return _next_norm(values, result, after)
-    later = [o for o in values.producers if (p := values.producers[o]).time > after and values.norm_source(o) == value]
-    return max(later, key=lambda o: values.producers[o].time, default=None)
+    later = [v for v, op in values.producers.items() if op.time > after and values.norm_source(v) == value]
+    return max(later, key=lambda v: values.producers[v].time, default=None)

@@ -19,7 +19,8 @@ from hookmap.errors import DiscoveryError, ModelError
 # Settings that leave the structure alone: they differ between copies of one model.
 _VOLATILE = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation", "attn_implementation",
-    "use_cache", "is_decoder", "output_attentions", "output_hidden_states", "return_dict", "architectures", "id2label", "label2id",
+    "use_cache", "is_decoder", "output_attentions", "output_hidden_states", "return_dict", "architectures",
+    "id2label", "label2id",
     "bos_token_id", "eos_token_id", "pad_token_id", "problem_type", "chunk_size_feed_forward", "_commit_hash",
     "auto_map", "quantization_config",
 }  # fmt: skip
@@ -59,7 +60,9 @@ def build(
                 config, attn_implementation="eager", dtype=dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:
-        raise ModelError(f"transformers cannot build {type(config).__name__}: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"transformers cannot build {type(config).__name__}: {type(error).__name__}: {error}"
+        ) from error
     return model.eval()
 
 
@@ -122,8 +125,7 @@ def eager(model: nn.Module) -> Iterator[None]:
 
 def config_hash(config: dict[str, Any]) -> str:
     """sha256 of what in a config decides the structure, as `config.to_dict()` gives it."""
-    kept = {k: v for k, v in _structural(config).items()}
-    text = json.dumps(kept, sort_keys=True, default=str)
+    text = json.dumps(_structural(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

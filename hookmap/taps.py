@@ -26,7 +26,7 @@ class Tapper:
         self.calls_of = _calls_of(values)
 
     def tap(self, value: int, prefer: str = "output") -> Tap | None:
-        """One boundary if there is one, else the scaled one, else the sum the model itself computes, else a flat one."""
+        """One boundary if there is one, else the scaled one, else the sum that the model computes, else a flat one."""
         exposures = self._exposures(value)
         whole = [e for e in exposures if not self._is_flat(e)]
         if whole:

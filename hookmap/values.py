@@ -87,9 +87,7 @@ class Values:
     @cached_property
     def producers(self) -> dict[int, Operation]:
         """value -> the operation that computed it; weights and inputs have none."""
-        return {
-            self.value(output): op for op in self.flow.operations if not self._is_same(op) for output in op.outputs
-        }
+        return {self.value(output): op for op in self.flow.operations if not self._is_same(op) for output in op.outputs}
 
     @cached_property
     def consumers(self) -> dict[int, list[Operation]]:
@@ -179,7 +177,10 @@ class Values:
             yield from self._additions(value, op, same_size)
         elif op.name in ("mul", "div"):
             yield from self._products(value, op, same_size)
-        elif op.name in ("_to_copy", "transpose", "permute", "t", "expand", "slice", "convert_element_type") and same_size:
+        elif (
+            op.name in ("_to_copy", "transpose", "permute", "t", "expand", "slice", "convert_element_type")
+            and same_size
+        ):
             yield Step("cast", same_size[0], value)
         if (source := self.norm_source(value)) is not None:
             yield Step("norm", source, value)

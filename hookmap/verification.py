@@ -124,7 +124,7 @@ class _Verifier:
         self.map, self.model = found, model
         self.selectors = select(found)
         generator = torch.Generator().manual_seed(seed)
-        vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         device = next(model.parameters()).device
         self.ids = torch.randint(min(5, vocab - 1), vocab, (_BATCH, _POSITIONS), generator=generator).to(device)
         self.events: list[tuple[str, str]] = []
@@ -212,7 +212,6 @@ class _Verifier:
     # Checks -----------------------------------------------------------------------------------------------------
 
     def _shapes(self, values: dict[Key, Tensor]) -> Check:
-        width = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
         wrong = [f"{s} was not reached" for s in self.selectors if (s.point, s.layer) not in values]
         for (point, layer), tensor in values.items():
             if tuple(tensor.shape[:2]) != (_BATCH, _POSITIONS):
@@ -220,7 +219,6 @@ class _Verifier:
         widths = {tensor.shape[-1] for (point, _), tensor in values.items() if point.startswith("resid_")}
         if len(widths) > 1:
             wrong.append(f"the residual stream has several widths: {sorted(widths)}")
-        del width
         return Check("shapes", (), not wrong, "; ".join(wrong[:5]) or f"{len(values)} tensors are [batch, pos, d]")
 
     def _order(self) -> Check:
@@ -247,7 +245,9 @@ class _Verifier:
         recorded_after = max(before) > self.tolerance and after and max(after) <= self.tolerance
         errors, point = (after, "resid_post") if recorded_after else (before, "resid_pre")
         wrong = [i for i, error in zip(layers, errors, strict=False) if error > self.tolerance]
-        detail = f"{point} differs from hidden_states[i] on layers {wrong}" if wrong else f"{point}[i] = hidden_states[i]"
+        detail = (
+            f"{point} differs from hidden_states[i] on layers {wrong}" if wrong else f"{point}[i] = hidden_states[i]"
+        )
         if recorded_after:
             detail += " (this model records them after the block)"
         yield Check("hidden_states", tuple(layers), not wrong, detail, max(errors))
@@ -260,7 +260,9 @@ class _Verifier:
             yield self._equal("embed", (), "embed = the input embedding's output", values["embed", None], expected)
         if ("logits", None) in values and getattr(output, "logits", None) is not None:
             yield self._equal("logits", (), "logits = the model's logits", values["logits", None], output.logits)
-        pairs = [i for i in range(self.map.num_layers - 1) if ("resid_post", i) in values and ("resid_pre", i + 1) in values]
+        pairs = [
+            i for i in range(self.map.num_layers - 1) if ("resid_post", i) in values and ("resid_pre", i + 1) in values
+        ]
         errors = [self._error(values["resid_post", i], values["resid_pre", i + 1]) for i in pairs]
         if pairs:
             good = max(errors) <= self.tolerance

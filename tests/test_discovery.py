@@ -23,7 +23,12 @@ _IN = {
     "gptj": ("ln_1", "ln_1", "transformer.ln_f", "transformer.wte"),
     "falcon_7b": ("input_layernorm", "input_layernorm", "transformer.ln_f", "transformer.word_embeddings"),
     "falcon_40b": ("ln_attn", "ln_mlp", "transformer.ln_f", "transformer.word_embeddings"),
-    "falcon_sequential": ("input_layernorm", "post_attention_layernorm", "transformer.ln_f", "transformer.word_embeddings"),
+    "falcon_sequential": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "transformer.ln_f",
+        "transformer.word_embeddings",
+    ),
     "phi": ("input_layernorm", "input_layernorm", "model.final_layernorm", "model.embed_tokens"),
     "bloom": ("input_layernorm", "post_attention_layernorm", "transformer.ln_f", "transformer.word_embeddings"),
     "mamba": ("norm", None, "backbone.norm_f", "backbone.embeddings"),
@@ -107,7 +112,11 @@ def test_every_point_is_where_a_person_would_hook_it(name: str) -> None:
     selected = _selected(model, found)
     by_hand = _by_hand(name)
     _, _, final_norm, embedding = _IN.get(name, _LLAMA_IN)
-    places = {f"{p.module}|{p.side}|{i}": (p.module.replace("{i}", str(i)), p.side) for (_, i), ps in by_hand.items() for p in ps}
+    places = {
+        f"{p.module}|{p.side}|{i}": (p.module.replace("{i}", str(i)), p.side)
+        for (_, i), ps in by_hand.items()
+        for p in ps
+    }
     hooked = _hooked(model, {**places, "final_norm": (final_norm, "output"), "embed": (embedding, "output")})
     for (point, layer), parts in by_hand.items():
         expected = sum(hooked[f"{p.module}|{p.side}|{layer}"] * p.scale for p in parts)
@@ -193,7 +202,6 @@ def test_671_billion_parameters_need_no_weights() -> None:
 
 def test_every_source_gives_the_same_map(tmp_path: Path) -> None:
     from nnsight import TransformersModel
-
     from tiny_tokenizer import tiny_tokenizer
 
     model = plain_hooks.build("qwen3")
@@ -223,7 +231,7 @@ def test_a_module_that_is_no_language_model_is_refused() -> None:
 
 
 def test_an_unknown_model_says_what_was_tried(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no config.json"):
+    with pytest.raises(ModelError, match=r"no config\.json"):
         discover(tmp_path)
     with pytest.raises(ModelError, match="nobody/nothing"):
         discover("nobody/nothing")

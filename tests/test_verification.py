@@ -65,7 +65,7 @@ def test_a_wrong_order_fails() -> None:
 
 
 def test_a_map_of_another_architecture_is_refused() -> None:
-    with pytest.raises(MapMismatchError, match="LlamaForCausalLM.*Qwen3ForCausalLM"):
+    with pytest.raises(MapMismatchError, match=r"LlamaForCausalLM.*Qwen3ForCausalLM"):
         verify(plain_hooks.build("qwen3"), architecture_map=discover(plain_hooks.FAMILIES["llama"].config()))
 
 

@@ -1,0 +1,47 @@
+"""The one place that leans on nnsight's inside: a cache that passes values on, and the edits of a user's own tree.
+
+`tracer.cache()` keeps every value of every step until the run ends. nnsight has no public way to be shown values as
+they pass, so this subclasses its `Cache` and registers with the running trace, as `tracer.cache()` does (0.8).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import nnsight
+from nnsight.intervention.cache import Cache
+from nnsight.intervention.interleaver import Mediator
+from torch import nn
+
+Seen = Callable[[str, str, Any], None]
+"""(module path in nnsight's tree, "input" or "output", value); an input's value is (args, kwargs)"""
+
+
+class PassingCache(Cache):  # type: ignore[misc]  # nnsight is not typed
+    """Shows `seen` each of `locations`, (nnsight path, side), whenever the model passes it."""
+
+    def __init__(self, locations: set[tuple[str, str]], seen: Seen) -> None:
+        super().__init__(None, modules=[])
+        self._locations = locations
+        self._seen = seen
+
+    def subscriptions(self) -> dict[str, tuple[str, str]]:
+        return {f"{path}.{side}": (path, side) for path, side in self._locations}
+
+    def observe_selected(self, selected: tuple[str, str], value: Any) -> None:
+        self._seen(selected[0], selected[1], value)
+
+
+def attach(cache: PassingCache) -> None:
+    """Register with the trace whose block is running; call before any value is read."""
+    Mediator.current("hookmap").caches.append(cache)
+
+
+def tree_over(module: nn.Module, given: nnsight.Envoy | None) -> nnsight.NNsight:
+    """A tree of our own over `module`, under the same paths as the user's tree, if there is one."""
+    return nnsight.NNsight(module) if given is None else nnsight.NNsight(module, path=given.path)
+
+
+def adopt_edits(tree: nnsight.NNsight, given: nnsight.Envoy | None) -> None:
+    """Let the run apply what the user stored on `given` with `edit(inplace=True)`: that is the model they opened."""
+    if given is not None:
+        tree._edits = list(given._edits)

@@ -1,0 +1,26 @@
+"""Where activations go, and where they are read from again: memory, or a folder of safetensors shards.
+
+    interface.py   what every store answers: samples, texts, tokens, read, [point, layer], norms
+    ledger.py      what every sink checks: rows in order, one dtype and shape per tensor, nothing missing at the end
+    memory.py      a store and sink in memory
+    folder.py      writes a capture folder; reader.py reads one; integrity.py checks one
+    access.py, manifest.py, table.py, buffer.py, shard.py, durable.py   the parts of a capture folder
+
+The format, byte by byte, is in docs/store.md. This package knows activations, and nothing of models and maps.
+"""
+
+from os import PathLike
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hookmap.stores.reader import CaptureStore
+
+
+def open_store(path: "str | PathLike[str]") -> "CaptureStore":
+    """The capture in folder `path`, finished or still being written; reads the manifest and the table, no tensor.
+
+    Raises StoreError where the folder is no capture, or a broken one.
+    """
+    from hookmap.stores.reader import CaptureStore  # torch is imported here, not by `import hookmap`
+
+    return CaptureStore(path)

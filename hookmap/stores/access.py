@@ -1,0 +1,59 @@
+"""May this process write a capture in this folder? And what to say when the disk refuses."""
+
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory locks of this kind: two writers are then the user's to avoid
+    fcntl = None  # type: ignore[assignment]
+
+from hookmap.errors import StoreError
+from hookmap.stores.durable import AppendedFile, temporary
+from hookmap.stores.manifest import MANIFEST
+from hookmap.stores.shard import SHARD_FOLDER
+from hookmap.stores.table import SAMPLES, SHARDS
+
+
+def lock(file: AppendedFile, folder: Path) -> None:
+    """One writer at a time, by a lock on `file` that goes with the process however it ends. Raises StoreError."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise StoreError(
+            f"{folder} is being written by another process. Wait for it to end, or write to another folder: -o DIR"
+        ) from None
+
+
+def refuse_used(folder: Path) -> None:
+    """Refuse a folder in which something could be lost. Raises StoreError."""
+    if (folder / MANIFEST).exists():
+        raise StoreError(
+            f"{folder} already holds a capture. Go on with it (the same command with --resume), "
+            f"look at it (hookmap inspect {folder}), or write to another folder: -o DIR"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder} is a file: expected a new or empty folder. Write to another one: -o DIR")
+    if not folder.exists():
+        return
+    # What `create` itself leaves when it is killed before the manifest is there, holds nothing and is no obstacle.
+    ours = {SHARD_FOLDER, SAMPLES, SHARDS, temporary(folder / MANIFEST).name}
+    strange = sorted(file.name for file in folder.iterdir() if file.name not in ours)
+    full = [name for name in (SAMPLES, SHARDS) if (folder / name).is_file() and (folder / name).stat().st_size]
+    full += [SHARD_FOLDER] if (folder / SHARD_FOLDER).is_dir() and any((folder / SHARD_FOLDER).iterdir()) else []
+    if strange or full:
+        raise StoreError(
+            f"{folder} is not empty and is no capture: it holds {', '.join((strange + full)[:5])}. "
+            "Nothing was written. Write to a new folder: -o DIR"
+        )
+
+
+def cannot_write(folder: Path, error: OSError, kept: int) -> StoreError:
+    """The error for a disk that refuses a write: what is kept, and how to go on."""
+    return StoreError(
+        f"cannot write to {folder}: {error.strerror or error}. {kept} finished samples are kept and can be read; "
+        f"what was in flight is not.\nMake room (df -h {folder}), then go on: the same `hookmap capture` command with "
+        f"-o {folder} --resume"
+    )

@@ -1,0 +1,82 @@
+"""Files that appear whole or not at all, and appended lines that a crash cannot take back."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+Result = TypeVar("Result")
+
+
+def temporary(path: Path) -> Path:
+    """The name under which `path` is written until it is whole: in the same folder, so that the rename is atomic."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is a leftover of a write that did not end."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Result]) -> Result:
+    """Let `write` fill a temporary file; make it durable; give it its name; make the name durable.
+
+    On any exception the temporary file is removed, and what was at `path` before is untouched.
+    """
+    draft = temporary(path)
+    try:
+        with open(draft, "wb", buffering=0) as file:
+            result = write(file)
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return result
+
+
+def write_all(file: BinaryIO, data: "bytes | memoryview") -> None:
+    """Write all of `data` to an unbuffered file: one system call may take only a part."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+class AppendedFile:
+    """A file that only grows, by whole pieces: up to `size` they are whole, whatever an error left behind that."""
+
+    def __init__(self, path: Path) -> None:
+        """Open an existing file; its present bytes count until `cut` says otherwise."""
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def cut(self, size: int) -> None:
+        """Drop what is behind the first `size` bytes."""
+        self._file.truncate(size)
+        self.size = size
+
+    def append(self, data: bytes) -> None:
+        """Add `data` durably. Raises OSError (a full disk); `cut` then removes what was written of it."""
+        self._file.seek(self.size)
+        write_all(self._file, data)
+        os.fsync(self._file.fileno())
+        self.size += len(data)
+
+    def fileno(self) -> int:
+        """The file's descriptor, for a lock."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,239 @@
+"""Writes a capture folder: streaming, memory flat in the number of tokens, safe against a kill at any moment.
+
+What makes a sample finished is one thing: its line, with all lines of its group, in samples.jsonl. The order of
+writing is shards, then the table of shards, then the group, each made durable before the next begins. Whatever a kill
+leaves behind the last whole group (temporary files, shards, lines) belongs to no finished sample and is removed by
+`resume`, which then stands exactly where an undisturbed run stood when that group was written.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from hookmap.activations import Activation, Sample
+from hookmap.errors import StoreError
+from hookmap.stores.access import cannot_write, lock, refuse_used
+from hookmap.stores.buffer import Buffer
+from hookmap.stores.durable import AppendedFile, is_temporary, sync_folder, temporary
+from hookmap.stores.interface import Store
+from hookmap.stores.ledger import Ledger
+from hookmap.stores.manifest import MANIFEST, Counts, Manifest, read_manifest, write_manifest
+from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, is_shard, sha256_of, shard_name, write_shard
+from hookmap.stores.table import (
+    SAMPLES,
+    SHARDS,
+    Committed,
+    Entry,
+    Span,
+    encode_group,
+    encode_shards,
+    read_shards,
+    scan,
+)
+
+
+class FolderWriter:
+    """A sink that writes a capture folder. Make one with `create` or `resume`; use it in a `with` statement.
+
+    Samples that are open together (a batch) are committed together, when the last of them is finished.
+    Leaving the `with` statement closes the capture as finished; leaving it by an exception keeps every committed
+    sample and leaves the capture unfinished.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Not for callers: `create` and `resume` say what the folder may hold."""
+        self.folder = folder
+        self.manifest = manifest
+        self._committed = Committed()
+        self._usable, self._closed = True, False
+        with contextlib.ExitStack() as opened:
+            self._samples = opened.enter_context(contextlib.closing(AppendedFile(folder / SAMPLES)))
+            lock(self._samples, folder)
+            self._shards = opened.enter_context(contextlib.closing(AppendedFile(folder / SHARDS)))
+            self._recover()
+            self._files = opened.pop_all()
+        self._ledger = Ledger(manifest.keys, specs=manifest.specs, finished=set(self._committed.numbers))
+
+    @classmethod
+    def create(cls, path: "str | os.PathLike[str]", manifest: Manifest) -> "FolderWriter":
+        """Begin a capture in a folder that is new or empty. Raises StoreError."""
+        folder = Path(path)
+        refuse_used(folder)
+        try:
+            (folder / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
+            for name in (SAMPLES, SHARDS):
+                (folder / name).touch()
+            write_manifest(folder, manifest)  # last: a folder without one is no capture
+        except OSError as error:
+            raise cannot_write(folder, error, kept=0) from error
+        return cls(folder, manifest)
+
+    @classmethod
+    def resume(cls, path: "str | os.PathLike[str]", manifest: Manifest) -> "FolderWriter":
+        """Go on with the capture in a folder, after a kill or to add samples. Raises StoreError.
+
+        `manifest` is that of the run, as for `create`: it is held against the folder's, and every difference is named.
+        Samples in `finished` need not be done again; all others have to be, from their first row on.
+        """
+        folder = Path(path)
+        found = read_manifest(folder)
+        if lines := found.differences(manifest):
+            differences = "\n".join(f"  - {line}" for line in lines)
+            raise StoreError(
+                f"{folder} is a capture of another run and cannot be resumed by this one:\n{differences}\n"
+                "Run with the capture's own model and settings, or write to another folder: -o DIR"
+            )
+        versions = found.versions if manifest.versions[-1] in found.versions else (*found.versions, *manifest.versions)
+        resumed = found.model_copy(update={"finished": False, "sha256": None, "versions": versions})
+        writer = cls(folder, resumed)
+        with writer._writing():
+            if resumed != found:
+                write_manifest(folder, resumed)
+        return writer
+
+    @property
+    def finished(self) -> frozenset[int]:
+        """Numbers of the samples that are committed: a resumed run leaves them out."""
+        return frozenset(self._committed.numbers)
+
+    def write(self, activation: Activation) -> None:
+        """Take rows. Raises CaptureError where they are not the next ones, StoreError where the disk refuses them."""
+        self._refuse_closed()
+        self._ledger.take(activation)
+        if self._buffer.full_before(activation):
+            with self._writing():
+                self._cut()
+        self._buffer.add(activation)
+        if self._buffer.overfull:
+            with self._writing():
+                self._cut()
+
+    def finish(self, sample: Sample) -> None:
+        """All rows of this sample are written. It is committed when no other sample is open. Raises as `write` does."""
+        self._refuse_closed()
+        self._ledger.finish(sample)
+        self._pending.append(sample)
+        if not self._ledger.open:
+            with self._writing():
+                self._commit()
+
+    def close(self, finished: bool) -> None:
+        """End the writing. `finished`: whether the capture has all it should have. Raises StoreError.
+
+        Samples that are not committed are dropped; with `finished` there must be none.
+        """
+        if self._closed:
+            return
+        if finished and (left := sorted({*self._ledger.open, *(s.sample for s in self._pending)})):
+            raise StoreError(f"{self.folder} cannot be closed as finished: samples {left} are not.")
+        self._closed = True
+        try:
+            self._recover()
+            manifest = self.manifest.model_copy(update={"finished": finished, "counts": self._counts()})
+            if finished:
+                sums = {name: sha256_of(self.folder / name) for name in (SAMPLES, SHARDS)}
+                manifest = manifest.model_copy(update={"sha256": sums})
+            write_manifest(self.folder, manifest)
+            self.manifest = manifest
+        except OSError as error:
+            raise cannot_write(self.folder, error, len(self._committed.numbers)) from error
+        finally:
+            self._files.close()  # gives up the lock
+
+    def __enter__(self) -> "FolderWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.close(finished=True)
+        finally:
+            with contextlib.suppress(StoreError):  # the first error is the one to tell; the folder is valid as it is
+                self.close(finished=False)
+
+    def _cut(self) -> None:
+        """Write the buffer as one shard."""
+        shard = self._committed.shards + len(self._new)
+        info = write_shard(self.folder / SHARD_FOLDER, shard, self._buffer.blocks())
+        for sample, spans in self._buffer.spans(shard).items():
+            self._spans.setdefault(sample, []).extend(spans)
+        self._new.append(info)
+        self._buffer.clear()
+
+    def _commit(self) -> None:
+        """Make the pending samples finished."""
+        if self._buffer:
+            self._cut()
+        if self.manifest.specs != self._ledger.specs:
+            self.manifest = self.manifest.with_specs(self._ledger.specs)
+            write_manifest(self.folder, self.manifest)
+        if self._new:
+            self._shards.append(encode_shards(self._new))
+        samples = sorted(self._pending, key=lambda sample: sample.sample)
+        entries = [Entry(sample, tuple(self._spans.get(sample.sample, ()))) for sample in samples]
+        self._samples.append(encode_group(entries, self._committed.shards + len(self._new)))
+        self._committed = scan(self.folder / SAMPLES, self._committed)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pending: list[Sample] = []
+        self._spans: dict[int, list[Span]] = {}
+        self._new: list[ShardInfo] = []
+        self._buffer = Buffer(self.manifest.keys, self.manifest.shard_tokens, self.manifest.shard_bytes)
+
+    def _recover(self) -> None:
+        """Go back to the last whole group. The disk says which that is: an interrupt can leave memory behind it."""
+        self._forget()
+        self._committed = scan(self.folder / SAMPLES)
+        self._samples.cut(self._committed.size)
+        end, sizes = 0, {}
+        for info, end in read_shards(self.folder / SHARDS, self._committed.shards):  # noqa: B007 - the last is used
+            sizes[shard_name(info.shard)] = info.bytes
+        self._shards.cut(end)
+        found = {}
+        for file in os.scandir(self.folder / SHARD_FOLDER):
+            if file.name in sizes:
+                found[file.name] = file.stat().st_size
+            elif is_temporary(file.name) or is_shard(file.name):
+                os.unlink(file)
+        sync_folder(self.folder / SHARD_FOLDER)
+        temporary(self.folder / MANIFEST).unlink(missing_ok=True)
+        if wrong := [name for name, size in sizes.items() if found.get(name) != size]:
+            raise StoreError(
+                f"{self.folder} is damaged: {len(wrong)} shards of finished samples are missing or cut short, "
+                f"the first is {wrong[0]}.\nSee every problem: hookmap inspect {self.folder} --verify"
+            )
+
+    def _counts(self) -> Counts:
+        committed = self._committed
+        size = sum(info.bytes for info, _ in read_shards(self.folder / SHARDS, committed.shards))
+        return Counts(samples=len(committed.numbers), rows=committed.rows, shards=committed.shards, bytes=size)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what the disk refuses into a StoreError. After it, or an interrupt inside, nothing more is taken."""
+        usable, self._usable = self._usable, False
+        try:
+            yield
+            self._usable = usable
+        except OSError as error:
+            with contextlib.suppress(StoreError):
+                self.close(finished=False)
+            raise cannot_write(self.folder, error, len(self._committed.numbers)) from error
+
+    def _refuse_closed(self) -> None:
+        if self._closed or not self._usable:
+            raise StoreError(f"{self.folder} is closed, or a write to it was interrupted: resume it to write more.")
+
+
+def write_store(store: Store, path: "str | os.PathLike[str]", manifest: Manifest) -> None:
+    """Write a whole store (a capture in memory) to a new folder, sample by sample. Raises StoreError."""
+    with FolderWriter.create(path, manifest) as writer:
+        for sample in store.samples:
+            for point, layer in store.keys:
+                writer.write(Activation(sample.sample, point, layer, 0, store.read(sample.sample, point, layer)))
+            writer.finish(sample)

@@ -1,0 +1,118 @@
+"""Is a capture folder sound? Every problem, found by reading all of it; nothing is changed."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from hookmap.errors import StoreError
+from hookmap.stores.durable import is_temporary
+from hookmap.stores.manifest import Manifest, read_manifest
+from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, read_header, sha256_of, shard_name
+from hookmap.stores.table import SAMPLES, SHARDS, Committed, Entry, decode_entry, read_shards, scan
+
+
+def problems_of(folder: Path) -> Iterator[str]:
+    """One line per problem. What the writer of an unfinished capture has in hand is none."""
+    try:
+        manifest = read_manifest(folder)
+        committed = scan(folder / SAMPLES)
+        for _ in _shards(folder, committed):
+            pass
+    except StoreError as error:  # without these there is nothing to hold the rest against
+        yield _first_line(error)
+        return
+    size = 0
+    for info in _shards(folder, committed):
+        size += info.bytes
+        yield from _shard_problems(folder / SHARD_FOLDER / shard_name(info.shard), info, manifest)
+    yield from _table_problems(folder, manifest, committed)
+    if manifest.finished:
+        yield from _finished_problems(folder, manifest, committed, size)
+
+
+def _shards(folder: Path, committed: Committed) -> Iterator[ShardInfo]:
+    return (info for info, _ in read_shards(folder / SHARDS, committed.shards))
+
+
+def _shard_problems(path: Path, info: ShardInfo, manifest: Manifest) -> Iterator[str]:
+    try:
+        found = read_header(path)
+    except StoreError as error:
+        yield _first_line(error)
+        return
+    specs = {spec.name: spec for spec in manifest.tensors}
+    for name, stored in found.items():
+        spec = specs.get(name)
+        if spec is None or (spec.dtype, spec.row_shape) != (stored.dtype, stored.shape[1:]):
+            row = f"{stored.dtype} rows of {list(stored.shape[1:])}"
+            yield f"{path}, tensor {name}: {row} are not what the manifest says"
+    if (digest := sha256_of(path)) != info.sha256:
+        yield f"{path} was changed: expected sha256 {info.sha256}, found {digest}"
+
+
+def _table_problems(folder: Path, manifest: Manifest, committed: Committed) -> Iterator[str]:
+    path, seen = folder / SAMPLES, set[int]()
+
+    @lru_cache(maxsize=256)  # memory stays flat; neighbouring samples share shards
+    def rows_of(shard: int) -> dict[str, int] | None:
+        try:
+            header = read_header(folder / SHARD_FOLDER / shard_name(shard))
+        except StoreError:  # told before
+            return None
+        return {name: stored.shape[0] for name, stored in header.items()}
+
+    with open(path, "rb") as file:
+        for number in range(1, len(committed.numbers) + 1):
+            try:
+                entry = decode_entry(file.readline(), path, number)
+            except StoreError as error:
+                yield _first_line(error)
+                continue
+            if entry.sample.sample in seen:
+                yield f"{path}, line {number}: sample {entry.sample.sample} is there twice"
+            seen.add(entry.sample.sample)
+            for problem in _entry_problems(manifest, committed, entry, rows_of):
+                yield f"{path}, line {number}, sample {entry.sample.sample}: {problem}"
+
+
+def _entry_problems(
+    manifest: Manifest, committed: Committed, entry: Entry, rows_of: Callable[[int], dict[str, int] | None]
+) -> Iterator[str]:
+    for place, spec in enumerate(manifest.tensors):
+        reached = 0
+        for span in entry.spans:
+            if not span.first <= place < span.end:
+                continue
+            if span.start != reached:
+                yield f"{spec.name}: expected a span from row {reached} on, found one from {span.start} on"
+            reached = span.start + span.rows
+            if span.shard >= committed.shards:
+                yield f"{spec.name}: expected a shard under {committed.shards}, found {span.shard}"
+            elif (held := rows_of(span.shard)) is not None and span.row + span.rows > held.get(spec.name, 0):
+                end, found = span.row + span.rows, held.get(spec.name, 0)
+                yield f"{spec.name}: expected {end} rows in shard {span.shard}, found {found}"
+        if reached != entry.sample.rows:
+            yield f"{spec.name}: expected {entry.sample.rows} rows in spans, found {reached}"
+    if entry.sample.prompt_tokens > len(entry.sample.token_ids):
+        ids = len(entry.sample.token_ids)
+        yield f"expected {entry.sample.prompt_tokens} token ids of the prompt, found {ids} in all"
+
+
+def _finished_problems(folder: Path, manifest: Manifest, committed: Committed, size: int) -> Iterator[str]:
+    counts = manifest.counts
+    said = (counts.samples, counts.rows, counts.shards, counts.bytes)
+    found = (len(committed.numbers), committed.rows, committed.shards, size)
+    if said != found:
+        yield f"{folder}: expected samples, rows, shards, bytes {said}, as the manifest says, found {found}"
+    for name, expected in (manifest.sha256 or {}).items():
+        if (digest := sha256_of(folder / name)) != expected:
+            yield f"{folder / name} was changed: expected sha256 {expected}, found {digest}"
+    known = {shard_name(shard) for shard in range(committed.shards)}
+    for file in sorted((folder / SHARD_FOLDER).iterdir()):
+        if file.name not in known:
+            left = "left over from a write that did not end" if is_temporary(file.name) else "named by no table"
+            yield f"{file} is {left}"
+
+
+def _first_line(error: StoreError) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,173 @@
+"""What every store of activations answers, whatever holds the rows."""
+
+import difflib
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+
+from hookmap.activations import Key, Sample
+from hookmap.errors import SelectionError
+from hookmap.points import POINTS, parse_point
+
+Tokens: TypeAlias = "slice | Sequence[int] | None"
+"""positions in a sample's own tokens: a slice, a range, a sequence of whole numbers, or None for all"""
+
+NORM_ROWS = 1024
+"""rows that `norms` holds at a time"""
+
+
+class Store(ABC):
+    """Finished samples and their rows. A subclass says which, and reads rows; the rest follows from that."""
+
+    @property
+    @abstractmethod
+    def keys(self) -> tuple[Key, ...]:
+        """The (point, layer) pairs that this store holds, in forward order."""
+
+    @property
+    @abstractmethod
+    def samples(self) -> Sequence[Sample]:
+        """The finished samples, by number."""
+
+    @abstractmethod
+    def sample(self, number: int) -> Sample:
+        """The finished sample with this number. Raises SelectionError where there is none."""
+
+    @abstractmethod
+    def _rows(self, sample: int, key: Key, positions: Sequence[int]) -> torch.Tensor:
+        """Rows of one sample at `positions` (all inside the sample), [tokens, *row]; a copy of the caller's own."""
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers of the model, where the store knows them: then negative layers count from the end."""
+        return None
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Names of the points held, each once, in forward order."""
+        return tuple(dict.fromkeys(point for point, _ in self.keys))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers held, ascending."""
+        return tuple(sorted({layer for _, layer in self.keys if layer is not None}))
+
+    @property
+    def texts(self) -> list[str]:
+        """The generated text of each sample."""
+        return [sample.text for sample in self.samples]
+
+    @property
+    def tokens(self) -> list[tuple[int, ...]]:
+        """The token ids of each sample: prompt, then generated."""
+        return [sample.token_ids for sample in self.samples]
+
+    def __len__(self) -> int:
+        """How many samples are finished."""
+        return len(self.samples)
+
+    def __bool__(self) -> bool:
+        return True  # a store without samples is still a store
+
+    def read(self, sample: int, point: str, layer: int | None = None, tokens: Tokens = None) -> torch.Tensor:
+        """Rows of one sample, [tokens, d], in the model's own dtype.
+
+        A slice is cut at the sample's end, as Python's are; other positions must be inside the sample.
+        Raises SelectionError for a sample, point, layer or position that this store does not have.
+        """
+        found = self.sample(sample)
+        return self._rows(sample, self.key(point, layer), positions_of(tokens, found))
+
+    def __getitem__(self, where: "str | tuple[str, int | None]") -> "torch.Tensor | list[torch.Tensor]":
+        """All rows of all samples: [batch, pos, d] where every sample has as many rows, else a list of [pos, d]."""
+        key = self.key(where) if isinstance(where, str) else self.key(*where)
+        return join(
+            [sample.rows for sample in self.samples],
+            (self._rows(sample.sample, key, range(sample.rows)) for sample in self.samples),
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+    def norms(self, point: str, layer: int | None = None) -> float:
+        """Mean L2 norm of the rows of one tensor over all samples; nan where there are none. Memory is flat."""
+        key, total, count = self.key(point, layer), 0.0, 0
+        for sample in self.samples:
+            for start in range(0, sample.rows, NORM_ROWS):
+                rows = self._rows(sample.sample, key, range(start, min(start + NORM_ROWS, sample.rows)))
+                lengths = torch.linalg.vector_norm(rows.flatten(1).float(), dim=1)
+                total, count = total + float(lengths.double().sum()), count + len(rows)
+        return total / count if count else float("nan")
+
+    def key(self, point: str, layer: int | None = None) -> Key:
+        """The pair that these names (ours, TransformerLens's or nnterp's) mean. Raises SelectionError."""
+        parsed = parse_point(point)
+        if isinstance(parsed, str):
+            raise SelectionError(f"{parsed}. {self._held()}")
+        layer = parsed.layer if layer is None else layer
+        if layer is not None and layer < 0 and self.num_layers is not None:
+            layer += self.num_layers
+        key = (parsed.point, layer)
+        if key in self.keys:
+            return key
+        if key[1] is None and POINTS[parsed.point.partition(".")[0]].per_layer and parsed.point in self.points:
+            raise SelectionError(f"{point} is a tensor of each layer: say which. {self._held()}")
+        if key[1] is not None and (parsed.point, None) in self.keys:
+            raise SelectionError(f"{point} is a tensor of the whole model and has no layer. {self._held()}")
+        near = difflib.get_close_matches(parsed.point, self.points, n=1)
+        hint = f"Did you mean {near[0]}? " if near and parsed.point not in self.points else ""
+        raise SelectionError(f"this capture does not hold {point}{_of_layer(key[1])}. {hint}{self._held()}")
+
+    def _held(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        return f"It holds {', '.join(self.points)}" + (f" of layers {layers}." if layers else ".")
+
+
+def _of_layer(layer: int | None) -> str:
+    return "" if layer is None else f" of layer {layer}"
+
+
+def positions_of(tokens: Tokens, sample: Sample) -> Sequence[int]:
+    """`tokens` as positions inside `sample`. Raises SelectionError where one is outside, or no whole number."""
+    if tokens is None:
+        return range(sample.rows)
+    if isinstance(tokens, slice):
+        return range(*tokens.indices(sample.rows))
+    if not isinstance(tokens, Sequence) or isinstance(tokens, str | bytes):
+        raise SelectionError(f"tokens must be a slice, a range, a sequence of positions or None, not {tokens!r}")
+    ends = [*tokens[:1], *tokens[-1:]] if isinstance(tokens, range) else tokens
+    wrong = [p for p in ends if isinstance(p, bool) or not hasattr(p, "__index__") or not 0 <= p < sample.rows]
+    if wrong:
+        raise SelectionError(
+            f"positions {', '.join(map(repr, wrong[:5]))}{', …' if len(wrong) > 5 else ''} are not in sample "
+            f"{sample.sample}: it has rows 0 to {sample.rows - 1} (the last generated token is never fed to the model)."
+        )
+    return tokens if isinstance(tokens, range) else [operator.index(p) for p in tokens]
+
+
+def join(rows: Sequence[int], parts: Iterable[torch.Tensor]) -> "torch.Tensor | list[torch.Tensor]":
+    """One tensor [batch, pos, d] where every part has as many rows, else the list of parts [pos, d].
+
+    `rows`: rows of each part, so that one tensor is filled part by part and nothing is held twice.
+    """
+    if len(set(rows)) != 1:
+        return list(parts)
+    joined: torch.Tensor | None = None
+    for place, part in enumerate(parts):
+        if joined is None:
+            joined = part.new_empty((len(rows), *part.shape))
+        joined[place] = part
+    assert joined is not None  # there is at least one part
+    return joined
+
+
+def unknown_sample(number: int, known: Sequence[int]) -> SelectionError:
+    """The error for a sample that is not there, or not finished."""
+    if not known:
+        return SelectionError(f"sample {number} is not in this capture: it has no finished samples yet.")
+    shown = f"0 to {known[-1]}" if known[-1] == len(known) - 1 else ", ".join(map(str, known[:20]))
+    shown += ", …" if "," in shown and len(known) > 20 else ""
+    return SelectionError(f"sample {number} is not in this capture: its finished samples are {shown}.")

@@ -1,0 +1,76 @@
+"""What a sink knows of the rows it took: it refuses what would be stored wrong in silence."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hookmap.activations import Activation, Key, Sample
+from hookmap.errors import CaptureError
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """What one row of one tensor is."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """without the token axis: (d_model,) for the residual stream"""
+
+
+def tensor_name(key: Key) -> str:
+    """`resid_mid.8`, or `logits` for a tensor of the whole model."""
+    point, layer = key
+    return point if layer is None else f"{point}.{layer}"
+
+
+@dataclass
+class Ledger:
+    """Rows taken so far of each open sample, and the one dtype and shape that each tensor has."""
+
+    keys: tuple[Key, ...]
+    specs: dict[Key, RowSpec] = field(default_factory=dict)
+    finished: set[int] = field(default_factory=set)
+    open: dict[int, dict[Key, int]] = field(default_factory=dict)
+    """sample -> key -> rows taken"""
+
+    def take(self, activation: Activation) -> None:
+        """Note rows. Raises CaptureError where they are not the next rows of a tensor that is expected."""
+        key = (activation.point, activation.layer)
+        taken = self.open.get(activation.sample)
+        if taken is None:
+            if activation.sample in self.finished:
+                raise CaptureError(f"sample {activation.sample} is finished and gets rows of {tensor_name(key)}.")
+            taken = self.open[activation.sample] = dict.fromkeys(self.keys, 0)
+        if key not in taken:
+            expected = ", ".join(map(tensor_name, self.keys))
+            raise CaptureError(f"{tensor_name(key)} is not captured here: expected {expected}.")
+        if activation.start != taken[key]:
+            raise CaptureError(
+                f"{tensor_name(key)} of sample {activation.sample}: expected the rows from {taken[key]} on, "
+                f"got rows from {activation.start} on. Rows would be lost or doubled."
+            )
+        self._check_spec(key, activation.tensor)
+        taken[key] += activation.tensor.shape[0]
+
+    def finish(self, sample: Sample) -> None:
+        """Note the end of a sample. Raises CaptureError that names every tensor with missing or surplus rows."""
+        if sample.sample in self.finished:
+            raise CaptureError(f"sample {sample.sample} is finished twice.")
+        taken = self.open.get(sample.sample, dict.fromkeys(self.keys, 0))
+        wrong = ", ".join(f"{tensor_name(key)} has {rows}" for key, rows in taken.items() if rows != sample.rows)
+        if wrong:
+            raise CaptureError(f"sample {sample.sample} should have {sample.rows} rows of each tensor: {wrong}.")
+        self.open.pop(sample.sample, None)
+        self.finished.add(sample.sample)
+
+    def _check_spec(self, key: Key, tensor: torch.Tensor) -> None:
+        if tensor.ndim < 2:
+            raise CaptureError(f"{tensor_name(key)}: expected [tokens, d], got shape {list(tensor.shape)}.")
+        known = self.specs.get(key)
+        if known is None:
+            self.specs[key] = RowSpec(tensor.dtype, tuple(tensor.shape[1:]))
+        elif known.dtype != tensor.dtype or known.shape != tensor.shape[1:]:
+            raise CaptureError(
+                f"{tensor_name(key)}: expected rows of {known.dtype} {list(known.shape)}, as before, "
+                f"got {tensor.dtype} {list(tensor.shape[1:])}."
+            )

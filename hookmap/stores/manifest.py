@@ -1,0 +1,220 @@
+"""manifest.json: what a capture is of, and whether it is finished."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hookmap.activations import Key
+from hookmap.errors import StoreError
+from hookmap.stores.durable import write_all, write_whole
+from hookmap.stores.ledger import RowSpec, tensor_name
+from hookmap.stores.shard import DTYPES, NAMES
+
+MANIFEST = "manifest.json"
+FORMAT: Final = "hookmap-capture"
+FORMAT_VERSION: Final = 1
+
+SHARD_TOKENS = 256
+SHARD_BYTES = 16 * 2**20
+
+# What a run under another version of a library may change in its map without being another run.
+_PASSING = frozenset({"transformers_version", "hookmap_version", "discovered_by", "verified_by"})
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(_Frozen):
+    """One captured tensor."""
+
+    name: str = Field(description="its name in the shards: `resid_mid.8`, `logits`")
+    point: str
+    layer: int | None
+    dtype: str | None = Field(default=None, description="safetensors' name; null until the first samples are finished")
+    row_shape: tuple[int, ...] | None = Field(default=None, description="of one row: [d]; null as `dtype` is")
+
+    @model_validator(mode="after")
+    def _dtype_is_known(self) -> "TensorSpec":
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"expected a dtype out of {', '.join(DTYPES)}, found {self.dtype}")
+        return self
+
+
+class Counts(_Frozen):
+    """What the capture held when its writer was last closed."""
+
+    samples: int = 0
+    rows: int = Field(default=0, description="of each tensor, over all samples")
+    shards: int = 0
+    bytes: int = Field(default=0, description="of all shards")
+
+
+class Manifest(_Frozen):
+    """The whole document."""
+
+    format: Literal["hookmap-capture"] = FORMAT
+    format_version: Literal[1] = FORMAT_VERSION
+    finished: bool = Field(default=False, description="false while it is written, and after a kill until it is resumed")
+    model: str | None = Field(description="hub id or path, as the run was given it")
+    architecture: str | None
+    points: tuple[str, ...] = Field(description="in forward order")
+    layers: tuple[int, ...] = Field(description="ascending")
+    tensors: tuple[TensorSpec, ...] = Field(description="in forward order; spans of samples count in this list")
+    settings: dict[str, Any] = Field(default_factory=dict, description="of the generation, and of the prompts")
+    shard_tokens: int = Field(ge=1, description="a shard ends with the forward pass that brings it to so many rows")
+    shard_bytes: int = Field(ge=1, description="or to so many bytes; inside a pass at twice as many")
+    versions: tuple[dict[str, str], ...] = Field(description="of the libraries that wrote it; one entry per set")
+    counts: Counts = Counts()
+    sha256: dict[str, str] | None = Field(default=None, description="of the two tables, once finished")
+    map: dict[str, Any] | None = Field(default=None, description="the architecture map that the run used")
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        return tuple((spec.point, spec.layer) for spec in self.tensors)
+
+    @property
+    def specs(self) -> dict[Key, RowSpec]:
+        """What one row of each tensor is, as far as it is known."""
+        return {
+            (spec.point, spec.layer): RowSpec(DTYPES[spec.dtype], spec.row_shape)
+            for spec in self.tensors
+            if spec.dtype is not None and spec.row_shape is not None
+        }
+
+    def with_specs(self, specs: Mapping[Key, RowSpec]) -> "Manifest":
+        """The same, with what is known of each tensor's rows."""
+        tensors = []
+        for spec in self.tensors:
+            found = specs.get((spec.point, spec.layer))
+            update = {"dtype": NAMES[found.dtype], "row_shape": found.shape} if found else {}
+            tensors.append(spec.model_copy(update=update))
+        return self.model_copy(update={"tensors": tuple(tensors)})
+
+    def differences(self, run: "Manifest") -> list[str]:
+        """Why `run` cannot go on with this capture: one line per difference, empty where it can."""
+        lines = []
+        for name in ("model", "architecture", "points", "layers", "shard_tokens", "shard_bytes"):
+            lines += _difference(name, getattr(self, name), getattr(run, name))
+        if self.points == run.points and self.layers == run.layers:
+            lines += _difference("tensors", [t.name for t in self.tensors], [t.name for t in run.tensors])
+        lines += _differences("settings", self.settings, run.settings)
+        if self.map is not None and run.map is not None:
+            lines += _differences("map", self.map, run.map, but=_PASSING)
+        return lines
+
+
+def manifest_of_run(
+    keys: Sequence[Key],
+    *,
+    model: str | None = None,
+    architecture: str | None = None,
+    architecture_map: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    shard_bytes: int = SHARD_BYTES,
+) -> Manifest:
+    """The manifest of a run that is about to begin.
+
+    `keys`: (point, layer) in forward order; `architecture_map`: the map as plain data (`model_dump(mode="json")`);
+    `settings`: plain JSON data, everything that decides what the samples are, compared when the run is resumed.
+    """
+    if not keys or len(set(keys)) != len(keys):
+        raise StoreError(f"a capture needs at least one tensor, each once, got {list(keys)}.")
+    return Manifest(
+        model=model,
+        architecture=architecture,
+        points=tuple(dict.fromkeys(point for point, _ in keys)),
+        layers=tuple(sorted({layer for _, layer in keys if layer is not None})),
+        tensors=tuple(TensorSpec(name=tensor_name(key), point=key[0], layer=key[1]) for key in keys),
+        settings=_plain(settings or {}),
+        shard_tokens=shard_tokens,
+        shard_bytes=shard_bytes,
+        versions=(_versions(),),
+        map=None if architecture_map is None else _plain(architecture_map),
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest, whole or not at all. Raises OSError."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
+    write_whole(folder / MANIFEST, lambda file: write_all(file, text.encode("ascii")))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the capture in `folder`. Raises StoreError that says what is wrong, and where."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "nothing there"
+        raise StoreError(f"{folder} is not a capture: expected a folder, found {kind}. {_MAKE.format(folder)}")
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise StoreError(f"{folder} is not a capture: it has no {MANIFEST}. {_MAKE.format(folder)}") from error
+    except ValueError as error:
+        raise StoreError(f"{path} is broken: expected JSON, found {error}. Copy the whole folder again.") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        what = f"format {found.get('format')!r}" if isinstance(found, dict) else f"a {type(found).__name__}"
+        raise StoreError(
+            f"{path} is no capture's manifest: expected format {FORMAT!r}, found {what}. {_MAKE.format(folder)}"
+        )
+    if found.get("format_version") != FORMAT_VERSION:
+        raise StoreError(
+            f"{path}: expected format_version {FORMAT_VERSION}, found {found.get('format_version')!r}: another version "
+            "of hookmap wrote it. Read it with that one, or update: pip install -U hookmap"
+        )
+    try:
+        return Manifest.model_validate(found)
+    except ValidationError as error:
+        problems = "\n".join(
+            f"  - {'.'.join(map(str, p['loc'])) or 'the document'}: {p['msg']}, found {str(p['input'])[:80]!r}"
+            for p in error.errors()
+        )
+        raise StoreError(f"{path} is broken:\n{problems}\nCopy the whole folder again.") from error
+
+
+_MAKE = "Make a capture: hookmap capture MODEL --points resid_mid --layers 8 -o {}"
+
+
+def _versions() -> dict[str, str]:
+    from hookmap import __version__
+
+    found = {"hookmap": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "nnsight"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """As it will be after a round trip through JSON, so that it compares equal to what is read back."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"settings and map must be plain JSON data: {error}") from error
+    return plain
+
+
+def _difference(name: str, here: Any, now: Any) -> list[str]:
+    return [] if here == now else [f"{name}: the capture has {_short(here)}, this run has {_short(now)}"]
+
+
+def _differences(
+    name: str, here: Mapping[str, Any], now: Mapping[str, Any], but: frozenset[str] = frozenset()
+) -> list[str]:
+    lines = []
+    for key in sorted({*here, *now} - but):
+        lines += _difference(f"{name}.{key}", here.get(key, "nothing"), now.get(key, "nothing"))
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -1,0 +1,212 @@
+"""Reads a capture folder, finished or still being written: a header, and just the bytes of the rows that are wanted."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hookmap.activations import Key, Sample
+from hookmap.errors import StoreError
+from hookmap.stores.integrity import problems_of
+from hookmap.stores.interface import Store, unknown_sample
+from hookmap.stores.manifest import Manifest, TensorSpec, read_manifest
+from hookmap.stores.shard import DTYPES, SHARD_FOLDER, Stored, read_header, read_into, shard_name
+from hookmap.stores.table import SAMPLES, Entry, Table
+
+HEADERS = 256
+"""shard headers that a reader keeps"""
+
+
+class CaptureStore(Store):
+    """A capture folder as it stood when it was opened: samples finished later are seen by opening it again."""
+
+    def __init__(self, path: "str | os.PathLike[str]") -> None:
+        """Reads the manifest and the table's line starts. Raises StoreError."""
+        self.path = Path(path)
+        self.manifest, self._table = self._open()
+        self._places = {key: place for place, key in enumerate(self.manifest.keys)}
+        self._header = lru_cache(HEADERS)(self._read_header)
+        self._entry = lru_cache(64)(self._read_entry)
+
+    def _open(self) -> tuple[Manifest, Table]:
+        """The manifest and the table. Twice where they contradict each other: a writer may have gone on in between."""
+        for _ in range(2):
+            manifest = read_manifest(self.path)
+            table = Table(self.path / SAMPLES)
+            counts, rows = manifest.counts, table.committed.rows
+            if manifest.finished and (len(table), rows) != (counts.samples, counts.rows):
+                wrong = f"expected {counts.samples} samples of {counts.rows} rows, found {len(table)} of {rows}"
+            elif rows and len(manifest.specs) < len(manifest.tensors):
+                wrong = f"it tells no dtype and shape of all tensors, with {len(table)} samples finished"
+            else:
+                return manifest, table
+        raise StoreError(f"{self.path / SAMPLES} and the manifest differ: {wrong}. Copy the whole folder again.")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run that wrote it came to its end."""
+        return self.manifest.finished
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """The (point, layer) pairs that this store holds, in forward order."""
+        return self.manifest.keys
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers of the model, as the map in the manifest says."""
+        found = (self.manifest.map or {}).get("num_layers")
+        return found if isinstance(found, int) else None
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """The finished samples, by number; each is read from disk when it is asked for."""
+        return self._table
+
+    def sample(self, number: int) -> Sample:
+        """The finished sample with this number. Raises SelectionError where there is none."""
+        return self._entry(number).sample
+
+    def verify(self) -> list[str]:
+        """Every problem of the folder, one line each; empty where it is sound. Reads all of it."""
+        return list(problems_of(self.path))
+
+    def describe(self, norms: bool = True, texts: int = 20) -> dict[str, Any]:
+        """What is in the capture, as plain data.
+
+        `norms`: read all tensors, for the mean norm of their rows; `texts`: of how many samples.
+        """
+        manifest, rows = self.manifest, self._table.committed.rows
+        return {
+            "path": str(self.path),
+            "finished": self.finished,
+            "format_version": manifest.format_version,
+            "model": manifest.model,
+            "architecture": manifest.architecture,
+            "points": list(self.points),
+            "layers": list(self.layers),
+            "samples": len(self),
+            "rows": rows,
+            "shards": self._table.committed.shards,
+            "bytes": sum(rows * _row_bytes(spec) for spec in manifest.tensors),
+            "bytes_on_disk": sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()),
+            "settings": manifest.settings,
+            "versions": list(manifest.versions),
+            "tensors": [self._describe_tensor(spec, norms) for spec in manifest.tensors],
+            "texts": [_describe_sample(sample) for sample in self._table[:texts]],
+        }
+
+    def _describe_tensor(self, spec: TensorSpec, norms: bool) -> dict[str, Any]:
+        rows = self._table.committed.rows
+        found: dict[str, Any] = {
+            "name": spec.name,
+            "point": spec.point,
+            "layer": spec.layer,
+            "dtype": spec.dtype,
+            "shape": [rows, *(spec.row_shape or ())],
+            "bytes": rows * _row_bytes(spec),
+        }
+        if norms:
+            mean = self.norms(spec.point, spec.layer)
+            found["mean_norm"] = None if math.isnan(mean) else mean
+        return found
+
+    def _rows(self, sample: int, key: Key, positions: Sequence[int]) -> torch.Tensor:
+        entry, place = self._entry(sample), self._places[key]
+        spec = self.manifest.specs.get(key)
+        if spec is None:  # no sample has rows yet
+            return torch.empty(0, 0)
+        if not len(positions):
+            return torch.empty(0, *spec.shape, dtype=spec.dtype)
+        row_bytes = math.prod(spec.shape) * spec.dtype.itemsize
+        data = bytearray(len(positions) * row_bytes)
+        view = memoryview(data)
+        for first, stop in _runs(positions):
+            self._fill(view[: (stop - first) * row_bytes], entry, place, first, stop)
+            view = view[(stop - first) * row_bytes :]
+        return torch.frombuffer(data, dtype=spec.dtype).reshape(len(positions), *spec.shape)
+
+    def _fill(self, view: memoryview, entry: Entry, place: int, first: int, stop: int) -> None:
+        """Read rows first..stop-1 of one sample of one tensor into `view`, which they fill."""
+        spec = self.manifest.tensors[place]
+        row_bytes = len(view) // (stop - first)
+        reached = first
+        for span in entry.spans:
+            if reached == stop:
+                break
+            if not (span.first <= place < span.end and span.start <= reached < span.start + span.rows):
+                continue
+            until = min(stop, span.start + span.rows)
+            stored = self._stored(span.shard, spec)
+            row = span.row + reached - span.start
+            if row + until - reached > stored.shape[0]:
+                raise self._contradiction(span.shard, spec, f"{row + until - reached} rows", f"{stored.shape[0]}")
+            piece = view[(reached - first) * row_bytes : (until - first) * row_bytes]
+            read_into(self._shard_path(span.shard), [(stored.offset + row * row_bytes, piece)])
+            reached = until
+        if reached != stop:
+            raise StoreError(
+                f"{self.path / SAMPLES}: sample {entry.sample.sample} has {entry.sample.rows} rows, and no span for "
+                f"row {reached} of {spec.name}.\nSee every problem: hookmap inspect {self.path} --verify"
+            )
+
+    def _stored(self, shard: int, spec: TensorSpec) -> Stored:
+        stored = self._header(shard).get(spec.name)
+        if stored is None:
+            raise self._contradiction(shard, spec, "it", "no such tensor")
+        if stored.dtype != spec.dtype or stored.shape[1:] != spec.row_shape:
+            raise self._contradiction(
+                shard, spec, f"{spec.dtype} rows of {spec.row_shape}", f"{stored.dtype} of {stored.shape[1:]}"
+            )
+        return stored
+
+    def _contradiction(self, shard: int, spec: TensorSpec, expected: str, found: str) -> StoreError:
+        return StoreError(
+            f"{self._shard_path(shard)}, tensor {spec.name}: expected {expected}, as the manifest and the table of "
+            f"samples say, found {found}.\nSee every problem: hookmap inspect {self.path} --verify"
+        )
+
+    def _shard_path(self, shard: int) -> Path:
+        return self.path / SHARD_FOLDER / shard_name(shard)
+
+    def _read_header(self, shard: int) -> dict[str, Stored]:
+        return read_header(self._shard_path(shard))
+
+    def _read_entry(self, number: int) -> Entry:
+        entry = self._table.entry(number)
+        if entry is None:
+            raise unknown_sample(number, self._table.numbers)
+        return entry
+
+
+def _runs(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Stretches first..stop-1 of consecutive positions, in order."""
+    if isinstance(positions, range) and positions.step == 1:
+        yield positions.start, positions.stop
+        return
+    first = stop = positions[0]
+    for position in positions:
+        if position != stop:
+            yield first, stop
+            first = position
+        stop = position + 1
+    yield first, stop
+
+
+def _row_bytes(spec: TensorSpec) -> int:
+    return 0 if spec.dtype is None else math.prod(spec.row_shape or ()) * DTYPES[spec.dtype].itemsize
+
+
+def _describe_sample(sample: Sample) -> dict[str, Any]:
+    return {
+        "sample": sample.sample,
+        "prompt": sample.prompt,
+        "text": sample.text,
+        "prompt_tokens": sample.prompt_tokens,
+        "tokens": len(sample.token_ids),
+        "rows": sample.rows,
+    }

@@ -1,0 +1,196 @@
+"""One shard: a safetensors file, written whole, read by its header and just the bytes that are wanted.
+
+The `safetensors` package serialises from memory and hands out views of a mapped file; this module writes tensor by
+tensor and reads ranges, in the documented format (https://huggingface.co/docs/safetensors):
+
+    8 bytes   length n of the header, unsigned, little-endian
+    n bytes   JSON: {"name": {"dtype": "BF16", "shape": [rows, d], "data_offsets": [begin, end]}, …}, space-padded
+    the rest  the tensors' bytes, little-endian, C order, without gaps; offsets count from here
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from hookmap.errors import StoreError
+from hookmap.stores.durable import write_all, write_whole
+
+DTYPES: dict[str, torch.dtype] = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""safetensors' name of each dtype that a shard can hold"""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+SHARD_FOLDER = "shards"
+ALIGN = 8
+HEADER_LIMIT = 100_000_000
+"""bytes; the safetensors package refuses longer headers too"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One tensor to be written: pieces of rows, in order."""
+
+    name: str
+    rows: int
+    pieces: Sequence[torch.Tensor]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.pieces[0].shape[1:])
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.pieces[0].element_size()
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the list of shards says of one shard."""
+
+    shard: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a shard, as its header says."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """of its first byte, from the start of the file"""
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+
+    @property
+    def bytes(self) -> int:
+        return self.shape[0] * self.row_bytes
+
+
+def shard_name(shard: int) -> str:
+    """`000012.safetensors`"""
+    return f"{shard:06d}.safetensors"
+
+
+def is_shard(name: str) -> bool:
+    """Whether `shard_name` gives such names."""
+    return name.endswith(".safetensors") and name.removesuffix(".safetensors").isdecimal()
+
+
+def write_shard(folder: Path, shard: int, blocks: Sequence[Block]) -> ShardInfo:
+    """Write one shard, whole or not at all. Holds one tensor of it beside the pieces. Raises OSError."""
+    header = _encode_header(blocks)
+
+    def write(file: BinaryIO) -> ShardInfo:
+        digest, size = hashlib.sha256(), 0
+        parts: list[bytes | Block] = [header, *blocks]
+        for data in parts:
+            view = _bytes_of(data.pieces) if isinstance(data, Block) else memoryview(data)
+            write_all(file, view)
+            digest.update(view)
+            size += len(view)
+        return ShardInfo(shard, size, digest.hexdigest())
+
+    return write_whole(folder / shard_name(shard), write)
+
+
+def _encode_header(blocks: Sequence[Block]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for block in blocks:
+        begin, end = end, end + block.bytes
+        dtype = NAMES[block.pieces[0].dtype]
+        header[block.name] = {"dtype": dtype, "shape": block.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGN)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(pieces: Sequence[torch.Tensor]) -> memoryview:
+    whole = pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces))
+    return whole.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a shard. Reads the header only.
+
+    Raises StoreError where the file is missing, cut short, too long, or no safetensors file.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+                raise _broken(path, "a safetensors header", f"a header of {length} bytes in a file of {size}")
+            text = file.read(length)
+    except FileNotFoundError as error:
+        raise _broken(path, "a shard that the table of samples names", "no such file") from error
+    try:
+        tensors = json.loads(text)
+        tensors.pop("__metadata__", None)
+        found = {name: _stored(entry, 8 + length) for name, entry in tensors.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _broken(path, "a safetensors header", f"one that does not parse ({error!r})") from error
+    end = 8 + length + sum(stored.bytes for stored in found.values())
+    if size != end:
+        raise _broken(path, f"{end} bytes, as its header says", f"{size} bytes")
+    return found
+
+
+def _stored(entry: dict[str, Any], start: int) -> Stored:
+    begin, end = entry["data_offsets"]
+    stored = Stored(entry["dtype"], tuple(entry["shape"]), start + begin)
+    if begin < 0 or end - begin != stored.bytes:
+        raise ValueError(f"shape {list(stored.shape)} of {stored.dtype} is not {end - begin} bytes")
+    return stored
+
+
+def read_into(path: Path, ranges: Sequence[tuple[int, memoryview]]) -> None:
+    """Fill each view with the file's bytes from its offset on, and read nothing else. Raises StoreError."""
+    with open(path, "rb", buffering=0) as file:
+        for offset, view in ranges:
+            file.seek(offset)
+            done = 0
+            while done < len(view):
+                taken = file.readinto(view[done:])
+                if not taken:
+                    raise _broken(path, f"{len(view)} bytes at {offset}", f"{done} bytes")
+                done += taken
+
+
+def sha256_of(path: Path) -> str:
+    """The file's checksum."""
+    digest, piece = hashlib.sha256(), bytearray(1 << 20)
+    with open(path, "rb", buffering=0) as file:
+        while taken := file.readinto(piece):
+            digest.update(memoryview(piece)[:taken])
+    return digest.hexdigest()
+
+
+def _broken(path: Path, expected: str, found: str) -> StoreError:
+    return StoreError(
+        f"{path} is broken: expected {expected}, found {found}.\n"
+        f"See every problem of this capture: hookmap inspect {path.parent.parent} --verify"
+    )
