@@ -25,7 +25,8 @@ class Estimate:
             if size < 1000 or unit == "TB":
                 break
             size /= 1000
-        return f"{self.samples} samples, {self.tensors} tensors of up to {self.rows} rows, up to {size:.3g} {unit}"
+        noun = "sample" if self.samples == 1 else "samples"
+        return f"{self.samples} {noun}, {self.tensors} tensors of up to {self.rows} rows, up to {size:.3g} {unit}"
 
 
 def estimate(

@@ -349,6 +349,8 @@ def test_debug_shows_the_traceback_wherever_it_is_typed() -> None:
 
 def start(*args: str, **options: Any) -> "subprocess.Popen[str]":
     command = [sys.executable, str(CHECKOUT / "cli.py"), *args]
+    # A test run started in the background of a shell ignores Ctrl-C, and so would its children.
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
