@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap, BlockKind
 from hookmap.discovery import discover
-from hookmap.errors import HookmapError, MapMismatchError
+from hookmap.errors import HookmapError, MapMismatchError, ModelError
 from hookmap.narrow import narrow
 from hookmap.selectors import Selector, select
 
@@ -73,11 +73,14 @@ def verify(
     """Run a model and check its map (found by discovery where none is given).
 
     `source`: as for `discover`. A torch module, an nnsight model, and a hub id or folder whose weights can be loaded
-    are verified with their own weights; a config, and anything under `random_weights`, as a narrow copy of full depth
-    with random weights. Raises ModelError or DiscoveryError where there is nothing to check.
+    are verified with their own weights; a config, a model without reachable weights, and anything under
+    `random_weights`, as a narrow copy of full depth with random weights: the result says which. Raises ModelError or DiscoveryError where there is nothing to check.
     """
-    model, on = _runnable(source, random_weights, trust_remote_code, seed)
-    found = architecture_map or discover(source, trust_remote_code=trust_remote_code)
+    config = _config(source, trust_remote_code)
+    model, on = _runnable(source, config, random_weights, trust_remote_code)
+    if on.startswith("random"):
+        redraw(model, seed)
+    found = architecture_map or discover(source if config is None else config, trust_remote_code=trust_remote_code)
     _same_architecture(found, model)
     with skeleton.eager(model):
         return Verification(found, on, tuple(_Verifier(found, model, seed).checks()))
@@ -98,17 +101,40 @@ def redraw(model: nn.Module, seed: int = 0) -> None:
             parameter.copy_(value)
 
 
-def _runnable(source: Any, random_weights: bool, trust_remote_code: bool, seed: int) -> tuple[nn.Module, str]:
-    if not isinstance(source, (str, Path)) and not (hasattr(source, "to_dict") and not isinstance(source, nn.Module)):
+def _runnable(source: Any, config: Any, random_weights: bool, trust_remote_code: bool) -> tuple[nn.Module, str]:
+    """The model with its own weights, or, where there are none or none are wanted, a narrow copy with random ones."""
+    if config is None:
         return skeleton.unwrap(source), "the model's own weights"
-    config = skeleton.load_config(source, trust_remote_code) if isinstance(source, (str, Path)) else source
+    why = ""
     if isinstance(source, (str, Path)) and not random_weights:
         from hookmap.loading import load_model
 
-        return load_model(source, trust_remote_code=trust_remote_code), "the model's own weights"
+        try:
+            return load_model(source, trust_remote_code=trust_remote_code), "the model's own weights"
+        except ModelError as error:
+            if any(Path(source).glob("*.safetensors")) or any(Path(source).glob("*.bin")):
+                raise  # there are weights, and they are broken
+            why = f" ({str(error).splitlines()[0]})"
     model = skeleton.build(narrow(config), "cpu", torch.float32, trust_remote_code=trust_remote_code)
-    redraw(model, seed)
-    return model, "random weights, narrow width, full depth"
+    return model, f"random weights, narrow width, full depth{why}"
+
+
+def _config(source: Any, trust_remote_code: bool) -> Any:
+    """The config of a hub id, a folder or a config; None for a module. Offline, a shipped map's config serves."""
+    if not isinstance(source, (str, Path)):
+        is_config = hasattr(source, "to_dict") and not isinstance(source, nn.Module)
+        return source if is_config else None
+    try:
+        return skeleton.load_config(source, trust_remote_code)
+    except ModelError:
+        from transformers import CONFIG_MAPPING
+
+        from hookmap.library import load_map, shipped_models
+
+        if str(source) not in shipped_models():
+            raise
+        shipped = load_map(source)
+        return CONFIG_MAPPING[shipped.model_type].from_dict(shipped.config)
 
 
 def _same_architecture(found: ArchitectureMap, model: nn.Module) -> None:

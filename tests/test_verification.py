@@ -1,12 +1,14 @@
 """Verification passes on a right map and fails on every wrong one."""
 
+from pathlib import Path
+
 import plain_hooks
 import pytest
 import torch
 
 from hookmap.architecture_map import ArchitectureMap
 from hookmap.discovery import discover
-from hookmap.errors import MapMismatchError
+from hookmap.errors import MapMismatchError, ModelError
 from hookmap.verification import Verification, redraw, verify
 
 
@@ -79,3 +81,18 @@ def test_the_weights_are_as_they_were() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     verify(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_without_weights_a_narrow_copy_is_verified_and_the_result_says_why(tmp_path: Path) -> None:
+    plain_hooks.FAMILIES["llama"].config().save_pretrained(tmp_path)
+    result = verify(tmp_path)
+    assert result.passed and result.on.startswith("random weights") and "no file named" in result.on
+    shipped = verify("willcb/Qwen3-0.6B")
+    assert shipped.passed and shipped.architecture_map.num_layers == 28 and "hub" in shipped.on
+
+
+def test_broken_weights_are_an_error_and_not_a_reason_for_random_ones(tmp_path: Path) -> None:
+    plain_hooks.FAMILIES["llama"].config().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint")
+    with pytest.raises(ModelError, match="cannot load the model"):
+        verify(tmp_path)
