@@ -80,10 +80,12 @@ def unwrap(source: Any) -> nn.Module:
 
 
 def sequence_length(config: Any) -> int:
-    """An odd length that no size in the config equals, so that the axis of positions can be told by its length."""
+    """An odd length that divides no size in the config, so that the axis of positions can be told by its length."""
     sizes = set(_numbers(config.to_dict() if hasattr(config, "to_dict") else {}))
     limit = getattr(config, "max_position_embeddings", None) or 10**9
-    return next((n for n in _SEQUENCES if n not in sizes and n <= limit), 7)
+    fits = [n for n in _SEQUENCES if n <= limit] or [_SEQUENCES[0]]
+    unequal = [n for n in fits if n not in sizes]
+    return next((n for n in unequal if all(size % n for size in sizes if size)), (unequal or fits)[0])
 
 
 def _numbers(value: Any) -> Iterator[int]:
