@@ -11,7 +11,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from hookmap.errors import MapError, MapNotFoundError
 from hookmap.points import POINTS
@@ -32,6 +40,18 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Heads(_Frozen):
+    """Which features of a tensor's last axis are the heads of a point, and in which order they lie.
+
+    The axis is cut into `groups` of one length; of each, the features from `start` to `stop` are heads of `d_head`.
+    """
+
+    groups: int = Field(default=1, ge=1, description="1: q, k and v side by side, or one of them alone")
+    start: int = Field(default=0, ge=0, description="first feature in each group")
+    stop: int = Field(ge=1, description="the feature behind the last one in each group")
+    d_head: int = Field(ge=1, description="features of one head")
+
+
 class TermTemplate(_Frozen):
     """One tensor at a module's boundary, times a constant."""
 
@@ -42,6 +62,24 @@ class TermTemplate(_Frozen):
     )
     scale: float = Field(default=1.0, description="the constant that the model multiplies it by, outside modules")
     flat: bool = Field(default=False, description="the module sees [batch * pos, ...]; a capture unflattens it")
+    axes: tuple[str, ...] | None = Field(
+        default=None, description="its axes there, where they are not (batch, pos, ...); a capture reorders them"
+    )
+    rows: Literal["all", "first", "last"] = Field(
+        default="all", description="which of its positions are the tokens', where the tensor has more"
+    )
+    call: int | None = Field(
+        default=None, ge=0, description="which call of the module in one forward pass, where it is called several times"
+    )
+
+    heads: Heads | None = Field(
+        default=None, description="the point is [batch, pos, heads, d_head], and these features of the last axis"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        usual = {"axes": None, "rows": "all", "call": None, "heads": None}
+        return {key: value for key, value in handler(self).items() if key not in usual or value != usual[key]}
 
 
 class PointTemplate(_Frozen):
@@ -73,6 +111,10 @@ class BlockKind(_Frozen):
     layers: tuple[int, ...]
     branch_order: Literal["sequential", "parallel", "mixer_only", "mlp_only", "other"]
     norm_placement: Literal["pre", "post", "sandwich", "none", "other"]
+    axes: tuple[str, ...] = Field(
+        default=("batch", "pos", "d_model"),
+        description="axes of the residual stream as captured; several streams are kept whole, with an axis `stream`",
+    )
     mixer: Branch | None = None
     mlp: Branch | None = None
     relations: tuple[str, ...] = Field(
@@ -150,6 +192,12 @@ class ArchitectureMap(_Frozen):
         from hookmap.selectors import select
 
         return select(self, points, layers)
+
+    def rename(self) -> dict[str, list[str]]:
+        """The points that are one module's boundary as nnsight's `rename=`; see `hookmap.nnsight_names.rename`."""
+        from hookmap.nnsight_names import rename
+
+        return rename(self)
 
     def to_json(self) -> str:
         """The document as JSON; lists of numbers and of words on one line."""

@@ -7,16 +7,20 @@ its output, which branch mixes positions. No module name is asked.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Literal
 
 from hookmap.dataflow import ModuleCall, Operation, Place
 from hookmap.errors import DiscoveryError
+from hookmap.positions import is_shift, mixing
 from hookmap.values import HEAVY, Exposure, Step, Values
 
-_STEP_COST = {"add": 0, "scale": 0, "cast": 0, "norm": 1, "gate": 2}
+Rows = Literal["all", "first", "last"]
+_STEP_COST = {"add": 0, "scale": 0, "cast": 0, "norm": 1, "gate": 2, "mix": 3}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,13 @@ class Stack:
     streams: dict[int, tuple[int, int]]
     """block number -> value of the stream that enters it, and that leaves it"""
     width: int
+    seq: int
+    """positions of the stream, usually as many as tokens"""
+    tokens: int
+    rows: Rows = "all"
+    """which of them are the tokens', where there are more"""
+    lists: tuple[str, ...] = ()
+    """templates of all lists that a block's modules are in; more than `path` where there is no module of a block"""
 
 
 @dataclass
@@ -47,6 +58,8 @@ class Branch:
     ops: list[Operation]
     reads: set[int]
     """values of the residual path that it reads"""
+    shifts: bool = False
+    """of the positions it does no more than shift them"""
 
 
 @dataclass
@@ -59,6 +72,7 @@ class Block:
     entry: int
     exit: int
     seq: int
+    stack: Stack
     path: list[Step] = field(default_factory=list)
     """linear steps from entry to exit; empty where there are none"""
     branches: list[Branch] = field(default_factory=list)
@@ -67,6 +81,10 @@ class Block:
     def states(self) -> list[int]:
         """The values of the stream, from entry to exit."""
         return [self.entry, *(step.result for step in self.path)]
+
+    def mixing(self, ops: list[Operation]) -> list[Operation]:
+        """Those of a branch's operations that move information between positions of the stream, or between tokens."""
+        return [op for n in {self.seq, self.stack.tokens} for op in mixing(self.values, ops, n)]
 
     def role(self, role: str) -> list[Branch]:
         return [branch for branch in self.branches if branch.role == role]
@@ -79,7 +97,7 @@ class Block:
     def _tail(self, part: int) -> Iterator[Step]:
         casts: list[Step] = []
         while not self._is_bare(part):
-            steps = [s for s in self.values.steps(part) if s.kind != "add"]
+            steps = [s for s in self.values.steps(part) if s.branch is None or self.values.is_constant(s.branch)]
             if not steps or not self.values.made_in(steps[0].source, self.call):
                 return
             casts.append(steps[0])
@@ -98,22 +116,142 @@ class Block:
     def raw(self, part: int) -> int:
         """The part before post-norm, scale and gate."""
         tail = self.tails[part]
-        return tail[-1].source if tail else part
+        bare = tail[-1].source if tail else part
+        while tail and not stands_inside(self, bare):
+            casts = [step for step in self.values.steps(bare) if step.kind == "cast"]
+            if not casts or not self.values.made_in(casts[0].source, self.call):
+                break
+            bare = casts[0].source
+        return bare
 
 
 def find_stack(values: Values, seq: int) -> Stack:
     """The module list whose entries hand a [.., seq, d] tensor from one to the next; the longest such chain."""
-    candidates = [stack for group in _groups(values) if (stack := _stack(values, *group, seq)) is not None]
-    if not candidates:
+    groups = list(_groups(values))
+    for length in _lengths(values, groups, seq):
+        candidates = [stack for group in groups if (stack := _stack(values, *group, length)) is not None]
+        if not candidates and length == seq:
+            candidates = list(scattered(values, groups, seq))
+        if candidates:
+            break
+    else:
         raise DiscoveryError(
             "no list of blocks was found: expected modules numbered 0, 1, 2, … that hand a tensor "
             "[batch, pos, d_model] from one to the next. If this is a causal language model, please report it "
             "with its config."
         )
-    return max(candidates, key=lambda s: (len(s.streams), -s.path.count("."), -min(c.enter for c in s.calls.values())))
+    best = max(candidates, key=lambda s: _rank(values, s))
+    if len(candidates) > 1 and best.streams[max(best.streams)][1] not in _reaching_the_output(values):
+        raise DiscoveryError(
+            f"the longest list of blocks, {best.path}, does not lead to the output: what it computes only chooses. "
+            "No other list hands a stream [batch, pos, d_model] on from block to block as it is."
+        )
+    _refuse_what_one_list_cannot_say(values, best, candidates)
+    return best if best.seq == seq else replace(best, tokens=seq, rows=_rows_of_tokens(values, best, seq))
 
 
-def _groups(values: Values) -> Iterator[tuple[str, dict[int, ModuleCall], int]]:
+def _reaching_the_output(values: Values) -> set[int]:
+    """Values that the model's output is computed from; not those it only chooses by (BLT's patches)."""
+    stack = [values.value(tensor) for tensor in values.flow.calls[0].outputs.values()]
+    found: set[int] = set()
+    while stack:
+        value = stack.pop()
+        if value in found or not values.flow.tensors[value].dtype.is_floating_point:
+            continue
+        found.add(value)
+        op = values.producers.get(value)
+        stack += values.operands(op) if op is not None else ()
+    return found
+
+
+def _rank(values: Values, stack: Stack) -> tuple[int, int, int, int]:
+    """Blocks add to a stream; the steps of an MLP only hand a tensor on."""
+    start = min(call.enter for call in stack.calls.values())
+    return _additions(values, stack), len(stack.streams), -stack.path.count("."), -start
+
+
+def _additions(values: Values, stack: Stack) -> int:
+    return sum(_adds(values, stack.calls[n], *stream) for n, stream in stack.streams.items())
+
+
+def _adds(values: Values, call: ModuleCall, entry: int, leave: int) -> bool:
+    return any(step.kind == "add" for step in residual_path(values, call, entry, leave))
+
+
+def _feeds(values: Values, call: ModuleCall, entry: int, leave: int) -> bool:
+    """Whether something that is added to the stream was computed from it."""
+    added = [step.branch for step in residual_path(values, call, entry, leave) if step.branch is not None]
+    return any(entry in values.cone(branch, [entry], call)[1] for branch in added)
+
+
+def _refuse_what_one_list_cannot_say(values: Values, best: Stack, candidates: list[Stack]) -> None:
+    """Raises DiscoveryError where the stream goes through other lists too, or crosses the blocks in two tensors."""
+    first, last = (best.calls[pick(best.calls, key=lambda n: best.calls[n].enter)] for pick in (min, max))
+    once = sum(call.module is first.module for call in values.flow.calls) == 1
+    others = [other for other in candidates if other is not best and _additions(values, other)]
+    for other in others if once else []:
+        around = [c for c in other.calls.values() if c.enter < first.enter and last.exit < c.exit]
+        if (around and len(other.streams) > 1) or _continues(values, best, other) or _continues(values, other, best):
+            raise DiscoveryError(
+                f"the residual stream goes through several lists of blocks, {best.path} and {other.path}: a map has "
+                "one. Put the blocks of the model into one list, or discover a part of the model."
+            )
+    if _is_split(values, best):
+        raise DiscoveryError(
+            f"the residual stream crosses the blocks {best.path} in two tensors, which the next block adds: no module "
+            "boundary between them exposes it. Expected blocks that hand on one tensor [batch, pos, d_model]."
+        )
+
+
+def _continues(values: Values, before: Stack, after: Stack) -> bool:
+    """Whether the stream that leaves the last block of one list enters, by linear steps, the first of another."""
+    last = max(before.streams, key=lambda n: before.calls[n].enter)
+    first = min(after.streams, key=lambda n: after.calls[n].enter)
+    start, end = before.calls[last].exit, after.calls[first].enter
+    if start > end:
+        return False
+    between = replace(before.calls[last], enter=start, exit=end)
+    leave, entry = before.streams[last][1], after.streams[first][0]
+    return leave == entry or bool(residual_path(values, between, leave, entry))
+
+
+def _is_split(values: Values, stack: Stack) -> bool:
+    """Whether each block adds, to the stream, another tensor that the block before it made and handed on."""
+    numbers = sorted(stack.streams, key=lambda n: stack.calls[n].enter)
+    found = []
+    for before, here in pairwise(numbers):
+        entered = map(values.value, stack.calls[here].entered.values())
+        handed = {value for value in entered if values.made_in(value, stack.calls[before])}
+        path = residual_path(values, stack.calls[here], *stack.streams[here])
+        found.append(any(step.branch in handed for step in path))
+    return bool(found) and all(found)
+
+
+def _lengths(values: Values, groups: list[Group], seq: int) -> list[int]:
+    """Numbers of positions that the stream may have: the tokens', or more, where a model adds positions of its own."""
+    outputs = [t for _, calls, _ in groups for call in calls.values() for t in call.outputs.values()]
+    shapes = [values.flow.tensors[t].shape for t in outputs]
+    return [seq, *sorted({shape[1] for shape in shapes if len(shape) == 3 and shape[1] > seq})]
+
+
+def _rows_of_tokens(values: Values, stack: Stack, seq: int) -> Rows:
+    """The first or the last positions of the stream, as the model cuts the tokens' out behind the blocks."""
+    end = stack.calls[max(stack.streams)].exit
+    for op in values.flow.operations:
+        if op.name == "slice" and op.time > end and len(op.args) > 2:
+            before, after = (values.flow.tensors[t].shape[op.args[1]] for t in (op.inputs[0], op.outputs[0]))
+            if (before, after) == (stack.seq, seq):
+                return "last" if op.args[2] else "first"
+    raise DiscoveryError(
+        f"the blocks {stack.path} have {stack.seq} positions for {seq} tokens, and nothing behind them says which are "
+        "the tokens': expected a slice of the stream."
+    )
+
+
+Group = tuple[str, dict[int, ModuleCall], int]
+
+
+def _groups(values: Values) -> Iterator[Group]:
     """Modules whose paths differ in one number: template, first call of each, how many there are."""
     found: dict[str, dict[int, ModuleCall]] = {}
     for call in values.flow.calls:
@@ -134,13 +272,19 @@ def _stack(values: Values, path: str, calls: dict[int, ModuleCall], length: int,
     streams: dict[int, tuple[int, int]] = {}
     entries: dict[int, set[Place]] = {}
     exits: dict[int, int] = {}
-    for here, after in pairwise(numbers):
-        leaving, entering = wide(calls[here].outputs), wide(calls[after].entered)
-        for value in leaving.values():
-            places = {place for place, other in entering.items() if other == value}
-            if places and values.made_in(value, calls[here]):
-                exits[here], entries[after] = value, places
-                break
+    handed = {(a, b): _handed(values, calls[a], calls[b], wide) for a, b in pairwise(numbers)}
+    votes = Counter(place for places in handed.values() for place in places)
+    if len(votes) > 1:  # several tensors cross the blocks: the stream is the one that is added to
+        for (here, _), places in handed.items():
+            entering = wide(calls[here].entered)
+            added = [p for p, v in places.items() if p in entering and _adds(values, calls[here], entering[p], v)]
+            votes.update(added)
+            # Of two that are added to (a reversible block), the one that the block's own branches read.
+            votes.update(p for p in added if len(added) > 1 and _feeds(values, calls[here], entering[p], places[p]))
+    for (here, after), places in handed.items():
+        if places:
+            value = places[max(places, key=lambda place: votes[place])]
+            exits[here], entries[after] = value, {place for place, other in places.items() if other == value}
     if len(numbers) > 1 and len(exits) < max(1, (len(numbers) - 1) // 2):
         return None
     usual = _usual_place(entries.values())
@@ -149,13 +293,52 @@ def _stack(values: Values, path: str, calls: dict[int, ModuleCall], length: int,
         entry = next((entering[p] for p in entries.get(number, [usual]) if p in entering), None)
         entry = entry if entry is not None else next(iter(entering.values()), None)
         same = [v for v in leaving.values() if entry is not None and values.size(v) == values.size(entry)]
+        if entry is not None and len(same) > 1:
+            same.sort(key=lambda v: not _adds(values, calls[number], entry, v))
         leave = exits.get(number, same[0] if same else None)
         if entry is not None and leave is not None:
             streams[number] = (entry, leave)
     if not streams or (len(numbers) == 1 and length > 1):
         return None
     width = values.shape(next(iter(streams.values()))[0])[-1]
-    return Stack(path, calls, length, streams, width)
+    return Stack(path, calls, length, streams, width, seq, seq, lists=(path,))
+
+
+def _handed(
+    values: Values, here: ModuleCall, after: ModuleCall, wide: Callable[[dict[Place, int]], dict[Place, int]]
+) -> dict[Place, int]:
+    """Place in the arguments of one block -> the value there, where the block before made it and gave it out."""
+    made = {value for value in wide(here.outputs).values() if values.made_in(value, here)}
+    return {place: value for place, value in wide(after.entered).items() if value in made}
+
+
+def scattered(values: Values, groups: list[Group], seq: int) -> Iterator[Stack]:
+    """Blocks that are no modules: the first attention, norm, MLP … of several lists side by side, then the second.
+
+    A block begins where the first of them is entered, and ends where it is entered the next time.
+    """
+    for template, calls, length in groups:
+        parent = values.flow.calls[calls[0].parent or 0] if 0 in calls else None
+        lists = tuple(t for t, c, n in groups if n == length and c.get(0) and c[0].parent == calls[0].parent)
+        first = min((c[0].enter for t, c, _ in groups if t in lists), default=0)
+        if parent is None or length < 2 or len(calls) != length or len(lists) < 2 or calls[0].enter != first:
+            continue
+        inputs = [_stream_input(values, calls[n], seq) for n in range(length)]
+        leave = next((values.value(t) for t in parent.outputs.values()), None)
+        if leave is None or any(value is None for value in inputs):
+            continue
+        ends = [*(calls[n].enter for n in range(1, length)), parent.exit]
+        spans = {
+            n: ModuleCall(parent.index, calls[n].path, parent.module, parent.parent, calls[n].enter - 1, ends[n])
+            for n in range(length)
+        }
+        streams = {n: (a, b) for n, (a, b) in enumerate(pairwise([*inputs, leave])) if a is not None and b is not None}
+        yield Stack(template, spans, length, streams, values.shape(leave)[-1], seq, seq, lists=lists)
+
+
+def _stream_input(values: Values, call: ModuleCall, seq: int) -> int | None:
+    shapes = {t: values.flow.tensors[t].shape for t in call.entered.values()}
+    return next((values.value(t) for t, shape in shapes.items() if len(shape) >= 3 and seq in shape[:-1]), None)
 
 
 def _usual_place(places: object) -> Place:
@@ -168,31 +351,36 @@ def _usual_place(places: object) -> Place:
 def read_block(values: Values, stack: Stack, number: int, seq: int) -> Block:
     """Follow the stream through one block, and the branches that are added to it."""
     entry, leave = stack.streams[number]
-    block = Block(number, stack.calls[number], values, entry, leave, seq)
-    block.path = _residual_path(values, block)
+    block = Block(number, stack.calls[number], values, entry, leave, seq, stack)
+    block.path = residual_path(values, block.call, entry, leave)
     for position, step in enumerate(block.path):
         if step.kind == "add" and step.branch is not None:
             block.branches += _branches(block, position, step)
+    if not all(branch.shifts for branch in block.role("mixer")):
+        # Beside a branch that mixes more, one that takes in the position before (RWKV's channel mixing) is the MLP.
+        for branch in block.role("mixer"):
+            branch.role = "mlp" if branch.shifts else "mixer"
     return block
 
 
-def _residual_path(values: Values, block: Block) -> list[Step]:
-    """The linear steps from the block's input to its output that go through the fewest norms and gates."""
-    best: dict[int, tuple[int, Step | None]] = {block.entry: (0, None)}
+def residual_path(values: Values, call: ModuleCall, entry: int, leave: int) -> list[Step]:
+    """The linear steps from a block's input to its output through the fewest norms and gates, then fewest additions."""
+    best: dict[int, tuple[tuple[int, int], Step | None]] = {entry: ((0, 0), None)}
 
-    def cost(value: int) -> int:
+    def cost(value: int) -> tuple[int, int]:
         if value not in best:
-            best[value] = (10**6, None)
-            if values.made_in(value, block.call):
-                for step in values.steps(value):
-                    total = cost(step.source) + _STEP_COST[step.kind]
+            best[value] = ((10**6, 0), None)
+            if values.made_in(value, call):
+                for step in (step for step in values.steps(value) if step.kind in _STEP_COST):
+                    obstacles, additions = cost(step.source)
+                    total = (obstacles + _STEP_COST[step.kind], additions + (step.kind == "add"))
                     if total < best[value][0]:
                         best[value] = (total, step)
         return best[value][0]
 
-    if cost(block.exit) >= 10**6:
+    if cost(leave)[0] >= 10**6:
         return []
-    path, value = [], block.exit
+    path, value = [], leave
     while (step := best[value][1]) is not None:
         path.append(step)
         value = step.source
@@ -202,16 +390,21 @@ def _residual_path(values: Values, block: Block) -> list[Step]:
 def _branches(block: Block, position: int, step: Step) -> list[Branch]:
     found: list[Branch] = []
     assert step.branch is not None
-    for part in _parts(block, step.branch, step.result):
-        ops, reads = block.values.cone(part, block.states, block.call)
-        role = "other" if not reads else "mixer" if any(mixes(block.values, op, block.seq) for op in ops) else "mlp"
+    cones = {p: block.values.cone(p, block.states, block.call) for p in _parts(block, step.branch, step.result)}
+    heavy = {part for part, (ops, _) in cones.items() if any(op.name in HEAVY for op in ops)}
+    if len(cones) > 1 and (len(heavy) < 2 or any(reads for part, (_, reads) in cones.items() if part not in heavy)):
+        cones = {step.branch: block.values.cone(step.branch, block.states, block.call)}  # one branch's own residual
+    for part, (ops, reads) in cones.items():
+        mixed = block.mixing(ops)
+        role = "other" if not reads else "mixer" if mixed else "mlp"
         twin = next((b for b in found if b.role == role), None)
         if twin is None:
-            found.append(Branch(role, position, [part], step.factor, ops, reads))
+            found.append(Branch(role, position, [part], step.factor, ops, reads, all(map(is_shift, mixed))))
         else:
             twin.parts.append(part)
             twin.ops += [op for op in ops if op not in twin.ops]
             twin.reads |= reads
+            twin.shifts &= all(map(is_shift, mixed))
     return found
 
 
@@ -221,7 +414,8 @@ def _parts(block: Block, value: int, total: int) -> list[int]:
         return [value]
     op = block.values.producers[value]
     sides = block.values.operands(op) if op.name == "add" else ()
-    if len(sides) == 2 and all(block.values.size(v) == block.values.size(value) for v in sides):
+    whole = all(block.values.size(v) == block.values.size(value) and not block.values.is_constant(v) for v in sides)
+    if len(sides) == 2 and whole:
         return [part for side in sides for part in _parts(block, side, total)]
     return [value]
 
@@ -233,26 +427,3 @@ def stands_inside(block: Block, value: int) -> list[Exposure]:
         for e in block.values.exposures.get(value, [])
         if e.side == "output" and block.call.enter < e.call.enter and e.call.exit < block.call.exit
     ]
-
-
-def mixes(values: Values, op: Operation, seq: int) -> bool:
-    """Whether an operation moves information between positions: treats the axis of length `seq` not pointwise."""
-    tensors = values.flow.tensors
-    if not op.outputs or not tensors[op.outputs[0]].dtype.is_floating_point:
-        return False
-    result = tensors[op.outputs[0]].shape
-    sources = [tensors[t].shape for t in op.inputs]
-    if result.count(seq) >= 2 or op.name.startswith("_scaled_dot_product"):
-        return True
-    if not sources or seq not in sources[0]:
-        return False
-    if op.name == "convolution":
-        return sources[1][-1] > 1
-    if op.name in ("bmm", "baddbmm", "mm"):
-        return sources[-2][-1] == seq and seq not in result
-    if op.name in ("constant_pad_nd", "slice", "select", "mean", "sum", "amax", "cat"):
-        return seq not in result
-    if op.name in ("cumsum", "cumprod", "logcumsumexp", "flip", "roll"):
-        dims = op.args[-1] if isinstance(op.args[-1], (list, tuple)) else [op.args[1]]
-        return any(isinstance(d, int) and sources[0][d] == seq for d in dims)
-    return op.name in ("unfold", "_fft_r2c", "_fft_c2c", "_fft_c2r")

@@ -3,6 +3,7 @@
 One batch is one `generate`: the text, the tokens and every tensor come out of the same forward passes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,17 +16,18 @@ import torch
 from transformers import GenerationConfig
 
 from hookmap import generation as gen
+from hookmap import skeleton
 from hookmap.activations import Key, Sample, Sink
 from hookmap.architecture_map import ArchitectureMap
-from hookmap.engines.nnsight import NNsightEngine
+from hookmap.engines.nnsight import NNsightEngine, lock_of
 from hookmap.engines.observation import BatchLayout, Observer
 from hookmap.errors import CaptureError, SelectionError, TokenizerError
-from hookmap.points import parse_point
+from hookmap.points import POINTS, parse_point
 from hookmap.prompts import Prompt, decode
 from hookmap.selectors import Selector
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter, write_store
-from hookmap.stores.interface import Store
+from hookmap.stores.interface import Store, place_of
 from hookmap.stores.manifest import Manifest, manifest_of_run
 from hookmap.stores.memory import MemoryStore
 
@@ -81,15 +83,22 @@ class Capture:
     def __getitem__(self, where: str | tuple[str, int | None]) -> torch.Tensor | list[torch.Tensor]:
         """`run["resid_mid", 8]`: [batch, pos, d] where all samples have as many rows, else a list of [pos, d].
 
+        `run["pattern", 8]` is [batch, heads, query, key], or a list of [heads, query, key].
         `run["blocks.8.hook_resid_mid"]` and `run["logits"]` are understood too, and negative layers count from the
         end. Raises SelectionError where it was not captured.
         """
-        return self.store[self._key(where)]
+        key = self._key(where)
+        found = self.store[key]
+        if "key" not in POINTS[key[0].partition(".")[0]].axes:
+            return found
+        if isinstance(found, list):
+            return [rows[..., : len(rows)].movedim(1, 0) for rows in found]
+        return found[..., : found.shape[1]].movedim(2, 1)
 
     def read(
         self, sample: int, point: str, layer: int | None = None, tokens: slice | Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Rows of one sample, [pos, d], without reading the others."""
+        """Rows of one sample, [pos, d], without reading the others; of `pattern` [query, heads, key], zeros behind."""
         return self.store.read(sample, *self._key((point, layer)), tokens)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -105,7 +114,7 @@ class Capture:
         return f"<Capture of {len(self)} samples, {rows} rows of {len(self.keys)} tensors>"
 
     def _key(self, where: str | tuple[str, int | None]) -> Key:
-        point, layer = (where, None) if isinstance(where, str) else where
+        point, layer = place_of(where)
         parsed = parse_point(point)
         if isinstance(parsed, str):
             raise SelectionError(parsed)
@@ -134,8 +143,11 @@ def capture(
     generation: Mapping[str, Any],
 ) -> Capture:
     """See `HookedModel.capture`."""
-    if batch_size < 1:
-        raise CaptureError(f"batch_size: expected at least 1, got {batch_size}.")
+    gen.check_count("batch_size", batch_size)
+    gen.check_seed(seed)
+    gen.check_stop(stop)
+    if resume and store is None:
+        raise CaptureError("resume=True needs the folder to go on with: give store=FOLDER.")
     _check_vocabulary(engine, prompts)
     config = gen.settings(
         engine.root, tokenizer, max_new_tokens=max_new_tokens, do_sample=do_sample, options=generation
@@ -193,7 +205,8 @@ class _Run:
         """Generate from these prompts together, and hand their rows to the sink."""
         prompts = [self.prompts[number] for number in numbers]
         layout = BatchLayout(tuple(numbers), tuple(len(prompt.token_ids) for prompt in prompts))
-        observer = Observer(self.selectors, layout, sink.write)
+        longest = max(len(prompt.token_ids) for prompt in self.prompts)
+        observer = Observer(self.selectors, layout, sink.write, keys=longest + self.config.max_new_tokens - 1)
 
         def tell(columns: int, finished: list[bool]) -> None:
             observer.sampled(columns, finished)
@@ -202,7 +215,13 @@ class _Run:
         finished = gen.Finished(self.config, self.stop, self.tokenizer, tell)
         # The seed is the first prompt's own, so that a resumed run draws what the whole run would have drawn.
         seed = None if self.seed is None else self.seed + numbers[0]
-        with gen.seeded(seed, self.engine.device), gen.evaluating(self.engine.module):
+        # All of it under the lock: the training flags and torch's generators are every thread's.
+        with (
+            lock_of(self.engine.module),
+            gen.seeded(seed, self.engine.device, draws=bool(self.config.do_sample)),
+            gen.evaluating(self.engine.module),
+            self._attention(),
+        ):
             sequences = self._generate(observer, self._inputs(prompts, layout, finished))
         counts = observer.finish(sequences.shape[1])
         for row, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
@@ -210,6 +229,15 @@ class _Run:
             known = len(prompt.token_ids)
             text = decode(new, self.tokenizer)
             sink.finish(Sample(number, prompt.text, text, (*prompt.token_ids, *new), known, known + len(new) - 1))
+
+    @contextlib.contextmanager
+    def _attention(self) -> Iterator[None]:
+        """Eager attention while its weights are captured: the faster implementations never have them as a tensor."""
+        if not any("key" in POINTS[s.point.partition(".")[0]].axes for s in self.selectors):
+            yield
+            return
+        with skeleton.eager(self.engine.module):
+            yield
 
     def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: gen.Finished) -> dict[str, Any]:
         pad, device = self.config.pad_token_id, self.engine.device
@@ -234,6 +262,8 @@ class _Run:
                 f"out of memory on {self.engine.device} with {inputs['input_ids'].shape[0]} prompts at once: "
                 f"give a smaller batch_size, fewer max_new_tokens, or store=FOLDER. ({error})"
             ) from error
+        except ValueError as error:  # settings that transformers looks at only now, such as temperature=0
+            raise CaptureError(f"transformers does not generate with these settings: {error}") from error
         except IndexError as error:
             longest = inputs["input_ids"].shape[1] + self.config.max_new_tokens
             limit = getattr(self.engine.root.config, "max_position_embeddings", None)

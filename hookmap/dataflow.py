@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -91,19 +92,23 @@ class Dataflow:
         return None if index is None else self.operations[index]
 
 
-def record(model: nn.Module, kwargs: dict[str, Any]) -> Dataflow:
-    """Run `model(**kwargs)` once, without gradients, and return its dataflow. Leaves the model as it was."""
+def record(model: nn.Module, inputs: dict[str, Any], names: Mapping[str, str] | None = None) -> Dataflow:
+    """Run the model once, without gradients, and return its dataflow. Leaves the model as it was.
+
+    `names`: input -> the parameter of `forward` that takes it, where not all are given under their own names.
+    """
+    names = {name: name for name in inputs} if names is None else names
     recorder = _Recorder(model)
     handles = []
     for module in dict.fromkeys(model.modules()):
         handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
         handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
     try:
-        with torch.no_grad(), recorder:
-            for name, value in kwargs.items():
+        with torch.no_grad(), recorder, _OneOfAList():
+            for name, value in inputs.items():
                 if isinstance(value, torch.Tensor):
                     recorder.flow.inputs[name] = recorder.identify(value)
-            model(**kwargs)
+            model(**{parameter: inputs[name] for name, parameter in names.items()})
     finally:
         for handle in handles:
             handle.remove()
@@ -122,6 +127,26 @@ def leaves(value: Any) -> Iterator[tuple[Place, torch.Tensor]]:
         for each in dataclasses.fields(value):
             if isinstance(item := getattr(value, each.name), torch.Tensor):
                 yield each.name, item
+
+
+class _OneOfAList(TorchFunctionMode):
+    """Reads `x[..., [2]]` as `x[..., 2:3]`: a list becomes a tensor, whose numbers are lost on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__ and len(args) == 2:
+            args = (args[0], _list_as_slice(args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def _list_as_slice(index: Any) -> Any:
+    parts = index if isinstance(index, tuple) else (index,)
+    lists = [part for part in parts if isinstance(part, list)]
+    plain = all(part is None or part is Ellipsis or isinstance(part, (slice, list)) for part in parts)
+    if len(lists) != 1 or not plain or len(lists[0]) != 1 or type(lists[0][0]) is not int:
+        return index
+    (number,) = lists[0]
+    one = slice(number, number + 1 if number != -1 else None)
+    return tuple(one if isinstance(part, list) else part for part in parts)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

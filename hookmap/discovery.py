@@ -18,10 +18,11 @@ from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate
 from hookmap.blocks import Stack, find_stack, read_block
 from hookmap.dataflow import Dataflow, record
 from hookmap.errors import DiscoveryError, HookmapError
+from hookmap.full_width import at_full_width
 from hookmap.points import POINTS
 from hookmap.points_of_block import BlockPoints, points_of_block
 from hookmap.points_of_model import read_outside
-from hookmap.taps import Tap
+from hookmap.taps import Tap, captured_axes
 from hookmap.values import Values
 
 
@@ -44,7 +45,7 @@ def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> Ar
     seq = skeleton.sequence_length(config)
     try:
         model = skeleton.build(config, trust_remote_code=trust_remote_code)
-        flow = record(model, skeleton.inputs("meta", seq))
+        flow = _one_pass(model, config, "meta", seq)
         how = "one forward pass on the meta device, full size"
     except HookmapError:
         raise
@@ -55,27 +56,38 @@ def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> Ar
         seq = skeleton.sequence_length(config_small)
         model = skeleton.build(config_small, "cpu", torch.float32, trust_remote_code=trust_remote_code)
         try:
-            flow = record(model, skeleton.inputs("cpu", seq))
+            flow = _one_pass(model, config, "cpu", seq)
         except Exception as second:
             raise DiscoveryError(
                 f"{type(model).__name__} ran neither without weights ({type(error).__name__}: {error}) "
                 f"nor as a narrow copy ({type(second).__name__}: {second})."
             ) from second
         how = "one forward pass of a narrow copy of full depth on the CPU"
+        return at_full_width(assemble(model, flow, seq, config, model_id, how), config, config_small)
     return assemble(model, flow, seq, config, model_id, how)
+
+
+def _one_pass(model: nn.Module, config: Any, device: Any, seq: int) -> Dataflow:
+    given = skeleton.inputs(device, seq)
+    try:
+        return record(model, given, skeleton.accepted(model, given))
+    except RuntimeError:
+        if (rows := skeleton.rows_per_sequence(config)) == 1:
+            raise
+        return record(model, skeleton.inputs(device, seq, rows))
 
 
 def _of_module(model: nn.Module) -> ArchitectureMap:
     config = getattr(model, "config", None)
-    seq = skeleton.sequence_length(config)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    seq = skeleton.sequence_length(config, model)
+    device = skeleton.device_of(model)
     with skeleton.eager(model):
         try:
-            flow = record(model, skeleton.inputs(device, seq))
+            flow = _one_pass(model, config, device, seq)
         except Exception as error:
             raise DiscoveryError(
                 f"{type(model).__name__} did not run on {seq} token ids: {type(error).__name__}: {error}\n"
-                "Expected a causal language model that takes input_ids, attention_mask and use_cache."
+                "Expected a causal language model whose forward takes token ids, [batch, pos], and needs nothing else."
             ) from error
     how = "one forward pass of the model as it stands"
     return assemble(model, flow, seq, config, getattr(config, "_name_or_path", "") or None, how)
@@ -89,8 +101,8 @@ def assemble(
     stack = find_stack(values, seq)
     readings: dict[int, BlockPoints] = {}
     for number in sorted(stack.streams):
-        readings[number] = points_of_block(read_block(values, stack, number, seq), stack.path)
-    kinds = _kinds(stack, readings)
+        readings[number] = points_of_block(read_block(values, stack, number, stack.seq))
+    kinds = _kinds(stack, readings, values)
     outside = read_outside(values, stack, seq)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     return ArchitectureMap(
@@ -120,11 +132,11 @@ def assemble(
     )
 
 
-def _kinds(stack: Stack, readings: dict[int, BlockPoints]) -> tuple[BlockKind, ...]:
+def _kinds(stack: Stack, readings: dict[int, BlockPoints], values: Values) -> tuple[BlockKind, ...]:
     """Blocks that read alike are one kind; layers that were never called are a kind without points."""
     groups: dict[str, tuple[list[int], BlockKind]] = {}
     for number in range(stack.length):
-        kind = _kind(stack, number, readings.get(number))
+        kind = _kind(stack, number, readings.get(number), values)
         groups.setdefault(kind.model_dump_json(), ([], kind))[0].append(number)
     made: list[BlockKind] = []
     for layers, kind in groups.values():
@@ -134,7 +146,7 @@ def _kinds(stack: Stack, readings: dict[int, BlockPoints]) -> tuple[BlockKind, .
     return tuple(made)
 
 
-def _kind(stack: Stack, number: int, reading: BlockPoints | None) -> BlockKind:
+def _kind(stack: Stack, number: int, reading: BlockPoints | None, values: Values) -> BlockKind:
     if reading is None:
         reason = (
             "this layer is never called on text alone" if number not in stack.calls else "no stream was found in it"
@@ -151,6 +163,7 @@ def _kind(stack: Stack, number: int, reading: BlockPoints | None) -> BlockKind:
         layers=(),
         branch_order=reading.branch_order,
         norm_placement=reading.norm_placement,
+        axes=captured_axes(values.shape(stack.streams[number][0]), stack.seq),
         mixer=reading.mixer,
         mlp=reading.mlp,
         relations=tuple(reading.relations),
@@ -172,6 +185,10 @@ def _first_reader(readings: dict[int, BlockPoints], role: str) -> str | None:
 
 def _number(config: Any, name: str) -> int | None:
     for each in (config, getattr(config, "text_config", None)):
-        if isinstance(value := getattr(each, name, None), int):
+        try:
+            value = getattr(each, name, None)
+        except RuntimeError:  # transformers' config of a model whose layers differ in this number
+            continue
+        if isinstance(value, int):
             return value
     return None

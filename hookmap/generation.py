@@ -4,6 +4,7 @@ import contextlib
 import copy
 import difflib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,17 @@ Told = Callable[[int, list[bool]], None]
 """(columns of the batch now, whether each row got its last token with this one)"""
 
 _SAMPLING = ("temperature", "top_k", "top_p")
+_NOT_HERE = {
+    "stop_strings": "give it as stop=, which also cuts the rows behind it",
+    "max_length": "give max_new_tokens=, which does not count the prompt",
+    "return_dict_in_generate": "a capture returns what points= names",
+    "output_hidden_states": "name resid_pre among points=",
+    "output_attentions": "name pattern among points=",
+    "output_scores": "name logits among points=",
+    "output_logits": "name logits among points=",
+}
+_generators = threading.RLock()
+"""held while a run draws from torch's generators, which all threads share"""
 
 
 def settings(
@@ -27,13 +39,12 @@ def settings(
     `options`: any field of transformers' GenerationConfig. Raises CaptureError for a field it does not have, for
     sampling fields without `do_sample`, and for ways of generating in which a row is not a prompt.
     """
-    if max_new_tokens < 1:
-        raise CaptureError(f"max_new_tokens: expected at least 1, got {max_new_tokens}.")
+    check_count("max_new_tokens", max_new_tokens)
     given = {name: value for name, value in options.items() if value is not None}
     known = set(GenerationConfig().to_dict())
-    if "stop_strings" in given:
-        raise CaptureError("stop_strings: give it as stop=, which also cuts the rows behind it.")
     for name in given:
+        if name in _NOT_HERE:
+            raise CaptureError(f"{name}: {_NOT_HERE[name]}.")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "it is no field of transformers' GenerationConfig."
@@ -58,6 +69,24 @@ def settings(
             "each prompt. Give num_beams=1, num_return_sequences=1."
         )
     return config
+
+
+def check_count(name: str, count: Any) -> None:
+    """Raises CaptureError where `count` is not a whole number of at least 1."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise CaptureError(f"{name}: expected a whole number, at least 1, got {count!r}.")
+
+
+def check_seed(seed: Any) -> None:
+    """Raises CaptureError where torch could not be seeded with it."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
+        raise CaptureError(f"seed: expected None or a whole number of 64 bits, got {seed!r}.")
+
+
+def check_stop(stop: Sequence[Any]) -> None:
+    """Raises CaptureError for what is no text, and for the empty text, which every row ends with at once."""
+    if wrong := [text for text in stop if not isinstance(text, str) or not text]:
+        raise CaptureError(f"stop: expected texts of at least one character, got {wrong[0]!r}.")
 
 
 def end_tokens(config: GenerationConfig) -> tuple[int, ...]:
@@ -109,15 +138,22 @@ class Finished(StoppingCriteria):  # type: ignore[misc]  # transformers' base is
 
 
 @contextlib.contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """`torch.manual_seed(seed)` inside, the generators' states as before outside. None changes nothing."""
-    if seed is None:
+def seeded(seed: int | None, device: torch.device, *, draws: bool = True) -> Iterator[None]:
+    """`torch.manual_seed(seed)` inside, the generators' states as before outside. None changes nothing.
+
+    One thread at a time, where there is a seed or the run `draws`: else another's numbers would be missing here.
+    """
+    if seed is None and not draws:
         yield
         return
-    cuda = range(torch.cuda.device_count()) if device.type == "cuda" else ()
-    with torch.random.fork_rng(devices=list(cuda)):
-        torch.manual_seed(seed)
-        yield
+    with _generators:
+        if seed is None:
+            yield
+            return
+        cuda = range(torch.cuda.device_count()) if device.type == "cuda" else ()
+        with torch.random.fork_rng(devices=list(cuda)):
+            torch.manual_seed(seed)
+            yield
 
 
 @contextlib.contextmanager

@@ -48,8 +48,19 @@ def explain(error: BaseException, source: str | Path) -> str:
     """One sentence: why `source` could not be loaded, and what to type next."""
     names = {type(cause).__name__ for cause in _causes(error)}
     text = str(source)
+    said = " ".join(str(cause) for cause in _causes(error))
+    if "trust_remote_code=True" in said:
+        return (
+            "it brings modelling code of its own, which is run only if you say that you trust it. "
+            "Read that code, then type: --trust-remote-code (in Python: trust_remote_code=True)"
+        )
+    if "Weights only load failed" in said:
+        return (
+            "its weights are a pickle that holds more than tensors, and unpickling that would run whatever code is in "
+            "it. It is not loaded. Give a folder with safetensors files, as save_pretrained writes them."
+        )
     if not is_hub_id(source):
-        return f"{_first_line(error)} Give a folder that save_pretrained wrote, or a hub id."
+        return f"{_first_line(error).rstrip(' .')}. Give a folder that save_pretrained wrote, or a hub id."
     if "GatedRepoError" in names:
         return f"the repository is gated: ask for access at https://huggingface.co/{text}, then type: hf auth login"
     if names & {"RepositoryNotFoundError", "RevisionNotFoundError"}:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hookmap import hub
-from hookmap.architecture_map import ArchitectureMap, load
+from hookmap.architecture_map import ArchitectureMap, BlockKind, load
 from hookmap.errors import MapMismatchError, MapNotFoundError
 
 # Fields of a config that change how large tensors are, or numbers inside a module: never which modules there are.
@@ -79,7 +79,10 @@ def resize(
     d_vocab: int | None = None,
     model_id: str | None = None,
 ) -> ArchitectureMap:
-    """The same architecture at another size. Pure. Raises MapMismatchError where the size decides more than sizes."""
+    """The same architecture at another size. Pure. Raises MapMismatchError where the size decides more than sizes.
+
+    Points whose selectors say how heads lie in a tensor (`q`, `k`, `v`, `z`) are left out: that depends on the size.
+    """
     name = architecture_map.architecture
     if num_layers != architecture_map.num_layers:
         if len(architecture_map.kinds) > 1:
@@ -98,9 +101,19 @@ def resize(
         only = architecture_map.kinds[0].model_copy(update={"layers": tuple(range(num_layers))})
         architecture_map = architecture_map.model_copy(update={"kinds": (only,)})
     sizes = {"num_layers": num_layers, "d_model": d_model, "num_heads": num_heads, "d_vocab": d_vocab}
+    reason = f"where its heads lie depends on the size: hookmap discover {model_id or 'MODEL'}"
+    resized = tuple(_without_heads(kind, reason) for kind in architecture_map.kinds)
     # The new size has not been verified, and is no longer the config that the hash is of.
     own = {"model_id": model_id, "scope": "architecture", "config_hash": None, "verified_by": ()}
-    return architecture_map.model_copy(update={**sizes, **own})
+    return architecture_map.model_copy(update={"kinds": resized, **sizes, **own})
+
+
+def _without_heads(kind: BlockKind, reason: str) -> BlockKind:
+    sized = {name for name, point in kind.points.items() if any(term.heads for term in point.terms)}
+    points = {name: point for name, point in kind.points.items() if name not in sized}
+    return kind.model_copy(
+        update={"points": points, "unavailable": {**kind.unavailable, **dict.fromkeys(sorted(sized), reason)}}
+    )
 
 
 def _for_config(config: Mapping[str, Any], where: str) -> ArchitectureMap:

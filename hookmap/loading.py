@@ -13,7 +13,7 @@ from hookmap import hub
 from hookmap.errors import ModelError, TokenizerError
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
-_GIVE_ONE = "Give one: hookmap.open(model, tokenizer=...), as a tokenizer, a folder or a hub id."
+_GIVE_ONE = "Give one: --tokenizer MODEL, a folder or a hub id (in Python: hookmap.open(model, tokenizer=...))."
 
 
 def load_config(source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
@@ -41,7 +41,8 @@ def load_model(
     """The causal language model of `source`, in evaluation mode.
 
     `dtype`: "auto" is the checkpoint's own. `device`: None is a GPU where there is one, else the CPU; "auto" spreads
-    over all. Raises ModelError with what was tried.
+    over all. Raises ModelError with what was tried, and where the checkpoint lacks weights of the model: transformers
+    would make them up at random.
     """
     from transformers import AutoModelForCausalLM
 
@@ -50,8 +51,9 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         with _quiet():
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 source,
+                output_loading_info=True,
                 dtype=dtype,
                 device_map=device,
                 trust_remote_code=trust_remote_code,
@@ -60,7 +62,14 @@ def load_model(
             )
     except Exception as error:  # as above
         raise ModelError(f"cannot load the model {str(source)!r}: {hub.explain(error, source)}") from error
-    return model.eval()
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{source} holds no weights for {len(missing)} parameters of {type(model).__name__}: "
+            f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. They would be random numbers. "
+            "Give a whole checkpoint; or, if it is meant, load the model yourself: hookmap.open(module, tokenizer=...)"
+        )
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:

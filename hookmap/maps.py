@@ -1,51 +1,77 @@
 """The shipped maps: discovered at full size without weights, and verified on a narrow copy, one architecture each.
 
-`build` makes one; `build_all` makes many, in parallel and resuming, and says of each how it ended.
+`build` makes one. A sweep makes or checks many, in parallel and resuming, and says of each model type how it ended.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from hookmap.architecture_map import ArchitectureMap
+from hookmap.architecture_map import ArchitectureMap, load
+from hookmap.errors import DiscoveryError, HookmapError, ModelError
 
 Status = Literal["SUPPORTED", "UNAVAILABLE", "ERROR", "SILENTLY WRONG"]
+LEDGER = ".sweep.jsonl"
+"""beside the maps: one line for each model type that is done, so that a killed sweep goes on where it was"""
+_SECONDS = 900
+
+
+class _Refuted(DiscoveryError):
+    """Discovery made a map, and verification says that it is wrong."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of block, in the words of the table."""
+
+    name: str
+    layers: int
+    order: str
+    norms: str
+    axes: tuple[str, ...]
+    points: tuple[str, ...]
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """How one model type came out."""
+    """How one model type came out.
+
+    SUPPORTED: the map is there, and every point in it is proved. UNAVAILABLE: the blocks could not be read, and the
+    reason says why. ERROR: transformers itself could not build or run it, in its own words. SILENTLY WRONG: discovery
+    made a map that verification refutes; it is not written.
+    """
 
     model_type: str
+    architecture: str
     status: Status
-    architecture: str = ""
-    kinds: tuple[str, ...] = ()
-    points: tuple[str, ...] = ()
-    """per-layer points that every called layer has"""
-    missing: dict[str, str] = field(default_factory=dict)
-    """point -> why some layer lacks it"""
+    kinds: tuple[Kind, ...] = ()
+    model_points: tuple[str, ...] = ()
+    model_missing: dict[str, str] = field(default_factory=dict)
     detail: str = ""
+    changes: tuple[str, ...] = ()
+    """a check: how the map found now differs from the shipped one"""
     seconds: float = 0.0
 
 
 def build(config: Any, model_id: str | None = None) -> ArchitectureMap:
     """The map of a config, with what verified it. Raises DiscoveryError where a check fails: nothing wrong is kept."""
     from hookmap.discovery import discover
-    from hookmap.errors import DiscoveryError
     from hookmap.verification import verify
 
     found = discover(config)
     result = verify(config, architecture_map=found)
     if not result.passed:
         failed = "; ".join(check.detail for check in result.checks if not check.passed)
-        raise DiscoveryError(f"the map of {found.architecture} does not verify: {failed}")
+        raise _Refuted(f"the map of {found.architecture} does not verify: {failed}")
     checks = dict.fromkeys(f"{check.name}: {check.detail.split(' in layer')[0]}" for check in result.checks)
     return found.model_copy(
         update={
@@ -56,54 +82,174 @@ def build(config: Any, model_id: str | None = None) -> ArchitectureMap:
     )
 
 
-def model_types() -> tuple[str, ...]:
-    """Every model type that transformers' causal language models have."""
+def build_models(folder: Path, report: Callable[[str], None] = lambda name: None) -> None:
+    """The maps of well-known models, from the shapes that they were published with, into `folder`."""
+    from transformers import CONFIG_MAPPING
+
+    from hookmap.published_models import PUBLISHED
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (model_type, settings) in PUBLISHED.items():
+        found = build(CONFIG_MAPPING[model_type](**settings), model_id=name)
+        # A shape is less than the published config: the map claims no hash.
+        of_shape = found.model_copy(update={"scope": "architecture", "config_hash": None})
+        of_shape.save(folder / f"{name.replace('/', '--')}.json")
+        report(name)
+
+
+def classes() -> dict[str, str]:
+    """Every model type of transformers' causal language models -> its class."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return {
+        name: found if isinstance(found, str) else found[0] for name, found in _pairs(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    }
 
 
-def build_all(
-    types: Iterable[str], folder: Path, workers: int = 2, report: Callable[[Entry], None] = lambda entry: None
+def _pairs(mapping: Any) -> Iterable[tuple[str, Any]]:
+    pairs: Iterable[tuple[str, Any]] = mapping.items()
+    return pairs
+
+
+def tenth(number: int, types: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Every tenth model type, in the order of their names, from the `number`-th on (0 to 9)."""
+    return tuple(sorted(classes() if types is None else types))[number % 10 :: 10]
+
+
+def sweep(
+    types: Iterable[str],
+    folder: Path | None,
+    shipped: Path | None = None,
+    jobs: int = 2,
+    report: Callable[[Entry], None] = lambda entry: None,
 ) -> list[Entry]:
-    """Build the maps of these model types into `folder`, each in a process of its own."""
+    """Build the maps of these model types, each discovered and verified, `jobs` at a time in processes of their own.
+
+    `folder`: where right maps and the ledger are written; None writes nothing. `shipped`: maps to compare with.
+    """
     entries: list[Entry] = []
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=8) as pool:
-        for entry in pool.imap_unordered(partial(build_type, folder=folder), types):
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=12) as pool:
+        for entry in pool.imap_unordered(partial(build_type, folder=folder, shipped=shipped), types):
             entries.append(entry)
+            if folder is not None:
+                with (folder / LEDGER).open("a", encoding="utf-8") as ledger:
+                    ledger.write(json.dumps(asdict(entry)) + "\n")
             report(entry)
     return sorted(entries, key=lambda entry: entry.model_type)
 
 
-def build_type(model_type: str, folder: Path) -> Entry:
-    """Build one model type's map from its default config, and write it down if it is right."""
-    from transformers import CONFIG_MAPPING
+def done(folder: Path) -> dict[str, Entry]:
+    """What a sweep into `folder` has finished; the last word on each model type. A line cut short by a kill is none."""
+    found: dict[str, Entry] = {}
+    path = folder / LEDGER
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            entry = _entry_of(json.loads(line))
+        except ValueError:
+            continue
+        found[entry.model_type] = entry
+    return found
 
-    from hookmap.errors import HookmapError
 
+def _entry_of(document: dict[str, Any]) -> Entry:
+    kinds = tuple(Kind(**{**k, "axes": tuple(k["axes"]), "points": tuple(k["points"])}) for k in document.pop("kinds"))
+    model_points, changes = tuple(document.pop("model_points")), tuple(document.pop("changes"))
+    return Entry(**document, kinds=kinds, model_points=model_points, changes=changes)
+
+
+def build_type(model_type: str, folder: Path | None = None, shipped: Path | None = None) -> Entry:
+    """Build one model type's map, compare it with the shipped one, and write it down if it is right."""
     begun = time.monotonic()
+    architecture = classes()[model_type]
     try:
-        found = build(CONFIG_MAPPING[model_type]())
-    except HookmapError as error:
-        wrong = "does not verify" in str(error)
-        return Entry(
-            model_type, "SILENTLY WRONG" if wrong else "ERROR", detail=str(error), seconds=time.monotonic() - begun
+        with _at_most(_SECONDS):
+            found = _build_alone(model_type)
+    except _Refuted as error:
+        return Entry(model_type, architecture, "SILENTLY WRONG", detail=str(error), seconds=time.monotonic() - begun)
+    except DiscoveryError as error:
+        # Where the model itself raised, that is transformers' word and not discovery's.
+        status: Status = "UNAVAILABLE" if error.__cause__ is None else "ERROR"
+        return Entry(model_type, architecture, status, detail=str(error), seconds=time.monotonic() - begun)
+    except (ModelError, HookmapError, TimeoutError, Exception) as error:
+        said = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+        return Entry(model_type, architecture, "ERROR", detail=said, seconds=time.monotonic() - begun)
+    if folder is not None and _speaks_for_its_class(model_type):
+        found.save(folder / f"{found.architecture}.json")
+    changes = _changes(found, shipped) if shipped is not None and _speaks_for_its_class(model_type) else ()
+    return _entry(model_type, found, changes, time.monotonic() - begun)
+
+
+def _build_alone(model_type: str) -> ArchitectureMap:
+    """One thread: the sweep has a process for each core. What transformers warns of, of its own classes, is no news."""
+    import logging
+    import warnings
+
+    import torch
+
+    from hookmap.sweep_configs import config_of
+
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return build(config_of(model_type))
+
+
+class _at_most:
+    """Raises TimeoutError in this process after so many seconds; without effect where there is no alarm (Windows)."""
+
+    def __init__(self, seconds: int) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        def stop(*_: Any) -> None:
+            raise TimeoutError(f"not done after {self.seconds} s")
+
+        if hasattr(signal, "SIGALRM"):
+            signal.signal(signal.SIGALRM, stop)
+            signal.alarm(self.seconds)
+
+    def __exit__(self, *_: Any) -> None:
+        if hasattr(signal, "SIGALRM"):
+            signal.alarm(0)
+
+
+def _speaks_for_its_class(model_type: str) -> bool:
+    """Of several model types of one class, transformers' last: `gpt2` after `gpt-sw3`, `llama4_text` after `llama4`."""
+    of = classes()
+    return [name for name, architecture in of.items() if architecture == of[model_type]][-1] == model_type
+
+
+def _changes(found: ArchitectureMap, shipped: Path) -> tuple[str, ...]:
+    from hookmap.map_diff import differences
+
+    path = shipped / f"{found.architecture}.json"
+    return tuple(differences(load(path), found)) if path.exists() else ("there is no shipped map",)
+
+
+def _entry(model_type: str, found: ArchitectureMap, changes: tuple[str, ...], seconds: float) -> Entry:
+    status: Status = "SUPPORTED" if any(kind.points for kind in found.kinds) else "UNAVAILABLE"
+    return Entry(
+        model_type,
+        found.architecture,
+        status,
+        kinds=tuple(_kinds(found)),
+        model_points=tuple(found.model_points),
+        model_missing=dict(found.model_unavailable),
+        detail="" if status == "SUPPORTED" else "no point of a block was found",
+        changes=changes,
+        seconds=round(seconds, 1),
+    )
+
+
+def _kinds(found: ArchitectureMap) -> Iterator[Kind]:
+    for kind in found.kinds:
+        yield Kind(
+            kind.name,
+            len(kind.layers),
+            kind.branch_order,
+            kind.norm_placement,
+            kind.axes,
+            tuple(kind.points),
+            dict(kind.unavailable),
         )
-    except Exception as error:  # transformers' own failures to make a config
-        return Entry(model_type, "ERROR", detail=f"{type(error).__name__}: {error}", seconds=time.monotonic() - begun)
-    found.save(folder / f"{found.architecture}.json")
-    return _entry(model_type, found, time.monotonic() - begun)
-
-
-def _entry(model_type: str, found: ArchitectureMap, seconds: float) -> Entry:
-    called = [kind for kind in found.kinds if kind.points]
-    everywhere = [p for p in found.points if called and all(p in kind.points for kind in called)]
-    missing = {p: reason for kind in found.kinds for p, reason in kind.unavailable.items()}
-    status: Status = "SUPPORTED" if called else "UNAVAILABLE"
-    names = tuple(kind.name for kind in found.kinds)
-    return Entry(model_type, status, found.architecture, names, tuple(everywhere), missing, "", seconds)
-
-
-def save_report(entries: Iterable[Entry], path: Path) -> None:
-    """The entries as JSON."""
-    path.write_text(json.dumps([asdict(entry) for entry in entries], indent=1) + "\n", encoding="utf-8")

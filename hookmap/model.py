@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hookmap.architecture_map import ArchitectureMap
+from hookmap.architecture_map import ArchitectureMap, PointTemplate, TermTemplate
 from hookmap.capture import Capture, Progress, capture
 from hookmap.discovery import discover
 from hookmap.engines.nnsight import NNsightEngine, lock_of
@@ -15,6 +15,7 @@ from hookmap.estimate import Estimate, estimate
 from hookmap.library import load_map, resize
 from hookmap.loading import load_config, load_model, load_tokenizer
 from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
+from hookmap.selectors import Selector
 
 Points = str | Iterable[str]
 Layers = str | int | Iterable[int]
@@ -67,7 +68,7 @@ class HookedModel:
         """Generate from `prompts` and keep `points` of `layers`, for every token that the model reads.
 
         prompts: a string, chat messages or token ids, or a list of such.
-        points, layers: see `ArchitectureMap.selectors`; in any order.
+        points, layers: see `ArchitectureMap.selectors`; in any order. With `pattern`, the run is with eager attention.
         do_sample, seed: greedy unless asked. With a seed the run repeats, and the generators' states stay as they were.
         stop: strings that end a row. chat: "auto" sends messages through the chat template and leaves strings as they
         are; True makes each string a user's message.
@@ -109,7 +110,14 @@ class HookedModel:
         """How large the capture of the same arguments gets at most. Runs nothing."""
         lengths = [len(prompt.token_ids) for prompt in self._encode(prompts, chat)]
         itemsize = next(self._engine.root.parameters()).itemsize
-        return estimate(self.map, self.map.selectors(points, layers), lengths, max_new_tokens, itemsize, batch_size)
+        selectors = self.map.selectors(points, layers)
+        d_mlp = max((self._d_mlp(s) for s in selectors if s.point.partition(".")[0] == "mlp_post"), default=None)
+        return estimate(self.map, selectors, lengths, max_new_tokens, itemsize, batch_size, d_mlp)
+
+    def _d_mlp(self, selector: Selector) -> int:
+        """What a down projection reads: its weights are [d_mlp, d_model], or the other way round."""
+        parameters = self.model.get_submodule(selector.module).parameters()
+        return max((p.numel() for p in parameters), default=0) // self.map.d_model
 
     def _encode(self, prompts: Any, chat: Chat) -> tuple[Prompt, ...]:
         return encode(prompts, self.tokenizer, chat, why_none=self._why_no_tokenizer)
@@ -227,10 +235,26 @@ def _map_for(module: nn.Module, given: ArchitectureMap | None) -> ArchitectureMa
 
 
 def _at_size_of(given: ArchitectureMap, found: ArchitectureMap) -> ArchitectureMap:
-    if (given.num_layers, given.d_model) == (found.num_layers, found.d_model):
-        return given
-    sizes = {"num_heads": found.num_heads, "d_vocab": found.d_vocab, "model_id": found.model_id}
-    return resize(given, found.num_layers, found.d_model, **sizes)  # type: ignore[arg-type]
+    """The given map with the model's own sizes, and its heads as they lie in the model."""
+    sized = given
+    if (given.num_layers, given.d_model) != (found.num_layers, found.d_model):
+        sizes = {"num_heads": found.num_heads, "d_vocab": found.d_vocab, "model_id": found.model_id}
+        sized = resize(given, found.num_layers, found.d_model, **sizes)  # type: ignore[arg-type]
+    kinds = []
+    for kind, before in zip(sized.kinds, given.kinds, strict=True):
+        theirs = found.kind_of(kind.layers[0]).points
+        heads = {
+            name: theirs[name]
+            for name, point in before.points.items()
+            if any(t.heads for t in point.terms) and name in theirs and _bare(point) == _bare(theirs[name])
+        }
+        missing = {name: reason for name, reason in kind.unavailable.items() if name not in heads}
+        kinds.append(kind.model_copy(update={"points": {**kind.points, **heads}, "unavailable": missing}))
+    return sized.model_copy(update={"kinds": tuple(kinds)})
+
+
+def _bare(point: PointTemplate) -> list[TermTemplate]:
+    return [term.model_copy(update={"heads": None}) for term in point.terms]
 
 
 def contradictions(given: ArchitectureMap, found: ArchitectureMap) -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 VOCAB = 512
@@ -31,10 +33,18 @@ _CEILINGS: tuple[tuple[str, int], ...] = (
     (r"(attention|encoder|decoder)_(attention_)?heads|(^|_)n_heads?$|num_heads|num_attention_heads", 4),
     (r"(intermediate|ffn|inner|ff|mlp|expert|feed_?forward|shared).*(dim|size|hidden)|n_inner|d_ff|d_inner", 128),
     (
-        r"hidden_size|d_model|n_embd|^dim$|(embed|embedding|emb|proj|model|lru|vision|output|input)_?(dim|size|width)",
+        r"hidden_size|d_model|n_embd|^dim$|(embed|embedding|emb|proj|model|lru|vision|output|input|_in|_out)_?(dim|size|width)",
         64,
     ),
     (r"width", 64),
+)
+# (a size, what it is a multiple of), (heads, width of each, what their product is): kept where they held before.
+_MULTIPLES = (("attention_hidden_size", "hidden_size"),)
+_PRODUCTS = (
+    ("num_attention_heads", "attention_head_dim", ("attention_hidden_size",)),
+    ("num_heads", "head_dim", ("expand", "hidden_size")),
+    ("n_mamba_heads", "mamba_headdim", ("mamba_expand", "hidden_size")),
+    ("mamba_n_heads", "mamba_d_head", ("mamba_d_ssm",)),
 )
 _TOKEN = re.compile(r"token_id$|token_index$")
 
@@ -48,15 +58,27 @@ def narrow(config: Any) -> Any:
 
 def _narrow(config: Any, original: Any) -> None:
     names = getattr(config, "attribute_map", {})
-    for name in list(vars(config)):
-        value = getattr(config, name)
+    settings, before = vars(config), vars(original)
+    for name, value in list(settings.items()):
         if name.startswith("_") or name in names:
             continue
         if hasattr(value, "to_dict"):
-            _narrow(value, getattr(original, name))
+            _narrow(value, before[name])
         else:
-            setattr(config, name, _field(name, value))
-    _relations(config, original)
+            settings[name] = _field(name, value)
+    _relations(settings, before)
+    if getattr(config, "is_heterogeneous", False):
+        config.per_layer_config = dict(_narrow_layers(config, original))
+
+
+def _narrow_layers(config: Any, original: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The settings that differ from layer to layer, cut like those of the whole model."""
+    spec = original._heterogeneity_spec
+    for layer, overrides in spec.per_layer_overrides.items():
+        cut = {name: _field(name, value) for name, value in overrides.items()}
+        of_layer = {**vars(config), **cut}
+        _relations(of_layer, {**vars(original), **overrides})
+        yield layer, {name: of_layer[name] for name in overrides}
 
 
 def _field(name: str, value: Any) -> Any:
@@ -79,19 +101,30 @@ def _token(value: Any) -> Any:
     return value % VOCAB if isinstance(value, int) and value >= VOCAB else value
 
 
-def _relations(config: Any, original: Any) -> None:
+def _relations(settings: dict[str, Any], before: dict[str, Any]) -> None:
     """Sizes that agreed with one another before the cut agree after it."""
-    heads, shared = _heads(config)
+    heads, shared = _heads(settings)
     if heads and shared:
-        config.num_key_value_heads = heads if len(set(_heads(original))) == 1 else shared if heads % shared == 0 else 1
-    rope = getattr(config, "qk_rope_head_dim", None)
-    if rope and getattr(original, "head_dim", None) == original.qk_rope_head_dim:
-        config.head_dim = rope
-    if rope and hasattr(config, "qk_head_dim"):
-        config.qk_head_dim = config.qk_nope_head_dim + rope
+        same = len(set(_heads(before))) == 1
+        settings["num_key_value_heads"] = heads if same else shared if heads % shared == 0 else 1
+    rope = settings.get("qk_rope_head_dim")
+    if rope and before.get("head_dim") == before["qk_rope_head_dim"]:
+        settings["head_dim"] = rope
+    if rope and "qk_head_dim" in settings:
+        settings["qk_head_dim"] = settings["qk_nope_head_dim"] + rope
+    if settings.get("axial_pos_embds_dim"):
+        parts = settings["axial_pos_embds_dim"] = [16] * len(settings["axial_pos_embds_dim"])
+        parts[0] = settings["hidden_size"] - sum(parts[1:])
+    for wide, part in _MULTIPLES:
+        if before.get(wide) and before.get(part) and before[wide] % before[part] == 0:
+            settings[wide] = settings[part] * (before[wide] // before[part])
+    for count, width, whole in _PRODUCTS:
+        sizes = [size for name in (count, width, *whole) if isinstance(size := before.get(name), int)]
+        if len(sizes) == 2 + len(whole) and sizes[0] * sizes[1] == prod(sizes[2:]):
+            settings[width] = prod(settings[name] for name in whole) // settings[count]
 
 
-def _heads(config: Any) -> tuple[int | None, int | None]:
-    found = (vars(config).get(name) for name in ("num_attention_heads", "num_key_value_heads"))
+def _heads(settings: dict[str, Any]) -> tuple[int | None, int | None]:
+    found = (settings.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
     heads, shared = (value if isinstance(value, int) else None for value in found)
     return heads, shared

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 RESIDUAL_AXES = ("batch", "pos", "d_model")
+HEADS_AXES = ("batch", "pos", "heads", "d_head")
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Point:
     meaning: str
     per_layer: bool = True
     axes: tuple[str, ...] = RESIDUAL_AXES
+    deeper: bool = False
+    """inside a branch: not among "all", as it must be named"""
 
 
 _ALL = (
@@ -27,11 +30,25 @@ _ALL = (
     Point("mixer_out_raw", "the bare mixer's output, before post-norm, scale or gate"),
     Point("mixer_out", "exactly what the mixer branch adds to the residual stream"),
     Point("attn_in", "mixer_in, where the mixer is attention"),
+    Point("q", "the queries' projection, before norm and rotary embedding", axes=HEADS_AXES, deeper=True),
+    Point("k", "the keys' projection, before norm and rotary embedding", axes=HEADS_AXES, deeper=True),
+    Point("v", "the values' projection", axes=HEADS_AXES, deeper=True),
+    Point(
+        "pattern",
+        "the attention weights; needs eager attention",
+        axes=("batch", "heads", "query", "key"),
+        deeper=True,
+    ),
+    Point("z", "the heads' outputs, as the output projection reads them", axes=HEADS_AXES, deeper=True),
     Point("attn_out_raw", "mixer_out_raw, where the mixer is attention"),
     Point("attn_out", "mixer_out, where the mixer is attention"),
     Point("resid_mid_sum", "in post-norm blocks: the stream after the mixer's contribution, before the norm on it"),
     Point("resid_mid", "the residual stream after the mixer's contribution, as the MLP branch reads it"),
     Point("mlp_in", "what the MLP reads: after its pre-norm"),
+    Point("mlp_post", "what the down projection reads: after the gate", axes=("batch", "pos", "d_mlp"), deeper=True),
+    Point("router_logits", "the router's score of each expert", axes=("batch", "pos", "experts"), deeper=True),
+    Point("router_indices", "the experts chosen for each token", axes=("batch", "pos", "k"), deeper=True),
+    Point("router_weights", "the weights of the chosen experts' outputs", axes=("batch", "pos", "k"), deeper=True),
     Point("mlp_out_raw", "the bare MLP's output, before post-norm or scale"),
     Point("mlp_out", "exactly what the MLP branch adds to the residual stream"),
     Point("resid_post", "the residual stream that leaves the block"),
@@ -48,6 +65,7 @@ _NNTERP = {
     "layers_input": "resid_pre",
     "layers_output": "resid_post",
     "attentions_output": "attn_out_raw",
+    "attention_probabilities": "pattern",
     "mlps_input": "mlp_in",
     "mlps_output": "mlp_out_raw",
 }
@@ -58,6 +76,12 @@ _TRANSFORMER_LENS = {
     "hook_resid_mid": "resid_mid",
     "hook_mlp_out": "mlp_out",
     "hook_resid_post": "resid_post",
+    "attn.hook_q": "q",
+    "attn.hook_k": "k",
+    "attn.hook_v": "v",
+    "attn.hook_z": "z",
+    "attn.hook_pattern": "pattern",
+    "mlp.hook_post": "mlp_post",
 }
 _FALSE_FRIENDS = {
     "hook_mlp_in": "TransformerLens's hook_mlp_in is the stream before the norm: use resid_mid (or mlp_in)",

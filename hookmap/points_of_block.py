@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
 from hookmap.architecture_map import Branch as BranchDocument
-from hookmap.blocks import Block, Branch, mixes
+from hookmap.blocks import Block, Branch, stands_inside
 from hookmap.dataflow import ModuleCall, Operation
+from hookmap.points_of_branch import ATTENTION, ROUTER, Found, attention_points, mlp_points, router_points
+from hookmap.positions import mixing
 from hookmap.taps import Tap, Tapper
 from hookmap.values import HEAVY, Exposure, Values
 
@@ -31,17 +35,20 @@ class BlockPoints:
     """mixer, mlp -> path template of the first module whose input is the stream that the branch reads"""
 
 
-def points_of_block(block: Block, template: str) -> BlockPoints:
+def points_of_block(block: Block) -> BlockPoints:
     """Name the values of one block."""
-    return _Reader(block, template).read()
+    return _Reader(block).read()
 
 
 class _Reader:
-    def __init__(self, block: Block, template: str) -> None:
+    def __init__(self, block: Block) -> None:
         self.block, self.values = block, block.values
-        self.tapper = Tapper(block.values, block.call, block.seq, template)
+        templates = {each.replace("{i}", str(block.number)): each for each in block.stack.lists}
+        self.tapper = Tapper(block.values, block.call, block.seq, templates, block.stack.rows)
         self.mixers, self.mlps = block.role("mixer"), block.role("mlp")
         self.norms: set[str] = set()
+        self.middle = block.exit
+        """the value of resid_mid"""
         self.points = BlockPoints(self._branch_order(), "none", None, None)
 
     def read(self) -> BlockPoints:
@@ -58,7 +65,34 @@ class _Reader:
             self.norms.add("post")
         points.norm_placement = self._norm_placement()
         points.relations = self._relations()
+        self._inside_branches()
         return points
+
+    def _inside_branches(self) -> None:
+        """q, k, v, z, pattern; mlp_post; the router. Of several branches of a role the second is numbered 1."""
+        not_attention = "this block's mixer is not attention" if self.mixers else "this block has no mixer"
+        absent = {
+            **dict.fromkeys(ATTENTION, not_attention),
+            **dict.fromkeys(("mlp_post", *ROUTER), "this block has no MLP"),
+        }
+        for number, mixer in enumerate(self.mixers):
+            if "attention" in _mixer_kind(self.values, mixer.ops, self.block.seq):
+                self._take(attention_points(self.block, mixer, self.tapper), number)
+        for number, mlp in enumerate(self.mlps):
+            self._take(mlp_points(self.block, mlp, self.tapper), number)
+            self._take(router_points(self.block, mlp, self.tapper), number)
+        for name, reason in absent.items():
+            if name not in self.points.taps:
+                self.points.unavailable.setdefault(name, reason)
+
+    def _take(self, found: Found, number: int) -> None:
+        suffix = f".{number}" if number else ""
+        for name, tap in found.taps.items():
+            self.points.taps[name + suffix] = tap
+        for name, reason in found.unavailable.items():
+            self.points.unavailable[name + suffix] = reason
+        if not number:
+            self.points.relations += found.relations
 
     def _norm_placement(self) -> NormPlacement:
         if self.norms == {"pre", "post"}:
@@ -70,7 +104,12 @@ class _Reader:
             return "mixer_only" if self.mixers else "mlp_only" if self.mlps else "other"
         first = self.mixers[0]
         after = set(self.block.states[first.step + 1 :])
-        return "sequential" if all(mlp.reads & after for mlp in self.mlps) else "parallel"
+        reading = [mlp for mlp in self.mlps if mlp.reads & after]
+        unread = [mlp for mlp in self.mlps if not mlp.reads & after]
+        before = [mlp for mlp in unread if first.reads & set(self.block.states[mlp.step + 1 :])]
+        if len(reading) + len(before) < len(self.mlps):
+            return "parallel"
+        return "sequential" if reading else "other"
 
     def _put(self, name: str, value: int | None, prefer: str, missing: str = "no module boundary exposes it") -> None:
         tap = None if value is None else self.tapper.tap(value, prefer)
@@ -79,13 +118,19 @@ class _Reader:
         else:
             self.points.taps[name] = tap
 
+    def _no_addition(self) -> str:
+        shape = self.values.shape(self.block.entry)
+        if len(shape) > 3:
+            return "the block mixes several residual streams with one another: nothing is added to them as a whole"
+        return "no residual addition was found in this block"
+
     def _no_path(self) -> bool:
         return not self.block.path and self.block.entry != self.block.exit
 
     def _branch(self, role: str, branches: list[Branch], absent: str) -> None:
         names = (f"{role}_in", f"{role}_out_raw", f"{role}_out")
         if not branches:
-            reason = "no residual addition was found in this block" if self._no_path() else absent
+            reason = self._no_addition() if self._no_path() else absent
             self.points.unavailable.update(dict.fromkeys(names, reason))
             return
         for number, branch in enumerate(branches):
@@ -100,45 +145,67 @@ class _Reader:
     def _reads(self, name: str, branch: Branch) -> None:
         """What the branch reads: the stream, followed through the pre-norm if all of the branch goes through it."""
         states = [state for state in self.block.states if state in branch.reads]
-        value = states[-1]
-        while (normed := self._only_norm(value, branch)) is not None:
-            self.norms.add("pre")
-            value = normed
+        value = self._read_whole(states[-1], branch)
+        value = self._collapsed(branch, states) or value
         self._put(name, value, "input" if value in self.block.states else "output")
         if name == "mixer_in" or (name == "mlp_in" and self.points.branch_order != "parallel"):
             readers = [e.call for e in self._inside_inputs(states[-1])]
             if readers:
                 self.points.readers[branch.role] = self.tapper.templated(readers[0].path)
 
-    def _only_norm(self, value: int, branch: Branch) -> int | None:
-        """The one normalisation through which all of the branch reads `value`."""
-        readers = [op for op in branch.ops if value in self.values.operands(op)]
-        calls = [c for c in self._norm_calls(value) if readers and all(c.enter < op.time < c.exit for op in readers)]
-        if calls:
-            (output,) = calls[0].outputs.values()
-            return self.values.value(output)
-        for op in self._following(branch, readers):
-            output = self.values.value(op.outputs[0])
-            if self.values.norm_source(output) == value and self._all_through(branch, value, output):
-                return output
-        if len(readers) == 1 and readers[0].name == "_to_copy":
-            return self._only_norm(self.values.value(readers[0].outputs[0]), branch)
+    def _collapsed(self, branch: Branch, states: list[int]) -> int | None:
+        """Where the stream is several streams: the one tensor made of them that the branch's own module reads."""
+        values, block = self.values, self.block
+        raw = block.raw(branch.parts[0])
+        for exposure in sorted(stands_inside(block, raw), key=lambda e: e.call.enter):  # the outermost first
+            for value in map(values.value, exposure.call.inputs.values()):
+                streams, rest = divmod(values.size(states[0]), values.size(value))
+                whole = streams > 1 and not rest and values.size(value) >= values.size(raw)
+                if not whole or not values.made_in(value, block.call):
+                    continue
+                if values.cone(raw, [value, *states], block.call)[1] == {value}:
+                    return value
         return None
 
-    def _norm_calls(self, value: int) -> list[ModuleCall]:
-        return [e.call for e in self._inside_inputs(value) if self.values.norm_input(e.call) == value]
+    def _read_whole(self, value: int, branch: Branch) -> int:
+        """The last norm through which all of the branch reads `value`; then what of it enters a module with weights.
+
+        So what is done to the stream before a branch's modules (positions added to it, a function instead of a norm)
+        is in what the branch reads, and what is done in them is not.
+        """
+        chain = list(self._bottlenecks(value, branch))
+        normed = [v for v in chain if self.values.norm_source(v) is not None and self.tapper.tap(v) is not None]
+        if normed:
+            self.norms.add("pre")
+            value, chain = normed[-1], chain[chain.index(normed[-1]) + 1 :]
+            chain = [v for v in chain if any(step.kind in ("add", "gate", "scale") for step in self.values.steps(v))]
+        return next((v for v in (value, *chain) if self._enters_weights(v)), value)
+
+    def _bottlenecks(self, value: int, branch: Branch) -> Iterator[int]:
+        """The tensors, of the stream's size, that all of the branch reads `value` through, before any weights."""
+        light: set[int] = {value}
+        other: set[int] = set()
+        mixing = set(map(id, self.block.mixing(branch.ops)))
+        for op in sorted(branch.ops, key=lambda op: op.time):
+            operands, result = self.values.operands(op), [self.values.value(t) for t in op.outputs]
+            if not light & {*operands} or other & {*operands} or op.name in HEAVY or id(op) in mixing:
+                other.update(result)
+                continue
+            light.update(result)
+            same_size = result and self.values.size(result[0]) == self.values.size(value)
+            if same_size and self._all_through(branch, value, result[0]):
+                yield result[0]
+
+    def _enters_weights(self, value: int) -> bool:
+        calls = [e.call for e in self._inside_inputs(value)]
+        return any(
+            self.values.norm_input(c) is None and any(op.name in HEAVY for op in self.values.inside(c)) for c in calls
+        )
 
     def _inside_inputs(self, value: int) -> list[Exposure]:
         block = self.block.call
         places = self.values.exposures.get(value, [])
         return [e for e in places if e.side == "input" and block.enter < e.call.enter < block.exit]
-
-    def _following(self, branch: Branch, readers: list[Operation]) -> list[Operation]:
-        """Operations shortly after the readers: a norm written out in the block's own forward, its weight last."""
-        if not readers:
-            return []
-        start = branch.ops.index(readers[0])
-        return [op for op in branch.ops[start : start + 12] if op.outputs][::-1]
 
     def _all_through(self, branch: Branch, value: int, output: int) -> bool:
         return not any(
@@ -184,25 +251,28 @@ class _Reader:
             else "mixer and MLP run in parallel",
             "mixer_only": "this block has no MLP",
             "mlp_only": "this block has no mixer",
-            "other": "no residual addition was found in this block",
+            "other": "the MLP comes before the mixer: use resid_post" if self.mixers else self._no_addition(),
         }
         if order != "sequential":
             self.points.unavailable["resid_mid"] = self.points.unavailable["resid_mid_sum"] = reasons[order]
             return
-        adds = sorted({branch.step for branch in self.block.branches})
+        adds = sorted({branch.step for branch in self.block.branches if branch.role != "other"})
         path = self.block.path
         first = adds.index(self.mixers[0].step)
         middles = []
         for add, following in pairwise(adds):
-            summed, read = path[add].result, path[following].source
-            middles.append((summed, read))
+            readers = [branch for branch in self.block.branches if branch.step >= following]
+            states = self.block.states[add + 1 : following + 1]
+            last = [state for state in states if any(state in branch.reads for branch in readers)]
+            middles.append((path[add].result, last[-1] if last else path[following].source))
         summed, read = middles[first]
+        self.middle = read
         self._put("resid_mid", read, "input")
-        normed = any(step.kind == "norm" for step in path[adds[first] + 1 : adds[first + 1]])
-        if normed:
+        between = path[adds[first] + 1 : self.block.states.index(read)]
+        if any(step.kind != "cast" for step in between):
             self._put("resid_mid_sum", summed, "input")
         else:
-            self.points.unavailable["resid_mid_sum"] = "no norm stands on the stream: it is resid_mid"
+            self.points.unavailable["resid_mid_sum"] = "nothing is done to the sum: it is resid_mid"
         if len(middles) > 1:
             for number, (_, value) in enumerate(middles):
                 self._put(f"resid_mid.{number}", value, "input")
@@ -227,7 +297,7 @@ class _Reader:
 
     def _relations(self) -> list[str]:
         """The additions of the block in the points' own names."""
-        if self.points.branch_order == "other":
+        if not self.mixers and not self.mlps:
             return []
         names = self._names_of_states()
         lines: list[str] = []
@@ -237,25 +307,32 @@ class _Reader:
                     f"{b.role}_out{'' if (n := self.block.role(b.role).index(b)) == 0 else f'.{n}'}"
                     for b in self.block.branches
                     if b.step == position and b.role != "other"
-                ] or ["other"]
+                ]
+                added += ["other"] * any(b.step == position and b.role == "other" for b in self.block.branches)
                 lines.append(
                     f"{names[position + 1]} = {_times(step.source_factor)}{names[position]} + {' + '.join(added)}"
                 )
             elif step.kind == "cast":
                 lines.append(f"{names[position + 1]} = {names[position]}")
+            elif step.kind == "scale" and step.factor is not None and self._is_summed(position, names):
+                lines.append(f"{names[position + 1]} = {_times(step.factor)}{names[position]}")
             else:
                 lines.append(f"{names[position + 1]} = {step.kind}({names[position]})")
         return _merge(lines)
 
+    def _is_summed(self, position: int, names: list[str]) -> bool:
+        """Whether a scaled state of the stream has a name and is a term of the next sum as it is."""
+        following = self.block.path[position + 1 :]
+        plain = bool(following) and following[0].kind == "add" and following[0].source_factor == 1.0
+        return plain and not names[position].startswith("state_")
+
     def _names_of_states(self) -> list[str]:
-        adds = [p for p, step in enumerate(self.block.path) if step.kind == "add"]
         names = ["resid_pre"]
         for position in range(1, len(self.block.states)):
             names.append(f"state_{position}")
         if self.points.branch_order == "sequential":
-            first = adds.index(self.mixers[0].step)
-            names[adds[first] + 1] = "resid_mid_sum"
-            names[adds[first + 1]] = "resid_mid"
+            names[self.mixers[0].step + 1] = "resid_mid_sum"
+            names[self.block.states.index(self.middle)] = "resid_mid"
         names[-1] = "resid_post"
         return names
 
@@ -289,7 +366,7 @@ class _Reader:
 
 
 def _times(factor: float) -> str:
-    return "" if factor == 1.0 else f"{factor:g} * "
+    return "" if factor == 1.0 else f"{factor:.9g} * "
 
 
 def _merge(lines: list[str]) -> list[str]:
@@ -301,7 +378,7 @@ def _merge(lines: list[str]) -> list[str]:
         if left == right:
             continue
         for name, text in known.items():
-            right = right.replace(name, text)
+            right = re.sub(rf"\b{name}\b", text, right)
         if left.startswith("state_"):
             known[left] = right
         else:
@@ -321,10 +398,15 @@ def _mixer_kind(values: Values, ops: list[Operation], seq: int) -> str:
     def shape(op: Operation) -> tuple[int, ...]:
         return values.flow.tensors[op.outputs[0]].shape
 
-    if any(op.name.startswith("_scaled_dot") or (op.name == "_softmax" and shape(op).count(seq) >= 2) for op in ops):
+    def weighs(op: Operation) -> bool:
+        """A softmax over positions, or over positions and what was set beside them: sinks, compressed keys."""
+        over = shape(op)
+        return op.name == "_softmax" and (over.count(seq) >= 2 or (len(over) > 3 and over[-2] == seq < over[-1]))
+
+    if any(op.name.startswith("_scaled_dot") or weighs(op) for op in ops):
         return "attention"
-    mixing = {op.name for op in ops if mixes(values, op, seq)}
-    return "convolution" if mixing <= {"convolution", "slice"} else "recurrent"
+    mixed = {op.name for op in mixing(values, ops, seq)}
+    return "convolution" if mixed <= {"convolution"} else "recurrent"
 
 
 def _mlp_type(branches: list[Branch], values: Values, seq: int) -> BranchDocument:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from hookmap.blocks import Stack
 from hookmap.dataflow import ModuleCall, Operation
@@ -27,27 +29,63 @@ def read_outside(values: Values, stack: Stack, seq: int) -> Outside:
     root = values.flow.calls[0]
     tapper = Tapper(values, root, seq)
     outside = Outside()
-    _embedding(values, tapper, outside)
-    _logits(values, tapper, root, outside)
-    _final_norm(values, stack, tapper, outside)
+    lookups = list(_lookups(values))
+    _embedding(values, stack, tapper, lookups, outside)
+    logits = _logits(values, tapper, root, {values.shape(values.operands(op)[0])[0] for op in lookups}, outside)
+    ends = [values.value(t) for t in root.outputs.values()] if logits is None else [logits]
+    _final_norm(values, stack, tapper, ends, outside)
     return outside
 
 
-def _embedding(values: Values, tapper: Tapper, outside: Outside) -> None:
+def _lookups(values: Values) -> Iterator[Operation]:
+    """The operations, inside a module, that look the token ids up in a table."""
     ids = values.value(values.flow.inputs["input_ids"])
     for op in values.flow.operations:
-        if op.name != "embedding" or ids not in values.operands(op)[1:]:
-            continue
-        calls = _around(values, op)
-        if not calls:
-            continue
-        outside.embedding_path = calls[0].path
-        value = values.value(op.outputs[0])
-        tap = tapper.tap(value) or tapper.tap(values.value(next(iter(calls[0].outputs.values()))))
+        if op.name == "embedding" and ids in map(partial(_uncast, values), values.operands(op)[1:]) and op.call >= 0:
+            yield op
+
+
+def _embedding(values: Values, stack: Stack, tapper: Tapper, lookups: list[Operation], outside: Outside) -> None:
+    into = _summands(values, stack.streams[min(stack.streams)][0])
+    added = [op for op in lookups if {values.value(op.outputs[0]), _looked_up(values, op)} & into]
+    tables = {_around(values, op)[0].path: op for op in added or lookups}
+    if len(tables) > 1 and added:
+        outside.unavailable["embed"] = f"several tables are looked up, and they are summed: {', '.join(tables)}"
+        return
+    for path, op in tables.items():
+        outside.embedding_path = path
+        tap = tapper.tap(_looked_up(values, op))
         if tap is not None:
             outside.taps["embed"] = tap
             return
-    outside.unavailable["embed"] = "no module looks the token ids up in a table of embeddings"
+    outside.unavailable["embed"] = "no module looks the token ids up in a table of embeddings as they are"
+
+
+def _summands(values: Values, value: int) -> set[int]:
+    """All that a value is a sum, a multiple, a norm of."""
+    found, stack = set(), [value]
+    while stack:
+        if (top := stack.pop()) not in found:
+            found.add(top)
+            for step in values.steps(top):
+                stack += [step.source] if step.branch is None else [step.source, step.branch]
+    return found
+
+
+def _looked_up(values: Values, op: Operation) -> int:
+    """What the embedding module gives, where it only scales or norms the rows; else the rows."""
+    call = _around(values, op)[0]
+    rows = values.value(op.outputs[0])
+    given = [values.value(t) for t in call.outputs.values()]
+    simple = not any(other.name in HEAVY for other in values.inside(call))
+    return given[0] if simple and len(given) == 1 and values.size(given[0]) == values.size(rows) else rows
+
+
+def _uncast(values: Values, value: int) -> int:
+    """The same ids before a cast or a transposition."""
+    while (op := values.producers.get(value)) is not None and op.name in ("_to_copy", "transpose", "permute", "t"):
+        value = values.operands(op)[0]
+    return value
 
 
 def _around(values: Values, op: Operation) -> list[ModuleCall]:
@@ -59,14 +97,21 @@ def _around(values: Values, op: Operation) -> list[ModuleCall]:
     return calls
 
 
-def _logits(values: Values, tapper: Tapper, root: ModuleCall, outside: Outside) -> None:
-    """The root's `logits`, and the module that computes them."""
-    named = {place: t for place, t in root.outputs.items() if place in ("logits", "prediction_logits", None, 0)}
-    if not named:
-        outside.unavailable["logits"] = "the model's output holds no logits"
-        return
-    value = values.value(named.get("logits", next(iter(named.values()))))
-    outside.d_vocab = values.shape(value)[-1]
+def _logits(values: Values, tapper: Tapper, root: ModuleCall, vocabulary: set[int], outside: Outside) -> int | None:
+    """The root's logits, and the module that computes them. Returns their value."""
+    tensor = _output_of_logits(values, root, vocabulary)
+    if tensor is None:
+        outside.unavailable["logits"] = "none of the model's outputs is called logits or is as wide as its vocabulary"
+        return None
+    logits = value = values.value(tensor)
+    shape = values.flow.tensors[tensor].shape
+    outside.d_vocab = shape[-1]
+    if shape[0] != 1:
+        outside.unavailable["logits"] = f"the model gives {shape[0]} rows of logits for each sequence"
+        return logits
+    if tapper.seq not in shape[:-1]:
+        outside.unavailable["logits"] = f"the model gives no logits for each position: their shape is {list(shape)}"
+        return logits
     # The model's own output and not the unembedding's: in half precision a cast stands between, in single none.
     outside.taps["logits"] = tapper.at_root(value)
     while (op := values.producers.get(value)) is not None:
@@ -74,36 +119,69 @@ def _logits(values: Values, tapper: Tapper, root: ModuleCall, outside: Outside) 
         if op.name in HEAVY and len(varying) < len(op.inputs):
             calls = _around(values, op)
             outside.lm_head_path = calls[0].path if calls and calls[0] is not root else None
-            return
+            break
         if not varying:
-            return
+            break
         value = varying[0]
+    return logits
 
 
-def _final_norm(values: Values, stack: Stack, tapper: Tapper, outside: Outside) -> None:
-    """The last norm that the stream itself passes between the last block and whatever weights come next."""
-    leave, end = stack.streams[max(stack.streams)][1], stack.calls[max(stack.streams)].exit
-    found: Tap | None = None
-    value: int | None = leave
+def _output_of_logits(values: Values, root: ModuleCall, vocabulary: set[int]) -> int | None:
+    """The output that is named so; else the first that has the width of the vocabulary."""
+    for name in ("logits", "prediction_logits"):
+        if name in root.outputs:
+            return root.outputs[name]
+    shapes = {tensor: values.flow.tensors[tensor].shape for tensor in root.outputs.values()}
+    return next((tensor for tensor, shape in shapes.items() if shape and shape[-1] in vocabulary), None)
+
+
+def _final_norm(values: Values, stack: Stack, tapper: Tapper, ends: list[int], outside: Outside) -> None:
+    """The last norm that the stream itself passes between the last block and whatever weights come next.
+
+    `ends`: the logits, or what else the model gives; a norm that does not lead there is another head's.
+    """
+    last = max(stack.streams)
+    if sum(call.module is stack.calls[last].module for call in values.flow.calls) > 1:
+        outside.unavailable["final_norm"] = "the blocks run several times: what is normed last is not their last output"
+        return
+    leave, end = stack.streams[last][1], stack.calls[last].exit
+    leading = _ancestors(values, ends, end)
+    normed, value = None, _next_norm(values, leave, end, leading)
     while value is not None:
-        value = _next_norm(values, value, end)
-        tap = None if value is None else tapper.tap(value)
-        found = tap or found
+        normed, value = value, _next_norm(values, value, end, leading)
+    found = None if normed is None else tapper.tap(normed)
     if found is None:
-        outside.unavailable["final_norm"] = "no norm stands after the last block: use resid_post of the last layer"
+        outside.unavailable["final_norm"] = (
+            "no norm stands after the last block: use resid_post of the last layer"
+            if normed is None
+            else "no module boundary exposes what the last norm gives"
+        )
         return
     outside.taps["final_norm"] = found
     outside.final_norm_path = found.terms[0].module
 
 
-def _next_norm(values: Values, value: int, after: int) -> int | None:
-    """The norm of a value, computed later than `after`."""
+def _ancestors(values: Values, ends: list[int], after: int) -> set[int]:
+    """The values, computed later than `after`, that any of `ends` is made of."""
+    found, stack = set(), list(ends)
+    while stack:
+        op = values.producers.get(top := stack.pop())
+        if top not in found and op is not None and op.time > after:
+            found.add(top)
+            stack += values.operands(op)
+    return found
+
+
+def _next_norm(values: Values, value: int, after: int, leading: set[int]) -> int | None:
+    """The norm of a value, among those of `leading`."""
     for exposure in values.exposures.get(value, []):
         if exposure.side == "input" and exposure.call.enter > after and values.norm_input(exposure.call) == value:
-            return values.value(next(iter(exposure.call.outputs.values())))
+            normed = values.value(next(iter(exposure.call.outputs.values())))
+            if normed in leading:
+                return normed
     for op in values.consumers.get(value, []):
-        result = values.value(op.outputs[0]) if op.time > after and op.outputs else value
-        if result != value and op.name == "_to_copy":
-            return _next_norm(values, result, after)
-    later = [v for v, op in values.producers.items() if op.time > after and values.norm_source(v) == value]
+        result = values.value(op.outputs[0]) if op.outputs else value
+        if result != value and op.name in ("_to_copy", "transpose", "permute") and result in leading:
+            return _next_norm(values, result, after, leading)
+    later = [v for v in leading if v != value and values.norm_source(v) == value]
     return max(later, key=lambda v: values.producers[v].time, default=None)

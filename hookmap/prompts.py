@@ -1,7 +1,8 @@
 """What a user may give as prompts -> token ids. Nothing is padded here, and the tokenizer is left as it was."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 from hookmap.errors import TokenizerError
@@ -28,8 +29,12 @@ def encode(prompts: Any, tokenizer: Any, chat: Chat = "auto", *, why_none: str =
     one message of a user; False refuses messages. `why_none`: the reason, where there is no tokenizer.
     Raises TokenizerError with what is missing.
     """
+    if hasattr(prompts, "tolist"):  # a tensor or an array of token ids
+        prompts = prompts.tolist()
     if isinstance(prompts, str) or (isinstance(prompts, Sequence) and prompts and _is_part(prompts[0])):
         prompts = [prompts]
+    if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
+        raise _not_a_prompt(prompts, 0)
     encoded = tuple(_encode(prompt, number, tokenizer, chat, why_none) for number, prompt in enumerate(prompts))
     if not encoded:
         raise TokenizerError("no prompts given: expected a string, a list of strings, or chat messages, got none.")
@@ -43,20 +48,35 @@ def decode(token_ids: Sequence[int], tokenizer: Any) -> str:
 
 def _is_part(value: Any) -> bool:
     """Whether a list of such values is one prompt: messages or token ids."""
-    return isinstance(value, Mapping) or (isinstance(value, int) and not isinstance(value, bool))
+    return isinstance(value, Mapping) or _is_token(value)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _token_ids(text: str, number: int, tokenizer: Any, **options: Any) -> tuple[int, ...]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"prompt {number} is no text: half a surrogate pair at character {error.start}, {text[error.start]!r}. "
+            "Read the file it comes from as UTF-8."
+        ) from error
+    return tuple(tokenizer(text, **options)["input_ids"])
 
 
 def _encode(prompt: Any, number: int, tokenizer: Any, chat: Chat, why_none: str) -> Prompt:
-    if hasattr(prompt, "tolist"):  # a tensor or an array of token ids
+    if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()
-    if not isinstance(prompt, str | Sequence):
+    if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes):
         raise _not_a_prompt(prompt, number)
-    if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
-        return _checked(Prompt("", tuple(prompt)), number)
+    if not isinstance(prompt, str) and all(_is_token(part) for part in prompt):
+        return _checked(Prompt("", tuple(map(int, prompt))), number)
     if tokenizer is None:
         raise TokenizerError(f"prompt {number} is text: {why_none}\nOr give lists of token ids as prompts.")
     if isinstance(prompt, str) and chat is not True:
-        return _checked(Prompt(prompt, tuple(tokenizer(prompt)["input_ids"])), number)
+        return _checked(Prompt(prompt, _token_ids(prompt, number, tokenizer)), number)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(message, Mapping) and "role" in message for message in messages):
         raise _not_a_prompt(prompt, number)
@@ -76,7 +96,7 @@ def _templated(messages: list[Any], number: int, tokenizer: Any) -> Prompt:
     except Exception as error:  # a template is a program of the model's author, and raises what it likes
         raise TokenizerError(f"the chat template refuses prompt {number}: {error}") from error
     # The template writes the special tokens itself.
-    return Prompt(text, tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    return Prompt(text, _token_ids(text, number, tokenizer, add_special_tokens=False))
 
 
 def _checked(prompt: Prompt, number: int) -> Prompt:

@@ -5,10 +5,11 @@ terms, and is the sum over them of `scale * tensor`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from numbers import Integral
 from typing import Any, Literal
 
-from hookmap.architecture_map import ArchitectureMap, PointTemplate
+from hookmap.architecture_map import ArchitectureMap, Heads, PointTemplate
 from hookmap.errors import CaptureError, SelectionError
 from hookmap.points import POINTS, parse_point
 
@@ -25,6 +26,14 @@ class Term:
     scale: float = 1.0
     flat: bool = False
     """the module sees [batch * pos, d], not [batch, pos, d]"""
+    axes: tuple[str, ...] | None = None
+    """the tensor's axes there, where they are not (batch, pos, ...)"""
+    rows: Literal["all", "first", "last"] = "all"
+    """which positions are the tokens', where the tensor has more than the model was fed"""
+    call: int | None = None
+    """which call of the module in one forward pass, 0-based, where it is called several times"""
+    heads: Heads | None = None
+    """which features of the tensor's last axis are the point's heads"""
 
     def resolve(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
         """The unscaled tensor, given what a plain PyTorch forward hook of `module` sees.
@@ -42,22 +51,46 @@ class Term:
         if hasattr(where, "shape"):
             raise self._wrong(f"a bare tensor of shape {list(where.shape)}")
         try:
+            if isinstance(place, str) and is_dataclass(where) and not isinstance(where, Mapping):
+                return self._tensor(getattr(where, place))
             return self._tensor(where[place])
-        except (LookupError, TypeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             found = str(sorted(where)) if isinstance(where, Mapping) else type(where).__name__
             if isinstance(where, Sequence):
                 found += f" of {len(where)}"
             raise self._wrong(found) from error
 
+    def arrange(self, tensor: Any, batch: int, width: int) -> Any:
+        """What `resolve` gave as `[batch, width, ...]`: a view of the `width` tokens that the model was fed."""
+        if self.flat and tensor.shape[0] == batch * width:
+            tensor = tensor.reshape(batch, width, *tensor.shape[1:])
+        if self.axes is not None:
+            tensor = tensor.movedim((self.axes.index("batch"), self.axes.index("pos")), (0, 1))
+        if self.rows != "all" and tensor.shape[1] > width:
+            tensor = tensor[:, :width] if self.rows == "first" else tensor[:, -width:]
+        return tensor
+
     def _tensor(self, value: Any) -> Any:
         if not hasattr(value, "shape"):
             raise self._wrong(type(value).__name__)
-        return value
+        return value if self.heads is None else self._split(value, self.heads)
+
+    def _split(self, value: Any, heads: Heads) -> Any:
+        """[..., width] -> [..., heads, d_head], a view."""
+        pitch, rest = divmod(value.shape[-1], heads.groups)
+        if rest or heads.stop > pitch:
+            raise self._wrong(f"{value.shape[-1]} features, which do not hold {heads}")
+        if value.ndim > 3:  # DeepSeek's keys and values have an axis of one beside the batch's
+            value = value.flatten(0, -3)
+        grouped = value.unflatten(-1, (heads.groups, pitch))[..., heads.start : heads.stop]
+        return grouped.unflatten(-1, (-1, heads.d_head)).flatten(-3, -2)
 
     def _wrong(self, found: str) -> CaptureError:
+        why = "The map was made for another version of this model: run `hookmap discover` again."
+        if self.axes is not None and "key" in self.axes:
+            why = 'Attention weights need eager attention: load the model with attn_implementation="eager".'
         return CaptureError(
-            f"{self} is not there: expected a tensor at index {self.index!r} of the {self.side}, found {found}. "
-            "The map was made for another version of this model: run `hookmap discover` again."
+            f"{self} is not there: expected a tensor at index {self.index!r} of the {self.side}, found {found}. {why}"
         )
 
     def __str__(self) -> str:
@@ -115,16 +148,19 @@ def select(
     Raises SelectionError with every problem at once.
     """
     problems: list[str] = []
-    all_layers = layers == "all"
+    all_layers = isinstance(layers, str) and layers == "all"
     chosen_layers = _parse_layers(architecture_map, layers, problems)
     wanted: dict[tuple[str, int | None], PointTemplate] = {}
     if points == "all":
-        names: list[str] = list(architecture_map.points)
+        names: list[str] = [n for n in architecture_map.points if not POINTS[n.partition(".")[0]].deeper]
     else:
-        names = [points] if isinstance(points, str) else list(points)
+        names = [points] if isinstance(points, str) or not isinstance(points, Iterable) else list(points)
     if not names:
         problems.append("no points given: name at least one, or 'all'")
     for name in names:
+        if not isinstance(name, str):
+            problems.append(f"point {name!r} is not a name: give names such as 'resid_mid', or 'all'")
+            continue
         parsed = parse_point(name)
         if isinstance(parsed, str):
             problems.append(parsed)
@@ -147,6 +183,8 @@ def select(
             problems.append(f"{architecture_map.architecture} has no {parsed.point}: {reason}")
         else:
             wanted[parsed.point, None] = architecture_map.model_points[parsed.point]
+    if not wanted and not chosen_layers and not problems:
+        problems.append("no layers given: name at least one, or 'all'")
     if problems:
         raise SelectionError(_report(architecture_map, list(dict.fromkeys(problems))))
     made = [_selector(architecture_map, point, layer, template) for (point, layer), template in wanted.items()]
@@ -179,13 +217,16 @@ def unavailable(architecture_map: ArchitectureMap, point: str, layer: int | None
 
 def _parse_layers(architecture_map: ArchitectureMap, layers: Any, problems: list[str]) -> list[int]:
     count = architecture_map.num_layers
-    if layers == "all":
+    if isinstance(layers, str) and layers == "all":
         return list(range(count))
+    if hasattr(layers, "tolist"):  # an array or a tensor of numbers
+        layers = layers.tolist()
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         layers = [layers]
     chosen = []
-    for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int):
+    for given in layers:
+        layer = int(given) if isinstance(given, Integral) else given
+        if isinstance(given, bool) or not isinstance(layer, int):
             problems.append(f"layer {layer!r} is not a whole number: give numbers from 0 to {count - 1}, or 'all'")
         elif not -count <= layer < count:
             problems.append(f"layer {layer} is out of range: the model has layers 0 to {count - 1} (or -{count} to -1)")
@@ -219,7 +260,9 @@ def _selector(m: ArchitectureMap, point: str, layer: int | None, template: Point
     def path(text: str) -> str:
         return text if layer is None else text.replace("{i}", str(layer))
 
-    terms = tuple(Term(path(t.module), t.side, t.index, t.scale, t.flat) for t in template.terms)
+    terms = tuple(
+        Term(path(t.module), t.side, t.index, t.scale, t.flat, t.axes, t.rows, t.call, t.heads) for t in template.terms
+    )
     return Selector(point, layer, terms, _forward_index(m, point, layer, template.order))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ def load_config(source: str | Path, trust_remote_code: bool = False, revision: s
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists():
         raise ModelError(f"{folder} has no config.json: expected a folder that save_pretrained wrote.")
+    if folder.is_file():  # transformers would take any JSON with a model_type, such as a map, for a config
+        raise ModelError(f"{folder} is a file: expected a model folder or a hub id. A map: hookmap show {folder}")
     arguments = {"trust_remote_code": trust_remote_code, "revision": revision, **hub.source_arguments(source)}
     try:
         return AutoConfig.from_pretrained(source, **arguments)
@@ -56,9 +60,10 @@ def build(
     try:
         with torch.device(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", dtype=dtype, trust_remote_code=trust_remote_code
-            )
+            own = _class_of_decoder(config)
+            kwargs = {} if own else {"trust_remote_code": trust_remote_code}
+            maker = own._from_config if own else AutoModelForCausalLM.from_config
+            model: nn.Module = maker(config, attn_implementation="eager", dtype=dtype, **kwargs)
     except Exception as error:
         raise ModelError(
             f"transformers cannot build {type(config).__name__}: {type(error).__name__}: {error}"
@@ -66,22 +71,43 @@ def build(
     return model.eval()
 
 
+def _class_of_decoder(config: Any) -> Any:
+    """The causal language model of a decoder's config that AutoModel has only under the whole model's (Musicgen)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    where = type(config).__module__
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or not where.startswith("transformers.models."):
+        return None
+    modeling = importlib.import_module(where.replace(".configuration_", ".modeling_"))
+    found = (vars(modeling).get(name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return next((each for each in found if each is not None and each.config_class is type(config)), None)
+
+
 def unwrap(source: Any) -> nn.Module:
-    """The torch module inside an nnsight model, or the module itself."""
+    """The torch module inside an nnsight model or `torch.compile`'s wrapper, which answers to its paths, or itself."""
     inner = getattr(source, "_module", None)
     if isinstance(inner, nn.Module) and type(source).__module__.startswith("nnsight"):
-        return inner
+        source = inner
+    if isinstance(source, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise DiscoveryError(
+            f"a {type(source).__name__} runs copies of its model, which no hook of its own reaches: give its .module."
+        )
     if isinstance(source, nn.Module):
-        return source
+        compiled = source._modules.get("_orig_mod")
+        return source if compiled is None else compiled
     raise DiscoveryError(
         f"cannot discover a {type(source).__name__}: expected a hub id, a local folder, a transformers config, "
         "a torch module or an nnsight model."
     )
 
 
-def sequence_length(config: Any) -> int:
-    """An odd length that divides no size in the config, so that the axis of positions can be told by its length."""
+def sequence_length(config: Any, model: nn.Module | None = None) -> int:
+    """An odd length that divides no size in the config, so that the axis of positions can be told by its length.
+
+    Where there is a model, it divides no size of a weight either: a module need not have a config.
+    """
     sizes = set(_numbers(config.to_dict() if hasattr(config, "to_dict") else {}))
+    sizes |= {size for weight in (model.parameters() if model is not None else ()) for size in weight.shape}
     limit = getattr(config, "max_position_embeddings", None) or 10**9
     fits = [n for n in _SEQUENCES if n <= limit] or [_SEQUENCES[0]]
     unequal = [n for n in fits if n not in sizes]
@@ -99,15 +125,40 @@ def _numbers(value: Any) -> Iterator[int]:
         yield value
 
 
-def inputs(device: Any, seq: int) -> dict[str, Any]:
+def rows_per_sequence(config: Any) -> int:
+    """Rows of ids that make one sequence: several where a model of audio reads a row for each codebook (Musicgen)."""
+    return int(getattr(config, "num_codebooks", None) or 1)
+
+
+def inputs(device: Any, seq: int, rows: int = 1) -> dict[str, Any]:
     """What a forward pass is given: one sequence of ones, nothing masked, no cache."""
-    ids = torch.ones((1, seq), dtype=torch.long, device=device)
+    ids = torch.ones((rows, seq), dtype=torch.long, device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+
+
+def accepted(model: nn.Module, given: Iterable[str]) -> dict[str, str]:
+    """Which of the inputs `forward` takes, and by which name: the ids go to its first parameter if none is theirs."""
+    parameters = inspect.signature(model.forward).parameters
+    named = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    others = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    names = {name: name for name in given if others or name in named}
+    if "input_ids" not in named and named:
+        names["input_ids"] = named[0]
+    return names
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a forward pass computes. Weights that accelerate keeps elsewhere until needed say nothing of it."""
+    for module in model.modules():
+        device = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and with the eager attention implementation, and afterwards as it was."""
+    """In evaluation mode, not compiled, with the eager attention implementation, and afterwards as it was."""
     training = {module: module.training for module in model.modules()}
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     attention = {key: getattr(c, "_attn_implementation", None) for key, c in configs.items()}
@@ -116,7 +167,8 @@ def eager(model: nn.Module) -> Iterator[None]:
         if getattr(config, "_attn_implementation", None) is not None:
             config._attn_implementation = "eager"
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, mode in training.items():
             module.training = mode

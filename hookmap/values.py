@@ -19,6 +19,11 @@ _SAME = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "clone", "alias", "detach",
     "contiguous", "lift_fresh", "slice", "expand", "_to_copy", "constant_pad_nd", "view_as", "flatten",
 }  # fmt: skip
+# Of these arguments only the shape is read.
+_SHAPE_ONLY = {
+    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+    "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided",
+}  # fmt: skip
 _NORM = {"native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm"}
 HEAVY = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_grouped_mm", "dot", "mv"}
 
@@ -41,7 +46,8 @@ class Exposure:
 class Step:
     """One linear step of a value's history: value = step(source), with `branch` added where it is an addition."""
 
-    kind: Literal["add", "scale", "cast", "norm", "gate"]
+    kind: Literal["add", "scale", "cast", "norm", "gate", "mix", "spread"]
+    """mix: several streams among one another; spread: one tensor over several streams, each times its own number"""
     source: int
     result: int
     branch: int | None = None
@@ -72,6 +78,8 @@ class Values:
         source = op.inputs[-1 if op.name == "alias_update" else 0]
         a, b = self.flow.tensors[source], self.flow.tensors[op.outputs[0]]
         named = op.name in _SAME or op.name == "alias_update"
+        if op.name == "constant_pad_nd" and any(op.args[1]):
+            return False  # as long as before, and shifted
         return named and a.dtype == b.dtype and prod(a.shape) == prod(b.shape)
 
     def value(self, tensor: int) -> int:
@@ -132,14 +140,18 @@ class Values:
         return op is not None and call.enter < op.time < call.exit
 
     def operands(self, op: Operation) -> tuple[int, ...]:
-        return tuple(map(self.value, op.inputs))
+        """The values that an operation computes with."""
+        return () if op.name in _SHAPE_ONLY else tuple(map(self.value, op.inputs))
 
-    def is_constant(self, value: int) -> bool:
-        """Whether the value depends on no input of the model: a weight, or made of weights."""
-        return self._depends(value) is False
+    def is_constant(self, value: int, of_tokens: bool = False) -> bool:
+        """Whether the value depends on no input of the model: a weight, or made of weights.
 
-    def _depends(self, value: int) -> bool:
-        cache = self._dependence
+        `of_tokens`: on no token; it may depend on the attention mask.
+        """
+        return self._depends(value, self._token_values if of_tokens else self._input_values) is False
+
+    def _depends(self, value: int, inputs: frozenset[int]) -> bool:
+        cache = self._dependence.setdefault(inputs, {})
         stack = [value]
         while stack:
             top = stack[-1]
@@ -148,7 +160,7 @@ class Values:
                 continue
             op = self.producers.get(top)
             if op is None:
-                cache[top] = top in self._input_values
+                cache[top] = top in inputs
                 continue
             waiting = [v for v in self.operands(op) if v not in cache and v != top]
             if waiting:
@@ -158,12 +170,16 @@ class Values:
         return cache[value]
 
     @cached_property
-    def _dependence(self) -> dict[int, bool]:
+    def _dependence(self) -> dict[frozenset[int], dict[int, bool]]:
         return {}
 
     @cached_property
-    def _input_values(self) -> set[int]:
-        return {self.value(tensor) for tensor in self.flow.inputs.values()}
+    def _input_values(self) -> frozenset[int]:
+        return frozenset(self.value(tensor) for tensor in self.flow.inputs.values())
+
+    @cached_property
+    def _token_values(self) -> frozenset[int]:
+        return frozenset(self.value(t) for name, t in self.flow.inputs.items() if name == "input_ids")
 
     # Linear history ---------------------------------------------------------------------------------------------
 
@@ -177,6 +193,9 @@ class Values:
             yield from self._additions(value, op, same_size)
         elif op.name in ("mul", "div"):
             yield from self._products(value, op, same_size)
+            yield from self._spread(value, op)
+        elif op.name == "bmm" and len(same_size) == 1:
+            yield from self._mixtures(value, op, same_size[0])
         elif (
             op.name in ("_to_copy", "transpose", "permute", "t", "expand", "slice", "convert_element_type")
             and same_size
@@ -204,8 +223,24 @@ class Values:
             source = self.value(own.id)
             if isinstance(other, (int, float)):
                 yield Step("scale", source, value, factor=float(other) if op.name == "mul" else 1.0 / float(other))
-            elif isinstance(other, TensorRef) and self.is_constant(self.value(other.id)):
+            elif isinstance(other, TensorRef) and self.is_constant(self.value(other.id), of_tokens=True):
                 yield Step("gate", source, value, factor=None)
+
+    def _mixtures(self, value: int, op: Operation, source: int) -> Iterator[Step]:
+        """Each position's streams times a small matrix of that position's own; attention's is over positions."""
+        coefficients = [t for t in op.inputs if self.value(t) != source]
+        tokens = {self.flow.tensors[t].shape[-1] for t in self.flow.inputs.values()}
+        own = coefficients and not tokens & set(self.flow.tensors[coefficients[0]].shape[1:])
+        if own and not self.is_constant(self.value(coefficients[0])):
+            yield Step("mix", source, value, factor=None)
+
+    def _spread(self, value: int, op: Operation) -> Iterator[Step]:
+        """[.., 1, d] times [.., streams, 1]."""
+        shape = self.flow.tensors[op.outputs[0]].shape
+        for tensor in op.inputs:
+            mine = self.flow.tensors[tensor].shape
+            if len(mine) == len(shape) > 3 and mine[-1] == shape[-1] > 1 == mine[-2] < shape[-2]:
+                yield Step("spread", self.value(tensor), value, factor=None)
 
     def norm_source(self, value: int) -> int | None:
         """The value that a normalisation made `value` of; None where no normalisation did."""

@@ -7,6 +7,7 @@ are changed, and what the map says comes after them must move, and nothing else)
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hookmap import skeleton
-from hookmap.architecture_map import ArchitectureMap, BlockKind
+from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
+from hookmap.checks_inside import checks_inside
 from hookmap.discovery import discover
 from hookmap.errors import HookmapError, MapMismatchError, ModelError
 from hookmap.narrow import narrow
@@ -74,16 +76,41 @@ def verify(
 
     `source`: as for `discover`. A torch module, an nnsight model, and a hub id or folder whose weights can be loaded
     are verified with their own weights; a config, a model without reachable weights, and anything under
-    `random_weights`, as a narrow copy of full depth with random weights: the result says which. Raises ModelError or DiscoveryError where there is nothing to check.
+    `random_weights`, as a narrow copy of full depth with random weights: the result says which. Raises ModelError or
+    DiscoveryError where there is nothing to check.
     """
     config = _config(source, trust_remote_code)
     model, on = _runnable(source, config, random_weights, trust_remote_code)
+    if skeleton.device_of(model).type == "meta":
+        raise ModelError("the model is on the meta device, without weights: give its config to `verify` instead.")
     if on.startswith("random"):
         redraw(model, seed)
     found = architecture_map or discover(source if config is None else config, trust_remote_code=trust_remote_code)
     _same_architecture(found, model)
+    checked = _at_the_width_of(found, model) if on.startswith("random") else found
     with skeleton.eager(model):
-        return Verification(found, on, tuple(_Verifier(found, model, seed).checks()))
+        return Verification(found, on, tuple(_Verifier(checked, model, seed).checks()))
+
+
+def _at_the_width_of(found: ArchitectureMap, copy: nn.Module) -> ArchitectureMap:
+    """The same map with the numbers of heads that a narrow copy has; everything else stays as it is, and is checked."""
+    if not any(t.heads for kind in found.kinds for point in kind.points.values() for t in point.terms):
+        return found
+    narrow_map = discover(copy)
+    kinds = []
+    for kind in found.kinds:
+        own = narrow_map.kind_of(kind.layers[0]).points
+        points = {name: _with_heads(point, own.get(name)) for name, point in kind.points.items()}
+        kinds.append(kind.model_copy(update={"points": points}))
+    return found.model_copy(update={"kinds": tuple(kinds)})
+
+
+def _with_heads(point: PointTemplate, own: PointTemplate | None) -> PointTemplate:
+    if own is None or len(own.terms) != len(point.terms):
+        return point
+    pairs = zip(point.terms, own.terms, strict=True)
+    terms = tuple(a.model_copy(update={"heads": b.heads}) if a.heads else a for a, b in pairs)
+    return point.model_copy(update={"terms": terms})
 
 
 def redraw(model: nn.Module, seed: int = 0) -> None:
@@ -148,12 +175,13 @@ def _same_architecture(found: ArchitectureMap, model: nn.Module) -> None:
 class _Verifier:
     def __init__(self, found: ArchitectureMap, model: nn.Module, seed: int) -> None:
         self.map, self.model = found, model
-        self.selectors = select(found)
+        self.selectors = select(found, found.points)
         generator = torch.Generator().manual_seed(seed)
-        vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        device = next(model.parameters()).device
+        self.embedding = _input_embedding(found, model)
+        vocab = found.d_vocab or 2 if self.embedding is None else len(next(self.embedding.parameters()))
+        device = skeleton.device_of(model)
         self.ids = torch.randint(min(5, vocab - 1), vocab, (_BATCH, _POSITIONS), generator=generator).to(device)
-        self.events: list[tuple[str, str]] = []
+        self.events: list[tuple[str, str, int]] = []
         precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
         self.tolerance = 1e-4 if precise else 4e-2
 
@@ -163,7 +191,7 @@ class _Verifier:
             yield Check("modules", (), False, f"the model has no module {', '.join(missing)}")
             return
         try:
-            values, output = self._run()
+            values, output = self._first_run()
         except HookmapError as error:
             yield Check("selectors", (), False, str(error))
             return
@@ -172,7 +200,19 @@ class _Verifier:
         yield from self._hidden_states(values, output)
         yield from self._ends(values, output)
         yield from self._sums(values)
+        for each in checks_inside(self.map, self.model, self.ids, values, self._error, self.tolerance):
+            yield Check(*each)
         yield from self._causes(values)
+
+    def _first_run(self) -> tuple[dict[Key, Tensor], Any]:
+        try:
+            return self._run()
+        except RuntimeError:  # a model of audio reads several rows of ids per sequence
+            rows = skeleton.rows_per_sequence(getattr(self.model, "config", None))
+            if rows == 1:
+                raise
+            self.ids = self.ids.repeat_interleave(rows, 0)
+            return self._run()
 
     def _has(self, path: str) -> bool:
         try:
@@ -196,15 +236,17 @@ class _Verifier:
             module = self.model.get_submodule(path)
             handles.append(module.register_forward_pre_hook(self._event(path, "input")))
             handles.append(module.register_forward_hook(self._event(path, "output")))
-        kwargs = {
+        given = {
             "input_ids": self.ids,
             "attention_mask": torch.ones_like(self.ids),
             "use_cache": False,
             "output_hidden_states": True,
         }
+        kwargs = {parameter: given[name] for name, parameter in skeleton.accepted(self.model, given).items()}
         try:
             with torch.no_grad():
-                output = torch.func.functional_call(self.model, changed or {}, (), kwargs)
+                # Without tying: for a module with several names torch swaps the new weights in and not out again.
+                output = torch.func.functional_call(self.model, changed or {}, (), kwargs, tie_weights=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -212,16 +254,22 @@ class _Verifier:
 
     def _reader(self, found: dict[tuple[Key, int], Tensor], selector: Selector, number: int) -> Callable[..., None]:
         term = selector.terms[number]
+        calls: dict[tuple[Key, int], int] = {}
 
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            tensor = term.resolve(args, kwargs, output).detach().clone()
-            found[(selector.point, selector.layer), number] = tensor.unflatten(0, (_BATCH, -1)) if term.flat else tensor
+            key = (selector.point, selector.layer), number
+            calls[key] = calls.get(key, -1) + 1
+            if term.call in (None, calls[key]):
+                tensor = term.resolve(args, kwargs, output)
+                found[key] = term.arrange(tensor, _BATCH, _POSITIONS).detach().clone()
 
         return hook
 
     def _event(self, path: str, side: str) -> Callable[..., None]:
+        calls = itertools.count()
+
         def hook(*_: Any) -> None:
-            self.events.append((path, side))
+            self.events.append((path, side, next(calls)))
 
         return hook
 
@@ -252,7 +300,7 @@ class _Verifier:
         place = {event: number for number, event in reversed(list(enumerate(self.events)))}
         wrong, last, last_name = [], -1, ""
         for selector in self.selectors:
-            here = max(place.get((term.module, term.side), -1) for term in selector.terms)
+            here = max(place.get((term.module, term.side, term.call or 0), -1) for term in selector.terms)
             if here < last:
                 wrong.append(f"{selector.point}[{selector.layer}] comes before {last_name}")
             last, last_name = max(last, here), f"{selector.point}[{selector.layer}]"
@@ -262,37 +310,45 @@ class _Verifier:
     def _hidden_states(self, values: dict[Key, Tensor], output: Any) -> Iterator[Check]:
         """`resid_pre` is Hugging Face's `hidden_states[i]`; some models record after the block instead."""
         states = getattr(output, "hidden_states", None)
-        layers = [layer for point, layer in values if point == "resid_pre" and layer is not None]
+        layers = sorted(layer for point, layer in values if point == "resid_pre" and layer is not None)
+        if not hasattr(output, "hidden_states"):
+            return  # a module that promises none
         if not states or not layers:
             yield Check("hidden_states", (), not layers, "the model returns no hidden states to compare with")
             return
-        before = [self._error(values["resid_pre", i], states[i]) for i in layers if i < len(states)]
-        after = [self._error(values["resid_post", i], states[i]) for i in layers if ("resid_post", i) in values]
-        recorded_after = max(before) > self.tolerance and after and max(after) <= self.tolerance
-        errors, point = (after, "resid_post") if recorded_after else (before, "resid_pre")
+        # A layer that is not called records nothing: the k-th state is of the k-th layer that is.
+        recorded = dict(zip(layers, states, strict=False))
+        following = dict(zip(layers, [*layers[1:], None], strict=True))
+        before = [self._error(values["resid_pre", i], self._like(state)) for i, state in recorded.items()]
+        after = [
+            self._error(values.get(("resid_pre", following[i]), values.get(("resid_post", i))), self._like(state))
+            for i, state in recorded.items()
+        ]
+        recorded_after = max(before) > self.tolerance and max(after) <= self.tolerance
+        errors, point = (after, "resid_pre[i + 1]") if recorded_after else (before, "resid_pre[i]")
         wrong = [i for i, error in zip(layers, errors, strict=False) if error > self.tolerance]
-        detail = (
-            f"{point} differs from hidden_states[i] on layers {wrong}" if wrong else f"{point}[i] = hidden_states[i]"
-        )
+        detail = f"{point} differs from hidden_states[i] on layers {wrong}" if wrong else f"{point} = hidden_states[i]"
         if recorded_after:
             detail += " (this model records them after the block)"
         yield Check("hidden_states", tuple(layers), not wrong, detail, max(errors))
 
     def _ends(self, values: dict[Key, Tensor], output: Any) -> Iterator[Check]:
         """The embedding, the hand-over from block to block, and the logits."""
-        if ("embed", None) in values:
+        if ("embed", None) in values and self.embedding is not None:
             with torch.no_grad():
-                expected = self.model.get_input_embeddings()(self.ids)  # type: ignore[operator]
+                expected = self.embedding(self.ids)
             yield self._equal("embed", (), "embed = the input embedding's output", values["embed", None], expected)
         if ("logits", None) in values and getattr(output, "logits", None) is not None:
             yield self._equal("logits", (), "logits = the model's logits", values["logits", None], output.logits)
         pairs = [
             i for i in range(self.map.num_layers - 1) if ("resid_post", i) in values and ("resid_pre", i + 1) in values
         ]
-        errors = [self._error(values["resid_post", i], values["resid_pre", i + 1]) for i in pairs]
+        scaled = {i: _ratio(values["resid_pre", i + 1], values["resid_post", i]) for i in pairs}
+        errors = [self._error(values["resid_post", i] * scaled[i], values["resid_pre", i + 1]) for i in pairs]
+        between = sorted({f"{ratio:g} times" for ratio in scaled.values() if ratio != 1.0})
+        detail = "resid_pre[i + 1] = resid_post[i]" + (f", or {', '.join(between)} it" if between else "")
         if pairs:
-            good = max(errors) <= self.tolerance
-            yield Check("hand-over", tuple(pairs), good, "resid_post[i] = resid_pre[i + 1]", max(errors))
+            yield Check("hand-over", tuple(pairs), max(errors) <= self.tolerance, detail, max(errors))
 
     def _sums(self, values: dict[Key, Tensor]) -> Iterator[Check]:
         for kind in self.map.kinds:
@@ -330,10 +386,17 @@ class _Verifier:
         branch = kind.mixer if role == "mixer" else kind.mlp
         paths = [path.replace("{i}", str(layer)) for path in (branch.modules if branch else ())]
         parameters = dict(self.model.named_parameters())
+        # A pre-norm inside the branch's module (Reformer) makes what the branch reads: its weights are not the branch.
+        own = {t.module.replace("{i}", str(layer)) for t in _terms(kind, f"{role}_in") if t.side == "output"}
+        other = kind.mlp if role == "mixer" else kind.mixer  # a module of both tells neither apart
+        own |= {path.replace("{i}", str(layer)) for path in (other.modules if other else ())}
         return [
             name
             for name, parameter in parameters.items()
-            if parameter.dtype.is_floating_point and any(name.startswith(path + ".") for path in paths)
+            if parameter.dtype.is_floating_point
+            and not parameter.is_meta  # offloaded: what runs is another tensor
+            and any(name.startswith(path + ".") for path in paths)
+            and not any(name.startswith(path + ".") for path in own)
         ]
 
     def _changed(self, names: list[str]) -> dict[str, Tensor]:
@@ -365,8 +428,15 @@ class _Verifier:
         error = self._error(found, expected)
         return Check(name, layers, error <= self.tolerance, detail, error)
 
-    def _error(self, found: Tensor, expected: Tensor) -> float:
-        if found.shape != expected.shape:
+    def _like(self, state: Tensor) -> Tensor:
+        """A recorded hidden state as [batch, pos, ...], also of a model that keeps its stream in another order."""
+        lengths = list(state.shape)
+        if lengths[:2] == [_BATCH, _POSITIONS] or _BATCH not in lengths or _POSITIONS not in lengths:
+            return state
+        return state.movedim((lengths.index(_BATCH), lengths.index(_POSITIONS)), (0, 1))
+
+    def _error(self, found: Tensor | None, expected: Tensor) -> float:
+        if found is None or found.shape != expected.shape:
             return float("inf")
         found, expected = found.float(), expected.float()
         scale = expected.square().mean().sqrt().clamp_min(1e-12)
@@ -374,9 +444,22 @@ class _Verifier:
         return error if error == error else float("inf")
 
 
+def _input_embedding(found: ArchitectureMap, model: nn.Module) -> nn.Module | None:
+    """The model's own word for it; where it has none, the module that the map names."""
+    if hasattr(model, "get_input_embeddings"):
+        return model.get_input_embeddings()  # type: ignore[no-any-return,operator]
+    try:
+        return None if found.embedding_path is None else model.get_submodule(found.embedding_path)
+    except AttributeError:
+        return None
+
+
 def _expected(kind: BlockKind, role: str) -> dict[str, bool]:
     """What must move, and what must not, when the weights of a branch change."""
     if kind.branch_order == "sequential":
+        if "mlp_in" in kind.points and kind.points["mlp_in"].order < kind.points["resid_mid"].order:
+            moves = ("mixer_out", "resid_mid") if role == "mixer" else ("mlp_out",)  # an MLP before the mixer too
+            return {"resid_pre": False, **dict.fromkeys((*moves, "resid_post"), True)}
         if role == "mixer":
             return {"resid_pre": False, "mixer_out": True, "resid_mid": True, "mlp_in": True, "resid_post": True}
         stay = dict.fromkeys(("resid_pre", "mixer_in", "mixer_out", "resid_mid"), False)
@@ -387,3 +470,15 @@ def _expected(kind: BlockKind, role: str) -> dict[str, bool]:
     if kind.branch_order in ("mixer_only", "mlp_only"):
         return {"resid_pre": False, f"{role}_in": False, f"{role}_out": True, "resid_post": True}
     return {}
+
+
+def _ratio(after: Tensor, before: Tensor) -> float:
+    """The constant that a model multiplies the stream by between two blocks (RWKV halves it); 1 where it does not."""
+    if after.shape != before.shape:
+        return 1.0
+    ratio = float((after * before).sum() / before.square().sum().clamp_min(1e-12))
+    return next((power for power in (0.5, 0.25, 2.0) if abs(ratio / power - 1) < 1e-5), 1.0)
+
+
+def _terms(kind: BlockKind, point: str) -> tuple[TermTemplate, ...]:
+    return kind.points[point].terms if point in kind.points else ()

@@ -121,6 +121,34 @@ def test_threads_on_the_same_weights_do_not_mix() -> None:
         assert torch.equal(runs[number]["resid_mid", 1], expected["resid_mid", 1])
 
 
+def test_threads_share_no_seed_and_no_training_flag() -> None:
+    """The generators and a module's training flags are every thread's: unguarded, most of these runs come out wrong."""
+    models = [plain_hooks.build("gpt2").train(), plain_hooks.build("llama")]
+    opened = [hookmap.open(model) for model in models]
+
+    def run(number: int) -> Any:
+        sampling = {"do_sample": True, "seed": number} if number % 4 else {}
+        return opened[number % 2].capture([[1, 2, 3]], ["resid_mid"], [1], max_new_tokens=12, **sampling)
+
+    alone = [run(number) for number in range(8)]
+    runs: dict[tuple[int, int], Any] = {}
+
+    def work(number: int) -> None:
+        for round_ in range(4):
+            runs[number, round_] = run(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for (number, _), found in runs.items():
+        assert found.tokens == alone[number].tokens
+        assert torch.equal(found["resid_mid", 1], alone[number]["resid_mid", 1])
+    assert len(runs) == 32
+    assert all(part.training for part in models[0].modules())
+
+
 @pytest.mark.parametrize("kind", ["memory", "folder"])
 def test_saved_and_streamed_runs_read_the_same(hm: HookedModel, tmp_path: Path, kind: str) -> None:
     run = hm.capture(PROMPTS, ["resid_mid", "logits"], [0, 2], max_new_tokens=5)
@@ -250,6 +278,17 @@ def test_a_visit_too_few_or_too_many_is_refused(calls: list[int], message: str) 
         ({"max_new_tokens": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
         ({"stop_strings": ["a"]}, "stop="),
+        ({"max_new_tokens": 1.5}, "max_new_tokens: expected a whole number"),
+        ({"max_new_tokens": None}, "max_new_tokens: expected a whole number"),
+        ({"batch_size": 1.5}, "batch_size: expected a whole number"),
+        ({"temperature": 0.0, "do_sample": True}, "strictly positive"),
+        ({"return_dict_in_generate": True}, "points="),
+        ({"max_length": 9}, "max_new_tokens="),
+        ({"seed": "one", "do_sample": True}, "seed: expected"),
+        ({"seed": 2**70, "do_sample": True}, "64 bits"),
+        ({"stop": ""}, "at least one character"),
+        ({"stop": ["a", 3]}, "at least one character, got 3"),
+        ({"resume": True}, "store=FOLDER"),
     ],
 )
 def test_settings_that_have_no_row_for_each_token_are_refused(
@@ -268,11 +307,35 @@ def test_settings_that_have_no_row_for_each_token_are_refused(
         ([[1, 2, 500]], "vocabulary is 0 to 96"),
         ([3.5], "expected a string"),
         ([[{"content": "no role"}]], "expected a string"),
+        (None, "got NoneType"),
+        (3, "got int"),
+        ({"role": "user", "content": "one message, and no list"}, "got dict"),
+        (b"bytes", "got bytes"),
+        ([b"bytes"], "got bytes"),
+        ("half \ud800", "surrogate"),
     ],
 )
 def test_prompts_that_cannot_be_read_are_refused(hm: HookedModel, prompts: Any, message: str) -> None:
     with pytest.raises(hookmap.TokenizerError, match=message):
         hm.capture(prompts, ["resid_mid"], [1])
+
+
+def test_token_ids_come_as_lists_arrays_or_tensors(hm: HookedModel) -> None:
+    rows = torch.tensor([[5, 17, 3], [4, 4, 4]])
+    for prompts in (rows, rows.numpy(), rows.tolist(), list(rows), [list(row.numpy()) for row in rows]):
+        assert [t[:3] for t in hm.capture(prompts, ["resid_mid"], [1], max_new_tokens=2).tokens] == [
+            (5, 17, 3),
+            (4, 4, 4),
+        ]
+    assert hm.capture(rows[0], ["resid_mid"], [1], max_new_tokens=2).tokens[0][:3] == (5, 17, 3)
+
+
+@pytest.mark.parametrize("where", [3, None, ("resid_mid", 1, 2), ("resid_mid", slice(None)), ("resid_mid", "1")])
+def test_what_stands_between_the_brackets_is_a_point_and_a_layer(hm: HookedModel, where: Any) -> None:
+    run = hm.capture([[5, 17, 3]], ["resid_mid"], [1], max_new_tokens=2)
+    for read in (run, run.store):
+        with pytest.raises(hookmap.SelectionError, match='expected \\["point"\\]'):
+            read[where]
 
 
 def test_text_without_a_tokenizer_and_chat_without_a_template_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,7 +246,9 @@ def test_layers_that_are_none_are_wrong_usage(text: str) -> None:
         (("capture", "--points", "embed", "--prompts", "none.jsonl"), "none.jsonl cannot be read"),
         (("discover", "a", "b"), "Got unexpected extra argument"),
         (("inspect",), "Missing argument 'DIR'"),
-        (("discovr",), "No such command 'discovr'"),
+        (("discovr",), "No such command 'discovr'. Did you mean discover?"),
+        (("inspect", "run", "--texts", "-1"), "x>=0"),
+        (("capture", "--points", "embed", "--prompt", "a", "--prompts", "p.jsonl"), "not both"),
         (("discover", "--jsn"), "--json"),
     ],
 )
@@ -335,7 +338,39 @@ def test_a_used_folder_is_not_written_over() -> None:
 
 
 def test_an_unwritable_output_is_one_line() -> None:
-    assert "No such file or directory: no/such/map.json" in failed("discover", "-q", "-o", "no/such/map.json")
+    told = failed("discover", "-q", "-o", "no/such/map.json")
+    assert "cannot write no/such/map.json: No such file or directory" in told and "foresaw" not in told
+
+
+def test_a_map_file_is_not_taken_for_a_model() -> None:
+    """transformers reads any JSON with a model_type as a config, and fills in the sizes of another model."""
+    assert run("discover", "-q", "-o", "map.json").exit_code == 0
+    for command in ("discover", "verify", "capture"):
+        more = ("--points", "embed", "--prompt", "a") if command == "capture" else ()
+        assert "map.json is a file: expected a model folder" in failed(command, "map.json", *more)
+
+
+def test_a_folder_in_use_is_told_before_the_model_is_loaded() -> None:
+    assert capture_demo("run", "--prompt", "a").exit_code == 0
+    assert "loading" not in failed("capture", "no/such-model", "--points", "embed", "--prompt", "b", "-o", "run")
+    assert "loading" not in failed("capture", "no/such-model", "--points", "embed", "--resume", "-o", "none")
+
+
+def test_a_model_without_a_tokenizer_takes_another_or_token_ids(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL_PATH, model, ignore=shutil.ignore_patterns("tokenizer*"))
+    args = ("capture", str(model), "--points", "embed", "--max-new-tokens", "1")
+    assert "--tokenizer" in failed(*args, "--prompt", "a", "-o", "a")
+    done = run(*args, "--prompt", "a", "--no-chat", "--tokenizer", str(MODEL_PATH), "-o", "b")
+    assert done.exit_code == 0, done.output
+    Path("p.jsonl").write_text('[97, 98]\n{"token_ids": [97]}\n')
+    assert run(*args, "--prompts", "p.jsonl", "-o", "c").exit_code == 0
+    assert [sample.token_ids[: sample.prompt_tokens] for sample in hookmap.open_store("c").samples] == [(97, 98), (97,)]
+
+
+def test_the_summary_of_the_help_is_whole_at_80_columns() -> None:
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["--help"]).stdout
+    assert "..." not in shown.partition("Commands:")[2]
 
 
 def test_debug_shows_the_traceback_wherever_it_is_typed() -> None:

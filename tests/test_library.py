@@ -75,6 +75,15 @@ def test_a_resized_map_has_the_same_points_on_every_layer(layers: int, width: in
     assert small == parse(uniform(layers=4)), "the original is untouched"
 
 
+def test_heads_of_another_size_are_not_guessed(tmp_path: Path) -> None:
+    own = hookmap.discover(folder_with(tmp_path, QWEN3))
+    assert own.unavailable("q") is None
+    other = resize(own, 5, 64)
+    assert "depends on the size" in str(other.unavailable("q"))
+    assert other.unavailable("resid_mid") is None
+    assert parse(other.to_json()) == other, "still a valid document"
+
+
 def test_which_layers_of_a_hybrid_are_of_which_kind_is_never_guessed() -> None:
     with pytest.raises(MapMismatchError, match=r"several kinds of block .* Run: hookmap discover org/model"):
         resize(parse(hybrid()), 12, 16, model_id="org/model")

@@ -1,7 +1,9 @@
 """`hookmap.open`: what it accepts, one copy of the weights, maps that contradict the model, what cannot be loaded."""
 
 import http.server
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -95,7 +97,11 @@ def test_a_map_of_another_size_of_the_architecture_serves() -> None:
     config.num_hidden_layers, config.hidden_size, config.head_dim = 5, 48, 12
     larger = transformers.LlamaForCausalLM(config)
     given = hookmap.discover(larger).model_copy(update={"scope": "architecture"})
-    assert hookmap.open(plain_hooks.build("llama"), map=given).map.num_layers == 3
+    opened = hookmap.open(plain_hooks.build("llama"), map=given)
+    assert opened.map.num_layers == 3
+    own = hookmap.discover(plain_hooks.build("llama"))
+    points = [name for name in own.points if name in given.points]
+    assert opened.map.selectors(points, "all") == own.selectors(points, "all"), "heads lie as they do in this model"
 
 
 def _with_point(m: ArchitectureMap, point: str, **change: Any) -> ArchitectureMap:
@@ -181,6 +187,46 @@ def test_a_folder_without_a_tokenizer_takes_token_ids_and_refuses_text(tmp_path:
         hm.capture("to be", ["resid_mid"], [1])
     with pytest.raises(hookmap.TokenizerError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """transformers fills them with random numbers and a warning; a capture would look as good as any."""
+    model = plain_hooks.build("llama")
+    kept = {name: weight for name, weight in model.state_dict().items() if "layers.1.mlp" not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    with pytest.raises(hookmap.ModelError, match=r"no weights for 3 parameters .*layers\.1\.mlp.*random"):
+        hookmap.open(tmp_path, device="cpu")
+
+
+def test_a_folders_own_code_does_not_run_unless_it_is_trusted(folder: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    (model / "configuration_own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (model / "config.json").write_text(json.dumps(config))
+    for use in (hookmap.open, hookmap.discover):
+        with pytest.raises(hookmap.ModelError, match="--trust-remote-code"):
+            use(model)
+    assert not ran.exists()
+
+
+def test_a_pickle_that_holds_more_than_tensors_does_not_run(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({"weight": _Touch(tmp_path / "ran")}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(hookmap.ModelError, match="safetensors"):
+        hookmap.open(tmp_path / "model", device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+class _Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):

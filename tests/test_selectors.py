@@ -116,6 +116,24 @@ def test_no_points_is_an_error_and_not_an_empty_selection() -> None:
         select(MAP, [])
 
 
+def test_no_layers_is_an_error_unless_no_point_needs_one() -> None:
+    with pytest.raises(SelectionError, match="no layers given"):
+        select(MAP, "resid_pre", [])
+    assert [s.point for s in select(MAP, "embed", [])] == ["embed"]
+
+
+@pytest.mark.parametrize("points", [None, 3, [3], [None, "resid_pre"]])
+def test_a_point_that_is_no_name_is_refused(points: Any) -> None:
+    with pytest.raises(SelectionError, match="is not a name"):
+        select(MAP, points, 0)
+
+
+def test_layers_may_be_an_array_or_its_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    for layers in (numpy.array([1, 0]), [numpy.int64(1), numpy.int64(0)], range(2)):
+        assert [s.layer for s in select(MAP, "resid_pre", layers)] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("alias", "point", "layer"),
     [

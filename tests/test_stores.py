@@ -216,6 +216,7 @@ class TestEveryStore:
             (lambda store: store.read(0, "resid_pre", 0, [7]), "positions 7 are not in sample 0: it has rows 0 to 6"),
             (lambda store: store.read(0, "resid_pre", 0, range(-2, 3)), "positions -2 are not in sample 0"),
             (lambda store: store.read(0, "resid_pre", 0, 3), "tokens must be a slice"),
+            (lambda store: store.read(0, "resid_pre", "0"), "layer '0' is not a whole number"),
         ],
     )
     def test_what_is_not_there_is_refused_with_what_is(
@@ -372,6 +373,22 @@ class TestBeginning:
         ):
             assert f"  - {line}\n" in str(caught.value)
         assert tree(tmp_path / "c") == before
+
+    def test_a_difference_inside_the_settings_is_named_alone(self, tmp_path: Path) -> None:
+        ours, other = (
+            SMALL.manifest.model_copy(update={"settings": {"generation": {"a": 1, "n": n}}}) for n in (4, 64)
+        )
+        with FolderWriter.create(tmp_path / "c", ours) as writer:
+            SMALL.write(writer)
+        with pytest.raises(StoreError) as caught:
+            FolderWriter.resume(tmp_path / "c", other)
+        assert "  - settings.generation.n: the capture has 4, this run has 64\n" in str(caught.value)
+
+    def test_a_place_that_cannot_be_written_is_not_said_to_be_full(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(StoreError, match=r"cannot write to .*Nothing was written") as caught:
+            FolderWriter.create(tmp_path / "file" / "c", SMALL.manifest)
+        assert "room" not in str(caught.value) and "kept" not in str(caught.value)
 
     def test_two_writers_at_once_are_refused(self, tmp_path: Path) -> None:
         with FolderWriter.create(tmp_path / "c", SMALL.manifest) as writer:

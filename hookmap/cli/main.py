@@ -3,6 +3,7 @@
 0 done, 1 failed, 2 wrong usage, 130 interrupted. What a program reads goes to stdout, what a person reads to stderr.
 """
 
+import difflib
 import os
 import pkgutil
 import sys
@@ -28,6 +29,16 @@ class _Commands(click.Group):
         if not any(option.name == "debug" for option in command.params):
             command.params.append(_debug_option())
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=2)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise click.UsageError(error.message + hint, ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         _quiet_libraries()
@@ -81,8 +92,8 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 def main() -> None:
     """Name a tensor once and read it from any Hugging Face causal language model.
 
-    MODEL is a hub id, a model folder or a map file. It may be left out: then it is what the environment variable
-    HOOKMAP_MODEL or the file hookmap.yaml names, or else the bundled demo model.
+    MODEL is a hub id or a model folder (for show also a map). It may be left out: then it is what the environment
+    variable HOOKMAP_MODEL or the file hookmap.yaml names, or else the bundled demo model.
 
     \b
     hookmap discover Qwen/Qwen3-0.6B -o map.json

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-FIELDS = ("prompt", "messages", "question", "text")
+FIELDS = ("prompt", "messages", "question", "text", "token_ids")
 
 
 def read_prompts(path: str) -> list[Any]:
-    """The prompts of a JSONL file. A line is a text, a list of chat messages, or an object with one of FIELDS.
+    """The prompts of a JSONL file. A line is a text, chat messages, token ids, or an object with one of FIELDS.
 
     Raises click.UsageError with every wrong line at once.
     """
@@ -46,4 +46,6 @@ def _prompt(value: Any) -> Any:
         return value
     if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
         return value
-    raise ValueError(f"expected a text or a list of chat messages, found {json.dumps(value)[:60]}")
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        return value
+    raise ValueError(f"expected a text, a list of chat messages or a list of token ids, found {json.dumps(value)[:60]}")

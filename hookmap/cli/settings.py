@@ -43,6 +43,7 @@ def _list(value: Any) -> str:
 KEYS: dict[str, Callable[[Any], Any]] = {
     "model": _text,
     "map": _text,
+    "tokenizer": _text,
     "points": _list,
     "layers": _list,
     "prompts": _text,
@@ -52,7 +53,7 @@ KEYS: dict[str, Callable[[Any], Any]] = {
     "device": _text,
     "trust_remote_code": _flag,
 }
-_PATHS = ("model", "map", "prompts")
+_PATHS = ("model", "map", "tokenizer", "prompts")
 
 
 def load_settings(start: Path | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from hookmap.activations import Activation
 from hookmap.errors import CaptureError
+from hookmap.points import POINTS
 from hookmap.selectors import Selector, Term
 
 Side = Literal["input", "output"]
@@ -50,9 +51,17 @@ class Observer:
     of unfinished sums are held.
     """
 
-    def __init__(self, selectors: Sequence[Selector], layout: BatchLayout, write: Callable[[Activation], None]) -> None:
+    def __init__(
+        self,
+        selectors: Sequence[Selector],
+        layout: BatchLayout,
+        write: Callable[[Activation], None],
+        keys: int | None = None,
+    ) -> None:
+        """`keys`: how long the rows of attention weights become, zeros behind what a query sees."""
         self.selectors = tuple(selectors)
         self.layout = layout
+        self._keys = keys
         self.generated: list[int | None] = [None] * len(layout.samples)
         """tokens that each row generated, end of sequence included; None while it still generates"""
         self.passes = 0
@@ -62,6 +71,7 @@ class Observer:
         self._pass: ForwardPass | None = None
         self._windows: list[tuple[int, int, int, int]] = []
         self._complete: set[int] = set()
+        self._calls: dict[tuple[str, Side], int] = {}
         self._parts: dict[tuple[int, int], torch.Tensor] = {}
         self._targets: dict[tuple[str, Side], list[tuple[int, int]]] = {}
         for number, selector in enumerate(self.selectors):
@@ -100,8 +110,11 @@ class Observer:
         """A boundary of `boundaries` is passed; what is selected there is copied now, before anything writes to it."""
         if self._pass is None:
             raise CaptureError(f"{module or 'model'}.{side} was reached outside a forward pass of the model.")
+        call = self._calls[module, side] = self._calls.get((module, side), -1) + 1
         for number, position in self._targets[module, side]:
             selector = self.selectors[number]
+            if selector.terms[position].call not in (None, call):
+                continue
             if number in self._complete or (number, position) in self._parts:
                 raise CaptureError(
                     f"{selector}: {module or 'model'} was called more than once in forward pass {self.passes}, "
@@ -156,6 +169,7 @@ class Observer:
                 "The model skipped these modules, or the map is another model's: run `hookmap verify`."
             )
         self._complete.clear()
+        self._calls.clear()
         self.passes += 1
         self._fed = done.start + done.new
 
@@ -175,8 +189,11 @@ class Observer:
     def _hand_on(self, selector: Selector, rows: torch.Tensor) -> None:
         assert self._pass is not None
         start, rows = self._pass.start, rows.to("cpu")
+        end = start + self._pass.new
         for row, first, last, pads in self._windows:
             kept = rows[row, first - start : last - start]
+            if "key" in POINTS[selector.point.partition(".")[0]].axes:
+                kept = _by_position(kept, selector, end, pads, self._keys or end - pads)
             self._write(Activation(self.layout.samples[row], selector.point, selector.layer, first - pads, kept))
 
 
@@ -195,8 +212,7 @@ def _new_rows(
 ) -> torch.Tensor:
     """A copy of the columns that were fed for the first time: `[batch, new, ...]`."""
     batch = len(layout.samples)
-    if term.flat and tensor.shape[0] == batch * current.width:
-        tensor = tensor.reshape(batch, current.width, *tensor.shape[1:])
+    tensor = term.arrange(tensor, batch, current.width)
     if tensor.shape[:2] != (batch, current.width):
         raise CaptureError(
             f"{selector}: expected a tensor of [{batch}, {current.width}, ...] "
@@ -206,6 +222,23 @@ def _new_rows(
     if current.new < current.width:
         tensor = tensor[:, current.width - current.new :]
     return tensor.detach().clone()
+
+
+def _by_position(weights: torch.Tensor, selector: Selector, end: int, pads: int, keys: int) -> torch.Tensor:
+    """Attention weights [query, heads, keys seen] -> [query, heads, keys]: key n is the sample's position n.
+
+    A cache holds the last keys (a sliding window drops the first ones), so the last key is always column `end - 1`.
+    """
+    first = end - weights.shape[-1] - pads
+    if first + pads < 0:
+        raise CaptureError(
+            f"{selector}: {weights.shape[-1]} keys after {end} tokens: this cache has places for tokens to come, and "
+            "which key is which token cannot be told. Generate without cache_implementation."
+        )
+    seen = weights[..., max(0, -first) :]
+    placed = weights.new_zeros(*weights.shape[:-1], keys)
+    placed[..., max(0, first) : max(0, first) + seen.shape[-1]] = seen
+    return placed
 
 
 def _fed_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:

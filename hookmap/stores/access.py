@@ -1,5 +1,6 @@
 """May this process write a capture in this folder? And what to say when the disk refuses."""
 
+import errno
 from pathlib import Path
 
 try:
@@ -52,8 +53,12 @@ def refuse_used(folder: Path) -> None:
 
 def cannot_write(folder: Path, error: OSError, kept: int) -> StoreError:
     """The error for a disk that refuses a write: what is kept, and how to go on."""
+    wrong = f"cannot write to {folder}: {error.strerror or error}."
+    if not (folder / MANIFEST).exists():
+        return StoreError(f"{wrong} Nothing was written. Write to another folder: -o DIR")
+    samples = "1 finished sample is" if kept == 1 else f"{kept} finished samples are"
+    mend = f"Make room (df -h {folder})" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend that"
     return StoreError(
-        f"cannot write to {folder}: {error.strerror or error}. {kept} finished samples are kept and can be read; "
-        f"what was in flight is not.\nMake room (df -h {folder}), then go on: the same `hookmap capture` command with "
-        f"-o {folder} --resume"
+        f"{wrong} {samples} kept and can be read; what was in flight is not.\n"
+        f"{mend}, then go on: the same `hookmap capture` command with -o {folder} --resume"
     )

@@ -4,7 +4,8 @@ import difflib
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeAlias
+from numbers import Integral
+from typing import Any, TypeAlias
 
 import torch
 
@@ -83,7 +84,7 @@ class Store(ABC):
 
     def __getitem__(self, where: "str | tuple[str, int | None]") -> "torch.Tensor | list[torch.Tensor]":
         """All rows of all samples: [batch, pos, d] where every sample has as many rows, else a list of [pos, d]."""
-        key = self.key(where) if isinstance(where, str) else self.key(*where)
+        key = self.key(*place_of(where))
         return join(
             [sample.rows for sample in self.samples],
             (self._rows(sample.sample, key, range(sample.rows)) for sample in self.samples),
@@ -108,6 +109,8 @@ class Store(ABC):
         if isinstance(parsed, str):
             raise SelectionError(f"{parsed}. {self._held()}")
         layer = parsed.layer if layer is None else layer
+        if not isinstance(layer, Integral | None):
+            raise SelectionError(f"layer {layer!r} is not a whole number. {self._held()}")
         if layer is not None and layer < 0 and self.num_layers is not None:
             layer += self.num_layers
         key = (parsed.point, layer)
@@ -128,6 +131,14 @@ class Store(ABC):
 
 def _of_layer(layer: int | None) -> str:
     return "" if layer is None else f" of layer {layer}"
+
+
+def place_of(where: Any) -> tuple[str, int | None]:
+    """What stands between the brackets of `run[...]`: a point, or a point and a layer. Raises SelectionError."""
+    point, layer = where if isinstance(where, tuple) and len(where) == 2 else (where, None)
+    if not isinstance(point, str) or not isinstance(layer, Integral | None):
+        raise SelectionError(f'expected ["point"] or ["point", layer] such as ["resid_mid", 8], got {where!r}.')
+    return point, None if layer is None else int(layer)
 
 
 def positions_of(tokens: Tokens, sample: Sample) -> Sequence[int]:

@@ -211,7 +211,11 @@ def _differences(
 ) -> list[str]:
     lines = []
     for key in sorted({*here, *now} - but):
-        lines += _difference(f"{name}.{key}", here.get(key, "nothing"), now.get(key, "nothing"))
+        ours, theirs = here.get(key, "nothing"), now.get(key, "nothing")
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            lines += _differences(f"{name}.{key}", ours, theirs)
+        else:
+            lines += _difference(f"{name}.{key}", ours, theirs)
     return lines
 
 

@@ -44,6 +44,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option(
     "--chat/--no-chat", default=None, help="Send prompts through the chat template.  [default: if there is one]"
 )
+@click.option("--tokenizer", metavar="MODEL", help="A folder or a hub id.  [default: the model's own]")
 @click.option("--map", "map_", metavar="MAP", help="A map file, instead of discovering one.")
 @click.option("--dtype", type=click.Choice(_DTYPES), help="Of the weights.  [default: auto, the checkpoint's own]")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: a GPU where there is one]")
@@ -63,12 +64,15 @@ def command(
     top_k: int | None,
     seed: int | None,
     chat: bool | None,
+    tokenizer: str | None,
     map_: str | None,
     dtype: str | None,
     device: str | None,
     trust_remote_code: bool | None,
 ) -> None:
-    """Generate with MODEL and keep the chosen tensors, of the prompt and of every generated token.
+    """Generate with MODEL and keep tensors.
+
+    Keeps the chosen points of the prompt and of every generated token.
 
     \b
     hookmap capture --points resid_pre,resid_mid --layers 8,12,16
@@ -83,14 +87,18 @@ def command(
     if not points:
         raise click.UsageError("which points? For example: --points resid_pre,resid_mid. All of them: hookmap show")
     chosen_layers = parse_layers(settings.get("layers", "all") if layers is None else layers)
+    if texts and prompts:
+        raise click.UsageError("--prompt or --prompts, not both: which of them is meant?")
     given = _prompts(texts, prompts or settings.get("prompts"))
     sampling = _sampling(temperature, top_p, top_k, seed)
     folder = _folder(output, resume)
+    _check_folder(folder, resume)
     model = choose_model(model, settings)
 
     hm = _open(
         model,
         map=map_ or settings.get("map"),
+        tokenizer=tokenizer or settings.get("tokenizer"),
         dtype=dtype or settings.get("dtype", "auto"),
         device=device or settings.get("device"),
         trust_remote_code=bool(trust_remote_code or settings.get("trust_remote_code")),
@@ -137,6 +145,17 @@ def _folder(output: str | None, resume: bool) -> Path:
     while (folder := Path("captures") / f"{number:04d}").exists():
         number += 1
     return folder
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    """Before the weights are loaded, which may take minutes."""
+    from hookmap.stores.access import refuse_used
+    from hookmap.stores.manifest import read_manifest
+
+    if resume:
+        read_manifest(folder)
+    else:
+        refuse_used(folder)
 
 
 def _open(model: str, **options: Any) -> "HookedModel":
@@ -199,6 +218,7 @@ def _capture(
 
     from hookmap.cli.console import console
 
+    there = _finished(folder) if resume else frozenset()
     start = perf_counter()
     try:
         with _bars(len(prompts)) as show:
@@ -206,10 +226,17 @@ def _capture(
     except KeyboardInterrupt:
         _say_what_is_kept(folder)
         raise
-    tokens = sum(len(sample.token_ids) - sample.prompt_tokens for sample in done.samples)
+    new = [len(sample.token_ids) - sample.prompt_tokens for sample in done.samples if sample.sample not in there]
     seconds = perf_counter() - start
-    samples = "1 sample" if len(done) == 1 else f"{len(done)} samples"
-    console().print(f"[dim]{samples}, {tokens} tokens generated in {seconds:.1f} s[/]")
+    samples = "1 sample" if len(new) == 1 else f"{len(new)} samples"
+    before = f" ({len(there)} were there already)" if there else ""
+    console().print(f"[dim]{samples}, {sum(new)} tokens generated in {seconds:.1f} s{before}[/]")
+
+
+def _finished(folder: Path) -> frozenset[int]:
+    import hookmap
+
+    return frozenset(sample.sample for sample in hookmap.open_store(folder))
 
 
 @contextmanager

@@ -13,26 +13,39 @@ if TYPE_CHECKING:
 @click.argument("model", required=False)
 @click.option("-o", "--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write the map to FILE.")
 @click.option("--json", "as_json", is_flag=True, help="Print the map on stdout, and no table.")
+@click.option("--explain", is_flag=True, help="Show the evidence for every selector, and no table.")
 @click.option("-q", "--quiet", is_flag=True, help="No table and no notes.")
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run the modelling code that the model brings.")
-def command(model: str | None, output: str | None, as_json: bool, quiet: bool, trust_remote_code: bool | None) -> None:
+def command(
+    model: str | None, output: str | None, as_json: bool, explain: bool, quiet: bool, trust_remote_code: bool | None
+) -> None:
     """Find where every point of MODEL is, and make its map.
 
     Runs one forward pass without weights: nothing is downloaded but the config. The table goes to stderr. The map goes
     to FILE; without -o it goes to stdout, if that is a pipe or a file, or if --json is given.
     """
+    import hookmap
     from hookmap.cli.settings import choose_model, load_settings
 
     settings = load_settings()
     model = choose_model(model, settings)
     found = _discover(model, bool(trust_remote_code or settings.get("trust_remote_code")), quiet or as_json)
-    if not (quiet or as_json):
+    if explain:
+        from hookmap.explain import explain as explained
+
+        click.echo(explained(found), err=True)
+    elif not (quiet or as_json):
         from hookmap.cli.console import console
         from hookmap.cli.map_table import show_map
 
         show_map(found, console())
     if output:
-        found.save(output)
+        try:
+            found.save(output)
+        except OSError as error:
+            raise hookmap.MapError(
+                f"cannot write {output}: {error.strerror or error}. Write it elsewhere: -o FILE"
+            ) from error
         click.echo(f"wrote {output}", err=True)
     if as_json or not (output or sys.stdout.isatty()):
         click.echo(found.to_json(), nl=False)

@@ -12,13 +12,16 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("folder", metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout, and no tables.")
-@click.option("--texts", default=5, show_default=True, metavar="N", help="How many samples to show.")
+@click.option(
+    "--texts", type=click.IntRange(min=0), default=5, show_default=True, metavar="N", help="How many samples to show."
+)
 @click.option("--norms/--no-norms", default=True, help="Read every tensor for its mean norm, or do not.")
 @click.option("--verify", is_flag=True, help="Read all of it and check it; exit code 1 if something is broken.")
 def command(folder: str, as_json: bool, texts: int, norms: bool, verify: bool) -> None:
-    """Show what the capture in DIR holds: tensors, dtypes, sizes, norms by layer, and texts.
+    """Show what a capture holds.
 
-    The tables go to stderr; the JSON goes to stdout.
+    Tensors, dtypes, sizes, norms by layer, and texts of the capture in DIR. The tables go to stderr; the JSON goes to
+    stdout.
     """
     import hookmap
     from hookmap.cli.console import console, working

@@ -10,12 +10,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False, metavar="[MAP|MODEL]")
+@click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Draw the blocks into FILE instead.")
 @click.option("--trust-remote-code", is_flag=True, default=None, help="Run the modelling code that the model brings.")
-def command(model: str | None, trust_remote_code: bool | None) -> None:
-    """Draw the tree of MODEL, or of a map, with its points in their places.
+def command(model: str | None, svg: str | None, trust_remote_code: bool | None) -> None:
+    """Draw a model's tree with its points.
 
-    Layers of one kind are one branch, in the order of the forward pass. ● is a point, ○ a point that is not there, and
-    why. The tree goes to stdout.
+    The tree is of MODEL, or of a map. Layers of one kind are one branch, in the order of the forward pass. ● is a
+    point, ○ a point that is not there, and why. The tree goes to stdout.
     """
     from hookmap.cli.console import console
     from hookmap.cli.settings import choose_model, load_settings
@@ -24,7 +25,29 @@ def command(model: str | None, trust_remote_code: bool | None) -> None:
     settings = load_settings()
     model = choose_model(model, settings)
     found, modules = _find(model, bool(trust_remote_code or settings.get("trust_remote_code")))
+    if svg:
+        _draw(found, svg)
+        return
     console(stderr=False).print(tree(found, modules))
+
+
+def _draw(found: "ArchitectureMap", svg: str) -> None:
+    """One picture for each kind of block: FILE, and FILE-2, FILE-3, … for the further kinds of a hybrid."""
+    from pathlib import Path
+
+    import hookmap
+    from hookmap.picture import block_svg
+
+    path = Path(svg)
+    for number, kind in enumerate((kind for kind in found.kinds if kind.points), start=1):
+        target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        try:
+            target.write_text(block_svg(found, kind), encoding="utf-8")
+        except OSError as error:
+            raise hookmap.MapError(
+                f"cannot write {target}: {error.strerror or error}. Write it elsewhere: --svg FILE"
+            ) from error
+        click.echo(f"wrote {target} ({kind.name})", err=True)
 
 
 def _find(model: str, trust_remote_code: bool) -> "tuple[ArchitectureMap, dict[str, str]]":

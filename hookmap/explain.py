@@ -1,0 +1,63 @@
+"""Why a map says what it says: the chain of additions, who makes each branch, who reads each sum. Pure: map -> text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
+from hookmap.show import layer_ranges, same_place
+
+
+def explain(architecture_map: ArchitectureMap) -> str:
+    """The evidence for every selector, kind by kind, in the order of the forward pass."""
+    m = architecture_map
+    lines = [f"{m.architecture}: {m.discovered_by}" if m.discovered_by else m.architecture]
+    for kind in m.kinds:
+        lines += ["", *_kind(m, kind)]
+    lines += ["", "around the blocks", *_points(m.model_points, "", m.model_unavailable)]
+    return "\n".join(lines)
+
+
+def _kind(m: ArchitectureMap, kind: BlockKind) -> Iterator[str]:
+    word = "layer" if len(kind.layers) == 1 else "layers"
+    yield f"{word} {layer_ranges(kind.layers)}: {kind.name}, {m.layers_path} ({kind.block_class or 'not called'})"
+    yield "  the chain of additions"
+    yield from (f"    {relation}" for relation in kind.relations or ("none was found",))
+    for role, branch in (("mixer", kind.mixer), ("MLP", kind.mlp)):
+        if branch is not None:
+            modules = ", ".join(_short(path, m.layers_path) for path in branch.modules) or "the block itself"
+            made = f" ({branch.module_class})" if branch.module_class else ""
+            yield f"  the {role} is {branch.type}: {modules}{made}"
+    for name in ("resid_pre", "resid_mid_sum", "resid_mid", "resid_post"):
+        if name in kind.points and (readers := _readers(kind, name, m.layers_path)):
+            yield f"  {name} is read by {readers}"
+    yield from _points(kind.points, m.layers_path, kind.unavailable)
+
+
+def _readers(kind: BlockKind, name: str, prefix: str) -> str:
+    """The module at whose input a state of the stream stands."""
+    terms = kind.points[name].terms
+    return ", ".join(_short(t.module, prefix) for t in terms if t.side == "input" and t.module != prefix)
+
+
+def _points(points: dict[str, PointTemplate], prefix: str, unavailable: dict[str, str]) -> Iterator[str]:
+    yield "  selectors, in the order of the forward pass"
+    for names, point in same_place(points):
+        where = " + ".join(_term(term, prefix) for term in point.terms)
+        yield f"    {' = '.join(names)}: {where}{f' -- {point.evidence}' if point.evidence else ''}"
+    for name, reason in unavailable.items():
+        yield f"    no {name}: {reason}"
+
+
+def _term(term: TermTemplate, prefix: str) -> str:
+    scale = "" if term.scale == 1.0 else f"{term.scale:g} * "
+    place = "" if term.index is None else f"[{term.index!r}]"
+    cut = ""
+    if term.heads is not None:
+        h = term.heads
+        cut = f", features {h.start}:{h.stop} of {h.groups} groups, heads of {h.d_head}"
+    return f"{scale}{_short(term.module, prefix)}.{term.side}{place}{cut}"
+
+
+def _short(path: str, prefix: str) -> str:
+    return path.removeprefix(prefix).lstrip(".") or ("block" if prefix else "model")

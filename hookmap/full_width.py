@@ -1,0 +1,51 @@
+"""A map that was read from a narrow copy -> the map of the full width. Pure.
+
+Where a point is does not depend on width; how many features its heads have, and a constant that may be made of the
+width, do: what a copy cannot say is unavailable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate
+
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim")
+_REASON = "its sizes could only be read from a narrow copy: discover the loaded model"
+
+
+def at_full_width(found: ArchitectureMap, config: Any, small: Any) -> ArchitectureMap:
+    """The map with the sizes of `config`, where it was read from a model of `small`."""
+    own, copy = (each.get_text_config(decoder=True) for each in (config, small))
+    sizes = {
+        "d_model": _size(found.d_model, own, copy, _WIDTHS),
+        "d_vocab": found.d_vocab and _size(found.d_vocab, own, copy, ("vocab_size",)),
+    }
+    return found.model_copy(update={**sizes, "kinds": tuple(map(_kind, found.kinds))})
+
+
+def _size(found: int, own: Any, copy: Any, names: tuple[str, ...]) -> int:
+    """Several streams side by side are several times as wide as the field says."""
+    for name in names:
+        narrow, full = getattr(copy, name, None), getattr(own, name, None)
+        if isinstance(narrow, int) and isinstance(full, int) and narrow and found % narrow == 0:
+            return found // narrow * full
+    return found
+
+
+def _kind(kind: BlockKind) -> BlockKind:
+    lost = {name: _REASON for name, point in kind.points.items() if _depends_on_width(point)}
+    points = {name: point for name, point in kind.points.items() if name not in lost}
+    relations = tuple(line for line in kind.relations if not any(_names(line, name) for name in lost))
+    mlp = kind.mlp and kind.mlp.model_copy(update={"experts": None, "experts_per_token": None})
+    unavailable = {**kind.unavailable, **lost}
+    return kind.model_copy(update={"points": points, "unavailable": unavailable, "relations": relations, "mlp": mlp})
+
+
+def _depends_on_width(point: PointTemplate) -> bool:
+    return any(term.heads is not None or abs(term.scale) != 1.0 for term in point.terms)
+
+
+def _names(relation: str, point: str) -> bool:
+    words = relation.replace("(", " ").replace(")", " ").split()
+    return point in words

@@ -1,0 +1,73 @@
+"""What changed between two maps of one architecture. Pure: two documents in, sentences out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
+
+# Where a point is and what a block is made of; who made the map, when and with what proof is no difference.
+_HEAD = (
+    "architecture", "layers_path", "num_layers", "d_model", "num_heads", "d_vocab", "pre_attention_path",
+    "pre_mlp_path", "embedding_path", "final_norm_path", "lm_head_path",
+)  # fmt: skip
+_OF_KIND = ("layers", "block_class", "branch_order", "norm_placement", "axes", "mixer", "mlp", "relations")
+
+
+def differences(before: ArchitectureMap, after: ArchitectureMap) -> Iterator[str]:
+    """One sentence for each difference in structure: fields, kinds of block, points, reasons for missing ones."""
+    for name in _HEAD:
+        if getattr(before, name) != getattr(after, name):
+            yield f"{name}: {getattr(before, name)} -> {getattr(after, name)}"
+    yield from _points("", before.model_points, after.model_points)
+    old, new = ({kind.name: kind for kind in each.kinds} for each in (before, after))
+    for name in old.keys() - new.keys():
+        yield f"kind {name}: gone"
+    for name in new.keys() - old.keys():
+        yield f"kind {name}: new, on layers {_range(new[name].layers)}"
+    for name in (name for name in old if name in new):
+        yield from _kind(old[name], new[name])
+
+
+def _kind(before: BlockKind, after: BlockKind) -> Iterator[str]:
+    where = f"kind {before.name}: "
+    for name in _OF_KIND:
+        old, new = getattr(before, name), getattr(after, name)
+        if old != new:
+            yield f"{where}{name}: {_short(name, old)} -> {_short(name, new)}"
+    yield from _points(where, before.points, after.points)
+    for name, reason in after.unavailable.items():
+        if name in before.unavailable and before.unavailable[name] != reason:
+            yield f"{where}{name} is unavailable: {before.unavailable[name]} -> {reason}"
+
+
+def _points(where: str, before: dict[str, PointTemplate], after: dict[str, PointTemplate]) -> Iterator[str]:
+    for name in before.keys() - after.keys():
+        yield f"{where}{name}: {_terms(before[name])} -> unavailable"
+    for name in after.keys() - before.keys():
+        yield f"{where}{name}: unavailable -> {_terms(after[name])}"
+    for name in (name for name in before if name in after):
+        if before[name].terms != after[name].terms:
+            yield f"{where}{name}: {_terms(before[name])} -> {_terms(after[name])}"
+
+
+def _terms(point: PointTemplate) -> str:
+    return " + ".join(map(_term, point.terms))
+
+
+def _term(term: TermTemplate) -> str:
+    scale = "" if term.scale == 1.0 else f"{term.scale:g} * "
+    index = "" if term.index is None else f"[{term.index!r}]"
+    return f"{scale}{term.module or 'model'}.{term.side}{index}"
+
+
+def _short(name: str, value: object) -> str:
+    if name == "layers":
+        return _range(value)  # type: ignore[arg-type]
+    if name in ("mixer", "mlp"):
+        return getattr(value, "type", "none")
+    return str(value)
+
+
+def _range(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers)) if len(layers) < 8 else f"{layers[0]}, {layers[1]}, … {layers[-1]}"

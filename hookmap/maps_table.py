@@ -1,0 +1,80 @@
+"""The table of a sweep, in Markdown: one row for each class. Pure: entries in, text out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import get_args
+
+from hookmap.maps import Entry, Kind, Status
+from hookmap.points import POINTS
+
+_HEAD = """\
+# Every causal language model of transformers
+
+Made by `hookmap maps build --table docs/architectures-table.md` with transformers {version}; do not edit it.
+
+{counts}.
+
+*Supported*: discovered without a list of names from its default config at full size, and every point in its map proved
+on a narrow copy of full depth with random weights ([how](discovery.md)). *Error*: transformers itself cannot build or
+run the class, in its own words. *Silently wrong*: verification refuted what discovery found, so no map is shipped.
+
+| class | model types | status | kinds of block (layers): order, norms | not there, and why |
+| --- | --- | --- | --- | --- |
+"""
+# Said by every block that has no such thing: no news in a table.
+_OBVIOUS = ("this block has no", "no norm stands on the stream", "this block's mixer is not attention")
+
+
+def counts(entries: Iterable[Entry]) -> str:
+    """`175 SUPPORTED, 0 UNAVAILABLE, … of 181 classes`."""
+    found = Counter(entry.status for entry in by_class(entries).values())
+    return ", ".join(f"{found[status]} {status}" for status in get_args(Status)) + f" of {found.total()} classes"
+
+
+def by_class(entries: Iterable[Entry]) -> dict[str, Entry]:
+    """One entry for each class: of several model types, the worst."""
+    order = list(get_args(Status))
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        known = found.get(entry.architecture)
+        if known is None or order.index(entry.status) >= order.index(known.status):
+            found[entry.architecture] = entry
+    return found
+
+
+def markdown(entries: Sequence[Entry]) -> str:
+    """The whole page."""
+    from importlib.metadata import version
+
+    types: dict[str, list[str]] = {}
+    for entry in entries:
+        types.setdefault(entry.architecture, []).append(entry.model_type)
+    rows = [_row(entry, types[name]) for name, entry in sorted(by_class(entries).items())]
+    return _HEAD.format(version=version("transformers"), counts=counts(entries)) + "\n".join(rows) + "\n"
+
+
+def _row(entry: Entry, types: Sequence[str]) -> str:
+    cells = (entry.architecture, ", ".join(types), entry.status, "<br>".join(map(_kind, entry.kinds)), _missing(entry))
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _kind(kind: Kind) -> str:
+    axes = "" if kind.axes == ("batch", "pos", "d_model") else f", `[{', '.join(kind.axes)}]`"
+    if not kind.points:
+        return f"{kind.name} ({kind.layers})"
+    return f"{kind.name} ({kind.layers}): {kind.order}, {kind.norms}{axes}"
+
+
+def _missing(entry: Entry) -> str:
+    if entry.status != "SUPPORTED":
+        return entry.detail[:400]
+    reasons: dict[str, dict[str, None]] = {}
+    everything = [(entry.model_missing, True), *((kind.missing, bool(kind.points)) for kind in entry.kinds)]
+    for missing, called in everything:
+        for point, reason in missing.items():
+            alias = point.startswith("attn_") and f"mixer_{point[5:]}" in missing
+            if not reason.startswith(_OBVIOUS) and not alias and not POINTS[point.partition(".")[0]].deeper:
+                reasons.setdefault(reason, {})[point if called else "every point of some layers"] = None
+    return "<br>".join(f"{', '.join(f'`{p}`' for p in points)}: {why}" for why, points in reasons.items())[:900]

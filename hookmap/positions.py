@@ -1,0 +1,193 @@
+"""Which operations of a branch move information between positions.
+
+The place of each tensor along the sequence is followed: a piece of it (a slice, one position of a loop) begins where
+it was cut out. Pieces that are joined again where they came from move nothing, nor do tensors of one place that are
+computed with one another; all else mixes positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hookmap.dataflow import Operation, TensorRef
+from hookmap.values import Values
+
+_CUT = {"slice": 0, "select": 0, "unbind": 0, "split": 1, "split_with_sizes": 1, "chunk": 1}
+"""operation -> arguments between the tensor and the axis"""
+_JOIN = {"cat", "stack"}
+_SHIFT = {*_CUT, *_JOIN, "constant_pad_nd", "roll", "copy"}
+# What comes out stands in an order that the data decides: tokens on their way to experts and back.
+_REORDER = {
+    "index", "index_select", "gather", "masked_select", "scatter", "scatter_add", "index_add", "index_put", "sort",
+    "topk", "_grouped_mm",
+}  # fmt: skip
+# Operations along axes -> which argument names them; where none does, all axes are meant.
+_ALONG = {
+    **dict.fromkeys(("sum", "mean", "prod", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean"), 1),
+    **dict.fromkeys(("any", "all", "median", "logsumexp", "_softmax", "_log_softmax", "flip", "unfold"), 1),
+    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "_logcumsumexp"), 1),
+    **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r", "index_select", "gather"), 1),
+    **dict.fromkeys(("linalg_vector_norm", "norm", "roll", "renorm"), 2),
+}
+_RECURRENT = {"lstm", "gru", "mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "rnn_tanh", "rnn_relu"}
+
+
+def mixing(values: Values, ops: list[Operation], seq: int) -> list[Operation]:
+    """The operations that treat the axis of `seq` positions other than pointwise."""
+    starts: dict[int, int | None] = {}
+    found: list[Operation] = []
+    last: int | None = None
+    longer: set[int] = set()
+    for op in sorted(ops, key=lambda op: op.time):
+        if not op.outputs or not _is_number(values.flow.tensors[op.outputs[0]].dtype):
+            continue
+        given = [
+            _of_constant(values, value, seq)
+            if values.is_constant(value)
+            else starts.get(value, 0 if seq in values.shape(value) else None)
+            for value in values.operands(op)
+        ]
+        results = _results(values, op, given, seq)
+        longer |= _lengthened(values, op, seq)
+        if results is None or _treats(values, op, seq) or _contracts(values, op, longer):
+            found.append(op)
+            results = [0 for _ in op.outputs]
+        starts.update({values.value(tensor): start for tensor, start in zip(op.outputs, results, strict=True)})
+        last = op.outputs[0] if results[0] else None
+    return found + [op for op in ops if last in op.outputs]
+
+
+def is_shift(op: Operation) -> bool:
+    """Whether a mixing operation only moves the sequence along, as a token shift does."""
+    return op.name in _SHIFT
+
+
+def _results(values: Values, op: Operation, given: list[int | None], seq: int) -> list[int | None] | None:
+    """Where each output begins; None where the operation sets positions beside others."""
+    count = len(op.outputs)
+    present = {start for start in given if start is not None}
+    if not present or op.name in _REORDER:
+        return [None] * count
+    if op.name == "alias_update":
+        return [0]
+    if op.name in _CUT and given[0] == 0 and _length(values, op, _axis(op)) == seq:
+        return _cut(values, op)
+    if op.name in _JOIN:
+        return _joined(values, op, given, seq)
+    if op.name == "constant_pad_nd":
+        return [0] if 0 in present and not _moves(values, op, seq) else None
+    return [next(iter(present))] * count if len(present) == 1 else None
+
+
+def _of_constant(values: Values, value: int, seq: int) -> int | None:
+    """Where a piece of an empty tensor is, that a piece of the sequence may be written to."""
+    op = values.producers.get(value)
+    if op is None or op.name not in _CUT or _length(values, op, _axis(op)) != seq:
+        return None
+    return dict(zip(map(values.value, op.outputs), _cut(values, op), strict=True))[value]
+
+
+def _axis(op: Operation) -> int:
+    """The axis that an operation cuts or joins along; its first where it is not written down."""
+    place = 1 + _CUT.get(op.name, 0)
+    axis = op.args[place] if len(op.args) > place else op.kwargs.get("dim", 0)
+    return axis if isinstance(axis, int) else 0
+
+
+def _length(values: Values, op: Operation, axis: int) -> int:
+    return values.flow.tensors[op.inputs[0]].shape[axis]
+
+
+def _cut(values: Values, op: Operation) -> list[int | None]:
+    axis, start = _axis(op), 0
+    if op.name in ("slice", "select"):
+        first: Any = op.args[2] if len(op.args) > 2 else 0
+        return [first + _length(values, op, axis) if isinstance(first, int) and first < 0 else first or 0]
+    begins: list[int | None] = []
+    for tensor in op.outputs:
+        begins.append(start)
+        start += 1 if op.name == "unbind" else values.flow.tensors[tensor].shape[axis]
+    return begins
+
+
+def _joined(values: Values, op: Operation, given: list[int | None], seq: int) -> list[int | None] | None:
+    axis = _axis(op)
+    shape = values.flow.tensors[op.outputs[0]].shape
+    lengths = [1 if op.name == "stack" else _along(values, tensor, axis) for tensor in op.inputs]
+    if shape[axis] != seq or seq in lengths:  # along the features, or more of the sequence than there is
+        present = {start for start in given if start is not None}
+        return [next(iter(present))] if len(present) == 1 else None
+    places = [sum(lengths[:n]) for n in range(len(lengths))]
+    return [0] if all(start in (None, place) for start, place in zip(given, places, strict=True)) else None
+
+
+def _along(values: Values, tensor: int, axis: int) -> int:
+    """The length of an axis; an empty cache, which has no axes, is joined to anything."""
+    shape = values.flow.tensors[tensor].shape
+    return 0 if shape == (0,) else shape[axis]
+
+
+def _moves(values: Values, op: Operation, seq: int) -> bool:
+    """Whether a pad stands before the positions."""
+    shape, pads = values.flow.tensors[op.inputs[0]].shape, op.args[1]
+    return any(shape[-1 - n // 2] == seq and pads[n] != 0 for n in range(0, len(pads), 2))
+
+
+def _lengthened(values: Values, op: Operation, seq: int) -> set[int]:
+    """The new length, where an operation sets more entries beside the positions (compressed keys, a prefix)."""
+    if op.name != "cat":
+        return set()
+    axis = _axis(op)
+    lengths = [_along(values, tensor, axis) for tensor in op.inputs]
+    return {sum(lengths)} if seq in lengths and sum(lengths) > seq else set()
+
+
+def _contracts(values: Values, op: Operation, lengths: set[int]) -> bool:
+    """Whether a product of two computed tensors sums over positions and what was set beside them."""
+    if op.name not in ("bmm", "baddbmm") or any(map(values.is_constant, values.operands(op)[-2:])):
+        return False
+    return values.flow.tensors[op.inputs[-2]].shape[-1] in lengths
+
+
+def _treats(values: Values, op: Operation, seq: int) -> bool:
+    """Whether one operation on the whole sequence mixes it: a [pos, pos] product, a convolution, a sum over it."""
+    tensors = values.flow.tensors
+    result = tensors[op.outputs[0]].shape
+    sources = [tensors[t].shape for t in op.inputs]
+    if result.count(seq) >= 2 or op.name.startswith("_scaled_dot_product"):
+        return True
+    if op.name in ("bmm", "baddbmm", "mm", "addmm"):
+        return sources[-2][-1] == seq
+    if not sources or seq not in sources[0]:
+        return False
+    if op.name == "convolution":
+        return max(sources[1][2:]) > 1
+    if op.name == "index":
+        return any(_permutes(values, index, sources[0][axis], seq) for axis, index in enumerate(op.args[1]))
+    if op.name in ("index_select", "gather"):
+        return _permutes(values, op.args[2], sources[0][op.args[1]], seq)
+    if op.name in _ALONG:
+        return seq in [sources[0][axis] for axis in _axes(op, len(sources[0]))]
+    return op.name in _RECURRENT
+
+
+def _axes(op: Operation, count: int) -> list[int]:
+    """The axes that an operation works along: all where it names none."""
+    place = _ALONG[op.name]
+    named = op.args[place] if len(op.args) > place else op.kwargs.get("dim")
+    if named is None or named == []:
+        return list(range(count))
+    if isinstance(named, TensorRef):  # the larger of two tensors
+        return []
+    return list(named) if isinstance(named, (list, tuple)) else [named]
+
+
+def _permutes(values: Values, index: Any, length: int, seq: int) -> bool:
+    """Whether positions are picked by numbers that no data decides."""
+    return isinstance(index, TensorRef) and length == seq and values.is_constant(values.value(index.id))
+
+
+def _is_number(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex

@@ -1,0 +1,80 @@
+"""What transformers' defaults leave out: settings without which a default config builds no model that runs.
+
+Read by `hookmap maps` and the tests alone, never by discovery: a config that a person has is complete.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What is added to a default config, and why it must be."""
+
+    settings: dict[str, Any]
+    why: str
+    part: str = ""
+    """the part of the config that is the causal language model's, where the whole is another model's"""
+
+
+_HEAD_DIM = "head_dim is None by default, and the rotary embedding needs a number"
+_INDEXER = {
+    "indexer_n_heads": 16,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 2048,
+    "indexer_compress_ratio": 4,
+}
+_ASSISTANT = {
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 4,
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+}
+
+COMPLETIONS: dict[str, Completion] = {
+    "cohere_compass_text": Completion(
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}}},
+        "rope_parameters must name each layer type",
+    ),
+    "dbrx": Completion(
+        {"attn_config": {"rope_theta": 500_000.0, "clip_qkv": 8, "kv_n_heads": 8}},
+        "the attention reads attn_config.rope_theta and clamps at clip_qkv; the values are those of DBRX",
+    ),
+    "deepseek_v2": Completion(
+        {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 1408},
+        "the router reads num_experts_per_tok, None by default; the values are those of DeepSeek-V2-Lite",
+    ),
+    "dots1": Completion(
+        {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2, "first_k_dense_replace": 1},
+        "the numbers of experts are None by default; the values are those of dots.llm1",
+    ),
+    "gemma4_assistant": Completion({"text_config": _ASSISTANT}, "an assistant has no caches and no per-layer inputs"),
+    "gemma4_unified_assistant": Completion({"text_config": _ASSISTANT}, "an assistant has no caches of its own"),
+    "hunyuan_v1_dense": Completion({"head_dim": 128}, _HEAD_DIM),
+    "hunyuan_v1_moe": Completion({"head_dim": 128}, _HEAD_DIM),
+    "lfm2_moe": Completion(
+        {"layer_types": ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(32)]},
+        "layer_types is None by default; the attention layers are those of LFM2-8B-A1B",
+    ),
+    "ministral": Completion({"head_dim": 128}, _HEAD_DIM),
+    "musicgen": Completion({}, "MusicgenForCausalLM takes the decoder's part of the config", "decoder"),
+    "musicgen_melody": Completion({}, "MusicgenMelodyForCausalLM takes the decoder's part", "decoder"),
+    "nemotron": Completion({"num_key_value_heads": 8}, "num_key_value_heads is None by default"),
+    "qwen4_exp": Completion({"text_config": _INDEXER}, "the indexer's sizes are None by default"),
+    "qwen4_exp_text": Completion(_INDEXER, "the indexer's sizes are None by default"),
+    "xlm": Completion({"causal": True}, "it attends both ways by default; this is how it predicts the next token"),
+    "xmod": Completion({"default_language": "en_XX"}, "an adapter is chosen by language"),
+}
+
+
+def config_of(model_type: str) -> Any:
+    """The config of a model type that the sweep builds: the default, completed where the default builds nothing."""
+    from transformers import CONFIG_MAPPING
+
+    completion = COMPLETIONS.get(model_type)
+    config = CONFIG_MAPPING[model_type](**(completion.settings if completion else {}))
+    return getattr(config, completion.part) if completion and completion.part else config

@@ -1,0 +1,206 @@
+"""The shipped maps: a changing part of the sweep, the hard blocks one by one, and the commands that compare."""
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from hookmap.architecture_map import ArchitectureMap, load
+from hookmap.cli.commands.maps import command
+from hookmap.discovery import discover
+from hookmap.errors import DiscoveryError
+from hookmap.library import mappings_folder, shipped_architectures
+from hookmap.map_diff import differences
+from hookmap.maps import LEDGER, Entry, Kind, build_type, classes, done, sweep, tenth
+from hookmap.maps_table import by_class, counts, markdown
+from hookmap.narrow import narrow
+from hookmap.sweep_configs import COMPLETIONS, config_of
+from hookmap.verification import verify
+
+_QUICK = (
+    "apertus", "bart", "biogpt", "bloom", "codegen", "dbrx", "electra", "falcon", "gemma", "gpt2", "gptj",
+    "hyperclovax", "ministral", "mpt", "nemotron", "olmo2", "openai-gpt", "opt", "stablelm", "xlm",
+)  # fmt: skip
+_DAY = date.today().toordinal()
+
+
+def _proved(model_type: str, **settings: Any) -> ArchitectureMap:
+    """The map of a narrow copy, every point of it verified."""
+    config = narrow(config_of(model_type))
+    for name, value in settings.items():
+        setattr(config, name, value)
+    found = discover(config)
+    result = verify(config, architecture_map=found)
+    assert result.passed, [check for check in result.checks if not check.passed]
+    return found
+
+
+def _where(found: ArchitectureMap, point: str, layer: int = 0) -> list[str]:
+    (selector,) = found.selectors(point, layer)
+    return [str(term) for term in selector.terms]
+
+
+def test_every_type_is_in_one_tenth() -> None:
+    tenths = [tenth(number) for number in range(10)]
+    assert sorted(name for each in tenths for name in each) == sorted(classes())
+    assert {len(each) for each in tenths} <= {len(classes()) // 10, len(classes()) // 10 + 1}
+
+
+@pytest.mark.parametrize("model_type", _QUICK[_DAY % 5 :: 5])
+def test_a_shipped_map_is_what_discovery_finds_today(model_type: str) -> None:
+    """Another five each day; the whole is `hookmap maps check`."""
+    entry = build_type(model_type, shipped=mappings_folder())
+    assert (entry.status, entry.changes) == ("SUPPORTED", ()), entry.detail
+
+
+@pytest.mark.parametrize("name", shipped_architectures())
+def test_every_shipped_map_is_small_proved_and_says_on_what(name: str) -> None:
+    path = mappings_folder() / f"{name}.json"
+    shipped = load(path)
+    assert shipped.architecture == name and shipped.scope == "architecture"
+    assert shipped.transformers_version and len(shipped.verified_by) > 3
+    assert path.stat().st_size < 16_000 * len(shipped.kinds)  # BEAM scales every layer by a number of its own
+    assert all(kind.points or kind.unavailable for kind in shipped.kinds)
+
+
+def test_a_completion_is_needed_and_says_why() -> None:
+    assert set(COMPLETIONS) <= set(classes())
+    assert all(completion.why for completion in COMPLETIONS.values())
+
+
+# The hard ones -------------------------------------------------------------------------------------------------------
+
+
+def test_hyper_connections_keep_their_streams_whole() -> None:
+    found = _proved("deepseek_v4")
+    assert {kind.axes for kind in found.kinds} == {("batch", "pos", "stream", "d_model")}
+    assert _where(found, "resid_pre") == ["model.layers.0.input[0]"]
+    assert _where(found, "resid_mid") == ["model.layers.0.ffn_hc.input[0]"]
+    assert _where(found, "mixer_in") == ["model.layers.0.input_layernorm.output"]
+    assert _where(found, "mixer_out_raw") == ["model.layers.0.self_attn.output[0]"]
+    assert found.unavailable("mixer_out", 0) is not None
+
+
+def test_altup_streams_stand_before_the_batch_and_are_captured_behind_the_positions() -> None:
+    found = _proved("gemma3n_text")
+    assert found.kinds[0].axes == ("batch", "pos", "stream", "d_model")
+    (selector,) = found.selectors("resid_pre", 3)
+    assert selector.terms[0].axes == ("stream", "batch", "pos", "d_model")
+    assert "several residual streams" in (found.unavailable("resid_mid", 0) or "")
+
+
+def test_a_stream_of_positions_first_is_captured_batch_first() -> None:
+    found = _proved("xlnet")
+    (selector,) = found.selectors("resid_mid", 1)
+    assert selector.terms[0].axes == ("pos", "batch", "d_model")
+    assert found.kinds[0].axes == ("batch", "pos", "d_model")
+
+
+@pytest.mark.parametrize(("model_type", "rows"), [("cpmant", "last"), ("prophetnet", "first")])
+def test_a_stream_with_positions_of_its_own_gives_the_tokens_rows(model_type: str, rows: str) -> None:
+    (selector,) = _proved(model_type).selectors("resid_mid", 0)
+    assert selector.terms[0].rows == rows
+
+
+def test_blocks_spread_over_several_lists_are_read_together() -> None:
+    found = _proved("xlm")
+    assert len(found.kinds) == 1
+    assert _where(found, "resid_mid", 2) == ["transformer.ffns.2.input[0]"]
+    assert _where(found, "mixer_out", 2) == ["transformer.attentions.2.output[0]"]
+
+
+def test_a_reversible_block_is_read_on_the_stream_that_its_branches_read() -> None:
+    found = _proved("reformer")
+    assert _where(found, "resid_pre") == ["reformer.encoder.layers.0.input['hidden_states']"]
+
+
+def test_a_layer_that_runs_several_times_is_read_at_its_first_call() -> None:
+    found = _proved("hrm_text")
+    assert {term.call for selector in found.selectors("resid_pre") for term in selector.terms} == {0}
+    assert "several times" in found.model_unavailable["final_norm"]
+
+
+def test_shared_blocks_are_never_a_place_of_one_layer() -> None:
+    found = _proved("zamba")
+    shared = [s for s in found.selectors() if any(".shared_transf" in term.module for term in s.terms)]
+    assert not shared and len(found.kinds) > 1
+
+
+def test_two_mixers_in_one_branch_are_one_mixer() -> None:
+    kind = _proved("falcon_h1").kinds[0]
+    assert kind.mixer is not None and len(kind.mixer.modules) == 2 and kind.branch_order == "sequential"
+
+
+def test_three_additions_number_the_middles() -> None:
+    found = _proved("gemma4_text")
+    assert {"resid_mid.0", "resid_mid.1"} <= set(found.kinds[0].points)
+
+
+def test_layers_that_are_never_called_on_text_say_so() -> None:
+    found = _proved("mllama")
+    assert found.unavailable("resid_pre", 3) == "this layer is never called on text alone"
+    assert _where(found, "resid_mid", 2) == ["model.layers.2.post_attention_layernorm.input[0]"]
+
+
+@pytest.mark.parametrize("model_type", ["bart", "blenderbot-small", "trocr"])
+def test_the_decoder_of_an_encoder_decoder_stands_alone(model_type: str) -> None:
+    assert ".decoder.layers." in _proved(model_type).layers_path
+
+
+def test_a_list_that_only_chooses_is_not_the_model() -> None:
+    with pytest.raises(DiscoveryError, match="does not lead to the output"):
+        discover(narrow(config_of("blt")))
+
+
+def test_several_rows_of_codes_make_one_sequence() -> None:
+    assert "rows of logits" in _proved("musicgen").model_unavailable["logits"]
+
+
+# The commands --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_writes_maps_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    (entry,) = sweep(["gpt2"], tmp_path, jobs=1)
+    assert entry.status == "SUPPORTED" and done(tmp_path) == {"gpt2": entry}
+    with (tmp_path / LEDGER).open("a") as ledger:
+        ledger.write('{"model_type": "cut sho')
+    assert set(done(tmp_path)) == {"gpt2"}
+    result = CliRunner().invoke(command, ["build", "gpt2", "-o", str(tmp_path), "--resume", "--json", "--jobs", "1"])
+    assert result.exit_code == 0 and json.loads(result.stdout)[0]["seconds"] == entry.seconds
+
+
+def test_diff_names_every_change(tmp_path: Path) -> None:
+    before = load(mappings_folder() / "GPT2LMHeadModel.json")
+    document = before.model_dump()
+    document["kinds"][0]["points"]["resid_mid"]["terms"][0]["scale"] = 0.5
+    after = ArchitectureMap.model_validate(document)
+    (line,) = differences(before, after)
+    assert "resid_mid" in line and "0.5 * " in line
+    assert not list(differences(before, before))
+    for name, each in (("a", before), ("b", after)):
+        (tmp_path / name).mkdir()
+        each.save(tmp_path / name / "GPT2LMHeadModel.json")
+    result = CliRunner().invoke(command, ["diff", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert result.exit_code == 1 and line in result.stdout
+    assert CliRunner().invoke(command, ["diff", str(tmp_path / "a"), str(tmp_path / "a")]).exit_code == 0
+
+
+def test_list_prints_what_ships() -> None:
+    result = CliRunner().invoke(command, ["list"])
+    assert "GPT2LMHeadModel" in result.stdout.split() and "willcb/Qwen3-0.6B" in result.stdout.split()
+
+
+def test_an_unknown_type_is_wrong_usage() -> None:
+    result = CliRunner().invoke(command, ["check", "qwen33"])
+    assert result.exit_code == 2 and "qwen3" in result.output
+
+
+def test_the_table_says_the_worst_of_each_class() -> None:
+    good = Entry("gpt2", "GPT2LMHeadModel", "SUPPORTED", (Kind("attention+dense", 12, "sequential", "pre", (), ()),))
+    bad = Entry("gpt-sw3", "GPT2LMHeadModel", "ERROR", detail="of | no use")
+    assert by_class([bad, good])["GPT2LMHeadModel"] is bad
+    assert counts([good, bad]) == "0 SUPPORTED, 0 UNAVAILABLE, 1 ERROR, 0 SILENTLY WRONG of 1 classes"
+    assert "of \\| no use" in markdown([good, bad]) and "gpt2, gpt-sw3" in markdown([good, bad])
