@@ -123,6 +123,13 @@ class BlockKind(_Frozen):
     points: dict[str, PointTemplate]
     unavailable: dict[str, str] = Field(default_factory=dict, description="point -> the reason why it is not there")
 
+    def without(self, lost: Mapping[str, str]) -> "BlockKind":
+        """The same kind where these points are unavailable, with their reasons, and no relation names them."""
+        points = {name: point for name, point in self.points.items() if name not in lost}
+        said = [line for line in self.relations if not lost.keys() & set(re.split(r"[^\w.]+", line))]
+        unavailable = {**self.unavailable, **lost}
+        return self.model_copy(update={"points": points, "unavailable": unavailable, "relations": tuple(said)})
+
 
 class ArchitectureMap(_Frozen):
     """The whole document. `discover` makes it; `save` and `load` keep it; `selectors` turns it into taps."""

@@ -34,18 +34,10 @@ def _size(found: int, own: Any, copy: Any, names: tuple[str, ...]) -> int:
 
 
 def _kind(kind: BlockKind) -> BlockKind:
-    lost = {name: _REASON for name, point in kind.points.items() if _depends_on_width(point)}
-    points = {name: point for name, point in kind.points.items() if name not in lost}
-    relations = tuple(line for line in kind.relations if not any(_names(line, name) for name in lost))
     mlp = kind.mlp and kind.mlp.model_copy(update={"experts": None, "experts_per_token": None})
-    unavailable = {**kind.unavailable, **lost}
-    return kind.model_copy(update={"points": points, "unavailable": unavailable, "relations": relations, "mlp": mlp})
+    lost = {name: _REASON for name, point in kind.points.items() if _depends_on_width(point)}
+    return kind.without(lost).model_copy(update={"mlp": mlp})
 
 
 def _depends_on_width(point: PointTemplate) -> bool:
     return any(term.heads is not None or abs(term.scale) != 1.0 for term in point.terms)
-
-
-def _names(relation: str, point: str) -> bool:
-    words = relation.replace("(", " ").replace(")", " ").split()
-    return point in words

@@ -72,6 +72,7 @@ def build(config: Any, model_id: str | None = None) -> ArchitectureMap:
     if not result.passed:
         failed = "; ".join(check.detail for check in result.checks if not check.passed)
         raise _Refuted(f"the map of {found.architecture} does not verify: {failed}")
+    found = result.architecture_map
     checks = dict.fromkeys(f"{check.name}: {check.detail.split(' in layer')[0]}" for check in result.checks)
     return found.model_copy(
         update={

@@ -16,15 +16,22 @@ Made by `hookmap maps build --table docs/architectures-table.md` with transforme
 
 {counts}.
 
-*Supported*: discovered without a list of names from its default config at full size, and every point in its map proved
-on a narrow copy of full depth with random weights ([how](discovery.md)). *Error*: transformers itself cannot build or
-run the class, in its own words. *Silently wrong*: verification refuted what discovery found, so no map is shipped.
+*Supported*: discovered without a list of names from its default config at full size (where it cannot run without data,
+on a narrow copy), and every point in its map verified on a narrow copy of full depth with random weights
+([how](discovery.md)). A block of order "other" has `resid_pre` and `resid_post` alone. *Error*: transformers itself
+cannot build or run the class, in its own words. *Silently wrong*: verification refuted what discovery found, so no map
+is shipped.
 
 | class | model types | status | kinds of block (layers): order, norms | not there, and why |
 | --- | --- | --- | --- | --- |
 """
 # Said by every block that has no such thing: no news in a table.
-_OBVIOUS = ("this block has no", "no norm stands on the stream", "this block's mixer is not attention")
+_OBVIOUS = (
+    "this block has no",
+    "no norm stands on the stream",
+    "nothing is done to the sum",
+    "this block's mixer is not",
+)
 
 
 def counts(entries: Iterable[Entry]) -> str:

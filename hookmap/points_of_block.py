@@ -406,7 +406,9 @@ def _mixer_kind(values: Values, ops: list[Operation], seq: int) -> str:
     if any(op.name.startswith("_scaled_dot") or weighs(op) for op in ops):
         return "attention"
     mixed = {op.name for op in mixing(values, ops, seq)}
-    return "convolution" if mixed <= {"convolution"} else "recurrent"
+    # A scan in chunks pads the positions away, and only its short convolution is seen to mix: its decay tells it apart.
+    decays = any(op.name in ("exp", "softplus", "cumsum") for op in ops)
+    return "convolution" if mixed <= {"convolution"} and not decays else "recurrent"
 
 
 def _mlp_type(branches: list[Branch], values: Values, seq: int) -> BranchDocument:

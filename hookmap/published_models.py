@@ -1,7 +1,7 @@
-"""Shapes that well-known models were published with: what their shipped maps are built from.
+"""Shapes of well-known models: what their shipped maps are built from. Read by `hookmap maps build --models` alone.
 
-Only what decides structure and size; a map made from it is of no config's hash, and `hookmap discover` on the model
-itself says more. Read by `hookmap maps build --models` alone.
+Written down by hand, and only what decides structure and size: a map made from it claims the hash of no config, and
+`hookmap discover` on the model itself, which reads the published config, has the last word.
 """
 
 from __future__ import annotations

@@ -87,22 +87,35 @@ def verify(
         redraw(model, seed)
     found = architecture_map or discover(source if config is None else config, trust_remote_code=trust_remote_code)
     _same_architecture(found, model)
-    checked = _at_the_width_of(found, model) if on.startswith("random") else found
+    checked = found
+    if on.startswith("random"):
+        found, checked = _at_the_width_of(found, model)
     with skeleton.eager(model):
         return Verification(found, on, tuple(_Verifier(checked, model, seed).checks()))
 
 
-def _at_the_width_of(found: ArchitectureMap, copy: nn.Module) -> ArchitectureMap:
-    """The same map with the numbers of heads that a narrow copy has; everything else stays as it is, and is checked."""
+def _at_the_width_of(found: ArchitectureMap, copy: nn.Module) -> tuple[ArchitectureMap, ArchitectureMap]:
+    """The map without what a narrow copy cannot prove, and that map with the numbers of heads that the copy has."""
     if not any(t.heads for kind in found.kinds for point in kind.points.values() for t in point.terms):
-        return found
+        return found, found
     narrow_map = discover(copy)
-    kinds = []
+    kept, kinds = [], []
     for kind in found.kinds:
         own = narrow_map.kind_of(kind.layers[0]).points
-        points = {name: _with_heads(point, own.get(name)) for name, point in kind.points.items()}
-        kinds.append(kind.model_copy(update={"points": points}))
-    return found.model_copy(update={"kinds": tuple(kinds)})
+        reason = "it is not proved: a narrow copy of the model does not show it in the same place"
+        kept.append(kind.without({n: reason for n, p in kind.points.items() if not _same_places(p, own.get(n))}))
+        points = {name: _with_heads(point, own.get(name)) for name, point in kept[-1].points.items()}
+        kinds.append(kept[-1].model_copy(update={"points": points}))
+    return found.model_copy(update={"kinds": tuple(kept)}), found.model_copy(update={"kinds": tuple(kinds)})
+
+
+def _same_places(point: PointTemplate, own: PointTemplate | None) -> bool:
+    """Whether a point of heads stands where the copy's does; other points are checked where they are."""
+    if not any(term.heads for term in point.terms):
+        return True
+    return own is not None and [(t.module, t.side, t.index) for t in own.terms] == [
+        (t.module, t.side, t.index) for t in point.terms
+    ]
 
 
 def _with_heads(point: PointTemplate, own: PointTemplate | None) -> PointTemplate:
