@@ -1,7 +1,8 @@
 """What a capture yields: rows of one point of one layer, for one sample."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ class Activation:
     point: str
     layer: int | None
     start: int
-    """position of the first row in the sample's own tokens (no padding)"""
+    """which row of the sample the first one is, 0-based; row n is of token n, unless the run selects positions"""
     tensor: "torch.Tensor"
     """[tokens, d], in the model's own dtype, a copy that nobody else writes to"""
 
@@ -38,6 +39,12 @@ class Sample:
     """how many of `token_ids` are the prompt"""
     rows: int
     """rows of each captured tensor: the tokens that were fed to the model. The last generated token never is."""
+    positions: tuple[int, ...] | Literal["mean"] | None = None
+    """which token each row is of, ascending; None: row n is of token n; "mean": the one row is a mean over tokens"""
+    id: str | None = None
+    """the caller's own name of the sample, the same in every run over the same data"""
+    labels: Mapping[str, Any] | None = None
+    """what the data set says of the sample besides its prompt, as plain JSON data"""
 
 
 class Sink(Protocol):
@@ -48,3 +55,6 @@ class Sink(Protocol):
 
     def finish(self, sample: Sample) -> None:
         """All rows of this sample are written."""
+
+    def abandon(self) -> None:
+        """Forget the rows of samples that are not finished: they come again, from their first row on."""

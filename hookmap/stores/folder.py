@@ -119,6 +119,18 @@ class FolderWriter:
             with self._writing():
                 self._commit()
 
+    def abandon(self) -> None:
+        """Forget the rows of samples that are not finished, on disk too. Raises StoreError.
+
+        Samples that are finished and wait for the others of their batch are forgotten as well.
+        """
+        self._refuse_closed()
+        with self._writing():
+            waiting = {sample.sample for sample in self._pending}
+            self._ledger.abandon()
+            self._ledger.finished -= waiting
+            self._recover()
+
     def close(self, finished: bool) -> None:
         """End the writing. `finished`: whether the capture has all it should have. Raises StoreError.
 

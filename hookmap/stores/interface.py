@@ -38,8 +38,8 @@ class Store(ABC):
         """The finished sample with this number. Raises SelectionError where there is none."""
 
     @abstractmethod
-    def _rows(self, sample: int, key: Key, positions: Sequence[int]) -> torch.Tensor:
-        """Rows of one sample at `positions` (all inside the sample), [tokens, *row]; a copy of the caller's own."""
+    def _rows(self, sample: int, key: Key, rows: Sequence[int]) -> torch.Tensor:
+        """These rows of one sample (all inside it), [len(rows), *row]; a copy of the caller's own."""
 
     @property
     def num_layers(self) -> int | None:
@@ -80,7 +80,7 @@ class Store(ABC):
         Raises SelectionError for a sample, point, layer or position that this store does not have.
         """
         found = self.sample(sample)
-        return self._rows(sample, self.key(point, layer), positions_of(tokens, found))
+        return self._rows(sample, self.key(point, layer), rows_of(tokens, found))
 
     def __getitem__(self, where: "str | tuple[str, int | None]") -> "torch.Tensor | list[torch.Tensor]":
         """All rows of all samples: [batch, pos, d] where every sample has as many rows, else a list of [pos, d]."""
@@ -141,22 +141,35 @@ def place_of(where: Any) -> tuple[str, int | None]:
     return point, None if layer is None else int(layer)
 
 
-def positions_of(tokens: Tokens, sample: Sample) -> Sequence[int]:
-    """`tokens` as positions inside `sample`. Raises SelectionError where one is outside, or no whole number."""
+def rows_of(tokens: Tokens, sample: Sample) -> Sequence[int]:
+    """The rows of `sample` that hold `tokens`, positions in its own tokens.
+
+    Raises SelectionError where one is outside the sample, was not kept, or is no whole number.
+    """
     if tokens is None:
         return range(sample.rows)
+    if sample.positions == "mean":
+        raise SelectionError(f"sample {sample.sample} is one mean over positions: read it without tokens.")
+    kept = sample.positions
     if isinstance(tokens, slice):
-        return range(*tokens.indices(sample.rows))
+        wanted = range(*tokens.indices(sample.rows if kept is None else len(sample.token_ids)))
+        return wanted if kept is None else [row for row, position in enumerate(kept) if position in wanted]
     if not isinstance(tokens, Sequence) or isinstance(tokens, str | bytes):
         raise SelectionError(f"tokens must be a slice, a range, a sequence of positions or None, not {tokens!r}")
-    ends = [*tokens[:1], *tokens[-1:]] if isinstance(tokens, range) else tokens
-    wrong = [p for p in ends if isinstance(p, bool) or not hasattr(p, "__index__") or not 0 <= p < sample.rows]
+    rows = range(sample.rows) if kept is None else {position: row for row, position in enumerate(kept)}
+    ends = [*tokens[:1], *tokens[-1:]] if isinstance(tokens, range) and kept is None else tokens
+    wrong = [p for p in ends if isinstance(p, bool) or not hasattr(p, "__index__") or operator.index(p) not in rows]
     if wrong:
+        held = f"rows 0 to {sample.rows - 1} (the last generated token is never fed to the model)"
+        if kept is not None:
+            held = f"rows of the positions {', '.join(map(str, kept[:20]))}{', …' if len(kept) > 20 else ''}"
         raise SelectionError(
             f"positions {', '.join(map(repr, wrong[:5]))}{', …' if len(wrong) > 5 else ''} are not in sample "
-            f"{sample.sample}: it has rows 0 to {sample.rows - 1} (the last generated token is never fed to the model)."
+            f"{sample.sample}: it has {held}."
         )
-    return tokens if isinstance(tokens, range) else [operator.index(p) for p in tokens]
+    if kept is None:
+        return tokens if isinstance(tokens, range) else [operator.index(p) for p in tokens]
+    return [rows[operator.index(p)] for p in tokens]
 
 
 def join(rows: Sequence[int], parts: Iterable[torch.Tensor]) -> "torch.Tensor | list[torch.Tensor]":

@@ -63,6 +63,11 @@ class Ledger:
         self.open.pop(sample.sample, None)
         self.finished.add(sample.sample)
 
+    def abandon(self) -> list[int]:
+        """Forget the samples that are open. Returns their numbers."""
+        numbers, self.open = list(self.open), {}
+        return numbers
+
     def _check_spec(self, key: Key, tensor: torch.Tensor) -> None:
         if tensor.ndim < 2:
             raise CaptureError(f"{tensor_name(key)}: expected [tokens, d], got shape {list(tensor.shape)}.")

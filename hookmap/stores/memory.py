@@ -33,6 +33,12 @@ class MemoryStore(Store):
                 self._pieces[sample.sample, key] = [torch.cat(pieces)]
         self._samples[sample.sample] = sample
 
+    def abandon(self) -> None:
+        """Forget the rows of samples that are not finished."""
+        for number in self._ledger.abandon():
+            for key in self.keys:
+                self._pieces.pop((number, key), None)
+
     @property
     def keys(self) -> tuple[Key, ...]:
         """The (point, layer) pairs that this store holds, in forward order."""
@@ -49,11 +55,11 @@ class MemoryStore(Store):
             raise unknown_sample(number, sorted(self._samples))
         return self._samples[number]
 
-    def _rows(self, sample: int, key: Key, positions: Sequence[int]) -> torch.Tensor:
+    def _rows(self, sample: int, key: Key, rows: Sequence[int]) -> torch.Tensor:
         pieces = self._pieces.get((sample, key))
         if not pieces:  # a sample without rows
             spec = self._ledger.specs.get(key)
             return torch.empty(0, *spec.shape, dtype=spec.dtype) if spec else torch.empty(0, 0)
-        if isinstance(positions, range) and positions.step == 1:
-            return pieces[0][positions.start : positions.stop].clone()
-        return pieces[0][list(positions)]
+        if isinstance(rows, range) and rows.step == 1:
+            return pieces[0][rows.start : rows.stop].clone()
+        return pieces[0][list(rows)]

@@ -115,20 +115,20 @@ class CaptureStore(Store):
             found["mean_norm"] = None if math.isnan(mean) else mean
         return found
 
-    def _rows(self, sample: int, key: Key, positions: Sequence[int]) -> torch.Tensor:
+    def _rows(self, sample: int, key: Key, rows: Sequence[int]) -> torch.Tensor:
         entry, place = self._entry(sample), self._places[key]
         spec = self.manifest.specs.get(key)
         if spec is None:  # no sample has rows yet
             return torch.empty(0, 0)
-        if not len(positions):
+        if not len(rows):
             return torch.empty(0, *spec.shape, dtype=spec.dtype)
         row_bytes = math.prod(spec.shape) * spec.dtype.itemsize
-        data = bytearray(len(positions) * row_bytes)
+        data = bytearray(len(rows) * row_bytes)
         view = memoryview(data)
-        for first, stop in _runs(positions):
+        for first, stop in _runs(rows):
             self._fill(view[: (stop - first) * row_bytes], entry, place, first, stop)
             view = view[(stop - first) * row_bytes :]
-        return torch.frombuffer(data, dtype=spec.dtype).reshape(len(positions), *spec.shape)
+        return torch.frombuffer(data, dtype=spec.dtype).reshape(len(rows), *spec.shape)
 
     def _fill(self, view: memoryview, entry: Entry, place: int, first: int, stop: int) -> None:
         """Read rows first..stop-1 of one sample of one tensor into `view`, which they fill."""
@@ -183,17 +183,17 @@ class CaptureStore(Store):
         return entry
 
 
-def _runs(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Stretches first..stop-1 of consecutive positions, in order."""
-    if isinstance(positions, range) and positions.step == 1:
-        yield positions.start, positions.stop
+def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Stretches first..stop-1 of consecutive rows, in order."""
+    if isinstance(rows, range) and rows.step == 1:
+        yield rows.start, rows.stop
         return
-    first = stop = positions[0]
-    for position in positions:
-        if position != stop:
+    first = stop = rows[0]
+    for row in rows:
+        if row != stop:
             yield first, stop
-            first = position
-        stop = position + 1
+            first = row
+        stop = row + 1
     yield first, stop
 
 

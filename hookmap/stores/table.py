@@ -6,13 +6,14 @@ again with the whole batch, whose numbers depend on who was in it (padding, shap
 """
 
 import bisect
+import itertools
 import json
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hookmap.activations import Sample
 from hookmap.errors import StoreError
@@ -20,6 +21,9 @@ from hookmap.stores.shard import ShardInfo
 
 SAMPLES = "samples.jsonl"
 SHARDS = "shards.jsonl"
+
+OPTIONAL = ("positions", "id", "labels")
+"""fields of a sample that stand in its line only where there is something to say"""
 
 # A line begins with these, so that a table is indexed without parsing texts and tokens.
 _START = re.compile(rb'\{"sample": (\d+), "left": (\d+), "shards": (\d+), "rows": (\d+), ')
@@ -36,7 +40,7 @@ class Span(NamedTuple):
     row: int
     """the first of the rows, in the shard's tensor"""
     start: int
-    """the position of that row in the sample's own tokens"""
+    """which row of the sample that is"""
     rows: int
 
 
@@ -77,6 +81,7 @@ def encode_group(entries: Sequence[Entry], shards: int) -> bytes:
             "text": sample.text,
             "token_ids": sample.token_ids,
             "spans": entry.spans,
+            **{name: value for name in OPTIONAL if (value := getattr(sample, name)) is not None},
         }
         lines.append(json.dumps(line) + "\n")
     return "".join(lines).encode("ascii")
@@ -122,6 +127,9 @@ def decode_entry(line: bytes, path: Path, number: int) -> Entry:
             token_ids=tuple(map(_whole, found["token_ids"])),
             prompt_tokens=_whole(found["prompt_tokens"]),
             rows=_whole(found["rows"]),
+            positions=_positions(found),
+            id=None if found.get("id") is None else _text(found["id"]),
+            labels=_labels(found.get("labels")),
         )
         return Entry(sample, tuple(Span(*map(_whole, span)) for span in found["spans"]))
     except (ValueError, KeyError, TypeError) as error:
@@ -137,6 +145,24 @@ def _whole(value: Any) -> int:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"expected a text, found {value!r}")
+    return value
+
+
+def _positions(found: Mapping[str, Any]) -> tuple[int, ...] | Literal["mean"] | None:
+    value = found.get("positions")
+    if value is None:
+        return None
+    if value == "mean":
+        return "mean"
+    positions = tuple(map(_whole, value))
+    if len(positions) != found["rows"] or any(a >= b for a, b in itertools.pairwise(positions)):
+        raise ValueError(f"expected {found['rows']} ascending positions, found {len(positions)}: {positions[:5]}")
+    return positions
+
+
+def _labels(value: Any) -> Mapping[str, Any] | None:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"expected labels by name, found {value!r}")
     return value
 
 
