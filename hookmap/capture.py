@@ -1,29 +1,35 @@
-"""Prompts + selectors + engine -> rows of activations in a store, and the run that reads them back.
+"""Prompts + selectors + engine -> rows of activations in a store, and the run that reads them back."""
 
-One batch is one `generate`: the text, the tokens and every tensor come out of the same forward passes.
-"""
-
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from hookmap import generation as gen
-from hookmap import skeleton
-from hookmap.activations import Key, Sample, Sink
+from hookmap.activations import Key, Sample
 from hookmap.architecture_map import ArchitectureMap
-from hookmap.engines.nnsight import NNsightEngine, lock_of
-from hookmap.engines.observation import BatchLayout, Observer
+from hookmap.engines import Engine
 from hookmap.errors import CaptureError, SelectionError, TokenizerError
+from hookmap.estimate import Estimate, check_room
+from hookmap.kept import Kept, matching_tokens
+from hookmap.memory_use import MemoryUse
 from hookmap.points import POINTS, parse_point
-from hookmap.prompts import Prompt, decode
+from hookmap.prompts import Prompt
+from hookmap.runs import (
+    Generating,
+    Harvesting,
+    Progress,
+    Run,
+    device_of,
+    generation_batches,
+    harvest_batches,
+    log,
+    vocabulary_of,
+)
 from hookmap.selectors import Selector
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter, write_store
@@ -31,17 +37,8 @@ from hookmap.stores.interface import Store, place_of
 from hookmap.stores.manifest import Manifest, manifest_of_run
 from hookmap.stores.memory import MemoryStore
 
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is."""
-
-    samples_done: int
-    samples: int
-    tokens_done: int
-    """generated so far in the current batch, for each prompt"""
-    tokens: int
-    """generated at most for each prompt"""
+BATCH_SIZE = 8
+BATCH_TOKENS = 4096
 
 
 class Capture:
@@ -78,7 +75,10 @@ class Capture:
     def steps(self, sample: int = 0) -> tuple[int, ...]:
         """For each row of a sample, the step that made it: 0 for the prompt's rows, n for the n-th generated token."""
         found = self.store.sample(sample)
-        return (0,) * found.prompt_tokens + tuple(range(1, found.rows - found.prompt_tokens + 1))
+        if found.positions == "mean":
+            raise SelectionError(f"sample {sample} is one mean over positions: its row has no step.")
+        positions = range(found.rows) if found.positions is None else found.positions
+        return tuple(max(0, position - found.prompt_tokens + 1) for position in positions)
 
     def __getitem__(self, where: str | tuple[str, int | None]) -> torch.Tensor | list[torch.Tensor]:
         """`run["resid_mid", 8]`: [batch, pos, d] where all samples have as many rows, else a list of [pos, d].
@@ -125,162 +125,102 @@ class Capture:
 
 
 def capture(
-    engine: NNsightEngine,
+    engine: Engine,
+    why: str,
     architecture_map: ArchitectureMap,
     tokenizer: Any,
     name: str | None,
     prompts: tuple[Prompt, ...],
     selectors: Sequence[Selector],
+    kept: Kept,
+    expected: Estimate,
     *,
     max_new_tokens: int,
     do_sample: bool,
     seed: int | None,
     stop: tuple[str, ...],
-    batch_size: int,
+    batch_size: int | None,
+    batch_tokens: int,
     store: str | os.PathLike[str] | None,
     resume: bool,
     progress: Callable[[Progress], None] | None,
     generation: Mapping[str, Any],
 ) -> Capture:
-    """See `HookedModel.capture`."""
-    gen.check_count("batch_size", batch_size)
+    """See `HookedModel.capture`. `why`: this engine."""
+    gen.check_count("max_new_tokens", max_new_tokens, least=0)
+    gen.check_count("batch_size", BATCH_SIZE if batch_size is None else batch_size)
+    gen.check_count("batch_tokens", batch_tokens)
     gen.check_seed(seed)
     gen.check_stop(stop)
     if resume and store is None:
         raise CaptureError("resume=True needs the folder to go on with: give store=FOLDER.")
     _check_vocabulary(engine, prompts)
-    config = gen.settings(
-        engine.root, tokenizer, max_new_tokens=max_new_tokens, do_sample=do_sample, options=generation
+    device = device_of(engine)
+    memory = MemoryUse(device=device if device.type == "cuda" else None)
+    common = (
+        engine,
+        tokenizer,
+        tuple(selectors),
+        prompts,
+        kept,
+        matching_tokens(kept, tokenizer, vocabulary_of(engine)),
     )
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    run: Run
+    if max_new_tokens:
+        config = gen.settings(
+            engine.root, tokenizer, max_new_tokens=max_new_tokens, do_sample=do_sample, options=generation
+        )
+        run = Generating(*common, progress, memory, max_new_tokens=max_new_tokens, config=config, stop=stop, seed=seed)
+        may_pad = gen.takes(engine.root, "attention_mask")
+        groups = tuple(generation_batches(lengths, batch_size or BATCH_SIZE, may_pad))
+        settings: dict[str, Any] = {"generation": _generation(config), "seed": seed, "stop": list(stop)}
+        settings["batch_size"] = batch_size or BATCH_SIZE
+    else:
+        _refuse_generation(do_sample, seed, stop, generation)
+        run = Harvesting(*common, progress, memory)
+        groups = tuple(harvest_batches(lengths, batch_tokens, batch_size))
+        settings = {"harvest": True, "batch_tokens": batch_tokens, "batch_size": batch_size}
+    if chosen := kept.settings():
+        settings["kept"] = chosen
     manifest = manifest_of_run(
         [(selector.point, selector.layer) for selector in selectors],
         model=name,
         architecture=architecture_map.architecture,
         architecture_map=architecture_map.model_dump(mode="json"),
-        settings=_settings(config, prompts, seed, stop, batch_size),
+        settings={**settings, **_of_prompts(prompts)},
     )
-    may_pad = gen.takes(engine.root, "attention_mask")
-    groups = tuple(batches([len(prompt.token_ids) for prompt in prompts], batch_size, may_pad))
-    run = _Run(engine, tokenizer, tuple(selectors), prompts, config, stop, seed, progress)
+    check_room(expected, store, already=_bytes_there(store) if resume else 0)
+    log.info("capture: %s; engine %s (%s)", expected, engine.name, why)
     if store is None:
-        memory = MemoryStore(manifest.keys)
-        run.all(groups, memory)
-        return Capture(memory, selectors, architecture_map, manifest)
+        held = MemoryStore(manifest.keys)
+        run.all(groups, held)
+        _tell(run)
+        return Capture(held, selectors, architecture_map, manifest)
     with (FolderWriter.resume if resume else FolderWriter.create)(store, manifest) as writer:
         run.all(groups, writer, writer.finished)
+        writer.note({"engine": engine.name, "why": why, "memory": dict(_tell(run)), "halved": run.halved})
     return Capture(open_store(store), selectors, architecture_map, manifest)
 
 
-def batches(lengths: Sequence[int], size: int, may_pad: bool = True) -> Iterator[tuple[int, ...]]:
-    """Numbers of the prompts that run together: neighbours; of one length, where the model has no attention mask."""
-    groups: dict[int, list[int]] = {}
-    for number, length in enumerate(lengths):
-        groups.setdefault(0 if may_pad else length, []).append(number)
-    for group in groups.values():
-        for start in range(0, len(group), size):
-            yield tuple(group[start : start + size])
+def _tell(run: Run) -> Mapping[str, int]:
+    figures = run.memory.figures()
+    log.info("memory: %s", ", ".join(f"{name} {value / 1e6:.0f} MB" for name, value in figures.items()))
+    return figures
 
 
-@dataclass
-class _Run:
-    engine: NNsightEngine
-    tokenizer: Any
-    selectors: tuple[Selector, ...]
-    prompts: tuple[Prompt, ...]
-    config: GenerationConfig
-    stop: tuple[str, ...]
-    seed: int | None
-    progress: Callable[[Progress], None] | None
-    done: int = 0
-
-    def all(self, groups: Sequence[Sequence[int]], sink: Sink, finished: frozenset[int] = frozenset()) -> None:
-        """Each batch that is not finished yet; a batch is finished whole or not at all."""
-        for numbers in groups:
-            if not finished.issuperset(numbers):
-                self.batch(numbers, sink)
-            self.done += len(numbers)
-            self._show(0)
-
-    def batch(self, numbers: Sequence[int], sink: Sink) -> None:
-        """Generate from these prompts together, and hand their rows to the sink."""
-        prompts = [self.prompts[number] for number in numbers]
-        layout = BatchLayout(tuple(numbers), tuple(len(prompt.token_ids) for prompt in prompts))
-        longest = max(len(prompt.token_ids) for prompt in self.prompts)
-        observer = Observer(self.selectors, layout, sink.write, keys=longest + self.config.max_new_tokens - 1)
-
-        def tell(columns: int, finished: list[bool]) -> None:
-            observer.sampled(columns, finished)
-            self._show(columns - layout.width)
-
-        finished = gen.Finished(self.config, self.stop, self.tokenizer, tell)
-        # The seed is the first prompt's own, so that a resumed run draws what the whole run would have drawn.
-        seed = None if self.seed is None else self.seed + numbers[0]
-        # All of it under the lock: the training flags and torch's generators are every thread's.
-        with (
-            lock_of(self.engine.module),
-            gen.seeded(seed, self.engine.device, draws=bool(self.config.do_sample)),
-            gen.evaluating(self.engine.module),
-            self._attention(),
-        ):
-            sequences = self._generate(observer, self._inputs(prompts, layout, finished))
-        counts = observer.finish(sequences.shape[1])
-        for row, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
-            new = sequences[row, layout.width : layout.width + counts[row]].tolist()
-            known = len(prompt.token_ids)
-            text = decode(new, self.tokenizer)
-            sink.finish(Sample(number, prompt.text, text, (*prompt.token_ids, *new), known, known + len(new) - 1))
-
-    @contextlib.contextmanager
-    def _attention(self) -> Iterator[None]:
-        """Eager attention while its weights are captured: the faster implementations never have them as a tensor."""
-        if not any("key" in POINTS[s.point.partition(".")[0]].axes for s in self.selectors):
-            yield
-            return
-        with skeleton.eager(self.engine.module):
-            yield
-
-    def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: gen.Finished) -> dict[str, Any]:
-        pad, device = self.config.pad_token_id, self.engine.device
-        pads = [layout.pads(row) for row in range(len(prompts))]
-        ids = [[pad] * count + list(prompt.token_ids) for count, prompt in zip(pads, prompts, strict=True)]
-        inputs: dict[str, Any] = {
-            "input_ids": torch.tensor(ids, device=device),
-            "attention_mask": torch.tensor([[0] * n + [1] * (layout.width - n) for n in pads], device=device),
-            "generation_config": self.config,
-            "stopping_criteria": [finished],
-        }
-        # transformers computes only the last logits of a prompt, unless told.
-        if any(s.point == "logits" for s in self.selectors) and gen.takes(self.engine.root, "logits_to_keep"):
-            inputs["logits_to_keep"] = 0
-        return inputs
-
-    def _generate(self, observer: Observer, inputs: dict[str, Any]) -> torch.Tensor:
-        try:
-            return self.engine.generate(observer, inputs)
-        except torch.OutOfMemoryError as error:
-            raise CaptureError(
-                f"out of memory on {self.engine.device} with {inputs['input_ids'].shape[0]} prompts at once: "
-                f"give a smaller batch_size, fewer max_new_tokens, or store=FOLDER. ({error})"
-            ) from error
-        except ValueError as error:  # settings that transformers looks at only now, such as temperature=0
-            raise CaptureError(f"transformers does not generate with these settings: {error}") from error
-        except IndexError as error:
-            longest = inputs["input_ids"].shape[1] + self.config.max_new_tokens
-            limit = getattr(self.engine.root.config, "max_position_embeddings", None)
-            if limit is None or longest <= limit:
-                raise
-            raise CaptureError(
-                f"{longest} tokens (prompt and max_new_tokens) do not fit into the {limit} positions of "
-                f"{type(self.engine.root).__name__}: shorten the prompt, or give a smaller max_new_tokens."
-            ) from error
-
-    def _show(self, tokens_done: int) -> None:
-        if self.progress is not None:
-            self.progress(Progress(self.done, len(self.prompts), tokens_done, self.config.max_new_tokens))
+def _refuse_generation(do_sample: bool, seed: int | None, stop: tuple[str, ...], options: Mapping[str, Any]) -> None:
+    given = {"do_sample": do_sample or None, "seed": seed, "stop": stop or None, **options}
+    if named := [name for name, value in given.items() if value is not None]:
+        raise CaptureError(f"max_new_tokens=0 generates nothing: leave out {', '.join(named)}.")
 
 
-def _check_vocabulary(engine: NNsightEngine, prompts: Sequence[Prompt]) -> None:
-    size = engine.vocabulary
+def _bytes_there(store: Any) -> int:
+    return sum(file.stat().st_size for file in Path(store).rglob("*") if file.is_file())
+
+
+def _check_vocabulary(engine: Engine, prompts: Sequence[Prompt]) -> None:
+    size = vocabulary_of(engine)
     for number, prompt in enumerate(prompts):
         if wrong := [token for token in prompt.token_ids if not 0 <= token < size]:
             raise TokenizerError(
@@ -289,17 +229,13 @@ def _check_vocabulary(engine: NNsightEngine, prompts: Sequence[Prompt]) -> None:
             )
 
 
-def _settings(
-    config: GenerationConfig, prompts: Sequence[Prompt], seed: int | None, stop: tuple[str, ...], batch_size: int
-) -> dict[str, Any]:
+def _generation(config: Any) -> dict[str, Any]:
     """What decides the samples, as JSON: a run with other settings cannot go on with a folder."""
-    generation = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
-    ids = json.dumps([prompt.token_ids for prompt in prompts]).encode()
-    return {
-        "generation": json.loads(json.dumps(generation, default=str)),
-        "seed": seed,
-        "stop": list(stop),
-        "batch_size": batch_size,
-        "prompts": len(prompts),
-        "prompts_sha256": hashlib.sha256(ids).hexdigest(),
-    }
+    found = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
+
+
+def _of_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps([prompt.token_ids for prompt in prompts]).encode())
+    return {"prompts": len(prompts), "prompts_sha256": digest.hexdigest()}

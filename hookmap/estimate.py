@@ -1,11 +1,21 @@
-"""How large a capture gets, before it begins. Pure."""
+"""How large a capture gets, before it begins, and whether there is room for it."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hookmap.architecture_map import ArchitectureMap
+from hookmap.errors import CaptureError, StoreError
+from hookmap.kept import DTYPES, Kept
+from hookmap.memory_use import available
 from hookmap.points import POINTS
 from hookmap.selectors import Selector
+
+_SMALLER = "choose fewer points or layers, positions=, every=, mean=, features=, keep_dtype=, or fewer new tokens"
+STREAMING_BYTES = 160 * 2**20
+"""what a run that streams to a folder holds at most besides the model: blocks, two shards, the queue of the writer"""
 
 
 @dataclass(frozen=True)
@@ -14,20 +24,19 @@ class Estimate:
 
     samples: int
     rows: int
-    """of each tensor, over all samples: prompt + generated - 1"""
+    """of each tensor, over all samples"""
     tensors: int
     bytes: int
     forward_passes: int
 
     def __str__(self) -> str:
-        size, unit = float(self.bytes), "B"
-        for unit in ("B", "kB", "MB", "GB", "TB"):
-            if size < 1000 or unit == "TB":
-                break
-            size /= 1000
         samples = "1 sample" if self.samples == 1 else f"{self.samples} samples"
         tensors = "1 tensor" if self.tensors == 1 else f"{self.tensors} tensors"
-        return f"{samples}, {tensors} of up to {self.rows} rows, up to {size:.3g} {unit}"
+        return f"{samples}, {tensors} of up to {self.rows} rows, up to {in_words(self.bytes)}"
+
+    def held(self, streaming: bool) -> int:
+        """Bytes of memory that the rows take at most while the run lasts."""
+        return min(self.bytes, STREAMING_BYTES) if streaming else self.bytes
 
 
 def estimate(
@@ -36,27 +45,75 @@ def estimate(
     lengths: Sequence[int],
     max_new_tokens: int,
     itemsize: int,
-    batch_size: int,
+    batches: int,
     d_mlp: int | None = None,
+    kept: Kept | None = None,
 ) -> Estimate:
     """Pure. `lengths`: tokens of each prompt; `itemsize`: bytes of one number in the model's dtype.
 
     `d_mlp`: width of `mlp_post`, which no map knows.
     """
-    rows = sum(length + max_new_tokens - 1 for length in lengths)
-    keys = max(lengths, default=0) + max_new_tokens - 1
-    width = sum(_width(architecture_map, selector, keys, d_mlp) for selector in selectors)
-    passes = max_new_tokens * -(-len(lengths) // batch_size)
-    return Estimate(len(lengths), rows, len(selectors), rows * width * itemsize, passes)
+    kept = kept or Kept()
+    new = max(0, max_new_tokens - 1)
+    rows = sum(_rows(kept, length, length + new) for length in lengths)
+    keys = max(lengths, default=0) + new
+    if kept.dtype is not None:
+        itemsize = DTYPES[kept.dtype].itemsize
+    width = sum(_width(architecture_map, selector, keys, d_mlp, kept) for selector in selectors)
+    return Estimate(len(lengths), rows, len(selectors), rows * width * itemsize, max(1, max_new_tokens) * batches)
 
 
-def _width(architecture_map: ArchitectureMap, selector: Selector, keys: int, d_mlp: int | None) -> int:
+def check_room(expected: Estimate, store: "str | os.PathLike[str] | None", already: int = 0) -> None:
+    """Raises CaptureError where the rows do not fit into memory, StoreError where they do not fit on the disk.
+
+    `already`: bytes that are in the folder, of a run that is resumed.
+    """
+    needs, free = expected.held(store is not None), available()
+    if needs > free:
+        stream = "" if store is not None else "stream to a folder (store=FOLDER, -o DIR), or "
+        raise CaptureError(
+            f"this capture holds up to {in_words(needs)} in memory, and {in_words(free)} are free: {stream}{_SMALLER}."
+        )
+    if store is None:
+        return
+    folder = Path(store)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if expected.bytes - already > (room := shutil.disk_usage(there).free):
+        raise StoreError(
+            f"{folder} has room for {in_words(room)}, and this capture needs up to {in_words(expected.bytes)}: "
+            f"{_SMALLER}, or write to another disk (-o DIR)."
+        )
+
+
+def in_words(size: float) -> str:
+    """`1.23 GB`."""
+    unit = "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.3g} {unit}"
+
+
+def _rows(kept: Kept, prompt: int, tokens: int) -> int:
+    """Rows of one sample, at most."""
+    if kept.everything:
+        return tokens
+    if kept.one_row:
+        return 1
+    if kept.reads_tokens:  # each token may match
+        return -(-tokens // kept.every)
+    wanted = kept.wanted(prompt)
+    return sum(wanted(position, -1) for position in range(tokens))
+
+
+def _width(architecture_map: ArchitectureMap, selector: Selector, keys: int, d_mlp: int | None, kept: Kept) -> int:
     """Numbers in one row of a point."""
     axes = POINTS[selector.point.partition(".")[0]].axes
     mlp = architecture_map.kind_of(selector.layer).mlp if selector.layer is not None else None
     heads = selector.terms[-1].heads
     if heads is not None:
-        return heads.groups * (heads.stop - heads.start)
+        return heads.groups * (heads.stop - heads.start) // heads.d_head * _chosen(kept, heads.d_head)
     widths = {
         "d_vocab": architecture_map.d_vocab,
         "key": keys * (architecture_map.num_heads or 1),
@@ -64,4 +121,11 @@ def _width(architecture_map: ArchitectureMap, selector: Selector, keys: int, d_m
         "experts": mlp.experts if mlp else None,
         "k": mlp.experts_per_token if mlp else None,
     }
-    return next((width for axis in axes if (width := widths.get(axis))), architecture_map.d_model)
+    width = next((width for axis in axes if (width := widths.get(axis))), architecture_map.d_model)
+    return width if "key" in axes else _chosen(kept, width)
+
+
+def _chosen(kept: Kept, width: int) -> int:
+    """Features kept of a row of so many. Raises SelectionError where it has not so many."""
+    columns = kept.columns(width)
+    return width if columns is None else len(columns)

@@ -55,6 +55,7 @@ def settings(
             raise CaptureError(f"{', '.join(unused)} needs do_sample=True: greedy decoding does not use it.")
         given |= {"temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' defaults: it warns of others
     ours = {"return_dict_in_generate": False, "output_hidden_states": False, "output_attentions": False}
+    ours["disable_compile"] = True  # compiled code passes no hooks
     try:
         config.update(**given, **ours, max_new_tokens=max_new_tokens, do_sample=do_sample)
         config.validate()
@@ -71,10 +72,10 @@ def settings(
     return config
 
 
-def check_count(name: str, count: Any) -> None:
-    """Raises CaptureError where `count` is not a whole number of at least 1."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise CaptureError(f"{name}: expected a whole number, at least 1, got {count!r}.")
+def check_count(name: str, count: Any, least: int = 1) -> None:
+    """Raises CaptureError where `count` is not a whole number of at least `least`."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise CaptureError(f"{name}: expected a whole number, at least {least}, got {count!r}.")
 
 
 def check_seed(seed: Any) -> None:

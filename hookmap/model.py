@@ -2,23 +2,29 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from hookmap.architecture_map import ArchitectureMap, PointTemplate, TermTemplate
-from hookmap.capture import Capture, Progress, capture
+from hookmap.capture import BATCH_SIZE, BATCH_TOKENS, Capture, capture
 from hookmap.discovery import discover
-from hookmap.engines.nnsight import NNsightEngine, lock_of
-from hookmap.errors import DiscoveryError, MapMismatchError, ModelError, TokenizerError
+from hookmap.engines import Engine
+from hookmap.engines.hooks import HooksEngine
+from hookmap.engines.turns import turns_of
+from hookmap.errors import CaptureError, DiscoveryError, MapMismatchError, ModelError, TokenizerError
 from hookmap.estimate import Estimate, estimate
+from hookmap.generation import check_count
+from hookmap.kept import Kept, Positions, kept
 from hookmap.library import load_map, resize
 from hookmap.loading import load_config, load_model, load_tokenizer
 from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
+from hookmap.runs import Progress, generation_batches, harvest_batches
 from hookmap.selectors import Selector
 
 Points = str | Iterable[str]
 Layers = str | int | Iterable[int]
+EngineName = Literal["auto", "hooks", "nnsight"]
 
 
 class HookedModel:
@@ -46,7 +52,10 @@ class HookedModel:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
-        self._engine = NNsightEngine(model, _generating_root(model), nnsight_model)
+        self._root = _generating_root(model)
+        self._nnsight_model = nnsight_model
+        self._hooks = HooksEngine(model, self._root)
+        self._nnsight: Engine | None = None
 
     def capture(
         self,
@@ -55,11 +64,19 @@ class HookedModel:
         layers: Layers = "all",
         max_new_tokens: int = 64,
         *,
+        positions: Positions = "all",
+        every: int = 1,
+        mean: bool = False,
+        features: int | Iterable[int] | None = None,
+        features_seed: int = 0,
+        keep_dtype: Any = None,
         do_sample: bool = False,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         chat: Chat = "auto",
-        batch_size: int = 8,
+        batch_size: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        engine: EngineName = "auto",
         store: str | os.PathLike[str] | None = None,
         resume: bool = False,
         progress: Callable[[Progress], None] | None = None,
@@ -67,30 +84,51 @@ class HookedModel:
     ) -> Capture:
         """Generate from `prompts` and keep `points` of `layers`, for every token that the model reads.
 
+        With max_new_tokens=0 nothing is generated: one forward pass over the given texts (a harvest), as far into the
+        model as the points need, batched by length.
+
         prompts: a string, chat messages or token ids, or a list of such.
         points, layers: see `ArchitectureMap.selectors`; in any order. With `pattern`, the run is with eager attention.
+        positions: of which tokens rows are kept: "all", "prompt", "generated", "last", "last_prompt", a span "4:20",
+        positions (negative ones count from the end of the prompt), or "text=…": tokens whose text contains it.
+        every: only positions that it divides. mean: one row a sample, the mean over its positions.
+        features: indices into each row's last axis, or how many to draw with features_seed. keep_dtype: of the rows;
+        the model's own unless given.
         do_sample, seed: greedy unless asked. With a seed the run repeats, and the generators' states stay as they were.
         stop: strings that end a row. chat: "auto" sends messages through the chat template and leaves strings as they
         are; True makes each string a user's message.
-        batch_size: prompts that run together, left-padded; the pads are in no result.
+        batch_size: prompts that run together, left-padded; 8 unless given. Of a harvest, batch_tokens: tokens that run
+        together, pads included. The pads are in no result. A batch that is too large for a GPU is halved.
+        engine: "hooks" (PyTorch's own, the leanest), "nnsight", or "auto": hooks, unless x came as an nnsight model.
         store: a folder to stream to, with memory flat, or None for memory. resume: go on with that folder after an
         interruption; finished samples are not done again.
         progress: called after each step. generation: fields of transformers' GenerationConfig, such as temperature.
 
-        Raises SelectionError, TokenizerError, StoreError, and CaptureError where a run did not see what it should.
+        Raises SelectionError, TokenizerError, StoreError, and CaptureError where a run did not see what it should or
+        would not fit into memory.
         """
+        encoded = self._encode(prompts, chat)
+        chosen = kept(
+            positions, every=every, mean=mean, features=features, features_seed=features_seed, dtype=keep_dtype
+        )
+        selectors = self.map.selectors(points, layers)
+        runs, why = self._engine_of(engine)
         return capture(
-            self._engine,
+            runs,
+            why,
             self.map,
             self.tokenizer,
             self.name,
-            self._encode(prompts, chat),
-            self.map.selectors(points, layers),
+            encoded,
+            selectors,
+            chosen,
+            self._estimate(encoded, selectors, max_new_tokens, chosen, batch_size, batch_tokens),
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
             seed=seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             batch_size=batch_size,
+            batch_tokens=batch_tokens,
             store=store,
             resume=resume,
             progress=progress,
@@ -104,15 +142,57 @@ class HookedModel:
         layers: Layers = "all",
         max_new_tokens: int = 64,
         *,
+        positions: Positions = "all",
+        every: int = 1,
+        mean: bool = False,
+        features: int | Iterable[int] | None = None,
+        keep_dtype: Any = None,
         chat: Chat = "auto",
-        batch_size: int = 8,
+        batch_size: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
     ) -> Estimate:
         """How large the capture of the same arguments gets at most. Runs nothing."""
-        lengths = [len(prompt.token_ids) for prompt in self._encode(prompts, chat)]
-        itemsize = next(self._engine.root.parameters()).itemsize
+        chosen = kept(positions, every=every, mean=mean, features=features, dtype=keep_dtype)
         selectors = self.map.selectors(points, layers)
+        return self._estimate(self._encode(prompts, chat), selectors, max_new_tokens, chosen, batch_size, batch_tokens)
+
+    def _estimate(
+        self,
+        prompts: Sequence[Prompt],
+        selectors: Sequence[Selector],
+        max_new_tokens: Any,
+        chosen: Kept,
+        batch_size: Any,
+        batch_tokens: Any,
+    ) -> Estimate:
+        check_count("max_new_tokens", max_new_tokens, least=0)
+        check_count("batch_size", BATCH_SIZE if batch_size is None else batch_size)
+        check_count("batch_tokens", batch_tokens)
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        if max_new_tokens:
+            batches = sum(1 for _ in generation_batches(lengths, batch_size or BATCH_SIZE))
+        else:
+            batches = sum(1 for _ in harvest_batches(lengths, batch_tokens, batch_size))
+        itemsize = next(self._root.parameters()).itemsize
         d_mlp = max((self._d_mlp(s) for s in selectors if s.point.partition(".")[0] == "mlp_post"), default=None)
-        return estimate(self.map, selectors, lengths, max_new_tokens, itemsize, batch_size, d_mlp)
+        return estimate(self.map, selectors, lengths, max_new_tokens, itemsize, batches, d_mlp, chosen)
+
+    def _engine_of(self, name: str) -> tuple[Engine, str]:
+        """The engine that runs, and why that one. Raises CaptureError for a name that is none."""
+        if name not in ("auto", "hooks", "nnsight"):
+            raise CaptureError(f"engine: expected auto, hooks or nnsight, got {name!r}.")
+        why = "as asked"
+        if name == "auto":
+            given = self._nnsight_model is not None
+            name = "nnsight" if given else "hooks"
+            why = "the model came as an nnsight model, whose edits apply" if given else "the leanest"
+        if name == "hooks":
+            return self._hooks, why
+        if self._nnsight is None:
+            from hookmap.engines.nnsight import NNsightEngine  # imported here: it takes a second or two
+
+            self._nnsight = NNsightEngine(self.model, self._root, self._nnsight_model)
+        return self._nnsight, why
 
     def _d_mlp(self, selector: Selector) -> int:
         """What a down projection reads: its weights are [d_mlp, d_model], or the other way round."""
@@ -158,7 +238,7 @@ def open(
     else:
         module, tokenizer = _module_of(x), tokenizer if tokenizer is not None else _tokenizer_of(x)
     _generating_root(module)
-    with lock_of(module):
+    with turns_of(module).alone():
         architecture_map = _map_for(module, given)
     name = os.fspath(x) if isinstance(x, str | os.PathLike) else architecture_map.model_id
     nnsight_model = None if isinstance(x, str | os.PathLike | nn.Module) else x

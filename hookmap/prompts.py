@@ -17,6 +17,8 @@ class Prompt:
     text: str
     """with the chat template filled in; "" where only token ids were given"""
     token_ids: tuple[int, ...]
+    id: str | None = None
+    labels: Mapping[str, Any] | None = None
 
 
 NO_TOKENIZER = "the model was given without a tokenizer. Give one: hookmap.open(model, tokenizer=...)"

@@ -14,8 +14,8 @@ from plain_hooks import FAMILIES
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 import hookmap
-from hookmap.capture import Progress
 from hookmap.model import HookedModel
+from hookmap.runs import Progress
 
 PROMPTS = ["to be or not", "be", "that is the question to be"]
 
@@ -275,7 +275,8 @@ def test_a_visit_too_few_or_too_many_is_refused(calls: list[int], message: str) 
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
         ({"temperature": 0.5}, "do_sample=True"),
         ({"temprature": 0.5}, "did you mean temperature"),
-        ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": -1}, "at least 0"),
+        ({"max_new_tokens": 0, "seed": 3}, "generates nothing: leave out seed"),
         ({"batch_size": 0}, "at least 1"),
         ({"stop_strings": ["a"]}, "stop="),
         ({"max_new_tokens": 1.5}, "max_new_tokens: expected a whole number"),

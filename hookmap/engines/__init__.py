@@ -1,15 +1,27 @@
-"""What runs a model while an observer watches. `nnsight` is the local engine; each other one is a file of its own."""
+"""What runs a model while an observer watches. Each engine is a file; all show the same tensors, bit for bit."""
 
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from hookmap.engines.observation import Observer
 
 
 class Engine(Protocol):
-    """Runs one `generate` and shows the observer every boundary it asked for, as it is passed."""
+    """Runs the model and shows the observer every boundary it asked for, as it is passed."""
+
+    name: str
+    alone: bool
+    """whether nothing else may run the model meanwhile, on any thread"""
+    module: "nn.Module"
+    """what map paths start from"""
+    root: "nn.Module"
+    """the transformers model in it that `generate` calls, often the same"""
 
     def generate(self, observer: "Observer", inputs: dict[str, Any]) -> "torch.Tensor":
         """`inputs` are the keyword arguments of transformers' `generate`. Returns its sequences `[batch, tokens]`."""
+
+    def forward(self, observer: "Observer", inputs: dict[str, Any]) -> None:
+        """One forward pass of the model with these keyword arguments, as far as the observer needs it."""

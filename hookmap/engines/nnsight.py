@@ -1,12 +1,10 @@
-"""The local engine: one `generate` inside one nnsight trace, over the weights that are already there.
+"""Captures inside one nnsight trace, over the weights that are already there: what a user edits with nnsight applies.
 
-What nnsight does not do by itself and this does: one lock around every run on the same weights (a trace serves
-whatever runs meanwhile, whichever thread it is on), and nothing of the caller's frame inside the trace: the block is
-in a function of its own, and selectors reach it as data.
+Nothing of the caller's frame is inside the trace: the block is in a function of its own, and selectors reach it as
+data. A trace serves whatever runs meanwhile, whichever thread it is on, so a run has the model alone.
 """
 
-import threading
-import weakref
+from collections.abc import Callable
 from typing import Any
 
 import nnsight
@@ -14,21 +12,15 @@ import torch
 from torch import nn
 
 from hookmap.engines._nnsight_sink import PassingCache, adopt_edits, attach, tree_over
-from hookmap.engines.observation import Observer
-from hookmap.errors import CaptureError
-
-_locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
-_locks_guard = threading.Lock()
-
-
-def lock_of(module: nn.Module) -> "threading.RLock":
-    """The lock that every forward pass on these weights has to hold while captures may run on other threads."""
-    with _locks_guard:
-        return _locks.setdefault(module, threading.RLock())
+from hookmap.engines.hooks import module_at
+from hookmap.engines.observation import Observer, Watch
 
 
 class NNsightEngine:
     """Captures through nnsight. Wraps `module` at the first run; the wrappers stay and do nothing outside a run."""
+
+    name = "nnsight"
+    alone = True
 
     def __init__(self, module: nn.Module, root: nn.Module, given: nnsight.Envoy | None = None) -> None:
         """`module`: what map paths start from. `root`: the model in it that `generate` calls, often the same.
@@ -40,64 +32,48 @@ class NNsightEngine:
         self._given = given
         self._tree: nnsight.NNsight | None = None
 
-    @property
-    def device(self) -> torch.device:
-        """Where token ids are fed."""
-        device: torch.device = self.root.get_input_embeddings().weight.device  # type: ignore[operator]
-        return device
-
-    @property
-    def vocabulary(self) -> int:
-        """How many token ids the model can be fed."""
-        return len(self.root.get_input_embeddings().weight)  # type: ignore[operator]
-
     def generate(self, observer: Observer, inputs: dict[str, Any]) -> torch.Tensor:
         """See `Engine.generate`. Raises CaptureError where a selector's module is not in the model."""
-        with lock_of(self.module):
-            if self._tree is None:
-                self._tree = tree_over(self.module, self._given)
-            adopt_edits(self._tree, self._given)
-            return _traced_generate(self._tree, self.root, self._cache(self._tree, observer), inputs)
+        sequences: torch.Tensor = self._traced(observer, lambda: self.root.generate(**inputs))  # type: ignore[operator]
+        return sequences
+
+    def forward(self, observer: Observer, inputs: dict[str, Any]) -> None:
+        """See `Engine.forward`; nnsight runs the pass to its end."""
+        with torch.no_grad():
+            self._traced(observer, lambda: self.root(**inputs) and None)
+
+    def _traced(self, observer: Observer, run: Callable[[], Any]) -> Any:
+        if self._tree is None:
+            self._tree = tree_over(self.module, self._given)
+        adopt_edits(self._tree, self._given)
+        return _traced(self._tree, self._cache(self._tree, observer), run)
 
     def _cache(self, tree: nnsight.NNsight, observer: Observer) -> PassingCache:
         # By identity and not by name: a module that the tree reaches by two paths has one location, and a module
         # may be called like something that nnsight serves (BERT's `output`).
         paths = {id(envoy._module): envoy.path for envoy in tree.modules()}
         root = paths[id(self.root)]
-        wanted: dict[tuple[str, str], list[str]] = {}
-        for module, side in observer.boundaries:
-            wanted.setdefault((paths[id(self._find(module))], side), []).append(module)
+        wanted: dict[tuple[str, str], list[Watch]] = {}
+        for path, side in observer.boundaries:
+            module = module_at(self.module, self.root, path)
+            wanted.setdefault((paths[id(module)], side), []).append(observer.watcher(path, side))
 
         def seen(path: str, side: str, value: Any) -> None:
             if path == root and side == "input":
                 observer.begin_pass(*value)
             args, kwargs = value if side == "input" else ((), {})
-            for module in wanted.get((path, side), ()):
-                observer.see(module, "input" if side == "input" else "output", args, kwargs, value)
+            for watch in wanted.get((path, side), ()):
+                watch(args, kwargs, value)
 
         return PassingCache({*wanted, (root, "input")}, seen)
 
-    def _find(self, path: str) -> nn.Module:
-        if not path:
-            return self.root
-        try:
-            return self.module.get_submodule(path)
-        except AttributeError as error:
-            raise CaptureError(
-                f"{type(self.module).__name__} has no module {path!r}: {error}. "
-                "The map is another model's: run `hookmap discover` on this one."
-            ) from error
 
-
-def _traced_generate(
-    tree: nnsight.NNsight, root: nn.Module, cache: PassingCache, inputs: dict[str, Any]
-) -> torch.Tensor:
-    def generate(_: None) -> Any:
-        return root.generate(**inputs)  # type: ignore[operator]  # nn.Module's attributes are typed as tensors
+def _traced(tree: nnsight.NNsight, cache: PassingCache, run: Callable[[], Any]) -> Any:
+    def body(_: None) -> Any:
+        return run()
 
     # nnsight recompiles this block from the source of this file: no return, yield, try or break in it.
-    with tree.trace(None, fn=generate) as tracer:
+    with tree.trace(None, fn=body) as tracer:
         attach(cache)
-        sequences = nnsight.save(tracer.result)
-    found: torch.Tensor = sequences
-    return found
+        result = nnsight.save(tracer.result)
+    return result

@@ -8,9 +8,10 @@ leaves behind the last whole group (temporary files, shards, lines) belongs to n
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from hookmap.activations import Activation, Sample
 from hookmap.errors import StoreError
@@ -130,6 +131,10 @@ class FolderWriter:
             self._ledger.abandon()
             self._ledger.finished -= waiting
             self._recover()
+
+    def note(self, run: Mapping[str, Any]) -> None:
+        """What the run that writes has to tell of itself, as JSON; the manifest keeps one note a run."""
+        self.manifest = self.manifest.model_copy(update={"runs": (*self.manifest.runs, dict(run))})
 
     def close(self, finished: bool) -> None:
         """End the writing. `finished`: whether the capture has all it should have. Raises StoreError.

@@ -70,6 +70,9 @@ class Manifest(_Frozen):
     shard_tokens: int = Field(ge=1, description="a shard ends with the forward pass that brings it to so many rows")
     shard_bytes: int = Field(ge=1, description="or to so many bytes; inside a pass at twice as many")
     versions: tuple[dict[str, str], ...] = Field(description="of the libraries that wrote it; one entry per set")
+    runs: tuple[dict[str, Any], ...] = Field(
+        default=(), description="one note for each run that wrote it: engine, memory in bytes, batches made smaller"
+    )
     counts: Counts = Counts()
     sha256: dict[str, str] | None = Field(default=None, description="of the two tables, once finished")
     map: dict[str, Any] | None = Field(default=None, description="the architecture map that the run used")

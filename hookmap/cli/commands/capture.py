@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from hookmap.capture import Progress
     from hookmap.model import HookedModel
+    from hookmap.runs import Progress
 
 DEFAULT_PROMPT = "Tom has 3 apples. He buys 4 more. How many apples does Tom have?"
 _LARGE_BYTES = 10**9

@@ -1,0 +1,224 @@
+"""What happens to one selector's tensor on each forward pass: its rows are copied, summed, or the last ones held.
+
+Decoding brings one column a pass. Its rows go to a block that is allocated once for many passes, and the block is
+handed on whole: what a pass costs is one copy.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from hookmap.engines.transfer import Transfer
+from hookmap.errors import CaptureError
+
+BLOCK_BYTES = 2**18
+"""of one selector's block; with 56 tensors of a small model some 14 MB in all"""
+BLOCK_PASSES = 32
+
+Deliver = Callable[[int, int, torch.Tensor], None]
+"""(row of the batch, number of the first row among the sample's, rows [n, ...] on the host)"""
+
+
+@dataclass(frozen=True)
+class PassRows:
+    """Which rows of a forward pass are kept."""
+
+    batch: int
+    new: int
+    """columns that were fed for the first time"""
+    columns: tuple[Sequence[int], ...]
+    """of each row of the batch, those that are kept; 0 is the first new one"""
+    first: tuple[int, ...]
+    """of each row of the batch, how many rows its sample had before"""
+    whole: bool
+    """everything is kept"""
+    empty: bool
+    _indices: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, compare=False)
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The kept rows of [batch, new, ...], side by side in a tensor of their own: [rows, ...]."""
+        flat = tensor.reshape(self.batch * self.new, *tensor.shape[2:])
+        if self.whole:
+            return flat.clone() if flat.data_ptr() == tensor.data_ptr() else flat
+        return flat.index_select(0, self.indices(tensor.device)[0])
+
+    def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each kept row: its place in the flattened [batch * new], and its row of the batch."""
+        if device not in self._indices:
+            flat = [row * self.new + column for row, kept in enumerate(self.columns) for column in kept]
+            rows = [row for row, kept in enumerate(self.columns) for _ in kept]
+            self._indices[device] = (torch.tensor(flat, device=device), torch.tensor(rows, device=device))
+        return self._indices[device]
+
+
+class Collector(Protocol):
+    """Takes one selector's tensor on every forward pass that keeps something of it."""
+
+    def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
+        """`tensor`: [batch, new, ...], the model's own; what is needed of it is copied now."""
+
+    def finish(self, counts: Sequence[int]) -> None:
+        """The batch is done; its samples had so many rows. Hand on what is still held."""
+
+
+class EveryRow:
+    """Hands on each kept row."""
+
+    def __init__(self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None) -> None:
+        self._transfer, self._deliver, self._dtype = transfer, deliver, dtype
+        self._block: torch.Tensor | None = None
+        self._passes: list[PassRows] = []
+
+    def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
+        """See `Collector`."""
+        if rows.new > 1:
+            self._flush()
+            gathered = rows.gather(tensor)
+            gathered = gathered if self._dtype is None else gathered.to(self._dtype)
+            self._transfer.send(gathered, lambda host: self._arrived(rows, host))
+            return
+        if self._block is None:
+            dtype = self._dtype or tensor.dtype
+            size = tensor.shape[0] * tensor[0, 0].numel() * dtype.itemsize
+            passes = max(1, min(BLOCK_PASSES, BLOCK_BYTES // max(1, size)))
+            self._block = tensor.new_empty((tensor.shape[0], passes, *tensor.shape[2:]), dtype=dtype)
+        self._block[:, len(self._passes)] = tensor[:, 0]
+        self._passes.append(rows)
+        if len(self._passes) == self._block.shape[1]:
+            self._flush()
+
+    def finish(self, counts: Sequence[int]) -> None:
+        """See `Collector`."""
+        self._flush()
+
+    def _arrived(self, rows: PassRows, host: torch.Tensor) -> None:
+        place = 0
+        for row, kept in enumerate(rows.columns):
+            if kept:
+                self._deliver(row, rows.first[row], host[place : place + len(kept)])
+                place += len(kept)
+
+    def _flush(self) -> None:
+        if self._block is None:
+            return
+        passes, block = self._passes, self._block[:, : len(self._passes)]
+        self._block, self._passes = None, []
+        self._transfer.send(block, lambda host: self._block_arrived(passes, host))
+
+    def _block_arrived(self, passes: Sequence[PassRows], host: torch.Tensor) -> None:
+        for row in range(host.shape[0]):
+            kept = [place for place, rows in enumerate(passes) if rows.columns[row]]
+            if kept:
+                whole = kept[-1] - kept[0] + 1 == len(kept)
+                own = host[row, kept[0] : kept[-1] + 1] if whole else host[row, kept]
+                self._deliver(row, passes[kept[0]].first[row], own)
+
+
+class MeanRow:
+    """One row a sample: the mean, summed in float32 in the order of the tokens."""
+
+    def __init__(self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None) -> None:
+        self._transfer, self._deliver, self._dtype = transfer, deliver, dtype
+        self._sum: torch.Tensor | None = None
+
+    def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
+        """See `Collector`."""
+        if self._sum is None:
+            self._sum = tensor.new_zeros((tensor.shape[0], *tensor.shape[2:]), dtype=torch.float32)
+            self._dtype = self._dtype or tensor.dtype
+        if rows.whole and rows.new == 1:
+            self._sum += tensor[:, 0]
+        else:
+            self._sum.index_add_(0, rows.indices(tensor.device)[1], rows.gather(tensor).float())
+
+    def finish(self, counts: Sequence[int]) -> None:
+        """See `Collector`."""
+        if self._sum is None:
+            return
+        total, self._sum = self._sum, None
+        numbers = torch.tensor([max(1, count) for count in counts], device=total.device)
+        means = (total / numbers.view(-1, *[1] * (total.ndim - 1))).to(self._dtype)
+        self._transfer.send(means, lambda host: _one_row_each(host, counts, self._deliver))
+
+
+class LastRow:
+    """One row a sample: the last one it had."""
+
+    def __init__(self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None) -> None:
+        self._transfer, self._deliver, self._dtype = transfer, deliver, dtype
+        self._last: torch.Tensor | None = None
+
+    def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
+        """See `Collector`."""
+        if self._last is None:
+            dtype = self._dtype or tensor.dtype
+            self._last = tensor.new_zeros((tensor.shape[0], *tensor.shape[2:]), dtype=dtype)
+        if rows.whole:
+            self._last.copy_(tensor[:, -1])
+            return
+        for row, kept in enumerate(rows.columns):
+            if kept:
+                self._last[row] = tensor[row, kept[-1]]
+
+    def finish(self, counts: Sequence[int]) -> None:
+        """See `Collector`."""
+        if self._last is not None:
+            last, self._last = self._last, None
+            self._transfer.send(last, lambda host: _one_row_each(host, counts, self._deliver))
+
+
+class PatternRows:
+    """Attention weights, whose rows grow with the keys: each is laid out as long as the sample gets."""
+
+    def __init__(
+        self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None, pads: Sequence[int], keys: int
+    ) -> None:
+        """`pads`: columns before each row's first token. `keys`: how long a row becomes."""
+        self._transfer, self._deliver, self._dtype = transfer, deliver, dtype
+        self._pads, self._keys = pads, keys
+        self._end = 0
+        """columns that the model was fed so far"""
+
+    def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
+        """See `Collector`; `tensor`: [batch, new, heads, keys seen]."""
+        end = self._end
+        for row, kept in enumerate(rows.columns):
+            if kept:
+                own = tensor[row, list(kept)].to(self._dtype or tensor.dtype)
+                placed = by_position(own, end, self._pads[row], self._keys)
+                self._transfer.send(placed, self._to(row, rows.first[row]))
+
+    def fed(self, end: int) -> None:
+        """The pass that runs ends before this column."""
+        self._end = end
+
+    def finish(self, counts: Sequence[int]) -> None:
+        """See `Collector`."""
+
+    def _to(self, row: int, first: int) -> Callable[[torch.Tensor], None]:
+        return lambda host: self._deliver(row, first, host)
+
+
+def by_position(weights: torch.Tensor, end: int, pads: int, keys: int) -> torch.Tensor:
+    """Attention weights [query, heads, keys seen] -> [query, heads, keys]: key n is the sample's position n.
+
+    A cache holds the last keys (a sliding window drops the first ones), so the last key is always column `end - 1`.
+    """
+    first = end - weights.shape[-1] - pads
+    if first + pads < 0:
+        raise CaptureError(
+            f"pattern: {weights.shape[-1]} keys after {end} tokens: this cache has places for tokens to come, and "
+            "which key is which token cannot be told. Generate without cache_implementation."
+        )
+    seen = weights[..., max(0, -first) :][..., :keys]
+    placed = weights.new_zeros(*weights.shape[:-1], keys)
+    placed[..., max(0, first) : max(0, first) + seen.shape[-1]] = seen
+    return placed
+
+
+def _one_row_each(host: torch.Tensor, counts: Sequence[int], deliver: Deliver) -> None:
+    for row, count in enumerate(counts):
+        if count:
+            deliver(row, 0, host[row : row + 1])

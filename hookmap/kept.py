@@ -1,0 +1,217 @@
+"""What of a tensor a capture keeps: which tokens, which features, in which dtype. Decided at the source. Pure.
+
+Positions are a sample's own: 0 is the first token of its prompt, whatever the padding of the batch. Negative ones
+count from the end of the prompt, because where a generated text ends is not known before.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+
+from hookmap.errors import SelectionError
+
+Positions = str | slice | Sequence[int]
+Wanted = Callable[[int, int], bool]
+"""(position, token id) -> whether its row is kept"""
+
+NAMED = ("all", "prompt", "generated", "last", "last_prompt")
+_GRAMMAR = (
+    'expected "all", "prompt", "generated", "last" (of the whole sample), "last_prompt", a span such as "4:20" or '
+    '"-5:", positions such as "0,3,-1", or "text=…" (tokens whose text contains it)'
+)
+_SPAN = re.compile(r"(-?\d*):(-?\d*)(?::(\d+))?")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a capture keeps. Made by `kept`."""
+
+    positions: str | tuple[int | None, int | None, int | None] | tuple[int, ...] = "all"
+    """a name out of NAMED, "text=…", a span (start, stop, step) where `span`, or single positions"""
+    span: bool = False
+    every: int = 1
+    """only positions that this divides"""
+    mean: bool = False
+    """one row for each sample: the mean over its positions, summed in float32"""
+    features: int | tuple[int, ...] | None = None
+    """indices into a row's last axis, or how many to draw of them"""
+    features_seed: int = 0
+    dtype: str | None = None
+    """the model's own where None"""
+
+    @property
+    def everything(self) -> bool:
+        """Whether each token that is fed has a row."""
+        return self.positions == "all" and self.every == 1 and not self.mean
+
+    @property
+    def one_row(self) -> bool:
+        """Whether each sample has one row only, known when it ends."""
+        return self.mean or self.positions == "last"
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether a row is kept for what its token is."""
+        return isinstance(self.positions, str) and self.positions.startswith("text=")
+
+    def wanted(self, prompt_tokens: int, matching: frozenset[int] = frozenset()) -> Wanted:
+        """Which tokens of a sample with a prompt of so many are kept. `matching`: see `matching_tokens`."""
+        chosen, every = self._chosen(prompt_tokens, matching), self.every
+        if every == 1:
+            return chosen
+        return lambda position, token: position % every == 0 and chosen(position, token)
+
+    def _chosen(self, prompt: int, matching: frozenset[int]) -> Wanted:
+        where = self.positions
+        if where in ("all", "last"):
+            return lambda position, token: True
+        if where == "prompt":
+            return lambda position, token: position < prompt
+        if where == "generated":
+            return lambda position, token: position >= prompt
+        if where == "last_prompt":
+            return lambda position, token: position == prompt - 1
+        if isinstance(where, str):
+            return lambda position, token: token in matching
+        if self.span:
+            start, stop, step = where
+            first = _from_end(start or 0, prompt)
+            end = None if stop is None else _from_end(stop, prompt)
+            return lambda p, token: p >= first and (end is None or p < end) and (p - first) % (step or 1) == 0
+        single = frozenset(prompt + p if p < 0 else p for p in where if p is not None)
+        return lambda position, token: position in single
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON for a manifest, only what is not the default."""
+        found: dict[str, Any] = {}
+        if self.positions != "all":
+            found["positions"] = _written(self.positions, self.span)
+        for name in ("every", "mean", "dtype"):
+            if (value := getattr(self, name)) not in (1, False, None):
+                found[name] = value
+        if self.features is not None:
+            found["features"] = self.features if isinstance(self.features, int) else list(self.features)
+            if isinstance(self.features, int):
+                found["features_seed"] = self.features_seed
+        return found
+
+    def columns(self, width: int) -> list[int] | None:
+        """The features kept of a row of `width`; None for all. Raises SelectionError where it has not so many."""
+        if self.features is None:
+            return None
+        if isinstance(self.features, int):
+            if self.features > width:
+                raise SelectionError(f"features={self.features}: a row here has {width}. Give {width} or fewer.")
+            draw = torch.Generator().manual_seed(self.features_seed)
+            return sorted(torch.randperm(width, generator=draw)[: self.features].tolist())
+        if wrong := [f for f in self.features if f >= width]:
+            raise SelectionError(f"features {wrong[:5]} are not in a row here: it has 0 to {width - 1}.")
+        return list(self.features)
+
+
+def kept(
+    positions: Positions = "all",
+    *,
+    every: int = 1,
+    mean: bool = False,
+    features: int | Iterable[int] | None = None,
+    features_seed: int = 0,
+    dtype: "str | torch.dtype | None" = None,
+) -> Kept:
+    """Read what a user gives. Raises SelectionError with every problem at once."""
+    problems: list[str] = []
+    where, span = _positions(positions, problems)
+    if not _is_whole(every) or every < 1:
+        problems.append(f"every: expected a whole number, at least 1, got {every!r}")
+    if mean and where == "last":
+        problems.append('mean with positions="last": a mean over one row is that row; leave one of them out')
+    chosen = _features(features, problems)
+    if not _is_whole(features_seed):
+        problems.append(f"features_seed: expected a whole number, got {features_seed!r}")
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if name is not None and name not in DTYPES:
+        problems.append(f"keep_dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
+    if problems:
+        raise SelectionError("\n".join(problems))
+    return Kept(where, span, int(every), bool(mean), chosen, int(features_seed), name)
+
+
+def matching_tokens(chosen: Kept, tokenizer: Any, vocabulary: int) -> frozenset[int]:
+    """The token ids whose own text contains what `positions="text=…"` says. Raises SelectionError where none does."""
+    if not chosen.reads_tokens:
+        return frozenset()
+    text = str(chosen.positions).removeprefix("text=")
+    if tokenizer is None:
+        raise SelectionError(f'positions="text={text}" needs a tokenizer: hookmap.open(model, tokenizer=...)')
+    texts = tokenizer.batch_decode([[token] for token in range(vocabulary)])
+    found = frozenset(token for token, own in enumerate(texts) if text in own)
+    if not found:
+        raise SelectionError(
+            f'positions="text={text}": no single token of this tokenizer contains that text. '
+            "Give a shorter text, such as a word without the space before it."
+        )
+    return found
+
+
+def _positions(given: Any, problems: list[str]) -> tuple[Any, bool]:
+    if isinstance(given, str):
+        text = given.strip()
+        if text in NAMED:
+            return text, False
+        if given.lstrip().startswith("text=") and given.lstrip() != "text=":
+            return given.lstrip(), False
+        if match := _SPAN.fullmatch(text):
+            start, stop, step = (int(part) if part else None for part in match.groups())
+            if step != 0:
+                return (start, stop, step), True
+        try:
+            given = [int(part) for part in text.split(",")]
+        except ValueError:
+            problems.append(f"positions {text!r}: {_GRAMMAR}")
+            return "all", False
+    if isinstance(given, slice):
+        parts = (given.start, given.stop, given.step)
+        if all(p is None or _is_whole(p) for p in parts) and (given.step or 1) > 0:
+            return parts, True
+    elif hasattr(given, "tolist"):
+        given = given.tolist()
+    if isinstance(given, Sequence) and given and all(_is_whole(p) for p in given):
+        return tuple(dict.fromkeys(int(p) for p in given)), False
+    problems.append(f"positions {given!r}: {_GRAMMAR}")
+    return "all", False
+
+
+def _features(given: Any, problems: list[str]) -> int | tuple[int, ...] | None:
+    if given is None:
+        return None
+    if _is_whole(given) and given > 0:
+        return int(given)
+    if hasattr(given, "tolist"):
+        given = given.tolist()
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        found = list(given)
+        whole = all(_is_whole(f) and f >= 0 for f in found)
+        if found and whole and len(set(found)) == len(found):
+            return tuple(int(f) for f in found)
+    problems.append(f"features: expected how many to draw, or different indices from 0 on, got {given!r}")
+    return None
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _from_end(position: int, prompt: int) -> int:
+    return max(0, prompt + position) if position < 0 else position
+
+
+def _written(positions: Any, span: bool) -> Any:
+    if span:
+        start, stop, step = ("" if p is None else str(p) for p in positions)
+        return f"{start}:{stop}" + (f":{step}" if step else "")
+    return positions if isinstance(positions, str) else list(positions)

@@ -1,0 +1,58 @@
+"""How much memory there is, and how much a run takes."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available() -> int:
+    """Bytes that this process may still take: the machine's, or what is left of its container's limit."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((_CGROUP / "memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        pass
+    return max(0, free)
+
+
+def used() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(psutil.Process(os.getpid()).memory_info().rss)
+
+
+@dataclass
+class MemoryUse:
+    """Of one run: bytes before, after and at the highest of the moments it was looked at."""
+
+    before: int = field(default_factory=used)
+    peak: int = 0
+    device: torch.device | None = None
+    """a GPU whose memory is looked at too"""
+    device_before: int = 0
+
+    def __post_init__(self) -> None:
+        self.peak = self.before
+        if self.device is not None:
+            self.device_before = torch.cuda.memory_allocated(self.device)
+
+    def look(self) -> None:
+        """Once a batch, and not once a token: it takes some ten microseconds."""
+        self.peak = max(self.peak, used())
+
+    def figures(self) -> Mapping[str, int]:
+        """Bytes, for the log and the manifest."""
+        self.look()
+        found = {"before": self.before, "after": used(), "peak": self.peak}
+        if self.device is not None:
+            found["device_before"] = self.device_before
+            found["device_after"] = torch.cuda.memory_allocated(self.device)
+            found["device_peak"] = torch.cuda.max_memory_allocated(self.device)
+        return found

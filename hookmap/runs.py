@@ -1,0 +1,272 @@
+"""Batches of prompts through the model into a sink: generating, or harvesting one forward pass over given texts."""
+
+import contextlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from hookmap import generation as gen
+from hookmap import skeleton
+from hookmap.activations import Sample, Sink
+from hookmap.engines import Engine
+from hookmap.engines.observation import BatchLayout, Observer
+from hookmap.engines.turns import turns_of
+from hookmap.errors import CaptureError
+from hookmap.kept import Kept
+from hookmap.memory_use import MemoryUse
+from hookmap.points import POINTS
+from hookmap.prompts import Prompt, decode
+from hookmap.selectors import Selector
+
+log = logging.getLogger("hookmap")
+
+WINDOW = 4096
+"""prompts that a harvest sorts by length at a time, so that it is no more than these out of order"""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is."""
+
+    samples_done: int
+    samples: int
+    tokens_done: int
+    """generated so far in the current batch, for each prompt"""
+    tokens: int
+    """generated at most for each prompt"""
+
+
+@dataclass
+class Run(ABC):
+    """One capture. A subclass says what a batch is."""
+
+    engine: Engine
+    tokenizer: Any
+    selectors: tuple[Selector, ...]
+    prompts: Sequence[Prompt]
+    kept: Kept
+    matching: frozenset[int]
+    progress: Callable[[Progress], None] | None
+    memory: MemoryUse
+    halved: list[str] = field(default_factory=list)
+    """what was done about memory that ran out, in words"""
+    done: int = 0
+    max_new_tokens: int = 0
+    _most: int | None = None
+    """prompts that fit together, once more did not"""
+
+    @abstractmethod
+    def batch(self, numbers: Sequence[int], sink: Sink) -> None:
+        """Run these prompts together and hand their rows to the sink."""
+
+    def all(self, groups: Sequence[Sequence[int]], sink: Sink, finished: frozenset[int] = frozenset()) -> None:
+        """Each batch that is not finished yet."""
+        for group in groups:
+            left = [number for number in group if number not in finished]
+            if left:
+                self._batch_or_halves(left, sink)
+                self.memory.look()
+            self.done += len(group)
+            self._show(0)
+
+    def _batch_or_halves(self, numbers: Sequence[int], sink: Sink) -> None:
+        size = min(len(numbers), self._most or len(numbers))
+        for start in range(0, len(numbers), size):
+            part = numbers[start : start + size]
+            if not self._fits(part, sink):
+                self._most = len(part) // 2
+                self._batch_or_halves(numbers[start:], sink)
+                return
+
+    def _fits(self, numbers: Sequence[int], sink: Sink) -> bool:
+        """Run a batch, unless memory runs out, which only a batch of one prompt must not."""
+        try:
+            self.batch(numbers, sink)
+            return True
+        except torch.OutOfMemoryError as error:
+            told = str(error).partition("\n")[0]
+            if len(numbers) == 1:
+                raise CaptureError(
+                    f"out of memory on {self.device} with one prompt of {len(self.prompts[numbers[0]].token_ids)} "
+                    f"tokens: give a shorter prompt or a smaller max_new_tokens, or load the model in a smaller dtype. "
+                    f"({told})"
+                ) from error
+        # Outside of `except`: the traceback would keep the tensors of the run that failed.
+        sink.abandon()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.halved.append(f"out of memory with {len(numbers)} prompts at once; going on with {len(numbers) // 2}")
+        log.warning("%s (%s)", self.halved[-1], told)
+        return False
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are fed."""
+        return device_of(self.engine)
+
+    def _observer(self, layout: BatchLayout, sink: Sink) -> Observer:
+        keys = max(len(prompt.token_ids) for prompt in self.prompts) + max(0, self.max_new_tokens - 1)
+        return Observer(self.selectors, layout, sink.write, keys=keys, kept=self.kept, matching=self.matching)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Run the model: alone where the run changes it for a while, or its engine needs that."""
+        pattern = any("key" in POINTS[s.point.partition(".")[0]].axes for s in self.selectors)
+        module, turns = self.engine.module, turns_of(self.engine.module)
+        if not pattern and not self.engine.alone:
+            with turns.shared():
+                if not any(part.training for part in module.modules()):
+                    yield
+                    return
+        with turns.alone(), gen.evaluating(module), contextlib.ExitStack() as eager:
+            if pattern:  # the faster implementations of attention never have its weights as a tensor
+                eager.enter_context(skeleton.eager(module))
+            yield
+
+    def _finish(self, sink: Sink, observer: Observer, row: int, prompt: Prompt, new: list[int]) -> None:
+        rows, positions = observer.rows(row)
+        text, ids, known = decode(new, self.tokenizer), (*prompt.token_ids, *new), len(prompt.token_ids)
+        number = observer.layout.samples[row]
+        sink.finish(Sample(number, prompt.text, text, ids, known, rows, positions, prompt.id, prompt.labels))
+
+    def _too_long(self, longest: int, error: IndexError) -> None:
+        """Raises CaptureError where the model has not so many positions, and the error again where it has."""
+        limit = getattr(self.engine.root.config, "max_position_embeddings", None)
+        if limit is None or longest <= limit:
+            raise error
+        raise CaptureError(
+            f"{longest} tokens (prompt and max_new_tokens) do not fit into the {limit} positions of "
+            f"{type(self.engine.root).__name__}: shorten the prompt, or give a smaller max_new_tokens."
+        ) from error
+
+    def _show(self, tokens_done: int) -> None:
+        if self.progress is not None:
+            self.progress(Progress(self.done, len(self.prompts), tokens_done, self.max_new_tokens))
+
+
+@dataclass
+class Generating(Run):
+    """A batch is one `generate`: text, tokens and every tensor come out of the same forward passes."""
+
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def batch(self, numbers: Sequence[int], sink: Sink) -> None:
+        """See `Run.batch`."""
+        prompts = [self.prompts[number] for number in numbers]
+        layout = BatchLayout(tuple(numbers), tuple(len(prompt.token_ids) for prompt in prompts))
+        observer = self._observer(layout, sink)
+
+        def tell(columns: int, finished: list[bool]) -> None:
+            observer.sampled(columns, finished)
+            self._show(columns - layout.width)
+
+        finished = gen.Finished(self.config, self.stop, self.tokenizer, tell)
+        # The seed is the first prompt's own, so that a resumed run draws what the whole run would have drawn.
+        seed = None if self.seed is None else self.seed + numbers[0]
+        # All of it in the turn: the training flags and torch's generators are every thread's.
+        with self._turn(), gen.seeded(seed, self.device, draws=bool(self.config.do_sample)):
+            sequences = self._generate(observer, self._inputs(prompts, layout, finished))
+        counts = observer.finish(sequences.shape[1])
+        for row, prompt in enumerate(prompts):
+            self._finish(
+                sink, observer, row, prompt, sequences[row, layout.width : layout.width + counts[row]].tolist()
+            )
+
+    def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: gen.Finished) -> dict[str, Any]:
+        inputs = padded(prompts, layout, self.config.pad_token_id, self.device)
+        inputs |= {"generation_config": self.config, "stopping_criteria": [finished]}
+        # transformers computes only the last logits of a prompt, unless told.
+        if any(s.point == "logits" for s in self.selectors) and gen.takes(self.engine.root, "logits_to_keep"):
+            inputs["logits_to_keep"] = 0
+        return inputs
+
+    def _generate(self, observer: Observer, inputs: dict[str, Any]) -> torch.Tensor:
+        try:
+            return self.engine.generate(observer, inputs)
+        except ValueError as error:  # settings that transformers looks at only now, such as temperature=0
+            raise CaptureError(f"transformers does not generate with these settings: {error}") from error
+        except IndexError as error:
+            self._too_long(inputs["input_ids"].shape[1] + self.max_new_tokens, error)
+            raise
+
+
+@dataclass
+class Harvesting(Run):
+    """A batch is one forward pass over texts of about one length. Padded behind: no token of a text sees a pad."""
+
+    def batch(self, numbers: Sequence[int], sink: Sink) -> None:
+        """See `Run.batch`."""
+        prompts = [self.prompts[number] for number in numbers]
+        layout = BatchLayout(tuple(numbers), tuple(len(prompt.token_ids) for prompt in prompts), right=True)
+        observer = self._observer(layout, sink)
+        inputs = padded(prompts, layout, 0, self.device)
+        takes = {name: gen.takes(self.engine.root, name) for name in ("attention_mask", "use_cache", "logits_to_keep")}
+        if not takes["attention_mask"]:
+            del inputs["attention_mask"]
+        if takes["use_cache"]:
+            inputs["use_cache"] = False
+        if takes["logits_to_keep"] and not any(s.point == "logits" for s in self.selectors):
+            inputs["logits_to_keep"] = 1
+        with self._turn():
+            try:
+                self.engine.forward(observer, inputs)
+            except IndexError as error:
+                self._too_long(layout.width, error)
+        observer.finish(layout.width)
+        for row, prompt in enumerate(prompts):
+            self._finish(sink, observer, row, prompt, [])
+
+
+def padded(prompts: Sequence[Prompt], layout: BatchLayout, pad: int, device: torch.device) -> dict[str, Any]:
+    """`input_ids` and `attention_mask`, [batch, width]."""
+    ids = torch.full((len(prompts), layout.width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        place = slice(layout.pads(row), layout.pads(row) + len(prompt.token_ids))
+        ids[row, place] = torch.tensor(prompt.token_ids)
+        mask[row, place] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def generation_batches(lengths: Sequence[int], size: int, may_pad: bool = True) -> Iterator[tuple[int, ...]]:
+    """Numbers of the prompts that run together: neighbours; of one length, where the model has no attention mask."""
+    groups: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        groups.setdefault(0 if may_pad else length, []).append(number)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            yield tuple(group[start : start + size])
+
+
+def harvest_batches(lengths: Sequence[int], tokens: int, size: int | None = None) -> Iterator[tuple[int, ...]]:
+    """Numbers of the texts that run together: of about one length, `tokens` at most with their pads.
+
+    A text that is longer than `tokens` runs alone. `size`: texts at most.
+    """
+    for start in range(0, len(lengths), WINDOW):
+        batch: list[int] = []
+        for number in sorted(range(start, min(start + WINDOW, len(lengths))), key=lambda n: lengths[n]):
+            if batch and (lengths[number] * (len(batch) + 1) > tokens or len(batch) == size):
+                yield tuple(batch)
+                batch = []
+            batch.append(number)
+        if batch:
+            yield tuple(batch)
+
+
+def device_of(engine: Engine) -> torch.device:
+    """Where token ids are fed."""
+    device: torch.device = engine.root.get_input_embeddings().weight.device  # type: ignore[operator]
+    return device
+
+
+def vocabulary_of(engine: Engine) -> int:
+    """How many token ids the model can be fed."""
+    return len(engine.root.get_input_embeddings().weight)  # type: ignore[operator]
