@@ -1,0 +1,170 @@
+"""What a selection keeps is exactly those rows, features and means of the whole capture."""
+
+from pathlib import Path
+from typing import Any
+
+import plain_hooks
+import pytest
+import torch
+from tiny_tokenizer import tiny_tokenizer
+
+import hookmap
+from hookmap.capture import Capture
+from hookmap.kept import kept
+from hookmap.model import HookedModel
+
+RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
+NEW = 40
+POINTS = ["resid_pre", "resid_mid", "q"]
+Rows = list[int]
+
+
+@pytest.fixture(scope="module")
+def hm() -> HookedModel:
+    return hookmap.open(plain_hooks.build("opt"), tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="module", params=[NEW, 0], ids=["generation", "harvest"])
+def whole(hm: HookedModel, request: Any) -> tuple[int, Capture]:
+    return request.param, hm.capture(RAGGED, POINTS, max_new_tokens=request.param)
+
+
+def positions_by_hand(spec: Any, prompt: int, rows: int, tokens: tuple[int, ...]) -> Rows:
+    fed = list(range(rows))
+    return {
+        "prompt": lambda: fed[:prompt],
+        "generated": lambda: fed[prompt:],
+        "last": lambda: fed[-1:],
+        "last_prompt": lambda: [prompt - 1],
+        "2:5": lambda: fed[2:5],
+        "-2:": lambda: fed[prompt - 2 :],
+        "0:40:3": lambda: fed[0:40:3],
+        "1,0,-1,35": lambda: sorted({1, 0, prompt - 1, 35} & set(fed)),
+        "text=be": lambda: [p for p in fed if tokens[p] == 4],
+    }[spec]()
+
+
+@pytest.mark.parametrize(
+    "spec", ["prompt", "generated", "last", "last_prompt", "2:5", "-2:", "0:40:3", "1,0,-1,35", "text=be"]
+)
+def test_positions(hm: HookedModel, whole: tuple[int, Capture], spec: str, tmp_path: Path) -> None:
+    new, full = whole
+    run = hm.capture(RAGGED, POINTS, max_new_tokens=new, positions=spec, store=tmp_path / "run")
+    assert run.tokens == full.tokens
+    for number, sample in enumerate(full.samples):
+        expected = positions_by_hand(spec, sample.prompt_tokens, sample.rows, sample.token_ids)
+        got = run.samples[number]
+        assert (got.positions, got.rows) == (tuple(expected), len(expected))
+        assert run.steps(number) == tuple(max(0, p - sample.prompt_tokens + 1) for p in expected)
+        for key in run.keys:
+            if expected:
+                assert torch.equal(run.read(number, *key), full.read(number, *key)[expected]), key
+                assert torch.equal(run.read(number, *key, [expected[-1]]), full.read(number, *key)[expected[-1:]])
+    assert not hookmap.open_store(tmp_path / "run").verify()
+
+
+def test_the_tokens_that_match_a_text_are_there() -> None:
+    """The tests above would pass on no rows at all if no token matched."""
+    hm = hookmap.open(plain_hooks.build("opt"), tokenizer=tiny_tokenizer())
+    run = hm.capture("to be or not to be", ["resid_pre"], [0], 3, positions="text=be")
+    assert run.samples[0].positions[:2] == (1, 5)  # type: ignore[index]
+
+
+def test_every_nth_of_a_selection(hm: HookedModel, whole: tuple[int, Capture]) -> None:
+    new, full = whole
+    run = hm.capture(RAGGED, POINTS, max_new_tokens=new, positions="2:", every=4)
+    for number, sample in enumerate(full.samples):
+        expected = [p for p in range(sample.rows) if p >= 2 and p % 4 == 0]
+        assert run.samples[number].positions == tuple(expected)
+        assert torch.equal(run.read(number, "resid_mid", 1), full.read(number, "resid_mid", 1)[expected])
+
+
+@pytest.mark.parametrize("positions", ["all", "generated", "1:7"])
+def test_the_mean_over_positions(hm: HookedModel, whole: tuple[int, Capture], positions: str) -> None:
+    new, full = whole
+    run = hm.capture(RAGGED, POINTS, max_new_tokens=new, positions=positions, mean=True)
+    for number, sample in enumerate(full.samples):
+        chosen = {"all": slice(None), "generated": slice(sample.prompt_tokens, None), "1:7": slice(1, 7)}[positions]
+        rows = full.read(number, "resid_mid", 1)[chosen]
+        assert run.samples[number].rows == (1 if len(rows) else 0)
+        if len(rows):
+            assert run.samples[number].positions == "mean"
+            torch.testing.assert_close(run.read(number, "resid_mid", 1)[0], rows.double().mean(0).float())
+            with pytest.raises(hookmap.SelectionError, match="one mean over positions"):
+                run.read(number, "resid_mid", 1, [0])
+            with pytest.raises(hookmap.SelectionError, match="one mean"):
+                run.steps(number)
+
+
+def test_a_mean_in_bfloat16_is_summed_in_float32() -> None:
+    hm = hookmap.open(plain_hooks.build("llama", torch.bfloat16))
+    prompt = [[n % 90 + 3 for n in range(100)]]
+    rows = hm.capture(prompt, ["resid_pre"], [1], 0).read(0, "resid_pre", 1)
+    mean = hm.capture(prompt, ["resid_pre"], [1], 0, mean=True).read(0, "resid_pre", 1)[0]
+    assert mean.dtype == torch.bfloat16
+    torch.testing.assert_close(mean, rows.double().mean(0).bfloat16(), rtol=2**-8, atol=1e-6)
+
+
+def test_features_and_dtype(hm: HookedModel, whole: tuple[int, Capture]) -> None:
+    new, full = whole
+    some = hm.capture(RAGGED, ["resid_mid"], max_new_tokens=new, features=[7, 0, 31], keep_dtype=torch.bfloat16)
+    drawn = hm.capture(RAGGED, ["resid_mid"], max_new_tokens=new, features=5, features_seed=3)
+    again = hm.capture(RAGGED, ["resid_mid"], max_new_tokens=new, features=5, features_seed=3)
+    columns = kept(features=5, features_seed=3).columns(32)
+    assert columns is not None and len(set(columns)) == 5
+    assert columns != kept(features=5, features_seed=4).columns(32)
+    for number in range(len(RAGGED)):
+        rows = full.read(number, "resid_mid", 2)
+        assert torch.equal(some.read(number, "resid_mid", 2), rows[:, [7, 0, 31]].bfloat16())
+        assert torch.equal(drawn.read(number, "resid_mid", 2), rows[:, columns])
+        assert torch.equal(again.read(number, "resid_mid", 2), rows[:, columns])
+
+
+@pytest.mark.parametrize(
+    ("settings", "bytes_of_a_row"),
+    [
+        ({}, 32 * 4),
+        ({"positions": "prompt"}, 32 * 4),
+        ({"every": 3}, 32 * 4),
+        ({"mean": True}, 32 * 4),
+        ({"features": 4}, 4 * 4),
+        ({"keep_dtype": "float16"}, 32 * 2),
+    ],
+)
+def test_the_estimate_knows_the_selection(hm: HookedModel, settings: dict[str, Any], bytes_of_a_row: int) -> None:
+    for new in (NEW, 0):
+        expected = hm.estimate(RAGGED, ["resid_mid"], [1], new, **settings)
+        run = hm.capture(RAGGED, ["resid_mid"], [1], new, **settings)
+        rows = sum(sample.rows for sample in run.samples)
+        assert (expected.rows, expected.bytes) == (rows, rows * bytes_of_a_row)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"positions": "lst"}, '"last_prompt", a span such as'),
+        ({"positions": []}, "positions"),
+        ({"positions": [True]}, "positions"),
+        ({"positions": slice(5, 1, -1)}, "positions"),
+        ({"positions": "1:2:0"}, "positions '1:2:0'"),
+        ({"positions": "text=zebra"}, "no single token"),
+        ({"every": 0}, "every: expected a whole number, at least 1"),
+        ({"mean": True, "positions": "last"}, "leave one of them out"),
+        ({"features": [1, 1]}, "features: expected"),
+        ({"features": [99]}, r"features \[99\] are not in a row here: it has 0 to 31"),
+        ({"features": 99}, "Give 32 or fewer"),
+        ({"features": 0}, "features: expected"),
+        ({"keep_dtype": "int8"}, "keep_dtype: expected float32, bfloat16, float16"),
+        ({"every": 0, "keep_dtype": "int8"}, r"every(.|\n)*keep_dtype"),
+        ({"points": ["pattern"], "mean": True}, "pattern has a row for each query"),
+    ],
+)
+def test_a_selection_that_means_nothing_is_refused(hm: HookedModel, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(hookmap.SelectionError, match=message):
+        hm.capture(RAGGED, **{"points": ["resid_mid"], "max_new_tokens": 2, **settings})
+
+
+def test_a_resumed_run_must_keep_the_same(hm: HookedModel, tmp_path: Path) -> None:
+    hm.capture(RAGGED, ["resid_mid"], [1], 2, positions="last", store=tmp_path / "run")
+    with pytest.raises(hookmap.StoreError, match=r"settings.kept"):
+        hm.capture(RAGGED, ["resid_mid"], [1], 2, positions="prompt", store=tmp_path / "run", resume=True)
