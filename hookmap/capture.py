@@ -200,7 +200,8 @@ def capture(
     with (FolderWriter.resume if resume else FolderWriter.create)(store, manifest) as writer:
         run.all(groups, writer, writer.finished)
         writer.note({"engine": engine.name, "why": why, "memory": dict(_tell(run)), "halved": run.halved})
-    return Capture(open_store(store), selectors, architecture_map, manifest)
+    written = open_store(store)
+    return Capture(written, selectors, architecture_map, written.manifest)
 
 
 def _tell(run: Run) -> Mapping[str, int]:

@@ -146,13 +146,16 @@ class HookedModel:
         every: int = 1,
         mean: bool = False,
         features: int | Iterable[int] | None = None,
+        features_seed: int = 0,
         keep_dtype: Any = None,
         chat: Chat = "auto",
         batch_size: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> Estimate:
         """How large the capture of the same arguments gets at most. Runs nothing."""
-        chosen = kept(positions, every=every, mean=mean, features=features, dtype=keep_dtype)
+        chosen = kept(
+            positions, every=every, mean=mean, features=features, features_seed=features_seed, dtype=keep_dtype
+        )
         selectors = self.map.selectors(points, layers)
         return self._estimate(self._encode(prompts, chat), selectors, max_new_tokens, chosen, batch_size, batch_tokens)
 
@@ -176,6 +179,11 @@ class HookedModel:
         itemsize = next(self._root.parameters()).itemsize
         d_mlp = max((self._d_mlp(s) for s in selectors if s.point.partition(".")[0] == "mlp_post"), default=None)
         return estimate(self.map, selectors, lengths, max_new_tokens, itemsize, batches, d_mlp, chosen)
+
+    def engine(self, name: EngineName = "auto") -> tuple[str, str]:
+        """Which engine a capture takes, and why."""
+        engine, why = self._engine_of(name)
+        return engine.name, why
 
     def _engine_of(self, name: str) -> tuple[Engine, str]:
         """The engine that runs, and why that one. Raises CaptureError for a name that is none."""

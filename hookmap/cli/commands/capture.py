@@ -25,8 +25,33 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option("--prompts", metavar="FILE", help='Prompts, one JSON line each: a text, or {"prompt": …}.')
 @click.option("-o", "--output", metavar="DIR", help="The capture folder.  [default: a new one in captures/]")
 @click.option("--resume", is_flag=True, help="Go on with the capture that is in DIR.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="For each prompt.  [default: 64]")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="For each prompt; 0 only reads the given texts (a harvest).  [default: 64]",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Prompts that run together.  [default: 8]")
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens a harvest runs at once.  [default: 4096]",
+)
+@click.option(
+    "--positions",
+    metavar="WHERE",
+    help="Rows of which tokens: all, prompt, generated, last, last_prompt, a span 4:20 or -5:, positions 0,3,-1, or "
+    "text=… for tokens whose text contains it.  [default: all]",
+)
+@click.option("--every", type=click.IntRange(min=1), metavar="N", help="Only positions that N divides.")
+@click.option("--mean", is_flag=True, help="One row a sample: the mean over its positions.")
+@click.option("--features", metavar="N|LIST", help="Draw N features of each row, or keep those listed: 3,17,99")
+@click.option("--features-seed", type=int, default=0, metavar="N", help="Draws other features.")
+@click.option("--keep-dtype", type=click.Choice(_DTYPES[1:]), help="Of the rows kept.  [default: the model's own]")
+@click.option(
+    "--engine", type=click.Choice(["auto", "hooks", "nnsight"]), default="auto", help="What watches the model."
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -59,6 +84,14 @@ def command(
     resume: bool,
     max_new_tokens: int | None,
     batch_size: int | None,
+    batch_tokens: int | None,
+    positions: str | None,
+    every: int | None,
+    mean: bool,
+    features: str | None,
+    features_seed: int,
+    keep_dtype: str | None,
+    engine: str,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
@@ -72,11 +105,13 @@ def command(
 ) -> None:
     """Generate with MODEL and keep tensors.
 
-    Keeps the chosen points of the prompt and of every generated token.
+    Keeps the chosen points of the prompt and of every generated token. With --max-new-tokens 0 the texts are only
+    read, in one forward pass that ends at the last layer needed.
 
     \b
     hookmap capture --points resid_pre,resid_mid --layers 8,12,16
     hookmap capture Qwen/Qwen3-0.6B --points resid_post --prompts questions.jsonl --max-new-tokens 256 -o run
+    hookmap capture --points resid_post --layers 12 --prompts texts.jsonl --max-new-tokens 0 --every 4
 
     The folder's name goes to stdout. Read it with `hookmap inspect DIR`, or in Python with hookmap.open_store(DIR).
     """
@@ -106,10 +141,19 @@ def command(
     run = {
         "points": parse_list(points),
         "layers": chosen_layers,
-        "max_new_tokens": max_new_tokens or settings.get("max_new_tokens", 64),
-        "chat": _chat(hm, chat),
-        "batch_size": batch_size or settings.get("batch_size", 8),
+        "max_new_tokens": settings.get("max_new_tokens", 64) if max_new_tokens is None else max_new_tokens,
+        "chat": _chat(hm, chat, harvest=max_new_tokens == 0),
+        "batch_size": batch_size or settings.get("batch_size"),
+        "positions": positions or "all",
+        "every": every or 1,
+        "mean": mean,
+        "features": _features(features),
+        "features_seed": features_seed,
+        "keep_dtype": keep_dtype,
+        "engine": engine,
     }
+    if batch_tokens:
+        run["batch_tokens"] = batch_tokens
     _announce(hm, given, run, folder)
     _capture(hm, given, run, sampling, folder, resume)
     click.echo(str(folder))
@@ -133,6 +177,15 @@ def _sampling(temperature: float | None, top_p: float | None, top_k: int | None,
             raise click.UsageError("--temperature 0 is greedy: leave --top-p and --top-k out")
         given = {}
     return {"do_sample": bool(given), "seed": seed, **given}
+
+
+def _features(text: str | None) -> int | list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")] if "," in text else int(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: write how many, or a list: 3,17,99", param_hint="--features") from error
 
 
 def _folder(output: str | None, resume: bool) -> Path:
@@ -167,31 +220,25 @@ def _open(model: str, **options: Any) -> "HookedModel":
         return hookmap.open(model, **options)
 
 
-def _chat(hm: "HookedModel", chat: bool | None) -> bool | str:
-    """A chat model is asked as a user would ask it."""
-    if chat is not None:
+def _chat(hm: "HookedModel", chat: bool | None, harvest: bool) -> bool | str:
+    """A chat model is asked as a user would ask it; a text that is only read stays as it is."""
+    if chat is not None or harvest:
         return chat or "auto"
     return True if getattr(hm.tokenizer, "chat_template", None) else "auto"
 
 
 def _announce(hm: "HookedModel", prompts: list[Any], run: dict[str, Any], folder: Path) -> None:
     """How large the capture gets, and how long a large one takes, before it begins."""
-    import shutil
+    from hookmap.cli.console import console
+    from hookmap.estimate import check_room
 
-    from hookmap.cli.console import console, size
-    from hookmap.errors import StoreError
-
-    expected = hm.estimate(prompts, **run)
+    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k != "engine"})
     text = f"capture: {expected} -> {folder}"
     if expected.bytes > _LARGE_BYTES or expected.forward_passes > _LARGE_PASSES:
         text += f", at most about {_duration(_seconds_per_pass(hm, prompts, run) * expected.forward_passes)}"
-    console().print(text, markup=False)
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if expected.bytes > (free := shutil.disk_usage(there).free):
-        raise StoreError(
-            f"{folder} has room for {size(free)}, and this capture needs up to {size(expected.bytes)}. "
-            "Choose fewer points or layers, a smaller --max-new-tokens, or another disk: -o DIR"
-        )
+    engine, why = hm.engine(run["engine"])
+    console().print(f"{text}\nengine: {engine} ({why})", markup=False)
+    check_room(expected, folder)
 
 
 def _seconds_per_pass(hm: "HookedModel", prompts: list[Any], run: dict[str, Any]) -> float:
@@ -200,8 +247,8 @@ def _seconds_per_pass(hm: "HookedModel", prompts: list[Any], run: dict[str, Any]
 
     for _ in range(2):
         start = perf_counter()
-        hm.capture(prompts[: run["batch_size"]], **{**run, "max_new_tokens": 2})
-    return (perf_counter() - start) / 2
+        hm.capture(prompts[: run["batch_size"] or 8], **{**run, "max_new_tokens": min(2, run["max_new_tokens"])})
+    return float(perf_counter() - start) / max(1, min(2, run["max_new_tokens"]))
 
 
 def _duration(seconds: float) -> str:
@@ -216,7 +263,7 @@ def _capture(
 ) -> None:
     from time import perf_counter
 
-    from hookmap.cli.console import console
+    from hookmap.cli.console import console, size
 
     there = _finished(folder) if resume else frozenset()
     start = perf_counter()
@@ -226,11 +273,17 @@ def _capture(
     except KeyboardInterrupt:
         _say_what_is_kept(folder)
         raise
-    new = [len(sample.token_ids) - sample.prompt_tokens for sample in done.samples if sample.sample not in there]
-    seconds = perf_counter() - start
-    samples = "1 sample" if len(new) == 1 else f"{len(new)} samples"
+    samples = [sample for sample in done.samples if sample.sample not in there]
+    fresh = sum(len(sample.token_ids) - sample.prompt_tokens for sample in samples)
+    what = f"{fresh} tokens generated" if run["max_new_tokens"] else f"{sum(s.prompt_tokens for s in samples)} read"
+    count = "1 sample" if len(samples) == 1 else f"{len(samples)} samples"
     before = f" ({len(there)} were there already)" if there else ""
-    console().print(f"[dim]{samples}, {sum(new)} tokens generated in {seconds:.1f} s{before}[/]")
+    console().print(f"[dim]{count}, {what} in {perf_counter() - start:.1f} s{before}[/]")
+    note = done.manifest.runs[-1]
+    for line in note["halved"]:
+        console().print(f"[yellow]{line}[/]")
+    memory = ", ".join(f"{name} {size(value)}" for name, value in note["memory"].items())
+    console().print(f"[dim]memory: {memory}[/]")
 
 
 def _finished(folder: Path) -> frozenset[int]:
@@ -250,7 +303,7 @@ def _bars(samples: int) -> "Iterator[Any]":
 
         def show(state: "Progress") -> None:
             bars.update(prompts_bar, completed=state.samples_done)
-            bars.update(tokens_bar, completed=state.tokens_done, total=state.tokens)
+            bars.update(tokens_bar, completed=state.tokens_done, total=state.tokens, visible=state.tokens > 0)
 
         yield show
 
