@@ -245,10 +245,11 @@ def _seconds_per_pass(hm: "HookedModel", prompts: list[Any], run: dict[str, Any]
     """Measured on the first batch, for two tokens, kept nowhere; the first of the two runs warms up."""
     from time import perf_counter
 
+    tokens = min(2, int(run["max_new_tokens"]))
     for _ in range(2):
         start = perf_counter()
-        hm.capture(prompts[: run["batch_size"] or 8], **{**run, "max_new_tokens": min(2, run["max_new_tokens"])})
-    return float(perf_counter() - start) / max(1, min(2, run["max_new_tokens"]))
+        hm.capture(prompts[: run["batch_size"] or 8], **{**run, "max_new_tokens": tokens})
+    return (perf_counter() - start) / max(1, tokens)
 
 
 def _duration(seconds: float) -> str:
