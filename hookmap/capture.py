@@ -32,6 +32,7 @@ from hookmap.runs import (
 )
 from hookmap.selectors import Selector
 from hookmap.stores import open_store
+from hookmap.stores.background import BackgroundWriter
 from hookmap.stores.folder import FolderWriter, write_store
 from hookmap.stores.interface import Store, place_of
 from hookmap.stores.manifest import Manifest, manifest_of_run
@@ -197,7 +198,7 @@ def capture(
         run.all(groups, held)
         _tell(run)
         return Capture(held, selectors, architecture_map, manifest)
-    with (FolderWriter.resume if resume else FolderWriter.create)(store, manifest) as writer:
+    with BackgroundWriter((FolderWriter.resume if resume else FolderWriter.create)(store, manifest)) as writer:
         run.all(groups, writer, writer.finished)
         writer.note({"engine": engine.name, "why": why, "memory": dict(_tell(run)), "halved": run.halved})
     written = open_store(store)

@@ -239,7 +239,8 @@ def test_layers_that_are_none_are_wrong_usage(text: str) -> None:
     ("args", "message"),
     [
         (("capture", "--prompt", "a"), "which points? For example: --points resid_pre,resid_mid"),
-        (("capture", "--points", "embed", "--max-new-tokens", "0"), "x>=1"),
+        (("capture", "--points", "embed", "--max-new-tokens", "-1"), "x>=0"),
+        (("capture", "--points", "embed", "--features", "a"), "write how many, or a list"),
         (("capture", "--points", "embed", "--dtype", "int7"), "bfloat16"),
         (("capture", "--points", "embed", "--resume"), "-o DIR"),
         (("capture", "--points", "embed", "--temperature", "0", "--top-k", "3"), "greedy"),

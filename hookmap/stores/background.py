@@ -7,15 +7,15 @@ those of the writer alone, since it sees the same calls in the same order.
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hookmap.activations import Activation, Sample
 from hookmap.errors import StoreError
 from hookmap.stores.folder import FolderWriter
 
-IN_FLIGHT = 64 * 2**20
+IN_FLIGHT = 16 * 2**20
 """bytes of rows that may wait for the disk"""
 
 
@@ -61,6 +61,10 @@ class BackgroundWriter:
         """Forget the rows of samples that are not committed; returns when that is done. Raises as `write` does."""
         self._hand_over(_Call(self._writer.abandon, 0))
         self.wait()
+
+    def note(self, run: Mapping[str, Any]) -> None:
+        """See FolderWriter's `note`. Raises as `write` does."""
+        self._hand_over(_Call(lambda: self._writer.note(run), 0))
 
     def wait(self) -> None:
         """Return when all that was handed over is with the writer. Raises as `write` does."""
