@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap, PointTemplate, TermTemplate
 from hookmap.capture import Capture, Progress, capture
 from hookmap.discovery import discover
@@ -13,7 +14,7 @@ from hookmap.engines.nnsight import NNsightEngine, lock_of
 from hookmap.errors import DiscoveryError, MapMismatchError, ModelError, TokenizerError
 from hookmap.estimate import Estimate, estimate
 from hookmap.library import load_map, resize
-from hookmap.loading import load_config, load_model, load_tokenizer
+from hookmap.loading import load_model, load_tokenizer
 from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
 from hookmap.selectors import Selector
 
@@ -151,7 +152,7 @@ def open(
         tokenizer = load_tokenizer(os.fspath(tokenizer), **loads)
     if isinstance(x, str | os.PathLike):
         source = os.fspath(x)
-        load_config(source, **loads)  # small: a wrong name is said before weights are loaded
+        skeleton.load_config(source, **loads)  # small: a wrong name is said before weights are loaded
         if tokenizer is None:
             tokenizer, why_none = _tokenizer_or_reason(source, loads)
         module = load_model(source, dtype=dtype, device=device, **loads)
