@@ -59,8 +59,9 @@ def build(
             else:
                 model = maker._from_config(config, attn_implementation="eager", dtype=dtype)
     except Exception as error:
+        said = str(error).partition("\nModel type should be one of")[0]  # what follows lists some 200 configs
         raise ModelError(
-            f"transformers cannot build {type(config).__name__}: {type(error).__name__}: {error}"
+            f"transformers cannot build {type(config).__name__}: {type(error).__name__}: {said}"
         ) from error
     return model.eval()
 
