@@ -205,10 +205,15 @@ def _generating_root(module: nn.Module) -> nn.Module:
         raise ModelError(
             f"{type(root).__name__} is {kind}: expected a causal language model, such as AutoModelForCausalLM loads."
         )
-    if any(p.is_meta for p in root.parameters()):
+    if any(p.is_meta for module in root.modules() if not _brings_weights(module) for p in module.parameters(False)):
         raise ModelError(f"{type(root).__name__} has no weights (meta device): load them, then open it.")
     found: nn.Module = root
     return found
+
+
+def _brings_weights(module: nn.Module) -> bool:
+    """Whether accelerate holds its weights elsewhere, on a disk say, and brings them when it runs."""
+    return getattr(module.__dict__.get("_hf_hook"), "offload", False) is True
 
 
 def _map_for(module: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:

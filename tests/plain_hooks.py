@@ -278,10 +278,13 @@ MULTIMODAL: dict[str, Family] = {
 }  # fmt: skip
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The family's model, always the same one."""
+def build(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
+    """The family's model, always the same one; `settings` differ in its config."""
+    config = FAMILIES[name].config()
+    if settings:
+        config = type(config).from_dict({**config.to_dict(), **settings})
     torch.manual_seed(7)
-    return redrawn(tf.AutoModelForCausalLM.from_config(FAMILIES[name].config(), dtype=dtype))
+    return redrawn(tf.AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
 def redrawn(model: nn.Module) -> nn.Module:
