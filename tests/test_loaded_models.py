@@ -28,7 +28,7 @@ ARCHITECTURES = ["llama", "gpt2", "qwen3_moe"]
 def same_as_plain_hooks(
     x: Any, name: str, root: nn.Module | None = None, prefix: str = "", **settings: Any
 ) -> hookmap.Capture:
-    """Every point that a person hooks by hand. `root`: the module that generates; `prefix`: what the paths begin with."""
+    """Every point that a person hooks by hand. `root`: the module that generates; `prefix`: how the paths begin."""
     family = _at(FAMILIES[name], prefix)
     hm = hookmap.open(x, **settings)
     run = hm.capture(IDS, list(family.points), max_new_tokens=NEW)
