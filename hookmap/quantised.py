@@ -1,7 +1,7 @@
 """Quantised linear layers while discovery reads them: a plain product with weights stands in for each.
 
-What a quantised layer does inside is its library's own operation, which says nothing of a product. The modules and their
-paths are those of the unquantised model, and so is the map.
+What a quantised layer does inside is its library's own operation, which says nothing of a product. The modules and
+their paths are those of the unquantised model, and so is the map.
 """
 
 from collections.abc import Callable, Iterator
