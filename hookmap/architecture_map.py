@@ -165,6 +165,10 @@ class ArchitectureMap(_Frozen):
         default="", description="what ran: the model on meta, a narrow copy, or the model itself"
     )
     verified_by: tuple[str, ...] = Field(default=(), description="the checks that this map passed, and on what")
+    proved_on: tuple[str, ...] = Field(
+        default=(),
+        description="versions of transformers, oldest first, in which discovery finds this map and its checks pass",
+    )
 
     @model_validator(mode="after")
     def _every_layer_has_one_kind(self) -> "ArchitectureMap":

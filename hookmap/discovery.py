@@ -22,6 +22,7 @@ from hookmap.full_width import at_full_width
 from hookmap.points import POINTS
 from hookmap.points_of_block import BlockPoints, points_of_block
 from hookmap.points_of_model import read_outside
+from hookmap.quantised import plain_products
 from hookmap.taps import Tap, captured_axes
 from hookmap.values import Values
 
@@ -81,7 +82,7 @@ def _of_module(model: nn.Module) -> ArchitectureMap:
     config = getattr(model, "config", None)
     seq = skeleton.sequence_length(config, model)
     device = skeleton.device_of(model)
-    with skeleton.eager(model):
+    with skeleton.eager(model), plain_products(model, device):
         try:
             flow = _one_pass(model, config, device, seq)
         except Exception as error:

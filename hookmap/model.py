@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap, PointTemplate, TermTemplate
 from hookmap.capture import BATCH_SIZE, BATCH_TOKENS, Capture, capture
 from hookmap.discovery import discover
@@ -17,7 +18,7 @@ from hookmap.estimate import Estimate, estimate
 from hookmap.generation import check_count
 from hookmap.kept import Kept, Positions, kept
 from hookmap.library import load_map, resize
-from hookmap.loading import load_config, load_model, load_tokenizer
+from hookmap.loading import load_model, load_tokenizer
 from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
 from hookmap.runs import Progress, generation_batches, harvest_batches
 from hookmap.selectors import Selector
@@ -239,7 +240,7 @@ def open(
         tokenizer = load_tokenizer(os.fspath(tokenizer), **loads)
     if isinstance(x, str | os.PathLike):
         source = os.fspath(x)
-        load_config(source, **loads)  # small: a wrong name is said before weights are loaded
+        skeleton.load_config(source, **loads)  # small: a wrong name is said before weights are loaded
         if tokenizer is None:
             tokenizer, why_none = _tokenizer_or_reason(source, loads)
         module = load_model(source, dtype=dtype, device=device, **loads)
@@ -292,10 +293,15 @@ def _generating_root(module: nn.Module) -> nn.Module:
         raise ModelError(
             f"{type(root).__name__} is {kind}: expected a causal language model, such as AutoModelForCausalLM loads."
         )
-    if any(p.is_meta for p in root.parameters()):
+    if any(p.is_meta for module in root.modules() if not _brings_weights(module) for p in module.parameters(False)):
         raise ModelError(f"{type(root).__name__} has no weights (meta device): load them, then open it.")
     found: nn.Module = root
     return found
+
+
+def _brings_weights(module: nn.Module) -> bool:
+    """Whether accelerate holds its weights elsewhere, on a disk say, and brings them when it runs."""
+    return getattr(module.__dict__.get("_hf_hook"), "offload", False) is True
 
 
 def _map_for(module: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:
