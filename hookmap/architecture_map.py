@@ -88,6 +88,13 @@ class PointTemplate(_Frozen):
     terms: tuple[TermTemplate, ...] = Field(min_length=1)
     order: int = Field(ge=0, description="place of the last term in the forward order of its block")
     evidence: str = Field(default="", description="what in the dataflow shows it")
+    beside: tuple[TermTemplate, ...] = Field(
+        default=(), description="of `mixer_in`, `mlp_in`: what else of the tokens the branch reads (Gemma 4's embeddings)"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "beside" or value}
 
 
 class Branch(_Frozen):

@@ -92,11 +92,17 @@ class Block:
     @cached_property
     def tails(self) -> dict[int, list[Step]]:
         """value of a branch part -> what was done to it last: post-norm, scale, gate; outermost first."""
-        return {part: list(self._tail(part)) for branch in self.branches for part in branch.parts}
+        return {part: list(self.tail(part)) for branch in self.branches for part in branch.parts}
 
-    def _tail(self, part: int) -> Iterator[Step]:
+    def tail(self, part: int) -> Iterator[Step]:
+        """The last steps of a branch, outermost first, behind its last module that computes with matrices."""
         casts: list[Step] = []
-        while not self._is_bare(part):
+        while True:
+            if (short := self._convolution(part)) is not None:
+                yield from (*casts, short)
+                part, casts = short.source, []
+            if self._is_bare(part):
+                return
             steps = [s for s in self.values.steps(part) if s.branch is None or self.values.is_constant(s.branch)]
             if not steps or not self.values.made_in(steps[0].source, self.call):
                 return
@@ -105,6 +111,18 @@ class Block:
                 yield from casts
                 casts = []
             part = steps[0].source
+
+    def _convolution(self, value: int) -> Step | None:
+        """The convolution of each feature for itself, by a module, of what another module computed (Inkling)."""
+        for exposure in stands_inside(self, value):
+            heavy = [op for op in self.values.inside(exposure.call) if op.name in HEAVY]
+            entered = {v for t in exposure.call.entered.values() if self._is_bare(v := self.values.value(t))}
+            if heavy and all(map(self._is_depthwise, heavy)) and len(entered) == 1 and value not in entered:
+                return Step("convolve", entered.pop(), value, factor=None)
+        return None
+
+    def _is_depthwise(self, op: Operation) -> bool:
+        return op.name == "convolution" and self.values.flow.tensors[op.inputs[1]].shape[1] == 1
 
     def _is_bare(self, value: int) -> bool:
         """Whether a module that computes with weights, more than a norm, gives the value."""
@@ -395,7 +413,9 @@ def _branches(block: Block, position: int, step: Step) -> list[Branch]:
     if len(cones) > 1 and (len(heavy) < 2 or any(reads for part, (_, reads) in cones.items() if part not in heavy)):
         cones = {step.branch: block.values.cone(step.branch, block.states, block.call)}  # one branch's own residual
     for part, (ops, reads) in cones.items():
-        mixed = block.mixing(ops)
+        tail = list(block.tail(part))
+        bare = tail[-1].source if any(each.kind == "convolve" for each in tail) else part
+        mixed = block.mixing(ops if bare == part else block.values.cone(bare, block.states, block.call)[0])
         role = "other" if not reads else "mixer" if mixed else "mlp"
         twin = next((b for b in found if b.role == role), None)
         if twin is None:

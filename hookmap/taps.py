@@ -20,6 +20,8 @@ class Tap:
     terms: tuple[TermTemplate, ...]
     time: int
     evidence: str
+    beside: tuple[TermTemplate, ...] = ()
+    """what else the branch that reads it reads"""
 
 
 class Tapper:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
 from hookmap.checks_inside import checks_inside
+from hookmap.checks_reads import checks_reads
 from hookmap.discovery import discover
 from hookmap.errors import HookmapError, MapMismatchError, ModelError
 from hookmap.narrow import narrow
@@ -214,6 +215,8 @@ class _Verifier:
         yield from self._ends(values, output)
         yield from self._sums(values)
         for each in checks_inside(self.map, self.model, self.ids, values, self._error, self.tolerance):
+            yield Check(*each)
+        for each in checks_reads(self.map, self.model, self.ids, values, self._error, self.tolerance):
             yield Check(*each)
         yield from self._causes(values)
 
