@@ -32,9 +32,10 @@ def checks_reads(
         for layer in dict.fromkeys((kind.layers[0], kind.layers[-1]))
         if (point, layer) in values and (output, layer) in values
     ]
-    yield from checker.enters([(point, layer) for point, _, layer in tests])
+    entered = checker.enters([(point, layer) for point, _, layer in tests])
     other = checker.record([(name, layer) for point, output, layer in tests for name in (point, output)])
     for test in tests:
+        yield checker.behind_norms(*test, entered[test[0], test[2]])
         yield checker.determines(*test, other)
         yield checker.positions(*test)
 
@@ -86,22 +87,33 @@ class _Reads:
         detail = f"{point}{others} {verb} {output}: of other tokens it gives theirs"
         return "reads", (layer,), error <= self.tolerance, detail, error
 
-    def enters(self, names: list[Key]) -> Iterator[Result]:
-        """A module of the branch that has weights reads the tensor as it is: it is no norm, and no sum, too early."""
-        readers: dict[Key, list[str]] = {}
+    def behind_norms(self, point: str, output: str, layer: int, readers: list[str]) -> Result:
+        """Weights of the branch read the tensor as it is; or else, twice as large, it gives another output.
+
+        In front of a norm it would not; and some branches cut or mix the tensor before any weights.
+        """
+        if readers:
+            return "reads", (layer,), True, f"{point} enters {readers[0]}", None
+        error = self.error(
+            self._changed(point, output, layer, lambda _, tensor: tensor.mul_(2)), self.values[output, layer]
+        )
+        right = error > 0.01
+        said = f"{point} enters no weights as it is; {output} {'' if right else 'does not '}depend{'s' * right} on its size"
+        return "reads", (layer,), right, said, None
+
+    def enters(self, names: list[Key]) -> dict[Key, list[str]]:
+        """Point -> the modules of its branch, with weights, that read the tensor as it is."""
+        readers: dict[Key, list[str]] = {name: [] for name in names}
         with ExitStack() as stack:
             for point, layer in names:
                 parts: dict[int, Tensor] = {}
                 stack.enter_context(self._watching(self._selector(point, layer), _keep(parts)))
                 for path in self._weighty(point, layer):
-                    found = readers.setdefault((point, layer), [])
-                    hook = self._matching(parts, found, path)
+                    hook = self._matching(parts, readers[point, layer], path)
                     handle = self.model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
                     stack.callback(handle.remove)
             self._run(self.ids)
-        for (point, layer), found in readers.items():  # a branch without a module of its own has nothing to ask
-            said = f"{point} enters {found[0] or 'the model'}" if found else f"{point} enters no module with weights"
-            yield "reads", (layer,), bool(found), said, None
+        return readers
 
     def _weighty(self, point: str, layer: int | None) -> list[str]:
         """Paths of the branch's modules that have a matrix of their own."""

@@ -128,6 +128,8 @@ def assemble(
         model_points=_templates(outside.taps),
         model_unavailable=outside.unavailable,
         kinds=kinds,
+        joined=stack.joined,
+        left_out=stack.left_out,
         discovered_by=how,
     )
 

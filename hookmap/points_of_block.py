@@ -148,9 +148,14 @@ class _Reader:
         value = self._read_whole(states[-1], branch)
         value = self._collapsed(branch, states) or value
         beside = self._beside(branch, value)
-        if beside and value in states and self._mixed_early(branch, value, beside):
-            value, beside = self._gathered(branch), set()  # type: ignore[assignment]
-        missing = "it reads the stream mixed with other tensors that enter the block, and no one tensor is what it reads"
+        mixed = value in states and self._mixed_early(branch, value, beside)
+        if mixed or (value in states and not self._enters_weights(value)):
+            gathered = self._gathered(branch)
+            if mixed or gathered is not None:
+                value, beside = gathered, set()  # type: ignore[assignment]
+        missing = (
+            "it reads the stream mixed with other tensors that enter the block, and no one tensor is what it reads"
+        )
         self._put(name, value, "input" if value in self.block.states else "output", missing)
         self._put_beside(name, beside)
         if name == "mixer_in" or (name == "mlp_in" and self.points.branch_order != "parallel"):
@@ -196,7 +201,8 @@ class _Reader:
                     continue
                 behind = [each for part in raw for each in values.cone(part, [value], block.call)[0]]
                 if branch.role == "mlp" or block.mixing(behind):
-                    return self._read_whole(value, branch)
+                    whole = self._read_whole(value, branch)
+                    return whole if self._enters_weights(whole) else None
         return None
 
     def _collapsed(self, branch: Branch, states: list[int]) -> int | None:
