@@ -211,10 +211,6 @@ def _left_out(values: Values, best: Stack, groups: list[Group], reaching: set[in
             yield other.path
 
 
-def _is_wide(values: Values, tensor: int) -> bool:
-    return len(values.flow.tensors[tensor].shape) == 3
-
-
 def _rank(values: Values, stack: Stack) -> tuple[int, int, int, int]:
     """Blocks add to a stream; the steps of an MLP only hand a tensor on."""
     start = min(call.enter for call in stack.calls.values())

@@ -1,8 +1,9 @@
-"""Verification of what a branch reads: `mixer_in` and `mlp_in` are changed while the model runs, and its output is asked.
+"""Verification of what a branch reads: `mixer_in` and `mlp_in` are changed while the model runs.
 
 Three questions, of the first and the last layer of each kind: does the tensor determine the branch (another run's
-tensor there gives that run's output, whatever else the branch could reach stays), do the branch's own weights read it
-as it is, and does a change at one position move what it should (an MLP's own position, a mixer's later ones).
+tensor there gives that run's output, whatever else the branch could reach stays), is it behind the norms (the branch's
+own weights read it as it is), and does a change at one position move what it should (an MLP's own position, a mixer's
+later ones).
 """
 
 from __future__ import annotations
@@ -98,7 +99,11 @@ class _Reads:
             self._changed(point, output, layer, lambda _, tensor: tensor.mul_(2)), self.values[output, layer]
         )
         right = error > 0.01
-        said = f"{point} enters no weights as it is; {output} {'' if right else 'does not '}depend{'s' * right} on its size"
+        said = (
+            f"{output} depends on the size of {point}"
+            if right
+            else f"{point} is in front of a norm: twice it is no other"
+        )
         return "reads", (layer,), right, said, None
 
     def enters(self, names: list[Key]) -> dict[Key, list[str]]:

@@ -190,7 +190,10 @@ class _Reader:
         return False
 
     def _gathered(self, branch: Branch) -> int | None:
-        """The first tensor of the stream's size, at a boundary, that all of the branch is computed from (Inkling 2)."""
+        """The first tensor of the stream's size, at a boundary, that all of the branch is computed from (Inkling 2).
+
+        Behind positions that were mixed it is no longer what the branch reads (Zamba).
+        """
         block, values = self.block, self.values
         raw = [block.raw(part) for part in branch.parts]
         ops = {op.outputs[0]: op for part in raw for op in values.cone(part, block.states, block.call)[0]}
@@ -199,8 +202,7 @@ class _Reader:
                 like = value not in (*raw, *block.states) and values.size(value) == values.size(block.entry)
                 if not like or self._beside(branch, value) or self.tapper.tap(value) is None:
                     continue
-                behind = [each for part in raw for each in values.cone(part, [value], block.call)[0]]
-                if branch.role == "mlp" or block.mixing(behind):
+                if not block.mixing(values.cone(value, block.states, block.call)[0]):
                     whole = self._read_whole(value, branch)
                     return whole if self._enters_weights(whole) else None
         return None

@@ -244,7 +244,7 @@ def test_what_the_mixer_reads_is_behind_the_blend_and_not_the_stream() -> None:
     assert not _failed(verify(tower, architecture_map=found))
 
 
-@pytest.mark.parametrize(("point", "told"), [("mixer_in", "determines"), ("mlp_in", "does not depend on its size")])
+@pytest.mark.parametrize(("point", "told"), [("mixer_in", "determines"), ("mlp_in", "in front of a norm")])
 def test_a_map_that_gives_the_stream_for_the_blend_fails(point: str, told: str) -> None:
     tower = _made(Blended)
     place = {"mixer_in": ("body.{i}", 0), "mlp_in": ("body.{i}.cool", 0)}[point]
