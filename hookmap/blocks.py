@@ -201,9 +201,8 @@ def _left_out(values: Values, best: Stack, groups: list[Group], reaching: set[in
     blocks = list(best.calls.values())
     for path, calls, count in groups:
         apart = all(a.exit < b.enter or b.exit < a.enter for a in calls.values() for b in blocks)
-        lengths = {
-            values.flow.tensors[t].shape[1] for c in calls.values() for t in c.outputs.values() if _is_wide(values, t)
-        }
+        shapes = [values.flow.tensors[t].shape for call in calls.values() for t in call.outputs.values()]
+        lengths = {shape[1] for shape in shapes if len(shape) == 3}
         if path == best.path or not apart or len(lengths) != 1:
             continue
         other = _stack(values, path, calls, count, lengths.pop())

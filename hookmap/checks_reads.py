@@ -182,8 +182,7 @@ class _Reads:
         return of_template(self.map, point, layer, both)
 
     def _selector(self, point: str, layer: int | None) -> Selector:
-        (selector,) = self.map.selectors(point, layer)
-        return selector
+        return of_template(self.map, point, layer, self.map.kind_of(layer or 0).points[point])
 
     @contextmanager
     def _watching(self, selector: Selector, use: Callable[[int, Tensor], Any]) -> Iterator[None]:
