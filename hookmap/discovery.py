@@ -129,6 +129,8 @@ def assemble(
         model_points=_templates(outside.taps),
         model_unavailable=outside.unavailable,
         kinds=kinds,
+        joined=stack.joined,
+        left_out=stack.left_out,
         discovered_by=how,
     )
 
@@ -177,7 +179,10 @@ def _templates(taps: dict[str, Tap]) -> dict[str, PointTemplate]:
     """The taps in forward order, each with its place in it."""
     times = sorted({tap.time for tap in taps.values()})
     ordered = sorted(taps.items(), key=lambda item: item[1].time)
-    return {n: PointTemplate(terms=t.terms, order=times.index(t.time), evidence=t.evidence) for n, t in ordered}
+    return {
+        n: PointTemplate(terms=t.terms, order=times.index(t.time), evidence=t.evidence, beside=t.beside)
+        for n, t in ordered
+    }
 
 
 def _first_reader(readings: dict[int, BlockPoints], role: str) -> str | None:

@@ -264,10 +264,15 @@ def _entry(model_type: str, found: ArchitectureMap, changes: tuple[str, ...], se
         kinds=tuple(_kinds(found)),
         model_points=tuple(found.model_points),
         model_missing=dict(found.model_unavailable),
-        detail="" if status == "SUPPORTED" else "no point of a block was found",
+        detail=_not_covered(found) if status == "SUPPORTED" else "no point of a block was found",
         changes=changes,
         seconds=round(seconds, 1),
     )
+
+
+def _not_covered(found: ArchitectureMap) -> str:
+    lists = f"not in the map: {', '.join(f'`{path}`' for path in found.left_out)}" if found.left_out else ""
+    return lists if found.joined else f"{lists}; the model adds to the stream between blocks".lstrip("; ")
 
 
 def _kinds(found: ArchitectureMap) -> Iterator[Kind]:

@@ -26,7 +26,7 @@ _VOLATILE = {
     "bos_token_id", "eos_token_id", "pad_token_id", "problem_type", "chunk_size_feed_forward", "_commit_hash",
     "auto_map", "quantization_config",
 }  # fmt: skip
-_SEQUENCES = (7, 11, 13, 17, 19, 23, 29, 31, 37)
+_SEQUENCES = (13, 11, 17, 19, 23, 29, 31, 37, 7)
 
 
 def load_config(source: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> Any:
