@@ -13,6 +13,7 @@ import nnsight
 import torch
 from torch import nn
 
+from hookmap import skeleton
 from hookmap.engines._nnsight_sink import PassingCache, adopt_edits, attach, tree_over
 from hookmap.engines.observation import Observer
 from hookmap.errors import CaptureError
@@ -43,8 +44,7 @@ class NNsightEngine:
     @property
     def device(self) -> torch.device:
         """Where token ids are fed."""
-        device: torch.device = self.root.get_input_embeddings().weight.device  # type: ignore[operator]
-        return device
+        return skeleton.device_of(self.root.get_input_embeddings())  # type: ignore[operator]
 
     @property
     def vocabulary(self) -> int:
