@@ -491,20 +491,27 @@ def _input_embedding(found: ArchitectureMap, model: nn.Module) -> nn.Module | No
 
 
 def _expected(kind: BlockKind, role: str) -> dict[str, bool]:
-    """What must move, and what must not, when the weights of a branch change."""
+    """What must move, and what must not, when the weights of a branch change: never what the branch reads."""
+    before = {"resid_pre": False, f"{role}_in": False}
     if kind.branch_order == "sequential":
         if "mlp_in" in kind.points and kind.points["mlp_in"].order < kind.points["resid_mid"].order:
             moves = ("mixer_out", "resid_mid") if role == "mixer" else ("mlp_out",)  # an MLP before the mixer too
-            return {"resid_pre": False, **dict.fromkeys((*moves, "resid_post"), True)}
+            return {**before, **dict.fromkeys((*moves, "resid_post"), True)}
         if role == "mixer":
-            return {"resid_pre": False, "mixer_out": True, "resid_mid": True, "mlp_in": True, "resid_post": True}
-        stay = dict.fromkeys(("resid_pre", "mixer_in", "mixer_out", "resid_mid"), False)
-        return {**stay, "mlp_out": True, "resid_post": True}
+            return {**before, "mixer_out": True, "resid_mid": True, "mlp_in": True, "resid_post": True}
+        return {
+            **before,
+            "mixer_in": False,
+            "mixer_out": False,
+            "resid_mid": False,
+            "mlp_out": True,
+            "resid_post": True,
+        }
     if kind.branch_order == "parallel":
-        own, other = (role, "mlp" if role == "mixer" else "mixer")
-        return {"resid_pre": False, f"{other}_out": False, f"{own}_out": True, "resid_post": True}
+        other = "mlp" if role == "mixer" else "mixer"
+        return {**before, f"{other}_out": False, f"{role}_out": True, "resid_post": True}
     if kind.branch_order in ("mixer_only", "mlp_only"):
-        return {"resid_pre": False, f"{role}_in": False, f"{role}_out": True, "resid_post": True}
+        return {**before, f"{role}_out": True, "resid_post": True}
     return {}
 
 
