@@ -423,7 +423,7 @@ class _Verifier:
         paths = [path.replace("{i}", str(layer)) for path in (branch.modules if branch else ())]
         parameters = dict(self.model.named_parameters())
         # A pre-norm inside the branch's module (Reformer) makes what the branch reads: its weights are not the branch.
-        own = {t.module.replace("{i}", str(layer)) for t in _terms(kind, f"{role}_in") if t.side == "output"}
+        own = {t.module.replace("{i}", str(layer)) for t in _terms(kind, f"{role}_in") if t.side == "output"} - {*paths}
         other = kind.mlp if role == "mixer" else kind.mixer  # a module of both tells neither apart
         own |= {path.replace("{i}", str(layer)) for path in (other.modules if other else ())}
         return [
