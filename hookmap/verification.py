@@ -423,7 +423,7 @@ class _Verifier:
         paths = [path.replace("{i}", str(layer)) for path in (branch.modules if branch else ())]
         parameters = dict(self.model.named_parameters())
         # A pre-norm inside the branch's module (Reformer) makes what the branch reads: its weights are not the branch.
-        own = {t.module.replace("{i}", str(layer)) for t in _terms(kind, f"{role}_in") if t.side == "output"} - {*paths}
+        own = {t.module.replace("{i}", str(layer)) for t in _terms(kind, f"{role}_in") if t.side == "output"}
         other = kind.mlp if role == "mixer" else kind.mixer  # a module of both tells neither apart
         own |= {path.replace("{i}", str(layer)) for path in (other.modules if other else ())}
         return [
@@ -491,27 +491,20 @@ def _input_embedding(found: ArchitectureMap, model: nn.Module) -> nn.Module | No
 
 
 def _expected(kind: BlockKind, role: str) -> dict[str, bool]:
-    """What must move, and what must not, when the weights of a branch change: never what the branch reads."""
-    before = {"resid_pre": False, f"{role}_in": False}
+    """What must move, and what must not, when the weights of a branch change."""
     if kind.branch_order == "sequential":
         if "mlp_in" in kind.points and kind.points["mlp_in"].order < kind.points["resid_mid"].order:
             moves = ("mixer_out", "resid_mid") if role == "mixer" else ("mlp_out",)  # an MLP before the mixer too
-            return {**before, **dict.fromkeys((*moves, "resid_post"), True)}
+            return {"resid_pre": False, **dict.fromkeys((*moves, "resid_post"), True)}
         if role == "mixer":
-            return {**before, "mixer_out": True, "resid_mid": True, "mlp_in": True, "resid_post": True}
-        return {
-            **before,
-            "mixer_in": False,
-            "mixer_out": False,
-            "resid_mid": False,
-            "mlp_out": True,
-            "resid_post": True,
-        }
+            return {"resid_pre": False, "mixer_out": True, "resid_mid": True, "mlp_in": True, "resid_post": True}
+        stay = dict.fromkeys(("resid_pre", "mixer_in", "mixer_out", "resid_mid"), False)
+        return {**stay, "mlp_out": True, "resid_post": True}
     if kind.branch_order == "parallel":
-        other = "mlp" if role == "mixer" else "mixer"
-        return {**before, f"{other}_out": False, f"{role}_out": True, "resid_post": True}
+        own, other = (role, "mlp" if role == "mixer" else "mixer")
+        return {"resid_pre": False, f"{other}_out": False, f"{own}_out": True, "resid_post": True}
     if kind.branch_order in ("mixer_only", "mlp_only"):
-        return {**before, f"{role}_out": True, "resid_post": True}
+        return {"resid_pre": False, f"{role}_in": False, f"{role}_out": True, "resid_post": True}
     return {}
 
 
