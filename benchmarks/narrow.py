@@ -1,4 +1,4 @@
-"""The models that the benchmarks run: Qwen3 shapes with random weights. Imports no hookmap: peers' environments lack it."""
+"""The models that the benchmarks run: Qwen3 shapes, random weights. Imports no hookmap: peers' environments lack it."""
 
 from typing import Any
 
