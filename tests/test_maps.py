@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from hookmap.architecture_map import ArchitectureMap, load
 from hookmap.cli.commands.maps import command
 from hookmap.discovery import discover
-from hookmap.errors import DiscoveryError
 from hookmap.library import mappings_folder, shipped_architectures
 from hookmap.map_diff import differences
 from hookmap.maps import LEDGER, Entry, Kind, build_type, classes, done, sweep, tenth
@@ -165,8 +164,11 @@ def test_a_list_that_only_chooses_is_not_the_model() -> None:
     config = narrow(config_of("blt"))
     config.patcher_config.num_hidden_layers = 4
     config.global_config.num_hidden_layers = config.decoder_config.num_hidden_layers = 2
-    with pytest.raises(DiscoveryError, match="does not lead to the output"):
-        discover(config)
+    found = discover(config)
+    assert (found.layers_path, found.num_layers) == ("model.local_decoder.layers.{i}", 2)
+    assert not found.joined, "a cross-attention is added between its blocks"
+    assert "model.global_transformer.layers.{i}" in found.left_out
+    assert not any("patcher" in path for path in found.left_out), "it only chooses"
 
 
 def test_several_rows_of_codes_make_one_sequence() -> None:
