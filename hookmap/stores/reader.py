@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hookmap.stores.integrity import problems_of
 from hookmap.stores.interface import Store, unknown_sample
 from hookmap.stores.manifest import Manifest, TensorSpec, read_manifest
 from hookmap.stores.shard import DTYPES, SHARD_FOLDER, Stored, read_header, read_into, shard_name
-from hookmap.stores.table import SAMPLES, Entry, Table
+from hookmap.stores.table import OPTIONAL, SAMPLES, Entry, Table
 
 HEADERS = 256
 """shard headers that a reader keeps"""
@@ -70,6 +70,10 @@ class CaptureStore(Store):
     def sample(self, number: int) -> Sample:
         """The finished sample with this number. Raises SelectionError where there is none."""
         return self._entry(number).sample
+
+    @cached_property
+    def _numbers_by_id(self) -> dict[str, list[int]]:
+        return super()._numbers_by_id  # read through the table once
 
     def verify(self) -> list[str]:
         """Every problem of the folder, one line each; empty where it is sound. Reads all of it."""
@@ -209,4 +213,5 @@ def _describe_sample(sample: Sample) -> dict[str, Any]:
         "prompt_tokens": sample.prompt_tokens,
         "tokens": len(sample.token_ids),
         "rows": sample.rows,
+        **{name: value for name in OPTIONAL if (value := getattr(sample, name)) is not None},
     }
