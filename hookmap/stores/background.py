@@ -17,6 +17,8 @@ from hookmap.stores.folder import FolderWriter
 
 IN_FLIGHT = 64 * 2**20
 """bytes of rows that may wait for the disk"""
+AT_ONCE = 64
+"""rows are handed over when they are so many-th of that: waking the thread for each token would cost more than it"""
 
 
 class _Mark(NamedTuple):
@@ -26,10 +28,10 @@ class _Mark(NamedTuple):
     bytes: int = 0
 
 
-class _Call(NamedTuple):
-    run: Callable[[], None]
+class _Work(NamedTuple):
+    calls: list[Callable[[], None]]
     mark: _Mark
-    """how far the writer is after it"""
+    """how far the writer is after them"""
 
 
 class BackgroundWriter:
@@ -47,12 +49,14 @@ class BackgroundWriter:
         """`in_flight`: bytes of rows that may wait; a piece that is larger waits alone."""
         self._writer = writer
         self._in_flight = in_flight
-        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._held: list[Callable[[], None]] = []
+        self._held_bytes = 0
         self._handed = self._done = _Mark()
         self._error: BaseException | None = None
         self._closed = False
         self._bell = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name=f"writer of {writer.folder}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"writer of {writer.folder}", daemon=True)
         self._thread.start()
 
     @property
@@ -63,27 +67,33 @@ class BackgroundWriter:
 
     def write(self, activation: Activation) -> None:
         """Take rows; nobody may write to their memory any more. Raises what an earlier call met in the writer."""
-        self._hand_over(lambda: self._writer.write(activation), activation.tensor.nbytes)
+        self._hold(lambda: self._writer.write(activation), activation.tensor.nbytes)
+        if self._held_bytes * AT_ONCE >= self._in_flight:
+            self._hand_over()
 
     def finish(self, sample: Sample) -> None:
         """All rows of this sample are handed over. Raises as `write` does."""
-        self._hand_over(lambda: self._writer.finish(sample))
+        self._hold(lambda: self._writer.finish(sample))
+        self._hand_over()
 
     def abandon(self) -> None:
         """Forget the rows of samples that are not committed; returns when that is done. Raises as `write` does."""
-        self._hand_over(self._writer.abandon)
+        self._hold(self._writer.abandon)
         self.wait()
 
     def wait(self) -> None:
         """Return when all that was handed over is with the writer. Raises as `write` does."""
+        self._hand_over()
         while self._done.calls < self._handed.calls:
             self._bell.acquire()
         self._tell()
 
     def close(self, finished: bool) -> None:
         """Write what waits and end the writing, as FolderWriter's `close` does. Raises as that one and `write` do."""
+        if not self._closed:
+            self._hand_over(tell=False)
         self._closed = True
-        self._calls.put(None)
+        self._work.put(None)
         self._thread.join()  # interrupted here, `with` closes once more and so waits again
         if finished:
             self._tell()
@@ -102,28 +112,39 @@ class BackgroundWriter:
             with contextlib.suppress(StoreError):  # the first error is the one to tell; the folder is valid as it is
                 self.close(finished=False)
 
-    def _hand_over(self, run: Callable[[], None], size: int = 0) -> None:
-        while self._handed.bytes - self._done.bytes + size > self._in_flight and self._done.calls < self._handed.calls:
-            self._bell.acquire()
+    def _hold(self, call: Callable[[], None], size: int = 0) -> None:
         self._tell()
         if self._closed:
             raise StoreError(f"{self._writer.folder} is closed: resume it to write more.")
-        mark = _Mark(self._handed.calls + 1, self._handed.bytes + size)
-        self._calls.put(_Call(run, mark))
-        self._handed = mark
+        self._held.append(call)
+        self._held_bytes += size
+
+    def _hand_over(self, tell: bool = True) -> None:
+        """Give the thread what is held, when there is room for it. `tell`: raise what the writer met."""
+        size = self._held_bytes
+        while self._handed.bytes - self._done.bytes + size > self._in_flight and self._done.calls < self._handed.calls:
+            self._bell.acquire()
+        if tell:
+            self._tell()
+        if self._held:
+            work = _Work(self._held, _Mark(self._handed.calls + len(self._held), self._handed.bytes + size))
+            self._held, self._held_bytes = [], 0
+            self._work.put(work)
+            self._handed = work.mark
 
     def _tell(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
             try:
-                if self._error is None:
-                    call.run()
+                for call in work.calls:
+                    if self._error is None:
+                        call()
             except BaseException as error:
                 self._error = error
-            self._done = call.mark
-            del call  # or its rows would stay until the next ones come
+            self._done = work.mark
+            call = work = None  # type: ignore[assignment]  # or their rows would stay until the next ones come
             with contextlib.suppress(RuntimeError):  # nobody has listened since it rang last
                 self._bell.release()

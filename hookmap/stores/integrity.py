@@ -71,13 +71,17 @@ def _table_problems(folder: Path, manifest: Manifest, committed: Committed) -> I
             if entry.sample.sample in seen:
                 yield f"{path}, line {number}: sample {entry.sample.sample} is there twice"
             seen.add(entry.sample.sample)
-            for problem in _entry_problems(manifest, committed, entry, rows_of):
+            for problem in entry_problems(manifest, committed.shards, entry, rows_of):
                 yield f"{path}, line {number}, sample {entry.sample.sample}: {problem}"
 
 
-def _entry_problems(
-    manifest: Manifest, committed: Committed, entry: Entry, rows_of: Callable[[int], dict[str, int] | None]
+def entry_problems(
+    manifest: Manifest, shards: int | None, entry: Entry, rows_of: Callable[[int], dict[str, int] | None]
 ) -> Iterator[str]:
+    """What is wrong with one line of the table of samples.
+
+    `shards`: how many there are, where that is known; `rows_of`: rows of each tensor in a shard, None if it is broken.
+    """
     for place, spec in enumerate(manifest.tensors):
         reached = 0
         for span in entry.spans:
@@ -86,8 +90,8 @@ def _entry_problems(
             if span.start != reached:
                 yield f"{spec.name}: expected a span from row {reached} on, found one from {span.start} on"
             reached = span.start + span.rows
-            if span.shard >= committed.shards:
-                yield f"{spec.name}: expected a shard under {committed.shards}, found {span.shard}"
+            if shards is not None and span.shard >= shards:
+                yield f"{spec.name}: expected a shard under {shards}, found {span.shard}"
             elif (held := rows_of(span.shard)) is not None and span.row + span.rows > held.get(spec.name, 0):
                 end, found = span.row + span.rows, held.get(spec.name, 0)
                 yield f"{spec.name}: expected {end} rows in shard {span.shard}, found {found}"

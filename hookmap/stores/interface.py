@@ -101,6 +101,10 @@ class Store(ABC):
                 numbers.setdefault(sample.id, []).append(sample.sample)
         return numbers
 
+    def rows_at(self, sample: int, key: Key, rows: Sequence[int]) -> torch.Tensor:
+        """These rows of one sample (rows, not positions, and all inside it), [len(rows), *row]."""
+        return self._rows(sample, key, rows)
+
     def __getitem__(self, where: "str | tuple[str, int | None]") -> "torch.Tensor | list[torch.Tensor]":
         """All rows of all samples: [batch, pos, d] where every sample has as many rows, else a list of [pos, d]."""
         key = self.key(*place_of(where))

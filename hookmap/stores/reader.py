@@ -24,10 +24,10 @@ HEADERS = 256
 class CaptureStore(Store):
     """A capture folder as it stood when it was opened: samples finished later are seen by opening it again."""
 
-    def __init__(self, path: "str | os.PathLike[str]") -> None:
-        """Reads the manifest and the table's line starts. Raises StoreError."""
+    def __init__(self, path: "str | os.PathLike[str]", opened: tuple[Manifest, Table] | None = None) -> None:
+        """Reads the manifest and the table's line starts, where `opened` does not give them. Raises StoreError."""
         self.path = Path(path)
-        self.manifest, self._table = self._open()
+        self.manifest, self._table = self._open() if opened is None else opened
         self._places = {key: place for place, key in enumerate(self.manifest.keys)}
         self._header = lru_cache(HEADERS)(self._read_header)
         self._entry = lru_cache(64)(self._read_entry)
@@ -74,6 +74,10 @@ class CaptureStore(Store):
     @cached_property
     def _numbers_by_id(self) -> dict[str, list[int]]:
         return super()._numbers_by_id  # read through the table once
+
+    def groups(self) -> Iterator[list[int]]:
+        """The numbers of samples that were committed together (a batch), in the order of writing."""
+        return self._table.groups()
 
     def verify(self) -> list[str]:
         """Every problem of the folder, one line each; empty where it is sound. Reads all of it."""
