@@ -262,7 +262,7 @@ def _import_datasets() -> Any:
 
 
 def _save_dataset(datasets: Any, rows: Callable[[], Iterator[dict[str, Any]]], columns: Any, folder: Path) -> None:
-    cache = folder / ".cache"  # from_generator writes there first; on the disk that is written to anyway
+    cache = folder.with_name(f"{folder.name}.arrow")  # beside it: a dataset is not saved over its own file
     quiet = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
