@@ -90,6 +90,19 @@ def one_slice(path: Path) -> None:
     assert open_store(path).read(0, "resid_mid", 14).shape == (TOKENS, WIDTH)
 
 
+def training(path: Path) -> None:
+    """All rows of all tensors in random order, as a probe or an autoencoder takes them."""
+    rows = 0
+    for batch in open_store(path).dataset(POINTS, batch_size=256, shuffle_rows=512):
+        rows += len(batch["resid_mid.0"])
+    assert rows == TOKENS
+
+
+def one_training(path: Path) -> None:
+    """All rows of one point of one layer in random order: a 56th of the bytes."""
+    assert sum(len(batch["resid_mid.14"]) for batch in open_store(path).dataset("resid_mid", 14)) == TOKENS
+
+
 def seconds_of(run: Callable[[Path], None], path: Path) -> float:
     cool(path)
     begun = time.perf_counter()
@@ -123,8 +136,8 @@ def main() -> None:
             if way != list(WAYS)[-1]:
                 shutil.rmtree(path)
         on_disk = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        for name, run in (("plain", plain_read), ("slice", one_slice)):
-            read.setdefault(name, []).append(seconds_of(run, path))
+        for run in (plain_read, one_slice, training, one_training):
+            read.setdefault(run.__name__, []).append(seconds_of(run, path))
         shutil.rmtree(path)
     shutil.rmtree(folder)
     print(describe(), end="\n\n")
@@ -137,8 +150,17 @@ def main() -> None:
         seconds, ratios, peaks = zip(*found, strict=True)
         print(f"| {way} | {median(ratios):.2f} | {SIZE / median(seconds) / 1e6:.0f} | {median(peaks) / 1e6:.0f} |")
     print(f"\nBytes on disk over bytes of the tensors: {on_disk / SIZE:.4f}.")
-    print(f"A cold slice, one point of one layer, all tokens: {median(read['slice']) * 1e3:.0f} ms;")
-    print(f"all shards read plainly, cold: {SIZE / median(read['plain']) / 1e6:.0f} MB/s.")
+    plain = read["plain_read"]
+    print("\n| cold read | ms | MB/s | over a plain read |")
+    print("|---|---|---|---|")
+    for name, what, size in (
+        ("plain_read", "all shards, one after the other", SIZE),
+        ("training", "the data set: all tensors, all rows at random", SIZE),
+        ("one_slice", "one point of one layer", SIZE // len(KEYS)),
+        ("one_training", "the data set: one point of one layer, all rows at random", SIZE // len(KEYS)),
+    ):
+        ratio = median([size / SIZE * base / mine for base, mine in zip(plain, read[name], strict=True)])
+        print(f"| {what} | {median(read[name]) * 1e3:.0f} | {size / median(read[name]) / 1e6:.0f} | {ratio:.2f} |")
 
 
 def median(values: "list[float] | tuple[float, ...]") -> float:

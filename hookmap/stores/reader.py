@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +15,10 @@ from hookmap.stores.integrity import problems_of
 from hookmap.stores.interface import Store, unknown_sample
 from hookmap.stores.manifest import Manifest, TensorSpec, read_manifest
 from hookmap.stores.shard import DTYPES, SHARD_FOLDER, Stored, read_header, read_into, shard_name
-from hookmap.stores.table import OPTIONAL, SAMPLES, Entry, Table
+from hookmap.stores.table import OPTIONAL, SAMPLES, Entry, Span, Table
+
+if TYPE_CHECKING:
+    from hookmap.stores.dataset import RowDataset
 
 HEADERS = 256
 """shard headers that a reader keeps"""
@@ -78,6 +81,42 @@ class CaptureStore(Store):
     def groups(self) -> Iterator[list[int]]:
         """The numbers of samples that were committed together (a batch), in the order of writing."""
         return self._table.groups()
+
+    def spans(self) -> Iterator[tuple[int, tuple[Span, ...]]]:
+        """Where the rows of each finished sample are, by its number."""
+        return ((number, self._read_entry(number).spans) for number in self._table.numbers)
+
+    def shard_rows(self, shard: int, key: Key, row: int, rows: int) -> torch.Tensor:
+        """Rows of one tensor as they lie in one shard, whosesoever they are, [rows, *row]. Raises StoreError."""
+        spec, what = self.manifest.tensors[self._places[key]], self.manifest.specs[key]
+        stored = self._stored(shard, spec)
+        if row + rows > stored.shape[0]:
+            raise self._contradiction(shard, spec, f"{row + rows} rows", f"{stored.shape[0]}")
+        data = bytearray(rows * stored.row_bytes)
+        read_into(self._shard_path(shard), [(stored.offset + row * stored.row_bytes, memoryview(data))])
+        return torch.frombuffer(data, dtype=what.dtype).reshape(rows, *what.shape)
+
+    def dataset(
+        self, points: "str | Sequence[str]", layers: "int | Sequence[int] | None" = None, **how: Any
+    ) -> "RowDataset":
+        """Batches of rows in random order, for training: {"resid_mid.8": [batch, d], …}. See RowDataset for `how`.
+
+        `layers`: of the points that have one; None for all that are held. Raises SelectionError.
+        """
+        from hookmap.stores.dataset import RowDataset  # it needs torch.utils.data, which a reader does not
+
+        names = [points] if isinstance(points, str) else points
+        chosen = [layers] if isinstance(layers, int) else layers
+        keys: list[Key] = []
+        for name in names:
+            if chosen is None:
+                keys += [key for key in self.keys if (name, key[1]) == key] or [self.key(name)]
+            else:
+                keys += [self.key(name, layer) for layer in chosen]
+        return RowDataset(self, keys, **how)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CaptureStore, (self.path,)  # a process of its own opens the folder itself
 
     def verify(self) -> list[str]:
         """Every problem of the folder, one line each; empty where it is sound. Reads all of it."""
