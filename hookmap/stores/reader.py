@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from hookmap.activations import Key, Sample
 from hookmap.errors import StoreError
 from hookmap.stores.integrity import problems_of
 from hookmap.stores.interface import Store, unknown_sample
+from hookmap.stores.location import Location, location, sizes
 from hookmap.stores.manifest import Manifest, TensorSpec, read_manifest
 from hookmap.stores.shard import DTYPES, SHARD_FOLDER, Stored, read_header, read_into, shard_name
 from hookmap.stores.table import OPTIONAL, SAMPLES, Entry, Span, Table
@@ -27,9 +27,9 @@ HEADERS = 256
 class CaptureStore(Store):
     """A capture folder as it stood when it was opened: samples finished later are seen by opening it again."""
 
-    def __init__(self, path: "str | os.PathLike[str]", opened: tuple[Manifest, Table] | None = None) -> None:
+    def __init__(self, path: "str | os.PathLike[str] | Location", opened: tuple[Manifest, Table] | None = None) -> None:
         """Reads the manifest and the table's line starts, where `opened` does not give them. Raises StoreError."""
-        self.path = Path(path)
+        self.path = location(path)
         self.manifest, self._table = self._open() if opened is None else opened
         self._places = {key: place for place, key in enumerate(self.manifest.keys)}
         self._header = lru_cache(HEADERS)(self._read_header)
@@ -140,7 +140,7 @@ class CaptureStore(Store):
             "rows": rows,
             "shards": self._table.committed.shards,
             "bytes": sum(rows * _row_bytes(spec) for spec in manifest.tensors),
-            "bytes_on_disk": sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()),
+            "bytes_on_disk": sum(sizes(self.path).values()),
             "settings": manifest.settings,
             "versions": list(manifest.versions),
             "tensors": [self._describe_tensor(spec, norms) for spec in manifest.tensors],
@@ -217,7 +217,7 @@ class CaptureStore(Store):
             f"samples say, found {found}.\nSee every problem: hookmap inspect {self.path} --verify"
         )
 
-    def _shard_path(self, shard: int) -> Path:
+    def _shard_path(self, shard: int) -> Location:
         return self.path / SHARD_FOLDER / shard_name(shard)
 
     def _read_header(self, shard: int) -> dict[str, Stored]:

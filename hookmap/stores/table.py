@@ -12,11 +12,11 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hookmap.activations import Sample
 from hookmap.errors import StoreError
+from hookmap.stores.location import Location
 from hookmap.stores.shard import ShardInfo
 
 SAMPLES = "samples.jsonl"
@@ -87,14 +87,14 @@ def encode_group(entries: Sequence[Entry], shards: int) -> bytes:
     return "".join(lines).encode("ascii")
 
 
-def scan(path: Path, known: Committed | None = None) -> Committed:
+def scan(path: Location, known: Committed | None = None) -> Committed:
     """The groups of the table that are whole, from `known` on. Raises StoreError where a line inside is broken."""
     committed = Committed() if known is None else known
     numbers: list[int] = []
     offsets: list[int] = []
     rows = 0
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             offset = file.seek(committed.size)
             for line in file:
                 start = _START.match(line)
@@ -122,7 +122,7 @@ def left_of(line: bytes) -> int | None:
     return int(start[2]) if start else None
 
 
-def decode_entry(line: bytes, path: Path, number: int) -> Entry:
+def decode_entry(line: bytes, path: Location, number: int) -> Entry:
     """One line of the table of samples. Raises StoreError that names the line where it is broken."""
     try:
         found = json.loads(line)
@@ -172,7 +172,7 @@ def _labels(value: Any) -> Mapping[str, Any] | None:
     return value
 
 
-def broken_line(path: Path, number: int, found: str) -> StoreError:
+def broken_line(path: Location, number: int, found: str) -> StoreError:
     return StoreError(
         f"{path}, line {number} is broken: expected a line as docs/store.md says, found {found}.\n"
         f"See every problem of this capture: hookmap inspect {path.parent} --verify"
@@ -182,7 +182,7 @@ def broken_line(path: Path, number: int, found: str) -> StoreError:
 class Table(Sequence[Sample]):
     """The finished samples by number, each read from disk when it is asked for."""
 
-    def __init__(self, path: Path, committed: Committed | None = None) -> None:
+    def __init__(self, path: Location, committed: Committed | None = None) -> None:
         """`committed`: which lines count, where that is known already."""
         self.path = path
         self.committed = scan(path) if committed is None else committed
@@ -212,7 +212,7 @@ class Table(Sequence[Sample]):
         """The numbers of samples that were committed together, as they stand in the table."""
         group: list[int] = []
         before = 0
-        with open(self.path, "rb") as file:
+        with self.path.open("rb") as file:
             for number, offset in zip(self.committed.numbers, self.committed.offsets, strict=True):
                 file.seek(offset)
                 left = left_of(file.readline()) or 0
@@ -225,7 +225,7 @@ class Table(Sequence[Sample]):
             yield group
 
     def _entry(self, line: int) -> Entry:
-        with open(self.path, "rb") as file:
+        with self.path.open("rb") as file:
             file.seek(self.committed.offsets[line])
             return decode_entry(file.readline(), self.path, line + 1)
 
@@ -235,11 +235,11 @@ def encode_shards(shards: Sequence[ShardInfo]) -> bytes:
     return "".join(json.dumps(asdict(shard)) + "\n" for shard in shards).encode("ascii")
 
 
-def read_shards(path: Path, count: int) -> Iterator[tuple[ShardInfo, int]]:
+def read_shards(path: Location, count: int) -> Iterator[tuple[ShardInfo, int]]:
     """The first `count` lines of the table of shards, each with the offset of its end. Raises StoreError."""
     end = number = 0
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             while number < count and (line := file.readline()).endswith(b"\n"):
                 end += len(line)
                 yield decode_shard(line, path, number), end
@@ -250,7 +250,7 @@ def read_shards(path: Path, count: int) -> Iterator[tuple[ShardInfo, int]]:
         raise StoreError(f"{path} is cut short: expected {count} shards, as {SAMPLES} says, found {number}.")
 
 
-def decode_shard(line: bytes, path: Path, number: int) -> ShardInfo:
+def decode_shard(line: bytes, path: Location, number: int) -> ShardInfo:
     """One line of the table of shards, which is of shard `number`. Raises StoreError where it is not."""
     try:
         found = json.loads(line)
