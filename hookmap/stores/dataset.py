@@ -179,7 +179,7 @@ def _swap(held: _Rows, piece: _Rows, places: torch.Tensor) -> _Rows:
     out = _take(held, places)
     for name, value in held.items():
         if isinstance(value, torch.Tensor):
-            value[places] = piece[name]
+            value.index_copy_(0, places, piece[name])
         else:
             for place, one in zip(places.tolist(), piece[name], strict=True):
                 value[place] = one
@@ -212,7 +212,9 @@ def _join(parts: Sequence[_Rows]) -> _Rows:
 
 def _take(rows: _Rows, places: torch.Tensor) -> _Rows:
     return {
-        name: value[places] if isinstance(value, torch.Tensor) else [value[place] for place in places.tolist()]
+        name: value.index_select(0, places)
+        if isinstance(value, torch.Tensor)
+        else [value[place] for place in places.tolist()]
         for name, value in rows.items()
     }
 

@@ -31,6 +31,7 @@ class CaptureStore(Store):
         """Reads the manifest and the table's line starts, where `opened` does not give them. Raises StoreError."""
         self.path = location(path)
         self.manifest, self._table = self._open() if opened is None else opened
+        self._specs = self.manifest.specs
         self._places = {key: place for place, key in enumerate(self.manifest.keys)}
         self._header = lru_cache(HEADERS)(self._read_header)
         self._entry = lru_cache(64)(self._read_entry)
@@ -88,7 +89,7 @@ class CaptureStore(Store):
 
     def shard_rows(self, shard: int, key: Key, row: int, rows: int) -> torch.Tensor:
         """Rows of one tensor as they lie in one shard, whosesoever they are, [rows, *row]. Raises StoreError."""
-        spec, what = self.manifest.tensors[self._places[key]], self.manifest.specs[key]
+        spec, what = self.manifest.tensors[self._places[key]], self._specs[key]
         stored = self._stored(shard, spec)
         if row + rows > stored.shape[0]:
             raise self._contradiction(shard, spec, f"{row + rows} rows", f"{stored.shape[0]}")
@@ -164,7 +165,7 @@ class CaptureStore(Store):
 
     def _rows(self, sample: int, key: Key, rows: Sequence[int]) -> torch.Tensor:
         entry, place = self._entry(sample), self._places[key]
-        spec = self.manifest.specs.get(key)
+        spec = self._specs.get(key)
         if spec is None:  # no sample has rows yet
             return torch.empty(0, 0)
         if not len(rows):
