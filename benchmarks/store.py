@@ -26,7 +26,7 @@ from hookmap.stores.background import BackgroundWriter
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.manifest import manifest_of_run
 
-LAYERS, POINTS, WIDTH, TOKENS, ROUNDS = 28, ("resid_pre", "resid_mid"), 1024, 2048, 7
+LAYERS, POINTS, WIDTH, TOKENS, ROUNDS = 28, ("resid_pre", "resid_mid"), 1024, 2048, 5
 KEYS = [(point, layer) for layer in range(LAYERS) for point in POINTS]
 SIZE = len(KEYS) * WIDTH * 2 * TOKENS
 WAYS = {
@@ -48,7 +48,7 @@ def write(path: Path, way: str) -> None:
     with BackgroundWriter(writer) if background else writer as sink:
         for start in range(0, TOKENS, step):
             for point, layer in KEYS:
-                sink.write(Activation(0, point, layer, start, rows[point, layer]))
+                sink.write(Activation(0, point, layer, start, rows[point, layer].clone()))
         sink.finish(Sample(0, "", "", tuple(range(TOKENS + 1)), 1, TOKENS))
     seconds = time.perf_counter() - begun
     print(json.dumps([seconds, memory("VmHWM") - before]))
