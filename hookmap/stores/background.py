@@ -15,9 +15,9 @@ from hookmap.activations import Activation, Sample
 from hookmap.errors import StoreError
 from hookmap.stores.folder import FolderWriter
 
-IN_FLIGHT = 64 * 2**20
+IN_FLIGHT = 32 * 2**20
 """bytes of rows that may wait for the disk"""
-AT_ONCE = 64
+AT_ONCE = 32
 """rows are handed over when they are so many-th of that: waking the thread for each token would cost more than it"""
 
 
