@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hookmap.errors import UsageError
+from hookmap.errors import CaptureError, StoreError
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +31,10 @@ class Grid:
     point: str
 
     def __post_init__(self) -> None:
-        """Raises UsageError where labels and values differ in number."""
+        """Raises CaptureError where labels and values differ in number."""
         labels = (len(self.layers), len(self.positions))
         if tuple(self.values.shape) != labels or len(self.tokens) != len(self.positions):
-            raise UsageError(
+            raise CaptureError(
                 f"a grid's values are [layers, positions]: got {list(self.values.shape)} for {labels[0]} layers, "
                 f"{labels[1]} positions and {len(self.tokens)} tokens."
             )
@@ -58,7 +58,7 @@ class Grid:
 
 
 def load_grid(path: str | Path) -> Grid:
-    """What `Grid.save` wrote. Raises UsageError where the file is none of these."""
+    """What `Grid.save` wrote. Raises StoreError where the file is none of these."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -66,6 +66,6 @@ def load_grid(path: str | Path) -> Grid:
             labels = json.loads((file.metadata() or {})["hookmap.grid"])
             values = file.get_tensor("values")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UsageError(f"{path}: no grid that hookmap wrote ({type(error).__name__}: {error}).") from error
+        raise StoreError(f"{path}: no grid that hookmap wrote ({type(error).__name__}: {error}).") from error
     lists = {name: tuple(labels[name]) for name in ("layers", "positions", "tokens")}
     return Grid(values, metric=labels["metric"], point=labels["point"], **lists)
