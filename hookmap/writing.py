@@ -18,6 +18,8 @@ from hookmap.points import POINTS
 from hookmap.selectors import Selector, Term
 
 Mode = Literal["replace", "in place"]
+Given = tuple[Sequence[Any], Mapping[str, Any], Any]
+"""args, kwargs (of an input), output (of an output)"""
 Cells = tuple[list[int], list[int]]
 """(rows of the batch, columns of the forward pass), pairwise"""
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -51,14 +53,20 @@ class Place:
     term: Term
     mode: Mode
 
+    def read(self, given: Given, shape: tuple[int, int], cells: Cells) -> torch.Tensor:
+        """The point's values at the cells, [cells, ...], a copy."""
+        tensor = self.term.arrange(self.term.resolve(*given), *shape)
+        rows: torch.Tensor = tensor.detach()[tuple(torch.tensor(part, device=tensor.device) for part in cells)]
+        return rows if self.term.scale == 1.0 else rows * self.term.scale
+
     def write(
         self,
-        given: tuple[Sequence[Any], Mapping[str, Any], Any],
+        given: Given,
         shape: tuple[int, int],
         cells: Cells,
         change: Change,
         what: str,
-    ) -> tuple[Sequence[Any], Mapping[str, Any], Any]:
+    ) -> Given:
         """Args, kwargs and output with the point changed at the cells. `shape`: rows of the batch, columns fed.
 
         Other cells keep their bits, and so does a value that `change` leaves as it is. Of a term with a constant scale
@@ -108,9 +116,7 @@ class Place:
         return torch.where(new == old, raw, new / scale)
 
 
-def passed_on(
-    term: Term, given: tuple[Sequence[Any], Mapping[str, Any], Any], tensor: torch.Tensor
-) -> tuple[Sequence[Any], Mapping[str, Any], Any]:
+def passed_on(term: Term, given: Given, tensor: torch.Tensor) -> Given:
     """Args, kwargs and output with `tensor` at the term's place; the containers are copies of the same kind."""
     args, kwargs, output = given
     if term.side == "output":

@@ -14,10 +14,8 @@ from hookmap.engines.observation import Observer, token_ids
 from hookmap.errors import InterventionError
 from hookmap.kept import Kept
 from hookmap.selectors import Selector
-from hookmap.writing import Cells, Place, mode_of
+from hookmap.writing import Cells, Given, Place, mode_of
 
-Given = tuple[Sequence[Any], Mapping[str, Any], Any]
-"""args, kwargs (of an input), output (of an output)"""
 Where = Sequence[tuple[int, int]]
 """(number of the sample in the run, position) of each row"""
 
@@ -99,17 +97,13 @@ class Editor:
 
     def _write(self, number: int, edit: Edit, given: Given) -> Given:
         cells, where = self._chosen(edit)
-        if not where and not (edit.means and self._observer.columns.start == 0):
-            return given
         shape = (len(self._observer.layout.samples), len(self._observer.columns))
-        wanted = len(where)
-        if edit.means:
-            cells, where = self._with_prompts(number, cells, where)
+        means = self._means_of(number, edit.place, given, cells[0], shape) if edit.means else None
+        if not where:
+            return given
 
         def change(rows: torch.Tensor) -> torch.Tensor:
-            means = self._means_of(number, rows, cells, where, wanted) if edit.means else None
-            new = _on_heads(edit, rows[:wanted], where[:wanted], means)
-            return torch.cat([new.to(rows.dtype), rows[wanted:]])
+            return _on_heads(edit, rows, where, means)
 
         return edit.place.write(given, shape, cells, change, str(edit.selector))
 
@@ -145,34 +139,22 @@ class Editor:
                 found.append((column, position, max(0, position - length + 1)))
         return found
 
-    def _with_prompts(
-        self, number: int, cells: Cells, where: list[tuple[int, int]]
-    ) -> tuple[Cells, list[tuple[int, int]]]:
-        """The cells, and behind them those of the prompts, in the pass that is fed these."""
-        rows, columns, all_where = list(cells[0]), list(cells[1]), list(where)
+    def _means_of(
+        self, number: int, place: Place, given: Given, rows: list[int], shape: tuple[int, int]
+    ) -> torch.Tensor | None:
+        """The mean of each row's prompt, computed in the pass that is fed it."""
         begins = self._observer.columns.start == 0
-        needed = range(len(self._observer.layout.samples)) if begins else sorted(set(cells[0]))
-        for row in needed:
+        for row in range(shape[0]) if begins else sorted(set(rows)):
             if not begins and (number, row) in self._means:
                 continue
-            prompt = [(column, position) for column, position, step in self._tokens_of(row) if step == 0]
+            prompt = [column for column, _, step in self._tokens_of(row) if step == 0]
             if len(prompt) != self._observer.layout.lengths[row]:
                 raise InterventionError(
                     "the mean over a prompt is asked for, and the model is fed the prompt in pieces: "
                     "generate without prefill_chunk_size, or give the mean as a vector."
                 )
-            rows += [row] * len(prompt)
-            columns += [column for column, _ in prompt]
-            all_where += [(self._observer.layout.samples[row], position) for _, position in prompt]
-        return (rows, columns), all_where
-
-    def _means_of(self, number: int, rows: torch.Tensor, cells: Cells, where: Where, wanted: int) -> torch.Tensor:
-        fresh = torch.tensor(cells[0][wanted:], device=rows.device)
-        for row in sorted(set(cells[0][wanted:])):
-            self._means[number, row] = rows[wanted:][fresh == row].float().mean(0)
-        return torch.stack([self._means[number, row] for row in cells[0][:wanted]] or [rows[:0].float().sum(0)])[
-            :wanted
-        ]
+            self._means[number, row] = place.read(given, shape, ([row] * len(prompt), prompt)).float().mean(0)
+        return torch.stack([self._means[number, row] for row in rows]) if rows else None
 
 
 def _on_heads(edit: Edit, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
