@@ -17,7 +17,7 @@ from hookmap.errors import CaptureError, DiscoveryError, MapMismatchError, Model
 from hookmap.estimate import Estimate, estimate
 from hookmap.generation import check_count
 from hookmap.interventions import read_interventions
-from hookmap.kept import Kept, Positions, kept
+from hookmap.kept import Kept, Positions, kept, matching_tokens
 from hookmap.library import load_map, resize
 from hookmap.loading import load_config, load_model, load_tokenizer
 from hookmap.plan import Plan, plan
@@ -115,7 +115,7 @@ class HookedModel:
         Raises SelectionError, TokenizerError, StoreError, InterventionError, and CaptureError where a run did not see
         what it should or would not fit into memory.
         """
-        encoded = self._encode(prompts, chat)
+        encoded = self.encode(prompts, chat)
         chosen = kept(
             positions, every=every, mean=mean, features=features, features_seed=features_seed, dtype=keep_dtype
         )
@@ -162,17 +162,23 @@ class HookedModel:
         chosen = {"points": (), **(capture or {})}
         return self.capture(prompts, max_new_tokens=max_new_tokens, interventions=interventions, **chosen, **options)
 
+    def matching(self, chosen: Kept) -> frozenset[int]:
+        """The token ids that positions="text=…" means. Raises SelectionError."""
+        return matching_tokens(chosen, self.tokenizer, vocabulary_of(self._hooks))
+
     @cached_property
     def proofs(self) -> Proofs:
         """What was shown about writing the points of this model."""
         return Proofs(self._hooks, self.map)
 
     def _plan(self, interventions: Any, prompts: Sequence[Prompt], max_new_tokens: int, chat: Chat) -> Plan | None:
+        if isinstance(interventions, Plan):
+            return interventions
         found = read_interventions(interventions)
         if not found:
             return None
         check_count("max_new_tokens", max_new_tokens, least=0)
-        return plan(self, found, prompts, max_new_tokens, vocabulary_of(self._hooks), chat)
+        return plan(self, found, prompts, max_new_tokens, chat)
 
     def estimate(
         self,
@@ -196,7 +202,7 @@ class HookedModel:
             positions, every=every, mean=mean, features=features, features_seed=features_seed, dtype=keep_dtype
         )
         selectors = self.map.selectors(points, layers)
-        return self._estimate(self._encode(prompts, chat), selectors, max_new_tokens, chosen, batch_size, batch_tokens)
+        return self._estimate(self.encode(prompts, chat), selectors, max_new_tokens, chosen, batch_size, batch_tokens)
 
     def _estimate(
         self,
@@ -246,7 +252,8 @@ class HookedModel:
         parameters = self.model.get_submodule(selector.module).parameters()
         return max((p.numel() for p in parameters), default=0) // self.map.d_model
 
-    def _encode(self, prompts: Any, chat: Chat) -> tuple[Prompt, ...]:
+    def encode(self, prompts: Any, chat: Chat) -> tuple[Prompt, ...]:
+        """Prompts as the model reads them; see `capture`. Raises TokenizerError."""
         return encode(prompts, self.tokenizer, chat, why_none=self._why_no_tokenizer)
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from hookmap import changes
 from hookmap.engines.editing import Changing, Edit
 from hookmap.errors import HookmapError, InterventionError, SelectionError
 from hookmap.interventions import Ablate, Clamp, Intervention, Patch, ProjectOut, Scale, Steer, fingerprint
-from hookmap.kept import Kept, kept, matching_tokens
+from hookmap.kept import Kept, kept
 from hookmap.points import POINTS, parse_point
 from hookmap.prompts import Prompt
 from hookmap.selectors import Selector, select
@@ -38,11 +38,10 @@ def plan(
     interventions: Sequence[Intervention],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
-    vocabulary: int,
     chat: Any,
 ) -> Plan:
     """Raises SelectionError for points, layers and positions that are not there, InterventionError for the rest."""
-    planner = _Planner(hm, prompts, max_new_tokens, vocabulary, Sources(hm, chat))
+    planner = _Planner(hm, prompts, max_new_tokens, Sources(hm, chat))
     edits: list[Edit] = []
     for number, intervention in enumerate(interventions):
         planner.name = f"intervention {number} ({intervention.do} {intervention.point})"
@@ -56,7 +55,6 @@ class _Planner:
     hm: "HookedModel"
     prompts: Sequence[Prompt]
     max_new_tokens: int
-    vocabulary: int
     sources: Sources
     name: str = ""
     problems: list[str] = field(default_factory=list)
@@ -76,7 +74,7 @@ class _Planner:
             with _Problems(self):
                 change = self._change(given, selector, row, positions, steps, matching)
                 means = isinstance(change, changes.Averaged)
-                made.append(Edit(selector, change, positions, steps, matching, given.heads, means))
+                made.append(Edit(selector, change, positions, steps, matching, given.heads, means=means))
         return made
 
     def raise_problems(self) -> None:
@@ -130,7 +128,7 @@ class _Planner:
 
     def _matching(self, positions: Kept) -> frozenset[int]:
         try:
-            return matching_tokens(positions, self.hm.tokenizer, self.vocabulary)
+            return self.hm.matching(positions)
         except SelectionError as error:
             self.note(str(error), unselected=True)
             return frozenset()

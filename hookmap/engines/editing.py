@@ -4,7 +4,7 @@ A token is edited whenever the model is fed it: without a cache, where every pas
 Pads, and what is fed after a row has finished, are left alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -39,6 +39,8 @@ class Edit:
     matching: frozenset[int] = frozenset()
     """token ids that `positions` "text=…" means"""
     heads: tuple[int, ...] | None = None
+    only: Container[tuple[int, int]] | None = None
+    """(sample, position) pairs, where these and not `positions` say what is written"""
     means: bool = False
     """whether `change` reads the mean over each prompt"""
 
@@ -108,7 +110,7 @@ class Editor:
         return edit.place.write(given, shape, cells, change, str(edit.selector))
 
     def _chosen(self, edit: Edit) -> tuple[Cells, list[tuple[int, int]]]:
-        key = (edit.positions, edit.steps, edit.matching)
+        key = (edit.positions, edit.steps, edit.matching, None if edit.only is None else id(edit.only))
         if key not in self._cells:
             rows, columns, where = [], [], []
             for row in range(len(self._observer.layout.samples)):
@@ -124,6 +126,8 @@ class Editor:
     def _wanted(self, edit: Edit, row: int, position: int, step: int, token: int) -> bool:
         if edit.steps is not None and not edit.steps.wanted(0)(step, -1):
             return False
+        if edit.only is not None:
+            return (self._observer.layout.samples[row], position) in edit.only
         return edit.positions.wanted(self._observer.layout.lengths[row], edit.matching)(position, token)
 
     def _tokens_of(self, row: int) -> list[tuple[int, int, int]]:

@@ -52,6 +52,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option(
     "--engine", type=click.Choice(["auto", "hooks", "nnsight"]), default="auto", help="What watches the model."
 )
+@click.option("--intervene", metavar="FILE", help="Write while it runs: a JSON or YAML file of interventions.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -92,6 +93,7 @@ def command(
     features_seed: int,
     keep_dtype: str | None,
     engine: str,
+    intervene: str | None,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
@@ -125,6 +127,7 @@ def command(
     if texts and prompts:
         raise click.UsageError("--prompt or --prompts, not both: which of them is meant?")
     given = _prompts(texts, prompts or settings.get("prompts"))
+    interventions = _interventions(intervene)
     sampling = _sampling(temperature, top_p, top_k, seed)
     folder = _folder(output, resume)
     _check_folder(folder, resume)
@@ -151,6 +154,7 @@ def command(
         "features_seed": features_seed,
         "keep_dtype": keep_dtype,
         "engine": engine,
+        "interventions": interventions,
     }
     if batch_tokens:
         run["batch_tokens"] = batch_tokens
@@ -167,6 +171,15 @@ def _prompts(texts: tuple[str, ...], file: str | None) -> list[Any]:
         click.echo(f"prompt: {DEFAULT_PROMPT} (the default; give your own with --prompt or --prompts)", err=True)
         prompts = [DEFAULT_PROMPT]
     return prompts
+
+
+def _interventions(file: str | None) -> tuple[Any, ...]:
+    """Before the weights are loaded: a wrong file is said at once."""
+    if file is None:
+        return ()
+    from hookmap.interventions import load_interventions
+
+    return load_interventions(file)
 
 
 def _sampling(temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None) -> dict[str, Any]:
@@ -232,7 +245,7 @@ def _announce(hm: "HookedModel", prompts: list[Any], run: dict[str, Any], folder
     from hookmap.cli.console import console
     from hookmap.estimate import check_room
 
-    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k != "engine"})
+    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k not in ("engine", "interventions")})
     text = f"capture: {expected} -> {folder}"
     if expected.bytes > _LARGE_BYTES or expected.forward_passes > _LARGE_PASSES:
         text += f", at most about {_duration(_seconds_per_pass(hm, prompts, run) * expected.forward_passes)}"
