@@ -10,6 +10,7 @@
     │   └── MapMismatchError        the map contradicts the model in front of it
     ├── SelectionError              unknown points, layers out of range, unavailable points: all of them
     ├── CaptureError                a run did not see what its selectors promise
+    ├── InterventionError           a point cannot be written, or not with what was given
     └── StoreError                  a capture folder is missing, broken, full or of another run
 
 Every message says what, where, what was expected and what was found, and ends with the next thing to type.
@@ -54,6 +55,10 @@ class SelectionError(HookmapError):
 
 class CaptureError(HookmapError):
     """A run did not see what its selectors promise; nothing wrong is returned."""
+
+
+class InterventionError(HookmapError):
+    """A point that cannot be written, or not with what was given; nothing is written wrong."""
 
 
 class StoreError(HookmapError):

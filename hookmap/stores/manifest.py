@@ -128,8 +128,8 @@ def manifest_of_run(
     `keys`: (point, layer) in forward order; `architecture_map`: the map as plain data (`model_dump(mode="json")`);
     `settings`: plain JSON data, everything that decides what the samples are, compared when the run is resumed.
     """
-    if not keys or len(set(keys)) != len(keys):
-        raise StoreError(f"a capture needs at least one tensor, each once, got {list(keys)}.")
+    if len(set(keys)) != len(keys):
+        raise StoreError(f"a capture needs tensors, each once, got {list(keys)}.")
     return Manifest(
         model=model,
         architecture=architecture,

@@ -53,6 +53,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option(
     "--engine", type=click.Choice(["auto", "hooks", "nnsight"]), default="auto", help="What watches the model."
 )
+@click.option("--intervene", metavar="FILE", help="Write while it runs: a JSON or YAML file of interventions.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -98,6 +99,7 @@ def command(
     features_seed: int,
     keep_dtype: str | None,
     engine: str,
+    intervene: str | None,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
@@ -137,6 +139,7 @@ def command(
     elif not texts:
         click.echo(f"prompt: {DEFAULT_PROMPT} (the default; give your own with --prompt or --prompts)", err=True)
         given = [DEFAULT_PROMPT]
+    interventions = _interventions(intervene)
     sampling = _sampling(temperature, top_p, top_k, seed)
     folder = _folder(output, resume)
     _check_folder(folder, resume)
@@ -163,12 +166,22 @@ def command(
         "features_seed": features_seed,
         "keep_dtype": keep_dtype,
         "engine": engine,
+        "interventions": interventions,
     }
     if batch_tokens:
         run["batch_tokens"] = batch_tokens
     _announce(hm, given, run, folder)
     _capture(hm, given, run, sampling, folder, resume)
     click.echo(str(folder))
+
+
+def _interventions(file: str | None) -> tuple[Any, ...]:
+    """Before the weights are loaded: a wrong file is said at once."""
+    if file is None:
+        return ()
+    from hookmap.interventions import load_interventions
+
+    return load_interventions(file)
 
 
 def _sampling(temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None) -> dict[str, Any]:
@@ -234,7 +247,7 @@ def _announce(hm: "HookedModel", prompts: list[Any], run: dict[str, Any], folder
     from hookmap.cli.console import console
     from hookmap.estimate import check_room
 
-    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k != "engine"})
+    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k not in ("engine", "interventions")})
     text = f"capture: {expected} -> {folder}"
     if expected.bytes > _LARGE_BYTES or expected.forward_passes > _LARGE_PASSES:
         text += f", at most about {_duration(_seconds_per_pass(hm, prompts, run) * expected.forward_passes)}"
