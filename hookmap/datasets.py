@@ -3,23 +3,25 @@
 A record is a prompt with its own name (`id`) and what else the data says of it (`labels`); both stay with the sample.
 """
 
-import csv
-import gzip
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
 from itertools import islice
-from pathlib import Path
-from typing import IO, Any, Literal
+from numbers import Integral
+from pathlib import PurePath
+from typing import Any, Literal
+from uuid import UUID
 
+from hookmap.dataset_files import rows_of
 from hookmap.errors import DataError
 
 FIELDS = ("prompt", "messages", "question", "text", "token_ids", "input_ids")
 """columns that are taken for the prompt, the first that a record has, where none is named"""
-FORMATS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
+_NEVER_TEXT = ("messages", "token_ids", "input_ids")  # a table of text has them as the text of a list
+_AS_TEXT = (date, time, timedelta, Decimal, UUID, PurePath)
 _SHOWN = 10
 
 
@@ -55,7 +57,10 @@ def load_prompts(
     """
     if isinstance(labels, str) and labels != "all":
         labels = (labels,)
-    where, rows = _rows(source)
+    for name, number in (("skip", skip), ("limit", limit)):
+        if number is not None and number < 0:
+            raise DataError(f"{name}: expected a whole number, at least 0, got {number}")
+    where, rows = rows_of(source)
     found: list[PromptRecord] = []
     problems: list[str] = []
     seen: dict[str, str] = {}
@@ -67,133 +72,15 @@ def load_prompts(
             if record.id is not None and (first := seen.setdefault(record.id, place)) != place:
                 raise ValueError(f"the id {record.id!r} is that of {first} already")
             found.append(record)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{place}: {error}")
     if problems:
         more = f"\n  - … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise DataError(f"{where}:\n" + "\n".join(f"  - {problem}" for problem in problems[:_SHOWN]) + more)
     if not found:
-        raise DataError(f'{where} holds no prompts: expected lines such as {{"prompt": "Hello"}}')
+        after = f" after the first {skip}" if skip else ""
+        raise DataError(f'{where}{after} holds no prompts: expected lines such as {{"prompt": "Hello"}}')
     return found
-
-
-def _rows(source: Any) -> tuple[str, Iterator[tuple[str, Any]]]:
-    """What to call the source, and its rows, each with its place in it. A row that cannot be read is an exception."""
-    if isinstance(source, str) and source.startswith("hf://"):
-        return source, _numbered(_from_hub(source.removeprefix("hf://")), "row")
-    if not isinstance(source, str | os.PathLike):
-        if not isinstance(source, Iterable):
-            raise DataError(f"prompts: expected a file, a data set or an iterable of records, got {source!r:.80}")
-        return "prompts", _numbered(source, "record")
-    path = Path(source)
-    if path.is_dir():
-        return str(path), _numbered(_hugging_face().load_from_disk(str(path)), "row")
-    kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
-    reader = {".json": _json, ".csv": _csv, ".tsv": _csv, ".txt": _text, ".parquet": _parquet}.get(kind, _json_lines)
-    if kind not in FORMATS:
-        raise DataError(f"{path}: expected a file of {', '.join(FORMATS)}, found {kind or 'no ending'}")
-    return str(path), reader(path)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
-    """The text of a file, gzip or not, with or without a byte order mark."""
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as unpacked:
-                yield unpacked
-        else:
-            with open(path, encoding="utf-8-sig", newline="") as plain:
-                yield plain
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise DataError(f"the prompts file {path} cannot be read: {error}") from error
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"line {number}", _parsed(line)
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return ValueError(f"column {error.colno}: not JSON: {error.msg}")
-
-
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    """A list of records, or JSON Lines under that name."""
-    with _opened(path) as file:
-        text = file.read()
-    if text.lstrip().startswith("["):
-        document = _parsed(text)
-        if isinstance(document, list) and all(isinstance(row, Mapping | str) for row in document):
-            yield from _numbered(document, "record")
-            return
-        if isinstance(document, ValueError):
-            raise DataError(f"{path}: {document}")
-    yield from _json_lines(path)
-
-
-def _text(path: Path) -> Iterator[tuple[str, Any]]:
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"line {number}", line.rstrip("\r\n")
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with _opened(path) as file:
-        reader = csv.DictReader(file, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
-        while True:
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                yield f"line {reader.line_num}", ValueError(str(error))
-                return
-            if row is None:
-                return
-            wrong = None in row or None in row.values()
-            expected = f"expected {len(reader.fieldnames or ())} columns, as the first line has"
-            yield f"line {reader.line_num}", ValueError(expected) if wrong else row
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f"{path}: Parquet needs pyarrow. pip install pyarrow") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            yield from _numbered(rows, "row")
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"the prompts file {path} cannot be read: {error}") from error
-
-
-def _from_hub(name: str) -> Iterable[Any]:
-    name, _, split = name.partition(":")
-    library = _hugging_face()
-    try:
-        found: Iterable[Any] = library.load_dataset(name, split=split or "train")
-    except Exception as error:  # it raises what its many readers raise
-        raise DataError(f"hf://{name}: {error}") from error
-    return found
-
-
-def _hugging_face() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError("a Hugging Face data set needs the datasets library. pip install datasets") from error
-    return datasets
-
-
-def _numbered(rows: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
-    return ((f"{name} {number}", row) for number, row in enumerate(rows))
 
 
 def _record(row: Any, prompt: str | None, name: str | None, labels: Sequence[str]) -> PromptRecord:
@@ -211,14 +98,16 @@ def _record(row: Any, prompt: str | None, name: str | None, labels: Sequence[str
         raise ValueError(f"no column {', '.join(map(repr, missing))}: it has {', '.join(map(str, columns))}")
     if field is None:
         raise ValueError(f"expected one of the fields {', '.join(FIELDS)}, found {', '.join(columns) or 'none'}")
+    if prompt is None and field in _NEVER_TEXT and isinstance(row[field], str):
+        raise ValueError(f"{field}: expected a list, found the text {_shown(row[field])}; to send it as it is, name it")
     key = name or ("id" if "id" in row and field != "id" else None)
     own = None if key is None else _name(row[key], key)
     kept = [column for column in columns if column not in (field, key)] if labels == "all" else labels
-    return PromptRecord(_prompt(row[field]), own, {str(c): _plain(row[c]) for c in kept} or None)
+    return PromptRecord(_prompt(row[field]), own, {str(c): _label(row[c], c) for c in kept} or None)
 
 
 def _name(value: Any, column: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+    if isinstance(value, bool) or not isinstance(value, str | Integral) or value == "":
         raise ValueError(f"{column}: expected a text or a whole number as a name, found {_shown(value)}")
     return str(value)
 
@@ -236,8 +125,18 @@ def _prompt(value: Any) -> Any:
     raise ValueError(f"expected a text, a list of chat messages or a list of token ids, found {_shown(value)}")
 
 
+def _label(value: Any, column: Any) -> Any:
+    try:
+        return _plain(value)
+    except TypeError as error:
+        raise ValueError(f"{column}: expected what JSON can hold, found {error}") from error
+
+
 def _plain(value: Any) -> Any:
-    """As JSON has it: nothing for not-a-number, and the text of what JSON does not know, such as a date."""
+    """As JSON has it: nothing for not-a-number, and the text of a date and its like.
+
+    Raises TypeError for the rest: the text of a set or of an image is another one in every run.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, str | int | float | bool):
@@ -246,7 +145,11 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
-    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+    if isinstance(value, _AS_TEXT):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} {_shown(value)}")
 
 
 def _shown(value: Any) -> str:
