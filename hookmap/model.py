@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from hookmap.architecture_map import ArchitectureMap, PointTemplate, TermTemplate
+from hookmap.attribution import Attribution, attribute
 from hookmap.capture import BATCH_SIZE, BATCH_TOKENS, Capture, capture
 from hookmap.discovery import discover
 from hookmap.engines import Engine
@@ -16,6 +17,7 @@ from hookmap.errors import CaptureError, DiscoveryError, MapMismatchError, Model
 from hookmap.estimate import Estimate, estimate
 from hookmap.generation import check_count
 from hookmap.kept import Kept, Positions, kept
+from hookmap.lens import Lens, lens
 from hookmap.library import load_map, resize
 from hookmap.loading import load_config, load_model, load_tokenizer
 from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
@@ -134,6 +136,26 @@ class HookedModel:
             progress=progress,
             generation=generation,
         )
+
+    def lens(self, source: Any, point: str = "resid_post", layers: Layers = "all", **options: Any) -> Lens:
+        """What the model would say at each layer: the stream through its final norm and unembedding.
+
+        source: one prompt, or a capture or store that holds the point; then sample= says which sample of it.
+        point: of the stream (resid_pre, resid_mid, resid_post) or a branch (mixer_out, mlp_out). layers: as in capture.
+        options: top=5 likeliest tokens to keep; positions="all", as in capture; target=, a token's text or id, whose
+        probability and rank are told (the model's own prediction unless given); chat="auto".
+        Raises SelectionError with the reason where the model's logits cannot be read off its stream.
+        """
+        return lens(self, source, point, layers, **options)
+
+    def attribute(self, prompt: Any, target: Any = None, against: Any = None, **options: Any) -> Attribution:
+        """How much each branch of each layer adds to a logit, or to the difference of two. Its parts sum to the logit.
+
+        target, against: tokens, as text or ids; target is the model's own prediction unless given.
+        options: positions="last", as in capture; heads=True splits attention into its heads; chat="auto".
+        Raises SelectionError with the reason where the stream is no plain sum of branches.
+        """
+        return attribute(self, prompt, target, against, **options)
 
     def estimate(
         self,
