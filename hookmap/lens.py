@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from hookmap.model import HookedModel
 
 Metric = Literal["probability", "rank", "top_probability", "entropy", "kl"]
+METRICS: tuple[str, ...] = get_args(Metric)
 STREAM_POINTS = ("resid_pre", "resid_mid_sum", "resid_mid", "resid_post", "mixer_out", "attn_out", "mlp_out")
 """the points whose tensor is the stream, or is added to it"""
 
 _CHUNK = 64
 _MEANING = {
-    "probability": "probability of the target",
-    "rank": "rank of the target (1 is the likeliest)",
+    "probability": "probability of {}",
+    "rank": "rank of {}, 1 is the likeliest",
     "top_probability": "probability of the likeliest token",
     "entropy": "entropy (nats)",
     "kl": "KL divergence of the model's output from the lens (nats)",
@@ -53,6 +54,8 @@ class Lens:
     target_ids: torch.Tensor
     """[positions]: the token that `probability` and `rank` are of: the model's own prediction unless one was named"""
     target_tokens: tuple[str, ...]
+    predicted: bool
+    """whether the target is the model's own prediction"""
     probability: torch.Tensor
     """of the target"""
     rank: torch.Tensor
@@ -64,10 +67,12 @@ class Lens:
 
     def grid(self, metric: Metric = "probability") -> Grid:
         """One number for each layer and position. Raises SelectionError for a metric that is none."""
-        if metric not in get_args(Metric):
-            raise SelectionError(f"lens metric {metric!r}: expected one of {', '.join(get_args(Metric))}.")
+        if metric not in METRICS:
+            raise SelectionError(f"lens metric {metric!r}: expected one of {', '.join(METRICS)}.")
         values = self.top_probabilities[..., 0] if metric == "top_probability" else getattr(self, metric)
-        return Grid(values.float(), self.layers, self.positions, self.tokens, _MEANING[metric], self.point)
+        aim = "the model's prediction" if self.predicted else f"{self.target_tokens[0]!r}"
+        meaning = _MEANING[metric].format(aim)
+        return Grid(values.float(), self.layers, self.positions, self.tokens, meaning, self.point)
 
     @property
     def words(self) -> tuple[tuple[str, ...], ...]:
@@ -79,7 +84,7 @@ class Lens:
         lists = {name: getattr(self, name).tolist() for name in ("top_ids", "top_probabilities", "target_ids")}
         lists |= {name: getattr(self, name).tolist() for name in ("probability", "rank", "entropy")}
         kl = [[None if value != value else value for value in row] for row in self.kl.tolist()]
-        names = ("point", "layers", "positions", "tokens", "top_tokens", "target_tokens")
+        names = ("point", "layers", "positions", "tokens", "top_tokens", "target_tokens", "predicted")
         return {**{name: getattr(self, name) for name in names}, **lists, "kl": kl}
 
 
@@ -195,7 +200,17 @@ def _read(
     )
     texts = tuple(token_text(hm, told.token_ids[row]) for row in rows)
     aimed = tuple(token_text(hm, token) for token in ids.tolist())
-    return Lens(point, layers, rows, texts, top_tokens=words, target_ids=ids, target_tokens=aimed, **stacked)
+    return Lens(
+        point,
+        layers,
+        rows,
+        texts,
+        top_tokens=words,
+        target_ids=ids,
+        target_tokens=aimed,
+        predicted=target is None,
+        **stacked,
+    )
 
 
 def _chunks(positions: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
