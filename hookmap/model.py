@@ -23,6 +23,7 @@ from hookmap.loading import load_config, load_model, load_tokenizer
 from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
 from hookmap.runs import Progress, generation_batches, harvest_batches
 from hookmap.selectors import Selector
+from hookmap.steering import SteeringVector, make_vector
 
 Points = str | Iterable[str]
 Layers = str | int | Iterable[int]
@@ -156,6 +157,22 @@ class HookedModel:
         Raises SelectionError with the reason where the stream is no plain sum of branches.
         """
         return attribute(self, prompt, target, against, **options)
+
+    def steering_vector(
+        self,
+        positive: Sequence[Any],
+        negative: Sequence[Any],
+        point: str = "resid_post",
+        layers: Layers = "all",
+        **options: Any,
+    ) -> SteeringVector:
+        """For each layer, a direction from what the model has after `negative` to what it has after `positive`.
+
+        positive, negative: prompts, paired in order. options: method="mean_difference" or "pca"; positions="last", as
+        in capture, several are averaged; chat="auto", batch_size, batch_tokens.
+        Raises SelectionError where the pairs do not match, or have no direction.
+        """
+        return make_vector(self, positive, negative, point, layers, **options)
 
     def estimate(
         self,

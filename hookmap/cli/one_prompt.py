@@ -12,18 +12,28 @@ DEFAULT_ANSWER = "Tom has 3+4=<<3+4="
 
 
 def options(command: Any) -> Any:
-    """The options themselves, as a decorator; `opened` and `tokens` take them."""
-    for option in reversed(_OPTIONS):
+    """Adds the options that `opened` and `tokens` take."""
+    command = loading(command)
+    for option in reversed(_PROMPT):
         command = option(command)
     return command
 
 
-_OPTIONS = (
+def loading(command: Any) -> Any:
+    """Adds the options that `opened` takes."""
+    for option in reversed(_LOADING):
+        command = option(command)
+    return command
+
+
+_PROMPT = (
     click.option("--prompt", metavar="TEXT", help="What the model reads."),
     click.option("--answer", metavar="TEXT", help="What it is taken to have answered so far; follows the prompt."),
     click.option(
         "--chat/--no-chat", default=None, help="Send the prompt through the chat template.  [default: if there is one]"
     ),
+)
+_LOADING = (
     click.option("--tokenizer", metavar="MODEL", help="A folder or a hub id.  [default: the model's own]"),
     click.option("--map", "map_", metavar="MAP", help="A map file, instead of discovering one."),
     click.option(
