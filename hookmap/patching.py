@@ -5,7 +5,7 @@ says how far the answer comes back; once for each layer and position, many of th
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,23 +91,13 @@ def sweep(
     for number, selector in enumerate(selectors):
         cells = {sample: {place: place} for sample, place in enumerate(places)}
         patched = Patched(rows.read(0, selector.point, selector.layer), cells.__getitem__)
-        plan = Plan((Edit(selector, patched, only=_Cells(cells)),), [])
+        plan = Plan((Edit(selector, patched, only=patched),), [])
         values.append(metric(_logits(hm, [prompts[1]] * len(places), plan, batch_size)))
         if progress is not None:
             progress((number + 1) * len(places), len(selectors) * len(places))
     tokens = tuple(_text(hm, prompts[1].token_ids[place]) for place in places)
     numbers = tuple(-1 if s.layer is None else s.layer for s in selectors)
     return Sweep(Grid(torch.stack(values), numbers, tuple(places), tokens, name, selectors[0].point), *base)
-
-
-class _Cells:
-    """Which positions of which sample are written; compared by identity."""
-
-    def __init__(self, cells: Mapping[int, Mapping[int, int]]) -> None:
-        self._cells = cells
-
-    def __contains__(self, cell: object) -> bool:
-        return isinstance(cell, tuple) and cell[1] in self._cells[cell[0]]
 
 
 def _one(hm: "HookedModel", given: Any, chat: Any) -> Prompt:

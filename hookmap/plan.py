@@ -74,7 +74,9 @@ class _Planner:
             with _Problems(self):
                 change = self._change(given, selector, row, positions, steps, matching)
                 means = isinstance(change, changes.Averaged)
-                made.append(Edit(selector, change, positions, steps, matching, given.heads, means=means))
+                # A token that is generated may be what `text=` means: a patch writes the tokens that were paired.
+                only = change if isinstance(change, changes.Patched) else None
+                made.append(Edit(selector, change, positions, steps, matching, given.heads, only, means))
         return made
 
     def raise_problems(self) -> None:

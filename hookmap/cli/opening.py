@@ -36,7 +36,7 @@ def open_model(model: str | None, opening: dict[str, Any], settings: dict[str, A
     from hookmap.cli.settings import choose_model
 
     chosen = choose_model(model, settings)
-    given = {name: value or settings.get(name) for name, value in opening.items()}
+    given: dict[str, Any] = {name: value or settings.get(name) for name, value in opening.items()}
     given |= {"dtype": given["dtype"] or "auto", "trust_remote_code": bool(given["trust_remote_code"])}
     with working("importing torch and transformers"):
         import hookmap.model

@@ -100,7 +100,8 @@ def _sweep(
         bar = bars.add_task("patches", total=None)
         found = sweep(
             hm,
-            *texts,
+            texts[0],
+            texts[1],
             answer,
             wrong,
             point=point,
@@ -140,4 +141,4 @@ def _cell(value: float) -> str:
 
 
 def _rest(largest: Any, shown: list[int]) -> float:
-    return max(value for number, value in enumerate(largest.tolist()) if number not in shown)
+    return max(float(value) for number, value in enumerate(largest.tolist()) if number not in shown)
