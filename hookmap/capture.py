@@ -33,6 +33,7 @@ from hookmap.runs import (
 )
 from hookmap.selectors import Selector
 from hookmap.stores import open_store
+from hookmap.stores.background import BackgroundWriter
 from hookmap.stores.folder import FolderWriter, write_store
 from hookmap.stores.interface import Store, place_of
 from hookmap.stores.manifest import Manifest, manifest_of_run
@@ -213,7 +214,7 @@ def capture(
         if isinstance(run.before, MemoryStore):
             made.before = Capture(run.before, selectors, architecture_map, manifest)
         return made
-    with (FolderWriter.resume if resume else FolderWriter.create)(store, manifest) as writer:
+    with BackgroundWriter((FolderWriter.resume if resume else FolderWriter.create)(store, manifest)) as writer:
         run.all(groups, writer, writer.finished)
         writer.note({"engine": engine.name, "why": why, "memory": dict(_tell(run)), "halved": run.halved})
     written = open_store(store)

@@ -3,6 +3,7 @@
     HookmapError
     ├── ModelError                  the model cannot be found, built or loaded
     │   └── TokenizerError          its tokenizer cannot
+    ├── DataError                   a data set of prompts cannot be read
     ├── DiscoveryError              the dataflow has no structure that hookmap understands
     ├── MapError                    a map document is broken
     │   ├── MapNotFoundError        no map file and no shipped map
@@ -26,6 +27,10 @@ class ModelError(HookmapError):
 
 class TokenizerError(ModelError):
     """The model's tokenizer is missing, gated or cannot be loaded."""
+
+
+class DataError(HookmapError):
+    """A data set of prompts cannot be read; every wrong record is in one message."""
 
 
 class DiscoveryError(HookmapError):

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap, PointTemplate, TermTemplate
+from hookmap.attribution import Attribution, attribute
 from hookmap.capture import BATCH_SIZE, BATCH_TOKENS, Capture, capture
 from hookmap.discovery import discover
 from hookmap.engines import Engine
@@ -18,13 +20,15 @@ from hookmap.estimate import Estimate, estimate
 from hookmap.generation import check_count
 from hookmap.interventions import read_interventions
 from hookmap.kept import Kept, Positions, kept, matching_tokens
+from hookmap.lens import Lens, lens
 from hookmap.library import load_map, resize
-from hookmap.loading import load_config, load_model, load_tokenizer
+from hookmap.loading import load_model, load_tokenizer
 from hookmap.plan import Plan, plan
 from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
 from hookmap.proofs import Proofs
 from hookmap.runs import Progress, generation_batches, harvest_batches, vocabulary_of
 from hookmap.selectors import Selector
+from hookmap.steering import SteeringVector, make_vector
 
 Points = str | Iterable[str]
 Layers = str | int | Iterable[int]
@@ -180,6 +184,42 @@ class HookedModel:
         check_count("max_new_tokens", max_new_tokens, least=0)
         return plan(self, found, prompts, max_new_tokens, chat)
 
+    def lens(self, source: Any, point: str = "resid_post", layers: Layers = "all", **options: Any) -> Lens:
+        """What the model would say at each layer: the stream through its final norm and unembedding.
+
+        source: one prompt, or a capture or store that holds the point; then sample= says which sample of it.
+        point: of the stream (resid_pre, resid_mid, resid_post) or a branch (mixer_out, mlp_out). layers: as in capture.
+        options: top=5 likeliest tokens to keep; positions="all", as in capture; target=, a token's text or id, whose
+        probability and rank are told (the model's own prediction unless given); chat="auto".
+        Raises SelectionError with the reason where the model's logits cannot be read off its stream.
+        """
+        return lens(self, source, point, layers, **options)
+
+    def attribute(self, prompt: Any, target: Any = None, against: Any = None, **options: Any) -> Attribution:
+        """How much each branch of each layer adds to a logit, or to the difference of two. Its parts sum to the logit.
+
+        target, against: tokens, as text or ids; target is the model's own prediction unless given.
+        options: positions="last", as in capture; heads=True splits attention into its heads; chat="auto".
+        Raises SelectionError with the reason where the stream is no plain sum of branches.
+        """
+        return attribute(self, prompt, target, against, **options)
+
+    def steering_vector(
+        self,
+        positive: Sequence[Any],
+        negative: Sequence[Any],
+        point: str = "resid_post",
+        layers: Layers = "all",
+        **options: Any,
+    ) -> SteeringVector:
+        """For each layer, a direction from what the model has after `negative` to what it has after `positive`.
+
+        positive, negative: prompts, paired in order. options: method="mean_difference" or "pca"; positions="last", as
+        in capture, several are averaged; chat="auto", batch_size, batch_tokens.
+        Raises SelectionError where the pairs do not match, or have no direction.
+        """
+        return make_vector(self, positive, negative, point, layers, **options)
+
     def estimate(
         self,
         prompts: Any,
@@ -285,7 +325,7 @@ def open(
         tokenizer = load_tokenizer(os.fspath(tokenizer), **loads)
     if isinstance(x, str | os.PathLike):
         source = os.fspath(x)
-        load_config(source, **loads)  # small: a wrong name is said before weights are loaded
+        skeleton.load_config(source, **loads)  # small: a wrong name is said before weights are loaded
         if tokenizer is None:
             tokenizer, why_none = _tokenizer_or_reason(source, loads)
         module = load_model(source, dtype=dtype, device=device, **loads)
@@ -338,10 +378,15 @@ def _generating_root(module: nn.Module) -> nn.Module:
         raise ModelError(
             f"{type(root).__name__} is {kind}: expected a causal language model, such as AutoModelForCausalLM loads."
         )
-    if any(p.is_meta for p in root.parameters()):
+    if any(p.is_meta for module in root.modules() if not _brings_weights(module) for p in module.parameters(False)):
         raise ModelError(f"{type(root).__name__} has no weights (meta device): load them, then open it.")
     found: nn.Module = root
     return found
+
+
+def _brings_weights(module: nn.Module) -> bool:
+    """Whether accelerate holds its weights elsewhere, on a disk say, and brings them when it runs."""
+    return getattr(module.__dict__.get("_hf_hook"), "offload", False) is True
 
 
 def _map_for(module: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:

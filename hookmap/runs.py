@@ -293,8 +293,7 @@ def harvest_batches(lengths: Sequence[int], tokens: int, size: int | None = None
 
 def device_of(engine: Engine) -> torch.device:
     """Where token ids are fed."""
-    device: torch.device = engine.root.get_input_embeddings().weight.device  # type: ignore[operator]
-    return device
+    return skeleton.device_of(engine.root.get_input_embeddings())  # type: ignore[operator]
 
 
 def vocabulary_of(engine: Engine) -> int:

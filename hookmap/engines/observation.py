@@ -200,17 +200,19 @@ class Observer:
                 "choose a point on a module of the layer's own."
             )
         tensor = self._new_columns(term.resolve(args, kwargs, output), term, selector)
-        parts = [tensor]
         if len(selector.terms) > 1:
             # Copied: what comes later in the pass may write over it.
             self._parts[number, position] = tensor if self._rows.empty else tensor.clone()
             if any((number, other) not in self._parts for other in range(len(selector.terms))):
                 return
             parts = [self._parts.pop((number, other)) for other in range(len(selector.terms))]
+            tensor = add_terms(selector.terms, parts)
+        elif term.scale != 1.0:
+            tensor = tensor * term.scale
         self._done[number] = self.passes
         self._left -= 1
         if not self._rows.empty:
-            self._collectors[number].take(self._rows, self._features(add_terms(selector.terms, parts)))
+            self._collectors[number].take(self._rows, self._features(tensor))
 
     def _new_columns(self, tensor: torch.Tensor, term: Term, selector: Selector) -> torch.Tensor:
         """A view of the columns that were fed for the first time: `[batch, new, ...]`."""
@@ -222,7 +224,7 @@ class Observer:
                 f"(batch, tokens fed), got {list(tensor.shape)}. "
                 "The map was made for another version of this model: run `hookmap discover` again."
             )
-        return tensor.detach() if rows.new == width else tensor[:, -rows.new :].detach()
+        return tensor if rows.new == width else tensor[:, -rows.new :]
 
     def _features(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.kept.features is None:
