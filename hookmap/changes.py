@@ -74,6 +74,10 @@ class Patched:
         chosen = [self.row_of(sample)[position] for sample, position in where]
         return self.rows[chosen].to(rows.device, rows.dtype)
 
+    def __contains__(self, cell: object) -> bool:
+        """Whether a (sample, position) has a row here: an edit may be told to write `only` such."""
+        return isinstance(cell, tuple) and cell[1] in self.row_of(cell[0])
+
 
 @dataclass(frozen=True)
 class ProjectedOut:

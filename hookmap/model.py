@@ -23,6 +23,7 @@ from hookmap.lens import Lens, lens
 from hookmap.library import load_map
 from hookmap.loading import load_model, load_tokenizer
 from hookmap.map_of_model import map_of
+from hookmap.patching import Sweep, sweep
 from hookmap.plan import Plan, plan
 from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
 from hookmap.proofs import Proofs
@@ -165,6 +166,14 @@ class HookedModel:
         """
         chosen = {"points": (), **(capture or {})}
         return self.capture(prompts, max_new_tokens=max_new_tokens, interventions=interventions, **chosen, **options)
+
+    def sweep(self, clean: Any, corrupted: Any, target: Any, against: Any = None, **options: Any) -> Sweep:
+        """How far each layer and position of the clean prompt's run brings back its answer in the corrupted one's.
+
+        target, against: the next tokens of both, as text or ids. options: point="resid_pre", layers, positions, as in
+        capture; batch_size, patches that run together; chat; progress. See `hookmap.patching.sweep`.
+        """
+        return sweep(self, clean, corrupted, target, against, **options)
 
     def matching(self, chosen: Kept) -> frozenset[int]:
         """The token ids that positions="text=…" means. Raises SelectionError."""
