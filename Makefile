@@ -1,5 +1,7 @@
 # make demo   sets up .venv, then discovers, captures and inspects the bundled demo model, offline
 # make test   sets up .venv with the test tools, then runs every check
+# make test-maps      what `make test` begins with: the shipped maps of well-known families, and a tenth that changes daily
+# make test-oldest    the same and the core tests on the oldest transformers that is allowed, in .venv-oldest
 # make format, make schema, make docs-reference: what a contributor needs; see CONTRIBUTING.md
 #
 # PYTHON=python3.12 make demo   another interpreter (3.10 or later)
@@ -9,7 +11,13 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test setup check format schema clean
+# One model type of each family; the rest of transformers has its turn every ten days.
+FAMILIES := bloom cohere deepseek_v3 falcon gemma gemma2 gemma3_text gpt2 gpt_neox gptj granite jamba llama mamba mistral \
+  mixtral olmo2 opt phi qwen2 qwen3 qwen3_moe
+CHECK_MAPS = maps check --today $(FAMILIES) --jobs $(WORKERS)
+OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+
+.PHONY: demo test test-maps test-oldest setup check format schema clean
 
 demo: .venv/.ready
 	@rm -rf demo-output && mkdir demo-output
@@ -17,20 +25,30 @@ demo: .venv/.ready
 	HF_HUB_OFFLINE=1 $(BIN)/hookmap capture --points resid_pre,resid_mid --layers 8,12,16 -o demo-output/capture
 	HF_HUB_OFFLINE=1 $(BIN)/hookmap inspect demo-output/capture
 
-test: .venv/.ready-for-tests check
+test: .venv/.ready-for-tests test-maps check
 
 # Two workers share the cores: more threads than cores in each would slow both down.
 check:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-maps: .venv/.ready-for-tests
+	$(OFFLINE) $(BIN)/hookmap $(CHECK_MAPS)
+
+test-oldest: .venv-oldest/.ready
+	$(OFFLINE) .venv-oldest/bin/python -m pytest tests/test_discovery.py tests/test_multimodal.py
+	$(OFFLINE) .venv-oldest/bin/hookmap $(CHECK_MAPS)
 
 .venv/.ready: pyproject.toml scripts/setup.py
 	$(PYTHON) scripts/setup.py
 
 .venv/.ready-for-tests: pyproject.toml scripts/setup.py
 	$(PYTHON) scripts/setup.py --tests
+
+.venv-oldest/.ready: pyproject.toml scripts/setup.py
+	$(PYTHON) scripts/setup.py --oldest
 
 setup: .venv/.ready-for-tests
 
@@ -42,4 +60,4 @@ schema: .venv/.ready
 	$(BIN)/python scripts/write_schema.py
 
 clean:
-	rm -rf .venv demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,6 +8,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +89,14 @@ class PointTemplate(_Frozen):
     terms: tuple[TermTemplate, ...] = Field(min_length=1)
     order: int = Field(ge=0, description="place of the last term in the forward order of its block")
     evidence: str = Field(default="", description="what in the dataflow shows it")
+    beside: tuple[TermTemplate, ...] = Field(
+        default=(),
+        description="of `mixer_in`, `mlp_in`: what else of the tokens the branch reads (Gemma 4's embeddings)",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "beside" or value}
 
 
 class Branch(_Frozen):
@@ -161,10 +170,25 @@ class ArchitectureMap(_Frozen):
     model_points: dict[str, PointTemplate] = Field(description="points of the whole model: embed, final_norm, logits")
     model_unavailable: dict[str, str] = Field(default_factory=dict)
     kinds: tuple[BlockKind, ...] = Field(min_length=1)
+    joined: bool = Field(
+        default=True, description="false where the model adds to the stream between one block and the next"
+    )
+    left_out: tuple[str, ...] = Field(
+        default=(), description="other lists of blocks that the output is computed through: no point is of them"
+    )
     discovered_by: str = Field(
         default="", description="what ran: the model on meta, a narrow copy, or the model itself"
     )
     verified_by: tuple[str, ...] = Field(default=(), description="the checks that this map passed, and on what")
+    proved_on: tuple[str, ...] = Field(
+        default=(),
+        description="versions of transformers, oldest first, in which discovery finds this map and its checks pass",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        usual: dict[str, Any] = {"joined": True, "left_out": ()}
+        return {key: value for key, value in handler(self).items() if key not in usual or value not in (usual[key], [])}
 
     @model_validator(mode="after")
     def _every_layer_has_one_kind(self) -> "ArchitectureMap":
@@ -268,11 +292,16 @@ def _parse_json(text: str, source: str) -> Any:
         ) from error
 
 
-def _schema_problems(document: Any) -> list[str]:
-    """Every violation of the published schema, as `field: expected ..., found ...`."""
+@cache
+def _validator() -> Any:
     from jsonschema import Draft202012Validator
 
-    errors = Draft202012Validator(schema()).iter_errors(document)
+    return Draft202012Validator(schema())
+
+
+def _schema_problems(document: Any) -> list[str]:
+    """Every violation of the published schema, as `field: expected ..., found ...`."""
+    errors = _validator().iter_errors(document)
     return [line for error in sorted(errors, key=lambda e: list(map(str, e.absolute_path))) for line in _explain(error)]
 
 

@@ -42,6 +42,10 @@ class Stack:
     """which of them are the tokens', where there are more"""
     lists: tuple[str, ...] = ()
     """templates of all lists that a block's modules are in; more than `path` where there is no module of a block"""
+    joined: bool = True
+    """what leaves a block enters the next as it is; not so where the model adds to the stream between them (BLT)"""
+    left_out: tuple[str, ...] = ()
+    """templates of other lists of blocks that the output is computed through, and this one does not cover"""
 
 
 @dataclass
@@ -92,11 +96,17 @@ class Block:
     @cached_property
     def tails(self) -> dict[int, list[Step]]:
         """value of a branch part -> what was done to it last: post-norm, scale, gate; outermost first."""
-        return {part: list(self._tail(part)) for branch in self.branches for part in branch.parts}
+        return {part: list(self.tail(part)) for branch in self.branches for part in branch.parts}
 
-    def _tail(self, part: int) -> Iterator[Step]:
+    def tail(self, part: int) -> Iterator[Step]:
+        """The last steps of a branch, outermost first, behind its last module that computes with matrices."""
         casts: list[Step] = []
-        while not self._is_bare(part):
+        while True:
+            if (short := self._convolution(part)) is not None:
+                yield from (*casts, short)
+                part, casts = short.source, []
+            if self._is_bare(part):
+                return
             steps = [s for s in self.values.steps(part) if s.branch is None or self.values.is_constant(s.branch)]
             if not steps or not self.values.made_in(steps[0].source, self.call):
                 return
@@ -105,6 +115,18 @@ class Block:
                 yield from casts
                 casts = []
             part = steps[0].source
+
+    def _convolution(self, value: int) -> Step | None:
+        """The convolution of each feature for itself, by a module, of what another module computed (Inkling)."""
+        for exposure in stands_inside(self, value):
+            heavy = [op for op in self.values.inside(exposure.call) if op.name in HEAVY]
+            entered = {v for t in exposure.call.entered.values() if self._is_bare(v := self.values.value(t))}
+            if heavy and all(map(self._is_depthwise, heavy)) and len(entered) == 1 and value not in entered:
+                return Step("convolve", entered.pop(), value, factor=None)
+        return None
+
+    def _is_depthwise(self, op: Operation) -> bool:
+        return op.name == "convolution" and self.values.flow.tensors[op.inputs[1]].shape[1] == 1
 
     def _is_bare(self, value: int) -> bool:
         """Whether a module that computes with weights, more than a norm, gives the value."""
@@ -141,12 +163,18 @@ def find_stack(values: Values, seq: int) -> Stack:
             "with its config."
         )
     best = max(candidates, key=lambda s: _rank(values, s))
-    if len(candidates) > 1 and best.streams[max(best.streams)][1] not in _reaching_the_output(values):
-        raise DiscoveryError(
-            f"the longest list of blocks, {best.path}, does not lead to the output: what it computes only chooses. "
-            "No other list hands a stream [batch, pos, d_model] on from block to block as it is."
-        )
-    _refuse_what_one_list_cannot_say(values, best, candidates)
+    reaching = _reaching_the_output(values)
+    if len(candidates) > 1 and _end(best) not in reaching:
+        linked = [stack for group in groups if (stack := _stack(values, *group, length, linked=True)) is not None]
+        leading = [stack for stack in linked if len(stack.streams) > 1 and _end(stack) in reaching]
+        if not leading:
+            raise DiscoveryError(
+                f"the longest list of blocks, {best.path}, does not lead to the output: what it computes only chooses. "
+                "No other list hands a stream [batch, pos, d_model] on from block to block."
+            )
+        best = max(leading, key=lambda s: (_sums(values, s), *_rank(values, s)))
+    _refuse_what_one_list_cannot_say(values, best, candidates, reaching)
+    best = replace(best, left_out=tuple(_left_out(values, best, groups, reaching)))
     return best if best.seq == seq else replace(best, tokens=seq, rows=_rows_of_tokens(values, best, seq))
 
 
@@ -164,6 +192,24 @@ def _reaching_the_output(values: Values) -> set[int]:
     return found
 
 
+def _end(stack: Stack) -> int:
+    return stack.streams[max(stack.streams)][1]
+
+
+def _left_out(values: Values, best: Stack, groups: list[Group], reaching: set[int]) -> Iterator[str]:
+    """Other lists, not inside the blocks nor around them, whose blocks add to a stream that leads to the output."""
+    blocks = list(best.calls.values())
+    for path, calls, count in groups:
+        apart = all(a.exit < b.enter or b.exit < a.enter for a in calls.values() for b in blocks)
+        shapes = [values.flow.tensors[t].shape for call in calls.values() for t in call.outputs.values()]
+        lengths = {shape[1] for shape in shapes if len(shape) == 3}
+        if path == best.path or not apart or len(lengths) != 1:
+            continue
+        other = _stack(values, path, calls, count, lengths.pop())
+        if other is not None and _end(other) in reaching and _additions(values, other) == len(other.streams):
+            yield other.path
+
+
 def _rank(values: Values, stack: Stack) -> tuple[int, int, int, int]:
     """Blocks add to a stream; the steps of an MLP only hand a tensor on."""
     start = min(call.enter for call in stack.calls.values())
@@ -172,6 +218,12 @@ def _rank(values: Values, stack: Stack) -> tuple[int, int, int, int]:
 
 def _additions(values: Values, stack: Stack) -> int:
     return sum(_adds(values, stack.calls[n], *stream) for n, stream in stack.streams.items())
+
+
+def _sums(values: Values, stack: Stack) -> int:
+    """All additions on the way of the stream through the blocks."""
+    paths = (residual_path(values, stack.calls[n], *stream) for n, stream in stack.streams.items())
+    return sum(step.kind == "add" for path in paths for step in path)
 
 
 def _adds(values: Values, call: ModuleCall, entry: int, leave: int) -> bool:
@@ -184,14 +236,22 @@ def _feeds(values: Values, call: ModuleCall, entry: int, leave: int) -> bool:
     return any(entry in values.cone(branch, [entry], call)[1] for branch in added)
 
 
-def _refuse_what_one_list_cannot_say(values: Values, best: Stack, candidates: list[Stack]) -> None:
+def _refuse_what_one_list_cannot_say(values: Values, best: Stack, candidates: list[Stack], reaching: set[int]) -> None:
     """Raises DiscoveryError where the stream goes through other lists too, or crosses the blocks in two tensors."""
     first, last = (best.calls[pick(best.calls, key=lambda n: best.calls[n].enter)] for pick in (min, max))
     once = sum(call.module is first.module for call in values.flow.calls) == 1
-    others = [other for other in candidates if other is not best and _additions(values, other)]
+    others = [other for other in candidates if other.path != best.path and _additions(values, other)]
     for other in others if once else []:
         around = [c for c in other.calls.values() if c.enter < first.enter and last.exit < c.exit]
-        if (around and len(other.streams) > 1) or _continues(values, best, other) or _continues(values, other, best):
+        several = len(other.streams) > 1
+        if several and _is_inside(other, best):
+            raise DiscoveryError(
+                f"each block of {best.path} holds a list of blocks, such as {other.path}: a map has one list. Put all "
+                "blocks of the model into one list, or discover a part of the model."
+            )
+        beside = several and not around and _end(other) in reaching
+        continued = _continues(values, best, other) or (several and _continues(values, other, best))
+        if (around and several) or continued or beside:
             raise DiscoveryError(
                 f"the residual stream goes through several lists of blocks, {best.path} and {other.path}: a map has "
                 "one. Put the blocks of the model into one list, or discover a part of the model."
@@ -201,6 +261,14 @@ def _refuse_what_one_list_cannot_say(values: Values, best: Stack, candidates: li
             f"the residual stream crosses the blocks {best.path} in two tensors, which the next block adds: no module "
             "boundary between them exposes it. Expected blocks that hand on one tensor [batch, pos, d_model]."
         )
+
+
+def _is_inside(inner: Stack, outer: Stack) -> bool:
+    """Whether a list is in one block of another, and each of its own blocks adds to a stream of the same width."""
+    calls = inner.calls.values()
+    return inner.width == outer.width and any(
+        all(block.enter < call.enter and call.exit < block.exit for call in calls) for block in outer.calls.values()
+    )
 
 
 def _continues(values: Values, before: Stack, after: Stack) -> bool:
@@ -263,7 +331,11 @@ def _groups(values: Values) -> Iterator[Group]:
             yield template, calls, max(calls) + 1
 
 
-def _stack(values: Values, path: str, calls: dict[int, ModuleCall], length: int, seq: int) -> Stack | None:
+def _stack(
+    values: Values, path: str, calls: dict[int, ModuleCall], length: int, seq: int, linked: bool = False
+) -> Stack | None:
+    """`linked`: what leaves a block may be added to before it enters the next."""
+
     def wide(tensors: dict[Place, int]) -> dict[Place, int]:
         shapes = {place: values.flow.tensors[t].shape for place, t in tensors.items()}
         return {p: values.value(t) for p, t in tensors.items() if len(shapes[p]) >= 3 and seq in shapes[p][:-1]}
@@ -272,7 +344,8 @@ def _stack(values: Values, path: str, calls: dict[int, ModuleCall], length: int,
     streams: dict[int, tuple[int, int]] = {}
     entries: dict[int, set[Place]] = {}
     exits: dict[int, int] = {}
-    handed = {(a, b): _handed(values, calls[a], calls[b], wide) for a, b in pairwise(numbers)}
+    hand = _linked if linked else _handed
+    handed = {(a, b): hand(values, calls[a], calls[b], wide) for a, b in pairwise(numbers)}
     votes = Counter(place for places in handed.values() for place in places)
     if len(votes) > 1:  # several tensors cross the blocks: the stream is the one that is added to
         for (here, _), places in handed.items():
@@ -301,7 +374,9 @@ def _stack(values: Values, path: str, calls: dict[int, ModuleCall], length: int,
     if not streams or (len(numbers) == 1 and length > 1):
         return None
     width = values.shape(next(iter(streams.values()))[0])[-1]
-    return Stack(path, calls, length, streams, width, seq, seq, lists=(path,))
+    ordered = [streams[n] for n in numbers if n in streams]
+    joined = not linked or all(a[1] == b[0] for a, b in pairwise(ordered))
+    return Stack(path, calls, length, streams, width, seq, seq, lists=(path,), joined=joined)
 
 
 def _handed(
@@ -310,6 +385,16 @@ def _handed(
     """Place in the arguments of one block -> the value there, where the block before made it and gave it out."""
     made = {value for value in wide(here.outputs).values() if values.made_in(value, here)}
     return {place: value for place, value in wide(after.entered).items() if value in made}
+
+
+def _linked(
+    values: Values, here: ModuleCall, after: ModuleCall, wide: Callable[[dict[Place, int]], dict[Place, int]]
+) -> dict[Place, int]:
+    """Place in the arguments of one block -> what the block before gave out, where the one was added to the other."""
+    made = [value for value in wide(here.outputs).values() if values.made_in(value, here)]
+    between = replace(here, enter=here.exit, exit=after.enter)
+    entering = wide(after.entered).items()
+    return {p: m for p, v in entering for m in made if v == m or residual_path(values, between, m, v)}
 
 
 def scattered(values: Values, groups: list[Group], seq: int) -> Iterator[Stack]:
@@ -395,7 +480,9 @@ def _branches(block: Block, position: int, step: Step) -> list[Branch]:
     if len(cones) > 1 and (len(heavy) < 2 or any(reads for part, (_, reads) in cones.items() if part not in heavy)):
         cones = {step.branch: block.values.cone(step.branch, block.states, block.call)}  # one branch's own residual
     for part, (ops, reads) in cones.items():
-        mixed = block.mixing(ops)
+        tail = list(block.tail(part))
+        bare = tail[-1].source if any(each.kind == "convolve" for each in tail) else part
+        mixed = block.mixing(ops if bare == part else block.values.cone(bare, block.states, block.call)[0])
         role = "other" if not reads else "mixer" if mixed else "mlp"
         twin = next((b for b in found if b.role == role), None)
         if twin is None:

@@ -8,6 +8,7 @@ any size is read in seconds.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -163,6 +164,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._by_storage: dict[int, list[torch.Tensor]] = {}
         self._stack: list[int] = []
         self._paths: dict[int, list[str]] = {}
+        self._turns: dict[str, itertools.count[int]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             self._paths.setdefault(id(module), []).append(path)
         self._parameter_names = {
@@ -229,13 +231,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._clock
 
     def _path(self, module: nn.Module) -> str:
-        """A shared module has several paths: the one below the caller is meant."""
+        """A shared module has several paths: the one below the caller is meant, of several such the next in turn."""
         paths = self._paths[id(module)]
         if self._stack and len(paths) > 1:
             parent = self.flow.calls[self._stack[-1]].path
             inside = [path for path in paths if not parent or path.startswith(parent + ".")]
             paths = inside or paths
-        return paths[0]
+        turn = self._turns.setdefault(paths[0], itertools.count()) if len(paths) > 1 else itertools.count()
+        return paths[next(turn) % len(paths)]
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         parent = self._stack[-1] if self._stack else None

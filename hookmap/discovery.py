@@ -22,6 +22,7 @@ from hookmap.full_width import at_full_width
 from hookmap.points import POINTS
 from hookmap.points_of_block import BlockPoints, points_of_block
 from hookmap.points_of_model import read_outside
+from hookmap.quantised import plain_products
 from hookmap.taps import Tap, captured_axes
 from hookmap.values import Values
 
@@ -81,7 +82,7 @@ def _of_module(model: nn.Module) -> ArchitectureMap:
     config = getattr(model, "config", None)
     seq = skeleton.sequence_length(config, model)
     device = skeleton.device_of(model)
-    with skeleton.eager(model):
+    with skeleton.eager(model), plain_products(model, device):
         try:
             flow = _one_pass(model, config, device, seq)
         except Exception as error:
@@ -128,6 +129,8 @@ def assemble(
         model_points=_templates(outside.taps),
         model_unavailable=outside.unavailable,
         kinds=kinds,
+        joined=stack.joined,
+        left_out=stack.left_out,
         discovered_by=how,
     )
 
@@ -176,7 +179,10 @@ def _templates(taps: dict[str, Tap]) -> dict[str, PointTemplate]:
     """The taps in forward order, each with its place in it."""
     times = sorted({tap.time for tap in taps.values()})
     ordered = sorted(taps.items(), key=lambda item: item[1].time)
-    return {n: PointTemplate(terms=t.terms, order=times.index(t.time), evidence=t.evidence) for n, t in ordered}
+    return {
+        n: PointTemplate(terms=t.terms, order=times.index(t.time), evidence=t.evidence, beside=t.beside)
+        for n, t in ordered
+    }
 
 
 def _first_reader(readings: dict[int, BlockPoints], role: str) -> str | None:

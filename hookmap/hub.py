@@ -4,13 +4,18 @@ Without a network transformers retries each file for some 20 seconds before it s
 answers at once, and sends transformers to its cache.
 """
 
+import logging
 import os
 import socket
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from hookmap.errors import ModelError
 
 _NO_NETWORK = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}
 
@@ -42,6 +47,34 @@ def is_hub_id(source: str | Path) -> bool:
     """Whether `source` can only mean a repository: `name` or `owner/name`, and no folder of that name is there."""
     text = str(source)
     return text.count("/") <= 1 and not text.startswith((".", "~", os.sep)) and not Path(text).exists()
+
+
+def check_source(source: str | Path) -> None:
+    """Raises ModelError where `source` can be neither a model folder nor a hub id."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+            raise ModelError(
+                f"{folder} is no model folder: expected a config.json in it, found {inside}. "
+                "Give a folder that save_pretrained wrote."
+            )
+    elif folder.is_file():  # transformers would take any JSON with a model_type, such as a map, for a config
+        raise ModelError(f"{folder} is a file: expected a model folder or a hub id. A map: hookmap show {folder}")
+    elif not is_hub_id(source):
+        raise ModelError(f"there is no folder {source}. Give a folder that save_pretrained wrote, or a hub id.")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The hub's client logs each retry; the error that follows says it once."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def explain(error: BaseException, source: str | Path) -> str:

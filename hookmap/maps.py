@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from hookmap.architecture_map import ArchitectureMap, load
-from hookmap.errors import DiscoveryError, HookmapError, ModelError
+from hookmap.errors import DiscoveryError, HookmapError, MapError, MapNotFoundError, ModelError
 
 Status = Literal["SUPPORTED", "UNAVAILABLE", "ERROR", "SILENTLY WRONG"]
 LEDGER = ".sweep.jsonl"
@@ -79,6 +80,7 @@ def build(config: Any, model_id: str | None = None) -> ArchitectureMap:
             "scope": "model" if model_id else "architecture",
             "model_id": model_id,
             "verified_by": (f"on {result.on}", *checks),
+            "proved_on": (version("transformers"),),
         }
     )
 
@@ -94,8 +96,23 @@ def build_models(folder: Path, report: Callable[[str], None] = lambda name: None
         found = build(CONFIG_MAPPING[model_type](**settings), model_id=name)
         # A shape is less than the published config: the map claims no hash.
         of_shape = found.model_copy(update={"scope": "architecture", "config_hash": None})
-        of_shape.save(folder / f"{name.replace('/', '--')}.json")
+        path = folder / f"{name.replace('/', '--')}.json"
+        with_earlier_proofs(of_shape, path).save(path)
         report(name)
+
+
+def with_earlier_proofs(found: ArchitectureMap, path: Path) -> ArchitectureMap:
+    """The map with the versions of transformers that the file at `path` was proved on, where it is the same map."""
+    from packaging.version import Version
+
+    from hookmap.map_diff import differences
+
+    try:
+        before = load(path)
+    except (MapError, MapNotFoundError):
+        return found
+    versions = {*found.proved_on, *(() if list(differences(before, found)) else before.proved_on)}
+    return found.model_copy(update={"proved_on": tuple(sorted(versions, key=Version))})
 
 
 def classes() -> dict[str, str]:
@@ -123,14 +140,16 @@ def sweep(
     shipped: Path | None = None,
     jobs: int = 2,
     report: Callable[[Entry], None] = lambda entry: None,
+    record: bool = False,
 ) -> list[Entry]:
     """Build the maps of these model types, each discovered and verified, `jobs` at a time in processes of their own.
 
     `folder`: where right maps and the ledger are written; None writes nothing. `shipped`: maps to compare with.
+    `record`: a shipped map that is found again gets the version of transformers written into it.
     """
     entries: list[Entry] = []
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=12) as pool:
-        for entry in pool.imap_unordered(partial(build_type, folder=folder, shipped=shipped), types):
+        for entry in pool.imap_unordered(partial(build_type, folder=folder, shipped=shipped, record=record), types):
             entries.append(entry)
             if folder is not None:
                 with (folder / LEDGER).open("a", encoding="utf-8") as ledger:
@@ -158,7 +177,7 @@ def _entry_of(document: dict[str, Any]) -> Entry:
     return Entry(**document, kinds=kinds, model_points=model_points, changes=changes)
 
 
-def build_type(model_type: str, folder: Path | None = None, shipped: Path | None = None) -> Entry:
+def build_type(model_type: str, folder: Path | None = None, shipped: Path | None = None, record: bool = False) -> Entry:
     """Build one model type's map, compare it with the shipped one, and write it down if it is right."""
     begun = time.monotonic()
     architecture = classes()[model_type]
@@ -174,9 +193,17 @@ def build_type(model_type: str, folder: Path | None = None, shipped: Path | None
     except (ModelError, HookmapError, TimeoutError, Exception) as error:
         said = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
         return Entry(model_type, architecture, "ERROR", detail=said, seconds=time.monotonic() - begun)
-    if folder is not None and _speaks_for_its_class(model_type):
-        found.save(folder / f"{found.architecture}.json")
-    changes = _changes(found, shipped) if shipped is not None and _speaks_for_its_class(model_type) else ()
+    changes: tuple[str, ...] = ()
+    if _speaks_for_its_class(model_type):
+        if folder is not None:
+            path = folder / f"{found.architecture}.json"
+            with_earlier_proofs(found, path).save(path)
+        if shipped is not None:
+            changes = _changes(found, shipped)
+        if shipped is not None and record and not changes:
+            path = shipped / f"{found.architecture}.json"
+            proofs = with_earlier_proofs(found, path).proved_on
+            load(path).model_copy(update={"proved_on": proofs}).save(path)
     return _entry(model_type, found, changes, time.monotonic() - begun)
 
 
@@ -237,10 +264,15 @@ def _entry(model_type: str, found: ArchitectureMap, changes: tuple[str, ...], se
         kinds=tuple(_kinds(found)),
         model_points=tuple(found.model_points),
         model_missing=dict(found.model_unavailable),
-        detail="" if status == "SUPPORTED" else "no point of a block was found",
+        detail=_not_covered(found) if status == "SUPPORTED" else "no point of a block was found",
         changes=changes,
         seconds=round(seconds, 1),
     )
+
+
+def _not_covered(found: ArchitectureMap) -> str:
+    lists = f"not in the map: {', '.join(f'`{path}`' for path in found.left_out)}" if found.left_out else ""
+    return lists if found.joined else f"{lists}; the model adds to the stream between blocks".lstrip("; ")
 
 
 def _kinds(found: ArchitectureMap) -> Iterator[Kind]:

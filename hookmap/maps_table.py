@@ -84,4 +84,5 @@ def _missing(entry: Entry) -> str:
             alias = point.startswith("attn_") and f"mixer_{point[5:]}" in missing
             if not reason.startswith(_OBVIOUS) and not alias and not POINTS[point.partition(".")[0]].deeper:
                 reasons.setdefault(reason, {})[point if called else "every point of some layers"] = None
-    return "<br>".join(f"{', '.join(f'`{p}`' for p in points)}: {why}" for why, points in reasons.items())[:900]
+    lines = [f"{', '.join(f'`{p}`' for p in points)}: {why}" for why, points in reasons.items()]
+    return "<br>".join([*filter(None, [entry.detail]), *lines])[:900]

@@ -1,11 +1,13 @@
 """`hookmap.open`: a model, its tokenizer and its map, held against each other; one copy of the weights."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import nn
 
+from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap, PointTemplate, TermTemplate
 from hookmap.attribution import Attribution, attribute
 from hookmap.capture import BATCH_SIZE, BATCH_TOKENS, Capture, capture
@@ -16,12 +18,15 @@ from hookmap.engines.turns import turns_of
 from hookmap.errors import CaptureError, DiscoveryError, MapMismatchError, ModelError, TokenizerError
 from hookmap.estimate import Estimate, estimate
 from hookmap.generation import check_count
-from hookmap.kept import Kept, Positions, kept
+from hookmap.interventions import read_interventions
+from hookmap.kept import Kept, Positions, kept, matching_tokens
 from hookmap.lens import Lens, lens
 from hookmap.library import load_map, resize
-from hookmap.loading import load_config, load_model, load_tokenizer
+from hookmap.loading import load_model, load_tokenizer
+from hookmap.plan import Plan, plan
 from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
-from hookmap.runs import Progress, generation_batches, harvest_batches
+from hookmap.proofs import Proofs
+from hookmap.runs import Progress, generation_batches, harvest_batches, vocabulary_of
 from hookmap.selectors import Selector
 from hookmap.steering import SteeringVector, make_vector
 
@@ -82,6 +87,8 @@ class HookedModel:
         engine: EngineName = "auto",
         store: str | os.PathLike[str] | None = None,
         resume: bool = False,
+        interventions: Any = (),
+        before: bool = False,
         progress: Callable[[Progress], None] | None = None,
         **generation: Any,
     ) -> Capture:
@@ -105,17 +112,20 @@ class HookedModel:
         engine: "hooks" (PyTorch's own, the leanest), "nnsight", or "auto": hooks, unless x came as an nnsight model.
         store: a folder to stream to, with memory flat, or None for memory. resume: go on with that folder after an
         interruption; finished samples are not done again.
+        interventions: what is written while it runs: interventions, documents of them, or a file; the rows kept are
+        those after them. before: keep them as they were right before, too, as `.before` of what is returned.
         progress: called after each step. generation: fields of transformers' GenerationConfig, such as temperature.
 
-        Raises SelectionError, TokenizerError, StoreError, and CaptureError where a run did not see what it should or
-        would not fit into memory.
+        Raises SelectionError, TokenizerError, StoreError, InterventionError, and CaptureError where a run did not see
+        what it should or would not fit into memory.
         """
-        encoded = self._encode(prompts, chat)
+        encoded = self.encode(prompts, chat)
         chosen = kept(
             positions, every=every, mean=mean, features=features, features_seed=features_seed, dtype=keep_dtype
         )
-        selectors = self.map.selectors(points, layers)
+        selectors = self.map.selectors(points, layers) if points != () else ()
         runs, why = self._engine_of(engine)
+        planned = self._plan(interventions, encoded, max_new_tokens, chat)
         return capture(
             runs,
             why,
@@ -136,7 +146,43 @@ class HookedModel:
             resume=resume,
             progress=progress,
             generation=generation,
+            plan=planned,
+            before=before,
         )
+
+    def generate(
+        self,
+        prompts: Any,
+        interventions: Any = (),
+        capture: Mapping[str, Any] | None = None,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> Capture:
+        """Generate from `prompts` with interventions, and keep what `capture` names: {"points": …, "layers": …, …}.
+
+        Without a `capture` the run has texts and tokens only. `capture` takes what says which rows are kept, `options`
+        everything else that `HookedModel.capture` takes, which see.
+        """
+        chosen = {"points": (), **(capture or {})}
+        return self.capture(prompts, max_new_tokens=max_new_tokens, interventions=interventions, **chosen, **options)
+
+    def matching(self, chosen: Kept) -> frozenset[int]:
+        """The token ids that positions="text=…" means. Raises SelectionError."""
+        return matching_tokens(chosen, self.tokenizer, vocabulary_of(self._hooks))
+
+    @cached_property
+    def proofs(self) -> Proofs:
+        """What was shown about writing the points of this model."""
+        return Proofs(self._hooks, self.map)
+
+    def _plan(self, interventions: Any, prompts: Sequence[Prompt], max_new_tokens: int, chat: Chat) -> Plan | None:
+        if isinstance(interventions, Plan):
+            return interventions
+        found = read_interventions(interventions)
+        if not found:
+            return None
+        check_count("max_new_tokens", max_new_tokens, least=0)
+        return plan(self, found, prompts, max_new_tokens, chat)
 
     def lens(self, source: Any, point: str = "resid_post", layers: Layers = "all", **options: Any) -> Lens:
         """What the model would say at each layer: the stream through its final norm and unembedding.
@@ -196,7 +242,7 @@ class HookedModel:
             positions, every=every, mean=mean, features=features, features_seed=features_seed, dtype=keep_dtype
         )
         selectors = self.map.selectors(points, layers)
-        return self._estimate(self._encode(prompts, chat), selectors, max_new_tokens, chosen, batch_size, batch_tokens)
+        return self._estimate(self.encode(prompts, chat), selectors, max_new_tokens, chosen, batch_size, batch_tokens)
 
     def _estimate(
         self,
@@ -246,7 +292,8 @@ class HookedModel:
         parameters = self.model.get_submodule(selector.module).parameters()
         return max((p.numel() for p in parameters), default=0) // self.map.d_model
 
-    def _encode(self, prompts: Any, chat: Chat) -> tuple[Prompt, ...]:
+    def encode(self, prompts: Any, chat: Chat) -> tuple[Prompt, ...]:
+        """Prompts as the model reads them; see `capture`. Raises TokenizerError."""
         return encode(prompts, self.tokenizer, chat, why_none=self._why_no_tokenizer)
 
     def __repr__(self) -> str:
@@ -278,7 +325,7 @@ def open(
         tokenizer = load_tokenizer(os.fspath(tokenizer), **loads)
     if isinstance(x, str | os.PathLike):
         source = os.fspath(x)
-        load_config(source, **loads)  # small: a wrong name is said before weights are loaded
+        skeleton.load_config(source, **loads)  # small: a wrong name is said before weights are loaded
         if tokenizer is None:
             tokenizer, why_none = _tokenizer_or_reason(source, loads)
         module = load_model(source, dtype=dtype, device=device, **loads)
@@ -331,10 +378,15 @@ def _generating_root(module: nn.Module) -> nn.Module:
         raise ModelError(
             f"{type(root).__name__} is {kind}: expected a causal language model, such as AutoModelForCausalLM loads."
         )
-    if any(p.is_meta for p in root.parameters()):
+    if any(p.is_meta for module in root.modules() if not _brings_weights(module) for p in module.parameters(False)):
         raise ModelError(f"{type(root).__name__} has no weights (meta device): load them, then open it.")
     found: nn.Module = root
     return found
+
+
+def _brings_weights(module: nn.Module) -> bool:
+    """Whether accelerate holds its weights elsewhere, on a disk say, and brings them when it runs."""
+    return getattr(module.__dict__.get("_hf_hook"), "offload", False) is True
 
 
 def _map_for(module: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:

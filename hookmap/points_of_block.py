@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -147,11 +147,65 @@ class _Reader:
         states = [state for state in self.block.states if state in branch.reads]
         value = self._read_whole(states[-1], branch)
         value = self._collapsed(branch, states) or value
-        self._put(name, value, "input" if value in self.block.states else "output")
+        beside = self._beside(branch, value)
+        mixed = value in states and self._mixed_early(branch, value, beside)
+        if mixed or (value in states and not self._enters_weights(value)):
+            gathered = self._gathered(branch)
+            if mixed or gathered is not None:
+                value, beside = gathered, set()  # type: ignore[assignment]
+        missing = (
+            "it reads the stream mixed with other tensors that enter the block, and no one tensor is what it reads"
+        )
+        self._put(name, value, "input" if value in self.block.states else "output", missing)
+        self._put_beside(name, beside)
         if name == "mixer_in" or (name == "mlp_in" and self.points.branch_order != "parallel"):
             readers = [e.call for e in self._inside_inputs(states[-1])]
             if readers:
                 self.points.readers[branch.role] = self.tapper.templated(readers[0].path)
+
+    def _beside(self, branch: Branch, value: int) -> set[int]:
+        """What enters the block, and depends on the tokens, that the branch reads other than through `value`."""
+        raw = (self.block.raw(part) for part in branch.parts)
+        return set().union(*(self.values.sources(part, [value], self.block.call) for part in raw))
+
+    def _put_beside(self, name: str, values: set[int]) -> None:
+        """Masks and biases are of pairs of positions: no part of what a branch reads."""
+        streams = [v for v in sorted(values) if self.values.shape(v).count(self.block.seq) == 1]
+        taps = [tap for v in streams if (tap := self.tapper.tap(v, "input")) is not None]
+        if taps and name in self.points.taps:
+            terms = tuple(term for tap in taps for term in tap.terms)
+            self.points.taps[name] = replace(self.points.taps[name], beside=terms)
+
+    def _mixed_early(self, branch: Branch, value: int, beside: set[int]) -> bool:
+        """Whether the others are joined to the stream before any product with weights."""
+        light = {value}
+        for op in sorted(branch.ops, key=lambda op: op.time):
+            operands = {*self.values.operands(op)}
+            weights = op.name in HEAVY and any(map(self.values.is_constant, operands))
+            if not light & operands or weights:
+                continue
+            if any(self.values.sources(v, light, self.block.call) & beside for v in operands - light):
+                return True
+            light.update(map(self.values.value, op.outputs))
+        return False
+
+    def _gathered(self, branch: Branch) -> int | None:
+        """The first tensor of the stream's size, at a boundary, that all of the branch is computed from (Inkling 2).
+
+        Behind positions that were mixed it is no longer what the branch reads (Zamba).
+        """
+        block, values = self.block, self.values
+        raw = [block.raw(part) for part in branch.parts]
+        ops = {op.outputs[0]: op for part in raw for op in values.cone(part, block.states, block.call)[0]}
+        for op in sorted(ops.values(), key=lambda op: op.time):
+            for value in map(values.value, op.outputs):
+                like = value not in (*raw, *block.states) and values.size(value) == values.size(block.entry)
+                if not like or self._beside(branch, value) or self.tapper.tap(value) is None:
+                    continue
+                if not block.mixing(values.cone(value, block.states, block.call)[0]):
+                    whole = self._read_whole(value, branch)
+                    return whole if self._enters_weights(whole) else None
+        return None
 
     def _collapsed(self, branch: Branch, states: list[int]) -> int | None:
         """Where the stream is several streams: the one tensor made of them that the branch's own module reads."""
@@ -189,7 +243,7 @@ class _Reader:
         for op in sorted(branch.ops, key=lambda op: op.time):
             operands, result = self.values.operands(op), [self.values.value(t) for t in op.outputs]
             if not light & {*operands} or other & {*operands} or op.name in HEAVY or id(op) in mixing:
-                other.update(result)
+                other.update(v for v in result if v not in light)
                 continue
             light.update(result)
             same_size = result and self.values.size(result[0]) == self.values.size(value)

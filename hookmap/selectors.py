@@ -187,7 +187,7 @@ def select(
         problems.append("no layers given: name at least one, or 'all'")
     if problems:
         raise SelectionError(_report(architecture_map, list(dict.fromkeys(problems))))
-    made = [_selector(architecture_map, point, layer, template) for (point, layer), template in wanted.items()]
+    made = [of_template(architecture_map, point, layer, template) for (point, layer), template in wanted.items()]
     names_order = {name: position for position, name in enumerate(POINTS)}
     return tuple(sorted(made, key=lambda s: (s.forward_index, names_order[s.point.partition(".")[0]], s.point)))
 
@@ -256,7 +256,9 @@ def _report(architecture_map: ArchitectureMap, problems: list[str]) -> str:
     return f"{len(problems)} problems with this selection:\n" + "\n".join(f"  - {p}" for p in problems) + f"\n{see}"
 
 
-def _selector(m: ArchitectureMap, point: str, layer: int | None, template: PointTemplate) -> Selector:
+def of_template(m: ArchitectureMap, point: str, layer: int | None, template: PointTemplate) -> Selector:
+    """The selector of one template on one layer; None for points of the whole model."""
+
     def path(text: str) -> str:
         return text if layer is None else text.replace("{i}", str(layer))
 

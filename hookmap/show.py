@@ -57,6 +57,8 @@ def tree(architecture_map: ArchitectureMap, modules: Mapping[str, str] | None = 
     top = Tree(_title(m), guide_style="dim")
     _grow(top, root)
     _missing(top, m.model_unavailable)
+    if m.left_out:
+        top.add(f"[yellow]○ not in this map[/]  [dim]other lists of blocks: {escape(', '.join(m.left_out))}[/]")
     return top
 
 

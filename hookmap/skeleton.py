@@ -26,53 +26,65 @@ _VOLATILE = {
     "bos_token_id", "eos_token_id", "pad_token_id", "problem_type", "chunk_size_feed_forward", "_commit_hash",
     "auto_map", "quantization_config",
 }  # fmt: skip
-_SEQUENCES = (7, 11, 13, 17, 19, 23, 29, 31, 37)
+_SEQUENCES = (13, 11, 17, 19, 23, 29, 31, 37, 7)
 
 
 def load_config(source: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The transformers config of a hub id or a local folder. Raises ModelError, with what was tried."""
     from transformers import AutoConfig
 
-    folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        raise ModelError(f"{folder} has no config.json: expected a folder that save_pretrained wrote.")
-    if folder.is_file():  # transformers would take any JSON with a model_type, such as a map, for a config
-        raise ModelError(f"{folder} is a file: expected a model folder or a hub id. A map: hookmap show {folder}")
+    hub.check_source(source)
     arguments = {"trust_remote_code": trust_remote_code, "revision": revision, **hub.source_arguments(source)}
     try:
-        return AutoConfig.from_pretrained(source, **arguments)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"cannot load the config of {str(source)!r}: {hub.explain(error, source)}\n"
-            "Expected a Hugging Face model id that can be reached, or a local folder with a config.json."
-        ) from error
+        with hub.quiet():
+            return AutoConfig.from_pretrained(source, **arguments)
+    except Exception as error:  # a missing file, a gate, a broken file, code that is not trusted: each its own class
+        raise ModelError(f"cannot load the model {str(source)!r}: {hub.explain(error, source)}") from error
 
 
 def build(
     config: Any, device: str = "meta", dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The causal language model of a config, in eager attention; on the meta device no weight is allocated."""
-    from transformers import AutoModelForCausalLM
-
+    """The language model of a config, in eager attention; on the meta device no weight is allocated."""
     config = type(config).from_dict(config.to_dict()) if hasattr(config, "to_dict") else config
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     try:
         with torch.device(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            own = _class_of_decoder(config)
-            kwargs = {} if own else {"trust_remote_code": trust_remote_code}
-            maker = own._from_config if own else AutoModelForCausalLM.from_config
-            model: nn.Module = maker(config, attn_implementation="eager", dtype=dtype, **kwargs)
+            maker = model_class(config)
+            if hasattr(maker, "from_config"):
+                settings = {"trust_remote_code": trust_remote_code}
+                model: nn.Module = maker.from_config(config, attn_implementation="eager", dtype=dtype, **settings)
+            else:
+                model = maker._from_config(config, attn_implementation="eager", dtype=dtype)
     except Exception as error:
+        said = str(error).partition("\nModel type should be one of")[0]  # what follows lists some 200 configs
         raise ModelError(
-            f"transformers cannot build {type(config).__name__}: {type(error).__name__}: {error}"
+            f"transformers cannot build {type(config).__name__}: {type(error).__name__}: {said}"
         ) from error
     return model.eval()
 
 
+def model_class(config: Any) -> Any:
+    """The class of transformers that builds and loads the language model of a config.
+
+    A causal language model; or the whole of one that reads images or sounds too, where there is no other, or where
+    the config says that the checkpoint is of the whole. A decoder's config that AutoModel knows only as a part of
+    another model's (Musicgen) names its class itself.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    kind = type(config)
+    if kind in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        whole = MODEL_FOR_MULTIMODAL_LM_MAPPING[kind].__name__
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or whole in (config.architectures or ()):
+            return AutoModelForMultimodalLM
+    return _class_of_decoder(config) or AutoModelForCausalLM
+
+
 def _class_of_decoder(config: Any) -> Any:
-    """The causal language model of a decoder's config that AutoModel has only under the whole model's (Musicgen)."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     where = type(config).__module__

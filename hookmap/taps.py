@@ -20,6 +20,8 @@ class Tap:
     terms: tuple[TermTemplate, ...]
     time: int
     evidence: str
+    beside: tuple[TermTemplate, ...] = ()
+    """what else the branch that reads it reads"""
 
 
 class Tapper:
@@ -68,8 +70,8 @@ class Tapper:
         found = []
         for each in self.values.exposures.get(value, []):
             inside = self.within.enter <= each.call.enter and each.call.exit <= self.within.exit
-            # A module that several layers share is no place of one layer's.
-            once = len({call.path for call in self.calls_of[id(each.call.module)]}) == 1
+            # A module that several layers share is no place of one layer's, save where all of the block is shared.
+            once = self.shared or self._paths(each.call) == 1
             own = not (each.side == "input" and each.call is self.within and self.templates is None)
             if (
                 inside
@@ -80,6 +82,14 @@ class Tapper:
             ):
                 found.append(each)
         return found
+
+    @cached_property
+    def shared(self) -> bool:
+        """Whether this block stands in its list several times: which call is whose is what tells its layers apart."""
+        return self.templates is not None and self._paths(self.within) > 1
+
+    def _paths(self, call: ModuleCall) -> int:
+        return len({each.path for each in self.calls_of[id(call.module)]})
 
     @cached_property
     def turned(self) -> bool:

@@ -46,8 +46,9 @@ class Exposure:
 class Step:
     """One linear step of a value's history: value = step(source), with `branch` added where it is an addition."""
 
-    kind: Literal["add", "scale", "cast", "norm", "gate", "mix", "spread"]
-    """mix: several streams among one another; spread: one tensor over several streams, each times its own number"""
+    kind: Literal["add", "scale", "cast", "norm", "gate", "mix", "spread", "convolve"]
+    """mix: several streams among one another; spread: one tensor over several streams, each times its own number;
+    convolve: each feature with itself over positions"""
     source: int
     result: int
     branch: int | None = None
@@ -339,3 +340,18 @@ class Values:
                     stack.append((top, True))
                     stack += [(v, False) for v in self.operands(op) if v not in reaches]
         return order, reads
+
+    def sources(self, value: int, stops: Iterable[int], call: ModuleCall) -> set[int]:
+        """What entered `call`, and depends on the tokens, that `value` is computed from without passing `stops`."""
+        found: set[int] = set()
+        seen, stack = {*stops}, [value]
+        while stack:
+            top = stack.pop()
+            if top in seen:
+                continue
+            seen.add(top)
+            if self.made_in(top, call):
+                stack += self.operands(self.producers[top])
+            elif not self.is_constant(top, of_tokens=True):
+                found.add(top)
+        return found

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
 from hookmap.checks_inside import checks_inside
+from hookmap.checks_reads import checks_reads
 from hookmap.discovery import discover
 from hookmap.errors import HookmapError, MapMismatchError, ModelError
 from hookmap.narrow import narrow
@@ -215,6 +216,8 @@ class _Verifier:
         yield from self._sums(values)
         for each in checks_inside(self.map, self.model, self.ids, values, self._error, self.tolerance):
             yield Check(*each)
+        for each in checks_reads(self.map, self.model, self.ids, values, self._error, self.tolerance):
+            yield Check(*each)
         yield from self._causes(values)
 
     def _first_run(self) -> tuple[dict[Key, Tensor], Any]:
@@ -329,6 +332,9 @@ class _Verifier:
         if not states or not layers:
             yield Check("hidden_states", (), not layers, "the model returns no hidden states to compare with")
             return
+        if self.map.left_out and len(states) > self.map.num_layers + 1:
+            yield self._among(values, [self._like(state) for state in states], layers)
+            return
         # A layer that is not called records nothing: the k-th state is of the k-th layer that is.
         recorded = dict(zip(layers, states, strict=False))
         following = dict(zip(layers, [*layers[1:], None], strict=True))
@@ -345,6 +351,20 @@ class _Verifier:
             detail += " (this model records them after the block)"
         yield Check("hidden_states", tuple(layers), not wrong, detail, max(errors))
 
+    def _among(self, values: dict[Key, Tensor], states: list[Tensor], layers: list[int]) -> Check:
+        """A model of several lists of blocks records the streams of all of them, one behind the other.
+
+        Before the blocks, or after them: then the last state is after the final norm.
+        """
+        for point, own in (("resid_pre", layers), ("resid_post", layers[:-1])):
+            errors = [[self._error(values[point, i], state) for state in states] for i in own]
+            places = [row.index(min(row)) for row in errors]
+            worst = max(map(min, errors))
+            if worst <= self.tolerance and places == list(range(places[0], places[0] + len(own))):
+                detail = f"{point}[i] = hidden_states[i + {places[0]}] (the model records several lists of blocks)"
+                return Check("hidden_states", tuple(own), True, detail, worst)
+        return Check("hidden_states", tuple(layers), False, "the layers' streams are not among the hidden_states")
+
     def _ends(self, values: dict[Key, Tensor], output: Any) -> Iterator[Check]:
         """The embedding, the hand-over from block to block, and the logits."""
         if ("embed", None) in values and self.embedding is not None:
@@ -360,7 +380,10 @@ class _Verifier:
         errors = [self._error(values["resid_post", i] * scaled[i], values["resid_pre", i + 1]) for i in pairs]
         between = sorted({f"{ratio:g} times" for ratio in scaled.values() if ratio != 1.0})
         detail = "resid_pre[i + 1] = resid_post[i]" + (f", or {', '.join(between)} it" if between else "")
-        if pairs:
+        if pairs and not self.map.joined:
+            detail = "the model adds to the stream between blocks: resid_pre[i + 1] is not resid_post[i]"
+            yield Check("hand-over", tuple(pairs), min(errors) > self.tolerance, detail)
+        elif pairs:
             yield Check("hand-over", tuple(pairs), max(errors) <= self.tolerance, detail, max(errors))
 
     def _sums(self, values: dict[Key, Tensor]) -> Iterator[Check]:

@@ -1,5 +1,7 @@
 """Makes .venv with hookmap in it. Needs only Python >= 3.10 and pip; `make demo` and `make test` call it.
 
+`make test-oldest` has .venv-oldest made: the same with the oldest transformers that pyproject.toml allows.
+
 PyPI's Linux build of PyTorch brings several GB of CUDA libraries. So, on Linux without an NVIDIA GPU, the CPU build
 is installed first and by its exact version: no CUDA build answers to `2.13.0+cpu`. Everywhere else PyPI's is right.
 The environment variable TORCH names another requirement, e.g. TORCH="torch==2.14.1".
@@ -8,13 +10,13 @@ The environment variable TORCH names another requirement, e.g. TORCH="torch==2.1
 import argparse
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
 CPU_TORCH = "torch==2.13.0+cpu"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -22,27 +24,36 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tests", action="store_true", help="also install what the tests need")
-    tests = parser.parse_args().tests
+    parser.add_argument("--oldest", action="store_true", help="make .venv-oldest, with the oldest transformers")
+    given = parser.parse_args()
     if sys.version_info < (3, 10):  # noqa: UP036 - this file runs before anything has checked the version
         sys.exit(f"hookmap needs Python 3.10 or later, not {platform.python_version()}: PYTHON=python3.12 make demo")
-    pip = make_environment()
+    venv = ROOT / (".venv-oldest" if given.oldest else ".venv")
+    pip = make_environment(venv)
     install_torch(pip)
     say("installing hookmap and what it needs (a minute or two)")
-    run(*pip, "install", "-qq", "--editable", f"{ROOT}[test]" if tests else str(ROOT))
+    extra = [f"transformers=={oldest_transformers()}", "pytest>=8.2"] if given.oldest else []
+    run(*pip, "install", "-qq", "--editable", f"{ROOT}[test]" if given.tests else str(ROOT), *extra)
     # The stamps that the Makefile looks at. The tests' environment is also good enough for the demo.
-    (VENV / ".ready").touch()
-    if tests:
-        (VENV / ".ready-for-tests").touch()
+    (venv / ".ready").touch()
+    if given.tests:
+        (venv / ".ready-for-tests").touch()
 
 
-def make_environment() -> list[str]:
-    """Makes .venv if it is not there; returns the command that is its pip."""
-    python = str(VENV / "bin" / "python")
+def oldest_transformers() -> str:
+    """The lower bound in pyproject.toml, which Python 3.10 cannot parse by itself."""
+    bound = re.search(r'"transformers>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return bound[1] if bound else sys.exit("pyproject.toml names no lower bound of transformers")
+
+
+def make_environment(venv: Path) -> list[str]:
+    """Makes the environment if it is not there; returns the command that is its pip."""
+    python = str(venv / "bin" / "python")
     if not Path(python).exists():
-        say(f"making {VENV} with Python {platform.python_version()}")
+        say(f"making {venv} with Python {platform.python_version()}")
         # Debian's python3 without python3-venv can make an environment, only not put pip into it: ours fills it then.
         bare = [] if has_module("ensurepip") else ["--without-pip"]
-        run(sys.executable, "-m", "venv", *bare, str(VENV))
+        run(sys.executable, "-m", "venv", *bare, str(venv))
     own_pip = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
     return [python, "-m", "pip"] if own_pip else [sys.executable, "-m", "pip", "--python", python]
 

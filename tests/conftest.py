@@ -1,8 +1,24 @@
 """What every test needs: no network, and few threads (two workers share the cores)."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+import pytest
 
 # Before transformers or huggingface_hub is imported: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where transformers copies the code that a model brings.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hookmap-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture
+def seeded() -> None:
+    """The same random numbers in each test."""
+    import torch
+
+    torch.manual_seed(3)

@@ -65,16 +65,18 @@ def _family(
     return Family(config, block, {**ends, **places}, only or {})
 
 
-def _llama(config: Callable[[], Any]) -> Family:
+def _llama(
+    config: Callable[[], Any], block: str = "model.layers.{i}", only: dict[str, tuple[int, ...]] | None = None
+) -> Family:
     return _family(
-        config, "model.layers.{i}",
+        config, block, only,
         mixer_out=_out("self_attn"), resid_mid=_in("post_attention_layernorm"), mlp_out=_out("mlp"),
     )  # fmt: skip
 
 
-def _sandwich(config: Callable[[], Any]) -> Family:
+def _sandwich(config: Callable[[], Any], block: str = "model.layers.{i}") -> Family:
     return _family(
-        config, "model.layers.{i}",
+        config, block,
         mixer_out=_out("post_attention_layernorm"), resid_mid=_in("pre_feedforward_layernorm"),
         mlp_out=_out("post_feedforward_layernorm"),
     )  # fmt: skip
@@ -192,15 +194,112 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The family's model, always the same one."""
+# Models that read images too: the language model is a part, at a path of its own.
+
+_MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+_EYE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+_QWEN_EYE = {"depth": 1, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 1, "hidden_size": 32}
+_QWEN_MARKS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+_MARKS = {"boi_token_index": 90, "eoi_token_index": 91, "image_token_index": 92}
+_INSIDE = "model.language_model.layers.{i}"
+
+MULTIMODAL: dict[str, Family] = {
+    "qwen2_vl": _llama(
+        lambda: tf.Qwen2VLConfig(
+            text_config={**_COMMON, "rope_parameters": _MROPE},
+            vision_config={**_QWEN_EYE, "embed_dim": 32, "mlp_ratio": 2}, **_QWEN_MARKS,
+        ),
+        _INSIDE,
+    ),
+    "qwen2_5_vl": _llama(
+        lambda: tf.Qwen2_5_VLConfig(
+            text_config={**_COMMON, "rope_parameters": _MROPE},
+            vision_config={**_QWEN_EYE, "intermediate_size": 48, "out_hidden_size": 32}, **_QWEN_MARKS,
+        ),
+        _INSIDE,
+    ),
+    "qwen3_vl": _llama(
+        lambda: tf.Qwen3VLConfig(
+            text_config={**_COMMON, "head_dim": 8, "rope_parameters": _MROPE},
+            vision_config={
+                **_QWEN_EYE, "intermediate_size": 48, "out_hidden_size": 32, "deepstack_visual_indexes": [0],
+            },
+            **_QWEN_MARKS,
+        ),
+        _INSIDE,
+    ),
+    "gemma3": _sandwich(
+        lambda: tf.Gemma3Config(
+            text_config={**_COMMON, "head_dim": 8, "sliding_window": 16},
+            vision_config={**_EYE, "num_hidden_layers": 1}, mm_tokens_per_image=4, **_MARKS,
+        ),
+        _INSIDE,
+    ),
+    "llama4": _family(
+        lambda: tf.Llama4Config(
+            text_config={
+                **_COMMON, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4,
+                "num_experts_per_tok": 1, "interleave_moe_layer_step": 2,
+            },
+            vision_config={
+                **_EYE, "num_hidden_layers": 1, "vision_output_dim": 32, "projector_input_dim": 32,
+                "projector_output_dim": 32,
+            },
+            **_MARKS,
+        ),
+        "language_model.model.layers.{i}",
+        mixer_out=_out("self_attn"), resid_mid=_in("post_attention_layernorm"),
+    ),
+    "llava": _llama(
+        lambda: tf.LlavaConfig(
+            text_config={**_COMMON, "model_type": "llama"},
+            vision_config={**_EYE, "model_type": "clip_vision_model", "num_hidden_layers": 2, "projection_dim": 32},
+            image_token_index=92, image_seq_length=4,
+        ),
+        _INSIDE,
+    ),
+    # Its second layer attends to the image alone: it is never called on text.
+    "mllama": _llama(
+        lambda: tf.MllamaConfig(
+            text_config={
+                **_COMMON, "cross_attention_layers": [1],
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+            vision_config={
+                "hidden_size": 32, "intermediate_size": 48, "attention_heads": 4, "image_size": 16, "patch_size": 4,
+                "num_hidden_layers": 1, "num_global_layers": 1, "vision_output_dim": 64, "max_num_tiles": 2,
+                "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+            },
+            image_token_index=92,
+        ),
+        _INSIDE,
+        dict.fromkeys(("resid_pre", "mixer_out", "resid_mid", "mlp_out", "resid_post"), (0, 2)),
+    ),
+}  # fmt: skip
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
+    """The family's model, always the same one; `settings` differ in its config."""
+    config = FAMILIES[name].config()
+    if settings:
+        config = type(config).from_dict({**config.to_dict(), **settings})
     torch.manual_seed(7)
-    model = tf.AutoModelForCausalLM.from_config(FAMILIES[name].config(), dtype=dtype)
+    return redrawn(tf.AutoModelForCausalLM.from_config(config, dtype=dtype))
+
+
+def redrawn(model: nn.Module) -> nn.Module:
+    """The same model with weights under which each branch contributes O(1)."""
     with torch.no_grad():
         for path, weight in model.named_parameters():
             if weight.ndim >= 2 and not path.endswith("A_log"):
                 weight.normal_(0, weight.shape[-1] ** -0.5)
     return model.eval()
+
+
+def build_multimodal(name: str) -> nn.Module:
+    """The whole model, its part for images included."""
+    torch.manual_seed(7)
+    return redrawn(tf.AutoModelForImageTextToText.from_config(MULTIMODAL[name].config()))
 
 
 @dataclass(frozen=True)
@@ -233,7 +332,10 @@ def generate(model: nn.Module, family: Family, token_ids: list[list[int]], **set
     seen: dict[tuple[str, str], list[torch.Tensor]] = {}
     handles = []
     places = {
-        (p.module.replace("{i}", str(i)), p.side) for ps in family.points.values() for p in ps for i in range(LAYERS)
+        (p.module.replace("{i}", str(i)), p.side)
+        for point, ps in family.points.items()
+        for p in ps
+        for i in family.only_layers.get(point, range(LAYERS))
     }
     for path, side in sorted(places):
         module = model.get_submodule(path)

@@ -239,7 +239,8 @@ def test_layers_that_are_none_are_wrong_usage(text: str) -> None:
     ("args", "message"),
     [
         (("capture", "--prompt", "a"), "which points? For example: --points resid_pre,resid_mid"),
-        (("capture", "--points", "embed", "--max-new-tokens", "0"), "x>=1"),
+        (("capture", "--points", "embed", "--max-new-tokens", "-1"), "x>=0"),
+        (("capture", "--points", "embed", "--features", "a"), "write how many, or a list"),
         (("capture", "--points", "embed", "--dtype", "int7"), "bfloat16"),
         (("capture", "--points", "embed", "--resume"), "-o DIR"),
         (("capture", "--points", "embed", "--temperature", "0", "--top-k", "3"), "greedy"),
@@ -263,7 +264,7 @@ def test_every_wrong_line_of_a_prompts_file_is_named() -> None:
     Path("p.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\nnot json\n{"prompt": 3}\n')
     done = capture_demo("run", "--prompts", "p.jsonl")
     assert done.exit_code == 2
-    for part in ("line 2: expected one of the fields prompt", "line 3, column 1: not JSON", "line 4: expected a text"):
+    for part in ("line 2: expected one of the fields prompt", "line 3: column 1: not JSON", "line 4: expected a text"):
         assert part in done.stderr
 
 

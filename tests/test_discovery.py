@@ -231,7 +231,7 @@ def test_a_module_that_is_no_language_model_is_refused() -> None:
 
 
 def test_an_unknown_model_says_what_was_tried(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no config\.json"):
+    with pytest.raises(ModelError, match=r"expected a config\.json"):
         discover(tmp_path)
     with pytest.raises(ModelError, match="nobody/nothing"):
         discover("nobody/nothing")

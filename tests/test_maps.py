@@ -2,17 +2,18 @@
 
 import json
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from packaging.version import Version
 
 from hookmap.architecture_map import ArchitectureMap, load
 from hookmap.cli.commands.maps import command
 from hookmap.discovery import discover
-from hookmap.errors import DiscoveryError
-from hookmap.library import mappings_folder, shipped_architectures
+from hookmap.library import load_map, mappings_folder, shipped_architectures, shipped_models
 from hookmap.map_diff import differences
 from hookmap.maps import LEDGER, Entry, Kind, build_type, classes, done, sweep, tenth
 from hookmap.maps_table import by_class, counts, markdown
@@ -75,6 +76,43 @@ def test_every_shipped_map_is_small_proved_and_says_on_what(name: str) -> None:
     assert shipped.transformers_version and len(shipped.verified_by) > 3
     assert path.stat().st_size < 24_000 * len(shipped.kinds)  # BEAM scales every layer by a number of its own
     assert all(kind.points or kind.unavailable for kind in shipped.kinds)
+
+
+_OLDEST, _NEWEST = "5.22.2", "5.23.0"
+_NEW_SINCE_THEN = {"Dots3NoteForCausalLM", "Inkling2ForCausalLM", "Lfm3ForCausalLM"}
+
+
+@pytest.mark.parametrize("name", [*shipped_architectures(), *shipped_models()])
+def test_every_shipped_map_is_proved_on_the_oldest_and_the_newest_transformers(name: str) -> None:
+    wanted = {_NEWEST} if name in _NEW_SINCE_THEN else {_OLDEST, _NEWEST}
+    assert wanted <= set(load_map(name).proved_on)
+
+
+def test_the_oldest_transformers_is_the_one_that_is_allowed() -> None:
+    project = (mappings_folder().parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"transformers>={_OLDEST},<6"' in project
+
+
+def test_a_check_records_the_version_and_keeps_the_earlier_ones(tmp_path: Path) -> None:
+    path = tmp_path / "GPT2LMHeadModel.json"
+    shipped = load(mappings_folder() / path.name)
+    shipped.model_copy(update={"proved_on": ("5.9.0", "5.22.2")}).save(path)
+    assert build_type("gpt2", shipped=tmp_path).status == "SUPPORTED"
+    assert load(path).proved_on == ("5.9.0", "5.22.2"), "nothing is written unless it is asked for"
+    build_type("gpt2", shipped=tmp_path, record=True)
+    assert load(path).proved_on == tuple(sorted({"5.9.0", "5.22.2", version("transformers")}, key=Version))
+    assert load(path).kinds == shipped.kinds
+
+
+def test_another_map_loses_the_proofs_of_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "GPT2LMHeadModel.json"
+    document = load(mappings_folder() / path.name).model_dump()
+    document["kinds"][0]["points"]["resid_mid"]["terms"][0]["scale"] = 0.5
+    ArchitectureMap.model_validate(document).save(path)
+    assert build_type("gpt2", shipped=tmp_path, record=True).changes
+    assert load(path).kinds[0].points["resid_mid"].terms[0].scale == 0.5, "a check never mends a map"
+    build_type("gpt2", folder=tmp_path)
+    assert load(path).proved_on == (version("transformers"),)
 
 
 def test_a_completion_is_needed_and_says_why() -> None:
@@ -161,12 +199,14 @@ def test_the_decoder_of_an_encoder_decoder_stands_alone(model_type: str) -> None
     assert ".decoder.layers." in _proved(model_type).layers_path
 
 
-def test_a_list_that_only_chooses_is_not_the_model() -> None:
+def test_a_longer_list_that_only_chooses_is_not_the_model() -> None:
+    """BLT's patcher says where a patch ends; its decoder leads to the output, and the model adds between its blocks."""
     config = narrow(config_of("blt"))
     config.patcher_config.num_hidden_layers = 4
     config.global_config.num_hidden_layers = config.decoder_config.num_hidden_layers = 2
-    with pytest.raises(DiscoveryError, match="does not lead to the output"):
-        discover(config)
+    found = discover(config)
+    assert (found.layers_path, found.num_layers, found.joined) == ("model.local_decoder.layers.{i}", 2, False)
+    assert not any("patcher" in path for path in (found.layers_path, *found.left_out))
 
 
 def test_several_rows_of_codes_make_one_sequence() -> None:
@@ -210,6 +250,13 @@ def test_list_prints_what_ships() -> None:
 def test_an_unknown_type_is_wrong_usage() -> None:
     result = CliRunner().invoke(command, ["check", "qwen33"])
     assert result.exit_code == 2 and "qwen3" in result.output
+
+
+def test_today_adds_a_tenth_to_the_types_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("hookmap.maps.sweep", lambda types, *_: seen.extend(types) or [])
+    assert CliRunner().invoke(command, ["check", "gpt2", "--tenth", "3"]).exit_code == 0
+    assert seen == list(dict.fromkeys(["gpt2", *tenth(3)]))
 
 
 def test_the_table_says_the_worst_of_each_class() -> None:

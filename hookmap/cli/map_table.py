@@ -23,6 +23,16 @@ def show_map(m: ArchitectureMap, screen: Console) -> None:
         if name != "embed":
             points.add_row(f"[cyan]{name}[/]", "", _where(point))
     screen.print(points)
+    if m.left_out:
+        lists = ", ".join(map(escape, m.left_out))
+        screen.print(f"[bold]Not in this map[/]: other blocks that the output is computed through: {lists}")
+    if not m.joined:
+        screen.print("The model adds to the stream between blocks: resid_pre of the next is not resid_post.")
+    for kind in m.kinds:
+        for name, point in kind.points.items():
+            if point.beside:
+                where = ", ".join(map(_term, point.beside))
+                screen.print(f"Beside {name} its branch reads {where} (layers {layer_ranges(kind.layers)}).")
     _show_missing(m, screen)
     screen.print()
 

@@ -68,11 +68,12 @@ def build(
 
 @command.command()
 @click.argument("types", nargs=-1)
-@click.option("--tenth", type=click.IntRange(0, 9), help="Every tenth model type, from this one on. `--today` chooses.")
-@click.option("--today", is_flag=True, help="The tenth whose turn it is today.")
+@click.option("--tenth", type=click.IntRange(0, 9), help="TYPES, and every tenth model type from this one on.")
+@click.option("--today", is_flag=True, help="TYPES, and the tenth whose turn it is today.")
+@click.option("--record", is_flag=True, help="Write this version of transformers into each map that passes.")
 @_JOBS
 @_JSON
-def check(types: tuple[str, ...], tenth: int | None, today: bool, jobs: int, as_json: bool) -> None:
+def check(types: tuple[str, ...], tenth: int | None, today: bool, record: bool, jobs: int, as_json: bool) -> None:
     """Discover and verify each of TYPES anew, and compare with its shipped map.
 
     Exit code 1 where a map is refuted, or differs from the shipped one.
@@ -84,9 +85,9 @@ def check(types: tuple[str, ...], tenth: int | None, today: bool, jobs: int, as_
     if today:
         tenth = date.today().toordinal() % 10
     if tenth is not None:
-        wanted = every_tenth(tenth, wanted)
-        click.echo(f"tenth {tenth}: {', '.join(wanted)}", err=True)
-    entries = _run(wanted, jobs, shipped=mappings_folder())
+        wanted = tuple(dict.fromkeys((*(wanted if types else ()), *every_tenth(tenth))))
+        click.echo(f"tenth {tenth}: {', '.join(every_tenth(tenth))}", err=True)
+    entries = _run(wanted, jobs, shipped=mappings_folder(), record=record)
     _show(entries, as_json)
     sys.exit(any(entry.status == "SILENTLY WRONG" or entry.changes for entry in entries))
 
@@ -144,7 +145,9 @@ def _wanted(types: "Sequence[str]") -> tuple[str, ...]:
     return tuple(dict.fromkeys(types)) if types else tuple(known)
 
 
-def _run(types: "Sequence[str]", jobs: int, folder: Path | None = None, shipped: Path | None = None) -> "list[Entry]":
+def _run(
+    types: "Sequence[str]", jobs: int, folder: Path | None = None, shipped: Path | None = None, record: bool = False
+) -> "list[Entry]":
     from hookmap.cli.console import progress
     from hookmap.maps import sweep
 
@@ -156,7 +159,7 @@ def _run(types: "Sequence[str]", jobs: int, folder: Path | None = None, shipped:
             if bar.disable or entry.status != "SUPPORTED":
                 click.echo(f"{entry.model_type}: {entry.status} in {entry.seconds:.1f} s. {entry.detail}", err=True)
 
-        return sweep(types, folder, shipped, jobs, report)
+        return sweep(types, folder, shipped, jobs, report, record)
 
 
 def _show(entries: "Sequence[Entry]", as_json: bool) -> None:

@@ -1,0 +1,154 @@
+"""Lets the model go on while the disk writes: a thread hands rows to a writer, in the order in which they came.
+
+What waits is bounded in bytes; only when the disk stays behind for longer does the caller wait. The bytes on disk are
+those of the writer alone, since it sees the same calls in the same order.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Mapping
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from hookmap.activations import Activation, Sample
+from hookmap.errors import StoreError
+from hookmap.stores.folder import FolderWriter
+
+IN_FLIGHT = 16 * 2**20
+"""bytes of rows that may wait for the disk"""
+AT_ONCE = 32
+"""rows are handed over when they are so many-th of that: waking the thread for each token would cost more than it"""
+
+
+class _Mark(NamedTuple):
+    """How far the one or the other side is."""
+
+    calls: int = 0
+    bytes: int = 0
+
+
+class _Work(NamedTuple):
+    calls: list[Callable[[], None]]
+    mark: _Mark
+    """how far the writer is after them"""
+
+
+class BackgroundWriter:
+    """A sink around a FolderWriter, which belongs to it from then on. Use it in a `with` statement, as that one.
+
+    An error of the writer reaches the caller at its next call, or at the end of the `with` statement; the same error,
+    each time. Leaving by an exception still writes what was handed over: a sample that was finished stays finished.
+    For one caller, as every sink.
+    """
+
+    # An interrupt may fall between any two lines of the caller. So the two sides share no lock that it could leave
+    # shut, only what C makes atomic: a queue, a reference to a mark, and a bell, which is a lock that the thread opens.
+
+    def __init__(self, writer: FolderWriter, in_flight: int = IN_FLIGHT) -> None:
+        """`in_flight`: bytes of rows that may wait; a piece that is larger waits alone."""
+        self._writer = writer
+        self._in_flight = in_flight
+        self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._held: list[Callable[[], None]] = []
+        self._held_bytes = 0
+        self._handed = self._done = _Mark()
+        self._error: BaseException | None = None
+        self._closed = False
+        self._bell = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name=f"writer of {writer.folder}", daemon=True)
+        self._thread.start()
+
+    @property
+    def finished(self) -> frozenset[int]:
+        """Numbers of the samples that are committed, all that was handed over being written. Raises StoreError."""
+        self.wait()
+        return self._writer.finished
+
+    def write(self, activation: Activation) -> None:
+        """Take rows; nobody may write to their memory any more. Raises what an earlier call met in the writer."""
+        self._hold(lambda: self._writer.write(activation), activation.tensor.nbytes)
+        if self._held_bytes * AT_ONCE >= self._in_flight:
+            self._hand_over()
+
+    def finish(self, sample: Sample) -> None:
+        """All rows of this sample are handed over. Raises as `write` does."""
+        self._hold(lambda: self._writer.finish(sample))
+        self._hand_over()
+
+    def abandon(self) -> None:
+        """Forget the rows of samples that are not committed; returns when that is done. Raises as `write` does."""
+        self._hold(self._writer.abandon)
+        self.wait()
+
+    def note(self, run: Mapping[str, Any]) -> None:
+        """See FolderWriter's `note`. Raises as `write` does."""
+        self._hold(lambda: self._writer.note(run))
+
+    def wait(self) -> None:
+        """Return when all that was handed over is with the writer. Raises as `write` does."""
+        self._hand_over()
+        while self._done.calls < self._handed.calls:
+            self._bell.acquire()
+        self._tell()
+
+    def close(self, finished: bool) -> None:
+        """Write what waits and end the writing, as FolderWriter's `close` does. Raises as that one and `write` do."""
+        if not self._closed:
+            self._hand_over(tell=False)
+        self._closed = True
+        self._work.put(None)
+        self._thread.join()  # interrupted here, `with` closes once more and so waits again
+        if finished:
+            self._tell()
+        self._writer.close(finished)
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.close(finished=True)
+        finally:
+            with contextlib.suppress(StoreError):  # the first error is the one to tell; the folder is valid as it is
+                self.close(finished=False)
+
+    def _hold(self, call: Callable[[], None], size: int = 0) -> None:
+        self._tell()
+        if self._closed:
+            raise StoreError(f"{self._writer.folder} is closed: resume it to write more.")
+        self._held.append(call)
+        self._held_bytes += size
+
+    def _hand_over(self, tell: bool = True) -> None:
+        """Give the thread what is held, when there is room for it. `tell`: raise what the writer met."""
+        size = self._held_bytes
+        while self._handed.bytes - self._done.bytes + size > self._in_flight and self._done.calls < self._handed.calls:
+            self._bell.acquire()
+        if tell:
+            self._tell()
+        if self._held:
+            work = _Work(self._held, _Mark(self._handed.calls + len(self._held), self._handed.bytes + size))
+            self._held, self._held_bytes = [], 0
+            self._work.put(work)
+            self._handed = work.mark
+
+    def _tell(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            try:
+                for call in work.calls:
+                    if self._error is None:
+                        call()
+            except BaseException as error:
+                self._error = error
+            self._done = work.mark
+            call = work = None  # type: ignore[assignment]  # or their rows would stay until the next ones come
+            with contextlib.suppress(RuntimeError):  # nobody has listened since it rang last
+                self._bell.release()

@@ -1,0 +1,159 @@
+"""What architectures that nobody published are made of, and the check that discovery is right about them.
+
+Every model writes its own tensors on a tape while it runs; what the map's selectors give to plain PyTorch hooks must
+be those tensors, and a point that the tape has and the map has not must be refused with the reason that is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hookmap.discovery import discover
+from hookmap.verification import verify
+
+D, V, DEPTH = 24, 50, 3
+IDS = torch.tensor([[5, 17, 3, 44, 9, 40, 31, 8], [11, 2, 41, 6, 30, 4, 23, 49]])
+CORE = (
+    "embed", "resid_pre", "mixer_in", "mixer_out", "resid_mid", "mlp_in", "mlp_out", "resid_post", "final_norm",
+    "logits",
+)  # fmt: skip
+_tape: dict[tuple[str, int | None], Tensor] | None = None
+
+
+def note(layer: int | None, **tensors: Tensor) -> None:
+    """What a model says of itself, while somebody listens."""
+    if _tape is not None:
+        _tape.update({(name, layer): tensor.detach().clone() for name, tensor in tensors.items()})
+
+
+def listening() -> bool:
+    """Whether somebody does."""
+    return _tape is not None
+
+
+def check(model: nn.Module, missing: dict[str, str] | None = None) -> Any:
+    """The map says what the tape says; it lacks exactly the points of `missing`, each for a reason that matches."""
+    global _tape
+    missing = missing or {}
+    model.eval()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = discover(model)
+    parts: dict[Any, Tensor] = {}
+    handles = []
+    for selector in found.selectors():
+        for number, term in enumerate(selector.terms):
+            calls = [0]
+
+            def hook(_: Any, args: Any, kwargs: Any, output: Any, key: Any = (selector, number, calls)) -> None:
+                selector, number, calls = key
+                term, calls[0] = selector.terms[number], calls[0] + 1
+                if term.call in (None, calls[0] - 1):
+                    tensor = term.resolve(args, kwargs, output).detach().clone()
+                    parts[selector, number] = term.arrange(tensor, *IDS.shape)
+
+            handles.append(model.get_submodule(term.module).register_forward_hook(hook, with_kwargs=True))
+    _tape = {}
+    with torch.no_grad():
+        model(IDS)
+    for handle in handles:
+        handle.remove()
+    expected, _tape = _tape, None
+    selected = {
+        (s.point, s.layer): sum(parts[s, n] * t.scale for n, t in enumerate(s.terms)) for s in found.selectors()
+    }
+    wrong = []
+    for point in CORE:
+        for layer in [None] if point in ("embed", "final_norm", "logits") else range(found.num_layers):
+            reason = found.unavailable(point, layer)
+            if (point, layer) in selected:
+                if (point, layer) not in expected:
+                    wrong.append(f"{point}[{layer}] is offered, but is no such thing")
+                elif not torch.allclose(selected[point, layer].float(), expected[point, layer].float(), atol=1e-5):
+                    wrong.append(f"{point}[{layer}] is another tensor")
+            elif (point, layer) in expected and point not in missing:
+                wrong.append(f"{point}[{layer}] is refused: {reason}")
+            if point in missing and not re.search(missing[point], reason or "(it is there)"):
+                wrong.append(f"{point}[{layer}] is refused because {reason!r}, expected {missing[point]!r}")
+    assert not wrong, "\n".join(wrong)
+    result = verify(model)
+    assert result.passed, [check for check in result.checks if not check.passed]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return found
+
+
+class Mix(nn.Module):
+    """Attention under no known name."""
+
+    def __init__(self, width: int = D, heads: int = 2) -> None:
+        super().__init__()
+        self.three, self.back, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, d = x.shape
+        q, k, v = (t.view(b, s, self.heads, -1).transpose(1, 2) for t in self.three(x).chunk(3, -1))
+        scores = q @ k.transpose(2, 3) * k.shape[-1] ** -0.5
+        mask = torch.full((s, s), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
+        return self.back((torch.softmax(scores + mask, -1) @ v).transpose(1, 2).reshape(b, s, d))
+
+
+class Think(nn.Module):
+    """A multilayer perceptron under no known name."""
+
+    def __init__(self, width: int = D) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(F.gelu(self.wide(x)))
+
+
+class Rung(nn.Module):
+    """A pre-norm block; subclasses say how it runs."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__()
+        self.i = i
+        self.calm, self.cool = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.blend, self.think = Mix(), Think()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        y = x + a
+        m = self.cool(y)
+        f = self.think(m)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+class Ladder(nn.Module):
+    """The model around the blocks."""
+
+    def __init__(self, rung: Callable[[int], nn.Module] = Rung, depth: int = DEPTH) -> None:
+        super().__init__()
+        self.lookup = nn.Embedding(V, D)
+        self.rungs = nn.ModuleList(rung(i) for i in range(depth))
+        self.still, self.speak = nn.LayerNorm(D), nn.Linear(D, V)
+
+    def climb(self, x: Tensor) -> Tensor:
+        for rung in self.rungs:
+            x = rung(x)
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        n = self.still(x)
+        logits = self.speak(n)
+        note(None, final_norm=n, logits=logits)
+        return logits
+
+    def forward(self, tokens: Tensor) -> Any:
+        x = self.lookup(tokens)
+        note(None, embed=x)
+        return self.finish(self.climb(x))

@@ -1,0 +1,126 @@
+"""A made-up architecture as the hub would bring it: modelling files in a model folder, named in its config.json.
+
+No name in it is transformers' own. When its code runs, it leaves a file `ran` in the folder.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tiny_tokenizer import tiny_tokenizer
+
+CONFIGURATION = """
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+Path("{ran}").touch()
+
+
+class LoomConfig(PretrainedConfig):
+    model_type = "loom"
+    attribute_map = {"num_hidden_layers": "storeys"}  # transformers' generate asks for it
+
+    def __init__(self, breadth=24, storeys=3, words=97, **kwargs):
+        self.breadth, self.storeys, self.words = breadth, storeys, words
+        super().__init__(**kwargs)
+"""
+MODELLING = """
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_loom import LoomConfig
+
+
+class Weft(nn.Module):
+    \"\"\"One head of attention over all positions before.\"\"\"
+
+    def __init__(self, breadth):
+        super().__init__()
+        self.ask, self.answer, self.tale = (nn.Linear(breadth, breadth, bias=False) for _ in range(3))
+        self.home = nn.Linear(breadth, breadth, bias=False)
+
+    def forward(self, thread):
+        score = self.ask(thread) @ self.answer(thread).mT / thread.shape[-1] ** 0.5
+        later = torch.ones(score.shape[-2:], dtype=torch.bool, device=thread.device).triu(1)
+        return self.home(score.masked_fill(later, float("-inf")).softmax(-1) @ self.tale(thread))
+
+
+class Storey(nn.Module):
+    def __init__(self, breadth):
+        super().__init__()
+        self.calm, self.cool = nn.LayerNorm(breadth), nn.LayerNorm(breadth)
+        self.weft = Weft(breadth)
+        self.wide, self.slim = nn.Linear(breadth, 40), nn.Linear(40, breadth)
+
+    def forward(self, *, spare=None, thread):
+        thread = thread + self.weft(self.calm(thread))
+        return {"cloth": thread + 0.5 * self.slim(torch.relu(self.wide(self.cool(thread))))}
+
+
+class LoomForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = LoomConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.tongue = nn.Embedding(config.words, config.breadth)
+        self.tower = nn.ModuleList(Storey(config.breadth) for _ in range(config.storeys))
+        self.last = nn.LayerNorm(config.breadth)
+        self.speak = nn.Linear(config.breadth, config.words, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.tongue
+
+    def forward(self, input_ids, attention_mask=None, output_hidden_states=False, **kwargs):
+        thread, seen = self.tongue(input_ids), []
+        for storey in self.tower:
+            seen.append(thread)
+            thread = storey(thread=thread)["cloth"]
+        hidden = (*seen, self.last(thread)) if output_hidden_states else None
+        return CausalLMOutputWithPast(logits=self.speak(self.last(thread)), hidden_states=hidden)
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        return {"input_ids": input_ids}
+"""
+
+
+def write_model(folder: Path) -> None:
+    """The folder of a whole small model: code, config, weights of O(1), tokenizer."""
+    folder.mkdir(parents=True)
+    (folder / "configuration_loom.py").write_text(CONFIGURATION.replace("{ran}", str(folder / "ran")))
+    (folder / "modeling_loom.py").write_text(MODELLING)
+    config = {
+        "model_type": "loom",
+        "architectures": ["LoomForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_loom.LoomConfig",
+            "AutoModelForCausalLM": "modeling_loom.LoomForCausalLM",
+        },
+        "breadth": 24,
+        "storeys": 3,
+        "words": 97,
+        "pad_token_id": 0,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def _weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    shapes = {"tongue.weight": (97, 24), "speak.weight": (97, 24), "last.weight": (24,), "last.bias": (24,)}
+    for i in range(3):
+        for name in ("ask", "answer", "tale", "home"):
+            shapes[f"tower.{i}.weft.{name}.weight"] = (24, 24)
+        for name in ("calm", "cool"):
+            shapes |= {f"tower.{i}.{name}.weight": (24,), f"tower.{i}.{name}.bias": (24,)}
+        shapes |= {f"tower.{i}.wide.weight": (40, 24), f"tower.{i}.wide.bias": (40,)}
+        shapes |= {f"tower.{i}.slim.weight": (24, 40), f"tower.{i}.slim.bias": (24,)}
+    return {
+        name: torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) > 1 else 1.0)
+        for name, shape in shapes.items()
+    }

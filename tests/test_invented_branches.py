@@ -1,0 +1,281 @@
+"""Invented architectures: the branches of a block, their order, their parts, and every way to mix positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from invented import D, Ladder, Rung, Think, check, note
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+# Branches ---------------------------------------------------------------------------------------------------------
+
+
+class OneSum(Rung):
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a, f = self.blend(n), self.think(n)
+        z = x + (a + f)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, mlp_in=n, mlp_out=f, resid_post=z)
+        return z
+
+
+class TwoSums(Rung):
+    def forward(self, x: Tensor) -> Tensor:
+        n, m = self.calm(x), self.cool(x)
+        f, a = self.think(m), self.blend(n)
+        z = x + f
+        z = z + a
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, mlp_in=m, mlp_out=f, resid_post=z)
+        return z
+
+
+@pytest.mark.parametrize("rung", [OneSum, TwoSums])
+def test_branches_are_parallel(rung: type[Rung]) -> None:
+    check(Ladder(rung), {"resid_mid": "in parallel"})
+
+
+class MlpFirst(Rung):
+    def forward(self, x: Tensor) -> Tensor:
+        m = self.cool(x)
+        f = self.think(m)
+        y = x + f
+        n = self.calm(y)
+        a = self.blend(n)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, mlp_in=m, mlp_out=f, resid_post=y + a)
+        return y + a
+
+
+def test_the_mlp_comes_first() -> None:
+    found = check(Ladder(MlpFirst), {"resid_mid": "before the mixer"})
+    assert found.kinds[0].branch_order != "parallel"
+
+
+class Macaron(Rung):
+    """Half an MLP, the mixer, the other half."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.warm, self.first = nn.LayerNorm(D), Think()
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = self.warm(x)
+        f = 0.5 * self.first(m)
+        w = x + f
+        n = self.calm(w)
+        a = self.blend(n)
+        y = w + a
+        z = y + 0.5 * self.think(self.cool(y))
+        note(self.i, resid_pre=x, mlp_in=m, mlp_out=f, mixer_in=n, mixer_out=a, resid_mid=y, resid_post=z)
+        return z
+
+
+def test_a_macaron_has_its_middle_after_the_mixer() -> None:
+    found = check(Ladder(Macaron))
+    assert "mlp_out.1" in found.kinds[0].points
+
+
+class Mlp(Rung):
+    """A pre-norm block whose MLP is written in `run`."""
+
+    def run(self, m: Tensor) -> Tensor:
+        return self.think(m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        y = x + a
+        m = self.cool(y)
+        f = self.run(m)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+class Flat(Mlp):
+    def run(self, m: Tensor) -> Tensor:
+        return self.think(m.view(-1, D)).view(m.shape)
+
+
+class Sliced(Mlp):
+    """A memory saver: the positions in two pieces."""
+
+    def run(self, m: Tensor) -> Tensor:
+        return torch.cat([self.think(m[:, :4]), self.think(m[:, 4:])], 1)
+
+
+class Split(Mlp):
+    def run(self, m: Tensor) -> Tensor:
+        return torch.cat([self.think(part) for part in m.split(3, 1)], dim=-2)
+
+
+class Looped(Mlp):
+    """Position by position."""
+
+    def run(self, m: Tensor) -> Tensor:
+        return torch.stack([self.think(m[:, t]) for t in range(m.shape[1])], 1)
+
+
+class Filled(Mlp):
+    """Pieces written into an empty tensor."""
+
+    def run(self, m: Tensor) -> Tensor:
+        out = torch.empty_like(m)
+        for start in range(0, m.shape[1], 3):
+            out[:, start : start + 3] = self.think(m[:, start : start + 3])
+        return out
+
+
+class Experts(Mlp):
+    """A mixture in a python loop; as many experts as the usual number of tokens in discovery's pass."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.choose, self.minds = nn.Linear(D, 7), nn.ModuleList(Think() for _ in range(7))
+
+    def run(self, m: Tensor) -> Tensor:
+        flat = m.reshape(-1, D)
+        weights, chosen = torch.topk(torch.softmax(self.choose(flat), -1), 2)
+        out = torch.zeros_like(flat)
+        for number, mind in enumerate(self.minds):
+            token, slot = torch.where(chosen == number)
+            out.index_add_(0, token, mind(flat[token]) * weights[token, slot, None])
+        return out.view(m.shape)
+
+
+class Convolved(Mlp):
+    """Products as convolutions of one position, features before positions."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.up, self.down = nn.Conv1d(D, 2 * D, 1), nn.Conv1d(2 * D, D, 1)
+
+    def run(self, m: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(m.transpose(1, 2)))).transpose(1, 2)
+
+
+@pytest.mark.parametrize("rung", [Flat, Sliced, Split, Looped, Filled, Experts, Convolved])
+def test_an_mlp_in_pieces_is_no_mixer(rung: type[Rung]) -> None:
+    check(Ladder(rung))
+
+
+class Chain(Rung):
+    """An MLP with more steps than the model has blocks."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.think = nn.Sequential(  # type: ignore[assignment]
+            nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D), nn.GELU(), nn.Identity(), nn.Linear(D, D), nn.Dropout(0.1)
+        )
+
+
+def test_the_steps_of_an_mlp_are_not_the_blocks() -> None:
+    assert check(Ladder(Chain)).layers_path == "rungs.{i}"
+
+
+class Shift(Rung):
+    """RWKV's way: what stands before is mixed in, in the second branch too."""
+
+    spelling = "pad"
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.ratio = nn.Parameter(torch.rand(D))
+
+    def before(self, m: Tensor) -> Tensor:
+        if self.spelling == "pad":
+            return F.pad(m, (0, 0, 1, -1))
+        if self.spelling == "cat":
+            return torch.cat([torch.zeros_like(m[:, :1]), m[:, :-1]], 1)
+        if self.spelling == "write":
+            out = torch.zeros_like(m)
+            out[:, 1:] = m[:, :-1]
+            return out
+        return torch.roll(m, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        y = x + a
+        m = self.cool(y)
+        f = self.think(m * self.ratio + self.before(m) * (1 - self.ratio))
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+class ShiftAlone(Shift):
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.think(n * self.ratio + self.before(n) * (1 - self.ratio))
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_post=x + a)
+        return x + a
+
+
+@pytest.mark.parametrize("spelling", ["pad", "cat", "roll", "write"])
+def test_a_token_shift_is_in_the_mlp_beside_a_mixer_and_else_a_mixer(spelling: str) -> None:
+    check(Ladder(type("Shift_", (Shift,), {"spelling": spelling})))
+    check(Ladder(type("Alone", (ShiftAlone,), {"spelling": spelling})), {"mlp_out": "no MLP", "resid_mid": "no MLP"})
+
+
+class Alone(Rung):
+    """One branch, which mixes positions in a way per case."""
+
+    way: Callable[[Alone, Tensor], Tensor]
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.lstm, self.weight = nn.LSTM(D, D, batch_first=True), nn.Parameter(torch.randn(64, 64) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.think(type(self).way(self, n))
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_post=x + a)
+        return x + a
+
+    def by_weights(self, n: Tensor) -> Tensor:
+        length = n.shape[1]
+        return (n.transpose(1, 2) @ self.weight[:length, :length].triu()).transpose(1, 2)
+
+
+_WAYS: dict[str, Callable[[Alone, Tensor], Tensor]] = {
+    "lstm": lambda block, n: block.lstm(n)[0],
+    "weights over positions": Alone.by_weights,
+    "fourier": lambda _, n: torch.fft.fft(torch.fft.fft(n, dim=-1), dim=1).real * 0.1,
+    "running mean": lambda _, n: n.cumsum(1) / torch.arange(1, n.shape[1] + 1)[:, None],
+    "running maximum": lambda _, n: n + torch.cummax(n, 1)[0],
+    "maximum": lambda _, n: n + n.max(1, keepdim=True)[0],
+    "softmax": lambda _, n: n * torch.softmax(n, 1),
+    "statistics": lambda _, n: (n - n.mean(1, keepdim=True)) / (n.std(1, keepdim=True) + 0.1),
+    "constant index": lambda _, n: n[:, (torch.arange(n.shape[1]) - 1).clamp_min(0)] + n,
+    "turned round": lambda _, n: torch.index_select(n, 1, torch.arange(n.shape[1]).flip(0)),
+    "differences": lambda _, n: F.pad(n[:, 1:] - n[:, :-1], (0, 0, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("way", _WAYS)
+def test_every_way_to_mix_positions_is_a_mixer(way: str) -> None:
+    rung = type("Alone_", (Alone,), {"way": _WAYS[way]})
+    check(Ladder(rung), {"mlp_out": "no MLP", "resid_mid": "no MLP"})
+
+
+class Recurrent(Rung):
+    """A state that a python loop carries from position to position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        wide, state, states = self.think(n), torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            state = 0.5 * state + wide[:, t]
+            states.append(state)
+        a = torch.stack(states, 1)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_post=x + a)
+        return x + a
+
+
+def test_a_state_in_a_python_loop_mixes_positions() -> None:
+    found = check(Ladder(Recurrent), {"mlp_out": "no MLP", "resid_mid": "no MLP"})
+    assert found.kinds[0].mixer.type == "recurrent"

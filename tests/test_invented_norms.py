@@ -1,0 +1,295 @@
+"""Invented architectures: norms in every place and form, precision, biases, idle modules, positions and axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from invented import D, Ladder, Rung, check, note
+from torch import Tensor, nn
+
+from hookmap.discovery import discover
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+# Norms ------------------------------------------------------------------------------------------------------------
+
+
+class Bare(Rung):
+    """RMSNorm written out, in a spelling per subclass; the final norm and the head too."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.calm = self.cool = None  # type: ignore[assignment]
+        self.gain = nn.Parameter(torch.rand(D) + 0.5)
+
+    def norm(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        a = self.blend(n)
+        y = x + a
+        m = self.norm(y)
+        f = self.think(m)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+class ByPower(Bare):
+    def norm(self, x: Tensor) -> Tensor:
+        return self.gain * (x * (x * x).mean(-1, keepdim=True).add(1e-6).pow(-0.5))
+
+
+class ByLength(Bare):
+    def norm(self, x: Tensor) -> Tensor:
+        return x / x.norm(dim=-1, keepdim=True) * self.gain
+
+
+class ByHand(Bare):
+    def norm(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt() * self.gain + 0.1
+
+
+class ByFunction(Bare):
+    def norm(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (D,), self.gain) if self.i else F.rms_norm(x, (D,), self.gain)
+
+
+class ByTanh(Bare):
+    """A normalisation without a statistic (dynamic tanh)."""
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.gain * torch.tanh(0.7 * x) + 0.1
+
+
+class TiedHead(Ladder):
+    def __init__(self, rung: Callable[[int], nn.Module]) -> None:
+        super().__init__(rung)
+        self.still = self.speak = None  # type: ignore[assignment]
+
+    def finish(self, x: Tensor) -> Tensor:
+        n = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        logits = F.linear(n, self.lookup.weight)
+        note(None, final_norm=n, logits=logits)
+        return logits
+
+
+@pytest.mark.parametrize("rung", [Bare, ByPower, ByLength, ByHand, ByFunction, ByTanh])
+def test_norms_are_functions_and_the_head_is_tied(rung: type[Bare]) -> None:
+    found = check(TiedHead(rung), {"final_norm": "no module boundary"})
+    assert found.lm_head_path is None
+
+
+class After(Rung):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.blend(x)
+        y = self.calm(1.5 * x + a)
+        f = self.think(y)
+        z = self.cool(y + f)
+        note(self.i, resid_pre=x, mixer_in=x, mixer_out=a, resid_mid=y, mlp_in=y, mlp_out=f, resid_post=z)
+        return z
+
+
+class Sandwich(Rung):
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.warm, self.hot = nn.LayerNorm(D), nn.LayerNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.warm(self.blend(n))
+        y = x + a
+        m = self.cool(y)
+        f = self.hot(self.think(m))
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+@pytest.mark.parametrize(("rung", "placement"), [(After, "post"), (Sandwich, "sandwich")])
+def test_norms_stand_behind(rung: type[Rung], placement: str) -> None:
+    assert check(Ladder(rung)).kinds[0].norm_placement == placement
+
+
+class Tanh(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(D) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) * self.gain
+
+
+def test_a_norm_without_a_statistic_is_what_the_branch_reads_through() -> None:
+    class Rung_(Rung):
+        def __init__(self, i: int) -> None:
+            super().__init__(i)
+            self.calm, self.cool = Tanh(), Tanh()  # type: ignore[assignment]
+
+    check(Ladder(Rung_))
+
+
+# Precision, biases, idle modules ----------------------------------------------------------------------------------
+
+
+class HalfBranches(Rung):
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        for module in (self.calm, self.cool, self.blend, self.think):
+            module.to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x.to(torch.bfloat16))
+        a = self.blend(n)
+        y = x + a.float()
+        m = self.cool(y.to(torch.bfloat16))
+        f = self.think(m)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+def test_the_stream_is_in_full_and_the_branches_in_half_precision() -> None:
+    check(Ladder(HalfBranches))
+
+
+class Biased(Rung):
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.lift = nn.Parameter(torch.rand(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n) + self.lift
+        y = x + a
+        m = self.cool(y)
+        f = self.think(m) + self.lift
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+class BiasedStream(Biased):
+    """The bias goes onto the stream: it is no part of what the branch adds, and stays in the middle."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        y = x + a + self.lift
+        m = self.cool(y)
+        f = self.think(m)
+        z = y + f + self.lift
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=z)
+        return z
+
+
+@pytest.mark.parametrize("rung", [Biased, BiasedStream])
+def test_biases_are_added_apart(rung: type[Rung]) -> None:
+    check(Ladder(rung))
+
+
+class Idle(Rung):
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.pause, self.wait = nn.Dropout(0.5), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.pause(self.calm(self.wait(x)))
+        a = self.pause(self.wait(self.blend(n)))
+        y = self.wait(x + a)
+        m = self.cool(y)
+        f = self.pause(self.think(self.wait(m)))
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return self.pause(y + f)
+
+
+def test_dropout_and_identity_modules_change_nothing() -> None:
+    model = Ladder(Idle)
+    model.train()
+    discover(model)
+    assert all(module.training for module in model.modules())
+    check(model)
+
+
+# Positions and axes -----------------------------------------------------------------------------------------------
+
+
+class Turned(Ladder):
+    """[pos, batch, d] inside the model."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        return super().climb(x.transpose(0, 1)).transpose(0, 1)
+
+
+class TurnedRung(Rung):
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n.transpose(0, 1)).transpose(0, 1)
+        y = x + a
+        m = self.cool(y)
+        f = self.think(m)
+        names = ("resid_pre", "mixer_in", "mixer_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
+        tensors = (t.transpose(0, 1) for t in (x, n, a, y, m, f, y + f))
+        note(self.i, **dict(zip(names, tensors, strict=True)))
+        return y + f
+
+
+def test_the_stream_is_turned_inside_the_model() -> None:
+    check(Turned(TurnedRung))
+
+
+class FlatTurned(TurnedRung):
+    """Positions before batch, and then one axis: no capture can unflatten [pos * batch, d] as [batch * pos, d]."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        plain = self.think
+        self.think = nn.Module()  # type: ignore[assignment]
+        self.think.wide, self.think.narrow = plain.wide, plain.narrow
+        self.think.forward = lambda m: self.flat(m)  # type: ignore[method-assign,assignment]
+
+    def flat(self, m: Tensor) -> Tensor:
+        return self.think.narrow(F.gelu(self.think.wide(m.reshape(-1, D)))).view(m.shape)
+
+
+def test_positions_before_batch_on_one_axis_are_not_taken_for_batch_before_positions() -> None:
+    check(Turned(FlatTurned))
+
+
+class Placed(Rung):
+    """Positions are added to the stream in each block."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.where = nn.Parameter(torch.randn(64, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        note(self.i, resid_pre=x)
+        x = x + self.where[: x.shape[1]]
+        n = self.calm(x)
+        a = self.blend(n)
+        y = x + a
+        m = self.cool(y)
+        f = self.think(m)
+        note(self.i, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+class PlacedBranch(Placed):
+    """Positions are added to what the mixer reads, and not to the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x + self.where[: x.shape[1]])
+        a = self.blend(n)
+        y = x + a
+        m = self.cool(y)
+        f = self.think(m)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+@pytest.mark.parametrize("rung", [Placed, PlacedBranch])
+def test_positions_are_added_in_each_block(rung: type[Rung]) -> None:
+    check(Ladder(rung))
