@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".html")
 MISSING = 'pictures need Altair and vl-convert: pip install "hookmap[viz]"'
 _LABEL, _CELL = 12, 6
-"""characters of a token that fit at an axis, and into a cell"""
+"""characters of a token that fit at an axis, and at most into a cell"""
 _VISIBLE = {" ": "␣", "\n": "↵", "\t": "→", "\r": "←", "": "∅"}
 
 
@@ -34,22 +34,22 @@ def heat_map(
     Numbers of both signs are red and blue around zero. Raises CaptureError where Altair is not installed.
     """
     alt = _altair()
-    values = grid.values.tolist()
+    values, cell = grid.values.tolist(), _cell(words)
     rows = [
         {
             "layer": layer,
             "column": column,
             "position": position,
             "token": printable(token),
-            "value": values[row][column] if values[row][column] == values[row][column] else None,
-            "word": "" if words is None else printable(words[row][column], _CELL),
+            "value": _short(values[row][column]),
+            "word": "" if words is None else printable(words[row][column]),
+            "cell": "" if words is None else printable(words[row][column], cell),
         }
         for row, layer in enumerate(grid.layers)
         for column, (position, token) in enumerate(zip(grid.positions, grid.tokens, strict=True))
     ]
     colour, dark = _colours(grid, log)
-    cells = max((len(str(row["word"])) for row in rows), default=0)
-    width = 18 if words is None else max(24, 7 * cells + 8)
+    width = 18 if words is None else 7 * cell + 8
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X("column:O", title="position", axis=_token_axis(grid.tokens)),
         y=alt.Y("layer:O", sort="descending", title=f"{grid.point}, layer"),
@@ -61,7 +61,7 @@ def heat_map(
     )
     if words is not None:
         drawn += base.mark_text(fontSize=11).encode(
-            text="word:N", color=alt.condition(dark, alt.value("white"), alt.value("#222"))
+            text="cell:N", color=alt.condition(dark, alt.value("white"), alt.value("#222"))
         )
     return _finished(drawn, title or f"{grid.metric}: {grid.point}", width * len(grid.positions), 18 * len(grid.layers))
 
@@ -71,7 +71,7 @@ def bars(attribution: Attribution, column: int = -1) -> Any:
     alt = _altair()
     values = attribution.values[:, column].tolist()
     rows = [
-        {"part": part, "branch": part.partition("[")[0], "value": value}
+        {"part": part, "branch": part.partition("[")[0], "value": _short(value)}
         for part, value in zip(attribution.parts, values, strict=True)
     ]
     against = "" if attribution.against is None else f" − {printable(attribution.against)}"
@@ -99,7 +99,14 @@ def attention(pattern: torch.Tensor, tokens: Sequence[str], *, title: str = "att
             f"attention is [heads, query, key] of the tokens given: got {list(pattern.shape)} and {len(tokens)} tokens."
         )
     rows = [
-        {"head": f"head {h}", "q": q, "k": k, "query": printable(tokens[q]), "key": printable(tokens[k]), "value": v}
+        {
+            "head": f"head {h}",
+            "q": q,
+            "k": k,
+            "query": printable(tokens[q]),
+            "key": printable(tokens[k]),
+            "value": _short(v),
+        }
         for h, queries in enumerate(pattern.float().tolist())
         for q, keys in enumerate(queries)
         for k, v in enumerate(keys[: q + 1])
@@ -166,13 +173,19 @@ def _altair() -> Any:
 def _token_axis(tokens: Sequence[str]) -> Any:
     """An axis of columns labelled with their tokens: two columns of one token stay two."""
     labels = json.dumps([printable(token, _LABEL) for token in tokens])
-    return _altair().Axis(
-        labelExpr=f"{labels}[datum.value]", labelAngle=0 if _short(tokens) else -60, labelOverlap=False
-    )
+    angle = 0 if all(len(printable(token)) <= 2 for token in tokens) else -60
+    return _altair().Axis(labelExpr=f"{labels}[datum.value]", labelAngle=angle, labelOverlap=False)
 
 
-def _short(tokens: Sequence[str]) -> bool:
-    return all(len(printable(token)) <= 2 for token in tokens)
+def _short(value: float) -> float | None:
+    """To five digits: more say nothing in a picture. None for what is no number."""
+    return float(f"{value:.5g}") if value == value else None
+
+
+def _cell(words: Sequence[Sequence[str]] | None) -> int:
+    """Characters that nearly all words fit in: one long word does not make every column wide."""
+    lengths = sorted(len(printable(word)) for row in words or () for word in row)
+    return max(3, min(_CELL, lengths[int(0.95 * (len(lengths) - 1))])) if lengths else 0
 
 
 def _colours(grid: Grid, log: bool) -> tuple[dict[str, Any], str]:

@@ -129,7 +129,13 @@ def read(model: nn.Module, last: Selector, norm_path: str | None, head_path: str
     logits = flow.calls[0].outputs.get("logits")
     if logits is None or end < 0:
         raise _refused(model, "its output has no logits" if logits is None else f"{last.module} is called nowhere")
-    return _cut(tuple(_walk(model, flow, logits, end, {norm_path, head_path} - {None})), norm_path)
+    try:
+        return _cut(tuple(_walk(model, flow, logits, end, {norm_path, head_path} - {None})), norm_path)
+    except SelectionError as error:
+        try:  # a head that computes more inside, around the named modules, is one step as a whole
+            return _cut(tuple(_walk(model, flow, logits, end, set())), norm_path)
+        except SelectionError:
+            raise error from None
 
 
 def _time(flow: Dataflow, path: str, side: str) -> int:
@@ -205,7 +211,17 @@ def _prove(hm: HookedModel, readout: Readout) -> Readout:
     worst = max(float((found - logits).abs().max()) for found in (whole, alone)) / float(logits.abs().max())
     if not worst <= readout.tolerance:
         raise _refused(hm.model, f"the steps {readout} give other logits than the model: {worst:.2g} of the largest")
-    return readout
+    return _with_norm(readout, stream)
+
+
+def _with_norm(readout: Readout, stream: torch.Tensor) -> Readout:
+    """Where the map names no final norm, the first module is one if it does not care how large the stream is."""
+    first = readout.after[0] if len(readout.after) > 1 else None
+    if readout.norm is not None or first is None or first.module is None:
+        return readout
+    once, fourfold = apply((first,), stream[None]).float(), apply((first,), 4 * stream[None]).float()
+    invariant = bool((fourfold - once).abs().max() <= 1e-2 * once.abs().max())
+    return replace(readout, norm=first, after=readout.after[1:]) if invariant else readout
 
 
 def _refused(model: nn.Module, reason: str) -> SelectionError:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -44,12 +44,12 @@ class About(BaseModel):
     positions: str | None = Field(default=None, description="of which tokens; several are averaged")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SteeringVector:
     """One direction for each of some layers."""
 
     about: About
-    directions: Mapping[int, torch.Tensor] = field(repr=False)
+    directions: Mapping[int, torch.Tensor]
     """layer -> float32 [d_model], on the CPU"""
 
     def __post_init__(self) -> None:
@@ -73,6 +73,10 @@ class SteeringVector:
         if layer not in self.directions:
             raise SelectionError(f"the vector has no layer {layer}: it has {', '.join(map(str, self.layers))}.")
         return self.directions[layer]
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        return f"<SteeringVector of {self.about.point} of {self.about.architecture or 'a model'}, layers {layers}>"
 
     def interventions(self, strength: float = 1.0, layers: Sequence[int] | None = None, **where: Any) -> list[Any]:
         """Documents that steer by these directions, one for each layer: for `interventions=` or a YAML file."""

@@ -193,3 +193,34 @@ def test_a_stream_that_is_normed_itself_has_a_lens_and_no_attribution() -> None:
     assert torch.allclose(hm.lens(TOKENS).kl[-1], torch.zeros(6), atol=1e-5)
     with pytest.raises(hookmap.SelectionError, match="norm the stream itself"):
         hm.attribute(TOKENS)
+
+
+def test_factors_and_caps_are_read_from_the_dataflow_with_their_numbers() -> None:
+    import transformers as tf
+
+    torch.manual_seed(0)
+    config = tf.GraniteConfig(**plain_hooks._COMMON, logits_scaling=8.0, embedding_multiplier=3.0)
+    granite = hookmap.open(tf.AutoModelForCausalLM.from_config(config).eval())
+    assert str(readout_of(granite)) == "model.norm → lm_head → ÷ 8"
+    assert str(readout_of(opened("gemma2"))) == "model.norm → lm_head → ÷ 30 → tanh → × 30"
+    assert str(readout_of(opened("cohere"))) == "model.norm → lm_head → × 0.0625"
+    assert torch.equal(granite.lens(TOKENS).kl[-1], torch.zeros(6))
+
+
+def test_a_head_that_computes_more_inside_is_one_step() -> None:
+    import transformers as tf
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = tf.CamembertConfig(vocab_size=97, max_position_embeddings=64, is_decoder=True, **sizes)
+    hm = hookmap.open(tf.AutoModelForCausalLM.from_config(config).eval())
+    assert str(readout_of(hm)) == "lm_head"
+    assert torch.allclose(hm.lens(TOKENS).kl[-1], torch.zeros(6), atol=1e-5)
+
+
+def test_a_final_norm_that_the_map_does_not_name_is_known_by_what_it_does() -> None:
+    hm, twin = opened("llama"), opened("llama")  # what is read of a model is kept with its module: two of them
+    other = HookedModel(twin.model, None, twin.map.model_copy(update={"final_norm_path": None}))
+    found, by_name = other.attribute(TOKENS, target=13), hm.attribute(TOKENS, target=13)
+    assert readout_of(other).norm is not None
+    assert torch.equal(found.values, by_name.values)

@@ -189,6 +189,17 @@ def test_a_vector_says_how_to_steer_by_it() -> None:
         made.interventions(layers=[7])
 
 
+def test_steering_by_a_vector_adds_it(tmp_path: Path) -> None:
+    hm = hookmap.open(plain_hooks.build("llama"), tokenizer=tiny_tokenizer())
+    made = hm.steering_vector(POSITIVE, NEGATIVE, layers=[1])
+    file = made.save(tmp_path / "v.safetensors")
+    named = {"do": "steer", "point": "resid_post", "layers": [1], "vector": {"file": str(file), "key": "resid_post.1"}}
+    before = hm.capture("to be", "resid_post", 1, max_new_tokens=0)["resid_post", 1]
+    for steer, strength in ((made.interventions(2.0), 2.0), ([named], 1.0)):
+        after = hm.capture("to be", "resid_post", 1, max_new_tokens=0, interventions=steer)["resid_post", 1]
+        assert torch.allclose(after - before, (strength * made[1]).expand_as(before), atol=1e-5)
+
+
 def test_the_commands_make_convert_and_show(tmp_path: Path) -> None:
     pairs, made, other = (tmp_path / name for name in ("pairs.jsonl", "v.safetensors", "v.gguf"))
     pairs.write_text("\n".join(json.dumps({"positive": f"{n}+1=", "negative": f"{n}-1="}) for n in range(3)))
