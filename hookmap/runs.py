@@ -165,7 +165,8 @@ class Generating(Run):
 
         def tell(columns: int, finished: list[bool]) -> None:
             observer.sampled(columns, finished)
-            self._show(columns - layout.width)
+            with observer.aside():
+                self._show(columns - layout.width)
 
         finished = gen.Finished(self.config, self.stop, self.tokenizer, tell)
         # The seed is the first prompt's own, so that a resumed run draws what the whole run would have drawn.
