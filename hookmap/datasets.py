@@ -21,6 +21,7 @@ FIELDS = ("prompt", "messages", "question", "text", "token_ids", "input_ids")
 """columns that are taken for the prompt, the first that a record has, where none is named"""
 FORMATS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
 _SHOWN = 10
+_LONGEST_FIELD = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class PromptRecord:
     """its name in the data set, the same whenever it is read; None where it has none, and its number is its name"""
     labels: Mapping[str, Any] | None = None
     """other columns, as plain JSON data"""
+
+    def __post_init__(self) -> None:
+        """As the table of samples can hold it. Raises DataError."""
+        try:
+            object.__setattr__(self, "id", None if self.id is None else _name(self.id, "id"))
+            if self.labels is not None:
+                object.__setattr__(self, "labels", _plain(dict(self.labels)))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"a PromptRecord: {error}") from error
 
 
 def load_prompts(
@@ -55,6 +65,9 @@ def load_prompts(
     """
     if isinstance(labels, str) and labels != "all":
         labels = (labels,)
+    for name, count in (("skip", skip), ("limit", limit)):
+        if count is not None and (type(count) is not int or count < 0):
+            raise DataError(f"{name}: expected a whole number from 0 on, got {count!r}.")
     where, rows = _rows(source)
     found: list[PromptRecord] = []
     problems: list[str] = []
@@ -72,6 +85,8 @@ def load_prompts(
     if problems:
         more = f"\n  - … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise DataError(f"{where}:\n" + "\n".join(f"  - {problem}" for problem in problems[:_SHOWN]) + more)
+    if not found and (skip or limit == 0):
+        raise DataError(f"{where} holds no prompts with skip={skip}, limit={limit}: give smaller or larger ones.")
     if not found:
         raise DataError(f'{where} holds no prompts: expected lines such as {{"prompt": "Hello"}}')
     return found
@@ -82,12 +97,12 @@ def _rows(source: Any) -> tuple[str, Iterator[tuple[str, Any]]]:
     if isinstance(source, str) and source.startswith("hf://"):
         return source, _numbered(_from_hub(source.removeprefix("hf://")), "row")
     if not isinstance(source, str | os.PathLike):
-        if not isinstance(source, Iterable):
+        if not isinstance(source, Iterable) or isinstance(source, Mapping | bytes):
             raise DataError(f"prompts: expected a file, a data set or an iterable of records, got {source!r:.80}")
         return "prompts", _numbered(source, "record")
     path = Path(source)
     if path.is_dir():
-        return str(path), _numbered(_hugging_face().load_from_disk(str(path)), "row")
+        return str(path), _numbered(_from_folder(path), "row")
     kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
     reader = {".json": _json, ".csv": _csv, ".tsv": _csv, ".txt": _text, ".parquet": _parquet}.get(kind, _json_lines)
     if kind not in FORMATS:
@@ -121,6 +136,8 @@ def _parsed(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         return ValueError(f"column {error.colno}: not JSON: {error.msg}")
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        return ValueError(f"not JSON that can be read: {error}")
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -129,7 +146,7 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
         text = file.read()
     if text.lstrip().startswith("["):
         document = _parsed(text)
-        if isinstance(document, list) and all(isinstance(row, Mapping | str) for row in document):
+        if isinstance(document, list) and all(isinstance(row, Mapping | str | list) for row in document):
             yield from _numbered(document, "record")
             return
         if isinstance(document, ValueError):
@@ -146,6 +163,7 @@ def _text(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     with _opened(path) as file:
+        csv.field_size_limit(max(_LONGEST_FIELD, csv.field_size_limit()))  # a document is longer than Python's 128 kB
         reader = csv.DictReader(file, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
         while True:
             try:
@@ -172,6 +190,17 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             yield from _numbered(rows, "row")
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"the prompts file {path} cannot be read: {error}") from error
+
+
+def _from_folder(path: Path) -> Iterable[Any]:
+    library = _hugging_face()
+    try:
+        found: Iterable[Any] = library.load_from_disk(str(path))
+    except Exception as error:  # it raises what its many readers raise
+        raise DataError(f"{path}: expected a file, or a folder that datasets.save_to_disk wrote: {error}") from error
+    if isinstance(found, Mapping):
+        raise DataError(f"{path} holds several splits: give one of its folders, {', '.join(map(str, found))}.")
+    return found
 
 
 def _from_hub(name: str) -> Iterable[Any]:
@@ -210,7 +239,7 @@ def _record(row: Any, prompt: str | None, name: str | None, labels: Sequence[str
     if missing := [column for column in wanted if column not in row]:
         raise ValueError(f"no column {', '.join(map(repr, missing))}: it has {', '.join(map(str, columns))}")
     if field is None:
-        raise ValueError(f"expected one of the fields {', '.join(FIELDS)}, found {', '.join(columns) or 'none'}")
+        raise ValueError(f"expected one of the fields {', '.join(FIELDS)}, found {', '.join(map(str, columns)) or 'none'}")
     key = name or ("id" if "id" in row and field != "id" else None)
     own = None if key is None else _name(row[key], key)
     kept = [column for column in columns if column not in (field, key)] if labels == "all" else labels
