@@ -56,8 +56,8 @@ def sweep(
     hm: "HookedModel",
     clean: Any,
     corrupted: Any,
-    answer: str | int,
-    wrong: str | int | None = None,
+    target: str | int,
+    against: str | int | None = None,
     *,
     point: str = "resid_pre",
     layers: Any = "all",
@@ -68,9 +68,9 @@ def sweep(
 ) -> Sweep:
     """Patch `point` from `clean` into `corrupted`, each layer and position in turn.
 
-    clean, corrupted: one prompt each, of equally many tokens. answer: the clean prompt's next token, a token id or a
-    text of one token; wrong: the corrupted one's. With both the metric is the difference of their logits, answer -
-    wrong; with an answer alone its probability. positions: as in a capture. batch_size: patches that run together.
+    clean, corrupted: one prompt each, of equally many tokens. target: the clean prompt's next token, a token id or a
+    text of one token; against: the corrupted one's. With both the metric is the difference of their logits, target -
+    against; with a target alone its probability. positions: as in a capture. batch_size: patches that run together.
     progress: called with the patches done, and how many there are.
 
     Raises SelectionError, TokenizerError, and InterventionError where the prompts do not pair or the metric is the same
@@ -78,7 +78,7 @@ def sweep(
     """
     prompts = [_one(hm, given, chat) for given in (clean, corrupted)]
     _check_pair(prompts, hm.tokenizer)
-    metric, name = _metric(hm, answer, wrong)
+    metric, name = _metric(hm, target, against)
     selectors = hm.map.selectors([point], layers)
     if refused := [f"layer {s.layer}: {hm.proofs.of(s).reason}" for s in selectors if hm.proofs.of(s).reason]:
         raise InterventionError(f"{point} is not written:\n" + "\n".join(f"  - {text}" for text in refused))
@@ -144,11 +144,11 @@ def _logits(hm: "HookedModel", prompts: Sequence[Prompt], plan: Plan | None, bat
     return found[:, 0].float()
 
 
-def _metric(hm: "HookedModel", answer: str | int, wrong: str | int | None) -> tuple[Metric, str]:
-    right, right_name = _token(hm, answer)
-    if wrong is None:
+def _metric(hm: "HookedModel", target: str | int, against: str | int | None) -> tuple[Metric, str]:
+    right, right_name = _token(hm, target)
+    if against is None:
         return lambda logits: logits.softmax(-1)[:, right], f"probability of {right_name}"
-    other, other_name = _token(hm, wrong)
+    other, other_name = _token(hm, against)
     return lambda logits: logits[:, right] - logits[:, other], f"logit of {right_name} minus logit of {other_name}"
 
 
@@ -158,7 +158,7 @@ def _token(hm: "HookedModel", given: str | int) -> tuple[int, str]:
     ids = [] if hm.tokenizer is None else hm.tokenizer(given, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise InterventionError(
-            f"answer {given!r} is {len(ids)} tokens here: give a text of one token, or a token id "
+            f"target {given!r} is {len(ids)} tokens here: give a text of one token, or a token id "
             "(with the space before it, where the tokenizer has it so)."
         )
     return ids[0], repr(given)

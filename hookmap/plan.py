@@ -17,6 +17,7 @@ from hookmap.kept import Kept, kept
 from hookmap.points import POINTS, parse_point
 from hookmap.prompts import Prompt
 from hookmap.selectors import Selector, select
+from hookmap.show import layer_ranges
 from hookmap.sources import Read, Sources
 from hookmap.vectors import read_vector
 
@@ -66,7 +67,7 @@ class _Planner:
         selectors = self._selectors(given)
         positions, steps = self._positions(given.positions), self._steps(given.steps)
         matching = self._matching(positions)
-        rows = [self._row(given, selector) for selector in selectors]
+        rows = self._rows(given, selectors)
         if len(self.problems) > before:
             return []
         made = []
@@ -84,7 +85,8 @@ class _Planner:
         found = list(dict.fromkeys(self.problems))
         if found:
             kind = SelectionError if self.unselected else InterventionError
-            raise kind(f"{len(found)} problem{'s'[: len(found) > 1]} with the interventions:\n" + "\n".join(found))
+            count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+            raise kind(f"{count} with the interventions:\n" + "\n".join(found))
 
     def note(self, problem: str, unselected: bool = False) -> None:
         """A problem with the intervention at hand."""
@@ -135,21 +137,27 @@ class _Planner:
             self.note(str(error), unselected=True)
             return frozenset()
 
-    def _row(self, given: Intervention, selector: Selector) -> tuple[int, ...]:
-        """Shape of one row, of the chosen heads."""
-        proof = self.hm.proofs.of(selector)
-        if proof.reason is not None:
-            where = "" if selector.layer is None else f" of layer {selector.layer}"
-            self.note(f"{selector.point}{where} is not written: {proof.reason}.")
-            return ()
-        row = proof.row
-        if given.heads is None:
-            return row
+    def _rows(self, given: Intervention, selectors: Sequence[Selector]) -> list[tuple[int, ...]]:
+        """Shape of one row on each layer, of the chosen heads."""
+        refused: dict[str, list[int]] = {}
+        rows = []
+        for selector in selectors:
+            proof = self.hm.proofs.of(selector)
+            if proof.reason is not None:
+                refused.setdefault(proof.reason, []).append(-1 if selector.layer is None else selector.layer)
+            rows.append(proof.row if given.heads is None else (len(given.heads), *proof.row[1:]))
+            if given.heads is not None and proof.reason is None:
+                self._check_heads(given.heads, selector, proof.row)
+        for reason, layers in refused.items():
+            where = "" if layers == [-1] else f" of layer{'s'[: len(layers) > 1]} {layer_ranges(tuple(layers))}"
+            self.note(f"{selectors[0].point}{where} is not written: {reason}.")
+        return rows
+
+    def _check_heads(self, heads: tuple[int, ...], selector: Selector, row: tuple[int, ...]) -> None:
         if "heads" not in POINTS[selector.point.partition(".")[0]].axes:
-            self.note(f"heads {list(given.heads)}: {selector.point} has no heads.")
-        elif wrong := [head for head in given.heads if not 0 <= head < row[0]]:
-            self.note(f"heads {wrong} are not there: {selector.point} of layer {selector.layer} has 0 to {row[0] - 1}.")
-        return (len(given.heads), *row[1:])
+            self.note(f"heads {list(heads)}: {selector.point} has no heads.")
+        elif wrong := [head for head in heads if not 0 <= head < row[0]]:
+            self.note(f"heads {wrong} are not there: {selector.point} has 0 to {row[0] - 1}.")
 
     def _change(
         self,

@@ -26,12 +26,6 @@ def _from_numbers(given: Any) -> torch.Tensor:
         raise InterventionError(f"a vector whose rows differ in length: {error}") from error
 
 
-def keys_of(path: str | Path) -> list[str]:
-    """Names of the tensors in a safetensors file. Raises InterventionError."""
-    with _opened(Path(path)) as tensors:
-        return sorted(tensors.keys())
-
-
 def _from_file(given: VectorFile) -> torch.Tensor:
     with _opened(Path(given.file)) as tensors:
         names = sorted(tensors.keys())

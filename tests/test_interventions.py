@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -489,6 +490,31 @@ def test_nnsight_is_refused_with_what_to_do() -> None:
     steer = {"do": "scale", "point": "resid_mid", "factor": 2.0}
     with pytest.raises(hookmap.InterventionError, match='engine="hooks"'):
         opened("llama").generate(RAGGED, [steer], None, 2, engine="nnsight")
+
+
+def test_two_threads_write_only_their_own_runs() -> None:
+    """Each waits in the middle of its run for the other, on one model: one steers, one does not, one scales."""
+    hm, meet = opened("llama"), threading.Barrier(3, timeout=60)
+    steer = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR}
+    scale = {"do": "scale", "point": "mlp_out", "layers": 1, "factor": 3.0}
+    edits: list[list[dict[str, Any]]] = [[steer], [], [scale]]
+    alone = [hm.generate(RAGGED[0], i, {"points": "resid_post"}, 4) for i in edits]
+    runs: dict[int, Any] = {}
+
+    def work(number: int) -> None:
+        def wait(where: Any) -> None:
+            if 0 < where.tokens_done < 4:
+                meet.wait()
+
+        runs[number] = hm.generate(RAGGED[0], edits[number], {"points": "resid_post"}, 4, progress=wait)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, expected in enumerate(alone):
+        assert all(torch.equal(runs[number][key], expected[key]) for key in expected.keys)
 
 
 def test_the_model_is_as_it_was_after_a_run() -> None:

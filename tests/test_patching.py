@@ -110,6 +110,15 @@ def test_a_sweep_is_saved_and_read_again(tmp_path: Path) -> None:
         Grid(torch.zeros(2, 2), (0,), (0, 1), ("a", "b"), "m", "resid_pre")
 
 
+def test_a_vector_of_contrast_pairs_steers_by_its_file(tmp_path: Path) -> None:
+    made = demo().steering_vector([asked(4)], [asked(9)], layers=[4, 8])
+    made.save(tmp_path / "v.safetensors")
+    code, out, _ = invoke("steer", "--vector", str(tmp_path / "v.safetensors"), "--strength", "20", "--json")
+    (row,) = json.loads(out)
+    prompt = asked(4)
+    assert code == 0 and row["with"] == demo().generate(prompt, made.interventions(20.0)).texts[0] != row["without"]
+
+
 def invoke(*arguments: str) -> tuple[int, str, str]:
     result = CliRunner().invoke(main, list(arguments))
     return result.exit_code, result.stdout, result.stderr
@@ -120,14 +129,24 @@ def test_the_command_line_patches_sweeps_and_steers(tmp_path: Path) -> None:
     pair = ["--clean", prompts[0], "--corrupted", prompts[1], "--layers", "8"]
     code, out, _ = invoke("patch", *pair, "--max-new-tokens", "12")
     assert code == 0 and "corrupted  Tom has 3+5=" in out and "patched    Tom has 3+4=" in out
-    where = ["--prefix", "Tom has 3+", "--positions", "-1,30,32", "-o", str(tmp_path / "s")]
-    code, out, err = invoke("patch", *pair, *where, "--sweep", "--answer", "4", "--wrong", "5")
-    assert code == 0 and out.strip() == str(tmp_path / "s.safetensors") and "32 '5'" in err and "1.00" in err
+    where = ["--answer", "Tom has 3+", "--positions", "-1,30,32", "-o", str(tmp_path / "s")]
+    code, out, err = invoke("patch", *pair, *where, "--sweep", "--target", "4", "--against", "5")
+    assert code == 0 and out.strip() == str(tmp_path / "s.safetensors") and "clean 11.69" in err
     code, _, err = invoke("patch", *pair, "--sweep")
-    assert code == 2 and "--answer TOKEN" in err
+    assert code == 2 and "--target TOKEN" in err
 
     save_file({"v": torch.ones(demo().map.d_model) * 40}, tmp_path / "v.safetensors")
-    steer = ["--vector", str(tmp_path / "v.safetensors"), "--layers", "8", "--max-new-tokens", "12", "--json"]
+    steer = [
+        "--vector",
+        str(tmp_path / "v.safetensors"),
+        "--key",
+        "v",
+        "--layers",
+        "8",
+        "--max-new-tokens",
+        "12",
+        "--json",
+    ]
     code, out, _ = invoke("steer", *steer)
     (row,) = json.loads(out)
     assert code == 0 and row["without"].startswith("Tom has 3+4") and row["with"] != row["without"]
@@ -143,5 +162,6 @@ def test_the_command_line_patches_sweeps_and_steers(tmp_path: Path) -> None:
     )  # fmt: skip
     noted = hookmap.open_store(tmp_path / "run").manifest.settings["interventions"]
     assert code == 0 and noted[0]["do"] == "steer" and "sha256" in noted[0]["vector"]
-    code, _, err = invoke("steer", "--vector", str(tmp_path / "none.safetensors"))
-    assert code == 1 and "there is no such file" in err
+    for more in (["--key", "v"], []):
+        code, _, err = invoke("steer", "--vector", str(tmp_path / "none.safetensors"), *more)
+        assert code == 1 and "there is no such file" in err

@@ -58,6 +58,10 @@ class Editor:
         self._observer = observer
         # In one place a write of the stream comes first: what a branch reads of it is read after.
         self._edits = sorted(enumerate(edits), key=lambda e: (e[1].selector.forward_index, e[0]))
+        self._places: dict[tuple[str, str, str], list[tuple[int, Edit]]] = {}
+        for number, edit in self._edits:
+            place = edit.place
+            self._places.setdefault((place.term.module, place.term.side, place.mode), []).append((number, edit))
         self._means: dict[tuple[int, int], torch.Tensor] = {}
         self._tokens: list[list[int]] | None = None
         self._cells: dict[Any, tuple[Cells, list[tuple[int, int]]]] = {}
@@ -71,7 +75,7 @@ class Editor:
 
     def writes(self, module: str, side: str, mode: str) -> bool:
         """Whether something at this boundary is written so."""
-        return bool(self._at(module, side, mode))
+        return (module, side, mode) in self._places
 
     def begin_pass(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The model is called with these arguments; the observer knows it already."""
@@ -84,18 +88,10 @@ class Editor:
         """What is passed on at this boundary. Raises InterventionError."""
         where = (module, side, mode)
         call = self._calls[where] = self._calls.get(where, -1) + 1
-        for number, edit in self._at(module, side, mode):
+        for number, edit in self._places[where]:
             if edit.selector.terms[0].call in (None, call):
                 given = self._write(number, edit, given)
         return given
-
-    def _at(self, module: str, side: str, mode: str) -> list[tuple[int, Edit]]:
-        found = []
-        for number, edit in self._edits:
-            place = edit.place
-            if (place.term.module, place.term.side, place.mode) == (module, side, mode):
-                found.append((number, edit))
-        return found
 
     def _write(self, number: int, edit: Edit, given: Given) -> Given:
         cells, where = self._chosen(edit)

@@ -1,10 +1,11 @@
 """`hookmap patch`: a tensor of one prompt's run put into another's; or a sweep over layers and positions."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookmap.cli.opening import model_options
+from hookmap.cli import one_prompt
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
@@ -12,133 +13,121 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_options
+@click.argument("model", required=False)
+@one_prompt.loading
 @click.option("--clean", required=True, metavar="TEXT", help="The prompt that values are taken from.")
 @click.option("--corrupted", required=True, metavar="TEXT", help="The prompt that they are put into, equally long.")
-@click.option("--prefix", default="", metavar="TEXT", help="The beginning of the answer, the same for both.")
+@click.option("--answer", metavar="TEXT", help="What both are taken to have answered so far; follows the prompts.")
 @click.option("--point", default="resid_pre", show_default=True, metavar="NAME", help="Which tensor is patched.")
-@click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="Of which layers: 8,12,16 or 0-3.")
-@click.option("--positions", default="prompt", show_default=True, metavar="WHERE", help="At which tokens; see capture.")
-@click.option("--sweep", is_flag=True, help="Each layer and position in turn: how far does each bring the answer back?")
-@click.option("--answer", metavar="TOKEN", help="Sweep: the clean prompt's next token.")
-@click.option("--wrong", metavar="TOKEN", help="Sweep: the corrupted one's; then logits are compared.")
+@click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
+@click.option("--positions", default="prompt", show_default=True, metavar="WHERE", help="Which tokens, as in capture.")
+@click.option("--sweep", is_flag=True, help="Each layer and position alone: how far does it bring the answer back?")
+@click.option("--target", metavar="TOKEN", help="Sweep: the clean prompt's next token.")
+@click.option("--against", metavar="TOKEN", help="Sweep: the corrupted one's; then their logits are compared.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, metavar="N")
 @click.option("-o", "--output", metavar="FILE", help="Sweep: write FILE.safetensors, FILE.csv and FILE.json.")
+@click.option("--png", metavar="FILE", help="Sweep: draw a heat map.")
+@click.option("--html", metavar="FILE", help="Sweep: draw one that answers the mouse; one file, no network.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N")
 @click.option("--chat/--no-chat", default=None, help="Through the chat template.  [default: if there is one]")
 def command(
     model: str | None,
     clean: str,
     corrupted: str,
-    prefix: str,
+    answer: str | None,
     point: str,
     layers: str,
     positions: str,
     sweep: bool,
-    answer: str | None,
-    wrong: str | None,
+    target: str | None,
+    against: str | None,
     batch_size: int,
     output: str | None,
+    png: str | None,
+    html: str | None,
     max_new_tokens: int,
     chat: bool | None,
-    **opening: Any,
+    **given: Any,
 ) -> None:
-    """Put a tensor of the clean prompt's run into the corrupted one's.
+    """Put one run's tensor into another's.
 
-    Prints what MODEL says for both prompts and for the patched one. With --sweep, each layer and position is patched
-    alone, and the table says how far the answer comes back: 0 as corrupted, 1 as clean.
+    Prints what MODEL says for the clean prompt, for the corrupted one, and for that with the clean tensor put in. With
+    --sweep, each layer and position is patched alone, and a table says how far the answer comes back: 0 as corrupted,
+    1 as clean.
 
     \b
     hookmap patch --clean "He buys 4 more." --corrupted "He buys 5 more." --point resid_mid --layers 8
-    hookmap patch --clean … --corrupted … --prefix "Tom has 3+" --sweep --answer 4 --wrong 5 -o sweep
+    hookmap patch --clean … --corrupted … --answer "Tom has 3+" --sweep --target 4 --against 5 --png sweep.png
+
+    Texts, and the name of the file that -o wrote, go to stdout; the table goes to stderr.
     """
-    from hookmap.cli.opening import chat_text, open_model
-    from hookmap.cli.settings import load_settings, parse_layers
+    from hookmap.cli.settings import parse_layers
 
-    if sweep and not answer:
-        raise click.UsageError("a sweep needs the token to look for: --answer TOKEN (and --wrong TOKEN)")
-    if not sweep and (answer or wrong or output):
-        raise click.UsageError("--answer, --wrong and -o are of a sweep: add --sweep")
-    chosen = parse_layers(layers)
-    hm = open_model(model, opening, load_settings())
-    texts = [chat_text(hm, text, chat, prefix) for text in (clean, corrupted)]
-    if sweep:
-        _sweep(hm, texts, str(answer), wrong, output, point, chosen, positions, batch_size)
-    else:
-        _patch(hm, texts, point, chosen, positions, max_new_tokens)
+    if sweep and not target:
+        raise click.UsageError("a sweep needs the token to look for: --target TOKEN (and --against TOKEN)")
+    if not sweep and (target or against or output or png or html):
+        raise click.UsageError("--target, --against, -o, --png and --html are of a sweep: add --sweep")
+    where: dict[str, Any] = {"point": point, "layers": parse_layers(layers), "positions": positions}
+    hm = one_prompt.opened(model, given, quiet=False)
+    prompts = [one_prompt.tokens(hm, {"prompt": text, "answer": answer, "chat": chat}) for text in (clean, corrupted)]
+    if not sweep:
+        _patch(hm, prompts, where, max_new_tokens)
+        return
+    found = _sweep(hm, prompts, str(target), against, {**where, "batch_size": batch_size})
+    _show(found)
+
+    def chart() -> Any:
+        from hookmap.pictures import heat_map
+
+        return heat_map(found.effect)
+
+    one_prompt.save_pictures(chart, (png, html))
+    if output:
+        click.echo(str(found.save(output)))
 
 
-def _patch(hm: "HookedModel", texts: list[str], point: str, layers: Any, positions: str, max_new_tokens: int) -> None:
-    from rich.markup import escape
+def _patch(hm: "HookedModel", prompts: list[list[int]], where: dict[str, Any], max_new_tokens: int) -> None:
+    from hookmap.cli.console import working
 
-    from hookmap.cli.console import console, working
-
-    patch = {"do": "patch", "point": point, "layers": layers, "positions": positions, "source": {"prompt": texts[0]}}
+    patch = {"do": "patch", **where, "source": {"prompt": prompts[0]}}
     with working("generating"):
-        patched = hm.generate(texts[1], [patch], None, max_new_tokens).texts
-        plain = [hm.generate(text, (), None, max_new_tokens).texts[0] for text in texts]
-    screen = console(stderr=False)
+        patched = hm.generate([prompts[1]], [patch], None, max_new_tokens).texts
+        plain = [hm.generate([prompt], (), None, max_new_tokens).texts[0] for prompt in prompts]
     for name, text in zip(("clean", "corrupted", "patched"), [*plain, *patched], strict=True):
-        screen.print(f"[cyan]{name:10}[/] {escape(text)}")
+        click.echo(f"{click.style(f'{name:10}', fg='cyan')} {text}")
 
 
 def _sweep(
-    hm: "HookedModel",
-    texts: list[str],
-    answer: str,
-    wrong: str | None,
-    output: str | None,
-    point: str,
-    layers: Any,
-    positions: str,
-    batch_size: int,
-) -> None:
+    hm: "HookedModel", prompts: list[list[int]], target: str, against: str | None, options: dict[str, Any]
+) -> "Sweep":
     from hookmap.cli.console import progress
     from hookmap.patching import sweep
 
     with progress() as bars:
         bar = bars.add_task("patches", total=None)
-        found = sweep(
-            hm,
-            texts[0],
-            texts[1],
-            answer,
-            wrong,
-            point=point,
-            layers=layers,
-            positions=positions,
-            batch_size=batch_size,
-            progress=lambda done, total: bars.update(bar, completed=done, total=total),
-        )
-    _show(found)
-    if output:
-        click.echo(str(found.save(output)))
+
+        def show(done: int, total: int) -> None:
+            bars.update(bar, completed=done, total=total)
+
+        return sweep(hm, [prompts[0]], [prompts[1]], target, against, progress=show, **options)
 
 
 def _show(found: "Sweep", columns: int = 12) -> None:
     """The positions with the largest effects, in the order of the text."""
-    from rich.markup import escape
-
-    from hookmap.cli.console import console, table
+    from hookmap.cli.console import console
+    from hookmap.grid_table import grid_table
 
     effect = found.effect
-    screen = console()
-    screen.print(f"\n{escape(effect.metric)}")
-    screen.print(f"[dim]clean {found.clean:.3f}, corrupted {found.corrupted:.3f}; point {effect.point}[/]\n")
     largest = effect.values.abs().amax(0)
     most = sorted(largest.argsort(descending=True)[:columns].tolist())
-    shown = table(">layer", *(f">{effect.positions[n]} {escape(repr(effect.tokens[n]))}" for n in most))
-    for layer, row in zip(effect.layers, effect.values.tolist(), strict=True):
-        shown.add_row(str(layer), *(_cell(row[n]) for n in most))
-    screen.print(shown)
-    if len(most) < len(effect.positions):
-        screen.print(f"[dim]{len(effect.positions) - len(most)} other positions: {_rest(largest, most):.2f} at most[/]")
-
-
-def _cell(value: float) -> str:
-    text = f"{value:.2f}"
-    return f"[bold]{text}[/]" if abs(value) >= 0.5 else text if abs(value) >= 0.05 else f"[dim]{text}[/]"
-
-
-def _rest(largest: Any, shown: list[int]) -> float:
-    return max(float(value) for number, value in enumerate(largest.tolist()) if number not in shown)
+    shown = replace(
+        effect,
+        values=effect.values[:, most],
+        positions=tuple(effect.positions[n] for n in most),
+        tokens=tuple(effect.tokens[n] for n in most),
+    )
+    screen = console()
+    screen.print(grid_table(shown))
+    screen.print(f"clean {found.clean:.3f}, corrupted {found.corrupted:.3f}; point {effect.point}", highlight=False)
+    if others := [float(value) for n, value in enumerate(largest.tolist()) if n not in most]:
+        screen.print(f"{len(others)} other positions: {max(others):.2f} at most")
