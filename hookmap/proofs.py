@@ -19,7 +19,6 @@ from hookmap.engines import Engine
 from hookmap.engines.editing import Changing, Edit, Editor, Where
 from hookmap.engines.observation import BatchLayout, Observer
 from hookmap.engines.turns import turns_of
-from hookmap.errors import HookmapError
 from hookmap.selectors import Selector, select
 from hookmap.writing import refusal
 
@@ -68,7 +67,7 @@ class Proofs:
             reason = refusal(selector)
             try:
                 proof = Proof(reason) if reason else self._tried(point, kind, selector)
-            except (HookmapError, RuntimeError) as error:
+            except Exception as error:  # a model's own code raises what it likes
                 proof = Proof(f"writing it failed when it was tried ({type(error).__name__}: {error})")
             self._found[key] = proof
         return self._found[key]
@@ -89,7 +88,28 @@ class Proofs:
         other = self._run(source, kind)
         after = self._pass(kind, [_put(selector, other[where])])
         self._runs[point, kind.name] = after
-        return Proof(_Compared(kind, selector, plain, other, after, source, self._repeats(kind)).wrong(), row)
+        wrong = _Compared(kind, selector, plain, other, after, source, self._repeats(kind)).wrong()
+        return Proof(wrong or self._leaks(point, kind, selector), row)
+
+    def _leaks(self, point: str, kind: BlockKind, selector: Selector) -> str | None:
+        """With the branch's output put back, what was written inside the branch must not be seen behind it."""
+        base, _, number = point.partition(".")
+        branch = next((branch for branch, inside in _INSIDE.items() if base in inside and base not in _OUTS), None)
+        if branch is None:
+            return None
+        out = _numbered(f"{branch}_out", number, kind)
+        if out is None or refusal(back := self._selector(out, kind)):
+            return None  # a sum of terms: the relations of the block were held against it
+        plain, other = self._run("plain", kind), self._run("changed", kind)
+        where = (selector.point, selector.layer)
+        edits = [_put(selector, other[where]), _put(back, plain[back.point, back.layer])]
+        after, key = self._pass(kind, edits), ("resid_post", selector.layer)
+        exact = self._repeats(kind) and back.terms[0].scale == 1.0
+        if torch.equal(after[key], plain[key]):
+            return None
+        if not exact and _difference(after[key].float(), plain[key].float()) < _tolerance(plain[key]):
+            return None
+        return f"it is read outside of the branch too: resid_post changes even with {out} put back"
 
     def _repeats(self, kind: BlockKind) -> bool:
         """Whether a run comes out to the bit again: some kernels of GPUs add in another order each time."""
@@ -100,9 +120,10 @@ class Proofs:
 
     def _source(self, point: str, kind: BlockKind) -> str:
         """Where the other run is changed: where the branch reads, if it is proved that nothing else changes then."""
+        base, _, number = point.partition(".")
         for branch, inside in _INSIDE.items():
-            reads = f"{branch}_in"
-            if point.partition(".")[0] in inside[1:] and reads in kind.points and "." not in point:
+            reads = _numbered(f"{branch}_in", number, kind)
+            if base in inside[1:] and reads is not None:
                 return reads if self._proof(reads, kind).reason is None else "changed"
         return "changed"
 
@@ -123,7 +144,10 @@ class Proofs:
 
     def _pass(self, kind: BlockKind | None, edits: Sequence[Edit]) -> Values:
         selectors = self._watched(kind)
-        inputs = {"input_ids": _tokens(self._engine)}
+        ids = _tokens(self._engine)
+        inputs = {"input_ids": ids}
+        if gen.takes(self._engine.root, "attention_mask"):
+            inputs["attention_mask"] = torch.ones_like(ids)
         if gen.takes(self._engine.root, "use_cache"):
             inputs["use_cache"] = False  # type: ignore[assignment]
         rows: dict[tuple[str, int | None], list[torch.Tensor]] = {}
@@ -200,12 +224,12 @@ class _Compared:
             return self._added(base)
         if base.startswith("resid_"):
             reader = "resid_post"
-        elif reader is not None and number and f"{reader}.{number}" in self.kind.points:
-            reader = f"{reader}.{number}"
+        elif reader is not None:
+            reader = _numbered(reader, number, self.kind)
         if reader is not None and reader in self.kind.points:
             return self._not_as_in_other((reader, layer))
-        own = "mixer_out_raw" if base in _INSIDE["mixer"] else "mlp_out_raw"
-        reaches = own if own in self.kind.points else "resid_post"
+        own = _numbered("mixer_out_raw" if base in _INSIDE["mixer"] else "mlp_out_raw", number, self.kind)
+        reaches = own or "resid_post"
         return None if self._moved(reaches) else f"nothing reads it there any more: {reaches} stays as it was"
 
     def _not_as_in_other(self, key: tuple[str, int | None]) -> str | None:
@@ -228,13 +252,12 @@ class _Compared:
 
     def _sums(self, none_is_fine: bool) -> str | None:
         """Where a sum has this branch as a term, it changed by as much as the branch."""
-        point, layer = _plain(self.selector.point), self.selector.layer
-        if point.endswith("_raw") and self._same_tensor(point, point.removesuffix("_raw")):
-            point = point.removesuffix("_raw")
+        layer, own = self.selector.layer, self.kind.points[self.selector.point].terms
+        names = {_plain(name) for name, point in self.kind.points.items() if point.terms == own}
         for relation in self.kind.relations:
             total, _, right = relation.partition(" = ")
             terms = [term for term in _terms(right) if (term, layer) in self.plain]
-            if point in terms and (total, layer) in self.plain:
+            if names & set(terms) and (total, layer) in self.plain:
                 expected = sum(self._delta(term) for term in terms)
                 found = self._delta(total)
                 held = _difference(found, expected) < _tolerance(self.plain[total, layer])
@@ -285,6 +308,12 @@ def _difference(found: torch.Tensor, expected: torch.Tensor | int) -> float:
 def _tolerance(like: torch.Tensor) -> float:
     """Of a relative difference, where the model rounds."""
     return 1e-4 if like.dtype in (torch.float32, torch.float64) else 4e-2
+
+
+def _numbered(name: str, number: str, kind: BlockKind) -> str | None:
+    """`mlp_out.1` for a point of number 1, where the kind has it; without a number the bare name."""
+    full = f"{name}.{number}" if number else name
+    return full if full in kind.points else None
 
 
 def _plain(point: str) -> str:

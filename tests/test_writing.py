@@ -9,6 +9,7 @@ import plain_hooks
 import pytest
 import torch
 from plain_hooks import FAMILIES
+from transformers import AutoModelForCausalLM, XLNetConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 import hookmap
@@ -122,6 +123,15 @@ def test_a_module_that_is_not_there_is_a_reason_and_no_crash() -> None:
     assert "writing it failed when it was tried" in str(
         reason(Proofs(HooksEngine(model, model), wrong), wrong, "mlp_out")
     )
+
+
+def test_a_branch_whose_module_adds_the_stream_itself_is_found_out() -> None:
+    """XLNet's feed-forward adds its own input: another input would change the stream, too."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+    hm = hookmap.open(AutoModelForCausalLM.from_config(XLNetConfig(**sizes)).eval())
+    assert "resid_post changes even with mlp_out put back" in str(reason(hm.proofs, hm.map, "mlp_in"))
+    assert reason(hm.proofs, hm.map, "resid_mid") is None
 
 
 def test_the_proofs_leave_the_model_as_it_was() -> None:
