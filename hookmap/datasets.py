@@ -101,7 +101,7 @@ def _record(row: Any, prompt: str | None, name: str | None, labels: Sequence[str
         if prompt is not None:
             raise ValueError(f"expected columns with {prompt!r} among them, found {_shown(row)}")
         return PromptRecord(_prompt(row))
-    columns = list(row)
+    columns = list(map(str, row))
     field = prompt or next((field for field in FIELDS if field in row), None)
     wanted = [*([] if field is None else [field]), *([name] if name else []), *([] if labels == "all" else labels)]
     if missing := [column for column in wanted if column not in row]:
