@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -219,12 +220,13 @@ def _model(loaded: Loaded) -> dict[str, Any]:
 def _structure(loaded: Loaded) -> dict[str, Any]:
     """The map, the tree as text, and the points that a capture of every layer gives."""
     modules = {path: type(module).__name__ for path, module in loaded.hm.model.named_modules()}
-    screen = Console(width=160, record=True, quiet=True, color_system=None)
+    drawn = io.StringIO()
+    screen = Console(width=160, file=drawn, color_system=None)
     screen.print(tree(loaded.hm.map, modules))
     return {
         "model": loaded.name,
         "points": list(dict.fromkeys(selector.point for selector in loaded.hm.map.selectors())),
         "layers": loaded.hm.map.num_layers,
         "map": loaded.hm.map.model_dump(mode="json"),
-        "tree": screen.export_text(),
+        "tree": drawn.getvalue(),
     }
