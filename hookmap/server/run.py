@@ -30,15 +30,17 @@ def serve(source: str | None, settings: Settings, name: str | None = None) -> No
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=int(settings.drain),
-        log_level="info",
+        log_config=None,  # its own sends requests to stdout
         server_header=False,
     )
     uvicorn.Server(config).run()
 
 
 def _log_to_stderr() -> None:
-    """Each request's line, in the form of uvicorn's own."""
-    ours, handler = logging.getLogger("hookmap"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s:     %(message)s"))
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
+    """Uvicorn's lines and ours, one for each request, in one form."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("hookmap", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
