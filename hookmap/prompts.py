@@ -88,17 +88,21 @@ def _encode(prompt: Any, number: int, tokenizer: Any, chat: Chat, why_none: str)
         raise _not_a_prompt(prompt, number)
     if chat is False:
         raise TokenizerError(f"prompt {number} is a list of chat messages, and chat=False was given. Use chat='auto'.")
-    return _checked(_templated(messages, number, tokenizer), number)
+    return _checked(templated(messages, number, tokenizer), number)
 
 
-def _templated(messages: list[Any], number: int, tokenizer: Any) -> Prompt:
+def templated(messages: list[Any], number: int, tokenizer: Any, **options: Any) -> Prompt:
+    """Chat messages as the model reads them. `options`: for the chat template (tools, documents).
+
+    Raises TokenizerError where there is no template, or it refuses them.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise TokenizerError(
             f"prompt {number} needs a chat template, and this tokenizer ({type(tokenizer).__name__}) has none. "
             "Give plain text (chat=False), or set tokenizer.chat_template."
         )
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     except Exception as error:  # a template is a program of the model's author, and raises what it likes
         raise TokenizerError(f"the chat template refuses prompt {number}: {error}") from error
     # The template writes the special tokens itself.

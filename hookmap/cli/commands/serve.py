@@ -1,0 +1,149 @@
+"""`hookmap serve`: an OpenAI-compatible server that also records activations."""
+
+from pathlib import Path
+
+import click
+
+_GIB = 2**30
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 for every address.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option(
+    "--name", metavar="NAME", help="What clients call the model.  [default: its hub id, or its folder's name]"
+)
+@click.option("--key", envvar="HOOKMAP_KEY", help="The bearer key that clients need.  [env: HOOKMAP_KEY]")
+@click.option("--admin-key", envvar="HOOKMAP_ADMIN_KEY", help="Loads and unloads models.  [env: HOOKMAP_ADMIN_KEY]")
+@click.option("--allow", metavar="MODEL", multiple=True, help="A model that may be loaded; may be given several times.")
+@click.option("--allowed-host", metavar="NAME", multiple=True, help="A name of this server besides localhost.")
+@click.option("--points", metavar="NAMES", help="What store_activations: true keeps.  [default: resid_post]")
+@click.option("--layers", metavar="LAYERS", help="Of which layers: 8,12,16 or 0-3 or all.  [default: all]")
+@click.option("--sessions", default="sessions", show_default=True, metavar="DIR", help="The folder of the sessions.")
+@click.option(
+    "--max-bytes",
+    type=click.FloatRange(min=0.001),
+    default=20.0,
+    show_default=True,
+    metavar="GIB",
+    help="Of all sessions; the oldest finished go first.",
+)
+@click.option(
+    "--max-age",
+    type=click.FloatRange(min=0.001),
+    default=168.0,
+    show_default=True,
+    metavar="HOURS",
+    help="How long a session stays.",
+)
+@click.option(
+    "--request-bytes",
+    type=click.FloatRange(min=0.001),
+    default=2.0,
+    show_default=True,
+    metavar="GIB",
+    help="Activations that one request may keep.",
+)
+@click.option(
+    "--inline-bytes",
+    type=click.IntRange(min=1),
+    default=16 * 2**20,
+    show_default=True,
+    metavar="BYTES",
+    help="Activations that an answer may carry itself.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Requests that may wait for the model; more get 429.",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="That a request may ask for.  [default: 4096]"
+)
+@click.option(
+    "--drain",
+    type=click.IntRange(min=1),
+    default=30,
+    show_default=True,
+    metavar="SECONDS",
+    help="For running requests, when the server is told to stop.",
+)
+@click.option("--tokenizer", metavar="MODEL", help="A folder or a hub id.  [default: the model's own]")
+@click.option("--map", "map_", metavar="MAP", help="A map file, instead of discovering one.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="Of the weights.")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: a GPU where there is one]")
+def command(
+    model: str | None,
+    host: str,
+    port: int,
+    name: str | None,
+    key: str | None,
+    admin_key: str | None,
+    allow: tuple[str, ...],
+    allowed_host: tuple[str, ...],
+    points: str | None,
+    layers: str | None,
+    sessions: str,
+    max_bytes: float,
+    max_age: float,
+    request_bytes: float,
+    inline_bytes: int,
+    queue: int,
+    max_new_tokens: int | None,
+    drain: int,
+    tokenizer: str | None,
+    map_: str | None,
+    dtype: str | None,
+    device: str | None,
+) -> None:
+    """Serve MODEL as OpenAI's API is, and record activations.
+
+    Existing clients work unchanged; a field `hookmap` in a request says which activations to keep of it.
+
+    \b
+    hookmap serve Qwen/Qwen3-0.6B --points resid_pre,resid_mid --layers 8,12,16
+    curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+      -d '{"messages": [{"role": "user", "content": "Hello"}], "store_activations": true}'
+
+    Try a running server with `hookmap smoke URL`. Every field and route: docs/server.md
+    """
+    from hookmap.cli.console import working
+    from hookmap.cli.settings import choose_model, load_settings, parse_layers, parse_list
+    from hookmap.server import check_installed
+
+    check_installed()
+    settings = load_settings()
+    chosen = parse_list(points or settings.get("points", "resid_post"))
+    of_layers = parse_layers(layers or settings.get("layers", "all"))
+    model = choose_model(model, settings)
+    with working("importing torch and transformers"):
+        from hookmap.server.run import serve
+        from hookmap.server.settings import Settings
+    loads = {"map": map_ or settings.get("map"), "tokenizer": tokenizer or settings.get("tokenizer")}
+    loads |= {"dtype": dtype or settings.get("dtype", "auto"), "device": device or settings.get("device")}
+    limits = Settings(
+        root=Path(sessions),
+        host=host,
+        port=port,
+        key=key or None,
+        admin_key=admin_key or None,
+        hosts=allowed_host,
+        allow=(*allow, model),
+        points=chosen if isinstance(chosen, str) else tuple(chosen),
+        layers=of_layers if isinstance(of_layers, str) else tuple(of_layers),
+        queue=queue,
+        max_new_tokens=max_new_tokens or settings.get("max_new_tokens", 4096),
+        request_bytes=int(request_bytes * _GIB),
+        inline_bytes=inline_bytes,
+        total_bytes=int(max_bytes * _GIB),
+        max_age=max_age * 3600,
+        drain=float(drain),
+        loads=loads,
+    )
+    if host not in ("127.0.0.1", "localhost", "::1") and not key:
+        click.echo("note: anybody who reaches this address may use the model; give --key", err=True)
+    serve(model, limits, name)

@@ -1,0 +1,22 @@
+"""`hookmap serve`: an OpenAI-compatible API that also records activations. Start in `app.py`, which names every route.
+
+A request goes: `requests` (its fields) -> `chat` or `completions` (a prompt, an answer) -> `admission` (budgets) ->
+`worker` (its turn) -> `answering` (the model runs) -> `text` (what may be sent) -> `streaming` or one answer.
+"""
+
+from hookmap.errors import HookmapError
+
+EXTRA = 'pip install "hookmap[server]"'
+
+
+def check_installed() -> None:
+    """Raises HookmapError with the command to type, where the packages of the server are missing."""
+    from importlib.util import find_spec
+
+    needed = ("fastapi", "uvicorn", "openai", "prometheus_client")
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise HookmapError(f"the server needs {', '.join(missing)}, which {_are(missing)} not installed: {EXTRA}")
+
+
+def _are(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"

@@ -1,0 +1,232 @@
+"""Every route of the server. What a route does beyond reading and answering is in the file that is named after it."""
+
+import asyncio
+import contextlib
+import io
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from starlette.types import Scope
+
+from hookmap import __version__
+from hookmap.errors import SelectionError
+from hookmap.server import errors
+from hookmap.server.admission import admit
+from hookmap.server.chat import ChatWire, prompt_of
+from hookmap.server.completions import MAX_TOKENS, CompletionWire, prompts_of
+from hookmap.server.errors import ApiError
+from hookmap.server.guard import Guard
+from hookmap.server.metrics import Metrics
+from hookmap.server.models import Loaded, Models
+from hookmap.server.ranges import ranged
+from hookmap.server.recording import INTERVENTIONS, described
+from hookmap.server.requests import ChatRequest, CompletionRequest
+from hookmap.server.sessions import Sessions
+from hookmap.server.settings import Settings
+from hookmap.server.streaming import answer
+from hookmap.show import tree
+from hookmap.stores.ledger import tensor_name
+
+PAGE = Path(__file__).with_name("page.html")
+_SWEEP = 60.0
+"""seconds between looks at the age of sessions"""
+
+
+class Named(BaseModel):
+    """The body of /models/load and /models/unload."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str
+
+
+def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
+    """The ASGI application. It closes `models` and `sessions` when it is shut down."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(_sweep(sessions))
+        yield
+        sweeping.cancel()
+        await asyncio.to_thread(models.close)
+        sessions.close()
+
+    # The pages at /docs load scripts from elsewhere.
+    app = FastAPI(title="hookmap", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    metrics = Metrics(models, sessions)
+
+    def done(scope: Scope, status: int, seconds: float) -> None:
+        path = getattr(scope.get("route"), "path", "other")
+        metrics.requests.labels(path, status).inc()
+        metrics.seconds.labels(path).observe(seconds)
+
+    app.add_middleware(Guard, settings=settings, done=done)
+    errors.install(app)
+    _generation(app, settings, models, sessions)
+    _sessions(app, sessions)
+    _models(app, models)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "version": __version__, "models": [loaded.name for loaded in models.all]}
+
+    @app.get("/metrics")
+    async def metrics_text() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": rules})
+
+    return app
+
+
+async def _sweep(sessions: Sessions) -> None:
+    while True:
+        await asyncio.sleep(_SWEEP)
+        await asyncio.to_thread(sessions.sweep)
+
+
+def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sessions) -> None:
+    encoding = asyncio.Lock()  # tokenizers are not made for several threads at once
+
+    @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion}})
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        model = models.get(asked.model)
+        most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+        tops = (asked.top_logprobs or 0) if asked.logprobs else None
+        async with encoding:
+            prompt = await asyncio.to_thread(prompt_of, asked, model.hm.tokenizer)
+            job = await asyncio.to_thread(
+                admit, asked, request.scope["request_id"], model, [prompt], most, tops, settings, sessions
+            )
+        wire = ChatWire(asked, job, model.name, model.hm.tokenizer)
+        return await answer(request, model.worker, job, wire, bool(asked.stream))
+
+    @app.post("/v1/completions", responses={200: {"model": Completion}})
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        model = models.get(asked.model)
+        most = MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
+        async with encoding:
+            prompts = await asyncio.to_thread(prompts_of, asked, model.hm.tokenizer)
+            job = await asyncio.to_thread(
+                admit, asked, request.scope["request_id"], model, prompts, most, asked.logprobs, settings, sessions
+            )
+        wire = CompletionWire(asked, job, model.name, model.hm.tokenizer)
+        return await answer(request, model.worker, job, wire, bool(asked.stream))
+
+    @app.get("/v1/interventions")
+    async def interventions() -> dict[str, Any]:
+        return {"object": "list", "data": []}
+
+    @app.put("/v1/interventions")
+    async def set_interventions() -> Response:
+        raise errors.bad(INTERVENTIONS)
+
+
+def _sessions(app: FastAPI, sessions: Sessions) -> None:
+    @app.get("/v1/activations/sessions")
+    async def listed() -> dict[str, Any]:
+        return {"object": "list", "data": [session.described() for session in sessions.all()]}
+
+    @app.get("/v1/activations/sessions/{id}")
+    @app.get("/v1/activations/session/{id}")
+    async def one(id: str) -> dict[str, Any]:
+        session = sessions.get(id)
+        if not session.finished:
+            return session.described()
+        return await asyncio.to_thread(_described, sessions, id)
+
+    @app.delete("/v1/activations/sessions/{id}")
+    @app.delete("/v1/activations/session/{id}")
+    async def delete(id: str) -> dict[str, Any]:
+        await asyncio.to_thread(sessions.delete, id)
+        return {"id": id, "object": "activations.session", "deleted": True}
+
+    @app.get("/v1/activations/sessions/{id}/tensors")
+    @app.get("/v1/activations/session/{id}/tensors")
+    async def tensors(
+        id: str,
+        request: Request,
+        point: str,
+        layer: int | None = None,
+        choice: int = Query(0, ge=0, le=2**31),
+        start: int | None = Query(None, ge=-(2**31), le=2**31),
+        stop: int | None = Query(None, ge=-(2**31), le=2**31),
+    ) -> Response:
+        """Rows of one tensor, those of the tokens start to stop - 1, as safetensors; HTTP ranges are understood."""
+        data = await asyncio.to_thread(_tensor, sessions, id, point, layer, choice, start, stop)
+        return ranged(data, request.headers, f"{id}.{choice}.{tensor_name((point, layer))}.safetensors")
+
+
+def _described(sessions: Sessions, id: str) -> dict[str, Any]:
+    store, session = sessions.open(id), sessions.get(id)
+    meta = described(store, f"/v1/activations/sessions/{session.id}")
+    for sample, told in zip(store.samples, meta["samples"], strict=True):
+        told |= {"prompt": sample.prompt, "text": sample.text, "token_ids": list(sample.token_ids)}
+    return {**session.described(), **meta}
+
+
+def _tensor(
+    sessions: Sessions, id: str, point: str, layer: int | None, choice: int, start: int | None, stop: int | None
+) -> bytes:
+    store = sessions.open(id)
+    try:
+        key = store.key(point, layer)
+        rows = store.read(choice, *key, None if start is None and stop is None else slice(start, stop))
+    except SelectionError as error:
+        raise ApiError(404, str(error), code="not_captured") from error
+    return bytes(safetensors.torch.save({tensor_name(key): rows.contiguous()}))
+
+
+def _models(app: FastAPI, models: Models) -> None:
+    @app.get("/v1/models")
+    async def listed() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(loaded) for loaded in models.all]}
+
+    @app.get("/v1/models/{id:path}")
+    async def one(id: str) -> dict[str, Any]:
+        return _model(models.get(id))
+
+    @app.get("/v1/model/structure")
+    async def structure(model: str | None = None) -> Response:
+        loaded = models.get(model)
+        return JSONResponse(await asyncio.to_thread(_structure, loaded))
+
+    @app.post("/models/load")
+    async def load(asked: Named) -> dict[str, Any]:
+        return _model(await asyncio.to_thread(models.load, asked.model))
+
+    @app.post("/models/unload")
+    async def unload(asked: Named) -> dict[str, Any]:
+        models.get(asked.model)
+        await asyncio.to_thread(models.unload, asked.model)
+        return {"id": asked.model, "object": "model", "unloaded": True}
+
+
+def _model(loaded: Loaded) -> dict[str, Any]:
+    found = Model(id=loaded.name, created=loaded.created, object="model", owned_by="hookmap")
+    return {**found.model_dump(exclude_unset=True), "max_model_len": loaded.context}
+
+
+def _structure(loaded: Loaded) -> dict[str, Any]:
+    """The map, the tree as text, and the points that a capture of every layer gives."""
+    modules = {path: type(module).__name__ for path, module in loaded.hm.model.named_modules()}
+    drawn = io.StringIO()
+    screen = Console(width=160, file=drawn, color_system=None)
+    screen.print(tree(loaded.hm.map, modules))
+    return {
+        "model": loaded.name,
+        "points": list(dict.fromkeys(selector.point for selector in loaded.hm.map.selectors())),
+        "layers": loaded.hm.map.num_layers,
+        "map": loaded.hm.map.model_dump(mode="json"),
+        "tree": drawn.getvalue(),
+    }

@@ -1,0 +1,104 @@
+"""POST /v1/completions: texts or token ids -> prompts, and the answer as OpenAI writes it."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from openai.types import Completion, CompletionChoice
+from openai.types.completion_choice import Logprobs
+
+from hookmap.generation import end_tokens
+from hookmap.prompts import Prompt, encode
+from hookmap.server.answering import Token
+from hookmap.server.errors import bad
+from hookmap.server.requests import CompletionRequest
+from hookmap.server.streaming import extras, usage_of
+from hookmap.server.text import RowText
+from hookmap.server.worker import Job, Result
+
+MAX_TOKENS = 16
+"""OpenAI's, where the request does not say"""
+
+
+def prompts_of(asked: CompletionRequest, tokenizer: Any) -> tuple[Prompt, ...]:
+    """As they are, with the tokenizer's own special tokens. Raises TokenizerError, ApiError."""
+    if not asked.prompt:
+        raise bad("prompt: expected a text, token ids, or a list of such; got nothing.", "prompt")
+    return encode(asked.prompt, tokenizer, chat=False)
+
+
+class CompletionWire:
+    """Writes completions. See `streaming.Wire`."""
+
+    def __init__(self, asked: CompletionRequest, job: Job, model: str, tokenizer: Any) -> None:
+        self._texts = [RowText(tokenizer, job.stop) for _ in job.prompts]
+        self._offsets = [0] * len(job.prompts)
+        self._job, self._tokenizer, self._logprobs = job, tokenizer, asked.logprobs is not None
+        self._usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        self._ends = end_tokens(job.config)
+        self._head: dict[str, Any] = {"id": f"cmpl-{job.id}", "created": int(time.time()), "model": model}
+
+    def opening(self) -> Iterator[Completion]:
+        """Nothing: a completion has no role."""
+        yield from ()
+
+    def piece(self, token: Token) -> Completion | None:
+        """The text that a token makes certain; with logprobs each token has a chunk."""
+        text = self._texts[token.row].add(token.id)
+        if not text and not self._logprobs:
+            return None
+        return self._chunk(token.row, text, logprobs=self._told([token]) if self._logprobs else None)
+
+    def closing(self, result: Result) -> Iterator[Completion]:
+        """The rest of each choice and why it ended, then usage. What was kept stands in the last chunk."""
+        chunks = []
+        for number, text in enumerate(self._texts):
+            rest = text.end()
+            chunks.append(self._chunk(number, rest, self._reason(number, result)))
+        if self._usage:
+            usage = usage_of(self._job, result)
+            chunks.append(Completion(**self._head, object="text_completion", choices=[], usage=usage))
+        for name, value in extras(result).items():
+            setattr(chunks[-1], name, value)
+        yield from chunks
+
+    def whole(self, result: Result, tokens: list[Token]) -> Completion:
+        """Every choice, prompt after prompt."""
+        choices = []
+        for number, row in enumerate(self._texts):
+            sample = result.samples[number]
+            text = row.whole(sample.token_ids[sample.prompt_tokens :])
+            own = [token for token in tokens if token.row == number]
+            logprobs = self._told(own) if self._logprobs else None
+            reason: Any = self._reason(number, result)
+            choices.append(CompletionChoice(index=number, text=text, finish_reason=reason, logprobs=logprobs))
+        usage = usage_of(self._job, result)
+        return Completion(**self._head, object="text_completion", choices=choices, usage=usage, **extras(result))
+
+    def _chunk(self, row: int, text: str, reason: str | None = None, logprobs: Any = None) -> Completion:
+        choice = CompletionChoice.model_construct(
+            index=row,
+            text=text,
+            finish_reason=reason,  # null until the last one, as OpenAI sends it
+            logprobs=logprobs,
+        )
+        return Completion.model_construct(**self._head, object="text_completion", choices=[choice])
+
+    def _reason(self, number: int, result: Result) -> str:
+        sample = result.samples[number]
+        new = sample.token_ids[sample.prompt_tokens :]
+        ended = self._texts[number].stopped or new[-1] in self._ends or len(new) < self._job.max_new_tokens
+        return "stop" if ended else "length"
+
+    def _told(self, tokens: list[Token]) -> Logprobs:
+        decode = self._tokenizer.decode
+        texts, offsets = [decode([token.id]) for token in tokens], []
+        for token, text in zip(tokens, texts, strict=True):
+            offsets.append(self._offsets[token.row])
+            self._offsets[token.row] += len(text)
+        tops = []
+        for token, text in zip(tokens, texts, strict=True):
+            likeliest = {decode([id]): max(logprob, -9999.0) for id, logprob in reversed(token.top)}
+            tops.append(likeliest | {text: max(token.logprob or 0.0, -9999.0)})
+        logprobs = [max(token.logprob or 0.0, -9999.0) for token in tokens]
+        return Logprobs(tokens=texts, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)

@@ -1,0 +1,107 @@
+"""Errors as OpenAI's clients read them: {"error": {message, type, param, code}} and a status."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from hookmap.errors import HookmapError
+
+log = logging.getLogger("hookmap.server")
+
+
+class ApiError(HookmapError):
+    """What a client is told, and the status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        told = str(self).encode("utf-8", "replace").decode()
+        return {"error": {"message": told, "type": kind_of(self.status), "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def kind_of(status: int) -> str:
+    """OpenAI's `type` of an error with this status."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the request asks for what cannot be."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def missing(message: str, code: str = "not_found") -> ApiError:
+    """404."""
+    return ApiError(404, message, code=code)
+
+
+def of_exception(error: BaseException) -> ApiError:
+    """What a client is told of something that went wrong while its request ran."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HookmapError):
+        return ApiError(500, str(error), code=type(error).__name__)
+    return ApiError(500, "the server failed on this request; its log has the reason.", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Every error of a route leaves as `ApiError` does."""
+
+    @app.exception_handler(ApiError)
+    async def api(_: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(HookmapError)
+    async def ours(_: Request, error: HookmapError) -> JSONResponse:  # admission: the request names what is not there
+        return bad(str(error), code=type(error).__name__).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        problems = [(_place(each["loc"]), _told(each)) for each in error.errors()]
+        message = "; ".join(f"{place}: {told}" if place else told for place, told in problems[:10])
+        return bad(message, param=problems[0][0] or None, code="invalid_request").response()
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def other(_: Request, error: Exception) -> JSONResponse:
+        log.error("unforeseen", exc_info=error)
+        return of_exception(error).response()
+
+
+def _place(where: tuple[Any, ...]) -> str:
+    """`messages.0.content` of pydantic's ("body", "messages", 0, "content")."""
+    return ".".join(str(part) for part in where[1:] if not str(part)[:1].isupper())
+
+
+def _told(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "unknown field; docs/server.md lists those that are known"
+    if problem["type"] == "json_invalid":
+        return f"the body is not JSON: {problem.get('ctx', {}).get('error', '')}"
+    return str(problem["msg"])

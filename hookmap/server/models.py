@@ -1,0 +1,101 @@
+"""The models that are loaded, each once: one copy of the weights, one thread."""
+
+import gc
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hookmap
+from hookmap.demo import MODEL_PATH
+from hookmap.model import HookedModel
+from hookmap.server.errors import ApiError, missing
+from hookmap.server.settings import Settings
+from hookmap.server.worker import Worker
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One model that answers."""
+
+    name: str
+    hm: HookedModel
+    worker: Worker
+    created: int
+    context: int | None
+    """tokens that fit, prompt and completion; None: no limit is known"""
+
+
+class Models:
+    """Loads, finds and unloads models."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._loaded: dict[str, Loaded] = {}
+        self._changing = threading.Lock()
+
+    @property
+    def all(self) -> tuple[Loaded, ...]:
+        """The loaded models, in the order they were loaded."""
+        return tuple(self._loaded.values())
+
+    def get(self, name: str | None) -> Loaded:
+        """The loaded model of this name, or the first one for None. Raises ApiError 404."""
+        if name is None and self._loaded:
+            return next(iter(self._loaded.values()))
+        found = self._loaded.get(name or "")
+        if found is None:
+            loaded = ", ".join(self._loaded) or "none"
+            raise missing(f"the model {name!r} is not loaded. Loaded: {loaded}.", "model_not_found")
+        return found
+
+    def add(self, name: str, hm: HookedModel) -> Loaded:
+        """Serve an open model."""
+        worker = Worker(name, hm, self._settings.queue)
+        loaded = Loaded(name, hm, worker, int(time.time()), context_of(hm))
+        self._loaded[name] = loaded
+        return loaded
+
+    def load(self, source: str) -> Loaded:
+        """Open a model that is allowed, unless it is loaded. Raises ApiError, ModelError."""
+        if source not in self._settings.allow:
+            raise ApiError(403, "this model is not on the server's list: --allow MODEL", code="model_not_allowed")
+        name = name_of(source)
+        with self._changing:  # two requests for one model load it once
+            if name in self._loaded:
+                return self._loaded[name]
+            return self.add(name, hookmap.open(source, **self._settings.loads))
+
+    def unload(self, name: str) -> None:
+        """Let a model's waiting requests run, then free its weights. Raises ApiError 404."""
+        with self._changing:
+            self.get(name).worker.close(self._settings.drain)
+            del self._loaded[name]
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """End every model's thread; what still waits is cancelled."""
+        for loaded in self.all:
+            loaded.worker.close(0.0)
+
+
+def name_of(source: str) -> str:
+    """What clients call a model: its hub id, or the last part of a folder's path."""
+    path = Path(source)
+    if path == MODEL_PATH:
+        return "hookmap-demo"
+    return path.resolve().name if path.exists() else source
+
+
+def context_of(hm: HookedModel) -> int | None:
+    """Tokens that fit into the model."""
+    config: Any = hm._hooks.root.config
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    told = getattr(hm.tokenizer, "model_max_length", None)
+    limits = [limit for limit in (most, told) if isinstance(limit, int) and 0 < limit < 10**9]
+    return min(limits, default=None)

@@ -1,0 +1,33 @@
+"""An answer in bytes, of which a client may ask for a part (RFC 9110, one range)."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+from fastapi.responses import Response
+
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)", re.ASCII)
+
+
+def ranged(data: bytes, headers: Mapping[str, str], name: str) -> Response:
+    """All of `data`, or the part that the request's `Range` names; 416 where there is no such part.
+
+    A range in another unit, several ranges, and one for other data (`If-Range`) get all of it, as the RFC allows.
+    """
+    tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+    told = {"Accept-Ranges": "bytes", "ETag": tag, "Content-Disposition": f'attachment; filename="{_plain(name)}"'}
+    match = _RANGE.fullmatch(headers.get("range", ""))
+    if match is None or match[0] == "bytes=-" or headers.get("if-range", tag) != tag:
+        return Response(data, media_type="application/octet-stream", headers=told)
+    size = len(data)
+    first, last = match[1][:20], match[2][:20]
+    start = int(first) if first else max(0, size - int(last))
+    end = min(int(last), size - 1) if first and last else size - 1
+    if start > end:
+        return Response(status_code=416, headers={**told, "Content-Range": f"bytes */{size}"})
+    told["Content-Range"] = f"bytes {start}-{end}/{size}"
+    return Response(data[start : end + 1], 206, media_type="application/octet-stream", headers=told)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)

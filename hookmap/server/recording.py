@@ -1,0 +1,196 @@
+"""What a request keeps: to a session's folder, or to be sent in the answer. And what the answer says of it."""
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+import safetensors.torch
+
+from hookmap.activations import Sample, Sink
+from hookmap.estimate import check_room, in_words
+from hookmap.kept import Kept, kept
+from hookmap.model import HookedModel
+from hookmap.prompts import Prompt
+from hookmap.selectors import Selector
+from hookmap.server.errors import ApiError, bad
+from hookmap.server.requests import Recording, Sampling
+from hookmap.server.sessions import Session, Sessions
+from hookmap.server.settings import Settings
+from hookmap.stores.background import BackgroundWriter
+from hookmap.stores.folder import FolderWriter
+from hookmap.stores.interface import Store
+from hookmap.stores.ledger import tensor_name
+from hookmap.stores.manifest import manifest_of_run
+from hookmap.stores.memory import MemoryStore
+
+INTERVENTIONS = "interventions are not part of this server yet: leave the field out."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is kept of one request."""
+
+    selectors: tuple[Selector, ...]
+    kept: Kept
+    inline: bool
+    bytes: int
+    """at most"""
+
+
+def plan(
+    asked: Sampling, hm: HookedModel, settings: Settings, prompts: Sequence[Prompt], max_new_tokens: int
+) -> Plan | None:
+    """What the request keeps, None where nothing. Raises SelectionError, and ApiError 413 where it is too much."""
+    field = asked.hookmap
+    if field is None:
+        if not asked.store_activations:
+            return None
+        field = Recording.model_validate({})
+    if field.interventions:
+        raise bad(INTERVENTIONS, "hookmap.interventions")
+    if field.return_ == "none":
+        return None
+    what = _given(field, settings)
+    chosen = kept(
+        field.positions,
+        every=field.every,
+        mean=field.mean,
+        features=field.features,
+        features_seed=field.features_seed,
+        dtype=field.keep_dtype,
+    )
+    selectors = hm.map.selectors(**what)
+    if not selectors:
+        raise bad("hookmap: no point of any layer is selected.", "hookmap.points")
+    options = field.model_dump(include={"positions", "every", "mean", "features", "features_seed", "keep_dtype"})
+    ids = [list(prompt.token_ids) for prompt in prompts]
+    expected = hm.estimate(ids, **what, max_new_tokens=max_new_tokens, **options)
+    inline = field.return_ == "inline"
+    name, most = ("an answer", settings.inline_bytes) if inline else ("a request", settings.request_bytes)
+    if expected.bytes > most:
+        raise ApiError(
+            413,
+            f"this request keeps {expected}, and {name} may keep {in_words(most)} ({most} bytes; asked: "
+            f"{expected.bytes}). Ask for fewer points, layers, positions or tokens"
+            + (", or return: store." if inline else "."),
+            param="hookmap",
+            code="activations_too_large",
+        )
+    if inline:
+        check_room(expected, None)
+    return Plan(selectors, chosen, inline, expected.bytes)
+
+
+def _given(field: Recording, settings: Settings) -> dict[str, Any]:
+    points = settings.points if field.points is None else field.points
+    layers = settings.layers if field.layers is None else field.layers
+    listed = [points] if isinstance(points, str) and points != "all" else points
+    return {"points": listed, "layers": list(layers) if isinstance(layers, tuple) else layers}
+
+
+class ToStore:
+    """A Keeper that writes a session."""
+
+    def __init__(self, plan: Plan, sessions: Sessions, hm: HookedModel, model: str, settings: Mapping[str, Any]):
+        """`model`: its served name; `settings`: what the manifest says of the run."""
+        self.selectors, self.kept = plan.selectors, plan.kept
+        self._plan, self._sessions, self._model = plan, sessions, model
+        self._hm, self._settings = hm, settings
+        self._session: Session | None = None
+        self._writer: BackgroundWriter | None = None
+
+    def begin(self) -> Sink:
+        """Make the session."""
+        self._session, folder = self._sessions.begin(self._model, self._plan.bytes)
+        manifest = manifest_of_run(
+            [(selector.point, selector.layer) for selector in self.selectors],
+            model=self._model,
+            architecture=self._hm.map.architecture,
+            architecture_map=self._hm.map.model_dump(mode="json"),
+            settings={**self._settings, **({"kept": chosen} if (chosen := self.kept.settings()) else {})},
+        )
+        self._writer = BackgroundWriter(FolderWriter.create(folder, manifest))
+        return self._writer
+
+    def end(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Close the session; it can be read from now on."""
+        assert self._writer is not None and self._session is not None
+        self._writer.note({"engine": "hooks", "why": "served"})
+        self._writer.close(finished=True)
+        self._sessions.end(self._session)
+        where = f"/v1/activations/sessions/{self._session.id}"
+        meta = described(self._sessions.open(self._session.id), where)
+        return {"session_id": self._session.id, "return": "store", **meta}
+
+    def drop(self) -> None:
+        """Remove the session."""
+        if self._writer is not None:
+            self._writer.__exit__(RuntimeError, None, None)
+        if self._session is not None:
+            self._sessions.drop(self._session)
+
+
+class ToAnswer:
+    """A Keeper whose rows the answer carries."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.selectors, self.kept = plan.selectors, plan.kept
+        self._store = MemoryStore((selector.point, selector.layer) for selector in plan.selectors)
+
+    def begin(self) -> Sink:
+        """Memory."""
+        return self._store
+
+    def end(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """With base64 of one safetensors document for each choice."""
+        meta = described(self._store, None)
+        for sample, told in zip(samples, meta["samples"], strict=True):
+            told["safetensors"] = base64.b64encode(as_safetensors(self._store, sample.sample)).decode("ascii")
+        return {"session_id": None, "return": "inline", **meta}
+
+    def drop(self) -> None:
+        """Nothing is left."""
+
+
+def as_safetensors(store: Store, sample: int) -> bytes:
+    """Every tensor of one sample, named as in the shards: `resid_mid.8`."""
+    return bytes(
+        safetensors.torch.save({tensor_name(key): store.read(sample, *key).contiguous() for key in store.keys})
+    )
+
+
+def described(store: Store, where: str | None) -> dict[str, Any]:
+    """`samples` and `tensors` of an answer's `activations_meta`. `where`: the path of the session."""
+    samples = [
+        {
+            "choice": sample.sample,
+            "prompt_tokens": sample.prompt_tokens,
+            "tokens": len(sample.token_ids),
+            "rows": sample.rows,
+            "positions": sample.positions,
+        }
+        for sample in store.samples
+    ]
+    tensors = []
+    for sample in store.samples:
+        for point, layer in store.keys:
+            no_rows = None if sample.positions == "mean" else range(0)  # a mean is one row
+            empty = store.read(sample.sample, point, layer, no_rows)
+            shape = [sample.rows, *empty.shape[1:]]
+            query = {"point": point, "layer": layer, "choice": sample.sample}
+            link = urlencode({name: value for name, value in query.items() if value is not None})
+            tensors.append(
+                {
+                    "point": point,
+                    "layer": layer,
+                    "choice": sample.sample,
+                    "shape": shape,
+                    "dtype": str(empty.dtype).removeprefix("torch."),
+                    "bytes": math.prod(shape) * empty.dtype.itemsize,
+                    "where": "inline" if where is None else f"{where}/tensors?{link}",
+                }
+            )
+    return {"samples": samples, "tensors": tensors}

@@ -1,0 +1,170 @@
+"""The fields of a request. An unknown field is refused: a misspelt one would silently change nothing.
+
+Fields of OpenAI's that change no answer here are taken and ignored; those that would change it and are not done are
+refused where they ask for something (`refused`).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hookmap.server.errors import bad
+
+Positive = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Recording(_Request):
+    """The `hookmap` field: what is kept of the run, as `HookedModel.capture` takes it."""
+
+    points: str | list[str] | None = Field(None, description="names of points; the server's own where left out")
+    layers: str | int | list[int] | None = Field(None, description="numbers, negative from the end, or `all`")
+    positions: str | list[int] = Field("all", description="of which tokens; see docs/capture.md")
+    every: Positive = 1
+    mean: bool = False
+    features: int | list[int] | None = None
+    features_seed: Whole = 0
+    keep_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    interventions: list[dict[str, Any]] | None = None
+    return_: Literal["store", "inline", "none"] = Field("store", alias="return", description="where rows go")
+
+
+class StreamOptions(_Request):
+    """What a stream ends with."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class Sampling(_Request):
+    """What both routes take."""
+
+    model: str | None = Field(None, description="the loaded model; the first one where left out")
+    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="0 or -1: of all tokens")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    seed: int | None = Field(None, ge=-(2**62), le=2**62)
+    n: Positive | None = None
+    max_tokens: Whole | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    hookmap: Recording | None = Field(None, description="keep activations of this run")
+    store_activations: bool | None = Field(None, description="keep the server's points and layers")
+
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    user: Any = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def refused(self) -> None:
+        """Raises ApiError for what is asked and not done."""
+        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+            if getattr(self, name):
+                raise bad(f"{name} is not done by this server: leave it out, or see repetition_penalty.", name)
+        if self.stream_options and not self.stream:
+            raise bad("stream_options is for stream: true.", "stream_options")
+        if len(self.stops) > 16:
+            raise bad(f"stop: expected at most 16 texts, got {len(self.stops)}.", "stop")
+        if any(not 0 < len(text) <= 1000 for text in self.stops):
+            raise bad("stop: expected texts of 1 to 1000 characters.", "stop")
+
+
+class Part(BaseModel):
+    """A part of a message; only text is understood."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    """One message. What OpenAI's own answers carry besides (`refusal`, `annotations`) is ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(_Request):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Request):
+    type: Literal["function"]
+    function: Function
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: Whole | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="for the model's chat template")
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    modalities: list[str] | None = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    def refused(self) -> None:
+        super().refused()
+        if self.response_format and self.response_format.get("type") != "text":
+            raise bad("response_format: this server does no constrained decoding; only text.", "response_format")
+        if self.reasoning_effort is not None:
+            raise bad("reasoning_effort is not done; see chat_template_kwargs.", "reasoning_effort")
+        if self.modalities not in (None, ["text"]):
+            raise bad("modalities: only text.", "modalities")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad("top_logprobs needs logprobs: true.", "top_logprobs")
+        if self.tool_choice not in (None, "auto", "none"):
+            raise bad(
+                "tool_choice: this server does no constrained decoding, so that it cannot force a call; "
+                "give auto or none.",
+                "tool_choice",
+            )
+        if self.tool_choice == "auto" and not self.tools:
+            raise bad("tool_choice: auto needs tools.", "tool_choice")
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: Positive | None = None
+
+    def refused(self) -> None:
+        super().refused()
+        if self.echo:
+            raise bad("echo is not done by this server.", "echo")
+        if self.suffix:
+            raise bad("suffix is not done by this server.", "suffix")
+        if self.best_of not in (None, self.n or 1):
+            raise bad("best_of is not done by this server: give n.", "best_of")

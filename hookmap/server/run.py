@@ -1,0 +1,46 @@
+"""Starts the server: the model is opened, then the port, then nothing but requests until it is told to stop."""
+
+import logging
+
+import uvicorn
+
+import hookmap
+from hookmap.server.app import make_app
+from hookmap.server.models import Models, name_of
+from hookmap.server.sessions import Sessions
+from hookmap.server.settings import Settings
+
+
+def serve(source: str | None, settings: Settings, name: str | None = None) -> None:
+    """Serve a model until SIGTERM or Ctrl-C; requests that run then are answered first, for `settings.drain` seconds.
+
+    `name`: what clients call it. With no source, models are loaded by request only.
+    Raises ModelError, SelectionError where the default points are none, StoreError.
+    """
+    _log_to_stderr()
+    sessions = Sessions(settings.root, settings.total_bytes, settings.max_age)
+    models = Models(settings)
+    if source is not None:
+        hm = hookmap.open(source, **settings.loads)
+        points = settings.points
+        hm.map.selectors(points if points == "all" else list(points), settings.layers)  # wrong names are told now
+        models.add(name or name_of(source), hm)
+    config = uvicorn.Config(
+        make_app(settings, models, sessions),
+        host=settings.host,
+        port=settings.port,
+        timeout_graceful_shutdown=int(settings.drain),
+        log_config=None,  # its own sends requests to stdout
+        server_header=False,
+    )
+    uvicorn.Server(config).run()
+
+
+def _log_to_stderr() -> None:
+    """Uvicorn's lines and ours, one for each request, in one form."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("hookmap", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)

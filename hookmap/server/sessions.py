@@ -1,0 +1,171 @@
+"""The sessions: capture folders under one root, one for each recorded request, with a cap on bytes and on age.
+
+A session's folder is found by looking its id up among those that the server made: no path is ever built from a request.
+"""
+
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hookmap.errors import HookmapError
+from hookmap.server.errors import ApiError, missing
+from hookmap.stores import open_store
+from hookmap.stores.access import lock
+from hookmap.stores.durable import AppendedFile
+from hookmap.stores.manifest import MANIFEST, read_manifest
+from hookmap.stores.reader import CaptureStore
+
+_ID = re.compile(r"act-[0-9a-f]{32}")
+
+
+@dataclass
+class Session:
+    """One recorded request."""
+
+    id: str
+    model: str | None
+    created: float
+    """seconds since 1970"""
+    bytes: int
+    """on disk; while it is written, what it may become"""
+    finished: bool = False
+
+    def described(self) -> dict[str, Any]:
+        """As JSON."""
+        state = "finished" if self.finished else "running"
+        return {
+            "id": self.id,
+            "object": "activations.session",
+            "model": self.model,
+            "created": int(self.created),
+            "bytes": self.bytes,
+            "status": state,
+        }
+
+
+class Sessions:
+    """Makes, finds and removes sessions. Every method may be called from any thread."""
+
+    def __init__(self, root: Path, total_bytes: int, max_age: float, clock: Callable[[], float] = time.time) -> None:
+        """Finds the finished sessions of an earlier server; what it left unfinished is removed.
+
+        Raises StoreError where another server uses the folder.
+        """
+        self._root, self._total, self._max_age, self._clock = root.absolute(), total_bytes, max_age, clock
+        self._lock = threading.RLock()
+        self._sessions: dict[str, Session] = {}
+        self._root.mkdir(parents=True, exist_ok=True)
+        (self._root / ".server").touch()
+        self._own = AppendedFile(self._root / ".server")
+        lock(self._own, self._root)
+        for folder in sorted(self._root.iterdir()):
+            if _ID.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+                self._found(folder)
+        self.sweep()
+
+    def close(self) -> None:
+        """Give the folder up to another server."""
+        self._own.close()
+
+    def begin(self, model: str | None, expected: int) -> tuple[Session, Path]:
+        """A new session of at most `expected` bytes and its folder, which is not there yet.
+
+        The oldest finished sessions go where there is no room for it. Raises ApiError where that is not enough.
+        """
+        with self._lock:
+            self.sweep(expected)
+            if (used := self._used()) + expected > self._total:
+                raise ApiError(
+                    503,
+                    f"no room for up to {expected} bytes of activations: {used} of {self._total} bytes are in use by "
+                    "running requests. Try again, or keep less.",
+                    code="no_room",
+                    headers={"Retry-After": "5"},
+                )
+            session = Session(f"act-{secrets.token_hex(16)}", model, self._clock(), expected)
+            self._sessions[session.id] = session
+            return session, self._root / session.id
+
+    def end(self, session: Session) -> None:
+        """Its folder is written."""
+        with self._lock:
+            session.bytes, session.finished = _size(self._root / session.id), True
+            self.sweep()
+
+    def drop(self, session: Session) -> None:
+        """Forget a session that did not come to its end, and what it wrote."""
+        with self._lock:
+            self._remove(session)
+
+    def all(self) -> list[Session]:
+        """Oldest first."""
+        with self._lock:
+            self.sweep()
+            return sorted(self._sessions.values(), key=lambda session: session.created)
+
+    def get(self, id: str) -> Session:
+        """Raises ApiError where there is none."""
+        with self._lock:
+            self.sweep()
+            session = self._sessions.get(id)
+        if session is None:
+            raise missing(
+                "no session has this id: it was deleted, it was too old, or it never was.", "session_not_found"
+            )
+        return session
+
+    def open(self, id: str) -> CaptureStore:
+        """The rows of a finished session. Raises ApiError."""
+        session = self.get(id)
+        if not session.finished:
+            raise ApiError(409, f"session {session.id} is still being written.", code="session_running")
+        try:
+            return open_store(self._root / session.id)
+        except (HookmapError, OSError):
+            self.get(id)  # deleted meanwhile
+            raise
+
+    def delete(self, id: str) -> None:
+        """Remove a finished session. Raises ApiError."""
+        with self._lock:
+            session = self.get(id)
+            if not session.finished:
+                raise ApiError(409, f"session {session.id} is still being written.", code="session_running")
+            self._remove(session)
+
+    def sweep(self, coming: int = 0) -> None:
+        """Remove what is too old, and the oldest while all of them and `coming` bytes are too large."""
+        with self._lock:
+            finished = sorted((s for s in self._sessions.values() if s.finished), key=lambda s: s.created)
+            for session in finished:
+                old = self._clock() - session.created > self._max_age
+                if old or self._used() + coming > self._total:
+                    self._remove(session)
+
+    def _used(self) -> int:
+        return sum(session.bytes for session in self._sessions.values())
+
+    def _remove(self, session: Session) -> None:
+        self._sessions.pop(session.id, None)
+        shutil.rmtree(self._root / session.id, ignore_errors=True)
+
+    def _found(self, folder: Path) -> None:
+        try:
+            manifest = read_manifest(folder)
+        except HookmapError:
+            manifest = None
+        if manifest is None or not manifest.finished:
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        created = (folder / MANIFEST).stat().st_mtime
+        self._sessions[folder.name] = Session(folder.name, manifest.model, created, _size(folder), finished=True)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,129 @@
+"""From a job's events to an HTTP answer: one JSON document, or a stream of chunks that ends with [DONE].
+
+Whoever leaves cancels the job. Before the first token nothing is sent, so that what goes wrong until then has a status.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Protocol
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from openai.types import CompletionUsage
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from hookmap.server.answering import Token
+from hookmap.server.errors import ApiError
+from hookmap.server.worker import Event, Job, Result, Worker
+
+
+class Wire(Protocol):
+    """How one of OpenAI's routes writes an answer."""
+
+    def opening(self) -> Iterator[BaseModel]:
+        """The chunks before the first token."""
+
+    def piece(self, token: Token) -> BaseModel | None:
+        """The chunk that a token makes, if any."""
+
+    def closing(self, result: Result) -> Iterator[BaseModel]:
+        """The chunks behind the last token."""
+
+    def whole(self, result: Result, tokens: list[Token]) -> BaseModel:
+        """The answer in one piece. `tokens`: all that were told."""
+
+
+async def answer(request: Request, worker: Worker, job: Job, wire: Wire, streams: bool) -> Response:
+    """Run the job and answer. Raises ApiError."""
+    events: asyncio.Queue[Event] = asyncio.Queue()
+    loop, wants_tokens = asyncio.get_running_loop(), streams or job.top_logprobs is not None
+
+    def emit(event: Event) -> None:
+        if wants_tokens or not isinstance(event, list):
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+    job.emit = emit
+    worker.submit(job)
+    tokens: list[Token] = []
+    try:
+        event = await _event(events, request)
+        if streams and not isinstance(event, ApiError):
+            return _Stream(job, _chunks(event, events, wire))
+        while isinstance(event, list):
+            tokens += event
+            event = await _event(events, request)
+    except BaseException:
+        job.cancelled.set()
+        raise
+    if isinstance(event, ApiError):
+        raise event
+    return JSONResponse(wire.whole(event, tokens).model_dump(mode="json", exclude_unset=True))
+
+
+async def _event(events: "asyncio.Queue[Event]", request: Request) -> Event:
+    """The next event. Raises ApiError where the client leaves before it."""
+    event, leaving = asyncio.ensure_future(events.get()), asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({event, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if event.done():
+            return event.result()
+        raise ApiError(499, "the client closed the connection.", code="cancelled")
+    finally:
+        event.cancel()
+        leaving.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _chunks(event: Event, events: "asyncio.Queue[Event]", wire: Wire) -> AsyncIterator[str]:
+    for chunk in wire.opening():
+        yield _written(chunk)
+    while isinstance(event, list):
+        for token in event:
+            if (piece := wire.piece(token)) is not None:
+                yield _written(piece)
+        event = await events.get()
+    if isinstance(event, ApiError):
+        yield f"data: {json.dumps(event.body())}\n\n"
+    else:
+        for chunk in wire.closing(event):
+            yield _written(chunk)
+    yield "data: [DONE]\n\n"
+
+
+def _written(chunk: BaseModel) -> str:
+    return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
+
+
+class _Stream(StreamingResponse):
+    """Cancels its job however it ends, also before its first chunk."""
+
+    def __init__(self, job: Job, chunks: AsyncIterator[str]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(chunks, media_type="text/event-stream", headers=headers)
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancelled.set()
+
+
+def extras(result: Result) -> dict[str, Any]:
+    """The fields of an answer that OpenAI's have not: none for a request that keeps nothing."""
+    if result.meta is None:
+        return {}
+    return {"session_id": result.meta["session_id"], "activations_meta": result.meta}
+
+
+def usage_of(job: Job, result: Result) -> CompletionUsage:
+    """Tokens of each prompt once, and of every choice."""
+    prompt = sum(len(prompt.token_ids) for prompt in job.prompts[:: job.together])
+    completion = sum(len(sample.token_ids) - sample.prompt_tokens for sample in result.samples)
+    return CompletionUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)

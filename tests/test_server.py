@@ -1,0 +1,258 @@
+"""The server as OpenAI's clients meet it: openai-python where it has a way, plain HTTP where it has none."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+import torch
+from openai import OpenAI
+from served import MESSAGES, NAME, QUESTION, Served, serving
+
+from hookmap.prompts import encode
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("sessions")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def generated(served: Served, **options: Any) -> tuple[list[str], list[list[int]]]:
+    """What `generate` gives for the question, called directly: texts and the new token ids."""
+    (prompt,) = encode([MESSAGES], served.hm.tokenizer)
+    ids = torch.tensor([prompt.token_ids])
+    seed = options.pop("seed", None)
+    with torch.random.fork_rng():
+        if seed is not None:
+            torch.manual_seed(seed)
+        out = served.hm.model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+    new = [row[ids.shape[1] :].tolist() for row in out]
+    return [served.hm.tokenizer.decode(row, skip_special_tokens=True) for row in new], new
+
+
+def test_a_chat_answer_is_what_generate_gives_and_nothing_of_the_prompt(served: Served, client: OpenAI) -> None:
+    texts, tokens = generated(served, max_new_tokens=48, do_sample=False)
+    found = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=48, temperature=0)
+    (choice,) = found.choices
+    assert (choice.message.content, choice.finish_reason) == (texts[0], "stop")
+    assert choice.message.role == "assistant" and choice.message.tool_calls is None
+    assert found.usage is not None
+    assert found.usage.completion_tokens == len(tokens[0])
+    (prompt,) = encode([MESSAGES], served.hm.tokenizer)
+    assert found.usage.prompt_tokens == len(prompt.token_ids)
+    assert found.model == NAME
+
+
+def test_a_stream_is_the_same_text_and_ends_with_usage_and_done(served: Served, client: OpenAI) -> None:
+    texts, tokens = generated(served, max_new_tokens=48, do_sample=False)
+    stream = client.chat.completions.create(
+        model=NAME, messages=MESSAGES, max_tokens=48, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == texts[0]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
+    assert chunks[-1].choices == [] and chunks[-1].usage and chunks[-1].usage.completion_tokens == len(tokens[0])
+    raw = served.chat(stream=True).text
+    assert raw.endswith("data: [DONE]\n\n")
+    assert "usage" not in raw, "only who asks gets it"
+
+
+def test_max_tokens_ends_with_length_and_a_seed_repeats(served: Served, client: OpenAI) -> None:
+    def ask(seed: int) -> Any:
+        asked: dict[str, Any] = {"temperature": 4.0, "top_p": 0.99, "max_tokens": 12, "seed": seed}
+        return client.chat.completions.create(model=NAME, messages=MESSAGES, **asked).choices[0]
+
+    sampling = {"do_sample": True, "temperature": 4.0, "top_p": 0.99, "top_k": 0, "max_new_tokens": 12}
+    first = ask(5)
+    assert first.message.content == ask(5).message.content == generated(served, **sampling, seed=5)[0][0]
+    # 12 tokens at temperature 4 over 259 characters: that six seeds give one text is less likely than 1e-6.
+    assert len({ask(seed).message.content for seed in range(6)}) > 1
+    assert client.completions.create(model=NAME, prompt="1", max_tokens=1).choices[0].finish_reason == "length"
+
+
+def test_n_choices_are_the_rows_of_one_generate(served: Served) -> None:
+    found = served.chat(n=3, temperature=4.0, seed=1, max_tokens=8).json()
+    (prompt,) = encode([MESSAGES], served.hm.tokenizer)
+    options = {"do_sample": True, "temperature": 4.0, "top_k": 0, "top_p": 1.0}
+    run = served.hm.capture([list(prompt.token_ids)] * 3, ["embed"], max_new_tokens=8, seed=1, batch_size=3, **options)
+    assert [choice["message"]["content"] for choice in found["choices"]] == run.texts
+    assert [choice["index"] for choice in found["choices"]] == [0, 1, 2]
+    streamed = [""] * 3
+    with OpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        asked: Any = {"n": 3, "temperature": 4.0, "seed": 1, "max_tokens": 8, "stream": True}
+        for chunk in client.chat.completions.create(model=NAME, messages=MESSAGES, **asked):
+            streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == run.texts
+
+
+@pytest.mark.parametrize("stop", [["zzz", "+4=<<3+4"], "T"])
+def test_a_stop_string_ends_the_text_and_is_not_in_it(served: Served, stop: Any) -> None:
+    (text,), _ = generated(served, max_new_tokens=48, do_sample=False)
+    stops = [stop] if isinstance(stop, str) else stop
+    expected = text[: min(text.find(s) for s in stops if s in text)]
+    whole = served.chat(stop=stop, max_tokens=48).json()["choices"][0]
+    assert (whole["message"]["content"], whole["finish_reason"]) == (expected, "stop")
+    with OpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        asked: Any = {"stop": stop, "max_tokens": 48, "temperature": 0, "stream": True}
+        chunks = list(client.chat.completions.create(model=NAME, messages=MESSAGES, **asked))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_logprobs_are_of_the_models_own_distribution(served: Served, client: OpenAI) -> None:
+    asked: Any = {"max_tokens": 5, "temperature": 0.6, "seed": 2, "logprobs": True, "top_logprobs": 3}
+    found = client.chat.completions.create(model=NAME, messages=MESSAGES, **asked)
+    content = found.choices[0].logprobs.content  # type: ignore[union-attr]
+    assert content is not None and found.usage is not None
+    assert len(content) == found.usage.completion_tokens
+    options = {"do_sample": True, "temperature": 0.6, "top_k": 0, "max_new_tokens": 5, "seed": 2}
+    _, (new,) = generated(served, **options)
+    (prompt,) = encode([MESSAGES], served.hm.tokenizer)
+    with torch.no_grad():
+        logits = served.hm.model(torch.tensor([[*prompt.token_ids, *new]])).logits[0].log_softmax(-1)
+    for place, (token, told) in enumerate(zip(new, content, strict=True)):
+        row = logits[len(prompt.token_ids) - 1 + place]
+        assert told.token == served.hm.tokenizer.decode([token])
+        assert told.logprob == pytest.approx(float(row[token]), abs=1e-3)
+        tops = row.topk(3)
+        assert [top.logprob for top in told.top_logprobs] == pytest.approx(tops.values.tolist(), abs=1e-3)
+        assert told.top_logprobs[0].token == served.hm.tokenizer.decode([int(tops.indices[0])])
+    streamed = list(client.chat.completions.create(model=NAME, messages=MESSAGES, stream=True, **asked))
+    pieces = [c.choices[0].logprobs.content for c in streamed if c.choices[0].logprobs]
+    assert [piece[0] for piece in pieces if piece] == content
+
+
+def test_completions_take_texts_and_tokens_and_are_what_generate_gives(served: Served, client: OpenAI) -> None:
+    ids = served.hm.tokenizer("2+2=")["input_ids"]
+    prompts: list[Any] = ["2+2=", ["2+2=", "Tom has"], ids, [ids, ids[:2]]]
+    for prompt in prompts:
+        asked: Any = {"prompt": prompt, "max_tokens": 6, "temperature": 0}
+        found = client.completions.create(model=NAME, **asked)
+        each = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+        run = served.hm.capture(each, ["embed"], max_new_tokens=6, batch_size=1)
+        assert [choice.text for choice in found.choices] == run.texts
+        texts = [""] * len(each)
+        for chunk in client.completions.create(model=NAME, stream=True, **asked):
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        assert texts == run.texts
+        assert found.usage is not None
+        assert found.usage.prompt_tokens == sum(sample.prompt_tokens for sample in run.samples)
+        assert found.usage.completion_tokens == sum(len(s.token_ids) - s.prompt_tokens for s in run.samples)
+    found = client.completions.create(model=NAME, prompt="2+2=", max_tokens=3, logprobs=2)
+    logprobs: Any = found.choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == 3
+    assert "".join(logprobs.tokens) == found.choices[0].text
+
+
+def test_the_model_list_and_the_error_for_another_model(client: OpenAI, served: Served) -> None:
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError) as error:
+        client.chat.completions.create(model="other", messages=MESSAGES)
+    assert error.value.code == "model_not_found"
+    assert "Loaded: hookmap-demo" in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "told"),
+    [
+        ({"tempratur": 1}, "tempratur", "unknown field"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 17}, "n", "16 is the most"),
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "Input should be"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "text only"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "no constrained decoding"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "chat template takes none"),
+        ({"tool_choice": "required"}, "tool_choice", "cannot force a call"),
+        ({"presence_penalty": 1.0}, "presence_penalty", "not done"),
+        ({"logit_bias": {"3": 1.0}}, "logit_bias", "not done"),
+        ({"stop": ""}, "stop", "1 to 1000 characters"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+        ({"max_tokens": 5000}, "max_tokens", "at most 4096"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "cannot be given"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+)
+def test_what_is_not_understood_is_refused_with_its_name(
+    served: Served, body: dict[str, Any], param: str, told: str
+) -> None:
+    answer = served.chat(**body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert told in error["message"]
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_the_figures(served: Served) -> None:
+    long = [{"role": "user", "content": "x" * 2000}]
+    error = served.chat(messages=long, max_tokens=None).json()["error"]
+    assert error["code"] == "context_length_exceeded" and "maximum context length is 1024" in error["message"]
+    (prompt,) = encode([MESSAGES], served.hm.tokenizer)
+    left = 1024 - len(prompt.token_ids)
+    assert served.chat(max_tokens=left + 1).json()["error"]["code"] == "context_length_exceeded"
+    assert served.chat(max_tokens=left, stop="T").status_code == 200
+    assert served.chat(max_tokens=None, max_completion_tokens=3).json()["usage"]["completion_tokens"] == 3
+
+
+def test_broken_bodies_and_ways_are_told_as_errors_are(served: Served) -> None:
+    import httpx
+
+    url = f"{served.url}/v1/chat/completions"
+    broken = httpx.post(url, content=b"{", headers={"Content-Type": "application/json"})
+    assert broken.status_code == 400 and "not JSON" in broken.json()["error"]["message"]
+    assert served.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert served.get("/v1/chat/completions").status_code == 405
+    half = httpx.post(
+        url,
+        content=b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        headers={"Content-Type": "application/json"},
+    )
+    assert half.status_code == 400
+
+
+def test_every_answer_has_a_request_id_and_a_given_one_comes_back(served: Served) -> None:
+    assert served.get("/health").headers["x-request-id"] != served.get("/health").headers["x-request-id"]
+    assert served.get("/nothing", **{"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert served.get("/health", **{"X-Request-Id": "a b"}).headers["x-request-id"] != "a b"
+
+
+def test_metrics_count_requests_and_name_no_client(served: Served) -> None:
+    served.chat(max_tokens=1)
+    served.get("/v1/secret-path")
+    text = served.get("/metrics").text
+    assert 'hookmap_requests_total{route="/v1/chat/completions",status="200"}' in text
+    assert 'hookmap_requests_waiting{model="hookmap-demo"} 0.0' in text
+    assert "secret-path" not in text
+
+
+def test_the_structure_is_the_map_and_the_tree(served: Served) -> None:
+    found = served.get("/v1/model/structure").json()
+    assert found["map"] == served.hm.map.model_dump(mode="json")
+    assert (found["layers"], "resid_mid" in found["points"]) == (20, True)
+    assert "input_layernorm" in found["tree"] and "● resid_mid" in found["tree"]
+
+
+def test_the_question_is_sent_as_a_template_writes_it(served: Served) -> None:
+    """A developer's message is a system's, parts are lines, and what an answer carries besides is ignored."""
+    messages: list[Any] = [
+        {"role": "developer", "content": "Count."},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c", "refusal": None, "annotations": []},
+        {"role": "user", "content": QUESTION},
+    ]
+    plain = [{"role": "system", "content": "Count."}, {"role": "user", "content": "a\nb"}]
+    plain += [{"role": "assistant", "content": "c"}, {"role": "user", "content": QUESTION}]
+    run = served.hm.capture([plain], ["embed"], max_new_tokens=12)
+    assert served.chat(messages=messages).json()["choices"][0]["message"]["content"] == run.texts[0]

@@ -1,0 +1,239 @@
+"""What the server keeps of a request is what `capture` keeps; sessions, downloads, caps; and who may do what."""
+
+import base64
+import contextlib
+import http.client
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import safetensors.torch
+import torch
+from click.testing import CliRunner
+from served import MESSAGES, NAME, Served, serving
+
+import hookmap
+from hookmap.cli.main import main
+from hookmap.server.errors import ApiError
+from hookmap.server.sessions import Sessions
+
+RECORD = {"points": ["resid_mid", "z"], "layers": [3, -1]}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("sessions"), inline_bytes=300_000) as found:
+        yield found
+
+
+def tensor(served: Served, meta: dict[str, Any], more: str = "") -> torch.Tensor:
+    answer = served.get(meta["where"] + more)
+    assert answer.status_code == 200, answer.text
+    (found,) = safetensors.torch.load(answer.content).values()
+    return found
+
+
+def test_a_kept_request_has_the_tensors_of_capture_for_the_same_seed(served: Served) -> None:
+    asked: dict[str, Any] = {"n": 2, "temperature": 4.0, "seed": 9, "max_tokens": 5, "stop": "zz"}
+    found = served.chat(**asked, hookmap=RECORD).json()
+    options = {"do_sample": True, "temperature": 4.0, "top_k": 0, "top_p": 1.0, "stop": "zz"}
+    run = served.hm.capture([MESSAGES] * 2, max_new_tokens=5, seed=9, batch_size=2, **RECORD, **options)
+    assert [choice["message"]["content"] for choice in found["choices"]] == run.texts
+    meta = found["activations_meta"]
+    assert found["session_id"] == meta["session_id"]
+    assert {(each["point"], each["layer"]) for each in meta["tensors"]} == set(run.keys)
+    assert len(meta["tensors"]) == 8
+    for each in meta["tensors"]:
+        expected = run.read(each["choice"], each["point"], each["layer"])
+        got = tensor(served, each)
+        assert torch.equal(got, expected), each
+        assert (list(got.shape), got.nbytes) == (each["shape"], each["bytes"])
+        assert torch.equal(tensor(served, each, "&start=2&stop=4"), expected[2:4])
+    session = served.get(f"/v1/activations/session/{found['session_id']}").json()
+    assert [tuple(each["token_ids"]) for each in session["samples"]] == run.tokens
+    store = hookmap.open_store(served.root / found["session_id"])
+    assert store.texts == run.texts, "a session is a capture folder as any other"
+
+
+def test_a_stream_keeps_the_same_and_says_so_in_its_last_chunk(served: Served) -> None:
+    (run,) = [served.hm.capture([MESSAGES], ["resid_mid"], [8, 12], max_new_tokens=4)]
+    for options in ({}, {"stream_options": {"include_usage": True}}):
+        text = served.chat(stream=True, max_tokens=4, store_activations=True, **options).text
+        chunks = [json.loads(line[6:]) for line in text.splitlines() if line and not line.endswith("[DONE]")]
+        assert all("activations_meta" not in chunk for chunk in chunks[:-1])
+        for each in chunks[-1]["activations_meta"]["tensors"]:
+            assert torch.equal(tensor(served, each), run.read(0, each["point"], each["layer"]))
+
+
+def test_inline_rows_come_with_the_answer_and_selections_are_those_of_capture(served: Served) -> None:
+    before = len(served.sessions.all())
+    select = {"positions": "generated", "every": 2, "features": [1, 5], "keep_dtype": "bfloat16"}
+    body = {"prompt": ["1+1", "Tom"], "max_tokens": 7, "temperature": 0}
+    record = {"points": "resid_post", "layers": 2, "return": "inline", **select}
+    found = served.post("/v1/completions", **body, hookmap=record).json()
+    assert found["session_id"] is None and len(served.sessions.all()) == before
+    options: Any = select
+    run = served.hm.capture(body["prompt"], ["resid_post"], [2], max_new_tokens=7, batch_size=1, **options)
+    for told, sample in zip(found["activations_meta"]["samples"], run.samples, strict=True):
+        held = safetensors.torch.load(base64.b64decode(told["safetensors"]))
+        assert torch.equal(held["resid_post.2"], run.read(sample.sample, "resid_post", 2))
+        assert tuple(told["positions"]) == sample.positions
+
+
+def test_what_cannot_be_kept_is_refused_before_anything_runs(served: Served) -> None:
+    def error(**record: Any) -> tuple[int, dict[str, Any]]:
+        answer = served.chat(hookmap=record)
+        return answer.status_code, answer.json()["error"]
+
+    status, told = error(points=["resid_mdi"], layers=[99])
+    assert status == 400 and "resid_mid" in told["message"] and "99" in told["message"]
+    status, told = error(points="all", **{"return": "inline"})
+    assert (status, told["code"]) == (413, "activations_too_large") and "300000 bytes" in told["message"]
+    assert error(point=["x"])[0] == 400
+    assert error(**{"return": "mail"})[0] == 400
+    assert served.chat(hookmap={"return": "none"}).json().get("activations_meta") is None
+
+
+def test_a_part_of_a_download_is_that_part(served: Served) -> None:
+    where = served.chat(hookmap=RECORD, max_tokens=2).json()["activations_meta"]["tensors"][0]["where"]
+    whole = served.get(where)
+    data, tag = whole.content, whole.headers["etag"]
+    for asked, start, end in (
+        ("bytes=0-9", 0, 10),
+        ("bytes=10-", 10, len(data)),
+        ("bytes=-7", len(data) - 7, len(data)),
+    ):
+        part = served.get(where, Range=asked)
+        assert (part.status_code, part.content) == (206, data[start:end])
+        assert part.headers["content-range"] == f"bytes {start}-{end - 1}/{len(data)}"
+        assert part.headers["etag"] == tag
+    assert served.get(where, Range=f"bytes={len(data)}-").status_code == 416
+    assert served.get(where, Range="bytes=-0").status_code == 416
+    for all_of_it in ("bytes=0-1,3-4", "lines=1-2", "bytes=-"):
+        assert served.get(where, Range=all_of_it).content == data
+    assert served.get(where, **{"Range": "bytes=0-1", "If-Range": '"other"'}).content == data
+
+
+def test_a_deleted_session_is_gone(served: Served) -> None:
+    id = served.chat(store_activations=True, max_tokens=1).json()["session_id"]
+    assert id in [each["id"] for each in served.get("/v1/activations/sessions").json()["data"]]
+    assert served.delete(f"/v1/activations/session/{id}").json()["deleted"] is True
+    assert served.delete(f"/v1/activations/sessions/{id}").status_code == 404
+    assert not (served.root / id).exists()
+
+
+def test_no_id_reaches_a_file_outside_the_root(served: Served) -> None:
+    outside = served.root.parent / "outside"
+    outside.mkdir(exist_ok=True)
+    (outside / "manifest.json").write_text("{}")
+    tricks = ["../outside", "..%2Foutside", "%2e%2e%2foutside", "..%252foutside", "....//outside", "act-/../../outside"]
+    tricks += ["/etc/passwd", "%00", "act-" + "0" * 32, ".server", ".", "..", "a" * 5000, "act-%c0%af", str(outside)]
+    for trick in tricks:
+        for path in (f"/v1/activations/sessions/{trick}", f"/v1/activations/session/{trick}/tensors?point=embed"):
+            for method in ("GET", "DELETE"):
+                with contextlib.closing(http.client.HTTPConnection(served.url.removeprefix("http://"))) as connection:
+                    connection.request(method, path)  # as it is: this client tidies no path up
+                    assert connection.getresponse().status in (400, 404, 405), trick
+    assert (outside / "manifest.json").exists() and (served.root / ".server").exists()
+
+
+def test_sessions_go_by_size_and_age_the_oldest_first(tmp_path: Path) -> None:
+    now = [1000.0]
+    sessions = Sessions(tmp_path, total_bytes=2500, max_age=60, clock=lambda: now[0])
+
+    def make(size: int) -> str:
+        session, folder = sessions.begin("m", size)
+        folder.mkdir()
+        (folder / "rows").write_bytes(bytes(size))
+        now[0] += 1
+        sessions.end(session)
+        return session.id
+
+    first, second = make(1000), make(1000)
+    running, _ = sessions.begin("m", 400)
+    third = make(1000)
+    assert [s.id for s in sessions.all()] == [second, running.id, third] and not (tmp_path / first).exists()
+    with pytest.raises(ApiError, match="no room") as error:
+        sessions.begin("m", 2400)
+    assert error.value.status == 503, "a running one is never removed"
+    with pytest.raises(ApiError, match="still being written"):
+        sessions.delete(running.id)
+    sessions.drop(running)
+    kept = make(10)
+    now[0] += 59
+    assert [s.id for s in sessions.all()] == [kept]
+    sessions.close()
+
+
+def test_a_new_server_finds_the_finished_sessions_and_removes_the_others(served: Served, tmp_path: Path) -> None:
+    id = served.chat(store_activations=True, max_tokens=1).json()["session_id"]
+    shutil.copytree(served.root / id, tmp_path / id)
+    half = tmp_path / ("act-" + "f" * 32)
+    shutil.copytree(served.root / id, half)
+    manifest = json.loads((half / "manifest.json").read_text())
+    (half / "manifest.json").write_text(json.dumps({**manifest, "finished": False}))
+    (tmp_path / "mine").mkdir()
+    sessions = Sessions(tmp_path, 10**9, 3600)
+    assert [each.id for each in sessions.all()] == [id]
+    assert (tmp_path / "mine").exists() and not half.exists()
+    with pytest.raises(hookmap.StoreError, match="another process"):
+        Sessions(tmp_path, 10**9, 3600)
+    sessions.close()
+
+
+def test_keys_hosts_and_sizes_are_checked_before_any_route(tmp_path: Path) -> None:
+    limits: dict[str, Any] = {"key": "k1", "admin_key": "k2", "body_bytes": 2000, "allow": ("nowhere/none",)}
+    with serving(tmp_path, **limits) as served:
+        assert served.get("/health").status_code == 200 and served.get("/").status_code == 200
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/activations/sessions", "/nothing"):
+            assert served.get(path).status_code == 401
+        for wrong in ("Bearer k", "Bearer k11", "k1", "Basic k1", "Bearer", "Bearer k\u00e4"):
+            assert served.get("/v1/models", Authorization=wrong.encode("latin-1")).status_code == 401  # type: ignore[arg-type]
+        served.headers = {"Authorization": "Bearer k1"}
+        assert served.get("/v1/models").status_code == 200
+        assert served.get("/v1/models", Host="evil.example").status_code == 421
+        assert served.post("/models/unload", model=NAME).status_code == 401, "a client's key is no admin's"
+        assert served.chat(user="x" * 3000).status_code == 413
+        url, headers = f"{served.url}/v1/chat/completions", {**served.headers, "Content-Type": "application/json"}
+        chunked = httpx.post(url, content=iter([b'{"user": "', b"x" * 3000, b'"}']), headers=headers)
+        assert (chunked.status_code, chunked.json()["error"]["type"]) == (413, "invalid_request_error")
+        served.headers = {"Authorization": "Bearer k2"}
+        assert served.post("/models/load", model="/etc").status_code == 403
+        assert served.post("/models/load", model="nowhere/none").status_code == 400
+        assert served.post("/models/unload", model=NAME).json()["unloaded"] is True
+        assert served.chat().status_code == 404 and served.get("/health").json()["models"] == []
+
+
+def test_without_an_admin_key_nobody_loads(served: Served) -> None:
+    assert served.post("/models/load", model="x").json()["error"]["code"] == "no_admin_key"
+
+
+def test_smoke_walks_through_and_says_what_fails(served: Served) -> None:
+    before = len(served.sessions.all())
+    done = CliRunner().invoke(main, ["smoke", served.url, "--json"])
+    assert done.exit_code == 0, done.output
+    steps = json.loads(done.stdout)
+    names = ["health", "load", "structure", "chat", "stream", "capture", "sessions", "download", "delete"]
+    assert [step["name"] for step in steps] == names
+    assert "rows of 2 tensors, 8 tokens generated" in steps[5]["detail"]
+    assert len(served.sessions.all()) == before
+    failed = CliRunner().invoke(main, ["smoke", served.url, "--model", "nowhere/none"])
+    assert failed.exit_code == 1 and "no_admin_key" in failed.stderr
+
+
+def test_the_demo_loads_once_and_unloads(tmp_path: Path) -> None:
+    from hookmap.demo import MODEL_PATH
+
+    limits: dict[str, Any] = {"admin_key": "k", "allow": (str(MODEL_PATH),), "loads": {"device": "cpu"}}
+    with serving(tmp_path, **limits) as served:
+        served.headers = {"Authorization": "Bearer k"}
+        one = served.models.get(NAME)
+        assert served.post("/models/load", model=str(MODEL_PATH)).json()["id"] == NAME
+        assert served.models.get(NAME) is one, "one copy of the weights"
+        assert served.post("/models/unload", model=NAME).status_code == 200
+        assert served.post("/models/load", model=str(MODEL_PATH)).status_code == 200
+        assert served.chat(max_tokens=1).status_code == 200
