@@ -95,9 +95,10 @@ class Capture:
         found = self.store[key]
         if "key" not in POINTS[key[0].partition(".")[0]].axes:
             return found
+        ends = [sample.rows if sample.positions is None else _end(sample) for sample in self.samples]
         if isinstance(found, list):
-            return [rows[..., : len(rows)].movedim(1, 0) for rows in found]
-        return found[..., : found.shape[1]].movedim(2, 1)
+            return [rows[..., :end].movedim(1, 0) for rows, end in zip(found, ends, strict=True)]
+        return found[..., : max(ends)].movedim(2, 1)
 
     def read(
         self, sample: int, point: str, layer: int | None = None, tokens: slice | Sequence[int] | None = None
@@ -242,6 +243,11 @@ def _refuse_generation(do_sample: bool, seed: int | None, stop: tuple[str, ...],
     given = {"do_sample": do_sample or None, "seed": seed, "stop": stop or None, **options}
     if named := [name for name, value in given.items() if value is not None]:
         raise CaptureError(f"max_new_tokens=0 generates nothing: leave out {', '.join(named)}.")
+
+
+def _end(sample: Sample) -> int:
+    """One more than the last position kept: no query of the sample sees a key behind it."""
+    return max((p for p in sample.positions or () if isinstance(p, int)), default=-1) + 1
 
 
 def _bytes_there(store: Any) -> int:

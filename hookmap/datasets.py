@@ -36,6 +36,16 @@ class PromptRecord:
     labels: Mapping[str, Any] | None = None
     """other columns, as plain JSON data"""
 
+    def __post_init__(self) -> None:
+        """What the table of samples can hold, also of a record that was made by hand."""
+        try:
+            own = None if self.id is None else _name(self.id, "id")
+            labels = None if self.labels is None else {str(k): _label(v, k) for k, v in self.labels.items()}
+        except ValueError as error:
+            raise DataError(f"a record: {error}") from error
+        object.__setattr__(self, "id", own)
+        object.__setattr__(self, "labels", labels)
+
 
 def load_prompts(
     source: Any,
@@ -58,8 +68,8 @@ def load_prompts(
     if isinstance(labels, str) and labels != "all":
         labels = (labels,)
     for name, number in (("skip", skip), ("limit", limit)):
-        if number is not None and number < 0:
-            raise DataError(f"{name}: expected a whole number, at least 0, got {number}")
+        if number is not None and (type(number) is not int or number < 0):
+            raise DataError(f"{name}: expected a whole number from 0 on, got {number!r}.")
     where, rows = rows_of(source)
     found: list[PromptRecord] = []
     problems: list[str] = []
@@ -91,19 +101,24 @@ def _record(row: Any, prompt: str | None, name: str | None, labels: Sequence[str
         if prompt is not None:
             raise ValueError(f"expected columns with {prompt!r} among them, found {_shown(row)}")
         return PromptRecord(_prompt(row))
-    columns = list(row)
+    columns = list(map(str, row))
     field = prompt or next((field for field in FIELDS if field in row), None)
     wanted = [*([] if field is None else [field]), *([name] if name else []), *([] if labels == "all" else labels)]
     if missing := [column for column in wanted if column not in row]:
-        raise ValueError(f"no column {', '.join(map(repr, missing))}: it has {', '.join(map(str, columns))}")
+        raise ValueError(f"no column {', '.join(map(repr, missing))}: it has {_listed(columns)}")
     if field is None:
-        raise ValueError(f"expected one of the fields {', '.join(FIELDS)}, found {', '.join(columns) or 'none'}")
+        raise ValueError(f"expected one of the fields {', '.join(FIELDS)}, found {_listed(columns)}")
     if prompt is None and field in _NEVER_TEXT and isinstance(row[field], str):
         raise ValueError(f"{field}: expected a list, found the text {_shown(row[field])}; to send it as it is, name it")
     key = name or ("id" if "id" in row and field != "id" else None)
     own = None if key is None else _name(row[key], key)
     kept = [column for column in columns if column not in (field, key)] if labels == "all" else labels
-    return PromptRecord(_prompt(row[field]), own, {str(c): _label(row[c], c) for c in kept} or None)
+    labels_kept = {str(c): _label(row[c], c) for c in kept}
+    return PromptRecord(_prompt(row[field]), own, labels_kept or None)
+
+
+def _listed(columns: Sequence[Any]) -> str:
+    return ", ".join(map(str, columns)) or "none"
 
 
 def _name(value: Any, column: str) -> str:

@@ -2,13 +2,16 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from hookmap.architecture_map import ArchitectureMap
 from hookmap.errors import CaptureError, StoreError
-from hookmap.kept import DTYPES, Kept
+from hookmap.kept import DTYPES, NUMBERS, Kept
 from hookmap.memory_use import available
 from hookmap.points import POINTS
 from hookmap.selectors import Selector
@@ -54,13 +57,12 @@ def estimate(
     `d_mlp`: width of `mlp_post`, which no map knows.
     """
     kept = kept or Kept()
+    kept.refuse(selector.point for selector in selectors)
     new = max(0, max_new_tokens - 1)
-    rows = sum(_rows(kept, length, length + new) for length in lengths)
+    rows = sum(_rows(kept, length, length + new) * often for length, often in Counter(lengths).items())
     keys = max(lengths, default=0) + new
-    if kept.dtype is not None:
-        itemsize = DTYPES[kept.dtype].itemsize
-    width = sum(_width(architecture_map, selector, keys, d_mlp, kept) for selector in selectors)
-    return Estimate(len(lengths), rows, len(selectors), rows * width * itemsize, max(1, max_new_tokens) * batches)
+    row = sum(_width(architecture_map, s, keys, d_mlp, kept) * _itemsize(s, kept, itemsize) for s in selectors)
+    return Estimate(len(lengths), rows, len(selectors), rows * row, max(1, max_new_tokens) * batches)
 
 
 def check_room(expected: Estimate, store: "str | os.PathLike[str] | None", already: int = 0) -> None:
@@ -105,6 +107,16 @@ def _rows(kept: Kept, prompt: int, tokens: int) -> int:
         return -(-tokens // kept.every)
     wanted = kept.wanted(prompt)
     return sum(wanted(position, -1) for position in range(tokens))
+
+
+def _itemsize(selector: Selector, kept: Kept, itemsize: int) -> int:
+    """Bytes of one number of a point, at most. Routers compute in float32 in many models."""
+    name = selector.point.partition(".")[0]
+    if name in NUMBERS:
+        return torch.int64.itemsize
+    if kept.dtype is not None:
+        return DTYPES[kept.dtype].itemsize
+    return max(itemsize, torch.float32.itemsize) if name.startswith("router_") else itemsize
 
 
 def _width(architecture_map: ArchitectureMap, selector: Selector, keys: int, d_mlp: int | None, kept: Kept) -> int:

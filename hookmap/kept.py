@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hookmap.errors import SelectionError
+from hookmap.points import POINTS
 
 Positions = str | slice | Sequence[int]
 Wanted = Callable[[int, int], bool]
@@ -23,7 +24,9 @@ _GRAMMAR = (
     'expected "all", "prompt", "generated", "last" (of the whole sample), "last_prompt", a span such as "4:20" or '
     '"-5:", positions such as "0,3,-1", or "text=…" (tokens whose text contains it)'
 )
-_SPAN = re.compile(r"(-?\d*):(-?\d*)(?::(\d+))?")
+_SPAN = re.compile(r"(-?\d+)?:(-?\d+)?(?::(\d+))?")
+NUMBERS = ("router_indices",)
+"""points whose values count and name: they keep their dtype, and have no mean"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -100,6 +103,15 @@ class Kept:
                 found["features_seed"] = self.features_seed
         return found
 
+    def refuse(self, points: Iterable[str]) -> None:
+        """Raises SelectionError for points of which this selection means nothing."""
+        for point in points:
+            name = point.partition(".")[0]
+            if "key" in POINTS[name].axes and (self.one_row or self.features is not None):
+                raise SelectionError(f'{point} has a row for each query: no mean, "last" or features of it.')
+            if name in NUMBERS and self.mean:
+                raise SelectionError(f"{point} are numbers of experts: there is no mean of them.")
+
     def columns(self, width: int) -> list[int] | None:
         """The features kept of a row of `width`; None for all. Raises SelectionError where it has not so many."""
         if self.features is None:
@@ -134,7 +146,7 @@ def kept(
     if not _is_whole(features_seed):
         problems.append(f"features_seed: expected a whole number, got {features_seed!r}")
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-    if name is not None and name not in DTYPES:
+    if name is not None and (not isinstance(name, str) or name not in DTYPES):
         problems.append(f"keep_dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
     if problems:
         raise SelectionError("\n".join(problems))

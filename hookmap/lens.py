@@ -189,7 +189,7 @@ def _read(
                 "the capture has no resid_post of the last layer, which says what the model predicts: "
                 "name a target, or capture it too."
             )
-        targets.append(aim)
+        targets.append(aim.cpu())
         for layer in layers:
             found = _log_probabilities(readout, run.read(told.sample, point, layer, chunk))
             parts.append(_figures(found, final, aim, min(top, found.shape[-1])))

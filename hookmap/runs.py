@@ -188,11 +188,14 @@ class Generating(Run):
         observer = self._observer(layout, sink)
         editor = self._editor(observer)
 
+        observers = [observer] if editor is None or editor.before is None else [observer, editor.before]
+
         def tell(columns: int, finished: list[bool]) -> None:
-            observer.sampled(columns, finished)
-            if editor is not None and editor.before is not None:
-                editor.before.sampled(columns, finished)
-            self._show(columns - layout.width)
+            with contextlib.ExitStack() as aside:
+                for each in observers:
+                    each.sampled(columns, finished)
+                    aside.enter_context(each.aside())
+                self._show(columns - layout.width)
 
         finished = gen.Finished(self.config, self.stop, self.tokenizer, tell)
         # The seed is the first prompt's own, so that a resumed run draws what the whole run would have drawn.

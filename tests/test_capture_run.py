@@ -99,6 +99,27 @@ def test_names_of_the_callers_frame_do_not_mix_with_the_trace(hm: HookedModel) -
     assert (observer, inputs, root) == ([1], {"a": 2}, None)
 
 
+@pytest.mark.parametrize("engine", ["hooks", "nnsight"])
+@pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.parametrize("inner", [[7], [7, 8], [7, 8, 9, 10, 11, 12]])
+def test_a_progress_callback_may_run_the_model(engine: Any, step: int, inner: list[int]) -> None:
+    """After the last token such a pass once was taken for a row of the capture around it."""
+    hm = hookmap.open(plain_hooks.build("llama"))
+    prompt = [[5, 17, 3, 60]]
+    alone = [hm.capture(p, ["resid_pre"], [1], max_new_tokens=new) for p, new in ((prompt, 6), ([inner], 0))]
+    inside: list[Any] = []
+
+    def show(progress: Progress) -> None:
+        if progress.tokens_done == step:
+            hm.model(torch.tensor([inner]))
+            if engine == "hooks":
+                inside.append(hm.capture([inner], ["resid_pre"], [1], max_new_tokens=0))
+
+    run = hm.capture(prompt, ["resid_pre"], [1], max_new_tokens=6, engine=engine, progress=show)
+    for got, expected in zip([run, *inside], alone, strict=False):
+        assert torch.equal(got["resid_pre", 1], expected["resid_pre", 1])
+
+
 def test_threads_on_the_same_weights_do_not_mix() -> None:
     """Two wrappers over one module, four threads: without a lock nnsight mixes them in silence."""
     model = plain_hooks.build("gpt2")

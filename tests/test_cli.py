@@ -195,13 +195,54 @@ def test_hookmap_yaml_gives_the_options_that_are_not_typed() -> None:
     assert hookmap.open_store("run").keys == (("embed", None), ("resid_pre", 3), ("resid_pre", 19))
 
 
+def test_hookmap_yaml_may_ask_for_a_harvest_and_a_selection() -> None:
+    Path("hookmap.yaml").write_text("points: embed\nmax_new_tokens: 0\npositions: [0, -1]\nbatch_tokens: 64\n")
+    done = run("capture", "--prompt", "1+2=3", "-o", "run")
+    assert done.exit_code == 0, done.output
+    sample = hookmap.open_store("run").samples[0]
+    assert sample.prompt == "1+2=3" and sample.positions == (0, sample.prompt_tokens - 1)
+
+
+def test_a_large_capture_is_timed_on_what_runs_together_and_keeps_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The trial once held every row of the first prompts in memory, and timed eight texts for a batch of many."""
+    monkeypatch.setattr("hookmap.cli.commands.capture._LARGE_BYTES", 0)
+    prompts = [part for n in range(20) for part in ("--prompt", f"{n}+{n}=")]
+    for tokens, harvest in (("0", True), ("3", False)):
+        done = run("capture", "--points", "pattern,embed", "--layers", "3", "--max-new-tokens", tokens,
+                   *prompts, "-o", f"run{tokens}")  # fmt: skip
+        assert done.exit_code == 0, done.output
+        assert ", at most about " in done.stderr
+        store = hookmap.open_store(f"run{tokens}")
+        assert len(store) == 20 and all(sample.positions is None for sample in store.samples), harvest
+
+
+def test_one_feature_is_a_list_of_one() -> None:
+    done = run(
+        "capture", "--points", "embed", "--max-new-tokens", "0", "--features", "3,", "--prompt", "1", "-o", "run"
+    )
+    assert done.exit_code == 0, done.output
+    assert hookmap.open_store("run")["embed"].shape[-1] == 1
+
+
+def test_resuming_needs_room_for_what_is_left_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command once refused to go on with a capture that was nearly done, on a disk that was nearly full."""
+    arguments = ("capture", "--points", "embed", "--max-new-tokens", "0", "--prompt", "1+2=3", "-o", "run")
+    assert run(*arguments).exit_code == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 0))  # type: ignore[attr-defined]
+    done = run(*arguments, "--resume")
+    assert done.exit_code == 0, done.output
+    assert "has room for 0 B" in run(*arguments[:-1], "run2").stderr
+
+
 def test_every_wrong_key_of_hookmap_yaml_is_named() -> None:
     Path("hookmap.yaml").write_text("modle: x\nmax_new_tokens: many\nlayers: []\nnonsense: 1\n")
     done = run("discover")
     assert done.exit_code == 2
     for part in (
         "unknown key 'modle': did you mean model?",
-        "max_new_tokens: expected a whole number, at least 1, found 'many'",
+        "max_new_tokens: expected a whole number, at least 0, found 'many'",
         "layers: expected a list",
         "unknown key 'nonsense': the keys are model, map,",
     ):
@@ -244,6 +285,8 @@ def test_layers_that_are_none_are_wrong_usage(text: str) -> None:
         (("capture", "--points", "embed", "--dtype", "int7"), "bfloat16"),
         (("capture", "--points", "embed", "--resume"), "-o DIR"),
         (("capture", "--points", "embed", "--temperature", "0", "--top-k", "3"), "greedy"),
+        (("capture", "--points", "embed", "--max-new-tokens", "0", "--seed", "3"), "generates nothing"),
+        (("capture", "--points", "embed", "--max-new-tokens", "0", "--top-p", "0.5"), "generates nothing"),
         (("capture", "--points", "embed", "--prompts", "none.jsonl"), "none.jsonl cannot be read"),
         (("discover", "a", "b"), "Got unexpected extra argument"),
         (("inspect",), "Missing argument 'DIR'"),

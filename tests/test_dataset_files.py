@@ -98,7 +98,7 @@ def test_arguments_that_mean_nothing_are_refused_and_numpy_names_are_numbers() -
     import numpy
 
     for options in ({"skip": -1}, {"limit": -1}):
-        with pytest.raises(hookmap.DataError, match="at least 0, got -1"):
+        with pytest.raises(hookmap.DataError, match="from 0 on, got -1"):
             hookmap.load_prompts(["a"], **options)
     with pytest.raises(hookmap.DataError, match="after the first 2 holds no prompts"):
         hookmap.load_prompts(["a"], skip=2)

@@ -106,6 +106,7 @@ WRONG_LINES = (
         ("d.jsonl", b"\xff\xfe{}", ("cannot be read",)),
         ("d.jsonl.gz", b"no gzip", ("cannot be read",)),
         ("d.json", "[1, 2", ("not JSON",)),
+        ("d.jsonl", "[" * 100_000 + "\n" + "9" * 5000, ("line 1: not JSON that can", "line 2: not JSON that can")),
         ("d.csv", "prompt,x\na\nb,1,2\nc,1", ("line 2: expected 2 columns", "line 3: expected 2 columns")),
         ("d.csv", 'prompt\n"a', ("unexpected end of data",)),
         ("d.parquet", b"PAR0", ("cannot be read",)),
@@ -130,8 +131,57 @@ def test_many_wrong_records_are_counted() -> None:
         hookmap.load_prompts([{"prompt": 1}] * 100)
     with pytest.raises(hookmap.DataError, match="no column 'q', 'l': it has prompt"):
         hookmap.load_prompts([{"prompt": "a"}], prompt="q", labels=["l"])
-    with pytest.raises(hookmap.DataError, match="expected a file, a data set or an iterable"):
-        hookmap.load_prompts(7)
+    for source in (7, {"prompt": "a"}, b"abc"):
+        with pytest.raises(hookmap.DataError, match="prompts: expected"):
+            hookmap.load_prompts(source)
+    with pytest.raises(hookmap.DataError, match=r"expected one of the fields prompt.*found 5"):
+        hookmap.load_prompts([{5: "a"}])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"skip": -1}, "skip: expected a whole number from 0 on, got -1"),
+        ({"limit": "3"}, "limit: expected a whole number from 0 on, got '3'"),
+        ({"skip": 5}, "after the first 5 holds no prompts"),
+    ],
+)
+def test_a_choice_without_records_says_so(chosen: dict[str, Any], message: str) -> None:
+    with pytest.raises(hookmap.DataError, match=message):
+        hookmap.load_prompts(["a", "b"], **chosen)
+
+
+def test_a_folder_that_is_no_data_set_and_one_of_several_splits_are_refused(tmp_path: Path) -> None:
+    import datasets
+
+    with pytest.raises(hookmap.DataError, match="save_to_disk"):
+        hookmap.load_prompts(tmp_path)
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(hookmap.DataError, match="train"):
+        hookmap.load_prompts(tmp_path / "d")
+
+
+def test_documents_in_csv_may_be_long(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text(f"text,x\n{'a ' * 100_000},1\nb,2\n")
+    assert [len(record.prompt) for record in hookmap.load_prompts(tmp_path / "d.csv")] == [200_000, 1]
+
+
+def test_a_json_list_may_hold_chats_and_token_ids(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}]
+    (tmp_path / "d.json").write_text(json.dumps([chat, [1, 2], "text"], indent=1))
+    assert [record.prompt for record in hookmap.load_prompts(tmp_path / "d.json")] == [chat, [1, 2], "text"]
+
+
+def test_records_by_hand_are_what_the_table_can_hold(tmp_path: Path) -> None:
+    """An id that was a number once made a folder that nobody could read."""
+    import numpy
+
+    hm = hookmap.open(plain_hooks.build("llama"))
+    record: Any = PromptRecord([1, 2, 3], id=5, labels={"a": numpy.float32(3)})  # type: ignore[arg-type]
+    run = hm.capture([record], ["resid_pre"], [1], 0, store=tmp_path / "run")
+    assert (run.samples[0].id, run.samples[0].labels) == ("5", {"a": 3.0})
+    with pytest.raises(hookmap.DataError, match=r"id: expected a text or a whole number as a name, found 1\.5"):
+        PromptRecord("a", id=1.5)  # type: ignore[arg-type]
 
 
 def test_ids_and_labels_stay_with_the_samples(tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ def test_the_estimate_knows_the_selection(hm: HookedModel, settings: dict[str, A
         ({"positions": [True]}, "positions"),
         ({"positions": slice(5, 1, -1)}, "positions"),
         ({"positions": "1:2:0"}, "positions '1:2:0'"),
+        ({"positions": "-:"}, "positions '-:'"),
+        ({"positions": ":-"}, "positions ':-'"),
         ({"positions": "text=zebra"}, "no single token"),
         ({"every": 0}, "every: expected a whole number, at least 1"),
         ({"mean": True, "positions": "last"}, "leave one of them out"),
@@ -156,6 +158,7 @@ def test_the_estimate_knows_the_selection(hm: HookedModel, settings: dict[str, A
         ({"features": 99}, "Give 32 or fewer"),
         ({"features": 0}, "features: expected"),
         ({"keep_dtype": "int8"}, "keep_dtype: expected float32, bfloat16, float16"),
+        ({"keep_dtype": ["int8"]}, "keep_dtype: expected float32, bfloat16, float16"),
         ({"every": 0, "keep_dtype": "int8"}, r"every(.|\n)*keep_dtype"),
         ({"points": ["pattern"], "mean": True}, "pattern has a row for each query"),
     ],
@@ -163,6 +166,50 @@ def test_the_estimate_knows_the_selection(hm: HookedModel, settings: dict[str, A
 def test_a_selection_that_means_nothing_is_refused(hm: HookedModel, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(hookmap.SelectionError, match=message):
         hm.capture(RAGGED, **{"points": ["resid_mid"], "max_new_tokens": 2, **settings})
+
+
+@pytest.mark.parametrize("settings", [{"mean": True}, {"positions": "last"}, {"features": 2}])
+def test_a_selection_refused_for_its_points_leaves_no_folder(
+    hm: HookedModel, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(hookmap.SelectionError, match="pattern has a row for each query"):
+        hm.capture(RAGGED, ["pattern"], max_new_tokens=2, store=tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("positions", ["5:", "generated", "0,3,-1", "2:4", "9:"])
+def test_a_kept_query_has_the_weights_of_every_key_it_sees(hm: HookedModel, positions: str) -> None:
+    whole = hm.capture(RAGGED, ["pattern"], [1], max_new_tokens=6)
+    some = hm.capture(RAGGED, ["pattern"], [1], max_new_tokens=6, positions=positions)
+    for number, sample in enumerate(some.samples):
+        queries = sample.positions
+        assert isinstance(queries, tuple)
+        keys = max(queries, default=-1) + 1
+        expected = whole["pattern", 1][number][:, list(queries)]
+        got = some["pattern", 1][number][..., : max(keys, 0)]
+        assert torch.equal(got, expected[..., :keys])
+        if queries:
+            assert torch.allclose(got.sum(-1), torch.ones(got.shape[:-1]))
+
+
+def test_numbers_of_experts_stay_whole_numbers() -> None:
+    hm = hookmap.open(plain_hooks.build("qwen3_moe"))
+    whole = hm.capture(RAGGED, ["router_indices"], [1], max_new_tokens=4)
+    kept = hm.capture(RAGGED, ["router_indices"], [1], max_new_tokens=4, keep_dtype="bfloat16")
+    for sample in range(3):
+        rows = kept.read(sample, "router_indices", 1)
+        assert rows.dtype == torch.int64 and torch.equal(rows, whole.read(sample, "router_indices", 1))
+    with pytest.raises(hookmap.SelectionError, match="there is no mean"):
+        hm.capture(RAGGED, ["router_indices"], [1], max_new_tokens=4, mean=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep_dtype": "bfloat16"}])
+def test_the_estimate_knows_what_routers_compute_in(settings: dict[str, Any]) -> None:
+    hm = hookmap.open(plain_hooks.build("qwen3_moe"))
+    points = ["router_indices", "router_logits"]
+    run = hm.capture(RAGGED, points, [1], 4, **settings)
+    size = sum(run.read(sample, point, 1).nbytes for sample in range(3) for point in points)
+    assert hm.estimate(RAGGED, points, [1], 4, **settings).bytes == size
 
 
 def test_a_resumed_run_must_keep_the_same(hm: HookedModel, tmp_path: Path) -> None:

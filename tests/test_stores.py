@@ -20,6 +20,7 @@ from hookmap.errors import CaptureError, SelectionError, StoreError
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter, write_store
 from hookmap.stores.interface import Store
+from hookmap.stores.manifest import manifest_of_run
 from hookmap.stores.memory import MemoryStore
 from hookmap.stores.reader import CaptureStore
 
@@ -419,6 +420,16 @@ class TestBeginning:
         ):
             writer.write(Activation(4, "resid_pre", 0, 0, torch.zeros(2, 16)))
         assert not open_store(tmp_path / "c").finished
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "memory://run", "file:///tmp/run"])
+def test_a_url_to_write_to_is_refused_and_makes_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="local folders only"):
+        FolderWriter.create(url, manifest_of_run([("resid_pre", 0)], model="m"))
+    assert not list(tmp_path.iterdir())
 
 
 def _edit(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:

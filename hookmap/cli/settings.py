@@ -25,6 +25,12 @@ def _count(value: Any) -> int:
     return value
 
 
+def _count_from_0(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError("a whole number, at least 0")
+    return value
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("true or false")
@@ -47,8 +53,12 @@ KEYS: dict[str, Callable[[Any], Any]] = {
     "points": _list,
     "layers": _list,
     "prompts": _text,
-    "max_new_tokens": _count,
+    "max_new_tokens": _count_from_0,
     "batch_size": _count,
+    "batch_tokens": _count,
+    "positions": _list,
+    "every": _count,
+    "keep_dtype": _text,
     "dtype": _text,
     "device": _text,
     "trust_remote_code": _flag,

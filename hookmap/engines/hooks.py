@@ -53,6 +53,8 @@ class HooksEngine:
         before = None if editor is None else editor.before
 
         def begin(args: Any, kwargs: Any, _: Any) -> None:
+            if not observer.looks:
+                return
             observer.begin_pass(args, kwargs)
             if before is not None:
                 before.begin_pass(args, kwargs)
@@ -62,7 +64,7 @@ class HooksEngine:
         def then_end(watch: Watch) -> Watch:
             def watch_and_end(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
                 watch(args, kwargs, output)
-                if observer.saw_all:
+                if observer.saw_all and observer.looks:
                     raise _SawAllError
 
             return watch_and_end if ends_early else watch
@@ -100,7 +102,7 @@ def _edits(
     watched = (path, side) in observer.boundaries
     for mode in ("in place", "replace"):
         if editor.writes(path, side, mode):
-            yield partial(_written, editor, path, side, mode)
+            yield partial(_written, editor, observer, path, side, mode)
         if watched:
             yield then_end(observer.watcher(path, side, partial(_is_written, mode)))
 
@@ -109,7 +111,11 @@ def _is_written(mode: str, selector: Selector) -> bool:
     return mode_of(selector) == mode
 
 
-def _written(editor: Editor, path: str, side: Side, mode: str, args: Any, kwargs: Any, output: Any) -> Any:
+def _written(
+    editor: Editor, observer: Observer, path: str, side: Side, mode: str, args: Any, kwargs: Any, output: Any
+) -> Any:
+    if not observer.looks:
+        return None
     given = (args, kwargs, output)
     passed = editor.write(path, side, mode, given)
     return None if passed is given else passed

@@ -4,7 +4,8 @@ Three things that no engine checks are checked here, on every forward pass: each
 tensor is as wide as the tokens that were fed, and nothing of a pad or of a finished row is kept.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +14,8 @@ import torch
 from hookmap.activations import Activation
 from hookmap.engines.collectors import Collector, EveryRow, LastRow, MeanRow, PassRows, PatternRows
 from hookmap.engines.transfer import Transfer
-from hookmap.errors import CaptureError, SelectionError
-from hookmap.kept import DTYPES, Kept
+from hookmap.errors import CaptureError
+from hookmap.kept import DTYPES, NUMBERS, Kept
 from hookmap.points import POINTS
 from hookmap.selectors import Selector, Term
 
@@ -67,6 +68,7 @@ class Observer:
         """tokens that each row generated, end of sequence included; None while it still generates"""
         self.passes = 0
         self._write = write
+        self._looks = True
         self._wanted = [self.kept.wanted(length, matching) for length in layout.lengths]
         self._positions: list[list[int]] = [[] for _ in layout.samples]
         self._transfer = Transfer()
@@ -99,12 +101,19 @@ class Observer:
         return range(end - (self._width or 0), end)
 
     @property
+    def looks(self) -> bool:
+        """Whether the model runs for this observer now, and not for a callback of the user's."""
+        return self._looks
+
+    @property
     def saw_all(self) -> bool:
         """Whether the forward pass that runs has shown every selector."""
         return self._left == 0
 
     def begin_pass(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The model is called with these arguments. Raises CaptureError where they are not the next tokens."""
+        if not self._looks:
+            return
         self._end_pass()
         batch, width = _fed_shape(args, kwargs)
         left = self._length - self._fed
@@ -139,6 +148,8 @@ class Observer:
         counts = any(term.call is not None for _, _, term in targets)
 
         def watch(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+            if not self._looks:
+                return
             if self._width is None:
                 raise CaptureError(f"{module or 'model'}.{side} was reached outside a forward pass of the model.")
             call = None
@@ -149,6 +160,15 @@ class Observer:
                     self._see(number, position, term, args, kwargs, output)
 
         return watch
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, the model may run for somebody else on this thread: a callback of the user's."""
+        self._looks = False
+        try:
+            yield
+        finally:
+            self._looks = True
 
     def sampled(self, length: int, finished: Sequence[bool]) -> None:
         """The batch is `length` columns long now; `finished` rows got their last token."""
@@ -166,7 +186,7 @@ class Observer:
         longest = columns - self.layout.width
         counts = tuple(longest if count is None else count for count in self.generated)
         expected = self.layout.width + max(0, max(counts) - 1)
-        if self.passes == 0 or self._fed < expected:
+        if self.passes == 0 or self._fed != expected:
             raise CaptureError(
                 f"{self.passes} forward passes were fed {self._fed} tokens a row, expected {expected}: "
                 f"{max(counts)} tokens were generated after {self.layout.width}. "
@@ -274,11 +294,10 @@ class Observer:
         return PassRows(len(columns), new, tuple(columns), first, whole, empty=not any(columns))
 
     def _collector(self, selector: Selector, keys: int | None) -> Collector:
-        dtype = None if self.kept.dtype is None else DTYPES[self.kept.dtype]
+        name = selector.point.partition(".")[0]
+        dtype = None if self.kept.dtype is None or name in NUMBERS else DTYPES[self.kept.dtype]
         deliver = self._deliver_of(selector)
-        if "key" in POINTS[selector.point.partition(".")[0]].axes:
-            if self.kept.one_row or self.kept.features is not None:
-                raise SelectionError(f'{selector.point} has a row for each query: no mean, "last" or features of it.')
+        if "key" in POINTS[name].axes:
             pads = [self.layout.pads(row) for row in range(len(self.layout.samples))]
             return PatternRows(self._transfer, deliver, dtype, pads, keys or self.layout.width)
         kind = MeanRow if self.kept.mean else LastRow if self.kept.one_row else EveryRow

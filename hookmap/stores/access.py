@@ -1,6 +1,7 @@
 """May this process write a capture in this folder? And what to say when the disk refuses."""
 
 import errno
+import re
 from pathlib import Path
 
 try:
@@ -29,7 +30,9 @@ def lock(file: AppendedFile, folder: Path) -> None:
 
 
 def refuse_used(folder: Path) -> None:
-    """Refuse a folder in which something could be lost. Raises StoreError."""
+    """Refuse a folder in which something could be lost, and what is no folder here. Raises StoreError."""
+    if re.match(r"[a-z0-9+.-]{2,}:/", str(folder)):  # a Path has lost the second slash
+        raise StoreError(f"{folder} is a URL: captures are written to local folders only. Write to one, then copy it.")
     if (folder / MANIFEST).exists():
         raise StoreError(
             f"{folder} already holds a capture. Go on with it (the same command with --resume), "

@@ -47,7 +47,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 )
 @click.option("--every", type=click.IntRange(min=1), metavar="N", help="Only positions that N divides.")
 @click.option("--mean", is_flag=True, help="One row a sample: the mean over its positions.")
-@click.option("--features", metavar="N|LIST", help="Draw N features of each row, or keep those listed: 3,17,99")
+@click.option("--features", metavar="N|LIST", help="Draw N features of each row, or keep those listed: 3,17,99 or 3,")
 @click.option("--features-seed", type=int, default=0, metavar="N", help="Draws other features.")
 @click.option("--keep-dtype", type=click.Choice(_DTYPES[1:]), help="Of the rows kept.  [default: the model's own]")
 @click.option(
@@ -140,7 +140,12 @@ def command(
         click.echo(f"prompt: {DEFAULT_PROMPT} (the default; give your own with --prompt or --prompts)", err=True)
         given = [DEFAULT_PROMPT]
     interventions = _interventions(intervene)
+    tokens = settings.get("max_new_tokens", 64) if max_new_tokens is None else max_new_tokens
     sampling = _sampling(temperature, top_p, top_k, seed)
+    if not tokens and (sampling["do_sample"] or seed is not None):
+        raise click.UsageError(
+            "--max-new-tokens 0 generates nothing: leave --temperature, --top-p, --top-k and --seed out"
+        )
     folder = _folder(output, resume)
     _check_folder(folder, resume)
     model = choose_model(model, settings)
@@ -156,19 +161,19 @@ def command(
     run = {
         "points": parse_list(points),
         "layers": chosen_layers,
-        "max_new_tokens": settings.get("max_new_tokens", 64) if max_new_tokens is None else max_new_tokens,
-        "chat": _chat(hm, chat, harvest=max_new_tokens == 0),
+        "max_new_tokens": tokens,
+        "chat": _chat(hm, chat, harvest=tokens == 0),
         "batch_size": batch_size or settings.get("batch_size"),
-        "positions": positions or "all",
-        "every": every or 1,
+        "positions": positions or settings.get("positions", "all"),
+        "every": every or settings.get("every", 1),
         "mean": mean,
         "features": _features(features),
         "features_seed": features_seed,
-        "keep_dtype": keep_dtype,
+        "keep_dtype": keep_dtype or settings.get("keep_dtype"),
         "engine": engine,
         "interventions": interventions,
     }
-    if batch_tokens:
+    if batch_tokens := batch_tokens or settings.get("batch_tokens"):
         run["batch_tokens"] = batch_tokens
     _announce(hm, given, run, folder)
     _capture(hm, given, run, sampling, folder, resume)
@@ -198,7 +203,7 @@ def _features(text: str | None) -> int | list[int] | None:
     if text is None:
         return None
     try:
-        return [int(part) for part in text.split(",")] if "," in text else int(text)
+        return [int(part) for part in text.removesuffix(",").split(",")] if "," in text else int(text)
     except ValueError as error:
         raise click.BadParameter(f"{text!r}: write how many, or a list: 3,17,99", param_hint="--features") from error
 
@@ -245,7 +250,6 @@ def _chat(hm: "HookedModel", chat: bool | None, harvest: bool) -> bool | str:
 def _announce(hm: "HookedModel", prompts: list[Any], run: dict[str, Any], folder: Path) -> None:
     """How large the capture gets, and how long a large one takes, before it begins."""
     from hookmap.cli.console import console
-    from hookmap.estimate import check_room
 
     expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k not in ("engine", "interventions")})
     text = f"capture: {expected} -> {folder}"
@@ -253,18 +257,25 @@ def _announce(hm: "HookedModel", prompts: list[Any], run: dict[str, Any], folder
         text += f", at most about {_duration(_seconds_per_pass(hm, prompts, run) * expected.forward_passes)}"
     engine, why = hm.engine(run["engine"])
     console().print(f"{text}\nengine: {engine} ({why})", markup=False)
-    check_room(expected, folder)
 
 
 def _seconds_per_pass(hm: "HookedModel", prompts: list[Any], run: dict[str, Any]) -> float:
-    """Measured on the first batch, for two tokens, kept nowhere; the first of the two runs warms up."""
+    """Measured on as many prompts as run together, for two tokens; a row each is kept, in memory.
+
+    The first of the two runs warms up.
+    """
     from time import perf_counter
 
-    tokens = min(2, int(run["max_new_tokens"]))
+    trial = {**run, "max_new_tokens": min(2, int(run["max_new_tokens"])), "positions": [0], "every": 1, "mean": False}
+    plain = {name: value for name, value in trial.items() if name != "engine"}
+    together = run["batch_size"] or 8
+    if not trial["max_new_tokens"]:
+        together = -(-len(prompts) // hm.estimate(prompts, **plain).forward_passes)
+    part = prompts[:together]
     for _ in range(2):
         start = perf_counter()
-        hm.capture(prompts[: run["batch_size"] or 8], **{**run, "max_new_tokens": tokens})
-    return (perf_counter() - start) / max(1, tokens)
+        hm.capture(part, **trial)
+    return (perf_counter() - start) / hm.estimate(part, **plain).forward_passes
 
 
 def _duration(seconds: float) -> str:
