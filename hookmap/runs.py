@@ -204,6 +204,8 @@ class Generating(Run):
         with self._turn(), gen.seeded(seed, self.device, draws=bool(self.config.do_sample)):
             sequences = self._generate(observer, self._inputs(prompts, layout, finished), editor)
         counts = observer.finish(sequences.shape[1])
+        if editor is not None:
+            editor.finish()
         self._end(editor, sequences.shape[1])
         for row, prompt in enumerate(prompts):
             self._finish(

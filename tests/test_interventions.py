@@ -492,7 +492,16 @@ def test_nnsight_is_refused_with_what_to_do() -> None:
         opened("llama").generate(RAGGED, [steer], None, 2, engine="nnsight")
 
 
-def test_two_threads_write_only_their_own_runs() -> None:
+def test_a_place_that_the_model_does_not_come_by_is_an_error() -> None:
+    hm = hookmap.open(plain_hooks.build("llama"))
+    steer = {"do": "steer", "point": "mlp_out", "layers": 1, "vector": VECTOR}
+    hm.generate(RAGGED, [steer], None, 2)
+    hm.model.model.layers[1].forward = lambda hidden_states, **_: hidden_states  # type: ignore[union-attr,operator]
+    with pytest.raises(hookmap.InterventionError, match=r"did not reach model\.layers\.1\.mlp\.output"):
+        hm.generate(RAGGED, [steer], None, 2)
+
+
+def test_threads_write_only_their_own_runs() -> None:
     """Each waits in the middle of its run for the other, on one model: one steers, one does not, one scales."""
     hm, meet = opened("llama"), threading.Barrier(3, timeout=60)
     steer = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR}

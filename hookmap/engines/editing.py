@@ -66,6 +66,7 @@ class Editor:
         self._tokens: list[list[int]] | None = None
         self._cells: dict[Any, tuple[Cells, list[tuple[int, int]]]] = {}
         self._calls: dict[tuple[str, str, str], int] = {}
+        self._begun = False
 
     @property
     def boundaries(self) -> tuple[tuple[str, Literal["input", "output"]], ...]:
@@ -79,16 +80,28 @@ class Editor:
 
     def begin_pass(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The model is called with these arguments; the observer knows it already."""
+        self.finish()
         self._cells.clear()
         self._calls.clear()
+        self._begun = True
         reads = any(edit.positions.reads_tokens for _, edit in self._edits)
         self._tokens = token_ids(args, kwargs, len(self._observer.columns)) if reads else None
+
+    def finish(self) -> None:
+        """The forward pass is over. Raises InterventionError where it did not come by what it was to write."""
+        if self._begun and (missed := [where for where in self._places if where not in self._calls]):
+            places = ", ".join(f"{module or 'model'}.{side}" for module, side, _ in missed)
+            raise InterventionError(
+                f"a forward pass did not reach {places}, which was to be written: the model skipped these modules."
+            )
 
     def write(self, module: str, side: str, mode: str, given: Given) -> Given:
         """What is passed on at this boundary. Raises InterventionError."""
         where = (module, side, mode)
         call = self._calls[where] = self._calls.get(where, -1) + 1
         for number, edit in self._places[where]:
+            if call and edit.selector.terms[0].call is None:
+                raise InterventionError(f"{edit.selector}: {module} was called more than once in one forward pass.")
             if edit.selector.terms[0].call in (None, call):
                 given = self._write(number, edit, given)
         return given
