@@ -237,14 +237,12 @@ def _record(row: Any, prompt: str | None, name: str | None, labels: Sequence[str
     field = prompt or next((field for field in FIELDS if field in row), None)
     wanted = [*([] if field is None else [field]), *([name] if name else []), *([] if labels == "all" else labels)]
     if missing := [column for column in wanted if column not in row]:
-        raise ValueError(f"no column {', '.join(map(repr, missing))}: it has {', '.join(map(str, columns))}")
+        raise ValueError(f"no column {', '.join(map(repr, missing))}: it has {', '.join(columns)}")
     if field is None:
-        raise ValueError(
-            f"expected one of the fields {', '.join(FIELDS)}, found {', '.join(map(str, columns)) or 'none'}"
-        )
+        raise ValueError(f"expected one of the fields {', '.join(FIELDS)}, found {', '.join(columns) or 'none'}")
     key = name or ("id" if "id" in row and field != "id" else None)
     own = None if key is None else _name(row[key], key)
-    kept = [column for column in columns if column not in (field, key)] if labels == "all" else labels
+    kept = [column for column in row if column not in (field, key)] if labels == "all" else labels
     return PromptRecord(_prompt(row[field]), own, {str(c): _plain(row[c]) for c in kept} or None)
 
 

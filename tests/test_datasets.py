@@ -134,7 +134,7 @@ def test_many_wrong_records_are_counted() -> None:
     for source in (7, {"prompt": "a"}, b"abc"):
         with pytest.raises(hookmap.DataError, match="expected a file, a data set or an iterable"):
             hookmap.load_prompts(source)
-    with pytest.raises(hookmap.DataError, match="expected one of the fields prompt.*found 5"):
+    with pytest.raises(hookmap.DataError, match=r"expected one of the fields prompt.*found 5"):
         hookmap.load_prompts([{5: "a"}])
 
 
@@ -154,7 +154,7 @@ def test_a_choice_without_records_says_so(chosen: dict[str, Any], message: str) 
 def test_a_folder_that_is_no_data_set_and_one_of_several_splits_are_refused(tmp_path: Path) -> None:
     import datasets
 
-    with pytest.raises(hookmap.DataError, match="expected a file, or a folder that datasets.save_to_disk wrote"):
+    with pytest.raises(hookmap.DataError, match=r"expected a file, or a folder that datasets\.save_to_disk wrote"):
         hookmap.load_prompts(tmp_path)
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "d"))
     with pytest.raises(hookmap.DataError, match="holds several splits: give one of its folders, train"):
