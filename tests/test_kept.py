@@ -12,6 +12,7 @@ import hookmap
 from hookmap.capture import Capture
 from hookmap.kept import kept
 from hookmap.model import HookedModel
+from hookmap.stores.memory import MemoryStore
 
 RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
 NEW = 40
@@ -190,6 +191,19 @@ def test_a_kept_query_has_the_weights_of_every_key_it_sees(hm: HookedModel, posi
         assert torch.equal(got, expected[..., :keys])
         if queries:
             assert torch.allclose(got.sum(-1), torch.ones(got.shape[:-1]))
+
+
+def test_one_position_in_memory_holds_no_more_than_its_rows() -> None:
+    """A row once kept the block alive in which it came, with places for 32 steps."""
+    hm = hookmap.open(plain_hooks.build("llama"))
+    run = hm.capture([[1, 2, 3]] * 8, ["resid_pre"], [1], max_new_tokens=40, positions=[20])
+    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in _pieces(run)}
+    assert sum(held.values()) == sum(piece.nbytes for piece in _pieces(run)) == 8 * 32 * 4
+
+
+def _pieces(run: Capture) -> list[torch.Tensor]:
+    assert isinstance(run.store, MemoryStore)
+    return [piece for pieces in run.store._pieces.values() for piece in pieces]
 
 
 def test_numbers_of_experts_stay_whole_numbers() -> None:

@@ -113,6 +113,8 @@ class EveryRow:
             if kept:
                 whole = kept[-1] - kept[0] + 1 == len(kept)
                 own = host[row, kept[0] : kept[-1] + 1] if whole else host[row, kept]
+                if own.nbytes * host.shape[0] < host.untyped_storage().nbytes():
+                    own = own.clone()  # few rows: a view would keep the block's other places in memory
                 self._deliver(row, passes[kept[0]].first[row], own)
 
 
