@@ -41,6 +41,27 @@ def a_sample(number: int, count: int) -> Sample:
     return Sample(number, "", "", (0,) * (count + 1), 1, count)
 
 
+def test_an_interrupt_while_the_thread_starts_leaves_the_folder_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It once stayed locked, by a thread that nobody could end, until Python ended."""
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        writer = FolderWriter.create(tmp_path / "c", RUN.manifest)
+        with pytest.raises(KeyboardInterrupt):
+            BackgroundWriter(writer)
+    assert threading.active_count() == before
+    with BackgroundWriter(FolderWriter.resume(tmp_path / "c", RUN.manifest)):
+        pass
+
+
 def test_it_is_a_sink(tmp_path: Path) -> None:
     with BackgroundWriter(FolderWriter.create(tmp_path / "c", RUN.manifest)) as writer:
         sink: Sink = writer

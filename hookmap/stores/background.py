@@ -57,7 +57,12 @@ class BackgroundWriter:
         self._closed = False
         self._bell = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"writer of {writer.folder}", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # Ctrl-C while it starts: nobody would end it, and the folder would stay locked
+            with contextlib.suppress(StoreError):
+                self.close(finished=False)
+            raise
 
     @property
     def finished(self) -> frozenset[int]:
@@ -98,7 +103,8 @@ class BackgroundWriter:
             self._hand_over(tell=False)
         self._closed = True
         self._work.put(None)
-        self._thread.join()  # interrupted here, `with` closes once more and so waits again
+        with contextlib.suppress(RuntimeError):  # it has not started
+            self._thread.join()  # interrupted here, `with` closes once more and so waits again
         if finished:
             self._tell()
         self._writer.close(finished)
