@@ -31,6 +31,8 @@ class Estimate:
     tensors: int
     bytes: int
     forward_passes: int
+    largest: int = 0
+    """bytes of the largest tensor that one forward pass brings"""
 
     def __str__(self) -> str:
         samples = "1 sample" if self.samples == 1 else f"{self.samples} samples"
@@ -39,7 +41,8 @@ class Estimate:
 
     def held(self, streaming: bool) -> int:
         """Bytes of memory that the rows take at most while the run lasts."""
-        return min(self.bytes, STREAMING_BYTES) if streaming else self.bytes
+        # The rows of a long prompt come at once, and a copy of them waits for the writer.
+        return min(self.bytes, STREAMING_BYTES + 2 * self.largest) if streaming else self.bytes
 
 
 def estimate(
@@ -48,21 +51,24 @@ def estimate(
     lengths: Sequence[int],
     max_new_tokens: int,
     itemsize: int,
-    batches: int,
+    batches: Sequence[Sequence[int]],
     d_mlp: int | None = None,
     kept: Kept | None = None,
 ) -> Estimate:
     """Pure. `lengths`: tokens of each prompt; `itemsize`: bytes of one number in the model's dtype.
 
-    `d_mlp`: width of `mlp_post`, which no map knows.
+    `batches`: numbers of the prompts that run together. `d_mlp`: width of `mlp_post`, which no map knows.
     """
     kept = kept or Kept()
     kept.refuse(selector.point for selector in selectors)
     new = max(0, max_new_tokens - 1)
     rows = sum(_rows(kept, length, length + new) * often for length, often in Counter(lengths).items())
     keys = max(lengths, default=0) + new
-    row = sum(_width(architecture_map, s, keys, d_mlp, kept) * _itemsize(s, kept, itemsize) for s in selectors)
-    return Estimate(len(lengths), rows, len(selectors), rows * row, max(1, max_new_tokens) * batches)
+    row = [_width(architecture_map, s, keys, d_mlp, kept) * _itemsize(s, kept, itemsize) for s in selectors]
+    at_once = {length: _rows(kept, length, length) for length in set(lengths)}
+    largest = max((sum(at_once[lengths[n]] for n in batch) for batch in batches), default=0) * max(row, default=0)
+    passes = max(1, max_new_tokens) * len(batches)
+    return Estimate(len(lengths), rows, len(selectors), rows * sum(row), passes, largest)
 
 
 def check_room(expected: Estimate, store: "str | os.PathLike[str] | None", already: int = 0) -> None:

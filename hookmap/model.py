@@ -267,9 +267,9 @@ class HookedModel:
         check_count("batch_tokens", batch_tokens)
         lengths = [len(prompt.token_ids) for prompt in prompts]
         if max_new_tokens:
-            batches = sum(1 for _ in generation_batches(lengths, batch_size or BATCH_SIZE))
+            batches = tuple(generation_batches(lengths, batch_size or BATCH_SIZE))
         else:
-            batches = sum(1 for _ in harvest_batches(lengths, batch_tokens, batch_size))
+            batches = tuple(harvest_batches(lengths, batch_tokens, batch_size))
         itemsize = next(self._root.parameters()).itemsize
         d_mlp = max((self._d_mlp(s) for s in selectors if s.point.partition(".")[0] == "mlp_post"), default=None)
         return estimate(self.map, selectors, lengths, max_new_tokens, itemsize, batches, d_mlp, chosen)

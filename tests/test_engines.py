@@ -163,3 +163,14 @@ def test_a_gpu_shows_what_plain_hooks_see_there(new: int) -> None:
         alone = hm.capture(RAGGED[:1], list(family.points), max_new_tokens=new)
         for point in family.points:
             assert torch.equal(alone.read(0, point, 1), reference.point(family, point, 1)[0].cpu())
+
+
+def test_the_estimate_counts_what_one_pass_brings_at_once() -> None:
+    """A stream of many short texts holds little of them; one long text comes whole."""
+    hm = opened("llama")
+    few = hm.estimate([[1, 2, 3]] * 8, ["logits"], max_new_tokens=5)
+    assert few.largest == 8 * 3 * 97 * 4 and few.held(True) == few.bytes
+    long = hm.estimate([[1] * 1_000_000], ["logits"], max_new_tokens=0)
+    short = hm.estimate([[1] * 1_000] * 1_000, ["logits"], max_new_tokens=0)
+    assert long.bytes == short.bytes == long.held(True)
+    assert short.largest == 4 * 1_000 * 97 * 4 and short.held(True) < short.bytes / 2
