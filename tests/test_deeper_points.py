@@ -436,7 +436,7 @@ def test_the_estimate_is_the_size() -> None:
     hm = hookmap.open(model)
     run = hm.capture([RAGGED[0]], names, [0, 2], max_new_tokens=4)
     tensors = [run.read(0, *key) for key in run.keys]
-    assert hm.estimate([RAGGED[0]], names, [0, 2], max_new_tokens=4).bytes == sum(4 * t.numel() for t in tensors)
+    assert hm.estimate([RAGGED[0]], names, [0, 2], max_new_tokens=4).bytes == sum(t.nbytes for t in tensors)
 
 
 def test_they_go_to_a_folder_and_come_back(tmp_path: Any) -> None:

@@ -267,7 +267,7 @@ def _seconds_per_pass(hm: "HookedModel", prompts: list[Any], run: dict[str, Any]
     from time import perf_counter
 
     trial = {**run, "max_new_tokens": min(2, int(run["max_new_tokens"])), "positions": [0], "every": 1, "mean": False}
-    plain = {name: value for name, value in trial.items() if name != "engine"}
+    plain = {name: value for name, value in trial.items() if name not in ("engine", "interventions")}
     together = run["batch_size"] or 8
     if not trial["max_new_tokens"]:
         together = -(-len(prompts) // hm.estimate(prompts, **plain).forward_passes)
