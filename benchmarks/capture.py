@@ -4,14 +4,15 @@
     python benchmarks/capture.py full        Qwen3-0.6B's own shape: 28 layers of width 1024, 151,936 tokens
 
 Random weights, greedy, one process; the ways take turns, and each figure is the median over the rounds of its time
-divided by plain `generate`'s in the same round. Peers that are not installed are left out.
+divided by plain `generate`'s in the same round. Peers that need other packages run in environments of their own, in the
+same rounds, over a plain `generate` there: --peer nnterp=/path/to/python, --peer transformer_lens=/path/to/python
 """
 
 import argparse
-import importlib.util
 import itertools
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,34 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from machine import describe
+from narrow import ALL, FEW, PROMPT, SHAPES, build, plain
 from torch import nn
 
 import hookmap
 
-PROMPT = list(range(5, 37))
-SHAPES: dict[str, dict[str, Any]] = {
-    "narrow": {
-        "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
-    },
-    "full": {
-        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
-LAYERS = 28
 POINTS = ["resid_pre", "resid_mid"]
-FEW, ALL = [8, 12, 16], list(range(LAYERS))
-
-
-def build(shape: str, dtype: torch.dtype, device: str) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        **SHAPES[shape], num_hidden_layers=LAYERS, eos_token_id=None, pad_token_id=0, bos_token_id=1
-    )
-    return transformers.AutoModelForCausalLM.from_config(config).to(device, dtype).eval()
 
 
 def timed(device: str) -> float:
@@ -72,11 +52,7 @@ class Bench:
         self._tree: Any = None
 
     def plain(self, model: nn.Module | None = None) -> None:
-        ids = torch.tensor(self.prompts, device=self.device)
-        with torch.no_grad():
-            (model or self.bare).generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.new, do_sample=False, pad_token_id=0
-            )
+        plain(model or self.bare, self.new, self.batch)
 
     def hooks(self, layers: list[int]) -> None:
         """What a person writes by hand: input hooks that copy, nothing more."""
@@ -136,6 +112,31 @@ class Bench:
         assert len(rows) == self.new * len(layers) * 2, (len(rows), type(model))
 
 
+class Peer:
+    """A peer's process, which runs a way when it is told to."""
+
+    def __init__(self, name: str, python: str, shape: str, new: int) -> None:
+        script = Path(__file__).parent / "peer.py"
+        self._process = subprocess.Popen(
+            [python, str(script), name, shape, str(new)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        while self._read().strip() != "ready":  # it may print a word of its own first
+            pass
+
+    def run(self, way: str) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write(way + "\n")
+        self._process.stdin.flush()
+        return float(self._read())
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a peer ended with {self._process.wait()}")
+        return line
+
+
 def ways(bench: Bench) -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {"plain generate": bench.plain}
     for label, layers in (("3 layers x 2 points", FEW), ("all layers x 2 points", ALL)):
@@ -159,27 +160,37 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="ways whose name contains this")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     dtype = torch.bfloat16 if given.device.startswith("cuda") else torch.float32
     bench = Bench(given.shape, dtype, given.device, given.new, given.batch)
     chosen = {n: run for n, run in ways(bench).items() if n == "plain generate" or given.only in n}
+    peers = {name: Peer(name, python, given.shape, given.new) for name, python in (p.split("=") for p in given.peer)}
+    labels = {"few": "3 layers x 2 points", "all": "all layers x 2 points"}
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    ratios: dict[str, list[float]] = {name: [] for name in chosen}
     for number in range(given.rounds + 1):
         for name, run in chosen.items():
             begun = timed(given.device)
             run()
-            if number:  # the first round warms up
-                seconds[name].append(timed(given.device) - begun)
+            seconds[name].append(timed(given.device) - begun)
+            ratios[name].append(seconds[name][-1] / seconds["plain generate"][-1])
+        for name, peer in peers.items():
+            base = peer.run("plain")
+            for way, label in labels.items():
+                key = f"{name}, {label}, in memory"
+                seconds.setdefault(key, []).append(peer.run(way))
+                ratios.setdefault(key, []).append(seconds[key][-1] / base)
+        if not number:  # the first round warms up
+            for figures in (*seconds.values(), *ratios.values()):
+                figures.clear()
     print(describe(), end="\n\n")
     print(f"{given.shape}, batch {given.batch}, {given.new} new tokens after {len(PROMPT)}; {given.rounds} rounds\n")
     print("| way | over plain generate | ms per token |\n|---|---|---|")
-    base = seconds["plain generate"]
     for name, found in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(found, base, strict=True))
-        print(f"| {name} | {ratio:.2f} | {statistics.median(found) / given.new * 1e3:.2f} |")
+        print(f"| {name} | {statistics.median(ratios[name]):.2f} | {statistics.median(found) / given.new * 1e3:.2f} |")
 
 
 if __name__ == "__main__":
-    assert importlib.util.find_spec("nnsight")
     main()

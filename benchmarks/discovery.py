@@ -83,8 +83,8 @@ def every_class() -> None:
     good = [each for each in found if "error" not in each]
     seconds, memory = ([each[key] for each in good] for key in ("seconds", "above"))
     print(
-        f"{len(good)} of {len(found)} classes: median {median(seconds):.2f} s, {median(memory):.0f} MB above imports; "
-        f"longest {max(seconds):.1f} s, most {max(memory):.0f} MB; together {sum(seconds) / 60:.1f} min\n"
+        f"{len(good)} of {len(found)} classes: median {median(seconds):.2f} s and {median(memory):.0f} MB above "
+        f"imports; longest {max(seconds):.1f} s, most {max(memory):.0f} MB; together {sum(seconds) / 60:.1f} min\n"
     )
     print("| model type | layers | discovery, s | peak memory above imports, MB | what ran |\n|---|---|---|---|---|")
     for each in sorted(good, key=lambda each: -each["seconds"])[:10]:

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from capture import ALL, FEW, POINTS, build
+from capture import POINTS
 from machine import describe
+from narrow import ALL, FEW, build
 
 import hookmap
 from hookmap.engines.observation import BatchLayout

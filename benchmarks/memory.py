@@ -15,7 +15,8 @@ WARM, PROMPT = 8, list(range(5, 37))
 
 def child(way: str, new: int) -> None:
     import torch
-    from capture import ALL, POINTS, build
+    from capture import POINTS
+    from narrow import ALL, build, plain
 
     import hookmap
 
@@ -26,11 +27,7 @@ def child(way: str, new: int) -> None:
 
     def run(count: int, name: str) -> None:
         if way == "plain":
-            ids = torch.tensor([PROMPT])
-            with torch.no_grad():
-                model.generate(  # type: ignore[operator]
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
-                )
+            plain(model, count)
         else:
             hm.capture([PROMPT], POINTS, ALL, count, store=folder / name, engine=way)  # type: ignore[arg-type]
 

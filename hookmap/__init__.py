@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from hookmap.errors import (
     CaptureError,
+    DataError,
     DiscoveryError,
     HookmapError,
+    InterventionError,
     MapError,
     MapMismatchError,
     MapNotFoundError,
@@ -22,6 +24,7 @@ from hookmap.errors import (
 if TYPE_CHECKING:
     from hookmap.architecture_map import ArchitectureMap
     from hookmap.capture import Capture
+    from hookmap.datasets import load_prompts
     from hookmap.discovery import discover
     from hookmap.library import load_map
     from hookmap.model import open
@@ -35,8 +38,10 @@ __all__ = [
     "ArchitectureMap",
     "Capture",
     "CaptureError",
+    "DataError",
     "DiscoveryError",
     "HookmapError",
+    "InterventionError",
     "MapError",
     "MapMismatchError",
     "MapNotFoundError",
@@ -48,6 +53,7 @@ __all__ = [
     "__version__",
     "discover",
     "load_map",
+    "load_prompts",
     "open",
     "open_store",
     "verify",
@@ -60,6 +66,7 @@ _HOMES = {
     "Selector": "hookmap.selectors",
     "discover": "hookmap.discovery",
     "load_map": "hookmap.library",
+    "load_prompts": "hookmap.datasets",
     "open": "hookmap.model",
     "open_store": "hookmap.stores",
     "verify": "hookmap.verification",

@@ -8,6 +8,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -291,11 +292,16 @@ def _parse_json(text: str, source: str) -> Any:
         ) from error
 
 
-def _schema_problems(document: Any) -> list[str]:
-    """Every violation of the published schema, as `field: expected ..., found ...`."""
+@cache
+def _validator() -> Any:
     from jsonschema import Draft202012Validator
 
-    errors = Draft202012Validator(schema()).iter_errors(document)
+    return Draft202012Validator(schema())
+
+
+def _schema_problems(document: Any) -> list[str]:
+    """Every violation of the published schema, as `field: expected ..., found ...`."""
+    errors = _validator().iter_errors(document)
     return [line for error in sorted(errors, key=lambda e: list(map(str, e.absolute_path))) for line in _explain(error)]
 
 

@@ -13,10 +13,11 @@ from hookmap import generation as gen
 from hookmap.activations import Key, Sample
 from hookmap.architecture_map import ArchitectureMap
 from hookmap.engines import Engine
-from hookmap.errors import CaptureError, SelectionError, TokenizerError
+from hookmap.errors import CaptureError, InterventionError, SelectionError, StoreError, TokenizerError
 from hookmap.estimate import Estimate, check_room
 from hookmap.kept import Kept, matching_tokens
 from hookmap.memory_use import MemoryUse
+from hookmap.plan import Plan
 from hookmap.points import POINTS, parse_point
 from hookmap.prompts import Prompt
 from hookmap.runs import (
@@ -52,6 +53,8 @@ class Capture:
         self.selectors = tuple(selectors)
         self.map = architecture_map
         self.manifest = manifest
+        self.before: Capture | None = None
+        """the same rows as they were right before the interventions, where they were asked for"""
 
     @property
     def samples(self) -> Sequence[Sample]:
@@ -146,8 +149,13 @@ def capture(
     resume: bool,
     progress: Callable[[Progress], None] | None,
     generation: Mapping[str, Any],
+    plan: Plan | None = None,
+    before: bool = False,
 ) -> Capture:
     """See `HookedModel.capture`. `why`: this engine."""
+    if not selectors and store is not None:
+        raise StoreError("a capture folder needs at least one tensor: name points, or leave store= out.")
+    _check_interventions(engine, plan, before, store)
     gen.check_count("max_new_tokens", max_new_tokens, least=0)
     gen.check_count("batch_size", BATCH_SIZE if batch_size is None else batch_size)
     gen.check_count("batch_tokens", batch_tokens)
@@ -184,8 +192,13 @@ def capture(
         settings = {"harvest": True, "batch_tokens": batch_tokens, "batch_size": batch_size}
     if chosen := kept.settings():
         settings["kept"] = chosen
+    keys = [(selector.point, selector.layer) for selector in selectors]
+    if plan is not None:
+        settings["interventions"] = plan.settings
+        run.edits = plan.edits
+        run.before = MemoryStore(keys) if before else None
     manifest = manifest_of_run(
-        [(selector.point, selector.layer) for selector in selectors],
+        keys,
         model=name,
         architecture=architecture_map.architecture,
         architecture_map=architecture_map.model_dump(mode="json"),
@@ -197,12 +210,26 @@ def capture(
         held = MemoryStore(manifest.keys)
         run.all(groups, held)
         _tell(run)
-        return Capture(held, selectors, architecture_map, manifest)
+        made = Capture(held, selectors, architecture_map, manifest)
+        if isinstance(run.before, MemoryStore):
+            made.before = Capture(run.before, selectors, architecture_map, manifest)
+        return made
     with BackgroundWriter((FolderWriter.resume if resume else FolderWriter.create)(store, manifest)) as writer:
         run.all(groups, writer, writer.finished)
         writer.note({"engine": engine.name, "why": why, "memory": dict(_tell(run)), "halved": run.halved})
     written = open_store(store)
     return Capture(written, selectors, architecture_map, written.manifest)
+
+
+def _check_interventions(engine: Engine, plan: Plan | None, before: bool, store: Any) -> None:
+    """Before anything runs. Raises InterventionError."""
+    if plan is not None and engine.name != "hooks":
+        raise InterventionError(
+            f'interventions are written with hooks, and this run\'s engine is {engine.name}: give engine="hooks". '
+            "(What is stored in an nnsight model does not apply then.)"
+        )
+    if before and (plan is None or store is not None):
+        raise InterventionError("before=True keeps rows in memory, of a run with interventions: leave it or store out.")
 
 
 def _tell(run: Run) -> Mapping[str, int]:

@@ -38,6 +38,7 @@ def checks_reads(
     for test in tests:
         yield checker.behind_norms(*test, entered[test[0], test[2]])
         yield checker.determines(*test, other)
+        yield from checker.weights_behind(*test, other)
         yield checker.positions(*test)
 
 
@@ -106,6 +107,28 @@ class _Reads:
         )
         return "reads", (layer,), right, said, None
 
+    def weights_behind(self, point: str, output: str, layer: int, other: dict[Key, list[Tensor]]) -> Iterator[Result]:
+        """Of the same tensors at `point`, other weights of the branch make another output: it is not made before."""
+        roots = self._roots(point, layer)
+        changed = {
+            name: (parameter * 1.5 + 0.01).detach()
+            for name, parameter in self.model.named_parameters()
+            if any(name.startswith(f"{root}.") for root in roots)
+            and parameter.dtype.is_floating_point
+            and not parameter.is_meta
+        }
+        if not changed:
+            return
+        given, made = other[point, layer], self._selector(output, layer)
+
+        def write(number: int, tensor: Tensor) -> None:
+            tensor.copy_(given[number])
+
+        before = self._total(made, other[output, layer])
+        moved = self.error(self._changed(point, output, layer, write, changed), before) > self.tolerance
+        said = f"other weights make another {output} of {point}" if moved else f"no weights stand behind {point}"
+        yield "reads", (layer,), moved, said, None
+
     def enters(self, names: list[Key]) -> dict[Key, list[str]]:
         """Point -> the modules of its branch, with weights, that read the tensor as it is."""
         readers: dict[Key, list[str]] = {name: [] for name in names}
@@ -122,15 +145,18 @@ class _Reads:
 
     def _weighty(self, point: str, layer: int | None) -> list[str]:
         """Paths of the branch's modules that have a matrix of their own."""
-        kind = self.map.kind_of(layer or 0)
-        branch = kind.mixer if point.startswith("mixer") else kind.mlp
-        roots = [path.replace("{i}", str(layer)) for path in (branch.modules if branch else ())]
+        roots = self._roots(point, layer)
         return [
             name
             for name, module in self.model.named_modules()
             if any(f"{name}.".startswith(f"{root}.") for root in roots)
             and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
         ]
+
+    def _roots(self, point: str, layer: int | None) -> list[str]:
+        kind = self.map.kind_of(layer or 0)
+        branch = kind.mixer if point.startswith("mixer") else kind.mlp
+        return [path.replace("{i}", str(layer)) for path in (branch.modules if branch else ())]
 
     def _matching(self, parts: dict[int, Tensor], found: list[str], path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -163,12 +189,19 @@ class _Reads:
 
     # Running ----------------------------------------------------------------------------------------------------
 
-    def _changed(self, point: str, output: str, layer: int, write: Callable[[int, Tensor], Any]) -> Tensor:
-        """`output` where `write` changes the tensors at `point` as they pass."""
+    def _changed(
+        self,
+        point: str,
+        output: str,
+        layer: int,
+        write: Callable[[int, Tensor], Any],
+        weights: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """`output` where `write` changes the tensors at `point` as they pass, under other `weights` if there are."""
         made = self._selector(output, layer)
         parts: dict[int, Tensor] = {}
         with self._watching(self._read(point, layer), write), self._watching(made, _keep(parts)):
-            self._run(self.ids)
+            self._run(self.ids, weights)
         return self._total(made, [parts[n] for n in sorted(parts)])
 
     def _total(self, made: Selector, parts: list[Tensor]) -> Tensor:
@@ -199,10 +232,11 @@ class _Reads:
             for handle in handles:
                 handle.remove()
 
-    def _run(self, ids: Tensor) -> None:
+    def _run(self, ids: Tensor, weights: dict[str, Tensor] | None = None) -> None:
         given = {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids), "use_cache": False}
+        kwargs = {parameter: given[name] for name, parameter in skeleton.accepted(self.model, given).items()}
         with torch.no_grad():
-            self.model(**{parameter: given[name] for name, parameter in skeleton.accepted(self.model, given).items()})
+            torch.func.functional_call(self.model, weights or {}, (), kwargs, tie_weights=False)
 
     def _is(self, value: Tensor, tensor: Tensor) -> bool:
         """Whether a module's input holds these numbers: also as one axis of batch and positions, or those turned."""

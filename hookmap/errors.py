@@ -3,12 +3,14 @@
     HookmapError
     ├── ModelError                  the model cannot be found, built or loaded
     │   └── TokenizerError          its tokenizer cannot
+    ├── DataError                   a data set of prompts cannot be read
     ├── DiscoveryError              the dataflow has no structure that hookmap understands
     ├── MapError                    a map document is broken
     │   ├── MapNotFoundError        no map file and no shipped map
     │   └── MapMismatchError        the map contradicts the model in front of it
     ├── SelectionError              unknown points, layers out of range, unavailable points: all of them
     ├── CaptureError                a run did not see what its selectors promise
+    ├── InterventionError           a point cannot be written, or not with what was given
     └── StoreError                  a capture folder is missing, broken, full or of another run
 
 Every message says what, where, what was expected and what was found, and ends with the next thing to type.
@@ -25,6 +27,10 @@ class ModelError(HookmapError):
 
 class TokenizerError(ModelError):
     """The model's tokenizer is missing, gated or cannot be loaded."""
+
+
+class DataError(HookmapError):
+    """A data set of prompts cannot be read; every wrong record is in one message."""
 
 
 class DiscoveryError(HookmapError):
@@ -49,6 +55,10 @@ class SelectionError(HookmapError):
 
 class CaptureError(HookmapError):
     """A run did not see what its selectors promise; nothing wrong is returned."""
+
+
+class InterventionError(HookmapError):
+    """A point that cannot be written, or not with what was given; nothing is written wrong."""
 
 
 class StoreError(HookmapError):

@@ -1,27 +1,35 @@
 """`hookmap.open`: a model, its tokenizer and its map, held against each other; one copy of the weights."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import nn
 
 from hookmap import skeleton
-from hookmap.architecture_map import ArchitectureMap, PointTemplate, TermTemplate
+from hookmap.architecture_map import ArchitectureMap
+from hookmap.attribution import Attribution, attribute
 from hookmap.capture import BATCH_SIZE, BATCH_TOKENS, Capture, capture
-from hookmap.discovery import discover
 from hookmap.engines import Engine
 from hookmap.engines.hooks import HooksEngine
 from hookmap.engines.turns import turns_of
-from hookmap.errors import CaptureError, DiscoveryError, MapMismatchError, ModelError, TokenizerError
+from hookmap.errors import CaptureError, ModelError, TokenizerError
 from hookmap.estimate import Estimate, estimate
 from hookmap.generation import check_count
-from hookmap.kept import Kept, Positions, kept
-from hookmap.library import load_map, resize
+from hookmap.interventions import read_interventions
+from hookmap.kept import Kept, Positions, kept, matching_tokens
+from hookmap.lens import Lens, lens
+from hookmap.library import load_map
 from hookmap.loading import load_model, load_tokenizer
+from hookmap.map_of_model import map_of
+from hookmap.patching import Sweep, sweep
+from hookmap.plan import Plan, plan
 from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
-from hookmap.runs import Progress, generation_batches, harvest_batches
+from hookmap.proofs import Proofs
+from hookmap.runs import Progress, generation_batches, harvest_batches, vocabulary_of
 from hookmap.selectors import Selector
+from hookmap.steering import SteeringVector, make_vector
 
 Points = str | Iterable[str]
 Layers = str | int | Iterable[int]
@@ -80,6 +88,8 @@ class HookedModel:
         engine: EngineName = "auto",
         store: str | os.PathLike[str] | None = None,
         resume: bool = False,
+        interventions: Any = (),
+        before: bool = False,
         progress: Callable[[Progress], None] | None = None,
         **generation: Any,
     ) -> Capture:
@@ -103,17 +113,20 @@ class HookedModel:
         engine: "hooks" (PyTorch's own, the leanest), "nnsight", or "auto": hooks, unless x came as an nnsight model.
         store: a folder to stream to, with memory flat, or None for memory. resume: go on with that folder after an
         interruption; finished samples are not done again.
+        interventions: what is written while it runs: interventions, documents of them, or a file; the rows kept are
+        those after them. before: keep them as they were right before, too, as `.before` of what is returned.
         progress: called after each step. generation: fields of transformers' GenerationConfig, such as temperature.
 
-        Raises SelectionError, TokenizerError, StoreError, and CaptureError where a run did not see what it should or
-        would not fit into memory.
+        Raises SelectionError, TokenizerError, StoreError, InterventionError, and CaptureError where a run did not see
+        what it should or would not fit into memory.
         """
-        encoded = self._encode(prompts, chat)
+        encoded = self.encode(prompts, chat)
         chosen = kept(
             positions, every=every, mean=mean, features=features, features_seed=features_seed, dtype=keep_dtype
         )
-        selectors = self.map.selectors(points, layers)
+        selectors = self.map.selectors(points, layers) if points != () else ()
         runs, why = self._engine_of(engine)
+        planned = self._plan(interventions, encoded, max_new_tokens, chat)
         return capture(
             runs,
             why,
@@ -134,7 +147,87 @@ class HookedModel:
             resume=resume,
             progress=progress,
             generation=generation,
+            plan=planned,
+            before=before,
         )
+
+    def generate(
+        self,
+        prompts: Any,
+        interventions: Any = (),
+        capture: Mapping[str, Any] | None = None,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> Capture:
+        """Generate from `prompts` with interventions, and keep what `capture` names: {"points": …, "layers": …, …}.
+
+        Without a `capture` the run has texts and tokens only. `capture` takes what says which rows are kept, `options`
+        everything else that `HookedModel.capture` takes, which see.
+        """
+        chosen = {"points": (), **(capture or {})}
+        return self.capture(prompts, max_new_tokens=max_new_tokens, interventions=interventions, **chosen, **options)
+
+    def sweep(self, clean: Any, corrupted: Any, target: Any, against: Any = None, **options: Any) -> Sweep:
+        """How far each layer and position of the clean prompt's run brings back its answer in the corrupted one's.
+
+        target, against: the next tokens of both, as text or ids. options: point="resid_pre", layers, positions, as in
+        capture; batch_size, patches that run together; chat; progress. See `hookmap.patching.sweep`.
+        """
+        return sweep(self, clean, corrupted, target, against, **options)
+
+    def matching(self, chosen: Kept) -> frozenset[int]:
+        """The token ids that positions="text=…" means. Raises SelectionError."""
+        return matching_tokens(chosen, self.tokenizer, vocabulary_of(self._hooks))
+
+    @cached_property
+    def proofs(self) -> Proofs:
+        """What was shown about writing the points of this model."""
+        return Proofs(self._hooks, self.map)
+
+    def _plan(self, interventions: Any, prompts: Sequence[Prompt], max_new_tokens: int, chat: Chat) -> Plan | None:
+        if isinstance(interventions, Plan):
+            return interventions
+        found = read_interventions(interventions)
+        if not found:
+            return None
+        check_count("max_new_tokens", max_new_tokens, least=0)
+        return plan(self, found, prompts, max_new_tokens, chat)
+
+    def lens(self, source: Any, point: str = "resid_post", layers: Layers = "all", **options: Any) -> Lens:
+        """What the model would say at each layer: the stream through its final norm and unembedding.
+
+        source: one prompt, or a capture or store that holds the point; then sample= says which sample of it.
+        point: of the stream (resid_pre, resid_mid, resid_post) or a branch (mixer_out, mlp_out). layers: as in capture.
+        options: top=5 likeliest tokens to keep; positions="all", as in capture; target=, a token's text or id, whose
+        probability and rank are told (the model's own prediction unless given); chat="auto".
+        Raises SelectionError with the reason where the model's logits cannot be read off its stream.
+        """
+        return lens(self, source, point, layers, **options)
+
+    def attribute(self, prompt: Any, target: Any = None, against: Any = None, **options: Any) -> Attribution:
+        """How much each branch of each layer adds to a logit, or to the difference of two. Its parts sum to the logit.
+
+        target, against: tokens, as text or ids; target is the model's own prediction unless given.
+        options: positions="last", as in capture; heads=True splits attention into its heads; chat="auto".
+        Raises SelectionError with the reason where the stream is no plain sum of branches.
+        """
+        return attribute(self, prompt, target, against, **options)
+
+    def steering_vector(
+        self,
+        positive: Sequence[Any],
+        negative: Sequence[Any],
+        point: str = "resid_post",
+        layers: Layers = "all",
+        **options: Any,
+    ) -> SteeringVector:
+        """For each layer, a direction from what the model has after `negative` to what it has after `positive`.
+
+        positive, negative: prompts, paired in order. options: method="mean_difference" or "pca"; positions="last", as
+        in capture, several are averaged; chat="auto", batch_size, batch_tokens.
+        Raises SelectionError where the pairs do not match, or have no direction.
+        """
+        return make_vector(self, positive, negative, point, layers, **options)
 
     def estimate(
         self,
@@ -158,7 +251,7 @@ class HookedModel:
             positions, every=every, mean=mean, features=features, features_seed=features_seed, dtype=keep_dtype
         )
         selectors = self.map.selectors(points, layers)
-        return self._estimate(self._encode(prompts, chat), selectors, max_new_tokens, chosen, batch_size, batch_tokens)
+        return self._estimate(self.encode(prompts, chat), selectors, max_new_tokens, chosen, batch_size, batch_tokens)
 
     def _estimate(
         self,
@@ -208,7 +301,8 @@ class HookedModel:
         parameters = self.model.get_submodule(selector.module).parameters()
         return max((p.numel() for p in parameters), default=0) // self.map.d_model
 
-    def _encode(self, prompts: Any, chat: Chat) -> tuple[Prompt, ...]:
+    def encode(self, prompts: Any, chat: Chat) -> tuple[Prompt, ...]:
+        """Prompts as the model reads them; see `capture`. Raises TokenizerError."""
         return encode(prompts, self.tokenizer, chat, why_none=self._why_no_tokenizer)
 
     def __repr__(self) -> str:
@@ -246,9 +340,9 @@ def open(
         module = load_model(source, dtype=dtype, device=device, **loads)
     else:
         module, tokenizer = _module_of(x), tokenizer if tokenizer is not None else _tokenizer_of(x)
-    _generating_root(module)
+    root = _generating_root(module)
     with turns_of(module).alone():
-        architecture_map = _map_for(module, given)
+        architecture_map = map_of(module, root, given)
     name = os.fspath(x) if isinstance(x, str | os.PathLike) else architecture_map.model_id
     nnsight_model = None if isinstance(x, str | os.PathLike | nn.Module) else x
     return HookedModel(module, tokenizer, architecture_map, name, why_none, nnsight_model)
@@ -302,97 +396,3 @@ def _generating_root(module: nn.Module) -> nn.Module:
 def _brings_weights(module: nn.Module) -> bool:
     """Whether accelerate holds its weights elsewhere, on a disk say, and brings them when it runs."""
     return getattr(module.__dict__.get("_hf_hook"), "offload", False) is True
-
-
-def _map_for(module: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:
-    """The given map where it tells the truth on this module, else the one that its dataflow shows."""
-    if given is None:
-        return discover(module)
-    try:
-        found = discover(module)
-    except DiscoveryError:  # a map by hand is how a model gets captured that discovery does not understand
-        problems = [
-            *_wrong_architecture(given, type(_generating_root(module)).__name__),
-            *_missing_modules(given, module),
-        ]
-    else:
-        if given.scope == "architecture" and given.architecture == found.architecture:
-            given = _at_size_of(given, found)
-        problems = contradictions(given, found)
-    if problems:
-        raise MapMismatchError(
-            f"the map of {given.model_id or given.architecture} contradicts this {type(module).__name__}:\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
-            + "\nLeave the map out, or make one of this model: hookmap discover MODEL -o FILE"
-        )
-    return given
-
-
-def _at_size_of(given: ArchitectureMap, found: ArchitectureMap) -> ArchitectureMap:
-    """The given map with the model's own sizes, and its heads as they lie in the model."""
-    sized = given
-    if (given.num_layers, given.d_model) != (found.num_layers, found.d_model):
-        sizes = {"num_heads": found.num_heads, "d_vocab": found.d_vocab, "model_id": found.model_id}
-        sized = resize(given, found.num_layers, found.d_model, **sizes)  # type: ignore[arg-type]
-    kinds = []
-    for kind, before in zip(sized.kinds, given.kinds, strict=True):
-        theirs = found.kind_of(kind.layers[0]).points
-        heads = {
-            name: theirs[name]
-            for name, point in before.points.items()
-            if any(t.heads for t in point.terms) and name in theirs and _bare(point) == _bare(theirs[name])
-        }
-        missing = {name: reason for name, reason in kind.unavailable.items() if name not in heads}
-        kinds.append(kind.model_copy(update={"points": {**kind.points, **heads}, "unavailable": missing}))
-    return sized.model_copy(update={"kinds": tuple(kinds)})
-
-
-def _bare(point: PointTemplate) -> list[TermTemplate]:
-    return [term.model_copy(update={"heads": None}) for term in point.terms]
-
-
-def contradictions(given: ArchitectureMap, found: ArchitectureMap) -> list[str]:
-    """What `given` says otherwise than `found`, the model's own map. A point left out is no contradiction."""
-    problems = _wrong_architecture(given, found.architecture)
-    if given.scope == "model" and given.config_hash != found.config_hash:
-        problems.append(f"config_hash: the map's is {given.config_hash}, the model's {found.config_hash}")
-    for field in ("num_layers", "d_model", "layers_path"):
-        ours, theirs = getattr(given, field), getattr(found, field)
-        if ours != theirs:
-            problems.append(f"{field}: the map says {ours!r}, the model has {theirs!r}")
-    wrong: dict[str, list[int]] = {}
-    for layer in range(min(given.num_layers, found.num_layers)):
-        ours, theirs = given.kind_of(layer).points, found.kind_of(layer).points
-        for point in _different(ours, theirs):
-            wrong.setdefault(f"{point}: {_difference(ours[point], theirs.get(point))}", []).append(layer)
-    problems += [f"{text} (layers {', '.join(map(str, layers))})" for text, layers in wrong.items()]
-    for point in _different(given.model_points, found.model_points):
-        problems.append(f"{point}: {_difference(given.model_points[point], found.model_points.get(point))}")
-    return problems
-
-
-def _different(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    return [point for point in ours if point not in theirs or ours[point].terms != theirs[point].terms]
-
-
-def _difference(ours: Any, theirs: Any) -> str:
-    return f"the map says {_terms(ours)}, the model has it at {_terms(theirs) if theirs else 'no place'}"
-
-
-def _terms(template: Any) -> str:
-    return " + ".join(
-        f"{'' if t.scale == 1 else f'{t.scale:g} * '}{t.module or 'model'}.{t.side}"
-        + ("" if t.index is None else f"[{t.index!r}]")
-        for t in template.terms
-    )
-
-
-def _wrong_architecture(given: ArchitectureMap, name: str) -> list[str]:
-    same = given.architecture == name
-    return [] if same else [f"architecture: the map's is {given.architecture}, the model is {name}"]
-
-
-def _missing_modules(given: ArchitectureMap, module: nn.Module) -> list[str]:
-    present = {name for name, _ in module.named_modules(remove_duplicate=False)}
-    wanted = {term.module for selector in given.selectors() for term in selector.terms}
-    return [f"module {path!r} is not in the model" for path in sorted(wanted - present)]

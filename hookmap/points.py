@@ -114,3 +114,9 @@ def parse_point(name: str) -> PointName | str:
     near = difflib.get_close_matches(text.removeprefix("hook_"), POINTS, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the points are {', '.join(POINTS)}"
     return f"unknown point {name!r}: {hint}"
+
+
+def transformer_lens_name(point: str, layer: int | None) -> str | None:
+    """`blocks.8.hook_resid_mid`; None where TransformerLens has no name for this point."""
+    name = next((theirs for theirs, ours in _TRANSFORMER_LENS.items() if ours == point), None)
+    return name if name is None or layer is None else f"blocks.{layer}.{name}"

@@ -1,10 +1,11 @@
 """What a user may give as prompts -> token ids. Nothing is padded here, and the tokenizer is left as it was."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal
 
+from hookmap.datasets import PromptRecord
 from hookmap.errors import TokenizerError
 
 Chat = bool | Literal["auto"]
@@ -25,7 +26,7 @@ NO_TOKENIZER = "the model was given without a tokenizer. Give one: hookmap.open(
 
 
 def encode(prompts: Any, tokenizer: Any, chat: Chat = "auto", *, why_none: str = NO_TOKENIZER) -> tuple[Prompt, ...]:
-    """One or several prompts, each a string, a list of chat messages, or a list of token ids.
+    """One or several prompts, each a string, a list of chat messages, a list of token ids, or a record of a data set.
 
     `chat`: "auto" sends messages through the chat template and leaves strings as they are; True makes each string the
     one message of a user; False refuses messages. `why_none`: the reason, where there is no tokenizer.
@@ -33,7 +34,7 @@ def encode(prompts: Any, tokenizer: Any, chat: Chat = "auto", *, why_none: str =
     """
     if hasattr(prompts, "tolist"):  # a tensor or an array of token ids
         prompts = prompts.tolist()
-    if isinstance(prompts, str) or (isinstance(prompts, Sequence) and prompts and _is_part(prompts[0])):
+    if isinstance(prompts, str | PromptRecord) or (isinstance(prompts, Sequence) and prompts and _is_part(prompts[0])):
         prompts = [prompts]
     if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
         raise _not_a_prompt(prompts, 0)
@@ -69,6 +70,9 @@ def _token_ids(text: str, number: int, tokenizer: Any, **options: Any) -> tuple[
 
 
 def _encode(prompt: Any, number: int, tokenizer: Any, chat: Chat, why_none: str) -> Prompt:
+    if isinstance(prompt, PromptRecord):
+        own = _encode(prompt.prompt, number, tokenizer, chat, why_none)
+        return replace(own, id=prompt.id, labels=prompt.labels)
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()
     if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes):

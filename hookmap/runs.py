@@ -14,6 +14,7 @@ from hookmap import generation as gen
 from hookmap import skeleton
 from hookmap.activations import Sample, Sink
 from hookmap.engines import Engine
+from hookmap.engines.editing import Edit, Editor
 from hookmap.engines.observation import BatchLayout, Observer
 from hookmap.engines.turns import turns_of
 from hookmap.errors import CaptureError
@@ -57,6 +58,9 @@ class Run(ABC):
     """what was done about memory that ran out, in words"""
     done: int = 0
     max_new_tokens: int = 0
+    edits: tuple[Edit, ...] = ()
+    before: Sink | None = None
+    """takes the rows as they were before the edits"""
     _most: int | None = None
     """prompts that fit together, once more did not"""
 
@@ -98,6 +102,8 @@ class Run(ABC):
                 ) from error
         # Outside of `except`: the traceback would keep the tensors of the run that failed.
         sink.abandon()
+        if self.before is not None:
+            self.before.abandon()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.halved.append(f"out of memory with {len(numbers)} prompts at once; going on with {len(numbers) // 2}")
@@ -105,9 +111,24 @@ class Run(ABC):
         return False
 
     @property
+    def _needs_logits(self) -> bool:
+        return any(s.point == "logits" for s in (*self.selectors, *(edit.selector for edit in self.edits)))
+
+    @property
     def device(self) -> torch.device:
         """Where token ids are fed."""
         return device_of(self.engine)
+
+    def _editor(self, observer: Observer) -> Editor | None:
+        if not self.edits:
+            return None
+        before = None if self.before is None else self._observer(observer.layout, self.before)
+        return Editor(self.edits, observer, before)
+
+    def _end(self, editor: Editor | None, columns: int) -> None:
+        """What `_observer`'s caller does at the end, of the rows before the edits."""
+        if editor is not None and editor.before is not None:
+            editor.before.finish(columns)
 
     def _observer(self, layout: BatchLayout, sink: Sink) -> Observer:
         keys = max(len(prompt.token_ids) for prompt in self.prompts) + max(0, self.max_new_tokens - 1)
@@ -132,7 +153,10 @@ class Run(ABC):
         rows, positions = observer.rows(row)
         text, ids, known = decode(new, self.tokenizer), (*prompt.token_ids, *new), len(prompt.token_ids)
         number = observer.layout.samples[row]
-        sink.finish(Sample(number, prompt.text, text, ids, known, rows, positions, prompt.id, prompt.labels))
+        sample = Sample(number, prompt.text, text, ids, known, rows, positions, prompt.id, prompt.labels)
+        sink.finish(sample)
+        if self.before is not None and self.edits:
+            self.before.finish(sample)
 
     def _too_long(self, longest: int, error: IndexError) -> None:
         """Raises CaptureError where the model has not so many positions, and the error again where it has."""
@@ -162,9 +186,12 @@ class Generating(Run):
         prompts = [self.prompts[number] for number in numbers]
         layout = BatchLayout(tuple(numbers), tuple(len(prompt.token_ids) for prompt in prompts))
         observer = self._observer(layout, sink)
+        editor = self._editor(observer)
 
         def tell(columns: int, finished: list[bool]) -> None:
             observer.sampled(columns, finished)
+            if editor is not None and editor.before is not None:
+                editor.before.sampled(columns, finished)
             self._show(columns - layout.width)
 
         finished = gen.Finished(self.config, self.stop, self.tokenizer, tell)
@@ -172,8 +199,9 @@ class Generating(Run):
         seed = None if self.seed is None else self.seed + numbers[0]
         # All of it in the turn: the training flags and torch's generators are every thread's.
         with self._turn(), gen.seeded(seed, self.device, draws=bool(self.config.do_sample)):
-            sequences = self._generate(observer, self._inputs(prompts, layout, finished))
+            sequences = self._generate(observer, self._inputs(prompts, layout, finished), editor)
         counts = observer.finish(sequences.shape[1])
+        self._end(editor, sequences.shape[1])
         for row, prompt in enumerate(prompts):
             self._finish(
                 sink, observer, row, prompt, sequences[row, layout.width : layout.width + counts[row]].tolist()
@@ -183,13 +211,13 @@ class Generating(Run):
         inputs = padded(prompts, layout, self.config.pad_token_id, self.device)
         inputs |= {"generation_config": self.config, "stopping_criteria": [finished]}
         # transformers computes only the last logits of a prompt, unless told.
-        if any(s.point == "logits" for s in self.selectors) and gen.takes(self.engine.root, "logits_to_keep"):
+        if self._needs_logits and gen.takes(self.engine.root, "logits_to_keep"):
             inputs["logits_to_keep"] = 0
         return inputs
 
-    def _generate(self, observer: Observer, inputs: dict[str, Any]) -> torch.Tensor:
+    def _generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None) -> torch.Tensor:
         try:
-            return self.engine.generate(observer, inputs)
+            return self.engine.generate(observer, inputs, editor)
         except ValueError as error:  # settings that transformers looks at only now, such as temperature=0
             raise CaptureError(f"transformers does not generate with these settings: {error}") from error
         except IndexError as error:
@@ -206,20 +234,22 @@ class Harvesting(Run):
         prompts = [self.prompts[number] for number in numbers]
         layout = BatchLayout(tuple(numbers), tuple(len(prompt.token_ids) for prompt in prompts), right=True)
         observer = self._observer(layout, sink)
+        editor = self._editor(observer)
         inputs = padded(prompts, layout, 0, self.device)
         takes = {name: gen.takes(self.engine.root, name) for name in ("attention_mask", "use_cache", "logits_to_keep")}
         if not takes["attention_mask"]:
             del inputs["attention_mask"]
         if takes["use_cache"]:
             inputs["use_cache"] = False
-        if takes["logits_to_keep"] and not any(s.point == "logits" for s in self.selectors):
+        if takes["logits_to_keep"] and not self._needs_logits:
             inputs["logits_to_keep"] = 1
         with self._turn():
             try:
-                self.engine.forward(observer, inputs)
+                self.engine.forward(observer, inputs, editor)
             except IndexError as error:
                 self._too_long(layout.width, error)
         observer.finish(layout.width)
+        self._end(editor, layout.width)
         for row, prompt in enumerate(prompts):
             self._finish(sink, observer, row, prompt, [])
 
@@ -263,8 +293,7 @@ def harvest_batches(lengths: Sequence[int], tokens: int, size: int | None = None
 
 def device_of(engine: Engine) -> torch.device:
     """Where token ids are fed."""
-    device: torch.device = engine.root.get_input_embeddings().weight.device  # type: ignore[operator]
-    return device
+    return skeleton.device_of(engine.root.get_input_embeddings())  # type: ignore[operator]
 
 
 def vocabulary_of(engine: Engine) -> int:

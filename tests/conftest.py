@@ -1,6 +1,8 @@
 """What every test needs: no network, and few threads (two workers share the cores)."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -10,8 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where transformers copies the code that a model brings.
-_code = tempfile.TemporaryDirectory(prefix="hookmap-tests-")
-os.environ["HF_MODULES_CACHE"] = _code.name
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hookmap-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Runs whose every row is known beforehand, for the tests of the stores. Also a program: it writes one such run.
 
-`python tests/store_runs.py FOLDER` writes `demo_run()` to FOLDER, or goes on with what is there, and prints either
-"finished" or the error.
+`python tests/store_runs.py FOLDER [background]` writes `demo_run()` to FOLDER, or goes on with what is there, and
+prints either "finished" or the error.
 """
 
 import random
@@ -14,6 +14,7 @@ import torch
 
 from hookmap.activations import Activation, Key, Sample, Sink
 from hookmap.errors import HookmapError
+from hookmap.stores.background import BackgroundWriter
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.manifest import MANIFEST, Manifest, manifest_of_run
 
@@ -117,12 +118,12 @@ def demo_run() -> Run:
     return Run(resid(width=64), batches)
 
 
-def write_or_resume(path: Path, run: Run) -> None:
-    """What a run with --resume does: begin, or go on."""
+def write_or_resume(path: Path, run: Run, background: bool = False) -> None:
+    """What a run with --resume does: begin, or go on. `background`: by a thread, with next to nothing in flight."""
     started = (path / MANIFEST).exists()
-    make = FolderWriter.resume if started else FolderWriter.create
-    with make(path, run.manifest) as writer:
-        run.write(writer, skip=writer.finished)
+    writer = (FolderWriter.resume if started else FolderWriter.create)(path, run.manifest)
+    with BackgroundWriter(writer, in_flight=20_000) if background else writer as sink:
+        run.write(sink, skip=sink.finished)
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -132,7 +133,7 @@ def tree(path: Path) -> dict[str, bytes]:
 
 if __name__ == "__main__":
     try:
-        write_or_resume(Path(sys.argv[1]), demo_run())
+        write_or_resume(Path(sys.argv[1]), demo_run(), background=len(sys.argv) > 2)
         sys.stdout.write("finished\n")
     except HookmapError as problem:
         sys.stdout.write(f"{problem}\n")

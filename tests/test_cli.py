@@ -264,7 +264,7 @@ def test_every_wrong_line_of_a_prompts_file_is_named() -> None:
     Path("p.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\nnot json\n{"prompt": 3}\n')
     done = capture_demo("run", "--prompts", "p.jsonl")
     assert done.exit_code == 2
-    for part in ("line 2: expected one of the fields prompt", "line 3, column 1: not JSON", "line 4: expected a text"):
+    for part in ("line 2: expected one of the fields prompt", "line 3: column 1: not JSON", "line 4: expected a text"):
         assert part in done.stderr
 
 

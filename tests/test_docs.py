@@ -1,10 +1,12 @@
 """The docs cannot drift: what they show runs, and what there is, they name."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -25,14 +27,59 @@ def names(page: str) -> str:
     return (CHECKOUT / "docs" / page).read_text(encoding="utf-8")
 
 
+def run(code: str, folder: Path, cwd: Path = CHECKOUT) -> str:
+    """What a script prints that holds this code."""
+    script = folder / "page.py"
+    script.write_text(code, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    done = subprocess.run([sys.executable, script], cwd=cwd, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
 def test_the_python_of_the_first_pages_runs_from_the_checkout(name: str, tmp_path: Path) -> None:
-    page = CHECKOUT / name
-    script = tmp_path / "page.py"
-    script.write_text("\n".join(blocks(page, "python")), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    done = subprocess.run([sys.executable, script], cwd=CHECKOUT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    run("\n".join(blocks(CHECKOUT / name, "python")), tmp_path)
+
+
+def test_the_python_of_the_lens_page_gives_what_the_page_says(tmp_path: Path) -> None:
+    printed = run("\n".join(blocks(CHECKOUT / "docs" / "lenses.md", "python")), tmp_path, cwd=tmp_path)
+    assert "['1', '1', 'f', '7', '7']" in printed and "mlp_out[16]" in printed
+    assert (tmp_path / "lens.png").exists() and (tmp_path / "attention.html").exists()
+
+
+def test_the_python_of_the_steering_page_prints_what_the_page_shows(tmp_path: Path) -> None:
+    page = CHECKOUT / "docs" / "steering-vectors.md"
+    assert run("\n".join(blocks(page, "python")), tmp_path, cwd=tmp_path) == blocks(page, "text")[0]
+    assert (tmp_path / "loses.safetensors").exists()
+
+
+def test_the_notebook_runs_from_top_to_bottom_and_shows_what_it_prints(tmp_path: Path) -> None:
+    cells = json.loads((CHECKOUT / "docs" / "notebooks" / "lenses.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    printed = run("\n".join("".join(cell["source"]) for cell in code), tmp_path, cwd=tmp_path)
+    shown = [part for cell in code for out in cell["outputs"] if out.get("name") == "stdout" for part in out["text"]]
+    assert printed == "".join(shown) and "9-4=5" in printed
+    assert all(cell["outputs"] for cell in code)
+
+
+def test_the_pictures_of_the_lens_page_are_of_todays_numbers() -> None:
+    sys.path.insert(0, str(CHECKOUT / "scripts"))
+    try:
+        import draw_lenses
+    finally:
+        sys.path.pop(0)
+    for name, chart in draw_lenses.charts().items():
+        drawn = (CHECKOUT / "docs" / "images" / name).read_text(encoding="utf-8")
+        words = re.findall(r">([^<>]+)</text>", drawn)
+        fresh = re.findall(r">([^<>]+)</text>", svg(chart))
+        assert words == fresh, "draw them again: python scripts/draw_lenses.py"
+
+
+def svg(chart: Any) -> str:
+    import vl_convert
+
+    return str(vl_convert.vegalite_to_svg(chart.to_dict()))
 
 
 def test_the_command_page_names_every_command() -> None:

@@ -96,11 +96,12 @@ def test_the_mean_over_positions(hm: HookedModel, whole: tuple[int, Capture], po
                 run.steps(number)
 
 
-def test_a_mean_in_bfloat16_is_summed_in_float32() -> None:
+@pytest.mark.parametrize(("tokens", "new"), [(100, 0), (2, 100)])
+def test_a_mean_in_bfloat16_is_summed_in_float32(tokens: int, new: int) -> None:
     hm = hookmap.open(plain_hooks.build("llama", torch.bfloat16))
-    prompt = [[n % 90 + 3 for n in range(100)]]
-    rows = hm.capture(prompt, ["resid_pre"], [1], 0).read(0, "resid_pre", 1)
-    mean = hm.capture(prompt, ["resid_pre"], [1], 0, mean=True).read(0, "resid_pre", 1)[0]
+    prompt = [[n % 90 + 3 for n in range(tokens)]]
+    rows = hm.capture(prompt, ["resid_pre"], [1], new).read(0, "resid_pre", 1)
+    mean = hm.capture(prompt, ["resid_pre"], [1], new, mean=True).read(0, "resid_pre", 1)[0]
     assert mean.dtype == torch.bfloat16
     torch.testing.assert_close(mean, rows.double().mean(0).bfloat16(), rtol=2**-8, atol=1e-6)
 

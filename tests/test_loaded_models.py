@@ -181,7 +181,7 @@ _DEVICES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["hooks on the CPU", "disk"])
+@pytest.mark.parametrize("how", ["hooks on the CPU", "disk", "all kept away"])
 def test_a_model_dispatched_over_devices(how: str, tmp_path: Path) -> None:
     """accelerate moves each module's inputs, and the weights that are kept elsewhere, as they are needed."""
     if how == "disk":
@@ -189,6 +189,9 @@ def test_a_model_dispatched_over_devices(how: str, tmp_path: Path) -> None:
         folder = saved("llama", tmp_path / "model")
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **places).eval()
         assert any(weight.is_meta for weight in model.parameters())
+    elif how == "all kept away":
+        model = accelerate.cpu_offload(plain_hooks.build("llama"), execution_device=torch.device("cpu"))
+        assert all(weight.is_meta for weight in model.parameters())
     else:
         places = dict.fromkeys(_DEVICES, "cpu")
         model = accelerate.dispatch_model(plain_hooks.build("llama"), places, main_device="cpu", force_hooks=True)

@@ -51,6 +51,7 @@ def test_a_right_map_passes(name: str) -> None:
         ("mixer_in", {"module": "model.layers.{i}.self_attn.o_proj", "side": "input", "index": 0}, "positions"),
         ("mlp_in", {"module": "model.layers.{i}.post_attention_layernorm", "side": "input", "index": 0}, "reads"),
         ("mlp_in", {"module": "model.layers.{i}.input_layernorm", "side": "output", "index": None}, "positions"),
+        ("mlp_in", {"module": "model.layers.{i}.mlp", "side": "output", "index": None}, "reads"),
         ("resid_mid", {"module": "model.layers.{i}.nowhere"}, "modules"),
         ("resid_mid", {"index": 5}, "selectors"),
     ],

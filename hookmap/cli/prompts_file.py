@@ -1,51 +1,48 @@
-"""Reads a file of prompts: JSON Lines, one prompt a line."""
+"""The options that say which prompts a command runs."""
 
-import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-FIELDS = ("prompt", "messages", "question", "text", "token_ids")
+_OPTIONS = (
+    click.option("--prompt", "texts", metavar="TEXT", multiple=True, help="A prompt; may be given several times."),
+    click.option(
+        "--prompts",
+        metavar="FILE",
+        help="A data set: .jsonl, .json, .csv, .tsv, .parquet, .txt (a prompt a line), a folder, hf://NAME:SPLIT.",
+    ),
+    click.option(
+        "--prompt-column", metavar="NAME", help="Where the prompt is.  [default: prompt, messages, question…]"
+    ),
+    click.option("--id-column", metavar="NAME", help="The samples' own names.  [default: id, where there is one]"),
+    click.option("--label", "labels", metavar="NAME", multiple=True, help="A column to keep, or all; repeatable."),
+    click.option("--skip", type=click.IntRange(min=0), default=0, metavar="N", help="Leave the first N records out."),
+    click.option("--limit", type=click.IntRange(min=1), metavar="N", help="No more records than these."),
+)
 
 
-def read_prompts(path: str) -> list[Any]:
-    """The prompts of a JSONL file. A line is a text, chat messages, token ids, or an object with one of FIELDS.
+def prompt_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of its prompts, for `read_prompts`."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
 
-    Raises click.UsageError with every wrong line at once.
-    """
+
+def read_prompts(
+    file: str,
+    prompt_column: str | None,
+    id_column: str | None,
+    labels: tuple[str, ...],
+    skip: int,
+    limit: int | None,
+) -> list[Any]:
+    """The prompts of a data set. Raises click.UsageError with every wrong record at once."""
+    from hookmap.datasets import load_prompts
+    from hookmap.errors import DataError
+
+    chosen: Any = "all" if labels == ("all",) else labels
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"the prompts file {path} cannot be read: {error}") from error
-    prompts, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            prompts.append(_prompt(json.loads(line)))
-        except json.JSONDecodeError as error:
-            problems.append(f"line {number}, column {error.colno}: not JSON: {error.msg}")
-        except ValueError as error:
-            problems.append(f"line {number}: {error}")
-    if problems:
-        more = f"\n  - … and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise click.UsageError(f"{path}:\n" + "\n".join(f"  - {problem}" for problem in problems[:10]) + more)
-    if not prompts:
-        raise click.UsageError(f'{path} holds no prompts: expected lines such as {{"prompt": "Hello"}}')
-    return prompts
-
-
-def _prompt(value: Any) -> Any:
-    if isinstance(value, dict):
-        field = next((name for name in FIELDS if name in value), None)
-        if field is None:
-            raise ValueError(f"expected one of the fields {', '.join(FIELDS)}, found {', '.join(value) or 'none'}")
-        value = value[field]
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
-        return value
-    if isinstance(value, list) and value and all(type(item) is int for item in value):
-        return value
-    raise ValueError(f"expected a text, a list of chat messages or a list of token ids, found {json.dumps(value)[:60]}")
+        return list(load_prompts(file, prompt=prompt_column, id=id_column, labels=chosen, skip=skip, limit=limit))
+    except DataError as error:
+        raise click.UsageError(str(error)) from error

@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from hookmap.engines.editing import Editor
     from hookmap.engines.observation import Observer
 
 
@@ -20,8 +21,11 @@ class Engine(Protocol):
     root: "nn.Module"
     """the transformers model in it that `generate` calls, often the same"""
 
-    def generate(self, observer: "Observer", inputs: dict[str, Any]) -> "torch.Tensor":
-        """`inputs` are the keyword arguments of transformers' `generate`. Returns its sequences `[batch, tokens]`."""
+    def generate(self, observer: "Observer", inputs: dict[str, Any], editor: "Editor | None" = None) -> "torch.Tensor":
+        """`inputs` are the keyword arguments of transformers' `generate`. Returns its sequences `[batch, tokens]`.
 
-    def forward(self, observer: "Observer", inputs: dict[str, Any]) -> None:
+        `editor`: what it writes at its boundaries; an engine that cannot raises InterventionError.
+        """
+
+    def forward(self, observer: "Observer", inputs: dict[str, Any], editor: "Editor | None" = None) -> None:
         """One forward pass of the model with these keyword arguments, as far as the observer needs it."""

@@ -5,14 +5,18 @@ A hook looks at nothing but its own thread's run, so that captures on several th
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from hookmap.engines.observation import Observer, Watch
+from hookmap.engines.editing import Editor
+from hookmap.engines.observation import Observer, Side, Watch
 from hookmap.errors import CaptureError
+from hookmap.selectors import Selector
+from hookmap.writing import mode_of
 
 
 class _SawAllError(Exception):
@@ -32,52 +36,110 @@ class HooksEngine:
         # accelerate moves weights back after a module's forward: a pass that ends early would leave them.
         self._ends_early = not any(hasattr(part, "_hf_hook") for part in module.modules())
 
-    def generate(self, observer: Observer, inputs: dict[str, Any]) -> torch.Tensor:
+    def generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> torch.Tensor:
         """See `Engine.generate`. Raises CaptureError where a selector's module is not in the model."""
-        with self._watching(observer):
+        with self._watching(observer, editor):
             sequences: torch.Tensor = self.root.generate(**inputs)  # type: ignore[operator]
             return sequences
 
-    def forward(self, observer: Observer, inputs: dict[str, Any]) -> None:
+    def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
         """See `Engine.forward`; the pass ends where the last selector is complete."""
-        with self._watching(observer, ends_early=self._ends_early), contextlib.suppress(_SawAllError), torch.no_grad():
+        watching = self._watching(observer, editor, ends_early=self._ends_early)
+        with watching, contextlib.suppress(_SawAllError), torch.no_grad():
             self.root(**inputs)
 
     @contextlib.contextmanager
-    def _watching(self, observer: Observer, ends_early: bool = False) -> Iterator[None]:
-        me, thread = threading.get_ident(), threading.get_ident
+    def _watching(self, observer: Observer, editor: Editor | None, ends_early: bool = False) -> Iterator[None]:
+        before = None if editor is None else editor.before
+
+        def begin(args: Any, kwargs: Any, _: Any) -> None:
+            observer.begin_pass(args, kwargs)
+            if before is not None:
+                before.begin_pass(args, kwargs)
+            if editor is not None:
+                editor.begin_pass(args, kwargs)
+
+        def then_end(watch: Watch) -> Watch:
+            def watch_and_end(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+                watch(args, kwargs, output)
+                if observer.saw_all:
+                    raise _SawAllError
+
+            return watch_and_end if ends_early else watch
+
         with contextlib.ExitStack() as hooks:
-
-            def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
-                if thread() == me:
-                    observer.begin_pass(args, kwargs)
-
-            def on_input(watch: Watch) -> Any:
-                def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-                    if thread() == me:
-                        watch(args, kwargs, None)
-                        if ends_early and observer.saw_all:
-                            raise _SawAllError
-
-                return hook
-
-            def on_output(watch: Watch) -> Any:
-                def hook(_: nn.Module, args: Any, output: Any) -> None:
-                    if thread() == me:
-                        watch((), {}, output)
-                        if ends_early and observer.saw_all:
-                            raise _SawAllError
-
-                return hook
-
-            hooks.callback(self.root.register_forward_pre_hook(begin, with_kwargs=True).remove)
-            for path, side in observer.boundaries:
-                module, watch = module_at(self.module, self.root, path), observer.watcher(path, side)
-                if side == "input":
-                    hooks.callback(module.register_forward_pre_hook(on_input(watch), with_kwargs=True).remove)
+            hooks.callback(self.root.register_forward_pre_hook(_on_input(begin), with_kwargs=True).remove)
+            edited = () if editor is None else editor.boundaries
+            for path, side in dict.fromkeys((*observer.boundaries, *edited)):
+                module = module_at(self.module, self.root, path)
+                # The order of the hooks is that of the calls: what each sees is what those before it passed on.
+                calls: list[_Call] = []
+                if (path, side) in edited and editor is not None:
+                    if before is not None and (path, side) in before.boundaries:
+                        calls.append(before.watcher(path, side))
+                    calls += _edits(editor, observer, path, side, then_end)
+                elif before is not None:
+                    calls += [before.watcher(path, side), then_end(observer.watcher(path, side))]
                 else:
-                    hooks.callback(module.register_forward_hook(on_output(watch)).remove)
+                    calls.append(then_end(observer.watcher(path, side)))
+                for call in calls:
+                    if side == "input":
+                        hooks.callback(module.register_forward_pre_hook(_on_input(call), with_kwargs=True).remove)
+                    else:
+                        hooks.callback(module.register_forward_hook(_on_output(call)).remove)
             yield
+
+
+def _edits(
+    editor: Editor, observer: Observer, path: str, side: Side, then_end: Callable[[Watch], Watch]
+) -> Iterator["_Call"]:
+    """The edits of one boundary with the watchers among them: the stream is seen before a branch's input is replaced.
+
+    A norm's input, or an MLP's, may be the stream and what the branch reads: one tensor, two points.
+    """
+    watched = (path, side) in observer.boundaries
+    for mode in ("in place", "replace"):
+        if editor.writes(path, side, mode):
+            yield partial(_written, editor, path, side, mode)
+        if watched:
+            yield then_end(observer.watcher(path, side, partial(_is_written, mode)))
+
+
+def _is_written(mode: str, selector: Selector) -> bool:
+    return mode_of(selector) == mode
+
+
+def _written(editor: Editor, path: str, side: Side, mode: str, args: Any, kwargs: Any, output: Any) -> Any:
+    given = (args, kwargs, output)
+    passed = editor.write(path, side, mode, given)
+    return None if passed is given else passed
+
+
+_Call = Callable[[Sequence[Any], Mapping[str, Any], Any], Any]
+
+
+def _on_input(call: _Call) -> Any:
+    me, thread = threading.get_ident(), threading.get_ident
+
+    def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        if thread() != me:
+            return None
+        passed = call(args, kwargs, None)
+        return None if passed is None else passed[:2]
+
+    return hook
+
+
+def _on_output(call: _Call) -> Any:
+    me, thread = threading.get_ident(), threading.get_ident
+
+    def hook(_: nn.Module, args: Any, output: Any) -> Any:
+        if thread() != me:
+            return None
+        passed = call((), {}, output)
+        return None if passed is None else passed[2]
+
+    return hook
 
 
 def module_at(module: nn.Module, root: nn.Module, path: str) -> nn.Module:

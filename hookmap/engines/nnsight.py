@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from hookmap.engines._nnsight_sink import PassingCache, adopt_edits, attach, tree_over
+from hookmap.engines.editing import Editor
 from hookmap.engines.hooks import module_at
 from hookmap.engines.observation import Observer, Watch
+from hookmap.errors import InterventionError
 
 
 class NNsightEngine:
@@ -32,13 +34,15 @@ class NNsightEngine:
         self._given = given
         self._tree: nnsight.NNsight | None = None
 
-    def generate(self, observer: Observer, inputs: dict[str, Any]) -> torch.Tensor:
+    def generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> torch.Tensor:
         """See `Engine.generate`. Raises CaptureError where a selector's module is not in the model."""
+        _refuse(editor)
         sequences: torch.Tensor = self._traced(observer, lambda: self.root.generate(**inputs))  # type: ignore[operator]
         return sequences
 
-    def forward(self, observer: Observer, inputs: dict[str, Any]) -> None:
+    def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
         """See `Engine.forward`; nnsight runs the pass to its end."""
+        _refuse(editor)
         with torch.no_grad():
             self._traced(observer, lambda: self.root(**inputs) and None)
 
@@ -66,6 +70,11 @@ class NNsightEngine:
                 watch(args, kwargs, value)
 
         return PassingCache({*wanted, (root, "input")}, seen)
+
+
+def _refuse(editor: Editor | None) -> None:
+    if editor is not None:
+        raise InterventionError('interventions are written with engine="hooks": ask for it, or leave engine= out.')
 
 
 def _traced(tree: nnsight.NNsight, cache: PassingCache, run: Callable[[], Any]) -> Any:

@@ -80,7 +80,7 @@ class Observer:
         self._done: list[int] = [-1] * len(self.selectors)
         """of each selector, the last forward pass that showed it"""
         self._left = 0
-        self._calls: dict[tuple[str, Side], int] = {}
+        self._calls: dict[Any, int] = {}
         self._parts: dict[tuple[int, int], torch.Tensor] = {}
         self._targets: dict[tuple[str, Side], list[tuple[int, int, Term]]] = {}
         for number, selector in enumerate(self.selectors):
@@ -91,6 +91,12 @@ class Observer:
     def boundaries(self) -> tuple[tuple[str, Side], ...]:
         """The (module path, side) pairs to watch, each once."""
         return tuple(self._targets)
+
+    @property
+    def columns(self) -> range:
+        """The columns of the batch that the forward pass that runs is fed: all of them again, without a cache."""
+        end = self._fed + self._rows.new
+        return range(end - (self._width or 0), end)
 
     @property
     def saw_all(self) -> bool:
@@ -118,14 +124,18 @@ class Observer:
                 "so its rows are not the tokens'. Generate without it."
             )
         self._width, self._left = width, len(self.selectors)
-        self._rows = self._rows_of(new, _token_ids(args, kwargs, new) if self.kept.reads_tokens else None)
+        self._rows = self._rows_of(new, token_ids(args, kwargs, new) if self.kept.reads_tokens else None)
         for collector in self._collectors:
             if isinstance(collector, PatternRows):
                 collector.fed(self._fed + new)
 
-    def watcher(self, module: str, side: Side) -> Watch:
-        """What to call whenever this boundary is passed: it copies what is selected, before anything writes to it."""
-        targets, boundary = tuple(self._targets[module, side]), (module, side)
+    def watcher(self, module: str, side: Side, of: Callable[[Selector], bool] | None = None) -> Watch:
+        """What to call whenever this boundary is passed: it copies what is selected, before anything writes to it.
+
+        `of`: only these selectors; the other ones get a watcher of their own.
+        """
+        targets = tuple(t for t in self._targets[module, side] if of is None or of(self.selectors[t[0]]))
+        boundary = (module, side, of)
         counts = any(term.call is not None for _, _, term in targets)
 
         def watch(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
@@ -303,7 +313,8 @@ def _fed_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int
     raise CaptureError(f"the model was called without input_ids: it got {', '.join(kwargs) or 'nothing'}.")
 
 
-def _token_ids(args: Sequence[Any], kwargs: Mapping[str, Any], new: int) -> list[list[int]]:
+def token_ids(args: Sequence[Any], kwargs: Mapping[str, Any], new: int) -> list[list[int]]:
+    """The last `new` tokens that a forward pass is fed, row by row. Raises CaptureError where it has no ids."""
     ids = kwargs.get("input_ids")
     ids = args[0] if ids is None and args else ids
     if ids is None or ids.ndim != 2:

@@ -4,6 +4,9 @@
     ledger.py      what every sink checks: rows in order, one dtype and shape per tensor, nothing missing at the end
     memory.py      a store and sink in memory
     folder.py      writes a capture folder; reader.py reads one; integrity.py checks one
+    background.py  the same from a thread; dataset.py gives rows in random order
+    copying.py     repairs and merges captures; export.py and importing.py know other programs' layouts
+    location.py    a folder here, or one that fsspec reaches
     access.py, manifest.py, table.py, buffer.py, shard.py, durable.py   the parts of a capture folder
 
 The format, byte by byte, is in docs/store.md. This package knows activations, and nothing of models and maps.
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 def open_store(path: "str | PathLike[str]") -> "CaptureStore":
     """The capture in folder `path`, finished or still being written; reads the manifest and the table, no tensor.
 
+    `path`: of a folder here, or a URL that fsspec understands (`s3://bucket/run`): it is read by ranges, not copied.
     Raises StoreError where the folder is no capture, or a broken one.
     """
     from hookmap.stores.reader import CaptureStore  # torch is imported here, not by `import hookmap`

@@ -6,8 +6,8 @@ those of the writer alone, since it sees the same calls in the same order.
 
 import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -17,11 +17,21 @@ from hookmap.stores.folder import FolderWriter
 
 IN_FLIGHT = 16 * 2**20
 """bytes of rows that may wait for the disk"""
+AT_ONCE = 32
+"""rows are handed over when they are so many-th of that: waking the thread for each token would cost more than it"""
 
 
-class _Call(NamedTuple):
-    run: Callable[[], None]
-    bytes: int
+class _Mark(NamedTuple):
+    """How far the one or the other side is."""
+
+    calls: int = 0
+    bytes: int = 0
+
+
+class _Work(NamedTuple):
+    calls: list[Callable[[], None]]
+    mark: _Mark
+    """how far the writer is after them"""
 
 
 class BackgroundWriter:
@@ -29,18 +39,24 @@ class BackgroundWriter:
 
     An error of the writer reaches the caller at its next call, or at the end of the `with` statement; the same error,
     each time. Leaving by an exception still writes what was handed over: a sample that was finished stays finished.
+    For one caller, as every sink.
     """
+
+    # An interrupt may fall between any two lines of the caller. So the two sides share no lock that it could leave
+    # shut, only what C makes atomic: a queue, a reference to a mark, and a bell, which is a lock that the thread opens.
 
     def __init__(self, writer: FolderWriter, in_flight: int = IN_FLIGHT) -> None:
         """`in_flight`: bytes of rows that may wait; a piece that is larger waits alone."""
         self._writer = writer
         self._in_flight = in_flight
-        self._waiting: deque[_Call] = deque()
-        self._changed = threading.Condition()
-        self._put = self._done = 0  # bytes, ever; the one is the caller's and the other the thread's
-        self._busy = self._ending = False
+        self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._held: list[Callable[[], None]] = []
+        self._held_bytes = 0
+        self._handed = self._done = _Mark()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name=f"writer of {writer.folder}", daemon=True)
+        self._closed = False
+        self._bell = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name=f"writer of {writer.folder}", daemon=True)
         self._thread.start()
 
     @property
@@ -51,32 +67,37 @@ class BackgroundWriter:
 
     def write(self, activation: Activation) -> None:
         """Take rows; nobody may write to their memory any more. Raises what an earlier call met in the writer."""
-        self._hand_over(_Call(lambda: self._writer.write(activation), activation.tensor.nbytes))
+        self._hold(lambda: self._writer.write(activation), activation.tensor.nbytes)
+        if self._held_bytes * AT_ONCE >= self._in_flight:
+            self._hand_over()
 
     def finish(self, sample: Sample) -> None:
         """All rows of this sample are handed over. Raises as `write` does."""
-        self._hand_over(_Call(lambda: self._writer.finish(sample), 0))
+        self._hold(lambda: self._writer.finish(sample))
+        self._hand_over()
 
     def abandon(self) -> None:
         """Forget the rows of samples that are not committed; returns when that is done. Raises as `write` does."""
-        self._hand_over(_Call(self._writer.abandon, 0))
+        self._hold(self._writer.abandon)
         self.wait()
 
     def note(self, run: Mapping[str, Any]) -> None:
         """See FolderWriter's `note`. Raises as `write` does."""
-        self._hand_over(_Call(lambda: self._writer.note(run), 0))
+        self._hold(lambda: self._writer.note(run))
 
     def wait(self) -> None:
         """Return when all that was handed over is with the writer. Raises as `write` does."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._waiting and not self._busy)
+        self._hand_over()
+        while self._done.calls < self._handed.calls:
+            self._bell.acquire()
         self._tell()
 
     def close(self, finished: bool) -> None:
         """Write what waits and end the writing, as FolderWriter's `close` does. Raises as that one and `write` do."""
-        with self._changed:
-            self._ending = True
-            self._changed.notify_all()
+        if not self._closed:
+            self._hand_over(tell=False)
+        self._closed = True
+        self._work.put(None)
         self._thread.join()  # interrupted here, `with` closes once more and so waits again
         if finished:
             self._tell()
@@ -95,44 +116,39 @@ class BackgroundWriter:
             with contextlib.suppress(StoreError):  # the first error is the one to tell; the folder is valid as it is
                 self.close(finished=False)
 
-    def _hand_over(self, call: _Call) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._has_room(call.bytes))
-            self._tell()
-            if self._ending:
-                raise StoreError(f"{self._writer.folder} is closed: resume it to write more.")
-            self._put += call.bytes
-            self._waiting.append(call)
-            self._changed.notify_all()
+    def _hold(self, call: Callable[[], None], size: int = 0) -> None:
+        self._tell()
+        if self._closed:
+            raise StoreError(f"{self._writer.folder} is closed: resume it to write more.")
+        self._held.append(call)
+        self._held_bytes += size
 
-    def _has_room(self, size: int) -> bool:
-        idle = not self._waiting and not self._busy
-        return idle or self._error is not None or self._put - self._done + size <= self._in_flight
+    def _hand_over(self, tell: bool = True) -> None:
+        """Give the thread what is held, when there is room for it. `tell`: raise what the writer met."""
+        size = self._held_bytes
+        while self._handed.bytes - self._done.bytes + size > self._in_flight and self._done.calls < self._handed.calls:
+            self._bell.acquire()
+        if tell:
+            self._tell()
+        if self._held:
+            work = _Work(self._held, _Mark(self._handed.calls + len(self._held), self._handed.bytes + size))
+            self._held, self._held_bytes = [], 0
+            self._work.put(work)
+            self._handed = work.mark
 
     def _tell(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: bool(self._waiting) or self._ending)
-                if not self._waiting:
-                    return
-                call = self._waiting.popleft()
-                self._busy = True
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
             try:
-                call.run()
-                error = None
-            except BaseException as met:
-                error = met
-            with self._changed:
-                self._busy = False
-                self._done += call.bytes
-                if error is not None:
-                    self._error = error
-                    self._waiting.clear()
-                self._changed.notify_all()
-            del call  # or its rows would stay until the next ones come
-            if error is not None:
-                return
+                for call in work.calls:
+                    if self._error is None:
+                        call()
+            except BaseException as error:
+                self._error = error
+            self._done = work.mark
+            call = work = None  # type: ignore[assignment]  # or their rows would stay until the next ones come
+            with contextlib.suppress(RuntimeError):  # nobody has listened since it rang last
+                self._bell.release()

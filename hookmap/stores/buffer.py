@@ -52,13 +52,15 @@ class Buffer:
         if part in self._pass:
             self._pass.clear()
         self._pass.add(part)
-        tensor = activation.tensor.detach().cpu()
+        tensor = activation.tensor
+        if tensor.requires_grad or not tensor.is_cpu:  # asked first: both calls make a new tensor, a token each
+            tensor = tensor.detach().cpu()
         rows, size = tensor.shape[0], tensor.nbytes
         if not rows:
             return
         if tensor.untyped_storage().nbytes() > size:
             tensor = tensor.clone()  # a view would keep what it is a view of in memory
-        key = (activation.point, activation.layer)
+        key = part[1:]
         self._pieces.setdefault(key, {}).setdefault(activation.sample, []).append((activation.start, tensor))
         self._rows[key] = self._rows.get(key, 0) + rows
         self._bytes += size

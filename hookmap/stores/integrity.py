@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from pathlib import Path
 
 from hookmap.errors import StoreError
 from hookmap.stores.durable import is_temporary
+from hookmap.stores.location import Location, sizes
 from hookmap.stores.manifest import Manifest, read_manifest
 from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, read_header, sha256_of, shard_name
 from hookmap.stores.table import SAMPLES, SHARDS, Committed, Entry, decode_entry, read_shards, scan
 
 
-def problems_of(folder: Path) -> Iterator[str]:
+def problems_of(folder: Location) -> Iterator[str]:
     """One line per problem. What the writer of an unfinished capture has in hand is none."""
     try:
         manifest = read_manifest(folder)
@@ -30,11 +30,11 @@ def problems_of(folder: Path) -> Iterator[str]:
         yield from _finished_problems(folder, manifest, committed, size)
 
 
-def _shards(folder: Path, committed: Committed) -> Iterator[ShardInfo]:
+def _shards(folder: Location, committed: Committed) -> Iterator[ShardInfo]:
     return (info for info, _ in read_shards(folder / SHARDS, committed.shards))
 
 
-def _shard_problems(path: Path, info: ShardInfo, manifest: Manifest) -> Iterator[str]:
+def _shard_problems(path: Location, info: ShardInfo, manifest: Manifest) -> Iterator[str]:
     try:
         found = read_header(path)
     except StoreError as error:
@@ -50,7 +50,7 @@ def _shard_problems(path: Path, info: ShardInfo, manifest: Manifest) -> Iterator
         yield f"{path} was changed: expected sha256 {info.sha256}, found {digest}"
 
 
-def _table_problems(folder: Path, manifest: Manifest, committed: Committed) -> Iterator[str]:
+def _table_problems(folder: Location, manifest: Manifest, committed: Committed) -> Iterator[str]:
     path, seen = folder / SAMPLES, set[int]()
 
     @lru_cache(maxsize=256)  # memory stays flat; neighbouring samples share shards
@@ -61,7 +61,7 @@ def _table_problems(folder: Path, manifest: Manifest, committed: Committed) -> I
             return None
         return {name: stored.shape[0] for name, stored in header.items()}
 
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for number in range(1, len(committed.numbers) + 1):
             try:
                 entry = decode_entry(file.readline(), path, number)
@@ -71,13 +71,17 @@ def _table_problems(folder: Path, manifest: Manifest, committed: Committed) -> I
             if entry.sample.sample in seen:
                 yield f"{path}, line {number}: sample {entry.sample.sample} is there twice"
             seen.add(entry.sample.sample)
-            for problem in _entry_problems(manifest, committed, entry, rows_of):
+            for problem in entry_problems(manifest, committed.shards, entry, rows_of):
                 yield f"{path}, line {number}, sample {entry.sample.sample}: {problem}"
 
 
-def _entry_problems(
-    manifest: Manifest, committed: Committed, entry: Entry, rows_of: Callable[[int], dict[str, int] | None]
+def entry_problems(
+    manifest: Manifest, shards: int | None, entry: Entry, rows_of: Callable[[int], dict[str, int] | None]
 ) -> Iterator[str]:
+    """What is wrong with one line of the table of samples.
+
+    `shards`: how many there are, where that is known; `rows_of`: rows of each tensor in a shard, None if it is broken.
+    """
     for place, spec in enumerate(manifest.tensors):
         reached = 0
         for span in entry.spans:
@@ -86,8 +90,8 @@ def _entry_problems(
             if span.start != reached:
                 yield f"{spec.name}: expected a span from row {reached} on, found one from {span.start} on"
             reached = span.start + span.rows
-            if span.shard >= committed.shards:
-                yield f"{spec.name}: expected a shard under {committed.shards}, found {span.shard}"
+            if shards is not None and span.shard >= shards:
+                yield f"{spec.name}: expected a shard under {shards}, found {span.shard}"
             elif (held := rows_of(span.shard)) is not None and span.row + span.rows > held.get(spec.name, 0):
                 end, found = span.row + span.rows, held.get(spec.name, 0)
                 yield f"{spec.name}: expected {end} rows in shard {span.shard}, found {found}"
@@ -98,7 +102,7 @@ def _entry_problems(
         yield f"expected {entry.sample.prompt_tokens} token ids of the prompt, found {ids} in all"
 
 
-def _finished_problems(folder: Path, manifest: Manifest, committed: Committed, size: int) -> Iterator[str]:
+def _finished_problems(folder: Location, manifest: Manifest, committed: Committed, size: int) -> Iterator[str]:
     counts = manifest.counts
     said = (counts.samples, counts.rows, counts.shards, counts.bytes)
     found = (len(committed.numbers), committed.rows, committed.shards, size)
@@ -108,10 +112,10 @@ def _finished_problems(folder: Path, manifest: Manifest, committed: Committed, s
         if (digest := sha256_of(folder / name)) != expected:
             yield f"{folder / name} was changed: expected sha256 {expected}, found {digest}"
     known = {shard_name(shard) for shard in range(committed.shards)}
-    for file in sorted((folder / SHARD_FOLDER).iterdir()):
-        if file.name not in known:
-            left = "left over from a write that did not end" if is_temporary(file.name) else "named by no table"
-            yield f"{file} is {left}"
+    for name in sorted(sizes(folder / SHARD_FOLDER)):
+        if name not in known:
+            left = "left over from a write that did not end" if is_temporary(name) else "named by no table"
+            yield f"{folder / SHARD_FOLDER / name} is {left}"
 
 
 def _first_line(error: StoreError) -> str:

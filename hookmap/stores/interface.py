@@ -82,6 +82,29 @@ class Store(ABC):
         found = self.sample(sample)
         return self._rows(sample, self.key(point, layer), rows_of(tokens, found))
 
+    def by_id(self, id: str) -> Sample:
+        """The finished sample that the data set calls so. Raises SelectionError where there is none, or several."""
+        found = self._numbers_by_id.get(id, [])
+        if len(found) == 1:
+            return self.sample(found[0])
+        if found:
+            raise SelectionError(f"id {id!r} is of several samples here: {', '.join(map(str, found[:20]))}.")
+        near = difflib.get_close_matches(id, self._numbers_by_id, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise SelectionError(f"no sample of this capture has the id {id!r}.{hint}")
+
+    @property
+    def _numbers_by_id(self) -> dict[str, list[int]]:
+        numbers: dict[str, list[int]] = {}
+        for sample in self.samples:
+            if sample.id is not None:
+                numbers.setdefault(sample.id, []).append(sample.sample)
+        return numbers
+
+    def rows_at(self, sample: int, key: Key, rows: Sequence[int]) -> torch.Tensor:
+        """These rows of one sample (rows, not positions, and all inside it), [len(rows), *row]."""
+        return self._rows(sample, key, rows)
+
     def __getitem__(self, where: "str | tuple[str, int | None]") -> "torch.Tensor | list[torch.Tensor]":
         """All rows of all samples: [batch, pos, d] where every sample has as many rows, else a list of [pos, d]."""
         key = self.key(*place_of(where))

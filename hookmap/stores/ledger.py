@@ -69,13 +69,15 @@ class Ledger:
         return numbers
 
     def _check_spec(self, key: Key, tensor: torch.Tensor) -> None:
-        if tensor.ndim < 2:
-            raise CaptureError(f"{tensor_name(key)}: expected [tokens, d], got shape {list(tensor.shape)}.")
+        shape = tuple(tensor.shape)  # of a torch.Size, a slice takes ten times as long
         known = self.specs.get(key)
-        if known is None:
-            self.specs[key] = RowSpec(tensor.dtype, tuple(tensor.shape[1:]))
-        elif known.dtype != tensor.dtype or known.shape != tensor.shape[1:]:
+        if known is not None and known.dtype == tensor.dtype and known.shape == shape[1:] and shape[1:]:
+            return
+        if len(shape) < 2:
+            raise CaptureError(f"{tensor_name(key)}: expected [tokens, d], got shape {list(shape)}.")
+        if known is not None:
             raise CaptureError(
                 f"{tensor_name(key)}: expected rows of {known.dtype} {list(known.shape)}, as before, "
-                f"got {tensor.dtype} {list(tensor.shape[1:])}."
+                f"got {tensor.dtype} {list(shape[1:])}."
             )
+        self.specs[key] = RowSpec(tensor.dtype, shape[1:])

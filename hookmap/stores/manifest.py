@@ -13,6 +13,7 @@ from hookmap.activations import Key
 from hookmap.errors import StoreError
 from hookmap.stores.durable import write_all, write_whole
 from hookmap.stores.ledger import RowSpec, tensor_name
+from hookmap.stores.location import Location
 from hookmap.stores.shard import DTYPES, NAMES
 
 MANIFEST = "manifest.json"
@@ -127,8 +128,8 @@ def manifest_of_run(
     `keys`: (point, layer) in forward order; `architecture_map`: the map as plain data (`model_dump(mode="json")`);
     `settings`: plain JSON data, everything that decides what the samples are, compared when the run is resumed.
     """
-    if not keys or len(set(keys)) != len(keys):
-        raise StoreError(f"a capture needs at least one tensor, each once, got {list(keys)}.")
+    if len(set(keys)) != len(keys):
+        raise StoreError(f"a capture needs tensors, each once, got {list(keys)}.")
     return Manifest(
         model=model,
         architecture=architecture,
@@ -149,15 +150,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_whole(folder / MANIFEST, lambda file: write_all(file, text.encode("ascii")))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Location) -> Manifest:
     """The manifest of the capture in `folder`. Raises StoreError that says what is wrong, and where."""
     path = folder / MANIFEST
-    if not folder.is_dir():
-        kind = "a file" if folder.exists() else "nothing there"
-        raise StoreError(f"{folder} is not a capture: expected a folder, found {kind}. {_MAKE.format(folder)}")
     try:
         found = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not folder.is_dir():
+            kind = "a file" if folder.exists() else "nothing there"
+            where = f"{folder} is not a capture: expected a folder, found {kind}."
+            raise StoreError(f"{where} {_MAKE.format(folder)}") from error
         raise StoreError(f"{folder} is not a capture: it has no {MANIFEST}. {_MAKE.format(folder)}") from error
     except ValueError as error:
         raise StoreError(f"{path} is broken: expected JSON, found {error}. Copy the whole folder again.") from error

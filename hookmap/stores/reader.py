@@ -3,9 +3,8 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,9 +12,13 @@ from hookmap.activations import Key, Sample
 from hookmap.errors import StoreError
 from hookmap.stores.integrity import problems_of
 from hookmap.stores.interface import Store, unknown_sample
+from hookmap.stores.location import Location, location, sizes
 from hookmap.stores.manifest import Manifest, TensorSpec, read_manifest
 from hookmap.stores.shard import DTYPES, SHARD_FOLDER, Stored, read_header, read_into, shard_name
-from hookmap.stores.table import SAMPLES, Entry, Table
+from hookmap.stores.table import OPTIONAL, SAMPLES, Entry, Span, Table
+
+if TYPE_CHECKING:
+    from hookmap.stores.dataset import RowDataset
 
 HEADERS = 256
 """shard headers that a reader keeps"""
@@ -24,10 +27,11 @@ HEADERS = 256
 class CaptureStore(Store):
     """A capture folder as it stood when it was opened: samples finished later are seen by opening it again."""
 
-    def __init__(self, path: "str | os.PathLike[str]") -> None:
-        """Reads the manifest and the table's line starts. Raises StoreError."""
-        self.path = Path(path)
-        self.manifest, self._table = self._open()
+    def __init__(self, path: "str | os.PathLike[str] | Location", opened: tuple[Manifest, Table] | None = None) -> None:
+        """Reads the manifest and the table's line starts, where `opened` does not give them. Raises StoreError."""
+        self.path = location(path)
+        self.manifest, self._table = self._open() if opened is None else opened
+        self._specs = self.manifest.specs
         self._places = {key: place for place, key in enumerate(self.manifest.keys)}
         self._header = lru_cache(HEADERS)(self._read_header)
         self._entry = lru_cache(64)(self._read_entry)
@@ -71,6 +75,50 @@ class CaptureStore(Store):
         """The finished sample with this number. Raises SelectionError where there is none."""
         return self._entry(number).sample
 
+    @cached_property
+    def _numbers_by_id(self) -> dict[str, list[int]]:
+        return super()._numbers_by_id  # read through the table once
+
+    def groups(self) -> Iterator[list[int]]:
+        """The numbers of samples that were committed together (a batch), in the order of writing."""
+        return self._table.groups()
+
+    def spans(self) -> Iterator[tuple[int, tuple[Span, ...]]]:
+        """Where the rows of each finished sample are, by its number."""
+        return ((number, self._read_entry(number).spans) for number in self._table.numbers)
+
+    def shard_rows(self, shard: int, key: Key, row: int, rows: int) -> torch.Tensor:
+        """Rows of one tensor as they lie in one shard, whosesoever they are, [rows, *row]. Raises StoreError."""
+        spec, what = self.manifest.tensors[self._places[key]], self._specs[key]
+        stored = self._stored(shard, spec)
+        if row + rows > stored.shape[0]:
+            raise self._contradiction(shard, spec, f"{row + rows} rows", f"{stored.shape[0]}")
+        data = bytearray(rows * stored.row_bytes)
+        read_into(self._shard_path(shard), [(stored.offset + row * stored.row_bytes, memoryview(data))])
+        return torch.frombuffer(data, dtype=what.dtype).reshape(rows, *what.shape)
+
+    def dataset(
+        self, points: "str | Sequence[str]", layers: "int | Sequence[int] | None" = None, **how: Any
+    ) -> "RowDataset":
+        """Batches of rows in random order, for training: {"resid_mid.8": [batch, d], …}. See RowDataset for `how`.
+
+        `layers`: of the points that have one; None for all that are held. Raises SelectionError.
+        """
+        from hookmap.stores.dataset import RowDataset  # it needs torch.utils.data, which a reader does not
+
+        names = [points] if isinstance(points, str) else points
+        chosen = [layers] if isinstance(layers, int) else layers
+        keys: list[Key] = []
+        for name in names:
+            if chosen is None:
+                keys += [key for key in self.keys if (name, key[1]) == key] or [self.key(name)]
+            else:
+                keys += [self.key(name, layer) for layer in chosen]
+        return RowDataset(self, keys, **how)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CaptureStore, (self.path,)  # a process of its own opens the folder itself
+
     def verify(self) -> list[str]:
         """Every problem of the folder, one line each; empty where it is sound. Reads all of it."""
         return list(problems_of(self.path))
@@ -93,7 +141,7 @@ class CaptureStore(Store):
             "rows": rows,
             "shards": self._table.committed.shards,
             "bytes": sum(rows * _row_bytes(spec) for spec in manifest.tensors),
-            "bytes_on_disk": sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()),
+            "bytes_on_disk": sum(sizes(self.path).values()),
             "settings": manifest.settings,
             "versions": list(manifest.versions),
             "tensors": [self._describe_tensor(spec, norms) for spec in manifest.tensors],
@@ -117,7 +165,7 @@ class CaptureStore(Store):
 
     def _rows(self, sample: int, key: Key, rows: Sequence[int]) -> torch.Tensor:
         entry, place = self._entry(sample), self._places[key]
-        spec = self.manifest.specs.get(key)
+        spec = self._specs.get(key)
         if spec is None:  # no sample has rows yet
             return torch.empty(0, 0)
         if not len(rows):
@@ -170,7 +218,7 @@ class CaptureStore(Store):
             f"samples say, found {found}.\nSee every problem: hookmap inspect {self.path} --verify"
         )
 
-    def _shard_path(self, shard: int) -> Path:
+    def _shard_path(self, shard: int) -> Location:
         return self.path / SHARD_FOLDER / shard_name(shard)
 
     def _read_header(self, shard: int) -> dict[str, Stored]:
@@ -209,4 +257,5 @@ def _describe_sample(sample: Sample) -> dict[str, Any]:
         "prompt_tokens": sample.prompt_tokens,
         "tokens": len(sample.token_ids),
         "rows": sample.rows,
+        **{name: value for name in OPTIONAL if (value := getattr(sample, name)) is not None},
     }

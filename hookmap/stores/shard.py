@@ -21,6 +21,7 @@ import torch
 
 from hookmap.errors import StoreError
 from hookmap.stores.durable import write_all, write_whole
+from hookmap.stores.location import Location
 
 DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -133,14 +134,15 @@ def _bytes_of(pieces: Sequence[torch.Tensor]) -> memoryview:
     return whole.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Location) -> dict[str, Stored]:
     """The tensors of a shard. Reads the header only.
 
     Raises StoreError where the file is missing, cut short, too long, or no safetensors file.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
+        with path.open("rb", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(HEADER_LIMIT, size - 8):
                 raise _broken(path, "a safetensors header", f"a header of {length} bytes in a file of {size}")
@@ -167,9 +169,9 @@ def _stored(entry: dict[str, Any], start: int) -> Stored:
     return stored
 
 
-def read_into(path: Path, ranges: Sequence[tuple[int, memoryview]]) -> None:
+def read_into(path: Location, ranges: Sequence[tuple[int, memoryview]]) -> None:
     """Fill each view with the file's bytes from its offset on, and read nothing else. Raises StoreError."""
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         for offset, view in ranges:
             file.seek(offset)
             done = 0
@@ -180,16 +182,16 @@ def read_into(path: Path, ranges: Sequence[tuple[int, memoryview]]) -> None:
                 done += taken
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Location) -> str:
     """The file's checksum."""
     digest, piece = hashlib.sha256(), bytearray(1 << 20)
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         while taken := file.readinto(piece):
             digest.update(memoryview(piece)[:taken])
     return digest.hexdigest()
 
 
-def _broken(path: Path, expected: str, found: str) -> StoreError:
+def _broken(path: Location, expected: str, found: str) -> StoreError:
     return StoreError(
         f"{path} is broken: expected {expected}, found {found}.\n"
         f"See every problem of this capture: hookmap inspect {path.parent.parent} --verify"

@@ -12,11 +12,11 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hookmap.activations import Sample
 from hookmap.errors import StoreError
+from hookmap.stores.location import Location
 from hookmap.stores.shard import ShardInfo
 
 SAMPLES = "samples.jsonl"
@@ -87,14 +87,14 @@ def encode_group(entries: Sequence[Entry], shards: int) -> bytes:
     return "".join(lines).encode("ascii")
 
 
-def scan(path: Path, known: Committed | None = None) -> Committed:
+def scan(path: Location, known: Committed | None = None) -> Committed:
     """The groups of the table that are whole, from `known` on. Raises StoreError where a line inside is broken."""
     committed = Committed() if known is None else known
     numbers: list[int] = []
     offsets: list[int] = []
     rows = 0
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             offset = file.seek(committed.size)
             for line in file:
                 start = _START.match(line)
@@ -116,7 +116,13 @@ def scan(path: Path, known: Committed | None = None) -> Committed:
     return committed
 
 
-def decode_entry(line: bytes, path: Path, number: int) -> Entry:
+def left_of(line: bytes) -> int | None:
+    """How many lines of its group are left after this one; None where it does not begin as a line does."""
+    start = _START.match(line)
+    return int(start[2]) if start else None
+
+
+def decode_entry(line: bytes, path: Location, number: int) -> Entry:
     """One line of the table of samples. Raises StoreError that names the line where it is broken."""
     try:
         found = json.loads(line)
@@ -166,7 +172,7 @@ def _labels(value: Any) -> Mapping[str, Any] | None:
     return value
 
 
-def broken_line(path: Path, number: int, found: str) -> StoreError:
+def broken_line(path: Location, number: int, found: str) -> StoreError:
     return StoreError(
         f"{path}, line {number} is broken: expected a line as docs/store.md says, found {found}.\n"
         f"See every problem of this capture: hookmap inspect {path.parent} --verify"
@@ -176,9 +182,10 @@ def broken_line(path: Path, number: int, found: str) -> StoreError:
 class Table(Sequence[Sample]):
     """The finished samples by number, each read from disk when it is asked for."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location, committed: Committed | None = None) -> None:
+        """`committed`: which lines count, where that is known already."""
         self.path = path
-        self.committed = scan(path)
+        self.committed = scan(path) if committed is None else committed
         places = range(len(self.committed.numbers))
         self._order = array("q", sorted(places, key=self.committed.numbers.__getitem__))
         self.numbers = array("q", (self.committed.numbers[place] for place in self._order))
@@ -201,8 +208,24 @@ class Table(Sequence[Sample]):
             return None
         return self._entry(self._order[place])
 
+    def groups(self) -> Iterator[list[int]]:
+        """The numbers of samples that were committed together, as they stand in the table."""
+        group: list[int] = []
+        before = 0
+        with self.path.open("rb") as file:
+            for number, offset in zip(self.committed.numbers, self.committed.offsets, strict=True):
+                file.seek(offset)
+                left = left_of(file.readline()) or 0
+                if group and left >= before:
+                    yield group
+                    group = []
+                group.append(number)
+                before = left
+        if group:
+            yield group
+
     def _entry(self, line: int) -> Entry:
-        with open(self.path, "rb") as file:
+        with self.path.open("rb") as file:
             file.seek(self.committed.offsets[line])
             return decode_entry(file.readline(), self.path, line + 1)
 
@@ -212,14 +235,14 @@ def encode_shards(shards: Sequence[ShardInfo]) -> bytes:
     return "".join(json.dumps(asdict(shard)) + "\n" for shard in shards).encode("ascii")
 
 
-def read_shards(path: Path, count: int) -> Iterator[tuple[ShardInfo, int]]:
+def read_shards(path: Location, count: int) -> Iterator[tuple[ShardInfo, int]]:
     """The first `count` lines of the table of shards, each with the offset of its end. Raises StoreError."""
     end = number = 0
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             while number < count and (line := file.readline()).endswith(b"\n"):
                 end += len(line)
-                yield _decode_shard(line, path, number), end
+                yield decode_shard(line, path, number), end
                 number += 1
     except FileNotFoundError as error:
         raise StoreError(f"{path} is missing: expected the table of shards. Copy the whole folder again.") from error
@@ -227,7 +250,8 @@ def read_shards(path: Path, count: int) -> Iterator[tuple[ShardInfo, int]]:
         raise StoreError(f"{path} is cut short: expected {count} shards, as {SAMPLES} says, found {number}.")
 
 
-def _decode_shard(line: bytes, path: Path, number: int) -> ShardInfo:
+def decode_shard(line: bytes, path: Location, number: int) -> ShardInfo:
+    """One line of the table of shards, which is of shard `number`. Raises StoreError where it is not."""
     try:
         found = json.loads(line)
         info = ShardInfo(_whole(found["shard"]), _whole(found["bytes"]), _text(found["sha256"]))

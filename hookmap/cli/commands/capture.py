@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookmap.cli.prompts_file import prompt_options, read_prompts
+
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
     from hookmap.runs import Progress
@@ -21,8 +23,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.argument("model", required=False)
 @click.option("--points", metavar="NAMES", help="Which tensors: resid_pre,resid_mid or all. See: hookmap show MODEL")
 @click.option("--layers", metavar="LAYERS", help="Of which layers: 8,12,16 or 0-3 or -1 or all.  [default: all]")
-@click.option("--prompt", "texts", metavar="TEXT", multiple=True, help="A prompt; may be given several times.")
-@click.option("--prompts", metavar="FILE", help='Prompts, one JSON line each: a text, or {"prompt": …}.')
+@prompt_options
 @click.option("-o", "--output", metavar="DIR", help="The capture folder.  [default: a new one in captures/]")
 @click.option("--resume", is_flag=True, help="Go on with the capture that is in DIR.")
 @click.option(
@@ -52,6 +53,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option(
     "--engine", type=click.Choice(["auto", "hooks", "nnsight"]), default="auto", help="What watches the model."
 )
+@click.option("--intervene", metavar="FILE", help="Write while it runs: a JSON or YAML file of interventions.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -80,6 +82,11 @@ def command(
     layers: str | None,
     texts: tuple[str, ...],
     prompts: str | None,
+    prompt_column: str | None,
+    id_column: str | None,
+    labels: tuple[str, ...],
+    skip: int,
+    limit: int | None,
     output: str | None,
     resume: bool,
     max_new_tokens: int | None,
@@ -92,6 +99,7 @@ def command(
     features_seed: int,
     keep_dtype: str | None,
     engine: str,
+    intervene: str | None,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
@@ -124,7 +132,14 @@ def command(
     chosen_layers = parse_layers(settings.get("layers", "all") if layers is None else layers)
     if texts and prompts:
         raise click.UsageError("--prompt or --prompts, not both: which of them is meant?")
-    given = _prompts(texts, prompts or settings.get("prompts"))
+    file = None if texts else prompts or settings.get("prompts")
+    given = list(texts)
+    if file:
+        given = read_prompts(file, prompt_column, id_column, labels, skip, limit)
+    elif not texts:
+        click.echo(f"prompt: {DEFAULT_PROMPT} (the default; give your own with --prompt or --prompts)", err=True)
+        given = [DEFAULT_PROMPT]
+    interventions = _interventions(intervene)
     sampling = _sampling(temperature, top_p, top_k, seed)
     folder = _folder(output, resume)
     _check_folder(folder, resume)
@@ -151,6 +166,7 @@ def command(
         "features_seed": features_seed,
         "keep_dtype": keep_dtype,
         "engine": engine,
+        "interventions": interventions,
     }
     if batch_tokens:
         run["batch_tokens"] = batch_tokens
@@ -159,14 +175,13 @@ def command(
     click.echo(str(folder))
 
 
-def _prompts(texts: tuple[str, ...], file: str | None) -> list[Any]:
-    from hookmap.cli.prompts_file import read_prompts
+def _interventions(file: str | None) -> tuple[Any, ...]:
+    """Before the weights are loaded: a wrong file is said at once."""
+    if file is None:
+        return ()
+    from hookmap.interventions import load_interventions
 
-    prompts = [*texts, *(read_prompts(file) if file and not texts else [])]
-    if not prompts:
-        click.echo(f"prompt: {DEFAULT_PROMPT} (the default; give your own with --prompt or --prompts)", err=True)
-        prompts = [DEFAULT_PROMPT]
-    return prompts
+    return load_interventions(file)
 
 
 def _sampling(temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None) -> dict[str, Any]:
@@ -232,7 +247,7 @@ def _announce(hm: "HookedModel", prompts: list[Any], run: dict[str, Any], folder
     from hookmap.cli.console import console
     from hookmap.estimate import check_room
 
-    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k != "engine"})
+    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k not in ("engine", "interventions")})
     text = f"capture: {expected} -> {folder}"
     if expected.bytes > _LARGE_BYTES or expected.forward_passes > _LARGE_PASSES:
         text += f", at most about {_duration(_seconds_per_pass(hm, prompts, run) * expected.forward_passes)}"

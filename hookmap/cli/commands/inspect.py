@@ -90,9 +90,23 @@ def _show_texts(found: dict[str, Any], screen: "Console") -> None:
 
     for sample in found["texts"]:
         counts = f"{sample['prompt_tokens']} prompt tokens, {sample['tokens'] - sample['prompt_tokens']} generated"
-        screen.print(f"\n[bold]sample {sample['sample']}[/]  [dim]{counts}[/]")
+        name = f" {escape(sample['id'])}" if "id" in sample else ""
+        screen.print(f"\n[bold]sample {sample['sample']}{name}[/]  [dim]{counts}{_rows_of(sample)}[/]")
+        if sample.get("labels"):
+            screen.print(escape("  ".join(f"{name}: {json.dumps(v)}" for name, v in sample["labels"].items())))
         screen.print(f"[dim]{escape(sample['prompt'].strip())}[/]")
         screen.print(escape(sample["text"].strip()))
     if (more := found["samples"] - len(found["texts"])) > 0:
         screen.print(f"\n[dim]… and {more} more: --texts {found['samples']}[/]")
     screen.print()
+
+
+def _rows_of(sample: dict[str, Any]) -> str:
+    """Which tokens the rows are of, where they are not simply all."""
+    positions = sample.get("positions")
+    if positions is None:
+        return ""
+    if positions == "mean":
+        return ", one row: a mean over tokens"
+    shown = ", ".join(map(str, positions[:8])) + (", …" if len(positions) > 8 else "")
+    return f", rows of positions {shown}" if positions else ", no rows"

@@ -1,0 +1,195 @@
+"""Direct logit attribution: how much of a logit, or of a difference of two, each branch wrote into the stream.
+
+The stream behind the last block is a sum: what entered the first block, and what each branch added. The final norm
+divides it by one number a position, its statistic. With that number held at what it was, norm and unembedding are
+linear, and the logit is a sum too: one number for each summand, and one for the biases. Both sums are checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookmap.capture import Capture
+from hookmap.engines.turns import turns_of
+from hookmap.errors import SelectionError
+from hookmap.head_outputs import head_outputs
+from hookmap.lens import token_id, token_text, where
+from hookmap.readout import Readout, apply, readout_of
+
+if TYPE_CHECKING:
+    from hookmap.model import HookedModel
+
+BIAS = "bias"
+_BRANCHES = ("mixer_out", "mlp_out")
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The summands of a logit. Tensors are float32, on the CPU."""
+
+    parts: tuple[str, ...]
+    """in forward order: `resid_pre[0]` (embedding, positions, scale), `mixer_out[0]`, `mlp_out[0]`, …, `bias`"""
+    positions: tuple[int, ...]
+    tokens: tuple[str, ...]
+    """the text of each position's token"""
+    values: torch.Tensor
+    """[parts, positions]: what each part adds to the logit"""
+    logit: torch.Tensor
+    """[positions]: the model's logit (difference) at each position; before the soft-cap, where there is one"""
+    target: tuple[str, ...]
+    """the token of each position whose logit it is"""
+    against: str | None
+    """the token whose logit is taken off, or None"""
+    before_soft_cap: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        names = ("parts", "positions", "tokens", "target", "against", "before_soft_cap")
+        found = {name: getattr(self, name) for name in names}
+        return {**found, "values": self.values.tolist(), "logit": self.logit.tolist()}
+
+
+def attribute(
+    hm: HookedModel,
+    prompt: Any,
+    target: int | str | None = None,
+    against: int | str | None = None,
+    *,
+    positions: Any = "last",
+    heads: bool = False,
+    chat: Any = "auto",
+) -> Attribution:
+    """See `HookedModel.attribute`."""
+    readout = readout_of(hm)
+    names = _summands(hm)
+    ends = [f"blocks.{hm.map.num_layers - 1}.hook_resid_post", "blocks.0.hook_resid_pre"]
+    points = list(dict.fromkeys(name for name, _ in names))
+    if heads:
+        points += ["z"]  # raises SelectionError where no layer has heads
+    run = hm.capture(prompt, [*points, *ends], "all", max_new_tokens=0, positions=positions, chat=chat)
+    if len(run) != 1:
+        raise SelectionError(f"an attribution is of one prompt, got {len(run)}: call it for each.")
+    with turns_of(hm.model).shared():
+        return _read(hm, readout, run, names, target, against, heads)
+
+
+def _summands(hm: HookedModel) -> list[tuple[str, int]]:
+    """What the stream is the sum of: (point, layer), in forward order. Raises SelectionError where it is none."""
+    found, problems = [("resid_pre", 0)], []
+    for kind in hm.map.kinds:
+        layers = f"layers {', '.join(map(str, kind.layers))}" if len(kind.layers) < hm.map.num_layers else "the blocks"
+        if "stream" in kind.axes:
+            problems.append(f"{layers} have several residual streams")
+        elif kind.norm_placement == "post" and "resid_mid_sum" in kind.points:
+            problems.append(f"{layers} norm the stream itself, so it is no sum of what the branches add")
+        for branch in _BRANCHES:
+            if branch not in kind.points and getattr(kind, branch.removesuffix("_out")) is not None:
+                problems.append(f"{layers} have no {branch}: {kind.unavailable.get(branch, 'unknown')}")
+    if problems:
+        raise _refused(hm, "; ".join(problems))
+    for selector in hm.map.selectors([p for p in hm.map.points if p.partition(".")[0] in _BRANCHES], "all"):
+        found.append((selector.point, selector.layer or 0))
+    return found
+
+
+def _read(
+    hm: HookedModel,
+    readout: Readout,
+    run: Capture,
+    names: list[tuple[str, int]],
+    target: int | str | None,
+    against: int | str | None,
+    heads: bool,
+) -> Attribution:
+    sample, close = run.samples[0], readout.tolerance
+    rows, last = where(sample), run.read(0, "resid_post", hm.map.num_layers - 1)
+    labels, parts = _parts(hm, run, names, heads, close)
+    apart = float((parts.sum(0) - last.float()).abs().max() / last.float().abs().max())
+    if not apart <= close:
+        raise _refused(hm, f"the stream is not the sum of what the branches add: {apart:.2g} of its largest is left")
+    logits = apply((*readout.before, *((readout.norm,) if readout.norm else ()), *readout.after), last[None])[0]
+    aim = logits.argmax(-1).cpu() if target is None else torch.full((len(rows),), token_id(hm, target))
+    other = None if against is None else token_id(hm, against)
+
+    def pick(found: torch.Tensor) -> torch.Tensor:
+        found = found.float().cpu()
+        at: torch.Tensor = found.gather(-1, aim.expand(found.shape[:-1])[..., None])[..., 0]
+        return at if other is None else at - found[..., other]
+
+    normed, shift = _frozen_norm(hm, readout, last, parts)
+    bias = pick(apply(readout.after, shift[None, None])[0, 0].expand(len(rows), -1))
+    zero = pick(apply(readout.after, torch.zeros_like(shift)[None, None])[0, 0].expand(len(rows), -1))
+    values = torch.stack([pick(apply(readout.after, part[None])[0]) - zero for part in normed] + [bias])
+    logit = pick(logits)
+    wrong = float((values.sum(0) - logit).abs().max() / logits.float().abs().max())
+    if not wrong <= 4 * close:
+        raise _refused(hm, f"what stands behind the final norm is not linear: the sum misses the logit by {wrong:.2g}")
+    texts = tuple(token_text(hm, sample.token_ids[row]) for row in rows)
+    told = None if other is None else token_text(hm, other)
+    aims = tuple(token_text(hm, token) for token in aim.tolist())
+    return Attribution((*labels, BIAS), rows, texts, values, logit, aims, told, bool(readout.cap))
+
+
+def _parts(
+    hm: HookedModel, run: Capture, names: list[tuple[str, int]], heads: bool, close: float
+) -> tuple[list[str], torch.Tensor]:
+    """Labels, and tensors [parts, pos, d_model], float32."""
+    labels, parts = [], []
+    for point, layer in names:
+        label = f"{point}[{layer}]"
+        if heads and point == "mixer_out" and ("z", layer) in run.keys:
+            own, rest = head_outputs(hm, run, layer, close)
+            labels += [f"{label} head {n}" for n in range(len(own))]
+            parts += [*own]
+            if not bool(rest.abs().max() > close * own.abs().max()):
+                parts[-1] = parts[-1] + rest  # rounding
+                continue
+            labels.append(f"{label} bias")
+            parts.append(rest)
+        else:
+            labels.append(label)
+            parts.append(run.read(0, point, layer).float())
+    return labels, torch.stack(parts)
+
+
+def _frozen_norm(
+    hm: HookedModel, readout: Readout, last: torch.Tensor, parts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The parts [parts, pos, d] normed with the statistic of the whole stream, and the norm's bias [d].
+
+    A layer norm is weight * (x - mean) / statistic + bias, an RMS norm the same without the mean and mostly without
+    the bias. Which of them a module is, and its weight and bias, are read from what it does to three vectors.
+    """
+    stream = apply(readout.before, last[None])[0]
+    parts = torch.stack([apply(readout.before, part[None])[0] for part in parts])
+    if readout.norm is None:
+        return parts.to(readout.dtype), torch.zeros_like(stream[0])
+    norm = readout.norm
+    # Alternating ones have mean 0 and square 1; so large, the norm's epsilon is nothing beside them.
+    signs = torch.ones_like(stream[0])
+    signs[1::2] = -1
+    given = torch.stack([torch.zeros_like(signs), 64 * signs, 64 * torch.ones_like(signs)])
+    bias, up, flat = apply((norm,), given[None])[0].float()
+    weight: torch.Tensor = (up - bias) * signs.float().to(up.device)
+    centred = bool((flat - bias).abs().max() < 1e-3 * weight.abs().max())
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        x = x.float().to(weight.device)
+        centre = x.mean(-1, keepdim=True) if centred else torch.zeros_like(x[..., :1])
+        return weight * (x - centre)
+
+    out = apply((norm,), stream[None])[0]
+    whole = linear(stream)
+    share = ((out.float() - bias) * whole).sum(-1, keepdim=True) / whole.square().sum(-1, keepdim=True)
+    if not float((whole * share + bias - out.float()).abs().max()) <= readout.tolerance * float(out.abs().max()):
+        raise _refused(hm, f"its final norm {norm.name} is neither a layer norm nor an RMS norm")
+    return (linear(parts) * share).to(out.dtype), bias.to(out.dtype)
+
+
+def _refused(hm: HookedModel, reason: str) -> SelectionError:
+    return SelectionError(
+        f"no direct logit attribution for {hm.map.architecture}: {reason}. A lens needs no sum: hookmap lens"
+    )

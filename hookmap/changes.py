@@ -1,0 +1,120 @@
+"""What an intervention does to rows of a point: plain functions of [n, ...] tensors. Computed in float32 at least."""
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from hookmap.engines.editing import Where
+
+
+def _wide(rows: torch.Tensor) -> torch.Tensor:
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+@dataclass(frozen=True)
+class Steered:
+    """rows + strength * vector, added in the model's dtype."""
+
+    vector: torch.Tensor
+    strength: float
+    keep_norm: bool
+
+    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+        moved = rows + (self.strength * self.vector).to(rows.device, rows.dtype)
+        if not self.keep_norm:
+            return moved
+        before, after = (_wide(r).norm(dim=-1, keepdim=True) for r in (rows, moved))
+        ratio = torch.where(after > 0, before / after.clamp_min(torch.finfo(after.dtype).tiny), 1.0)
+        return torch.where(ratio == 1.0, moved, (_wide(moved) * ratio).to(rows.dtype))
+
+
+@dataclass(frozen=True)
+class Filled:
+    """One row for all: zeros, or a vector."""
+
+    value: torch.Tensor | None
+
+    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+        if self.value is None:
+            return torch.zeros_like(rows)
+        return self.value.to(rows.device, rows.dtype).expand_as(rows)
+
+
+class Averaged:
+    """The mean over each prompt."""
+
+    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+        assert means is not None  # such an edit asks for them
+        return means.to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Rows drawn from those of a source; the draw of a token does not depend on its batch or on the cache."""
+
+    pool: torch.Tensor
+    seed: int
+
+    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+        drawn = [random.Random(f"{self.seed}:{sample}:{at}").randrange(len(self.pool)) for sample, at in where]
+        return self.pool[drawn].to(rows.device, rows.dtype)
+
+
+@dataclass(frozen=True)
+class Patched:
+    """Rows of another run, each at its place."""
+
+    rows: torch.Tensor
+    row_of: Callable[[int], Mapping[int, int]]
+    """number of a sample -> position -> which row"""
+
+    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+        chosen = [self.row_of(sample)[position] for sample, position in where]
+        return self.rows[chosen].to(rows.device, rows.dtype)
+
+    def __contains__(self, cell: object) -> bool:
+        """Whether a (sample, position) has a row here: an edit may be told to write `only` such."""
+        return isinstance(cell, tuple) and cell[1] in self.row_of(cell[0])
+
+
+@dataclass(frozen=True)
+class ProjectedOut:
+    """rows - (rows · direction) direction, for a direction of length 1."""
+
+    direction: torch.Tensor
+
+    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+        wide, unit = _wide(rows), self.direction.to(rows.device)
+        return (wide - (wide * unit).sum(-1, keepdim=True) * unit).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """rows * factor."""
+
+    factor: float
+
+    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+        return rows * self.factor
+
+
+@dataclass(frozen=True)
+class Clamped:
+    """A feature, or the part along a direction of length 1, held between `least` and `most`."""
+
+    feature: int | None
+    direction: torch.Tensor | None
+    least: float | None
+    most: float | None
+
+    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+        if self.direction is None:
+            held = rows.clone()
+            held[..., self.feature] = held[..., self.feature].clamp(self.least, self.most)
+            return held
+        wide, unit = _wide(rows), self.direction.to(rows.device)
+        part = (wide * unit).sum(-1, keepdim=True)
+        moved = part.clamp(self.least, self.most) - part
+        return torch.where(moved == 0, rows, (wide + moved * unit).to(rows.dtype))

@@ -1,0 +1,85 @@
+"""`hookmap attribute`: which branch wrote a logit."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hookmap.cli import one_prompt
+
+if TYPE_CHECKING:
+    from hookmap.attribution import Attribution
+
+
+@click.command()
+@click.argument("model", required=False)
+@one_prompt.options
+@click.option("--target", metavar="TOKEN", help="Whose logit.  [default: what the model itself predicts]")
+@click.option("--against", metavar="TOKEN", help="Take this token's logit off.")
+@click.option("--position", type=int, default=-1, show_default=True, metavar="N", help="At which token.")
+@click.option("--heads", is_flag=True, help="Split attention into its heads.")
+@click.option("--top", type=click.IntRange(min=1), default=12, show_default=True, metavar="N", help="Parts to show.")
+@click.option("--png", metavar="FILE", help="Draw all parts as bars.")
+@click.option("--html", metavar="FILE", help="Draw them as bars that answer the mouse; one file, no network.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout, and no table.")
+def command(
+    model: str | None,
+    target: str | None,
+    against: str | None,
+    position: int,
+    heads: bool,
+    top: int,
+    png: str | None,
+    html: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Split a logit of MODEL into what each branch adds.
+
+    Direct logit attribution: with the final norm's statistic held, the logit is a sum of what the embedding and every
+    mixer and MLP wrote into the stream.
+
+    \b
+    hookmap attribute --against 8
+    hookmap attribute Qwen/Qwen3-0.6B --prompt "The capital of France is" --no-chat --target " Paris" --heads
+
+    The table goes to stderr, the JSON to stdout.
+    """
+    hm = one_prompt.opened(model, given, quiet=as_json)
+    found = hm.attribute(one_prompt.tokens(hm, given), target, against, positions=[position], heads=heads)
+
+    def chart() -> Any:
+        from hookmap.pictures import bars
+
+        return bars(found)
+
+    one_prompt.save_pictures(chart, (png, html))
+    if as_json:
+        click.echo(json.dumps(found.as_json(), ensure_ascii=False))
+    else:
+        _show(found, top)
+
+
+def _show(found: "Attribution", top: int) -> None:
+    from rich.markup import escape
+
+    from hookmap.cli.console import console, table
+    from hookmap.pictures import printable
+
+    against = "" if found.against is None else f" − logit {printable(found.against)}"
+    cap = ", before the soft-cap" if found.before_soft_cap else ""
+    position, total = found.positions[0], float(found.logit[0])
+    screen = console()
+    screen.print(
+        f"\n[bold]{escape(f'logit {printable(found.target[0])}{against}')} = {total:.3f}[/]  "
+        f"[dim]at token {position} ({escape(printable(found.tokens[0]))}){cap}[/]\n"
+    )
+    order = found.values[:, 0].abs().argsort(descending=True).tolist()
+    rows = table("part", ">adds", ">share")
+    for number in order[:top]:
+        value = float(found.values[number, 0])
+        rows.add_row(escape(found.parts[number]), f"{value:+.3f}", f"{value / total:+.0%}" if total else "")
+    if rest := order[top:]:
+        value = float(found.values[rest, 0].sum())
+        rows.add_row(f"{len(rest)} others", f"{value:+.3f}", f"{value / total:+.0%}" if total else "")
+    screen.print(rows)

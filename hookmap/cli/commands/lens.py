@@ -1,0 +1,74 @@
+"""`hookmap lens`: what the model would say at each layer."""
+
+import json
+from typing import Any
+
+import click
+
+from hookmap.cli import one_prompt
+
+
+@click.command()
+@click.argument("model", required=False)
+@one_prompt.options
+@click.option("--point", default="resid_post", show_default=True, metavar="NAME", help="Of the stream, or a branch.")
+@click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
+@click.option(
+    "--positions", default="-16:", show_default=True, metavar="WHERE", help="Of the tokens, as in hookmap capture."
+)
+@click.option("--target", metavar="TOKEN", help="Tell of this token.  [default: what the model itself predicts]")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, metavar="N", help="Likeliest tokens.")
+@click.option(
+    "--metric",
+    type=click.Choice(["probability", "rank", "top_probability", "entropy", "kl"]),
+    default="probability",
+    show_default=True,
+    help="What the colours show.",
+)
+@click.option("--png", metavar="FILE", help="Draw a heat map.")
+@click.option("--html", metavar="FILE", help="Draw a heat map that answers the mouse; one file, no network.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout, and no table.")
+def command(
+    model: str | None,
+    point: str,
+    layers: str,
+    positions: str,
+    target: str | None,
+    top: int,
+    metric: Any,
+    png: str | None,
+    html: str | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Read predictions off MODEL's layers.
+
+    The logit lens: the stream at each layer and position goes through the model's own final norm and unembedding. A
+    cell shows the likeliest token there; its colour the metric.
+
+    \b
+    hookmap lens
+    hookmap lens Qwen/Qwen3-0.6B --prompt "The capital of France is" --no-chat --png lens.png --html lens.html
+
+    The table goes to stderr, the JSON to stdout.
+    """
+    from hookmap.cli.settings import parse_layers
+
+    chosen = parse_layers(layers)
+    hm = one_prompt.opened(model, given, quiet=as_json)
+    found = hm.lens(one_prompt.tokens(hm, given), point, chosen, positions=positions, target=target, top=top)
+    grid = found.grid(metric)
+
+    def chart() -> Any:
+        from hookmap.pictures import heat_map
+
+        return heat_map(grid, found.words, log=metric == "rank")
+
+    one_prompt.save_pictures(chart, (png, html))
+    if as_json:
+        click.echo(json.dumps(found.as_json(), ensure_ascii=False))
+        return
+    from hookmap.cli.console import console
+    from hookmap.grid_table import grid_table
+
+    console().print(grid_table(grid, found.words))

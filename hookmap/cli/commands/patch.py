@@ -1,0 +1,133 @@
+"""`hookmap patch`: a tensor of one prompt's run put into another's; or a sweep over layers and positions."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hookmap.cli import one_prompt
+
+if TYPE_CHECKING:
+    from hookmap.model import HookedModel
+    from hookmap.patching import Sweep
+
+
+@click.command()
+@click.argument("model", required=False)
+@one_prompt.loading
+@click.option("--clean", required=True, metavar="TEXT", help="The prompt that values are taken from.")
+@click.option("--corrupted", required=True, metavar="TEXT", help="The prompt that they are put into, equally long.")
+@click.option("--answer", metavar="TEXT", help="What both are taken to have answered so far; follows the prompts.")
+@click.option("--point", default="resid_pre", show_default=True, metavar="NAME", help="Which tensor is patched.")
+@click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
+@click.option("--positions", default="prompt", show_default=True, metavar="WHERE", help="Which tokens, as in capture.")
+@click.option("--sweep", is_flag=True, help="Each layer and position alone: how far does it bring the answer back?")
+@click.option("--target", metavar="TOKEN", help="Sweep: the clean prompt's next token.")
+@click.option("--against", metavar="TOKEN", help="Sweep: the corrupted one's; then their logits are compared.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, metavar="N")
+@click.option("-o", "--output", metavar="FILE", help="Sweep: write FILE.safetensors, FILE.csv and FILE.json.")
+@click.option("--png", metavar="FILE", help="Sweep: draw a heat map.")
+@click.option("--html", metavar="FILE", help="Sweep: draw one that answers the mouse; one file, no network.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N")
+@click.option("--chat/--no-chat", default=None, help="Through the chat template.  [default: if there is one]")
+def command(
+    model: str | None,
+    clean: str,
+    corrupted: str,
+    answer: str | None,
+    point: str,
+    layers: str,
+    positions: str,
+    sweep: bool,
+    target: str | None,
+    against: str | None,
+    batch_size: int,
+    output: str | None,
+    png: str | None,
+    html: str | None,
+    max_new_tokens: int,
+    chat: bool | None,
+    **given: Any,
+) -> None:
+    """Put one run's tensor into another's.
+
+    Prints what MODEL says for the clean prompt, for the corrupted one, and for that with the clean tensor put in. With
+    --sweep, each layer and position is patched alone, and a table says how far the answer comes back: 0 as corrupted,
+    1 as clean.
+
+    \b
+    hookmap patch --clean "He buys 4 more." --corrupted "He buys 5 more." --point resid_mid --layers 8
+    hookmap patch --clean … --corrupted … --answer "Tom has 3+" --sweep --target 4 --against 5 --png sweep.png
+
+    Texts, and the name of the file that -o wrote, go to stdout; the table goes to stderr.
+    """
+    from hookmap.cli.settings import parse_layers
+
+    if sweep and not target:
+        raise click.UsageError("a sweep needs the token to look for: --target TOKEN (and --against TOKEN)")
+    if not sweep and (target or against or output or png or html):
+        raise click.UsageError("--target, --against, -o, --png and --html are of a sweep: add --sweep")
+    where: dict[str, Any] = {"point": point, "layers": parse_layers(layers), "positions": positions}
+    hm = one_prompt.opened(model, given, quiet=False)
+    prompts = [one_prompt.tokens(hm, {"prompt": text, "answer": answer, "chat": chat}) for text in (clean, corrupted)]
+    if not sweep:
+        _patch(hm, prompts, where, max_new_tokens)
+        return
+    found = _sweep(hm, prompts, str(target), against, {**where, "batch_size": batch_size})
+    _show(found)
+
+    def chart() -> Any:
+        from hookmap.pictures import heat_map
+
+        return heat_map(found.effect)
+
+    one_prompt.save_pictures(chart, (png, html))
+    if output:
+        click.echo(str(found.save(output)))
+
+
+def _patch(hm: "HookedModel", prompts: list[list[int]], where: dict[str, Any], max_new_tokens: int) -> None:
+    from hookmap.cli.console import working
+
+    patch = {"do": "patch", **where, "source": {"prompt": prompts[0]}}
+    with working("generating"):
+        patched = hm.generate([prompts[1]], [patch], None, max_new_tokens).texts
+        plain = [hm.generate([prompt], (), None, max_new_tokens).texts[0] for prompt in prompts]
+    for name, text in zip(("clean", "corrupted", "patched"), [*plain, *patched], strict=True):
+        click.echo(f"{click.style(f'{name:10}', fg='cyan')} {text}")
+
+
+def _sweep(
+    hm: "HookedModel", prompts: list[list[int]], target: str, against: str | None, options: dict[str, Any]
+) -> "Sweep":
+    from hookmap.cli.console import progress
+    from hookmap.patching import sweep
+
+    with progress() as bars:
+        bar = bars.add_task("patches", total=None)
+
+        def show(done: int, total: int) -> None:
+            bars.update(bar, completed=done, total=total)
+
+        return sweep(hm, [prompts[0]], [prompts[1]], target, against, progress=show, **options)
+
+
+def _show(found: "Sweep", columns: int = 12) -> None:
+    """The positions with the largest effects, in the order of the text."""
+    from hookmap.cli.console import console
+    from hookmap.grid_table import grid_table
+
+    effect = found.effect
+    largest = effect.values.abs().amax(0)
+    most = sorted(largest.argsort(descending=True)[:columns].tolist())
+    shown = replace(
+        effect,
+        values=effect.values[:, most],
+        positions=tuple(effect.positions[n] for n in most),
+        tokens=tuple(effect.tokens[n] for n in most),
+    )
+    screen = console()
+    screen.print(grid_table(shown))
+    screen.print(f"clean {found.clean:.3f}, corrupted {found.corrupted:.3f}; point {effect.point}", highlight=False)
+    if others := [float(value) for n, value in enumerate(largest.tolist()) if n not in most]:
+        screen.print(f"{len(others)} other positions: {max(others):.2f} at most")

@@ -1,0 +1,103 @@
+"""`hookmap steer`: what a model says with a vector added to one of its points, and without."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hookmap.cli import one_prompt
+
+if TYPE_CHECKING:
+    from hookmap.model import HookedModel
+
+
+@click.command()
+@click.argument("model", required=False)
+@one_prompt.loading
+@click.option("--vector", metavar="FILE", help="A .safetensors file: of `hookmap vector`, or any with --key.")
+@click.option("--key", metavar="NAME", help="A tensor of the file, for all layers.  [default: each layer its own]")
+@click.option("--point", metavar="NAME", help="Where it is added.  [default: the file's own, or resid_post]")
+@click.option("--layers", metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.  [default: all that it has]")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="The vector is multiplied by it.")
+@click.option("--keep-norm", is_flag=True, help="Bring each row back to the length that it had.")
+@click.option("--positions", default="all", show_default=True, metavar="WHERE", help="Which tokens, as in capture.")
+@click.option("--steps", metavar="STEPS", help="Which steps: 0 for the prompt, 1: for what is generated.")
+@click.option("--intervene", metavar="FILE", help="These interventions instead: a JSON or YAML file.")
+@click.option("--prompt", "texts", metavar="TEXT", multiple=True, help="A prompt; may be given several times.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
+@click.option("--chat/--no-chat", default=None, help="Through the chat template.  [default: if there is one]")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, and no table.")
+def command(
+    model: str | None,
+    vector: str | None,
+    key: str | None,
+    point: str | None,
+    layers: str | None,
+    strength: float,
+    keep_norm: bool,
+    positions: str,
+    steps: str | None,
+    intervene: str | None,
+    texts: tuple[str, ...],
+    max_new_tokens: int,
+    chat: bool | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Generate with a vector added, and without.
+
+    \b
+    hookmap steer --vector happy.safetensors --layers 8 --strength 4 --prompt "How are you?"
+    hookmap steer --intervene edits.yaml --prompt "How are you?"
+
+    Both texts go to stdout.
+    """
+    from hookmap.cli.settings import parse_layers
+
+    if (vector is None) == (intervene is None):
+        raise click.UsageError("which vector? --vector FILE, or a file of interventions: --intervene FILE")
+    chosen = None if layers is None else parse_layers(layers)
+    where: dict[str, Any] = {"positions": positions, "steps": steps, "keep_norm": keep_norm}
+    if intervene:
+        from hookmap.interventions import load_interventions
+
+        interventions: Any = load_interventions(intervene)
+    elif key:
+        file = {"file": vector, "key": key}
+        where |= {"point": point or "resid_post", "layers": "all" if chosen is None else chosen}
+        interventions = [{"do": "steer", "vector": file, "strength": strength, **where}]
+    else:
+        from hookmap.steering import load_vector
+
+        made = load_vector(str(vector))
+        where |= {"point": point} if point else {}
+        interventions = made.interventions(strength, None if chosen in (None, "all") else chosen, **where)  # type: ignore[arg-type]
+    prompts = list(texts) or [one_prompt.DEFAULT_PROMPT]
+    hm = one_prompt.opened(model, given, quiet=as_json)
+    _show(prompts, *_both(hm, prompts, interventions, max_new_tokens, chat, as_json), as_json)
+
+
+def _both(
+    hm: "HookedModel", texts: list[str], interventions: Any, max_new_tokens: int, chat: bool | None, quiet: bool
+) -> tuple[list[str], list[str]]:
+    from hookmap.cli.console import working
+
+    if chat is None:
+        chat = bool(getattr(hm.tokenizer, "chat_template", None))
+    with working("generating", quiet=quiet):
+        before, after = (
+            hm.generate(texts, written, None, max_new_tokens, chat=chat or "auto").texts
+            for written in ((), interventions)
+        )
+    return before, after
+
+
+def _show(texts: list[str], without: list[str], with_it: list[str], as_json: bool) -> None:
+    rows = list(zip(texts, without, with_it, strict=True))
+    if as_json:
+        found = [{"prompt": text, "without": before, "with": after} for text, before, after in rows]
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    for text, before, after in rows:
+        click.echo(f"{click.style(text, bold=True)}\n{click.style('without', dim=True)} {before}")
+        click.echo(f"{click.style('with', fg='cyan')}    {after}\n")

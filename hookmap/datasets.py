@@ -1,0 +1,157 @@
+"""Data sets of prompts: JSON Lines, text, CSV, Parquet, Hugging Face data sets, or records made in Python.
+
+A record is a prompt with its own name (`id`) and what else the data says of it (`labels`); both stay with the sample.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from itertools import islice
+from numbers import Integral
+from pathlib import PurePath
+from typing import Any, Literal
+from uuid import UUID
+
+from hookmap.dataset_files import rows_of
+from hookmap.errors import DataError
+
+FIELDS = ("prompt", "messages", "question", "text", "token_ids", "input_ids")
+"""columns that are taken for the prompt, the first that a record has, where none is named"""
+_NEVER_TEXT = ("messages", "token_ids", "input_ids")  # a table of text has them as the text of a list
+_AS_TEXT = (date, time, timedelta, Decimal, UUID, PurePath)
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One prompt of a data set."""
+
+    prompt: Any
+    """a text, a list of chat messages, or a list of token ids"""
+    id: str | None = None
+    """its name in the data set, the same whenever it is read; None where it has none, and its number is its name"""
+    labels: Mapping[str, Any] | None = None
+    """other columns, as plain JSON data"""
+
+
+def load_prompts(
+    source: Any,
+    *,
+    prompt: str | None = None,
+    id: str | None = None,
+    labels: Sequence[str] | Literal["all"] = (),
+    skip: int = 0,
+    limit: int | None = None,
+) -> list[PromptRecord]:
+    """The prompts of a data set, for `capture`.
+
+    source: a file (.jsonl, .json, .csv, .tsv, .parquet; .txt has a prompt a line; text also as .gz), a folder of
+    `datasets.save_to_disk`, "hf://NAME" or "hf://NAME:SPLIT" of the Hugging Face hub, a `datasets.Dataset`, or any
+    iterable of texts, chat messages or mappings.
+    prompt: the column of the prompt; the first of FIELDS that a record has, unless given. id: the column of its name;
+    "id" where there is one. labels: columns to keep, or "all" others. skip, limit: which records.
+    Raises DataError with every wrong record at once.
+    """
+    if isinstance(labels, str) and labels != "all":
+        labels = (labels,)
+    for name, number in (("skip", skip), ("limit", limit)):
+        if number is not None and number < 0:
+            raise DataError(f"{name}: expected a whole number, at least 0, got {number}")
+    where, rows = rows_of(source)
+    found: list[PromptRecord] = []
+    problems: list[str] = []
+    seen: dict[str, str] = {}
+    for place, row in islice(rows, skip, None if limit is None else skip + limit):
+        try:
+            if isinstance(row, Exception):
+                raise row
+            record = _record(row, prompt, id, labels)
+            if record.id is not None and (first := seen.setdefault(record.id, place)) != place:
+                raise ValueError(f"the id {record.id!r} is that of {first} already")
+            found.append(record)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{place}: {error}")
+    if problems:
+        more = f"\n  - … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise DataError(f"{where}:\n" + "\n".join(f"  - {problem}" for problem in problems[:_SHOWN]) + more)
+    if not found:
+        after = f" after the first {skip}" if skip else ""
+        raise DataError(f'{where}{after} holds no prompts: expected lines such as {{"prompt": "Hello"}}')
+    return found
+
+
+def _record(row: Any, prompt: str | None, name: str | None, labels: Sequence[str]) -> PromptRecord:
+    """Raises ValueError that says what is wrong with the row."""
+    if isinstance(row, PromptRecord):
+        return row
+    if not isinstance(row, Mapping):
+        if prompt is not None:
+            raise ValueError(f"expected columns with {prompt!r} among them, found {_shown(row)}")
+        return PromptRecord(_prompt(row))
+    columns = list(row)
+    field = prompt or next((field for field in FIELDS if field in row), None)
+    wanted = [*([] if field is None else [field]), *([name] if name else []), *([] if labels == "all" else labels)]
+    if missing := [column for column in wanted if column not in row]:
+        raise ValueError(f"no column {', '.join(map(repr, missing))}: it has {', '.join(map(str, columns))}")
+    if field is None:
+        raise ValueError(f"expected one of the fields {', '.join(FIELDS)}, found {', '.join(columns) or 'none'}")
+    if prompt is None and field in _NEVER_TEXT and isinstance(row[field], str):
+        raise ValueError(f"{field}: expected a list, found the text {_shown(row[field])}; to send it as it is, name it")
+    key = name or ("id" if "id" in row and field != "id" else None)
+    own = None if key is None else _name(row[key], key)
+    kept = [column for column in columns if column not in (field, key)] if labels == "all" else labels
+    return PromptRecord(_prompt(row[field]), own, {str(c): _label(row[c], c) for c in kept} or None)
+
+
+def _name(value: Any, column: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | Integral) or value == "":
+        raise ValueError(f"{column}: expected a text or a whole number as a name, found {_shown(value)}")
+    return str(value)
+
+
+def _prompt(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value:
+        if all(isinstance(item, Mapping) and "role" in item for item in value):
+            return value
+        if all(type(item) is int for item in value):
+            return value
+    raise ValueError(f"expected a text, a list of chat messages or a list of token ids, found {_shown(value)}")
+
+
+def _label(value: Any, column: Any) -> Any:
+    try:
+        return _plain(value)
+    except TypeError as error:
+        raise ValueError(f"{column}: expected what JSON can hold, found {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: nothing for not-a-number, and the text of a date and its like.
+
+    Raises TypeError for the rest: the text of a set or of an image is another one in every run.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, _AS_TEXT):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if not isinstance(value, dict | list) else json.dumps(value, default=str)
+    return f"{text[:60]}…" if len(text) > 60 else text

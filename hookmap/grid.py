@@ -1,0 +1,71 @@
+"""A number for each layer and position, as lenses and patching sweeps find them: what tables and heat maps are made of.
+
+Imports no torch until asked to save or load.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hookmap.errors import CaptureError, StoreError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`values`: float32 [layers, positions], on the CPU."""
+
+    values: "torch.Tensor"
+    layers: tuple[int, ...]
+    """the layer of each row"""
+    positions: tuple[int, ...]
+    """the token index of each column, 0 the sample's first"""
+    tokens: tuple[str, ...]
+    """the text of each column's token"""
+    metric: str
+    """what the numbers are, in words"""
+    point: str
+
+    def __post_init__(self) -> None:
+        """Raises CaptureError where labels and values differ in number."""
+        labels = (len(self.layers), len(self.positions))
+        if tuple(self.values.shape) != labels or len(self.tokens) != len(self.positions):
+            raise CaptureError(
+                f"a grid's values are [layers, positions]: got {list(self.values.shape)} for {labels[0]} layers, "
+                f"{labels[1]} positions and {len(self.tokens)} tokens."
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Writes PATH.safetensors (values and labels) and PATH.csv (layer, position, token, value). Gives the first."""
+        from safetensors.torch import save_file
+
+        base = Path(path).with_suffix("")
+        labels = {name: getattr(self, name) for name in ("layers", "positions", "tokens", "metric", "point")}
+        base.parent.mkdir(parents=True, exist_ok=True)
+        values = base.with_suffix(".safetensors")
+        save_file({"values": self.values.contiguous()}, values, metadata={"hookmap.grid": json.dumps(labels)})
+        with base.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["layer", "position", "token", "value"])
+            for layer, row in zip(self.layers, self.values.tolist(), strict=True):
+                for position, token, value in zip(self.positions, self.tokens, row, strict=True):
+                    table.writerow([layer, position, token, value])
+        return values
+
+
+def load_grid(path: str | Path) -> Grid:
+    """What `Grid.save` wrote. Raises StoreError where the file is none of these."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(Path(path).with_suffix(".safetensors"), framework="pt") as file:
+            labels = json.loads((file.metadata() or {})["hookmap.grid"])
+            values = file.get_tensor("values")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise StoreError(f"{path}: no grid that hookmap wrote ({type(error).__name__}: {error}).") from error
+    lists = {name: tuple(labels[name]) for name in ("layers", "positions", "tokens")}
+    return Grid(values, metric=labels["metric"], point=labels["point"], **lists)

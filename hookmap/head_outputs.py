@@ -1,0 +1,49 @@
+"""What each attention head adds to the stream: the output projection of its own part of `z`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hookmap import skeleton
+from hookmap.capture import Capture
+from hookmap.errors import SelectionError
+
+if TYPE_CHECKING:
+    from hookmap.model import HookedModel
+
+
+def head_outputs(hm: HookedModel, run: Capture, layer: int, close: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a capture of z and mixer_out: [heads, pos, d_model], and what is left of mixer_out: a bias, [pos, d_model].
+
+    `close`: how far the sum may be off, as a share of the largest. Raises SelectionError where heads and bias are
+    not all that the mixer adds.
+    """
+    (z_at,), (out_at,) = hm.map.selectors("z", layer), hm.map.selectors("mixer_out", layer)
+    term, z, whole = z_at.terms[0], run.read(0, "z", layer), run.read(0, "mixer_out", layer).float()
+    if len(z_at.terms) > 1 or term.side != "input" or term.heads is None or term.heads.start or term.heads.groups > 1:
+        raise _refused(hm, layer, "its output projection does not read the heads side by side")
+    project, scale = hm.model.get_submodule(term.module), out_at.scale
+    count = z.shape[1]
+    alone = torch.zeros(count + 1, *z.shape, dtype=z.dtype)  # the last one is of no head: the bias
+    for head in range(count):
+        alone[head, :, head] = z[:, head]
+    with torch.no_grad():
+        given = alone.flatten(-2).to(skeleton.device_of(project))
+        found = project(given if not term.flat else given.flatten(0, 1))
+        found = (found[0] if isinstance(found, tuple) else found).float().cpu() * scale
+    found = found.reshape(count + 1, len(z), -1)
+    heads, bias = found[:-1] - found[-1], found[-1]
+    if found.shape[1:] != whole.shape or not float((heads.sum(0) + bias - whole).abs().max()) <= close * float(
+        whole.abs().max()
+    ):
+        raise _refused(hm, layer, "between its output projection and the stream stands more than a constant")
+    return heads, whole - heads.sum(0)
+
+
+def _refused(hm: HookedModel, layer: int, reason: str) -> SelectionError:
+    return SelectionError(
+        f"no attribution to the heads of layer {layer} of {hm.map.architecture}: {reason}. Leave heads out: the "
+        "mixer as a whole is attributed."
+    )

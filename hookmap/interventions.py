@@ -1,0 +1,231 @@
+"""Interventions as data: what is written where, as frozen documents that JSON and YAML hold. Runs nothing.
+
+- {do: steer, point: resid_post, layers: [8], vector: {file: v.safetensors, key: happy}, strength: 4}
+- {do: patch, point: resid_pre, layers: 4, positions: "text=7", source: {prompt: "Tom has 2 apples."}}
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from hookmap.errors import InterventionError
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and arrays as numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _numbers(value: Any) -> Any:
+    value = _plain(value)
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Numbers: TypeAlias = Annotated[tuple[int, ...], BeforeValidator(_numbers)]
+Layers: TypeAlias = Annotated[Literal["all"] | Numbers, BeforeValidator(_numbers)]
+Positions: TypeAlias = Annotated[str | tuple[int, ...], BeforeValidator(_numbers)]
+
+
+class VectorFile(_Frozen):
+    """A tensor in a safetensors file."""
+
+    file: str = Field(min_length=1, description="a .safetensors file; relative to the file that names it")
+    key: str = Field(min_length=1, description="the tensor's name in it")
+
+
+Vector: TypeAlias = Annotated[VectorFile | tuple[float, ...] | tuple[tuple[float, ...], ...], BeforeValidator(_plain)]
+"""numbers, a tensor (kept as numbers) or a file; of heads [d_head], the same for each of them, or [heads, d_head]"""
+
+
+class Source(_Frozen):
+    """Where values come from: another prompt's run, or a sample of a stored capture."""
+
+    prompt: str | tuple[int, ...] | tuple[dict[str, Any], ...] | None = Field(
+        default=None, description="a text, token ids, or chat messages; it is read once, without interventions"
+    )
+    store: str | None = Field(default=None, description="a capture folder that holds this point and layer")
+    sample: int = Field(default=0, ge=0, description="which sample of the store")
+    positions: Positions | None = Field(
+        default=None, description="which of its tokens, in order; the same ones as of the target unless given"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "Source":
+        if (self.prompt is None) == (self.store is None):
+            raise ValueError("expected a prompt or a store, one of them")
+        return self
+
+
+class _Intervention(_Frozen):
+    point: str = Field(description="a point's name; TransformerLens's and nnterp's are understood")
+    layers: Layers = "all"
+    positions: Positions = Field(
+        default="all",
+        description='which tokens: "all", "prompt", "generated", "last_prompt", a span "4:20", positions, or "text=…"',
+    )
+    steps: Positions | None = Field(
+        default=None, description='which generation steps: 0 for the prompt, n for the n-th new token; "1:" or [1, 2]'
+    )
+    heads: Numbers | None = Field(default=None, description="of a point with heads: only these")
+
+
+class Steer(_Intervention):
+    """Adds strength * vector."""
+
+    do: Literal["steer"] = "steer"
+    vector: Vector
+    strength: float = Field(default=1.0, allow_inf_nan=False)
+    keep_norm: bool = Field(default=False, description="the row is brought back to the length that it had")
+
+
+class Ablate(_Intervention):
+    """Takes away what the rows say: zeros, a mean, or rows of another run in their place."""
+
+    do: Literal["ablate"] = "ablate"
+    to: Literal["zero", "mean", "resample"] = "zero"
+    vector: Vector | None = Field(default=None, description="mean: this one, instead of the mean over each prompt")
+    source: Source | None = Field(default=None, description="mean: over its rows; resample: rows drawn from it")
+    seed: int = Field(default=0, description="resample: draws other rows")
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "Ablate":
+        if self.to == "resample" and self.source is None:
+            raise ValueError("to: resample needs a source")
+        if self.vector is not None and self.to != "mean":
+            raise ValueError(f"to: {self.to} takes no vector; to: mean does")
+        if self.source is not None and (self.to == "zero" or self.vector is not None):
+            raise ValueError("a source is for to: resample, or for to: mean without a vector")
+        return self
+
+
+class Patch(_Intervention):
+    """Puts in the rows of another run. Tokens are paired in order; one source token serves all."""
+
+    do: Literal["patch"] = "patch"
+    positions: Positions = "prompt"
+    source: Source
+
+
+class ProjectOut(_Intervention):
+    """Takes away the part along a direction."""
+
+    do: Literal["project_out"] = "project_out"
+    direction: Vector
+
+
+class Scale(_Intervention):
+    """Multiplies."""
+
+    do: Literal["scale"] = "scale"
+    factor: float = Field(allow_inf_nan=False)
+
+
+class Clamp(_Intervention):
+    """Holds a feature, or the part along a direction, between two values or at one."""
+
+    do: Literal["clamp"] = "clamp"
+    feature: int | None = Field(default=None, ge=0, description="index into the last axis")
+    direction: Vector | None = None
+    min: float | None = None
+    max: float | None = None
+    value: float | None = Field(default=None, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "Clamp":
+        if (self.feature is None) == (self.direction is None):
+            raise ValueError("expected a feature or a direction, one of them")
+        if (self.value is None) == (self.min is None and self.max is None):
+            raise ValueError("expected a value, or min and max, or one of these two")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}")
+        return self
+
+
+Intervention: TypeAlias = Annotated[
+    Steer | Ablate | Patch | ProjectOut | Scale | Clamp, Field(discriminator="do", description="one change")
+]
+_LIST: TypeAdapter[tuple[Intervention, ...]] = TypeAdapter(tuple[Intervention, ...])
+
+
+def read_interventions(given: Any) -> "tuple[Intervention, ...]":
+    """Interventions, or documents of them. Raises InterventionError with every problem at once."""
+    if isinstance(given, str | os.PathLike):
+        return load_interventions(given)
+    items = [given] if isinstance(given, dict | BaseModel) else list(given) if isinstance(given, Iterable) else given
+    try:
+        return _LIST.validate_python(items)
+    except ValidationError as error:
+        lines = [f"  - {_where(e['loc'], items)}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        raise InterventionError("these are no interventions:\n" + "\n".join(dict.fromkeys(lines))) from error
+
+
+def load_interventions(path: str | os.PathLike[str]) -> "tuple[Intervention, ...]":
+    """The interventions of a JSON or YAML file: a list of them. Files in it are relative to its folder.
+
+    Raises InterventionError where it cannot be read or is none.
+    """
+    import yaml
+
+    file = Path(path)
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InterventionError(f"{file}: cannot be read as JSON or YAML: {error}") from error
+    if isinstance(document, dict) and set(document) == {"interventions"}:
+        document = document["interventions"]
+    if not isinstance(document, list | dict):
+        raise InterventionError(f"{file}: expected a list of interventions, found {type(document).__name__}.")
+    try:
+        found = read_interventions(document)
+    except InterventionError as error:
+        raise InterventionError(f"{file}: {error}") from error
+    return tuple(_LIST.validate_python([_beside(item.model_dump(), file.parent) for item in found]))
+
+
+def dump_interventions(interventions: "Iterable[Intervention]") -> str:
+    """As JSON that `load_interventions` reads."""
+    return json.dumps([item.model_dump(mode="json", exclude_defaults=False) for item in interventions], indent=2)
+
+
+def fingerprint(interventions: "Iterable[Intervention]") -> list[dict[str, Any]]:
+    """For a manifest: what decides the run; vectors, and files of them, by the SHA-256 of their numbers."""
+    return [_hashed(item.model_dump(mode="json", exclude_none=True)) for item in interventions]
+
+
+def _hashed(document: dict[str, Any]) -> dict[str, Any]:
+    for name in ("vector", "direction"):
+        if name not in document:
+            continue
+        value = document[name]
+        if isinstance(value, dict):
+            data = Path(value["file"]).read_bytes()
+        else:
+            data = json.dumps(value).encode()
+        document[name] = {**(value if isinstance(value, dict) else {}), "sha256": hashlib.sha256(data).hexdigest()}
+    return document
+
+
+def _beside(document: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same, with its files relative to this folder."""
+    for name in ("vector", "direction"):
+        if isinstance(document.get(name), dict):
+            document[name] = {**document[name], "file": str(folder / document[name]["file"])}
+    source = document.get("source")
+    if source and source.get("store"):
+        document["source"] = {**source, "store": str(folder / source["store"])}
+    return document
+
+
+def _where(location: tuple[int | str, ...], items: Any) -> str:
+    number, rest = location[0] if location else "", [str(part) for part in location[1:]]
+    name = items[number].get("do", "") if isinstance(number, int) and isinstance(items[number], dict) else ""
+    return " ".join(filter(None, [f"intervention {number}", f"({name})" if name else "", ".".join(rest[1:])]))

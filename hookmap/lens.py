@@ -1,0 +1,244 @@
+"""The logit lens: what the model would say if the stream at a layer went through its final norm and unembedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from hookmap.activations import Sample
+from hookmap.capture import Capture
+from hookmap.engines.turns import turns_of
+from hookmap.errors import SelectionError
+from hookmap.grid import Grid
+from hookmap.points import parse_point
+from hookmap.readout import Readout, readout_of
+from hookmap.stores.interface import Store
+
+if TYPE_CHECKING:
+    from hookmap.model import HookedModel
+
+Metric = Literal["probability", "rank", "top_probability", "entropy", "kl"]
+METRICS: tuple[str, ...] = get_args(Metric)
+STREAM_POINTS = ("resid_pre", "resid_mid_sum", "resid_mid", "resid_post", "mixer_out", "attn_out", "mlp_out")
+"""the points whose tensor is the stream, or is added to it"""
+
+_CHUNK = 64
+_MEANING = {
+    "probability": "probability of {}",
+    "rank": "rank of {}, 1 is the likeliest",
+    "top_probability": "probability of the likeliest token",
+    "entropy": "entropy (nats)",
+    "kl": "KL divergence of the model's output from the lens (nats)",
+}
+
+
+@dataclass(frozen=True)
+class Lens:
+    """What the lens says at each layer and position of one sample. Tensors are on the CPU, [layers, positions, ..]."""
+
+    point: str
+    layers: tuple[int, ...]
+    positions: tuple[int, ...]
+    """the token index of each column"""
+    tokens: tuple[str, ...]
+    """the text of each column's token"""
+    top_ids: torch.Tensor
+    """[layers, positions, top]: the likeliest token ids, the likeliest first"""
+    top_probabilities: torch.Tensor
+    """[layers, positions, top]"""
+    top_tokens: tuple[tuple[tuple[str, ...], ...], ...]
+    """their texts, nested in the same way"""
+    target_ids: torch.Tensor
+    """[positions]: the token that `probability` and `rank` are of: the model's own prediction unless one was named"""
+    target_tokens: tuple[str, ...]
+    predicted: bool
+    """whether the target is the model's own prediction"""
+    probability: torch.Tensor
+    """of the target"""
+    rank: torch.Tensor
+    """of the target; 1 is the likeliest"""
+    entropy: torch.Tensor
+    """of the lens's distribution, in nats"""
+    kl: torch.Tensor
+    """KL(model's output ‖ lens), in nats; not a number where the last layer's resid_post was not captured"""
+
+    def grid(self, metric: Metric = "probability") -> Grid:
+        """One number for each layer and position. Raises SelectionError for a metric that is none."""
+        if metric not in METRICS:
+            raise SelectionError(f"lens metric {metric!r}: expected one of {', '.join(METRICS)}.")
+        values = self.top_probabilities[..., 0] if metric == "top_probability" else getattr(self, metric)
+        aim = "the model's prediction" if self.predicted else f"{self.target_tokens[0]!r}"
+        meaning = _MEANING[metric].format(aim)
+        return Grid(values.float(), self.layers, self.positions, self.tokens, meaning, self.point)
+
+    @property
+    def words(self) -> tuple[tuple[str, ...], ...]:
+        """The likeliest token at each layer and position, for the cells of a picture."""
+        return tuple(tuple(top[0] for top in row) for row in self.top_tokens)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON data; `null` where a number is not there."""
+        lists = {name: getattr(self, name).tolist() for name in ("top_ids", "top_probabilities", "target_ids")}
+        lists |= {name: getattr(self, name).tolist() for name in ("probability", "rank", "entropy")}
+        kl = [[None if value != value else value for value in row] for row in self.kl.tolist()]
+        names = ("point", "layers", "positions", "tokens", "top_tokens", "target_tokens", "predicted")
+        return {**{name: getattr(self, name) for name in names}, **lists, "kl": kl}
+
+
+def lens(
+    hm: HookedModel,
+    source: Any,
+    point: str = "resid_post",
+    layers: Any = "all",
+    *,
+    top: int = 5,
+    positions: Any = "all",
+    target: int | str | None = None,
+    sample: int = 0,
+    chat: Any = "auto",
+) -> Lens:
+    """See `HookedModel.lens`."""
+    name = _stream_point(point)
+    readout = readout_of(hm)
+    run = source
+    if not isinstance(source, (Capture, Store)):
+        _refuse_several(source)
+        last = f"blocks.{hm.map.num_layers - 1}.hook_resid_post"
+        run = hm.capture(source, [name, last], layers, max_new_tokens=0, positions=positions, chat=chat)
+        sample = 0
+    held = [key[1] for key in run.keys if key[0] == name and key[1] is not None]
+    chosen = held if isinstance(layers, str) else sorted({s.layer for s in hm.map.selectors(name, layers)})
+    if missing := [layer for layer in chosen if layer not in held] or not held:
+        raise SelectionError(f"the capture holds no {name} of layers {missing if held else 'any'}: it holds {held}.")
+    told = next((s for s in run.samples if s.sample == sample), None)
+    if told is None:
+        raise SelectionError(f"the capture has no sample {sample}: it has {len(run.samples)}.")
+    with turns_of(hm.model).shared():
+        return _read(hm, readout, run, told, name, tuple(chosen), top, None if target is None else token_id(hm, target))
+
+
+def _stream_point(point: str) -> str:
+    parsed = parse_point(point)
+    if isinstance(parsed, str):
+        raise SelectionError(parsed)
+    if parsed.point.partition(".")[0] not in STREAM_POINTS:
+        raise SelectionError(
+            f"no lens on {parsed.point}: it is not in the space of the residual stream. Use {', '.join(STREAM_POINTS)}."
+        )
+    return parsed.point
+
+
+def _refuse_several(source: Any) -> None:
+    if isinstance(source, (list, tuple)) and len(source) > 1 and isinstance(source[0], (str, list, tuple)):
+        raise SelectionError(
+            f"a lens is of one prompt, got {len(source)}: capture them, run = hm.capture(prompts, 'resid_post', "
+            "max_new_tokens=0), and give the run: hm.lens(run, sample=3)."
+        )
+
+
+def token_id(hm: HookedModel, target: int | str) -> int:
+    """The id of one token. Raises SelectionError where the model has none such, or the text is of several tokens."""
+    if isinstance(target, int) and 0 <= target < (hm.map.d_vocab or 0):
+        return target
+    if isinstance(target, int) or hm.tokenizer is None:
+        raise SelectionError(
+            f"target {target!r}: expected a token id from 0 to {(hm.map.d_vocab or 0) - 1}, or, with a tokenizer, text."
+        )
+    ids = hm.tokenizer(target, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise SelectionError(f"target {target!r} is {len(ids)} tokens ({ids}): give a text of one token, or an id.")
+    return int(ids[0])
+
+
+def token_text(hm: HookedModel, token: int) -> str:
+    """The text of one token, its number where there is no tokenizer."""
+    return str(token) if hm.tokenizer is None else str(hm.tokenizer.decode([token]))
+
+
+def where(sample: Sample) -> tuple[int, ...]:
+    """The token index of each row of a sample. Raises SelectionError where its row is a mean."""
+    if sample.positions == "mean":
+        raise SelectionError(f"sample {sample.sample} is a mean over positions: a lens needs rows of tokens.")
+    return tuple(range(sample.rows)) if sample.positions is None else tuple(sample.positions)
+
+
+def _read(
+    hm: HookedModel,
+    readout: Readout,
+    run: Capture | Store,
+    told: Sample,
+    point: str,
+    layers: tuple[int, ...],
+    top: int,
+    target: int | None,
+) -> Lens:
+    rows, last = where(told), ("resid_post", hm.map.num_layers - 1)
+    parts: list[dict[str, torch.Tensor]] = []
+    targets: list[torch.Tensor] = []
+    for chunk in _chunks(rows):
+        final = _log_probabilities(readout, run.read(told.sample, *last, chunk)) if last in run.keys else None
+        if target is not None:
+            aim = torch.full((len(chunk),), target)
+        elif final is not None:
+            aim = final.argmax(-1)
+        else:
+            raise SelectionError(
+                "the capture has no resid_post of the last layer, which says what the model predicts: "
+                "name a target, or capture it too."
+            )
+        targets.append(aim)
+        for layer in layers:
+            found = _log_probabilities(readout, run.read(told.sample, point, layer, chunk))
+            parts.append(_figures(found, final, aim, min(top, found.shape[-1])))
+    ids = torch.cat(targets)
+    stacked = {name: _stack([part[name] for part in parts], len(layers)) for name in parts[0]}
+    words = tuple(
+        tuple(tuple(token_text(hm, token) for token in tokens) for tokens in row) for row in stacked["top_ids"].tolist()
+    )
+    texts = tuple(token_text(hm, told.token_ids[row]) for row in rows)
+    aimed = tuple(token_text(hm, token) for token in ids.tolist())
+    return Lens(
+        point,
+        layers,
+        rows,
+        texts,
+        top_tokens=words,
+        target_ids=ids,
+        target_tokens=aimed,
+        predicted=target is None,
+        **stacked,
+    )
+
+
+def _chunks(positions: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Positions that go through the unembedding together: its output is as wide as the vocabulary."""
+    for start in range(0, len(positions), _CHUNK):
+        yield positions[start : start + _CHUNK]
+
+
+def _stack(parts: Sequence[torch.Tensor], layers: int) -> torch.Tensor:
+    """Chunks of each layer, layer after layer within a chunk -> [layers, positions, ..]."""
+    return torch.stack([torch.cat(list(parts[layer::layers])) for layer in range(layers)])
+
+
+def _log_probabilities(readout: Readout, stream: torch.Tensor) -> torch.Tensor:
+    """[pos, ..] -> log probabilities [pos, d_vocab], float32, on the device of the unembedding."""
+    return readout(stream[None].to(readout.dtype))[0].float().log_softmax(-1)
+
+
+def _figures(found: torch.Tensor, final: torch.Tensor | None, aim: torch.Tensor, top: int) -> dict[str, torch.Tensor]:
+    at = found.gather(-1, aim.to(found.device)[:, None])
+    best = found.topk(top)
+    kl = torch.full((len(found),), float("nan")) if final is None else (final.exp() * (final - found)).sum(-1)
+    figures = {
+        "top_ids": best.indices,
+        "top_probabilities": best.values.exp(),
+        "probability": at[:, 0].exp(),
+        "rank": (found > at).sum(-1) + 1,
+        "entropy": -(found.exp() * found).nan_to_num(0).sum(-1),
+        "kl": kl,
+    }
+    return {name: value.cpu() for name, value in figures.items()}

@@ -1,0 +1,107 @@
+"""The map of a loaded model: what its dataflow shows, or a given map, held against that."""
+
+from typing import Any
+
+from torch import nn
+
+from hookmap.architecture_map import ArchitectureMap, PointTemplate, TermTemplate
+from hookmap.discovery import discover
+from hookmap.errors import DiscoveryError, MapMismatchError
+from hookmap.library import resize
+
+
+def map_of(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:
+    """The given map where it tells the truth on this module; without one, what its dataflow shows.
+
+    root: the transformers model in it. Raises DiscoveryError, and MapMismatchError with every contradiction.
+    """
+    if given is None:
+        return discover(module)
+    try:
+        found = discover(module)
+    except DiscoveryError:  # a map by hand is how a model gets captured that discovery does not understand
+        problems = [
+            *_wrong_architecture(given, type(root).__name__),
+            *_missing_modules(given, module),
+        ]
+    else:
+        if given.scope == "architecture" and given.architecture == found.architecture:
+            given = _at_size_of(given, found)
+        problems = contradictions(given, found)
+    if problems:
+        raise MapMismatchError(
+            f"the map of {given.model_id or given.architecture} contradicts this {type(module).__name__}:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+            + "\nLeave the map out, or make one of this model: hookmap discover MODEL -o FILE"
+        )
+    return given
+
+
+def _at_size_of(given: ArchitectureMap, found: ArchitectureMap) -> ArchitectureMap:
+    """The given map with the model's own sizes, and its heads as they lie in the model."""
+    sized = given
+    if (given.num_layers, given.d_model) != (found.num_layers, found.d_model):
+        sizes = {"num_heads": found.num_heads, "d_vocab": found.d_vocab, "model_id": found.model_id}
+        sized = resize(given, found.num_layers, found.d_model, **sizes)  # type: ignore[arg-type]
+    kinds = []
+    for kind, before in zip(sized.kinds, given.kinds, strict=True):
+        theirs = found.kind_of(kind.layers[0]).points
+        heads = {
+            name: theirs[name]
+            for name, point in before.points.items()
+            if any(t.heads for t in point.terms) and name in theirs and _bare(point) == _bare(theirs[name])
+        }
+        missing = {name: reason for name, reason in kind.unavailable.items() if name not in heads}
+        kinds.append(kind.model_copy(update={"points": {**kind.points, **heads}, "unavailable": missing}))
+    return sized.model_copy(update={"kinds": tuple(kinds)})
+
+
+def _bare(point: PointTemplate) -> list[TermTemplate]:
+    return [term.model_copy(update={"heads": None}) for term in point.terms]
+
+
+def contradictions(given: ArchitectureMap, found: ArchitectureMap) -> list[str]:
+    """What `given` says otherwise than `found`, the model's own map. A point left out is no contradiction."""
+    problems = _wrong_architecture(given, found.architecture)
+    if given.scope == "model" and given.config_hash != found.config_hash:
+        problems.append(f"config_hash: the map's is {given.config_hash}, the model's {found.config_hash}")
+    for field in ("num_layers", "d_model", "layers_path"):
+        ours, theirs = getattr(given, field), getattr(found, field)
+        if ours != theirs:
+            problems.append(f"{field}: the map says {ours!r}, the model has {theirs!r}")
+    wrong: dict[str, list[int]] = {}
+    for layer in range(min(given.num_layers, found.num_layers)):
+        ours, theirs = given.kind_of(layer).points, found.kind_of(layer).points
+        for point in _different(ours, theirs):
+            wrong.setdefault(f"{point}: {_difference(ours[point], theirs.get(point))}", []).append(layer)
+    problems += [f"{text} (layers {', '.join(map(str, layers))})" for text, layers in wrong.items()]
+    for point in _different(given.model_points, found.model_points):
+        problems.append(f"{point}: {_difference(given.model_points[point], found.model_points.get(point))}")
+    return problems
+
+
+def _different(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return [point for point in ours if point not in theirs or ours[point].terms != theirs[point].terms]
+
+
+def _difference(ours: Any, theirs: Any) -> str:
+    return f"the map says {_terms(ours)}, the model has it at {_terms(theirs) if theirs else 'no place'}"
+
+
+def _terms(template: Any) -> str:
+    return " + ".join(
+        f"{'' if t.scale == 1 else f'{t.scale:g} * '}{t.module or 'model'}.{t.side}"
+        + ("" if t.index is None else f"[{t.index!r}]")
+        for t in template.terms
+    )
+
+
+def _wrong_architecture(given: ArchitectureMap, name: str) -> list[str]:
+    same = given.architecture == name
+    return [] if same else [f"architecture: the map's is {given.architecture}, the model is {name}"]
+
+
+def _missing_modules(given: ArchitectureMap, module: nn.Module) -> list[str]:
+    present = {name for name, _ in module.named_modules(remove_duplicate=False)}
+    wanted = {term.module for selector in given.selectors() for term in selector.terms}
+    return [f"module {path!r} is not in the model" for path in sorted(wanted - present)]

@@ -1,0 +1,168 @@
+"""Activation patching: which layer and position carries what makes two prompts differ.
+
+One tensor at one token of the clean prompt is put into the run of the corrupted prompt, and a metric of the next token
+says how far the answer comes back; once for each layer and position, many of them in one batch.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookmap.changes import Patched
+from hookmap.engines.editing import Edit
+from hookmap.errors import InterventionError, SelectionError
+from hookmap.grid import Grid
+from hookmap.kept import kept
+from hookmap.plan import Plan
+from hookmap.prompts import Prompt
+
+if TYPE_CHECKING:
+    from hookmap.model import HookedModel
+
+Metric = Callable[[torch.Tensor], torch.Tensor]
+"""logits of the next token [n, d_vocab] -> [n]"""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep found."""
+
+    grid: Grid
+    """the metric of the corrupted prompt with one tensor patched"""
+    clean: float
+    """the metric of the clean prompt"""
+    corrupted: float
+    """and of the corrupted one, without a patch"""
+
+    @property
+    def effect(self) -> Grid:
+        """How far the patch goes from corrupted (0) to clean (1)."""
+        values = (self.grid.values - self.corrupted) / (self.clean - self.corrupted)
+        return replace(self.grid, values=values, metric=f"effect on the {self.grid.metric}: 0 corrupted, 1 clean")
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the effect as PATH.safetensors and PATH.csv (see `Grid.save`), and the metrics as PATH.json."""
+        written = self.effect.save(path)
+        found = {"metric": self.grid.metric, "clean": self.clean, "corrupted": self.corrupted}
+        written.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        return written
+
+
+def sweep(
+    hm: "HookedModel",
+    clean: Any,
+    corrupted: Any,
+    target: str | int,
+    against: str | int | None = None,
+    *,
+    point: str = "resid_pre",
+    layers: Any = "all",
+    positions: Any = "all",
+    batch_size: int = 32,
+    chat: Any = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Sweep:
+    """Patch `point` from `clean` into `corrupted`, each layer and position in turn.
+
+    clean, corrupted: one prompt each, of equally many tokens. target: the clean prompt's next token, a token id or a
+    text of one token; against: the corrupted one's. With both the metric is the difference of their logits, target -
+    against; with a target alone its probability. positions: as in a capture. batch_size: patches that run together.
+    progress: called with the patches done, and how many there are.
+
+    Raises SelectionError, TokenizerError, and InterventionError where the prompts do not pair or the metric is the same
+    for both.
+    """
+    prompts = [_one(hm, given, chat) for given in (clean, corrupted)]
+    _check_pair(prompts, hm.tokenizer)
+    metric, name = _metric(hm, target, against)
+    selectors = hm.map.selectors([point], layers)
+    if refused := [f"layer {s.layer}: {hm.proofs.of(s).reason}" for s in selectors if hm.proofs.of(s).reason]:
+        raise InterventionError(f"{point} is not written:\n" + "\n".join(f"  - {text}" for text in refused))
+    places = _places(hm, prompts[1], positions)
+    rows = hm.capture(list(prompts[0].token_ids), [point], layers, max_new_tokens=0, engine="hooks")
+    base = [float(metric(_logits(hm, [prompt], None, batch_size))) for prompt in prompts]
+    if abs(base[0] - base[1]) < 1e-9:
+        raise InterventionError(f"the {name} is {base[0]:g} for both prompts: a patch has nothing to bring back.")
+    values = []
+    for number, selector in enumerate(selectors):
+        cells = {sample: {place: place} for sample, place in enumerate(places)}
+        patched = Patched(rows.read(0, selector.point, selector.layer), cells.__getitem__)
+        plan = Plan((Edit(selector, patched, only=patched),), [])
+        values.append(metric(_logits(hm, [prompts[1]] * len(places), plan, batch_size)))
+        if progress is not None:
+            progress((number + 1) * len(places), len(selectors) * len(places))
+    tokens = tuple(_text(hm, prompts[1].token_ids[place]) for place in places)
+    numbers = tuple(-1 if s.layer is None else s.layer for s in selectors)
+    return Sweep(Grid(torch.stack(values), numbers, tuple(places), tokens, name, selectors[0].point), *base)
+
+
+def _one(hm: "HookedModel", given: Any, chat: Any) -> Prompt:
+    found = hm.encode(given, chat)
+    if len(found) != 1:
+        raise InterventionError(f"a sweep is over one clean and one corrupted prompt, got {len(found)}.")
+    return found[0]
+
+
+def _check_pair(prompts: Sequence[Prompt], tokenizer: Any) -> None:
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    if lengths[0] != lengths[1]:
+        raise InterventionError(
+            f"the clean prompt has {lengths[0]} tokens and the corrupted one {lengths[1]}: a position must mean the "
+            "same in both. Change the prompts so that they are equally long."
+        )
+    if prompts[0].token_ids == prompts[1].token_ids:
+        raise InterventionError("the clean and the corrupted prompt are the same.")
+
+
+def _places(hm: "HookedModel", prompt: Prompt, positions: Any) -> list[int]:
+    chosen, length = kept(positions), len(prompt.token_ids)
+    wanted = chosen.wanted(length, hm.matching(chosen))
+    found = [place for place, token in enumerate(prompt.token_ids) if wanted(place, token)]
+    if not found:
+        raise SelectionError(f"positions {positions!r}: none of the {length} tokens of the prompt is one of them.")
+    return found[-1:] if chosen.positions == "last" else found
+
+
+def _logits(hm: "HookedModel", prompts: Sequence[Prompt], plan: Plan | None, batch_size: int) -> torch.Tensor:
+    """Of the token after each prompt, float32 [n, d_vocab]."""
+    run = hm.capture(
+        [list(prompt.token_ids) for prompt in prompts],
+        ["logits"],
+        max_new_tokens=0,
+        positions="last_prompt",
+        batch_size=batch_size,
+        batch_tokens=batch_size * len(prompts[0].token_ids),
+        engine="hooks",
+        interventions=plan or (),
+    )
+    found = run["logits"]
+    assert isinstance(found, torch.Tensor)  # a row of each
+    return found[:, 0].float()
+
+
+def _metric(hm: "HookedModel", target: str | int, against: str | int | None) -> tuple[Metric, str]:
+    right, right_name = _token(hm, target)
+    if against is None:
+        return lambda logits: logits.softmax(-1)[:, right], f"probability of {right_name}"
+    other, other_name = _token(hm, against)
+    return lambda logits: logits[:, right] - logits[:, other], f"logit of {right_name} minus logit of {other_name}"
+
+
+def _token(hm: "HookedModel", given: str | int) -> tuple[int, str]:
+    if isinstance(given, int):
+        return hm.encode([[given]], False)[0].token_ids[0], repr(_text(hm, given) or given)
+    ids = [] if hm.tokenizer is None else hm.tokenizer(given, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise InterventionError(
+            f"target {given!r} is {len(ids)} tokens here: give a text of one token, or a token id "
+            "(with the space before it, where the tokenizer has it so)."
+        )
+    return ids[0], repr(given)
+
+
+def _text(hm: "HookedModel", token: int) -> str:
+    return "" if hm.tokenizer is None else str(hm.tokenizer.decode([token]))

@@ -1,0 +1,211 @@
+"""Grids, attributions and attention as charts: PNG, SVG, or one HTML file that needs nothing else.
+
+The charts are Altair's; they are drawn offline. Both packages come with `pip install "hookmap[viz]"`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hookmap.errors import CaptureError, StoreError
+from hookmap.grid import Grid
+
+if TYPE_CHECKING:
+    import torch
+
+    from hookmap.attribution import Attribution
+
+FORMATS = (".png", ".svg", ".html")
+MISSING = 'pictures need Altair and vl-convert: pip install "hookmap[viz]"'
+_LABEL, _CELL = 12, 6
+"""characters of a token that fit at an axis, and at most into a cell"""
+_VISIBLE = {" ": "␣", "\n": "↵", "\t": "→", "\r": "←", "": "∅"}
+
+
+def heat_map(
+    grid: Grid, words: Sequence[Sequence[str]] | None = None, *, title: str | None = None, log: bool = False
+) -> Any:
+    """Layers upwards, positions to the right, as an Altair chart.
+
+    words: what is written in the cells, [layers, positions]. log: a logarithmic scale of colours, dark where small.
+    Numbers of both signs are red and blue around zero. Raises CaptureError where Altair is not installed.
+    """
+    alt = _altair()
+    values, cell = grid.values.tolist(), _cell(words)
+    rows = [
+        {
+            "layer": layer,
+            "column": column,
+            "position": position,
+            "token": printable(token),
+            "value": _short(values[row][column]),
+            "word": "" if words is None else printable(words[row][column]),
+            "cell": "" if words is None else printable(words[row][column], cell),
+        }
+        for row, layer in enumerate(grid.layers)
+        for column, (position, token) in enumerate(zip(grid.positions, grid.tokens, strict=True))
+    ]
+    colour, dark = _colours(grid, log)
+    width = 18 if words is None else 7 * cell + 8
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("column:O", title="position", axis=_token_axis(grid.tokens)),
+        y=alt.Y("layer:O", sort="descending", title=f"{grid.point}, layer"),
+        tooltip=[alt.Tooltip(f"{n}:N", title=n) for n in ("layer", "position", "token", *(["word"] if words else []))]
+        + [alt.Tooltip("value:Q", title=grid.metric, format=".4~g")],
+    )
+    drawn = base.mark_rect(stroke="white", strokeWidth=0.5).encode(
+        color=alt.Color("value:Q", title=None, scale=alt.Scale(**colour), legend=alt.Legend(format="~g"))
+    )
+    if words is not None:
+        drawn += base.mark_text(fontSize=11).encode(
+            text="cell:N", color=alt.condition(dark, alt.value("white"), alt.value("#222"))
+        )
+    return _finished(drawn, title or f"{grid.metric}: {grid.point}", width * len(grid.positions), 18 * len(grid.layers))
+
+
+def bars(attribution: Attribution, column: int = -1) -> Any:
+    """What each part adds to the logit at one position (the last unless given), as an Altair chart."""
+    alt = _altair()
+    values = attribution.values[:, column].tolist()
+    rows = [
+        {"part": part, "branch": part.partition("[")[0], "value": _short(value)}
+        for part, value in zip(attribution.parts, values, strict=True)
+    ]
+    against = "" if attribution.against is None else f" − {printable(attribution.against)}"
+    cap = ", before the soft-cap" if attribution.before_soft_cap else ""
+    what = f"logit {printable(attribution.target[column])}{against}"
+    chart = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_bar()
+        .encode(
+            x=alt.X("value:Q", title=f"added to {what}{cap}"),
+            y=alt.Y("part:N", sort=None, title=None, axis=alt.Axis(labelLimit=220)),
+            color=alt.Color("branch:N", title=None, sort=None),
+            tooltip=[alt.Tooltip("part:N"), alt.Tooltip("value:Q", format=".4~g")],
+        )
+    )
+    title = f"{what} = {float(attribution.logit[column]):.3f}, the sum of its parts"
+    return _finished(chart, title, 420, 14 * len(rows))
+
+
+def attention(pattern: torch.Tensor, tokens: Sequence[str], *, title: str = "attention") -> Any:
+    """Attention weights [heads, query, key] as one small heat map for each head, as an Altair chart."""
+    alt = _altair()
+    if pattern.ndim != 3 or pattern.shape[1:] != (len(tokens), len(tokens)):
+        raise CaptureError(
+            f"attention is [heads, query, key] of the tokens given: got {list(pattern.shape)} and {len(tokens)} tokens."
+        )
+    rows = [
+        {
+            "head": f"head {h}",
+            "q": q,
+            "k": k,
+            "query": printable(tokens[q]),
+            "key": printable(tokens[k]),
+            "value": _short(v),
+        }
+        for h, queries in enumerate(pattern.float().tolist())
+        for q, keys in enumerate(queries)
+        for k, v in enumerate(keys[: q + 1])
+    ]
+    side = max(120, 12 * len(tokens))
+    chart = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_rect()
+        .encode(
+            x=alt.X("k:O", title="key", axis=_token_axis(tokens)),
+            y=alt.Y("q:O", title="query", axis=_token_axis(tokens)),
+            color=alt.Color("value:Q", title=None, scale=alt.Scale(scheme="blues", domain=[0, 1])),
+            tooltip=["head:N", "query:N", "key:N", alt.Tooltip("value:Q", format=".4~g")],
+        )
+        .properties(width=side, height=side)
+        .facet(facet=alt.Facet("head:N", title=None), columns=2 if len(pattern) <= 4 else 4)
+    )
+    return chart.properties(title=title, background="white")
+
+
+def save_picture(chart: Any, path: str | Path) -> Path:
+    """Write a chart; the name's ending says as what. Raises StoreError for another ending, or where it cannot."""
+    target = Path(path)
+    if target.suffix.lower() not in FORMATS:
+        raise StoreError(f"{target}: a picture ends in {', '.join(FORMATS)}, got {target.suffix or 'no ending'!r}.")
+    _altair()
+    import vl_convert
+
+    specification = chart.to_dict()
+    try:
+        if target.suffix.lower() == ".png":
+            target.write_bytes(vl_convert.vegalite_to_png(specification, scale=2))
+        elif target.suffix.lower() == ".svg":
+            target.write_text(vl_convert.vegalite_to_svg(specification), encoding="utf-8")
+        else:
+            target.write_text(chart.to_html(inline=True, json_kwds={"cls": _InAScript}), encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"cannot write {target}: {error.strerror or error}.") from error
+    return target
+
+
+def printable(token: str, limit: int | None = None) -> str:
+    """A token as a person reads it: spaces and line ends as signs, what has no sign as its code."""
+    shown = "".join(_VISIBLE.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in token) or _VISIBLE[""]
+    return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+class _InAScript(json.JSONEncoder):
+    """A chart's data stands in a script of the page: no token's text may end it."""
+
+    def encode(self, o: Any) -> str:
+        return super().encode(o).replace("<", "\\u003c")
+
+
+def _altair() -> Any:
+    try:
+        import altair
+        import vl_convert  # noqa: F401
+    except ImportError as error:
+        raise CaptureError(f"{MISSING}\n({error})") from error
+    return altair
+
+
+def _token_axis(tokens: Sequence[str]) -> Any:
+    """An axis of columns labelled with their tokens: two columns of one token stay two."""
+    labels = json.dumps([printable(token, _LABEL) for token in tokens])
+    angle = 0 if all(len(printable(token)) <= 2 for token in tokens) else -60
+    return _altair().Axis(labelExpr=f"{labels}[datum.value]", labelAngle=angle, labelOverlap=False)
+
+
+def _short(value: float) -> float | None:
+    """To five digits: more say nothing in a picture. None for what is no number."""
+    return float(f"{value:.5g}") if value == value else None
+
+
+def _cell(words: Sequence[Sequence[str]] | None) -> int:
+    """Characters that nearly all words fit in: one long word does not make every column wide."""
+    lengths = sorted(len(printable(word)) for row in words or () for word in row)
+    return max(3, min(_CELL, lengths[int(0.95 * (len(lengths) - 1))])) if lengths else 0
+
+
+def _colours(grid: Grid, log: bool) -> tuple[dict[str, Any], str]:
+    """The scale, and where its colours are so dark that words on them are white."""
+    known = grid.values[~grid.values.isnan()]
+    low, high = (float(known.min()), float(known.max())) if known.numel() else (0.0, 1.0)
+    if log:
+        low, high = max(low, 1e-9), max(high, 1e-9)
+        return {"scheme": "blues", "type": "log", "reverse": True, "domain": [low, max(high, low * 2)]}, (
+            f"datum.value < {(low * max(high, low * 2)) ** 0.5}"
+        )
+    if low < 0 < high:
+        most = max(-low, high)
+        return {"scheme": "redblue", "domain": [-most, most]}, f"abs(datum.value) > {0.65 * most}"
+    if low >= 0 and high <= 1 and "probability" in grid.metric:
+        low, high = 0.0, 1.0
+    return {"scheme": "blues", "domain": [low, high]}, f"datum.value > {low + 0.6 * (high - low)}"
+
+
+def _finished(chart: Any, title: str, width: int, height: int) -> Any:
+    return chart.properties(title=title, width=width, height=height, background="white").configure_axis(
+        labelFontSize=11, titleFontSize=12, grid=False
+    )

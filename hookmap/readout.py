@@ -1,0 +1,231 @@
+"""What a model does between the stream behind its last block and its logits, as steps that run on any stream.
+
+Read from the dataflow of the model itself: modules (final norm, unembedding, what else stands there), casts, constant
+factors and the tanh of a soft-cap, in their order. Nothing is guessed: a computation of another form is refused with
+the reason, and the steps are proved on the opened model, whose own logits they must give.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hookmap import skeleton
+from hookmap.dataflow import Dataflow, ModuleCall, Operation, TensorRef, record
+from hookmap.engines.turns import turns_of
+from hookmap.errors import SelectionError
+from hookmap.selectors import Selector
+
+if TYPE_CHECKING:
+    from hookmap.model import HookedModel
+
+_SHAPES = {"view", "_unsafe_view", "reshape", "clone", "alias", "detach", "slice", "contiguous", "alias_update"}
+_PROOF_TOKENS = 6
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: a module, or an operation with a number."""
+
+    name: str
+    """path of the module; or `mul`, `div`, `tanh`, `cast`"""
+    module: nn.Module | None = None
+    number: float | None = None
+    dtype: torch.dtype | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.module is not None:
+            return _run(self.module, x)
+        if self.name == "cast":
+            return x.to(self.dtype)
+        if self.name == "tanh":
+            return torch.tanh(x)
+        assert self.number is not None
+        return x * self.number if self.name == "mul" else x / self.number
+
+    def __str__(self) -> str:
+        if self.module is not None:
+            return self.name
+        if self.name == "cast":
+            return str(self.dtype).removeprefix("torch.")
+        return self.name if self.number is None else f"{'×' if self.name == 'mul' else '÷'} {self.number:g}"
+
+
+@dataclass(frozen=True)
+class Readout:
+    """The steps from the stream to the logits, cut where attributions need it."""
+
+    before: tuple[Step, ...]
+    """up to the final norm"""
+    norm: Step | None
+    """the final norm; None where the model has none"""
+    after: tuple[Step, ...]
+    """up to the unembedding and its constant factor: linear in most models"""
+    cap: tuple[Step, ...]
+    """the soft-cap and what follows it; empty where there is none"""
+    dtype: torch.dtype = torch.float32
+    """of the stream as the model has it"""
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return (*self.before, *((self.norm,) if self.norm else ()), *self.after, *self.cap)
+
+    @property
+    def tolerance(self) -> float:
+        """How far two computations of the same logits may be apart, as a share of the largest."""
+        weights = (p.dtype for s in self.steps if s.module is not None for p in s.module.parameters())
+        return max(_TOLERANCE.get(dtype, 4e-2) for dtype in (self.dtype, *weights) if dtype.is_floating_point)
+
+    def __call__(self, stream: torch.Tensor) -> torch.Tensor:
+        """Logits [.., pos, d_vocab] of a stream [.., pos, d_model], in the model's dtype."""
+        return apply(self.steps, stream)
+
+    def __str__(self) -> str:
+        return " → ".join(map(str, self.steps))
+
+
+def apply(steps: Sequence[Step], x: torch.Tensor) -> torch.Tensor:
+    """The steps one after the other, without gradients."""
+    with torch.no_grad():
+        for step in steps:
+            x = step(x)
+    return x
+
+
+_proved: weakref.WeakKeyDictionary[nn.Module, Readout] = weakref.WeakKeyDictionary()
+
+
+def readout_of(hm: HookedModel) -> Readout:
+    """The steps of an opened model, read and proved once.
+
+    Raises SelectionError with the reason where they cannot be read, or do not give the model's own logits.
+    """
+    if hm.model not in _proved:
+        last = hm.map.selectors("resid_post", -1)[-1]
+        for point in ("resid_post", "logits"):
+            hm.map.selectors(point, -1)  # says why, where the model has none
+        with turns_of(hm.model).alone():
+            readout = read(skeleton.unwrap(hm.model), last, hm.map.final_norm_path, hm.map.lm_head_path)
+        _proved[hm.model] = _prove(hm, readout)
+    return _proved[hm.model]
+
+
+def read(model: nn.Module, last: Selector, norm_path: str | None, head_path: str | None) -> Readout:
+    """The steps behind the last block, found by running the model once on a few tokens.
+
+    `last`: the selector of the last layer's resid_post. Raises SelectionError with the reason.
+    """
+    config = getattr(model, "config", None)
+    given = skeleton.inputs(skeleton.device_of(model), skeleton.sequence_length(config, model))
+    with skeleton.eager(model):
+        flow = record(model, given, skeleton.accepted(model, given))
+    end = max((_time(flow, term.module, term.side) for term in last.terms), default=-1)
+    logits = flow.calls[0].outputs.get("logits")
+    if logits is None or end < 0:
+        raise _refused(model, "its output has no logits" if logits is None else f"{last.module} is called nowhere")
+    try:
+        return _cut(tuple(_walk(model, flow, logits, end, {norm_path, head_path} - {None})), norm_path)
+    except SelectionError as error:
+        try:  # a head that computes more inside, around the named modules, is one step as a whole
+            return _cut(tuple(_walk(model, flow, logits, end, set())), norm_path)
+        except SelectionError:
+            raise error from None
+
+
+def _time(flow: Dataflow, path: str, side: str) -> int:
+    return max((c.enter if side == "input" else c.exit for c in flow.calls if c.path == path), default=-1)
+
+
+def _walk(model: nn.Module, flow: Dataflow, tensor: int, end: int, named: set[Any]) -> list[Step]:
+    """From the logits backwards to what was there when the last block was done."""
+    steps: list[Step] = []
+    while (op := flow.producer(tensor)) is not None and op.time > end:
+        if (call := _module(flow, tensor, end, named)) is not None:
+            entered = [t for t in call.entered.values() if flow.tensors[t].dtype.is_floating_point]
+            if len(entered) != 1:
+                raise _refused(model, f"{call.path} reads {len(entered)} tensors")
+            steps.append(Step(call.path, module=call.module))
+            tensor = entered[0]
+            continue
+        step, tensor = _step(model, op)
+        steps += [step] if step is not None else []
+    return steps[::-1]
+
+
+def _module(flow: Dataflow, tensor: int, end: int, named: set[Any]) -> ModuleCall | None:
+    """The outermost module that gives this tensor, holds no named module inside, and ran behind the last block."""
+    for call in flow.calls:
+        inside = any(path != call.path and path.startswith(f"{call.path}.") for path in named)
+        if call.enter > end and tensor in call.outputs.values() and call.path and not inside:
+            return call
+    return None
+
+
+def _step(model: nn.Module, op: Operation) -> tuple[Step | None, int]:
+    """One operation as a step, and the tensor that it reads."""
+    first = op.args[0] if op.args else None
+    if op.name in _SHAPES:
+        return None, op.inputs[-1 if op.name == "alias_update" else 0]
+    if isinstance(first, TensorRef) and op.name == "_to_copy":
+        return Step("cast", dtype=op.kwargs.get("dtype")) if op.kwargs.get("dtype") else None, first.id
+    if isinstance(first, TensorRef) and op.name == "tanh":
+        return Step("tanh"), first.id
+    if isinstance(first, TensorRef) and op.name in ("mul", "div") and isinstance(op.args[1], (int, float)):
+        return Step(op.name, number=float(op.args[1])), first.id
+    raise _refused(model, f"`{op.name}` of {len(op.inputs)} tensors stands between the last block and the logits")
+
+
+def _cut(steps: tuple[Step, ...], norm_path: str | None) -> Readout:
+    norm = next((n for n, step in enumerate(steps) if step.module is not None and step.name == norm_path), None)
+    before, rest = ((), steps) if norm is None else (steps[:norm], steps[norm + 1 :])
+    cap = next((n for n, step in enumerate(rest) if step.name == "tanh"), len(rest))
+    if 0 < cap < len(rest) and rest[cap - 1].name == "div":
+        cap -= 1  # a soft-cap is c * tanh(x / c)
+    return Readout(before, None if norm is None else steps[norm], rest[:cap], rest[cap:])
+
+
+def _run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The module on a stream that may lie elsewhere."""
+    output = module(x.to(skeleton.device_of(module)))
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _prove(hm: HookedModel, readout: Readout) -> Readout:
+    """The model's own logits must come out: of the whole sequence, and of each position alone."""
+    size = hm.map.d_vocab or _PROOF_TOKENS
+    tokens = [(1 + 37 * n) % size for n in range(_PROOF_TOKENS)]
+    run = hm.capture([tokens], points=["resid_post", "logits"], layers=[-1], max_new_tokens=0)
+    stream, logits = run.read(0, "resid_post", -1), run.read(0, "logits").float()
+    readout = replace(readout, dtype=stream.dtype)
+    whole = readout(stream[None])[0].float().cpu()
+    if whole.shape != logits.shape:
+        raise _refused(hm.model, f"the steps {readout} give {list(whole.shape)}, the model {list(logits.shape)}")
+    alone = torch.stack([readout(row[None, None])[0, 0] for row in stream]).float().cpu()
+    worst = max(float((found - logits).abs().max()) for found in (whole, alone)) / float(logits.abs().max())
+    if not worst <= readout.tolerance:
+        raise _refused(hm.model, f"the steps {readout} give other logits than the model: {worst:.2g} of the largest")
+    return _with_norm(readout, stream)
+
+
+def _with_norm(readout: Readout, stream: torch.Tensor) -> Readout:
+    """Where the map names no final norm, the first module is one if it does not care how large the stream is."""
+    first = readout.after[0] if len(readout.after) > 1 else None
+    if readout.norm is not None or first is None or first.module is None:
+        return readout
+    once, fourfold = apply((first,), stream[None]).float(), apply((first,), 4 * stream[None]).float()
+    invariant = bool((fourfold - once).abs().max() <= 1e-2 * once.abs().max())
+    return replace(readout, norm=first, after=readout.after[1:]) if invariant else readout
+
+
+def _refused(model: nn.Module, reason: str) -> SelectionError:
+    return SelectionError(
+        f"no lens for {type(model).__name__}: {reason}. Expected a final norm, an unembedding, constant factors and a "
+        "soft-cap behind the last block. Its streams can still be read: hookmap capture --points resid_post"
+    )

@@ -1,0 +1,83 @@
+"""Rows that an intervention takes from elsewhere: another prompt's run, or a stored capture. Each is read once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookmap.errors import InterventionError
+from hookmap.interventions import Source
+from hookmap.kept import Kept
+from hookmap.selectors import Selector
+from hookmap.stores import open_store
+from hookmap.stores.interface import Store
+
+if TYPE_CHECKING:
+    from hookmap.model import HookedModel
+
+
+@dataclass(frozen=True)
+class Read:
+    """Chosen rows of a source, on the host."""
+
+    rows: torch.Tensor
+    """[n, ...] in the order of its tokens"""
+
+
+class Sources:
+    """Reads sources for one plan."""
+
+    def __init__(self, hm: "HookedModel", chat: Any) -> None:
+        self._hm, self._chat = hm, chat
+        self._stores: dict[str, Store] = {}
+        self._runs: dict[tuple[str, str, int | None], Store] = {}
+
+    def read(self, source: Source, selector: Selector, positions: Kept, matching: frozenset[int]) -> Read:
+        """Rows of a point at these positions. Raises InterventionError, StoreError or SelectionError."""
+        number = 0 if source.store is None else source.sample
+        store = self._run(source, selector) if source.store is None else self._store(source.store)
+        sample = store.sample(number)
+        rows = store.read(number, selector.point, selector.layer)
+        if sample.positions == "mean":
+            return Read(rows)
+        held: Sequence[int] = range(sample.rows) if sample.positions is None else sample.positions
+        wanted = positions.wanted(sample.prompt_tokens, matching)
+        chosen = [row for row, position in enumerate(held) if wanted(position, sample.token_ids[position])]
+        if positions.positions == "last":
+            chosen = chosen[-1:]
+        if not chosen:
+            raise InterventionError(
+                f"the source has no row at these positions: it holds {_few(held)} of a prompt of "
+                f"{sample.prompt_tokens} tokens."
+            )
+        return Read(rows[chosen])
+
+    def _store(self, path: str) -> Store:
+        if path not in self._stores:
+            store = open_store(path)
+            architecture = store.manifest.architecture
+            if architecture not in (None, self._hm.map.architecture):
+                raise InterventionError(
+                    f"{path} was captured from a {architecture}, and this is a {self._hm.map.architecture}."
+                )
+            self._stores[path] = store
+        return self._stores[path]
+
+    def _run(self, source: Source, selector: Selector) -> Store:
+        key = (repr(source.prompt), selector.point, selector.layer)
+        if key not in self._runs:
+            prompt: Any = source.prompt if isinstance(source.prompt, str) else list(source.prompt or ())
+            layers = "all" if selector.layer is None else [selector.layer]
+            # All layers at once: an intervention on several would else read the prompt once for each.
+            points = [selector.point]
+            if selector.layer is not None:
+                layers = [s.layer for s in self._hm.map.selectors(points)]
+            run = self._hm.capture(prompt, points, layers, max_new_tokens=0, engine="hooks", chat=self._chat)
+            self._runs |= {(key[0], *held): run.store for held in run.keys}
+        return self._runs[key]
+
+
+def _few(positions: Sequence[int]) -> str:
+    shown = ", ".join(map(str, positions[:8]))
+    return f"positions {shown}{', …' if len(positions) > 8 else ''}"

@@ -1,0 +1,193 @@
+"""Steering vectors from contrast pairs, and the file that keeps them.
+
+A vector of a layer is a direction in the space of one point: from where the model is after the negative texts to where
+it is after the positive ones. Two methods:
+
+- `mean_difference`: the mean over pairs of positive minus negative. Its length is that of the contrast.
+- `pca`: the first principal component of the rows around each pair's midpoint, of length 1. Its sign is that of the
+  mean difference: adding it moves towards the positive texts. (repeng calls it `pca_center`.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hookmap.errors import SelectionError, StoreError
+from hookmap.points import parse_point
+
+if TYPE_CHECKING:
+    from hookmap.model import HookedModel
+
+Method = Literal["mean_difference", "pca"]
+_METADATA = "hookmap.steering"
+
+
+class About(BaseModel):
+    """What a vector is of; the metadata of its file, as JSON under `hookmap.steering`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    point: str = Field(description="the point that the vectors are of, and are to be added to")
+    method: str = Field(description="mean_difference or pca, or what another tool's file says")
+    model: str | None = Field(default=None, description="hub id or path of the model")
+    model_type: str | None = Field(default=None, description="of its config, such as qwen3")
+    architecture: str | None = None
+    pairs: int | None = Field(default=None, ge=1, description="contrast pairs that they were made from")
+    positions: str | None = Field(default=None, description="of which tokens; several are averaged")
+
+
+@dataclass(frozen=True, repr=False)
+class SteeringVector:
+    """One direction for each of some layers."""
+
+    about: About
+    directions: Mapping[int, torch.Tensor]
+    """layer -> float32 [d_model], on the CPU"""
+
+    def __post_init__(self) -> None:
+        """Raises StoreError with everything that is wrong with the directions."""
+        widths = {tuple(v.shape) for v in self.directions.values()}
+        problems = [] if self.directions else ["it has no layers"]
+        if len(widths) > 1 or any(len(shape) != 1 for shape in widths):
+            problems.append(f"expected vectors [d_model] of one width, found {sorted(map(list, widths))}")
+        problems += [f"layer {n} is negative" for n in self.directions if n < 0]
+        problems += [f"layer {n} holds what is no number" for n, v in self.directions.items() if not v.isfinite().all()]
+        if problems:
+            raise StoreError("no steering vector: " + "; ".join(problems) + ".")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Ascending."""
+        return tuple(sorted(self.directions))
+
+    def __getitem__(self, layer: int) -> torch.Tensor:
+        """The direction of one layer. Raises SelectionError where there is none."""
+        if layer not in self.directions:
+            raise SelectionError(f"the vector has no layer {layer}: it has {', '.join(map(str, self.layers))}.")
+        return self.directions[layer]
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        return f"<SteeringVector of {self.about.point} of {self.about.architecture or 'a model'}, layers {layers}>"
+
+    def interventions(self, strength: float = 1.0, layers: Sequence[int] | None = None, **where: Any) -> list[Any]:
+        """Documents that steer by these directions, one for each layer: for `interventions=` or a YAML file."""
+        return [
+            {"do": "steer", "point": self.about.point, "layers": [n], "vector": self[n].tolist(), "strength": strength}
+            | where
+            for n in (self.layers if layers is None else layers)
+        ]
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file: a tensor `POINT.LAYER` for each layer, and `about` in its metadata."""
+        from safetensors.torch import save_file
+
+        target = Path(path)
+        if target.suffix != ".safetensors":
+            raise StoreError(f"{target}: a steering vector's file ends in .safetensors. GGUF: hookmap vector convert")
+        tensors = {f"{self.about.point}.{n}": self.directions[n].contiguous() for n in self.layers}
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, target, metadata={_METADATA: self.about.model_dump_json()})
+        except OSError as error:
+            raise StoreError(f"cannot write {target}: {error.strerror or error}.") from error
+        return target
+
+
+def load_vector(path: str | Path) -> SteeringVector:
+    """What `SteeringVector.save` wrote. Raises StoreError where the file is none of these, or broken."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise StoreError(f"{path}: there is no such file. Make one: hookmap vector make --pairs FILE.jsonl -o {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = About.model_validate_json((file.metadata() or {})[_METADATA])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    except (OSError, SafetensorError, KeyError, ValidationError, json.JSONDecodeError) as error:
+        why = f"{type(error).__name__}: {str(error)[:300]}"
+        raise StoreError(f"{path} is no steering vector that hookmap wrote ({why}).") from error
+    directions = {}
+    for name, tensor in tensors.items():
+        point, _, layer = name.rpartition(".")
+        if point != about.point or not layer.isdecimal() or not tensor.is_floating_point():
+            raise StoreError(
+                f"{path}: expected tensors {about.point}.LAYER of floats, found {name} of {tensor.dtype}. "
+                "Make the vector again."
+            )
+        directions[int(layer)] = tensor.float()
+    return SteeringVector(about, directions)
+
+
+def make_vector(
+    hm: HookedModel,
+    positive: Sequence[Any],
+    negative: Sequence[Any],
+    point: str = "resid_post",
+    layers: Any = "all",
+    *,
+    method: Method = "mean_difference",
+    positions: Any = "last",
+    chat: Any = "auto",
+    **options: Any,
+) -> SteeringVector:
+    """See `HookedModel.steering_vector`."""
+    parsed = parse_point(point)
+    if isinstance(parsed, str) or method not in get_args(Method):
+        raise SelectionError(
+            parsed if isinstance(parsed, str) else f"method {method!r}: expected one of {', '.join(get_args(Method))}."
+        )
+    if isinstance(positive, str) or isinstance(negative, str) or len(positive) != len(negative) or not positive:
+        raise SelectionError(
+            "contrast pairs are two lists of prompts of one length: got "
+            + " and ".join("a text" if isinstance(given, str) else str(len(given)) for given in (positive, negative))
+        )
+    rows = {"max_new_tokens": 0, "positions": positions, "mean": positions != "last", "chat": chat}
+    run = hm.capture([*positive, *negative], parsed.point, layers, **rows, **options)
+    find: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    find = mean_difference if method == "mean_difference" else principal_direction
+    directions = {}
+    for _, layer in run.keys:
+        if layer is None:
+            raise SelectionError(f"{parsed.point} is of the whole model: a steering vector is of layers.")
+        each = torch.stack([run.read(sample, parsed.point, layer)[0] for sample in range(len(run))])
+        directions[layer] = find(each[: len(positive)], each[len(positive) :])
+    about = About(
+        point=parsed.point,
+        method=method,
+        model=hm.name,
+        model_type=hm.map.model_type,
+        architecture=hm.map.architecture,
+        pairs=len(positive),
+        positions=positions if isinstance(positions, str) else str(positions),
+    )
+    return SteeringVector(about, directions)
+
+
+def mean_difference(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """The mean over pairs of positive minus negative rows, [pairs, d] each -> float32 [d]."""
+    return (positive.double() - negative.double()).mean(0).float()
+
+
+def principal_direction(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """The first principal component of the rows around each pair's midpoint, [pairs, d] each -> float32 [d], length 1.
+
+    It points from the negative rows to the positive ones: its product with their mean difference is not negative;
+    where that is 0 the largest of its numbers is positive. Raises SelectionError where no pair differs.
+    """
+    halves = (positive.double() - negative.double()) / 2  # the rows around a midpoint are this and its negative
+    if not bool(halves.any()):
+        raise SelectionError("the texts of each pair leave the same rows: they have no direction. Give other pairs.")
+    direction: torch.Tensor = torch.linalg.svd(halves, full_matrices=False).Vh[0]
+    towards = float(direction @ halves.mean(0))
+    if abs(towards) < 1e-12 * float(halves.abs().max()):
+        towards = float(direction[direction.abs().argmax()])
+    return (direction if towards > 0 else -direction).float()

@@ -1,0 +1,223 @@
+"""Rows of a capture in random order, at the speed of the disk: what probes and sparse autoencoders are trained on.
+
+Shards are opened in random order, each is read from front to back, and its rows go through a buffer out of which rows
+are drawn at random. So the disk sees long reads, memory is flat, and every row comes exactly once in an epoch.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from hookmap.activations import Key
+from hookmap.errors import SelectionError
+from hookmap.stores.ledger import tensor_name
+from hookmap.stores.reader import CaptureStore
+
+SHUFFLE_ROWS = 2**14
+"""rows that the buffer holds"""
+
+_Rows: TypeAlias = dict[str, Any]
+"""tensors [rows, …] by name, and lists for labels"""
+
+
+class _Run(NamedTuple):
+    """Rows of one sample that lie side by side in one shard."""
+
+    sample: int
+    start: int
+    """which row of the sample the first one is"""
+    rows: int
+    row: int | None
+    """which row of the shard's tensors it is; None where the tensors that are wanted are in several shards"""
+
+
+class RowDataset(IterableDataset[_Rows]):
+    """Batches of rows of some tensors: {"resid_mid.8": [batch, d], …}, and with `where` whose rows they are.
+
+    Use it as it is, or in a DataLoader with batch_size=None; its workers share the shards, each row comes to one.
+    Every pass is another order: the same for the same seed and pass, with workers also for the same seed of torch.
+    """
+
+    def __init__(
+        self,
+        store: CaptureStore,
+        keys: Sequence[Key],
+        *,
+        batch_size: int = 1024,
+        shuffle_rows: int = SHUFFLE_ROWS,
+        seed: int = 0,
+        where: bool = False,
+        label: str | None = None,
+    ) -> None:
+        """`shuffle_rows`: rows that the buffer holds; 0 leaves the order as it is on disk.
+
+        `where`: give "sample" [batch] and "position" [batch] too; `label`: and this label of each row's sample.
+        Raises SelectionError.
+        """
+        self._store = store
+        self._keys = [store.key(*key) for key in keys]
+        if not self._keys or len(set(self._keys)) != len(self._keys):
+            raise SelectionError(f"rows of which tensors? Expected each once, got {list(keys)}.")
+        if batch_size < 1 or shuffle_rows < 0:
+            raise SelectionError(f"expected batch_size over 0 and shuffle_rows, got {batch_size} and {shuffle_rows}.")
+        self._batch_size, self._shuffle_rows, self._seed = batch_size, shuffle_rows, seed
+        self._where, self._label = where, label
+        self._shards = self._index()
+        self._epoch = 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows a pass gives, over all workers."""
+        return sum(run.rows for runs in self._shards.values() for run in runs)
+
+    def __iter__(self) -> Iterator[_Rows]:
+        worker = get_worker_info()
+        # What a worker counts is lost at the end of a pass; the loader's own seed differs with each.
+        chance = random.Random(f"{self._seed} {self._epoch if worker is None else worker.seed - worker.id}")
+        self._epoch += 1
+        shards = sorted(self._shards)
+        if self._shuffle_rows:
+            chance.shuffle(shards)
+        if worker is not None:
+            shards = shards[worker.id :: worker.num_workers]
+        pieces = self._read(shards)
+        if self._shuffle_rows:
+            pieces = _shuffled(pieces, self._shuffle_rows, torch.Generator().manual_seed(chance.getrandbits(63)))
+        yield from _batches(pieces, self._batch_size)
+
+    def _index(self) -> dict[int, list[_Run]]:
+        """Which samples' rows each shard has, in their order there. Some 200 bytes for each sample."""
+        places = {self._store.keys.index(key) for key in self._keys}
+        shards: dict[int, list[_Run]] = {}
+        for sample, all_spans in self._store.spans():
+            spans = [span for span in all_spans if span.rows and places & set(range(span.first, span.end))]
+            ends = sorted({end for span in spans for end in (span.start, span.start + span.rows)})
+            for start, end in itertools.pairwise(ends):
+                held = [span for span in spans if span.start <= start and end <= span.start + span.rows]
+                # Where several shards have the tensors of these rows, the first of them counts as theirs.
+                row = held[0].row + start - held[0].start if len(held) == 1 else None
+                shards.setdefault(held[0].shard, []).append(_Run(sample, start, end - start, row))
+        for runs in shards.values():
+            runs.sort(key=lambda run: (run.row is None, run.row or 0))
+        return shards
+
+    def _read(self, shards: Sequence[int]) -> Iterator[_Rows]:
+        """The rows of each shard, as far as they lie side by side in one piece."""
+        for shard in shards:
+            runs: list[_Run] = []
+            for run in self._shards[shard]:
+                if runs and (run.row is None or runs[-1].row is None or runs[-1].row + runs[-1].rows != run.row):
+                    yield self._piece(shard, runs)
+                    runs = []
+                runs.append(run)
+            if runs:
+                yield self._piece(shard, runs)
+
+    def _piece(self, shard: int, runs: Sequence[_Run]) -> _Rows:
+        first, count = runs[0], sum(run.rows for run in runs)
+        found: _Rows = {}
+        for key in self._keys:
+            if first.row is None:
+                rows = self._store.rows_at(first.sample, key, range(first.start, first.start + first.rows))
+            else:
+                rows = self._store.shard_rows(shard, key, first.row, count)
+            found[tensor_name(key)] = rows
+        if self._where:
+            found["sample"] = torch.cat([torch.full((run.rows,), run.sample) for run in runs])
+            found["position"] = torch.tensor([position for run in runs for position in self._positions(run)])
+        if self._label is not None:
+            values = [self._value(run.sample, self._label) for run in runs]
+            found["label"] = [value for run, value in zip(runs, values, strict=True) for _ in range(run.rows)]
+        return found
+
+    def _positions(self, run: _Run) -> Sequence[int]:
+        kept = self._store.sample(run.sample).positions
+        if kept == "mean":
+            return [-1] * run.rows
+        return (range(run.start + run.rows) if kept is None else kept)[run.start : run.start + run.rows]
+
+    def _value(self, number: int, label: str) -> Any:
+        labels = self._store.sample(number).labels or {}
+        if label not in labels:
+            raise SelectionError(f"sample {number} has no label {label!r}: it has {', '.join(labels) or 'none'}.")
+        return labels[label]
+
+
+def _shuffled(pieces: Iterator[_Rows], held_rows: int, seed: torch.Generator) -> Iterator[_Rows]:
+    """Rows come in, and as many random ones of those that are held go out; at the end the rest of them."""
+    filling: list[_Rows] = []
+    held: _Rows | None = None
+    for whole in pieces:
+        # No more than fit into the place that is left, or at once.
+        for piece in _split(whole, held_rows - sum(map(_count, filling)) if held is None else held_rows, held_rows):
+            if held is None:
+                filling.append(piece)
+                if sum(map(_count, filling)) == held_rows:
+                    held, filling = _join(filling), []
+            else:
+                yield _swap(held, piece, torch.randperm(held_rows, generator=seed)[: _count(piece)])
+    if held is None and filling:
+        held = _join(filling)
+    if held is not None:
+        yield _take(held, torch.randperm(_count(held), generator=seed))
+
+
+def _split(rows: _Rows, first: int, then: int) -> Iterator[_Rows]:
+    """The first so many rows, then always as many as `then`."""
+    count, start, end = _count(rows), 0, first
+    while start < count:
+        yield {name: value[start:end] for name, value in rows.items()}
+        start, end = end, end + then
+
+
+def _swap(held: _Rows, piece: _Rows, places: torch.Tensor) -> _Rows:
+    """Take the rows at these places of `held`, and put those of `piece` there."""
+    out = _take(held, places)
+    for name, value in held.items():
+        if isinstance(value, torch.Tensor):
+            value.index_copy_(0, places, piece[name])
+        else:
+            for place, one in zip(places.tolist(), piece[name], strict=True):
+                value[place] = one
+    return out
+
+
+def _batches(pieces: Iterator[_Rows], size: int) -> Iterator[_Rows]:
+    """The same rows, cut anew: every batch has `size` of them, the last one what is left."""
+    left: _Rows | None = None
+    for piece in pieces:
+        for part in _split(piece, size - (_count(left) if left else 0), size):
+            batch = _join([left, part]) if left else part
+            left = batch if _count(batch) < size else None
+            if left is None:
+                yield batch
+    if left:
+        yield left
+
+
+def _join(parts: Sequence[_Rows]) -> _Rows:
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        name: torch.cat([part[name] for part in parts])
+        if isinstance(value, torch.Tensor)
+        else [one for part in parts for one in part[name]]
+        for name, value in parts[0].items()
+    }
+
+
+def _take(rows: _Rows, places: torch.Tensor) -> _Rows:
+    return {
+        name: value.index_select(0, places)
+        if isinstance(value, torch.Tensor)
+        else [value[place] for place in places.tolist()]
+        for name, value in rows.items()
+    }
+
+
+def _count(rows: _Rows) -> int:
+    return len(next(iter(rows.values())))

@@ -1,0 +1,279 @@
+"""A capture in the layouts of other programs: torch, NumPy, Hugging Face datasets, SAELens, probelab.
+
+Each is a new folder that appears whole. All but `pt` are written some rows at a time. NumPy and Arrow know no bfloat16
+and no 8-bit floats: there these are float32, which holds each of their values exactly.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hookmap.activations import Key, Sample
+from hookmap.errors import StoreError
+from hookmap.points import transformer_lens_name
+from hookmap.stores.copying import ROWS
+from hookmap.stores.durable import temporary
+from hookmap.stores.interface import Store
+from hookmap.stores.ledger import tensor_name
+
+_AS_FLOAT = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of a capture to export."""
+
+    store: Store
+    keys: tuple[Key, ...]
+    context: int | None = None
+    """rows of each sequence, for SAELens"""
+
+
+def export(
+    store: Store,
+    layout: str,
+    out: "str | os.PathLike[str]",
+    *,
+    point: str | None = None,
+    layer: int | None = None,
+    context: int | None = None,
+) -> list[str]:
+    """Write `store` to the new folder `out`. Returns notes: what the layout could not take.
+
+    `layout`: a name in LAYOUTS; `point`, `layer`: only these tensors; `context`: rows of a sequence, for `saelens`.
+    Raises StoreError where the layout cannot hold this capture, SelectionError for tensors that it does not have.
+    """
+    if layout not in LAYOUTS:
+        raise StoreError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}.")
+    keys = tuple(key for key in store.keys if point is None or key[0] == store.key(point, key[1])[0])
+    keys = tuple(key for key in keys if layer is None or key[1] == layer)
+    if not keys or not len(store):
+        raise StoreError(f"nothing to export: {'no such tensor' if not keys else 'no finished sample'}.")
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StoreError(f"{folder} exists already: expected a new or empty folder. Write to another one: -o DIR")
+    draft = temporary(folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        notes = LAYOUTS[layout](Wanted(store, keys, context), draft)
+        if folder.exists():
+            folder.rmdir()
+        draft.rename(folder)
+    except OSError as error:
+        raise StoreError(f"cannot write to {folder}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return notes
+
+
+def _pt(wanted: Wanted, folder: Path) -> list[str]:
+    """activations.pt: {name: [rows, d], "offsets": [samples + 1]}, read with `torch.load(weights_only=True)`."""
+    tensors = {
+        tensor_name(key): torch.cat([wanted.store.read(s.sample, *key) for s in wanted.store.samples])
+        for key in wanted.keys
+    }
+    tensors["offsets"] = torch.tensor(_offsets(wanted.store))
+    torch.save(tensors, folder / "activations.pt")
+    _write_samples(wanted.store, folder)
+    return []
+
+
+def _numpy(wanted: Wanted, folder: Path) -> list[str]:
+    """NAME.npy, [rows, d], for each tensor; offsets.npy, [samples + 1]."""
+    rows = _offsets(wanted.store)[-1]
+    for key in wanted.keys:
+        with open(folder / f"{tensor_name(key)}.npy", "wb") as file:
+            for place, piece in enumerate(_pieces(wanted.store, key)):
+                data = _as_numpy(piece)
+                if not place:
+                    header = {"descr": data.dtype.str, "fortran_order": False, "shape": (rows, *data.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(data.tobytes())
+    np.save(folder / "offsets.npy", np.array(_offsets(wanted.store), dtype=np.int64))
+    _write_samples(wanted.store, folder)
+    return _float_note(wanted)
+
+
+def _datasets(wanted: Wanted, folder: Path) -> list[str]:
+    """One row per sample: a column for each tensor, [rows, d], and what is known of the sample."""
+    datasets = _import_datasets()
+    first = wanted.store.samples[0].sample
+    columns: dict[str, Any] = {"sample": datasets.Value("int64")}
+    columns |= {name: datasets.Value("string") for name in ("id", "prompt", "text", "labels")}
+    columns |= {"prompt_tokens": datasets.Value("int64")}
+    columns |= {name: datasets.Sequence(datasets.Value("int64")) for name in ("token_ids", "positions")}
+    for key in wanted.keys:
+        example = _as_numpy(wanted.store.read(first, *key)[:1])
+        columns[tensor_name(key)] = datasets.Array2D((None, int(np.prod(example.shape[1:]))), str(example.dtype))
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for sample in wanted.store.samples:
+            row = _describe(sample) | {"labels": None if sample.labels is None else json.dumps(sample.labels)}
+            row["positions"] = list(sample.positions) if isinstance(sample.positions, tuple) else None
+            for key in wanted.keys:
+                row[tensor_name(key)] = _as_numpy(wanted.store.read(sample.sample, *key).flatten(1))
+            yield {name: row.get(name) for name in columns}
+
+    _save_dataset(datasets, rows, columns, folder)
+    return _float_note(wanted)
+
+
+def _saelens(wanted: Wanted, folder: Path) -> list[str]:
+    """As CacheActivationsRunner writes it: sequences of `context` rows under the hook's name, and their token ids."""
+    if len(wanted.keys) != 1 or wanted.context is None:
+        held = ", ".join(map(tensor_name, wanted.keys))
+        raise StoreError(
+            f"SAELens caches one tensor, in sequences of one length: got {held}, and a length of {wanted.context}. "
+            "Choose: --point P --layer N --context ROWS"
+        )
+    datasets = _import_datasets()
+    (key,), context, store = wanted.keys, wanted.context, wanted.store
+    name = transformer_lens_name(*key)
+    if name is None:
+        raise StoreError(f"TransformerLens, whose names SAELens uses, has no name for {tensor_name(key)}.")
+    example = _as_numpy(store.read(store.samples[0].sample, *key)[:1])
+    columns = {
+        name: datasets.Array2D((context, int(np.prod(example.shape[1:]))), str(example.dtype)),
+        "token_ids": datasets.Sequence(datasets.Value("int32"), length=context),
+    }
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for sample in store.samples:
+            ids = _ids_of_rows(sample)
+            for start in range(0, sample.rows - context + 1, context):
+                part = store.rows_at(sample.sample, key, range(start, start + context))
+                yield {name: _as_numpy(part.flatten(1)), "token_ids": ids[start : start + context]}
+
+    _save_dataset(datasets, rows, columns, folder)
+    left = sum(sample.rows % context for sample in store.samples)
+    notes = [f"{left} rows at the ends of samples fill no sequence of {context} and are left out"] if left else []
+    return notes + _float_note(wanted)
+
+
+def _probelab(wanted: Wanted, folder: Path) -> list[str]:
+    """As probelab.storage.save_memmap writes it: layer_N.bin, bfloat16 [rows, d], of one point; all rows detected."""
+    points = sorted({point for point, _ in wanted.keys})
+    if len(points) != 1 or any(layer is None for _, layer in wanted.keys):
+        raise StoreError(f"probelab holds the layers of one point: got {', '.join(points)}. Choose one: --point P")
+    notes: list[str] = []
+    width = 0
+    for key in wanted.keys:
+        with open(folder / f"layer_{key[1]}.bin", "wb") as file:
+            for piece in _pieces(wanted.store, key):
+                width = piece.flatten(1).shape[1]
+                if piece.dtype != torch.bfloat16 and not notes:
+                    notes.append(f"probelab's layout is bfloat16: {piece.dtype} was rounded to it")
+                file.write(piece.bfloat16().contiguous().view(torch.int16).numpy().tobytes())
+    offsets = np.array(_offsets(wanted.store), dtype=np.int64)
+    (folder / "offsets.bin").write_bytes(offsets.tobytes())
+    (folder / "detection_mask.bin").write_bytes(b"\1" * int(offsets[-1]))
+    meta = {
+        "format": "memmap_v1",
+        "dims": "blsh",
+        "total_tokens": int(offsets[-1]),
+        "n_layers": len(wanted.keys),
+        "hidden_dim": width,
+        "layers": [layer for _, layer in wanted.keys],
+        "n_samples": len(offsets) - 1,
+        "metadata": {"point": points[0]},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    _write_samples(wanted.store, folder)
+    return notes
+
+
+LAYOUTS: dict[str, Callable[[Wanted, Path], list[str]]] = {
+    "pt": _pt,
+    "numpy": _numpy,
+    "datasets": _datasets,
+    "saelens": _saelens,
+    "probelab": _probelab,
+}
+"""name -> what writes it"""
+
+
+def _pieces(store: Store, key: Key) -> Iterator[torch.Tensor]:
+    """All rows of one tensor, some at a time; at least one piece, so that dtype and width are known."""
+    for place, sample in enumerate(store.samples):
+        if not sample.rows and not place:
+            yield store.read(sample.sample, *key)
+        for start in range(0, sample.rows, ROWS):
+            yield store.rows_at(sample.sample, key, range(start, min(start + ROWS, sample.rows)))
+
+
+def _as_numpy(tensor: torch.Tensor) -> "np.ndarray[Any, Any]":
+    return (tensor.float() if tensor.dtype in _AS_FLOAT else tensor).numpy()
+
+
+def _float_note(wanted: Wanted) -> list[str]:
+    first = wanted.store.samples[0].sample
+    dtypes = {wanted.store.rows_at(first, key, range(0)).dtype for key in wanted.keys} & set(_AS_FLOAT)
+    return [f"{', '.join(sorted(map(str, dtypes)))} became float32: the values are the same"] if dtypes else []
+
+
+def _offsets(store: Store) -> list[int]:
+    """Where each sample's rows begin, and the end."""
+    offsets = [0]
+    for sample in store.samples:
+        offsets.append(offsets[-1] + sample.rows)
+    return offsets
+
+
+def _ids_of_rows(sample: Sample) -> Sequence[int]:
+    if sample.positions == "mean":
+        raise StoreError(f"sample {sample.sample} is a mean over tokens: SAELens needs rows of tokens.")
+    return [sample.token_ids[p] for p in (range(sample.rows) if sample.positions is None else sample.positions)]
+
+
+def _describe(sample: Sample) -> dict[str, Any]:
+    return {
+        "sample": sample.sample,
+        "id": sample.id,
+        "rows": sample.rows,
+        "prompt_tokens": sample.prompt_tokens,
+        "prompt": sample.prompt,
+        "text": sample.text,
+        "token_ids": list(sample.token_ids),
+        "positions": sample.positions,
+        "labels": sample.labels,
+    }
+
+
+def _write_samples(store: Store, folder: Path) -> None:
+    with open(folder / "samples.jsonl", "w", encoding="ascii") as file:
+        for sample in store.samples:
+            file.write(json.dumps(_describe(sample)) + "\n")
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise StoreError("this layout needs Hugging Face datasets: pip install datasets") from error
+    return datasets
+
+
+def _save_dataset(datasets: Any, rows: Callable[[], Iterator[dict[str, Any]]], columns: Any, folder: Path) -> None:
+    cache = folder.with_name(f"{folder.name}.arrow")  # beside it: a dataset is not saved over its own file
+    quiet = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        features = datasets.Features(columns)
+        writer = datasets.arrow_writer.ArrowWriter(features=features, path=str(cache), writer_batch_size=16)
+        with writer:
+            for row in rows():
+                writer.write(row)
+            writer.finalize()
+        datasets.Dataset.from_file(str(cache)).save_to_disk(str(folder), num_shards=1)
+    finally:
+        if quiet:
+            datasets.enable_progress_bars()
+        cache.unlink(missing_ok=True)

@@ -1,0 +1,140 @@
+"""How a point is written: what a hook passes on in place of what it was given. Knows tensors, and nothing of models.
+
+Watching a boundary is not writing a point. What enters or leaves a branch or a block is *replaced*: the hook passes
+another tensor on, and whoever else holds the old one keeps it. The stream in the middle of a block is seen where a norm
+reads it, and the norm is not its only reader: it is written *in place*, into the one
+tensor that all later readers share.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from hookmap.errors import InterventionError
+from hookmap.points import POINTS
+from hookmap.selectors import Selector, Term
+
+Mode = Literal["replace", "in place"]
+Given = tuple[Sequence[Any], Mapping[str, Any], Any]
+"""args, kwargs (of an input), output (of an output)"""
+Cells = tuple[list[int], list[int]]
+"""(rows of the batch, columns of the forward pass), pairwise"""
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""the point's values at the cells, [cells, ...], to the new ones"""
+
+
+def refusal(selector: Selector) -> str | None:
+    """Why a point of this shape can never be written; None where it can. What can is still proved: see `proofs`."""
+    name = selector.point.partition(".")[0]
+    if "key" in POINTS[name].axes:
+        return "the model has used the attention weights before any module shows them: write z or v"
+    if name == "router_indices":
+        return "the experts chosen are numbers of experts, not values: write router_weights or mlp_in"
+    if len(selector.terms) > 1:
+        signs = {term.scale > 0 for term in selector.terms}
+        add = " What is added to one of its terms is added to it: steer mixer_out." if signs == {True} else ""
+        return f"no one tensor of the model holds it, it is {' + '.join(map(str, selector.terms))}.{add}"
+    return None
+
+
+def mode_of(selector: Selector) -> Mode:
+    """How this point is written."""
+    inside = selector.point.startswith("resid_mid") and selector.side == "input"
+    return "in place" if inside else "replace"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor at a boundary, as [batch, width, ...] of the tokens that are fed."""
+
+    term: Term
+    mode: Mode
+
+    def read(self, given: Given, shape: tuple[int, int], cells: Cells) -> torch.Tensor:
+        """The point's values at the cells, [cells, ...], a copy."""
+        tensor = self.term.arrange(self.term.resolve(*given), *shape)
+        rows: torch.Tensor = tensor.detach()[tuple(torch.tensor(part, device=tensor.device) for part in cells)]
+        return rows if self.term.scale == 1.0 else rows * self.term.scale
+
+    def write(
+        self,
+        given: Given,
+        shape: tuple[int, int],
+        cells: Cells,
+        change: Change,
+        what: str,
+    ) -> Given:
+        """Args, kwargs and output with the point changed at the cells. `shape`: rows of the batch, columns fed.
+
+        Other cells keep their bits, and so does a value that `change` leaves as it is. Of a term with a constant scale
+        the tensor becomes value / scale, so that the model's own multiplication may round the last bit.
+        Raises InterventionError where the tensor is not of this shape.
+        """
+        bare = replace(self.term, heads=None)
+        tensor = bare.resolve(*given)
+        with torch.no_grad():
+            whole = tensor if self.mode == "in place" else tensor.clone()
+            view = self._view(bare, whole, shape)
+            if view is None:
+                whole = tensor.clone(memory_format=torch.contiguous_format)
+                view = self._view(bare, whole, shape)
+            if view is None or (self.mode == "in place" and whole is not tensor):
+                raise InterventionError(f"{what}: {bare} lies in memory in a way that cannot be written.")
+            if tuple(view.shape[:2]) != shape:
+                raise InterventionError(
+                    f"{what}: expected a tensor of [{shape[0]}, {shape[1]}, ...] (batch, tokens fed), got "
+                    f"{list(view.shape)}. The map was made for another version of this model: run `hookmap discover`."
+                )
+            self._put(view, cells, change)
+        return given if self.mode == "in place" else passed_on(self.term, given, whole)
+
+    def _view(self, bare: Term, whole: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor | None:
+        flat = whole.flatten(0, -3) if self.term.heads is not None and whole.ndim > 3 else whole
+        view: torch.Tensor = bare.arrange(flat, *shape)
+        return view if view.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() else None
+
+    def _put(self, view: torch.Tensor, cells: Cells, change: Change) -> None:
+        heads, index = self.term.heads, tuple(torch.tensor(part, device=view.device) for part in cells)
+        if heads is None:
+            view[index] = self._changed(view[index], change)
+            return
+        pitch = view.shape[-1] // heads.groups
+        grouped = view.view(*view.shape[:-1], heads.groups, pitch)[..., heads.start : heads.stop]
+        old = grouped[index]  # [cells, groups, heads of a group * d_head]
+        split = old.reshape(len(old), -1, heads.d_head)
+        grouped[index] = self._changed(split, change).reshape(old.shape)
+
+    def _changed(self, raw: torch.Tensor, change: Change) -> torch.Tensor:
+        scale = self.term.scale
+        if scale == 1.0:
+            return change(raw).to(raw.dtype)
+        old = raw * scale
+        new = change(old).to(raw.dtype)
+        return torch.where(new == old, raw, new / scale)
+
+
+def passed_on(term: Term, given: Given, tensor: torch.Tensor) -> Given:
+    """Args, kwargs and output with `tensor` at the term's place; the containers are copies of the same kind."""
+    args, kwargs, output = given
+    if term.side == "output":
+        return args, kwargs, tensor if term.index is None else _with(output, term.index, tensor)
+    if isinstance(term.index, str):
+        return args, {**kwargs, term.index: tensor}, output
+    return _with(tuple(args), term.index or 0, tensor), kwargs, output
+
+
+def _with(container: Any, place: int | str, tensor: torch.Tensor) -> Any:
+    if isinstance(container, tuple):
+        items = [tensor if number == place else item for number, item in enumerate(container)]
+        return type(container)(*items) if hasattr(container, "_fields") else type(container)(items)
+    made = copy.copy(container)
+    if isinstance(container, Mapping):
+        made[list(container)[place] if isinstance(place, int) else place] = tensor
+    elif is_dataclass(container):
+        object.__setattr__(made, str(place), tensor)
+    else:
+        made[place] = tensor
+    return made

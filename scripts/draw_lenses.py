@@ -1,0 +1,42 @@
+"""Draws the pictures of docs/lenses.md from the bundled demo model: `python scripts/draw_lenses.py`."""
+
+from pathlib import Path
+from typing import Any
+
+import hookmap
+from hookmap.demo import MODEL_PATH
+from hookmap.pictures import attention, bars, heat_map, save_picture
+
+QUESTION = "Tom has 3 apples. He buys 4 more. How many apples does Tom have?"
+ANSWER = "Tom has 3+4=<<3+4="
+LAYER = 12
+
+
+def tokens(hm: Any) -> list[int]:
+    """The question through the chat template, and the answer up to where the model has to know the sum."""
+    chat = [{"role": "user", "content": QUESTION}]
+    text = hm.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = hm.tokenizer(text + ANSWER, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def charts() -> dict[str, Any]:
+    """File name -> chart."""
+    hm = hookmap.open(MODEL_PATH)
+    prompt = tokens(hm)
+    lens = hm.lens(prompt, positions="-18:")
+    run = hm.capture([prompt], "pattern", LAYER, max_new_tokens=0)
+    weights, letters = run["pattern", LAYER][0], [hm.tokenizer.decode([token]) for token in prompt]
+    shown = weights[:, -18:, -18:]
+    return {
+        "lens.svg": heat_map(lens.grid(), lens.words, title="What each layer would say next"),
+        "lens_kl.svg": heat_map(lens.grid("kl")),
+        "attribution.svg": bars(hm.attribute(prompt, against="8")),
+        "attention.svg": attention(shown, letters[-18:], title=f"Attention of layer {LAYER}, the last 18 tokens"),
+    }
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).resolve().parent.parent / "docs" / "images"
+    for name, chart in charts().items():
+        print(save_picture(chart, folder / name))

@@ -1,0 +1,163 @@
+"""Every format gives the same records; wrong ones are told all at once; ids and labels reach the samples."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import plain_hooks
+import pytest
+from click.testing import CliRunner
+from tiny_tokenizer import tiny_tokenizer
+
+import hookmap
+from hookmap.datasets import PromptRecord
+
+ROWS = [
+    {"id": "a", "question": 'to be, or "not"', "answer": "7", "note": "x"},
+    {"id": "b", "question": "that is\nthe question", "answer": "ü", "note": "y"},
+]
+EXPECTED = [PromptRecord(r["question"], r["id"], {"answer": r["answer"]}) for r in ROWS]
+
+
+def write_csv(path: Path, separator: str) -> None:
+    def cell(text: str) -> str:
+        return '"' + text.replace('"', '""') + '"'
+
+    lines = [separator.join(ROWS[0]), *(separator.join(map(cell, row.values())) for row in ROWS)]
+    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+
+
+def write_parquet(path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+def save_to_disk(path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(path))
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "d.jsonl": lambda path: path.write_text("\n".join(map(json.dumps, ROWS)) + "\n\n"),
+    "d.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "d.jsonl.gz": lambda path: path.write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+    "d.csv": lambda path: write_csv(path, ","),
+    "d.tsv": lambda path: write_csv(path, "\t"),
+    "d.parquet": write_parquet,
+    "folder": save_to_disk,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_records(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    assert hookmap.load_prompts(tmp_path / name, labels=["answer"]) == EXPECTED
+    (last,) = hookmap.load_prompts(str(tmp_path / name), prompt="note", id="answer", labels="all", skip=1, limit=5)
+    assert last == PromptRecord("y", "ü", {"id": "b", "question": ROWS[1]["question"]})
+
+
+def test_records_made_in_python_and_lines_of_text(tmp_path: Path) -> None:
+    import datasets
+
+    assert hookmap.load_prompts(ROWS, labels="answer") == EXPECTED
+    assert hookmap.load_prompts(datasets.Dataset.from_list(ROWS), labels=["answer"]) == EXPECTED
+    assert hookmap.load_prompts(row for row in ROWS) == [PromptRecord(r["question"], r["id"]) for r in ROWS]
+    chat = [{"role": "user", "content": "to be"}]
+    made = [PromptRecord("x", "1"), "to be", chat, [4, 5], {"messages": chat}, {"token_ids": [1, 2]}]
+    expected = [PromptRecord("x", "1"), *map(PromptRecord, ("to be", chat, [4, 5], chat, [1, 2]))]
+    assert hookmap.load_prompts(made) == expected
+    (tmp_path / "t.txt").write_bytes(b"to be\r\n\nor not\n")
+    assert hookmap.load_prompts(tmp_path / "t.txt") == [PromptRecord("to be"), PromptRecord("or not")]
+
+
+def test_labels_are_plain_json() -> None:
+    from datetime import date
+
+    (record,) = hookmap.load_prompts(
+        [{"prompt": "a", "x": float("nan"), "y": date(2020, 1, 2), "z": [1, {"q": (True, None)}]}], labels="all"
+    )
+    assert json.loads(json.dumps(record.labels, allow_nan=False)) == {
+        "x": None, "y": "2020-01-02", "z": [1, {"q": [True, None]}],
+    }  # fmt: skip
+
+
+WRONG_LINES = (
+    "line 1: expected one of the fields",
+    "line 2: column 1: not JSON",
+    "line 3: expected a text",
+    "line 4: expected a text",
+    "line 5: expected a text",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "messages"),
+    [
+        ("d.jsonl", '{"promt": "a"}\nno\n{"prompt": ""}\n{"prompt": null}\n7', WRONG_LINES),
+        ("d.jsonl", '{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}', ("line 2: the id '1' is that of line 1",)),
+        ("d.jsonl", '{"id": 1.5, "prompt": "a"}', ("line 1: id: expected a text or a whole number",)),
+        ("d.jsonl", "", ("holds no prompts",)),
+        ("d.jsonl", b"\xff\xfe{}", ("cannot be read",)),
+        ("d.jsonl.gz", b"no gzip", ("cannot be read",)),
+        ("d.json", "[1, 2", ("not JSON",)),
+        ("d.csv", "prompt,x\na\nb,1,2\nc,1", ("line 2: expected 2 columns", "line 3: expected 2 columns")),
+        ("d.csv", 'prompt\n"a', ("unexpected end of data",)),
+        ("d.parquet", b"PAR0", ("cannot be read",)),
+        ("d.xml", "<a>", ("expected a file of .jsonl", "found .xml")),
+        ("none", None, ("expected a file of", "found no ending")),
+        ("none.jsonl", None, ("none.jsonl cannot be read",)),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_with_its_place(
+    tmp_path: Path, name: str, content: str | bytes | None, messages: tuple[str, ...]
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(hookmap.DataError) as error:
+        hookmap.load_prompts(tmp_path / name)
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_many_wrong_records_are_counted() -> None:
+    with pytest.raises(hookmap.DataError, match="and 90 more"):
+        hookmap.load_prompts([{"prompt": 1}] * 100)
+    with pytest.raises(hookmap.DataError, match="no column 'q', 'l': it has prompt"):
+        hookmap.load_prompts([{"prompt": "a"}], prompt="q", labels=["l"])
+    with pytest.raises(hookmap.DataError, match="expected a file, a data set or an iterable"):
+        hookmap.load_prompts(7)
+
+
+def test_ids_and_labels_stay_with_the_samples(tmp_path: Path) -> None:
+    hm = hookmap.open(plain_hooks.build("llama"), tokenizer=tiny_tokenizer())
+    records = hookmap.load_prompts([{"id": "one", "text": "to be", "answer": 7}, "or not"], labels=())
+    records += hookmap.load_prompts([{"id": "two", "text": "is", "answer": 7}], labels=["answer"])
+    run = hm.capture(records, ["resid_mid"], [1], 2, store=tmp_path / "run")
+    for samples in (run.samples, hookmap.open_store(tmp_path / "run").samples):
+        assert [(s.id, s.labels) for s in samples] == [("one", None), (None, None), ("two", {"answer": 7})]
+
+
+def test_the_command_keeps_ids_and_labels(tmp_path: Path) -> None:
+    from hookmap.cli.main import main
+
+    (tmp_path / "d.csv").write_text("name,question,answer\nq1,1+2=,3\nq2,2+2=,4\nq3,x,y\n")
+    arguments = (
+        "capture --points resid_post --layers 3 --max-new-tokens 0 --prompts d.csv --prompt-column question".split()
+    )
+    arguments += "--id-column name --label answer --limit 2 -o run".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 0, done.output
+        samples = hookmap.open_store("run").samples
+        assert [(s.prompt, s.id, s.labels) for s in samples] == [
+            ("1+2=", "q1", {"answer": "3"}), ("2+2=", "q2", {"answer": "4"}),
+        ]  # fmt: skip
+        wrong = CliRunner().invoke(main, [*arguments[:-1], "run2", "--label", "points"])
+        assert wrong.exit_code == 2 and "no column 'points': it has name, question, answer" in wrong.output

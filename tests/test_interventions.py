@@ -1,0 +1,526 @@
+"""Interventions are what hand-written PyTorch hooks do, bit for bit; what changes nothing changes no bit."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import plain_hooks
+import pytest
+import torch
+from plain_hooks import FAMILIES, LAYERS
+from safetensors.torch import save_file
+from tiny_tokenizer import tiny_tokenizer
+
+import hookmap
+from hookmap.interventions import Steer, dump_interventions, load_interventions, read_interventions
+from hookmap.model import HookedModel
+
+RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
+LENGTHS = [len(ids) for ids in RAGGED]
+WIDTH = max(LENGTHS)
+NEW = 5
+D = 32
+VECTOR = torch.randn(D, generator=torch.Generator().manual_seed(1)) * 3
+UNIT = VECTOR / VECTOR.norm()
+SOURCE = [60, 61, 62, 63]
+
+Rows = torch.Tensor
+Change = Callable[[Rows, list[int]], Rows]
+"""(rows of one sample [n, d], their positions) -> new rows"""
+
+
+@cache
+def opened(name: str) -> HookedModel:
+    return hookmap.open(plain_hooks.build(name), tokenizer=tiny_tokenizer())
+
+
+def written_by_hand(model: Any, name: str, point: str, layer: int, change: Change) -> Iterator[None]:
+    """Plain hooks that write a point of the left-padded batch: in place where it is the stream that a norm reads."""
+    (place,) = FAMILIES[name].points[point]
+    module = model.get_submodule(place.module.replace("{i}", str(layer)))
+    fed = [0]
+
+    def edited(tensor: torch.Tensor) -> torch.Tensor:
+        new, width = tensor.clone(), tensor.shape[1]
+        for row, length in enumerate(LENGTHS):
+            positions = [fed[0] + column - (WIDTH - length) for column in range(width)]
+            columns = [column for column, position in enumerate(positions) if position >= 0]
+            own = [positions[column] for column in columns]
+            old = tensor[row, columns] * place.scale if place.scale != 1 else tensor[row, columns]
+            done = change(old, own)
+            new[row, columns] = done / place.scale if place.scale != 1 else done
+        fed[0] += width
+        return new
+
+    def on_input(_: Any, args: Any, kwargs: Any) -> Any:
+        tensor = args[0] if args else kwargs["hidden_states"]
+        if point == "resid_mid":
+            with torch.no_grad():
+                tensor.copy_(edited(tensor))
+            return None
+        new = edited(tensor)
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    def on_output(_: Any, args: Any, output: Any) -> Any:
+        return (edited(output[0]), *output[1:]) if isinstance(output, tuple) else edited(output)
+
+    if place.side == "input":
+        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(on_output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+by_hand = contextlib.contextmanager(written_by_hand)
+
+
+def held_against_hooks(name: str, point: str, layer: int, change: Change, intervention: dict[str, Any]) -> None:
+    """The same tokens, and every point of every layer the same rows, with a cache and in a padded batch."""
+    hm, family = opened(name), FAMILIES[name]
+    with by_hand(hm.model, name, point, layer, change):
+        reference = plain_hooks.generate(hm.model, family, RAGGED, max_new_tokens=NEW, do_sample=False)
+    run = hm.capture(RAGGED, list(family.points), max_new_tokens=NEW, interventions=[intervention])
+    exact = family.points[point][0].scale == 1
+    for number, length in enumerate(LENGTHS):
+        assert list(run.tokens[number]) == reference.sequences[number, WIDTH - length :].tolist()
+        for each in family.points:
+            for at in family.only_layers.get(each, range(LAYERS)):
+                expected = reference.point(family, each, at)[number, WIDTH - length :]
+                found = run.read(number, each, at)
+                if exact:
+                    assert torch.equal(found, expected), (each, at)
+                else:
+                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def single(name: str) -> list[str]:
+    return [point for point, places in FAMILIES[name].points.items() if len(places) == 1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_steer_is_what_hand_written_hooks_do_on_every_point(name: str) -> None:
+    hm = opened(name)
+    for point in single(name):
+        steer = {"do": "steer", "point": point, "layers": 1, "vector": VECTOR, "strength": 2.0}
+        held_against_hooks(name, point, 1, lambda rows, at: rows + (2.0 * VECTOR), steer)
+        plain, run = (hm.capture(RAGGED, ["logits"], max_new_tokens=0, interventions=i) for i in ((), [steer]))
+        assert all(not torch.equal(plain.read(n, "logits"), run.read(n, "logits")) for n in range(len(RAGGED)))
+
+
+BLOCKS = ("gpt2", "llama", "qwen3_moe", "gemma2", "olmo2", "cohere", "falcon_7b", "bloom", "mamba", "jamba", "granite")
+"""sequential, MoE, sandwich, post-norm, parallel (one adds in place), its own addition, mixer only, hybrid, scaled"""
+
+
+def source_rows(name: str, point: str, layer: int) -> torch.Tensor:
+    """Rows of SOURCE by a plain hook in one forward pass."""
+    hm, (place,) = opened(name), FAMILIES[name].points[point]
+    seen: list[torch.Tensor] = []
+    module = hm.model.get_submodule(place.module.replace("{i}", str(layer)))
+    if place.side == "input":
+        handle = module.register_forward_pre_hook(plain_hooks._keep_input(seen), with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(plain_hooks._keep_output(seen))
+    ids = torch.tensor([SOURCE])
+    mask = {} if name == "mamba" else {"attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        hm.model(input_ids=ids, use_cache=False, **mask)
+    handle.remove()
+    return seen[0][0] * place.scale if place.scale != 1 else seen[0][0]
+
+
+def in_the_prompt(change: Callable[[Rows], Rows]) -> Change:
+    """On the first two tokens of each prompt only."""
+
+    def changed(rows: Rows, at: list[int]) -> Rows:
+        return torch.stack([change(row) if p < 2 else row for row, p in zip(rows, at, strict=True)])
+
+    return changed
+
+
+def along(rows: Rows) -> Rows:
+    return (rows * UNIT).sum(-1, keepdim=True)
+
+
+def clamped_feature(rows: Rows, at: list[int]) -> Rows:
+    rows = rows.clone()
+    rows[:, 3] = 5.0
+    return rows
+
+
+def keeps_norm(rows: Rows, at: list[int]) -> Rows:
+    moved = rows + VECTOR
+    return moved * (rows.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True))
+
+
+KINDS: dict[str, tuple[dict[str, Any], Change]] = {
+    "keep norm": ({"do": "steer", "vector": VECTOR, "keep_norm": True}, keeps_norm),
+    "zero": ({"do": "ablate"}, lambda rows, at: torch.zeros_like(rows)),
+    "given mean": ({"do": "ablate", "to": "mean", "vector": VECTOR}, lambda rows, at: VECTOR.expand_as(rows)),
+    "project out": ({"do": "project_out", "direction": VECTOR}, lambda rows, at: rows - along(rows) * UNIT),
+    "scale": ({"do": "scale", "factor": 0.25}, lambda rows, at: rows * 0.25),
+    "clamp": ({"do": "clamp", "feature": 3, "value": 5.0}, clamped_feature),
+    "clamp along": (
+        {"do": "clamp", "direction": VECTOR, "min": -0.5, "max": 0.5},
+        lambda rows, at: rows + (along(rows).clamp(-0.5, 0.5) - along(rows)) * UNIT,
+    ),
+    "positions": ({"do": "scale", "factor": 3.0, "positions": ":2"}, in_the_prompt(lambda row: row * 3.0)),
+    "steps": (
+        {"do": "scale", "factor": 3.0, "steps": "0"},
+        lambda rows, at: rows * 3.0 if len(at) > 1 else rows,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_kind_of_intervention_is_what_hand_written_hooks_do(name: str) -> None:
+    points = single(name)
+    for number, (document, change) in enumerate(KINDS.values()):
+        point = points[number % len(points)]
+        held_against_hooks(name, point, 1, change, {**document, "point": point, "layers": [1]})
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_patch_puts_in_the_rows_of_another_prompt(name: str) -> None:
+    for point in single(name):
+        rows = source_rows(name, point, 1)
+
+        def patched(old: Rows, at: list[int], rows: Rows = rows) -> Rows:
+            pairs = zip(old, at, strict=True)
+            return torch.stack([rows[p + 2] if p < 2 else row for row, p in pairs])
+
+        source = {"prompt": SOURCE, "positions": "2:4"}
+        patch = {"do": "patch", "point": point, "layers": 1, "positions": [0, 1], "source": source}
+        held_against_hooks(name, point, 1, patched, patch)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_changes_nothing_changes_no_bit(name: str) -> None:
+    """No intervention, a steer by zero, a scale by one, a clamp without an end, each prompt patched into itself."""
+    hm, family = opened(name), FAMILIES[name]
+    points = list(family.points)
+    for new in (NEW, 0):
+        plain = hm.capture(RAGGED[:1], points, max_new_tokens=new)
+        writable = [p for p in points if hm.proofs.of(hm.map.selectors([p], [0])[0]).reason is None]
+        nothing = [
+            {"do": do, "point": point, **what}
+            for point in writable
+            for do, what in (
+                ("steer", {"vector": [0.0] * D}),
+                ("steer", {"vector": VECTOR, "strength": 0.0, "keep_norm": True}),
+                ("scale", {"factor": 1.0}),
+                ("clamp", {"direction": VECTOR, "min": -1e9}),
+                ("patch", {"source": {"prompt": RAGGED[0]}}),
+            )
+            if do != "patch" or not new  # a prompt's rows by generate may differ from those of one pass in a bit
+        ]
+        for interventions in ((), nothing):
+            run = hm.capture(RAGGED[:1], points, max_new_tokens=new, interventions=interventions)
+            assert run.tokens == plain.tokens
+            for key in plain.keys:
+                assert torch.equal(run.read(0, *key), plain.read(0, *key)), (key, new)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_last_stream_patched_everywhere_gives_the_logits_of_its_source(name: str) -> None:
+    hm = opened(name)
+    source = hm.capture(SOURCE, ["logits"], max_new_tokens=0)
+    patch = {"do": "patch", "point": "resid_post", "layers": -1, "positions": "all", "source": {"prompt": SOURCE}}
+    run = hm.capture([[7, 8, 9, 10]], ["logits"], max_new_tokens=0, interventions=[patch])
+    assert torch.equal(run.read(0, "logits"), source.read(0, "logits"))
+
+
+def test_the_mean_of_a_prompt_is_kept_for_the_tokens_after_it() -> None:
+    """By hand: the mean over the prompt's own rows, pads left out, at every position."""
+    means: dict[int, torch.Tensor] = {}
+    count = [0]
+
+    def averaged(rows: Rows, at: list[int]) -> Rows:
+        row = count[0] % len(RAGGED)
+        count[0] += 1
+        if at[0] == 0:
+            means[row] = rows.float().mean(0)
+        return means[row].expand_as(rows)
+
+    held_against_hooks("llama", "mlp_out", 1, averaged, {"do": "ablate", "to": "mean", "point": "mlp_out", "layers": 1})
+    generated = {"do": "ablate", "to": "mean", "point": "mlp_out", "layers": 1, "positions": "generated"}
+    held_against_hooks(
+        "llama",
+        "mlp_out",
+        1,
+        lambda rows, at: averaged(rows, at) if at[0] else (averaged(rows, at), rows)[1],
+        generated,
+    )
+
+
+def test_a_run_without_a_cache_writes_old_tokens_again() -> None:
+    hm = opened("llama")
+    for where in ({"positions": "prompt"}, {"positions": "generated"}, {"steps": "1:3"}, {"positions": "0,3,7"}):
+        steer = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR, **where}
+        runs = [
+            hm.generate(RAGGED, [steer], {"points": "resid_post"}, 6, use_cache=cached, engine="hooks")
+            for cached in (True, False)
+        ]
+        assert runs[0].tokens == runs[1].tokens
+        for n in range(len(RAGGED)):
+            for layer in range(LAYERS):
+                one, two = (run.read(n, "resid_post", layer) for run in runs)
+                torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_fed_in_pieces_is_written_in_all_of_them() -> None:
+    hm = opened("llama")
+    steer = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR, "positions": [1, 4, 5]}
+    whole, pieces = (
+        hm.generate(RAGGED[0], [steer], {"points": "resid_post"}, 4, prefill_chunk_size=size) for size in (None, 2)
+    )
+    torch.testing.assert_close(whole["resid_post", 2], pieces["resid_post", 2], rtol=1e-4, atol=1e-4)
+    mean = {"do": "ablate", "to": "mean", "point": "resid_mid", "layers": 1}
+    with pytest.raises(hookmap.InterventionError, match="fed the prompt in pieces"):
+        hm.generate(RAGGED[0], [mean], None, 4, prefill_chunk_size=2)
+
+
+def test_a_batch_a_harvest_and_a_prompt_alone_are_written_alike() -> None:
+    hm = opened("gemma2")
+    resample = {"do": "ablate", "to": "resample", "source": {"prompt": SOURCE}, "seed": 3}
+    edits = [
+        {"do": "steer", "point": "resid_mid", "layers": [0, 2], "vector": VECTOR, "positions": "last_prompt"},
+        {**resample, "point": "mlp_out", "layers": 1},
+    ]
+    together = hm.capture(RAGGED, ["resid_post"], max_new_tokens=0, interventions=edits)
+    for number, ids in enumerate(RAGGED):
+        if number == 0:  # the draw of a resample goes by the number of the prompt
+            alone = hm.capture([ids], ["resid_post"], max_new_tokens=3, interventions=edits)
+            rows = alone.read(0, "resid_post", 2)[: len(ids)]
+            torch.testing.assert_close(together.read(number, "resid_post", 2), rows, rtol=1e-4, atol=1e-4)
+    drawn = hm.capture(SOURCE, ["mlp_out"], [1], max_new_tokens=0).read(0, "mlp_out", 1)
+    found = hm.capture(RAGGED, ["mlp_out"], [1], max_new_tokens=0, interventions=edits[1:]).read(2, "mlp_out", 1)
+    picked = [(row == drawn).all(1).nonzero().flatten().tolist() for row in found]
+    assert all(len(each) == 1 for each in picked) and len({each[0] for each in picked}) > 1
+    other = [{**edits[1], "seed": 4}]
+    again = hm.capture(RAGGED, ["mlp_out"], [1], max_new_tokens=0, interventions=other).read(2, "mlp_out", 1)
+    assert not torch.equal(again, found)
+
+
+def test_several_at_one_place_go_in_the_order_given_and_layers_in_forward_order() -> None:
+    hm = opened("llama")
+    add = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR}
+    double = {"do": "scale", "point": "resid_mid", "layers": 1, "factor": 2.0}
+    plain = hm.capture(RAGGED[0], ["resid_mid"], [1], 0)["resid_mid", 1]
+    one, two = (
+        hm.capture(RAGGED[0], ["resid_mid"], [1], 0, interventions=i)["resid_mid", 1]
+        for i in ([add, double], [double, add])
+    )
+    assert torch.equal(one, (plain + VECTOR) * 2) and torch.equal(two, plain * 2 + VECTOR)
+    zero_first = [
+        {"do": "scale", "point": "resid_post", "layers": 1, "factor": 2.0},
+        {"do": "ablate", "point": "resid_post", "layers": 0},
+    ]
+    run = hm.capture(RAGGED[0], ["resid_pre", "resid_post"], [1], 0, interventions=zero_first)
+    assert torch.equal(run["resid_pre", 1], torch.zeros_like(plain))
+
+
+def test_rows_before_and_after_come_out_of_one_run() -> None:
+    hm = opened("qwen3")
+    steers = [
+        {"do": "steer", "point": p, "layers": 1, "vector": VECTOR} for p in ("resid_mid", "mlp_out", "resid_post")
+    ]
+    run = hm.generate(RAGGED, steers, {"points": "all", "before": True}, 4)
+    assert run.before is not None and run.before.keys == run.keys and run.before.tokens == run.tokens
+    for number in range(len(RAGGED)):
+        for key in run.keys:
+            before, after = run.before.read(number, *key), run.read(number, *key)
+            written = key in (("resid_mid", 1), ("mlp_out", 1), ("mlp_out_raw", 1), ("resid_post", 1))
+            assert torch.equal(after, before + VECTOR if written else before), key
+    assert hm.generate(RAGGED, steers, {"points": "all"}, 2).before is None
+
+
+def test_heads_are_written_one_by_one() -> None:
+    """Ablating head 2 of z is ablating what the output projection makes of it, by hand."""
+    for name, path in (("llama", "model.layers.1.self_attn.o_proj"), ("gpt2", "transformer.h.1.attn.c_proj")):
+        hm = opened(name)
+
+        def cut(_: Any, args: Any) -> Any:
+            new = args[0].clone()
+            new[..., 16:24] = 0
+            return (new, *args[1:])
+
+        with torch.no_grad():
+            handle = hm.model.get_submodule(path).register_forward_pre_hook(cut)
+            expected = hm.model(torch.tensor([RAGGED[0]])).logits[0]
+            handle.remove()
+        ablate = {"do": "ablate", "point": "z", "layers": 1, "heads": [2]}
+        run = hm.capture(RAGGED[0], ["logits", "z"], [1], 0, interventions=[ablate])
+        torch.testing.assert_close(run.read(0, "logits"), expected, rtol=1e-5, atol=1e-5)
+        assert (run.read(0, "z", 1)[:, 2] == 0).all() and (run.read(0, "z", 1)[:, 1] != 0).any()
+
+
+def test_queries_out_of_a_fused_and_grouped_projection_are_written_alone() -> None:
+    hm = opened("falcon_40b")
+    before = hm.capture(RAGGED[0], ["q", "k", "v", "mixer_out"], [1], 0)
+    scale = {"do": "scale", "point": "q", "layers": 1, "factor": 3.0}
+    after = hm.capture(RAGGED[0], ["q", "k", "v", "mixer_out"], [1], 0, interventions=[scale])
+    assert torch.equal(after["q", 1], before["q", 1] * 3.0)
+    assert torch.equal(after["k", 1], before["k", 1]) and torch.equal(after["v", 1], before["v", 1])
+    assert not torch.equal(after["mixer_out", 1], before["mixer_out", 1])
+
+
+def test_logits_are_written_and_choose_the_tokens() -> None:
+    hm = opened("llama")
+    wanted = torch.zeros(plain_hooks.VOCABULARY)
+    wanted[42] = 1e4
+    run = hm.generate(RAGGED, [{"do": "steer", "point": "logits", "vector": wanted}], None, 3)
+    assert all(ids[-3:] == (42, 42, 42) for ids in run.tokens)
+    assert run.keys == ()
+
+
+def test_a_stored_capture_is_a_source(tmp_path: Path) -> None:
+    hm = opened("llama")
+    hm.capture([RAGGED[1], SOURCE], ["resid_mid"], [1], 3, store=tmp_path / "run")
+    by_prompt = {"do": "patch", "point": "resid_mid", "layers": 1, "positions": ":4", "source": {"prompt": SOURCE}}
+    by_store = {**by_prompt, "source": {"store": str(tmp_path / "run"), "sample": 1}}
+    one, two = (
+        hm.capture(RAGGED[0], ["logits"], max_new_tokens=0, interventions=[i])["logits"] for i in (by_prompt, by_store)
+    )
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    other = opened("mistral")
+    with pytest.raises(hookmap.InterventionError, match="captured from a LlamaForCausalLM"):
+        other.capture(RAGGED[0], ["logits"], max_new_tokens=0, interventions=[by_store])
+
+
+def test_a_file_says_what_python_says(tmp_path: Path) -> None:
+    hm = opened("llama")
+    (tmp_path / "vectors").mkdir()
+    save_file({"happy": VECTOR}, tmp_path / "vectors" / "v.safetensors")
+    file = tmp_path / "edits.yaml"
+    file.write_text(
+        "- {do: steer, point: resid_mid, layers: [1], vector: {file: vectors/v.safetensors, key: happy}, strength: 2}\n"
+        "- {do: scale, point: mlp_out, layers: all, factor: 0.5, steps: '1:'}\n"
+    )
+    same = [
+        Steer(point="resid_mid", layers=(1,), vector=tuple(VECTOR.tolist()), strength=2.0),
+        {"do": "scale", "point": "mlp_out", "factor": 0.5, "steps": "1:"},
+    ]
+    runs = [hm.generate(RAGGED, i, {"points": "resid_post"}, 4) for i in (file, same)]
+    assert all(torch.equal(runs[0].read(0, *key), runs[1].read(0, *key)) for key in runs[0].keys)
+    (tmp_path / "edits.json").write_text(dump_interventions(load_interventions(file)))
+    assert load_interventions(tmp_path / "edits.json")[1] == load_interventions(file)[1]
+    noted = runs[0].manifest.settings["interventions"]
+    assert noted[0]["vector"]["key"] == "happy" and len(noted[0]["vector"]["sha256"]) == 64
+    assert json.dumps(noted) and noted[1]["factor"] == 0.5
+
+
+def test_a_resumed_run_must_have_the_same_interventions(tmp_path: Path) -> None:
+    hm, where = opened("llama"), tmp_path / "run"
+    steer = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR}
+    hm.capture(RAGGED, ["resid_mid"], [1], 2, interventions=[steer], store=where)
+    with pytest.raises(hookmap.StoreError, match="interventions"):
+        hm.capture(RAGGED, ["resid_mid"], [1], 2, interventions=[{**steer, "strength": 2}], store=where, resume=True)
+
+
+def test_every_problem_of_the_documents_is_said_at_once() -> None:
+    with pytest.raises(hookmap.InterventionError) as found:
+        read_interventions(
+            [
+                {"do": "steer", "point": "resid_mid"},
+                {"do": "ablate", "point": "resid_mid", "to": "resample"},
+                {"do": "clamp", "point": "mlp_out", "feature": 1, "min": 3, "max": 2},
+                {"do": "stear", "point": "mlp_out"},
+                {"do": "patch", "point": "mlp_out", "source": {"prompt": "a", "store": "b"}},
+            ]
+        )
+    text = str(found.value)
+    for part in (
+        "intervention 0 (steer) vector",
+        "resample needs a source",
+        "min 3 is above max 2",
+        "stear",
+        "one of them",
+    ):
+        assert part in text, text
+
+
+def test_every_problem_with_the_model_is_said_at_once() -> None:
+    hm = opened("llama")
+    wrong = [
+        {"do": "scale", "point": "resid_midd", "factor": 1},
+        {"do": "scale", "point": "resid_mid", "layers": [7], "factor": 1},
+        {"do": "scale", "point": "resid_mid", "positions": "last", "factor": 1},
+        {"do": "scale", "point": "resid_mid", "steps": "-1", "factor": 1},
+        {"do": "steer", "point": "resid_mid", "vector": [1.0, 2.0]},
+        {"do": "project_out", "point": "resid_mid", "direction": [0.0] * D},
+        {"do": "scale", "point": "resid_mid", "heads": [0], "factor": 1},
+        {"do": "scale", "point": "z", "heads": [9], "factor": 1},
+        {"do": "clamp", "point": "resid_mid", "feature": 32, "max": 1},
+        {"do": "patch", "point": "resid_mid", "positions": "all", "source": {"prompt": SOURCE}},
+        {"do": "scale", "point": "pattern", "factor": 1},
+    ]
+    with pytest.raises(hookmap.SelectionError) as found:
+        hm.generate(RAGGED, wrong, None, 2)
+    for part in (
+        "did you mean resid_mid", "layer 7 is out of range", "Use last_prompt", "steps '-1'", "expected [32], a row",
+        "direction of length 0", "resid_mid has no heads", "has 0 to 3", "feature 32 is not there",
+        "the source has 4 rows", "before any module shows them",
+    ):  # fmt: skip
+        assert part in str(found.value), (part, str(found.value))
+
+
+def test_files_of_vectors_are_checked(tmp_path: Path) -> None:
+    hm = opened("llama")
+    (tmp_path / "v.bin").write_bytes(b"x")
+    (tmp_path / "v.safetensors").write_bytes(b"x")
+    save_file({"a": torch.arange(D)}, tmp_path / "ints.safetensors")
+    for file, key, message in (
+        ("v.bin", "a", "from .safetensors files only"), ("none.safetensors", "a", "no such file"),
+        ("v.safetensors", "a", "is no safetensors file"), ("ints.safetensors", "b", "it holds a"),
+        ("ints.safetensors", "a", "expected floating point"),
+    ):  # fmt: skip
+        steer = {"do": "steer", "point": "resid_mid", "vector": {"file": str(tmp_path / file), "key": key}}
+        with pytest.raises(hookmap.InterventionError, match=message):
+            hm.generate(RAGGED, [steer], None, 2)
+
+
+def test_nnsight_is_refused_with_what_to_do() -> None:
+    steer = {"do": "scale", "point": "resid_mid", "factor": 2.0}
+    with pytest.raises(hookmap.InterventionError, match='engine="hooks"'):
+        opened("llama").generate(RAGGED, [steer], None, 2, engine="nnsight")
+
+
+def test_two_threads_write_only_their_own_runs() -> None:
+    """Each waits in the middle of its run for the other, on one model: one steers, one does not, one scales."""
+    hm, meet = opened("llama"), threading.Barrier(3, timeout=60)
+    steer = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR}
+    scale = {"do": "scale", "point": "mlp_out", "layers": 1, "factor": 3.0}
+    edits: list[list[dict[str, Any]]] = [[steer], [], [scale]]
+    alone = [hm.generate(RAGGED[0], i, {"points": "resid_post"}, 4) for i in edits]
+    runs: dict[int, Any] = {}
+
+    def work(number: int) -> None:
+        def wait(where: Any) -> None:
+            if 0 < where.tokens_done < 4:
+                meet.wait()
+
+        runs[number] = hm.generate(RAGGED[0], edits[number], {"points": "resid_post"}, 4, progress=wait)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, expected in enumerate(alone):
+        assert all(torch.equal(runs[number][key], expected[key]) for key in expected.keys)
+
+
+def test_the_model_is_as_it_was_after_a_run() -> None:
+    hm = opened("gpt2")
+    before = hm.capture(RAGGED, ["resid_post"], max_new_tokens=2)
+    hm.generate(RAGGED, [{"do": "scale", "point": "resid_mid", "factor": 9.0}], None, 2)
+    after = hm.capture(RAGGED, ["resid_post"], max_new_tokens=2)
+    assert all(torch.equal(before.read(0, *key), after.read(0, *key)) for key in before.keys)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in hm.model.modules())

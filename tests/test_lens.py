@@ -1,0 +1,226 @@
+"""The lens and the attributions of every family, against the model's own logits and hand calculation."""
+
+from pathlib import Path
+from typing import Any
+
+import plain_hooks
+import pytest
+import torch
+from tiny_tokenizer import tiny_tokenizer
+
+import hookmap
+from hookmap.attribution import BIAS
+from hookmap.model import HookedModel
+from hookmap.readout import readout_of
+
+TOKENS = [5, 9, 3, 4, 20, 11]
+
+
+def opened(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> HookedModel:
+    """The family with weights of its norms and biases drawn too: as they begin, ones and zeros, they hide mistakes."""
+    model = plain_hooks.build(name, dtype)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            if weight.ndim == 1 and not path.endswith(("A_log", ".D", "dt_bias", "e_score_correction_bias")):
+                weight.add_(0.3 * torch.randn_like(weight))
+    return hookmap.open(model, **options)
+
+
+def logits_of(hm: HookedModel, tokens: list[int]) -> torch.Tensor:
+    """Hugging Face's own, [pos, d_vocab]."""
+    with torch.no_grad():
+        found: torch.Tensor = hm.model(input_ids=torch.tensor([tokens])).logits[0]
+    return found
+
+
+@pytest.mark.parametrize("name", plain_hooks.FAMILIES)
+def test_the_lens_at_the_last_layer_is_the_models_own_logits_to_the_bit(name: str) -> None:
+    hm = opened(name)
+    run = hm.capture([TOKENS], ["resid_post"], -1, max_new_tokens=0)
+    found = readout_of(hm)(run.read(0, "resid_post", -1)[None])[0]
+    assert torch.equal(found, logits_of(hm, TOKENS))
+
+
+@pytest.mark.parametrize("name", plain_hooks.FAMILIES)
+def test_the_parts_of_an_attribution_sum_to_the_logit(name: str) -> None:
+    hm = opened(name)
+    logits = logits_of(hm, TOKENS)
+    if name == "gemma2":
+        logits = 30 * torch.atanh(logits.double() / 30).float()  # before the soft-cap
+    single = hm.attribute(TOKENS, target=13, positions="all")
+    difference = hm.attribute(TOKENS, target=13, against=8)
+    assert single.before_soft_cap == (name == "gemma2")
+    assert torch.allclose(single.values.sum(0), logits[:, 13], atol=1e-4)
+    assert torch.allclose(difference.values.sum(0), logits[-1:, 13] - logits[-1:, 8], atol=1e-4)
+    assert difference.values.abs().max() > 0.01
+    assert single.parts[0] == "resid_pre[0]" and single.parts[-1] == BIAS
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mamba", "cohere", "gpt2"])
+def test_in_half_precision_the_sum_holds_to_the_precision_of_the_model(name: str) -> None:
+    hm = opened(name, torch.bfloat16)
+    found = hm.attribute(TOKENS, positions="all")
+    assert (found.values.sum(0) - found.logit).abs().max() < 0.05 * found.logit.abs().max()
+
+
+def test_an_attribution_of_a_gpt2_is_what_is_calculated_by_hand() -> None:
+    hm = opened("gpt2")
+    found = hm.attribute(TOKENS, target=13, against=8)
+    seen: list[torch.Tensor] = []
+    gpt = hm.model.transformer
+    hook = gpt.h[1].mlp.register_forward_hook(lambda module, args, output: seen.append(output[0, -1]))
+    end = gpt.ln_f.register_forward_pre_hook(lambda module, args: seen.append(args[0][0, -1]))
+    logits_of(hm, TOKENS)
+    hook.remove(), end.remove()
+    branch, stream = seen
+    statistic = (stream.var(unbiased=False) + gpt.ln_f.eps).sqrt()
+    direction = hm.model.lm_head.weight[13] - hm.model.lm_head.weight[8]
+    by_hand = ((branch - branch.mean()) / statistic * gpt.ln_f.weight) @ direction
+    bias = gpt.ln_f.bias @ direction
+    assert torch.allclose(found.values[found.parts.index("mlp_out[1]"), 0], by_hand, atol=1e-5)
+    assert torch.allclose(found.values[found.parts.index(BIAS), 0], bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "granite", "gptj", "falcon_7b"])
+def test_heads_and_bias_are_what_the_mixer_adds(name: str) -> None:
+    hm = opened(name)
+    whole, split = hm.attribute(TOKENS, target=13), hm.attribute(TOKENS, target=13, heads=True)
+    for layer in range(plain_hooks.LAYERS):
+        own = [n for n, part in enumerate(split.parts) if part.startswith(f"mixer_out[{layer}]")]
+        assert len(own) == 4 + (name == "gpt2"), split.parts  # four heads, and a bias where there is one
+        assert torch.allclose(
+            split.values[own].sum(0), whole.values[whole.parts.index(f"mixer_out[{layer}]")], atol=1e-4
+        )
+
+
+def test_heads_are_refused_where_a_norm_stands_behind_them() -> None:
+    with pytest.raises(hookmap.SelectionError, match=r"heads of layer 0.*more than a constant"):
+        opened("gemma2").attribute(TOKENS, heads=True)
+
+
+def test_the_figures_of_the_lens_are_those_of_its_distribution() -> None:
+    hm = opened("llama")
+    found = hm.lens(TOKENS, layers=[0, 2], top=3, target=13)
+    run = hm.capture([TOKENS], ["resid_post"], max_new_tokens=0)
+    own = hm.model.lm_head(hm.model.model.norm(run.read(0, "resid_post", 0))).softmax(-1).detach()
+    final = logits_of(hm, TOKENS).softmax(-1)
+    assert (found.layers, found.positions) == ((0, 2), tuple(range(6)))
+    assert torch.equal(found.top_ids[0], own.topk(3).indices)
+    assert torch.allclose(found.top_probabilities[0], own.topk(3).values, atol=1e-6)
+    assert torch.allclose(found.probability[0], own[:, 13], atol=1e-6)
+    assert found.rank[0].tolist() == [sorted(row.tolist(), reverse=True).index(row[13]) + 1 for row in own]
+    assert torch.allclose(found.entropy[0], -(own * own.log()).sum(-1), atol=1e-4)
+    assert torch.allclose(found.kl[0], (final * (final / own).log()).sum(-1), atol=1e-4)
+    assert torch.allclose(found.kl[1], torch.zeros(6), atol=1e-5)
+    assert found.grid("kl").values.shape == (2, 6)
+
+
+def test_long_texts_go_through_the_unembedding_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    hm = opened("gemma2")
+    whole = hm.lens(TOKENS)
+    monkeypatch.setattr("hookmap.lens._CHUNK", 4)
+    pieces = hm.lens(TOKENS)
+    assert torch.equal(whole.top_ids, pieces.top_ids) and torch.allclose(whole.kl, pieces.kl, atol=1e-6)
+
+
+def test_a_stored_capture_gives_the_lens_that_a_prompt_gives(tmp_path: Path) -> None:
+    hm = opened("gpt2", tokenizer=tiny_tokenizer())
+    texts = ["to be or not", "that is the question to be"]
+    hm.capture(texts, ["resid_mid", "resid_post"], max_new_tokens=0, positions=[1, -1], store=tmp_path / "run")
+    stored = hm.lens(hookmap.open_store(tmp_path / "run"), "resid_mid", sample=1)
+    direct = hm.lens(texts[1], "resid_mid", positions=[1, -1])
+    assert stored.positions == direct.positions == (1, 5)
+    assert stored.tokens == ("is", "be") and stored.target_tokens == direct.target_tokens
+    assert torch.equal(stored.top_ids, direct.top_ids) and torch.allclose(stored.kl, direct.kl, atol=1e-5)
+
+
+def test_a_target_is_one_token(tmp_path: Path) -> None:
+    hm = opened("gpt2", tokenizer=tiny_tokenizer())
+    assert hm.lens("to be", target="question").target_tokens == ("question",) * 2
+    for wrong, why in (("to be", "is 2 tokens"), (97, "from 0 to 96")):
+        with pytest.raises(hookmap.SelectionError, match=why):
+            hm.lens("to be", target=wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"point": "mlp_in"}, "not in the space of the residual stream"),
+        ({"point": "resid_pots"}, "did you mean resid_post"),
+        ({"layers": 7}, "out of range"),
+        ({"source": [[1, 2], [3, 4]]}, "a lens is of one prompt, got 2"),
+    ],
+)
+def test_what_has_no_lens_is_refused_with_the_reason(arguments: dict[str, Any], why: str) -> None:
+    with pytest.raises(hookmap.SelectionError, match=why):
+        opened("llama").lens(**{"source": TOKENS, **arguments})
+
+
+def test_logits_that_are_no_chain_of_steps_are_refused_with_the_operation() -> None:
+    import transformers as tf
+
+    class Centred(tf.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits - output.logits.mean(-1, keepdim=True)
+            return output
+
+    hm = hookmap.open(Centred(plain_hooks.FAMILIES["llama"].config()).eval())
+    with pytest.raises(hookmap.SelectionError, match=r"no lens for Centred: `sub` of 2 tensors stands between"):
+        hm.lens(TOKENS)
+
+
+def test_a_head_that_mixes_positions_is_refused_by_the_proof() -> None:
+    class Mixing(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + x.mean(1, keepdim=True))
+
+    hm = opened("llama")
+    mixing = Mixing(32, 97, bias=False)
+    mixing.weight = hm.model.lm_head.weight
+    hm.model.lm_head = mixing
+    with pytest.raises(hookmap.SelectionError, match="give other logits than the model"):
+        readout_of(hookmap.open(hm.model))
+
+
+def test_a_stream_that_is_normed_itself_has_a_lens_and_no_attribution() -> None:
+    import transformers as tf
+
+    torch.manual_seed(0)
+    config = tf.OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+    hm = hookmap.open(tf.AutoModelForCausalLM.from_config(config).eval())
+    assert torch.allclose(hm.lens(TOKENS).kl[-1], torch.zeros(6), atol=1e-5)
+    with pytest.raises(hookmap.SelectionError, match="norm the stream itself"):
+        hm.attribute(TOKENS)
+
+
+def test_factors_and_caps_are_read_from_the_dataflow_with_their_numbers() -> None:
+    import transformers as tf
+
+    torch.manual_seed(0)
+    config = tf.GraniteConfig(**plain_hooks._COMMON, logits_scaling=8.0, embedding_multiplier=3.0)
+    granite = hookmap.open(tf.AutoModelForCausalLM.from_config(config).eval())
+    assert str(readout_of(granite)) == "model.norm → lm_head → ÷ 8"
+    assert str(readout_of(opened("gemma2"))) == "model.norm → lm_head → ÷ 30 → tanh → × 30"
+    assert str(readout_of(opened("cohere"))) == "model.norm → lm_head → × 0.0625"
+    assert torch.equal(granite.lens(TOKENS).kl[-1], torch.zeros(6))
+
+
+def test_a_head_that_computes_more_inside_is_one_step() -> None:
+    import transformers as tf
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = tf.CamembertConfig(vocab_size=97, max_position_embeddings=64, is_decoder=True, **sizes)
+    hm = hookmap.open(tf.AutoModelForCausalLM.from_config(config).eval())
+    assert str(readout_of(hm)) == "lm_head"
+    assert torch.allclose(hm.lens(TOKENS).kl[-1], torch.zeros(6), atol=1e-5)
+
+
+def test_a_final_norm_that_the_map_does_not_name_is_known_by_what_it_does() -> None:
+    hm, twin = opened("llama"), opened("llama")  # what is read of a model is kept with its module: two of them
+    other = HookedModel(twin.model, None, twin.map.model_copy(update={"final_norm_path": None}))
+    found, by_name = other.attribute(TOKENS, target=13), hm.attribute(TOKENS, target=13)
+    assert readout_of(other).norm is not None
+    assert torch.equal(found.values, by_name.values)

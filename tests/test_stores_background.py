@@ -1,0 +1,162 @@
+"""The thread that writes: the same bytes as without it, never more in flight than allowed, no error lost."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from store_runs import Run, demo_run, resid, tree, write_or_resume
+
+from hookmap.activations import Activation, Sample, Sink
+from hookmap.errors import CaptureError, StoreError
+from hookmap.stores import open_store
+from hookmap.stores.background import BackgroundWriter
+from hookmap.stores.folder import FolderWriter
+
+RUN = Run(resid(), [[(0, 3, 7), (1, 5, 6)], [(2, 2, 30)], [(3, 1, 4)]], shard_tokens=12)
+
+
+class SlowDisk(FolderWriter):
+    """Writes as the other one does, and only while `gate` is open."""
+
+    gate: threading.Event
+
+    def write(self, activation: Activation) -> None:
+        assert self.gate.wait(10)
+        super().write(activation)
+
+
+def slow(path: Path, in_flight: int) -> tuple[SlowDisk, BackgroundWriter]:
+    writer = SlowDisk.create(path, RUN.manifest)
+    writer.gate = threading.Event()
+    return writer, BackgroundWriter(writer, in_flight)
+
+
+def rows(sample: int, start: int, count: int = 1) -> list[Activation]:
+    return [Activation(sample, *key, start, torch.ones(count, 16, dtype=torch.bfloat16)) for key in RUN.keys]
+
+
+def a_sample(number: int, count: int) -> Sample:
+    return Sample(number, "", "", (0,) * (count + 1), 1, count)
+
+
+def test_it_is_a_sink(tmp_path: Path) -> None:
+    with BackgroundWriter(FolderWriter.create(tmp_path / "c", RUN.manifest)) as writer:
+        sink: Sink = writer
+        RUN.write(sink)
+
+
+@pytest.mark.parametrize("run", [RUN, demo_run()], ids=["small", "demo"])
+def test_the_bytes_are_those_of_a_writer_without_a_thread(tmp_path: Path, run: Run) -> None:
+    write_or_resume(tmp_path / "direct", run)
+    write_or_resume(tmp_path / "background", run, background=True)
+    assert tree(tmp_path / "background") == tree(tmp_path / "direct")
+
+
+def test_the_caller_does_not_wait_for_a_disk_that_is_behind_for_a_moment(tmp_path: Path) -> None:
+    writer, sink = slow(tmp_path / "c", 1 << 20)
+    with sink:
+        RUN.write(sink)  # would never come back if it waited: the gate is shut
+        assert not writer.finished
+        writer.gate.set()
+    assert open_store(tmp_path / "c").verify() == []
+
+
+def test_what_waits_is_bounded_in_bytes(tmp_path: Path) -> None:
+    piece = rows(0, 0)[0].tensor.nbytes
+    writer, sink = slow(tmp_path / "c", 6 * piece)
+    handed = []
+
+    def hand_over() -> None:
+        for start in range(5):
+            for activation in rows(0, start):
+                sink.write(activation)
+                handed.append(activation)
+
+    with sink:
+        caller = threading.Thread(target=hand_over)
+        caller.start()
+        deadline = time.monotonic() + 5
+        while len(handed) < 6 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert len(handed) == 6  # the thread has one of them in hand
+        writer.gate.set()
+        caller.join()
+        sink.finish(a_sample(0, 5))
+    assert len(handed) == 20 and len(open_store(tmp_path / "c")) == 1
+
+
+def test_a_piece_larger_than_all_that_may_wait_is_written_too(tmp_path: Path) -> None:
+    write_or_resume(tmp_path / "direct", RUN)
+    with BackgroundWriter(FolderWriter.create(tmp_path / "c", RUN.manifest), in_flight=1) as sink:
+        RUN.write(sink)
+    assert tree(tmp_path / "c") == tree(tmp_path / "direct")
+
+
+def test_an_error_of_the_writer_reaches_the_caller_and_ends_the_writing(tmp_path: Path) -> None:
+    wrong = "resid_pre.0 of sample 0: expected the rows from 1 on, got rows from 2 on"
+    with (
+        pytest.raises(CaptureError, match=wrong),
+        BackgroundWriter(FolderWriter.create(tmp_path / "c", RUN.manifest)) as s,
+    ):
+        for start in (0, 2):
+            for activation in rows(0, start):
+                s.write(activation)
+        s.wait()
+    store = open_store(tmp_path / "c")
+    assert len(store) == 0 and not store.finished and store.verify() == []
+
+
+def test_an_error_after_the_last_call_is_told_at_the_end(tmp_path: Path) -> None:
+    writer, sink = slow(tmp_path / "c", 1 << 20)
+    with pytest.raises(CaptureError, match="sample 0 should have 2 rows of each tensor"), sink:
+        for activation in rows(0, 0):
+            sink.write(activation)
+        sink.finish(a_sample(0, 2))
+        writer.gate.set()
+    with pytest.raises(StoreError, match="No such file"):  # and each call says it again
+        broken = BackgroundWriter(FolderWriter.create(tmp_path / "d", RUN.manifest))
+        for file in ("samples.jsonl", "shards.jsonl", "manifest.json"):
+            (tmp_path / "d" / file).unlink()
+        (tmp_path / "d" / "shards").rmdir()
+        with broken:
+            RUN.write(broken)
+    for call in (lambda: broken.write(rows(0, 0)[0]), lambda: broken.finish(a_sample(0, 1)), broken.abandon):
+        with pytest.raises(StoreError, match="No such file"):
+            call()
+
+
+def test_a_caller_that_fails_keeps_every_sample_it_finished(tmp_path: Path) -> None:
+    writer, sink = slow(tmp_path / "c", 1 << 20)
+    with pytest.raises(KeyboardInterrupt), sink:
+        RUN.write(sink)
+        for activation in rows(4, 0):
+            sink.write(activation)
+        writer.gate.set()
+        raise KeyboardInterrupt
+    store = open_store(tmp_path / "c")
+    assert [sample.sample for sample in store.samples] == [0, 1, 2, 3] and not store.finished
+    assert not any(thread.name.startswith("writer of") for thread in threading.enumerate())
+    with FolderWriter.resume(tmp_path / "c", RUN.manifest) as resumed:
+        assert resumed.finished == {0, 1, 2, 3}
+
+
+def test_abandoned_rows_come_again(tmp_path: Path) -> None:
+    write_or_resume(tmp_path / "direct", RUN)
+    with BackgroundWriter(FolderWriter.create(tmp_path / "c", RUN.manifest)) as sink:
+        for activation in rows(0, 0, 3) + rows(1, 0, 5):
+            sink.write(activation)
+        sink.abandon()
+        assert sink.finished == frozenset()
+        RUN.write(sink)
+        assert sink.finished == {0, 1, 2, 3}
+    assert tree(tmp_path / "c") == tree(tmp_path / "direct")
+
+
+def test_a_closed_one_takes_nothing(tmp_path: Path) -> None:
+    with BackgroundWriter(FolderWriter.create(tmp_path / "c", RUN.manifest)) as sink:
+        RUN.write(sink)
+    with pytest.raises(StoreError, match="is closed: resume it to write more"):
+        sink.write(rows(9, 0)[0])
