@@ -256,3 +256,9 @@ def test_the_question_is_sent_as_a_template_writes_it(served: Served) -> None:
     plain += [{"role": "assistant", "content": "c"}, {"role": "user", "content": QUESTION}]
     run = served.hm.capture([plain], ["embed"], max_new_tokens=12)
     assert served.chat(messages=messages).json()["choices"][0]["message"]["content"] == run.texts[0]
+
+
+def test_the_page_asks_nobody_else(served: Served) -> None:
+    page = served.get("/")
+    assert "connect-src 'self'" in page.headers["content-security-policy"]
+    assert "http://" not in page.text and "https://" not in page.text and "src=" not in page.text
