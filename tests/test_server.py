@@ -167,6 +167,7 @@ def test_the_model_list_and_the_error_for_another_model(client: OpenAI, served: 
         ({"tempratur": 1}, "tempratur", "unknown field"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"n": 17}, "n", "16 is the most"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "Input should be"),
