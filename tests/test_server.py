@@ -167,6 +167,7 @@ def test_the_model_list_and_the_error_for_another_model(client: OpenAI, served: 
         ({"tempratur": 1}, "tempratur", "unknown field"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"n": 17}, "n", "16 is the most"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role", "Input should be"),
@@ -256,3 +257,9 @@ def test_the_question_is_sent_as_a_template_writes_it(served: Served) -> None:
     plain += [{"role": "assistant", "content": "c"}, {"role": "user", "content": QUESTION}]
     run = served.hm.capture([plain], ["embed"], max_new_tokens=12)
     assert served.chat(messages=messages).json()["choices"][0]["message"]["content"] == run.texts[0]
+
+
+def test_the_page_asks_nobody_else(served: Served) -> None:
+    page = served.get("/")
+    assert "connect-src 'self'" in page.headers["content-security-policy"]
+    assert "http://" not in page.text and "https://" not in page.text and "src=" not in page.text

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
-from served import MESSAGES, NAME, Served, serving
+from served import MESSAGES, NAME, Served, demo, serving
 
 import hookmap
 from hookmap.cli.main import main
@@ -237,3 +237,42 @@ def test_the_demo_loads_once_and_unloads(tmp_path: Path) -> None:
         assert served.post("/models/unload", model=NAME).status_code == 200
         assert served.post("/models/load", model=str(MODEL_PATH)).status_code == 200
         assert served.chat(max_tokens=1).status_code == 200
+
+
+def test_interventions_are_those_of_capture_in_a_request_and_as_defaults(tmp_path: Path) -> None:
+    steer = {"do": "steer", "point": "resid_post", "layers": [4], "vector": [3.0] * 64, "strength": 2.0}
+    what: dict[str, Any] = {"points": ["resid_post"], "layers": [4, 9], "max_new_tokens": 6}
+    plain = demo().capture([MESSAGES], **what)
+    run = demo().capture([MESSAGES], **what, interventions=[steer])
+    assert run.tokens != plain.tokens, "else the test shows nothing"
+    record = {"points": ["resid_post"], "layers": [4, 9]}
+    with serving(tmp_path, admin_key="k") as served:
+        asked: dict[str, Any] = {"max_tokens": 6}
+
+        def same(answer: dict[str, Any], expected: Any) -> None:
+            assert answer["choices"][0]["message"]["content"] == expected.texts[0]
+            for each in answer["activations_meta"]["tensors"]:
+                assert torch.equal(tensor(served, each), expected.read(0, each["point"], each["layer"]))
+
+        same(served.chat(**asked, hookmap={**record, "interventions": [steer]}).json(), run)
+        only = served.chat(**asked, hookmap={"return": "none", "interventions": [steer]}).json()
+        assert only["choices"][0]["message"]["content"] == run.texts[0] and "activations_meta" not in only
+        same(served.chat(**asked, hookmap=record).json(), plain)
+
+        session = served.chat(hookmap=record).json()["session_id"]
+        patch = {"do": "patch", "point": "resid_post", "layers": [4], "source": {"store": session}}
+        assert served.chat(**asked, hookmap={**record, "interventions": [patch]}).status_code == 200
+        refused = [{**steer, "vector": {"file": "/etc/passwd.safetensors", "key": "a"}}, {**steer, "point": "nowhere"}]
+        refused += [{**patch, "source": {"store": str(tmp_path / session)}}, {"do": "dance"}, {**steer, "layers": [99]}]
+        for wrong in refused:
+            status = served.chat(hookmap={"return": "none", "interventions": [wrong]}).status_code
+            assert status in (400, 404), wrong
+        short = served.chat(hookmap={"return": "none", "interventions": [{**steer, "vector": [1.0]}]})
+        assert short.status_code == 400 and "64" in short.json()["error"]["message"]
+
+        served.headers = {"Authorization": "Bearer k"}
+        put = httpx.put(f"{served.url}/v1/interventions", json={"interventions": [steer]}, headers=served.headers)
+        assert put.json() == served.get("/v1/interventions").json()
+        assert put.json()["data"][0]["strength"] == 2.0
+        same(served.chat(**asked, hookmap=record).json(), run)
+        same(served.chat(**asked, hookmap={**record, "interventions": []}).json(), plain)

@@ -5,8 +5,10 @@ from typing import Any
 
 from hookmap import generation as gen
 from hookmap.capture import _generation
+from hookmap.interventions import Intervention, fingerprint
 from hookmap.prompts import Prompt
 from hookmap.runs import vocabulary_of
+from hookmap.server.editing import read
 from hookmap.server.errors import ApiError, bad
 from hookmap.server.models import Loaded
 from hookmap.server.recording import ToAnswer, ToStore, plan
@@ -28,8 +30,12 @@ def admit(
     top_logprobs: int | None,
     settings: Settings,
     sessions: Sessions,
+    defaults: tuple[Intervention, ...] = (),
 ) -> Job:
-    """The job of a request for `n` rows of each prompt. Raises ApiError: 400 and 413 with the figures."""
+    """The job of a request for `n` rows of each prompt. `defaults`: interventions, where it brings none.
+
+    Raises ApiError: 400 and 413 with the figures.
+    """
     asked.refused()
     n = asked.n or 1
     if (rows := n * len(prompts)) > settings.max_choices:
@@ -45,14 +51,24 @@ def admit(
         options=options,
     )
     each = tuple(prompt for prompt in prompts for _ in range(n))
+    changes = defaults
+    if asked.hookmap is not None and asked.hookmap.interventions is not None:
+        changes = read(asked.hookmap.interventions, model.hm, sessions)
     what = plan(asked, model.hm, settings, each, new)
     keeper: Keeper | None = None
     if what is not None and what.inline:
         keeper = ToAnswer(what)
     elif what is not None:
-        told = {"generation": _generation(config), "seed": asked.seed, "stop": list(asked.stops), "batch_size": n}
-        keeper = ToStore(what, sessions, model.hm, model.name, {**told, "request": id, "prompts": rows})
-    return Job(id, each, n, config, new, asked.stops, asked.seed, keeper, top_logprobs)
+        told: dict[str, Any] = {
+            "generation": _generation(config),
+            "seed": asked.seed,
+            "stop": list(asked.stops),
+            "batch_size": n,
+        }
+        told |= {"request": id, "prompts": rows}
+        told |= {"interventions": fingerprint(changes)} if changes else {}
+        keeper = ToStore(what, sessions, model.hm, model.name, told)
+    return Job(id, each, n, config, new, asked.stops, asked.seed, keeper, changes, top_logprobs)
 
 
 def new_tokens(prompt: int, asked: int | None, context: int | None, settings: Settings) -> int:

@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from hookmap import generation as gen
 from hookmap.activations import Activation, Sample, Sink
+from hookmap.engines.editing import Editor
 from hookmap.engines.observation import BatchLayout, Observer
 from hookmap.prompts import Prompt
 from hookmap.runs import Generating
@@ -36,7 +37,7 @@ class Token:
 
 @dataclass
 class Answering(Generating):
-    """A `Generating` that tells each token of each row. With no selectors it watches nothing."""
+    """A `Generating` that tells each token of each row. With no selectors and no edits it watches nothing."""
 
     tell: Callable[[list[Token]], None] = field(default=lambda tokens: None)
     cancelled: Callable[[], bool] = field(default=lambda: False)
@@ -44,7 +45,8 @@ class Answering(Generating):
     """how many likeliest tokens are told with each token; None: no logprobs"""
 
     def _observer(self, layout: BatchLayout, sink: Sink) -> Observer:
-        return super()._observer(layout, sink) if self.selectors else _Unwatched((), layout, sink.write)
+        watches = self.selectors or self.edits
+        return super()._observer(layout, sink) if watches else _Unwatched((), layout, sink.write)
 
     def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: gen.Finished) -> dict[str, Any]:
         likely = None if self.top_logprobs is None else _Likely(self.top_logprobs)
@@ -65,12 +67,12 @@ class Plain:
         self.module = module
         self.root = root
 
-    def generate(self, observer: Observer, inputs: dict[str, Any]) -> torch.Tensor:
+    def generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> torch.Tensor:
         """The model's own `generate`."""
         sequences: torch.Tensor = self.root.generate(**inputs)  # type: ignore[operator]
         return sequences
 
-    def forward(self, observer: Observer, inputs: dict[str, Any]) -> None:
+    def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
         """One forward pass."""
         with torch.no_grad():
             self.root(**inputs)

@@ -22,12 +22,13 @@ from hookmap.server import errors
 from hookmap.server.admission import admit
 from hookmap.server.chat import ChatWire, prompt_of
 from hookmap.server.completions import MAX_TOKENS, CompletionWire, prompts_of
+from hookmap.server.editing import read
 from hookmap.server.errors import ApiError
 from hookmap.server.guard import Guard
 from hookmap.server.metrics import Metrics
 from hookmap.server.models import Loaded, Models
 from hookmap.server.ranges import ranged
-from hookmap.server.recording import INTERVENTIONS, described
+from hookmap.server.recording import described
 from hookmap.server.requests import ChatRequest, CompletionRequest
 from hookmap.server.sessions import Sessions
 from hookmap.server.settings import Settings
@@ -45,6 +46,14 @@ class Named(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str
+
+
+class Defaults(BaseModel):
+    """The body of PUT /v1/interventions."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    interventions: list[dict[str, Any]]
+    model: str | None = None
 
 
 def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
@@ -72,6 +81,7 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
     _generation(app, settings, models, sessions)
     _sessions(app, sessions)
     _models(app, models)
+    _interventions(app, models, sessions)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -98,6 +108,9 @@ async def _sweep(sessions: Sessions) -> None:
 def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sessions) -> None:
     encoding = asyncio.Lock()  # tokenizers are not made for several threads at once
 
+    def common(model: Loaded) -> tuple[Any, ...]:
+        return settings, sessions, models.interventions.get(model.name, ())
+
     @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion}})
     async def chat(asked: ChatRequest, request: Request) -> Response:
         model = models.get(asked.model)
@@ -106,7 +119,7 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
         async with encoding:
             prompt = await asyncio.to_thread(prompt_of, asked, model.hm.tokenizer)
             job = await asyncio.to_thread(
-                admit, asked, request.scope["request_id"], model, [prompt], most, tops, settings, sessions
+                admit, asked, request.scope["request_id"], model, [prompt], most, tops, *common(model)
             )
         wire = ChatWire(asked, job, model.name, model.hm.tokenizer)
         return await answer(request, model.worker, job, wire, bool(asked.stream))
@@ -118,18 +131,10 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
         async with encoding:
             prompts = await asyncio.to_thread(prompts_of, asked, model.hm.tokenizer)
             job = await asyncio.to_thread(
-                admit, asked, request.scope["request_id"], model, prompts, most, asked.logprobs, settings, sessions
+                admit, asked, request.scope["request_id"], model, prompts, most, asked.logprobs, *common(model)
             )
         wire = CompletionWire(asked, job, model.name, model.hm.tokenizer)
         return await answer(request, model.worker, job, wire, bool(asked.stream))
-
-    @app.get("/v1/interventions")
-    async def interventions() -> dict[str, Any]:
-        return {"object": "list", "data": []}
-
-    @app.put("/v1/interventions")
-    async def set_interventions() -> Response:
-        raise errors.bad(INTERVENTIONS)
 
 
 def _sessions(app: FastAPI, sessions: Sessions) -> None:
@@ -210,6 +215,23 @@ def _models(app: FastAPI, models: Models) -> None:
         models.get(asked.model)
         await asyncio.to_thread(models.unload, asked.model)
         return {"id": asked.model, "object": "model", "unloaded": True}
+
+
+def _interventions(app: FastAPI, models: Models, sessions: Sessions) -> None:
+    def told(loaded: Loaded) -> dict[str, Any]:
+        found = models.interventions.get(loaded.name, ())
+        return {"object": "list", "model": loaded.name, "data": [each.model_dump(mode="json") for each in found]}
+
+    @app.get("/v1/interventions")
+    async def defaults(model: str | None = None) -> dict[str, Any]:
+        return told(models.get(model))
+
+    @app.put("/v1/interventions")
+    async def set_defaults(asked: Defaults) -> dict[str, Any]:
+        """Those of every request to this model that brings none of its own; an empty list takes them away."""
+        loaded = models.get(asked.model)
+        models.interventions[loaded.name] = read(asked.interventions, loaded.hm, sessions)
+        return told(loaded)
 
 
 def _model(loaded: Loaded) -> dict[str, Any]:

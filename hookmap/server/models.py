@@ -11,6 +11,7 @@ import torch
 
 import hookmap
 from hookmap.demo import MODEL_PATH
+from hookmap.interventions import Intervention
 from hookmap.model import HookedModel
 from hookmap.server.errors import ApiError, missing
 from hookmap.server.settings import Settings
@@ -35,6 +36,8 @@ class Models:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._loaded: dict[str, Loaded] = {}
+        self.interventions: dict[str, tuple[Intervention, ...]] = {}
+        """of requests that bring none, by the model's name"""
         self._changing = threading.Lock()
 
     @property
@@ -74,6 +77,7 @@ class Models:
         with self._changing:
             self.get(name).worker.close(self._settings.drain)
             del self._loaded[name]
+            self.interventions.pop(name, None)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -26,8 +26,6 @@ from hookmap.stores.ledger import tensor_name
 from hookmap.stores.manifest import manifest_of_run
 from hookmap.stores.memory import MemoryStore
 
-INTERVENTIONS = "interventions are not part of this server yet: leave the field out."
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -49,8 +47,6 @@ def plan(
         if not asked.store_activations:
             return None
         field = Recording.model_validate({})
-    if field.interventions:
-        raise bad(INTERVENTIONS, "hookmap.interventions")
     if field.return_ == "none":
         return None
     what = _given(field, settings)

@@ -48,7 +48,7 @@ class Sampling(_Request):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, description="0 or -1: of all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="a smaller one overflows")
     seed: int | None = Field(None, ge=-(2**62), le=2**62)
     n: Positive | None = None
     max_tokens: Whole | None = None

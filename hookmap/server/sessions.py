@@ -120,13 +120,18 @@ class Sessions:
             )
         return session
 
-    def open(self, id: str) -> CaptureStore:
-        """The rows of a finished session. Raises ApiError."""
+    def folder(self, id: str) -> Path:
+        """Of a finished session. Raises ApiError."""
         session = self.get(id)
         if not session.finished:
             raise ApiError(409, f"session {session.id} is still being written.", code="session_running")
+        return self._root / session.id
+
+    def open(self, id: str) -> CaptureStore:
+        """The rows of a finished session. Raises ApiError."""
+        folder = self.folder(id)
         try:
-            return open_store(self._root / session.id)
+            return open_store(folder)
         except (HookmapError, OSError):
             self.get(id)  # deleted meanwhile
             raise

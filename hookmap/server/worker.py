@@ -17,14 +17,18 @@ import torch
 from transformers import GenerationConfig
 
 from hookmap.activations import Sample, Sink
+from hookmap.engines.editing import Edit
+from hookmap.errors import HookmapError
+from hookmap.interventions import Intervention
 from hookmap.kept import Kept, matching_tokens
 from hookmap.memory_use import MemoryUse
 from hookmap.model import HookedModel
+from hookmap.plan import plan
 from hookmap.prompts import Prompt
 from hookmap.runs import device_of, vocabulary_of
 from hookmap.selectors import Selector
 from hookmap.server.answering import Answering, CancelledError, Gathered, Plain, Token
-from hookmap.server.errors import ApiError, of_exception
+from hookmap.server.errors import ApiError, bad, of_exception
 
 log = logging.getLogger("hookmap.server")
 
@@ -72,6 +76,7 @@ class Job:
     stop: tuple[str, ...]
     seed: int | None
     keeper: Keeper | None = None
+    interventions: tuple[Intervention, ...] = ()
     top_logprobs: int | None = None
     emit: Callable[[Event], None] = field(default=lambda event: None)
     """called in the model's thread: each step's tokens, then a Result or an ApiError"""
@@ -182,7 +187,7 @@ class Worker:
     def _run(self, job: Job, memory: MemoryUse) -> Result:
         keeper = job.keeper
         run = Answering(
-            self._hooks if keeper else self._plain,
+            self._hooks if keeper or job.interventions else self._plain,
             self._hm.tokenizer,
             keeper.selectors if keeper else (),
             job.prompts,
@@ -198,6 +203,8 @@ class Worker:
             cancelled=job.cancelled.is_set,
             top_logprobs=job.top_logprobs,
         )
+        if job.interventions:
+            run.edits = self._edits(job)
         try:
             sink = Gathered(keeper.begin() if keeper else None)
             for first in range(0, len(job.prompts), job.together):
@@ -207,6 +214,13 @@ class Worker:
             if keeper:
                 keeper.drop()
             raise
+
+    def _edits(self, job: Job) -> tuple[Edit, ...]:
+        """What the job writes. It is planned here, because other prompts may have to run for it. Raises ApiError."""
+        try:
+            return plan(self._hm, job.interventions, job.prompts, job.max_new_tokens, "auto").edits
+        except HookmapError as error:
+            raise bad(str(error), "hookmap.interventions", type(error).__name__) from error
 
 
 def _emit(job: Job, event: Event) -> None:
