@@ -19,6 +19,7 @@ from hookmap.evals.answers import SCORERS
 from hookmap.stores import open_store
 from hookmap.stores.durable import write_all, write_whole
 from hookmap.stores.folder import FolderWriter
+from hookmap.stores.manifest import MANIFEST
 from hookmap.stores.reader import CaptureStore
 
 SUMMARY, DATASET, SAMPLES, TRAJECTORIES = "summary.json", "dataset.jsonl", "samples", "trajectories"
@@ -34,14 +35,15 @@ def write_results(folder: Path, log: Any, settings: Mapping[str, Any]) -> dict[s
     samples = sorted(log.samples or [], key=lambda sample: str(sample.id))
     for name in (SAMPLES, TRAJECTORIES):
         (folder / name).mkdir(exist_ok=True)
-    kept = (folder / BATCHES).is_dir()
+    gathered = (folder / ACTIVATIONS / MANIFEST).is_file() and open_store(folder / ACTIVATIONS).finished
+    kept = gathered or (folder / BATCHES).is_dir()
     rows = [_row(sample, str(settings["scorer"])) for sample in samples]
     for sample, row in zip(samples, rows, strict=True):
         where = {"capture": ACTIVATIONS, "id": row["id"]} if kept and _where(sample) else None
         whole = {**row, "worked_answer": (sample.metadata or {}).get("worked_answer"), "activations": where}
         _write(folder / SAMPLES / f"{row['id']}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
         _write(folder / TRAJECTORIES / f"{row['id']}.jsonl", _lines(map(_message, sample.messages)))
-    if kept:
+    if kept and not gathered:
         _gather(folder, samples, rows)
     _write(folder / DATASET, _lines(rows))
     summary = _summary(rows, settings)
@@ -115,7 +117,7 @@ def _gather(folder: Path, samples: Sequence[Any], rows: Sequence[Mapping[str, An
         manifest.model_dump() | {"finished": False, "sha256": None, "settings": {"evaluation": "gsm8k"}, "runs": ()}
     )
     target = folder / ACTIVATIONS
-    writing = FolderWriter.resume if (target / "manifest.json").exists() else FolderWriter.create
+    writing = FolderWriter.resume if (target / MANIFEST).exists() else FolderWriter.create
     with writing(target, fresh) as writer:
         for number, where, row in found:
             if number not in writer.finished:
