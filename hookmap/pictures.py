@@ -6,7 +6,7 @@ The charts are Altair's; they are drawn offline. Both packages come with `pip in
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +125,35 @@ def attention(pattern: torch.Tensor, tokens: Sequence[str], *, title: str = "att
         .facet(facet=alt.Facet("head:N", title=None), columns=2 if len(pattern) <= 4 else 4)
     )
     return chart.properties(title=title, background="white")
+
+
+def bands(
+    rows: Sequence[Mapping[str, Any]], lines: Mapping[str, float], *, value: str = "auroc", title: str = ""
+) -> Any:
+    """A number by layer, a line for each point with its interval as a band, as an Altair chart.
+
+    rows: with `point`, `layer`, the number under the name `value`, `low` and `high`. lines: other numbers to compare
+    with, by their names, as dashed lines across.
+    """
+    alt = _altair()
+    base = alt.Chart(alt.Data(values=list(rows))).encode(
+        x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d"))
+    )
+    scale = alt.Scale(domain=[min([0.4, *(row["low"] for row in rows), *lines.values()]), 1.0], nice=False)
+    y = alt.Y(f"{value}:Q", title=value.upper(), scale=scale)
+    colour = alt.Color("point:N", title=None, sort=None)
+    drawn = base.mark_area(opacity=0.2).encode(
+        y=alt.Y("low:Q", scale=scale, title=value.upper()), y2="high:Q", color=colour
+    )
+    drawn += base.mark_line(point=True).encode(
+        y=y, color=colour, tooltip=["point:N", "layer:Q", alt.Tooltip(f"{value}:Q", format=".3f")]
+    )
+    if lines:
+        others = alt.Chart(alt.Data(values=[{"name": name, value: number} for name, number in lines.items()]))
+        drawn += others.mark_rule(strokeDash=[4, 3]).encode(
+            y=y, stroke=alt.Stroke("name:N", title="without the model", scale=alt.Scale(scheme="dark2"), sort=None)
+        )
+    return _finished(drawn, title, 420, 260)
 
 
 def save_picture(chart: Any, path: str | Path) -> Path:

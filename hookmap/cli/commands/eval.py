@@ -1,0 +1,111 @@
+"""`hookmap eval gsm8k`: evaluate a model, and keep the activations of its answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hookmap.cli import one_prompt
+
+
+@click.group()
+def command() -> None:
+    """Evaluate a model on inspect_ai.
+
+    \b
+    hookmap eval gsm8k --samples 100 --points resid_post --layers 8,12,16 -o results
+    """
+
+
+@command.command()
+@click.argument("model", required=False)
+@click.option("--data", default=None, metavar="FILE", help="Rows with question and answer; hf://NAME:SPLIT; demo.")
+@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="The first N.  [default: all; of demo 100]")
+@click.option("--skip", type=click.IntRange(min=0), default=0, metavar="N", help="Leave the first N out.")
+@click.option("--mode", type=click.Choice(["no-tools", "with-tools"]), default="no-tools", show_default=True)
+@click.option("--ask", type=click.Choice(["gsm8k", "inspect_evals", "bare"]), help="What form of answer to ask for.")
+@click.option("--parallel", type=click.IntRange(min=1), default=8, show_default=True, metavar="K", help="At once.")
+@click.option("--points", metavar="NAMES", help="Keep these tensors: resid_post,mlp_out.  [default: none]")
+@click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, metavar="N")
+@click.option("--temperature", type=click.FloatRange(min=0), metavar="T", help="Greedy if not given, or 0.")
+@click.option("--seed", type=int, metavar="N", help="Of sampling.")
+@click.option(
+    "-o", "--output", metavar="DIR", required=True, help="The results folder; the same again goes on with it."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout, and no table.")
+@one_prompt.loading
+def gsm8k(
+    model: str | None,
+    data: str | None,
+    samples: int | None,
+    skip: int,
+    mode: str,
+    ask: str | None,
+    parallel: int,
+    points: str | None,
+    layers: str,
+    max_new_tokens: int,
+    temperature: float | None,
+    seed: int | None,
+    output: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Grade-school mathematics.
+
+    Asks each question, scores the answers by three rules, and writes a folder with samples, conversations,
+    activations and inspect's own log (`inspect view --log-dir DIR/inspect`). After a kill the same command goes on.
+
+    The folder's name goes to stdout.
+    """
+    from hookmap.cli.console import working
+    from hookmap.cli.settings import choose_model, load_settings, parse_layers, parse_list
+    from hookmap.demo import MODEL_PATH
+    from hookmap.errors import CaptureError
+
+    chosen = choose_model(model, load_settings())
+    demo = chosen in ("demo", str(MODEL_PATH))
+    if data is None:
+        data = "demo" if demo else "hf://openai/gsm8k:test"
+    with working("importing inspect_ai", quiet=as_json):
+        try:
+            from hookmap.evals.run import evaluate
+        except ImportError as error:
+            raise CaptureError(f'evaluations need inspect_ai: pip install "hookmap[eval]"\n({error})') from error
+    opening = {name.rstrip("_"): value for name, value in given.items() if value is not None}
+    with working(f"evaluating {'demo' if demo else chosen} on {data}", quiet=as_json, spinner=False):
+        summary = evaluate(
+            output,
+            "demo" if demo else chosen,
+            source=data,
+            samples=samples,
+            skip=skip,
+            mode=mode,
+            prompt=ask,
+            parallel=parallel,
+            points=parse_list(points) if points else (),
+            layers=parse_layers(layers),
+            max_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            opening=opening,
+        )
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+        return
+    _show(summary)
+    click.echo(str(Path(output)))
+
+
+def _show(summary: dict[str, Any]) -> None:
+    from hookmap.cli.console import console, table
+
+    screen = console()
+    rows = table("scorer", ">accuracy", ">± stderr", "")
+    for name, score in summary["scores"].items():
+        mark = "[dim]correct, in the files[/]" if name == summary["settings"]["scorer"] else ""
+        rows.add_row(name, f"{score['accuracy']:.3f}", f"{score['stderr']:.3f}", mark)
+    screen.print(rows)
+    screen.print(f"{summary['correct']} of {summary['samples']} correct, {summary['tokens']} tokens generated")

@@ -1,0 +1,143 @@
+"""`hookmap probe`: is a label written in a tensor of a capture, and where?"""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from hookmap.probes.report import Report
+
+_POOLS = ("last", "last_prompt", "mean", "mean_prompt", "mean_answer", "each")
+
+
+@click.command()
+@click.argument("folder", metavar="STORE")
+@click.option("--label", default="correct", show_default=True, metavar="NAME", help="What is to be told.")
+@click.option("--labels", metavar="FILE", help="A table with `id` and more labels: .jsonl, .csv, .parquet, …")
+@click.option("--positive", metavar="VALUE", help="The value that counts as yes, where the label is not true or false.")
+@click.option("--above", type=float, metavar="NUMBER", help="Of a number: over this counts as yes.")
+@click.option("--group", metavar="NAME", help="The label that says what question it is.  [default: one prompt is one]")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="No more samples than these.")
+@click.option("--points", default="all", show_default=True, metavar="NAMES", help="Of those in STORE.")
+@click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
+@click.option("--pool", type=click.Choice(_POOLS), default="last", show_default=True, help="Which rows of a sample.")
+@click.option("--positions", metavar="SPAN", help="With --pool each: -8:4, counted from the end of the prompt.")
+@click.option("--method", type=click.Choice(["logistic", "ridge", "mean_difference"]), default="logistic")
+@click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True, metavar="N", help="Of questions.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of folds, shuffles."
+)
+@click.option("--memory", type=click.FloatRange(min=0, min_open=True), default=2, show_default=True, metavar="GB")
+@click.option("-o", "--output", metavar="DIR", help="Write report, pictures, probes and vectors.  [default: nothing]")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout, and no table.")
+def command(
+    folder: str,
+    points: str,
+    layers: str,
+    positions: str | None,
+    memory: float,
+    output: str | None,
+    as_json: bool,
+    **how: Any,
+) -> None:
+    """Fit linear probes on the capture in STORE.
+
+    Cross-validated by question; the layer is chosen on the training part only. The report has AUROC for each point and
+    layer, and what shuffled labels, lengths and words alone would give.
+
+    \b
+    hookmap probe run --label correct -o probes
+    hookmap probe run --label answer --above 10 --pool last_prompt --points resid_post -o probes
+
+    The name of the folder that is written goes to stdout.
+    """
+    import hookmap
+    from hookmap.cli.console import progress, working
+    from hookmap.cli.settings import parse_layers, parse_list
+
+    chosen = parse_layers(layers)
+    with working("importing torch and scikit-learn", quiet=as_json):
+        from hookmap.probes.run import probe
+    with progress() as bars:
+        bar = bars.add_task("tensors", total=None)
+        found = probe(
+            hookmap.open_store(folder),
+            points=parse_list(points),
+            layers=chosen,
+            positions=_span(positions),
+            memory=int(memory * 10**9),
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+            **how,
+        )
+    written = found.save(output) if output else []
+    if as_json:
+        click.echo(found.report.model_dump_json(indent=2))
+        return
+    _show(found.report)
+    for path in written:
+        click.echo(f"wrote {path}", err=True)
+    if output:
+        click.echo(output)
+
+
+def _span(text: str | None) -> slice | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text.strip())
+    if match is None:
+        raise click.BadParameter(f"{text!r}: write a span such as -8:4 or -8: or :0", param_hint="--positions")
+    return slice(*(None if part is None else int(part) for part in match.groups()))
+
+
+def _show(report: "Report") -> None:
+    from rich.markup import escape
+
+    from hookmap.cli.console import console, table
+
+    screen, chosen = console(), report.chosen
+    screen.print(
+        f"[bold]{escape(report.label)}[/]  {report.positives} of {report.samples} samples, "
+        f"{report.questions} questions, {report.folds} folds, {report.method}, {report.pool}"
+    )
+    if report.left_out:
+        screen.print(f"[yellow]{report.left_out} samples have no such label[/]")
+    rows = table("probe", ">AUROC", "95 %", ">shuffled", ">selectivity")
+    for place in report.places if len(report.places) <= 40 else ():
+        rows.add_row(
+            _name(place), _three(place.auroc), _interval(place), _three(place.shuffled), _three(place.selectivity)
+        )
+    rows.add_row(
+        "[bold]chosen in training[/]",
+        _three(chosen.auroc),
+        _interval(chosen),
+        _three(chosen.shuffled.auroc),
+        _three(chosen.selectivity),
+        end_section=True,
+    )
+    for control in report.controls:
+        rows.add_row(
+            f"[dim]{control.name}[/]", _three(control.auroc), _interval(control), f"[dim]{control.why or ''}[/]"
+        )
+    screen.print(rows)
+    names = ", ".join(dict.fromkeys(map(_name, chosen.places)))
+    screen.print(
+        f"chosen: {names}; recall at 1 % false positives {_three(chosen.recall_at_1_percent)}, "
+        f"calibration error {_three(chosen.calibration_error)}, Brier {_three(chosen.brier)}"
+    )
+    best = report.best_control
+    if best is not None and (chosen.low or 0) <= (best.auroc or 0):
+        screen.print(f"[yellow]the probe does not clearly beat {best.name} ({_three(best.auroc)})[/]")
+
+
+def _name(place: Any) -> str:
+    at = "" if place.position is None else f" at {place.position}"
+    return f"{place.point}{'' if place.layer is None else f' {place.layer}'}{at}"
+
+
+def _interval(score: Any) -> str:
+    return "" if score.low is None else f"{score.low:.3f}–{score.high:.3f}"
+
+
+def _three(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,212 @@
+"""inspect_ai's model provider `hookmap/MODEL`: in this process, one copy of the weights, requests in batches.
+
+Each batch is one generation, whose activations stream to a capture folder of their own; where a request's are stands
+in the metadata of its output, under `hookmap`: {"capture": folder, "sample": number}.
+"""
+
+import asyncio
+import json
+import queue
+import re
+import shutil
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inspect_ai.model import (
+    ChatCompletionChoice,
+    ChatMessage,
+    ChatMessageAssistant,
+    ChatMessageTool,
+    GenerateConfig,
+    ModelAPI,
+    ModelOutput,
+    ModelUsage,
+    modelapi,
+)
+from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
+
+from hookmap.errors import CaptureError
+
+MAX_TOKENS = 512
+METADATA = "hookmap"
+_QUIET = 0.05
+"""seconds without a new request after which a batch that is not full runs"""
+_TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class _Request:
+    token_ids: tuple[int, ...]
+    settings: str
+    """of the generation, as JSON; requests of one batch have the same"""
+    answer: "Future[tuple[Any, dict[str, Any] | None]]"
+
+
+class HookmapAPI(ModelAPI):
+    """A model of this process. Model arguments: points, layers, captures (a folder), batch_size, and hookmap.open's."""
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008 - inspect's own signature; the config is frozen
+        points: Any = (),
+        layers: Any = "all",
+        captures: str | None = None,
+        batch_size: int = 8,
+        **opening: Any,
+    ) -> None:
+        """`model_name`: a hub id, a folder, or `demo`. Raises what `hookmap.open` does, and SelectionError."""
+        super().__init__(model_name, base_url, api_key, [], config)
+        from hookmap.demo import MODEL_PATH
+        from hookmap.model import open
+
+        if points and captures is None:
+            raise CaptureError("points are kept in a folder: give captures=FOLDER.")
+        self.hooked = open(MODEL_PATH if model_name == "demo" else model_name, **opening)
+        if points:
+            self.hooked.map.selectors(points, layers)  # what is wrong with them is said before anything runs
+        self._points, self._layers, self._batch_size = points or (), layers, batch_size
+        self._captures = Path(captures) if captures and points else None
+        self._requests: queue.Queue[_Request] = queue.Queue()
+        threading.Thread(target=self._serve, name="hookmap-batches", daemon=True).start()
+
+    async def generate(
+        self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
+    ) -> ModelOutput:
+        """See inspect_ai.model.ModelAPI."""
+        ids = self._encode(input, tools)
+        request = _Request(ids, json.dumps(_settings(config), sort_keys=True), Future())
+        self._requests.put(request)
+        sample, where = await asyncio.wrap_future(request.answer)
+        text, calls = parse_tool_calls(sample.text) if tools else (sample.text, [])
+        made = len(sample.token_ids) - len(ids)
+        full = made >= (config.max_tokens or MAX_TOKENS)
+        message = ChatMessageAssistant(content=text, tool_calls=calls or None, model=self.model_name, source="generate")
+        stop = "tool_calls" if calls else "max_tokens" if full else "stop"
+        return ModelOutput(
+            model=self.model_name,
+            choices=[ChatCompletionChoice(message=message, stop_reason=stop)],
+            usage=ModelUsage(input_tokens=len(ids), output_tokens=made, total_tokens=len(ids) + made),
+            metadata=None if where is None else {METADATA: where},
+        )
+
+    def max_connections(self) -> int:
+        """Requests at once: a batch."""
+        return self._batch_size
+
+    def _encode(self, input: list[ChatMessage], tools: list[ToolInfo]) -> tuple[int, ...]:
+        tokenizer = self.hooked.tokenizer
+        messages = [_plain(message) for message in input]
+        if not getattr(tokenizer, "chat_template", None):
+            text = "\n\n".join(message["content"] for message in messages) + "\n\n"
+            return self.hooked.encode(text, False)[0].token_ids
+        named = {"tools": [_described(tool) for tool in tools]} if tools else {}
+        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **named)
+        return tuple(found["input_ids"])
+
+    def _serve(self) -> None:
+        """The one thread that runs the model."""
+        held: list[_Request] = []
+        while True:
+            held = held or [self._requests.get()]
+            try:
+                while len(held) < self._batch_size:
+                    held.append(self._requests.get(timeout=_QUIET))
+            except queue.Empty:
+                pass
+            batch = [r for r in held if r.settings == held[0].settings][: self._batch_size]
+            held = [r for r in held if not any(r is one for one in batch)]
+            try:
+                for request, answer in zip(batch, self._run(batch), strict=True):
+                    if not request.answer.cancelled():
+                        request.answer.set_result(answer)
+            except BaseException as error:  # it belongs to those who wait; the thread goes on
+                for request in batch:
+                    if not request.answer.done():
+                        request.answer.set_exception(error)
+
+    def _run(self, batch: list[_Request]) -> list[tuple[Any, dict[str, Any] | None]]:
+        folder = self._new_folder()
+        run = self.hooked.capture(
+            [list(request.token_ids) for request in batch],
+            points=self._points,
+            layers=self._layers,
+            batch_size=len(batch),
+            store=folder,
+            **json.loads(batch[0].settings),
+        )
+        name = None if folder is None else folder.name
+        return [(s, None if name is None else {"capture": name, "sample": s.sample}) for s in run.samples]
+
+    def _new_folder(self) -> Path | None:
+        """A name that no batch has had, of this run or of one that was killed."""
+        if self._captures is None:
+            return None
+        self._captures.mkdir(parents=True, exist_ok=True)
+        taken = [int(path.name) for path in self._captures.iterdir() if path.name.isdecimal()]
+        return self._captures / f"{max(taken, default=0) + 1:06d}"
+
+
+@modelapi(name="hookmap")
+def hookmap_provider() -> type[ModelAPI]:
+    """Registers `hookmap/MODEL` with inspect_ai."""
+    return HookmapAPI
+
+
+def parse_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
+    """`<tool_call>{"name": …, "arguments": {…}}</tool_call>`, as Qwen and Hermes write it -> the text besides, calls.
+
+    A call that is no such JSON comes back with the reason, which the model is told.
+    """
+    calls = []
+    for number, body in enumerate(_TOOL_CALL.findall(text)):
+        try:
+            found = json.loads(body)
+            name, arguments = found["name"], found.get("arguments", {})
+            if not isinstance(name, str) or not isinstance(arguments, dict):
+                raise ValueError("expected a name and an object of arguments")
+            calls.append(ToolCall(id=f"call_{number}", function=name, arguments=arguments))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f'expected {{"name": …, "arguments": {{…}}}}: {error}'
+            calls.append(ToolCall(id=f"call_{number}", function="unknown", arguments={}, parse_error=why))
+    return _TOOL_CALL.sub("", text).strip() if calls else text, calls
+
+
+def remove_captures(folder: Path) -> None:
+    """The folders of batches, once what they hold is elsewhere."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _settings(config: GenerateConfig) -> dict[str, Any]:
+    """What inspect asks for, as `HookedModel.capture` takes it. Without a temperature, or with 0, it is greedy."""
+    drawn = {name: getattr(config, name) for name in ("temperature", "top_p", "top_k")}
+    drawn = {name: value for name, value in drawn.items() if value is not None}
+    if not drawn.get("temperature"):
+        drawn = {}
+    found = {"max_new_tokens": config.max_tokens or MAX_TOKENS, "do_sample": bool(drawn), "seed": config.seed, **drawn}
+    return found | {"stop": list(config.stop_seqs or ())}
+
+
+def _plain(message: ChatMessage) -> dict[str, Any]:
+    found: dict[str, Any] = {"role": message.role, "content": message.text}
+    if isinstance(message, ChatMessageAssistant) and message.tool_calls:
+        found["tool_calls"] = [
+            {"type": "function", "function": {"name": call.function, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    if isinstance(message, ChatMessageTool) and message.error is not None:
+        found["content"] = f"Error: {message.error.message}"
+    return found
+
+
+def _described(tool: ToolInfo) -> dict[str, Any]:
+    parameters = tool.parameters.model_dump(exclude_none=True)
+    return {
+        "type": "function",
+        "function": {"name": tool.name, "description": tool.description, "parameters": parameters},
+    }

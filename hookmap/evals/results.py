@@ -1,0 +1,149 @@
+"""The results folder, made of inspect's log and the captures of the batches. It can be made again at any time.
+
+summary.json            accuracy by each scorer, with its standard error; counts; settings
+dataset.jsonl           a line for each sample: id, question, target, text, correct, tokens
+samples/ID.json         one sample whole, and where its activations are
+trajectories/ID.jsonl   its conversation, a message a line, tool calls and their results in it
+activations/            one capture of all samples: their last generation, known by id, labelled with the scores
+inspect/                inspect's own log, for `inspect view`
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hookmap.activations import Activation, Sample
+from hookmap.errors import StoreError
+from hookmap.evals.answers import SCORERS
+from hookmap.stores import open_store
+from hookmap.stores.durable import write_all, write_whole
+from hookmap.stores.folder import FolderWriter
+from hookmap.stores.manifest import MANIFEST
+from hookmap.stores.reader import CaptureStore
+
+SUMMARY, DATASET, SAMPLES, TRAJECTORIES = "summary.json", "dataset.jsonl", "samples", "trajectories"
+ACTIVATIONS, BATCHES, LOGS = "activations", "batches", "inspect"
+METADATA = "hookmap"
+
+
+def write_results(folder: Path, log: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything but the log itself, which is there. Returns the summary. Raises StoreError.
+
+    log: inspect's EvalLog, with its samples. settings: of the run; its `scorer` says what `correct` is.
+    """
+    samples = sorted(log.samples or [], key=lambda sample: str(sample.id))
+    for name in (SAMPLES, TRAJECTORIES):
+        (folder / name).mkdir(exist_ok=True)
+    gathered = (folder / ACTIVATIONS / MANIFEST).is_file() and open_store(folder / ACTIVATIONS).finished
+    kept = gathered or (folder / BATCHES).is_dir()
+    rows = [_row(sample, str(settings["scorer"])) for sample in samples]
+    for sample, row in zip(samples, rows, strict=True):
+        where = {"capture": ACTIVATIONS, "id": row["id"]} if kept and _where(sample) else None
+        whole = {**row, "worked_answer": (sample.metadata or {}).get("worked_answer"), "activations": where}
+        _write(folder / SAMPLES / f"{row['id']}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        _write(folder / TRAJECTORIES / f"{row['id']}.jsonl", _lines(map(_message, sample.messages)))
+    if kept and not gathered:
+        _gather(folder, samples, rows)
+    _write(folder / DATASET, _lines(rows))
+    summary = _summary(rows, settings)
+    _write(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+def _row(sample: Any, scorer: str) -> dict[str, Any]:
+    scores = {name: (sample.scores or {}).get(name) for name in SCORERS}
+    right = {name: score is not None and score.value == "C" for name, score in scores.items()}
+    usage = sample.output.usage
+    return {
+        "id": str(sample.id),
+        "question": sample.input if isinstance(sample.input, str) else sample.input[-1].text,
+        "target": str(sample.target),
+        "text": sample.output.completion,
+        "correct": right[scorer],
+        "scores": right,
+        "answers": {name: None if score is None else score.answer for name, score in scores.items()},
+        "prompt_tokens": usage.input_tokens if usage else None,
+        "tokens": usage.output_tokens if usage else None,
+        "tool_calls": sum(len(m.tool_calls or ()) for m in sample.messages if m.role == "assistant"),
+        "error": sample.error.message if sample.error else None,
+    }
+
+
+def _message(message: Any) -> dict[str, Any]:
+    found = {"role": message.role, "content": message.text}
+    if calls := getattr(message, "tool_calls", None):
+        found["tool_calls"] = [
+            {"id": c.id, "function": c.function, "arguments": c.arguments, "parse_error": c.parse_error} for c in calls
+        ]
+    if message.role == "tool":
+        found |= {"tool_call_id": message.tool_call_id, "function": message.function}
+        found["error"] = message.error.message if message.error else None
+    return found
+
+
+def _summary(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    count = len(rows)
+    accuracy = {}
+    for name in SCORERS:
+        share = sum(row["scores"][name] for row in rows) / count if count else 0.0
+        accuracy[name] = {"accuracy": share, "stderr": (share * (1 - share) / max(1, count - 1)) ** 0.5}
+    return {
+        "task": "gsm8k",
+        "settings": dict(settings),
+        "samples": count,
+        "correct": sum(row["correct"] for row in rows),
+        "errors": sum(row["error"] is not None for row in rows),
+        "tokens": sum(row["tokens"] or 0 for row in rows),
+        "tool_calls": sum(row["tool_calls"] for row in rows),
+        "scores": accuracy,
+    }
+
+
+def _gather(folder: Path, samples: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """One capture out of those of the batches: of each sample its last generation, which read all of it."""
+    stores: dict[str, CaptureStore] = {}
+    found = [(number, _where(sample), row) for number, (sample, row) in enumerate(zip(samples, rows, strict=True))]
+    found = [one for one in found if one[1] is not None]
+    for _, where, _ in found:
+        name = str(where["capture"])  # type: ignore[index]
+        if not name.isdecimal():
+            raise StoreError(f"{folder}: the log names a capture {name!r}, expected a number.")
+        stores.setdefault(name, open_store(folder / BATCHES / name))
+    if not stores:
+        return
+    manifest = next(iter(stores.values())).manifest
+    fresh = type(manifest).model_validate(
+        manifest.model_dump() | {"finished": False, "sha256": None, "settings": {"evaluation": "gsm8k"}, "runs": ()}
+    )
+    target = folder / ACTIVATIONS
+    writing = FolderWriter.resume if (target / MANIFEST).exists() else FolderWriter.create
+    with writing(target, fresh) as writer:
+        for number, where, row in found:
+            if number not in writer.finished:
+                _copy(stores[where["capture"]], where["sample"], number, row, writer)  # type: ignore[index]
+
+
+def _copy(store: CaptureStore, sample: int, number: int, row: Mapping[str, Any], writer: FolderWriter) -> None:
+    old = store.sample(sample)
+    for point, layer in store.keys:
+        writer.write(Activation(number, point, layer, 0, store.rows_at(sample, (point, layer), range(old.rows))))
+    labels = {name: row[name] for name in ("correct", "target", "tokens", "tool_calls")} | row["scores"]
+    new = Sample(number, old.prompt, old.text, old.token_ids, old.prompt_tokens, old.rows, old.positions)
+    writer.finish(Sample(**{**vars(new), "id": row["id"], "labels": labels}))
+
+
+def _where(sample: Any) -> dict[str, Any] | None:
+    found = (sample.output.metadata or {}).get(METADATA)
+    return found if isinstance(found, dict) else None
+
+
+def _lines(rows: Any) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_whole(path, lambda file: write_all(file, text.encode("utf-8")))
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}.") from error

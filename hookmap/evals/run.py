@@ -1,0 +1,94 @@
+"""Run GSM8K, or go on with it after a kill: what inspect's log has finished is not done again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hookmap.errors import CaptureError, StoreError
+from hookmap.evals.gsm8k import MODES, PROMPTS, gsm8k
+from hookmap.evals.problems import DEMO
+from hookmap.evals.provider import MAX_TOKENS, hookmap_provider, remove_captures
+from hookmap.evals.results import BATCHES, LOGS, write_results
+
+SETTINGS, INSPECTS = "settings.json", "inspect:"
+_SCORER_OF = {"gsm8k": "strict", "bare": "strict", "inspect_evals": "inspect_evals"}
+
+
+def evaluate(
+    folder: str | Path,
+    model: str = "demo",
+    *,
+    source: str = DEMO,
+    samples: int | None = None,
+    skip: int = 0,
+    mode: str = "no-tools",
+    prompt: str | None = None,
+    parallel: int = 8,
+    points: Any = (),
+    layers: Any = "all",
+    max_tokens: int = MAX_TOKENS,
+    temperature: float | None = None,
+    seed: int | None = None,
+    opening: dict[str, Any] | None = None,
+    display: str = "none",
+) -> dict[str, Any]:
+    """Evaluate, write the results folder, and return its summary. The same call again goes on where it stopped.
+
+    model: a hub id, a folder, `demo`, or one of inspect's own (`inspect:openai/…`), without points.
+    opening: options of hookmap.open. parallel: samples at once, the size of a batch. prompt: a key of PROMPTS.
+    Raises StoreError where the folder is of another run, CaptureError where samples failed.
+    """
+    from inspect_ai import eval_set
+
+    if mode not in MODES or (prompt is not None and prompt not in PROMPTS):
+        raise CaptureError(f"expected a mode of {', '.join(MODES)} and a prompt of {', '.join(PROMPTS)}.")
+    prompt = prompt or ("bare" if source == DEMO else "gsm8k")
+    settings: dict[str, Any] = {"model": model, "source": str(source), "samples": samples, "skip": skip, "mode": mode}
+    settings |= {"prompt": prompt, "scorer": _SCORER_OF[prompt], "points": points, "layers": layers}
+    settings |= {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    target = Path(folder)
+    _same_run(target, settings)
+    assert hookmap_provider  # registers itself
+    own = not model.startswith(INSPECTS)
+    arguments = {"points": points, "layers": layers, "captures": str(target / BATCHES), "batch_size": parallel}
+    done, logs = eval_set(
+        gsm8k(str(source), samples, skip, mode, prompt),
+        log_dir=str(target / LOGS),
+        model=f"hookmap/{model}" if own else model.removeprefix(INSPECTS),
+        model_args={**arguments, **(opening or {})} if own else {},
+        retry_attempts=1,
+        retry_wait=0,
+        log_buffer=1,  # a sample that is finished is in the log
+        max_samples=parallel,
+        display=display,
+        score_display=False,
+        max_connections=parallel,
+        max_tokens=max_tokens,
+        **{name: value for name, value in (("temperature", temperature), ("seed", seed)) if value is not None},
+    )
+    if not done:
+        raise CaptureError(f"not all samples were answered: {_why(logs)}\nThe same command again goes on: -o {target}")
+    from inspect_ai.log import read_eval_log
+
+    summary = write_results(target, read_eval_log(logs[0].location), settings)
+    remove_captures(target / BATCHES)
+    return summary
+
+
+def _same_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Keep the run's settings, or hold them against those that are there."""
+    file = folder / SETTINGS
+    wanted = json.loads(json.dumps(settings))
+    if file.is_file():
+        there = json.loads(file.read_text(encoding="utf-8"))
+        if lines := [f"  - {k}: there {there.get(k)!r}, now {v!r}" for k, v in wanted.items() if there.get(k) != v]:
+            raise StoreError(f"{folder} holds another evaluation:\n" + "\n".join(lines) + "\nGive another folder: -o")
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise StoreError(f"{folder} is not empty, and holds no evaluation. Give another folder: -o")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+
+def _why(logs: Any) -> str:
+    return "; ".join(str(log.error.message) for log in logs if log.error is not None) or "see inspect's log"

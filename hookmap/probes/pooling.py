@@ -1,0 +1,123 @@
+"""Rows of a capture -> one matrix [samples, features] at a time, read sample by sample.
+
+What is held at once is bounded: a matrix and what a fit makes of it, or, of single positions, as many matrices as fit.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hookmap.activations import Key, Sample
+from hookmap.errors import SelectionError
+from hookmap.points import POINTS
+from hookmap.stores.interface import Store
+
+POOLS = {
+    "last": "the last token that was fed to the model",
+    "last_prompt": "the last token of the prompt, before anything is answered",
+    "mean": "the mean over all tokens",
+    "mean_prompt": "the mean over the prompt",
+    "mean_answer": "the mean over the answer's tokens",
+    "each": "each position by itself, counted from the end of the prompt (-1 is its last token, 0 the first answered)",
+}
+COPIES = 4
+"""of a matrix, while a probe is fitted: itself, its training part, that standardised, and the solver's"""
+_ROWS = 256
+Matrix = NDArray[np.float32]
+
+
+def places(samples: Sequence[Sample], pool: str, positions: slice | None = None) -> tuple[int | None, ...]:
+    """Which positions are probed: (None,) where a sample is one row, else the positions that every sample has.
+
+    positions: of these, a slice such as slice(-8, 4). Raises SelectionError.
+    """
+    if pool not in POOLS:
+        raise SelectionError(f"pool {pool!r}: expected one of {', '.join(POOLS)}.")
+    if pool != "each":
+        if positions is not None:
+            raise SelectionError('positions are those of pool="each" (--pool each).')
+        return (None,)
+    common: set[int] | None = None
+    for sample in samples:
+        if sample.positions == "mean":
+            raise SelectionError("the capture holds a mean over positions: it has no single ones. Use pool=mean.")
+        own = range(sample.rows) if sample.positions is None else sample.positions
+        mine = {position - sample.prompt_tokens for position in own}
+        common = mine if common is None else common & mine
+    low, high = (None, None) if positions is None else (positions.start, positions.stop)
+    found = sorted(p for p in common or () if (low is None or p >= low) and (high is None or p < high))
+    if not found:
+        raise SelectionError("there is no position, counted from the end of the prompt, that every sample has.")
+    return tuple(found)
+
+
+def matrices(
+    store: Store, key: Key, numbers: Sequence[int], pool: str, wanted: Sequence[int | None], memory: int
+) -> Iterator[tuple[int | None, Matrix]]:
+    """For each place a matrix, float32 [samples, features]. Raises SelectionError where it does not fit `memory`."""
+    if "key" in POINTS[key[0].partition(".")[0]].axes:
+        raise SelectionError(f"{key[0]} is as wide as its sample is long: a probe needs rows of one width.")
+    width = store.rows_at(numbers[0], key, [0]).numel()
+    size = len(numbers) * width * 4
+    if COPIES * size > memory:
+        most = memory // (COPIES * width * 4)
+        raise SelectionError(
+            f"{len(numbers)} samples of {width} numbers need {COPIES * size:,} bytes to fit a probe, {memory:,} are "
+            f"allowed: take {most} samples (--limit {most}), or allow more (--memory)."
+        )
+    if pool != "each":
+        yield None, _pooled(store, key, numbers, pool, width)
+        return
+    step = max(1, (memory - (COPIES - 1) * size) // size)
+    for start in range(0, len(wanted), step):
+        yield from _at(store, key, numbers, [p for p in wanted[start : start + step] if p is not None], width)
+
+
+def _pooled(store: Store, key: Key, numbers: Sequence[int], pool: str, width: int) -> Matrix:
+    found = np.empty((len(numbers), width), dtype=np.float32)
+    for place, number in enumerate(numbers):
+        rows = _rows(store.sample(number), pool)
+        total = np.zeros(width, dtype=np.float64)
+        for start in range(0, len(rows), _ROWS):
+            total += _flat(store.rows_at(number, key, rows[start : start + _ROWS])).double().sum(0).numpy()
+        found[place] = total / len(rows)
+    return found
+
+
+def _at(
+    store: Store, key: Key, numbers: Sequence[int], wanted: Sequence[int], width: int
+) -> Iterator[tuple[int, Matrix]]:
+    found = np.empty((len(wanted), len(numbers), width), dtype=np.float32)
+    for place, number in enumerate(numbers):
+        sample = store.sample(number)
+        rows = store.read(number, *key, [position + sample.prompt_tokens for position in wanted])
+        found[:, place] = _flat(rows).numpy()
+    yield from zip(wanted, found, strict=True)
+
+
+def _rows(sample: Sample, pool: str) -> Sequence[int]:
+    """Rows of a sample that are averaged. Raises SelectionError where the capture holds none of them."""
+    positions = sample.positions
+    if positions == "mean":
+        if pool not in ("mean", "last"):
+            raise SelectionError(f"sample {sample.sample} is one mean over positions: pool={pool} cannot be told.")
+        return range(1)
+    own: Sequence[int] = range(sample.rows) if positions is None else positions
+    end = sample.prompt_tokens
+    if pool == "last":
+        found = [len(own) - 1]
+    elif pool == "mean":
+        return range(len(own))
+    elif pool == "last_prompt":
+        found = [row for row, position in enumerate(own) if position == end - 1]
+    else:
+        found = [row for row, position in enumerate(own) if (position < end) == (pool == "mean_prompt")]
+    if not found:
+        raise SelectionError(f"sample {sample.sample} has no rows of {POOLS[pool]}: pool={pool} cannot be told.")
+    return found
+
+
+def _flat(rows: torch.Tensor) -> torch.Tensor:
+    return rows.flatten(1).float()

@@ -1,0 +1,147 @@
+"""What a probing found, as a document, and the folder that keeps it: JSON, pictures, the probes themselves."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hookmap.errors import CaptureError, StoreError
+
+REPORT, PROBES = "report.json", "probes.safetensors"
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Score(_Document):
+    """How well out-of-fold scores tell the label."""
+
+    auroc: float | None = Field(description="0.5 is chance, 1 is perfect")
+    low: float | None = Field(description="95 % interval, questions bootstrapped")
+    high: float | None
+
+
+class Place(_Document):
+    """One tensor, and one position where each is probed by itself."""
+
+    point: str
+    layer: int | None = None
+    position: int | None = Field(default=None, description="counted from the end of the prompt: -1 is its last token")
+
+
+class OfPlace(Place, Score):
+    """The probe of one place, cross-validated."""
+
+    shuffled: float | None = Field(description="AUROC of the same procedure on shuffled labels")
+    selectivity: float | None = Field(description="auroc - shuffled")
+
+
+class CalibrationBin(_Document):
+    """Samples to which the probe gave about the same probability."""
+
+    samples: int
+    probability: float = Field(description="mean of what the probe said")
+    positives: float = Field(description="the share that is positive")
+
+
+class Chosen(Score):
+    """The probe whose place was chosen within the training part of each fold: the honest one number."""
+
+    places: tuple[Place, ...] = Field(description="the choice of each fold")
+    recall_at_1_percent: float | None = Field(description="recall where at most 1 % of the negatives pass")
+    brier: float = Field(description="mean squared error of the probabilities")
+    calibration_error: float
+    calibration: tuple[CalibrationBin, ...]
+    shuffled: Score = Field(
+        description="labels shuffled among the questions, everything else the same, choice included"
+    )
+    selectivity: float | None
+
+
+class OfControl(Score):
+    """What is known without looking inside the model."""
+
+    name: str
+    sees_answer: bool = Field(description="it looks at the answer, which a probe of the prompt's rows does not")
+    why: str | None = Field(default=None, description="why it cannot be told")
+
+
+class Report(_Document):
+    """Everything about one probing."""
+
+    format_version: Literal[1] = 1
+    store: str
+    model: str | None
+    label: str
+    method: str
+    pool: str
+    folds: int
+    seed: int
+    samples: int
+    positives: int
+    questions: int
+    left_out: int = Field(description="samples without the label")
+    chosen: Chosen
+    best: Place = Field(description="the best mean of inner AUROCs: where a probe for use is taken from")
+    controls: tuple[OfControl, ...]
+    places: tuple[OfPlace, ...]
+
+    @property
+    def best_control(self) -> OfControl | None:
+        """The control with the highest AUROC, of those that see no more than the probe does."""
+        early = self.pool in ("last_prompt", "mean_prompt")
+        told = [c for c in self.controls if c.auroc is not None and not (early and c.sees_answer)]
+        return max(told, key=lambda control: control.auroc or 0.0, default=None)
+
+
+def number(value: float) -> float | None:
+    """JSON has no not-a-number."""
+    return None if math.isnan(value) else float(value)
+
+
+def save_report(report: Report, folder: Path) -> list[Path]:
+    """Writes report.json and, where pictures can be drawn, them as PNG and HTML. Raises StoreError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [folder / REPORT]
+        written[0].write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"cannot write {folder}: {error.strerror or error}.") from error
+    try:
+        from hookmap.pictures import save_picture
+
+        for name, chart in _charts(report).items():
+            written += [save_picture(chart, folder / f"{name}{ending}") for ending in (".png", ".html")]
+    except CaptureError:  # without the packages that draw: the numbers are all in the JSON
+        pass
+    return written
+
+
+def _charts(report: Report) -> dict[str, Any]:
+    """AUROC by layer; where each position is probed, a heat map for each point."""
+    from hookmap.pictures import bands, heat_map
+
+    title = f"{report.label}: {report.method}, {report.pool}"
+    if report.pool != "each":
+        rows = [place.model_dump() for place in report.places if place.layer is not None and place.auroc is not None]
+        lines = {c.name: c.auroc for c in report.controls if c.auroc is not None}
+        return {"auroc": bands(rows, lines, value="auroc", title=title)} if rows else {}
+    points = dict.fromkeys(place.point for place in report.places if place.layer is not None)
+    return {f"auroc-{point}": heat_map(_grid(report, point), title=f"{title} · {point}") for point in points}
+
+
+def _grid(report: Report, point: str) -> Any:
+    import torch
+
+    from hookmap.grid import Grid
+
+    mine = [place for place in report.places if place.point == point]
+    layers = sorted({place.layer for place in mine if place.layer is not None})
+    positions = sorted({place.position for place in mine if place.position is not None})
+    values = torch.full((len(layers), len(positions)), float("nan"))
+    for place in mine:
+        if place.layer is not None and place.position is not None and place.auroc is not None:
+            values[layers.index(place.layer), positions.index(place.position)] = place.auroc
+    return Grid(values, tuple(layers), tuple(positions), tuple(map(str, positions)), "AUROC", point)

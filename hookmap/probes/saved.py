@@ -1,0 +1,90 @@
+"""Probes in a safetensors file: to score other rows with, and to steer along."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hookmap import steering
+from hookmap.activations import Key
+from hookmap.errors import SelectionError, StoreError
+from hookmap.stores.ledger import tensor_name
+
+_METADATA = "hookmap.probes"
+
+
+class About(BaseModel):
+    """What the probes are of; the metadata of their file, as JSON under `hookmap.probes`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    label: str = Field(description="what is positive, in words")
+    method: str
+    pool: str = Field(description="which rows of a sample they were fitted on")
+    position: int | None = Field(default=None, description="of pool=each, counted from the end of the prompt")
+    model: str | None = None
+    samples: int = Field(ge=1, description="that they were fitted on: all, none held out")
+
+
+@dataclass(frozen=True)
+class Probes:
+    """A linear probe for each of some tensors: sigmoid(row · weights + bias) is the probability of the label."""
+
+    about: About
+    weights: Mapping[Key, torch.Tensor]
+    """float32 [features]"""
+    biases: Mapping[Key, float]
+
+    def logits(self, rows: torch.Tensor, point: str, layer: int | None = None) -> torch.Tensor:
+        """[rows, features] -> float32 [rows]. Raises SelectionError where there is no probe of this tensor."""
+        if (point, layer) not in self.weights:
+            held = ", ".join(map(tensor_name, self.weights))
+            raise SelectionError(f"no probe of {tensor_name((point, layer))}: there are probes of {held}.")
+        return rows.flatten(1).float() @ self.weights[point, layer] + self.biases[point, layer]
+
+    def vector(self, point: str) -> steering.SteeringVector:
+        """The directions of one point, each of length 1 and towards the label, to be added to the stream.
+
+        Raises SelectionError where no probe is of this point's layers, StoreError where one has no direction.
+        """
+        found = {layer: w for (name, layer), w in self.weights.items() if name == point and layer is not None}
+        if not found:
+            raise SelectionError(f"no probe of a layer of {point}.")
+        about = steering.About(point=point, method=f"probe:{self.about.method}", model=self.about.model)
+        return steering.SteeringVector(about, {layer: w / w.norm() for layer, w in found.items()})
+
+    def save(self, path: str | Path) -> Path:
+        """Write `POINT.LAYER.weight` [features] and `.bias` [1] for each tensor. Raises StoreError."""
+        from safetensors.torch import save_file
+
+        tensors = {f"{tensor_name(key)}.weight": value.contiguous() for key, value in self.weights.items()}
+        tensors |= {f"{tensor_name(key)}.bias": torch.tensor([value]) for key, value in self.biases.items()}
+        keys = json.dumps([list(key) for key in self.weights])
+        try:
+            save_file(tensors, path, metadata={_METADATA: self.about.model_dump_json(), "keys": keys})
+        except OSError as error:
+            raise StoreError(f"cannot write {path}: {error.strerror or error}.") from error
+        return Path(path)
+
+
+def load_probes(path: str | Path) -> Probes:
+    """What `Probes.save` wrote. Raises StoreError where the file is none of these."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, Any] = file.metadata() or {}
+            about = About.model_validate_json(metadata[_METADATA])
+            keys: list[Key] = [(str(point), layer) for point, layer in json.loads(metadata["keys"])]
+            weights = {key: file.get_tensor(f"{tensor_name(key)}.weight") for key in keys}
+            biases = {key: float(file.get_tensor(f"{tensor_name(key)}.bias")) for key in keys}
+    except (OSError, SafetensorError, KeyError, ValueError, ValidationError) as error:
+        raise StoreError(
+            f"{path}: no probes that hookmap wrote ({type(error).__name__}: {str(error)[:200]})."
+        ) from error
+    return Probes(about, weights, biases)
