@@ -4,6 +4,9 @@ Decoding brings one column a pass. Its rows go to a block that is allocated once
 handed on whole: what a pass costs is one copy.
 """
 
+import contextlib
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -83,7 +86,7 @@ class EveryRow:
             dtype = self._dtype or tensor.dtype
             size = tensor.shape[0] * tensor[0, 0].numel() * dtype.itemsize
             passes = max(1, min(BLOCK_PASSES, BLOCK_BYTES // max(1, size)))
-            self._block = tensor.new_empty((tensor.shape[0], passes, *tensor.shape[2:]), dtype=dtype)
+            self._block = _new_block((tensor.shape[0], passes, *tensor.shape[2:]), dtype, tensor.device)
         self._block[:, len(self._passes)] = tensor[:, 0]
         self._passes.append(rows)
         if len(self._passes) == self._block.shape[1]:
@@ -218,6 +221,19 @@ def by_position(weights: torch.Tensor, end: int, pads: int, keys: int) -> torch.
     placed = weights.new_zeros(*weights.shape[:-1], keys)
     placed[..., max(0, first) : max(0, first) + seen.shape[-1]] = seen
     return placed
+
+
+def _new_block(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory of its own, which goes back to the system with the block.
+
+    From the heap it would not: the cache of keys and values grows around the blocks and leaves holes where they were.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type == "cpu" and hasattr(mmap, "MAP_ANONYMOUS") and size:
+        with contextlib.suppress(OSError):  # the system has no more mappings to give
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return torch.frombuffer(pages, dtype=dtype)[: math.prod(shape)].view(shape)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _one_row_each(host: torch.Tensor, counts: Sequence[int], deliver: Deliver) -> None:
