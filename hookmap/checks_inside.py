@@ -14,12 +14,8 @@ from torch import Tensor, nn
 
 from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap, BlockKind
+from hookmap.checked_run import CheckedRun, Error, Key, Result
 from hookmap.selectors import Term
-
-Key = tuple[str, int | None]
-Result = tuple[str, tuple[int, ...], bool, str, float | None]
-"""name, layers, passed, detail, error: the fields of a `Check`"""
-Error = Callable[[Tensor, Tensor], float]
 
 
 def checks_inside(
@@ -36,19 +32,7 @@ def checks_inside(
         yield from checker.heads(kind)
 
 
-class _Inside:
-    def __init__(
-        self,
-        found: ArchitectureMap,
-        model: nn.Module,
-        ids: Tensor,
-        values: dict[Key, Tensor],
-        error: Error,
-        tolerance: float,
-    ) -> None:
-        self.map, self.model, self.ids, self.values = found, model, ids, values
-        self.error, self.tolerance = error, tolerance
-
+class _Inside(CheckedRun):
     # Arithmetic -------------------------------------------------------------------------------------------------
 
     def relations(self, kind: BlockKind) -> Iterator[Result]:

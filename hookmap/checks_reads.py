@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap, BlockKind
-from hookmap.checks_inside import Error, Key, Result
+from hookmap.checked_run import CheckedRun, Error, Key, Result
 from hookmap.selectors import Selector, Term, of_template
 
 
@@ -53,19 +53,7 @@ def _pairs(kind: BlockKind) -> Iterator[tuple[str, str]]:
             yield point, raw if raw in kind.points else out
 
 
-class _Reads:
-    def __init__(
-        self,
-        found: ArchitectureMap,
-        model: nn.Module,
-        ids: Tensor,
-        values: dict[Key, Tensor],
-        error: Error,
-        tolerance: float,
-    ) -> None:
-        self.map, self.model, self.ids, self.values = found, model, ids, values
-        self.error, self.tolerance = error, tolerance
-
+class _Reads(CheckedRun):
     def record(self, names: list[Key]) -> dict[Key, list[Tensor]]:
         """The terms of these points in a run on other tokens, as they cross their boundaries."""
         found: dict[Key, dict[int, Tensor]] = {name: {} for name in names}

@@ -1,8 +1,10 @@
-"""What commands about one prompt share: the model, opened, and the prompt with what was answered so far."""
+"""What commands about one prompt share: the prompt, and what is taken to be answered so far."""
 
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from hookmap.cli.model_options import loading
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
@@ -12,16 +14,9 @@ DEFAULT_ANSWER = "Tom has 3+4=<<3+4="
 
 
 def options(command: Any) -> Any:
-    """Adds the options that `opened` and `tokens` take."""
+    """Adds the options of the model and those that `tokens` takes."""
     command = loading(command)
     for option in reversed(_PROMPT):
-        command = option(command)
-    return command
-
-
-def loading(command: Any) -> Any:
-    """Adds the options that `opened` takes."""
-    for option in reversed(_LOADING):
         command = option(command)
     return command
 
@@ -33,39 +28,6 @@ _PROMPT = (
         "--chat/--no-chat", default=None, help="Send the prompt through the chat template.  [default: if there is one]"
     ),
 )
-_LOADING = (
-    click.option("--tokenizer", metavar="MODEL", help="A folder or a hub id.  [default: the model's own]"),
-    click.option("--map", "map_", metavar="MAP", help="A map file, instead of discovering one."),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        help="Of the weights.  [default: auto, the checkpoint's own]",
-    ),
-    click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: a GPU where there is one]"),
-    click.option(
-        "--trust-remote-code", is_flag=True, default=None, help="Run the modelling code that the model brings."
-    ),
-)
-
-
-def opened(model: str | None, given: dict[str, Any], quiet: bool) -> "HookedModel":
-    """The model that was named, or the one of the settings."""
-    from hookmap.cli.console import working
-    from hookmap.cli.settings import choose_model, load_settings
-
-    settings = load_settings()
-    model = choose_model(model, settings)
-    with working("importing torch and transformers", quiet=quiet):
-        import hookmap.model
-    with working(f"loading {model}", quiet=quiet, spinner=False):
-        return hookmap.open(
-            model,
-            map=given["map_"] or settings.get("map"),
-            tokenizer=given["tokenizer"] or settings.get("tokenizer"),
-            dtype=given["dtype"] or settings.get("dtype", "auto"),
-            device=given["device"] or settings.get("device"),
-            trust_remote_code=bool(given["trust_remote_code"] or settings.get("trust_remote_code")),
-        )
 
 
 def tokens(hm: "HookedModel", given: dict[str, Any]) -> list[int]:

@@ -8,12 +8,11 @@ import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from hookmap.activations import Activation, Sample
 from hookmap.errors import StoreError
-from hookmap.stores.folder import FolderWriter
+from hookmap.stores.folder import Closing, FolderWriter
 
 IN_FLIGHT = 16 * 2**20
 """bytes of rows that may wait for the disk"""
@@ -34,7 +33,7 @@ class _Work(NamedTuple):
     """how far the writer is after them"""
 
 
-class BackgroundWriter:
+class BackgroundWriter(Closing):
     """A sink around a FolderWriter, which belongs to it from then on. Use it in a `with` statement, as that one.
 
     An error of the writer reaches the caller at its next call, or at the end of the `with` statement; the same error,
@@ -108,19 +107,6 @@ class BackgroundWriter:
         if finished:
             self._tell()
         self._writer.close(finished)
-
-    def __enter__(self) -> "BackgroundWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.close(finished=True)
-        finally:
-            with contextlib.suppress(StoreError):  # the first error is the one to tell; the folder is valid as it is
-                self.close(finished=False)
 
     def _hold(self, call: Callable[[], None], size: int = 0) -> None:
         self._tell()

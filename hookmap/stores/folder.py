@@ -8,10 +8,11 @@ leaves behind the last whole group (temporary files, shards, lines) belongs to n
 
 import contextlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from hookmap.activations import Activation, Sample
 from hookmap.errors import StoreError
@@ -34,8 +35,31 @@ from hookmap.stores.table import (
     scan,
 )
 
+Self = TypeVar("Self", bound="Closing")
 
-class FolderWriter:
+
+class Closing(ABC):
+    """Closes itself at the end of a `with` statement: as finished, or unfinished where an exception leaves it."""
+
+    @abstractmethod
+    def close(self, finished: bool) -> None:
+        """End the writing; again, it does nothing. Raises StoreError."""
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.close(finished=True)
+        finally:
+            with contextlib.suppress(StoreError):  # the first error is the one to tell; the folder is valid as it is
+                self.close(finished=False)
+
+
+class FolderWriter(Closing):
     """A sink that writes a capture folder. Make one with `create` or `resume`; use it in a `with` statement.
 
     Samples that are open together (a batch) are committed together, when the last of them is finished.
@@ -158,19 +182,6 @@ class FolderWriter:
             raise cannot_write(self.folder, error, len(self._committed.numbers)) from error
         finally:
             self._files.close()  # gives up the lock
-
-    def __enter__(self) -> "FolderWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.close(finished=True)
-        finally:
-            with contextlib.suppress(StoreError):  # the first error is the one to tell; the folder is valid as it is
-                self.close(finished=False)
 
     def _cut(self) -> None:
         """Write the buffer as one shard."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookmap.cli import one_prompt
+from hookmap.cli import model_options, one_prompt
 
 if TYPE_CHECKING:
     from hookmap.attribution import Attribution
@@ -45,7 +45,7 @@ def command(
 
     The table goes to stderr, the JSON to stdout.
     """
-    hm = one_prompt.opened(model, given, quiet=as_json)
+    hm = model_options.opened(model, given, quiet=as_json)
     found = hm.attribute(one_prompt.tokens(hm, given), target, against, positions=[position], heads=heads)
 
     def chart() -> Any:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookmap.cli.model_options import loading, opened
+from hookmap.cli.one_prompt import DEFAULT_PROMPT
 from hookmap.cli.prompts_file import prompt_options, read_prompts
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
     from hookmap.runs import Progress
 
-DEFAULT_PROMPT = "Tom has 3 apples. He buys 4 more. How many apples does Tom have?"
 _LARGE_BYTES = 10**9
 _LARGE_PASSES = 1000
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -71,11 +72,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option(
     "--chat/--no-chat", default=None, help="Send prompts through the chat template.  [default: if there is one]"
 )
-@click.option("--tokenizer", metavar="MODEL", help="A folder or a hub id.  [default: the model's own]")
-@click.option("--map", "map_", metavar="MAP", help="A map file, instead of discovering one.")
-@click.option("--dtype", type=click.Choice(_DTYPES), help="Of the weights.  [default: auto, the checkpoint's own]")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: a GPU where there is one]")
-@click.option("--trust-remote-code", is_flag=True, default=None, help="Run the modelling code that the model brings.")
+@loading
 def command(
     model: str | None,
     points: str | None,
@@ -105,11 +102,7 @@ def command(
     top_k: int | None,
     seed: int | None,
     chat: bool | None,
-    tokenizer: str | None,
-    map_: str | None,
-    dtype: str | None,
-    device: str | None,
-    trust_remote_code: bool | None,
+    **loads: Any,
 ) -> None:
     """Generate with MODEL and keep tensors.
 
@@ -150,14 +143,7 @@ def command(
     _check_folder(folder, resume)
     model = choose_model(model, settings)
 
-    hm = _open(
-        model,
-        map=map_ or settings.get("map"),
-        tokenizer=tokenizer or settings.get("tokenizer"),
-        dtype=dtype or settings.get("dtype", "auto"),
-        device=device or settings.get("device"),
-        trust_remote_code=bool(trust_remote_code or settings.get("trust_remote_code")),
-    )
+    hm = opened(model, loads)
     run = {
         "points": parse_list(points),
         "layers": chosen_layers,
@@ -229,15 +215,6 @@ def _check_folder(folder: Path, resume: bool) -> None:
         read_manifest(folder)
     else:
         refuse_used(folder)
-
-
-def _open(model: str, **options: Any) -> "HookedModel":
-    from hookmap.cli.console import working
-
-    with working("importing torch and transformers"):
-        import hookmap.model
-    with working(f"loading {model}", spinner=False):  # transformers shows a bar of its own
-        return hookmap.open(model, **options)
 
 
 def _chat(hm: "HookedModel", chat: bool | None, harvest: bool) -> bool | str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hookmap.cli import one_prompt
+from hookmap.cli import model_options
 
 
 @click.group()
@@ -35,7 +35,7 @@ def command() -> None:
     "-o", "--output", metavar="DIR", required=True, help="The results folder; the same again goes on with it."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout, and no table.")
-@one_prompt.loading
+@model_options.loading
 def gsm8k(
     model: str | None,
     data: str | None,

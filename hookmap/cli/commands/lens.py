@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from hookmap.cli import one_prompt
+from hookmap.cli import model_options, one_prompt
 
 
 @click.command()
@@ -55,7 +55,7 @@ def command(
     from hookmap.cli.settings import parse_layers
 
     chosen = parse_layers(layers)
-    hm = one_prompt.opened(model, given, quiet=as_json)
+    hm = model_options.opened(model, given, quiet=as_json)
     found = hm.lens(one_prompt.tokens(hm, given), point, chosen, positions=positions, target=target, top=top)
     grid = found.grid(metric)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookmap.cli import one_prompt
+from hookmap.cli import model_options, one_prompt
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False)
-@one_prompt.loading
+@model_options.loading
 @click.option("--clean", required=True, metavar="TEXT", help="The prompt that values are taken from.")
 @click.option("--corrupted", required=True, metavar="TEXT", help="The prompt that they are put into, equally long.")
 @click.option("--answer", metavar="TEXT", help="What both are taken to have answered so far; follows the prompts.")
@@ -68,7 +68,7 @@ def command(
     if not sweep and (target or against or output or png or html):
         raise click.UsageError("--target, --against, -o, --png and --html are of a sweep: add --sweep")
     where: dict[str, Any] = {"point": point, "layers": parse_layers(layers), "positions": positions}
-    hm = one_prompt.opened(model, given, quiet=False)
+    hm = model_options.opened(model, given, quiet=False)
     prompts = [one_prompt.tokens(hm, {"prompt": text, "answer": answer, "chat": chat}) for text in (clean, corrupted)]
     if not sweep:
         _patch(hm, prompts, where, max_new_tokens)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookmap.cli import one_prompt
+from hookmap.cli import model_options, one_prompt
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False)
-@one_prompt.loading
+@model_options.loading
 @click.option("--vector", metavar="FILE", help="A .safetensors file: of `hookmap vector`, or any with --key.")
 @click.option("--key", metavar="NAME", help="A tensor of the file, for all layers.  [default: each layer its own]")
 @click.option("--point", metavar="NAME", help="Where it is added.  [default: the file's own, or resid_post]")
@@ -73,7 +73,7 @@ def command(
         where |= {"point": point} if point else {}
         interventions = made.interventions(strength, None if chosen in (None, "all") else chosen, **where)  # type: ignore[arg-type]
     prompts = list(texts) or [one_prompt.DEFAULT_PROMPT]
-    hm = one_prompt.opened(model, given, quiet=as_json)
+    hm = model_options.opened(model, given, quiet=as_json)
     _show(prompts, *_both(hm, prompts, interventions, max_new_tokens, chat, as_json), as_json)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookmap.cli import one_prompt
+from hookmap.cli import model_options
 
 if TYPE_CHECKING:
     from hookmap.steering import SteeringVector
@@ -32,7 +32,7 @@ def command() -> None:
 @click.option("--method", type=click.Choice(["mean_difference", "pca"]), default="mean_difference", show_default=True)
 @click.option("--positions", default="last", show_default=True, metavar="WHERE", help="Several are averaged.")
 @click.option("--chat/--no-chat", default=False, show_default=True, help="Send texts through the chat template.")
-@one_prompt.loading
+@model_options.loading
 def make(
     model: str | None,
     pairs: str,
@@ -54,7 +54,7 @@ def make(
     chosen = parse_layers(layers)
     positive, negative = _pairs(pairs)
     _check_ending(output)
-    hm = one_prompt.opened(model, given, quiet=False)
+    hm = model_options.opened(model, given, quiet=False)
     made = hm.steering_vector(
         positive, negative, point, chosen, method=method, positions=positions, chat=chat or "auto"
     )
