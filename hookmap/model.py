@@ -10,7 +10,7 @@ from torch import nn
 from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap
 from hookmap.attribution import Attribution, attribute
-from hookmap.capture import BATCH_SIZE, BATCH_TOKENS, Capture, capture
+from hookmap.capture import BATCH_SIZE, BATCH_TOKENS, Capture, Prepared, prepare
 from hookmap.engines import Engine
 from hookmap.engines.hooks import HooksEngine
 from hookmap.engines.turns import turns_of
@@ -120,6 +120,57 @@ class HookedModel:
         Raises SelectionError, TokenizerError, StoreError, InterventionError, and CaptureError where a run did not see
         what it should or would not fit into memory.
         """
+        prepared = self.prepare(
+            prompts,
+            points,
+            layers,
+            max_new_tokens,
+            positions=positions,
+            every=every,
+            mean=mean,
+            features=features,
+            features_seed=features_seed,
+            keep_dtype=keep_dtype,
+            do_sample=do_sample,
+            seed=seed,
+            stop=stop,
+            chat=chat,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            engine=engine,
+            interventions=interventions,
+            before=before,
+            progress=progress,
+            **generation,
+        )
+        return prepared.capture(store, resume)
+
+    def prepare(
+        self,
+        prompts: Any,
+        points: Points = "all",
+        layers: Layers = "all",
+        max_new_tokens: int = 64,
+        *,
+        positions: Positions = "all",
+        every: int = 1,
+        mean: bool = False,
+        features: int | Iterable[int] | None = None,
+        features_seed: int = 0,
+        keep_dtype: Any = None,
+        do_sample: bool = False,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        chat: Chat = "auto",
+        batch_size: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        engine: EngineName = "auto",
+        interventions: Any = (),
+        before: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+        **generation: Any,
+    ) -> Prepared:
+        """What `capture` of the same arguments would run, decided and checked: for who runs its batches elsewhere."""
         encoded = self.encode(prompts, chat)
         chosen = kept(
             positions, every=every, mean=mean, features=features, features_seed=features_seed, dtype=keep_dtype
@@ -127,7 +178,7 @@ class HookedModel:
         selectors = self.map.selectors(points, layers) if points != () else ()
         runs, why = self._engine_of(engine)
         planned = self._plan(interventions, encoded, max_new_tokens, chat)
-        return capture(
+        return prepare(
             runs,
             why,
             self.map,
@@ -143,8 +194,6 @@ class HookedModel:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             batch_size=batch_size,
             batch_tokens=batch_tokens,
-            store=store,
-            resume=resume,
             progress=progress,
             generation=generation,
             plan=planned,
