@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hookmap.discovery import discover
     from hookmap.library import load_map
     from hookmap.model import open
+    from hookmap.scale.model import open_on_ray
     from hookmap.selectors import Selector
     from hookmap.stores import open_store
     from hookmap.verification import verify
@@ -55,6 +56,7 @@ __all__ = [
     "load_map",
     "load_prompts",
     "open",
+    "open_on_ray",
     "open_store",
     "verify",
 ]
@@ -68,6 +70,7 @@ _HOMES = {
     "load_map": "hookmap.library",
     "load_prompts": "hookmap.datasets",
     "open": "hookmap.model",
+    "open_on_ray": "hookmap.scale.model",
     "open_store": "hookmap.stores",
     "verify": "hookmap.verification",
 }
