@@ -57,7 +57,7 @@ class Models:
 
     def add(self, name: str, hm: HookedModel) -> Loaded:
         """Serve an open model."""
-        worker = Worker(name, hm, self._settings.queue)
+        worker = Worker(name, hm, self._settings.queue, self._settings.batch, self._settings.batch_tokens)
         loaded = Loaded(name, hm, worker, int(time.time()), context_of(hm))
         self._loaded[name] = loaded
         return loaded
@@ -98,7 +98,7 @@ def name_of(source: str) -> str:
 
 def context_of(hm: HookedModel) -> int | None:
     """Tokens that fit into the model."""
-    config: Any = hm._hooks.root.config
+    config: Any = hm.root.config
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     told = getattr(hm.tokenizer, "model_max_length", None)
     limits = [limit for limit in (most, told) if isinstance(limit, int) and 0 < limit < 10**9]
