@@ -38,6 +38,7 @@ class Models:
         self._loaded: dict[str, Loaded] = {}
         self.interventions: dict[str, tuple[Intervention, ...]] = {}
         """of requests that bring none, by the model's name"""
+        self._names: dict[str, str] = {}
         self._changing = threading.Lock()
 
     @property
@@ -63,14 +64,24 @@ class Models:
         return loaded
 
     def load(self, source: str) -> Loaded:
-        """Open a model that is allowed, unless it is loaded. Raises ApiError, ModelError."""
-        if source not in self._settings.allow:
+        """Open a model that is allowed, unless it is loaded. Raises ApiError, ModelError.
+
+        `source`: as `--allow` names it, or what clients call it.
+        """
+        allowed = next((each for each in self._settings.allow if source in (each, self.called(each))), None)
+        if allowed is None:
             raise ApiError(403, "this model is not on the server's list: --allow MODEL", code="model_not_allowed")
-        name = name_of(source)
+        name = self.called(allowed)
         with self._changing:  # two requests for one model load it once
             if name in self._loaded:
                 return self._loaded[name]
-            return self.add(name, hookmap.open(source, **self._settings.loads))
+            return self.add(name, hookmap.open(allowed, **self._settings.loads))
+
+    def called(self, source: str, name: str | None = None) -> str:
+        """What clients call a model of this source; `name`: from now on."""
+        if name is not None:
+            self._names[source] = name
+        return self._names.get(source) or name_of(source)
 
     def unload(self, name: str) -> None:
         """Let a model's waiting requests run, then free its weights. Raises ApiError 404."""
