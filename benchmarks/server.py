@@ -1,4 +1,4 @@
-"""What HTTP costs: time to the first token and tokens per second through `hookmap serve`, over `generate` called directly.
+"""What HTTP costs: time to the first token and tokens per second through `hookmap serve`, over `generate` itself.
 
     python benchmarks/server.py narrow       a 28-layer Qwen3 of width 256
     python benchmarks/server.py full         Qwen3-0.6B's own shape: 28 layers of width 1024, 151,936 tokens
@@ -59,7 +59,7 @@ def server(*command: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tempfile.TemporaryFile()
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the server
     process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -197,7 +197,7 @@ def main() -> None:
         found = measure(ways, args.rounds)
     print(describe())
     print(f"{args.shape}: {args.new} tokens, median of {args.rounds} interleaved rounds; load before {load:.1f}\n")
-    print(json.dumps({name: rounds for name, rounds in found.items()}), file=sys.stderr)
+    print(json.dumps(found), file=sys.stderr)
     print(table(found))
 
 
