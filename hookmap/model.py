@@ -23,6 +23,7 @@ from hookmap.lens import Lens, lens
 from hookmap.library import load_map
 from hookmap.loading import load_model, load_tokenizer
 from hookmap.map_of_model import map_of
+from hookmap.padding import why_no_pads
 from hookmap.patching import Sweep, sweep
 from hookmap.plan import Plan, plan
 from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
@@ -45,6 +46,12 @@ class HookedModel:
     """the module itself: no copy, no hooks on it"""
     tokenizer: Any
     """its tokenizer, or None where none was given with a module"""
+    root: nn.Module
+    """the transformers model whose `generate` runs: the module, or the one inside its wrappers (PEFT)"""
+    hooks: HooksEngine
+    """the engine of plain hooks"""
+    has_weights = True
+    """whether the weights are here"""
 
     def __init__(
         self,
@@ -61,9 +68,9 @@ class HookedModel:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
-        self._root = _generating_root(model)
+        self.root = generating_root(model, self.has_weights)
         self._nnsight_model = nnsight_model
-        self._hooks = HooksEngine(model, self._root)
+        self.hooks = HooksEngine(model, self.root)
         self._nnsight: Engine | None = None
 
     def capture(
@@ -226,12 +233,22 @@ class HookedModel:
 
     def matching(self, chosen: Kept) -> frozenset[int]:
         """The token ids that positions="text=…" means. Raises SelectionError."""
-        return matching_tokens(chosen, self.tokenizer, vocabulary_of(self._hooks))
+        return matching_tokens(chosen, self.tokenizer, self.vocabulary)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model can be fed."""
+        return vocabulary_of(self.hooks)
+
+    @cached_property
+    def why_no_pads(self) -> str | None:
+        """Why prompts of different lengths must not share a batch; None where it was shown that they may."""
+        return why_no_pads(self)
 
     @cached_property
     def proofs(self) -> Proofs:
         """What was shown about writing the points of this model."""
-        return Proofs(self._hooks, self.map)
+        return Proofs(self.hooks, self.map)
 
     def _plan(self, interventions: Any, prompts: Sequence[Prompt], max_new_tokens: int, chat: Chat) -> Plan | None:
         if isinstance(interventions, Plan):
@@ -319,7 +336,7 @@ class HookedModel:
             batches = tuple(generation_batches(lengths, batch_size or BATCH_SIZE))
         else:
             batches = tuple(harvest_batches(lengths, batch_tokens, batch_size))
-        itemsize = next(self._root.parameters()).itemsize
+        itemsize = next(self.root.parameters()).itemsize
         d_mlp = max((self._d_mlp(s) for s in selectors if s.point.partition(".")[0] == "mlp_post"), default=None)
         return estimate(self.map, selectors, lengths, max_new_tokens, itemsize, batches, d_mlp, chosen)
 
@@ -338,11 +355,11 @@ class HookedModel:
             name = "nnsight" if given else "hooks"
             why = "the model came as an nnsight model, whose edits apply" if given else "the leanest"
         if name == "hooks":
-            return self._hooks, why
+            return self.hooks, why
         if self._nnsight is None:
             from hookmap.engines.nnsight import NNsightEngine  # imported here: it takes a second or two
 
-            self._nnsight = NNsightEngine(self.model, self._root, self._nnsight_model)
+            self._nnsight = NNsightEngine(self.model, self.root, self._nnsight_model)
         return self._nnsight, why
 
     def _d_mlp(self, selector: Selector) -> int:
@@ -389,7 +406,7 @@ def open(
         module = load_model(source, dtype=dtype, device=device, **loads)
     else:
         module, tokenizer = _module_of(x), tokenizer if tokenizer is not None else _tokenizer_of(x)
-    root = _generating_root(module)
+    root = generating_root(module)
     with turns_of(module).alone():
         architecture_map = map_of(module, root, given)
     name = os.fspath(x) if isinstance(x, str | os.PathLike) else architecture_map.model_id
@@ -424,7 +441,7 @@ def _tokenizer_of(x: Any) -> Any:
     return None if isinstance(x, nn.Module) else getattr(x, "tokenizer", None)
 
 
-def _generating_root(module: nn.Module) -> nn.Module:
+def generating_root(module: nn.Module, weights: bool = True) -> nn.Module:
     """The transformers model that `generate` calls: the module, or the one that wrappers (PEFT) hold."""
     from transformers import PreTrainedModel
 
@@ -436,7 +453,7 @@ def _generating_root(module: nn.Module) -> nn.Module:
         raise ModelError(
             f"{type(root).__name__} is {kind}: expected a causal language model, such as AutoModelForCausalLM loads."
         )
-    if any(p.is_meta for module in root.modules() if not _brings_weights(module) for p in module.parameters(False)):
+    if weights and any(p.is_meta for module in root.modules() if not _brings_weights(module) for p in module.parameters(False)):
         raise ModelError(f"{type(root).__name__} has no weights (meta device): load them, then open it.")
     found: nn.Module = root
     return found

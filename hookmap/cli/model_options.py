@@ -49,7 +49,12 @@ def chosen(model: str | None, given: dict[str, Any], quiet: bool = False) -> tup
     model = choose_model(model, settings)
     with working("importing torch and transformers", quiet=quiet):
         import hookmap.model  # noqa: F401
-    return model, {
+    return model, loads(given, settings)
+
+
+def loads(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """How `hookmap.open` opens it: what was typed, else what hookmap.yaml says."""
+    return {
         "map": given["map_"] or settings.get("map"),
         "tokenizer": given["tokenizer"] or settings.get("tokenizer"),
         "dtype": given["dtype"] or settings.get("dtype", "auto"),
