@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hookmap.discovery import discover
     from hookmap.library import load_map
     from hookmap.model import open
+    from hookmap.remote_model import open_remote
     from hookmap.scale.model import open_on_ray
     from hookmap.selectors import Selector
     from hookmap.stores import open_store
@@ -57,6 +58,7 @@ __all__ = [
     "load_prompts",
     "open",
     "open_on_ray",
+    "open_remote",
     "open_store",
     "verify",
 ]
@@ -71,6 +73,7 @@ _HOMES = {
     "load_prompts": "hookmap.datasets",
     "open": "hookmap.model",
     "open_on_ray": "hookmap.scale.model",
+    "open_remote": "hookmap.remote_model",
     "open_store": "hookmap.stores",
     "verify": "hookmap.verification",
 }

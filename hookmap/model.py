@@ -453,7 +453,9 @@ def generating_root(module: nn.Module, weights: bool = True) -> nn.Module:
         raise ModelError(
             f"{type(root).__name__} is {kind}: expected a causal language model, such as AutoModelForCausalLM loads."
         )
-    if weights and any(p.is_meta for module in root.modules() if not _brings_weights(module) for p in module.parameters(False)):
+    if weights and any(
+        p.is_meta for module in root.modules() if not _brings_weights(module) for p in module.parameters(False)
+    ):
         raise ModelError(f"{type(root).__name__} has no weights (meta device): load them, then open it.")
     found: nn.Module = root
     return found

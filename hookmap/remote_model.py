@@ -5,6 +5,8 @@ from typing import Any
 
 from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap
+from hookmap.capture import Prepared
+from hookmap.discovery import discover
 from hookmap.engines import Engine
 from hookmap.engines.remote import RemoteEngine
 from hookmap.errors import CaptureError, ModelError
@@ -31,11 +33,17 @@ class RemoteModel(HookedModel):
             raise CaptureError(f"engine: this model has no weights here, and runs remotely only; got {name!r}.")
         return self._remote, self._where
 
+    def prepare(self, prompts: Any, *selection: Any, **options: Any) -> Prepared:
+        """See `HookedModel.prepare`. Raises CaptureError for a seed: the generators are another machine's."""
+        if options.get("seed") is not None:
+            raise CaptureError("a run elsewhere has no seed: leave seed= out, or generate greedily.")
+        return super().prepare(prompts, *selection, **options)
+
     def _refused(self, *_: Any, **__: Any) -> Any:
         raise ModelError(f"{self.name} has no weights here: open it with hookmap.open to compute with them.")
 
     lens = attribute = sweep = _refused
-    proofs = property(_refused)  # type: ignore[assignment]
+    proofs = property(_refused)
 
 
 def open_remote(
@@ -64,6 +72,7 @@ def open_remote(
         x = TransformersModel(source, task="text-generation", tokenizer=chosen, revision=revision)
     given = load_map(os.fspath(map)) if isinstance(map, str | os.PathLike) else map
     module = x._module
-    found = map_of(module, generating_root(module, weights=False), given)
+    root = generating_root(module, weights=False)
+    found = discover(root.config) if given is None else map_of(module, root, given)
     own = tokenizer if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) else x.tokenizer
     return RemoteModel(x, remote, own, found, getattr(x, "repo_id", None) or found.model_id or type(module).__name__)

@@ -4,16 +4,17 @@ Only names go there, and only what is saved comes back; then the run is told to 
 the rows of a batch are in memory at once, and a row that has ended still costs until the whole batch has.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import nnsight
 import torch
 from torch import nn
 
+from hookmap.engines._nnsight_sink import visits
 from hookmap.engines.editing import Editor
 from hookmap.engines.hooks import module_at
-from hookmap.engines.observation import Observer, Watch
+from hookmap.engines.observation import Observer, Side
 from hookmap.errors import CaptureError, InterventionError
 
 
@@ -35,25 +36,28 @@ class RemoteEngine:
         """See `Engine.generate`. Raises CaptureError where the server fails, or did not run what was asked."""
         _refuse(editor)
         [finished] = inputs.pop("stopping_criteria")
-        sequences, visits = self._run(observer, inputs, generate=True)
+        sequences, seen = self._run(observer, inputs, generate=True)
         fed, width = 0, inputs["input_ids"].shape[1]
-        for told in _passes(visits, observer):
+        ended = torch.zeros(len(sequences), dtype=torch.bool)
+        for told in _passes(seen, observer):
             fed += told
-            if fed >= width and finished(sequences[:, : fed + 1], None).all():
+            if fed >= width:
+                ended |= finished(sequences[:, : fed + 1], None)
+            if ended.all():
                 break
-        return sequences[:, : fed + 1]
+        made: torch.Tensor = sequences[:, : fed + 1]
+        return made
 
     def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
         """See `Engine.forward`; the pass runs to its end."""
         _refuse(editor)
-        _, visits = self._run(observer, inputs, generate=False)
-        for _ in _passes(visits, observer):
+        _, seen = self._run(observer, inputs, generate=False)
+        for _ in _passes(seen, observer):
             pass
 
     def _run(self, observer: Observer, inputs: dict[str, Any], generate: bool) -> tuple[Any, "_Visits"]:
-        paths = {
-            (path, side): self._paths[id(module_at(self.module, self.root, path))]
-            for path, side in observer.boundaries
+        paths: dict[tuple[str, Side], str] = {
+            (path, side): self._paths[id(module_at(self.module, self.root, path))] for path, side in observer.boundaries
         }
         fed = self._paths[id(self.root.get_input_embeddings())]  # type: ignore[operator]
         outputs = sorted({path for (_, side), path in paths.items() if side == "output"})
@@ -70,43 +74,29 @@ class RemoteEngine:
 class _Visits:
     """What each module was given and gave, each time that it was called."""
 
-    def __init__(self, left: Any, came: Any, fed: str, paths: dict[tuple[str, str], str]) -> None:
-        self.fed = [_first(args, kwargs) for args, kwargs in _all(came[fed].inputs, len(came[fed]))]
+    def __init__(self, left: Any, came: Any, fed: str, paths: dict[tuple[str, Side], str]) -> None:
+        self.fed: list[torch.Tensor] = [[*args, *kwargs.values()][0] for args, kwargs in visits(came, fed, "input")]
         self.of = {
-            (path, side): _all(left[there].output, len(left[there]))
-            if side == "output"
-            else _all(came[there].inputs, len(came[there]))
+            (path, side): visits(left if side == "output" else came, there, side)
             for (path, side), there in paths.items()
         }
 
 
-def _passes(visits: _Visits, observer: Observer) -> Iterator[int]:
+def _passes(seen: _Visits, observer: Observer) -> Iterator[int]:
     """Tell the observer each forward pass; how many tokens each was fed."""
-    count = len(visits.fed)
-    watches: list[tuple[str, Watch, Sequence[Any]]] = []
-    for (path, side), values in visits.of.items():
+    count = len(seen.fed)
+    for (path, side), values in seen.of.items():
         if len(values) % count:
             raise CaptureError(f"{path}.{side} was seen {len(values)} times in {count} forward passes.")
-        watches.append((side, observer.watcher(path, side), values))  # type: ignore[arg-type]
-    for number, tokens in enumerate(visits.fed):
+    watches = [(side, observer.watcher(path, side), values) for (path, side), values in seen.of.items()]
+    for number, tokens in enumerate(seen.fed):
         observer.begin_pass((), {"input_ids": tokens})
         for side, watch, values in watches:
             calls = len(values) // count
             for value in values[number * calls : (number + 1) * calls]:
-                if side == "output":
-                    watch((), {}, value)
-                else:
-                    watch(*value, None)
+                args, kwargs = value if side == "input" else ((), {})
+                watch(args, kwargs, value)
         yield tokens.shape[1]
-
-
-def _all(values: Any, visits: int) -> Sequence[Any]:
-    """nnsight gives the one visit bare, and several as a list."""
-    return [values] if visits == 1 else values
-
-
-def _first(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    return [*args, *kwargs.values()][0]
 
 
 def _refuse(editor: Editor | None) -> None:
@@ -119,17 +109,14 @@ def _refuse(editor: Editor | None) -> None:
 
 def _generated(model: Any, inputs: dict[str, Any], outputs: list[str], entered: list[str], remote: Any) -> Any:
     with model.generate(inputs, remote=remote) as tracer:
-        left = tracer.cache(modules=outputs).save()
-        came = tracer.cache(modules=entered, include_output=False, include_inputs=True).save()
-        result = tracer.result.save()
+        left = nnsight.save(tracer.cache(modules=outputs))
+        came = nnsight.save(tracer.cache(modules=entered, include_output=False, include_inputs=True))
+        result = nnsight.save(tracer.result)
     return result, left, came
 
 
 def _passed(model: Any, inputs: dict[str, Any], outputs: list[str], entered: list[str], remote: Any) -> Any:
     with model.trace(inputs, remote=remote) as tracer:
-        left = tracer.cache(modules=outputs).save()
-        came = tracer.cache(modules=entered, include_output=False, include_inputs=True).save()
+        left = nnsight.save(tracer.cache(modules=outputs))
+        came = nnsight.save(tracer.cache(modules=entered, include_output=False, include_inputs=True))
     return None, left, came
-
-
-__all__ = ["RemoteEngine", "nnsight"]

@@ -54,8 +54,8 @@ class RayModel:
         plan: Plan = self._pool.call("the map", "plan", [[0]], {"points": (), "max_new_tokens": 0})
         return plan.map
 
-    def engine(self, name: str = "ray") -> tuple[str, str]:
-        """What runs a capture, and why."""
+    def engine(self, name: str = "auto") -> tuple[str, str]:
+        """See `HookedModel.engine`."""
         return "ray", f"{self.workers} workers" if self.workers > 1 else "1 worker"
 
     def estimate(self, prompts: Any, *selection: Any, **options: Any) -> Estimate:

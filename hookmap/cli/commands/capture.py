@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookmap.cli.cluster_options import cluster_of, clustered, opened_on_ray
+from hookmap.cli.cluster_options import cluster_of, clustered, opened_elsewhere
 from hookmap.cli.model_options import loading, opened
 from hookmap.cli.one_prompt import DEFAULT_PROMPT
 from hookmap.cli.prompts_file import prompt_options, read_prompts
@@ -57,9 +57,9 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option("--keep-dtype", type=click.Choice(_DTYPES[1:]), help="Of the rows kept.  [default: the model's own]")
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "hooks", "nnsight", "ray"]),
+    type=click.Choice(["auto", "hooks", "nnsight", "ray", "remote"]),
     default="auto",
-    help="What watches the model; ray: many processes that each hold it.",
+    help="What watches the model; ray: many processes that each hold it; remote: nnsight's server.",
 )
 @clustered
 @click.option("--intervene", metavar="FILE", help="Write while it runs: a JSON or YAML file of interventions.")
@@ -154,7 +154,7 @@ def command(
 
     with ExitStack() as stack:
         hm: Model
-        hm = opened(model, loads) if cluster is None else stack.enter_context(opened_on_ray(model, loads, cluster))
+        hm = opened(model, loads) if cluster is None else opened_elsewhere(model, loads, engine, cluster, stack)
         run = {
             "points": parse_list(points),
             "layers": chosen_layers,
@@ -244,7 +244,7 @@ def _announce(hm: "Model", prompts: list[Any], run: dict[str, Any], folder: Path
     text = f"capture: {expected} -> {folder}"
     if expected.bytes > _LARGE_BYTES or expected.forward_passes > _LARGE_PASSES:
         text += f", at most about {_duration(_seconds_per_pass(hm, prompts, run) * expected.forward_passes)}"
-    engine, why = hm.engine(run.get("engine", "ray"))
+    engine, why = hm.engine(run.get("engine", "auto"))
     console().print(f"{text}\nengine: {engine} ({why})", markup=False)
 
 
