@@ -261,6 +261,7 @@ def test_shellcheck_finds_nothing_in_the_script() -> None:
 @pytest.mark.skipif("HOOKMAP_LONG" not in os.environ, reason="minutes long: HOOKMAP_LONG=1 runs it")
 def test_an_environment_is_made_once_and_made_anew_when_asked(box: Loopback) -> None:
     port = ["--port", str(free_port()), "--folder", "whole"]
+    port += ["--torch", os.environ["TORCH"]] if "TORCH" in os.environ else []
     try:
         runs = [
             ("--fresh", "making "),

@@ -163,6 +163,8 @@ class Host:
 
     def torch(self) -> str:
         """The requirement for PyTorch: without CUDA's libraries, of several GB, on Linux without an NVIDIA GPU."""
+        if self.asked["torch"]:
+            return str(self.asked["torch"])
         locked = re.search(r"^torch==([^\s+;]+)", (self.work / "lock.txt").read_text(encoding="utf-8"), re.MULTILINE)
         assert locked is not None  # the sender has looked
         cpu = platform.system() == "Linux" and not has_nvidia_gpu()
@@ -185,7 +187,7 @@ class Host:
         index = (
             ["--no-deps", "--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "20"] if "+" in torch else []
         )
-        step([*pip, "install", "-q", torch, *index], f"pip cannot install {torch}")
+        step([*pip, "install", "-q", torch, *index], f"pip cannot install {torch}; another: --torch REQUIREMENT")
         say("installing what hookmap needs, in the locked versions (a minute or two)")
         files = ["-r", str(self.work / "requirements.txt"), "-c", str(self.work / "lock.txt")]
         step([*pip, "install", "-q", *files], "pip cannot install the locked versions; other ones: --lock FILE")
@@ -336,7 +338,12 @@ def unit(folder: Path, drain: int) -> str:
 def start_tmux(host: Host) -> None:
     """A tmux server of its own, so that no session of the user's is touched."""
     launcher = shlex.join(["exec", "sh", str(host.folder / "run.sh")])
-    step(["tmux", "-L", host.unit, "new-session", "-d", "-s", "server", launcher], "tmux cannot start the server")
+    tmux = ["tmux", "-L", host.unit]
+    run([*tmux, "kill-server"])  # its only window's program has ended, and tmux may not have noticed yet
+    end = time.monotonic() + 5
+    while run([*tmux, "has-session"]).returncode == 0 and time.monotonic() < end:
+        time.sleep(0.05)
+    step([*tmux, "new-session", "-d", "-s", "server", launcher], "tmux cannot start the server")
 
 
 def start_detached(host: Host) -> None:

@@ -21,6 +21,7 @@ class Request(BaseModel):
     options: tuple[str, ...] = Field(default=(), description="more options of `hookmap serve`")
     drain: int = Field(default=30, description="seconds that a server which is stopped may still answer")
     python: str | None = Field(default=None, description="an interpreter whose packages are used; null makes a venv")
+    torch: str | None = Field(default=None, description="the requirement for PyTorch; null lets the host choose")
     sync: Literal["frozen", "skip"] = "frozen"
     fresh: bool = False
     runner: Literal["auto", "systemd", "tmux", "detached"] = "auto"

@@ -42,6 +42,9 @@ class _WithServeOptions(click.Command):
     help="Install the dependencies in the versions that are installed here, or leave them.  [default: frozen]",
 )
 @click.option("--lock", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Other exact versions.")
+@click.option(
+    "--torch", metavar="REQUIREMENT", help="Another build of PyTorch than the host would choose: torch==2.13.0"
+)
 @click.option("--python", metavar="PATH", help="On the host: use this one and its packages, and make no environment.")
 @click.option("--release", metavar="VERSION", help="Send this hookmap from PyPI, instead of the one that is here.")
 @click.option(
@@ -75,6 +78,7 @@ def command(
     fresh: bool,
     sync: str | None,
     lock: Path | None,
+    torch: str | None,
     python: str | None,
     release: str | None,
     runner: str,
@@ -119,7 +123,14 @@ def command(
     from hookmap.deploy.bundle import bundle
 
     sent = bundle(release, lock)
-    common |= {"python": python, "fresh": fresh, "runner": runner, "wait": wait, "version": sent.version}
+    common |= {
+        "python": python,
+        "torch": torch,
+        "fresh": fresh,
+        "runner": runner,
+        "wait": wait,
+        "version": sent.version,
+    }
     common |= {"model": chosen or None, "name": served["name"], "options": given, "drain": served["drain"]}
     asked = Request.model_validate({"action": "deploy", "sync": sync or "frozen", **common})
     _run(asked, sent.files, host, folder, python, ssh, dry_run, as_json, ctx)
