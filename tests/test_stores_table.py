@@ -105,3 +105,14 @@ def test_samples_are_found_by_number_and_by_id_whatever_their_texts_say(
         assert [entry.sample for entry in found.entries()] == samples
         for id in ("", "a", "b", 'q"uote', "back\\slash", "é", '"id": "a"', "none"):
             assert found.with_id(id) == [each.sample for each in samples if each.id == id], id
+
+
+def test_an_id_of_a_line_that_does_not_count_is_nobodys(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(lines([[sample(number, id=f"q/{number}", labels={"id": "q/7"})] for number in range(4)]))
+    kept = scan(path)
+    del kept.numbers[1], kept.offsets[1]  # as a repair leaves out a line
+    found = Table(path, kept)
+    assert [found.with_id(f"q/{number}") for number in range(4)] == [[0], [], [2], [3]]
+    path.write_bytes(lines([[sample(5, labels={"id": "q/7"})]]))
+    assert Table(path).with_id("q/7") == [], "an id among the labels is a label"
