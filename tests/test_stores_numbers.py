@@ -32,6 +32,10 @@ def test_what_sets_do_together(one: list[int], other: list[int]) -> None:
     a, b = NumberSet(one), NumberSet(other)
     assert a - b == set(one) - set(other) and a | b == set(one) | set(other) and a & b == set(one) & set(other)
     kept = a.copy()
+    both = NumberSet()
+    both.update(one)
+    both.update(other)
+    assert both == set(one) | set(other)
     a -= set(other)
     assert a == set(one) - set(other) and kept == set(one)
 

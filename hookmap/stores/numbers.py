@@ -63,6 +63,15 @@ class NumberSet(MutableSet[int]):
         self._starts[place : place + 1] = [a for a, _ in left]
         self._stops[place : place + 1] = [b for _, b in left]
 
+    def update(self, numbers: Iterable[int]) -> None:
+        """Add all of these."""
+        if self._starts:
+            for number in numbers:
+                self.add(number)
+        else:
+            made = NumberSet(numbers)
+            self._starts, self._stops = made._starts, made._stops
+
     def copy(self) -> "NumberSet":
         """Another set of the same numbers."""
         made = NumberSet()
