@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hookmap.errors import (
     CaptureError,
     DataError,
+    DeployError,
     DiscoveryError,
     HookmapError,
     InterventionError,
@@ -41,6 +42,7 @@ __all__ = [
     "Capture",
     "CaptureError",
     "DataError",
+    "DeployError",
     "DiscoveryError",
     "HookmapError",
     "InterventionError",
