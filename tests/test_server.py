@@ -9,6 +9,7 @@ import torch
 from openai import OpenAI
 from served import MESSAGES, NAME, QUESTION, Served, serving
 
+from hookmap.demo import MODEL_PATH
 from hookmap.prompts import encode
 
 
@@ -240,7 +241,8 @@ def test_metrics_count_requests_and_name_no_client(served: Served) -> None:
 
 def test_the_structure_is_the_map_and_the_tree(served: Served) -> None:
     found = served.get("/v1/model/structure").json()
-    assert found["map"] == served.hm.map.model_dump(mode="json")
+    assert found["map"] == {**served.hm.map.model_dump(mode="json"), "model_id": NAME}
+    assert str(MODEL_PATH) not in str(found), "a client learns no path of the server"
     assert (found["layers"], "resid_mid" in found["points"]) == (20, True)
     assert "input_layernorm" in found["tree"] and "● resid_mid" in found["tree"]
 
@@ -259,7 +261,10 @@ def test_the_question_is_sent_as_a_template_writes_it(served: Served) -> None:
     assert served.chat(messages=messages).json()["choices"][0]["message"]["content"] == run.texts[0]
 
 
-def test_the_page_asks_nobody_else(served: Served) -> None:
-    page = served.get("/")
-    assert "connect-src 'self'" in page.headers["content-security-policy"]
-    assert "http://" not in page.text and "https://" not in page.text and "src=" not in page.text
+def test_the_page_may_ask_nobody_else(served: Served) -> None:
+    for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+        page = served.get(path)
+        assert page.headers["content-type"].startswith(kind)
+        rules = dict(rule.split(" ", 1) for rule in page.headers["content-security-policy"].split("; "))
+        assert rules["default-src"] == "'none'" and rules["connect-src"] == rules["script-src"] == "'self'"
+        assert "http://" not in page.text and "https://" not in page.text

@@ -15,6 +15,7 @@ from hookmap.server.recording import ToAnswer, ToStore, plan
 from hookmap.server.requests import Sampling
 from hookmap.server.sessions import Sessions
 from hookmap.server.settings import Settings
+from hookmap.server.summaries import summary_of
 from hookmap.server.worker import Job, Keeper
 
 LEAST_TEMPERATURE = 0.01
@@ -54,6 +55,9 @@ def admit(
     changes = defaults
     if asked.hookmap is not None and asked.hookmap.interventions is not None:
         changes = read(asked.hookmap.interventions, model.hm, sessions)
+    summary = None
+    if asked.hookmap is not None and asked.hookmap.summary is not None:
+        summary = summary_of(asked.hookmap.summary, model.hm.map)
     what = plan(asked, model.hm, settings, each, new)
     keeper: Keeper | None = None
     if what is not None and what.inline:
@@ -68,7 +72,7 @@ def admit(
         told |= {"request": id, "prompts": rows}
         told |= {"interventions": fingerprint(changes)} if changes else {}
         keeper = ToStore(what, sessions, model.hm, model.name, told)
-    return Job(id, each, n, config, new, asked.stops, asked.seed, keeper, changes, top_logprobs)
+    return Job(id, each, n, config, new, asked.stops, asked.seed, keeper, changes, top_logprobs, summary)
 
 
 def new_tokens(prompt: int, asked: int | None, context: int | None, settings: Settings) -> int:

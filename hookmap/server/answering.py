@@ -4,7 +4,7 @@ A plain request goes through the same lines with an engine that sets no hook and
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from hookmap.activations import Activation, Sample, Sink
 from hookmap.engines.editing import Editor
 from hookmap.engines.observation import BatchLayout, Observer
 from hookmap.prompts import Prompt
+from hookmap.readout import Readout
 from hookmap.runs import Generating
+from hookmap.server.summaries import Figures, Summarising, Summary
 
 
 class CancelledError(Exception):
@@ -33,6 +35,8 @@ class Token:
     """of the model's own distribution, before temperature and top_p"""
     top: tuple[tuple[int, float], ...] = ()
     """the likeliest tokens there, and their logprobs"""
+    figures: Figures | None = None
+    """where the request wants a summary"""
 
 
 @dataclass
@@ -43,8 +47,18 @@ class Answering(Generating):
     cancelled: Callable[[], bool] = field(default=lambda: False)
     top_logprobs: int | None = None
     """how many likeliest tokens are told with each token; None: no logprobs"""
+    summary: Summary | None = None
+    readout: Readout | None = None
+    """what the summary's lens reads with"""
+    summarising: Summarising | None = None
+    """of the batch that runs"""
 
     def _observer(self, layout: BatchLayout, sink: Sink) -> Observer:
+        if self.summary is not None:
+            kept: dict[str, Any] = {"keys": self._keys, "kept": self.kept, "matching": self.matching}
+            what = self.summary, self.readout, self.selectors
+            self.summarising = Summarising(*what, layout, sink.write, **kept)
+            return self.summarising
         watches = self.selectors or self.edits
         return super()._observer(layout, sink) if watches else _Unwatched((), layout, sink.write)
 
@@ -143,6 +157,9 @@ class _Followed(StoppingCriteria):  # type: ignore[misc]
             tokens = self._likely.tokens(self._rows, newest)
         else:
             tokens = [Token(row, token) for row, token in zip(self._rows, newest.tolist(), strict=True)]
+        if self._run.summarising is not None:
+            figures = self._run.summarising.figures(input_ids.shape[1])
+            tokens = [replace(token, figures=each) for token, each in zip(tokens, figures, strict=True)]
         self._run.tell([token for token, ended in zip(tokens, self._ended, strict=True) if not ended])
         self._ended = [a or b for a, b in zip(self._ended, done.tolist(), strict=True)]
         self._looked += 1

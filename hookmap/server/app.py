@@ -4,12 +4,11 @@ import asyncio
 import contextlib
 import io
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from fastapi import FastAPI, Query, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict
@@ -18,7 +17,7 @@ from starlette.types import Scope
 
 from hookmap import __version__
 from hookmap.errors import SelectionError
-from hookmap.server import errors
+from hookmap.server import errors, page
 from hookmap.server.admission import admit
 from hookmap.server.chat import ChatWire, prompt_of
 from hookmap.server.completions import MAX_TOKENS, CompletionWire, prompts_of
@@ -33,10 +32,10 @@ from hookmap.server.requests import ChatRequest, CompletionRequest
 from hookmap.server.sessions import Sessions
 from hookmap.server.settings import Settings
 from hookmap.server.streaming import answer
+from hookmap.server.summaries import offered
 from hookmap.show import tree
 from hookmap.stores.ledger import tensor_name
 
-PAGE = Path(__file__).with_name("page.html")
 _SWEEP = 60.0
 """seconds between looks at the age of sessions"""
 
@@ -78,6 +77,7 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
 
     app.add_middleware(Guard, settings=settings, done=done)
     errors.install(app)
+    page.install(app)
     _generation(app, settings, models, sessions)
     _sessions(app, sessions)
     _models(app, models)
@@ -90,11 +90,6 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
     @app.get("/metrics")
     async def metrics_text() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": rules})
 
     return app
 
@@ -242,13 +237,15 @@ def _model(loaded: Loaded) -> dict[str, Any]:
 def _structure(loaded: Loaded) -> dict[str, Any]:
     """The map, the tree as text, and the points that a capture of every layer gives."""
     modules = {path: type(module).__name__ for path, module in loaded.hm.model.named_modules()}
+    known = loaded.hm.map.model_copy(update={"model_id": loaded.name})  # not by a path of this machine
     drawn = io.StringIO()
     screen = Console(width=160, file=drawn, color_system=None)
-    screen.print(tree(loaded.hm.map, modules))
+    screen.print(tree(known, modules))
     return {
         "model": loaded.name,
-        "points": list(dict.fromkeys(selector.point for selector in loaded.hm.map.selectors())),
-        "layers": loaded.hm.map.num_layers,
-        "map": loaded.hm.map.model_dump(mode="json"),
+        "points": list(dict.fromkeys(selector.point for selector in known.selectors())),
+        "layers": known.num_layers,
+        "summary": offered(known),
+        "map": known.model_dump(mode="json"),
         "tree": drawn.getvalue(),
     }

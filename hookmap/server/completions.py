@@ -12,7 +12,7 @@ from hookmap.prompts import Prompt, encode
 from hookmap.server.answering import Token
 from hookmap.server.errors import bad
 from hookmap.server.requests import CompletionRequest
-from hookmap.server.streaming import extras, usage_of
+from hookmap.server.streaming import extras, summaries, usage_of
 from hookmap.server.text import RowText
 from hookmap.server.worker import Job, Result
 
@@ -43,11 +43,15 @@ class CompletionWire:
         yield from ()
 
     def piece(self, token: Token) -> Completion | None:
-        """The text that a token makes certain; with logprobs each token has a chunk."""
+        """The text that a token makes certain; with logprobs or a summary each token has a chunk."""
         text = self._texts[token.row].add(token.id)
-        if not text and not self._logprobs:
+        more = summaries(self._job, [token], self._tokenizer.decode)
+        if not text and not self._logprobs and not more:
             return None
-        return self._chunk(token.row, text, logprobs=self._told([token]) if self._logprobs else None)
+        chunk = self._chunk(token.row, text, logprobs=self._told([token]) if self._logprobs else None)
+        for name, value in more.items():
+            setattr(chunk, name, value)
+        return chunk
 
     def closing(self, result: Result) -> Iterator[Completion]:
         """The rest of each choice and why it ended, then usage. What was kept stands in the last chunk."""
@@ -72,8 +76,9 @@ class CompletionWire:
             logprobs = self._told(own) if self._logprobs else None
             reason: Any = self._reason(number, result)
             choices.append(CompletionChoice(index=number, text=text, finish_reason=reason, logprobs=logprobs))
+        more = {**summaries(self._job, tokens, self._tokenizer.decode), **extras(result)}
         usage = usage_of(self._job, result)
-        return Completion(**self._head, object="text_completion", choices=choices, usage=usage, **extras(result))
+        return Completion(**self._head, object="text_completion", choices=choices, usage=usage, **more)
 
     def _chunk(self, row: int, text: str, reason: str | None = None, logprobs: Any = None) -> Completion:
         choice = CompletionChoice.model_construct(

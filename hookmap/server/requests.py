@@ -18,6 +18,14 @@ class _Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class SummaryRequest(_Request):
+    """`summary` of the `hookmap` field: figures of each generated token, which come with it."""
+
+    point: str
+    of: Literal["norm", "lens"] = Field("norm", description="of the row: its length, or the lens's likeliest token")
+    layers: str | int | list[int] = Field("all", description="numbers, negative from the end, or `all`")
+
+
 class Recording(_Request):
     """The `hookmap` field: what is kept of the run, as `HookedModel.capture` takes it."""
 
@@ -31,6 +39,7 @@ class Recording(_Request):
     keep_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     interventions: list[dict[str, Any]] | None = None
     return_: Literal["store", "inline", "none"] = Field("store", alias="return", description="where rows go")
+    summary: SummaryRequest | None = None
 
 
 class StreamOptions(_Request):

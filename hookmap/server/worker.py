@@ -29,6 +29,7 @@ from hookmap.runs import device_of, vocabulary_of
 from hookmap.selectors import Selector
 from hookmap.server.answering import Answering, CancelledError, Gathered, Plain, Token
 from hookmap.server.errors import ApiError, bad, of_exception
+from hookmap.server.summaries import Summary
 
 log = logging.getLogger("hookmap.server")
 
@@ -78,6 +79,7 @@ class Job:
     keeper: Keeper | None = None
     interventions: tuple[Intervention, ...] = ()
     top_logprobs: int | None = None
+    summary: Summary | None = None
     emit: Callable[[Event], None] = field(default=lambda event: None)
     """called in the model's thread: each step's tokens, then a Result or an ApiError"""
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -187,7 +189,7 @@ class Worker:
     def _run(self, job: Job, memory: MemoryUse) -> Result:
         keeper = job.keeper
         run = Answering(
-            self._hooks if keeper or job.interventions else self._plain,
+            self._hooks if keeper or job.interventions or job.summary else self._plain,
             self._hm.tokenizer,
             keeper.selectors if keeper else (),
             job.prompts,
@@ -202,6 +204,8 @@ class Worker:
             tell=lambda tokens: _emit(job, tokens),
             cancelled=job.cancelled.is_set,
             top_logprobs=job.top_logprobs,
+            summary=job.summary,
+            readout=job.summary.reading(self._hm) if job.summary else None,
         )
         if job.interventions:
             run.edits = self._edits(job)
