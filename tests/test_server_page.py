@@ -1,4 +1,4 @@
-"""The page at /, in a browser, by keyboard: it shows what the server says, asks nobody else, and complains of nothing."""
+"""The page at /, in a browser, by keyboard: it shows what the server says, asks nobody else, and has no complaints."""
 
 import re
 import time
