@@ -184,7 +184,7 @@ def capture(
         run = Generating(*common, progress, memory, max_new_tokens=max_new_tokens, config=config, stop=stop, seed=seed)
         may_pad = gen.takes(engine.root, "attention_mask")
         groups = tuple(generation_batches(lengths, batch_size or BATCH_SIZE, may_pad))
-        settings: dict[str, Any] = {"generation": _generation(config), "seed": seed, "stop": list(stop)}
+        settings: dict[str, Any] = {"generation": gen.as_json(config), "seed": seed, "stop": list(stop)}
         settings["batch_size"] = batch_size or BATCH_SIZE
     else:
         _refuse_generation(do_sample, seed, stop, generation)
@@ -262,13 +262,6 @@ def _check_vocabulary(engine: Engine, prompts: Sequence[Prompt]) -> None:
                 f"prompt {number} has token ids {wrong[:5]}, and the model's vocabulary is 0 to {size - 1}. "
                 "The tokenizer is another model's."
             )
-
-
-def _generation(config: Any) -> dict[str, Any]:
-    """What decides the samples, as JSON: a run with other settings cannot go on with a folder."""
-    found = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return plain
 
 
 def _of_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from hookmap.lens import Lens, lens
 from hookmap.library import load_map
 from hookmap.loading import load_model, load_tokenizer
 from hookmap.map_of_model import map_of
+from hookmap.padding import why_no_pads
 from hookmap.patching import Sweep, sweep
 from hookmap.plan import Plan, plan
 from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
@@ -45,6 +46,10 @@ class HookedModel:
     """the module itself: no copy, no hooks on it"""
     tokenizer: Any
     """its tokenizer, or None where none was given with a module"""
+    root: nn.Module
+    """the transformers model whose `generate` runs: the module, or the one inside its wrappers (PEFT)"""
+    hooks: HooksEngine
+    """the engine of plain hooks"""
 
     def __init__(
         self,
@@ -61,9 +66,9 @@ class HookedModel:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
-        self._root = _generating_root(model)
+        self.root = _generating_root(model)
         self._nnsight_model = nnsight_model
-        self._hooks = HooksEngine(model, self._root)
+        self.hooks = HooksEngine(model, self.root)
         self._nnsight: Engine | None = None
 
     def capture(
@@ -177,12 +182,22 @@ class HookedModel:
 
     def matching(self, chosen: Kept) -> frozenset[int]:
         """The token ids that positions="text=…" means. Raises SelectionError."""
-        return matching_tokens(chosen, self.tokenizer, vocabulary_of(self._hooks))
+        return matching_tokens(chosen, self.tokenizer, self.vocabulary)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model can be fed."""
+        return vocabulary_of(self.hooks)
+
+    @cached_property
+    def why_no_pads(self) -> str | None:
+        """Why prompts of different lengths must not share a batch; None where it was shown that they may."""
+        return why_no_pads(self)
 
     @cached_property
     def proofs(self) -> Proofs:
         """What was shown about writing the points of this model."""
-        return Proofs(self._hooks, self.map)
+        return Proofs(self.hooks, self.map)
 
     def _plan(self, interventions: Any, prompts: Sequence[Prompt], max_new_tokens: int, chat: Chat) -> Plan | None:
         if isinstance(interventions, Plan):
@@ -270,7 +285,7 @@ class HookedModel:
             batches = tuple(generation_batches(lengths, batch_size or BATCH_SIZE))
         else:
             batches = tuple(harvest_batches(lengths, batch_tokens, batch_size))
-        itemsize = next(self._root.parameters()).itemsize
+        itemsize = next(self.root.parameters()).itemsize
         d_mlp = max((self._d_mlp(s) for s in selectors if s.point.partition(".")[0] == "mlp_post"), default=None)
         return estimate(self.map, selectors, lengths, max_new_tokens, itemsize, batches, d_mlp, chosen)
 
@@ -289,11 +304,11 @@ class HookedModel:
             name = "nnsight" if given else "hooks"
             why = "the model came as an nnsight model, whose edits apply" if given else "the leanest"
         if name == "hooks":
-            return self._hooks, why
+            return self.hooks, why
         if self._nnsight is None:
             from hookmap.engines.nnsight import NNsightEngine  # imported here: it takes a second or two
 
-            self._nnsight = NNsightEngine(self.model, self._root, self._nnsight_model)
+            self._nnsight = NNsightEngine(self.model, self.root, self._nnsight_model)
         return self._nnsight, why
 
     def _d_mlp(self, selector: Selector) -> int:

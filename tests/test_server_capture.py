@@ -239,6 +239,34 @@ def test_the_demo_loads_once_and_unloads(tmp_path: Path) -> None:
         assert served.chat(max_tokens=1).status_code == 200
 
 
+def test_no_answer_names_a_folder_of_the_server(tmp_path: Path) -> None:
+    from hookmap.demo import MODEL_PATH
+
+    folder = shutil.copytree(MODEL_PATH, tmp_path / "secret" / "my-model")
+    limits: dict[str, Any] = {"admin_key": "k", "allow": (str(folder),), "loads": {"device": "cpu"}}
+    with serving(tmp_path / "sessions", **limits) as served:
+        served.headers = {"Authorization": "Bearer k"}
+        answers = [served.post("/models/load", model="my-model")]
+        assert answers[0].json()["id"] == "my-model"
+        record = {"points": ["resid_post"], "layers": [4]}
+        answers.append(served.chat(model="my-model", max_tokens=2, hookmap=record))
+        session = answers[1].json()["session_id"]
+        patch = {"do": "patch", "point": "resid_post", "layers": [4], "source": {"store": session}}
+        put = {"interventions": [patch], "model": "my-model"}
+        answers.append(httpx.put(f"{served.url}/v1/interventions", json=put, headers=served.headers, timeout=60))
+        assert answers[2].json()["data"][0]["source"]["store"] == session
+        paths = ["/v1/models", "/v1/models/my-model", "/v1/interventions?model=my-model", "/health", "/metrics"]
+        paths += [
+            "/v1/model/structure?model=my-model",
+            "/v1/activations/sessions",
+            f"/v1/activations/sessions/{session}",
+        ]
+        answers += [served.get(path) for path in paths]
+        answers += [served.chat(model="other"), served.post("/models/load", model="other")]
+        assert [answer.status_code for answer in answers] == [200] * 11 + [404, 403]
+        assert [str(answer.url) for answer in answers if str(tmp_path) in answer.text] == []
+
+
 def test_interventions_are_those_of_capture_in_a_request_and_as_defaults(tmp_path: Path) -> None:
     steer = {"do": "steer", "point": "resid_post", "layers": [4], "vector": [3.0] * 64, "strength": 2.0}
     what: dict[str, Any] = {"points": ["resid_post"], "layers": [4, 9], "max_new_tokens": 6}

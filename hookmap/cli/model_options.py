@@ -39,11 +39,15 @@ def opened(model: str | None, given: dict[str, Any], quiet: bool = False) -> "Ho
     with working("importing torch and transformers", quiet=quiet):
         import hookmap.model
     with working(f"loading {model}", quiet=quiet, spinner=False):  # transformers shows a bar of its own
-        return hookmap.open(
-            model,
-            map=given["map_"] or settings.get("map"),
-            tokenizer=given["tokenizer"] or settings.get("tokenizer"),
-            dtype=given["dtype"] or settings.get("dtype", "auto"),
-            device=given["device"] or settings.get("device"),
-            trust_remote_code=bool(given["trust_remote_code"] or settings.get("trust_remote_code")),
-        )
+        return hookmap.open(model, **loads(given, settings))
+
+
+def loads(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """How `hookmap.open` opens it: what was typed, else what hookmap.yaml says."""
+    return {
+        "map": given["map_"] or settings.get("map"),
+        "tokenizer": given["tokenizer"] or settings.get("tokenizer"),
+        "dtype": given["dtype"] or settings.get("dtype", "auto"),
+        "device": given["device"] or settings.get("device"),
+        "trust_remote_code": bool(given["trust_remote_code"] or settings.get("trust_remote_code")),
+    }

@@ -21,6 +21,7 @@ from hookmap.server import errors, page
 from hookmap.server.admission import admit
 from hookmap.server.chat import ChatWire, prompt_of
 from hookmap.server.completions import MAX_TOKENS, CompletionWire, prompts_of
+from hookmap.server.editing import described as described_edit
 from hookmap.server.editing import read
 from hookmap.server.errors import ApiError
 from hookmap.server.guard import Guard
@@ -215,7 +216,7 @@ def _models(app: FastAPI, models: Models) -> None:
 def _interventions(app: FastAPI, models: Models, sessions: Sessions) -> None:
     def told(loaded: Loaded) -> dict[str, Any]:
         found = models.interventions.get(loaded.name, ())
-        return {"object": "list", "model": loaded.name, "data": [each.model_dump(mode="json") for each in found]}
+        return {"object": "list", "model": loaded.name, "data": [described_edit(each) for each in found]}
 
     @app.get("/v1/interventions")
     async def defaults(model: str | None = None) -> dict[str, Any]:
@@ -237,15 +238,15 @@ def _model(loaded: Loaded) -> dict[str, Any]:
 def _structure(loaded: Loaded) -> dict[str, Any]:
     """The map, the tree as text, and the points that a capture of every layer gives."""
     modules = {path: type(module).__name__ for path, module in loaded.hm.model.named_modules()}
-    known = loaded.hm.map.model_copy(update={"model_id": loaded.name})  # not by a path of this machine
+    here = loaded.hm.map.model_copy(update={"model_id": loaded.name})  # not the folder it came from
     drawn = io.StringIO()
     screen = Console(width=160, file=drawn, color_system=None)
-    screen.print(tree(known, modules))
+    screen.print(tree(here, modules))
     return {
         "model": loaded.name,
-        "points": list(dict.fromkeys(selector.point for selector in known.selectors())),
-        "layers": known.num_layers,
-        "summary": offered(known),
-        "map": known.model_dump(mode="json"),
+        "points": list(dict.fromkeys(selector.point for selector in here.selectors())),
+        "layers": here.num_layers,
+        "summary": offered(here),
+        "map": here.model_dump(mode="json"),
         "tree": drawn.getvalue(),
     }

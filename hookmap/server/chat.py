@@ -13,13 +13,13 @@ from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenL
 
 from hookmap.generation import end_tokens
 from hookmap.prompts import Prompt, templated
-from hookmap.server.answering import Token
 from hookmap.server.errors import bad
+from hookmap.server.jobs import Job, Result
 from hookmap.server.requests import ChatRequest, Message
 from hookmap.server.streaming import extras, summaries, usage_of
 from hookmap.server.text import RowText
+from hookmap.server.tokens import Token
 from hookmap.server.tools import Call, ToolText, check_template, reads_calls, with_arguments
-from hookmap.server.worker import Job, Result
 
 
 def prompt_of(asked: ChatRequest, tokenizer: Any) -> Prompt:
@@ -103,14 +103,13 @@ class ChatWire:
         """The rest of each choice and why it ended, then usage. What was kept stands in the last chunk."""
         chunks = []
         for number, row in enumerate(self._rows):
-            sample = result.samples[number]
             text, calls = row.end()
             if text:
                 chunks.append(self._chunk(number, ChoiceDelta(content=text)))
             if calls:
                 told = [{"index": index, **_call(call)} for index, call in enumerate(calls)]
                 chunks.append(self._chunk(number, ChoiceDelta.model_validate({"tool_calls": told})))
-            reason = "tool_calls" if calls else row.reason(sample.token_ids[sample.prompt_tokens :])
+            reason = "tool_calls" if calls else row.reason(result.new[number])
             chunks.append(self._chunk(number, ChoiceDelta(), reason))
         if self._usage:
             usage = usage_of(self._job, result)
@@ -127,8 +126,7 @@ class ChatWire:
         return ChatCompletion(**self._head, object="chat.completion", choices=choices, usage=usage, **more)
 
     def _choice(self, number: int, result: Result, tokens: list[Token]) -> Choice:
-        row, sample = self._rows[number], result.samples[number]
-        new = sample.token_ids[sample.prompt_tokens :]
+        row, new = self._rows[number], result.new[number]
         text = "".join(row.add(token) for token in new)
         rest, calls = row.end()
         text += rest

@@ -9,12 +9,12 @@ from openai.types.completion_choice import Logprobs
 
 from hookmap.generation import end_tokens
 from hookmap.prompts import Prompt, encode
-from hookmap.server.answering import Token
 from hookmap.server.errors import bad
+from hookmap.server.jobs import Job, Result
 from hookmap.server.requests import CompletionRequest
 from hookmap.server.streaming import extras, summaries, usage_of
 from hookmap.server.text import RowText
-from hookmap.server.worker import Job, Result
+from hookmap.server.tokens import Token
 
 MAX_TOKENS = 16
 """OpenAI's, where the request does not say"""
@@ -70,8 +70,7 @@ class CompletionWire:
         """Every choice, prompt after prompt."""
         choices = []
         for number, row in enumerate(self._texts):
-            sample = result.samples[number]
-            text = row.whole(sample.token_ids[sample.prompt_tokens :])
+            text = row.whole(result.new[number])
             own = [token for token in tokens if token.row == number]
             logprobs = self._told(own) if self._logprobs else None
             reason: Any = self._reason(number, result)
@@ -90,8 +89,7 @@ class CompletionWire:
         return Completion.model_construct(**self._head, object="text_completion", choices=[choice])
 
     def _reason(self, number: int, result: Result) -> str:
-        sample = result.samples[number]
-        new = sample.token_ids[sample.prompt_tokens :]
+        new = result.new[number]
         ended = self._texts[number].stopped or new[-1] in self._ends or len(new) < self._job.max_new_tokens
         return "stop" if ended else "length"
 

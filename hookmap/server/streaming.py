@@ -14,9 +14,10 @@ from openai.types import CompletionUsage
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from hookmap.server.answering import Token
-from hookmap.server.errors import ApiError
-from hookmap.server.worker import Event, Job, Result, Worker
+from hookmap.server.errors import ApiError, cancelled
+from hookmap.server.jobs import Event, Job, Result
+from hookmap.server.tokens import Token
+from hookmap.server.worker import Worker
 
 
 class Wire(Protocol):
@@ -73,7 +74,7 @@ async def _event(events: "asyncio.Queue[Event]", request: Request) -> Event:
         await asyncio.wait({event, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if event.done():
             return event.result()
-        raise ApiError(499, "the client closed the connection.", code="cancelled")
+        raise cancelled()
     finally:
         event.cancel()
         leaving.cancel()
@@ -137,5 +138,5 @@ def extras(result: Result) -> dict[str, Any]:
 def usage_of(job: Job, result: Result) -> CompletionUsage:
     """Tokens of each prompt once, and of every choice."""
     prompt = sum(len(prompt.token_ids) for prompt in job.prompts[:: job.together])
-    completion = sum(len(sample.token_ids) - sample.prompt_tokens for sample in result.samples)
+    completion = sum(map(len, result.new))
     return CompletionUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)

@@ -7,7 +7,7 @@ import sys
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the network for prices
 
-import litellm  # noqa: E402
+import litellm
 
 URL, PROBLEMS = sys.argv[1:]
 litellm.suppress_debug_info = True
