@@ -70,7 +70,24 @@ def admit(
         told |= {"request": id, "prompts": rows}
         told |= {"interventions": fingerprint(changes)} if changes else {}
         keeper = ToStore(what, sessions, model.hm, model.name, told)
-    return Job(id, each, n, config, new, asked.stops, asked.seed, keeper, changes, top_logprobs, summary)
+    if asked.reads_prompt and any(change.point == "logits" for change in changes):
+        raise bad(
+            "echo: logprobs of a prompt are told before an intervention on logits; leave one of them out.", "echo"
+        )
+    return Job(
+        id,
+        each,
+        n,
+        config,
+        new,
+        asked.stops,
+        asked.seed,
+        keeper,
+        changes,
+        top_logprobs,
+        summary,
+        asked.reads_prompt,
+    )
 
 
 def new_tokens(prompt: int, asked: int | None, context: int | None, settings: Settings) -> int:

@@ -32,6 +32,7 @@ class CompletionWire:
 
     def __init__(self, asked: CompletionRequest, job: Job, model: str, tokenizer: Any) -> None:
         self._texts = [RowText(tokenizer, job.stop) for _ in job.prompts]
+        self._echoed = [self._text_of(prompt, tokenizer) for prompt in job.prompts] if asked.echo else []
         self._offsets = [0] * len(job.prompts)
         self._job, self._tokenizer, self._logprobs = job, tokenizer, asked.logprobs is not None
         self._usage = bool(asked.stream_options and asked.stream_options.include_usage)
@@ -39,12 +40,13 @@ class CompletionWire:
         self._head: dict[str, Any] = {"id": f"cmpl-{job.id}", "created": int(time.time()), "model": model}
 
     def opening(self) -> Iterator[Completion]:
-        """Nothing: a completion has no role."""
-        yield from ()
+        """The prompt of each choice, where it is asked for."""
+        for number, prompt in enumerate(self._echoed):
+            yield self._chunk(number, prompt)
 
     def piece(self, token: Token) -> Completion | None:
         """The text that a token makes certain; with logprobs or a summary each token has a chunk."""
-        text = self._texts[token.row].add(token.id)
+        text = "" if token.prompt else self._texts[token.row].add(token.id)
         more = summaries(self._job, [token], self._tokenizer.decode)
         if not text and not self._logprobs and not more:
             return None
@@ -71,6 +73,7 @@ class CompletionWire:
         choices = []
         for number, row in enumerate(self._texts):
             text = row.whole(result.new[number])
+            text = self._echoed[number] + text if self._echoed else text
             own = [token for token in tokens if token.row == number]
             logprobs = self._told(own) if self._logprobs else None
             reason: Any = self._reason(number, result)
@@ -78,6 +81,9 @@ class CompletionWire:
         more = {**summaries(self._job, tokens, self._tokenizer.decode), **extras(result)}
         usage = usage_of(self._job, result)
         return Completion(**self._head, object="text_completion", choices=choices, usage=usage, **more)
+
+    def _text_of(self, prompt: Prompt, tokenizer: Any) -> str:
+        return prompt.text or str(tokenizer.decode(list(prompt.token_ids)))
 
     def _chunk(self, row: int, text: str, reason: str | None = None, logprobs: Any = None) -> Completion:
         choice = CompletionChoice.model_construct(
@@ -99,9 +105,11 @@ class CompletionWire:
         for token, text in zip(tokens, texts, strict=True):
             offsets.append(self._offsets[token.row])
             self._offsets[token.row] += len(text)
-        tops = []
-        for token, text in zip(tokens, texts, strict=True):
-            likeliest = {decode([id]): max(logprob, -9999.0) for id, logprob in reversed(token.top)}
-            tops.append(likeliest | {text: max(token.logprob or 0.0, -9999.0)})
-        logprobs = [max(token.logprob or 0.0, -9999.0) for token in tokens]
-        return Logprobs(tokens=texts, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)
+        logprobs = [None if token.logprob is None else max(token.logprob, -9999.0) for token in tokens]
+        tops: list[dict[str, float] | None] = []
+        for token, text, logprob in zip(tokens, texts, logprobs, strict=True):
+            likeliest = {decode([id]): max(value, -9999.0) for id, value in reversed(token.top)}
+            tops.append(None if logprob is None else likeliest | {text: logprob})
+        # Constructed, not checked: an echo's first token has null, as OpenAI's and vLLM's has, against OpenAI's type.
+        told: dict[str, Any] = {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops}
+        return Logprobs.model_construct(**told, text_offset=offsets)

@@ -74,6 +74,8 @@ class Job:
     interventions: tuple[Intervention, ...] = ()
     top_logprobs: int | None = None
     summary: Summary | None = None
+    echo: bool = False
+    """whether the logprobs of the prompts are told"""
     emit: Callable[[Event], None] = field(default=lambda event: None)
     """called in the model's thread: each step's tokens, then a Result or an ApiError"""
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -88,7 +90,7 @@ class Job:
     @property
     def plain(self) -> bool:
         """Whether it reads, keeps and changes nothing."""
-        return self.keeper is None and not self.interventions and self.summary is None
+        return self.keeper is None and not self.interventions and self.summary is None and not self.echo
 
     @cached_property
     def shares(self) -> dict[str, Any] | None:

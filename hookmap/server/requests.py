@@ -73,6 +73,11 @@ class Sampling(_Request):
     user: Any = None
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether logprobs of the prompt are asked for."""
+        return False
+
+    @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
@@ -165,14 +170,16 @@ class CompletionRequest(Sampling):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool | None = None
+    echo: bool | None = Field(None, description="the prompt before the completion, with its logprobs where asked")
     suffix: str | None = None
     best_of: Positive | None = None
 
+    @property
+    def reads_prompt(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
+
     def refused(self) -> None:
         super().refused()
-        if self.echo:
-            raise bad("echo is not done by this server.", "echo")
         if self.suffix:
             raise bad("suffix is not done by this server.", "suffix")
         if self.best_of not in (None, self.n or 1):

@@ -10,7 +10,7 @@ from hookmap.server.summaries import Figures
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token."""
+    """One generated token, or one of the prompt."""
 
     row: int
     id: int
@@ -20,6 +20,8 @@ class Token:
     """the likeliest tokens there, and their logprobs"""
     figures: Figures | None = None
     """where the request wants a summary"""
+    prompt: bool = False
+    """whether it is one of the prompt, which an echo tells"""
 
 
 class Likely(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not typed
