@@ -27,6 +27,7 @@ from hookmap.server.errors import ApiError
 from hookmap.server.guard import Guard
 from hookmap.server.metrics import Metrics
 from hookmap.server.models import Loaded, Models
+from hookmap.server.ranges import DOCUMENTED as RANGED
 from hookmap.server.ranges import ranged
 from hookmap.server.recording import described
 from hookmap.server.requests import ChatRequest, CompletionRequest
@@ -68,7 +69,15 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
         sessions.close()
 
     # The pages at /docs load scripts from elsewhere.
-    app = FastAPI(title="hookmap", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="hookmap",
+        version=__version__,
+        lifespan=lifespan,
+        responses=dict(errors.DOCUMENTED),
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
     metrics = Metrics(models, sessions)
 
     def done(scope: Scope, status: int, seconds: float) -> None:
@@ -88,7 +97,7 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
     async def health() -> dict[str, Any]:
         return {"status": "ok", "version": __version__, "models": [loaded.name for loaded in models.all]}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics_text() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -101,13 +110,18 @@ async def _sweep(sessions: Sessions) -> None:
         await asyncio.to_thread(sessions.sweep)
 
 
+def _answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """How a route documents its answers: in one piece, or a stream of chunks."""
+    return {200: {"model": model, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+
 def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sessions) -> None:
     encoding = asyncio.Lock()  # tokenizers are not made for several threads at once
 
     def common(model: Loaded) -> tuple[Any, ...]:
         return settings, sessions, models.interventions.get(model.name, ())
 
-    @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion}})
+    @app.post("/v1/chat/completions", responses=_answers(ChatCompletion))
     async def chat(asked: ChatRequest, request: Request) -> Response:
         model = models.get(asked.model)
         most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
@@ -120,7 +134,7 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
         wire = ChatWire(asked, job, model.name, model.hm.tokenizer)
         return await answer(request, model.worker, job, wire, bool(asked.stream))
 
-    @app.post("/v1/completions", responses={200: {"model": Completion}})
+    @app.post("/v1/completions", responses=_answers(Completion))
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         model = models.get(asked.model)
         most = MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
@@ -152,8 +166,8 @@ def _sessions(app: FastAPI, sessions: Sessions) -> None:
         await asyncio.to_thread(sessions.delete, id)
         return {"id": id, "object": "activations.session", "deleted": True}
 
-    @app.get("/v1/activations/sessions/{id}/tensors")
-    @app.get("/v1/activations/session/{id}/tensors")
+    @app.get("/v1/activations/sessions/{id}/tensors", response_class=Response, responses=RANGED)
+    @app.get("/v1/activations/session/{id}/tensors", response_class=Response, responses=RANGED)
     async def tensors(
         id: str,
         request: Request,
