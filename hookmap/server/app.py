@@ -9,7 +9,7 @@ from typing import Any
 import safetensors.torch
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
-from openai.types import Completion, Model
+from openai.types import Model
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
@@ -20,7 +20,7 @@ from hookmap.errors import SelectionError
 from hookmap.server import errors, page
 from hookmap.server.admission import admit
 from hookmap.server.chat import ChatWire, prompt_of
-from hookmap.server.completions import MAX_TOKENS, CompletionWire, prompts_of
+from hookmap.server.completions import MAX_TOKENS, CompletionWire, TextCompletion, prompts_of
 from hookmap.server.editing import described as described_edit
 from hookmap.server.editing import read
 from hookmap.server.errors import ApiError
@@ -134,7 +134,7 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
         wire = ChatWire(asked, job, model.name, model.hm.tokenizer)
         return await answer(request, model.worker, job, wire, bool(asked.stream))
 
-    @app.post("/v1/completions", responses=_answers(Completion))
+    @app.post("/v1/completions", responses=_answers(TextCompletion))
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         model = models.get(asked.model)
         most = MAX_TOKENS if asked.max_tokens is None else asked.max_tokens

@@ -27,6 +27,25 @@ def prompts_of(asked: CompletionRequest, tokenizer: Any) -> tuple[Prompt, ...]:
     return encode(asked.prompt, tokenizer, chat=False)
 
 
+class Scores(Logprobs):
+    """As OpenAI and vLLM send them: the first token of an echo has null, which OpenAI's type leaves out."""
+
+    token_logprobs: list[float | None] | None = None  # type: ignore[assignment]
+    top_logprobs: list[dict[str, float] | None] | None = None  # type: ignore[assignment]
+
+
+class TextChoice(CompletionChoice):
+    """With such scores."""
+
+    logprobs: Scores | None = None
+
+
+class TextCompletion(Completion):
+    """With such choices."""
+
+    choices: list[TextChoice]  # type: ignore[assignment]
+
+
 class CompletionWire:
     """Writes completions. See `streaming.Wire`."""
 
@@ -39,12 +58,12 @@ class CompletionWire:
         self._ends = end_tokens(job.config)
         self._head: dict[str, Any] = {"id": f"cmpl-{job.id}", "created": int(time.time()), "model": model}
 
-    def opening(self) -> Iterator[Completion]:
+    def opening(self) -> Iterator[TextCompletion]:
         """The prompt of each choice, where it is asked for."""
         for number, prompt in enumerate(self._echoed):
             yield self._chunk(number, prompt)
 
-    def piece(self, token: Token) -> Completion | None:
+    def piece(self, token: Token) -> TextCompletion | None:
         """The text that a token makes certain; with logprobs or a summary each token has a chunk."""
         text = "" if token.prompt else self._texts[token.row].add(token.id)
         more = summaries(self._job, [token], self._tokenizer.decode)
@@ -55,7 +74,7 @@ class CompletionWire:
             setattr(chunk, name, value)
         return chunk
 
-    def closing(self, result: Result) -> Iterator[Completion]:
+    def closing(self, result: Result) -> Iterator[TextCompletion]:
         """The rest of each choice and why it ended, then usage. What was kept stands in the last chunk."""
         chunks = []
         for number, text in enumerate(self._texts):
@@ -63,12 +82,12 @@ class CompletionWire:
             chunks.append(self._chunk(number, rest, self._reason(number, result)))
         if self._usage:
             usage = usage_of(self._job, result)
-            chunks.append(Completion(**self._head, object="text_completion", choices=[], usage=usage))
+            chunks.append(TextCompletion(**self._head, object="text_completion", choices=[], usage=usage))
         for name, value in extras(result).items():
             setattr(chunks[-1], name, value)
         yield from chunks
 
-    def whole(self, result: Result, tokens: list[Token]) -> Completion:
+    def whole(self, result: Result, tokens: list[Token]) -> TextCompletion:
         """Every choice, prompt after prompt."""
         choices = []
         for number, row in enumerate(self._texts):
@@ -77,29 +96,29 @@ class CompletionWire:
             own = [token for token in tokens if token.row == number]
             logprobs = self._told(own) if self._logprobs else None
             reason: Any = self._reason(number, result)
-            choices.append(CompletionChoice(index=number, text=text, finish_reason=reason, logprobs=logprobs))
+            choices.append(TextChoice(index=number, text=text, finish_reason=reason, logprobs=logprobs))
         more = {**summaries(self._job, tokens, self._tokenizer.decode), **extras(result)}
         usage = usage_of(self._job, result)
-        return Completion(**self._head, object="text_completion", choices=choices, usage=usage, **more)
+        return TextCompletion(**self._head, object="text_completion", choices=choices, usage=usage, **more)
 
     def _text_of(self, prompt: Prompt, tokenizer: Any) -> str:
         return prompt.text or str(tokenizer.decode(list(prompt.token_ids)))
 
-    def _chunk(self, row: int, text: str, reason: str | None = None, logprobs: Any = None) -> Completion:
-        choice = CompletionChoice.model_construct(
+    def _chunk(self, row: int, text: str, reason: str | None = None, logprobs: Any = None) -> TextCompletion:
+        choice = TextChoice.model_construct(
             index=row,
             text=text,
             finish_reason=reason,  # null until the last one, as OpenAI sends it
             logprobs=logprobs,
         )
-        return Completion.model_construct(**self._head, object="text_completion", choices=[choice])
+        return TextCompletion.model_construct(**self._head, object="text_completion", choices=[choice])
 
     def _reason(self, number: int, result: Result) -> str:
         new = result.new[number]
         ended = self._texts[number].stopped or new[-1] in self._ends or len(new) < self._job.max_new_tokens
         return "stop" if ended else "length"
 
-    def _told(self, tokens: list[Token]) -> Logprobs:
+    def _told(self, tokens: list[Token]) -> Scores:
         decode = self._tokenizer.decode
         texts, offsets = [decode([token.id]) for token in tokens], []
         for token, text in zip(tokens, texts, strict=True):
@@ -110,6 +129,4 @@ class CompletionWire:
         for token, text, logprob in zip(tokens, texts, logprobs, strict=True):
             likeliest = {decode([id]): max(value, -9999.0) for id, value in reversed(token.top)}
             tops.append(None if logprob is None else likeliest | {text: logprob})
-        # Constructed, not checked: an echo's first token has null, as OpenAI's and vLLM's has, against OpenAI's type.
-        told: dict[str, Any] = {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops}
-        return Logprobs.model_construct(**told, text_offset=offsets)
+        return Scores(tokens=texts, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)

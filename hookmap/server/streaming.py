@@ -60,7 +60,7 @@ async def answer(request: Request, worker: Worker, job: Job, wire: Wire, streams
         raise
     if isinstance(event, ApiError):
         raise event
-    return JSONResponse(wire.whole(event, tokens).model_dump(mode="json", exclude_unset=True, warnings=False))
+    return JSONResponse(wire.whole(event, tokens).model_dump(mode="json", exclude_unset=True))
 
 
 def _wants_tokens(job: Job, streams: bool) -> bool:
@@ -102,7 +102,7 @@ async def _chunks(event: Event, events: "asyncio.Queue[Event]", wire: Wire) -> A
 
 
 def _written(chunk: BaseModel) -> str:
-    return f"data: {chunk.model_dump_json(exclude_unset=True, warnings=False)}\n\n"
+    return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
 
 class _Stream(StreamingResponse):
