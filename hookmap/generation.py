@@ -131,8 +131,18 @@ class Ending:
             return True
         if not self._stop:
             return False
-        text = self._tokenizer.decode(list(newest))
-        return any(stop in text for stop in self._stop)
+        return any(stop in text for text in self._texts(list(newest)) for stop in self._stop)
+
+    def _texts(self, newest: list[int]) -> Iterator[str]:
+        """Of the newest tokens; more than one where they may begin inside a character, which has four bytes at most.
+
+        A tokenizer that writes bytes as tokens (Llama 2's) decodes none of the bytes behind half a character.
+        """
+        for first in range(4):
+            text = self._tokenizer.decode(newest[first:])
+            yield text
+            if "\ufffd" not in text:
+                return
 
 
 class Finished(StoppingCriteria):  # type: ignore[misc]  # transformers' base is not typed
