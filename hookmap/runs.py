@@ -132,8 +132,12 @@ class Run(ABC):
             editor.before.finish(columns)
 
     def _observer(self, layout: BatchLayout, sink: Sink) -> Observer:
-        keys = max(len(prompt.token_ids) for prompt in self.prompts) + max(0, self.max_new_tokens - 1)
-        return Observer(self.selectors, layout, sink.write, keys=keys, kept=self.kept, matching=self.matching)
+        return Observer(self.selectors, layout, sink.write, keys=self._keys, kept=self.kept, matching=self.matching)
+
+    @property
+    def _keys(self) -> int:
+        """How long rows of attention weights become."""
+        return max(len(prompt.token_ids) for prompt in self.prompts) + max(0, self.max_new_tokens - 1)
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
         pattern = any("key" in POINTS[s.point.partition(".")[0]].axes for s in self.selectors)
