@@ -93,7 +93,7 @@ class ChatWire:
         logprobs = ChoiceLogprobs(content=[self._told(token)], refusal=None) if self._logprobs else None
         if not text and logprobs is None:
             return None
-        return self._chunk(token.row, ChoiceDelta(content=text), logprobs=logprobs)
+        return self._chunk(token.row, ChoiceDelta.model_construct(content=text), logprobs=logprobs)
 
     def closing(self, result: Result) -> Iterator[ChatCompletionChunk]:
         """The rest of each choice and why it ended, then usage. What was kept stands in the last chunk."""
