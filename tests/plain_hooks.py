@@ -188,6 +188,15 @@ FAMILIES: dict[str, Family] = {
         lambda: tf.Olmo2Config(**_COMMON), "model.layers.{i}",
         mixer_out=_out("post_attention_layernorm"), resid_mid=_in("mlp"), mlp_out=_out("post_feedforward_layernorm"),
     ),
+    # The stream itself is normed, behind each of the two sums.
+    "bert": _family(
+        lambda: tf.BertConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
+            num_attention_heads=4, max_position_embeddings=128, pad_token_id=0, is_decoder=True,
+        ),
+        "bert.encoder.layer.{i}", mixer_out=_out("attention.output.dense"),
+        resid_mid_sum=_in("attention.output.LayerNorm"), resid_mid=_out("attention"), mlp_out=_out("output.dense"),
+    ),
     "cohere": _family(
         lambda: tf.CohereConfig(**_COMMON), "model.layers.{i}", mixer_out=_out("self_attn"), mlp_out=_out("mlp")
     ),

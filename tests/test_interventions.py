@@ -114,8 +114,12 @@ def test_a_steer_is_what_hand_written_hooks_do_on_every_point(name: str) -> None
         assert all(not torch.equal(plain.read(n, "logits"), run.read(n, "logits")) for n in range(len(RAGGED)))
 
 
-BLOCKS = ("gpt2", "llama", "qwen3_moe", "gemma2", "olmo2", "cohere", "falcon_7b", "bloom", "mamba", "jamba", "granite")
-"""sequential, MoE, sandwich, post-norm, parallel (one adds in place), its own addition, mixer only, hybrid, scaled"""
+BLOCKS = (
+    "gpt2", "llama", "qwen3_moe", "gemma2", "olmo2", "cohere", "falcon_7b", "bloom", "mamba", "jamba", "granite",
+    "bert",
+)  # fmt: skip
+"""sequential, MoE, sandwich, norms behind the branches, parallel (one adds in place), its own addition, mixer only,
+hybrid, scaled, a stream that is normed itself"""
 
 
 def source_rows(name: str, point: str, layer: int) -> torch.Tensor:

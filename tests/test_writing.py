@@ -29,6 +29,7 @@ REFUSED = {
     "phi": SHARED_NORM,
     "cohere": SHARED_NORM,
     "olmo2": {"mixer_in", "attn_in"},
+    "bert": {"mixer_in", "attn_in"},
 }
 
 
