@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
 
@@ -72,3 +74,15 @@ PEERS = {
         ),
     )
 }
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest number."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def like(answer: torch.Tensor, question: str, theirs: torch.Tensor) -> torch.Tensor:
+    """Our answer in the form of theirs: nnterp's lens is of the last position, and heads may be cut otherwise."""
+    if question == "lens":
+        return answer[:, -theirs.shape[1] :]
+    return answer.reshape(theirs.shape) if question.startswith("read z") else answer

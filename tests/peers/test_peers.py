@@ -14,7 +14,7 @@ import questions as q
 import torch
 from hookmaps_answers import hookmaps_answers, load
 from plain_hooks import FAMILIES
-from programs import PEERS, SEQUENTIAL, Peer
+from programs import PEERS, SEQUENTIAL, Peer, apart, like
 from tiny_tokenizer import tiny_tokenizer
 from truth import truth
 
@@ -53,17 +53,6 @@ def theirs(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         return answers
 
     return lambda peer, name: q.Answers.load(asked(peer.name) / name)
-
-
-def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def like(answer: torch.Tensor, question: str, theirs: torch.Tensor) -> torch.Tensor:
-    """Our answer in the form of theirs: nnterp's lens is of the last position, and heads may be cut otherwise."""
-    if question == "lens":
-        return answer[:, -theirs.shape[1] :]
-    return answer.reshape(theirs.shape) if question.startswith("read z") else answer
 
 
 @pytest.mark.parametrize("name", FAMILIES)
