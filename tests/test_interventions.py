@@ -240,6 +240,28 @@ def test_the_last_stream_patched_everywhere_gives_the_logits_of_its_source(name:
     assert torch.equal(run.read(0, "logits"), source.read(0, "logits"))
 
 
+def test_the_middle_of_opt_is_written_where_batch_and_positions_are_one_axis() -> None:
+    """By hand: in place into what the second norm is given, the pads of the padded batch left out."""
+    hm, fed = opened("opt"), [0]
+
+    def steered(_: Any, args: Any) -> None:
+        rows = args[0].view(len(RAGGED), -1, D)
+        for number, length in enumerate(LENGTHS):
+            rows[number, max(0, WIDTH - length - fed[0]) :] += VECTOR
+        fed[0] += rows.shape[1]
+
+    norm = hm.model.get_submodule("model.decoder.layers.1.final_layer_norm")
+    with torch.no_grad():
+        handle = norm.register_forward_pre_hook(steered)
+        reference = plain_hooks.generate(hm.model, FAMILIES["opt"], RAGGED, max_new_tokens=NEW, do_sample=False)
+        handle.remove()
+    steer = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR}
+    run = hm.capture(RAGGED, ["resid_post"], max_new_tokens=NEW, interventions=[steer])
+    for number, length in enumerate(LENGTHS):
+        expected = reference.point(FAMILIES["opt"], "resid_post", 2)[number, WIDTH - length :]
+        assert torch.equal(run.read(number, "resid_post", 2), expected)
+
+
 def test_the_mean_of_a_prompt_is_kept_for_the_tokens_after_it() -> None:
     """By hand: the mean over the prompt's own rows, pads left out, at every position."""
     means: dict[int, torch.Tensor] = {}
