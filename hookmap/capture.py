@@ -1,5 +1,6 @@
 """Prompts + selectors + engine -> rows of activations in a store, and the run that reads them back."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ from hookmap.runs import (
 from hookmap.selectors import Selector
 from hookmap.stores import open_store
 from hookmap.stores.background import BackgroundWriter
+from hookmap.stores.beside import BEFORE, Lacking, before_writer
 from hookmap.stores.folder import FolderWriter, write_store
 from hookmap.stores.interface import Store, place_of
 from hookmap.stores.manifest import Manifest, manifest_of_run
@@ -156,7 +158,7 @@ def capture(
     """See `HookedModel.capture`. `why`: this engine."""
     if not selectors and store is not None:
         raise StoreError("a capture folder needs at least one tensor: name points, or leave store= out.")
-    _check_interventions(engine, plan, before, store)
+    _check_interventions(engine, plan, before)
     gen.check_count("max_new_tokens", max_new_tokens, least=0)
     gen.check_count("batch_size", BATCH_SIZE if batch_size is None else batch_size)
     gen.check_count("batch_tokens", batch_tokens)
@@ -197,7 +199,9 @@ def capture(
     if plan is not None:
         settings["interventions"] = plan.settings
         run.edits = plan.edits
-        run.before = MemoryStore(keys) if before else None
+    if before:
+        settings["before"] = f"in {BEFORE}/" if store is not None else "in memory"
+        expected = expected.twice()
     manifest = manifest_of_run(
         keys,
         model=name,
@@ -207,30 +211,48 @@ def capture(
     )
     check_room(expected, store, already=_bytes_there(store) if resume else 0)
     log.info("capture: %s; engine %s (%s)", expected, engine.name, why)
-    if store is None:
-        held = MemoryStore(manifest.keys)
-        run.all(groups, held)
-        _tell(run)
-        made = Capture(held, selectors, architecture_map, manifest)
-        if isinstance(run.before, MemoryStore):
-            made.before = Capture(run.before, selectors, architecture_map, manifest)
-        return made
-    with BackgroundWriter((FolderWriter.resume if resume else FolderWriter.create)(store, manifest)) as writer:
-        run.all(groups, writer, writer.finished)
-        writer.note({"engine": engine.name, "why": why, "memory": dict(_tell(run)), "halved": run.halved})
-    written = open_store(store)
-    return Capture(written, selectors, architecture_map, written.manifest)
+    stores = _in_memory(run, groups, before) if store is None else _on_disk(run, groups, manifest, store, resume, why)
+    captures = [Capture(s, selectors, architecture_map, getattr(s, "manifest", manifest)) for s in stores]
+    captures[0].before = captures[1] if before else None
+    return captures[0]
 
 
-def _check_interventions(engine: Engine, plan: Plan | None, before: bool, store: Any) -> None:
+def _in_memory(run: Run, groups: Sequence[Sequence[int]], before: bool) -> list[Store]:
+    keys = [(selector.point, selector.layer) for selector in run.selectors]
+    stores = [MemoryStore(keys) for _ in range(1 + before)]
+    run.before = stores[1] if before else None
+    run.all(groups, stores[0])
+    _tell(run)
+    return [*stores]
+
+
+def _on_disk(
+    run: Run, groups: Sequence[Sequence[int]], manifest: Manifest, store: Any, resume: bool, why: str
+) -> list[Store]:
+    before = "before" in manifest.settings
+    with contextlib.ExitStack() as closing:
+        folder = (FolderWriter.resume if resume else FolderWriter.create)(store, manifest)
+        writers = [closing.enter_context(BackgroundWriter(folder))]
+        if before:
+            writers.append(closing.enter_context(BackgroundWriter(before_writer(store, manifest))))
+            run.before = Lacking(writers[1])
+        finished = frozenset.intersection(*(writer.finished for writer in writers))
+        run.all(groups, Lacking(writers[0]) if before else writers[0], finished)
+        figures = dict(_tell(run))
+        for writer in writers:
+            writer.note({"engine": run.engine.name, "why": why, "memory": figures, "halved": run.halved})
+    return [open_store(store), *([open_store(Path(store) / BEFORE)] if before else [])]
+
+
+def _check_interventions(engine: Engine, plan: Plan | None, before: bool) -> None:
     """Before anything runs. Raises InterventionError."""
     if plan is not None and engine.name != "hooks":
         raise InterventionError(
             f'interventions are written with hooks, and this run\'s engine is {engine.name}: give engine="hooks". '
             "(What is stored in an nnsight model does not apply then.)"
         )
-    if before and (plan is None or store is not None):
-        raise InterventionError("before=True keeps rows in memory, of a run with interventions: leave it or store out.")
+    if before and plan is None:
+        raise InterventionError("before=True keeps rows of a run with interventions, and there are none: leave it out.")
 
 
 def _tell(run: Run) -> Mapping[str, int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -365,6 +366,35 @@ def test_rows_before_and_after_come_out_of_one_run() -> None:
             written = key in (("resid_mid", 1), ("mlp_out", 1), ("mlp_out_raw", 1), ("resid_post", 1))
             assert torch.equal(after, before + VECTOR if written else before), key
     assert hm.generate(RAGGED, steers, {"points": "all"}, 2).before is None
+
+
+def test_rows_before_go_to_disk_too_and_are_gone_on_with(tmp_path: Path) -> None:
+    """After a kill one folder may be ahead of the other: what either lacks is done again, and doubled in neither."""
+    hm = opened("llama")
+    steer = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR}
+    capture = {"points": ["resid_mid", "mlp_out"], "layers": [1], "before": True}
+    options = {"max_new_tokens": 4, "batch_size": 1}
+    memory = hm.generate(RAGGED, [steer], capture, **options)
+    folder = tmp_path / "run"
+
+    def stop(where: Any) -> None:
+        if where.samples_done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hm.generate(RAGGED, [steer], capture, store=folder, progress=stop, **options)
+    shutil.rmtree(folder / "before")
+    assert len(hookmap.open_store(folder)) == 2
+    with pytest.raises(hookmap.StoreError, match="before"):
+        hm.generate(RAGGED, [steer], {**capture, "before": False}, store=folder, resume=True, **options)
+    run = hm.generate(RAGGED, [steer], capture, store=folder, resume=True, **options)
+    assert run.before is not None and memory.before is not None
+    assert run.before.tokens == run.tokens == memory.tokens
+    for found, expected in ((run, memory), (run.before, memory.before)):
+        assert not found.store.verify()  # type: ignore[attr-defined]
+        for key in memory.keys:
+            assert all(torch.equal(found.read(n, *key), expected.read(n, *key)) for n in range(len(RAGGED)))
+    assert torch.equal(run.read(0, "resid_mid", 1), run.before.read(0, "resid_mid", 1) + VECTOR)
 
 
 def test_heads_are_written_one_by_one() -> None:

@@ -55,6 +55,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     "--engine", type=click.Choice(["auto", "hooks", "nnsight"]), default="auto", help="What watches the model."
 )
 @click.option("--intervene", metavar="FILE", help="Write while it runs: a JSON or YAML file of interventions.")
+@click.option("--before", is_flag=True, help="With --intervene: the rows right before it too, in DIR/before.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -97,6 +98,7 @@ def command(
     keep_dtype: str | None,
     engine: str,
     intervene: str | None,
+    before: bool,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
@@ -132,6 +134,8 @@ def command(
     elif not texts:
         click.echo(f"prompt: {DEFAULT_PROMPT} (the default; give your own with --prompt or --prompts)", err=True)
         given = [DEFAULT_PROMPT]
+    if before and intervene is None:
+        raise click.UsageError("--before keeps rows from before interventions: name them with --intervene FILE")
     interventions = _interventions(intervene)
     tokens = settings.get("max_new_tokens", 64) if max_new_tokens is None else max_new_tokens
     sampling = _sampling(temperature, top_p, top_k, seed)
@@ -158,6 +162,7 @@ def command(
         "keep_dtype": keep_dtype or settings.get("keep_dtype"),
         "engine": engine,
         "interventions": interventions,
+        "before": before,
     }
     if batch_tokens := batch_tokens or settings.get("batch_tokens"):
         run["batch_tokens"] = batch_tokens
@@ -228,7 +233,7 @@ def _announce(hm: "HookedModel", prompts: list[Any], run: dict[str, Any], folder
     """How large the capture gets, and how long a large one takes, before it begins."""
     from hookmap.cli.console import console
 
-    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k not in ("engine", "interventions")})
+    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k not in ("engine", "interventions", "before")})
     text = f"capture: {expected} -> {folder}"
     if expected.bytes > _LARGE_BYTES or expected.forward_passes > _LARGE_PASSES:
         text += f", at most about {_duration(_seconds_per_pass(hm, prompts, run) * expected.forward_passes)}"
