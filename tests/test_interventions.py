@@ -115,14 +115,6 @@ def test_a_steer_is_what_hand_written_hooks_do_on_every_point(name: str) -> None
         assert all(not torch.equal(plain.read(n, "logits"), run.read(n, "logits")) for n in range(len(RAGGED)))
 
 
-BLOCKS = (
-    "gpt2", "llama", "qwen3_moe", "gemma2", "olmo2", "cohere", "falcon_7b", "bloom", "mamba", "jamba", "granite",
-    "bert",
-)  # fmt: skip
-"""sequential, MoE, sandwich, norms behind the branches, parallel (one adds in place), its own addition, mixer only,
-hybrid, scaled, a stream that is normed itself"""
-
-
 def source_rows(name: str, point: str, layer: int) -> torch.Tensor:
     """Rows of SOURCE by a plain hook in one forward pass."""
     hm, (place,) = opened(name), FAMILIES[name].points[point]
@@ -183,7 +175,7 @@ KINDS: dict[str, tuple[dict[str, Any], Change]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_kind_of_intervention_is_what_hand_written_hooks_do(name: str) -> None:
     points = single(name)
     for number, (document, change) in enumerate(KINDS.values()):
@@ -191,7 +183,7 @@ def test_every_kind_of_intervention_is_what_hand_written_hooks_do(name: str) -> 
         held_against_hooks(name, point, 1, change, {**document, "point": point, "layers": [1]})
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_patch_puts_in_the_rows_of_another_prompt(name: str) -> None:
     for point in single(name):
         rows = source_rows(name, point, 1)
@@ -207,7 +199,9 @@ def test_a_patch_puts_in_the_rows_of_another_prompt(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_changes_nothing_changes_no_bit(name: str) -> None:
-    """No intervention, a steer by zero, a scale by one, a clamp without an end, each prompt patched into itself."""
+    """No intervention, a steer by zero, a scale by one, a clamp without an end, an ablation of tokens that are not
+    there, each prompt patched into itself.
+    """
     hm, family = opened(name), FAMILIES[name]
     points = list(family.points)
     for new in (NEW, 0):
@@ -221,6 +215,7 @@ def test_what_changes_nothing_changes_no_bit(name: str) -> None:
                 ("steer", {"vector": VECTOR, "strength": 0.0, "keep_norm": True}),
                 ("scale", {"factor": 1.0}),
                 ("clamp", {"direction": VECTOR, "min": -1e9}),
+                ("ablate", {"positions": "500:"}),  # of which there are none
                 ("patch", {"source": {"prompt": RAGGED[0]}}),
             )
             if do != "patch" or not new  # a prompt's rows by generate may differ from those of one pass in a bit
