@@ -1,5 +1,6 @@
 """Prompts + selectors + engine -> a run, prepared; its rows in a store; and the capture that reads them back."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ from hookmap.runs import (
 from hookmap.selectors import Selector
 from hookmap.stores import open_store
 from hookmap.stores.background import BackgroundWriter
+from hookmap.stores.beside import BEFORE, Lacking, before_writer
 from hookmap.stores.folder import FolderWriter, write_store
 from hookmap.stores.interface import Store, place_of
 from hookmap.stores.manifest import Manifest, manifest_of_run
@@ -149,28 +151,39 @@ class Prepared:
             raise CaptureError("resume=True needs the folder to go on with: give store=FOLDER.")
         check_room(self.expected, store, already=_bytes_there(store) if resume else 0)
         log.info("capture: %s; engine %s (%s)", self.expected, self.run.engine.name, self.why)
-        return self._in_memory() if store is None else self._in_folder(store, resume)
+        stores = self._in_memory() if store is None else self._in_folder(store, resume)
+        made = [Capture(s, self.run.selectors, self.map, getattr(s, "manifest", self.manifest)) for s in stores]
+        made[0].before = made[1] if self._before else None
+        return made[0]
 
-    def _in_memory(self) -> Capture:
-        run, held = self.run, MemoryStore(self.manifest.keys)
-        run.all(self.groups, held)
-        _tell(run)
-        made = Capture(held, run.selectors, self.map, self.manifest)
-        if isinstance(run.before, MemoryStore):
-            made.before = Capture(run.before, run.selectors, self.map, self.manifest)
-        return made
+    @property
+    def _before(self) -> bool:
+        """Whether rows from before the interventions are kept too."""
+        return "before" in self.manifest.settings
 
-    def _in_folder(self, store: str | os.PathLike[str], resume: bool) -> Capture:
-        run = self.run
+    def _in_memory(self) -> list[Store]:
+        stores = [MemoryStore(self.manifest.keys) for _ in range(1 + self._before)]
+        self.run.before = stores[1] if self._before else None
+        self.run.all(self.groups, stores[0])
+        _tell(self.run)
+        return [*stores]
+
+    def _in_folder(self, store: str | os.PathLike[str], resume: bool) -> list[Store]:
+        run, manifest = self.run, self.manifest
         if not run.selectors:
             raise StoreError("a capture folder needs at least one tensor: name points, or leave store= out.")
-        if run.before is not None:
-            raise InterventionError("before=True keeps rows in memory: leave it or store= out.")
-        with BackgroundWriter((FolderWriter.resume if resume else FolderWriter.create)(store, self.manifest)) as writer:
-            run.all(self.groups, writer, writer.finished)
-            writer.note({"engine": run.engine.name, "why": self.why, "memory": dict(_tell(run)), "halved": run.halved})
-        written = open_store(store)
-        return Capture(written, run.selectors, self.map, written.manifest)
+        with contextlib.ExitStack() as closing:
+            folder = (FolderWriter.resume if resume else FolderWriter.create)(store, manifest)
+            writers = [closing.enter_context(BackgroundWriter(folder))]
+            if self._before:
+                writers.append(closing.enter_context(BackgroundWriter(before_writer(store, manifest))))
+                run.before = Lacking(writers[1])
+            finished = frozenset.intersection(*(writer.finished for writer in writers))
+            run.all(self.groups, Lacking(writers[0]) if self._before else writers[0], finished)
+            figures = dict(_tell(run))
+            for writer in writers:
+                writer.note({"engine": run.engine.name, "why": self.why, "memory": figures, "halved": run.halved})
+        return [open_store(store), *([open_store(Path(store) / BEFORE)] if self._before else [])]
 
 
 def prepare(
@@ -235,7 +248,9 @@ def prepare(
     if plan is not None:
         settings["interventions"] = plan.settings
         run.edits = plan.edits
-        run.before = MemoryStore(keys) if before else None
+    if before:
+        settings["before"] = True
+        expected = expected.twice()
     manifest = manifest_of_run(
         keys,
         model=name,
@@ -254,7 +269,7 @@ def _check_interventions(engine: Engine, plan: Plan | None, before: bool) -> Non
             "(What is stored in an nnsight model does not apply then.)"
         )
     if before and plan is None:
-        raise InterventionError("before=True keeps rows of a run with interventions: give interventions=, or leave it.")
+        raise InterventionError("before=True keeps rows of a run with interventions, and there are none: leave it out.")
 
 
 def _tell(run: Run) -> Mapping[str, int]:

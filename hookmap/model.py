@@ -121,7 +121,8 @@ class HookedModel:
         store: a folder to stream to, with memory flat, or None for memory. resume: go on with that folder after an
         interruption; finished samples are not done again.
         interventions: what is written while it runs: interventions, documents of them, or a file; the rows kept are
-        those after them. before: keep them as they were right before, too, as `.before` of what is returned.
+        those after them. before: keep them as they were right before, too, as `.before` of what is returned;
+        with a store also in the folder `before` in it, a capture of its own.
         progress: called after each step. generation: fields of transformers' GenerationConfig, such as temperature.
 
         Raises SelectionError, TokenizerError, StoreError, InterventionError, and CaptureError where a run did not see

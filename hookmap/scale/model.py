@@ -16,7 +16,7 @@ from uuid import uuid4
 from hookmap.activations import Activation
 from hookmap.architecture_map import ArchitectureMap
 from hookmap.capture import Capture
-from hookmap.errors import StoreError
+from hookmap.errors import InterventionError, StoreError
 from hookmap.estimate import Estimate, check_room
 from hookmap.loading import load_tokenizer
 from hookmap.runs import Progress
@@ -78,6 +78,10 @@ class RayModel:
         `HookedModel.capture` does, and CaptureError where a batch ends every worker that tries it.
         """
         named = _named(selection, options)
+        if named.get("before"):
+            raise InterventionError(
+                "before=True keeps rows on one machine only: leave it out, or hookmap.open the model."
+            )
         if store is None:
             with tempfile.TemporaryDirectory(prefix="hookmap-") as folder:
                 made = self._capture(prompts, named, Path(folder) / "capture", False, progress)

@@ -63,6 +63,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 )
 @clustered
 @click.option("--intervene", metavar="FILE", help="Write while it runs: a JSON or YAML file of interventions.")
+@click.option("--before", is_flag=True, help="With --intervene: the rows right before it too, in DIR/before.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -105,6 +106,7 @@ def command(
     keep_dtype: str | None,
     engine: str,
     intervene: str | None,
+    before: bool,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
@@ -141,6 +143,8 @@ def command(
         click.echo(f"prompt: {DEFAULT_PROMPT} (the default; give your own with --prompt or --prompts)", err=True)
         given = [DEFAULT_PROMPT]
     cluster = cluster_of(engine, loads)
+    if before and intervene is None:
+        raise click.UsageError("--before keeps rows from before interventions: name them with --intervene FILE")
     interventions = _interventions(intervene)
     tokens = settings.get("max_new_tokens", 64) if max_new_tokens is None else max_new_tokens
     sampling = _sampling(temperature, top_p, top_k, seed)
@@ -168,6 +172,7 @@ def command(
             "features_seed": features_seed,
             "keep_dtype": keep_dtype or settings.get("keep_dtype"),
             "interventions": interventions,
+            "before": before,
         }
         if cluster is None:
             run["engine"] = engine
@@ -240,7 +245,7 @@ def _announce(hm: "Model", prompts: list[Any], run: dict[str, Any], folder: Path
     """How large the capture gets, and how long a large one takes, before it begins."""
     from hookmap.cli.console import console
 
-    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k not in ("engine", "interventions")})
+    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k not in ("engine", "interventions", "before")})
     text = f"capture: {expected} -> {folder}"
     if expected.bytes > _LARGE_BYTES or expected.forward_passes > _LARGE_PASSES:
         text += f", at most about {_duration(_seconds_per_pass(hm, prompts, run) * expected.forward_passes)}"
