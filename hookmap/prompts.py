@@ -70,6 +70,8 @@ def _token_ids(text: str, number: int, tokenizer: Any, **options: Any) -> tuple[
 
 
 def _encode(prompt: Any, number: int, tokenizer: Any, chat: Chat, why_none: str) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return _checked(prompt, number)
     if isinstance(prompt, PromptRecord):
         own = _encode(prompt.prompt, number, tokenizer, chat, why_none)
         return replace(own, id=prompt.id, labels=prompt.labels)

@@ -33,6 +33,7 @@ from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 
 from hookmap.activations import Sample
 from hookmap.errors import CaptureError
+from hookmap.prompts import Prompt, templated
 
 MAX_TOKENS = 512
 METADATA = "hookmap"
@@ -52,7 +53,7 @@ class _Answer:
 
 @dataclass(frozen=True)
 class _Request:
-    token_ids: tuple[int, ...]
+    prompt: Prompt
     rows: int
     """answers that are wanted"""
     settings: str
@@ -100,8 +101,9 @@ class HookmapAPI(ModelAPI):
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
         """See inspect_ai.model.ModelAPI."""
-        ids = self._encode(input, tools)
-        request = _Request(ids, config.num_choices or 1, json.dumps(_settings(config), sort_keys=True), Future())
+        prompt = self._encode(input, tools)
+        ids = prompt.token_ids
+        request = _Request(prompt, config.num_choices or 1, json.dumps(_settings(config), sort_keys=True), Future())
         self._requests.put(request)
         answer = await asyncio.wrap_future(request.answer)
         made = [len(sample.token_ids) - len(ids) for sample in answer.samples]
@@ -128,15 +130,14 @@ class HookmapAPI(ModelAPI):
         """Requests at once: a batch."""
         return self._batch_size
 
-    def _encode(self, input: list[ChatMessage], tools: list[ToolInfo]) -> tuple[int, ...]:
+    def _encode(self, input: list[ChatMessage], tools: list[ToolInfo]) -> Prompt:
         tokenizer = self.hooked.tokenizer
         messages = [_plain(message) for message in input]
         if not getattr(tokenizer, "chat_template", None):
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
-            return self.hooked.encode(text, False)[0].token_ids
+            return self.hooked.encode(text, False)[0]
         named = {"tools": [_described(tool) for tool in tools]} if tools else {}
-        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **named)
-        return tuple(found["input_ids"])
+        return templated(messages, 0, tokenizer, **named)
 
     def _serve(self) -> None:
         """The one thread that runs the model."""
@@ -171,7 +172,7 @@ class HookmapAPI(ModelAPI):
 
     def _run(self, batch: list[_Request]) -> list[_Answer]:
         folder = self._new_folder()
-        rows = [list(request.token_ids) for request in batch for _ in range(request.rows)]
+        rows = [request.prompt for request in batch for _ in range(request.rows)]
         run = self.hooked.capture(
             rows,
             points=self._points,

@@ -35,7 +35,7 @@ def write_results(folder: Path, log: Any, settings: Mapping[str, Any]) -> dict[s
     kept = gathered or (folder / BATCHES).is_dir()
     rows = [_row(sample, str(settings["scorer"])) for sample in samples]
     for sample, row in zip(samples, rows, strict=True):
-        where = {"capture": ACTIVATIONS, "id": row["id"]} if kept and place_of(sample) else None
+        where = {"capture": ACTIVATIONS, "id": row["id"]} if kept and place_of(sample) else served_place(sample)
         whole = {**row, "worked_answer": (sample.metadata or {}).get("worked_answer"), "activations": where}
         write(folder / SAMPLES / f"{row['id']}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
         write(folder / TRAJECTORIES / f"{row['id']}.jsonl", lines(map(_message, sample.messages)))
@@ -110,6 +110,18 @@ def place_of(sample: Any) -> dict[str, Any] | None:
     """Where the activations of a sample of the log are, as the provider says; None where it kept none."""
     found = (sample.output.metadata or {}).get(METADATA)
     return found if isinstance(found, dict) and found.get("capture") is not None else None
+
+
+def served_place(sample: Any) -> dict[str, Any] | None:
+    """The session of `hookmap serve` that holds the last generation; None where the server kept none.
+
+    inspect's OpenAI provider leaves fields that it does not know out of the output; the call in the log has them.
+    """
+    for event in reversed(sample.events or []):
+        if event.event == "model" and event.call is not None:
+            session = (event.call.response or {}).get("session_id")
+            return None if session is None else {"session": session, "choice": 0}
+    return None
 
 
 def lines(rows: Any) -> str:

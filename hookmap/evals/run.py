@@ -34,7 +34,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate, write the results folder, and return its summary. The same call again goes on where it stopped.
 
-    model: a hub id, a folder, `demo`, or one of inspect's own (`inspect:openai/…`), without points.
+    model: a hub id, a folder, `demo`, or one of inspect's own (`inspect:openai/…`). Of those only a model of `hookmap
+    serve` (`inspect:openai-api/hookmap/NAME`) takes points: they are kept there, a session for each generation.
     opening: options of hookmap.open. parallel: samples at once, the size of a batch. prompt: a key of PROMPTS.
     Raises StoreError where the folder is of another run, CaptureError where samples failed.
     """
@@ -57,6 +58,8 @@ def evaluate(
         display=display,
         max_tokens=max_tokens,
         temperature=temperature,
+        extra_body={"hookmap": _recording(points, layers)} if points and not own else None,
+        log_model_api=not own,  # where the sessions are named
     )
     summary = write_results(target, log, settings)
     remove_captures(target / BATCHES)
@@ -91,6 +94,12 @@ def finished_log(
     if not done:
         raise CaptureError(f"not all samples were answered: {_why(logs)}\nThe same command again goes on: -o {folder}")
     return read_eval_log(logs[0].location)
+
+
+def _recording(points: Any, layers: Any) -> dict[str, Any]:
+    """What the server is asked to keep."""
+    listed = [layers] if isinstance(layers, int) else layers
+    return {"points": points, "layers": listed, "return": "store"}
 
 
 def _same_run(folder: Path, settings: dict[str, Any]) -> None:

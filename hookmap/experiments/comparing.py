@@ -11,6 +11,8 @@ import numpy as np
 from hookmap.probes.metrics import Floats
 
 RESAMPLES = 10_000
+_AT_ONCE = 1_000_000
+"""numbers of one matrix of resampled questions, 8 MB"""
 _EXACT = 16
 """questions that differ, up to which all signs are gone through"""
 
@@ -44,8 +46,10 @@ def compare(one: Floats, other: Floats, seed: int = 0) -> Difference:
 def interval(values: Floats, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap of the mean of [questions]."""
     draw = np.random.default_rng(seed)
-    means = [values[draw.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
+    means, step = [], max(1, _AT_ONCE // len(values))
+    for start in range(0, RESAMPLES, step):
+        means.append(values[draw.integers(0, len(values), (min(step, RESAMPLES - start), len(values)))].mean(axis=1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)
 
 

@@ -11,7 +11,6 @@ Stage = Literal["configure", "generate", "score", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 BUNDLED = "demo"
 """instead of a file: the example that comes with hookmap"""
-_PATHS = (("model",), ("samples", "data"))
 
 
 class _Part(BaseModel):
@@ -142,25 +141,21 @@ def load_experiment(path: str | Path) -> Experiment:
     if not isinstance(document, dict):
         raise DataError(f"{file}: expected keys such as `prefixes:`, found {document!r}.")
     try:
-        return Experiment.model_validate(_with_paths(document, file.parent))
+        return _from(file.parent, Experiment.model_validate(document))
     except ValidationError as error:
         lines = [f"  - {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
         hint = "The form: docs/experiments.md, or hookmap experiment --schema"
         raise DataError(f"{file}:\n" + "\n".join(lines) + f"\n{hint}") from error
 
 
-def _with_paths(document: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A hub id looks like a path too: only what is there is taken for one."""
-    found = dict(document)
-    for *above, last in _PATHS:
-        part: Any = found
-        for name in above:
-            part[name] = dict(part[name]) if isinstance(part.get(name), dict) else part.get(name)
-            part = part[name] if isinstance(part[name], dict) else {}
-        value = part.get(last)
-        if isinstance(value, str) and value not in ("", "demo") and (folder / value).exists():
-            part[last] = str((folder / value).resolve())
-    return found
+def _from(folder: Path, experiment: Experiment) -> Experiment:
+    """Paths of the file, seen from its folder. A hub id looks like a path too: only what is there is taken for one."""
+
+    def there(name: str) -> str:
+        return str((folder / name).resolve()) if name not in ("", "demo") and (folder / name).exists() else name
+
+    samples = experiment.samples.model_copy(update={"data": there(experiment.samples.data)})
+    return experiment.model_copy(update={"model": there(experiment.model), "samples": samples})
 
 
 def schema() -> dict[str, Any]:
