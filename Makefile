@@ -2,6 +2,7 @@
 # make test   sets up .venv with the test tools, then runs every check
 # make test-maps      what `make test` begins with: the shipped maps of well-known families, and a tenth that changes daily
 # make test-oldest    the same and the core tests on the oldest transformers that is allowed, in .venv-oldest
+# make test-clients   openai, litellm, inspect_ai and lm-eval against `hookmap serve`, each in its own environment
 # make format, make schema, make docs-reference: what a contributor needs; see CONTRIBUTING.md
 #
 # PYTHON=python3.12 make demo   another interpreter (3.10 or later)
@@ -17,7 +18,7 @@ FAMILIES := bloom cohere deepseek_v3 falcon gemma gemma2 gemma3_text gpt2 gpt_ne
 CHECK_MAPS = maps check --today $(FAMILIES) --jobs $(WORKERS)
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test test-maps test-oldest setup check format schema clean
+.PHONY: demo test test-maps test-oldest test-clients setup check format schema clean
 
 demo: .venv/.ready
 	@rm -rf demo-output && mkdir demo-output
@@ -41,6 +42,9 @@ test-oldest: .venv-oldest/.ready
 	$(OFFLINE) .venv-oldest/bin/python -m pytest tests/test_discovery.py tests/test_multimodal.py
 	$(OFFLINE) .venv-oldest/bin/hookmap $(CHECK_MAPS)
 
+test-clients: .venv/.ready-for-tests .venv-clients/.ready
+	$(OFFLINE) $(BIN)/python tests/clients/run.py
+
 .venv/.ready: pyproject.toml scripts/setup.py
 	$(PYTHON) scripts/setup.py
 
@@ -49,6 +53,9 @@ test-oldest: .venv-oldest/.ready
 
 .venv-oldest/.ready: pyproject.toml scripts/setup.py
 	$(PYTHON) scripts/setup.py --oldest
+
+.venv-clients/.ready: scripts/setup.py
+	$(PYTHON) scripts/setup.py --clients
 
 setup: .venv/.ready-for-tests
 
@@ -60,4 +67,4 @@ schema: .venv/.ready
 	$(BIN)/python scripts/write_schema.py
 
 clean:
-	rm -rf .venv .venv-oldest demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-clients demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
