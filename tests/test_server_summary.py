@@ -1,5 +1,6 @@
 """The figures that come with each token are those of the rows that `capture` keeps, and of `lens`."""
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from served import MESSAGES, Served, serving
 
 from hookmap.server.summaries import offered
@@ -77,6 +80,17 @@ def test_each_choice_has_its_own_figures_beside_what_is_kept(served: Served) -> 
     for each in told:
         rows = [run.read(each["choice"], "resid_post", layer)[each["position"]] for layer in (4, 9)]
         assert each["values"] == pytest.approx([float(row.norm()) for row in rows], rel=1e-6)
+
+
+def test_what_the_lens_runs_is_no_part_of_what_is_kept(served: Served) -> None:
+    """It calls the model's own norm and head between the forward passes, which a capture of them must not see."""
+    kept: dict[str, Any] = {"points": ["final_norm", "logits"]}
+    body = {**kept, "summary": {"point": "resid_mid", "of": "lens"}, "return": "inline"}
+    answer = served.chat(max_tokens=4, hookmap=body).json()
+    run = served.hm.capture([MESSAGES], **kept, max_new_tokens=4)
+    held = safetensors.torch.load(base64.b64decode(answer["activations_meta"]["samples"][0]["safetensors"]))
+    for point in kept["points"]:
+        assert torch.equal(held[point], run.read(0, point))
 
 
 def test_completions_have_them_for_every_prompt(served: Served) -> None:
