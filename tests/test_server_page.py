@@ -71,6 +71,18 @@ def heads(page: Any) -> list[str]:
     return list(page.evaluate("[...document.querySelectorAll('#map thead th')].slice(1).map(c => c.title)"))
 
 
+EVERY_FRAME = """() => {
+    window.pictures = [];
+    const look = () => {
+        const answer = document.querySelector("#talk .assistant")?.textContent ?? "";
+        pictures.push([Math.max(0, document.querySelectorAll("#map thead th").length - 1), answer.length]);
+        requestAnimationFrame(look);
+    };
+    look();
+}"""
+"""notes tokens in the heat map and characters in the answer, in each picture that a person is shown"""
+
+
 def slowly(seconds: float) -> Any:
     """Each forward pass takes so long, so that a stream can be looked at while it comes."""
     return demo().model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
@@ -85,13 +97,9 @@ def test_the_heat_map_fills_in_while_the_answer_comes_and_is_of_captures_rows(pa
         assert page.input_value("#model") == NAME
         hook = slowly(0.02)
         try:
-            page.focus("#text")
-            page.keyboard.type(QUESTION)
-            page.keyboard.press("Enter")
-            counts = []
-            while page.is_visible("#stop") or not counts:
-                counts.append((len(heads(page)), len(page.text_content("#talk .assistant"))))
-            done(page)
+            page.evaluate(EVERY_FRAME)
+            ask(page)
+            counts = page.evaluate("pictures")
         finally:
             hook.remove()
         between = {count for count, _ in counts if 0 < count < len(new)}

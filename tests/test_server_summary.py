@@ -1,10 +1,15 @@
 """The figures that come with each token are those of the rows that `capture` keeps, and of `lens`."""
 
+import base64
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from served import MESSAGES, Served, serving
 
 from hookmap.server.summaries import offered
@@ -77,6 +82,17 @@ def test_each_choice_has_its_own_figures_beside_what_is_kept(served: Served) -> 
         assert each["values"] == pytest.approx([float(row.norm()) for row in rows], rel=1e-6)
 
 
+def test_what_the_lens_runs_is_no_part_of_what_is_kept(served: Served) -> None:
+    """It calls the model's own norm and head between the forward passes, which a capture of them must not see."""
+    kept: dict[str, Any] = {"points": ["final_norm", "logits"]}
+    body = {**kept, "summary": {"point": "resid_mid", "of": "lens"}, "return": "inline"}
+    answer = served.chat(max_tokens=4, hookmap=body).json()
+    run = served.hm.capture([MESSAGES], **kept, max_new_tokens=4)
+    held = safetensors.torch.load(base64.b64decode(answer["activations_meta"]["samples"][0]["safetensors"]))
+    for point in kept["points"]:
+        assert torch.equal(held[point], run.read(0, point))
+
+
 def test_completions_have_them_for_every_prompt(served: Served) -> None:
     body = {"prompt": ["1+1", "Tom has"], "max_tokens": 3, "temperature": 0}
     summary = {"return": "none", "summary": {"point": "resid_mid", "layers": 5}}
@@ -117,3 +133,14 @@ def test_the_structure_offers_what_can_be_asked(served: Served) -> None:
         for point in points:
             summary = {"point": point, "of": of}
             assert served.chat(hookmap={"return": "none", "summary": summary}, max_tokens=1).status_code == 200, summary
+
+
+def test_the_python_of_the_server_page_prints_what_the_page_shows(
+    served: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "server.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
+    exec(code.replace("http://127.0.0.1:8000", served.url), found := {})  # noqa: S102 - the page is ours
+    found["client"].close()
+    (shown,) = re.findall(r"```text\n(\d.*?)```", page, flags=re.DOTALL)
+    assert capsys.readouterr().out == shown

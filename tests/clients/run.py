@@ -64,8 +64,8 @@ def serve(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
 
 def run(name: str, envs: Path, url: str, problems: Path) -> bool:
     """One client; what it prints and whether it was content."""
-    python = envs / name / "bin" / "python"
-    command = [str(python), str(HERE / f"with_{name}.py"), url, str(problems)]
+    python = sys.executable if name == "openai" else str(envs / name / "bin" / "python")
+    command = [python, str(HERE / f"with_{name}.py"), url, str(problems)]
     command += [str(MODEL_PATH)] if name == "lm_eval" else []
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1", "HF_DATASETS_CACHE": str(problems.parent / "cache")}

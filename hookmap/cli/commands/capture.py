@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _LARGE_BYTES = 10**9
 _LARGE_PASSES = 1000
+_NOT_ESTIMATED = ("engine", "interventions", "before")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -245,7 +246,7 @@ def _announce(hm: "Model", prompts: list[Any], run: dict[str, Any], folder: Path
     """How large the capture gets, and how long a large one takes, before it begins."""
     from hookmap.cli.console import console
 
-    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k not in ("engine", "interventions", "before")})
+    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k not in _NOT_ESTIMATED})
     text = f"capture: {expected} -> {folder}"
     if expected.bytes > _LARGE_BYTES or expected.forward_passes > _LARGE_PASSES:
         text += f", at most about {_duration(_seconds_per_pass(hm, prompts, run) * expected.forward_passes)}"
@@ -261,7 +262,7 @@ def _seconds_per_pass(hm: "Model", prompts: list[Any], run: dict[str, Any]) -> f
     from time import perf_counter
 
     trial = {**run, "max_new_tokens": min(2, int(run["max_new_tokens"])), "positions": [0], "every": 1, "mean": False}
-    plain = {name: value for name, value in trial.items() if name not in ("engine", "interventions")}
+    plain = {name: value for name, value in trial.items() if name not in _NOT_ESTIMATED}
     together = run["batch_size"] or 8
     if not trial["max_new_tokens"]:
         together = -(-len(prompts) // hm.estimate(prompts, **plain).forward_passes)
