@@ -62,17 +62,6 @@ def with_terms(found: ArchitectureMap, point: str, *terms: dict[str, Any]) -> Ar
     return found.model_copy(update={"kinds": (kind.model_copy(update={"points": points}), *found.kinds[1:])})
 
 
-def test_a_sum_that_no_tensor_holds_is_refused() -> None:
-    found, model = opened("llama").map, opened("llama").model
-    entry = {"module": "model.layers.{i}", "side": "input", "index": 0}
-    mixer = {"module": "model.layers.{i}.self_attn", "side": "output", "index": 0}
-    summed = with_terms(found, "resid_mid", entry, mixer)
-    said = reason(Proofs(HooksEngine(model, model), summed), summed, "resid_mid", 1)
-    assert said == (
-        "no one tensor of the model holds it, it is model.layers.0.input[0] + model.layers.0.self_attn.output[0]"
-    )
-
-
 def test_what_nothing_reads_any_more_is_refused() -> None:
     hm = opened("mixtral")
     assert "nothing reads it there any more" in str(reason(hm.proofs, hm.map, "router_logits"))
