@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from machine import describe
@@ -30,6 +31,9 @@ GROUP = 64
 KEYS = [("resid_mid", 8), ("resid_mid", 16)]
 WIDTH = 8
 WORDS = [f"How many apples are {n} apples and {m} more? Say the number alone." for n in range(8) for m in range(8)]
+
+
+Step: TypeAlias = Callable[[], None]
 
 
 def sample(number: int) -> Sample:
@@ -60,54 +64,50 @@ def make(folder: Path, count: int) -> None:
     (folder / MANIFEST).write_text(json.dumps(found))
 
 
-def opening(folder: Path) -> None:
-    assert len(open_store(folder)) % GROUP == 0
+def opening(folder: Path) -> Step:
+    return lambda: check(len(open_store(folder)) % GROUP == 0)
 
 
-def one_sample(folder: Path) -> float:
+def one_sample(folder: Path) -> Step:
     store = open_store(folder)
-    begun = time.perf_counter()
-    found = store.sample(len(store) // 3)
-    assert store.read(found.sample, "resid_mid", 8).shape == (1, WIDTH)
-    return time.perf_counter() - begun
+    return lambda: check(store.read(len(store) // 3, "resid_mid", 8).shape == (1, WIDTH))
 
 
-def by_id(folder: Path) -> float:
+def by_id(folder: Path) -> Step:
     store = open_store(folder)
-    begun = time.perf_counter()
-    assert store.by_id(f"apples/{len(store) // 3}").sample == len(store) // 3
-    return time.perf_counter() - begun
+    return lambda: check(store.by_id(f"apples/{len(store) // 3}").sample == len(store) // 3)
 
 
-def by_id_again(folder: Path) -> float:
+def by_id_again(folder: Path) -> Step:
     store = open_store(folder)
     store.by_id("apples/7")
-    begun = time.perf_counter()
-    assert store.by_id(f"apples/{len(store) // 3}").sample == len(store) // 3
-    return time.perf_counter() - begun
+    return lambda: check(store.by_id(f"apples/{len(store) // 3}").sample == len(store) // 3)
 
 
-def resuming(folder: Path) -> None:
-    """Until the run knows which samples are left."""
+def resuming(folder: Path) -> Step:
+    """Until the run knows which samples are left, and the end of it."""
     found: Manifest = read_manifest(folder)
-    writer = FolderWriter.resume(folder, found)
-    finished = writer.finished
-    assert 7 in finished and len(finished) not in finished
-    writer.close(finished=False)
+
+    def run() -> None:
+        writer = FolderWriter.resume(folder, found)
+        finished = writer.finished
+        check(7 in finished and len(finished) not in finished)
+        writer.close(finished=False)
+
+    return run
 
 
-def inspecting(folder: Path) -> None:
+def inspecting(folder: Path) -> Step:
     from click.testing import CliRunner
 
     from hookmap.cli.main import main
 
-    shown = CliRunner().invoke(main, ["inspect", str(folder)])
-    assert shown.exit_code == 0 and "more: --texts" in shown.stderr, shown.output
+    return lambda: check("more: --texts" in CliRunner().invoke(main, ["inspect", str(folder)]).stderr)
 
 
-STEPS: dict[str, tuple[str, Callable[[Path], float | None]]] = {
+STEPS: dict[str, tuple[str, Callable[[Path], Step]]] = {
     "opening": ("`open_store` and `len`", opening),
-    "one_sample": ("one sample and its row, the store being open", one_sample),
+    "one_sample": ("the row of one sample, the store being open", one_sample),
     "by_id": ("the first `by_id`", by_id),
     "by_id_again": ("another `by_id`", by_id_again),
     "resuming": ("`FolderWriter.resume`, `finished`, close", resuming),
@@ -115,13 +115,19 @@ STEPS: dict[str, tuple[str, Callable[[Path], float | None]]] = {
 }
 
 
+def check(right: bool) -> None:
+    if not right:
+        raise SystemExit("a step does not give what it should")
+
+
 def one(name: str, folder: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begun = time.perf_counter()
-    seconds = STEPS[name][1](folder)
-    took = time.perf_counter() - begun if seconds is None else seconds
+    run = STEPS[name][1](folder)
+    wall, processor = time.perf_counter(), time.process_time()
+    run()
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps([took, grown * 1024]))
+    print(json.dumps([wall, processor, grown * 1024]))
 
 
 def main() -> None:
@@ -143,12 +149,12 @@ def main() -> None:
     size = (folder / SAMPLES).stat().st_size
     print(describe(), end="\n\n")
     print(f"{given.samples:,} samples, a table of {size / 1e9:.2f} GB, {given.samples // GROUP:,} shards\n")
-    print("| step | s | peak memory, MB |\n|---|---|---|")
+    print("| step | s | of it processor, s | peak memory, MB |\n|---|---|---|---|")
     for name in given.only or STEPS:
         command = [sys.executable, __file__, str(folder), "--step", name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds, peak = json.loads(done.stdout)
-        print(f"| {STEPS[name][0]} | {seconds:.3g} | {peak / 1e6:.0f} |", flush=True)
+        wall, processor, peak = json.loads(done.stdout)
+        print(f"| {STEPS[name][0]} | {wall:.2g} | {processor:.2g} | {peak / 1e6:.0f} |", flush=True)
     if not given.keep:
         shutil.rmtree(folder)
 

@@ -1,5 +1,6 @@
 """`hookmap deploy` against a real sshd on this machine, with the demo model; the environment is the tests' own."""
 
+import importlib.util
 import io
 import json
 import os
@@ -280,3 +281,23 @@ def test_an_environment_is_made_once_and_made_anew_when_asked(box: Loopback) -> 
             assert found is None or found.partition("+")[0] == version, line
     finally:
         box.run("box", "--stop", "--folder", "whole")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="no pip in this environment")
+def test_a_release_is_what_pip_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with zipfile.ZipFile(tmp_path / "hookmap-9.9.9-py3-none-any.whl", "w") as wheel:
+        told = "Metadata-Version: 2.1\nName: hookmap\nVersion: 9.9.9\nRequires-Dist: torch>=2.4\n"
+        tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        for name, text in (("METADATA", told), ("WHEEL", tags), ("RECORD", "")):
+            wheel.writestr(f"hookmap-9.9.9.dist-info/{name}", text)
+    lock = tmp_path / "lock.txt"
+    lock.write_text("torch==2.13.0\n")
+    found = bundle("9.9.9", lock)
+    assert (found.version, found.requirements, found.lock) == ("9.9.9", "torch>=2.4\n", "torch==2.13.0\n")
+    with pytest.raises(hookmap.DeployError, match=r"hookmap 9\.9\.8 cannot be had: .*\nLeave --release out"):
+        bundle("9.9.8")
+    lock.write_text("numpy==2.0\n")
+    with pytest.raises(hookmap.DeployError, match="names no exact torch"):
+        bundle("9.9.9", lock)

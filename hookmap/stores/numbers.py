@@ -11,8 +11,10 @@ class NumberSet(MutableSet[int]):
 
     def __init__(self, numbers: "Iterable[int]" = ()) -> None:
         """An array of them, in any order, is taken at once: ten million in a second."""
-        found = np.unique(np.fromiter(numbers, np.int64) if not isinstance(numbers, Sequence) else np.asarray(numbers))
-        breaks = np.flatnonzero(np.diff(found) != 1)
+        found = np.asarray(numbers) if isinstance(numbers, Sequence) else np.fromiter(numbers, np.int64)
+        if (found[1:] <= found[:-1]).any():
+            found = np.unique(found)
+        breaks = np.flatnonzero(found[1:] - found[:-1] != 1)
         # Two lists: of the first number of each stretch, and of the one behind its last.
         self._starts: list[int] = found[np.concatenate([[0], breaks + 1])].tolist() if len(found) else []
         self._stops: list[int] = (found[np.concatenate([breaks, [-1]])] + 1).tolist() if len(found) else []

@@ -214,7 +214,7 @@ def _show(found: dict[str, Any], asked: "Request", host: str) -> None:
     if not found["running"]:
         tell(f"{host} does not serve {what}: its server does not run\n")
         tell(f"  log     {_log(found, asked)}")
-        tell(f"  start   {asked.again}")
+        tell(f"  start   {asked.again} … as it was deployed")
         return
     answers = "" if found["answers"] else ", and does not answer (yet)"
     tell(f"\n{host} serves {what} ({found['runner']}, pid {found['pid']}){answers}\n")
