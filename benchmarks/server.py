@@ -4,8 +4,10 @@
     python benchmarks/server.py full         Qwen3-0.6B's own shape: 28 layers of width 1024, 151,936 tokens
     python benchmarks/server.py demo         the bundled model, whose forward pass takes some milliseconds
 
-Each server is a process of its own, and the ways take turns. `--peer /path/to/transformers` adds `transformers serve`,
-which may live in an environment of its own. The random models say letters only, so that each token is text at once.
+Each server is a process of its own, and the ways take turns. Processor time is that of the process that has the model,
+all its threads: beside other work on the machine it says more than the clock does. `--peer /path/to/transformers` adds
+`transformers serve`, which may live in an environment of its own. The random models say letters only, so that each
+token is text at once.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import torch
 from machine import describe
 from narrow import build
@@ -54,8 +57,8 @@ def saved(shape: str, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def server(*command: str) -> Iterator[str]:
-    """Its URL, once it answers."""
+def server(*command: str) -> Iterator[tuple[str, psutil.Process]]:
+    """Its URL and its process, once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -71,7 +74,7 @@ def server(*command: str) -> Iterator[str]:
                 log.seek(0)
                 sys.exit(log.read().decode())
             time.sleep(0.1)
-        yield url
+        yield url, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait()
@@ -134,27 +137,42 @@ class Ways:
         return statistics.median(each[0] for each in found), sum(each[1] for each in found), time.perf_counter() - start
 
 
-def measure(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, int, float]]]:
-    for way in ways.values():
+Way = tuple[psutil.Process, Callable[[], tuple[float, int, float]]]
+Round = tuple[float, int, float, float]
+"""seconds to the first token, tokens, seconds, seconds of the processor"""
+
+
+def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[Round]]:
+    for _, way in ways.values():
         way()  # warm
-    found: dict[str, list[tuple[float, int, float]]] = {name: [] for name in ways}
+    found: dict[str, list[Round]] = {name: [] for name in ways}
     for number in range(rounds):
         for name in list(ways)[number % len(ways) :] + list(ways)[: number % len(ways)]:
-            found[name].append(ways[name]())
+            process, way = ways[name]
+            before = process.cpu_times()
+            told = way()
+            after = process.cpu_times()
+            found[name].append((*told, after.user + after.system - before.user - before.system))
     return found
 
 
-def table(found: dict[str, list[tuple[float, int, float]]]) -> str:
-    base = found["generate"]
-    lines = ["| way | first token, ms | over `generate` | tokens/s | over `generate` |", "|---|---|---|---|---|"]
+def table(found: dict[str, list[Round]]) -> str:
+    """Ratios are medians of each round's own."""
+
+    def over(name: str, figure: Callable[[Round], float]) -> str:
+        pairs = zip(found[name], found["generate"], strict=True)
+        return f"{statistics.median(figure(each) / figure(own) for each, own in pairs):.2f}"
+
+    lines = [
+        "| way | first token, ms | over `generate` | tokens/s | over `generate` | processor time, over `generate` |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
     for name, rounds in found.items():
         first = statistics.median(each[0] for each in rounds)
-        ratio = statistics.median(each[0] / own[0] for each, own in zip(rounds, base, strict=True))
-        speed = statistics.median(tokens / seconds for _, tokens, seconds in rounds)
-        pairs = zip(rounds, base, strict=True)
-        over = statistics.median((each[1] / each[2]) / (own[1] / own[2]) for each, own in pairs)
-        told = ("", "") if first != first else (f"{first * 1e3:.1f}", f"{ratio:.2f}")
-        lines.append(f"| {name} | {told[0]} | {told[1]} | {speed:.1f} | {over:.2f} |")
+        speed = statistics.median(each[1] / each[2] for each in rounds)
+        told = ("", "") if first != first else (f"{first * 1e3:.1f}", over(name, lambda each: each[0]))
+        figures = (*told, f"{speed:.1f}", over(name, lambda each: each[1] / each[2]))
+        lines.append(f"| {' | '.join((name, *figures, over(name, lambda each: each[3] / each[1])))} |")
     return "\n".join(lines)
 
 
@@ -174,23 +192,22 @@ def main() -> None:
         folder = saved(args.shape, Path(temporary) / "model")
         command = [sys.executable, "-m", "hookmap.cli", "serve", str(folder), "--device", "cpu"]
         sessions = Path(temporary) / "sessions"
-        url = servers.enter_context(server(*command, "--sessions", f"{sessions}-8", "--max-bytes", "1"))
-        single = servers.enter_context(server(*command, "--sessions", f"{sessions}-1", "--batch", "1"))
+        url, served = servers.enter_context(server(*command, "--sessions", f"{sessions}-8", "--max-bytes", "1"))
+        single, served_singly = servers.enter_context(server(*command, "--sessions", f"{sessions}-1", "--batch", "1"))
         run = Ways(folder, args.new)
-        ways: dict[str, Callable[[], Any]] = {
-            "generate": run.direct,
-            "hookmap, whole": lambda: run.whole(url),
-            "hookmap, streamed": lambda: run.streamed(url),
-            "hookmap, streamed, 3 layers x 2 points": lambda: run.streamed(
-                url, hookmap={**POINTS, "layers": [8, 12, 16]}
-            ),
-            "hookmap, streamed, all layers x 2 points": lambda: run.streamed(url, hookmap={**POINTS, "layers": "all"}),
-            "hookmap, 8 at once": lambda: run.eight(url),
-            "hookmap, 8 at once, --batch 1": lambda: run.eight(single),
+        few, every = ({"hookmap": {**POINTS, "layers": layers}} for layers in ([8, 12, 16], "all"))
+        ways: dict[str, Way] = {
+            "generate": (psutil.Process(), run.direct),
+            "hookmap, whole": (served, lambda: run.whole(url)),
+            "hookmap, streamed": (served, lambda: run.streamed(url)),
+            "hookmap, streamed, 3 layers x 2 points": (served, lambda: run.streamed(url, **few)),
+            "hookmap, streamed, all layers x 2 points": (served, lambda: run.streamed(url, **every)),
+            "hookmap, 8 at once": (served, lambda: run.eight(url)),
+            "hookmap, 8 at once, --batch 1": (served_singly, lambda: run.eight(single)),
         }
         if args.peer:
-            peer = servers.enter_context(server(args.peer, "serve", str(folder), "--device", "cpu"))
-            ways["transformers serve, streamed"] = lambda: run.streamed(peer, model=str(folder))
+            peer, process = servers.enter_context(server(args.peer, "serve", str(folder), "--device", "cpu"))
+            ways["transformers serve, streamed"] = (process, lambda: run.streamed(peer, model=str(folder)))
         if args.only:
             ways = {n: w for n, w in ways.items() if n == "generate" or any(word in n for word in args.only)}
         load = os.getloadavg()[0]

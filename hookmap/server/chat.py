@@ -94,7 +94,7 @@ class ChatWire:
         more = summaries(self._job, [token], self._tokenizer.decode)
         if not text and logprobs is None and not more:
             return None
-        chunk = self._chunk(token.row, ChoiceDelta(content=text), logprobs=logprobs)
+        chunk = self._chunk(token.row, ChoiceDelta.model_construct(content=text), logprobs=logprobs)
         for name, value in more.items():
             setattr(chunk, name, value)
         return chunk
