@@ -16,7 +16,7 @@ from hookmap.prompts import Prompt, templated
 from hookmap.server.errors import bad
 from hookmap.server.jobs import Job, Result
 from hookmap.server.requests import ChatRequest, Message
-from hookmap.server.streaming import extras, usage_of
+from hookmap.server.streaming import extras, made, usage_of
 from hookmap.server.text import RowText
 from hookmap.server.tokens import Token
 from hookmap.server.tools import Call, ToolText, check_template, reads_calls, with_arguments
@@ -93,7 +93,7 @@ class ChatWire:
         logprobs = ChoiceLogprobs(content=[self._told(token)], refusal=None) if self._logprobs else None
         if not text and logprobs is None:
             return None
-        return self._chunk(token.row, ChoiceDelta.model_construct(content=text), logprobs=logprobs)
+        return self._chunk(token.row, made(ChoiceDelta, content=text), logprobs=logprobs)
 
     def closing(self, result: Result) -> Iterator[ChatCompletionChunk]:
         """The rest of each choice and why it ended, then usage. What was kept stands in the last chunk."""
@@ -139,8 +139,8 @@ class ChatWire:
     def _chunk(
         self, row: int, delta: ChoiceDelta, reason: str | None = None, logprobs: Any = None
     ) -> ChatCompletionChunk:
-        choice = ChunkChoice.model_construct(index=row, delta=delta, finish_reason=reason, logprobs=logprobs)
-        return ChatCompletionChunk.model_construct(**self._head, object="chat.completion.chunk", choices=[choice])
+        choice = made(ChunkChoice, index=row, delta=delta, finish_reason=reason, logprobs=logprobs)
+        return made(ChatCompletionChunk, **self._head, object="chat.completion.chunk", choices=[choice])
 
     def _told(self, token: Token) -> ChatCompletionTokenLogprob:
         tops = [TopLogprob(**self._token(id, logprob)) for id, logprob in token.top]

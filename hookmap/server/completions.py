@@ -12,7 +12,7 @@ from hookmap.prompts import Prompt, encode
 from hookmap.server.errors import bad
 from hookmap.server.jobs import Job, Result
 from hookmap.server.requests import CompletionRequest
-from hookmap.server.streaming import extras, usage_of
+from hookmap.server.streaming import extras, made, usage_of
 from hookmap.server.text import RowText
 from hookmap.server.tokens import Token
 
@@ -75,13 +75,14 @@ class CompletionWire:
         return Completion(**self._head, object="text_completion", choices=choices, usage=usage, **extras(result))
 
     def _chunk(self, row: int, text: str, reason: str | None = None, logprobs: Any = None) -> Completion:
-        choice = CompletionChoice.model_construct(
+        choice = made(
+            CompletionChoice,
             index=row,
             text=text,
             finish_reason=reason,  # null until the last one, as OpenAI sends it
             logprobs=logprobs,
         )
-        return Completion.model_construct(**self._head, object="text_completion", choices=[choice])
+        return made(Completion, **self._head, object="text_completion", choices=[choice])
 
     def _reason(self, number: int, result: Result) -> str:
         new = result.new[number]
