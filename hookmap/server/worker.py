@@ -118,9 +118,9 @@ class Worker:
         ended(job, event)
 
     def _ended(self, memory: MemoryUse, start: float, together: int, job: Job, event: Event) -> None:
+        _log(job, event, memory, time.perf_counter() - start, together)
         with self._changed:
             self._running.remove(job)
-        _log(job, event, memory, time.perf_counter() - start, together)
         job.tell(event)
 
     def _memory(self) -> MemoryUse:
