@@ -2,9 +2,13 @@
 
 import base64
 import contextlib
+import copy
+import functools
 import http.client
+import http.server
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,14 @@ import hookmap
 from hookmap.cli.main import main
 from hookmap.server.errors import ApiError
 from hookmap.server.sessions import Sessions
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Another server, which tells nobody what it is asked."""
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing."""
+
 
 RECORD = {"points": ["resid_mid", "z"], "layers": [3, -1]}
 
@@ -222,7 +234,40 @@ def test_smoke_walks_through_and_says_what_fails(served: Served) -> None:
     assert "rows of 2 tensors, 8 tokens generated" in steps[5]["detail"]
     assert len(served.sessions.all()) == before
     failed = CliRunner().invoke(main, ["smoke", served.url, "--model", "nowhere/none"])
-    assert failed.exit_code == 1 and "no_admin_key" in failed.stderr
+    assert failed.exit_code == 1 and "start the server with --admin-key" in " ".join(failed.stderr.split())
+
+
+def test_smoke_completes_where_a_model_has_no_chat_template(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(demo().tokenizer)
+    tokenizer.chat_template = None
+    with serving(tmp_path, hookmap.open(demo().model, map=demo().map, tokenizer=tokenizer)) as served:
+        done = CliRunner().invoke(main, ["smoke", served.url, "--json"])
+        assert done.exit_code == 0, done.output
+        assert "no chat template" in json.loads(done.stdout)[3]["detail"]
+
+
+def test_smoke_says_what_is_no_hookmap_server(tmp_path: Path) -> None:
+    def told(url: str) -> tuple[int, str]:
+        done = CliRunner().invoke(main, ["smoke", url])
+        return done.exit_code, " ".join(done.stderr.split())
+
+    (tmp_path / "health").write_text("<html>fine</html>")
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        code, words = told(url)
+        assert code == 1 and f"answers no JSON: <html>fine</html>. Is {url} a hookmap server?" in words
+        code, words = told(f"{url}/nowhere")
+        assert code == 1 and "answers 404" in words and "<body>" not in words
+        other.shutdown()
+    code, words = told(url)
+    assert code == 1 and "no answer from" in words
+    with serving(tmp_path / "sessions", key="k") as served:
+        code, words = told(served.url)
+        assert code == 1 and "answers 401: a wrong key or none" in words and "--key" in words
+    for wrong in ("127.0.0.1:8000", "http://[::1", "http://", "http://127.0.0.1:99999"):
+        assert told(wrong)[0] == 2, wrong
 
 
 def test_the_demo_loads_once_and_unloads(tmp_path: Path) -> None:

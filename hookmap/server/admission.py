@@ -14,6 +14,7 @@ from hookmap.server.recording import ToAnswer, ToStore, plan
 from hookmap.server.requests import Sampling
 from hookmap.server.sessions import Sessions
 from hookmap.server.settings import Settings
+from hookmap.server.summaries import summary_of
 
 LEAST_TEMPERATURE = 0.01
 """as in vLLM: a smaller one overflows"""
@@ -52,6 +53,9 @@ def admit(
     changes = defaults
     if asked.hookmap is not None and asked.hookmap.interventions is not None:
         changes = read(asked.hookmap.interventions, model.hm, sessions)
+    summary = None
+    if asked.hookmap is not None and asked.hookmap.summary is not None:
+        summary = summary_of(asked.hookmap.summary, model.hm.map)
     what = plan(asked, model.hm, settings, each, new)
     keeper: Keeper | None = None
     if what is not None and what.inline:
@@ -66,7 +70,24 @@ def admit(
         told |= {"request": id, "prompts": rows}
         told |= {"interventions": fingerprint(changes)} if changes else {}
         keeper = ToStore(what, sessions, model.hm, model.name, told)
-    return Job(id, each, n, config, new, asked.stops, asked.seed, keeper, changes, top_logprobs)
+    if asked.reads_prompt and any(change.point == "logits" for change in changes):
+        raise bad(
+            "echo: logprobs of a prompt are told before an intervention on logits; leave one of them out.", "echo"
+        )
+    return Job(
+        id,
+        each,
+        n,
+        config,
+        new,
+        asked.stops,
+        asked.seed,
+        keeper,
+        changes,
+        top_logprobs,
+        summary,
+        asked.reads_prompt,
+    )
 
 
 def new_tokens(prompt: int, asked: int | None, context: int | None, settings: Settings) -> int:

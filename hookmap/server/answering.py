@@ -3,8 +3,9 @@
 It ends when nobody waits for it. Requests that do neither are in `batch`.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from transformers import StoppingCriteria
 
 from hookmap import generation as gen
 from hookmap.activations import Activation, Sample, Sink
-from hookmap.engines.observation import BatchLayout
+from hookmap.engines.observation import BatchLayout, Observer
 from hookmap.prompts import Prompt
+from hookmap.readout import Readout
 from hookmap.runs import Generating
+from hookmap.server.echo import Echo
 from hookmap.server.errors import cancelled
+from hookmap.server.summaries import Summarising, Summary
 from hookmap.server.tokens import Likely, Token, told
 
 
@@ -27,6 +31,30 @@ class Answering(Generating):
     cancelled: Callable[[], bool] = field(default=lambda: False)
     top_logprobs: int | None = None
     """how many likeliest tokens are told with each token; None: no logprobs"""
+    summary: Summary | None = None
+    readout: Readout | None = None
+    """what the summary's lens reads with"""
+    summarising: Summarising | None = None
+    """of the batch that runs"""
+    echo: Echo | None = None
+
+    def batch(self, numbers: Sequence[int], sink: Sink) -> None:
+        """See `Run.batch`; with an echo, of one prompt's rows."""
+        prompt = self.prompts[numbers[0]].token_ids
+        with self.echo.listening(self.engine.root, prompt) if self.echo else contextlib.nullcontext():
+            super().batch(numbers, sink)
+
+    @property
+    def _needs_logits(self) -> bool:
+        return self.echo is not None or super()._needs_logits
+
+    def _observer(self, layout: BatchLayout, sink: Sink) -> Observer:
+        if self.summary is None:
+            return super()._observer(layout, sink)
+        kept: dict[str, Any] = {"keys": self._keys, "kept": self.kept, "matching": self.matching}
+        what = self.summary, self.readout, self.selectors
+        self.summarising = Summarising(*what, layout, sink.write, **kept)
+        return self.summarising
 
     def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: gen.Finished) -> dict[str, Any]:
         likely = None if self.top_logprobs is None else Likely()
@@ -73,6 +101,11 @@ class _Followed(StoppingCriteria):  # type: ignore[misc]
         done: torch.Tensor = self._finished(input_ids, scores, **kwargs)
         newest = enumerate(zip(self._rows, input_ids[:, -1].tolist(), strict=True))
         tokens = [told(self._likely, place, row, id, self._run.top_logprobs) for place, (row, id) in newest]
+        if self._run.summarising is not None:
+            figures = self._run.summarising.figures(input_ids.shape[1])
+            tokens = [replace(token, figures=each) for token, each in zip(tokens, figures, strict=True)]
+        if self._run.echo is not None and not self._looked:
+            self._run.tell([token for row in self._rows for token in self._run.echo.tokens(row)])
         self._run.tell([token for token, ended in zip(tokens, self._ended, strict=True) if not ended])
         self._ended = [a or b for a, b in zip(self._ended, done.tolist(), strict=True)]
         self._looked += 1

@@ -9,6 +9,7 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from hookmap.errors import HookmapError
@@ -42,6 +43,28 @@ class ApiError(HookmapError):
     def response(self) -> JSONResponse:
         """The answer."""
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+class Told(BaseModel):
+    """An error, as JSON."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is none."""
+
+    error: Told
+
+
+DOCUMENTED: Mapping[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request cannot be done as it is."},
+    "5XX": {"model": ErrorBody, "description": "The server cannot do it now; 503 says when to try again."},
+}
+"""of every route, in its OpenAPI document"""
 
 
 def kind_of(status: int) -> str:

@@ -15,6 +15,7 @@ from hookmap.kept import Kept
 from hookmap.prompts import Prompt
 from hookmap.selectors import Selector
 from hookmap.server.errors import ApiError
+from hookmap.server.summaries import Summary
 from hookmap.server.tokens import Token
 
 _OF_ONE_ROW = frozenset(
@@ -72,6 +73,9 @@ class Job:
     keeper: Keeper | None = None
     interventions: tuple[Intervention, ...] = ()
     top_logprobs: int | None = None
+    summary: Summary | None = None
+    echo: bool = False
+    """whether the logprobs of the prompts are told"""
     emit: Callable[[Event], None] = field(default=lambda event: None)
     """called in the model's thread: each step's tokens, then a Result or an ApiError"""
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -85,8 +89,8 @@ class Job:
 
     @property
     def plain(self) -> bool:
-        """Whether it keeps and changes nothing."""
-        return self.keeper is None and not self.interventions
+        """Whether it reads, keeps and changes nothing."""
+        return self.keeper is None and not self.interventions and self.summary is None and not self.echo
 
     @cached_property
     def shares(self) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ Whoever leaves cancels the job. Before the first token nothing is sent, so that 
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
@@ -41,7 +41,7 @@ class Wire(Protocol):
 async def answer(request: Request, worker: Worker, job: Job, wire: Wire, streams: bool) -> Response:
     """Run the job and answer. Raises ApiError."""
     events: asyncio.Queue[Event] = asyncio.Queue()
-    loop, wants_tokens = asyncio.get_running_loop(), streams or job.top_logprobs is not None
+    loop, wants_tokens = asyncio.get_running_loop(), _wants_tokens(job, streams)
 
     def emit(event: Event) -> None:
         if wants_tokens or not isinstance(event, list):
@@ -63,6 +63,10 @@ async def answer(request: Request, worker: Worker, job: Job, wire: Wire, streams
     if isinstance(event, ApiError):
         raise event
     return JSONResponse(wire.whole(event, tokens).model_dump(mode="json", exclude_unset=True))
+
+
+def _wants_tokens(job: Job, streams: bool) -> bool:
+    return streams or job.top_logprobs is not None or job.summary is not None
 
 
 async def _event(events: "asyncio.Queue[Event]", request: Request) -> Event:
@@ -121,6 +125,14 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._job.cancelled.set()
+
+
+def summaries(job: Job, tokens: Sequence[Token], decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """`activations_summary` of a chunk, or of a whole answer: an entry for each token; nothing where none is wanted."""
+    if job.summary is None:
+        return {}
+    told = [job.summary.told(t.row, decode([t.id]), t.figures, decode) for t in tokens if t.figures is not None]
+    return {"activations_summary": told}
 
 
 def extras(result: Result) -> dict[str, Any]:

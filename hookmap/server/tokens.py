@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessor
 
+from hookmap.server.summaries import Figures
+
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token."""
+    """One generated token, or one of the prompt."""
 
     row: int
     id: int
@@ -16,6 +18,10 @@ class Token:
     """of the model's own distribution, before temperature and top_p"""
     top: tuple[tuple[int, float], ...] = ()
     """the likeliest tokens there, and their logprobs"""
+    figures: Figures | None = None
+    """where the request wants a summary"""
+    prompt: bool = False
+    """whether it is one of the prompt, which an echo tells"""
 
 
 class Likely(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not typed

@@ -21,6 +21,7 @@ from hookmap.plan import plan
 from hookmap.runs import device_of
 from hookmap.server.answering import Answering, Gathered
 from hookmap.server.batch import Room, Together
+from hookmap.server.echo import Echo
 from hookmap.server.errors import ApiError, bad, cancelled, failed
 from hookmap.server.jobs import Event, Job, Result
 
@@ -148,6 +149,9 @@ class Worker:
             tell=job.tell,
             cancelled=job.cancelled.is_set,
             top_logprobs=job.top_logprobs,
+            summary=job.summary,
+            readout=job.summary.reading(self._hm) if job.summary else None,
+            echo=Echo(job.top_logprobs or 0) if job.echo else None,
         )
         if job.interventions:
             run.edits = self._edits(job)
