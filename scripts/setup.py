@@ -1,5 +1,6 @@
 """Makes .venv with hookmap in it. Needs only Python >= 3.10 and pip; `make demo` and `make test` call it.
 
+`make test-clients` has .venv-clients made: environments of programs that use the server.
 `make test-oldest` has .venv-oldest made: the same with the oldest transformers that pyproject.toml allows.
 `make test-peers` has .venv-peer-NAME made: another program that hookmap is compared with, without hookmap.
 
@@ -17,6 +18,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+CLIENTS = {
+    "litellm": ["litellm>=1.80"],
+    "inspect": ["inspect-ai>=0.3.200", "openai>=3.4"],
+    "lm_eval": ["lm-eval[api]>=0.4.11", "transformers>=5"],
+}
+"""programs that use the server, each in an environment of its own: their pins clash"""
 ROOT = Path(__file__).resolve().parent.parent
 CPU_TORCH = "torch==2.13.0+cpu"
 PEERS = {
@@ -31,7 +38,11 @@ def main() -> None:
     parser.add_argument("--tests", action="store_true", help="also install what the tests need")
     parser.add_argument("--oldest", action="store_true", help="make .venv-oldest, with the oldest transformers")
     parser.add_argument("--peer", choices=PEERS, help="make .venv-peer-NAME, with this program alone")
+    parser.add_argument("--clients", action="store_true", help="make .venv-clients, with the server's clients")
     given = parser.parse_args()
+    if given.clients:
+        make_clients()
+        return
     if sys.version_info < (3, 10):  # noqa: UP036 - this file runs before anything has checked the version
         sys.exit(f"hookmap needs Python 3.10 or later, not {platform.python_version()}: PYTHON=python3.12 make demo")
     venv = ROOT / (f".venv-peer-{given.peer}" if given.peer else ".venv-oldest" if given.oldest else ".venv")
@@ -49,6 +60,15 @@ def main() -> None:
     (venv / ".ready").touch()
     if given.tests:
         (venv / ".ready-for-tests").touch()
+
+
+def make_clients() -> None:
+    """An environment for each client, without PyTorch."""
+    for name, needs in CLIENTS.items():
+        venv = ROOT / ".venv-clients" / name
+        say(f"installing {name}")
+        run(*make_environment(venv), "install", "-qq", *needs)
+    (ROOT / ".venv-clients" / ".ready").touch()
 
 
 def oldest_transformers() -> str:
