@@ -116,7 +116,7 @@ def load_vector(path: str | Path) -> SteeringVector:
         why = f"{type(error).__name__}: {str(error)[:300]}"
         raise StoreError(
             f"{path} is no steering vector that hookmap wrote ({why}). Make one: hookmap vector make. A bare tensor "
-            "steers as an intervention with vector: {file: FILE, key: NAME}, in a file for --intervene."
+            "steers too: hookmap steer --vector FILE --key NAME --layers N."
         ) from error
     directions = {}
     for name, tensor in tensors.items():

@@ -158,10 +158,15 @@ def test_the_command_line_patches_sweeps_and_steers(tmp_path: Path) -> None:
     assert code == 0 and same["with"] == same["without"] == row["without"]
     code, out, _ = invoke(
         "capture", "--intervene", str(tmp_path / "e.yaml"), "--points", "resid_post", "--layers", "8",
-        "--max-new-tokens", "2", "-o", str(tmp_path / "run"),
+        "--max-new-tokens", "2", "-o", str(tmp_path / "run"), "--before",
     )  # fmt: skip
+    before = hookmap.open_store(tmp_path / "run" / "before")
+    assert torch.equal(before.read(0, "resid_post", 8), hookmap.open_store(tmp_path / "run").read(0, "resid_post", 8))
+    assert before.manifest.settings["before"] == "these rows"
     noted = hookmap.open_store(tmp_path / "run").manifest.settings["interventions"]
     assert code == 0 and noted[0]["do"] == "steer" and "sha256" in noted[0]["vector"]
+    code, _, err = invoke("capture", "--before", "--points", "resid_post", "--layers", "8")
+    assert code == 2 and "--intervene FILE" in err
     for more in (["--key", "v"], []):
         code, _, err = invoke("steer", "--vector", str(tmp_path / "none.safetensors"), *more)
         assert code == 1 and "there is no such file" in err
