@@ -34,7 +34,9 @@ def encode(prompts: Any, tokenizer: Any, chat: Chat = "auto", *, why_none: str =
     """
     if hasattr(prompts, "tolist"):  # a tensor or an array of token ids
         prompts = prompts.tolist()
-    if isinstance(prompts, str | PromptRecord) or (isinstance(prompts, Sequence) and prompts and _is_part(prompts[0])):
+    if isinstance(prompts, str | PromptRecord | Prompt) or (
+        isinstance(prompts, Sequence) and prompts and _is_part(prompts[0])
+    ):
         prompts = [prompts]
     if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
         raise _not_a_prompt(prompts, 0)

@@ -35,7 +35,7 @@ def _print_schema(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     help="Print FILE's JSON Schema.",
 )
 def command(file: str, output: str, stage: Any, again: Any, as_json: bool) -> None:
-    """Run the experiment with prefixes that FILE describes; `demo` is the bundled one.
+    """Run the experiment with prefixes that FILE describes.
 
     Each question is asked after each prefix: answers and activations are kept, rewarded, and compared with those after
     the neutral prefix. Every stage goes on after a kill.
