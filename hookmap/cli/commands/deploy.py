@@ -122,7 +122,7 @@ def command(
         raise click.BadParameter(f"{chosen!r} is neither a hub id nor a path such as /data/model", param_hint="MODEL")
     from hookmap.deploy.bundle import bundle
 
-    sent = bundle(release, lock)
+    sent = bundle(release, lock, installs=python is None and sync != "skip")
     common |= {
         "python": python,
         "torch": torch,
