@@ -4,6 +4,7 @@ import contextlib
 import copy
 import difflib
 import inspect
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -90,6 +91,13 @@ def check_stop(stop: Sequence[Any]) -> None:
         raise CaptureError(f"stop: expected texts of at least one character, got {wrong[0]!r}.")
 
 
+def as_json(config: GenerationConfig) -> dict[str, Any]:
+    """What decides the samples: a run with other settings cannot go on with a folder."""
+    found = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
+
+
 def end_tokens(config: GenerationConfig) -> tuple[int, ...]:
     """The tokens that end a sequence; none is possible."""
     ends = config.eos_token_id
@@ -103,39 +111,56 @@ def takes(root: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(type(root).forward).parameters
 
 
-class Finished(StoppingCriteria):  # type: ignore[misc]  # transformers' base is not typed
-    """Ends rows at an end of sequence or a stop string, and tells which ended, after each token."""
+class Ending:
+    """When a row is finished: at an end of sequence or a stop string."""
 
-    def __init__(self, config: GenerationConfig, stop: Sequence[str], tokenizer: Any, tell: Told) -> None:
+    def __init__(self, config: GenerationConfig, stop: Sequence[str], tokenizer: Any) -> None:
+        """Raises CaptureError for stop strings without a tokenizer."""
         if stop and tokenizer is None:
             raise CaptureError("stop strings need a tokenizer: hookmap.open(model, tokenizer=...)")
         self._ends = frozenset(end_tokens(config))
         self._stop = tuple(stop)
         self._tokenizer = tokenizer
+        # A token is a byte at least, so that a stop string that has just ended is inside this many tokens.
+        self.reach = max((len(text.encode()) for text in stop), default=0) + 4
+        """newest tokens that matter"""
+
+    def at(self, newest: Sequence[int]) -> bool:
+        """Whether the last of a row's newest generated tokens, `reach` of them or all, is its last."""
+        if newest[-1] in self._ends:
+            return True
+        if not self._stop:
+            return False
+        return any(stop in text for text in self._texts(list(newest)) for stop in self._stop)
+
+    def _texts(self, newest: list[int]) -> Iterator[str]:
+        """Of the newest tokens; more than one where they may begin inside a character, which has four bytes at most.
+
+        A tokenizer that writes bytes as tokens (Llama 2's) decodes none of the bytes behind half a character.
+        """
+        for first in range(4):
+            text = self._tokenizer.decode(newest[first:])
+            yield text
+            if "\ufffd" not in text:
+                return
+
+
+class Finished(StoppingCriteria):  # type: ignore[misc]  # transformers' base is not typed
+    """Ends rows at an end of sequence or a stop string, and tells which ended, after each token."""
+
+    def __init__(self, config: GenerationConfig, stop: Sequence[str], tokenizer: Any, tell: Told) -> None:
+        self._ending = Ending(config, stop, tokenizer)
         self._tell = tell
         self._prompt: int | None = None
-        # A token is a byte at least, so that a stop string that has just ended is inside this many tokens.
-        self._reach = max((len(text.encode()) for text in stop), default=0) + 4
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
         columns = input_ids.shape[1]
         if self._prompt is None:
             self._prompt = columns - 1
-        done = [row[-1] in self._ends or self._stops(row) for row in self._newest(input_ids)]
+        newest = input_ids[:, max(self._prompt, columns - self._ending.reach) :].tolist()
+        done = [self._ending.at(row) for row in newest]
         self._tell(columns, done)
         return torch.tensor(done, device=input_ids.device)
-
-    def _newest(self, input_ids: torch.Tensor) -> list[list[int]]:
-        """The last generated tokens of each row, as many as matter."""
-        assert self._prompt is not None
-        new: list[list[int]] = input_ids[:, max(self._prompt, input_ids.shape[1] - self._reach) :].tolist()
-        return new
-
-    def _stops(self, newest: list[int]) -> bool:
-        if not self._stop:
-            return False
-        text = self._tokenizer.decode(newest)
-        return any(stop in text for stop in self._stop)
 
 
 @contextlib.contextmanager

@@ -73,18 +73,19 @@ class Run(ABC):
         for group in groups:
             left = [number for number in group if number not in finished]
             if left:
-                self._batch_or_halves(left, sink)
+                self.together(left, sink)
                 self.memory.look()
             self.done += len(group)
             self._show(0)
 
-    def _batch_or_halves(self, numbers: Sequence[int], sink: Sink) -> None:
+    def together(self, numbers: Sequence[int], sink: Sink) -> None:
+        """A batch, or parts of it one after another, once it was more than the memory."""
         size = min(len(numbers), self._most or len(numbers))
         for start in range(0, len(numbers), size):
             part = numbers[start : start + size]
             if not self._fits(part, sink):
                 self._most = len(part) // 2
-                self._batch_or_halves(numbers[start:], sink)
+                self.together(numbers[start:], sink)
                 return
 
     def _fits(self, numbers: Sequence[int], sink: Sink) -> bool:
@@ -131,23 +132,16 @@ class Run(ABC):
             editor.before.finish(columns)
 
     def _observer(self, layout: BatchLayout, sink: Sink) -> Observer:
-        keys = max(len(prompt.token_ids) for prompt in self.prompts) + max(0, self.max_new_tokens - 1)
-        return Observer(self.selectors, layout, sink.write, keys=keys, kept=self.kept, matching=self.matching)
+        return Observer(self.selectors, layout, sink.write, keys=self._keys, kept=self.kept, matching=self.matching)
 
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Run the model: alone where the run changes it for a while, or its engine needs that."""
+    @property
+    def _keys(self) -> int:
+        """How long rows of attention weights become."""
+        return max(len(prompt.token_ids) for prompt in self.prompts) + max(0, self.max_new_tokens - 1)
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
         pattern = any("key" in POINTS[s.point.partition(".")[0]].axes for s in self.selectors)
-        module, turns = self.engine.module, turns_of(self.engine.module)
-        if not pattern and not self.engine.alone:
-            with turns.shared():
-                if not any(part.training for part in module.modules()):
-                    yield
-                    return
-        with turns.alone(), gen.evaluating(module), contextlib.ExitStack() as eager:
-            if pattern:  # the faster implementations of attention never have its weights as a tensor
-                eager.enter_context(skeleton.eager(module))
-            yield
+        return turn(self.engine, pattern)
 
     def _finish(self, sink: Sink, observer: Observer, row: int, prompt: Prompt, new: list[int]) -> None:
         rows, positions = observer.rows(row)
@@ -213,7 +207,7 @@ class Generating(Run):
             )
 
     def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: gen.Finished) -> dict[str, Any]:
-        inputs = padded(prompts, layout, self.config.pad_token_id, self.device)
+        inputs = padded([prompt.token_ids for prompt in prompts], layout, self.config.pad_token_id, self.device)
         inputs |= {"generation_config": self.config, "stopping_criteria": [finished]}
         # transformers computes only the last logits of a prompt, unless told.
         if self._needs_logits and gen.takes(self.engine.root, "logits_to_keep"):
@@ -240,7 +234,7 @@ class Harvesting(Run):
         layout = BatchLayout(tuple(numbers), tuple(len(prompt.token_ids) for prompt in prompts), right=True)
         observer = self._observer(layout, sink)
         editor = self._editor(observer)
-        inputs = padded(prompts, layout, 0, self.device)
+        inputs = padded([prompt.token_ids for prompt in prompts], layout, 0, self.device)
         takes = {name: gen.takes(self.engine.root, name) for name in ("attention_mask", "use_cache", "logits_to_keep")}
         if not takes["attention_mask"]:
             del inputs["attention_mask"]
@@ -259,13 +253,31 @@ class Harvesting(Run):
             self._finish(sink, observer, row, prompt, [])
 
 
-def padded(prompts: Sequence[Prompt], layout: BatchLayout, pad: int, device: torch.device) -> dict[str, Any]:
-    """`input_ids` and `attention_mask`, [batch, width]."""
-    ids = torch.full((len(prompts), layout.width), pad, dtype=torch.long)
+@contextlib.contextmanager
+def turn(engine: Engine, pattern: bool = False) -> Iterator[None]:
+    """Run the model: alone where the run changes it for a while, or its engine needs that.
+
+    `pattern`: the run reads attention weights.
+    """
+    module, turns = engine.module, turns_of(engine.module)
+    if not pattern and not engine.alone:
+        with turns.shared():
+            if not any(part.training for part in module.modules()):
+                yield
+                return
+    with turns.alone(), gen.evaluating(module), contextlib.ExitStack() as eager:
+        if pattern:  # the faster implementations of attention never have its weights as a tensor
+            eager.enter_context(skeleton.eager(module))
+        yield
+
+
+def padded(rows: Sequence[Sequence[int]], layout: BatchLayout, pad: int, device: torch.device) -> dict[str, Any]:
+    """`input_ids` and `attention_mask`, [batch, width], of these token ids."""
+    ids = torch.full((len(rows), layout.width), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        place = slice(layout.pads(row), layout.pads(row) + len(prompt.token_ids))
-        ids[row, place] = torch.tensor(prompt.token_ids)
+    for row, tokens in enumerate(rows):
+        place = slice(layout.pads(row), layout.pads(row) + len(tokens))
+        ids[row, place] = torch.tensor(tokens)
         mask[row, place] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
@@ -297,8 +309,9 @@ def harvest_batches(lengths: Sequence[int], tokens: int, size: int | None = None
 
 
 def device_of(engine: Engine) -> torch.device:
-    """Where token ids are fed."""
-    return skeleton.device_of(engine.root.get_input_embeddings())  # type: ignore[operator]
+    """Where token ids are fed; of a model whose weights are elsewhere, from where they are sent."""
+    device = skeleton.device_of(engine.root.get_input_embeddings())  # type: ignore[operator]
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def vocabulary_of(engine: Engine) -> int:

@@ -9,6 +9,7 @@ import torch
 from openai import OpenAI
 from served import MESSAGES, NAME, QUESTION, Served, serving
 
+from hookmap.demo import MODEL_PATH
 from hookmap.prompts import encode
 
 
@@ -240,7 +241,8 @@ def test_metrics_count_requests_and_name_no_client(served: Served) -> None:
 
 def test_the_structure_is_the_map_and_the_tree(served: Served) -> None:
     found = served.get("/v1/model/structure").json()
-    assert found["map"] == served.hm.map.model_dump(mode="json")
+    assert found["map"] == {**served.hm.map.model_dump(mode="json"), "model_id": NAME}
+    assert str(MODEL_PATH) not in str(found), "a client learns no path of the server"
     assert (found["layers"], "resid_mid" in found["points"]) == (20, True)
     assert "input_layernorm" in found["tree"] and "● resid_mid" in found["tree"]
 
@@ -259,7 +261,69 @@ def test_the_question_is_sent_as_a_template_writes_it(served: Served) -> None:
     assert served.chat(messages=messages).json()["choices"][0]["message"]["content"] == run.texts[0]
 
 
-def test_the_page_asks_nobody_else(served: Served) -> None:
-    page = served.get("/")
-    assert "connect-src 'self'" in page.headers["content-security-policy"]
-    assert "http://" not in page.text and "https://" not in page.text and "src=" not in page.text
+def test_the_page_may_ask_nobody_else(served: Served) -> None:
+    for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+        page = served.get(path)
+        assert page.headers["content-type"].startswith(kind)
+        rules = dict(rule.split(" ", 1) for rule in page.headers["content-security-policy"].split("; "))
+        assert rules["default-src"] == "'none'" and rules["connect-src"] == rules["script-src"] == "'self'"
+        assert "http://" not in page.text and "https://" not in page.text
+
+
+@pytest.mark.parametrize("echo", [None, True])
+def test_an_echo_is_the_prompt_before_the_text_also_in_a_stream(served: Served, client: OpenAI, echo: Any) -> None:
+    ids = served.hm.tokenizer("Tom has")["input_ids"]
+    (plain,) = client.completions.create(model=NAME, prompt="2+2=", max_tokens=4, temperature=0).choices
+    for prompt, text in (("2+2=", "2+2="), (["2+2=", "Tom has"], "2+2="), ([ids], "Tom has")):
+        asked: Any = {"prompt": prompt, "max_tokens": 4, "temperature": 0, "echo": echo}
+        whole = client.completions.create(model=NAME, **asked).choices
+        assert whole[0].text.startswith(text) is bool(echo)
+        if text == "2+2=":
+            assert whole[0].text == ("2+2=" if echo else "") + plain.text
+        streamed = [""] * len(whole)
+        for chunk in client.completions.create(model=NAME, stream=True, **asked):
+            streamed[chunk.choices[0].index] += chunk.choices[0].text
+        assert streamed == [choice.text for choice in whole]
+
+
+def test_an_echo_with_logprobs_scores_the_prompt_as_the_model_does(served: Served, client: OpenAI) -> None:
+    """What lm-eval reads: each prompt token's logprob, and whether it is the likeliest."""
+    ids: list[list[int]] = [served.hm.tokenizer(text)["input_ids"] for text in ("Tom has 3 apples. " * 8, "2+2=4")]
+    assert len(ids[0]) > 128, "more than one piece of the distribution"
+    asked: Any = {"prompt": ids, "max_tokens": 2, "temperature": 0, "logprobs": 2, "echo": True, "n": 2, "seed": 1}
+    found = client.completions.create(model=NAME, **asked).choices
+    streamed: list[list[Any]] = [[] for _ in found]
+    for chunk in client.completions.create(model=NAME, stream=True, **asked):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.logprobs.token_logprobs or [] if choice.logprobs else []
+    for choice in found:
+        prompt, told = ids[choice.index // 2], choice.logprobs
+        assert told is not None and told.tokens and told.token_logprobs and told.top_logprobs and told.text_offset
+        new = served.hm.tokenizer("".join(told.tokens[len(prompt) :]))["input_ids"]
+        with torch.no_grad():
+            logits = served.hm.model(torch.tensor([[*prompt, *new]])).logits[0].log_softmax(-1)
+        assert (told.token_logprobs[0], told.top_logprobs[0]) == (None, None), "nothing stands before the first token"
+        assert len(told.token_logprobs) == len(prompt) + 2 and streamed[choice.index] == told.token_logprobs
+        assert choice.text == "".join(told.tokens)
+        assert [choice.text[at:][: len(t)] for at, t in zip(told.text_offset, told.tokens, strict=True)] == told.tokens
+        for place, token in enumerate([*prompt, *new][1:]):
+            row, own, top = logits[place], told.token_logprobs[place + 1], told.top_logprobs[place + 1]
+            assert own == pytest.approx(float(row[token]), abs=1e-3)
+            assert (own == max(top.values())) == (int(row.argmax()) == token)
+            assert max(top.values()) == pytest.approx(float(row.max()), abs=1e-3)
+
+
+def test_an_echo_is_of_the_run_with_its_interventions(served: Served) -> None:
+    steer = {"do": "steer", "point": "resid_post", "layers": [4], "vector": [3.0] * 64, "strength": 2.0}
+    body: dict[str, Any] = {"prompt": "2+2=", "max_tokens": 1, "logprobs": 0, "echo": True, "temperature": 0}
+    edited = {"hookmap": {"return": "none", "interventions": [steer]}}
+    plain, changed = (served.post("/v1/completions", **body, **more).json()["choices"][0] for more in ({}, edited))
+    run = served.hm.capture(["2+2="], ["logits"], max_new_tokens=1, interventions=[steer])
+    logits = run.read(0, "logits").log_softmax(-1)
+    ids = run.tokens[0]
+    expected = [float(logits[place, token]) for place, token in enumerate(ids[1:-1])]
+    assert changed["logprobs"]["token_logprobs"][1:-1] == pytest.approx(expected, abs=1e-3)
+    assert changed["logprobs"]["token_logprobs"] != plain["logprobs"]["token_logprobs"]
+    clamp = {**steer, "point": "logits", "layers": "all", "vector": [1.0] * 259}
+    refused = served.post("/v1/completions", **body, hookmap={"return": "none", "interventions": [clamp]})
+    assert refused.status_code == 400

@@ -2,9 +2,13 @@
 
 import base64
 import contextlib
+import copy
+import functools
 import http.client
+import http.server
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,14 @@ import hookmap
 from hookmap.cli.main import main
 from hookmap.server.errors import ApiError
 from hookmap.server.sessions import Sessions
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Another server, which tells nobody what it is asked."""
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing."""
+
 
 RECORD = {"points": ["resid_mid", "z"], "layers": [3, -1]}
 
@@ -222,7 +234,40 @@ def test_smoke_walks_through_and_says_what_fails(served: Served) -> None:
     assert "rows of 2 tensors, 8 tokens generated" in steps[5]["detail"]
     assert len(served.sessions.all()) == before
     failed = CliRunner().invoke(main, ["smoke", served.url, "--model", "nowhere/none"])
-    assert failed.exit_code == 1 and "no_admin_key" in failed.stderr
+    assert failed.exit_code == 1 and "start the server with --admin-key" in " ".join(failed.stderr.split())
+
+
+def test_smoke_completes_where_a_model_has_no_chat_template(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(demo().tokenizer)
+    tokenizer.chat_template = None
+    with serving(tmp_path, hookmap.open(demo().model, map=demo().map, tokenizer=tokenizer)) as served:
+        done = CliRunner().invoke(main, ["smoke", served.url, "--json"])
+        assert done.exit_code == 0, done.output
+        assert "no chat template" in json.loads(done.stdout)[3]["detail"]
+
+
+def test_smoke_says_what_is_no_hookmap_server(tmp_path: Path) -> None:
+    def told(url: str) -> tuple[int, str]:
+        done = CliRunner().invoke(main, ["smoke", url])
+        return done.exit_code, " ".join(done.stderr.split())
+
+    (tmp_path / "health").write_text("<html>fine</html>")
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        code, words = told(url)
+        assert code == 1 and f"answers no JSON: <html>fine</html>. Is {url} a hookmap server?" in words
+        code, words = told(f"{url}/nowhere")
+        assert code == 1 and "answers 404" in words and "<body>" not in words
+        other.shutdown()
+    code, words = told(url)
+    assert code == 1 and "no answer from" in words
+    with serving(tmp_path / "sessions", key="k") as served:
+        code, words = told(served.url)
+        assert code == 1 and "answers 401: a wrong key or none" in words and "--key" in words
+    for wrong in ("127.0.0.1:8000", "http://[::1", "http://", "http://127.0.0.1:99999"):
+        assert told(wrong)[0] == 2, wrong
 
 
 def test_the_demo_loads_once_and_unloads(tmp_path: Path) -> None:
@@ -237,6 +282,34 @@ def test_the_demo_loads_once_and_unloads(tmp_path: Path) -> None:
         assert served.post("/models/unload", model=NAME).status_code == 200
         assert served.post("/models/load", model=str(MODEL_PATH)).status_code == 200
         assert served.chat(max_tokens=1).status_code == 200
+
+
+def test_no_answer_names_a_folder_of_the_server(tmp_path: Path) -> None:
+    from hookmap.demo import MODEL_PATH
+
+    folder = shutil.copytree(MODEL_PATH, tmp_path / "secret" / "my-model")
+    limits: dict[str, Any] = {"admin_key": "k", "allow": (str(folder),), "loads": {"device": "cpu"}}
+    with serving(tmp_path / "sessions", **limits) as served:
+        served.headers = {"Authorization": "Bearer k"}
+        answers = [served.post("/models/load", model="my-model")]
+        assert answers[0].json()["id"] == "my-model"
+        record = {"points": ["resid_post"], "layers": [4]}
+        answers.append(served.chat(model="my-model", max_tokens=2, hookmap=record))
+        session = answers[1].json()["session_id"]
+        patch = {"do": "patch", "point": "resid_post", "layers": [4], "source": {"store": session}}
+        put = {"interventions": [patch], "model": "my-model"}
+        answers.append(httpx.put(f"{served.url}/v1/interventions", json=put, headers=served.headers, timeout=60))
+        assert answers[2].json()["data"][0]["source"]["store"] == session
+        paths = ["/v1/models", "/v1/models/my-model", "/v1/interventions?model=my-model", "/health", "/metrics"]
+        paths += [
+            "/v1/model/structure?model=my-model",
+            "/v1/activations/sessions",
+            f"/v1/activations/sessions/{session}",
+        ]
+        answers += [served.get(path) for path in paths]
+        answers += [served.chat(model="other"), served.post("/models/load", model="other")]
+        assert [answer.status_code for answer in answers] == [200] * 11 + [404, 403]
+        assert [str(answer.url) for answer in answers if str(tmp_path) in answer.text] == []
 
 
 def test_interventions_are_those_of_capture_in_a_request_and_as_defaults(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ class Observer:
         tensor = self._new_columns(term.resolve(args, kwargs, output), term, selector)
         if len(selector.terms) > 1:
             # Copied: what comes later in the pass may write over it.
-            self._parts[number, position] = tensor if self._rows.empty else tensor.clone()
+            self._parts[number, position] = tensor.clone() if self._keeps(number) else tensor
             if any((number, other) not in self._parts for other in range(len(selector.terms))):
                 return
             parts = [self._parts.pop((number, other)) for other in range(len(selector.terms))]
@@ -231,8 +231,16 @@ class Observer:
             tensor = tensor * term.scale
         self._done[number] = self.passes
         self._left -= 1
-        if not self._rows.empty:
-            self._collectors[number].take(self._rows, self._features(tensor))
+        if self._keeps(number):
+            self._take(number, tensor)
+
+    def _keeps(self, number: int) -> bool:
+        """Whether something of this selector is kept of the forward pass that runs."""
+        return not self._rows.empty
+
+    def _take(self, number: int, tensor: torch.Tensor) -> None:
+        """A selector is complete; `tensor`: [batch, new, ...], the model's own."""
+        self._collectors[number].take(self._rows, self._features(tensor))
 
     def _new_columns(self, tensor: torch.Tensor, term: Term, selector: Selector) -> torch.Tensor:
         """A view of the columns that were fed for the first time: `[batch, new, ...]`."""

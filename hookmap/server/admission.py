@@ -4,18 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from hookmap import generation as gen
-from hookmap.capture import _generation
 from hookmap.interventions import Intervention, fingerprint
 from hookmap.prompts import Prompt
-from hookmap.runs import vocabulary_of
 from hookmap.server.editing import read
 from hookmap.server.errors import ApiError, bad
+from hookmap.server.jobs import Job, Keeper
 from hookmap.server.models import Loaded
 from hookmap.server.recording import ToAnswer, ToStore, plan
 from hookmap.server.requests import Sampling
 from hookmap.server.sessions import Sessions
 from hookmap.server.settings import Settings
-from hookmap.server.worker import Job, Keeper
+from hookmap.server.summaries import summary_of
 
 LEAST_TEMPERATURE = 0.01
 """as in vLLM: a smaller one overflows"""
@@ -40,11 +39,11 @@ def admit(
     n = asked.n or 1
     if (rows := n * len(prompts)) > settings.max_choices:
         raise bad(f"{rows} choices (n × prompts) were asked for, and {settings.max_choices} is the most.", "n")
-    _check_tokens(prompts, vocabulary_of(model.hm._hooks))
+    _check_tokens(prompts, model.hm.vocabulary)
     new = new_tokens(max(len(prompt.token_ids) for prompt in prompts), max_tokens, model.context, settings)
-    options = sampling_options(asked, model.hm._hooks.root.generation_config)
+    options = sampling_options(asked, model.hm.root.generation_config)
     config = gen.settings(
-        model.hm._hooks.root,
+        model.hm.root,
         model.hm.tokenizer,
         max_new_tokens=new,
         do_sample="temperature" in options,
@@ -54,13 +53,16 @@ def admit(
     changes = defaults
     if asked.hookmap is not None and asked.hookmap.interventions is not None:
         changes = read(asked.hookmap.interventions, model.hm, sessions)
+    summary = None
+    if asked.hookmap is not None and asked.hookmap.summary is not None:
+        summary = summary_of(asked.hookmap.summary, model.hm.map)
     what = plan(asked, model.hm, settings, each, new)
     keeper: Keeper | None = None
     if what is not None and what.inline:
         keeper = ToAnswer(what)
     elif what is not None:
         told: dict[str, Any] = {
-            "generation": _generation(config),
+            "generation": gen.as_json(config),
             "seed": asked.seed,
             "stop": list(asked.stops),
             "batch_size": n,
@@ -68,7 +70,24 @@ def admit(
         told |= {"request": id, "prompts": rows}
         told |= {"interventions": fingerprint(changes)} if changes else {}
         keeper = ToStore(what, sessions, model.hm, model.name, told)
-    return Job(id, each, n, config, new, asked.stops, asked.seed, keeper, changes, top_logprobs)
+    if asked.reads_prompt and any(change.point == "logits" for change in changes):
+        raise bad(
+            "echo: logprobs of a prompt are told before an intervention on logits; leave one of them out.", "echo"
+        )
+    return Job(
+        id,
+        each,
+        n,
+        config,
+        new,
+        asked.stops,
+        asked.seed,
+        keeper,
+        changes,
+        top_logprobs,
+        summary,
+        asked.reads_prompt,
+    )
 
 
 def new_tokens(prompt: int, asked: int | None, context: int | None, settings: Settings) -> int:

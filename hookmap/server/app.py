@@ -4,13 +4,12 @@ import asyncio
 import contextlib
 import io
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from fastapi import FastAPI, Query, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
-from openai.types import Completion, Model
+from fastapi.responses import JSONResponse, Response
+from openai.types import Model
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
@@ -18,25 +17,27 @@ from starlette.types import Scope
 
 from hookmap import __version__
 from hookmap.errors import SelectionError
-from hookmap.server import errors
+from hookmap.server import errors, page
 from hookmap.server.admission import admit
 from hookmap.server.chat import ChatWire, prompt_of
-from hookmap.server.completions import MAX_TOKENS, CompletionWire, prompts_of
+from hookmap.server.completions import MAX_TOKENS, CompletionWire, TextCompletion, prompts_of
+from hookmap.server.editing import described as described_edit
 from hookmap.server.editing import read
 from hookmap.server.errors import ApiError
 from hookmap.server.guard import Guard
 from hookmap.server.metrics import Metrics
 from hookmap.server.models import Loaded, Models
+from hookmap.server.ranges import DOCUMENTED as RANGED
 from hookmap.server.ranges import ranged
 from hookmap.server.recording import described
 from hookmap.server.requests import ChatRequest, CompletionRequest
 from hookmap.server.sessions import Sessions
 from hookmap.server.settings import Settings
 from hookmap.server.streaming import answer
+from hookmap.server.summaries import offered
 from hookmap.show import tree
 from hookmap.stores.ledger import tensor_name
 
-PAGE = Path(__file__).with_name("page.html")
 _SWEEP = 60.0
 """seconds between looks at the age of sessions"""
 
@@ -68,7 +69,15 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
         sessions.close()
 
     # The pages at /docs load scripts from elsewhere.
-    app = FastAPI(title="hookmap", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="hookmap",
+        version=__version__,
+        lifespan=lifespan,
+        responses=dict(errors.DOCUMENTED),
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
     metrics = Metrics(models, sessions)
 
     def done(scope: Scope, status: int, seconds: float) -> None:
@@ -78,6 +87,7 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
 
     app.add_middleware(Guard, settings=settings, done=done)
     errors.install(app)
+    page.install(app)
     _generation(app, settings, models, sessions)
     _sessions(app, sessions)
     _models(app, models)
@@ -87,14 +97,9 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
     async def health() -> dict[str, Any]:
         return {"status": "ok", "version": __version__, "models": [loaded.name for loaded in models.all]}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics_text() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": rules})
 
     return app
 
@@ -105,13 +110,18 @@ async def _sweep(sessions: Sessions) -> None:
         await asyncio.to_thread(sessions.sweep)
 
 
+def _answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """How a route documents its answers: in one piece, or a stream of chunks."""
+    return {200: {"model": model, "content": {"text/event-stream": {}}}}
+
+
 def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sessions) -> None:
     encoding = asyncio.Lock()  # tokenizers are not made for several threads at once
 
     def common(model: Loaded) -> tuple[Any, ...]:
         return settings, sessions, models.interventions.get(model.name, ())
 
-    @app.post("/v1/chat/completions", responses={200: {"model": ChatCompletion}})
+    @app.post("/v1/chat/completions", responses=_answers(ChatCompletion))
     async def chat(asked: ChatRequest, request: Request) -> Response:
         model = models.get(asked.model)
         most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
@@ -124,7 +134,7 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
         wire = ChatWire(asked, job, model.name, model.hm.tokenizer)
         return await answer(request, model.worker, job, wire, bool(asked.stream))
 
-    @app.post("/v1/completions", responses={200: {"model": Completion}})
+    @app.post("/v1/completions", responses=_answers(TextCompletion))
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         model = models.get(asked.model)
         most = MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
@@ -156,8 +166,8 @@ def _sessions(app: FastAPI, sessions: Sessions) -> None:
         await asyncio.to_thread(sessions.delete, id)
         return {"id": id, "object": "activations.session", "deleted": True}
 
-    @app.get("/v1/activations/sessions/{id}/tensors")
-    @app.get("/v1/activations/session/{id}/tensors")
+    @app.get("/v1/activations/sessions/{id}/tensors", response_class=Response, responses=RANGED)
+    @app.get("/v1/activations/session/{id}/tensors", response_class=Response, responses=RANGED)
     async def tensors(
         id: str,
         request: Request,
@@ -220,7 +230,7 @@ def _models(app: FastAPI, models: Models) -> None:
 def _interventions(app: FastAPI, models: Models, sessions: Sessions) -> None:
     def told(loaded: Loaded) -> dict[str, Any]:
         found = models.interventions.get(loaded.name, ())
-        return {"object": "list", "model": loaded.name, "data": [each.model_dump(mode="json") for each in found]}
+        return {"object": "list", "model": loaded.name, "data": [described_edit(each) for each in found]}
 
     @app.get("/v1/interventions")
     async def defaults(model: str | None = None) -> dict[str, Any]:
@@ -242,13 +252,15 @@ def _model(loaded: Loaded) -> dict[str, Any]:
 def _structure(loaded: Loaded) -> dict[str, Any]:
     """The map, the tree as text, and the points that a capture of every layer gives."""
     modules = {path: type(module).__name__ for path, module in loaded.hm.model.named_modules()}
+    here = loaded.hm.map.model_copy(update={"model_id": loaded.name})  # not the folder it came from
     drawn = io.StringIO()
     screen = Console(width=160, file=drawn, color_system=None)
-    screen.print(tree(loaded.hm.map, modules))
+    screen.print(tree(here, modules))
     return {
         "model": loaded.name,
-        "points": list(dict.fromkeys(selector.point for selector in loaded.hm.map.selectors())),
-        "layers": loaded.hm.map.num_layers,
-        "map": loaded.hm.map.model_dump(mode="json"),
+        "points": list(dict.fromkeys(selector.point for selector in here.selectors())),
+        "layers": here.num_layers,
+        "summary": offered(here),
+        "map": here.model_dump(mode="json"),
         "tree": drawn.getvalue(),
     }

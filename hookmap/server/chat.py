@@ -13,13 +13,13 @@ from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenL
 
 from hookmap.generation import end_tokens
 from hookmap.prompts import Prompt, templated
-from hookmap.server.answering import Token
 from hookmap.server.errors import bad
+from hookmap.server.jobs import Job, Result
 from hookmap.server.requests import ChatRequest, Message
-from hookmap.server.streaming import extras, usage_of
+from hookmap.server.streaming import extras, summaries, usage_of
 from hookmap.server.text import RowText
+from hookmap.server.tokens import Token
 from hookmap.server.tools import Call, ToolText, check_template, reads_calls, with_arguments
-from hookmap.server.worker import Job, Result
 
 
 def prompt_of(asked: ChatRequest, tokenizer: Any) -> Prompt:
@@ -88,25 +88,28 @@ class ChatWire:
             yield self._chunk(row, ChoiceDelta(role="assistant", content=""))
 
     def piece(self, token: Token) -> ChatCompletionChunk | None:
-        """The text that a token makes certain; with logprobs each token has a chunk."""
+        """The text that a token makes certain; with logprobs or a summary each token has a chunk."""
         text = self._rows[token.row].add(token.id)
         logprobs = ChoiceLogprobs(content=[self._told(token)], refusal=None) if self._logprobs else None
-        if not text and logprobs is None:
+        more = summaries(self._job, [token], self._tokenizer.decode)
+        if not text and logprobs is None and not more:
             return None
-        return self._chunk(token.row, ChoiceDelta(content=text), logprobs=logprobs)
+        chunk = self._chunk(token.row, ChoiceDelta.model_construct(content=text), logprobs=logprobs)
+        for name, value in more.items():
+            setattr(chunk, name, value)
+        return chunk
 
     def closing(self, result: Result) -> Iterator[ChatCompletionChunk]:
         """The rest of each choice and why it ended, then usage. What was kept stands in the last chunk."""
         chunks = []
         for number, row in enumerate(self._rows):
-            sample = result.samples[number]
             text, calls = row.end()
             if text:
                 chunks.append(self._chunk(number, ChoiceDelta(content=text)))
             if calls:
                 told = [{"index": index, **_call(call)} for index, call in enumerate(calls)]
                 chunks.append(self._chunk(number, ChoiceDelta.model_validate({"tool_calls": told})))
-            reason = "tool_calls" if calls else row.reason(sample.token_ids[sample.prompt_tokens :])
+            reason = "tool_calls" if calls else row.reason(result.new[number])
             chunks.append(self._chunk(number, ChoiceDelta(), reason))
         if self._usage:
             usage = usage_of(self._job, result)
@@ -118,12 +121,12 @@ class ChatWire:
     def whole(self, result: Result, tokens: list[Token]) -> ChatCompletion:
         """Every choice."""
         choices = [self._choice(number, result, tokens) for number in range(len(self._rows))]
+        more = {**summaries(self._job, tokens, self._tokenizer.decode), **extras(result)}
         usage = usage_of(self._job, result)
-        return ChatCompletion(**self._head, object="chat.completion", choices=choices, usage=usage, **extras(result))
+        return ChatCompletion(**self._head, object="chat.completion", choices=choices, usage=usage, **more)
 
     def _choice(self, number: int, result: Result, tokens: list[Token]) -> Choice:
-        row, sample = self._rows[number], result.samples[number]
-        new = sample.token_ids[sample.prompt_tokens :]
+        row, new = self._rows[number], result.new[number]
         text = "".join(row.add(token) for token in new)
         rest, calls = row.end()
         text += rest

@@ -9,12 +9,12 @@ from openai.types.completion_choice import Logprobs
 
 from hookmap.generation import end_tokens
 from hookmap.prompts import Prompt, encode
-from hookmap.server.answering import Token
 from hookmap.server.errors import bad
+from hookmap.server.jobs import Job, Result
 from hookmap.server.requests import CompletionRequest
-from hookmap.server.streaming import extras, usage_of
+from hookmap.server.streaming import extras, summaries, usage_of
 from hookmap.server.text import RowText
-from hookmap.server.worker import Job, Result
+from hookmap.server.tokens import Token
 
 MAX_TOKENS = 16
 """OpenAI's, where the request does not say"""
@@ -27,29 +27,54 @@ def prompts_of(asked: CompletionRequest, tokenizer: Any) -> tuple[Prompt, ...]:
     return encode(asked.prompt, tokenizer, chat=False)
 
 
+class Scores(Logprobs):
+    """As OpenAI and vLLM send them: the first token of an echo has null, which OpenAI's type leaves out."""
+
+    token_logprobs: list[float | None] | None = None  # type: ignore[assignment]
+    top_logprobs: list[dict[str, float] | None] | None = None  # type: ignore[assignment]
+
+
+class TextChoice(CompletionChoice):
+    """With such scores."""
+
+    logprobs: Scores | None = None
+
+
+class TextCompletion(Completion):
+    """With such choices."""
+
+    choices: list[TextChoice]  # type: ignore[assignment]
+
+
 class CompletionWire:
     """Writes completions. See `streaming.Wire`."""
 
     def __init__(self, asked: CompletionRequest, job: Job, model: str, tokenizer: Any) -> None:
         self._texts = [RowText(tokenizer, job.stop) for _ in job.prompts]
+        self._echoed = [self._text_of(prompt, tokenizer) for prompt in job.prompts] if asked.echo else []
         self._offsets = [0] * len(job.prompts)
         self._job, self._tokenizer, self._logprobs = job, tokenizer, asked.logprobs is not None
         self._usage = bool(asked.stream_options and asked.stream_options.include_usage)
         self._ends = end_tokens(job.config)
         self._head: dict[str, Any] = {"id": f"cmpl-{job.id}", "created": int(time.time()), "model": model}
 
-    def opening(self) -> Iterator[Completion]:
-        """Nothing: a completion has no role."""
-        yield from ()
+    def opening(self) -> Iterator[TextCompletion]:
+        """The prompt of each choice, where it is asked for."""
+        for number, prompt in enumerate(self._echoed):
+            yield self._chunk(number, prompt)
 
-    def piece(self, token: Token) -> Completion | None:
-        """The text that a token makes certain; with logprobs each token has a chunk."""
-        text = self._texts[token.row].add(token.id)
-        if not text and not self._logprobs:
+    def piece(self, token: Token) -> TextCompletion | None:
+        """The text that a token makes certain; with logprobs or a summary each token has a chunk."""
+        text = "" if token.prompt else self._texts[token.row].add(token.id)
+        more = summaries(self._job, [token], self._tokenizer.decode)
+        if not text and not self._logprobs and not more:
             return None
-        return self._chunk(token.row, text, logprobs=self._told([token]) if self._logprobs else None)
+        chunk = self._chunk(token.row, text, logprobs=self._told([token]) if self._logprobs else None)
+        for name, value in more.items():
+            setattr(chunk, name, value)
+        return chunk
 
-    def closing(self, result: Result) -> Iterator[Completion]:
+    def closing(self, result: Result) -> Iterator[TextCompletion]:
         """The rest of each choice and why it ended, then usage. What was kept stands in the last chunk."""
         chunks = []
         for number, text in enumerate(self._texts):
@@ -57,48 +82,51 @@ class CompletionWire:
             chunks.append(self._chunk(number, rest, self._reason(number, result)))
         if self._usage:
             usage = usage_of(self._job, result)
-            chunks.append(Completion(**self._head, object="text_completion", choices=[], usage=usage))
+            chunks.append(TextCompletion(**self._head, object="text_completion", choices=[], usage=usage))
         for name, value in extras(result).items():
             setattr(chunks[-1], name, value)
         yield from chunks
 
-    def whole(self, result: Result, tokens: list[Token]) -> Completion:
+    def whole(self, result: Result, tokens: list[Token]) -> TextCompletion:
         """Every choice, prompt after prompt."""
         choices = []
         for number, row in enumerate(self._texts):
-            sample = result.samples[number]
-            text = row.whole(sample.token_ids[sample.prompt_tokens :])
+            text = row.whole(result.new[number])
+            text = self._echoed[number] + text if self._echoed else text
             own = [token for token in tokens if token.row == number]
             logprobs = self._told(own) if self._logprobs else None
             reason: Any = self._reason(number, result)
-            choices.append(CompletionChoice(index=number, text=text, finish_reason=reason, logprobs=logprobs))
+            choices.append(TextChoice(index=number, text=text, finish_reason=reason, logprobs=logprobs))
+        more = {**summaries(self._job, tokens, self._tokenizer.decode), **extras(result)}
         usage = usage_of(self._job, result)
-        return Completion(**self._head, object="text_completion", choices=choices, usage=usage, **extras(result))
+        return TextCompletion(**self._head, object="text_completion", choices=choices, usage=usage, **more)
 
-    def _chunk(self, row: int, text: str, reason: str | None = None, logprobs: Any = None) -> Completion:
-        choice = CompletionChoice.model_construct(
+    def _text_of(self, prompt: Prompt, tokenizer: Any) -> str:
+        return prompt.text or str(tokenizer.decode(list(prompt.token_ids)))
+
+    def _chunk(self, row: int, text: str, reason: str | None = None, logprobs: Any = None) -> TextCompletion:
+        choice = TextChoice.model_construct(
             index=row,
             text=text,
             finish_reason=reason,  # null until the last one, as OpenAI sends it
             logprobs=logprobs,
         )
-        return Completion.model_construct(**self._head, object="text_completion", choices=[choice])
+        return TextCompletion.model_construct(**self._head, object="text_completion", choices=[choice])
 
     def _reason(self, number: int, result: Result) -> str:
-        sample = result.samples[number]
-        new = sample.token_ids[sample.prompt_tokens :]
+        new = result.new[number]
         ended = self._texts[number].stopped or new[-1] in self._ends or len(new) < self._job.max_new_tokens
         return "stop" if ended else "length"
 
-    def _told(self, tokens: list[Token]) -> Logprobs:
+    def _told(self, tokens: list[Token]) -> Scores:
         decode = self._tokenizer.decode
         texts, offsets = [decode([token.id]) for token in tokens], []
         for token, text in zip(tokens, texts, strict=True):
             offsets.append(self._offsets[token.row])
             self._offsets[token.row] += len(text)
-        tops = []
-        for token, text in zip(tokens, texts, strict=True):
-            likeliest = {decode([id]): max(logprob, -9999.0) for id, logprob in reversed(token.top)}
-            tops.append(likeliest | {text: max(token.logprob or 0.0, -9999.0)})
-        logprobs = [max(token.logprob or 0.0, -9999.0) for token in tokens]
-        return Logprobs(tokens=texts, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)
+        logprobs = [None if token.logprob is None else max(token.logprob, -9999.0) for token in tokens]
+        tops: list[dict[str, float] | None] = []
+        for token, text, logprob in zip(tokens, texts, logprobs, strict=True):
+            likeliest = {decode([id]): max(value, -9999.0) for id, value in reversed(token.top)}
+            tops.append(None if logprob is None else likeliest | {text: logprob})
+        return Scores(tokens=texts, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)

@@ -1,6 +1,7 @@
 """Interventions that come by a request: held against the map, and no path of a client's choice is opened for them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hookmap.errors import HookmapError
@@ -24,6 +25,14 @@ def read(given: Sequence[dict[str, Any]], hm: HookedModel, sessions: Sessions) -
     except HookmapError as error:
         raise bad(str(error), PARAM, type(error).__name__) from error
     return found
+
+
+def described(given: Intervention) -> dict[str, Any]:
+    """As JSON, with the session's id and not its folder."""
+    told: dict[str, Any] = given.model_dump(mode="json")
+    if isinstance(source := told.get("source"), dict) and source.get("store"):
+        source["store"] = Path(source["store"]).name
+    return told
 
 
 def _within(given: Intervention, sessions: Sessions) -> Intervention:

@@ -1,12 +1,15 @@
 """Errors as OpenAI's clients read them: {"error": {message, type, param, code}} and a status."""
 
+import gc
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from hookmap.errors import HookmapError
@@ -42,6 +45,28 @@ class ApiError(HookmapError):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
+class Told(BaseModel):
+    """An error, as JSON."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is none."""
+
+    error: Told
+
+
+DOCUMENTED: Mapping[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request cannot be done as it is."},
+    "5XX": {"model": ErrorBody, "description": "The server cannot do it now; 503 says when to try again."},
+}
+"""of every route, in its OpenAPI document"""
+
+
 def kind_of(status: int) -> str:
     """OpenAI's `type` of an error with this status."""
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -58,13 +83,54 @@ def missing(message: str, code: str = "not_found") -> ApiError:
     return ApiError(404, message, code=code)
 
 
+def cancelled() -> ApiError:
+    """499: nobody waits for the answer any more."""
+    return ApiError(499, "the client closed the connection.", code="cancelled")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller request would do."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in _first_line(error)
+
+
+def failed(error: BaseException, ids: Iterable[str], again: bool = False) -> ApiError:
+    """What the clients of these requests are told of a run that failed; the log has the reason. Frees what it held.
+
+    `again`: nobody is told yet, a smaller batch is tried.
+    """
+    told, names = of_exception(error), ", ".join(ids)
+    if again:
+        log.warning("request %s: out of memory together; going on with half of them", names)
+    elif told.status >= 500:
+        log.error("request %s: %s", names, told, exc_info=None if told.code == "out_of_memory" else error)
+    # The traceback holds the tensors of the run that failed.
+    error.__traceback__ = None
+    error.__context__ = error.__cause__ = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return told
+
+
 def of_exception(error: BaseException) -> ApiError:
     """What a client is told of something that went wrong while its request ran."""
     if isinstance(error, ApiError):
         return error
+    if is_out_of_memory(error):
+        return ApiError(
+            503,
+            "out of memory on this request; the server goes on. Ask for fewer tokens, choices or points. "
+            f"({_first_line(error) or type(error).__name__})",
+            code="out_of_memory",
+            headers={"Retry-After": "1"},
+        )
     if isinstance(error, HookmapError):
         return ApiError(500, str(error), code=type(error).__name__)
     return ApiError(500, "the server failed on this request; its log has the reason.", code="internal_error")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def install(app: FastAPI) -> None:

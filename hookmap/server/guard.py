@@ -12,10 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hookmap.server.errors import ApiError
+from hookmap.server.page import FILES
 from hookmap.server.settings import LOOPBACK, Settings
 
-OPEN = ("/health", "/")
-"""without a key: the page at / holds nothing of the model, and asks for the key"""
+OPEN = ("/health", *FILES)
+"""without a key: the page holds nothing of the model, and asks for the key"""
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _ADMIN = ("/models/load", "/models/unload")
 

@@ -38,6 +38,7 @@ class Models:
         self._loaded: dict[str, Loaded] = {}
         self.interventions: dict[str, tuple[Intervention, ...]] = {}
         """of requests that bring none, by the model's name"""
+        self._names: dict[str, str] = {}
         self._changing = threading.Lock()
 
     @property
@@ -57,20 +58,30 @@ class Models:
 
     def add(self, name: str, hm: HookedModel) -> Loaded:
         """Serve an open model."""
-        worker = Worker(name, hm, self._settings.queue)
+        worker = Worker(name, hm, self._settings.queue, self._settings.batch, self._settings.batch_tokens)
         loaded = Loaded(name, hm, worker, int(time.time()), context_of(hm))
         self._loaded[name] = loaded
         return loaded
 
     def load(self, source: str) -> Loaded:
-        """Open a model that is allowed, unless it is loaded. Raises ApiError, ModelError."""
-        if source not in self._settings.allow:
+        """Open a model that is allowed, unless it is loaded. Raises ApiError, ModelError.
+
+        `source`: as `--allow` names it, or what clients call it.
+        """
+        allowed = next((each for each in self._settings.allow if source in (each, self.called(each))), None)
+        if allowed is None:
             raise ApiError(403, "this model is not on the server's list: --allow MODEL", code="model_not_allowed")
-        name = name_of(source)
+        name = self.called(allowed)
         with self._changing:  # two requests for one model load it once
             if name in self._loaded:
                 return self._loaded[name]
-            return self.add(name, hookmap.open(source, **self._settings.loads))
+            return self.add(name, hookmap.open(allowed, **self._settings.loads))
+
+    def called(self, source: str, name: str | None = None) -> str:
+        """What clients call a model of this source; `name`: from now on."""
+        if name is not None:
+            self._names[source] = name
+        return self._names.get(source) or name_of(source)
 
     def unload(self, name: str) -> None:
         """Let a model's waiting requests run, then free its weights. Raises ApiError 404."""
@@ -98,7 +109,7 @@ def name_of(source: str) -> str:
 
 def context_of(hm: HookedModel) -> int | None:
     """Tokens that fit into the model."""
-    config: Any = hm._hooks.root.config
+    config: Any = hm.root.config
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     told = getattr(hm.tokenizer, "model_max_length", None)
     limits = [limit for limit in (most, told) if isinstance(limit, int) and 0 < limit < 10**9]

@@ -3,10 +3,20 @@
 import hashlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi.responses import Response
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)", re.ASCII)
+
+
+KIND = "application/octet-stream"
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "All of it.", "content": {KIND: {}}},
+    206: {"description": "The part that was asked for.", "content": {KIND: {}}},
+    416: {"description": "There is no such part."},
+}
+"""the answers of a route, in its OpenAPI document"""
 
 
 def ranged(data: bytes, headers: Mapping[str, str], name: str) -> Response:
@@ -18,7 +28,7 @@ def ranged(data: bytes, headers: Mapping[str, str], name: str) -> Response:
     told = {"Accept-Ranges": "bytes", "ETag": tag, "Content-Disposition": f'attachment; filename="{_plain(name)}"'}
     match = _RANGE.fullmatch(headers.get("range", ""))
     if match is None or match[0] == "bytes=-" or headers.get("if-range", tag) != tag:
-        return Response(data, media_type="application/octet-stream", headers=told)
+        return Response(data, media_type=KIND, headers=told)
     size = len(data)
     first, last = match[1][:20], match[2][:20]
     start = int(first) if first else max(0, size - int(last))
@@ -26,7 +36,7 @@ def ranged(data: bytes, headers: Mapping[str, str], name: str) -> Response:
     if start > end:
         return Response(status_code=416, headers={**told, "Content-Range": f"bytes */{size}"})
     told["Content-Range"] = f"bytes {start}-{end}/{size}"
-    return Response(data[start : end + 1], 206, media_type="application/octet-stream", headers=told)
+    return Response(data[start : end + 1], 206, media_type=KIND, headers=told)
 
 
 def _plain(name: str) -> str:

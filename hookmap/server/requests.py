@@ -18,6 +18,14 @@ class _Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class SummaryRequest(_Request):
+    """`summary` of the `hookmap` field: figures of each generated token, which come with it."""
+
+    point: str
+    of: Literal["norm", "lens"] = Field("norm", description="of the row: its length, or the lens's likeliest token")
+    layers: str | int | list[int] = Field("all", description="numbers, negative from the end, or `all`")
+
+
 class Recording(_Request):
     """The `hookmap` field: what is kept of the run, as `HookedModel.capture` takes it."""
 
@@ -31,6 +39,7 @@ class Recording(_Request):
     keep_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     interventions: list[dict[str, Any]] | None = None
     return_: Literal["store", "inline", "none"] = Field("store", alias="return", description="where rows go")
+    summary: SummaryRequest | None = None
 
 
 class StreamOptions(_Request):
@@ -62,6 +71,11 @@ class Sampling(_Request):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     user: Any = None
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether logprobs of the prompt are asked for."""
+        return False
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -156,14 +170,16 @@ class CompletionRequest(Sampling):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool | None = None
+    echo: bool | None = Field(None, description="the prompt before the completion, with its logprobs where asked")
     suffix: str | None = None
     best_of: Positive | None = None
 
+    @property
+    def reads_prompt(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
+
     def refused(self) -> None:
         super().refused()
-        if self.echo:
-            raise bad("echo is not done by this server.", "echo")
         if self.suffix:
             raise bad("suffix is not done by this server.", "suffix")
         if self.best_of not in (None, self.n or 1):

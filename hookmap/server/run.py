@@ -6,7 +6,7 @@ import uvicorn
 
 import hookmap
 from hookmap.server.app import make_app
-from hookmap.server.models import Models, name_of
+from hookmap.server.models import Models
 from hookmap.server.sessions import Sessions
 from hookmap.server.settings import Settings
 
@@ -24,7 +24,7 @@ def serve(source: str | None, settings: Settings, name: str | None = None) -> No
         hm = hookmap.open(source, **settings.loads)
         points = settings.points
         hm.map.selectors(points if points == "all" else list(points), settings.layers)  # wrong names are told now
-        models.add(name or name_of(source), hm)
+        models.add(models.called(source, name), hm)
     config = uvicorn.Config(
         make_app(settings, models, sessions),
         host=settings.host,

@@ -28,6 +28,10 @@ class Settings:
     layers: str | tuple[int, ...] = "all"
     queue: int = 64
     """requests that may wait for a model"""
+    batch: int = 8
+    """rows of plain requests that run together; 1: each request runs alone"""
+    batch_tokens: int = 32768
+    """of such a batch: rows times the longest prompt and what may be generated"""
     max_new_tokens: int = 4096
     """that a request may ask for, and what it gets where it does not say, as far as the context goes"""
     max_choices: int = 16

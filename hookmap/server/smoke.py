@@ -1,5 +1,6 @@
 """One walk through a running server: health, load, structure, chat, capture, sessions, delete. Needs no package."""
 
+import http.client
 import json
 import struct
 import time
@@ -9,12 +10,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-_QUESTION = [{"role": "user", "content": "Tom has 3 apples. He buys 4 more. How many apples does Tom have?"}]
+_QUESTION = "Tom has 3 apples. He buys 4 more. How many apples does Tom have?"
 _TOKENS = 8
 
 
 class FailedError(Exception):
-    """A step did not show what it should."""
+    """A step did not show what it should. `code`: that of the server's error, where it told one."""
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Smoke:
     """to be loaded and asked; the server's first one where None"""
     timeout: float = 120.0
     _session: str = ""
+    _chats: bool = True
+    """whether the model has a chat template; else it completes texts"""
     _answer: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> Iterator[Step]:
@@ -85,24 +92,32 @@ class Smoke:
         return f"{found['map']['architecture']}, {found['layers']} layers, {len(found['points'])} points"
 
     def _chat(self) -> str:
-        found = self._json("POST", "/v1/chat/completions", self._asked())
-        text = found["choices"][0]["message"]["content"]
+        try:
+            found = self._ask()
+        except FailedError as error:
+            if error.code != "TokenizerError":
+                raise
+            self._chats = False
+            found = self._ask()
+        choice = found["choices"][0]
+        text = choice["message"]["content"] if self._chats else choice["text"]
         _expect(0 < found["usage"]["completion_tokens"] <= _TOKENS, f"unexpected usage: {found['usage']}")
         self._answer = {"text": text}
-        return repr(text)
+        return repr(text) if self._chats else f"{text!r}, completed: the model has no chat template"
 
     def _stream(self) -> str:
-        lines = self._send("POST", "/v1/chat/completions", {**self._asked(), "stream": True})[0].decode().splitlines()
+        lines = self._send("POST", *self._asked(stream=True))[0].decode().splitlines()
         chunks = [line.removeprefix("data: ") for line in lines if line]
         _expect(chunks[-1] == "[DONE]", f"the stream does not end with [DONE] but {chunks[-1][:200]!r}")
-        deltas = [choice["delta"] for chunk in chunks[:-1] for choice in json.loads(chunk)["choices"]]
-        text = "".join(delta.get("content") or "" for delta in deltas)
+        choices = [choice for chunk in chunks[:-1] for choice in json.loads(chunk)["choices"]]
+        pieces = (choice["delta"].get("content") if self._chats else choice["text"] for choice in choices)
+        text = "".join(filter(None, pieces))
         _expect(text == self._answer["text"], f"streamed {text!r}, and in one piece {self._answer['text']!r}")
         return f"{len(chunks)} chunks, the same text"
 
     def _capture(self) -> str:
         recorded = {"points": ["resid_post"], "layers": [0, -1]}
-        found = self._json("POST", "/v1/chat/completions", {**self._asked(), "hookmap": recorded})
+        found = self._ask(hookmap=recorded)
         usage, meta = found["usage"], found["activations_meta"]
         self._session = found["session_id"]
         # The last generated token is never fed to the model, so it has no row.
@@ -136,11 +151,24 @@ class Smoke:
         _expect(all(each["id"] != self._session for each in left), "the session is still in the list")
         return f"{len(left)} sessions left"
 
-    def _asked(self) -> dict[str, Any]:
-        return {"model": self.model, "messages": _QUESTION, "max_tokens": _TOKENS, "temperature": 0}
+    def _ask(self, **more: Any) -> Any:
+        return self._json("POST", *self._asked(**more))
+
+    def _asked(self, **more: Any) -> tuple[str, dict[str, Any]]:
+        """The path and the body of a question."""
+        body = {"model": self.model, "max_tokens": _TOKENS, "temperature": 0, **more}
+        if self._chats:
+            return "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": _QUESTION}]}
+        return "/v1/completions", {**body, "prompt": _QUESTION}
 
     def _json(self, method: str, path: str, body: Any = None) -> Any:
-        return json.loads(self._send(method, path, body)[0])
+        data, _ = self._send(method, path, body)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise FailedError(
+                f"{method} {path} answers no JSON: {_line(data)}. Is {self.url} a hookmap server?"
+            ) from error
 
     def _send(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -153,11 +181,24 @@ class Smoke:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                 return answer.read(), answer.status
         except urllib.error.HTTPError as error:
-            raise FailedError(
-                f"{method} {path} answers {error.code}: {error.read(500).decode(errors='replace')}"
-            ) from error
-        except OSError as error:
+            message, code = _told(error.read())
+            hint = " Give its key with --key." if error.code == 401 else ""
+            raise FailedError(f"{method} {path} answers {error.code}: {message}{hint}", code) from error
+        except (OSError, http.client.HTTPException, UnicodeEncodeError) as error:
             raise FailedError(f"{method} {path}: no answer from {self.url}: {error}") from error
+
+
+def _told(body: bytes) -> tuple[str, str | None]:
+    """The message and the code of the server's error; the first line of what is none."""
+    try:
+        error = json.loads(body)["error"]
+        return str(error["message"]), error["code"]
+    except (ValueError, KeyError, TypeError):
+        return _line(body), None
+
+
+def _line(body: bytes) -> str:
+    return body.decode(errors="replace").strip().partition("\n")[0][:200] or "nothing"
 
 
 def _expect(right: bool, wrong: str) -> None:

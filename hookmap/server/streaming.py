@@ -5,7 +5,7 @@ Whoever leaves cancels the job. Before the first token nothing is sent, so that 
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -14,9 +14,10 @@ from openai.types import CompletionUsage
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from hookmap.server.answering import Token
-from hookmap.server.errors import ApiError
-from hookmap.server.worker import Event, Job, Result, Worker
+from hookmap.server.errors import ApiError, cancelled
+from hookmap.server.jobs import Event, Job, Result
+from hookmap.server.tokens import Token
+from hookmap.server.worker import Worker
 
 
 class Wire(Protocol):
@@ -38,7 +39,7 @@ class Wire(Protocol):
 async def answer(request: Request, worker: Worker, job: Job, wire: Wire, streams: bool) -> Response:
     """Run the job and answer. Raises ApiError."""
     events: asyncio.Queue[Event] = asyncio.Queue()
-    loop, wants_tokens = asyncio.get_running_loop(), streams or job.top_logprobs is not None
+    loop, wants_tokens = asyncio.get_running_loop(), _wants_tokens(job, streams)
 
     def emit(event: Event) -> None:
         if wants_tokens or not isinstance(event, list):
@@ -62,6 +63,10 @@ async def answer(request: Request, worker: Worker, job: Job, wire: Wire, streams
     return JSONResponse(wire.whole(event, tokens).model_dump(mode="json", exclude_unset=True))
 
 
+def _wants_tokens(job: Job, streams: bool) -> bool:
+    return streams or job.top_logprobs is not None or job.summary is not None
+
+
 async def _event(events: "asyncio.Queue[Event]", request: Request) -> Event:
     """The next event. Raises ApiError where the client leaves before it."""
     event, leaving = asyncio.ensure_future(events.get()), asyncio.ensure_future(_left(request))
@@ -69,7 +74,7 @@ async def _event(events: "asyncio.Queue[Event]", request: Request) -> Event:
         await asyncio.wait({event, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if event.done():
             return event.result()
-        raise ApiError(499, "the client closed the connection.", code="cancelled")
+        raise cancelled()
     finally:
         event.cancel()
         leaving.cancel()
@@ -115,6 +120,14 @@ class _Stream(StreamingResponse):
             self._job.cancelled.set()
 
 
+def summaries(job: Job, tokens: Sequence[Token], decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """`activations_summary` of a chunk, or of a whole answer: an entry for each token; nothing where none is wanted."""
+    if job.summary is None:
+        return {}
+    told = [job.summary.told(t.row, decode([t.id]), t.figures, decode) for t in tokens if t.figures is not None]
+    return {"activations_summary": told}
+
+
 def extras(result: Result) -> dict[str, Any]:
     """The fields of an answer that OpenAI's have not: none for a request that keeps nothing."""
     if result.meta is None:
@@ -125,5 +138,5 @@ def extras(result: Result) -> dict[str, Any]:
 def usage_of(job: Job, result: Result) -> CompletionUsage:
     """Tokens of each prompt once, and of every choice."""
     prompt = sum(len(prompt.token_ids) for prompt in job.prompts[:: job.together])
-    completion = sum(len(sample.token_ids) - sample.prompt_tokens for sample in result.samples)
+    completion = sum(map(len, result.new))
     return CompletionUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)

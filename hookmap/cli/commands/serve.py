@@ -1,8 +1,11 @@
 """`hookmap serve`: an OpenAI-compatible server that also records activations."""
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+from hookmap.cli import model_options
 
 _GIB = 2**30
 
@@ -12,7 +15,7 @@ _GIB = 2**30
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 for every address.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option(
-    "--name", metavar="NAME", help="What clients call the model.  [default: its hub id, or its folder's name]"
+    "--served-model-name", metavar="NAME", help="What clients call it.  [default: its hub id, or its folder's name]"
 )
 @click.option("--key", envvar="HOOKMAP_KEY", help="The bearer key that clients need.  [env: HOOKMAP_KEY]")
 @click.option("--admin-key", envvar="HOOKMAP_ADMIN_KEY", help="Loads and unloads models.  [env: HOOKMAP_ADMIN_KEY]")
@@ -62,6 +65,22 @@ _GIB = 2**30
     help="Requests that may wait for the model; more get 429.",
 )
 @click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Plain requests that wait together run together, up to N rows; 1: each runs alone.",
+)
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    default=32768,
+    show_default=True,
+    metavar="N",
+    help="Of such a batch: rows times the longest prompt and answer.",
+)
+@click.option(
     "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="That a request may ask for.  [default: 4096]"
 )
 @click.option(
@@ -72,15 +91,12 @@ _GIB = 2**30
     metavar="SECONDS",
     help="For running requests, when the server is told to stop.",
 )
-@click.option("--tokenizer", metavar="MODEL", help="A folder or a hub id.  [default: the model's own]")
-@click.option("--map", "map_", metavar="MAP", help="A map file, instead of discovering one.")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="Of the weights.")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: a GPU where there is one]")
+@model_options.loading
 def command(
     model: str | None,
     host: str,
     port: int,
-    name: str | None,
+    served_model_name: str | None,
     key: str | None,
     admin_key: str | None,
     allow: tuple[str, ...],
@@ -93,12 +109,11 @@ def command(
     request_bytes: float,
     inline_bytes: int,
     queue: int,
+    batch: int,
+    batch_tokens: int,
     max_new_tokens: int | None,
     drain: int,
-    tokenizer: str | None,
-    map_: str | None,
-    dtype: str | None,
-    device: str | None,
+    **given: Any,
 ) -> None:
     """Serve MODEL as OpenAI's API is, and record activations.
 
@@ -123,8 +138,6 @@ def command(
     with working("importing torch and transformers"):
         from hookmap.server.run import serve
         from hookmap.server.settings import Settings
-    loads = {"map": map_ or settings.get("map"), "tokenizer": tokenizer or settings.get("tokenizer")}
-    loads |= {"dtype": dtype or settings.get("dtype", "auto"), "device": device or settings.get("device")}
     limits = Settings(
         root=Path(sessions),
         host=host,
@@ -136,14 +149,16 @@ def command(
         points=chosen if isinstance(chosen, str) else tuple(chosen),
         layers=of_layers if isinstance(of_layers, str) else tuple(of_layers),
         queue=queue,
+        batch=batch,
+        batch_tokens=batch_tokens,
         max_new_tokens=max_new_tokens or settings.get("max_new_tokens", 4096),
         request_bytes=int(request_bytes * _GIB),
         inline_bytes=inline_bytes,
         total_bytes=int(max_bytes * _GIB),
         max_age=max_age * 3600,
         drain=float(drain),
-        loads=loads,
+        loads=model_options.loads(given, settings),
     )
     if host not in ("127.0.0.1", "localhost", "::1") and not key:
         click.echo("note: anybody who reaches this address may use the model; give --key", err=True)
-    serve(model, limits, name)
+    serve(model, limits, served_model_name)

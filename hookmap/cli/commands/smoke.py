@@ -26,7 +26,12 @@ def command(ctx: click.Context, url: str, key: str | None, model: str | None, ti
     from hookmap.cli.console import console, table
     from hookmap.server.smoke import Smoke
 
-    if urlsplit(url).scheme not in ("http", "https"):
+    try:
+        parts = urlsplit(url)
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        right = False
+    if not right:
         raise click.BadParameter(f"{url!r} is no address: write http://127.0.0.1:8000", param_hint="URL")
     steps = list(Smoke(url, key, model, timeout).run())
     if as_json:

@@ -1,0 +1,194 @@
+"""Plain requests through the model's own `generate`, with no hook set: one alone, or several that waited, in one batch.
+
+Each row keeps its own stop strings, limit and logprobs, and its request is answered when its last row has ended.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria
+
+from hookmap import generation as gen
+from hookmap.engines.observation import BatchLayout
+from hookmap.memory_use import MemoryUse
+from hookmap.model import HookedModel
+from hookmap.runs import device_of, padded, turn
+from hookmap.server.errors import ApiError, cancelled, failed, is_out_of_memory
+from hookmap.server.jobs import Event, Job, Result
+from hookmap.server.tokens import Likely, Token, told
+
+log = logging.getLogger("hookmap.server")
+
+Ended = Callable[[Job, Event], None]
+"""takes a job and its last event, as soon as there is one"""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Who may share a batch."""
+
+    rows: int
+    tokens: int
+    """of a batch and its pads, with all that may be generated"""
+    pads: bool
+    """prompts of different lengths may share one"""
+
+    def beside(self, first: Job, waiting: Iterable[Job]) -> list[Job]:
+        """The jobs among those that wait that run together with the first one, in their order."""
+        found = [first]
+        for job in waiting:
+            if first.shares is not None and job.shares == first.shares:
+                prompts = [prompt for each in (*found, job) for prompt in each.prompts]
+                if self._holds([len(prompt.token_ids) for prompt in prompts], (*found, job)):
+                    found.append(job)
+        return found[1:]
+
+    def batches(self, rows: Sequence["Row"]) -> Iterator[list["Row"]]:
+        """The rows of one prompt run together whatever their number, those of several prompts where they may."""
+        batch: list[Row] = []
+        for row in rows:
+            if batch and row.number % row.job.together == 0:  # a prompt's first row
+                unit = [*batch, *[row] * row.job.together]
+                jobs = [each.job for each in unit]
+                if row.job.shares is None or not self._holds([len(each.tokens) for each in unit], jobs):
+                    yield batch
+                    batch = []
+            batch.append(row)
+        yield batch
+
+    def _holds(self, lengths: Sequence[int], jobs: Iterable[Job]) -> bool:
+        if len(lengths) > self.rows or (not self.pads and len(set(lengths)) > 1):
+            return False
+        return len(lengths) * (max(lengths) + max(job.max_new_tokens for job in jobs)) <= self.tokens
+
+
+@dataclass(eq=False)
+class Row:
+    """One choice of one request, as it grows."""
+
+    job: Job
+    number: int
+    ending: gen.Ending
+    new: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The prompt's, and those that came."""
+        return (*self.job.prompts[self.number].token_ids, *self.new)
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still come."""
+        return self.job.max_new_tokens - len(self.new)
+
+    def add(self, token: int) -> None:
+        """The next one."""
+        self.new.append(token)
+        self.ended = self.left == 0 or self.ending.at(self.new[-self.ending.reach :])
+
+
+class Together:
+    """Runs jobs that may share batches."""
+
+    def __init__(self, hm: HookedModel, jobs: Sequence[Job], memory: MemoryUse, ended: Ended) -> None:
+        self._hm, self._memory, self._ended = hm, memory, ended
+        self._rows: dict[Job, list[Row]] = {}
+        """of jobs that have not ended"""
+        for job in jobs:
+            ending = gen.Ending(job.config, job.stop, hm.tokenizer)
+            self._rows[job] = [Row(job, number, ending) for number in range(len(job.prompts))]
+
+    def run(self, room: Room) -> None:
+        """Run them all; whatever goes wrong is told to those whom it concerns."""
+        every = [row for rows in self._rows.values() for row in rows]
+        for batch in room.batches(every):
+            self._batch(batch)
+
+    def end_complete(self) -> None:
+        """Answer the jobs whose rows have all ended."""
+        for job, rows in list(self._rows.items()):
+            if all(row.ended for row in rows):
+                self._end(job, Result(tuple(tuple(row.new) for row in rows)))
+
+    def end_cancelled(self) -> None:
+        """Let go the jobs that nobody waits for."""
+        for job in list(self._rows):
+            if job.cancelled.is_set():
+                self._end(job, cancelled())
+
+    def _batch(self, rows: Sequence[Row]) -> None:
+        self.end_cancelled()
+        rows = [row for row in rows if not row.ended]
+        if not rows:
+            return
+        error = self._generate(rows)
+        self.end_complete()
+        if error is None:
+            return
+        left = [row for row in rows if not row.ended]
+        # With a seed, the rows draw from one generator: halves would draw other tokens.
+        halves = is_out_of_memory(error) and len(left) > 1 and left[0].job.seed is None
+        answer = failed(error, [job.id for job in dict.fromkeys(row.job for row in left)], again=halves)
+        if halves:
+            self._batch(left[: len(left) // 2])
+            self._batch(left[len(left) // 2 :])
+            return
+        for job in dict.fromkeys(row.job for row in left):
+            self._end(job, answer)
+
+    def _generate(self, rows: Sequence[Row]) -> BaseException | None:
+        """Until all rows have ended; rows that came some way before go on from there."""
+        job, root = rows[0].job, self._hm.root
+        device = device_of(self._hm.hooks)
+        layout = BatchLayout(tuple(range(len(rows))), tuple(len(row.tokens) for row in rows))
+        config = copy.copy(job.config)
+        config.max_new_tokens = max(row.left for row in rows)
+        likely = [Likely()] if any(row.job.top_logprobs is not None for row in rows) else []
+        inputs = padded([row.tokens for row in rows], layout, config.pad_token_id, device)
+        inputs |= {"stopping_criteria": [_Step(self, rows, *likely)], "logits_processor": likely}
+        seed = None if job.seed is None else job.seed + rows[0].number
+        try:
+            with turn(self._hm.hooks), gen.seeded(seed, device, draws=bool(config.do_sample)):
+                root.generate(generation_config=config, **inputs)  # type: ignore[operator]
+        except BaseException as error:
+            return error
+        return None
+
+    def look(self) -> None:
+        """At the memory in use."""
+        self._memory.look()
+
+    def _end(self, job: Job, event: Result | ApiError) -> None:
+        for row in self._rows.pop(job):
+            row.ended = True
+        self._ended(job, event)
+
+
+class _Step(StoppingCriteria):  # type: ignore[misc]  # transformers' base is not typed
+    """After each step: gives every row its token, and says which rows have ended."""
+
+    def __init__(self, run: Together, rows: Sequence[Row], likely: Likely | None = None) -> None:
+        self._run, self._rows, self._likely = run, rows, likely
+        self._steps = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
+        self._run.end_cancelled()
+        came: dict[Job, list[Token]] = {}
+        for place, (row, id) in enumerate(zip(self._rows, input_ids[:, -1].tolist(), strict=True)):
+            if not row.ended:
+                row.add(id)
+                came.setdefault(row.job, []).append(told(self._likely, place, row.number, id, row.job.top_logprobs))
+        for job, tokens in came.items():
+            job.tell(tokens)
+        ended = [row.ended for row in self._rows]
+        if not all(ended):  # those who end with the batch are answered when the model is free again
+            self._run.end_complete()
+        if self._steps % 64 == 0:
+            self._run.look()
+        self._steps += 1
+        return torch.tensor(ended, device=input_ids.device)

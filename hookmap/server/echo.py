@@ -1,0 +1,61 @@
+"""Logprobs of a prompt's own tokens, read in the forward pass that is fed the prompt: `echo` tells them."""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hookmap.errors import CaptureError
+from hookmap.server.tokens import Token
+
+_CHUNK = 64
+"""positions whose distributions are computed together: each is as wide as the vocabulary"""
+
+
+class Echo:
+    """Reads one prompt after the other. `count`: of the likeliest tokens that are told with each."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._read: list[Token] = []
+
+    @contextlib.contextmanager
+    def listening(self, root: nn.Module, prompt: Sequence[int]) -> Iterator[None]:
+        """Inside, the model is fed this prompt, and gives the logits of all of it."""
+        me = threading.get_ident()
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if threading.get_ident() == me and not self._read:
+                logits = output["logits"] if isinstance(output, Mapping) else output[0]
+                self._read = self._tokens(prompt, logits[0])
+
+        handle = root.register_forward_hook(hook)
+        self._read = []
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def tokens(self, row: int) -> list[Token]:
+        """Those of the prompt, for one of its choices; the first has no logprob."""
+        return [Token(row, each.id, each.logprob, each.top, prompt=True) for each in self._read]
+
+    def _tokens(self, prompt: Sequence[int], logits: torch.Tensor) -> list[Token]:
+        """`logits`: [pos, d_vocab]."""
+        if len(logits) != len(prompt):
+            raise CaptureError(f"the model gave logits of {len(logits)} of {len(prompt)} tokens: there is no echo.")
+        found = [Token(0, prompt[0])]
+        for start in range(0, len(prompt) - 1, _CHUNK):
+            after = list(prompt[start + 1 : start + 1 + _CHUNK])
+            logprobs = logits[start : start + len(after)].float().log_softmax(-1)
+            own = logprobs.gather(1, torch.tensor(after, device=logprobs.device)[:, None])[:, 0].tolist()
+            best = logprobs.topk(min(self._count, logprobs.shape[1]))
+            tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            found += [
+                Token(0, id, logprob, tuple(zip(*top, strict=True)))
+                for id, logprob, top in zip(after, own, tops, strict=True)
+            ]
+        return found

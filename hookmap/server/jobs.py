@@ -1,0 +1,106 @@
+"""What the model's thread is given, and what it gives back."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+from transformers import GenerationConfig
+
+from hookmap import generation as gen
+from hookmap.activations import Sample, Sink
+from hookmap.interventions import Intervention
+from hookmap.kept import Kept
+from hookmap.prompts import Prompt
+from hookmap.selectors import Selector
+from hookmap.server.errors import ApiError
+from hookmap.server.summaries import Summary
+from hookmap.server.tokens import Token
+
+_OF_ONE_ROW = frozenset(
+    "do_sample temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff eos_token_id".split()
+)
+"""settings that look at nothing but a row's next scores; others may count pads as tokens of the row"""
+_NO_MATTER = frozenset(
+    "max_new_tokens max_length bos_token_id pad_token_id decoder_start_token_id disable_compile use_cache "
+    "_from_model_config output_attentions output_hidden_states return_dict_in_generate".split()
+)
+
+
+class Keeper(Protocol):
+    """Where the rows of one request go."""
+
+    selectors: tuple[Selector, ...]
+    kept: Kept
+
+    def begin(self) -> Sink:
+        """The run begins: rows may come. Raises ApiError where there is no room."""
+
+    def end(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """All rows came. Returns what the answer says of them."""
+
+    def drop(self) -> None:
+        """The run failed: forget what came."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job."""
+
+    new: tuple[tuple[int, ...], ...]
+    """the tokens of each row, end of sequence included"""
+    meta: dict[str, Any] | None = None
+    """what the answer says of its activations"""
+
+
+Event = list[Token] | Result | ApiError
+
+
+@dataclass(eq=False)
+class Job:
+    """One request, as the model runs it."""
+
+    id: str
+    prompts: tuple[Prompt, ...]
+    """one for each row"""
+    together: int
+    """rows of one prompt: they always run together, without pads"""
+    config: GenerationConfig
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    seed: int | None
+    keeper: Keeper | None = None
+    interventions: tuple[Intervention, ...] = ()
+    top_logprobs: int | None = None
+    summary: Summary | None = None
+    echo: bool = False
+    """whether the logprobs of the prompts are told"""
+    emit: Callable[[Event], None] = field(default=lambda event: None)
+    """called in the model's thread: each step's tokens, then a Result or an ApiError"""
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def tell(self, event: Event) -> None:
+        """Hand an event to who waits for it."""
+        try:
+            self.emit(event)
+        except RuntimeError:  # the event loop that waited for it is gone
+            self.cancelled.set()
+
+    @property
+    def plain(self) -> bool:
+        """Whether it reads, keeps and changes nothing."""
+        return self.keeper is None and not self.interventions and self.summary is None and not self.echo
+
+    @cached_property
+    def shares(self) -> dict[str, Any] | None:
+        """Settings that it has in common with every job that it may share a batch with. None: it runs alone.
+
+        A seed says what is drawn for these rows, and a captured tensor is that of the prompt alone.
+        """
+        if not self.plain or self.seed is not None:
+            return None
+        settings = gen.as_json(self.config)
+        if settings.keys() - _OF_ONE_ROW - _NO_MATTER:
+            return None
+        return {name: value for name, value in settings.items() if name in _OF_ONE_ROW}

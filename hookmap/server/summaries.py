@@ -1,0 +1,139 @@
+"""Figures of each generated token, one for each layer, as it comes: what a heat map that fills in is drawn from.
+
+They are of the row that the token was predicted from, that of the last token which the model had read then. So each
+generated token has figures, the last one too, and they are known when the token is.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hookmap.architecture_map import ArchitectureMap
+from hookmap.engines.observation import Observer
+from hookmap.errors import HookmapError
+from hookmap.kept import NUMBERS
+from hookmap.lens import STREAM_POINTS
+from hookmap.model import HookedModel
+from hookmap.points import POINTS
+from hookmap.readout import Readout, readout_of
+from hookmap.selectors import Selector
+from hookmap.server.errors import bad
+from hookmap.server.requests import SummaryRequest
+
+PARAM = "hookmap.summary"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one token."""
+
+    position: int
+    """of the row, in the sample; 0 is the prompt's first token"""
+    values: tuple[float, ...]
+    """one for each layer: the row's length, or the probability of the lens's likeliest token"""
+    tokens: tuple[int, ...] = ()
+    """one for each layer: the lens's likeliest token"""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a request wants figures of."""
+
+    of: str
+    selectors: tuple[Selector, ...]
+    """of one point, one for each layer"""
+
+    def reading(self, hm: HookedModel) -> Readout | None:
+        """What the lens reads with; proved at its first use, for which the model runs. Raises ApiError."""
+        if self.of != "lens":
+            return None
+        try:
+            return readout_of(hm)
+        except HookmapError as error:
+            raise bad(str(error), PARAM, type(error).__name__) from error
+
+    def told(self, choice: int, token: str, figures: Figures, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+        """As JSON."""
+        words = {"tokens": [decode([id]) for id in figures.tokens]} if self.of == "lens" else {}
+        return {
+            "choice": choice,
+            "position": figures.position,
+            "token": token,
+            "point": self.selectors[0].point,
+            "of": self.of,
+            "layers": [selector.layer for selector in self.selectors],
+            "values": [value if math.isfinite(value) else None for value in figures.values],
+            **words,
+        }
+
+
+def offered(architecture_map: ArchitectureMap) -> dict[str, list[str]]:
+    """The points of a model that each kind of figure can be of."""
+    names = dict.fromkeys(name for kind in architecture_map.kinds for name in kind.points)
+    norm = [name for name in names if _refusal(name, "norm") is None]
+    return {"norm": norm, "lens": [name for name in norm if _refusal(name, "lens") is None]}
+
+
+def summary_of(asked: SummaryRequest, architecture_map: ArchitectureMap) -> Summary:
+    """Held against the map. Raises ApiError."""
+    try:
+        selectors = architecture_map.selectors([asked.point], asked.layers)
+    except HookmapError as error:
+        raise bad(str(error), PARAM, type(error).__name__) from error
+    if not selectors:
+        raise bad(f"summary: no layer of {asked.layers!r} has {asked.point}.", f"{PARAM}.layers")
+    if why := _refusal(selectors[0].point, asked.of):
+        raise bad(f"summary: {why}", f"{PARAM}.point")
+    return Summary(asked.of, tuple(sorted(selectors, key=lambda selector: selector.layer or 0)))
+
+
+def _refusal(point: str, of: str) -> str | None:
+    """Why there is no such figure of a point; None where there is."""
+    name = point.partition(".")[0]
+    if not POINTS[name].per_layer:
+        return f"{point} is not of a layer."
+    if "key" in POINTS[name].axes or name in NUMBERS:
+        return f"{point} has no length that says something; name another point."
+    if of == "lens" and name not in STREAM_POINTS:
+        return f"no lens on {point}: it is not in the space of the residual stream. Use {', '.join(STREAM_POINTS)}."
+    return None
+
+
+class Summarising(Observer):
+    """An observer that also holds, of every forward pass, the summary's rows of the newest token."""
+
+    def __init__(
+        self, summary: Summary, readout: Readout | None, selectors: Sequence[Selector], *args: Any, **options: Any
+    ) -> None:
+        """`selectors` and what follows: those of `Observer`."""
+        super().__init__((*selectors, *summary.selectors), *args, **options)
+        self._first, self._readout = len(selectors), readout
+        self._newest: dict[int, torch.Tensor] = {}
+
+    def _keeps(self, number: int) -> bool:
+        return number >= self._first or super()._keeps(number)
+
+    def _take(self, number: int, tensor: torch.Tensor) -> None:
+        if number < self._first:
+            super()._take(number, tensor)
+            return
+        row = tensor[:, -1]
+        # Copied, for later modules may write over it.
+        self._newest[number] = row.clone() if self._readout is not None else row.flatten(1).float().norm(dim=1)
+
+    def figures(self, length: int) -> list[Figures]:
+        """Of each row of the batch, when it has become `length` columns long."""
+        with self.aside(), torch.no_grad():
+            newest = [self._newest[number] for number in sorted(self._newest)]
+            stacked = torch.stack([each.to(newest[-1].device) for each in newest], dim=1)
+            return [self._figures(rows, length - 2 - self.layout.pads(row)) for row, rows in enumerate(stacked)]
+
+    def _figures(self, rows: torch.Tensor, position: int) -> Figures:
+        """`rows`: of one token, [layers] lengths, or [layers, d_model]."""
+        if self._readout is None:
+            return Figures(position, tuple(rows.tolist()))
+        found = self._readout(rows[None].to(self._readout.dtype))[0].float().softmax(-1).max(-1)
+        return Figures(position, tuple(found.values.tolist()), tuple(found.indices.tolist()))

@@ -1,0 +1,46 @@
+"""Generated tokens as they are told, with the logprobs of the model's own distribution where they are asked for."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessor
+
+from hookmap.server.summaries import Figures
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token, or one of the prompt."""
+
+    row: int
+    id: int
+    logprob: float | None = None
+    """of the model's own distribution, before temperature and top_p"""
+    top: tuple[tuple[int, float], ...] = ()
+    """the likeliest tokens there, and their logprobs"""
+    figures: Figures | None = None
+    """where the request wants a summary"""
+    prompt: bool = False
+    """whether it is one of the prompt, which an echo tells"""
+
+
+class Likely(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not typed
+    """Looks at the distribution before temperature and the like: transformers puts those behind it."""
+
+    def __init__(self) -> None:
+        self._logprobs = torch.empty(0)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._logprobs = scores.float().log_softmax(-1)
+        return scores
+
+    def token(self, place: int, row: int, chosen: int, count: int) -> Token:
+        """What was chosen in this place of the batch, with its logprob and the `count` likeliest tokens'."""
+        own = self._logprobs[place]
+        values, ids = own.topk(min(count, len(own)))
+        return Token(row, chosen, float(own[chosen]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def told(likely: Likely | None, place: int, row: int, chosen: int, count: int | None) -> Token:
+    """The newest token in a place of the batch. `count`: of the likeliest tokens; None: no logprobs."""
+    return Token(row, chosen) if likely is None or count is None else likely.token(place, row, chosen, count)

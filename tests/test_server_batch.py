@@ -1,0 +1,265 @@
+"""Plain requests that wait together share a batch, and nobody can tell: each gets what is its own."""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from openai import OpenAI
+from served import NAME, Served, demo, serving
+
+PROMPTS = ["Tom has 3 apples.", "2 and 3?", "Ann buys 4 pens. She buys 5 more. How many?", "x"]
+
+
+STEER = {"do": "steer", "point": "resid_post", "layers": [4], "vector": [3.0] * 64, "strength": 2.0}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("sessions")) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def watched(before: Callable[[int, int], None]) -> Iterator[list[tuple[int, int]]]:
+    """The (rows, width) of each forward pass; `before` is told them, and may wait or raise."""
+    seen: list[tuple[int, int]] = []
+
+    def look(_: Any, args: Any, kwargs: Any) -> None:
+        shape = tuple(kwargs["input_ids"].shape)
+        seen.append(shape)
+        before(*shape)
+
+    hook = demo().model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def until(so: Callable[[], Any]) -> None:
+    end = time.monotonic() + 20
+    while not so():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def together(
+    served: Served, asks: list[Callable[[], Any]], before: Callable[[int, int], None] = lambda rows, width: None
+) -> tuple[list[Any], list[tuple[int, int]]]:
+    """What each call gets where all of them wait for the model at once, and the forward passes that ran for them."""
+    worker, free = served.models.get(NAME).worker, threading.Event()
+    first = []
+
+    def hold(rows: int, width: int) -> None:
+        if not first:
+            first.append(free.wait(30))
+        else:
+            before(rows, width)
+
+    with watched(hold) as seen, ThreadPoolExecutor(len(asks) + 1) as people:
+        try:
+            running = people.submit(served.chat, max_tokens=1)
+            until(lambda: worker.running)
+            waiting: list[Future[Any]] = []
+            for ask in asks:
+                waiting.append(people.submit(ask))
+                until(lambda: worker.waiting == len(waiting))  # they come in this order
+        finally:
+            free.set()
+        assert running.result().status_code == 200
+        answers = [each.result() for each in waiting]
+        served.idle()
+    return answers, seen[1:]
+
+
+def asked(number: int, **body: Any) -> dict[str, Any]:
+    """A request of its own length, limit, stop string and logprobs."""
+    own: dict[str, Any] = {"messages": [{"role": "user", "content": PROMPTS[number % 4]}], "max_tokens": 9 + 7 * number}
+    own |= {"temperature": 0} | ({"stop": "a"} if number == 2 else {})
+    return {**own, **({"logprobs": True, "top_logprobs": number} if number in (1, 3) else {}), **body}
+
+
+def whole(served: Served, **body: Any) -> Any:
+    answer = served.post("/v1/chat/completions", **body)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    return found["choices"], found["usage"]
+
+
+def streamed(served: Served, **body: Any) -> Any:
+    """The same, put together of the chunks."""
+    texts, reasons, logprobs, usage = "", None, [], None
+    with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        options: Any = {"model": NAME, "stream": True, "stream_options": {"include_usage": True}, **body}
+        for chunk in client.chat.completions.create(**options):
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                texts += choice.delta.content or ""
+                reasons = choice.finish_reason or reasons
+                logprobs += choice.logprobs.content or [] if choice.logprobs else []
+    assert usage is not None
+    told = {"content": [each.model_dump() for each in logprobs], "refusal": None} if logprobs else None
+    message = {"role": "assistant", "content": texts, "refusal": None}
+    choice = {"index": 0, "message": message, "finish_reason": reasons}
+    return [{**choice, "logprobs": told}], usage.model_dump(exclude_unset=True)
+
+
+def same(one: Any, other: Any) -> None:
+    """But for the last bits of logprobs, and which of two equally likely tokens is named."""
+    (choices, usage), (expected, expected_usage) = one, other
+    assert usage == expected_usage
+    for choice, alone in zip(choices, expected, strict=True):
+        assert choice["message"]["content"] == alone["message"]["content"]
+        assert (choice["index"], choice["finish_reason"]) == (alone["index"], alone["finish_reason"])
+        found, own = choice.get("logprobs"), alone.get("logprobs")
+        assert (found is None) == (own is None)
+        for a, b in zip((found or {}).get("content", []), (own or {}).get("content", []), strict=True):
+            assert a["token"] == b["token"] and a["logprob"] == pytest.approx(b["logprob"], abs=1e-3)
+            tops = [[top["logprob"] for top in each["top_logprobs"]] for each in (a, b)]
+            assert tops[0] == pytest.approx(tops[1], abs=1e-3)
+
+
+def test_each_gets_what_it_gets_alone_streamed_or_whole(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hookmap.server")
+    alone = [whole(served, **asked(number)) for number in range(4)]
+    assert {choices[0]["finish_reason"] for choices, _ in alone} == {"stop", "length"}
+    ways = [whole, streamed, streamed, whole]
+    found, seen = together(served, [lambda n=n: ways[n](served, **asked(n)) for n in range(4)])
+    assert {rows for rows, _ in seen} == {4}, "one batch"
+    assert len(seen) == max(usage["completion_tokens"] for _, usage in alone)
+    for one, other in zip(found, alone, strict=True):
+        same(one, other)
+    assert sum("in a batch of 4 requests" in record.getMessage() for record in caplog.records) == 4
+
+
+def test_choices_and_lists_of_prompts_share_batches_too(served: Served) -> None:
+    completions = {"prompt": ["2+2=", "Tom has", "Tom"], "max_tokens": 6, "temperature": 0, "logprobs": 1}
+    alone = served.hm.capture(completions["prompt"], ["embed"], max_new_tokens=6, batch_size=1)
+    asks = [
+        lambda: served.post("/v1/completions", **completions).json(),
+        lambda: whole(served, **asked(0, n=2)),
+    ]
+    (lists, (choices, usage)), seen = together(served, asks)
+    assert seen[0][0] == 5, "three prompts and two choices"
+    assert [choice["text"] for choice in lists["choices"]] == alone.texts
+    assert lists["usage"]["prompt_tokens"] == sum(sample.prompt_tokens for sample in alone.samples)
+    expected, one = whole(served, **asked(0))
+    assert [choice["message"]["content"] for choice in choices] == [expected[0]["message"]["content"]] * 2
+    assert usage == {**one, "completion_tokens": 2 * one["completion_tokens"], "total_tokens": usage["total_tokens"]}
+
+
+def test_rows_that_are_drawn_are_drawn_from_their_own_distribution(served: Served) -> None:
+    """Of the likeliest token only, a draw is greedy: a row that read another's logits would differ."""
+    drawn = {"temperature": 1.0, "top_k": 1}
+    alone = [whole(served, **asked(number)) for number in range(4)]
+    found, seen = together(served, [lambda n=n: whole(served, **asked(n, **drawn)) for n in range(4)])
+    assert seen[0][0] == 4
+    for one, other in zip(found, alone, strict=True):
+        same(one, other)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"seed": 1},
+        {"temperature": 0.5},
+        {"repetition_penalty": 1.5},
+        {"hookmap": {"points": ["embed"], "layers": "all", "return": "inline"}},
+        {"hookmap": {"interventions": [STEER], "return": "none"}},
+        {"max_tokens": 900, "stop": "T"},
+    ],
+    ids="seed temperature penalty capture intervention tokens".split(),
+)
+def test_what_cannot_be_shared_runs_alone(tmp_path: Path, body: dict[str, Any]) -> None:
+    with serving(tmp_path, batch_tokens=1000) as served:
+        asks = [lambda: whole(served, **asked(0)), lambda: whole(served, **asked(1, **body))]
+        _, seen = together(served, asks)
+        assert {rows for rows, _ in seen} == {1}
+
+
+def test_with_a_batch_of_one_nobody_shares(tmp_path: Path) -> None:
+    with serving(tmp_path, batch=1) as served:
+        _, seen = together(served, [lambda: whole(served, **asked(0))] * 2)
+        assert {rows for rows, _ in seen} == {1}
+
+
+def test_a_row_that_ends_is_answered_while_others_go_on(served: Served) -> None:
+    answered, passes = threading.Event(), []
+
+    def wait_for_the_short_one(rows: int, width: int) -> None:
+        passes.append(rows)
+        assert len(passes) != 12 or answered.wait(20), "the short answer waits for the long one"
+
+    def short() -> Any:
+        found = whole(served, **asked(0, max_tokens=3))
+        answered.set()
+        return found
+
+    found, seen = together(served, [lambda: whole(served, **asked(3)), short], wait_for_the_short_one)
+    assert seen[0][0] == 2 and len(seen) > 12
+    same(found[0], whole(served, **asked(3)))
+
+
+def test_who_leaves_a_batch_does_not_end_it(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hookmap.server")
+    passes: list[int] = []
+    worker = served.models.get(NAME).worker
+
+    def leave() -> None:
+        body = asked(2, stream=True, max_tokens=60, stop=None)
+        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=60) as answer:
+            for line in answer.iter_lines():
+                if "content" in line:
+                    return
+
+    def wait_until_it_is_known(rows: int, width: int) -> None:
+        passes.append(rows)
+        if len(passes) == 6:
+            until(lambda: len(worker._running) == 1 or any(job.cancelled.is_set() for job in worker._running))
+
+    found, seen = together(served, [leave, lambda: whole(served, **asked(3))], wait_until_it_is_known)
+    assert seen[0][0] == 2
+    same(found[1], whole(served, **asked(3)))
+    assert sum(": cancelled in" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_memory_that_runs_out_halves_the_batch_and_nothing_is_lost(served: Served) -> None:
+    """Also after some tokens: they were sent, so the rows go on from there."""
+
+    def refuse(rows: int, width: int) -> None:
+        passes.append(rows)
+        if rows > 2 and len(passes) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory (forced by a test)")
+
+    passes: list[int] = []
+    alone = [whole(served, **asked(number)) for number in range(4)]
+    ways = [whole, streamed, streamed, whole]
+    found, seen = together(served, [lambda n=n: ways[n](served, **asked(n)) for n in range(4)], refuse)
+    assert [rows for rows, _ in seen[:6]] == [4, 4, 4, 4, 4, 2]
+    assert {rows for rows, _ in seen[5:]} == {2}
+    for one, other in zip(found, alone, strict=True):
+        same(one, other)
+
+
+def test_the_one_that_does_not_fit_alone_is_the_only_one_refused(served: Served) -> None:
+    def refuse(rows: int, width: int) -> None:
+        if width > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory (forced by a test)")
+
+    wide = asked(0, messages=[{"role": "user", "content": "x" * 400}])
+    asks: list[Any] = [lambda n=n: whole(served, **asked(n)) for n in range(3)]
+    asks.insert(1, lambda: served.post("/v1/chat/completions", **wide))
+    found, seen = together(served, asks, refuse)
+    assert seen[0][0] == 4
+    refused = found.pop(1)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
+    for number, one in enumerate(found):
+        same(one, whole(served, **asked(number)))

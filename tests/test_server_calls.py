@@ -1,0 +1,159 @@
+"""Tools through the API: a model that calls them, as openai-python reads its answers, and the turn after."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+from pydantic import BaseModel
+from scripted import scripted
+from served import NAME, Served, serving
+
+ASK: list[Any] = [{"role": "user", "content": "What are 3 and 4, and what time is it?"}]
+CALLS = (
+    'Let me see. <tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "now", "arguments": {"zone": "Zürich"}}\n</tool_call>'
+)
+LAST = "They are 7, and it is noon."
+
+
+class add(BaseModel):
+    """Two numbers."""
+
+    a: int
+    b: int
+
+
+class now(BaseModel):
+    zone: str
+
+
+TOOLS: list[Any] = [openai.pydantic_function_tool(add), openai.pydantic_function_tool(now)]
+NO_TOOLS = 'I write <tool_call>{"name": "add", "arguments": {}}</tool_call> as text.'
+
+
+def after(message: dict[str, Any]) -> list[Any]:
+    """The messages of the second turn: the answer as it came, and what the tools gave."""
+    ids = [call["id"] for call in message["tool_calls"]]
+    results = zip(ids, ["7", "noon"], strict=True)
+    return [*ASK, message, *({"role": "tool", "tool_call_id": id, "content": text} for id, text in results)]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    tokenizer = scripted({}).tokenizer
+
+    def prompt(messages: list[Any], **options: Any) -> str:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        return str(text)
+
+    called = [
+        {"id": "x", "type": "function", "function": {"name": "add", "arguments": {"a": 3, "b": 4}}},
+        {"id": "y", "type": "function", "function": {"name": "now", "arguments": {"zone": "Zürich"}}},
+    ]
+    second = after({"role": "assistant", "content": "Let me see. ", "tool_calls": called})
+    answers = {prompt(ASK): NO_TOOLS, prompt(ASK, tools=TOOLS): CALLS, prompt(second, tools=TOOLS): LAST}
+    with serving(tmp_path_factory.mktemp("sessions"), scripted(answers), points=("resid_post",), layers="all") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def right(message: Any) -> None:
+    assert message.content == "Let me see. "
+    calls = [(call.type, call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls]
+    assert calls == [("function", "add", {"a": 3, "b": 4}), ("function", "now", {"zone": "Zürich"})]
+    assert len({call.id for call in message.tool_calls}) == 2
+
+
+def test_calls_are_read_and_openai_parses_their_arguments(client: OpenAI, served: Served) -> None:
+    found = client.chat.completions.parse(model=NAME, messages=ASK, tools=TOOLS, temperature=0)
+    (choice,) = found.choices
+    right(choice.message)
+    assert choice.finish_reason == "tool_calls"
+    parsed = [call.function.parsed_arguments for call in choice.message.tool_calls or []]
+    assert parsed == [add(a=3, b=4), now(zone="Zürich")]
+    said = served.hm.tokenizer(CALLS, add_special_tokens=False)["input_ids"]
+    assert found.usage is not None and found.usage.completion_tokens == len(said) + 1, "the end is a token"
+
+
+def test_a_stream_of_calls_is_the_same_and_none_of_it_is_sent_as_text(client: OpenAI) -> None:
+    with client.chat.completions.stream(model=NAME, messages=ASK, tools=TOOLS, temperature=0) as stream:
+        texts = [event.delta for event in stream if event.type == "content.delta"]
+        found = stream.get_final_completion()
+    assert "".join(texts) == "Let me see. "
+    right(found.choices[0].message)
+    assert found.choices[0].finish_reason == "tool_calls"
+    parsed = [call.function.parsed_arguments for call in found.choices[0].message.tool_calls or []]
+    assert parsed == [add(a=3, b=4), now(zone="Zürich")]
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
+def test_each_choice_has_its_own_calls(client: OpenAI, streams: bool) -> None:
+    asked: dict[str, Any] = {"model": NAME, "messages": ASK, "tools": TOOLS, "n": 2, "tool_choice": "auto"}
+    if streams:
+        with client.chat.completions.stream(**asked) as stream:
+            found: Any = stream.get_final_completion()
+    else:
+        found = client.chat.completions.create(**asked)
+    for choice in found.choices:
+        right(choice.message)
+    assert [choice.index for choice in found.choices] == [0, 1]
+    assert len({call.id for choice in found.choices for call in choice.message.tool_calls}) == 4
+
+
+def test_without_tools_or_with_none_a_call_is_text(client: OpenAI) -> None:
+    for options in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        found = client.chat.completions.create(model=NAME, messages=ASK, temperature=0, **options)  # type: ignore[call-overload]
+        (choice,) = found.choices
+        assert (choice.message.content, choice.finish_reason) == (NO_TOOLS, "stop")
+        assert choice.message.tool_calls is None
+
+
+def test_what_the_tools_gave_goes_back_and_the_answer_comes(client: OpenAI) -> None:
+    first = client.chat.completions.create(model=NAME, messages=ASK, tools=TOOLS, temperature=0)
+    messages = after(first.choices[0].message.model_dump(exclude_none=True))
+    second = client.chat.completions.create(model=NAME, messages=messages, tools=TOOLS, temperature=0)
+    assert (second.choices[0].message.content, second.choices[0].finish_reason) == (LAST, "stop")
+
+
+def test_a_stop_string_inside_a_call_leaves_what_came_as_text(client: OpenAI) -> None:
+    found = client.chat.completions.create(model=NAME, messages=ASK, tools=TOOLS, temperature=0, stop='"b"')
+    (choice,) = found.choices
+    assert choice.message.content == CALLS[: CALLS.index('"b"')] and choice.finish_reason == "stop"
+
+
+def test_activations_are_kept_beside_calls(client: OpenAI, served: Served) -> None:
+    asked: dict[str, Any] = {"tools": TOOLS, "temperature": 0, "extra_body": {"store_activations": True}}
+    found: Any = client.chat.completions.create(model=NAME, messages=ASK, **asked)
+    right(found.choices[0].message)
+    assert found.usage is not None
+    (tensor,) = found.activations_meta["tensors"]
+    assert tensor["shape"] == [found.usage.total_tokens - 1, 260]
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "add"}}}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}},
+            "response_format",
+        ),
+    ],
+    ids=["required", "named", "json", "schema"],
+)
+def test_what_only_constrained_decoding_could_promise_is_refused(
+    client: OpenAI, options: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="no constrained decoding") as error:
+        client.chat.completions.create(model=NAME, messages=ASK, **options)  # type: ignore[call-overload]
+    assert error.value.param == param
