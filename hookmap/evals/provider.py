@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inspect_ai.model import (
     ChatCompletionChoice,
@@ -34,6 +34,10 @@ from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 from hookmap.activations import Sample
 from hookmap.errors import CaptureError
 from hookmap.prompts import Prompt, templated
+
+if TYPE_CHECKING:
+    from hookmap.model import HookedModel
+    from hookmap.scale.model import RayModel
 
 MAX_TOKENS = 512
 METADATA = "hookmap"
@@ -65,7 +69,8 @@ class HookmapAPI(ModelAPI):
     """A model of this process, or with `workers` of so many others.
 
     Model arguments: points, layers, keep (`positions`, `mean`, … of `HookedModel.capture`), captures (a folder),
-    batch_size (in all), and hookmap.open's, or hookmap.open_on_ray's. Requests with a seed run by themselves, so that their answers repeat.
+    batch_size (in all), and hookmap.open's, or hookmap.open_on_ray's. Requests with a seed run by themselves, so that
+    their answers repeat.
     """
 
     def __init__(
@@ -90,7 +95,7 @@ class HookmapAPI(ModelAPI):
         if points and captures is None:
             raise CaptureError("points are kept in a folder: give captures=FOLDER.")
         opener: Any = open_on_ray if "workers" in opening else open
-        self.hooked = opener(MODEL_PATH if model_name == "demo" else model_name, **opening)
+        self.hooked: HookedModel | RayModel = opener(MODEL_PATH if model_name == "demo" else model_name, **opening)
         self._workers = opening.get("workers", 1)
         if points:
             self.hooked.map.selectors(points, layers)  # what is wrong with them is said before anything runs
@@ -138,7 +143,8 @@ class HookmapAPI(ModelAPI):
         messages = [_plain(message) for message in input]
         if not getattr(tokenizer, "chat_template", None):
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
-            return self.hooked.encode(text, False)[0]
+            [prompt] = self.hooked.encode(text, False)
+            return prompt
         named = {"tools": [_described(tool) for tool in tools]} if tools else {}
         return templated(messages, 0, tokenizer, **named)
 

@@ -6,7 +6,7 @@ write shards. So a sample is finished where the folder says so, whoever dies, an
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -121,7 +121,7 @@ class RayModel:
         written = open_store(folder)
         return Capture(written, plan.selectors, plan.map, written.manifest)
 
-    def _tasks(self, plan: Plan, options: dict[str, Any], folder: Path, finished: frozenset[int]) -> Iterator[Task]:
+    def _tasks(self, plan: Plan, options: dict[str, Any], folder: Path, finished: Set[int]) -> Iterator[Task]:
         """The batches that are not finished, as on one machine."""
         mark = f"{SHARD_FOLDER}/.driver-{uuid4().hex}.tmp"
         try:

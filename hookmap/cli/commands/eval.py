@@ -35,9 +35,7 @@ def command() -> None:
     "-o", "--output", metavar="DIR", required=True, help="The results folder; the same again goes on with it."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout, and no table.")
-@click.option(
-    "--engine", type=click.Choice(["hooks", "ray"]), default="hooks", help="ray: many processes, each a model."
-)
+@click.option("--engine", type=click.Choice(["hooks", "ray"]), default="hooks", help="ray: many processes.")
 @cluster_options.clustered
 @model_options.loading
 def gsm8k(
