@@ -2,6 +2,7 @@
 # make test   sets up .venv with the test tools, then runs every check
 # make test-maps      what `make test` begins with: the shipped maps of well-known families, and a tenth that changes daily
 # make test-oldest    the same and the core tests on the oldest transformers that is allowed, in .venv-oldest
+# make test-peers     compares with TransformerLens and nnterp, each in an environment of its own (docs/comparison.md)
 # make test-clients   openai, litellm, inspect_ai and lm-eval against `hookmap serve`, each in its own environment
 # make format, make schema, make docs-reference: what a contributor needs; see CONTRIBUTING.md
 #
@@ -18,7 +19,7 @@ FAMILIES := bloom cohere deepseek_v3 falcon gemma gemma2 gemma3_text gpt2 gpt_ne
 CHECK_MAPS = maps check --today $(FAMILIES) --jobs $(WORKERS)
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test test-maps test-oldest test-clients setup check format schema clean
+.PHONY: demo test test-maps test-oldest test-peers test-clients setup check format schema clean
 
 demo: .venv/.ready
 	@rm -rf demo-output && mkdir demo-output
@@ -42,6 +43,9 @@ test-oldest: .venv-oldest/.ready
 	$(OFFLINE) .venv-oldest/bin/python -m pytest tests/test_discovery.py tests/test_multimodal.py
 	$(OFFLINE) .venv-oldest/bin/hookmap $(CHECK_MAPS)
 
+test-peers: .venv/.ready-for-tests .venv-peer-transformer-lens/.ready .venv-peer-nnterp/.ready
+	$(OFFLINE) $(BIN)/python -m pytest tests/peers
+
 test-clients: .venv/.ready-for-tests .venv-clients/.ready
 	$(OFFLINE) $(BIN)/python tests/clients/run.py
 
@@ -53,6 +57,9 @@ test-clients: .venv/.ready-for-tests .venv-clients/.ready
 
 .venv-oldest/.ready: pyproject.toml scripts/setup.py
 	$(PYTHON) scripts/setup.py --oldest
+
+.venv-peer-%/.ready: scripts/setup.py
+	$(PYTHON) scripts/setup.py --peer $*
 
 .venv-clients/.ready: scripts/setup.py
 	$(PYTHON) scripts/setup.py --clients
@@ -67,4 +74,4 @@ schema: .venv/.ready
 	$(BIN)/python scripts/write_schema.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-clients demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-peer-* .venv-clients demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hookmap.errors import (
     CaptureError,
     DataError,
+    DeployError,
     DiscoveryError,
     HookmapError,
     InterventionError,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from hookmap.discovery import discover
     from hookmap.library import load_map
     from hookmap.model import open
+    from hookmap.remote_model import open_remote
+    from hookmap.scale.model import open_on_ray
     from hookmap.selectors import Selector
     from hookmap.stores import open_store
     from hookmap.verification import verify
@@ -39,6 +42,7 @@ __all__ = [
     "Capture",
     "CaptureError",
     "DataError",
+    "DeployError",
     "DiscoveryError",
     "HookmapError",
     "InterventionError",
@@ -55,6 +59,8 @@ __all__ = [
     "load_map",
     "load_prompts",
     "open",
+    "open_on_ray",
+    "open_remote",
     "open_store",
     "verify",
 ]
@@ -68,6 +74,8 @@ _HOMES = {
     "load_map": "hookmap.library",
     "load_prompts": "hookmap.datasets",
     "open": "hookmap.model",
+    "open_on_ray": "hookmap.scale.model",
+    "open_remote": "hookmap.remote_model",
     "open_store": "hookmap.stores",
     "verify": "hookmap.verification",
 }

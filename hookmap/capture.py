@@ -1,9 +1,11 @@
-"""Prompts + selectors + engine -> rows of activations in a store, and the run that reads them back."""
+"""Prompts + selectors + engine -> a run, prepared; its rows in a store; and the capture that reads them back."""
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from hookmap.runs import (
 from hookmap.selectors import Selector
 from hookmap.stores import open_store
 from hookmap.stores.background import BackgroundWriter
+from hookmap.stores.beside import BEFORE, Lacking, before_writer
 from hookmap.stores.folder import FolderWriter, write_store
 from hookmap.stores.interface import Store, place_of
 from hookmap.stores.manifest import Manifest, manifest_of_run
@@ -129,7 +132,61 @@ class Capture:
         return parsed.point, layer
 
 
-def capture(
+@dataclass(frozen=True)
+class Prepared:
+    """A capture, decided and checked: what remains is to run its batches."""
+
+    run: Run
+    groups: tuple[tuple[int, ...], ...]
+    """numbers of the prompts that run together"""
+    manifest: Manifest
+    map: ArchitectureMap
+    expected: Estimate
+    why: str
+    """this engine"""
+
+    def capture(self, store: str | os.PathLike[str] | None, resume: bool) -> Capture:
+        """Run every batch, into memory or a folder. Raises what `HookedModel.capture` does."""
+        if resume and store is None:
+            raise CaptureError("resume=True needs the folder to go on with: give store=FOLDER.")
+        check_room(self.expected, store, already=_bytes_there(store) if resume else 0)
+        log.info("capture: %s; engine %s (%s)", self.expected, self.run.engine.name, self.why)
+        stores = self._in_memory() if store is None else self._in_folder(store, resume)
+        made = [Capture(s, self.run.selectors, self.map, getattr(s, "manifest", self.manifest)) for s in stores]
+        made[0].before = made[1] if self._before else None
+        return made[0]
+
+    @property
+    def _before(self) -> bool:
+        """Whether rows from before the interventions are kept too."""
+        return "before" in self.manifest.settings
+
+    def _in_memory(self) -> list[Store]:
+        stores = [MemoryStore(self.manifest.keys) for _ in range(1 + self._before)]
+        self.run.before = stores[1] if self._before else None
+        self.run.all(self.groups, stores[0])
+        _tell(self.run)
+        return [*stores]
+
+    def _in_folder(self, store: str | os.PathLike[str], resume: bool) -> list[Store]:
+        run, manifest = self.run, self.manifest
+        if not run.selectors:
+            raise StoreError("a capture folder needs at least one tensor: name points, or leave store= out.")
+        with contextlib.ExitStack() as closing:
+            folder = (FolderWriter.resume if resume else FolderWriter.create)(store, manifest)
+            writers = [closing.enter_context(BackgroundWriter(folder))]
+            if self._before:
+                writers.append(closing.enter_context(BackgroundWriter(before_writer(store, manifest))))
+                run.before = Lacking(writers[1])
+            finished = frozenset.intersection(*(writer.finished for writer in writers))
+            run.all(self.groups, Lacking(writers[0]) if self._before else writers[0], finished)
+            figures = dict(_tell(run))
+            for writer in writers:
+                writer.note({"engine": run.engine.name, "why": self.why, "memory": figures, "halved": run.halved})
+        return [open_store(store), *([open_store(Path(store) / BEFORE)] if self._before else [])]
+
+
+def prepare(
     engine: Engine,
     why: str,
     architecture_map: ArchitectureMap,
@@ -146,24 +203,18 @@ def capture(
     stop: tuple[str, ...],
     batch_size: int | None,
     batch_tokens: int,
-    store: str | os.PathLike[str] | None,
-    resume: bool,
     progress: Callable[[Progress], None] | None,
     generation: Mapping[str, Any],
     plan: Plan | None = None,
     before: bool = False,
-) -> Capture:
+) -> Prepared:
     """See `HookedModel.capture`. `why`: this engine."""
-    if not selectors and store is not None:
-        raise StoreError("a capture folder needs at least one tensor: name points, or leave store= out.")
-    _check_interventions(engine, plan, before, store)
+    _check_interventions(engine, plan, before)
     gen.check_count("max_new_tokens", max_new_tokens, least=0)
     gen.check_count("batch_size", BATCH_SIZE if batch_size is None else batch_size)
     gen.check_count("batch_tokens", batch_tokens)
     gen.check_seed(seed)
     gen.check_stop(stop)
-    if resume and store is None:
-        raise CaptureError("resume=True needs the folder to go on with: give store=FOLDER.")
     _check_vocabulary(engine, prompts)
     device = device_of(engine)
     memory = MemoryUse(device=device if device.type == "cuda" else None)
@@ -197,7 +248,9 @@ def capture(
     if plan is not None:
         settings["interventions"] = plan.settings
         run.edits = plan.edits
-        run.before = MemoryStore(keys) if before else None
+    if before:
+        settings["before"] = True
+        expected = expected.twice()
     manifest = manifest_of_run(
         keys,
         model=name,
@@ -205,32 +258,18 @@ def capture(
         architecture_map=architecture_map.model_dump(mode="json"),
         settings={**settings, **_of_prompts(prompts)},
     )
-    check_room(expected, store, already=_bytes_there(store) if resume else 0)
-    log.info("capture: %s; engine %s (%s)", expected, engine.name, why)
-    if store is None:
-        held = MemoryStore(manifest.keys)
-        run.all(groups, held)
-        _tell(run)
-        made = Capture(held, selectors, architecture_map, manifest)
-        if isinstance(run.before, MemoryStore):
-            made.before = Capture(run.before, selectors, architecture_map, manifest)
-        return made
-    with BackgroundWriter((FolderWriter.resume if resume else FolderWriter.create)(store, manifest)) as writer:
-        run.all(groups, writer, writer.finished)
-        writer.note({"engine": engine.name, "why": why, "memory": dict(_tell(run)), "halved": run.halved})
-    written = open_store(store)
-    return Capture(written, selectors, architecture_map, written.manifest)
+    return Prepared(run, groups, manifest, architecture_map, expected, why)
 
 
-def _check_interventions(engine: Engine, plan: Plan | None, before: bool, store: Any) -> None:
+def _check_interventions(engine: Engine, plan: Plan | None, before: bool) -> None:
     """Before anything runs. Raises InterventionError."""
     if plan is not None and engine.name != "hooks":
         raise InterventionError(
             f'interventions are written with hooks, and this run\'s engine is {engine.name}: give engine="hooks". '
             "(What is stored in an nnsight model does not apply then.)"
         )
-    if before and (plan is None or store is not None):
-        raise InterventionError("before=True keeps rows in memory, of a run with interventions: leave it or store out.")
+    if before and plan is None:
+        raise InterventionError("before=True keeps rows of a run with interventions, and there are none: leave it out.")
 
 
 def _tell(run: Run) -> Mapping[str, int]:

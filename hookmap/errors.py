@@ -11,7 +11,8 @@
     ├── SelectionError              unknown points, layers out of range, unavailable points: all of them
     ├── CaptureError                a run did not see what its selectors promise
     ├── InterventionError           a point cannot be written, or not with what was given
-    └── StoreError                  a capture folder is missing, broken, full or of another run
+    ├── StoreError                  a capture folder is missing, broken, full or of another run
+    └── DeployError                 a host is not reached, or no server comes up there
 
 Every message says what, where, what was expected and what was found, and ends with the next thing to type.
 """
@@ -63,3 +64,7 @@ class InterventionError(HookmapError):
 
 class StoreError(HookmapError):
     """A capture folder is missing, broken, full, or belongs to another run."""
+
+
+class DeployError(HookmapError):
+    """A host is not reached, something is missing there, or no server comes up; the host's words are in it."""

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,10 @@ class Estimate:
         samples = "1 sample" if self.samples == 1 else f"{self.samples} samples"
         tensors = "1 tensor" if self.tensors == 1 else f"{self.tensors} tensors"
         return f"{samples}, {tensors} of up to {self.rows} rows, up to {in_words(self.bytes)}"
+
+    def twice(self) -> "Estimate":
+        """With the same rows as they were before interventions."""
+        return replace(self, tensors=2 * self.tensors, bytes=2 * self.bytes, largest=2 * self.largest)
 
     def held(self, streaming: bool) -> int:
         """Bytes of memory that the rows take at most while the run lasts."""

@@ -10,7 +10,7 @@ from torch import nn
 from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap
 from hookmap.attribution import Attribution, attribute
-from hookmap.capture import BATCH_SIZE, BATCH_TOKENS, Capture, capture
+from hookmap.capture import BATCH_SIZE, BATCH_TOKENS, Capture, Prepared, prepare
 from hookmap.engines import Engine
 from hookmap.engines.hooks import HooksEngine
 from hookmap.engines.turns import turns_of
@@ -50,6 +50,8 @@ class HookedModel:
     """the transformers model whose `generate` runs: the module, or the one inside its wrappers (PEFT)"""
     hooks: HooksEngine
     """the engine of plain hooks"""
+    has_weights = True
+    """whether the weights are here"""
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class HookedModel:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
-        self.root = _generating_root(model)
+        self.root = generating_root(model, self.has_weights)
         self._nnsight_model = nnsight_model
         self.hooks = HooksEngine(model, self.root)
         self._nnsight: Engine | None = None
@@ -119,12 +121,64 @@ class HookedModel:
         store: a folder to stream to, with memory flat, or None for memory. resume: go on with that folder after an
         interruption; finished samples are not done again.
         interventions: what is written while it runs: interventions, documents of them, or a file; the rows kept are
-        those after them. before: keep them as they were right before, too, as `.before` of what is returned.
+        those after them. before: keep them as they were right before, too, as `.before` of what is returned;
+        with a store also in the folder `before` in it, a capture of its own.
         progress: called after each step. generation: fields of transformers' GenerationConfig, such as temperature.
 
         Raises SelectionError, TokenizerError, StoreError, InterventionError, and CaptureError where a run did not see
         what it should or would not fit into memory.
         """
+        prepared = self.prepare(
+            prompts,
+            points,
+            layers,
+            max_new_tokens,
+            positions=positions,
+            every=every,
+            mean=mean,
+            features=features,
+            features_seed=features_seed,
+            keep_dtype=keep_dtype,
+            do_sample=do_sample,
+            seed=seed,
+            stop=stop,
+            chat=chat,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            engine=engine,
+            interventions=interventions,
+            before=before,
+            progress=progress,
+            **generation,
+        )
+        return prepared.capture(store, resume)
+
+    def prepare(
+        self,
+        prompts: Any,
+        points: Points = "all",
+        layers: Layers = "all",
+        max_new_tokens: int = 64,
+        *,
+        positions: Positions = "all",
+        every: int = 1,
+        mean: bool = False,
+        features: int | Iterable[int] | None = None,
+        features_seed: int = 0,
+        keep_dtype: Any = None,
+        do_sample: bool = False,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        chat: Chat = "auto",
+        batch_size: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        engine: EngineName = "auto",
+        interventions: Any = (),
+        before: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+        **generation: Any,
+    ) -> Prepared:
+        """What `capture` of the same arguments would run, decided and checked: for who runs its batches elsewhere."""
         encoded = self.encode(prompts, chat)
         chosen = kept(
             positions, every=every, mean=mean, features=features, features_seed=features_seed, dtype=keep_dtype
@@ -132,7 +186,7 @@ class HookedModel:
         selectors = self.map.selectors(points, layers) if points != () else ()
         runs, why = self._engine_of(engine)
         planned = self._plan(interventions, encoded, max_new_tokens, chat)
-        return capture(
+        return prepare(
             runs,
             why,
             self.map,
@@ -148,8 +202,6 @@ class HookedModel:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             batch_size=batch_size,
             batch_tokens=batch_tokens,
-            store=store,
-            resume=resume,
             progress=progress,
             generation=generation,
             plan=planned,
@@ -355,7 +407,7 @@ def open(
         module = load_model(source, dtype=dtype, device=device, **loads)
     else:
         module, tokenizer = _module_of(x), tokenizer if tokenizer is not None else _tokenizer_of(x)
-    root = _generating_root(module)
+    root = generating_root(module)
     with turns_of(module).alone():
         architecture_map = map_of(module, root, given)
     name = os.fspath(x) if isinstance(x, str | os.PathLike) else architecture_map.model_id
@@ -390,7 +442,7 @@ def _tokenizer_of(x: Any) -> Any:
     return None if isinstance(x, nn.Module) else getattr(x, "tokenizer", None)
 
 
-def _generating_root(module: nn.Module) -> nn.Module:
+def generating_root(module: nn.Module, weights: bool = True) -> nn.Module:
     """The transformers model that `generate` calls: the module, or the one that wrappers (PEFT) hold."""
     from transformers import PreTrainedModel
 
@@ -402,7 +454,9 @@ def _generating_root(module: nn.Module) -> nn.Module:
         raise ModelError(
             f"{type(root).__name__} is {kind}: expected a causal language model, such as AutoModelForCausalLM loads."
         )
-    if any(p.is_meta for module in root.modules() if not _brings_weights(module) for p in module.parameters(False)):
+    if weights and any(
+        p.is_meta for module in root.modules() if not _brings_weights(module) for p in module.parameters(False)
+    ):
         raise ModelError(f"{type(root).__name__} has no weights (meta device): load them, then open it.")
     found: nn.Module = root
     return found

@@ -33,7 +33,7 @@ def heat_map(
     words: what is written in the cells, [layers, positions]. log: a logarithmic scale of colours, dark where small.
     Numbers of both signs are red and blue around zero. Raises CaptureError where Altair is not installed.
     """
-    alt = _altair()
+    alt = load_altair()
     values, cell = grid.values.tolist(), _cell(words)
     rows = [
         {
@@ -63,12 +63,12 @@ def heat_map(
         drawn += base.mark_text(fontSize=11).encode(
             text="cell:N", color=alt.condition(dark, alt.value("white"), alt.value("#222"))
         )
-    return _finished(drawn, title or f"{grid.metric}: {grid.point}", width * len(grid.positions), 18 * len(grid.layers))
+    return finished(drawn, title or f"{grid.metric}: {grid.point}", width * len(grid.positions), 18 * len(grid.layers))
 
 
 def bars(attribution: Attribution, column: int = -1) -> Any:
     """What each part adds to the logit at one position (the last unless given), as an Altair chart."""
-    alt = _altair()
+    alt = load_altair()
     values = attribution.values[:, column].tolist()
     rows = [
         {"part": part, "branch": part.partition("[")[0], "value": _short(value)}
@@ -88,12 +88,12 @@ def bars(attribution: Attribution, column: int = -1) -> Any:
         )
     )
     title = f"{what} = {float(attribution.logit[column]):.3f}, the sum of its parts"
-    return _finished(chart, title, 420, 14 * len(rows))
+    return finished(chart, title, 420, 14 * len(rows))
 
 
 def attention(pattern: torch.Tensor, tokens: Sequence[str], *, title: str = "attention") -> Any:
     """Attention weights [heads, query, key] as one small heat map for each head, as an Altair chart."""
-    alt = _altair()
+    alt = load_altair()
     if pattern.ndim != 3 or pattern.shape[1:] != (len(tokens), len(tokens)):
         raise CaptureError(
             f"attention is [heads, query, key] of the tokens given: got {list(pattern.shape)} and {len(tokens)} tokens."
@@ -135,7 +135,7 @@ def bands(
     rows: with `point`, `layer`, the number under the name `value`, `low` and `high`. lines: other numbers to compare
     with, by their names, as dashed lines across.
     """
-    alt = _altair()
+    alt = load_altair()
     base = alt.Chart(alt.Data(values=list(rows))).encode(
         x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d"))
     )
@@ -153,7 +153,7 @@ def bands(
         drawn += others.mark_rule(strokeDash=[4, 3]).encode(
             y=y, stroke=alt.Stroke("name:N", title="without the model", scale=alt.Scale(scheme="dark2"), sort=None)
         )
-    return _finished(drawn, title, 420, 260)
+    return finished(drawn, title, 420, 260)
 
 
 def save_picture(chart: Any, path: str | Path) -> Path:
@@ -161,7 +161,7 @@ def save_picture(chart: Any, path: str | Path) -> Path:
     target = Path(path)
     if target.suffix.lower() not in FORMATS:
         raise StoreError(f"{target}: a picture ends in {', '.join(FORMATS)}, got {target.suffix or 'no ending'!r}.")
-    _altair()
+    load_altair()
     import vl_convert
 
     specification = chart.to_dict()
@@ -190,7 +190,8 @@ class _InAScript(json.JSONEncoder):
         return super().encode(o).replace("<", "\\u003c")
 
 
-def _altair() -> Any:
+def load_altair() -> Any:
+    """The package. Raises CaptureError where it, or what makes files of its charts, is not installed."""
     try:
         import altair
         import vl_convert  # noqa: F401
@@ -203,7 +204,7 @@ def _token_axis(tokens: Sequence[str]) -> Any:
     """An axis of columns labelled with their tokens: two columns of one token stay two."""
     labels = json.dumps([printable(token, _LABEL) for token in tokens])
     angle = 0 if all(len(printable(token)) <= 2 for token in tokens) else -60
-    return _altair().Axis(labelExpr=f"{labels}[datum.value]", labelAngle=angle, labelOverlap=False)
+    return load_altair().Axis(labelExpr=f"{labels}[datum.value]", labelAngle=angle, labelOverlap=False)
 
 
 def _short(value: float) -> float | None:
@@ -234,7 +235,8 @@ def _colours(grid: Grid, log: bool) -> tuple[dict[str, Any], str]:
     return {"scheme": "blues", "domain": [low, high]}, f"datum.value > {low + 0.6 * (high - low)}"
 
 
-def _finished(chart: Any, title: str, width: int, height: int) -> Any:
+def finished(chart: Any, title: str, width: int, height: int) -> Any:
+    """A chart as all of hookmap's look."""
     return chart.properties(title=title, width=width, height=height, background="white").configure_axis(
         labelFontSize=11, titleFontSize=12, grid=False
     )

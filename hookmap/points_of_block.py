@@ -50,6 +50,8 @@ class _Reader:
         self.middle = block.exit
         """the value of resid_mid"""
         self.points = BlockPoints(self._branch_order(), "none", None, None)
+        self.read_by: dict[str, tuple[int, Branch]] = {}
+        """mixer_in, mlp_in -> the value, and the branch that reads it"""
 
     def read(self) -> BlockPoints:
         block, points = self.block, self.points
@@ -58,6 +60,7 @@ class _Reader:
         self._middles()
         self._branch("mlp", self.mlps, "this block has no MLP")
         self._put("resid_post", block.exit, "output")
+        self._own_places()
         points.mixer = self._document(self.mixers, _mixer_type)
         points.mlp = self._document(self.mlps, _mlp_type)
         self._attention_names()
@@ -158,10 +161,40 @@ class _Reader:
         )
         self._put(name, value, "input" if value in self.block.states else "output", missing)
         self._put_beside(name, beside)
+        if name in self.points.taps:
+            self.read_by[name] = value, branch
         if name == "mixer_in" or (name == "mlp_in" and self.points.branch_order != "parallel"):
             readers = [e.call for e in self._inside_inputs(states[-1])]
             if readers:
                 self.points.readers[branch.role] = self.tapper.templated(readers[0].path)
+
+    def _own_places(self) -> None:
+        """What others read too is taken where it enters the branch's own module: there it is written for it alone."""
+        taps = self.points.taps
+        shared = [
+            name
+            for name in self.read_by
+            if any(tap.terms == taps[name].terms for other, tap in taps.items() if _base(other) != _base(name))
+        ]
+        for name in shared:
+            own = self._own_module(*self.read_by[name])
+            if own is not None:
+                tap = replace(self.tapper.at(own), beside=taps[name].beside)
+                taps.update(dict.fromkeys({name, f"{name}.0"} & taps.keys(), tap))
+
+    def _own_module(self, value: int, branch: Branch) -> Exposure | None:
+        """The one module of the branch, and of nothing else, through which all of it reads the value."""
+        reading = [op.time for op in branch.ops if value in self.values.operands(op)]
+        others = {id(op) for other in self.block.branches if other is not branch for op in other.ops}
+        others |= {id(self.values.producers[state]) for state in self.block.states[1:]}
+        whole = [
+            place
+            for place in self.tapper.places(value)
+            if place.side == "input"
+            and all(place.call.enter < time < place.call.exit for time in reading)
+            and not any(id(op) in others for op in self.values.inside(place.call))
+        ]
+        return min(whole, key=lambda place: place.call.enter, default=None)
 
     def _beside(self, branch: Branch, value: int) -> set[int]:
         """What enters the block, and depends on the tokens, that the branch reads other than through `value`."""
@@ -417,6 +450,10 @@ class _Reader:
         outermost = dict.fromkeys(chain[0] for chain in chains)
         calls = [flow.calls[index] for index in outermost]
         return [c for c in calls if self.values.norm_input(c) is None] or calls
+
+
+def _base(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _times(factor: float) -> str:

@@ -34,7 +34,9 @@ def encode(prompts: Any, tokenizer: Any, chat: Chat = "auto", *, why_none: str =
     """
     if hasattr(prompts, "tolist"):  # a tensor or an array of token ids
         prompts = prompts.tolist()
-    if isinstance(prompts, str | PromptRecord) or (isinstance(prompts, Sequence) and prompts and _is_part(prompts[0])):
+    if isinstance(prompts, str | PromptRecord | Prompt) or (
+        isinstance(prompts, Sequence) and prompts and _is_part(prompts[0])
+    ):
         prompts = [prompts]
     if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
         raise _not_a_prompt(prompts, 0)
@@ -70,6 +72,8 @@ def _token_ids(text: str, number: int, tokenizer: Any, **options: Any) -> tuple[
 
 
 def _encode(prompt: Any, number: int, tokenizer: Any, chat: Chat, why_none: str) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return _checked(prompt, number)
     if isinstance(prompt, PromptRecord):
         own = _encode(prompt.prompt, number, tokenizer, chat, why_none)
         return replace(own, id=prompt.id, labels=prompt.labels)

@@ -73,18 +73,19 @@ class Run(ABC):
         for group in groups:
             left = [number for number in group if number not in finished]
             if left:
-                self._batch_or_halves(left, sink)
+                self.together(left, sink)
                 self.memory.look()
             self.done += len(group)
             self._show(0)
 
-    def _batch_or_halves(self, numbers: Sequence[int], sink: Sink) -> None:
+    def together(self, numbers: Sequence[int], sink: Sink) -> None:
+        """A batch, or parts of it one after another, once it was more than the memory."""
         size = min(len(numbers), self._most or len(numbers))
         for start in range(0, len(numbers), size):
             part = numbers[start : start + size]
             if not self._fits(part, sink):
                 self._most = len(part) // 2
-                self._batch_or_halves(numbers[start:], sink)
+                self.together(numbers[start:], sink)
                 return
 
     def _fits(self, numbers: Sequence[int], sink: Sink) -> bool:
@@ -308,8 +309,9 @@ def harvest_batches(lengths: Sequence[int], tokens: int, size: int | None = None
 
 
 def device_of(engine: Engine) -> torch.device:
-    """Where token ids are fed."""
-    return skeleton.device_of(engine.root.get_input_embeddings())  # type: ignore[operator]
+    """Where token ids are fed; of a model whose weights are elsewhere, from where they are sent."""
+    device = skeleton.device_of(engine.root.get_input_embeddings())  # type: ignore[operator]
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def vocabulary_of(engine: Engine) -> int:

@@ -114,7 +114,10 @@ def load_vector(path: str | Path) -> SteeringVector:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     except (OSError, SafetensorError, KeyError, ValidationError, json.JSONDecodeError) as error:
         why = f"{type(error).__name__}: {str(error)[:300]}"
-        raise StoreError(f"{path} is no steering vector that hookmap wrote ({why}).") from error
+        raise StoreError(
+            f"{path} is no steering vector that hookmap wrote ({why}). Make one: hookmap vector make. A bare tensor "
+            "steers as an intervention with vector: {file: FILE, key: NAME}, in a file for --intervene."
+        ) from error
     directions = {}
     for name, tensor in tensors.items():
         point, _, layer = name.rpartition(".")

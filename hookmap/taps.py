@@ -35,16 +35,15 @@ class Tapper:
         self.calls_of = _calls_of(values)
 
     def tap(self, value: int, prefer: str = "output") -> Tap | None:
-        """One boundary if there is one, else the scaled one, else the sum that the model computes, else a flat one."""
+        """One boundary if there is one, else the scaled one, else a flat one, else the sum that the model computes."""
         exposures = self._exposures(value)
         whole = [e for e in exposures if not self._is_flat(e)]
         if whole:
             return self._single(min(whole, key=lambda e: self._rank(e, prefer)))
-        if (composed := self._composed(value)) is not None:
-            return composed
-        if exposures:
+        composed = self._composed(value)
+        if exposures and (composed is None or len(composed.terms) > 1):
             return self._single(min(exposures, key=lambda e: self._rank(e, prefer)))
-        return None
+        return composed
 
     def at_root(self, value: int) -> Tap:
         """The place of a value in the output of the whole model."""

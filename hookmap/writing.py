@@ -34,9 +34,7 @@ def refusal(selector: Selector) -> str | None:
     if name == "router_indices":
         return "the experts chosen are numbers of experts, not values: write router_weights or mlp_in"
     if len(selector.terms) > 1:
-        signs = {term.scale > 0 for term in selector.terms}
-        add = " What is added to one of its terms is added to it: steer mixer_out." if signs == {True} else ""
-        return f"no one tensor of the model holds it, it is {' + '.join(map(str, selector.terms))}.{add}"
+        return f"no one tensor of the model holds it, it is {' + '.join(map(str, selector.terms))}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 `make test-clients` has .venv-clients made: environments of programs that use the server.
 `make test-oldest` has .venv-oldest made: the same with the oldest transformers that pyproject.toml allows.
+`make test-peers` has .venv-peer-NAME made: another program that hookmap is compared with, without hookmap.
 
 PyPI's Linux build of PyTorch brings several GB of CUDA libraries. So, on Linux without an NVIDIA GPU, the CPU build
 is installed first and by its exact version: no CUDA build answers to `2.13.0+cpu`. Everywhere else PyPI's is right.
@@ -25,6 +26,10 @@ CLIENTS = {
 """programs that use the server, each in an environment of its own: their pins clash"""
 ROOT = Path(__file__).resolve().parent.parent
 CPU_TORCH = "torch==2.13.0+cpu"
+PEERS = {
+    "transformer-lens": ("transformer-lens==4.3.0", "transformers==5.23.0"),
+    "nnterp": ("nnterp==1.3.0", "nnsight==0.7.0", "transformers==5.23.0"),  # it does not import with nnsight 0.8
+}
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -32,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tests", action="store_true", help="also install what the tests need")
     parser.add_argument("--oldest", action="store_true", help="make .venv-oldest, with the oldest transformers")
+    parser.add_argument("--peer", choices=PEERS, help="make .venv-peer-NAME, with this program alone")
     parser.add_argument("--clients", action="store_true", help="make .venv-clients, with the server's clients")
     given = parser.parse_args()
     if given.clients:
@@ -39,9 +45,14 @@ def main() -> None:
         return
     if sys.version_info < (3, 10):  # noqa: UP036 - this file runs before anything has checked the version
         sys.exit(f"hookmap needs Python 3.10 or later, not {platform.python_version()}: PYTHON=python3.12 make demo")
-    venv = ROOT / (".venv-oldest" if given.oldest else ".venv")
+    venv = ROOT / (f".venv-peer-{given.peer}" if given.peer else ".venv-oldest" if given.oldest else ".venv")
     pip = make_environment(venv)
     install_torch(pip)
+    if given.peer:
+        say(f"installing {' '.join(PEERS[given.peer])} (a minute or two)")
+        run(*pip, "install", "-qq", *PEERS[given.peer])
+        (venv / ".ready").touch()
+        return
     say("installing hookmap and what it needs (a minute or two)")
     extra = [f"transformers=={oldest_transformers()}", "pytest>=8.2"] if given.oldest else []
     run(*pip, "install", "-qq", "--editable", f"{ROOT}[test]" if given.tests else str(ROOT), *extra)

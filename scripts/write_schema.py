@@ -1,11 +1,18 @@
-"""Writes mappings/architecture-map.schema.json from the pydantic document. A test fails where it is out of date."""
+"""Writes the JSON Schemas that are published, from the pydantic documents. Tests fail where one is out of date."""
 
 import json
+from pathlib import Path
 
-from hookmap.architecture_map import schema
+from hookmap import architecture_map
+from hookmap.experiments import document
 from hookmap.library import mappings_folder
 
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
 if __name__ == "__main__":
-    path = mappings_folder() / "architecture-map.schema.json"
-    path.write_text(json.dumps(schema(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+    for path, schema in {
+        mappings_folder() / "architecture-map.schema.json": architecture_map.schema(),
+        DOCS / "experiment.schema.json": document.schema(),
+    }.items():
+        path.write_text(json.dumps(schema, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"wrote {path}")

@@ -121,7 +121,7 @@ FAMILIES: dict[str, Family] = {
         {
             "resid_pre": (Place("model.decoder.layers.{i}", "input"),),
             "mixer_out": (Place("model.decoder.layers.{i}.self_attn", "output"),),
-            # No module of the model has it: the two are added outside.
+            # A norm shows it as [batch * pos, d]: here it is what the block computes.
             "resid_mid": (
                 Place("model.decoder.layers.{i}", "input"), Place("model.decoder.layers.{i}.self_attn", "output"),
             ),
@@ -138,12 +138,13 @@ FAMILIES: dict[str, Family] = {
         "gpt_neox.layers.{i}", mixer_out=_out("attention"), mlp_out=_out("mlp"),
     ),
     "gptj": _family(
-        lambda: tf.GPTJConfig(**_GPT, rotary_dim=4), "transformer.h.{i}", mixer_out=_out("attn"), mlp_out=_out("mlp")
+        lambda: tf.GPTJConfig(**_GPT, rotary_dim=4), "transformer.h.{i}",
+        mixer_in=_in("attn"), mlp_in=_in("mlp"), mixer_out=_out("attn"), mlp_out=_out("mlp"),
     ),
     # Both add the attention's output into the MLP's output in place: a hook that does not copy sees the sum.
     "falcon_7b": _family(
         _falcon(multi_query=True, parallel_attn=True, new_decoder_architecture=False), "transformer.h.{i}",
-        mixer_out=_out("self_attention"), mlp_out=_out("mlp"),
+        mixer_in=_in("self_attention"), mlp_in=_in("mlp"), mixer_out=_out("self_attention"), mlp_out=_out("mlp"),
     ),
     "falcon_40b": _family(
         _falcon(new_decoder_architecture=True, num_kv_heads=2), "transformer.h.{i}",
@@ -156,7 +157,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi": _family(
         lambda: tf.PhiConfig(**{**_COMMON, "num_key_value_heads": 4}, partial_rotary_factor=0.5), "model.layers.{i}",
-        mixer_out=_out("self_attn"), mlp_out=_out("mlp"),
+        mixer_in=_in("self_attn"), mlp_in=_in("mlp"), mixer_out=_out("self_attn"), mlp_out=_out("mlp"),
     ),
     # BLOOM's attention adds the residual stream itself: its output is the middle of the block.
     "bloom": _family(
@@ -185,11 +186,22 @@ FAMILIES: dict[str, Family] = {
         mixer_out=_out("self_attn", 0.22), resid_mid=_in("post_attention_layernorm"), mlp_out=_out("mlp", 0.22),
     ),
     "olmo2": _family(
-        lambda: tf.Olmo2Config(**_COMMON), "model.layers.{i}",
+        lambda: tf.Olmo2Config(**_COMMON), "model.layers.{i}", mixer_in=_in("self_attn"),
         mixer_out=_out("post_attention_layernorm"), resid_mid=_in("mlp"), mlp_out=_out("post_feedforward_layernorm"),
     ),
+    # The stream itself is normed, behind each of the two sums.
+    "bert": _family(
+        lambda: tf.BertConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
+            num_attention_heads=4, max_position_embeddings=128, pad_token_id=0, is_decoder=True,
+        ),
+        "bert.encoder.layer.{i}",
+        mixer_in=_in("attention.self"), mlp_in=_in("intermediate"), mixer_out=_out("attention.output.dense"),
+        resid_mid_sum=_in("attention.output.LayerNorm"), resid_mid=_out("attention"), mlp_out=_out("output.dense"),
+    ),
     "cohere": _family(
-        lambda: tf.CohereConfig(**_COMMON), "model.layers.{i}", mixer_out=_out("self_attn"), mlp_out=_out("mlp")
+        lambda: tf.CohereConfig(**_COMMON), "model.layers.{i}",
+        mixer_in=_in("self_attn"), mlp_in=_in("mlp"), mixer_out=_out("self_attn"), mlp_out=_out("mlp"),
     ),
 }  # fmt: skip
 

@@ -402,11 +402,12 @@ def test_a_pad_token_is_not_needed() -> None:
 
 
 def test_families_have_distinct_numbers() -> None:
-    """The reference itself can tell a wrong tensor: no two of its points are equal."""
+    """The reference itself can tell a wrong tensor. What a branch reads may be the bare stream, or both branches'."""
     for name, family in FAMILIES.items():
         reference = plain_hooks.generate(
             plain_hooks.build(name), family, [[1, 2, 3]], max_new_tokens=2, do_sample=False
         )
-        tensors = [reference.point(family, point, 1) for point in family.points]
+        names = [point for point in family.points if point not in ("mixer_in", "mlp_in")]
+        tensors = [reference.point(family, point, 1) for point in names]
         for number, a in enumerate(tensors):
             assert all(not torch.allclose(a, b, atol=1e-2) for b in tensors[:number]), name

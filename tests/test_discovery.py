@@ -37,6 +37,7 @@ _IN = {
     "gemma3": ("input_layernorm", "pre_feedforward_layernorm", "model.norm", "model.embed_tokens"),
     "olmo2": (None, None, "model.norm", "model.embed_tokens"),  # its norms stand after the branches
     "cohere": ("input_layernorm", "input_layernorm", "model.norm", "model.embed_tokens"),
+    "bert": (None, None, None, "bert.embeddings.word_embeddings"),  # the last block's own norm is the last one
 }
 _LLAMA_IN = ("input_layernorm", "post_attention_layernorm", "model.norm", "model.embed_tokens")
 _PARALLEL = {"gpt_neox", "gptj", "falcon_7b", "falcon_40b", "phi", "cohere"}
@@ -117,11 +118,14 @@ def test_every_point_is_where_a_person_would_hook_it(name: str) -> None:
         for (_, i), ps in by_hand.items()
         for p in ps
     }
-    hooked = _hooked(model, {**places, "final_norm": (final_norm, "output"), "embed": (embedding, "output")})
+    ends = {"embed": (embedding, "output")}
+    if final_norm is not None:
+        ends["final_norm"] = (final_norm, "output")
+    hooked = _hooked(model, {**places, **ends})
     for (point, layer), parts in by_hand.items():
         expected = sum(hooked[f"{p.module}|{p.side}|{layer}"] * p.scale for p in parts)
         assert torch.equal(selected[point, layer].reshape(expected.shape), expected), (point, layer)  # type: ignore[union-attr]
-    for point in ("final_norm", "embed", "logits"):
+    for point in (*ends, "logits"):
         assert torch.equal(selected[point, None], hooked[point]), point
 
 
@@ -163,7 +167,15 @@ def test_a_hybrid_has_a_kind_for_each_kind_of_block() -> None:
 
 @pytest.mark.parametrize(
     ("name", "placement"),
-    [("llama", "pre"), ("gemma2", "sandwich"), ("olmo2", "post"), ("gpt2", "pre"), ("mamba", "pre"), ("cohere", "pre")],
+    [
+        ("llama", "pre"),
+        ("gemma2", "sandwich"),
+        ("olmo2", "post"),
+        ("gpt2", "pre"),
+        ("mamba", "pre"),
+        ("cohere", "pre"),
+        ("bert", "post"),
+    ],
 )
 def test_the_placement_of_norms_is_read(name: str, placement: str) -> None:
     assert {kind.norm_placement for kind in discover(plain_hooks.FAMILIES[name].config()).kinds} == {placement}

@@ -24,6 +24,7 @@ def opened(name: str) -> HookedModel:
     return hookmap.open(plain_hooks.build(name))
 
 
+@pytest.mark.filterwarnings("ignore:Module .* has a submodule named 'output'")  # nnsight's, of BERT
 @pytest.mark.parametrize("new", [4, 0])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_engines_are_bit_identical(name: str, new: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,7 +61,105 @@ AWKWARD: list[tuple[str, Any, Any, Any]] = [
     ("1 200", None, 200, None),
     ("", None, None, None),
     ("no number", None, None, None),
+    ("#### 1.5e3", 1500, 1500, None),
+    ("#### 3.2E-2 kg", "0.032", "0.032", None),
+    ("#### 5 × 10^3", 5000, 5000, None),
+    ("\\boxed{6.02 \\times 10^{2}}", None, 602, None),
+    ("It is 10^3", None, 1000, None),
+    ("#### 3/4", "0.75", "0.75", None),
+    ("#### 2 1/2 hours", "2.5", "2.5", None),
+    ("He ate 2½ pies", None, "2.5", None),
+    ("ANSWER: ½", None, "0.5", "0.5"),
+    ("\\boxed{1\\frac{1}{2}}", None, "1.5", None),
+    ("\\frac12", None, "0.5", None),
+    ("\\boxed{\\frac{-3}{4}}", None, "-0.75", None),
+    ("On 1/2/2024", None, 2024, None),
+    ("12/4=3", None, 3, None),
+    ("#### 50 %", 50, 50, None),
+    ("\\boxed{5\\%}", None, 5, None),
+    ("#### 10 000", 10000, 0, None),
+    ("#### 10\u00a0000", 10000, 10000, None),
+    ("#### 10\u202f000", 10000, 10000, None),
+    ("#### 1'000", 1000, 1000, None),
+    ("#### 1,00,000", 100000, 100000, None),
+    ("#### 12,5", None, 5, None),
+    ("#### 1.234,56", None, 56, None),
+    ("#### 5-6", None, 6, None),
+    ("#### 5:30", None, 30, None),
+    ("#### 5 to 6", 5, 6, None),
+    ("#### 5 #### 6", 6, 6, None),
+    ("**#### 5**", 5, 5, None),
+    ("### 5", None, 5, None),
+    ("#### €5", 5, 5, None),
+    ("#### £1,000.", 1000, 1000, None),
+    ("#### USD 5", None, 5, None),
+    ("#### (5)", 5, 5, None),
+    ("#### x = 5", 5, 5, None),
+    ("#### +5", 5, 5, None),
+    ("#### - 5", -5, 5, None),
+    ("#### –5", -5, -5, None),
+    ("#### -.5", "-0.5", "-0.5", None),
+    ("#### $5$", 5, 5, None),
+    ("#### $1,234.00.", 1234, 1234, None),
+    ("#### 5!", 5, 5, None),
+    ("#### 5km/h", 5, 5, None),
+    ("#### 007", 7, 7, None),
+    ("#### five (5)", None, 5, None),
+    ("1, 2, 3", None, 3, None),
+    ("x-5", None, 5, None),
+    ("Final answer: 7.", None, 7, 7),
+    ("ANSWER:\n7", None, 7, None),
+    ("ANSWER: 5\nANSWER: 6", None, 6, 6),
+    ("ANSWER: $5.00 (or so)", None, 5, 5),
+    ("#### " + "9" * 5000, None, None, None),
 ]
+
+# lm-evaluation-harness's two filters for GSM8K, of its task file; its metric leaves out `$`, `,` and a last dot.
+LM_EVAL_STRICT = r"#### (\-?[0-9\.\,]+)"
+LM_EVAL_FLEXIBLE = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
+# Texts in which lm_eval reads another number than ours, which is the one that a person labelled.
+STRICT_APART = {
+    "#### 5\nNo, wait.\n#### 6",
+    "#### 1.5e3",
+    "#### 3.2E-2 kg",
+    "#### 5 \xd7 10^3",
+    "#### 3/4",
+    "#### 2 1/2 hours",
+    "#### 10 000",
+    "#### 10\xa0000",
+    "#### 10\u202f000",
+    "#### 1'000",
+    "#### 12,5",
+    "#### 1.234,56",
+    "#### 5-6",
+    "#### 5:30",
+    "#### 5 #### 6",
+}
+FLEXIBLE_APART = {
+    "#### \u22127 degrees",
+    "So $\\boxed{\\$1{,}080}$",
+    "\\boxed{\\frac{3}{4}}",
+    "\\boxed{-\\dfrac{1}{2}}",
+    "#### 1.5e3",
+    "#### 3.2E-2 kg",
+    "#### 5 \xd7 10^3",
+    "\\boxed{6.02 \\times 10^{2}}",
+    "It is 10^3",
+    "#### 3/4",
+    "#### 2 1/2 hours",
+    "He ate 2\xbd pies",
+    "\\boxed{1\\frac{1}{2}}",
+    "\\frac12",
+    "\\boxed{\\frac{-3}{4}}",
+    "#### 10\xa0000",
+    "#### 10\u202f000",
+    "#### 1'000",
+    "#### 12,5",
+    "#### 1.234,56",
+    "#### 5-6",
+    "#### \u20135",
+    "x-5",
+}
 
 
 @pytest.mark.parametrize(("text", "strict", "flexible", "inspect_evals"), AWKWARD, ids=[repr(a[0]) for a in AWKWARD])
@@ -69,6 +168,25 @@ def test_the_scorers_agree_with_answers_labelled_by_hand(
 ) -> None:
     for name, wanted in (("strict", strict), ("flexible", flexible), ("inspect_evals", inspect_evals)):
         assert SCORERS[name](text) == (None if wanted is None else Fraction(wanted)), name
+
+
+def as_lm_eval(pattern: str, last: bool, text: str) -> Fraction | None:
+    found = [next(filter(None, m.groups())) for m in re.finditer(pattern, text)]
+    try:
+        return Fraction(re.sub(r"[,$]", "", found[-last]).removesuffix("."))
+    except (IndexError, ValueError):
+        return None
+
+
+def test_where_lm_eval_reads_an_answer_too_it_is_the_same_but_for_what_is_listed() -> None:
+    """The last of several, powers, fractions, spaces and quotes in thousands; and what is unclear, where it guesses."""
+    apart: dict[str, set[str]] = {"strict": set(), "flexible": set()}
+    for text, *_ in AWKWARD[:-1]:
+        for name, pattern, last in (("strict", LM_EVAL_STRICT, False), ("flexible", LM_EVAL_FLEXIBLE, True)):
+            theirs = as_lm_eval(pattern, last, text)
+            if theirs is not None and theirs != SCORERS[name](text):
+                apart[name].add(text)
+    assert apart["strict"] == STRICT_APART and apart["flexible"] == FLEXIBLE_APART
 
 
 def test_numbers_are_the_same_by_value() -> None:
@@ -131,6 +249,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+# inspect_ai's own calls of what its dependencies have deprecated; here it runs in this process.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_a_killed_evaluation_goes_on_and_does_nothing_finished_again(inspect_ai: Any, tmp_path: Path) -> None:
     from inspect_ai.log import list_eval_logs, read_eval_log
 
@@ -147,9 +267,9 @@ def test_a_killed_evaluation_goes_on_and_does_nothing_finished_again(inspect_ai:
     before = {s.id: s.uuid for s in read_eval_log(log).samples or []}
     assert before, "nothing was finished before the kill: a batch did not reach the log"
 
-    again = evaluation(folder, **how)
-    told = again.communicate()[1]
-    assert again.returncode == 0, told
+    from hookmap.evals.run import evaluate
+
+    evaluate(folder, **how)
     logs = [read_eval_log(found) for found in list_eval_logs(str(folder / "inspect"))]
     (whole,) = [log for log in logs if log.status == "success"]
     after = {s.id: s.uuid for s in whole.samples or []}
@@ -164,7 +284,8 @@ def test_a_killed_evaluation_goes_on_and_does_nothing_finished_again(inspect_ai:
     for row in rows:
         one = json.loads((folder / "samples" / f"{row['id']}.json").read_text("utf-8"))
         sample = store.by_id(one["activations"]["id"])
-        assert sample.text.strip() == row["text"].strip() and sample.labels["correct"] == row["correct"]
+        assert row["question"] in sample.prompt and sample.text.strip() == row["text"].strip()
+        assert sample.labels["correct"] == row["correct"]
         said = lines(folder / "trajectories" / f"{row['id']}.jsonl")
         assert [message["role"] for message in said] == ["user", "assistant"]
     plain = hookmap.open(MODEL_PATH)
@@ -173,8 +294,6 @@ def test_a_killed_evaluation_goes_on_and_does_nothing_finished_again(inspect_ai:
     import torch
 
     assert torch.allclose(run.read(0, "resid_post", 16), store.read(sample.sample, "resid_post", 16), atol=1e-3)
-
-    from hookmap.evals.run import evaluate
 
     with pytest.raises(hookmap.StoreError, match="mode: there 'no-tools', now 'with-tools'"):
         evaluate(folder, **{**how, "mode": "with-tools"})
@@ -193,7 +312,6 @@ def test_a_tool_call_is_read_from_what_a_model_writes(inspect_ai: Any) -> None:
     assert parse_tool_calls("plain") == ("plain", [])
 
 
-# inspect_ai's own calls of what its dependencies have deprecated; here it runs in this process.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_the_calculator_answers_within_the_conversation(inspect_ai: Any, tmp_path: Path) -> None:
     """The loop of model and tool is inspect's; its own scripted model stands in for one that calls tools."""

@@ -11,6 +11,7 @@ import torch
 from invented import DEPTH, D, Ladder, Rung, check, note
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import hookmap
 
@@ -98,7 +99,7 @@ def by_source(model: nn.Module, block: str, name: str) -> Tensor:
 @pytest.mark.parametrize(
     ("family", "block", "point", "line"),
     [
-        # hidden_states = residual + hidden_states, which a reshape follows: no module sees the sum as it is.
+        # hidden_states = residual + hidden_states, which a reshape follows: a norm sees the sum with one axis for both.
         ("opt", "model.decoder.layers.1", "resid_mid", "hidden_states_2"),
         # hidden_states = residual + hidden_states * self.residual_multiplier: also the input of the second norm.
         ("granite", "model.layers.1", "resid_mid", "hidden_states_1"),
@@ -112,5 +113,40 @@ def test_a_selector_is_the_line_of_source_that_makes_the_point(family: str, bloc
     hm = hookmap.open(model)
     run = hm.capture([[5, 17, 3, 60]], [point], [1], max_new_tokens=1)
     torch.testing.assert_close(run[point, 1], by_source(model, block, line).reshape(1, 4, -1), rtol=0, atol=0)
-    terms = hm.map.selectors(point, 1)[0].terms
-    assert len(terms) == (2 if family == "opt" else 1)
+    (term,) = hm.map.selectors(point, 1)[0].terms
+    assert term.flat == (family == "opt")
+
+
+class _NoSecondNorm(LlamaDecoderLayer):
+    """Its second norm is a function: the stream in the middle is handed to no module."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        read = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attn(hidden_states=read, **kwargs)[0]
+        normed: Tensor = hidden_states * (hidden_states.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return hidden_states + self.mlp(normed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_middle_that_no_module_sees_is_the_sum_that_the_block_computes(dtype: torch.dtype) -> None:
+    model: Any = plain_hooks.build("llama", dtype)
+    for layer in model.model.layers:
+        layer.__class__ = _NoSecondNorm
+    hm = hookmap.open(model)
+    assert [str(term) for term in hm.map.selectors("resid_mid", 1)[0].terms] == [
+        "model.layers.1.input[0]", "model.layers.1.self_attn.output[0]",
+    ]  # fmt: skip
+    summed = plain_hooks._family(
+        plain_hooks.FAMILIES["llama"].config, "model.layers.{i}",
+        resid_mid=(plain_hooks.Place("", "input"), plain_hooks.Place("self_attn", "output")),
+    )  # fmt: skip
+    ragged = [[5, 17, 3, 60], [11, 2]]
+    reference = plain_hooks.generate(model, summed, ragged, max_new_tokens=4, do_sample=False)
+    for engine in ("hooks", "nnsight"):
+        run = hm.capture(ragged, ["resid_mid"], max_new_tokens=4, engine=engine)
+        for number, ids in enumerate(ragged):
+            for at in range(plain_hooks.LAYERS):
+                expected = reference.point(summed, "resid_mid", at)[number, 4 - len(ids) :]
+                assert torch.equal(run.read(number, "resid_mid", at), expected)
+    with pytest.raises(hookmap.InterventionError, match=r"resid_mid.*no one tensor of the model holds it"):
+        hm.generate(ragged, [{"do": "scale", "point": "resid_mid", "layers": 1, "factor": 2.0}], None, 2)

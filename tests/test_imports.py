@@ -11,9 +11,10 @@ import hookmap
 HEAVY = ("torch", "transformers", "nnsight", "numpy", "pydantic", "jsonschema", "safetensors", "rich", "yaml")
 
 PUBLIC = {
-    "ArchitectureMap", "Capture", "CaptureError", "DataError", "DiscoveryError", "HookmapError", "InterventionError",
-    "MapError", "MapMismatchError", "MapNotFoundError", "ModelError", "SelectionError", "Selector", "StoreError",
-    "TokenizerError", "__version__", "discover", "load_map", "load_prompts", "open", "open_store", "verify",
+    "ArchitectureMap", "Capture", "CaptureError", "DataError", "DeployError", "DiscoveryError", "HookmapError",
+    "InterventionError", "MapError", "MapMismatchError", "MapNotFoundError", "ModelError", "SelectionError", "Selector",
+    "StoreError", "TokenizerError", "__version__", "discover", "load_map", "load_prompts", "open", "open_on_ray",
+    "open_remote", "open_store", "verify",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -114,10 +115,6 @@ def test_a_steer_is_what_hand_written_hooks_do_on_every_point(name: str) -> None
         assert all(not torch.equal(plain.read(n, "logits"), run.read(n, "logits")) for n in range(len(RAGGED)))
 
 
-BLOCKS = ("gpt2", "llama", "qwen3_moe", "gemma2", "olmo2", "cohere", "falcon_7b", "bloom", "mamba", "jamba", "granite")
-"""sequential, MoE, sandwich, post-norm, parallel (one adds in place), its own addition, mixer only, hybrid, scaled"""
-
-
 def source_rows(name: str, point: str, layer: int) -> torch.Tensor:
     """Rows of SOURCE by a plain hook in one forward pass."""
     hm, (place,) = opened(name), FAMILIES[name].points[point]
@@ -178,7 +175,7 @@ KINDS: dict[str, tuple[dict[str, Any], Change]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_kind_of_intervention_is_what_hand_written_hooks_do(name: str) -> None:
     points = single(name)
     for number, (document, change) in enumerate(KINDS.values()):
@@ -186,7 +183,7 @@ def test_every_kind_of_intervention_is_what_hand_written_hooks_do(name: str) -> 
         held_against_hooks(name, point, 1, change, {**document, "point": point, "layers": [1]})
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_patch_puts_in_the_rows_of_another_prompt(name: str) -> None:
     for point in single(name):
         rows = source_rows(name, point, 1)
@@ -202,7 +199,9 @@ def test_a_patch_puts_in_the_rows_of_another_prompt(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_changes_nothing_changes_no_bit(name: str) -> None:
-    """No intervention, a steer by zero, a scale by one, a clamp without an end, each prompt patched into itself."""
+    """No intervention, a steer by zero, a scale by one, a clamp without an end, an ablation of tokens that are not
+    there, each prompt patched into itself.
+    """
     hm, family = opened(name), FAMILIES[name]
     points = list(family.points)
     for new in (NEW, 0):
@@ -216,6 +215,7 @@ def test_what_changes_nothing_changes_no_bit(name: str) -> None:
                 ("steer", {"vector": VECTOR, "strength": 0.0, "keep_norm": True}),
                 ("scale", {"factor": 1.0}),
                 ("clamp", {"direction": VECTOR, "min": -1e9}),
+                ("ablate", {"positions": "500:"}),  # of which there are none
                 ("patch", {"source": {"prompt": RAGGED[0]}}),
             )
             if do != "patch" or not new  # a prompt's rows by generate may differ from those of one pass in a bit
@@ -234,6 +234,28 @@ def test_the_last_stream_patched_everywhere_gives_the_logits_of_its_source(name:
     patch = {"do": "patch", "point": "resid_post", "layers": -1, "positions": "all", "source": {"prompt": SOURCE}}
     run = hm.capture([[7, 8, 9, 10]], ["logits"], max_new_tokens=0, interventions=[patch])
     assert torch.equal(run.read(0, "logits"), source.read(0, "logits"))
+
+
+def test_the_middle_of_opt_is_written_where_batch_and_positions_are_one_axis() -> None:
+    """By hand: in place into what the second norm is given, the pads of the padded batch left out."""
+    hm, fed = opened("opt"), [0]
+
+    def steered(_: Any, args: Any) -> None:
+        rows = args[0].view(len(RAGGED), -1, D)
+        for number, length in enumerate(LENGTHS):
+            rows[number, max(0, WIDTH - length - fed[0]) :] += VECTOR
+        fed[0] += rows.shape[1]
+
+    norm = hm.model.get_submodule("model.decoder.layers.1.final_layer_norm")
+    with torch.no_grad():
+        handle = norm.register_forward_pre_hook(steered)
+        reference = plain_hooks.generate(hm.model, FAMILIES["opt"], RAGGED, max_new_tokens=NEW, do_sample=False)
+        handle.remove()
+    steer = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR}
+    run = hm.capture(RAGGED, ["resid_post"], max_new_tokens=NEW, interventions=[steer])
+    for number, length in enumerate(LENGTHS):
+        expected = reference.point(FAMILIES["opt"], "resid_post", 2)[number, WIDTH - length :]
+        assert torch.equal(run.read(number, "resid_post", 2), expected)
 
 
 def test_the_mean_of_a_prompt_is_kept_for_the_tokens_after_it() -> None:
@@ -339,6 +361,35 @@ def test_rows_before_and_after_come_out_of_one_run() -> None:
             written = key in (("resid_mid", 1), ("mlp_out", 1), ("mlp_out_raw", 1), ("resid_post", 1))
             assert torch.equal(after, before + VECTOR if written else before), key
     assert hm.generate(RAGGED, steers, {"points": "all"}, 2).before is None
+
+
+def test_rows_before_go_to_disk_too_and_are_gone_on_with(tmp_path: Path) -> None:
+    """After a kill one folder may be ahead of the other: what either lacks is done again, and doubled in neither."""
+    hm = opened("llama")
+    steer = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR}
+    capture = {"points": ["resid_mid", "mlp_out"], "layers": [1], "before": True}
+    options = {"max_new_tokens": 4, "batch_size": 1}
+    memory = hm.generate(RAGGED, [steer], capture, **options)
+    folder = tmp_path / "run"
+
+    def stop(where: Any) -> None:
+        if where.samples_done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hm.generate(RAGGED, [steer], capture, store=folder, progress=stop, **options)
+    shutil.rmtree(folder / "before")
+    assert len(hookmap.open_store(folder)) == 2
+    with pytest.raises(hookmap.StoreError, match="before"):
+        hm.generate(RAGGED, [steer], {**capture, "before": False}, store=folder, resume=True, **options)
+    run = hm.generate(RAGGED, [steer], capture, store=folder, resume=True, **options)
+    assert run.before is not None and memory.before is not None
+    assert run.before.tokens == run.tokens == memory.tokens
+    for found, expected in ((run, memory), (run.before, memory.before)):
+        assert not found.store.verify()  # type: ignore[attr-defined]
+        for key in memory.keys:
+            assert all(torch.equal(found.read(n, *key), expected.read(n, *key)) for n in range(len(RAGGED)))
+    assert torch.equal(run.read(0, "resid_mid", 1), run.before.read(0, "resid_mid", 1) + VECTOR)
 
 
 def test_heads_are_written_one_by_one() -> None:

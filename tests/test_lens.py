@@ -42,7 +42,7 @@ def test_the_lens_at_the_last_layer_is_the_models_own_logits_to_the_bit(name: st
     assert torch.equal(found, logits_of(hm, TOKENS))
 
 
-@pytest.mark.parametrize("name", plain_hooks.FAMILIES)
+@pytest.mark.parametrize("name", sorted(plain_hooks.FAMILIES.keys() - {"bert"}))  # its stream is normed itself
 def test_the_parts_of_an_attribution_sum_to_the_logit(name: str) -> None:
     hm = opened(name)
     logits = logits_of(hm, TOKENS)

@@ -86,7 +86,7 @@ def test_what_cannot_be_swept_is_refused() -> None:
     for clean, corrupted, options, message in (
         (CLEAN, CORRUPTED[:3], {}, "has 5 tokens and the corrupted one 3"),
         (CLEAN, CLEAN, {}, "are the same"),
-        (CLEAN, CORRUPTED, {"point": "resid_mid"}, "no one tensor of the model holds it"),
+        (CLEAN, CORRUPTED, {"point": "pattern"}, "has used the attention weights"),
     ):
         with pytest.raises(hookmap.InterventionError, match=message):
             sweep(hm, clean, corrupted, 7, 9, **options)  # type: ignore[arg-type]

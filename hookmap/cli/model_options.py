@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import hookmap
+
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
 
@@ -32,14 +34,22 @@ def loading(command: Any) -> Any:
 def opened(model: str | None, given: dict[str, Any], quiet: bool = False) -> "HookedModel":
     """The model that was named, or the one of the settings."""
     from hookmap.cli.console import working
+
+    model, options = chosen(model, given, quiet)
+    with working(f"loading {model}", quiet=quiet, spinner=False):  # transformers shows a bar of its own
+        return hookmap.open(model, **options)
+
+
+def chosen(model: str | None, given: dict[str, Any], quiet: bool = False) -> tuple[str, dict[str, Any]]:
+    """Which model, and what `hookmap.open` takes besides."""
+    from hookmap.cli.console import working
     from hookmap.cli.settings import choose_model, load_settings
 
     settings = load_settings()
     model = choose_model(model, settings)
     with working("importing torch and transformers", quiet=quiet):
-        import hookmap.model
-    with working(f"loading {model}", quiet=quiet, spinner=False):  # transformers shows a bar of its own
-        return hookmap.open(model, **loads(given, settings))
+        import hookmap.model  # noqa: F401
+    return model, loads(given, settings)
 
 
 def loads(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The one place that leans on nnsight's inside: a cache that passes values on, and the edits of a user's own tree.
+"""The one place that leans on nnsight's inside: a cache that passes values on, what another kept, a user's edits.
 
 `tracer.cache()` keeps every value of every step until the run ends. nnsight has no public way to be shown values as
 they pass, so this subclasses its `Cache` and registers with the running trace, as `tracer.cache()` does (0.8).
@@ -34,6 +34,14 @@ class PassingCache(Cache):  # type: ignore[misc]  # nnsight is not typed
 def attach(cache: PassingCache) -> None:
     """Register with the trace whose block is running; call before any value is read."""
     Mediator.current("hookmap").caches.append(cache)
+
+
+def visits(cache: Any, path: str, side: str) -> list[Any]:
+    """What `tracer.cache()` kept of a module, visit by visit; an input's value is (args, kwargs).
+
+    nnsight's own view of a cache that came back from elsewhere finds every module but the root.
+    """
+    return [getattr(entry, "output" if side == "output" else "inputs") for entry in cache._cache.entries[path]]
 
 
 def tree_over(module: nn.Module, given: nnsight.Envoy | None) -> nnsight.NNsight:

@@ -4,24 +4,39 @@
 - `flexible`: the last number of the text, as its flexible-extract does.
 - `inspect_evals`: what follows `ANSWER:` on the last line that says so, as inspect_evals' GSM8K asks for it.
 
-Numbers compare by value: 1,200 is 1200.00 is $1200. A percent sign or a unit behind a number is no part of it.
+Numbers compare by value: 1,200 is 1200.00 is $1200, 1.2e3, 1.2 × 10^3. Fractions are numbers: 3/4, 2 1/2, ½. A percent
+sign or a unit behind a number is no part of it. What `strict` and `inspect_evals` could only guess (12,5, 5-6, 5:30) is
+no answer.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
-_NUMBER = re.compile(r"(?<![\w.])[-−]?(?:\$\s*)?[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?![\d])")
+_NUMBER = re.compile(
+    r"(?<![\w.])[-−]?(?:\$\s*)?[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)?(?:\.\d+|(?<=\d))"
+    r"(?:[eE][-+]?\d{1,3}(?!\w))?(?![\d])"
+)
 _BOX = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
-_FRACTION = re.compile(r"([-−]?)\s*\\[dt]?frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*(-?[\d.,]+)\s*\}")
+_LATEX_FRACTION = re.compile(r"([-−]?)\s*\\[dt]?frac\s*(?:\{\s*(-?)([\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}|()(\d)\s*(\d))")
+_FRACTION = re.compile(r"(?<![\w./])(-?)(?:(\d+)[ ]+)?(\d[\d,]*(?:\.\d+)?)/(\d[\d,]*(?:\.\d+)?)(?![\d/]|\.\d)")
+_VULGAR = re.compile(r"[¼½¾⅐-⅞]")
+_POWER = re.compile(
+    r"(?<![\w.])(?:(-?\d+(?:\.\d+)?)\s*(?:[x×*·]|\\times|\\cdot)\s*)?(?<![\w.])10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?"
+)
+_GROUPS = re.compile(r"(?<=\d)[\u00a0'’](?=\d{3}(?!\d))")
+_SPACED = re.compile(r"^(\W*\d{1,3})((?: \d{3})+)(?![\d.,/])")
+_LONGEST = 300
+_UNCLEAR = re.compile(r"[,.:'-]\d")
 _DECORATION = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[,!;: ]|\\left|\\right|\*\*|[`~]")
 _THIN = str.maketrans({"\u202f": ",", "\u2009": ",", "\u00a0": " ", "−": "-", "–": "-"})
 
 
 def strict(text: str) -> Fraction | None:
     """The number behind the last `####`; None where there is none, or no number right behind it."""
-    *_, found = ["", *re.findall(r"####[ \t]*([^\n]*)", text)]
+    *_, found = ["", *re.findall(r"####[ \t]*([^\n#]*)", text)]
     return _only(found)
 
 
@@ -46,34 +61,47 @@ SCORERS: dict[str, Callable[[str], Fraction | None]] = {
 
 def numbers(text: str) -> list[Fraction]:
     """All numbers of a text, in order."""
-    plain = _plain(text)
-    found = [(m.start(), value) for m in _NUMBER.finditer(plain) if (value := _value(m.group())) is not None]
-    return [value for _, value in sorted(found)]
+    return [value for m in _NUMBER.finditer(_plain(text)) if (value := _value(m.group())) is not None]
 
 
 def _only(text: str) -> Fraction | None:
-    """The first number of a short text that begins with it, but for brackets, currency and the like."""
-    found = numbers(text)
-    first = re.search(r"\d", _plain(text))
-    if not found or first is None or re.search(r"[A-Za-z]{2,}", _plain(text)[: first.start()]):
+    """The number that a short text begins with, but for brackets, currency and the like; None where it is unclear."""
+    plain = _SPACED.sub(lambda m: m[1] + m[2].replace(" ", ","), _plain(text).strip())
+    plain = re.sub(r"^- (?=[$\d])", "-", plain)
+    found = next((m for m in _NUMBER.finditer(plain) if _value(m.group()) is not None), None)
+    first = re.search(r"\d", plain)
+    if found is None or first is None or first.start() < found.start():
         return None
-    return found[0]
+    if re.search(r"[A-Za-z]{2,}", plain[: found.start()]) or _UNCLEAR.match(plain, found.end()):
+        return None
+    return _value(found.group())
 
 
 def _plain(text: str) -> str:
-    """Without LaTeX: boxes opened, fractions as decimals that are exact enough to compare, decoration gone."""
+    """Without LaTeX: boxes opened, fractions and powers as decimals exact enough to compare, ornaments gone."""
+    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/"), text)
+    text = _GROUPS.sub(",", text)
     text = text.translate(_THIN).replace("{,}", ",").replace("\\$", "$").replace("\\%", "%")
     text = _BOX.sub(r" \1 ", text)
-    text = _FRACTION.sub(lambda m: f" {m[1]}{_quotient(m[2], m[3])} ", text)
-    return _DECORATION.sub(" ", text)
+    text = _LATEX_FRACTION.sub(lambda m: f" {m[1]}{m[2] or ''}{m[3] or m[6]}/{m[4] or m[7]} ", text)
+    text = _POWER.sub(lambda m: f"{m[1] or 1}e{m[2]}", text)
+    return _DECORATION.sub(" ", _FRACTION.sub(_quotient, text))
 
 
-def _quotient(above: str, below: str) -> str:
+def _quotient(found: re.Match[str]) -> str:
+    """3/4, and 2 1/2 where what follows is less than 1."""
+    sign, whole, above, below = found.groups()
     over, under = _value(above), _value(below)
-    return f"{float(over / under):.10f}" if over is not None and under else f"{above} / {below}"
+    if over is None or not under:
+        return found[0]
+    if whole is not None and over >= under:
+        return f"{sign}{whole} {float(over / under):.10f}"
+    return f"{sign}{float((_value(whole or '0') or 0) + over / under):.10f}"
 
 
 def _value(text: str) -> Fraction | None:
+    if len(text) > _LONGEST:  # what repeats itself is no answer
+        return None
     try:
         return Fraction(Decimal(re.sub(r"[,$\s]", "", text)))
     except (InvalidOperation, ValueError):

@@ -3,11 +3,12 @@
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.scorer import CORRECT, INCORRECT, Score, Scorer, Target, accuracy, scorer, stderr
-from inspect_ai.solver import Solver, TaskState, generate, prompt_template, use_tools
+from inspect_ai.solver import Solver, TaskState, prompt_template, use_tools
 from inspect_ai.tool import Tool, ToolError, tool
 
 from hookmap.evals.answers import SCORERS, numbers, same
 from hookmap.evals.calculator import calculate
+from hookmap.evals.draws import generating
 from hookmap.evals.problems import DEMO, read_questions
 
 MODES = ("no-tools", "with-tools")
@@ -67,9 +68,17 @@ def inspect_evals_scorer() -> Scorer:
 
 @task(name="gsm8k")
 def gsm8k(
-    source: str = DEMO, samples: int | None = None, skip: int = 0, mode: str = "no-tools", prompt: str = "gsm8k"
+    source: str = DEMO,
+    samples: int | None = None,
+    skip: int = 0,
+    mode: str = "no-tools",
+    prompt: str = "gsm8k",
+    seed: int | None = None,
 ) -> Task:
-    """source, samples, skip: see problems.read_questions. mode: one of MODES. prompt: a key of PROMPTS."""
+    """source, samples, skip: see problems.read_questions. mode: one of MODES. prompt: a key of PROMPTS.
+
+    seed: of sampling; each question then draws by itself.
+    """
     questions = [
         Sample(id=q.id, input=q.question, target=q.target, metadata={"worked_answer": q.answer})
         for q in read_questions(source, samples, skip)
@@ -77,7 +86,7 @@ def gsm8k(
     tools: list[Solver] = [use_tools(calculator())] if mode == "with-tools" else []
     return Task(
         dataset=MemoryDataset(questions, name="gsm8k"),
-        solver=[prompt_template(PROMPTS[prompt]), *tools, generate()],
+        solver=[prompt_template(PROMPTS[prompt]), *tools, generating(seed)],
         scorer=[strict_scorer(), flexible_scorer(), inspect_evals_scorer()],
         metadata={"mode": mode, "prompt": prompt},
     )

@@ -1,7 +1,8 @@
 """inspect_ai's model provider `hookmap/MODEL`: in this process, one copy of the weights, requests in batches.
 
 Each batch is one generation, whose activations stream to a capture folder of their own; where a request's are stands
-in the metadata of its output, under `hookmap`: {"capture": folder, "sample": number}.
+in the metadata of its output, under `hookmap`: {"capture": folder, "samples": numbers, "tokens": generated},
+a number for each choice. Without activations `capture` is null.
 """
 
 import asyncio
@@ -10,8 +11,10 @@ import queue
 import re
 import shutil
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,9 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 
+from hookmap.activations import Sample
 from hookmap.errors import CaptureError
+from hookmap.prompts import Prompt, templated
 
 MAX_TOKENS = 512
 METADATA = "hookmap"
@@ -38,15 +43,30 @@ _TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
 @dataclass(frozen=True)
+class _Answer:
+    """What came of a request."""
+
+    samples: tuple[Sample, ...]
+    capture: str | None
+    """the batch's folder"""
+
+
+@dataclass(frozen=True)
 class _Request:
-    token_ids: tuple[int, ...]
+    prompt: Prompt
+    rows: int
+    """answers that are wanted"""
     settings: str
     """of the generation, as JSON; requests of one batch have the same"""
-    answer: "Future[tuple[Any, dict[str, Any] | None]]"
+    answer: "Future[_Answer]"
 
 
 class HookmapAPI(ModelAPI):
-    """A model of this process. Model arguments: points, layers, captures (a folder), batch_size, and hookmap.open's."""
+    """A model of this process.
+
+    Model arguments: points, layers, keep (`positions`, `mean`, … of `HookedModel.capture`), captures (a folder),
+    batch_size, and hookmap.open's. Requests with a seed run by themselves, so that their answers repeat.
+    """
 
     def __init__(
         self,
@@ -56,6 +76,7 @@ class HookmapAPI(ModelAPI):
         config: GenerateConfig = GenerateConfig(),  # noqa: B008 - inspect's own signature; the config is frozen
         points: Any = (),
         layers: Any = "all",
+        keep: Mapping[str, Any] | None = None,
         captures: str | None = None,
         batch_size: int = 8,
         **opening: Any,
@@ -70,7 +91,8 @@ class HookmapAPI(ModelAPI):
         self.hooked = open(MODEL_PATH if model_name == "demo" else model_name, **opening)
         if points:
             self.hooked.map.selectors(points, layers)  # what is wrong with them is said before anything runs
-        self._points, self._layers, self._batch_size = points or (), layers, batch_size
+        self._points, self._layers, self._keep = points or (), layers, dict(keep or {})
+        self._batch_size = batch_size
         self._captures = Path(captures) if captures and points else None
         self._requests: queue.Queue[_Request] = queue.Queue()
         threading.Thread(target=self._serve, name="hookmap-batches", daemon=True).start()
@@ -79,35 +101,43 @@ class HookmapAPI(ModelAPI):
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
         """See inspect_ai.model.ModelAPI."""
-        ids = self._encode(input, tools)
-        request = _Request(ids, json.dumps(_settings(config), sort_keys=True), Future())
+        prompt = self._encode(input, tools)
+        ids = prompt.token_ids
+        request = _Request(prompt, config.num_choices or 1, json.dumps(_settings(config), sort_keys=True), Future())
         self._requests.put(request)
-        sample, where = await asyncio.wrap_future(request.answer)
-        text, calls = parse_tool_calls(sample.text) if tools else (sample.text, [])
-        made = len(sample.token_ids) - len(ids)
-        full = made >= (config.max_tokens or MAX_TOKENS)
-        message = ChatMessageAssistant(content=text, tool_calls=calls or None, model=self.model_name, source="generate")
-        stop = "tool_calls" if calls else "max_tokens" if full else "stop"
+        answer = await asyncio.wrap_future(request.answer)
+        made = [len(sample.token_ids) - len(ids) for sample in answer.samples]
+        total = sum(made)
+        where = {"capture": answer.capture, "samples": [s.sample for s in answer.samples], "tokens": made}
         return ModelOutput(
             model=self.model_name,
-            choices=[ChatCompletionChoice(message=message, stop_reason=stop)],
-            usage=ModelUsage(input_tokens=len(ids), output_tokens=made, total_tokens=len(ids) + made),
-            metadata=None if where is None else {METADATA: where},
+            choices=[
+                self._choice(sample.text, bool(tools), count >= (config.max_tokens or MAX_TOKENS))
+                for sample, count in zip(answer.samples, made, strict=True)
+            ],
+            usage=ModelUsage(input_tokens=len(ids), output_tokens=total, total_tokens=len(ids) + total),
+            metadata={METADATA: where},
+        )
+
+    def _choice(self, written: str, tools: bool, full: bool) -> ChatCompletionChoice:
+        text, calls = parse_tool_calls(written) if tools else (written, [])
+        message = ChatMessageAssistant(content=text, tool_calls=calls or None, model=self.model_name, source="generate")
+        return ChatCompletionChoice(
+            message=message, stop_reason="tool_calls" if calls else "max_tokens" if full else "stop"
         )
 
     def max_connections(self) -> int:
         """Requests at once: a batch."""
         return self._batch_size
 
-    def _encode(self, input: list[ChatMessage], tools: list[ToolInfo]) -> tuple[int, ...]:
+    def _encode(self, input: list[ChatMessage], tools: list[ToolInfo]) -> Prompt:
         tokenizer = self.hooked.tokenizer
         messages = [_plain(message) for message in input]
         if not getattr(tokenizer, "chat_template", None):
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
-            return self.hooked.encode(text, False)[0].token_ids
+            return self.hooked.encode(text, False)[0]
         named = {"tools": [_described(tool) for tool in tools]} if tools else {}
-        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **named)
-        return tuple(found["input_ids"])
+        return templated(messages, 0, tokenizer, **named)
 
     def _serve(self) -> None:
         """The one thread that runs the model."""
@@ -119,7 +149,7 @@ class HookmapAPI(ModelAPI):
                     held.append(self._requests.get(timeout=_QUIET))
             except queue.Empty:
                 pass
-            batch = [r for r in held if r.settings == held[0].settings][: self._batch_size]
+            batch = self._batch(held)
             held = [r for r in held if not any(r is one for one in batch)]
             try:
                 for request, answer in zip(batch, self._run(batch), strict=True):
@@ -130,18 +160,31 @@ class HookmapAPI(ModelAPI):
                     if not request.answer.done():
                         request.answer.set_exception(error)
 
-    def _run(self, batch: list[_Request]) -> list[tuple[Any, dict[str, Any] | None]]:
+    def _batch(self, held: list[_Request]) -> list[_Request]:
+        """The first, and those that can run beside it: with its settings, as long as there is room."""
+        batch, rows = [held[0]], held[0].rows
+        for request in held[1:]:
+            alone = json.loads(request.settings)["seed"] is not None
+            if request.settings == held[0].settings and not alone and rows + request.rows <= self._batch_size:
+                batch.append(request)
+                rows += request.rows
+        return batch
+
+    def _run(self, batch: list[_Request]) -> list[_Answer]:
         folder = self._new_folder()
+        rows = [request.prompt for request in batch for _ in range(request.rows)]
         run = self.hooked.capture(
-            [list(request.token_ids) for request in batch],
+            rows,
             points=self._points,
             layers=self._layers,
-            batch_size=len(batch),
+            batch_size=min(len(rows), self._batch_size),
             store=folder,
+            **self._keep,
             **json.loads(batch[0].settings),
         )
+        samples = iter(run.samples)
         name = None if folder is None else folder.name
-        return [(s, None if name is None else {"capture": name, "sample": s.sample}) for s in run.samples]
+        return [_Answer(tuple(islice(samples, request.rows)), name) for request in batch]
 
     def _new_folder(self) -> Path | None:
         """A name that no batch has had, of this run or of one that was killed."""
@@ -188,7 +231,8 @@ def _settings(config: GenerateConfig) -> dict[str, Any]:
     drawn = {name: value for name, value in drawn.items() if value is not None}
     if not drawn.get("temperature"):
         drawn = {}
-    found = {"max_new_tokens": config.max_tokens or MAX_TOKENS, "do_sample": bool(drawn), "seed": config.seed, **drawn}
+    found = {"max_new_tokens": config.max_tokens or MAX_TOKENS, "do_sample": bool(drawn), **drawn}
+    found["seed"] = config.seed if drawn else None
     return found | {"stop": list(config.stop_seqs or ())}
 
 

@@ -13,14 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hookmap.activations import Activation, Sample
 from hookmap.errors import StoreError
 from hookmap.evals.answers import SCORERS
-from hookmap.stores import open_store
+from hookmap.evals.gathering import Taken, gather, is_gathered
 from hookmap.stores.durable import write_all, write_whole
-from hookmap.stores.folder import FolderWriter
-from hookmap.stores.manifest import MANIFEST
-from hookmap.stores.reader import CaptureStore
 
 SUMMARY, DATASET, SAMPLES, TRAJECTORIES = "summary.json", "dataset.jsonl", "samples", "trajectories"
 ACTIVATIONS, BATCHES, LOGS = "activations", "batches", "inspect"
@@ -35,19 +31,19 @@ def write_results(folder: Path, log: Any, settings: Mapping[str, Any]) -> dict[s
     samples = sorted(log.samples or [], key=lambda sample: str(sample.id))
     for name in (SAMPLES, TRAJECTORIES):
         (folder / name).mkdir(exist_ok=True)
-    gathered = (folder / ACTIVATIONS / MANIFEST).is_file() and open_store(folder / ACTIVATIONS).finished
+    gathered = is_gathered(folder / ACTIVATIONS)
     kept = gathered or (folder / BATCHES).is_dir()
     rows = [_row(sample, str(settings["scorer"])) for sample in samples]
     for sample, row in zip(samples, rows, strict=True):
-        where = {"capture": ACTIVATIONS, "id": row["id"]} if kept and _where(sample) else None
+        where = {"capture": ACTIVATIONS, "id": row["id"]} if kept and place_of(sample) else served_place(sample)
         whole = {**row, "worked_answer": (sample.metadata or {}).get("worked_answer"), "activations": where}
-        _write(folder / SAMPLES / f"{row['id']}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
-        _write(folder / TRAJECTORIES / f"{row['id']}.jsonl", _lines(map(_message, sample.messages)))
+        write(folder / SAMPLES / f"{row['id']}.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        write(folder / TRAJECTORIES / f"{row['id']}.jsonl", lines(map(_message, sample.messages)))
     if kept and not gathered:
-        _gather(folder, samples, rows)
-    _write(folder / DATASET, _lines(rows))
+        gather(folder / BATCHES, folder / ACTIVATIONS, _taken(samples, rows), {"evaluation": "gsm8k"})
+    write(folder / DATASET, lines(rows))
     summary = _summary(rows, settings)
-    _write(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
 
 
@@ -100,49 +96,41 @@ def _summary(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> 
     }
 
 
-def _gather(folder: Path, samples: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """One capture out of those of the batches: of each sample its last generation, which read all of it."""
-    stores: dict[str, CaptureStore] = {}
-    found = [(number, _where(sample), row) for number, (sample, row) in enumerate(zip(samples, rows, strict=True))]
-    found = [one for one in found if one[1] is not None]
-    for _, where, _ in found:
-        name = str(where["capture"])  # type: ignore[index]
-        if not name.isdecimal():
-            raise StoreError(f"{folder}: the log names a capture {name!r}, expected a number.")
-        stores.setdefault(name, open_store(folder / BATCHES / name))
-    if not stores:
-        return
-    manifest = next(iter(stores.values())).manifest
-    fresh = type(manifest).model_validate(
-        manifest.model_dump() | {"finished": False, "sha256": None, "settings": {"evaluation": "gsm8k"}, "runs": ()}
-    )
-    target = folder / ACTIVATIONS
-    writing = FolderWriter.resume if (target / MANIFEST).exists() else FolderWriter.create
-    with writing(target, fresh) as writer:
-        for number, where, row in found:
-            if number not in writer.finished:
-                _copy(stores[where["capture"]], where["sample"], number, row, writer)  # type: ignore[index]
+def _taken(samples: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> list[Taken]:
+    """Of each sample its last generation, which read all of it."""
+    found = []
+    for number, (sample, row) in enumerate(zip(samples, rows, strict=True)):
+        if where := place_of(sample):
+            labels = {name: row[name] for name in ("correct", "target", "tokens", "tool_calls")} | row["scores"]
+            found.append(Taken(str(where["capture"]), where["samples"][0], number, row["id"], labels))
+    return found
 
 
-def _copy(store: CaptureStore, sample: int, number: int, row: Mapping[str, Any], writer: FolderWriter) -> None:
-    old = store.sample(sample)
-    for point, layer in store.keys:
-        writer.write(Activation(number, point, layer, 0, store.rows_at(sample, (point, layer), range(old.rows))))
-    labels = {name: row[name] for name in ("correct", "target", "tokens", "tool_calls")} | row["scores"]
-    new = Sample(number, old.prompt, old.text, old.token_ids, old.prompt_tokens, old.rows, old.positions)
-    writer.finish(Sample(**{**vars(new), "id": row["id"], "labels": labels}))
-
-
-def _where(sample: Any) -> dict[str, Any] | None:
+def place_of(sample: Any) -> dict[str, Any] | None:
+    """Where the activations of a sample of the log are, as the provider says; None where it kept none."""
     found = (sample.output.metadata or {}).get(METADATA)
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and found.get("capture") is not None else None
 
 
-def _lines(rows: Any) -> str:
+def served_place(sample: Any) -> dict[str, Any] | None:
+    """The session of `hookmap serve` that holds the last generation; None where the server kept none.
+
+    inspect's OpenAI provider leaves fields that it does not know out of the output; the call in the log has them.
+    """
+    for event in reversed(sample.events or []):
+        if event.event == "model" and event.call is not None:
+            session = (event.call.response or {}).get("session_id")
+            return None if session is None else {"session": session, "choice": 0}
+    return None
+
+
+def lines(rows: Any) -> str:
+    """JSON Lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """A whole file, or none. Raises StoreError."""
     try:
         write_whole(path, lambda file: write_all(file, text.encode("utf-8")))
     except OSError as error:

@@ -34,12 +34,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate, write the results folder, and return its summary. The same call again goes on where it stopped.
 
-    model: a hub id, a folder, `demo`, or one of inspect's own (`inspect:openai/…`), without points.
+    model: a hub id, a folder, `demo`, or one of inspect's own (`inspect:openai/…`). Of those only a model of `hookmap
+    serve` (`inspect:openai-api/hookmap/NAME`) takes points: they are kept there, a session for each generation.
     opening: options of hookmap.open. parallel: samples at once, the size of a batch. prompt: a key of PROMPTS.
     Raises StoreError where the folder is of another run, CaptureError where samples failed.
     """
-    from inspect_ai import eval_set
-
     if mode not in MODES or (prompt is not None and prompt not in PROMPTS):
         raise CaptureError(f"expected a mode of {', '.join(MODES)} and a prompt of {', '.join(PROMPTS)}.")
     prompt = prompt or ("bare" if source == DEMO else "gsm8k")
@@ -48,14 +47,41 @@ def evaluate(
     settings |= {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     target = Path(folder)
     _same_run(target, settings)
-    assert hookmap_provider  # registers itself
     own = not model.startswith(INSPECTS)
     arguments = {"points": points, "layers": layers, "captures": str(target / BATCHES), "batch_size": parallel}
+    log = finished_log(
+        gsm8k(str(source), samples, skip, mode, prompt, seed),
+        target,
+        f"hookmap/{model}" if own else model.removeprefix(INSPECTS),
+        {**arguments, **(opening or {})} if own else {},
+        parallel=parallel,
+        display=display,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        extra_body={"hookmap": _recording(points, layers)} if points and not own else None,
+        log_model_api=not own,  # where the sessions are named
+    )
+    summary = write_results(target, log, settings)
+    remove_captures(target / BATCHES)
+    return summary
+
+
+def finished_log(
+    task: Any, folder: Path, model: str, arguments: dict[str, Any], *, parallel: int, display: str, **config: Any
+) -> Any:
+    """inspect's EvalLog of the task, run or gone on with, in `folder`. Raises CaptureError where samples failed.
+
+    arguments: of the model. config: of the generation, None where the model's own holds.
+    """
+    from inspect_ai import eval_set
+    from inspect_ai.log import read_eval_log
+
+    assert hookmap_provider  # registers itself
     done, logs = eval_set(
-        gsm8k(str(source), samples, skip, mode, prompt),
-        log_dir=str(target / LOGS),
-        model=f"hookmap/{model}" if own else model.removeprefix(INSPECTS),
-        model_args={**arguments, **(opening or {})} if own else {},
+        task,
+        log_dir=str(folder / LOGS),
+        model=model,
+        model_args=arguments,
         retry_attempts=1,
         retry_wait=0,
         log_buffer=1,  # a sample that is finished is in the log
@@ -63,16 +89,17 @@ def evaluate(
         display=display,
         score_display=False,
         max_connections=parallel,
-        max_tokens=max_tokens,
-        **{name: value for name, value in (("temperature", temperature), ("seed", seed)) if value is not None},
+        **{name: value for name, value in config.items() if value is not None},
     )
     if not done:
-        raise CaptureError(f"not all samples were answered: {_why(logs)}\nThe same command again goes on: -o {target}")
-    from inspect_ai.log import read_eval_log
+        raise CaptureError(f"not all samples were answered: {_why(logs)}\nThe same command again goes on: -o {folder}")
+    return read_eval_log(logs[0].location)
 
-    summary = write_results(target, read_eval_log(logs[0].location), settings)
-    remove_captures(target / BATCHES)
-    return summary
+
+def _recording(points: Any, layers: Any) -> dict[str, Any]:
+    """What the server is asked to keep."""
+    listed = [layers] if isinstance(layers, int) else layers
+    return {"points": points, "layers": listed, "return": "store"}
 
 
 def _same_run(folder: Path, settings: dict[str, Any]) -> None:

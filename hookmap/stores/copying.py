@@ -15,6 +15,7 @@ from hookmap.stores.folder import FolderWriter
 from hookmap.stores.integrity import entry_problems
 from hookmap.stores.interface import Store
 from hookmap.stores.manifest import Counts, Manifest, read_manifest
+from hookmap.stores.numbers import NumberSet
 from hookmap.stores.reader import CaptureStore
 from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, read_header, sha256_of, shard_name
 from hookmap.stores.table import SAMPLES, SHARDS, Committed, Entry, Table, decode_entry, decode_shard, left_of
@@ -87,7 +88,7 @@ def _sound_lines(folder: Path, manifest: Manifest, lost: dict[str, str]) -> Comm
     """Where the lines of sound samples are; `lost` gets the others."""
     wrong = _wrong_shards(folder)
     path = folder / SAMPLES
-    sound, seen = Committed(), set[int]()
+    sound, seen = Committed(), NumberSet()
     for number, (offset, line) in enumerate(_finished_lines(path), start=1):
         try:
             entry = decode_entry(line, path, number)

@@ -10,6 +10,7 @@ import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,18 +18,17 @@ from typing import Any, TypeVar
 from hookmap.activations import Activation, Sample
 from hookmap.errors import StoreError
 from hookmap.stores.access import cannot_write, lock, refuse_used
-from hookmap.stores.buffer import Buffer
 from hookmap.stores.durable import AppendedFile, is_temporary, sync_folder, temporary
+from hookmap.stores.groups import Group, GroupWriter, is_part
 from hookmap.stores.interface import Store
 from hookmap.stores.ledger import Ledger
 from hookmap.stores.manifest import MANIFEST, Counts, Manifest, read_manifest, write_manifest
-from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, is_shard, sha256_of, shard_name, write_shard
+from hookmap.stores.shard import SHARD_FOLDER, is_shard, sha256_of, shard_name
 from hookmap.stores.table import (
     SAMPLES,
     SHARDS,
     Committed,
     Entry,
-    Span,
     encode_group,
     encode_shards,
     read_shards,
@@ -59,7 +59,7 @@ class Closing(ABC):
                 self.close(finished=False)
 
 
-class FolderWriter(Closing):
+class FolderWriter(GroupWriter, Closing):
     """A sink that writes a capture folder. Make one with `create` or `resume`; use it in a `with` statement.
 
     Samples that are open together (a batch) are committed together, when the last of them is finished.
@@ -69,17 +69,17 @@ class FolderWriter(Closing):
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         """Not for callers: `create` and `resume` say what the folder may hold."""
-        self.folder = folder
         self.manifest = manifest
         self._committed = Committed()
         self._usable, self._closed = True, False
+        super().__init__(folder, Ledger(manifest.keys, manifest.specs), manifest.shard_tokens, manifest.shard_bytes)
         with contextlib.ExitStack() as opened:
             self._samples = opened.enter_context(contextlib.closing(AppendedFile(folder / SAMPLES)))
             lock(self._samples, folder)
             self._shards = opened.enter_context(contextlib.closing(AppendedFile(folder / SHARDS)))
             self._recover()
             self._files = opened.pop_all()
-        self._ledger = Ledger(manifest.keys, specs=manifest.specs, finished=set(self._committed.numbers))
+        self._ledger.finished.update(self._committed.numbers)
 
     @classmethod
     def create(cls, path: "str | os.PathLike[str]", manifest: Manifest) -> "FolderWriter":
@@ -126,23 +126,25 @@ class FolderWriter(Closing):
     def write(self, activation: Activation) -> None:
         """Take rows. Raises CaptureError where they are not the next ones, StoreError where the disk refuses them."""
         self._refuse_closed()
-        self._ledger.take(activation)
-        if self._buffer.full_before(activation):
-            with self._writing():
-                self._cut()
-        self._buffer.add(activation)
-        if self._buffer.overfull:
-            with self._writing():
-                self._cut()
+        super().write(activation)
 
     def finish(self, sample: Sample) -> None:
         """All rows of this sample are written. It is committed when no other sample is open. Raises as `write` does."""
         self._refuse_closed()
-        self._ledger.finish(sample)
-        self._pending.append(sample)
-        if not self._ledger.open:
-            with self._writing():
-                self._commit()
+        super().finish(sample)
+
+    def adopt(self, group: Group) -> None:
+        """Make finished what a worker's PartWriter wrote in this folder. Raises as `write` does."""
+        self._refuse_closed()
+        if strange := [name for name in group.files if not is_part(name)]:
+            raise StoreError(f"{strange[0]!r} is no part of a capture: expected a name that PartWriter gives.")
+        self._ledger.adopt(group.specs, [entry.sample.sample for entry in group.entries])
+        shards = self.folder / SHARD_FOLDER
+        with self._writing():
+            for place, name in enumerate(group.files):
+                os.replace(shards / name, shards / self._name(place))
+            sync_folder(shards)
+            self._commit(group)
 
     def abandon(self) -> None:
         """Forget the rows of samples that are not finished, on disk too. Raises StoreError.
@@ -151,9 +153,7 @@ class FolderWriter(Closing):
         """
         self._refuse_closed()
         with self._writing():
-            waiting = {sample.sample for sample in self._pending}
-            self._ledger.abandon()
-            self._ledger.finished -= waiting
+            super().abandon()
             self._recover()
 
     def note(self, run: Mapping[str, Any]) -> None:
@@ -183,35 +183,29 @@ class FolderWriter(Closing):
         finally:
             self._files.close()  # gives up the lock
 
+    def _name(self, shard: int) -> str:
+        return shard_name(self._committed.shards + shard)
+
     def _cut(self) -> None:
-        """Write the buffer as one shard."""
-        shard = self._committed.shards + len(self._new)
-        info = write_shard(self.folder / SHARD_FOLDER, shard, self._buffer.blocks())
-        for sample, spans in self._buffer.spans(shard).items():
-            self._spans.setdefault(sample, []).extend(spans)
-        self._new.append(info)
-        self._buffer.clear()
+        with self._writing():
+            super()._cut()
 
-    def _commit(self) -> None:
-        """Make the pending samples finished."""
-        if self._buffer:
-            self._cut()
-        if self.manifest.specs != self._ledger.specs:
-            self.manifest = self.manifest.with_specs(self._ledger.specs)
-            write_manifest(self.folder, self.manifest)
-        if self._new:
-            self._shards.append(encode_shards(self._new))
-        samples = sorted(self._pending, key=lambda sample: sample.sample)
-        entries = [Entry(sample, tuple(self._spans.get(sample.sample, ()))) for sample in samples]
-        self._samples.append(encode_group(entries, self._committed.shards + len(self._new)))
-        self._committed = scan(self.folder / SAMPLES, self._committed)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._pending: list[Sample] = []
-        self._spans: dict[int, list[Span]] = {}
-        self._new: list[ShardInfo] = []
-        self._buffer = Buffer(self.manifest.keys, self.manifest.shard_tokens, self.manifest.shard_bytes)
+    def _commit(self, group: Group) -> None:
+        """Make the samples of the group finished: its shards are there, under their final names."""
+        first = self._committed.shards
+        with self._writing():
+            if self.manifest.specs != self._ledger.specs:
+                self.manifest = self.manifest.with_specs(self._ledger.specs)
+                write_manifest(self.folder, self.manifest)
+            if group.shards:
+                self._shards.append(encode_shards([replace(info, shard=first + info.shard) for info in group.shards]))
+            entries = [
+                Entry(entry.sample, tuple(span._replace(shard=first + span.shard) for span in entry.spans))
+                for entry in group.entries
+            ]
+            self._samples.append(encode_group(entries, first + len(group.shards)))
+            self._committed = scan(self.folder / SAMPLES, self._committed)
+            self._forget()
 
     def _recover(self) -> None:
         """Go back to the last whole group. The disk says which that is: an interrupt can leave memory behind it."""

@@ -7,6 +7,7 @@ from hookmap.errors import StoreError
 from hookmap.stores.durable import is_temporary
 from hookmap.stores.location import Location, sizes
 from hookmap.stores.manifest import Manifest, read_manifest
+from hookmap.stores.numbers import NumberSet
 from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, read_header, sha256_of, shard_name
 from hookmap.stores.table import SAMPLES, SHARDS, Committed, Entry, decode_entry, read_shards, scan
 
@@ -51,7 +52,7 @@ def _shard_problems(path: Location, info: ShardInfo, manifest: Manifest) -> Iter
 
 
 def _table_problems(folder: Location, manifest: Manifest, committed: Committed) -> Iterator[str]:
-    path, seen = folder / SAMPLES, set[int]()
+    path, seen = folder / SAMPLES, NumberSet()
 
     @lru_cache(maxsize=256)  # memory stays flat; neighbouring samples share shards
     def rows_of(shard: int) -> dict[str, int] | None:

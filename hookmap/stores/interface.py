@@ -1,6 +1,7 @@
 """What every store of activations answers, whatever holds the rows."""
 
 import difflib
+import itertools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,9 @@ from hookmap.points import POINTS, parse_point
 
 Tokens: TypeAlias = "slice | Sequence[int] | None"
 """positions in a sample's own tokens: a slice, a range, a sequence of whole numbers, or None for all"""
+
+NEAR_IDS = 1000
+"""samples among whose ids a misspelt one is looked for: it takes milliseconds, not minutes"""
 
 NORM_ROWS = 1024
 """rows that `norms` holds at a time"""
@@ -84,22 +88,18 @@ class Store(ABC):
 
     def by_id(self, id: str) -> Sample:
         """The finished sample that the data set calls so. Raises SelectionError where there is none, or several."""
-        found = self._numbers_by_id.get(id, [])
+        found = self._with_id(id)
         if len(found) == 1:
             return self.sample(found[0])
         if found:
             raise SelectionError(f"id {id!r} is of several samples here: {', '.join(map(str, found[:20]))}.")
-        near = difflib.get_close_matches(id, self._numbers_by_id, n=1)
+        some = (sample.id for sample in itertools.islice(self.samples, NEAR_IDS) if sample.id is not None)
+        near = difflib.get_close_matches(id, some, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise SelectionError(f"no sample of this capture has the id {id!r}.{hint}")
 
-    @property
-    def _numbers_by_id(self) -> dict[str, list[int]]:
-        numbers: dict[str, list[int]] = {}
-        for sample in self.samples:
-            if sample.id is not None:
-                numbers.setdefault(sample.id, []).append(sample.sample)
-        return numbers
+    def _with_id(self, id: str) -> list[int]:
+        return [sample.sample for sample in self.samples if sample.id == id]
 
     def rows_at(self, sample: int, key: Key, rows: Sequence[int]) -> torch.Tensor:
         """These rows of one sample (rows, not positions, and all inside it), [len(rows), *row]."""

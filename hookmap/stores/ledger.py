@@ -1,5 +1,6 @@
 """What a sink knows of the rows it took: it refuses what would be stored wrong in silence."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +63,18 @@ class Ledger:
             raise CaptureError(f"sample {sample.sample} should have {sample.rows} rows of each tensor: {wrong}.")
         self.open.pop(sample.sample, None)
         self.finished.add(sample.sample)
+
+    def adopt(self, specs: Mapping[Key, RowSpec], samples: Sequence[int]) -> None:
+        """Note samples that another ledger saw whole. Raises CaptureError where they do not fit to what is here."""
+        if twice := [sample for sample in samples if sample in self.finished]:
+            raise CaptureError(f"samples {twice} are finished twice.")
+        for key, spec in specs.items():
+            if (known := self.specs.setdefault(key, spec)) != spec:
+                raise CaptureError(
+                    f"{tensor_name(key)}: expected rows of {known.dtype} {list(known.shape)}, as before, "
+                    f"got {spec.dtype} {list(spec.shape)}."
+                )
+        self.finished.update(samples)
 
     def abandon(self) -> list[int]:
         """Forget the samples that are open. Returns their numbers."""

@@ -4,6 +4,7 @@ A remote folder answers as much of pathlib's Path as reading a capture needs. Re
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -90,5 +91,13 @@ def sizes(folder: Location) -> dict[str, int]:
     """Bytes of each file under a folder, by its name from there on, with `/` between."""
     if isinstance(folder, RemotePath):
         return folder.sizes()
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    return dict(_sizes(os.fspath(folder), ""))
+
+
+def _sizes(folder: str, name: str) -> Iterator[tuple[str, int]]:
+    with os.scandir(folder) as entries:  # pathlib takes five times as long, which shows with a million shards
+        for entry in entries:
+            if entry.is_dir():
+                yield from _sizes(entry.path, f"{name}{entry.name}/")
+            elif entry.is_file():
+                yield f"{name}{entry.name}", entry.stat().st_size

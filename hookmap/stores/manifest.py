@@ -139,7 +139,7 @@ def manifest_of_run(
         settings=_plain(settings or {}),
         shard_tokens=shard_tokens,
         shard_bytes=shard_bytes,
-        versions=(_versions(),),
+        versions=(versions(),),
         map=None if architecture_map is None else _plain(architecture_map),
     )
 
@@ -186,7 +186,8 @@ def read_manifest(folder: Location) -> Manifest:
 _MAKE = "Make a capture: hookmap capture MODEL --points resid_mid --layers 8 -o {}"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the libraries that decide what a capture's numbers are."""
     from hookmap import __version__
 
     found = {"hookmap": __version__, "python": platform.python_version()}

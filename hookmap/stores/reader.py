@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,9 @@ from hookmap.stores.table import OPTIONAL, SAMPLES, Entry, Span, Table
 
 if TYPE_CHECKING:
     from hookmap.stores.dataset import RowDataset
+
+NORM_SAMPLES = 10_000
+"""samples whose tensors `describe` reads without being told to"""
 
 HEADERS = 256
 """shard headers that a reader keeps"""
@@ -75,9 +78,8 @@ class CaptureStore(Store):
         """The finished sample with this number. Raises SelectionError where there is none."""
         return self._entry(number).sample
 
-    @cached_property
-    def _numbers_by_id(self) -> dict[str, list[int]]:
-        return super()._numbers_by_id  # read through the table once
+    def _with_id(self, id: str) -> list[int]:
+        return self._table.with_id(id)
 
     def groups(self) -> Iterator[list[int]]:
         """The numbers of samples that were committed together (a batch), in the order of writing."""
@@ -85,7 +87,7 @@ class CaptureStore(Store):
 
     def spans(self) -> Iterator[tuple[int, tuple[Span, ...]]]:
         """Where the rows of each finished sample are, by its number."""
-        return ((number, self._read_entry(number).spans) for number in self._table.numbers)
+        return ((entry.sample.sample, entry.spans) for entry in self._table.entries())
 
     def shard_rows(self, shard: int, key: Key, row: int, rows: int) -> torch.Tensor:
         """Rows of one tensor as they lie in one shard, whosesoever they are, [rows, *row]. Raises StoreError."""
@@ -123,12 +125,14 @@ class CaptureStore(Store):
         """Every problem of the folder, one line each; empty where it is sound. Reads all of it."""
         return list(problems_of(self.path))
 
-    def describe(self, norms: bool = True, texts: int = 20) -> dict[str, Any]:
+    def describe(self, norms: bool | None = None, texts: int = 20) -> dict[str, Any]:
         """What is in the capture, as plain data.
 
-        `norms`: read all tensors, for the mean norm of their rows; `texts`: of how many samples.
+        `norms`: read all tensors, for the mean norm of their rows; None: if there are at most NORM_SAMPLES samples.
+        `texts`: of how many samples.
         """
         manifest, rows = self.manifest, self._table.committed.rows
+        norms = len(self) <= NORM_SAMPLES if norms is None else norms
         return {
             "path": str(self.path),
             "finished": self.finished,

@@ -100,8 +100,8 @@ def is_shard(name: str) -> bool:
     return name.endswith(".safetensors") and name.removesuffix(".safetensors").isdecimal()
 
 
-def write_shard(folder: Path, shard: int, blocks: Sequence[Block]) -> ShardInfo:
-    """Write one shard, whole or not at all. Holds one tensor of it beside the pieces. Raises OSError."""
+def write_shard(path: Path, shard: int, blocks: Sequence[Block]) -> ShardInfo:
+    """Write one shard to `path`, whole or not at all. Holds one tensor of it beside the pieces. Raises OSError."""
     header = _encode_header(blocks)
 
     def write(file: BinaryIO) -> ShardInfo:
@@ -114,7 +114,7 @@ def write_shard(folder: Path, shard: int, blocks: Sequence[Block]) -> ShardInfo:
             size += len(view)
         return ShardInfo(shard, size, digest.hexdigest())
 
-    return write_whole(folder / shard_name(shard), write)
+    return write_whole(path, write)
 
 
 def _encode_header(blocks: Sequence[Block]) -> bytes:

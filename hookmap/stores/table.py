@@ -12,12 +12,18 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from hookmap.activations import Sample
 from hookmap.errors import StoreError
 from hookmap.stores.location import Location
 from hookmap.stores.shard import ShardInfo
+
+Vector: TypeAlias = npt.NDArray[Any]
 
 SAMPLES = "samples.jsonl"
 SHARDS = "shards.jsonl"
@@ -27,6 +33,14 @@ OPTIONAL = ("positions", "id", "labels")
 
 # A line begins with these, so that a table is indexed without parsing texts and tokens.
 _START = re.compile(rb'\{"sample": (\d+), "left": (\d+), "shards": (\d+), "rows": (\d+), ')
+_NAMES = (b'{"sample": ', b', "left": ', b', "shards": ', b', "rows": ', b", ")
+_DIGITS = 18
+"""of a number at most: what an int64 holds"""
+_LONGEST = sum(map(len, _NAMES)) + 4 * _DIGITS
+_BLOCK = 4 * 2**20
+"""bytes of the table that are looked at together: memory is flat, and a call of numpy's is for many lines"""
+
+_ID = re.compile(rb'"id": ("(?:[^"\\\n]|\\.)*")')
 
 
 class Span(NamedTuple):
@@ -90,30 +104,88 @@ def encode_group(entries: Sequence[Entry], shards: int) -> bytes:
 def scan(path: Location, known: Committed | None = None) -> Committed:
     """The groups of the table that are whole, from `known` on. Raises StoreError where a line inside is broken."""
     committed = Committed() if known is None else known
-    numbers: list[int] = []
-    offsets: list[int] = []
-    rows = 0
     try:
-        with path.open("rb") as file:
-            offset = file.seek(committed.size)
-            for line in file:
-                start = _START.match(line)
-                if not line.endswith(b"\n"):
-                    break
-                if start is None:
-                    raise broken_line(path, len(committed.numbers) + len(numbers) + 1, "it does not begin as one")
-                number, left, shards, count = map(int, start.groups())
-                numbers.append(number)
-                offsets.append(offset)
-                offset, rows = offset + len(line), rows + count
-                if not left:
-                    committed.numbers.extend(numbers)
-                    committed.offsets.extend(offsets)
-                    committed.size, committed.shards, committed.rows = offset, shards, committed.rows + rows
-                    numbers, offsets, rows = [], [], 0
+        for block in _blocks(path, committed.size):
+            starts, (numbers, left, shards, rows), right = _starts_of_lines(block)
+            if not right.all():
+                line = len(committed.numbers) + int(np.argmin(right)) + 1
+                raise broken_line(path, line, "it does not begin as one")
+            ends = np.flatnonzero(left == 0)
+            if not len(ends):
+                block.keep(0)
+                continue
+            last = int(ends[-1])
+            whole = int(starts[last + 1]) if last + 1 < len(starts) else len(block.lines)
+            committed.numbers.frombytes(numbers[: last + 1].tobytes())
+            committed.offsets.frombytes((starts[: last + 1] + block.offset).tobytes())
+            committed.size, committed.shards = block.offset + whole, int(shards[last])
+            committed.rows += int(rows[: last + 1].sum())
+            block.keep(whole)
     except FileNotFoundError as error:
         raise StoreError(f"{path} is missing: expected the table of samples. Copy the whole folder again.") from error
     return committed
+
+
+@dataclass
+class _Block:
+    """Whole lines of the table, one after the other."""
+
+    lines: bytes
+    offset: int
+    """of the first, in bytes"""
+    used: int
+
+    def keep(self, used: int) -> None:
+        """Only the first `used` bytes are done with: the rest comes again, with more behind it."""
+        self.used = used
+
+
+def _blocks(path: Location, offset: int) -> Iterator[_Block]:
+    """The table from `offset` on; a torn line at its end is left out."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        rest = b""
+        while data := file.read(max(_BLOCK, len(rest))):  # a group that is larger than a block is not read for ever
+            data = rest + data
+            end = data.rfind(b"\n") + 1
+            block = _Block(data[:end], offset, end)
+            if end:
+                yield block
+            rest, offset = data[block.used :], offset + block.used
+
+
+def _starts_of_lines(block: _Block) -> "tuple[Vector, tuple[Vector, Vector, Vector, Vector], Vector]":
+    """Of each line where it begins, its first four numbers, and whether it begins as a line does.
+
+    All lines at once, each at its own place, since a table has millions.
+    """
+    data = np.frombuffer(block.lines + bytes(_LONGEST), np.uint8)
+    ends = np.flatnonzero(data == ord("\n"))
+    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])
+    at, right = starts.copy(), np.ones(len(starts), bool)
+    numbers = []
+    for place, name in enumerate(_NAMES):
+        for byte in name:
+            right &= data[at] == byte
+            at += 1
+        if place < 4:
+            number, digits = _numbers_at(data, at)
+            numbers.append(number)
+            right &= digits
+    return starts, (numbers[0], numbers[1], numbers[2], numbers[3]), right
+
+
+def _numbers_at(data: "Vector", at: "Vector") -> "tuple[Vector, Vector]":
+    """The number that stands at each place, and whether one does; `at` moves behind it."""
+    value = np.zeros(len(at), np.int64)
+    going = found = data[at] - ord("0") < 10  # bytes: what is under "0" wraps around
+    for _ in range(_DIGITS):
+        if not going.any():
+            break
+        value = np.where(going, value * 10 + data[at] - ord("0"), value)
+        at += going
+        going = going & (data[at] - ord("0") < 10)
+    return value, found & ~going
 
 
 def left_of(line: bytes) -> int | None:
@@ -140,6 +212,12 @@ def decode_entry(line: bytes, path: Location, number: int) -> Entry:
         return Entry(sample, tuple(Span(*map(_whole, span)) for span in found["spans"]))
     except (ValueError, KeyError, TypeError) as error:
         raise broken_line(path, number, repr(error)) from error
+
+
+def _plain(text: bytes) -> str:
+    """What a string of JSON says; most hold nothing that is escaped."""
+    value = json.loads(text) if b"\\" in text else text[1:-1].decode()
+    return str(value)
 
 
 def _whole(value: Any) -> int:
@@ -186,9 +264,12 @@ class Table(Sequence[Sample]):
         """`committed`: which lines count, where that is known already."""
         self.path = path
         self.committed = scan(path) if committed is None else committed
-        places = range(len(self.committed.numbers))
-        self._order = array("q", sorted(places, key=self.committed.numbers.__getitem__))
-        self.numbers = array("q", (self.committed.numbers[place] for place in self._order))
+        numbers = np.frombuffer(self.committed.numbers, np.int64)
+        self.numbers, self._order = self.committed.numbers, None
+        if (numbers[1:] < numbers[:-1]).any():  # batches that ended in another order, a merge
+            order = np.argsort(numbers, kind="stable")
+            self._order = array("q", order.tobytes())
+            self.numbers = array("q", numbers[order].tobytes())
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -196,17 +277,51 @@ class Table(Sequence[Sample]):
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return [self[p] for p in range(*place.indices(len(self)))]
-        return self._entry(self._order[place]).sample
+        return self._entry(self._line(range(len(self))[place])).sample
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self[place] for place in range(len(self)))
+        return (entry.sample for entry in self.entries())
+
+    def entries(self) -> Iterator[Entry]:
+        """The lines, by number of the sample."""
+        with self.path.open("rb") as file:
+            for line in map(self._line, range(len(self))):
+                if (offset := self.committed.offsets[line]) != file.tell():
+                    file.seek(offset)
+                yield decode_entry(file.readline(), self.path, line + 1)
 
     def entry(self, number: int) -> Entry | None:
         """The line of the sample with this number, or None where there is none."""
         place = bisect.bisect_left(self.numbers, number)
         if place == len(self.numbers) or self.numbers[place] != number:
             return None
-        return self._entry(self._order[place])
+        return self._entry(self._line(place))
+
+    def with_id(self, id: str) -> list[int]:
+        """Numbers of the samples that the data set calls so. The first call reads the table once."""
+        lines = np.flatnonzero(self._hashes == hash(id)).tolist()
+        found = (self._entry(line).sample for line in lines)
+        return sorted(sample.sample for sample in found if sample.id == id)
+
+    @cached_property
+    def _hashes(self) -> Vector:
+        """Of the first id in each line; one inside the labels is found to be none when the line is read."""
+        offsets = np.frombuffer(self.committed.offsets, np.int64)
+        hashes = np.zeros(len(offsets), np.int64)
+        for block in _blocks(self.path, 0):
+            ends = np.flatnonzero(np.frombuffer(block.lines, np.uint8) == ord("\n"))
+            starts = np.concatenate([np.zeros(1, np.int64), ends + 1])
+            found = [(match.start(), hash(_plain(match[1]))) for match in _ID.finditer(block.lines)]
+            places, values = np.array(found[::-1], np.int64).reshape(-1, 2).T  # the first of a line is set last
+            begins = starts[np.searchsorted(starts, places, "right") - 1] + block.offset
+            lines = np.searchsorted(offsets, begins)
+            counts = lines < len(offsets)
+            counts[counts] = offsets[lines[counts]] == begins[counts]  # or it stands in a line that does not
+            hashes[lines[counts]] = values[counts]
+        return hashes
+
+    def _line(self, place: int) -> int:
+        return place if self._order is None else self._order[place]
 
     def groups(self) -> Iterator[list[int]]:
         """The numbers of samples that were committed together, as they stand in the table."""

@@ -1,12 +1,13 @@
 """`hookmap capture`: generate, and keep the chosen tensors in a folder."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookmap.cli.cluster_options import cluster_of, clustered, opened_elsewhere
 from hookmap.cli.model_options import loading, opened
 from hookmap.cli.one_prompt import DEFAULT_PROMPT
 from hookmap.cli.prompts_file import prompt_options, read_prompts
@@ -14,9 +15,13 @@ from hookmap.cli.prompts_file import prompt_options, read_prompts
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
     from hookmap.runs import Progress
+    from hookmap.scale.model import RayModel
+
+    Model = HookedModel | RayModel
 
 _LARGE_BYTES = 10**9
 _LARGE_PASSES = 1000
+_NOT_ESTIMATED = ("engine", "interventions", "before")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -52,9 +57,14 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option("--features-seed", type=int, default=0, metavar="N", help="Draws other features.")
 @click.option("--keep-dtype", type=click.Choice(_DTYPES[1:]), help="Of the rows kept.  [default: the model's own]")
 @click.option(
-    "--engine", type=click.Choice(["auto", "hooks", "nnsight"]), default="auto", help="What watches the model."
+    "--engine",
+    type=click.Choice(["auto", "hooks", "nnsight", "ray", "remote"]),
+    default="auto",
+    help="What watches the model; ray: many processes that each hold it; remote: nnsight's server.",
 )
+@clustered
 @click.option("--intervene", metavar="FILE", help="Write while it runs: a JSON or YAML file of interventions.")
+@click.option("--before", is_flag=True, help="With --intervene: the rows right before it too, in DIR/before.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -97,6 +107,7 @@ def command(
     keep_dtype: str | None,
     engine: str,
     intervene: str | None,
+    before: bool,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
@@ -132,6 +143,9 @@ def command(
     elif not texts:
         click.echo(f"prompt: {DEFAULT_PROMPT} (the default; give your own with --prompt or --prompts)", err=True)
         given = [DEFAULT_PROMPT]
+    cluster = cluster_of(engine, loads)
+    if before and intervene is None:
+        raise click.UsageError("--before keeps rows from before interventions: name them with --intervene FILE")
     interventions = _interventions(intervene)
     tokens = settings.get("max_new_tokens", 64) if max_new_tokens is None else max_new_tokens
     sampling = _sampling(temperature, top_p, top_k, seed)
@@ -143,26 +157,30 @@ def command(
     _check_folder(folder, resume)
     model = choose_model(model, settings)
 
-    hm = opened(model, loads)
-    run = {
-        "points": parse_list(points),
-        "layers": chosen_layers,
-        "max_new_tokens": tokens,
-        "chat": _chat(hm, chat, harvest=tokens == 0),
-        "batch_size": batch_size or settings.get("batch_size"),
-        "positions": positions or settings.get("positions", "all"),
-        "every": every or settings.get("every", 1),
-        "mean": mean,
-        "features": _features(features),
-        "features_seed": features_seed,
-        "keep_dtype": keep_dtype or settings.get("keep_dtype"),
-        "engine": engine,
-        "interventions": interventions,
-    }
-    if batch_tokens := batch_tokens or settings.get("batch_tokens"):
-        run["batch_tokens"] = batch_tokens
-    _announce(hm, given, run, folder)
-    _capture(hm, given, run, sampling, folder, resume)
+    with ExitStack() as stack:
+        hm: Model
+        hm = opened(model, loads) if cluster is None else opened_elsewhere(model, loads, engine, cluster, stack)
+        run = {
+            "points": parse_list(points),
+            "layers": chosen_layers,
+            "max_new_tokens": tokens,
+            "chat": _chat(hm, chat, harvest=tokens == 0),
+            "batch_size": batch_size or settings.get("batch_size"),
+            "positions": positions or settings.get("positions", "all"),
+            "every": every or settings.get("every", 1),
+            "mean": mean,
+            "features": _features(features),
+            "features_seed": features_seed,
+            "keep_dtype": keep_dtype or settings.get("keep_dtype"),
+            "interventions": interventions,
+            "before": before,
+        }
+        if cluster is None:
+            run["engine"] = engine
+        if batch_tokens := batch_tokens or settings.get("batch_tokens"):
+            run["batch_tokens"] = batch_tokens
+        _announce(hm, given, run, folder)
+        _capture(hm, given, run, sampling, folder, resume)
     click.echo(str(folder))
 
 
@@ -217,26 +235,26 @@ def _check_folder(folder: Path, resume: bool) -> None:
         refuse_used(folder)
 
 
-def _chat(hm: "HookedModel", chat: bool | None, harvest: bool) -> bool | str:
+def _chat(hm: "Model", chat: bool | None, harvest: bool) -> bool | str:
     """A chat model is asked as a user would ask it; a text that is only read stays as it is."""
     if chat is not None or harvest:
         return chat or "auto"
     return True if getattr(hm.tokenizer, "chat_template", None) else "auto"
 
 
-def _announce(hm: "HookedModel", prompts: list[Any], run: dict[str, Any], folder: Path) -> None:
+def _announce(hm: "Model", prompts: list[Any], run: dict[str, Any], folder: Path) -> None:
     """How large the capture gets, and how long a large one takes, before it begins."""
     from hookmap.cli.console import console
 
-    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k not in ("engine", "interventions")})
+    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k not in _NOT_ESTIMATED})
     text = f"capture: {expected} -> {folder}"
     if expected.bytes > _LARGE_BYTES or expected.forward_passes > _LARGE_PASSES:
         text += f", at most about {_duration(_seconds_per_pass(hm, prompts, run) * expected.forward_passes)}"
-    engine, why = hm.engine(run["engine"])
+    engine, why = hm.engine(run.get("engine", "auto"))
     console().print(f"{text}\nengine: {engine} ({why})", markup=False)
 
 
-def _seconds_per_pass(hm: "HookedModel", prompts: list[Any], run: dict[str, Any]) -> float:
+def _seconds_per_pass(hm: "Model", prompts: list[Any], run: dict[str, Any]) -> float:
     """Measured on as many prompts as run together, for two tokens; a row each is kept, in memory.
 
     The first of the two runs warms up.
@@ -244,7 +262,7 @@ def _seconds_per_pass(hm: "HookedModel", prompts: list[Any], run: dict[str, Any]
     from time import perf_counter
 
     trial = {**run, "max_new_tokens": min(2, int(run["max_new_tokens"])), "positions": [0], "every": 1, "mean": False}
-    plain = {name: value for name, value in trial.items() if name not in ("engine", "interventions")}
+    plain = {name: value for name, value in trial.items() if name not in _NOT_ESTIMATED}
     together = run["batch_size"] or 8
     if not trial["max_new_tokens"]:
         together = -(-len(prompts) // hm.estimate(prompts, **plain).forward_passes)
@@ -263,7 +281,12 @@ def _duration(seconds: float) -> str:
 
 
 def _capture(
-    hm: "HookedModel", prompts: list[Any], run: dict[str, Any], sampling: dict[str, Any], folder: Path, resume: bool
+    hm: "Model",
+    prompts: list[Any],
+    run: dict[str, Any],
+    sampling: dict[str, Any],
+    folder: Path,
+    resume: bool,
 ) -> None:
     from time import perf_counter
 

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 @click.option(
     "--texts", type=click.IntRange(min=0), default=5, show_default=True, metavar="N", help="How many samples to show."
 )
-@click.option("--norms/--no-norms", default=True, help="Read every tensor for its mean norm, or do not.")
+@click.option(
+    "--norms/--no-norms",
+    default=None,
+    help="Read every tensor for its mean norm, or do not.  [default: where there are at most 10,000 samples]",
+)
 @click.option("--verify", is_flag=True, help="Read all of it and check it; exit code 1 if something is broken.")
-def command(folder: str, as_json: bool, texts: int, norms: bool, verify: bool) -> None:
+def command(folder: str, as_json: bool, texts: int, norms: bool | None, verify: bool) -> None:
     """Show what a capture holds.
 
     Tensors, dtypes, sizes, norms by layer, and texts of the capture in DIR. The tables go to stderr; the JSON goes to
@@ -83,6 +87,8 @@ def _show_tensors(tensors: list[dict[str, Any]], screen: "Console") -> None:
             f"[dim]{bar}[/]",
         )
     screen.print(rows)
+    if any("mean_norm" not in tensor for tensor in tensors):
+        screen.print("[dim]no norms: --norms reads every tensor for them[/]")
 
 
 def _show_texts(found: dict[str, Any], screen: "Console") -> None:

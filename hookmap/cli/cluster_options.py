@@ -1,0 +1,58 @@
+"""What commands that can run elsewhere share: the options that say where, and the model, opened there."""
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import hookmap
+from hookmap.cli.model_options import chosen
+
+if TYPE_CHECKING:
+    from hookmap.remote_model import RemoteModel
+    from hookmap.scale.model import RayModel
+
+_CLUSTER = (
+    click.option("--workers", type=click.IntRange(min=1), metavar="N", help="With --engine ray.  [default: 1]"),
+    click.option(
+        "--address", metavar="ADDRESS", help="Of a running Ray cluster, or auto; of an nnsight server, or local."
+    ),
+    click.option("--cpus-per-worker", type=click.FloatRange(min=0, min_open=True), metavar="C", help="[default: 1]"),
+    click.option("--gpus-per-worker", type=click.FloatRange(min=0), metavar="G", help="[default: 1 where there are]"),
+)
+
+
+def clustered(command: Any) -> Any:
+    """Adds the options that `cluster_of` takes."""
+    for option in reversed(_CLUSTER):
+        command = option(command)
+    return command
+
+
+def cluster_of(engine: str, given: dict[str, Any]) -> dict[str, Any] | None:
+    """Where a run elsewhere is, out of the options of the command, which lose it. None where it is here."""
+    names = ("workers", "address", "cpus_per_worker", "gpus_per_worker")
+    found = {name: value for name in names if (value := given.pop(name)) is not None}
+    taken = {"ray": names, "remote": ("address",)}.get(engine, ())
+    if wrong := [f"--{name.replace('_', '-')}" for name in found if name not in taken]:
+        raise click.UsageError(f"{', '.join(wrong)} needs --engine ray")
+    return found if taken else None
+
+
+def opened_elsewhere(
+    model: str | None, given: dict[str, Any], engine: str, cluster: dict[str, Any], until: ExitStack
+) -> "RayModel | RemoteModel":
+    """The model that was named, or the one of the settings, held by workers until `until` ends, or by a server."""
+    from hookmap.cli.console import working
+
+    model, options = chosen(model, given)
+    if engine == "ray":
+        with working("connecting to Ray"):
+            return until.enter_context(hookmap.open_on_ray(model, **cluster, **options))
+    here = {name: options.pop(name) for name in ("map", "tokenizer")}
+    if named := [
+        name for name in ("dtype", "device", "trust_remote_code") if options[name] not in (None, "auto", False)
+    ]:
+        raise click.UsageError(f"the server chooses {', '.join(named)}: leave them out with --engine remote")
+    with working(f"reading the skeleton of {model}"):
+        return hookmap.open_remote(model, cluster.get("address", True), **here)

@@ -1,0 +1,154 @@
+"""What travels to the host: hookmap's code, what it requires, and a lock with exact versions."""
+
+import email
+import hashlib
+import io
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import hookmap
+from hookmap.errors import DeployError
+from hookmap.library import mappings_folder
+
+EXTRA = "server"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The files for the host."""
+
+    version: str
+    code: bytes
+    """a zip, laid out as a wheel is: the package with its maps, and its metadata"""
+    requirements: str
+    lock: str
+    """constraints for pip"""
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """By name, as `on_host.py` looks for them."""
+        texts = {"requirements.txt": self.requirements, "lock.txt": self.lock}
+        return {"code.zip": self.code, **{name: text.encode() for name, text in texts.items()}}
+
+    @property
+    def release(self) -> str:
+        """A name for just this code."""
+        return hashlib.sha256(self.code).hexdigest()[:12]
+
+
+def bundle(release: str | None = None, lock: Path | None = None) -> Bundle:
+    """This hookmap, or the one that PyPI has as `release`. `lock`: instead of the versions installed here.
+
+    Raises DeployError where something is not there to be sent.
+    """
+    code = installed_code() if release is None else released_code(release)
+    with zipfile.ZipFile(io.BytesIO(code)) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        told = email.message_from_bytes(archive.read(name))
+    wanted = requirements(told.get_all("Requires-Dist") or ())
+    text = "\n".join(locked(wanted)) if lock is None else lock.read_text(encoding="utf-8")
+    if re.search(r"^torch==", text, flags=re.MULTILINE) is None:
+        raise DeployError(f"{lock} names no exact torch: expected a line such as torch==2.13.0")
+    return Bundle(told["Version"], code, "".join(f"{requirement}\n" for requirement in wanted), text.rstrip() + "\n")
+
+
+def installed_code() -> bytes:
+    """The code that runs here, a checkout's too. The same files give the same bytes."""
+    try:
+        described = metadata.distribution("hookmap").read_text("METADATA")
+    except metadata.PackageNotFoundError:
+        described = None
+    if described is None:
+        raise DeployError("hookmap's code is here, and it is not installed: pip install -e FOLDER OF THE CHECKOUT")
+    package = Path(hookmap.__file__).parent
+    found = {f"hookmap/{name}": file for name, file in _files(package)}
+    found |= {f"hookmap/mappings/{name}": file for name, file in _files(mappings_folder())}
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, file in sorted(found.items()):
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), file.read_bytes(), zipfile.ZIP_DEFLATED)
+        where = f"hookmap-{hookmap.__version__}.dist-info/METADATA"
+        archive.writestr(zipfile.ZipInfo(where, _EPOCH), described)
+    return made.getvalue()
+
+
+def released_code(version: str) -> bytes:
+    """The wheel that pip, as it is configured here, finds for this version."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", folder]
+        done = subprocess.run([*command, f"hookmap=={version}"], capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            said = (done.stderr.strip().splitlines() or ["pip found none"])[-1]
+            raise DeployError(
+                f"hookmap {version} cannot be had: {said}\nLeave --release out to send the one that is here."
+            )
+        return wheels[0].read_bytes()
+
+
+def requirements(told: Sequence[str]) -> list[Requirement]:
+    """Out of a package's metadata, those of the package and of its server."""
+    found = []
+    for text in told:
+        requirement = Requirement(text)
+        marker = requirement.marker
+        if marker is not None and "extra" in str(marker):
+            if marker.evaluate({"extra": ""}) or not marker.evaluate({"extra": EXTRA}):
+                continue
+            requirement.marker = None
+        found.append(requirement)
+    return found
+
+
+def locked(wanted: Sequence[Requirement]) -> list[str]:
+    """`name==version` of all that is installed here for these, and for what these need. Raises DeployError."""
+    versions: dict[str, str] = {}
+    missing: list[str] = []
+    waiting = list(wanted)
+    seen: set[tuple[str, str]] = set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+            continue
+        # A local version (2.13.0+cpu) is a matter of this machine; a constraint without it accepts any.
+        versions[name] = Version(found.version).public
+        for extra in ("", *requirement.extras):
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                waiting += _needed(found.requires or (), extra)
+    if missing:
+        raise DeployError(
+            f"not installed here, so that no version of it can be locked: {', '.join(sorted(missing))}.\n"
+            'Install it: pip install "hookmap[server]", or give exact versions: --lock FILE'
+        )
+    return [f"{name}=={version}" for name, version in sorted(versions.items())]
+
+
+def _needed(told: Sequence[str], extra: str) -> Iterator[Requirement]:
+    """Of a package's requirements, those that hold on this machine."""
+    for text in told:
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            yield requirement
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for file in folder.rglob("*"):
+        if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."):
+            yield file.relative_to(folder).as_posix(), file

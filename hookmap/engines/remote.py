@@ -1,0 +1,122 @@
+"""Captures on a model that somebody else runs: nnsight's remote execution (NDIF), or its simulation here.
+
+Only names go there, and only what is saved comes back; then the run is told to the observer as if it happened now. So
+the rows of a batch are in memory at once, and a row that has ended still costs until the whole batch has.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import nnsight
+import torch
+from torch import nn
+
+from hookmap.engines._nnsight_sink import visits
+from hookmap.engines.editing import Editor
+from hookmap.engines.hooks import module_at
+from hookmap.engines.observation import Observer, Side
+from hookmap.errors import CaptureError, InterventionError
+
+
+class RemoteEngine:
+    """Runs an nnsight model that has no weights here. Draws with no seed: the generators are another machine's."""
+
+    name = "remote"
+    alone = True
+
+    def __init__(self, module: nn.Module, root: nn.Module, given: Any, remote: bool | str) -> None:
+        """`given`: the nnsight model around `module`. `remote`: True (NDIF), the URL of a server, or "local"."""
+        self.module = module
+        self.root = root
+        self._given = given
+        self._remote = remote
+        self._paths = {id(envoy._module): envoy.path for envoy in given.modules()}
+
+    def generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> torch.Tensor:
+        """See `Engine.generate`. Raises CaptureError where the server fails, or did not run what was asked."""
+        _refuse(editor)
+        [finished] = inputs.pop("stopping_criteria")
+        sequences, seen = self._run(observer, inputs, generate=True)
+        fed, width = 0, inputs["input_ids"].shape[1]
+        ended = torch.zeros(len(sequences), dtype=torch.bool)
+        for told in _passes(seen, observer):
+            fed += told
+            if fed >= width:
+                ended |= finished(sequences[:, : fed + 1], None)
+            if ended.all():
+                break
+        made: torch.Tensor = sequences[:, : fed + 1]
+        return made
+
+    def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
+        """See `Engine.forward`; the pass runs to its end."""
+        _refuse(editor)
+        _, seen = self._run(observer, inputs, generate=False)
+        for _ in _passes(seen, observer):
+            pass
+
+    def _run(self, observer: Observer, inputs: dict[str, Any], generate: bool) -> tuple[Any, "_Visits"]:
+        paths: dict[tuple[str, Side], str] = {
+            (path, side): self._paths[id(module_at(self.module, self.root, path))] for path, side in observer.boundaries
+        }
+        fed = self._paths[id(self.root.get_input_embeddings())]  # type: ignore[operator]
+        outputs = sorted({path for (_, side), path in paths.items() if side == "output"})
+        entered = sorted({fed, *(path for (_, side), path in paths.items() if side == "input")})
+        try:
+            run = _generated if generate else _passed
+            result, left, came = run(self._given, inputs, outputs, entered, self._remote)
+        except Exception as error:  # nnsight's own, the server's in words, a connection's
+            where = "in nnsight's simulation" if self._remote == "local" else "remotely"
+            raise CaptureError(f"this run failed {where}: {type(error).__name__}: {error}") from error
+        return result, _Visits(left, came, fed, paths)
+
+
+class _Visits:
+    """What each module was given and gave, each time that it was called."""
+
+    def __init__(self, left: Any, came: Any, fed: str, paths: dict[tuple[str, Side], str]) -> None:
+        self.fed: list[torch.Tensor] = [[*args, *kwargs.values()][0] for args, kwargs in visits(came, fed, "input")]
+        self.of = {
+            (path, side): visits(left if side == "output" else came, there, side)
+            for (path, side), there in paths.items()
+        }
+
+
+def _passes(seen: _Visits, observer: Observer) -> Iterator[int]:
+    """Tell the observer each forward pass; how many tokens each was fed."""
+    count = len(seen.fed)
+    for (path, side), values in seen.of.items():
+        if len(values) % count:
+            raise CaptureError(f"{path}.{side} was seen {len(values)} times in {count} forward passes.")
+    watches = [(side, observer.watcher(path, side), values) for (path, side), values in seen.of.items()]
+    for number, tokens in enumerate(seen.fed):
+        observer.begin_pass((), {"input_ids": tokens})
+        for side, watch, values in watches:
+            calls = len(values) // count
+            for value in values[number * calls : (number + 1) * calls]:
+                args, kwargs = value if side == "input" else ((), {})
+                watch(args, kwargs, value)
+        yield tokens.shape[1]
+
+
+def _refuse(editor: Editor | None) -> None:
+    if editor is not None:
+        raise InterventionError("interventions are not written on a remote model: open it here.")
+
+
+# nnsight ships the source of these blocks: no return, yield or try inside, and nothing of this package.
+
+
+def _generated(model: Any, inputs: dict[str, Any], outputs: list[str], entered: list[str], remote: Any) -> Any:
+    with model.generate(inputs, remote=remote) as tracer:
+        left = nnsight.save(tracer.cache(modules=outputs))
+        came = nnsight.save(tracer.cache(modules=entered, include_output=False, include_inputs=True))
+        result = nnsight.save(tracer.result)
+    return result, left, came
+
+
+def _passed(model: Any, inputs: dict[str, Any], outputs: list[str], entered: list[str], remote: Any) -> Any:
+    with model.trace(inputs, remote=remote) as tracer:
+        left = nnsight.save(tracer.cache(modules=outputs))
+        came = nnsight.save(tracer.cache(modules=entered, include_output=False, include_inputs=True))
+    return None, left, came

@@ -1,0 +1,123 @@
+"""Every question after every prefix, as one inspect_ai task; the activations of all answers in one capture."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inspect_ai import Task
+from inspect_ai.dataset import MemoryDataset
+from inspect_ai.dataset import Sample as Asked
+from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser
+
+from hookmap.evals.draws import generating
+from hookmap.evals.gathering import Taken, gather, is_gathered
+from hookmap.evals.gsm8k import PROMPTS
+from hookmap.evals.problems import DEMO, Question, read_questions
+from hookmap.evals.provider import remove_captures
+from hookmap.evals.results import ACTIVATIONS, BATCHES, place_of
+from hookmap.evals.run import finished_log
+from hookmap.experiments.document import Experiment, Prefix
+
+_DEMO_POOL = 2000
+"""problems of the demo model, out of which a seed draws"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question after one prefix."""
+
+    id: str
+    """gsm8k_0001.anxious: the same in every run"""
+    question: Question
+    prefix: Prefix
+
+    def answer_id(self, draw: int) -> str:
+        """The name of one answer to it, 0-based."""
+        return f"{self.id}.{draw}"
+
+
+def requests(experiment: Experiment) -> list[Request]:
+    """All of them, a question's prefixes beside each other. Raises DataError."""
+    return [Request(f"{q.id}.{p.name}", q, p) for q in _questions(experiment) for p in experiment.prefixes]
+
+
+def _questions(experiment: Experiment) -> list[Question]:
+    chosen = experiment.samples
+    if chosen.seed is None:
+        return read_questions(chosen.data, chosen.number)
+    everything = read_questions(chosen.data, _DEMO_POOL if chosen.data == DEMO else None)
+    drawn = random.Random(chosen.seed).sample(everything, min(chosen.number, len(everything)))
+    return sorted(drawn, key=lambda question: question.id)
+
+
+def messages(experiment: Experiment, request: Request) -> list[ChatMessage]:
+    """What the model is sent."""
+    asked = PROMPTS[experiment.prompt].format(prompt=request.question.question)
+    words = request.prefix.text
+    if not words:
+        return [ChatMessageUser(content=asked)]
+    if experiment.place == "system":
+        return [ChatMessageSystem(content=words), ChatMessageUser(content=asked)]
+    return [ChatMessageUser(content=f"{words} {asked}")]
+
+
+def task(experiment: Experiment, asked: list[Request]) -> Task:
+    """Without scorers: those are a stage of their own."""
+    samples = [
+        Asked(
+            id=request.id,
+            input=messages(experiment, request),
+            target=request.question.target,
+            metadata={"question": request.question.id, "prefix": request.prefix.name},
+        )
+        for request in asked
+    ]
+    seed = experiment.sampling.seed if experiment.sampling.temperature else None
+    return Task(dataset=MemoryDataset(samples, name="prefixes"), solver=[generating(seed)], name="prefixes")
+
+
+def generate(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """All answers in inspect's log, their activations in one capture. Goes on after a kill. Returns counts."""
+    asked, sampling, captures = requests(experiment), experiment.sampling, experiment.captures
+    arguments: dict[str, Any] = {"batch_size": experiment.batch_size, "dtype": experiment.dtype}
+    if experiment.device is not None:
+        arguments["device"] = experiment.device
+    if captures is not None:
+        keep = captures.model_dump(include={"positions", "every", "mean", "keep_dtype"}, exclude_none=True)
+        arguments |= {"points": _listed(captures.points), "layers": _listed(captures.layers), "keep": keep}
+        arguments["captures"] = str(folder / BATCHES)
+    log = finished_log(
+        task(experiment, asked),
+        folder,
+        f"hookmap/{experiment.model}",
+        arguments,
+        parallel=experiment.batch_size,
+        display="none",
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature or None,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        num_choices=sampling.n if sampling.n > 1 else None,
+    )
+    if captures is not None and not is_gathered(folder / ACTIVATIONS):
+        gather(folder / BATCHES, folder / ACTIVATIONS, _taken(asked, log), {"experiment": "prefixes"})
+    remove_captures(folder / BATCHES)
+    return {"answers": sum(len(s.output.choices) for s in log.samples), "log": Path(log.location).name}
+
+
+def _listed(chosen: Any) -> Any:
+    return chosen if chosen == "all" else list(chosen)
+
+
+def _taken(asked: list[Request], log: Any) -> list[Taken]:
+    by_id = {str(sample.id): place_of(sample) for sample in log.samples}
+    found: list[Taken] = []
+    for request in asked:
+        where = by_id[request.id]
+        assert where is not None  # points were asked for
+        labels = {"question": request.question.id, "prefix": request.prefix.name}
+        for draw, number in enumerate(where["samples"]):
+            name, more = request.answer_id(draw), {**labels, "draw": draw}
+            found.append(Taken(where["capture"], number, len(found), name, more))
+    return found

@@ -1,0 +1,173 @@
+"""The stages: configure, generate, score, report. Each writes its result whole; what is there is not done again."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hookmap.errors import CaptureError, SelectionError, StoreError
+from hookmap.evals.results import write
+from hookmap.experiments.document import STAGES, Experiment, Stage
+from hookmap.experiments.report import PROBES, Report, make_report
+
+CONFIG, GENERATED, ANSWERS, REPORT, PAGE = (
+    "config.json",
+    "generated.json",
+    "answers.jsonl",
+    "report.json",
+    "report.html",
+)
+_RESULT = dict(zip(STAGES, (CONFIG, GENERATED, ANSWERS, REPORT), strict=True))
+_OWN: dict[Stage, tuple[str, ...]] = {"score": ("rewards", "report"), "report": ("report",)}
+"""what of the file may have changed where a stage is done again"""
+Told = Callable[[str, int, int], None]
+"""(what is counted, done, of how many)"""
+
+
+def run(
+    experiment: Experiment,
+    folder: str | Path,
+    stage: Stage | None = None,
+    again: Stage | None = None,
+    tell: Told | None = None,
+) -> Report | None:
+    """Go through the stages of the file, or one of them; a stage that is done is left. Returns the report, if made.
+
+    again: score or report: this one and those after it are done anew, by rewards or report settings that changed.
+    Raises StoreError where the folder is of another experiment or a stage before is missing, and what stages raise.
+    """
+    target = Path(folder)
+    _hold_against(target, experiment, again)
+    if again is not None:
+        _forget(target, again)
+        write(target / CONFIG, _config(experiment))
+    for each in experiment.stages if stage is None else (stage,):
+        if not (target / _RESULT[each]).is_file():
+            _need(target, each)
+            _STAGES[each](experiment, target, tell)
+    return Report.model_validate_json((target / REPORT).read_bytes()) if (target / REPORT).is_file() else None
+
+
+def _configure(experiment: Experiment, folder: Path, tell: Told | None) -> None:
+    """What can be wrong without running the model is said here: questions, points, layers."""
+    if experiment.captures is not None:
+        import hookmap
+        from hookmap.demo import MODEL_PATH
+
+        model = MODEL_PATH if experiment.model == "demo" else experiment.model
+        chosen = experiment.captures
+        found = hookmap.discover(model).selectors(
+            *(kept if kept == "all" else list(kept) for kept in (chosen.points, chosen.layers))
+        )
+        if all(selector.layer is None for selector in found):
+            raise SelectionError("captures.points: name a point of a layer, such as resid_post.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise StoreError(f"{folder} is not empty, and holds no experiment. Give another folder: -o")
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / CONFIG, _config(experiment))
+
+
+def _generate(experiment: Experiment, folder: Path, tell: Told | None) -> None:
+    from hookmap.experiments.generating import generate
+
+    made = generate(experiment, folder)
+    write(folder / GENERATED, json.dumps(made, indent=2) + "\n")
+
+
+def _score(experiment: Experiment, folder: Path, tell: Told | None) -> None:
+    from hookmap.experiments.scoring import score_answers
+
+    made = json.loads((folder / GENERATED).read_text(encoding="utf-8"))
+    score_answers(experiment, folder, made["log"])
+
+
+def _report(experiment: Experiment, folder: Path, tell: Told | None) -> None:
+    lines = (folder / ANSWERS).read_text(encoding="utf-8").splitlines()
+    show = None if tell is None else lambda done, total: tell("probes", done, total)
+    report = make_report(experiment, folder, [json.loads(line) for line in lines], show)
+    _draw(report, folder)
+    write(folder / REPORT, report.model_dump_json(indent=2) + "\n")
+
+
+_STAGES: Mapping[Stage, Callable[[Experiment, Path, Told | None], None]] = {
+    "configure": _configure,
+    "generate": _generate,
+    "score": _score,
+    "report": _report,
+}
+
+
+def _draw(report: Report, folder: Path) -> None:
+    """PNG of each chart and the page; the page alone, without pictures, where nothing can be drawn."""
+    from hookmap.experiments.page import page
+
+    pictures: dict[str, str] = {}
+    try:
+        import vl_convert
+
+        from hookmap.experiments.charts import charts
+        from hookmap.pictures import save_picture
+
+        for name, chart in charts(report).items():
+            save_picture(chart, folder / f"{name}.png")
+            pictures[name] = vl_convert.vegalite_to_svg(chart.to_dict())
+    except (CaptureError, ImportError):
+        pass
+    write(folder / PAGE, page(report, pictures))
+
+
+def _config(experiment: Experiment) -> str:
+    from hookmap.experiments.generating import requests
+
+    asked = [[r.id, r.prefix.text, r.question.question, r.question.target] for r in requests(experiment)]
+    document = {
+        "format_version": 1,
+        "experiment": experiment.model_dump(mode="json"),
+        "requests": len(asked),
+        "requests_sha256": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def _hold_against(folder: Path, experiment: Experiment, again: Stage | None) -> None:
+    """Raises StoreError with everything that changed since the folder was configured."""
+    if again is not None and again not in _OWN:
+        raise StoreError(f"again: expected one of {', '.join(_OWN)}, got {again!r}: what was generated stays.")
+    if not (folder / CONFIG).is_file():
+        return
+    there, now = json.loads((folder / CONFIG).read_text(encoding="utf-8")), json.loads(_config(experiment))
+    free = (*(_OWN[again] if again else ()), "stages")
+    changed = [line for line in _changes(there, now) if line[0].split(".")[1:2] not in [[name] for name in free]]
+    if not changed:
+        return
+    lines = "\n".join(f"  - {name.removeprefix('experiment.')}: there {a!r}, now {b!r}" for name, a, b in changed)
+    parts = {name.split(".")[1] for name, _, _ in changed if "." in name}
+    hint = f"Give another folder: -o, or the file as it was (it is in {folder / CONFIG})."
+    for stage in reversed(_OWN):
+        if parts and parts <= set(_OWN[stage]):
+            hint = f"What was generated can stay: --again {stage}"
+            break
+    raise StoreError(f"{folder} holds another experiment:\n{lines}\n{hint}")
+
+
+def _changes(there: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(there, dict) and isinstance(now, dict):
+        for key in {**there, **now}:
+            yield from _changes(there.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif there != now:
+        yield name, there, now
+
+
+def _need(folder: Path, stage: Stage) -> None:
+    for before in STAGES[: STAGES.index(stage)]:
+        if not (folder / _RESULT[before]).is_file():
+            raise StoreError(f"{folder}: {stage} comes after {before}, which is not done: --stage {before}")
+
+
+def _forget(folder: Path, stage: Stage) -> None:
+    """What the stage and those after it wrote; what they need last goes first, so that a kill leaves no half."""
+    for each in reversed(STAGES[STAGES.index(stage) :]):
+        (folder / _RESULT[each]).unlink(missing_ok=True)
+    shutil.rmtree(folder / PROBES, ignore_errors=True)

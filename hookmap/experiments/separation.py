@@ -1,0 +1,93 @@
+"""Where in the layers the activations after two prefixes differ: probes, directions of mean differences, norms.
+
+A probe that tells two prefixes apart may read nothing but their words. What it finds is to be held against a prefix
+that says nothing of the kind, and against one that is the neutral one again.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from hookmap.activations import Key
+from hookmap.errors import SelectionError
+from hookmap.experiments.document import Reporting
+from hookmap.probes.metrics import Floats
+from hookmap.probes.pooling import matrices
+from hookmap.probes.run import Probing, probe
+from hookmap.stores.interface import Store
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The means of one tensor, one pool."""
+
+    point: str
+    layer: int | None
+    pool: str
+    norms: dict[str, float]
+    """of each prefix: mean L2 norm of a sample's pooled row"""
+    moved: dict[str, float]
+    """of each prefix but neutral: norm of (its mean minus neutral's), relative to neutral's norm"""
+    cosines: dict[tuple[str, str], float]
+    """of two prefixes' mean differences from neutral; nan where one did not move at all"""
+
+
+def geometry(store: Store, names: Sequence[str], neutral: str, pools: Sequence[str], memory: int) -> Iterator[Geometry]:
+    """For each pool, point and layer of the capture. One matrix is in memory at a time."""
+    numbers = [sample.sample for sample in store.samples]
+    prefix = np.array([(store.sample(number).labels or {})["prefix"] for number in numbers])
+    for pool in pools:
+        for point, layer in _layered(store):
+            ((_, matrix),) = matrices(store, (point, layer), numbers, pool, [None], memory)
+            means = {name: matrix[prefix == name].mean(axis=0, dtype=np.float64) for name in names}
+            norms = {name: float(np.linalg.norm(matrix[prefix == name], axis=1).mean()) for name in names}
+            apart = {name: means[name] - means[neutral] for name in names if name != neutral}
+            moved = {name: float(np.linalg.norm(delta)) / (norms[neutral] or 1.0) for name, delta in apart.items()}
+            pairs = {pair: _cosine(apart[pair[0]], apart[pair[1]]) for pair in combinations(apart, 2)}
+            yield Geometry(point, layer, pool, norms, moved, pairs)
+
+
+def probed(
+    store: Store,
+    name: str,
+    neutral: str,
+    pool: str,
+    how: Reporting,
+    progress: Callable[[int, int], None] | None = None,
+) -> Probing:
+    """Probes of "this prefix, not neutral", cross-validated by question. Raises SelectionError for too few."""
+    label = f"prefix {name}"
+    table = [
+        {"id": sample.id, label: labels["prefix"] == name, "question": labels["question"]}
+        for sample in store.samples
+        if (labels := dict(sample.labels or {}))["prefix"] in (name, neutral)
+    ]
+    points = sorted({point for point, _ in _layered(store)}, key=store.points.index)
+    return probe(
+        store,
+        label,
+        points,
+        labels=table,
+        group="question",
+        method=how.method,
+        pool=pool,
+        folds=how.folds,
+        seed=how.seed,
+        memory=int(how.memory * 10**9),
+        progress=progress,
+    )
+
+
+def _layered(store: Store) -> list[Key]:
+    found = [key for key in store.keys if key[1] is not None]
+    if not found:
+        raise SelectionError("the capture holds no tensor of a layer: name such points in captures.points.")
+    return found
+
+
+def _cosine(one: Floats, other: Any) -> float:
+    size = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float(one @ other) / size if size else float("nan")

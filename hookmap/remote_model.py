@@ -1,0 +1,78 @@
+"""`hookmap.open_remote`: a model that somebody else holds (NDIF, through nnsight), captured from by the same names."""
+
+import os
+from typing import Any
+
+from hookmap import skeleton
+from hookmap.architecture_map import ArchitectureMap
+from hookmap.capture import Prepared
+from hookmap.discovery import discover
+from hookmap.engines import Engine
+from hookmap.engines.remote import RemoteEngine
+from hookmap.errors import CaptureError, ModelError
+from hookmap.library import load_map
+from hookmap.loading import load_tokenizer
+from hookmap.map_of_model import map_of
+from hookmap.model import HookedModel, generating_root
+
+
+class RemoteModel(HookedModel):
+    """A `HookedModel` without weights here: captures run elsewhere, and what computes with weights is refused."""
+
+    has_weights = False
+
+    def __init__(self, given: Any, remote: bool | str, tokenizer: Any, found: ArchitectureMap, name: str) -> None:
+        """See `open_remote`. `given`: an nnsight model that was not dispatched."""
+        super().__init__(given._module, tokenizer, found, name, nnsight_model=given)
+        self._remote = RemoteEngine(self.model, self.root, given, remote)
+        where = {True: "as nnsight is set up", "local": "nnsight's simulation"}.get(remote, str(remote))
+        self._where = f"the model is elsewhere: {where}"
+
+    def _engine_of(self, name: str) -> tuple[Engine, str]:
+        if name not in ("auto", "remote"):
+            raise CaptureError(f"engine: this model has no weights here, and runs remotely only; got {name!r}.")
+        return self._remote, self._where
+
+    def prepare(self, prompts: Any, *selection: Any, **options: Any) -> Prepared:
+        """See `HookedModel.prepare`. Raises CaptureError for a seed: the generators are another machine's."""
+        if options.get("seed") is not None:
+            raise CaptureError("a run elsewhere has no seed: leave seed= out, or generate greedily.")
+        return super().prepare(prompts, *selection, **options)
+
+    def _refused(self, *_: Any, **__: Any) -> Any:
+        raise ModelError(f"{self.name} has no weights here: open it with hookmap.open to compute with them.")
+
+    lens = attribute = sweep = _refused
+    proofs = property(_refused)
+
+
+def open_remote(
+    x: Any,
+    remote: bool | str = True,
+    *,
+    map: ArchitectureMap | str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
+    revision: str | None = None,
+) -> RemoteModel:
+    """A model to capture from that runs elsewhere; its skeleton is here, its weights are not.
+
+    x: a hub id, a folder, or an nnsight model that was not dispatched. remote: True is NDIF, as nnsight's own settings
+    name it (`nnsight.CONFIG.set_default_api_key`); a URL is another server's; "local" runs here what would be sent.
+    Its captures have no seed, no interventions, and hold a batch of rows in memory.
+    Raises ModelError, TokenizerError, DiscoveryError, and MapMismatchError where the given map contradicts the model.
+    """
+    from nnsight import TransformersModel
+
+    if isinstance(x, str | os.PathLike):
+        source = os.fspath(x)
+        skeleton.load_config(source, revision=revision)
+        chosen = tokenizer if tokenizer is not None else source
+        if isinstance(chosen, str | os.PathLike):
+            chosen = load_tokenizer(os.fspath(chosen), revision=revision)
+        x = TransformersModel(source, task="text-generation", tokenizer=chosen, revision=revision)
+    given = load_map(os.fspath(map)) if isinstance(map, str | os.PathLike) else map
+    module = x._module
+    root = generating_root(module, weights=False)
+    found = discover(root.config) if given is None else map_of(module, root, given)
+    own = tokenizer if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) else x.tokenizer
+    return RemoteModel(x, remote, own, found, getattr(x, "repo_id", None) or found.model_id or type(module).__name__)

@@ -1,0 +1,177 @@
+"""`hookmap.open_on_ray`: captures as of one model, run by many workers into one folder.
+
+The driver loads no weights. It asks a worker to plan, hands out batches, and alone writes the folder's tables; workers
+write shards. So a sample is finished where the folder says so, whoever dies, and `resume` goes on from there.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from uuid import uuid4
+
+from hookmap.activations import Activation
+from hookmap.architecture_map import ArchitectureMap
+from hookmap.capture import Capture
+from hookmap.errors import InterventionError, StoreError
+from hookmap.estimate import Estimate, check_room
+from hookmap.loading import load_tokenizer
+from hookmap.runs import Progress
+from hookmap.scale.pool import Pool, Task
+from hookmap.scale.worker import Job, Plan, Ran
+from hookmap.stores import open_store
+from hookmap.stores.folder import FolderWriter
+from hookmap.stores.interface import Store
+from hookmap.stores.memory import MemoryStore
+from hookmap.stores.shard import SHARD_FOLDER
+
+
+class RayModel:
+    """A model that many workers hold. Made by `hookmap.open_on_ray`; `close` it, or use it in a `with` statement."""
+
+    def __init__(self, source: str, workers: int, opening: dict[str, Any], **cluster: Any) -> None:
+        """See `open_on_ray`."""
+        self.name = source
+        self.workers = workers
+        self._opening = opening
+        self._pool = Pool(source, opening, workers, **cluster)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's own, or the one that was named."""
+        given = self._opening.get("tokenizer")
+        if given is not None and not isinstance(given, str | os.PathLike):
+            return given
+        loads = {name: self._opening[name] for name in ("trust_remote_code", "revision") if name in self._opening}
+        return load_tokenizer(os.fspath(given or self.name), **loads)
+
+    @cached_property
+    def map(self) -> ArchitectureMap:
+        """Where each point is in this model."""
+        plan: Plan = self._pool.call("the map", "plan", [[0]], {"points": (), "max_new_tokens": 0})
+        return plan.map
+
+    def engine(self, name: str = "auto") -> tuple[str, str]:
+        """See `HookedModel.engine`."""
+        return "ray", f"{self.workers} workers" if self.workers > 1 else "1 worker"
+
+    def estimate(self, prompts: Any, *selection: Any, **options: Any) -> Estimate:
+        """See `HookedModel.estimate`."""
+        found: Estimate = self._pool.call("the estimate", "estimate", prompts, _named(selection, options))
+        return found
+
+    def capture(
+        self,
+        prompts: Any,
+        *selection: Any,
+        store: "str | os.PathLike[str] | None" = None,
+        resume: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Any,
+    ) -> Capture:
+        """`HookedModel.capture`, whose arguments see; `store` is on a disk that all machines of the cluster share.
+
+        What comes is byte-identical, sample by sample, to what one such machine would have written. Raises what
+        `HookedModel.capture` does, and CaptureError where a batch ends every worker that tries it.
+        """
+        named = _named(selection, options)
+        if named.get("before"):
+            raise InterventionError(
+                "before=True keeps rows on one machine only: leave it out, or hookmap.open the model."
+            )
+        if store is None:
+            with tempfile.TemporaryDirectory(prefix="hookmap-") as folder:
+                made = self._capture(prompts, named, Path(folder) / "capture", False, progress)
+                return Capture(_in_memory(made.store), made.selectors, made.map, made.manifest)
+        return self._capture(prompts, named, Path(store).absolute(), resume, progress)
+
+    def _capture(
+        self,
+        prompts: Any,
+        options: dict[str, Any],
+        folder: Path,
+        resume: bool,
+        progress: Callable[[Progress], None] | None,
+    ) -> Capture:
+        plan: Plan = self._pool.call("the plan", "plan", self._pool.put(prompts), options)
+        there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if resume else 0
+        check_room(plan.expected, folder, already=there)
+        memory, halved, lost = 0, list[str](), len(self._pool.lost)
+        with (FolderWriter.resume if resume else FolderWriter.create)(folder, plan.manifest) as writer:
+            done = len(writer.finished)
+            for task, ran in self._pool.each(self._tasks(plan, options, folder, writer.finished)):
+                assert isinstance(ran, Ran)
+                for group in ran.groups:
+                    writer.adopt(group)
+                memory, done = max(memory, ran.memory), done + len(task.arguments[-1])
+                halved += ran.halved
+                if progress is not None:
+                    progress(Progress(done, len(plan.prompts), 0, 0))
+            engine, why = self.engine()
+            note = {"engine": engine, "why": why, "memory": {"peak": memory}, "halved": halved}
+            writer.note(note | {"lost": self._pool.lost[lost:]})
+        written = open_store(folder)
+        return Capture(written, plan.selectors, plan.map, written.manifest)
+
+    def _tasks(self, plan: Plan, options: dict[str, Any], folder: Path, finished: frozenset[int]) -> Iterator[Task]:
+        """The batches that are not finished, as on one machine."""
+        mark = f"{SHARD_FOLDER}/.driver-{uuid4().hex}.tmp"
+        try:
+            (folder / mark).touch()
+        except OSError as error:
+            raise StoreError(f"cannot write to {folder}: {error.strerror}. Write to another folder: -o DIR") from error
+        encoded, job = self._pool.put(plan.prompts), Job(uuid4().hex, options, str(folder), mark)
+        for group in plan.groups:
+            if left := [number for number in group if number not in finished]:
+                yield Task(f"the batch of samples {left[0]} to {left[-1]}", "run", (job, encoded, left))
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pool.close()
+
+    def __enter__(self) -> "RayModel":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<RayModel {self.name}, {self.engine()[1]}>"
+
+
+def open_on_ray(
+    x: "str | os.PathLike[str]",
+    *,
+    workers: int = 1,
+    address: str | None = None,
+    cpus_per_worker: float = 1,
+    gpus_per_worker: float | None = None,
+    **opening: Any,
+) -> RayModel:
+    """A model held by `workers` processes on a Ray cluster, to capture from as from one.
+
+    x: a hub id, or a folder that every machine sees. address: of a running cluster ("auto": of this machine's), or
+    None for one of its own on this machine. cpus_per_worker: also the threads of each. gpus_per_worker: one unless
+    given, where the cluster has GPUs; with several, device="auto" spreads the model over them (accelerate).
+    opening: as `hookmap.open` takes it. Raises CaptureError where Ray is missing or the cluster is too small.
+    """
+    return RayModel(os.fspath(x), workers, opening, address=address, cpus=cpus_per_worker, gpus=gpus_per_worker)
+
+
+def _named(selection: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    names = ("points", "layers", "max_new_tokens")
+    return dict(zip(names, selection, strict=False)) | options
+
+
+def _in_memory(store: Store) -> MemoryStore:
+    held = MemoryStore(store.keys)
+    for sample in store.samples:
+        for point, layer in store.keys:
+            held.write(Activation(sample.sample, point, layer, 0, store.read(sample.sample, point, layer)))
+        held.finish(sample)
+    return held

@@ -1,0 +1,262 @@
+"""Workers on Ray: tasks go to whoever is idle; a worker that dies is replaced, and what it did is done again."""
+
+import contextlib
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hookmap.errors import CaptureError, HookmapError
+from hookmap.scale.worker import Opened, Worker
+
+log = logging.getLogger("hookmap")
+
+ATTEMPTS = 3
+"""workers that a task may end, or that may end before they have loaded the model"""
+WAITING = 30.0
+"""seconds of silence after which a person is told what is waited for"""
+
+
+@dataclass
+class Task:
+    """One call of a worker's method."""
+
+    name: str
+    """for messages"""
+    method: str
+    arguments: tuple[Any, ...]
+    """anything large as a reference in a list, which Ray does not follow"""
+    ended: list[str] = field(default_factory=list)
+    """why each worker that had it died"""
+
+
+class Pool:
+    """So many workers, each with a model. For one thread."""
+
+    def __init__(
+        self,
+        source: str,
+        opening: Mapping[str, Any],
+        workers: int,
+        address: str | None = None,
+        cpus: float = 1,
+        gpus: float | None = None,
+    ) -> None:
+        """`cpus`, `gpus`: of each worker. Raises CaptureError where Ray is missing or the cluster is too small."""
+        self._ray, self._own_cluster = connected(address, workers, cpus)
+        gpus = float(bool(self._ray.cluster_resources().get("GPU"))) if gpus is None else gpus
+        self._check_room(workers, cpus, gpus)
+        self._actor = self._ray.remote(_Actor).options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD"
+        )
+        self._made_of = (source, dict(opening))
+        self.lost: list[str] = []
+        """why workers died"""
+        self.opened: list[Opened] = []
+        self._unborn = 0
+        self._idle: list[Any] = []
+        self._starting: dict[Any, Any] = {}
+        self._running: dict[Any, tuple[Any, Task | None]] = {}
+        # a task that nobody waits for any more is None
+        for _ in range(workers):
+            self._start()
+
+    def put(self, value: Any) -> list[Any]:
+        """A reference that each worker fetches once."""
+        return [self._ray.put(value)]
+
+    def call(self, name: str, method: str, *arguments: Any) -> Any:
+        """One task. Raises what it raises."""
+        [(_, found)] = self.each([Task(name, method, arguments)])
+        return found
+
+    def each(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+        """Run the tasks, as workers get idle; what came of each, as it comes. Raises what a task raises."""
+        try:
+            yield from self._each(iter(tasks))
+        finally:  # what still runs belongs to nobody
+            self._running = {reference: (actor, None) for reference, (actor, _) in self._running.items()}
+
+    def close(self) -> None:
+        """End the workers, and a cluster of one's own."""
+        for actor in [*self._idle, *self._starting.values(), *(actor for actor, _ in self._running.values())]:
+            self._kill(actor)
+        self._idle, self._starting, self._running = [], {}, {}
+        if self._own_cluster:
+            self._ray.shutdown()
+
+    def _each(self, coming: Iterator[Task]) -> Iterator[tuple[Task, Any]]:
+        again = deque[Task]()
+        while True:
+            while self._idle and (task := again.popleft() if again else next(coming, None)):
+                actor = self._idle.pop()
+                self._running[actor.call.remote(task.method, *task.arguments)] = (actor, task)
+            busy = any(task for _, task in self._running.values())
+            if not busy and (self._idle or not (again or _more(coming, again))):
+                return
+            done, _ = self._ray.wait([*self._running, *self._starting], timeout=WAITING)
+            if not done:
+                self._say_what_is_waited_for()
+            for reference in done:
+                if reference in self._starting:
+                    self._born(reference)
+                    continue
+                actor, task = self._running.pop(reference)
+                try:
+                    found = self._result(reference)
+                except _Died as died:
+                    self._replace(actor, str(died))
+                    if task is not None:
+                        task.ended.append(str(died))
+                        if len(task.ended) == ATTEMPTS:
+                            raise _ended(task) from None
+                        again.append(task)
+                except HookmapError:
+                    self._idle.append(actor)
+                    if task is not None:
+                        raise
+                else:
+                    self._idle.append(actor)
+                    if task is not None:
+                        yield task, found
+
+    def _start(self) -> None:
+        actor = self._actor.remote(*self._made_of)
+        self._starting[actor.call.remote("open")] = actor
+
+    def _born(self, reference: Any) -> None:
+        actor = self._starting.pop(reference)
+        try:
+            opened = self._result(reference)
+        except _Died as died:
+            self._unborn += 1
+            if self._unborn == ATTEMPTS:
+                raise CaptureError(
+                    f"{ATTEMPTS} workers died before they had loaded the model; the last: {died}"
+                ) from None
+            self._replace(actor, str(died))
+            return
+        self._unborn = 0
+        self.opened.append(opened)
+        self._check_alike(opened)
+        self._idle.append(actor)
+
+    def _replace(self, actor: Any, why: str) -> None:
+        log.warning("a worker died and is replaced: %s", why)
+        self.lost.append(why)
+        self._kill(actor)
+        self._start()
+
+    def _kill(self, actor: Any) -> None:
+        with contextlib.suppress(Exception):  # it may be dead, and Ray may be gone
+            self._ray.kill(actor)
+
+    def _result(self, reference: Any) -> Any:
+        """Raises what the task raised, and _Died where its worker did."""
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            return self._ray.get(reference)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, HookmapError):
+                raise type(cause)(*cause.args) from None
+            raise CaptureError(f"a worker failed: {type(cause).__name__}: {cause}") from error
+        except RayError as error:
+            raise _Died(_first_line(error)) from None
+
+    def _check_room(self, workers: int, cpus: float, gpus: float) -> None:
+        there = self._ray.cluster_resources()
+        short = [
+            f"{workers} workers of {each:g} {name}s need {workers * each:g}, the cluster has {there.get(name, 0):g}"
+            for name, each in (("CPU", cpus), ("GPU", gpus))
+            if workers * each > there.get(name, 0)
+        ]
+        if short:
+            raise CaptureError(
+                f"{'; '.join(short)}. Give fewer --workers, or less to each: --cpus-per-worker, --gpus-per-worker."
+            )
+
+    def _check_alike(self, opened: Opened) -> None:
+        first = self.opened[0]
+        names = sorted({*first.versions, *opened.versions})
+        if other := [n for n in names if first.versions.get(n) != opened.versions.get(n)]:
+            lines = [f"{n} {opened.versions.get(n)} on {opened.machine}, {first.versions.get(n)} before" for n in other]
+            raise CaptureError(f"workers must have the same versions: {'; '.join(lines)}.")
+
+    def _say_what_is_waited_for(self) -> None:
+        if self._starting and not self._running:
+            free = {name: value for name, value in self._ray.available_resources().items() if name in ("CPU", "GPU")}
+            log.warning("%d workers have not started yet; free on the cluster: %s", len(self._starting), free)
+
+
+class _Died(Exception):
+    """A worker, or what it made, is gone."""
+
+
+class _Actor:
+    """A `Worker`, as Ray calls it."""
+
+    def __init__(self, source: str, opening: Mapping[str, Any]) -> None:
+        self._worker = Worker(source, opening)
+        self._fetched: tuple[Any, Any] = (None, None)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._worker, method)(*(self._value(argument) for argument in arguments))
+
+    def _value(self, argument: Any) -> Any:
+        """What a reference in a list refers to; the last one is kept."""
+        import ray
+
+        if not (isinstance(argument, list) and len(argument) == 1 and isinstance(argument[0], ray.ObjectRef)):
+            return argument
+        if self._fetched[0] != argument[0]:
+            self._fetched = (argument[0], ray.get(argument[0]))
+        return self._fetched[1]
+
+
+def connected(address: str | None, workers: int, cpus: float) -> tuple[Any, bool]:
+    """Ray with a cluster: the one this process is part of, or the one at `address`, or a new one; whether it is new."""
+    try:
+        import ray
+    except ImportError as error:
+        raise CaptureError(f'captures on Ray need it: pip install "hookmap[scale]"\n({error})') from error
+    new = not ray.is_initialized()
+    if new:
+        own = {"num_cpus": max(workers * cpus, os.cpu_count() or 1)} if address is None else {}
+        try:
+            ray.init(
+                address=address or "local",
+                logging_level="ERROR",
+                log_to_driver=False,
+                include_dashboard=False if address is None else None,
+                namespace="hookmap",
+                **own,
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise CaptureError(
+                f"cannot reach a Ray cluster at {address or 'this machine'}: {_first_line(error)}"
+            ) from error
+    return ray, new
+
+
+def _more(coming: Iterator[Task], again: "deque[Task]") -> bool:
+    """Whether there is another task; it waits in `again`."""
+    task = next(coming, None)
+    if task is not None:
+        again.append(task)
+    return task is not None
+
+
+def _ended(task: Task) -> CaptureError:
+    reasons = "\n".join(f"  - {why}" for why in task.ended)
+    return CaptureError(
+        f"{task.name} ended {ATTEMPTS} workers, and is not tried again:\n{reasons}\n"
+        "If memory ran out, give a smaller --batch-size, or fewer --workers on a machine."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,44 @@
+"""A second capture folder inside the first: the same rows as they were right before interventions.
+
+The two grow side by side, each with its own ledger, so a kill may leave one a batch ahead of the other. A run that goes
+on does again what either lacks, and each takes what it lacks.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hookmap.activations import Activation, Sample
+from hookmap.stores.background import BackgroundWriter
+from hookmap.stores.folder import FolderWriter
+from hookmap.stores.manifest import MANIFEST, Manifest
+
+BEFORE = "before"
+"""its name"""
+
+
+class Lacking:
+    """A sink that hands on the samples which the folder behind it does not hold."""
+
+    def __init__(self, writer: BackgroundWriter) -> None:
+        self._writer, self._held = writer, writer.finished
+
+    def write(self, activation: Activation) -> None:
+        """See `Sink.write`."""
+        if activation.sample not in self._held:
+            self._writer.write(activation)
+
+    def finish(self, sample: Sample) -> None:
+        """See `Sink.finish`."""
+        if sample.sample not in self._held:
+            self._writer.finish(sample)
+
+    def abandon(self) -> None:
+        """See `Sink.abandon`."""
+        self._writer.abandon()
+
+
+def before_writer(store: Any, manifest: Manifest) -> FolderWriter:
+    """Of the folder inside `store`: begun, or gone on with where an earlier run has begun it. Raises StoreError."""
+    folder = Path(store) / BEFORE
+    manifest = manifest.model_copy(update={"settings": {**manifest.settings, "before": "these rows"}})
+    return (FolderWriter.resume if (folder / MANIFEST).exists() else FolderWriter.create)(folder, manifest)

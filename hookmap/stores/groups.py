@@ -1,0 +1,123 @@
+"""Rows -> shards and the lines of samples: what becomes finished together, a group. Who writes the tables is another.
+
+A folder's own writer gives shards their final names; a worker gives them names of its own, under which nothing counts,
+and its group is adopted later (`FolderWriter.adopt`).
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from hookmap.activations import Activation, Key, Sample
+from hookmap.stores.buffer import Buffer
+from hookmap.stores.ledger import Ledger, RowSpec
+from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, write_shard
+from hookmap.stores.table import Entry, Span
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples that become finished together, and the shards that hold their rows; shards count from 0."""
+
+    entries: tuple[Entry, ...]
+    shards: tuple[ShardInfo, ...]
+    files: tuple[str, ...]
+    """the shards' names"""
+    specs: dict[Key, RowSpec]
+
+
+class GroupWriter(ABC):
+    """A sink that cuts rows into shards, and hands on each group that is whole."""
+
+    def __init__(self, folder: Path, ledger: Ledger, shard_tokens: int, shard_bytes: int) -> None:
+        """`folder`: of the capture."""
+        self.folder = folder
+        self._ledger = ledger
+        self._shard_tokens, self._shard_bytes = shard_tokens, shard_bytes
+        self._forget()
+
+    @abstractmethod
+    def _name(self, shard: int) -> str:
+        """Of the `shard`-th file of the group that is being written."""
+
+    @abstractmethod
+    def _commit(self, group: Group) -> None:
+        """Its shards are durable: make it finished, and forget it."""
+
+    def write(self, activation: Activation) -> None:
+        """Take rows. Raises CaptureError where they are not the next ones."""
+        self._ledger.take(activation)
+        if self._buffer.full_before(activation):
+            self._cut()
+        self._buffer.add(activation)
+        if self._buffer.overfull:
+            self._cut()
+
+    def finish(self, sample: Sample) -> None:
+        """All rows of this sample are written. It is committed when no other sample is open. Raises as `write` does."""
+        self._ledger.finish(sample)
+        self._pending.append(sample)
+        if not self._ledger.open:
+            self._commit(self._group())
+
+    def abandon(self) -> None:
+        """Forget the rows of samples that are not finished.
+
+        Samples that are finished and wait for the others of their batch are forgotten as well.
+        """
+        self._ledger.abandon()
+        self._ledger.finished -= {sample.sample for sample in self._pending}
+        self._forget()
+
+    def _group(self) -> Group:
+        if self._buffer:
+            self._cut()
+        samples = sorted(self._pending, key=lambda sample: sample.sample)
+        entries = tuple(Entry(sample, tuple(self._spans.get(sample.sample, ()))) for sample in samples)
+        return Group(entries, tuple(self._new), tuple(map(self._name, range(len(self._new)))), dict(self._ledger.specs))
+
+    def _cut(self) -> None:
+        """Write the buffer as one shard."""
+        shard = len(self._new)
+        info = write_shard(self.folder / SHARD_FOLDER / self._name(shard), shard, self._buffer.blocks())
+        for sample, spans in self._buffer.spans(shard).items():
+            self._spans.setdefault(sample, []).extend(spans)
+        self._new.append(info)
+        self._buffer.clear()
+
+    def _forget(self) -> None:
+        self._pending: list[Sample] = []
+        self._spans: dict[int, list[Span]] = {}
+        self._new: list[ShardInfo] = []
+        self._buffer = Buffer(self._ledger.keys, self._shard_tokens, self._shard_bytes)
+
+
+class PartWriter(GroupWriter):
+    """A worker's sink: shards under names of its own in a capture's folder, groups for the folder's one writer."""
+
+    def __init__(self, folder: Path, keys: Sequence[Key], shard_tokens: int, shard_bytes: int) -> None:
+        """`folder`: of the capture, which has a writer somewhere."""
+        super().__init__(folder, Ledger(tuple(keys)), shard_tokens, shard_bytes)
+        self.groups: list[Group] = []
+        """those that are whole"""
+        self._own = uuid4().hex
+
+    def _name(self, shard: int) -> str:
+        return part_name(self._own, len(self.groups), shard)
+
+    def _commit(self, group: Group) -> None:
+        self.groups.append(group)
+        self._forget()
+
+
+def part_name(own: str, group: int, shard: int) -> str:
+    """A temporary name: what nobody adopts is removed when the folder's writer recovers or closes."""
+    return f".part-{own}-{group}-{shard}.tmp"
+
+
+def is_part(name: str) -> bool:
+    """Whether `part_name` gives such names."""
+    return re.fullmatch(r"\.part-[0-9a-f]{32}-\d+-\d+\.tmp", name) is not None
