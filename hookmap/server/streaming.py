@@ -113,7 +113,11 @@ def _written(chunk: BaseModel) -> str:
 
 
 class _Stream(StreamingResponse):
-    """Cancels its job however it ends, also before its first chunk."""
+    """Cancels its job however it ends, also before its first chunk.
+
+    Not sse-starlette's: it replaces uvicorn's handling of signals when it is imported, and, unless told, ends streams
+    at SIGTERM that are to be answered.
+    """
 
     def __init__(self, job: Job, chunks: AsyncIterator[str]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
