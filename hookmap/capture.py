@@ -6,6 +6,8 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +180,7 @@ class Prepared:
             if self._before:
                 writers.append(closing.enter_context(BackgroundWriter(before_writer(store, manifest))))
                 run.before = Lacking(writers[1])
-            finished = frozenset.intersection(*(writer.finished for writer in writers))
+            finished = reduce(and_, (writer.finished for writer in writers))
             run.all(self.groups, Lacking(writers[0]) if self._before else writers[0], finished)
             figures = dict(_tell(run))
             for writer in writers:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +68,7 @@ class Run(ABC):
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
         """Run these prompts together and hand their rows to the sink."""
 
-    def all(self, groups: Sequence[Sequence[int]], sink: Sink, finished: frozenset[int] = frozenset()) -> None:
+    def all(self, groups: Sequence[Sequence[int]], sink: Sink, finished: Set[int] = frozenset()) -> None:
         """Each batch that is not finished yet."""
         for group in groups:
             left = [number for number in group if number not in finished]

@@ -473,3 +473,13 @@ def test_ctrl_c_keeps_the_finished_samples_and_resume_goes_on_with_them() -> Non
     whole = hookmap.open_store("run")
     assert whole.finished and len(whole) == 400
     assert whole.read(0, "resid_pre", 3).equal(first)
+
+
+def test_inspect_reads_the_tensors_of_a_large_capture_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert capture_demo("run", "--prompt", "2 and 3?", "--prompt", "Tom has 3 apples.").exit_code == 0
+    assert "mean_norm" in json.loads(run("inspect", "run", "--json").stdout)["tensors"][0]
+    monkeypatch.setattr("hookmap.stores.reader.NORM_SAMPLES", 1)
+    assert "mean_norm" not in json.loads(run("inspect", "run", "--json").stdout)["tensors"][0]
+    assert "no norms: --norms reads every tensor for them" in run("inspect", "run").stderr
+    asked = run("inspect", "run", "--norms")
+    assert "no norms" not in asked.stderr and "█" in asked.stderr

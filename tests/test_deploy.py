@@ -301,3 +301,11 @@ def test_a_release_is_what_pip_finds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     lock.write_text("numpy==2.0\n")
     with pytest.raises(hookmap.DeployError, match="names no exact torch"):
         bundle("9.9.9", lock)
+
+
+def test_the_name_that_clients_use_is_expected_of_the_server(tmp_path: Path) -> None:
+    shown = Loopback(tmp_path, "ssh").run(
+        "box", *HERE, "--dry-run", "--", "--served-model-name", "mine", "--drain", "5"
+    )
+    asked = json.loads(shown.stdout.partition("request.json:\n")[2])
+    assert (asked["name"], asked["drain"]) == ("mine", 5), shown.output

@@ -14,6 +14,7 @@ import pytest
 from hookmap import errors
 from hookmap.cli.main import main
 from hookmap.cli.settings import KEYS, load_settings
+from hookmap.demo import MODEL_PATH
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PAGES = sorted([CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")])
@@ -52,6 +53,38 @@ def test_the_python_of_the_steering_page_prints_what_the_page_shows(tmp_path: Pa
     page = CHECKOUT / "docs" / "steering-vectors.md"
     assert run("\n".join(blocks(page, "python")), tmp_path, cwd=tmp_path) == blocks(page, "text")[0]
     assert (tmp_path / "loses.safetensors").exists()
+
+
+def test_the_python_of_the_probe_page_runs_around_the_command_that_it_shows(tmp_path: Path) -> None:
+    """With fewer problems and the layer that finds it: the page's own run takes a minute."""
+    pytest.importorskip("sklearn", reason='pip install "hookmap[eval]"')
+    before, after = blocks(CHECKOUT / "docs" / "probes.md", "python")
+    command = "['probe', 'sums', '--label', 'odd', '-o', 'probes', '--layers', '12,16', '--method', 'ridge']"
+    code = before.replace("hookmap/demo/model", str(MODEL_PATH)).replace("600", "120")
+    code += f"\nfrom hookmap.cli.main import main\nmain({command}, standalone_mode=False)\n{after}"
+    assert run(code, tmp_path, cwd=tmp_path) == "probes\n"
+    report = json.loads((tmp_path / "probes" / "report.json").read_text(encoding="utf-8"))
+    assert report["best"]["layer"] == 16 and report["chosen"]["auroc"] > 0.8
+
+
+@pytest.mark.parametrize("name", ["evaluation.md", "probes.md", "experiments.md"])
+def test_the_commands_of_the_evaluation_pages_are_understood(name: str) -> None:
+    """Parsed, not run: what they do is tested elsewhere."""
+    lines = re.findall(r"^(?:\$ |    )hookmap ([^#\n&]+)", names(name), flags=re.MULTILINE)
+    assert lines
+    for line in lines:
+        words, command = line.split(), main
+        context = click.Context(main)
+        while isinstance(command, click.Group):
+            found = command.get_command(context, words[0])
+            assert found is not None, line
+            command, words = found, words[1:]
+        command.make_context(line, words)
+
+
+def test_the_experiment_page_shows_the_bundled_example() -> None:
+    (shown,) = blocks(CHECKOUT / "docs" / "experiments.md", "yaml")
+    assert shown == (CHECKOUT / "hookmap" / "demo" / "emotions.yaml").read_text(encoding="utf-8")
 
 
 def test_the_notebook_runs_from_top_to_bottom_and_shows_what_it_prints(tmp_path: Path) -> None:

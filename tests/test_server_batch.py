@@ -185,6 +185,14 @@ def test_what_cannot_be_shared_runs_alone(tmp_path: Path, body: dict[str, Any]) 
         assert {rows for rows, _ in seen} == {1}
 
 
+def test_no_row_is_led_behind_the_last_position_of_the_model(served: Served) -> None:
+    """A row that has ended is fed on while others go on: both fit into 1024 positions, not side by side."""
+    wide = asked(0, messages=[{"role": "user", "content": "x" * 980}], max_tokens=5)
+    asks = [lambda: whole(served, **wide), lambda: whole(served, **asked(1, max_tokens=100))]
+    _, seen = together(served, asks)
+    assert {rows for rows, _ in seen} == {1}
+
+
 def test_with_a_batch_of_one_nobody_shares(tmp_path: Path) -> None:
     with serving(tmp_path, batch=1) as served:
         _, seen = together(served, [lambda: whole(served, **asked(0))] * 2)

@@ -1,7 +1,6 @@
 """What travels to the host: hookmap's code, what it requires, and a lock with exact versions."""
 
 import email
-import hashlib
 import io
 import re
 import subprocess
@@ -42,15 +41,11 @@ class Bundle:
         texts = {"requirements.txt": self.requirements, "lock.txt": self.lock}
         return {"code.zip": self.code, **{name: text.encode() for name, text in texts.items()}}
 
-    @property
-    def release(self) -> str:
-        """A name for just this code."""
-        return hashlib.sha256(self.code).hexdigest()[:12]
 
-
-def bundle(release: str | None = None, lock: Path | None = None) -> Bundle:
+def bundle(release: str | None = None, lock: Path | None = None, installs: bool = True) -> Bundle:
     """This hookmap, or the one that PyPI has as `release`. `lock`: instead of the versions installed here.
 
+    `installs`: whether the host will install anything; where it will not, no lock is needed.
     Raises DeployError where something is not there to be sent.
     """
     code = installed_code() if release is None else released_code(release)
@@ -58,8 +53,8 @@ def bundle(release: str | None = None, lock: Path | None = None) -> Bundle:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         told = email.message_from_bytes(archive.read(name))
     wanted = requirements(told.get_all("Requires-Dist") or ())
-    text = "\n".join(locked(wanted)) if lock is None else lock.read_text(encoding="utf-8")
-    if re.search(r"^torch==", text, flags=re.MULTILINE) is None:
+    text = lock.read_text(encoding="utf-8") if lock else "\n".join(locked(wanted)) if installs else ""
+    if installs and re.search(r"^torch==", text, flags=re.MULTILINE) is None:
         raise DeployError(f"{lock} names no exact torch: expected a line such as torch==2.13.0")
     return Bundle(told["Version"], code, "".join(f"{requirement}\n" for requirement in wanted), text.rstrip() + "\n")
 

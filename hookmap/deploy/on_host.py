@@ -79,10 +79,12 @@ class Host:
         end = time.monotonic() + state.get("drain", 30) + 15
         send(pid, signal.SIGTERM)
         while self.pid() == pid:
+            if time.monotonic() > end + 10:
+                raise Failed(
+                    f"pid {pid}, the server of this folder, cannot be stopped: see {self.asked['ssh']} ps {pid}"
+                )
             if time.monotonic() > end:
-                say(f"pid {pid} does not stop: killed")
                 send(pid, signal.SIGKILL)
-                end += 10
             time.sleep(0.1)
         return pid
 

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inspect_ai.model import (
     ChatCompletionChoice,
@@ -34,6 +34,10 @@ from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 from hookmap.activations import Sample
 from hookmap.errors import CaptureError
 from hookmap.prompts import Prompt, templated
+
+if TYPE_CHECKING:
+    from hookmap.model import HookedModel
+    from hookmap.scale.model import RayModel
 
 MAX_TOKENS = 512
 METADATA = "hookmap"
@@ -62,10 +66,11 @@ class _Request:
 
 
 class HookmapAPI(ModelAPI):
-    """A model of this process.
+    """A model of this process, or with `workers` of so many others.
 
     Model arguments: points, layers, keep (`positions`, `mean`, … of `HookedModel.capture`), captures (a folder),
-    batch_size, and hookmap.open's. Requests with a seed run by themselves, so that their answers repeat.
+    batch_size (in all), and hookmap.open's, or hookmap.open_on_ray's. Requests with a seed run by themselves, so that
+    their answers repeat.
     """
 
     def __init__(
@@ -85,10 +90,13 @@ class HookmapAPI(ModelAPI):
         super().__init__(model_name, base_url, api_key, [], config)
         from hookmap.demo import MODEL_PATH
         from hookmap.model import open
+        from hookmap.scale.model import open_on_ray
 
         if points and captures is None:
             raise CaptureError("points are kept in a folder: give captures=FOLDER.")
-        self.hooked = open(MODEL_PATH if model_name == "demo" else model_name, **opening)
+        opener: Any = open_on_ray if "workers" in opening else open
+        self.hooked: HookedModel | RayModel = opener(MODEL_PATH if model_name == "demo" else model_name, **opening)
+        self._workers = opening.get("workers", 1)
         if points:
             self.hooked.map.selectors(points, layers)  # what is wrong with them is said before anything runs
         self._points, self._layers, self._keep = points or (), layers, dict(keep or {})
@@ -135,7 +143,8 @@ class HookmapAPI(ModelAPI):
         messages = [_plain(message) for message in input]
         if not getattr(tokenizer, "chat_template", None):
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
-            return self.hooked.encode(text, False)[0]
+            [prompt] = self.hooked.encode(text, False)
+            return prompt
         named = {"tools": [_described(tool) for tool in tools]} if tools else {}
         return templated(messages, 0, tokenizer, **named)
 
@@ -177,7 +186,7 @@ class HookmapAPI(ModelAPI):
             rows,
             points=self._points,
             layers=self._layers,
-            batch_size=min(len(rows), self._batch_size),
+            batch_size=-(-min(len(rows), self._batch_size) // self._workers),
             store=folder,
             **self._keep,
             **json.loads(batch[0].settings),

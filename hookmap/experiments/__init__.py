@@ -2,7 +2,8 @@
 
     document.py    the file: model, prefixes, samples, sampling, captures, rewards, report; validated
     rewards.py     pure: what an answer is worth, each reward from what it needs to see
-    generating.py  every question after every prefix, as one inspect_ai task, with activations
+    questions.py   every question after every prefix
+    generating.py  the answers, as one inspect_ai task, with activations
     scoring.py     rewards as an inspect_ai scorer -> answers.jsonl and a scored log
     comparing.py   pure: paired tests over questions, intervals, Holm's correction
     separation.py  where in the layers the activations of two prefixes differ

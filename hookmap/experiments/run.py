@@ -119,7 +119,7 @@ def _draw(report: Report, folder: Path) -> None:
 
 
 def _config(experiment: Experiment) -> str:
-    from hookmap.experiments.generating import requests
+    from hookmap.experiments.questions import requests
 
     asked = [[r.id, r.prefix.text, r.question.question, r.question.target] for r in requests(experiment)]
     document = {

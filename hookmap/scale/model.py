@@ -6,7 +6,7 @@ write shards. So a sample is finished where the folder says so, whoever dies, an
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from hookmap.capture import Capture
 from hookmap.errors import InterventionError, StoreError
 from hookmap.estimate import Estimate, check_room
 from hookmap.loading import load_tokenizer
+from hookmap.prompts import Chat, Prompt, encode
 from hookmap.runs import Progress
 from hookmap.scale.pool import Pool, Task
 from hookmap.scale.worker import Job, Plan, Ran
@@ -53,6 +54,10 @@ class RayModel:
         """Where each point is in this model."""
         plan: Plan = self._pool.call("the map", "plan", [[0]], {"points": (), "max_new_tokens": 0})
         return plan.map
+
+    def encode(self, prompts: Any, chat: Chat) -> tuple[Prompt, ...]:
+        """See `HookedModel.encode`."""
+        return encode(prompts, self.tokenizer, chat)
 
     def engine(self, name: str = "auto") -> tuple[str, str]:
         """See `HookedModel.engine`."""
@@ -116,7 +121,7 @@ class RayModel:
         written = open_store(folder)
         return Capture(written, plan.selectors, plan.map, written.manifest)
 
-    def _tasks(self, plan: Plan, options: dict[str, Any], folder: Path, finished: frozenset[int]) -> Iterator[Task]:
+    def _tasks(self, plan: Plan, options: dict[str, Any], folder: Path, finished: Set[int]) -> Iterator[Task]:
         """The batches that are not finished, as on one machine."""
         mark = f"{SHARD_FOLDER}/.driver-{uuid4().hex}.tmp"
         try:

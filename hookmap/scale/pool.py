@@ -188,8 +188,9 @@ class Pool:
 
     def _say_what_is_waited_for(self) -> None:
         if self._starting and not self._running:
-            free = {name: value for name, value in self._ray.available_resources().items() if name in ("CPU", "GPU")}
-            log.warning("%d workers have not started yet; free on the cluster: %s", len(self._starting), free)
+            there = self._ray.available_resources()
+            free = f"{there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs"
+            log.warning("waiting for %d workers to start; free on the cluster: %s", len(self._starting), free)
 
 
 class _Died(Exception):

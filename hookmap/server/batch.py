@@ -4,6 +4,7 @@ Each row keeps its own stop strings, limit and logprobs, and its request is answ
 """
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,9 @@ class Room:
     rows: int
     tokens: int
     """of a batch and its pads, with all that may be generated"""
-    pads: bool
+    columns: int | None = None
+    """of a batch: the model's positions, because rows that have ended are led on; None: no limit is known"""
+    pads: bool = False
     """prompts of different lengths may share one"""
 
     def beside(self, first: Job, waiting: Iterable[Job]) -> list[Job]:
@@ -50,20 +53,21 @@ class Room:
     def batches(self, rows: Sequence["Row"]) -> Iterator[list["Row"]]:
         """The rows of one prompt run together whatever their number, those of several prompts where they may."""
         batch: list[Row] = []
-        for row in rows:
-            if batch and row.number % row.job.together == 0:  # a prompt's first row
-                unit = [*batch, *[row] * row.job.together]
-                jobs = [each.job for each in unit]
-                if row.job.shares is None or not self._holds([len(each.tokens) for each in unit], jobs):
-                    yield batch
-                    batch = []
-            batch.append(row)
+        for _, group in itertools.groupby(rows, lambda row: (id(row.job), row.number // row.job.together)):
+            same = list(group)
+            every = [*batch, *same]
+            holds = self._holds([len(row.tokens) for row in every], [row.job for row in every])
+            if batch and (same[0].job.shares is None or not holds):
+                yield batch
+                every = same
+            batch = every
         yield batch
 
     def _holds(self, lengths: Sequence[int], jobs: Iterable[Job]) -> bool:
         if len(lengths) > self.rows or (not self.pads and len(set(lengths)) > 1):
             return False
-        return len(lengths) * (max(lengths) + max(job.max_new_tokens for job in jobs)) <= self.tokens
+        columns = max(lengths) + max(job.max_new_tokens for job in jobs)
+        return len(lengths) * columns <= self.tokens and (self.columns is None or columns <= self.columns)
 
 
 @dataclass(eq=False)

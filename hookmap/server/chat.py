@@ -16,7 +16,7 @@ from hookmap.prompts import Prompt, templated
 from hookmap.server.errors import bad
 from hookmap.server.jobs import Job, Result
 from hookmap.server.requests import ChatRequest, Message
-from hookmap.server.streaming import extras, summaries, usage_of
+from hookmap.server.streaming import extras, made, summaries, usage_of
 from hookmap.server.text import RowText
 from hookmap.server.tokens import Token
 from hookmap.server.tools import Call, ToolText, check_template, reads_calls, with_arguments
@@ -94,7 +94,7 @@ class ChatWire:
         more = summaries(self._job, [token], self._tokenizer.decode)
         if not text and logprobs is None and not more:
             return None
-        chunk = self._chunk(token.row, ChoiceDelta.model_construct(content=text), logprobs=logprobs)
+        chunk = self._chunk(token.row, made(ChoiceDelta, content=text), logprobs=logprobs)
         for name, value in more.items():
             setattr(chunk, name, value)
         return chunk
@@ -144,8 +144,8 @@ class ChatWire:
     def _chunk(
         self, row: int, delta: ChoiceDelta, reason: str | None = None, logprobs: Any = None
     ) -> ChatCompletionChunk:
-        choice = ChunkChoice.model_construct(index=row, delta=delta, finish_reason=reason, logprobs=logprobs)
-        return ChatCompletionChunk.model_construct(**self._head, object="chat.completion.chunk", choices=[choice])
+        choice = made(ChunkChoice, index=row, delta=delta, finish_reason=reason, logprobs=logprobs)
+        return made(ChatCompletionChunk, **self._head, object="chat.completion.chunk", choices=[choice])
 
     def _told(self, token: Token) -> ChatCompletionTokenLogprob:
         tops = [TopLogprob(**self._token(id, logprob)) for id, logprob in token.top]

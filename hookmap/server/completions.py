@@ -12,7 +12,7 @@ from hookmap.prompts import Prompt, encode
 from hookmap.server.errors import bad
 from hookmap.server.jobs import Job, Result
 from hookmap.server.requests import CompletionRequest
-from hookmap.server.streaming import extras, summaries, usage_of
+from hookmap.server.streaming import extras, made, summaries, usage_of
 from hookmap.server.text import RowText
 from hookmap.server.tokens import Token
 
@@ -105,13 +105,14 @@ class CompletionWire:
         return prompt.text or str(tokenizer.decode(list(prompt.token_ids)))
 
     def _chunk(self, row: int, text: str, reason: str | None = None, logprobs: Any = None) -> TextCompletion:
-        choice = TextChoice.model_construct(
+        choice = made(
+            TextChoice,
             index=row,
             text=text,
             finish_reason=reason,  # null until the last one, as OpenAI sends it
             logprobs=logprobs,
         )
-        return TextCompletion.model_construct(**self._head, object="text_completion", choices=[choice])
+        return made(TextCompletion, **self._head, object="text_completion", choices=[choice])
 
     def _reason(self, number: int, result: Result) -> str:
         new = result.new[number]

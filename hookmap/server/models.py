@@ -1,6 +1,7 @@
 """The models that are loaded, each once: one copy of the weights, one thread."""
 
 import gc
+import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ import hookmap
 from hookmap.demo import MODEL_PATH
 from hookmap.interventions import Intervention
 from hookmap.model import HookedModel
+from hookmap.server.batch import Room
 from hookmap.server.errors import ApiError, missing
 from hookmap.server.settings import Settings
 from hookmap.server.worker import Worker
+
+log = logging.getLogger("hookmap.server")
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,12 @@ class Models:
 
     def add(self, name: str, hm: HookedModel) -> Loaded:
         """Serve an open model."""
-        worker = Worker(name, hm, self._settings.queue, self._settings.batch, self._settings.batch_tokens)
-        loaded = Loaded(name, hm, worker, int(time.time()), context_of(hm))
+        context, batch = context_of(hm), self._settings.batch
+        why = "each runs alone" if batch == 1 else hm.why_no_pads
+        if batch > 1:
+            log.info("%s: plain requests share batches%s", name, f" where of one length: {why}" if why else "")
+        room = Room(batch, self._settings.batch_tokens, context, pads=why is None)
+        loaded = Loaded(name, hm, Worker(name, hm, self._settings.queue, room), int(time.time()), context)
         self._loaded[name] = loaded
         return loaded
 

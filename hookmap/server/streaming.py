@@ -6,7 +6,7 @@ Whoever leaves cancels the job. Before the first token nothing is sent, so that 
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -18,6 +18,8 @@ from hookmap.server.errors import ApiError, cancelled
 from hookmap.server.jobs import Event, Job, Result
 from hookmap.server.tokens import Token
 from hookmap.server.worker import Worker
+
+Made = TypeVar("Made", bound=BaseModel)
 
 
 class Wire(Protocol):
@@ -101,12 +103,21 @@ async def _chunks(event: Event, events: "asyncio.Queue[Event]", wire: Wire) -> A
     yield "data: [DONE]\n\n"
 
 
+def made(kind: type[Made], **fields: Any) -> Made:
+    """A part of a chunk, its fields taken as they are: openai's own way to make one looks at each, for every token."""
+    return BaseModel.model_construct.__func__(kind, **fields)  # type: ignore[attr-defined,no-any-return]
+
+
 def _written(chunk: BaseModel) -> str:
     return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
 
 class _Stream(StreamingResponse):
-    """Cancels its job however it ends, also before its first chunk."""
+    """Cancels its job however it ends, also before its first chunk.
+
+    Not sse-starlette's: it replaces uvicorn's handling of signals when it is imported, and, unless told, ends streams
+    at SIGTERM that are to be answered.
+    """
 
     def __init__(self, job: Job, chunks: AsyncIterator[str]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -31,13 +31,11 @@ log = logging.getLogger("hookmap.server")
 class Worker:
     """Runs jobs on one model."""
 
-    def __init__(self, name: str, hm: HookedModel, queue: int, batch: int = 1, batch_tokens: int = 0) -> None:
-        """`queue`: jobs that may wait. `batch`: rows of plain jobs that run together, of so many tokens."""
+    def __init__(self, name: str, hm: HookedModel, queue: int, room: Room) -> None:
+        """`queue`: jobs that may wait. `room`: which of them run together."""
         self._hm = hm
         self._most = queue
-        self._room = Room(batch, batch_tokens, pads=batch > 1 and hm.why_no_pads is None)
-        if batch > 1 and hm.why_no_pads:
-            log.info("%s: only prompts of one length share a batch: %s", name, hm.why_no_pads)
+        self._room = room
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
@@ -121,9 +119,9 @@ class Worker:
         ended(job, event)
 
     def _ended(self, memory: MemoryUse, start: float, together: int, job: Job, event: Event) -> None:
+        _log(job, event, memory, time.perf_counter() - start, together)
         with self._changed:
             self._running.remove(job)
-        _log(job, event, memory, time.perf_counter() - start, together)
         job.tell(event)
 
     def _memory(self) -> MemoryUse:

@@ -6,7 +6,7 @@ those of the writer alone, since it sees the same calls in the same order.
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -64,7 +64,7 @@ class BackgroundWriter(Closing):
             raise
 
     @property
-    def finished(self) -> frozenset[int]:
+    def finished(self) -> Set[int]:
         """Numbers of the samples that are committed, all that was handed over being written. Raises StoreError."""
         self.wait()
         return self._writer.finished

@@ -9,7 +9,7 @@ leaves behind the last whole group (temporary files, shards, lines) belongs to n
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from hookmap.stores.groups import Group, GroupWriter, is_part
 from hookmap.stores.interface import Store
 from hookmap.stores.ledger import Ledger
 from hookmap.stores.manifest import MANIFEST, Counts, Manifest, read_manifest, write_manifest
+from hookmap.stores.numbers import NumberSet
 from hookmap.stores.shard import SHARD_FOLDER, is_shard, sha256_of, shard_name
 from hookmap.stores.table import (
     SAMPLES,
@@ -119,9 +120,9 @@ class FolderWriter(GroupWriter, Closing):
         return writer
 
     @property
-    def finished(self) -> frozenset[int]:
+    def finished(self) -> Set[int]:
         """Numbers of the samples that are committed: a resumed run leaves them out."""
-        return frozenset(self._committed.numbers)
+        return NumberSet(self._committed.numbers)
 
     def write(self, activation: Activation) -> None:
         """Take rows. Raises CaptureError where they are not the next ones, StoreError where the disk refuses them."""

@@ -7,6 +7,7 @@ import torch
 
 from hookmap.activations import Activation, Key, Sample
 from hookmap.errors import CaptureError
+from hookmap.stores.numbers import NumberSet
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Ledger:
 
     keys: tuple[Key, ...]
     specs: dict[Key, RowSpec] = field(default_factory=dict)
-    finished: set[int] = field(default_factory=set)
+    finished: NumberSet = field(default_factory=NumberSet)
     open: dict[int, dict[Key, int]] = field(default_factory=dict)
     """sample -> key -> rows taken"""
 

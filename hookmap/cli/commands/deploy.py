@@ -122,7 +122,7 @@ def command(
         raise click.BadParameter(f"{chosen!r} is neither a hub id nor a path such as /data/model", param_hint="MODEL")
     from hookmap.deploy.bundle import bundle
 
-    sent = bundle(release, lock)
+    sent = bundle(release, lock, installs=python is None and sync != "skip")
     common |= {
         "python": python,
         "torch": torch,
@@ -131,7 +131,7 @@ def command(
         "wait": wait,
         "version": sent.version,
     }
-    common |= {"model": chosen or None, "name": served["name"], "options": given, "drain": served["drain"]}
+    common |= {"model": chosen or None, "name": served["served_model_name"], "options": given, "drain": served["drain"]}
     asked = Request.model_validate({"action": "deploy", "sync": sync or "frozen", **common})
     _run(asked, sent.files, host, folder, python, ssh, dry_run, as_json, ctx)
 

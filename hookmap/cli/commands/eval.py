@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hookmap.cli import model_options
+from hookmap.cli import cluster_options, model_options
 
 
 @click.group()
@@ -35,6 +35,8 @@ def command() -> None:
     "-o", "--output", metavar="DIR", required=True, help="The results folder; the same again goes on with it."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout, and no table.")
+@click.option("--engine", type=click.Choice(["hooks", "ray"]), default="hooks", help="ray: many processes.")
+@cluster_options.clustered
 @model_options.loading
 def gsm8k(
     model: str | None,
@@ -49,6 +51,7 @@ def gsm8k(
     max_new_tokens: int,
     temperature: float | None,
     seed: int | None,
+    engine: str,
     output: str,
     as_json: bool,
     **given: Any,
@@ -74,7 +77,10 @@ def gsm8k(
             from hookmap.evals.run import evaluate
         except ImportError as error:
             raise CaptureError(f'evaluations need inspect_ai: pip install "hookmap[eval]"\n({error})') from error
+    cluster = cluster_options.cluster_of(engine, given)
     opening = {name.rstrip("_"): value for name, value in given.items() if value is not None}
+    if cluster is not None:
+        opening |= {"workers": 1} | cluster
     with working(f"evaluating {'demo' if demo else chosen} on {data}", quiet=as_json, spinner=False):
         summary = evaluate(
             output,

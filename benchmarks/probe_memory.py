@@ -1,0 +1,50 @@
+"""Peak memory of `hookmap probe` beside the size of the capture: `python benchmarks/probe_memory.py [GB]`.
+
+Writes a capture of random rows of that size (12 layers, d 1,024, 160 rows a sample), probes it in a process of its own
+with each pool, and removes it.
+"""
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from hookmap.activations import Activation, Sample
+from hookmap.stores.folder import FolderWriter
+from hookmap.stores.manifest import manifest_of_run
+
+LAYERS, WIDTH, ROWS, PROMPT = 12, 1024, 160, 100
+KEYS = [("resid_post", layer) for layer in range(LAYERS)]
+CODE = "import sys; from hookmap.cli.main import main; main(sys.argv[1:])"
+
+
+def write(folder: Path, samples: int) -> int:
+    """Random rows; half of the samples are called correct. Returns bytes on disk."""
+    with FolderWriter.create(folder, manifest_of_run(KEYS, model=None)) as writer:
+        for number in range(samples):
+            for point, layer in KEYS:
+                writer.write(Activation(number, point, layer, 0, torch.randn(ROWS, WIDTH)))
+            ids = (number, *range(ROWS))
+            writer.finish(Sample(number, f"q{number}", "", ids, PROMPT, ROWS, None, None, {"correct": number % 2 == 0}))
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+if __name__ == "__main__":
+    gigabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 2.5
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "capture"
+        size = write(store, max(20, round(gigabytes * 1e9 / (LAYERS * WIDTH * ROWS * 4))))
+        print(f"capture {size / 1e9:.2f} GB on disk")
+        for pool in (["last"], ["mean"], ["each", "--positions", "-8:0"]):
+            start = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-c", CODE, "probe", str(store), "--method", "mean_difference", "--pool", *pool],
+                check=True,
+                capture_output=True,
+            )
+            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kB; of all children so far
+            print(f"{' '.join(pool):24} peak {peak:.2f} GB resident at most, {time.perf_counter() - start:.0f} s")

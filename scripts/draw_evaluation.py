@@ -1,0 +1,64 @@
+"""Makes the pictures of docs/probes.md and docs/experiments.md, and prints the tables beside them.
+
+python scripts/draw_evaluation.py [FOLDER]   a few minutes; in FOLDER what was done once is not done again
+"""
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from hookmap.cli.main import main
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PROBES = (
+    ("probe sums --label odd -o probes", "auroc.png", "probe-auroc.png"),
+    (
+        "probe sums --label odd --layers 0,4,8,12,16,19 --pool each --positions -12: --method mean_difference "
+        "-o by-position",
+        "auroc-resid_post.png",
+        "probe-positions.png",
+    ),
+)
+EXPERIMENT = ("differences", "auroc-mean_answer-resid_post")
+
+
+def first_block(page: str) -> str:
+    """The first Python of a page."""
+    found = re.search(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def run(command: str) -> None:
+    """`hookmap COMMAND`, in this process."""
+    print(f"$ hookmap {command}", flush=True)
+    main(command.split(), standalone_mode=False)
+
+
+def draw() -> None:
+    """In the working directory."""
+    if not Path("sums").exists():
+        exec(compile(first_block("probes.md").replace("hookmap/demo/model", str(demo())), "probes.md", "exec"), {})  # noqa: S102 - our own page
+    for command, made, picture in PROBES:
+        run(command)
+        shutil.copy(Path(command.split()[-1]) / made, DOCS / "images" / picture)
+    run("experiment demo -o emotions")
+    for name in EXPERIMENT:
+        shutil.copy(Path("emotions") / f"{name}.png", DOCS / "images" / f"experiment-{name}.png")
+
+
+def demo() -> Path:
+    """The bundled model, from anywhere."""
+    from hookmap.demo import MODEL_PATH
+
+    return MODEL_PATH
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as fresh:
+        os.chdir(sys.argv[1] if len(sys.argv) > 1 else fresh)
+        draw()
+        os.chdir(DOCS)
