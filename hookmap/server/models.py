@@ -63,6 +63,8 @@ class Models:
     def add(self, name: str, hm: HookedModel) -> Loaded:
         """Serve an open model."""
         context, batch = context_of(hm), self._settings.batch
+        if batch > 1:
+            log.info("%s: trying whether prompts may be padded to share a batch", name)
         why = "each runs alone" if batch == 1 else hm.why_no_pads
         if batch > 1:
             log.info("%s: plain requests share batches%s", name, f" where of one length: {why}" if why else "")
