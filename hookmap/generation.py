@@ -15,6 +15,15 @@ from transformers import GenerationConfig, StoppingCriteria
 
 from hookmap.errors import CaptureError
 
+_OF_ONE_ROW = frozenset(
+    "do_sample temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff eos_token_id".split()
+)
+"""settings that look at nothing but a row's next scores; others may count pads as tokens of the row"""
+_NO_MATTER = frozenset(
+    "max_new_tokens max_length bos_token_id pad_token_id decoder_start_token_id disable_compile use_cache "
+    "_from_model_config output_attentions output_hidden_states return_dict_in_generate".split()
+)
+
 Told = Callable[[int, list[bool]], None]
 """(columns of the batch now, whether each row got its last token with this one)"""
 
@@ -96,6 +105,14 @@ def as_json(config: GenerationConfig) -> dict[str, Any]:
     found = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
+
+
+def of_one_row(config: GenerationConfig) -> dict[str, Any] | None:
+    """The settings that decide a row's next token, where none counts pads: transformers' repetition_penalty does."""
+    found = as_json(config)
+    if found.keys() - _OF_ONE_ROW - _NO_MATTER:
+        return None
+    return {name: value for name, value in found.items() if name in _OF_ONE_ROW}
 
 
 def end_tokens(config: GenerationConfig) -> tuple[int, ...]:

@@ -401,6 +401,22 @@ def test_a_pad_token_is_not_needed() -> None:
     assert len(run) == 3
 
 
+def test_a_setting_that_looks_back_at_tokens_sees_no_pads() -> None:
+    """transformers' repetition_penalty counts pads as tokens of the row: the pad, often the end, would be penalised."""
+    model = plain_hooks.build("llama")
+    hm = hookmap.open(model)
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [1, 2]]
+    for setting in ({"repetition_penalty": 30.0}, {"no_repeat_ngram_size": 1}):
+        model.generation_config.pad_token_id = next(iter(hm.capture([prompts[1]], (), max_new_tokens=1).tokens))[-1]
+        together = hm.capture(prompts, ["resid_mid"], [1], max_new_tokens=6, **setting)
+        for number, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt])
+            alone = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, **setting
+            )
+            assert together.tokens[number] == tuple(alone[0].tolist())
+
+
 def test_families_have_distinct_numbers() -> None:
     """The reference itself can tell a wrong tensor. What a branch reads may be the bare stream, or both branches'."""
     for name, family in FAMILIES.items():

@@ -18,15 +18,6 @@ from hookmap.server.errors import ApiError
 from hookmap.server.summaries import Summary
 from hookmap.server.tokens import Token
 
-_OF_ONE_ROW = frozenset(
-    "do_sample temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff eos_token_id".split()
-)
-"""settings that look at nothing but a row's next scores; others may count pads as tokens of the row"""
-_NO_MATTER = frozenset(
-    "max_new_tokens max_length bos_token_id pad_token_id decoder_start_token_id disable_compile use_cache "
-    "_from_model_config output_attentions output_hidden_states return_dict_in_generate".split()
-)
-
 
 class Keeper(Protocol):
     """Where the rows of one request go."""
@@ -100,7 +91,4 @@ class Job:
         """
         if not self.plain or self.seed is not None:
             return None
-        settings = gen.as_json(self.config)
-        if settings.keys() - _OF_ONE_ROW - _NO_MATTER:
-            return None
-        return {name: value for name, value in settings.items() if name in _OF_ONE_ROW}
+        return gen.of_one_row(self.config)
