@@ -4,7 +4,8 @@
 # make test-oldest    the same and the core tests on the oldest transformers that is allowed, in .venv-oldest
 # make test-peers     compares with TransformerLens and nnterp, each in an environment of its own (docs/comparison.md)
 # make test-clients   openai, litellm, inspect_ai and lm-eval against `hookmap serve`, each in its own environment
-# make format, make schema, make docs-reference: what a contributor needs; see CONTRIBUTING.md
+# make docs          builds the documentation as a site in site/, offline; a broken link or name fails
+# make format, make schema: what a contributor needs; see CONTRIBUTING.md
 #
 # PYTHON=python3.12 make demo   another interpreter (3.10 or later)
 # TORCH=torch make demo         another build of PyTorch than scripts/setup.py would choose
@@ -19,7 +20,7 @@ FAMILIES := bloom cohere deepseek_v3 falcon gemma gemma2 gemma3_text gpt2 gpt_ne
 CHECK_MAPS = maps check --today $(FAMILIES) --jobs $(WORKERS)
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test test-maps test-oldest test-peers test-clients setup check format schema clean
+.PHONY: demo test test-maps test-oldest test-peers test-clients setup check docs format schema clean
 
 demo: .venv/.ready
 	@rm -rf demo-output && mkdir demo-output
@@ -66,6 +67,10 @@ test-clients: .venv/.ready-for-tests .venv-clients/.ready
 
 setup: .venv/.ready-for-tests
 
+docs: .venv/.ready-for-tests
+	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 format: .venv/.ready-for-tests
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -74,4 +79,4 @@ schema: .venv/.ready
 	$(BIN)/python scripts/write_schema.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-peer-* .venv-clients demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-peer-* .venv-clients demo-output site .mypy_cache .ruff_cache .pytest_cache .hypothesis

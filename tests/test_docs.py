@@ -11,6 +11,7 @@ from typing import Any
 import click
 import pytest
 
+import hookmap
 from hookmap import errors
 from hookmap.cli.main import main
 from hookmap.cli.settings import KEYS, load_settings
@@ -139,3 +140,29 @@ def test_the_error_page_names_every_error() -> None:
 def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_the_site_builds_offline_and_strictly_and_asks_no_other_machine(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason='pip install "hookmap[docs]"')
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    built = {file: file.read_text(encoding="utf-8") for file in tmp_path.rglob("*.html")}
+    elsewhere = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*(?:src|href)=\"?https?:[^ >]*")
+    assert [found for text in built.values() for found in elsewhere.findall(text)] == []
+    commands = built[tmp_path / "reference" / "commands.html"]
+    assert [name for name in main.list_commands(click.Context(main)) if f"hookmap {name}" not in commands] == []
+    python = built[tmp_path / "reference" / "python.html"]
+    assert [name for name in hookmap.__all__ if name != "__version__" and f'id="hookmap.{name}"' not in python] == []
+
+
+def test_the_python_reference_has_every_module_that_the_docs_import_from() -> None:
+    sys.path.insert(0, str(CHECKOUT / "scripts"))
+    try:
+        import docs_pages
+    finally:
+        sys.path.pop(0)
+    code = "\n".join(block for page in PAGES for block in blocks(page, "python"))
+    named = set(re.findall(r"^ *from hookmap\.(\S+) import", code, flags=re.MULTILINE))
+    assert named - {name for names in docs_pages.MODULES.values() for name in names} == set()

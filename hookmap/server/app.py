@@ -95,10 +95,12 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
+        """Whether the server is up, its version, the loaded models; needs no key."""
         return {"status": "ok", "version": __version__, "models": [loaded.name for loaded in models.all]}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics_text() -> Response:
+        """Counts, times and memory, as Prometheus reads them."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
@@ -123,6 +125,7 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
 
     @app.post("/v1/chat/completions", responses=_answers(ChatCompletion))
     async def chat(asked: ChatRequest, request: Request) -> Response:
+        """An answer to messages, in one piece or as a stream; the `hookmap` field keeps and edits activations."""
         model = models.get(asked.model)
         most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         tops = (asked.top_logprobs or 0) if asked.logprobs else None
@@ -136,6 +139,7 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
 
     @app.post("/v1/completions", responses=_answers(TextCompletion))
     async def completions(asked: CompletionRequest, request: Request) -> Response:
+        """What follows each prompt, in one piece or as a stream; the `hookmap` field keeps and edits activations."""
         model = models.get(asked.model)
         most = MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
         async with encoding:
@@ -150,11 +154,13 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
 def _sessions(app: FastAPI, sessions: Sessions) -> None:
     @app.get("/v1/activations/sessions")
     async def listed() -> dict[str, Any]:
+        """Every session, oldest first."""
         return {"object": "list", "data": [session.described() for session in sessions.all()]}
 
     @app.get("/v1/activations/sessions/{id}")
     @app.get("/v1/activations/session/{id}")
     async def one(id: str) -> dict[str, Any]:
+        """A session: its tensors, texts and tokens."""
         session = sessions.get(id)
         if not session.finished:
             return session.described()
@@ -163,6 +169,7 @@ def _sessions(app: FastAPI, sessions: Sessions) -> None:
     @app.delete("/v1/activations/sessions/{id}")
     @app.delete("/v1/activations/session/{id}")
     async def delete(id: str) -> dict[str, Any]:
+        """Removes a session and its folder."""
         await asyncio.to_thread(sessions.delete, id)
         return {"id": id, "object": "activations.session", "deleted": True}
 
@@ -205,23 +212,28 @@ def _tensor(
 def _models(app: FastAPI, models: Models) -> None:
     @app.get("/v1/models")
     async def listed() -> dict[str, Any]:
+        """The models that are loaded."""
         return {"object": "list", "data": [_model(loaded) for loaded in models.all]}
 
     @app.get("/v1/models/{id:path}")
     async def one(id: str) -> dict[str, Any]:
+        """One loaded model."""
         return _model(models.get(id))
 
     @app.get("/v1/model/structure")
     async def structure(model: str | None = None) -> Response:
+        """The map, the tree of modules and the points of a model; of the first one, where none is named."""
         loaded = models.get(model)
         return JSONResponse(await asyncio.to_thread(_structure, loaded))
 
     @app.post("/models/load")
     async def load(asked: Named) -> dict[str, Any]:
+        """Loads a model that `--allow` names; needs the admin key."""
         return _model(await asyncio.to_thread(models.load, asked.model))
 
     @app.post("/models/unload")
     async def unload(asked: Named) -> dict[str, Any]:
+        """Lets go of a model and its memory; needs the admin key."""
         models.get(asked.model)
         await asyncio.to_thread(models.unload, asked.model)
         return {"id": asked.model, "object": "model", "unloaded": True}
@@ -234,6 +246,7 @@ def _interventions(app: FastAPI, models: Models, sessions: Sessions) -> None:
 
     @app.get("/v1/interventions")
     async def defaults(model: str | None = None) -> dict[str, Any]:
+        """The interventions of requests that bring none."""
         return told(models.get(model))
 
     @app.put("/v1/interventions")
