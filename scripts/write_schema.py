@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from hookmap import architecture_map
+from hookmap.cli import configuration
 from hookmap.experiments import document
 from hookmap.library import mappings_folder
 
@@ -12,6 +13,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 if __name__ == "__main__":
     for path, schema in {
         mappings_folder() / "architecture-map.schema.json": architecture_map.schema(),
+        DOCS / "hookmap.schema.json": configuration.schema(),
         DOCS / "experiment.schema.json": document.schema(),
     }.items():
         path.write_text(json.dumps(schema, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

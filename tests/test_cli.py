@@ -25,9 +25,11 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def _a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No hookmap.yaml and no HOOKMAP_MODEL of the person who runs the tests."""
+    """No hookmap.yaml and no settings in the environment of the person who runs the tests."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HOOKMAP_MODEL", raising=False)
+    for name in os.environ:
+        if name.startswith("HOOKMAP_"):
+            monkeypatch.delenv(name)
 
 
 def run(*args: str) -> Result:

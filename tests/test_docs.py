@@ -13,8 +13,9 @@ import pytest
 
 import hookmap
 from hookmap import errors
+from hookmap.cli.configuration import Settings
 from hookmap.cli.main import main
-from hookmap.cli.settings import KEYS, load_settings
+from hookmap.cli.settings import load_settings
 from hookmap.demo import MODEL_PATH
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -125,7 +126,7 @@ def test_the_command_page_names_every_command() -> None:
 def test_the_settings_file_of_the_docs_is_accepted_and_shows_every_key(tmp_path: Path) -> None:
     (example,) = blocks(CHECKOUT / "docs" / "cli.md", "yaml")
     (tmp_path / "hookmap.yaml").write_text(example, encoding="utf-8")
-    assert set(load_settings(tmp_path)) == set(KEYS)
+    assert set(load_settings(tmp_path)) == set(Settings.model_fields)
 
 
 def test_the_error_page_names_every_error() -> None:

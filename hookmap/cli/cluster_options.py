@@ -29,14 +29,17 @@ def clustered(command: Any) -> Any:
     return command
 
 
-def cluster_of(engine: str, given: dict[str, Any]) -> dict[str, Any] | None:
-    """Where a run elsewhere is, out of the options of the command, which lose it. None where it is here."""
+def cluster_of(engine: str, given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Where a run elsewhere is, out of the options of the command, which lose it. None where it is here.
+
+    What the settings say besides is taken where the engine has a use for it, and no wrong usage where it has none.
+    """
     names = ("workers", "address", "cpus_per_worker", "gpus_per_worker")
     found = {name: value for name in names if (value := given.pop(name)) is not None}
     taken = {"ray": names, "remote": ("address",)}.get(engine, ())
     if wrong := [f"--{name.replace('_', '-')}" for name in found if name not in taken]:
         raise click.UsageError(f"{', '.join(wrong)} needs --engine ray")
-    return found if taken else None
+    return {name: settings[name] for name in taken if name in settings} | found if taken else None
 
 
 def opened_elsewhere(

@@ -9,6 +9,10 @@ import hookmap
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
 
+trust_remote_code = click.option(
+    "--trust-remote-code/--no-trust-remote-code", default=None, help="Run the modelling code that the model brings."
+)
+
 _LOADING = (
     click.option("--tokenizer", metavar="MODEL", help="A folder or a hub id.  [default: the model's own]"),
     click.option("--map", "map_", metavar="MAP", help="A map file, instead of discovering one."),
@@ -18,9 +22,7 @@ _LOADING = (
         help="Of the weights.  [default: auto, the checkpoint's own]",
     ),
     click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: a GPU where there is one]"),
-    click.option(
-        "--trust-remote-code", is_flag=True, default=None, help="Run the modelling code that the model brings."
-    ),
+    trust_remote_code,
 )
 
 
@@ -29,6 +31,11 @@ def loading(command: Any) -> Any:
     for option in reversed(_LOADING):
         command = option(command)
     return command
+
+
+def trusted(typed: bool | None, settings: dict[str, Any]) -> bool:
+    """Whether a model's own code may run: what was typed, else what the settings say, else not."""
+    return bool(settings.get("trust_remote_code") if typed is None else typed)
 
 
 def opened(model: str | None, given: dict[str, Any], quiet: bool = False) -> "HookedModel":
@@ -53,11 +60,11 @@ def chosen(model: str | None, given: dict[str, Any], quiet: bool = False) -> tup
 
 
 def loads(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """How `hookmap.open` opens it: what was typed, else what hookmap.yaml says."""
+    """How `hookmap.open` opens it: what was typed, else what the settings say."""
     return {
         "map": given["map_"] or settings.get("map"),
         "tokenizer": given["tokenizer"] or settings.get("tokenizer"),
         "dtype": given["dtype"] or settings.get("dtype", "auto"),
         "device": given["device"] or settings.get("device"),
-        "trust_remote_code": bool(given["trust_remote_code"] or settings.get("trust_remote_code")),
+        "trust_remote_code": trusted(given["trust_remote_code"], settings),
     }

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookmap.cli.model_options import loading
+from hookmap.cli.settings import load_settings
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
@@ -38,6 +39,8 @@ def tokens(hm: "HookedModel", given: dict[str, Any]) -> list[int]:
     if not prompt:
         prompt, answer = DEFAULT_PROMPT, DEFAULT_ANSWER if answer is None else answer
         click.echo(f"prompt: {prompt} (the default; give your own with --prompt and --answer)", err=True)
+    if chat is None:
+        chat = load_settings().get("chat")
     if chat is None:
         chat = bool(getattr(hm.tokenizer, "chat_template", None))
     (encoded,) = encode(prompt, hm.tokenizer, chat or "auto")

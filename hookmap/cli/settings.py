@@ -1,123 +1,39 @@
-"""Where a command gets what was not typed: HOOKMAP_MODEL, hookmap.yaml (found upwards), the bundled demo model."""
+"""Where a command gets what was not typed: HOOKMAP_<KEY>, hookmap.yaml (found upwards), the bundled demo model."""
 
-import difflib
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 FILE_NAME = "hookmap.yaml"
-ENVIRONMENT = "HOOKMAP_MODEL"
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("a text")
-    return value
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError("a whole number, at least 1")
-    return value
-
-
-def _count_from_0(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError("a whole number, at least 0")
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _list(value: Any) -> str:
-    """A YAML list or one value, as it would be typed: `8,12,16`."""
-    items = value if isinstance(value, list) else [value]
-    if not items or any(isinstance(item, bool) or not isinstance(item, str | int) for item in items):
-        raise ValueError("a list, or one text such as '8,12,16' or 'all'")
-    return ",".join(map(str, items))
-
-
-# Key of hookmap.yaml -> what reads its value. The names are those of the options.
-KEYS: dict[str, Callable[[Any], Any]] = {
-    "model": _text,
-    "map": _text,
-    "tokenizer": _text,
-    "points": _list,
-    "layers": _list,
-    "prompts": _text,
-    "max_new_tokens": _count_from_0,
-    "batch_size": _count,
-    "batch_tokens": _count,
-    "positions": _list,
-    "every": _count,
-    "keep_dtype": _text,
-    "dtype": _text,
-    "device": _text,
-    "trust_remote_code": _flag,
-}
-_PATHS = ("model", "map", "tokenizer", "prompts")
+PREFIX = "HOOKMAP_"
+"""of the variable of each key: HOOKMAP_BATCH_SIZE"""
 
 
 def load_settings(start: Path | None = None) -> dict[str, Any]:
-    """The settings of the nearest hookmap.yaml at or above `start` (the working directory), or {}.
+    """What the environment and the nearest hookmap.yaml at or above `start` (the working directory) say, by key.
 
-    Paths in it are relative to its folder. Raises click.UsageError with every wrong key at once.
+    Paths of the file are relative to its folder. Raises click.UsageError with everything that is wrong at once.
     """
-    start = start or Path.cwd()
-    file = next((folder / FILE_NAME for folder in (start, *start.parents) if (folder / FILE_NAME).is_file()), None)
-    if file is None:
-        return {}
-    import yaml
+    from hookmap.cli.configuration import find
 
-    try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise click.UsageError(f"{file} is not YAML: {error}") from error
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise click.UsageError(f"{file}: expected keys and values such as `model: Qwen/Qwen3-0.6B`, found {document!r}")
-    settings, problems = _read(document)
-    if problems:
-        raise click.UsageError(f"{file}:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    for key in _PATHS:
-        # A hub id looks like a path too: only what is there is taken for one.
-        if key in settings and (file.parent / settings[key]).exists():
-            settings[key] = str(file.parent / settings[key])
-    return settings
+    return {key: setting.value for key, setting in find(start).items() if setting.source != "default"}
 
 
-def _read(document: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
-    settings, problems = {}, []
-    for key, value in document.items():
-        if key not in KEYS:
-            near = difflib.get_close_matches(str(key), KEYS, n=2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(KEYS)}"
-            problems.append(f"unknown key {key!r}: {hint}")
-            continue
-        try:
-            settings[key] = KEYS[key](value)
-        except ValueError as error:
-            problems.append(f"{key}: expected {error}, found {value!r}")
-    return settings, problems
+def filled(settings: dict[str, Any], **typed: Any) -> dict[str, Any]:
+    """What was typed, and of what was not (None) what the settings say; None where they say nothing."""
+    return {name: settings.get(name) if value is None else value for name, value in typed.items()}
 
 
 def choose_model(typed: str | None, settings: dict[str, Any]) -> str:
     """The model of this run; stderr says which where it was not typed."""
     if typed:
         return typed
-    if named := os.environ.get(ENVIRONMENT):
-        model, source = named, f"named by {ENVIRONMENT}"
-    elif "model" in settings:
-        model, source = settings["model"], f"named by {FILE_NAME}"
+    if "model" in settings:
+        variable = f"{PREFIX}MODEL"
+        model, source = str(settings["model"]), f"named by {variable if os.environ.get(variable) else FILE_NAME}"
     else:
         from hookmap.demo import MODEL_PATH
 

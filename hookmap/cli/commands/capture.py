@@ -52,15 +52,14 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     "text=… for tokens whose text contains it.  [default: all]",
 )
 @click.option("--every", type=click.IntRange(min=1), metavar="N", help="Only positions that N divides.")
-@click.option("--mean", is_flag=True, help="One row a sample: the mean over its positions.")
+@click.option("--mean/--no-mean", default=None, help="One row a sample: the mean over its positions.")
 @click.option("--features", metavar="N|LIST", help="Draw N features of each row, or keep those listed: 3,17,99 or 3,")
-@click.option("--features-seed", type=int, default=0, metavar="N", help="Draws other features.")
+@click.option("--features-seed", type=int, metavar="N", help="Draws other features.  [default: 0]")
 @click.option("--keep-dtype", type=click.Choice(_DTYPES[1:]), help="Of the rows kept.  [default: the model's own]")
 @click.option(
     "--engine",
     type=click.Choice(["auto", "hooks", "nnsight", "ray", "remote"]),
-    default="auto",
-    help="What watches the model; ray: many processes that each hold it; remote: nnsight's server.",
+    help="What watches the model; ray: many processes that each hold it; remote: nnsight's server.  [default: auto]",
 )
 @clustered
 @click.option("--intervene", metavar="FILE", help="Write while it runs: a JSON or YAML file of interventions.")
@@ -101,11 +100,11 @@ def command(
     batch_tokens: int | None,
     positions: str | None,
     every: int | None,
-    mean: bool,
+    mean: bool | None,
     features: str | None,
-    features_seed: int,
+    features_seed: int | None,
     keep_dtype: str | None,
-    engine: str,
+    engine: str | None,
     intervene: str | None,
     before: bool,
     temperature: float | None,
@@ -127,7 +126,7 @@ def command(
 
     The folder's name goes to stdout. Read it with `hookmap inspect DIR`, or in Python with hookmap.open_store(DIR).
     """
-    from hookmap.cli.settings import choose_model, load_settings, parse_layers, parse_list
+    from hookmap.cli.settings import choose_model, filled, load_settings, parse_layers, parse_list
 
     settings = load_settings()
     points = points or settings.get("points")
@@ -139,16 +138,23 @@ def command(
     file = None if texts else prompts or settings.get("prompts")
     given = list(texts)
     if file:
-        given = read_prompts(file, prompt_column, id_column, labels, skip, limit)
+        columns = filled(settings, prompt_column=prompt_column, id_column=id_column)
+        given = read_prompts(file, **columns, labels=labels, skip=skip, limit=limit)
     elif not texts:
         click.echo(f"prompt: {DEFAULT_PROMPT} (the default; give your own with --prompt or --prompts)", err=True)
         given = [DEFAULT_PROMPT]
-    cluster = cluster_of(engine, loads)
+    engine = engine or settings.get("engine", "auto")
+    cluster = cluster_of(engine, loads, settings)
     if before and intervene is None:
         raise click.UsageError("--before keeps rows from before interventions: name them with --intervene FILE")
     interventions = _interventions(intervene)
     tokens = settings.get("max_new_tokens", 64) if max_new_tokens is None else max_new_tokens
-    sampling = _sampling(temperature, top_p, top_k, seed)
+    drawn: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    if tokens:
+        drawn = filled(settings, **drawn)
+        if temperature == 0:  # typed, and stronger than how the settings would draw
+            drawn |= {"top_p": top_p, "top_k": top_k}
+    sampling = _sampling(**drawn)
     if not tokens and (sampling["do_sample"] or seed is not None):
         raise click.UsageError(
             "--max-new-tokens 0 generates nothing: leave --temperature, --top-p, --top-k and --seed out"
@@ -164,13 +170,13 @@ def command(
             "points": parse_list(points),
             "layers": chosen_layers,
             "max_new_tokens": tokens,
-            "chat": _chat(hm, chat, harvest=tokens == 0),
+            "chat": _chat(hm, settings.get("chat") if chat is None else chat, harvest=tokens == 0),
             "batch_size": batch_size or settings.get("batch_size"),
             "positions": positions or settings.get("positions", "all"),
             "every": every or settings.get("every", 1),
-            "mean": mean,
-            "features": _features(features),
-            "features_seed": features_seed,
+            "mean": settings.get("mean", False) if mean is None else mean,
+            "features": _features(features or settings.get("features")),
+            "features_seed": settings.get("features_seed", 0) if features_seed is None else features_seed,
             "keep_dtype": keep_dtype or settings.get("keep_dtype"),
             "interventions": interventions,
             "before": before,

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hookmap.cli import model_options
+
 if TYPE_CHECKING:
     from hookmap.architecture_map import ArchitectureMap
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the map on stdout, and no table.")
 @click.option("--explain", is_flag=True, help="Show the evidence for every selector, and no table.")
 @click.option("-q", "--quiet", is_flag=True, help="No table and no notes.")
-@click.option("--trust-remote-code", is_flag=True, default=None, help="Run the modelling code that the model brings.")
+@model_options.trust_remote_code
 def command(
     model: str | None, output: str | None, as_json: bool, explain: bool, quiet: bool, trust_remote_code: bool | None
 ) -> None:
@@ -29,7 +31,7 @@ def command(
 
     settings = load_settings()
     model = choose_model(model, settings)
-    found = _discover(model, bool(trust_remote_code or settings.get("trust_remote_code")), quiet or as_json)
+    found = _discover(model, model_options.trusted(trust_remote_code, settings), quiet or as_json)
     if explain:
         from hookmap.explain import explain as explained
 

@@ -68,7 +68,8 @@ def gsm8k(
     from hookmap.demo import MODEL_PATH
     from hookmap.errors import CaptureError
 
-    chosen = choose_model(model, load_settings())
+    settings = load_settings()
+    chosen = choose_model(model, settings)
     demo = chosen in ("demo", str(MODEL_PATH))
     if data is None:
         data = "demo" if demo else "hf://openai/gsm8k:test"
@@ -77,7 +78,7 @@ def gsm8k(
             from hookmap.evals.run import evaluate
         except ImportError as error:
             raise CaptureError(f'evaluations need inspect_ai: pip install "hookmap[eval]"\n({error})') from error
-    cluster = cluster_options.cluster_of(engine, given)
+    cluster = cluster_options.cluster_of(engine, given, settings)
     opening = {name.rstrip("_"): value for name, value in given.items() if value is not None}
     if cluster is not None:
         opening |= {"workers": 1} | cluster

@@ -12,8 +12,8 @@ _GIB = 2**30
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 for every address.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--host", metavar="NAME", help="Where to listen; 0.0.0.0 for every address.  [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), metavar="N", help="[default: 8000]")
 @click.option(
     "--served-model-name", metavar="NAME", help="What clients call it.  [default: its hub id, or its folder's name]"
 )
@@ -94,8 +94,8 @@ _GIB = 2**30
 @model_options.loading
 def command(
     model: str | None,
-    host: str,
-    port: int,
+    host: str | None,
+    port: int | None,
     served_model_name: str | None,
     key: str | None,
     admin_key: str | None,
@@ -135,6 +135,8 @@ def command(
     chosen = parse_list(points or settings.get("points", "resid_post"))
     of_layers = parse_layers(layers or settings.get("layers", "all"))
     model = choose_model(model, settings)
+    host = host or settings.get("host", "127.0.0.1")
+    port = settings.get("port", 8000) if port is None else port
     with working("importing torch and transformers"):
         from hookmap.server.run import serve
         from hookmap.server.settings import Settings

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hookmap.cli import model_options
+
 if TYPE_CHECKING:
     from hookmap.architecture_map import ArchitectureMap
 
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", required=False, metavar="[MAP|MODEL]")
 @click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Draw the blocks into FILE instead.")
-@click.option("--trust-remote-code", is_flag=True, default=None, help="Run the modelling code that the model brings.")
+@model_options.trust_remote_code
 def command(model: str | None, svg: str | None, trust_remote_code: bool | None) -> None:
     """Draw a model's tree with its points.
 
@@ -24,7 +26,7 @@ def command(model: str | None, svg: str | None, trust_remote_code: bool | None) 
 
     settings = load_settings()
     model = choose_model(model, settings)
-    found, modules = _find(model, bool(trust_remote_code or settings.get("trust_remote_code")))
+    found, modules = _find(model, model_options.trusted(trust_remote_code, settings))
     if svg:
         _draw(found, svg)
         return

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hookmap.cli import model_options
+
 if TYPE_CHECKING:
     from hookmap.verification import Verification
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Of the input, and of the random weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, and no table.")
-@click.option("--trust-remote-code", is_flag=True, default=None, help="Run the modelling code that the model brings.")
+@model_options.trust_remote_code
 def command(
     model: str | None, map_: str | None, random_weights: bool, seed: int, as_json: bool, trust_remote_code: bool | None
 ) -> None:
@@ -41,7 +43,7 @@ def command(
             model,
             architecture_map=hookmap.load_map(map_) if map_ else None,
             random_weights=random_weights,
-            trust_remote_code=bool(trust_remote_code or settings.get("trust_remote_code")),
+            trust_remote_code=model_options.trusted(trust_remote_code, settings),
             seed=seed,
         )
     if as_json:

@@ -1,0 +1,138 @@
+"""hookmap.yaml, the environment and what is typed: which is the stronger, and what is refused."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from hookmap.cli.configuration import Settings, schema
+from hookmap.cli.main import main
+from hookmap.cli.settings import load_settings
+from hookmap.stores import open_store
+from hookmap.stores.reader import CaptureStore
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+@pytest.fixture(autouse=True)
+def _a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in os.environ:
+        if name.startswith("HOOKMAP_"):
+            monkeypatch.delenv(name)
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(main, list(args))
+
+
+def shown() -> dict[str, Any]:
+    done = run("config", "show", "--json")
+    assert done.exit_code == 0, done.output
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def captured(*args: str) -> CaptureStore:
+    done = run("capture", "--prompt", "1+2=3", "-o", "run", *args)
+    assert done.exit_code == 0, done.output
+    return open_store("run")
+
+
+def test_show_says_each_value_and_where_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hookmap.yaml").write_text("every: 2\nseed: 1\nprompts: q.txt\nmap: not-there.json\n")
+    (tmp_path / "q.txt").write_text("a\n")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    monkeypatch.setenv("HOOKMAP_SEED", "3")
+    monkeypatch.setenv("HOOKMAP_TOP_P", "0.5")
+    monkeypatch.setenv("HOOKMAP_MEAN", "")
+    found, file = shown(), str(tmp_path / "hookmap.yaml")
+    assert list(found) == list(Settings.model_fields)
+    assert found["every"] == {"value": 2, "source": file}
+    assert found["seed"] == {"value": 3, "source": "HOOKMAP_SEED"}
+    assert found["top_p"] == {"value": 0.5, "source": "HOOKMAP_TOP_P"}
+    assert found["prompts"] == {"value": str(tmp_path / "q.txt"), "source": file}
+    assert found["map"] == {"value": "not-there.json", "source": file}
+    assert found["mean"] == {"value": False, "source": "default"}
+    table = run("config", "show")
+    assert table.stdout == "" and "HOOKMAP_SEED" in table.stderr
+
+
+def test_what_is_typed_is_stronger_than_a_variable_and_that_than_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("hookmap.yaml").write_text("points: embed\nmax_new_tokens: 0\nevery: 2\nmean: true\nfeatures: [5]\n")
+    monkeypatch.setenv("HOOKMAP_POSITIONS", "0,1,2")
+    monkeypatch.setenv("HOOKMAP_FEATURES", "3,7")
+    store = captured("--no-mean", "--positions", "0,1,2,4")
+    assert store.samples[0].positions == (0, 2, 4) and store["embed"].shape == (1, 3, 2)
+
+
+def test_the_numbers_of_a_file_are_those_that_are_written() -> None:
+    """To YAML 1.1, which PyYAML reads, 2:12 is 132 and 010 is 8."""
+    Path("hookmap.yaml").write_text("positions: 2:12\nkeep_dtype: float16\nseed: 10\nlayers: [3, -1]\n")
+    found = load_settings()
+    assert found == {"positions": "2:12", "keep_dtype": "float16", "seed": 10, "layers": "3,-1"}
+    Path("hookmap.yaml").write_text("seed: 010\n")
+    assert "seed: expected a whole number, found '010'" in run("config", "show").stderr
+
+
+def test_sampling_of_the_file_counts_where_something_is_drawn() -> None:
+    Path("hookmap.yaml").write_text("points: embed\ntemperature: 0.5\ntop_k: 3\nseed: 7\nmax_new_tokens: 2\n")
+    generation = captured().manifest.settings
+    assert generation["seed"] == 7 and generation["generation"]["temperature"] == 0.5
+    assert run("capture", "--prompt", "1", "--temperature", "0", "-o", "greedy").exit_code == 0
+    assert run("capture", "--prompt", "1", "--max-new-tokens", "0", "-o", "harvest").exit_code == 0
+
+
+def test_a_model_of_the_file_may_bring_code_and_a_flag_forbids_it() -> None:
+    from hookmap.cli.model_options import trusted
+
+    Path("hookmap.yaml").write_text("trust_remote_code: true\n")
+    settings = load_settings()
+    assert trusted(None, settings) and not trusted(False, settings) and not trusted(None, {})
+
+
+def test_all_that_is_wrong_in_the_file_and_the_environment_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("hookmap.yaml").write_text("polnts: embed\nevery: true\ntop_p: 0\ndtype: fp16\nfeatures: [-1]\n1: 2\n")
+    monkeypatch.setenv("HOOKMAP_PORT", "tcp://10.0.0.1:8000")
+    monkeypatch.setenv("HOOKMAP_CHAT", "perhaps")
+    done = run("config", "show")
+    assert done.exit_code == 2
+    for part in (
+        "unknown key 'polnts': did you mean points",
+        "unknown key 1: the keys are model, map,",
+        "every: expected a whole number, at least 1, found True",
+        "top_p: expected a number, above 0, at most 1, found 0",
+        "dtype: expected one of auto, float32, bfloat16, float16, found 'fp16'",
+        "features: expected a whole number, at least 1, or a list of whole numbers",
+        "the environment:",
+        "HOOKMAP_PORT: expected a whole number, at least 0, at most 65535, found 'tcp://10.0.0.1:8000'",
+        "HOOKMAP_CHAT: expected true or false, found 'perhaps'",
+    ):
+        assert part in done.stderr
+
+
+def test_the_published_schema_is_that_of_the_settings_and_takes_the_example_of_the_docs() -> None:
+    published = json.loads((DOCS / "hookmap.schema.json").read_text("utf-8"))
+    assert published == schema(), "write it again: make schema"
+    assert json.loads(run("config", "schema").stdout) == schema()
+    example = (DOCS / "cli.md").read_text("utf-8").partition("```yaml\n")[2].partition("```")[0]
+    check = jsonschema.Draft202012Validator(published)
+    assert list(check.iter_errors(yaml.safe_load(example))) == []
+    assert list(check.iter_errors({"every": 0})) and list(check.iter_errors({"evry": 1}))
+
+
+def test_every_setting_is_an_option_of_a_command() -> None:
+    import click
+
+    context = click.Context(main)
+    options = {"model", "map_"}
+    for name in ("capture", "serve"):
+        command = main.get_command(context, name)  # type: ignore[attr-defined]
+        options |= {parameter.name for parameter in command.params}
+    assert set(Settings.model_fields) - {"map"} <= options
