@@ -128,12 +128,32 @@ def test_the_settings_file_of_the_docs_is_accepted_and_shows_every_key(tmp_path:
     assert set(load_settings(tmp_path)) == set(KEYS)
 
 
-def test_the_error_page_names_every_error() -> None:
-    page = names("errors.md")
-    tree = [
+def errors_of_the_tree() -> list[str]:
+    return [
         name for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__
     ]
-    assert [name for name in tree if f"`{name}`" not in page and f"hookmap.{name}`" not in page] == []
+
+
+def test_the_error_page_names_every_error() -> None:
+    page = names("errors.md")
+    assert [name for name in errors_of_the_tree() if f"`{name}`" not in page and f"hookmap.{name}`" not in page] == []
+
+
+def test_every_example_of_the_error_page_raises_what_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all but DeployError, which asks a network."""
+    page = names("errors.md").replace("hookmap/demo/model", str(MODEL_PATH))
+    (begin,) = re.findall(r"^```python\n(from .*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^## `(\w+)`\n\n```python\n(.*?)```\n\n```text\n(.*?)\n```", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    names_of_page: dict[str, Any] = {}
+    exec(begin, names_of_page)  # noqa: S102 - the page's own code
+    for name, code, message in found:
+        with pytest.raises(errors.HookmapError) as raised:
+            exec(code, names_of_page)  # noqa: S102
+        assert (type(raised.value).__name__, str(raised.value)) == (name, message)
+    assert len(found) == len(set(errors_of_the_tree()) - {"HookmapError", "DeployError"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
