@@ -123,7 +123,7 @@ def modules_page() -> str:
 
 
 def _entry(name: str, level: int = 2) -> str:
-    return f"::: {name}\n    options: {{heading_level: {level}, show_root_full_path: true}}\n"
+    return f"::: {name}\n    options: {{heading_level: {level}, show_root_full_path: true, toc_label: {name}}}\n"
 
 
 def openapi() -> dict[str, Any]:
