@@ -165,7 +165,7 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 def test_the_site_builds_offline_and_strictly_and_asks_no_other_machine(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason='pip install "hookmap[docs]"')
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "NO_MKDOCS_2_WARNING": "1"}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     built = {file: file.read_text(encoding="utf-8") for file in tmp_path.rglob("*.html")}
