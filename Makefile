@@ -68,7 +68,7 @@ test-clients: .venv/.ready-for-tests .venv-clients/.ready
 setup: .venv/.ready-for-tests
 
 docs: .venv/.ready-for-tests
-	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "site/index.html"
 
 format: .venv/.ready-for-tests

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from hookmap.architecture_map import ArchitectureMap, PointTemplate, TermTemplate
+from hookmap.architecture_map import ArchitectureMap, Heads, PointTemplate, TermTemplate
 from hookmap.discovery import discover
 from hookmap.errors import DiscoveryError, MapMismatchError
 from hookmap.library import resize
@@ -92,8 +92,14 @@ def _terms(template: Any) -> str:
     return " + ".join(
         f"{'' if t.scale == 1 else f'{t.scale:g} * '}{t.module or 'model'}.{t.side}"
         + ("" if t.index is None else f"[{t.index!r}]")
+        + ("" if t.heads is None else f" as {_heads(t.heads)}")
         for t in template.terms
     )
+
+
+def _heads(heads: Heads) -> str:
+    cut = f"{heads.start}:{heads.stop}" + (f" of each of {heads.groups} groups" if heads.groups > 1 else "")
+    return f"heads of {heads.d_head} in features {cut}"
 
 
 def _wrong_architecture(given: ArchitectureMap, name: str) -> list[str]:

@@ -6,6 +6,7 @@ reference/python.md, modules.md           the public names, and the modules that
 reference/server.md                       the routes, from the OpenAPI document
 """
 
+import json
 import posixpath
 import re
 import tempfile
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import hookmap
+import hookmap.errors
 from hookmap.cli.main import main
 
 if TYPE_CHECKING:
@@ -104,10 +106,12 @@ def _helps(command: click.Command, context: click.Context) -> list[str]:
 
 
 def python_page() -> str:
-    """The public names, in the order of the alphabet, and what they return."""
-    names = [f"hookmap.{name}" for name in hookmap.__all__ if name != "__version__"]
-    intro = "# Python\n\nWhat `import hookmap` offers, and what its functions return. torch is imported late.\n"
-    return "\n".join([intro, *map(_entry, names), *(_entry(f"hookmap.{name}") for name in OBJECTS)])
+    """The functions, the classes that they give, the errors."""
+    names = sorted((name for name in hookmap.__all__ if name != "__version__"), key=lambda name: name[0].isupper())
+    errors = [name for name in names if hasattr(hookmap.errors, name)]
+    shown = [name for name in names if name not in errors] + [*OBJECTS] + errors
+    intro = "# Python\n\nWhat `import hookmap` offers, what its functions return, and the errors that they raise.\n"
+    return "\n".join([intro, *(_entry(f"hookmap.{name}") for name in shown)])
 
 
 def modules_page() -> str:
@@ -123,7 +127,7 @@ def modules_page() -> str:
 
 
 def _entry(name: str, level: int = 2) -> str:
-    return f"::: {name}\n    options: {{heading_level: {level}, show_root_full_path: true}}\n"
+    return f"::: {name}\n    options: {{heading_level: {level}, show_root_full_path: true, toc_label: {name}}}\n"
 
 
 def openapi() -> dict[str, Any]:
@@ -162,12 +166,24 @@ def server_page() -> str:
             ]
             lines.append(f"| `{method.upper()} {path}` | {', '.join(takes)} | {_cell(route.get('description', ''))} |")
     schemas = document["components"]["schemas"]
-    return "\n".join([*lines, *(_schema(name, schemas[name]) for name in bodies), ""])
+    return "\n".join([*lines, *(_schema(name, schemas[name]) for name in _reached(list(bodies), schemas)), ""])
+
+
+def _reached(names: list[str], schemas: dict[str, Any]) -> list[str]:
+    """These schemas and what their fields are of, each once."""
+    for name in names:  # grows while it is read
+        names += [one for one in _named(schemas[name]) if one not in names]
+    return names
+
+
+def _named(schema: dict[str, Any]) -> list[str]:
+    """The schemas that this one refers to."""
+    return list(dict.fromkeys(re.findall(r'#/components/schemas/([^"]+)', json.dumps(schema))))
 
 
 def _body(route: dict[str, Any]) -> list[str]:
     content = route.get("requestBody", {}).get("content", {})
-    return [media["schema"]["$ref"].rpartition("/")[2] for media in content.values() if "$ref" in media["schema"]]
+    return [name for media in content.values() for name in _named(media["schema"])]
 
 
 def _schema(name: str, schema: dict[str, Any]) -> str:
@@ -182,7 +198,8 @@ def _schema(name: str, schema: dict[str, Any]) -> str:
 def _type(of: dict[str, Any]) -> str:
     """A field's type in words."""
     if "$ref" in of:
-        return str(of["$ref"]).rpartition("/")[2]
+        (name,) = _named(of)
+        return f"[{name}](#{name.lower()})"
     if "anyOf" in of:
         return " or ".join(dict.fromkeys(_type(one) for one in of["anyOf"]))
     if "enum" in of or "const" in of:

@@ -129,12 +129,32 @@ def test_the_settings_file_of_the_docs_is_accepted_and_shows_every_key(tmp_path:
     assert set(load_settings(tmp_path)) == set(Settings.model_fields)
 
 
-def test_the_error_page_names_every_error() -> None:
-    page = names("errors.md")
-    tree = [
+def errors_of_the_tree() -> list[str]:
+    return [
         name for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__
     ]
-    assert [name for name in tree if f"`{name}`" not in page and f"hookmap.{name}`" not in page] == []
+
+
+def test_the_error_page_names_every_error() -> None:
+    page = names("errors.md")
+    assert [name for name in errors_of_the_tree() if f"`{name}`" not in page and f"hookmap.{name}`" not in page] == []
+
+
+def test_every_example_of_the_error_page_raises_what_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all but DeployError, which asks a network."""
+    page = names("errors.md").replace("hookmap/demo/model", str(MODEL_PATH))
+    (begin,) = re.findall(r"^```python\n(from .*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^## `(\w+)`\n\n```python\n(.*?)```\n\n```text\n(.*?)\n```", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    names_of_page: dict[str, Any] = {}
+    exec(begin, names_of_page)  # noqa: S102 - the page's own code
+    for name, code, message in found:
+        with pytest.raises(errors.HookmapError) as raised:
+            exec(code, names_of_page)  # noqa: S102
+        assert (type(raised.value).__name__, str(raised.value)) == (name, message)
+    assert len(found) == len(set(errors_of_the_tree()) - {"HookmapError", "DeployError"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -146,7 +166,7 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 def test_the_site_builds_offline_and_strictly_and_asks_no_other_machine(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason='pip install "hookmap[docs]"')
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "NO_MKDOCS_2_WARNING": "1"}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     built = {file: file.read_text(encoding="utf-8") for file in tmp_path.rglob("*.html")}
