@@ -11,13 +11,17 @@ import torch
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def available() -> int:
+def available(cgroup: Path = _CGROUP) -> int:
     """Bytes that this process may still take: the machine's, or what is left of its container's limit."""
     free = int(psutil.virtual_memory().available)
     try:
-        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
         if limit != "max":
-            free = min(free, int(limit) - int((_CGROUP / "memory.current").read_text(encoding="ascii")))
+            held = int((cgroup / "memory.current").read_text(encoding="ascii"))
+            counts = dict(line.split() for line in (cgroup / "memory.stat").read_text(encoding="ascii").splitlines())
+            # Pages of files count as held, and are given back when something needs the room.
+            files = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
+            free = min(free, int(limit) - held + files)
     except (OSError, ValueError):
         pass
     return max(0, free)

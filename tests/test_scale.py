@@ -16,7 +16,14 @@ import torch
 
 import hookmap
 from hookmap.demo import MODEL_PATH
-from hookmap.errors import CaptureError, ModelError, SelectionError, StoreError
+from hookmap.errors import (
+    CaptureError,
+    InterventionError,
+    MapNotFoundError,
+    ModelError,
+    SelectionError,
+    StoreError,
+)
 from hookmap.scale.worker import Job, Worker
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter
@@ -154,6 +161,24 @@ def test_a_model_that_cannot_be_opened_is_told_at_once(cluster: None) -> None:
 def test_too_many_workers_are_refused(cluster: None) -> None:
     with pytest.raises(CaptureError, match="need 2, the cluster has 0"):
         hookmap.open_on_ray(MODEL_PATH, workers=2, gpus_per_worker=1)
+
+
+def test_what_cannot_be_run_on_workers_is_told_before_any_starts(hm: Any, tmp_path: Path) -> None:
+    for x, options, kind, text in (
+        (torch.nn.Linear(1, 1), {}, ModelError, "cannot send a Linear"),
+        (MODEL_PATH, {"workers": 0}, CaptureError, "workers"),
+        (MODEL_PATH, {"map": tmp_path / "no.json"}, MapNotFoundError, "no.json"),
+    ):
+        with pytest.raises(kind, match=text):
+            hookmap.open_on_ray(x, **options)
+    for options, kind, text in (
+        ({"resume": True}, CaptureError, "needs the folder"),
+        ({"points": (), "store": tmp_path / "run"}, StoreError, "at least one tensor"),
+        ({"before": True}, InterventionError, "one machine only"),
+        ({"interventions": str(tmp_path / "no.yaml")}, InterventionError, "no.yaml"),
+    ):
+        with pytest.raises(kind, match=text):
+            hm.capture(PROMPTS[0], **options)
 
 
 def test_a_machine_that_does_not_share_the_disk_is_told(tmp_path: Path) -> None:

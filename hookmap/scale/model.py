@@ -16,8 +16,11 @@ from uuid import uuid4
 from hookmap.activations import Activation
 from hookmap.architecture_map import ArchitectureMap
 from hookmap.capture import Capture
-from hookmap.errors import InterventionError, StoreError
+from hookmap.errors import CaptureError, InterventionError, ModelError, StoreError
 from hookmap.estimate import Estimate, check_room
+from hookmap.generation import check_count
+from hookmap.interventions import read_interventions
+from hookmap.library import load_map
 from hookmap.loading import load_tokenizer
 from hookmap.prompts import Chat, Prompt, encode
 from hookmap.runs import Progress
@@ -87,6 +90,10 @@ class RayModel:
             raise InterventionError(
                 "before=True keeps rows on one machine only: leave it out, or hookmap.open the model."
             )
+        if resume and store is None:
+            raise CaptureError("resume=True needs the folder to go on with: give store=FOLDER.")
+        if store is not None and named.get("points", "all") == ():
+            raise StoreError("a capture folder needs at least one tensor: name points, or leave store= out.")
         if store is None:
             with tempfile.TemporaryDirectory(prefix="hookmap-") as folder:
                 made = self._capture(prompts, named, Path(folder) / "capture", False, progress)
@@ -156,21 +163,36 @@ def open_on_ray(
     address: str | None = None,
     cpus_per_worker: float = 1,
     gpus_per_worker: float | None = None,
+    map: ArchitectureMap | str | os.PathLike[str] | None = None,
     **opening: Any,
 ) -> RayModel:
     """A model held by `workers` processes on a Ray cluster, to capture from as from one.
 
-    x: a hub id, or a folder that every machine sees. address: of a running cluster ("auto": of this machine's), or
-    None for one of its own on this machine. cpus_per_worker: also the threads of each. gpus_per_worker: one unless
-    given, where the cluster has GPUs; with several, device="auto" spreads the model over them (accelerate).
+    x: a hub id, or a folder that every machine sees, by its absolute path. address: of a running cluster ("auto": of
+    this machine's), or None for one of its own on this machine. cpus_per_worker: also the threads of each.
+    gpus_per_worker: one unless given, where the cluster has GPUs; with several, device="auto" spreads the model over
+    them (accelerate).
     opening: as `hookmap.open` takes it. Raises CaptureError where Ray is missing or the cluster is too small.
     """
-    return RayModel(os.fspath(x), workers, opening, address=address, cpus=cpus_per_worker, gpus=gpus_per_worker)
+    if not isinstance(x, str | os.PathLike):
+        raise ModelError(
+            f"cannot send a {type(x).__name__} to workers: expected a hub id or a folder, which they load."
+        )
+    check_count("workers", workers)
+    if isinstance(map, str | os.PathLike):
+        map = load_map(os.fspath(map))
+    return RayModel(
+        os.fspath(x), workers, {"map": map, **opening}, address=address, cpus=cpus_per_worker, gpus=gpus_per_worker
+    )
 
 
 def _named(selection: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `HookedModel.capture` by their names; what names a file here is read here."""
     names = ("points", "layers", "max_new_tokens")
-    return dict(zip(names, selection, strict=False)) | options
+    named = dict(zip(names, selection, strict=False)) | options
+    if "interventions" in named:
+        named["interventions"] = read_interventions(named["interventions"])
+    return named
 
 
 def _in_memory(store: Store) -> MemoryStore:

@@ -18,7 +18,8 @@ def truth(model: nn.Module, family: Family) -> q.Answers:
     seen = watched(model, family, q.TOKENS)
     logits = seen.pop("logits")
     found.tensors = {"logits": logits, "last lens": logits.softmax(-1), **seen}
-    if places := family.points.get("resid_mid"):
+    places = family.points.get("resid_mid", ())
+    if len(places) == 1:  # of a sum of two, neither is what is written
         source = watched(model, family, q.SOURCE)[f"read resid_mid {q.LAYER}"]
         changes = {"steer resid_mid": steered, "patch resid_mid": lambda rows: patched(rows, source)}
         for name, change in changes.items():
