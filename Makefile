@@ -6,7 +6,7 @@
 # make test-clients   openai, litellm, inspect_ai and lm-eval against `hookmap serve`, each in its own environment
 # make format, make schema, make docs-reference: what a contributor needs; see CONTRIBUTING.md
 #
-# PYTHON=python3.12 make demo   another interpreter (3.10 or later)
+# PYTHON=python3.12 make demo   another interpreter (3.11 or later)
 # TORCH=torch make demo         another build of PyTorch than scripts/setup.py would choose
 
 PYTHON ?= python3
