@@ -7,7 +7,7 @@
 # make docs          builds the documentation as a site in site/, offline; a broken link or name fails
 # make format, make schema: what a contributor needs; see CONTRIBUTING.md
 #
-# PYTHON=python3.12 make demo   another interpreter (3.10 or later)
+# PYTHON=python3.12 make demo   another interpreter (3.11 or later)
 # TORCH=torch make demo         another build of PyTorch than scripts/setup.py would choose
 
 PYTHON ?= python3

@@ -230,6 +230,19 @@ class ArchitectureMap(_Frozen):
 
         return rename(self)
 
+    def __repr__(self) -> str:
+        name = f" of {self.model_id}" if self.model_id else ""
+        kinds = "1 kind of block" if len(self.kinds) == 1 else f"{len(self.kinds)} kinds of block"
+        size = f"{self.num_layers} layers, d_model {self.d_model}, {kinds}"
+        return f"<ArchitectureMap {self.architecture}{name}: {size}, {len(self.points)} points>"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        from hookmap.notebook import map_html
+
+        return map_html(self)
+
     def to_json(self) -> str:
         """The document as JSON; lists of numbers and of words on one line."""
         text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)

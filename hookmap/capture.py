@@ -81,6 +81,16 @@ class Capture:
         """The (point, layer) pairs captured, in forward order."""
         return self.store.keys
 
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Names of the points captured, each once, in forward order."""
+        return self.store.points
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers captured, ascending."""
+        return self.store.layers
+
     def steps(self, sample: int = 0) -> tuple[int, ...]:
         """For each row of a sample, the step that made it: 0 for the prompt's rows, n for the n-th generated token."""
         found = self.store.sample(sample)
@@ -111,6 +121,17 @@ class Capture:
         """Rows of one sample, [pos, d], without reading the others; of `pattern` [query, heads, key], zeros behind."""
         return self.store.read(sample, *self._key((point, layer)), tokens)
 
+    def to_xarray(self, point: str, layer: int | None = None, sample: int | None = None) -> Any:
+        """`run.to_xarray("resid_mid", 8)`: a DataArray with the axes batch, pos, d_model (`z`: batch, pos, heads, …).
+
+        Without `layer`, every layer captured, with the axis layer in front; with `sample`, that one alone, without
+        batch. The coordinates are samples' numbers, layers and tokens' positions. bfloat16 becomes float32, exactly.
+        Raises SelectionError where samples have different numbers of rows, CaptureError without xarray.
+        """
+        from hookmap.named_axes import to_xarray
+
+        return to_xarray(self, point, layer, sample)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the run to a new capture folder, for `hookmap.open_store`. Raises StoreError."""
         write_store(self.store, path, self.manifest)
@@ -121,7 +142,19 @@ class Capture:
 
     def __repr__(self) -> str:
         rows = sum(sample.rows for sample in self.samples)
-        return f"<Capture of {len(self)} samples, {rows} rows of {len(self.keys)} tensors>"
+        samples = "1 sample" if len(self) == 1 else f"{len(self)} samples"
+        tensors = "1 tensor" if len(self.keys) == 1 else f"{len(self.keys)} tensors"
+        return f"<Capture of {samples}, {rows} rows of {tensors}: {', '.join(self.points)}>"
+
+    def _repr_html_(self) -> str:
+        from hookmap.notebook import capture_html
+
+        return capture_html(self)
+
+    def _ipython_key_completions_(self) -> list[Any]:
+        from hookmap.notebook import completions
+
+        return completions(self.keys)
 
     def _key(self, where: str | tuple[str, int | None]) -> Key:
         point, layer = place_of(where)

@@ -91,7 +91,7 @@ def _imports() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    yield Finding("cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    yield Finding("cpu", "ok", f"{os.cpu_count()} cores, of which torch uses {torch.get_num_threads()}")
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         name = torch.cuda.get_device_name(number)

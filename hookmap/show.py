@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
+from hookmap.points import POINTS
 
 _LAST = 10**9
 
@@ -158,6 +159,30 @@ def _collapse_numbered(module: _Module) -> None:
         module.children = {first.name: first}
     for child in module.children.values():
         _collapse_numbered(child)
+
+
+def places(m: ArchitectureMap) -> list[tuple[str, tuple[int, ...], str]]:
+    """Names, layers and place of every point in forward order; points and kinds of block share a row where they can."""
+    rows: dict[tuple[str, str], tuple[int, ...]] = {}
+    for kind in m.kinds:
+        for names, point in same_place(kind.points):
+            key = (" = ".join(names), _where(point))
+            rows[key] = (*rows.get(key, ()), *kind.layers)
+    vocabulary = list(POINTS)
+    found = [(names, layers, where) for (names, where), layers in rows.items()]
+    found += [(name, (), _where(point)) for name, point in m.model_points.items()]
+    return sorted(found, key=lambda row: vocabulary.index(row[0].split(" ")[0].partition(".")[0]))
+
+
+def written(term: TermTemplate) -> str:
+    """`0.5 × model.layers.{i}.mlp.output[0]`"""
+    scale = "" if term.scale == 1.0 else f"{term.scale:g} × "
+    place = "" if term.index is None else f"[{term.index!r}]"
+    return f"{scale}{term.module or 'model'}.{term.side}{place}"
+
+
+def _where(point: PointTemplate) -> str:
+    return " + ".join(map(written, point.terms))
 
 
 def layer_ranges(layers: tuple[int, ...]) -> str:

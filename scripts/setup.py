@@ -1,4 +1,4 @@
-"""Makes .venv with hookmap in it. Needs only Python >= 3.10 and pip; `make demo` and `make test` call it.
+"""Makes .venv with hookmap in it. Needs only Python >= 3.11 and pip; `make demo` and `make test` call it.
 
 `make test-clients` has .venv-clients made: environments of programs that use the server.
 `make test-oldest` has .venv-oldest made: the same with the oldest transformers that pyproject.toml allows.
@@ -43,8 +43,8 @@ def main() -> None:
     if given.clients:
         make_clients()
         return
-    if sys.version_info < (3, 10):  # noqa: UP036 - this file runs before anything has checked the version
-        sys.exit(f"hookmap needs Python 3.10 or later, not {platform.python_version()}: PYTHON=python3.12 make demo")
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before anything has checked the version
+        sys.exit(f"hookmap needs Python 3.11 or later, not {platform.python_version()}: PYTHON=python3.12 make demo")
     venv = ROOT / (f".venv-peer-{given.peer}" if given.peer else ".venv-oldest" if given.oldest else ".venv")
     pip = make_environment(venv)
     install_torch(pip)
@@ -72,7 +72,7 @@ def make_clients() -> None:
 
 
 def oldest_transformers() -> str:
-    """The lower bound in pyproject.toml, which Python 3.10 cannot parse by itself."""
+    """The lower bound in pyproject.toml, read by hand: this file runs before anything is installed."""
     bound = re.search(r'"transformers>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     return bound[1] if bound else sys.exit("pyproject.toml names no lower bound of transformers")
 
@@ -98,7 +98,7 @@ def install_torch(pip: list[str]) -> None:
         # the other places that it is configured for.
         index = ("--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "20")
         failure = (
-            f"pip found no {CPU_TORCH}, which is at {CPU_INDEX} (for CPython 3.10 to 3.14). To choose another build "
+            f"pip found no {CPU_TORCH}, which is at {CPU_INDEX} (for CPython 3.11 to 3.14). To choose another build "
             'yourself: TORCH="torch" make demo (PyPI\'s, several GB with its CUDA libraries)'
         )
         run(*pip, "install", "-qq", "--no-deps", CPU_TORCH, *index, failure=failure)

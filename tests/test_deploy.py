@@ -177,7 +177,7 @@ def test_what_a_host_lacks_is_named(box: Loopback, tmp_path: Path) -> None:
     old = tmp_path / "python"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
-    assert "older than Python 3.10" in box.run("box", "--python", str(old), "--status").stderr
+    assert "older than Python 3.11" in box.run("box", "--python", str(old), "--status").stderr
     skipped = box.run("box", "--sync", "skip", "--folder", "bare", "--port", str(free_port()))
     assert skipped.exit_code == 1 and "is not there yet: deploy once without it" in skipped.stderr
     script = shlex.split(ssh_command(["ssh"], "box", "f", None)[-1])[2]

@@ -136,3 +136,10 @@ def test_every_setting_is_an_option_of_a_command() -> None:
         command = main.get_command(context, name)  # type: ignore[attr-defined]
         options |= {parameter.name for parameter in command.params}
     assert set(Settings.model_fields) - {"map"} <= options
+
+
+def test_an_evaluation_opens_its_model_as_the_settings_say() -> None:
+    pytest.importorskip("inspect_ai", reason='pip install "hookmap[eval]"')
+    Path("hookmap.yaml").write_text("device: nowhere\n")
+    done = run("eval", "gsm8k", "--samples", "1", "-o", "results")
+    assert done.exit_code == 1 and "nowhere" in done.stderr

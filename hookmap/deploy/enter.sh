@@ -4,12 +4,12 @@ umask 077
 cd
 
 usable() {
-    command -v "$1" >/dev/null && "$1" -c "import sys; sys.exit(sys.version_info < (3, 10))"
+    command -v "$1" >/dev/null && "$1" -c "import sys; sys.exit(sys.version_info < (3, 11))"
 }
 
 python=${2:-python3}
 if test -z "$2"; then
-    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
         if usable "$candidate"; then
             python=$candidate
             break

@@ -15,9 +15,9 @@ from hookmap.errors import DeployError
 
 _NO_SSH = 255
 _REASONS = {
-    41: "there is no {python} on its PATH: install Python 3.10 or later, or name one: --python PATH",
+    41: "there is no {python} on its PATH: install Python 3.11 or later, or name one: --python PATH",
     42: "there is no tar on its PATH: install it",
-    43: "{python} is older than Python 3.10: name a newer one: --python PATH",
+    43: "{python} is older than Python 3.11: name a newer one: --python PATH",
 }
 """exit codes of enter.sh"""
 

@@ -113,6 +113,31 @@ class Store(ABC):
             (self._rows(sample.sample, key, range(sample.rows)) for sample in self.samples),
         )
 
+    def to_xarray(self, point: str, layer: int | None = None, sample: int | None = None) -> Any:
+        """See `Capture.to_xarray`; `pattern` has the axes batch, query, heads, key here, as it is stored."""
+        from hookmap.named_axes import to_xarray
+
+        return to_xarray(self, point, layer, sample)
+
+    def __repr__(self) -> str:
+        samples = "1 sample" if len(self) == 1 else f"{len(self)} samples"
+        tensors = "1 tensor" if len(self.keys) == 1 else f"{len(self.keys)} tensors"
+        return f"<{type(self).__name__}{self._name()} of {samples}, {tensors}: {', '.join(self.points)}>"
+
+    def _name(self) -> str:
+        """What tells this store from others, after a space, or nothing."""
+        return ""
+
+    def _repr_html_(self) -> str:
+        from hookmap.notebook import capture_html
+
+        return capture_html(self)
+
+    def _ipython_key_completions_(self) -> list[Any]:
+        from hookmap.notebook import completions
+
+        return completions(self.keys)
+
     def __iter__(self) -> Iterator[Sample]:
         return iter(self.samples)
 

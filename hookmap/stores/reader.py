@@ -118,6 +118,9 @@ class CaptureStore(Store):
                 keys += [self.key(name, layer) for layer in chosen]
         return RowDataset(self, keys, **how)
 
+    def _name(self) -> str:
+        return f" {self.path}"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return CaptureStore, (self.path,)  # a process of its own opens the folder itself
 

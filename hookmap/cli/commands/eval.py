@@ -64,7 +64,7 @@ def gsm8k(
     The folder's name goes to stdout.
     """
     from hookmap.cli.console import working
-    from hookmap.cli.settings import choose_model, load_settings, parse_layers, parse_list
+    from hookmap.cli.settings import choose_model, filled, load_settings, parse_layers, parse_list
     from hookmap.demo import MODEL_PATH
     from hookmap.errors import CaptureError
 
@@ -79,7 +79,8 @@ def gsm8k(
         except ImportError as error:
             raise CaptureError(f'evaluations need inspect_ai: pip install "hookmap[eval]"\n({error})') from error
     cluster = cluster_options.cluster_of(engine, given, settings)
-    opening = {name.rstrip("_"): value for name, value in given.items() if value is not None}
+    opening = {name.rstrip("_"): value for name, value in given.items()}
+    opening = {name: value for name, value in filled(settings, **opening).items() if value is not None}
     if cluster is not None:
         opening |= {"workers": 1} | cluster
     with working(f"evaluating {'demo' if demo else chosen} on {data}", quiet=as_json, spinner=False):

@@ -1,0 +1,101 @@
+"""What is in the wheel: everything that an installation without the checkout needs, and little more."""
+
+import subprocess
+import sys
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+LARGEST = 10 * 10**6
+"""bytes of the wheel"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built by the build backend that pyproject.toml names, as pip would call it."""
+    pytest.importorskip("hatchling", reason='pip install "hookmap[test]"')
+    folder = tmp_path_factory.mktemp("wheel")
+    code = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, folder], cwd=CHECKOUT, check=True, capture_output=True)
+    (file,) = folder.glob("*.whl")
+    assert file.stat().st_size < LARGEST
+    return zipfile.ZipFile(file)
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_every_map(wheel: zipfile.ZipFile) -> None:
+    held = set(wheel.namelist())
+    tracked = subprocess.run(["git", "ls-files", "hookmap", "mappings"], cwd=CHECKOUT, capture_output=True, text=True)
+    wanted = {f"hookmap/{name}" if name.startswith("mappings/") else name for name in tracked.stdout.splitlines()}
+    assert sorted(wanted - held) == []
+    for name in (
+        "hookmap/py.typed",
+        "hookmap/mappings/Qwen3ForCausalLM.json",
+        "hookmap/mappings/architecture-map.schema.json",
+        "hookmap/demo/model/model.safetensors",
+        "hookmap/demo/model/tokenizer.json",
+        "hookmap/demo/emotions.yaml",
+        "hookmap/server/page.js",
+        "hookmap/deploy/enter.sh",
+    ):
+        assert name in held, name
+
+
+def test_the_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
+    others = [name for name in wheel.namelist() if not name.startswith("hookmap/")]
+    assert {name.rpartition("/")[2] for name in others} == {
+        "METADATA",
+        "WHEEL",
+        "RECORD",
+        "entry_points.txt",
+        "LICENSE",
+    }
+    assert [name for name in wheel.namelist() if name.endswith((".pyc", ".so")) or "test" in name.lower()] == []
+
+
+def test_the_extras_are_those_of_the_docs_and_all_holds_each(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+    document = message_from_bytes(wheel.read(name))
+    extras = set(document.get_all("Provides-Extra", []))
+    assert extras == {"all", "data", "eval", "gguf", "scale", "server", "test", "viz"}
+    needs = [Requirement(line) for line in document.get_all("Requires-Dist", [])]
+    core = {need.name for need in needs if need.marker is None}
+
+    def brought(extra: str) -> set[str]:
+        return {need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})} - core
+
+    assert brought("all") == set().union(*(brought(extra) for extra in extras - {"all", "test"}))
+    assert {"fastapi", "inspect-ai", "ray", "altair"} <= brought("all") < brought("test")
+
+
+COMPLETION = """
+import os, sys
+os.environ |= {"_HOOKMAP_COMPLETE": "bash_complete", "COMP_WORDS": sys.argv[1], "COMP_CWORD": sys.argv[2]}
+from hookmap.cli.main import main
+main(prog_name="hookmap")
+"""
+
+
+def completed(words: str, number: int) -> list[str]:
+    """What the shell is offered for this word of the line."""
+    done = subprocess.run([sys.executable, "-c", COMPLETION, words, str(number)], capture_output=True, text=True)
+    return [line.partition(",")[2] for line in done.stdout.splitlines()]
+
+
+def test_the_shell_completes_commands_options_and_choices() -> None:
+    assert completed("hookmap disc", 1) == ["discover"] and completed("hookmap config s", 2) == ["schema", "show"]
+    assert completed("hookmap capture --max", 2) == ["--max-new-tokens"]
+    assert completed("hookmap capture --keep-dtype b", 3) == ["bfloat16"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_script_is_printed_for_each_shell(shell: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from hookmap.cli.main import main; main(['completion', sys.argv[1]])".replace(
+            "from", "import sys; from", 1), shell],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "_HOOKMAP_COMPLETE" in done.stdout and "hookmap" in done.stdout
