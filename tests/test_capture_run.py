@@ -142,6 +142,35 @@ def test_threads_on_the_same_weights_do_not_mix() -> None:
         assert torch.equal(runs[number]["resid_mid", 1], expected["resid_mid", 1])
 
 
+def test_a_run_that_ends_while_another_passes_its_hooks_does_not_disturb_it() -> None:
+    """PyTorch calls a list of hooks made before some were taken off, and then without the kwargs that they had."""
+    model = plain_hooks.build("gpt2")
+    hm = hookmap.open(model)
+    run = {"prompts": [[1, 2, 3]], "points": ["resid_pre"], "layers": [0], "max_new_tokens": 3}
+    expected = hm.capture(**run)
+    running, leave = threading.Event(), threading.Event()
+
+    def wait(progress: Progress) -> None:
+        if progress.tokens_done == 1:
+            running.set()
+            leave.wait(60)
+
+    other = threading.Thread(target=lambda: hm.capture(**run, progress=wait))
+
+    def hold(module: Any, args: Any) -> None:
+        """Of the caller's own, first in the list: the other run ends while it holds this one."""
+        if threading.current_thread() is threading.main_thread():
+            leave.set()
+            other.join(60)
+
+    handle = model.register_forward_pre_hook(hold)
+    other.start()
+    assert running.wait(60)
+    found = hm.capture(**run)
+    handle.remove()
+    assert torch.equal(found["resid_pre", 0], expected["resid_pre", 0])
+
+
 def test_threads_share_no_seed_and_no_training_flag() -> None:
     """The generators and a module's training flags are every thread's: unguarded, most of these runs come out wrong."""
     models = [plain_hooks.build("gpt2").train(), plain_hooks.build("llama")]

@@ -127,7 +127,8 @@ _Call = Callable[[Sequence[Any], Mapping[str, Any], Any], Any]
 def _on_input(call: _Call) -> Any:
     me, thread = threading.get_ident(), threading.get_ident
 
-    def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    # PyTorch notes apart that a hook takes kwargs: while this is put on or taken off, others call it without them.
+    def hook(_: nn.Module, args: Any, kwargs: Any = None) -> Any:
         if thread() != me:
             return None
         passed = call(args, kwargs, None)
