@@ -268,7 +268,7 @@ def prepare(
             engine.root, tokenizer, max_new_tokens=max_new_tokens, do_sample=do_sample, options=generation
         )
         run = Generating(*common, progress, memory, max_new_tokens=max_new_tokens, config=config, stop=stop, seed=seed)
-        may_pad = gen.takes(engine.root, "attention_mask") and gen.of_one_row(config) is not None
+        may_pad = gen.takes(engine.root, "attention_mask") and not gen.counts_pads(config)
         groups = tuple(generation_batches(lengths, batch_size or BATCH_SIZE, may_pad))
         settings: dict[str, Any] = {"generation": gen.as_json(config), "seed": seed, "stop": list(stop)}
         settings["batch_size"] = batch_size or BATCH_SIZE

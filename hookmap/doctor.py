@@ -31,8 +31,8 @@ WITHOUT = {
     "viz": "pictures (--png, --html)",
 }
 """extra -> what does not work without it"""
-_COLLECTIONS = ("all", "test")
-"""extras that are made of other extras"""
+_COLLECTIONS = ("all", "docs", "test")
+"""extras that are made of others, or for who works on hookmap"""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ _NO_MATTER = frozenset(
     "max_new_tokens max_length bos_token_id pad_token_id decoder_start_token_id disable_compile use_cache "
     "_from_model_config output_attentions output_hidden_states return_dict_in_generate".split()
 )
+_BY_COLUMNS = frozenset(
+    "min_new_tokens suppress_tokens begin_suppress_tokens renormalize_logits remove_invalid_values max_time num_beams "
+    "num_return_sequences cache_implementation cache_config prefill_chunk_size output_scores output_logits".split()
+)
+"""settings that count from the end of the prompts, which is one column for all, or look at no token"""
 
 Told = Callable[[int, list[bool]], None]
 """(columns of the batch now, whether each row got its last token with this one)"""
@@ -107,8 +112,13 @@ def as_json(config: GenerationConfig) -> dict[str, Any]:
     return plain
 
 
+def counts_pads(config: GenerationConfig) -> bool:
+    """Whether a setting may take pads for tokens of the row, as transformers' repetition_penalty does."""
+    return bool(as_json(config).keys() - _OF_ONE_ROW - _NO_MATTER - _BY_COLUMNS)
+
+
 def of_one_row(config: GenerationConfig) -> dict[str, Any] | None:
-    """The settings that decide a row's next token, where none counts pads: transformers' repetition_penalty does."""
+    """The settings that decide a row's next token, where it does not matter what else is in the batch, or when."""
     found = as_json(config)
     if found.keys() - _OF_ONE_ROW - _NO_MATTER:
         return None

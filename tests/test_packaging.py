@@ -60,14 +60,14 @@ def test_the_extras_are_those_of_the_docs_and_all_holds_each(wheel: zipfile.ZipF
     (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
     document = message_from_bytes(wheel.read(name))
     extras = set(document.get_all("Provides-Extra", []))
-    assert extras == {"all", "data", "eval", "gguf", "scale", "server", "test", "viz"}
+    assert extras == {"all", "data", "docs", "eval", "gguf", "scale", "server", "test", "viz"}
     needs = [Requirement(line) for line in document.get_all("Requires-Dist", [])]
     core = {need.name for need in needs if need.marker is None}
 
     def brought(extra: str) -> set[str]:
         return {need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})} - core
 
-    assert brought("all") == set().union(*(brought(extra) for extra in extras - {"all", "test"}))
+    assert brought("all") == set().union(*(brought(extra) for extra in extras - {"all", "docs", "test"}))
     assert {"fastapi", "inspect-ai", "ray", "altair"} <= brought("all") < brought("test")
 
 
