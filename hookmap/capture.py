@@ -184,7 +184,7 @@ class Prepared:
         """Run every batch, into memory or a folder. Raises what `HookedModel.capture` does."""
         if resume and store is None:
             raise CaptureError("resume=True needs the folder to go on with: give store=FOLDER.")
-        check_room(self.expected, store, already=_bytes_there(store) if resume else 0)
+        check_room(self.expected, store, resume)
         log.info("capture: %s; engine %s (%s)", self.expected, self.run.engine.name, self.why)
         stores = self._in_memory() if store is None else self._in_folder(store, resume)
         made = [Capture(s, self.run.selectors, self.map, getattr(s, "manifest", self.manifest)) for s in stores]
@@ -322,10 +322,6 @@ def _refuse_generation(do_sample: bool, seed: int | None, stop: tuple[str, ...],
 def _end(sample: Sample) -> int:
     """One more than the last position kept: no query of the sample sees a key behind it."""
     return max((p for p in sample.positions or () if isinstance(p, int)), default=-1) + 1
-
-
-def _bytes_there(store: Any) -> int:
-    return sum(file.stat().st_size for file in Path(store).rglob("*") if file.is_file())
 
 
 def _check_vocabulary(engine: Engine, prompts: Sequence[Prompt]) -> None:

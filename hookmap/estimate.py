@@ -75,10 +75,10 @@ def estimate(
     return Estimate(len(lengths), rows, len(selectors), rows * sum(row), passes, largest)
 
 
-def check_room(expected: Estimate, store: "str | os.PathLike[str] | None", already: int = 0) -> None:
+def check_room(expected: Estimate, store: "str | os.PathLike[str] | None", resume: bool = False) -> None:
     """Raises CaptureError where the rows do not fit into memory, StoreError where they do not fit on the disk.
 
-    `already`: bytes that are in the folder, of a run that is resumed.
+    `resume`: what is in the folder already needs no room again.
     """
     needs, free = expected.held(store is not None), available()
     if needs > free:
@@ -90,6 +90,7 @@ def check_room(expected: Estimate, store: "str | os.PathLike[str] | None", alrea
         return
     folder = Path(store)
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    already = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if resume else 0
     if expected.bytes - already > (room := shutil.disk_usage(there).free):
         raise StoreError(
             f"{folder} has room for {in_words(room)}, and this capture needs up to {in_words(expected.bytes)}: "

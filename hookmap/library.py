@@ -5,6 +5,7 @@ A map of an architecture serves other sizes of it (`resize`), as long as nothing
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ def load_map(x: str | Path) -> ArchitectureMap:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _for_config(_hub_config(name), where=name)
     raise _not_found(name, "it is no file, no folder, no hub id (org/name) and no architecture with a shipped map")
+
+
+def given_map(map: "ArchitectureMap | str | os.PathLike[str] | None") -> "ArchitectureMap | None":
+    """A map as a caller may give it: itself, or what `load_map` takes. Raises as that one."""
+    return load_map(os.fspath(map)) if isinstance(map, str | os.PathLike) else map
 
 
 def resize(

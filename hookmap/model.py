@@ -20,7 +20,7 @@ from hookmap.generation import check_count
 from hookmap.interventions import read_interventions
 from hookmap.kept import Kept, Positions, kept, matching_tokens
 from hookmap.lens import Lens, lens
-from hookmap.library import load_map
+from hookmap.library import given_map
 from hookmap.loading import load_model, load_tokenizer
 from hookmap.map_of_model import map_of
 from hookmap.padding import why_no_pads
@@ -394,7 +394,7 @@ def open(
     dtype: "auto" is the checkpoint's own. device: None is a GPU where there is one; both are for hub ids and folders.
     Raises ModelError, TokenizerError, DiscoveryError, and MapMismatchError where the given map contradicts the model.
     """
-    given = load_map(os.fspath(map)) if isinstance(map, str | os.PathLike) else map
+    given = given_map(map)
     why_none = NO_TOKENIZER
     loads: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     if isinstance(tokenizer, str | os.PathLike):

@@ -10,7 +10,7 @@ from hookmap.discovery import discover
 from hookmap.engines import Engine
 from hookmap.engines.remote import RemoteEngine
 from hookmap.errors import CaptureError, ModelError
-from hookmap.library import load_map
+from hookmap.library import given_map
 from hookmap.loading import load_tokenizer
 from hookmap.map_of_model import map_of
 from hookmap.model import HookedModel, generating_root
@@ -63,16 +63,16 @@ def open_remote(
     """
     from nnsight import TransformersModel
 
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = load_tokenizer(os.fspath(tokenizer), revision=revision)
     if isinstance(x, str | os.PathLike):
         source = os.fspath(x)
         skeleton.load_config(source, revision=revision)
-        chosen = tokenizer if tokenizer is not None else source
-        if isinstance(chosen, str | os.PathLike):
-            chosen = load_tokenizer(os.fspath(chosen), revision=revision)
-        x = TransformersModel(source, task="text-generation", tokenizer=chosen, revision=revision)
-    given = load_map(os.fspath(map)) if isinstance(map, str | os.PathLike) else map
+        tokenizer = load_tokenizer(source, revision=revision) if tokenizer is None else tokenizer
+        x = TransformersModel(source, task="text-generation", tokenizer=tokenizer, revision=revision)
+    given = given_map(map)
     module = x._module
     root = generating_root(module, weights=False)
     found = discover(root.config) if given is None else map_of(module, root, given)
-    own = tokenizer if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) else x.tokenizer
+    own = x.tokenizer if tokenizer is None else tokenizer
     return RemoteModel(x, remote, own, found, getattr(x, "repo_id", None) or found.model_id or type(module).__name__)

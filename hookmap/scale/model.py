@@ -13,14 +13,13 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
-from hookmap.activations import Activation
 from hookmap.architecture_map import ArchitectureMap
 from hookmap.capture import Capture
 from hookmap.errors import CaptureError, InterventionError, ModelError, StoreError
 from hookmap.estimate import Estimate, check_room
 from hookmap.generation import check_count
 from hookmap.interventions import read_interventions
-from hookmap.library import load_map
+from hookmap.library import given_map
 from hookmap.loading import load_tokenizer
 from hookmap.prompts import Chat, Prompt, encode
 from hookmap.runs import Progress
@@ -28,7 +27,6 @@ from hookmap.scale.pool import Pool, Task
 from hookmap.scale.worker import Job, Plan, Ran
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter
-from hookmap.stores.interface import Store
 from hookmap.stores.memory import MemoryStore
 from hookmap.stores.shard import SHARD_FOLDER
 
@@ -97,7 +95,9 @@ class RayModel:
         if store is None:
             with tempfile.TemporaryDirectory(prefix="hookmap-") as folder:
                 made = self._capture(prompts, named, Path(folder) / "capture", False, progress)
-                return Capture(_in_memory(made.store), made.selectors, made.map, made.manifest)
+                held = MemoryStore(made.store.keys)
+                made.store.write_to(held)
+                return Capture(held, made.selectors, made.map, made.manifest)
         return self._capture(prompts, named, Path(store).absolute(), resume, progress)
 
     def _capture(
@@ -109,8 +109,7 @@ class RayModel:
         progress: Callable[[Progress], None] | None,
     ) -> Capture:
         plan: Plan = self._pool.call("the plan", "plan", self._pool.put(prompts), options)
-        there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if resume else 0
-        check_room(plan.expected, folder, already=there)
+        check_room(plan.expected, folder, resume)
         memory, halved, lost = 0, list[str](), len(self._pool.lost)
         with (FolderWriter.resume if resume else FolderWriter.create)(folder, plan.manifest) as writer:
             done = len(writer.finished)
@@ -179,11 +178,9 @@ def open_on_ray(
             f"cannot send a {type(x).__name__} to workers: expected a hub id or a folder, which they load."
         )
     check_count("workers", workers)
-    if isinstance(map, str | os.PathLike):
-        map = load_map(os.fspath(map))
-    return RayModel(
-        os.fspath(x), workers, {"map": map, **opening}, address=address, cpus=cpus_per_worker, gpus=gpus_per_worker
-    )
+    opening["map"] = given_map(map)
+    cluster = {"address": address, "cpus": cpus_per_worker, "gpus": gpus_per_worker}
+    return RayModel(os.fspath(x), workers, opening, **cluster)
 
 
 def _named(selection: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
@@ -193,12 +190,3 @@ def _named(selection: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any
     if "interventions" in named:
         named["interventions"] = read_interventions(named["interventions"])
     return named
-
-
-def _in_memory(store: Store) -> MemoryStore:
-    held = MemoryStore(store.keys)
-    for sample in store.samples:
-        for point, layer in store.keys:
-            held.write(Activation(sample.sample, point, layer, 0, store.read(sample.sample, point, layer)))
-        held.finish(sample)
-    return held

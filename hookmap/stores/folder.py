@@ -256,7 +256,4 @@ class FolderWriter(GroupWriter, Closing):
 def write_store(store: Store, path: "str | os.PathLike[str]", manifest: Manifest) -> None:
     """Write a whole store (a capture in memory) to a new folder, sample by sample. Raises StoreError."""
     with FolderWriter.create(path, manifest) as writer:
-        for sample in store.samples:
-            for point, layer in store.keys:
-                writer.write(Activation(sample.sample, point, layer, 0, store.read(sample.sample, point, layer)))
-            writer.finish(sample)
+        store.write_to(writer)

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from hookmap.activations import Key, Sample
+from hookmap.activations import Activation, Key, Sample, Sink
 from hookmap.errors import SelectionError
 from hookmap.points import POINTS, parse_point
 
@@ -140,6 +140,13 @@ class Store(ABC):
 
     def __iter__(self) -> Iterator[Sample]:
         return iter(self.samples)
+
+    def write_to(self, sink: Sink) -> None:
+        """Hand every sample to a sink, one whole after the other."""
+        for sample in self.samples:
+            for point, layer in self.keys:
+                sink.write(Activation(sample.sample, point, layer, 0, self.read(sample.sample, point, layer)))
+            sink.finish(sample)
 
     def norms(self, point: str, layer: int | None = None) -> float:
         """Mean L2 norm of the rows of one tensor over all samples; nan where there are none. Memory is flat."""
