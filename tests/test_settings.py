@@ -1,7 +1,6 @@
 """hookmap.yaml, the environment and what is typed: which is the stronger, and what is refused."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from hookmap.cli.configuration import SECTIONS, Serving, Settings, fields, schema
+from hookmap.cli.configuration import SECTIONS, Serving, Settings, fields, read_section, schema
 from hookmap.cli.main import main
-from hookmap.cli.section_options import read_section
 from hookmap.cli.settings import load_settings
 from hookmap.stores import open_store
 from hookmap.stores.reader import CaptureStore
@@ -21,12 +19,7 @@ from hookmap.stores.reader import CaptureStore
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-@pytest.fixture(autouse=True)
-def _a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in os.environ:
-        if name.startswith("HOOKMAP_"):
-            monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def run(*args: str) -> Result:
@@ -165,9 +158,16 @@ def test_a_section_is_of_one_command_and_what_is_typed_is_stronger(
     assert serving.allow == ["a/b"] and serving.allowed_host == ["box", "box.lan"]
 
 
-def test_a_wrong_value_that_is_typed_says_what_would_be_right() -> None:
-    done = run("serve", "--queue", "0")
-    assert done.exit_code == 2 and "'--queue': expected a whole number, at least 1, found '0'" in done.stderr
+def test_the_help_of_an_option_names_the_default_of_its_setting() -> None:
+    """Said twice, because help imports nothing that validates."""
+    for section, *names in (("serve", "serve"), ("eval", "eval", "gsm8k")):
+        command: Any = main
+        for name in names:
+            command = command.get_command(click.Context(command), name)
+        help_of = {option.name: option.help or "" for option in command.params if isinstance(option, click.Option)}
+        for key, field in SECTIONS[section].model_fields.items():
+            if field.default not in (None, []):
+                assert f"[default: {field.default}]" in help_of[key]
 
 
 def test_an_evaluation_opens_its_model_as_the_settings_say() -> None:

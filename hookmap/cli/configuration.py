@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import click
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -40,6 +40,7 @@ def _several(value: object) -> object:
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
+Of = TypeVar("Of", bound="Section")
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0.001)]
@@ -51,7 +52,7 @@ Features = Annotated[
 
 
 class Section(BaseModel):
-    """Keys are the names of options, and mean what those mean. A text in an annotation is what help calls the value."""
+    """Keys are the names of options, and mean what those mean."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -59,34 +60,32 @@ class Section(BaseModel):
 class Serving(Section):
     """What `hookmap serve` takes besides points, layers and how the model is opened. Keys of access are no settings."""
 
-    host: Annotated[Text, "NAME"] = Field("127.0.0.1", description="where to listen; 0.0.0.0 for every address")
+    host: Text = Field("127.0.0.1", description="where to listen; 0.0.0.0 for every address")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="0 takes a free one")
-    served_model_name: Annotated[Text | None, "NAME"] = Field(
-        None, description="what clients call the model; else its own"
-    )
-    allow: Annotated[Texts, "MODEL"] = Field([], description="models that may be loaded")
-    allowed_host: Annotated[Texts, "NAME"] = Field([], description="names of this server besides localhost")
-    sessions: Annotated[Text, "DIR"] = Field("sessions", description="the folder of the sessions")
-    max_bytes: Annotated[Amount, "GIB"] = Field(20.0, description="GiB of all sessions; the oldest finished go first")
-    max_age: Annotated[Amount, "HOURS"] = Field(168.0, description="hours that a session stays")
-    request_bytes: Annotated[Amount, "GIB"] = Field(2.0, description="GiB of activations that one request may keep")
-    inline_bytes: Annotated[Count, "BYTES"] = Field(16 * 2**20, description="bytes that an answer may carry itself")
+    served_model_name: Text | None = Field(None, description="what clients call the model; else its own")
+    allow: Texts = Field([], description="models that may be loaded")
+    allowed_host: Texts = Field([], description="names of this server besides localhost")
+    sessions: Text = Field("sessions", description="the folder of the sessions")
+    max_bytes: Amount = Field(20.0, description="GiB of all sessions; the oldest finished go first")
+    max_age: Amount = Field(168.0, description="hours that a session stays")
+    request_bytes: Amount = Field(2.0, description="GiB of activations that one request may keep")
+    inline_bytes: Count = Field(16 * 2**20, description="bytes that an answer may carry itself")
     queue: Count = Field(64, description="requests that may wait for the model; more get 429")
     batch: Count = Field(8, description="rows of plain requests that wait together and run together; 1: each alone")
     batch_tokens: Count = Field(32768, description="of such a batch: rows times the longest prompt and answer")
     max_new_tokens: Count = Field(4096, description="that a request may ask for")
-    drain: Annotated[Count, "SECONDS"] = Field(30, description="seconds that running requests get at the end")
+    drain: Count = Field(30, description="seconds that running requests get at the end")
 
 
 class Evaluating(Section):
     """What `hookmap eval` takes besides what is kept, how answers are drawn, and how the model is opened."""
 
-    data: Annotated[Text | None, "FILE"] = Field(None, description="a file, hf://NAME:SPLIT, demo; else the hub's")
+    data: Text | None = Field(None, description="a file, hf://NAME:SPLIT, demo; else the hub's")
     samples: Count | None = Field(None, description="the first so many; else all, of demo 100")
     skip: Annotated[int, Field(ge=0)] = Field(0, description="leave the first so many out")
     mode: Literal["no-tools", "with-tools"] = Field("no-tools", description="with-tools gives it a calculator")
     ask: Literal["gsm8k", "inspect_evals", "bare"] | None = Field(None, description="what form of answer to ask for")
-    parallel: Annotated[Count, "K"] = Field(8, description="samples at once, which is the batch")
+    parallel: Count = Field(8, description="samples at once, which is the batch")
     max_new_tokens: Count = Field(512, description="for each answer")
 
 
@@ -165,6 +164,15 @@ def find(start: Path | None = None) -> dict[str, Setting]:
     if file is not None:
         found |= {key: Setting(_beside(file, key, value), str(file)) for key, value in values.items()}
     return found | {key: Setting(value, _variable(key)) for key, value in typed.items()}
+
+
+def read_section(section: type[Of], name: str, settings: dict[str, Any], given: dict[str, Any]) -> Of:
+    """What was typed, which `given` loses; else what the settings say under this name; else the defaults."""
+    said = {key: settings[f"{name}.{key}"] for key in section.model_fields if f"{name}.{key}" in settings}
+    typed = {key: given.pop(key) for key in section.model_fields}
+    lists = {key: list(value) for key, value in typed.items() if isinstance(value, tuple)}
+    chosen = {key: value for key, value in (typed | lists).items() if value not in (None, "", [])}
+    return section.model_validate(said | chosen)
 
 
 def schema() -> dict[str, Any]:
@@ -254,25 +262,21 @@ def _near(key: str) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(fields())}"
 
 
-def rules(section: type[Section], name: str) -> list[dict[str, Any]]:
+def _rules(section: type[Section], name: str) -> list[dict[str, Any]]:
     """What JSON Schema says of a field; any of them may hold."""
     rule = section.model_json_schema()["properties"][name]
     return [each for each in rule.get("anyOf", [rule]) if each.get("type") != "null"]
 
 
-def expected(section: type[Section], name: str) -> str:
+def _expected(key: str) -> str:
     """What a person would have to write there, in a few words."""
-    said = rules(section, name)
+    section, _, name = key.rpartition(".")
+    said = _rules(SECTIONS.get(section, Settings), name)
     if not any(each["type"] == "array" for each in said):
         return " or ".join(map(_words, said))
-    if name == "features":
+    if key == "features":
         return "a whole number, at least 1, or a list of whole numbers, at least 0"
-    return "a list, or one text such as '8,12,16' or 'all'" if section is Settings else "a text or a list of texts"
-
-
-def _expected(key: str) -> str:
-    section, _, name = key.rpartition(".")
-    return expected(SECTIONS.get(section, Settings), name)
+    return "a text or a list of texts" if section else "a list, or one text such as '8,12,16' or 'all'"
 
 
 def _words(rule: Mapping[str, Any]) -> str:

@@ -7,8 +7,6 @@ from typing import Any
 import click
 
 from hookmap.cli import cluster_options, model_options
-from hookmap.cli.configuration import Evaluating
-from hookmap.cli.section_options import read_section, section_options
 
 
 @click.group()
@@ -22,7 +20,17 @@ def command() -> None:
 
 @command.command()
 @click.argument("model", required=False)
-@section_options(Evaluating)
+@click.option("--data", metavar="FILE", help="Rows with question and answer; hf://NAME:SPLIT; demo.")
+@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="The first N.  [default: all; of demo 100]")
+@click.option("--skip", type=click.IntRange(min=0), metavar="N", help="Leave the first N out.  [default: 0]")
+@click.option(
+    "--mode",
+    type=click.Choice(["no-tools", "with-tools"]),
+    help="with-tools gives it a calculator.  [default: no-tools]",
+)
+@click.option("--ask", type=click.Choice(["gsm8k", "inspect_evals", "bare"]), help="What form of answer to ask for.")
+@click.option("--parallel", type=click.IntRange(min=1), metavar="K", help="At once.  [default: 8]")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="[default: 512]")
 @click.option("--points", metavar="NAMES", help="Keep these tensors: resid_post,mlp_out.  [default: none]")
 @click.option("--layers", metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.  [default: all]")
 @click.option("--temperature", type=click.FloatRange(min=0), metavar="T", help="Greedy if not given, or 0.")
@@ -52,6 +60,7 @@ def gsm8k(
 
     The folder's name goes to stdout.
     """
+    from hookmap.cli.configuration import Evaluating, read_section
     from hookmap.cli.console import working
     from hookmap.cli.settings import choose_model, filled, load_settings, parse_layers, parse_list
     from hookmap.demo import MODEL_PATH

@@ -6,19 +6,75 @@ from typing import Any
 import click
 
 from hookmap.cli import model_options
-from hookmap.cli.configuration import Serving
-from hookmap.cli.section_options import read_section, section_options
 
 _GIB = 2**30
 
 
 @click.command()
 @click.argument("model", required=False)
+@click.option("--host", metavar="NAME", help="Where to listen; 0.0.0.0 for every address.  [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), metavar="N", help="[default: 8000]")
+@click.option(
+    "--served-model-name", metavar="NAME", help="What clients call it.  [default: its hub id, or its folder's name]"
+)
 @click.option("--key", envvar="HOOKMAP_KEY", help="The bearer key that clients need.  [env: HOOKMAP_KEY]")
 @click.option("--admin-key", envvar="HOOKMAP_ADMIN_KEY", help="Loads and unloads models.  [env: HOOKMAP_ADMIN_KEY]")
+@click.option("--allow", metavar="MODEL", multiple=True, help="A model that may be loaded; may be given several times.")
+@click.option("--allowed-host", metavar="NAME", multiple=True, help="A name of this server besides localhost.")
 @click.option("--points", metavar="NAMES", help="What store_activations: true keeps.  [default: resid_post]")
 @click.option("--layers", metavar="LAYERS", help="Of which layers: 8,12,16 or 0-3 or all.  [default: all]")
-@section_options(Serving)
+@click.option("--sessions", metavar="DIR", help="The folder of the sessions.  [default: sessions]")
+@click.option(
+    "--max-bytes",
+    type=click.FloatRange(min=0.001),
+    metavar="GIB",
+    help="Of all sessions; the oldest finished go first.  [default: 20.0]",
+)
+@click.option(
+    "--max-age",
+    type=click.FloatRange(min=0.001),
+    metavar="HOURS",
+    help="How long a session stays.  [default: 168.0]",
+)
+@click.option(
+    "--request-bytes",
+    type=click.FloatRange(min=0.001),
+    metavar="GIB",
+    help="Activations that one request may keep.  [default: 2.0]",
+)
+@click.option(
+    "--inline-bytes",
+    type=click.IntRange(min=1),
+    metavar="BYTES",
+    help="Activations that an answer may carry itself.  [default: 16777216]",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Requests that may wait for the model; more get 429.  [default: 64]",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Plain requests that wait together run together, up to N rows; 1: each runs alone.  [default: 8]",
+)
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Of such a batch: rows times the longest prompt and answer.  [default: 32768]",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="That a request may ask for.  [default: 4096]"
+)
+@click.option(
+    "--drain",
+    type=click.IntRange(min=1),
+    metavar="SECONDS",
+    help="For running requests, when the server is told to stop.  [default: 30]",
+)
 @model_options.loading
 def command(
     model: str | None,
@@ -39,6 +95,7 @@ def command(
 
     Try a running server with `hookmap smoke URL`. Every field and route: docs/server.md
     """
+    from hookmap.cli.configuration import Serving, read_section
     from hookmap.cli.console import working
     from hookmap.cli.settings import choose_model, load_settings, parse_layers, parse_list
     from hookmap.server import check_installed
