@@ -1,0 +1,206 @@
+"""A page of the docs as a session: every block runs, from top to bottom, in a folder of its own.
+
+```python           runs, all of a page in one namespace; ```text behind it is what it prints, or the error it ends with
+```console          each line behind `$ ` is a command, the lines below it are what it prints, `…` is what is left out
+```sh               commands whose output is not shown
+```yaml title="F"   (or json, …) is what stands in the file F
+<!-- not run: why --> above a block: it does not run, but its hookmap commands are parsed
+
+hookmap's commands run in this process; with a last `&` one runs beside until the page ends. Port 8000 is any free one.
+"""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import click
+from click.testing import CliRunner
+
+from hookmap.cli.main import main
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+FENCE = re.compile(
+    r"(?:^<!-- not run: (?P<not_run>[^\n]+) -->\n\n?)?"
+    r'^```(?P<language>\w*)(?: title="(?P<file>\S+)")?\n(?P<text>.*?)^```$',
+    re.MULTILINE | re.DOTALL,
+)
+NUMBER = r"\d+\.\d+(?:e[-+]\d+)?"
+# What each run has of its own: times, memory, versions, ids, the spaces that line a table up.
+VARIES = (r"\d[\d.]* s\b", r"\d[\d.]* MB", r"\d+\.\d+\.\d+\w*", r"\b[0-9a-f]{12,}\b", r"\s+")
+PIECE = re.compile("(" + "|".join(("…", *VARIES, NUMBER)) + ")")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    line: int
+    """where its fence is"""
+    language: str
+    text: str
+    file: str | None
+    """the file whose text it shows"""
+    not_run: str | None
+    """why it does not run"""
+
+
+def blocks(page: str) -> list[Block]:
+    return [Block(1 + page.count("\n", 0, one.start("language")), **one.groupdict()) for one in FENCE.finditer(page)]
+
+
+def agree(shown: str, printed: str) -> bool:
+    """Whether a page may show this of that output: a number with a point may differ by one in its last digit."""
+    pattern, numbers = "", []
+    for place, piece in enumerate(PIECE.split(shown.strip())):
+        kind = next((kind for kind in VARIES if re.fullmatch(kind, piece)), None)
+        if place % 2 == 0:
+            pattern += re.escape(piece)
+        elif piece == "…":
+            pattern += ".*?"
+        elif kind:
+            pattern += kind
+        else:
+            pattern += f"({NUMBER})"
+            numbers.append(Decimal(piece))
+    found = re.fullmatch(pattern, printed.strip(), re.DOTALL)
+    return found is not None and all(
+        abs(Decimal(other) - number) <= Decimal(1).scaleb(int(number.as_tuple().exponent))
+        for number, other in zip(numbers, found.groups(), strict=True)
+    )
+
+
+def parse(line: str) -> None:
+    """Raises click.UsageError where the line is a hookmap command and is not understood."""
+    words = words_of(line)[1]
+    if words[0] != "hookmap":
+        return
+    command: click.Command = main
+    context = click.Context(main)
+    words = words[1:]
+    while isinstance(command, click.Group):
+        _, found, words = command.resolve_command(context, words)
+        assert found is not None
+        command = found
+    command.make_context(line, words)
+
+
+def words_of(line: str) -> tuple[dict[str, str], list[str]]:
+    """The variables that a command begins with, and its words."""
+    words = shlex.split(line, comments=True)
+    count = next((place for place, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words))
+    return dict(word.split("=", 1) for word in words[:count]), words[count:]
+
+
+class Session:
+    """What the blocks of a page share: names, variables, what runs beside. The working folder is the page's own."""
+
+    def __init__(self, name: str, page: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.name, self.blocks = name, blocks(page.replace("8000", str(self.port)))
+        self.names: dict[str, Any] = {"__name__": "__main__"}
+        self.variables = {"HOOKMAP_PORT": str(self.port), "PYTHONPATH": str(CHECKOUT)}
+        self.beside: list[subprocess.Popen[bytes]] = []
+        self.printed: str | None = ""
+        """by the last block of python; None where it did not run"""
+
+    def run(self) -> None:
+        """Raises at the first block that is not as the page shows it."""
+        try:
+            for block, after in zip(self.blocks, [*self.blocks[1:], None], strict=True):
+                self.one(block, after is not None and after.language == "text")
+        finally:
+            for process in self.beside:
+                process.terminate()
+                process.wait(30)
+
+    def one(self, block: Block, text_follows: bool) -> None:
+        if block.language == "text" and not block.not_run:
+            assert self.printed is None or agree(block.text, self.printed), self.differ(block, block.text, self.printed)
+            return
+        self.printed = None if block.not_run else ""
+        if block.language in ("sh", "console"):
+            (self.parsed if block.not_run else self.shell)(block)
+        elif block.not_run:
+            return
+        elif block.language == "python":
+            self.printed = self.python(block, text_follows)
+        else:
+            assert block.file, f"{self.name}:{block.line}: a block that nothing runs, shows a file or says why it does not"
+            Path(block.file).write_text(block.text, encoding="utf-8")
+
+    def differ(self, block: Block, shown: str, printed: str | None) -> str:
+        return f"{self.name}:{block.line} shows\n\n{shown}\nand what comes is\n\n{printed}"
+
+    def python(self, block: Block, may_raise: bool) -> str:
+        """What it prints, and the error that it ends with."""
+        out = io.StringIO()
+        code = compile("\n" * block.line + block.text, self.name, "exec", dont_inherit=True)
+        try:
+            with contextlib.redirect_stdout(out):
+                exec(code, self.names)  # noqa: S102 - the page is ours
+        except Exception as error:
+            if not may_raise:
+                raise
+            out.write("".join(traceback.format_exception_only(error)))
+        return out.getvalue()
+
+    def parsed(self, block: Block) -> None:
+        for line, _ in steps(block):
+            parse(line)
+
+    def shell(self, block: Block) -> None:
+        for line, shown in steps(block):
+            code, printed = self.command(line)
+            printed = printed.replace(f"{CHECKOUT}/", "").replace(f"{Path.cwd()}/", "")
+            assert shown is None or agree(shown, printed), self.differ(block, shown, printed)
+            assert code == 0 or "error:" in (shown or "").lower(), self.differ(block, line, printed)
+
+    def command(self, line: str) -> tuple[int, str]:
+        """Its exit code, and what it prints on stdout and stderr."""
+        variables, words = words_of(line)
+        if words[0] == "export":
+            self.variables |= words_of(line.removeprefix("export "))[0]
+        elif words[-1] == "&":
+            self.start(words[:-1])
+        elif words[0] == "hookmap":
+            done = CliRunner().invoke(main, words[1:], prog_name="hookmap", env=self.variables | variables)
+            return done.exit_code, done.output
+        else:
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            environment = {**os.environ, **self.variables, "PATH": path}
+            ran = subprocess.run(["bash", "-c", line], env=environment, stdout=-1, stderr=-2, text=True, check=False)
+            return ran.returncode, ran.stdout
+        return 0, ""
+
+    def start(self, words: list[str]) -> None:
+        """Starts a server, and waits until it listens."""
+        assert words[:2] == ["hookmap", "serve"], words
+        command = [sys.executable, "-m", "hookmap.cli", *words[1:]]
+        process = subprocess.Popen(command, env={**os.environ, **self.variables}, stdout=-3, stderr=-3)
+        self.beside.append(process)
+        while socket.socket().connect_ex(("127.0.0.1", self.port)):
+            assert process.poll() is None, f"{self.name}: the server ended"
+            time.sleep(0.1)
+
+
+def steps(block: Block) -> list[tuple[str, str | None]]:
+    """The commands of a shell block, each with what is shown of it; None where that is nothing."""
+    text = block.text.replace("\\\n", "")
+    if block.language == "sh":
+        return [(line, None) for line in text.splitlines() if line.strip()]
+    assert text.startswith("$ "), text
+    found = [step.partition("\n") for step in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]]
+    return [(line, shown) for line, _, shown in found]
