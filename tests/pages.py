@@ -92,7 +92,7 @@ def parse(line: str) -> None:
         _, found, words = command.resolve_command(context, words)
         assert found is not None
         command = found
-    command.make_context(line, words)
+    command.make_parser(click.Context(command)).parse_args(words)  # no more: files that it names are not there
 
 
 def words_of(line: str) -> tuple[dict[str, str], list[str]]:
@@ -119,7 +119,7 @@ class Session:
     def run(self) -> None:
         """Raises at the first block that is not as the page shows it."""
         try:
-            for block, after in zip(self.blocks, [*self.blocks[1:], None], strict=True):
+            for block, after in zip(self.blocks, [*self.blocks[1:], None], strict=False):
                 self.one(block, after is not None and after.language == "text")
         finally:
             for process in self.beside:
@@ -139,7 +139,9 @@ class Session:
             self.printed = self.python(block, text_follows)
         else:
             assert block.file, f"{self.name}:{block.line}: a block that nothing runs, shows a file or says why it does not"
-            Path(block.file).write_text(block.text, encoding="utf-8")
+            file = Path(block.file)
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(block.text, encoding="utf-8")
 
     def differ(self, block: Block, shown: str, printed: str | None) -> str:
         return f"{self.name}:{block.line} shows\n\n{shown}\nand what comes is\n\n{printed}"
