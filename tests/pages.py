@@ -112,7 +112,7 @@ class Session:
         self.name, self.blocks = name, blocks(page.replace("8000", str(self.port)))
         self.names: dict[str, Any] = {"__name__": "__main__"}
         self.variables = {"HOOKMAP_PORT": str(self.port), "PYTHONPATH": str(CHECKOUT)}
-        self.beside: list[subprocess.Popen[bytes]] = []
+        self.beside: list[subprocess.Popen[str]] = []
         self.printed: str | None = ""
         """by the last block of python; None where it did not run"""
 
@@ -176,25 +176,27 @@ class Session:
         if words[0] == "export":
             self.variables |= words_of(line.removeprefix("export "))[0]
         elif words[-1] == "&":
-            self.start(words[:-1])
+            self.start(line.rstrip("& "))
         elif words[0] == "hookmap":
             done = CliRunner().invoke(main, words[1:], prog_name="hookmap", env=self.variables | variables)
             return done.exit_code, done.output
         else:
-            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-            environment = {**os.environ, **self.variables, "PATH": path}
-            ran = subprocess.run(["bash", "-c", line], env=environment, stdout=-1, stderr=-2, text=True, check=False)
-            return ran.returncode, ran.stdout
+            process = self.process(line)
+            printed, _ = process.communicate()
+            return process.returncode, printed
         return 0, ""
 
-    def start(self, words: list[str]) -> None:
-        """Starts a server, and waits until it listens."""
-        assert words[:2] == ["hookmap", "serve"], words
-        command = [sys.executable, "-m", "hookmap.cli", *words[1:]]
-        process = subprocess.Popen(command, env={**os.environ, **self.variables}, stdout=-3, stderr=-3)
+    def process(self, line: str) -> "subprocess.Popen[str]":
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, **self.variables, "PATH": path}
+        return subprocess.Popen(["bash", "-c", line], env=environment, stdout=-1, stderr=-2, text=True)
+
+    def start(self, server: str) -> None:
+        """Runs beside what follows; returns when it listens."""
+        process = self.process(f"exec {server} > .log 2>&1")
         self.beside.append(process)
         while socket.socket().connect_ex(("127.0.0.1", self.port)):
-            assert process.poll() is None, f"{self.name}: the server ended"
+            assert process.poll() is None, Path(".log").read_text(encoding="utf-8")
             time.sleep(0.1)
 
 
