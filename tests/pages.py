@@ -60,7 +60,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def agree(shown: str, printed: str) -> bool:
-    """Whether a page may show this of that output: a number with a point may differ by one in its last digit."""
+    """Whether a page may show this of that output: numbers with a point may differ by 0.0001, or one in their last digit."""
     pattern, numbers = "", []
     for place, piece in enumerate(PIECE.split(shown.strip())):
         kind = next((kind for kind in VARIES if re.fullmatch(kind, piece)), None)
@@ -74,10 +74,12 @@ def agree(shown: str, printed: str) -> bool:
             pattern += f"({NUMBER})"
             numbers.append(Decimal(piece))
     found = re.fullmatch(pattern, printed.strip(), re.DOTALL)
-    return found is not None and all(
-        abs(Decimal(other) - number) <= Decimal(1).scaleb(int(number.as_tuple().exponent))
-        for number, other in zip(numbers, found.groups(), strict=True)
-    )
+    return found is not None and all(map(near, numbers, map(Decimal, found.groups())))
+
+
+def near(shown: Decimal, printed: Decimal) -> bool:
+    last_digit = Decimal(1).scaleb(int(shown.as_tuple().exponent))
+    return abs(shown - printed) <= max(last_digit, Decimal("0.0001"))
 
 
 def parse(line: str) -> None:
@@ -109,9 +111,9 @@ class Session:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.name, self.blocks = name, blocks(page.replace("8000", str(self.port)))
+        self.name, self.blocks = name, blocks(re.sub(r"(:|port )8000", rf"\g<1>{self.port}", page))
         self.names: dict[str, Any] = {"__name__": "__main__"}
-        self.variables = {"HOOKMAP_PORT": str(self.port), "PYTHONPATH": str(CHECKOUT)}
+        self.variables = {"PYTHONPATH": str(CHECKOUT)}
         self.beside: list[subprocess.Popen[str]] = []
         self.printed: str | None = ""
         """by the last block of python; None where it did not run"""
@@ -193,11 +195,16 @@ class Session:
 
     def start(self, server: str) -> None:
         """Runs beside what follows; returns when it listens."""
-        process = self.process(f"exec {server} > .log 2>&1")
+        process = self.process(f"HOOKMAP_PORT={self.port} exec {server} > .log 2>&1")
         self.beside.append(process)
-        while socket.socket().connect_ex(("127.0.0.1", self.port)):
+        while not listens(self.port):
             assert process.poll() is None, Path(".log").read_text(encoding="utf-8")
             time.sleep(0.1)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
 
 
 def steps(block: Block) -> list[tuple[str, str | None]]:
