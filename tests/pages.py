@@ -31,13 +31,13 @@ from hookmap.cli.main import main
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(
-    r"(?:^<!-- not run: (?P<not_run>[^\n]+) -->\n\n?)?"
+    r"(?:^<!-- not run: (?P<not_run>[^\n]+) -->\n)?"
     r'^```(?P<language>\w*)(?: title="(?P<file>\S+)")?\n(?P<text>.*?)^```$',
     re.MULTILINE | re.DOTALL,
 )
 NUMBER = r"\d+\.\d+(?:e[-+]\d+)?"
 # What each run has of its own: times, memory, versions, ids, the spaces that line a table up.
-VARIES = (r"\d[\d.]* s\b", r"\d[\d.]* MB", r"\d+\.\d+\.\d+\w*", r"\b[0-9a-f]{12,}\b", r"\s+")
+VARIES = (r"\d[\d.]* s\b", r"\d[\d.]* MB", r"\d[\d.]* kB on disk", r"\d+\.\d+\.\d+\w*", r"\b[0-9a-f]{12,}\b", r"\s+")
 PIECE = re.compile("(" + "|".join(("…", *VARIES, NUMBER)) + ")")
 
 
@@ -56,11 +56,15 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
-    return [Block(1 + page.count("\n", 0, one.start("language")), **one.groupdict()) for one in FENCE.finditer(page)]
+    """In their order. Raises AssertionError where a fence or a mark is of another form than those above."""
+    found = [Block(1 + page.count("\n", 0, one.start("language")), **one.groupdict()) for one in FENCE.finditer(page)]
+    assert len(re.findall("^ *```", page, re.MULTILINE)) == 2 * len(found), "a fence of another form"
+    assert page.count("<!-- not run") == sum(block.not_run is not None for block in found), "a mark above no block"
+    return found
 
 
 def agree(shown: str, printed: str) -> bool:
-    """Whether a page may show this of that output: numbers with a point may differ by 0.0001, or one in their last digit."""
+    """Whether a page may show this of that output. Decimal numbers may differ by one in the last digit, or 0.0001."""
     pattern, numbers = "", []
     for place, piece in enumerate(PIECE.split(shown.strip())):
         kind = next((kind for kind in VARIES if re.fullmatch(kind, piece)), None)
@@ -130,7 +134,8 @@ class Session:
 
     def one(self, block: Block, text_follows: bool) -> None:
         if block.language == "text" and not block.not_run:
-            assert self.printed is None or agree(block.text, self.printed), self.differ(block, block.text, self.printed)
+            if self.printed is not None:
+                self.check(block, block.text, self.printed)
             return
         self.printed = None if block.not_run else ""
         if block.language in ("sh", "console"):
@@ -140,13 +145,15 @@ class Session:
         elif block.language == "python":
             self.printed = self.python(block, text_follows)
         else:
-            assert block.file, f"{self.name}:{block.line}: a block that nothing runs, shows a file or says why it does not"
+            assert block.file, f"{self.name}:{block.line}: no language that runs, no file's title, no mark `not run`"
             file = Path(block.file)
             file.parent.mkdir(exist_ok=True)
             file.write_text(block.text, encoding="utf-8")
 
-    def differ(self, block: Block, shown: str, printed: str | None) -> str:
-        return f"{self.name}:{block.line} shows\n\n{shown}\nand what comes is\n\n{printed}"
+    def check(self, block: Block, shown: str, printed: str) -> None:
+        """Files are named as from the checkout, or from the page's folder."""
+        printed = printed.replace(f"{CHECKOUT}/", "").replace(f"{Path.cwd()}/", "")
+        assert agree(shown, printed), f"{self.name}:{block.line} shows\n\n{shown}\nand what comes is\n\n{printed}"
 
     def python(self, block: Block, may_raise: bool) -> str:
         """What it prints, and the error that it ends with."""
@@ -168,9 +175,9 @@ class Session:
     def shell(self, block: Block) -> None:
         for line, shown in steps(block):
             code, printed = self.command(line)
-            printed = printed.replace(f"{CHECKOUT}/", "").replace(f"{Path.cwd()}/", "")
-            assert shown is None or agree(shown, printed), self.differ(block, shown, printed)
-            assert code == 0 or "error:" in (shown or "").lower(), self.differ(block, line, printed)
+            if shown is not None:
+                self.check(block, shown, printed)
+            assert code == 0 or "error:" in (shown or "").lower(), f"{self.name}:{block.line}: {line}\n\n{printed}"
 
     def command(self, line: str) -> tuple[int, str]:
         """Its exit code, and what it prints on stdout and stderr."""
@@ -191,7 +198,9 @@ class Session:
     def process(self, line: str) -> "subprocess.Popen[str]":
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, **self.variables, "PATH": path}
-        return subprocess.Popen(["bash", "-c", line], env=environment, stdout=-1, stderr=-2, text=True)
+        return subprocess.Popen(
+            ["bash", "-c", line], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def start(self, server: str) -> None:
         """Runs beside what follows; returns when it listens."""
