@@ -1,9 +1,11 @@
 """The docs cannot drift: what they show runs, and gives what they show."""
 
+import json
 import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -45,6 +47,20 @@ def test_a_page_runs_and_prints_what_it_shows(name: str) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     Session(name, TEXTS[name]).run()
+
+
+def test_the_notebook_runs_and_prints_what_it_shows() -> None:
+    pytest.importorskip("vl_convert")
+    notebook = json.loads((CHECKOUT / "docs" / "notebooks" / "lenses.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in cells)
+    Session("lenses.ipynb", "\n".join(map(as_page, cells))).run()
+
+
+def as_page(cell: dict[str, Any]) -> str:
+    """A cell of a notebook as blocks of a page."""
+    printed = "".join(line for output in cell["outputs"] if output.get("name") == "stdout" for line in output["text"])
+    return f"```python\n{''.join(cell['source'])}\n```\n\n```text\n{printed}\n```\n"
 
 
 def test_what_does_not_run_is_counted() -> None:
