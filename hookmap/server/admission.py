@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hookmap import generation as gen
-from hookmap.interventions import Intervention, fingerprint
+from hookmap.interventions import fingerprint
 from hookmap.prompts import Prompt
-from hookmap.server.editing import read
+from hookmap.server.editing import Documents, read
 from hookmap.server.errors import ApiError, bad
 from hookmap.server.jobs import Job, Keeper
 from hookmap.server.models import Loaded
@@ -29,7 +29,7 @@ def admit(
     top_logprobs: int | None,
     settings: Settings,
     sessions: Sessions,
-    defaults: tuple[Intervention, ...] = (),
+    defaults: Documents = (),
 ) -> Job:
     """The job of a request for `n` rows of each prompt. `defaults`: interventions, where it brings none.
 
@@ -50,9 +50,8 @@ def admit(
         options=options,
     )
     each = tuple(prompt for prompt in prompts for _ in range(n))
-    changes = defaults
-    if asked.hookmap is not None and asked.hookmap.interventions is not None:
-        changes = read(asked.hookmap.interventions, model.hm, sessions)
+    own = asked.hookmap.interventions if asked.hookmap is not None else None
+    changes = read(defaults if own is None else own, model.hm, sessions)
     summary = None
     if asked.hookmap is not None and asked.hookmap.summary is not None:
         summary = summary_of(asked.hookmap.summary, model.hm.map)

@@ -32,7 +32,7 @@ def prompt_of(asked: ChatRequest, tokenizer: Any) -> Prompt:
         raise bad(f"chat_template_kwargs: {', '.join(wrong)} cannot be given.", "chat_template_kwargs")
     if tools:
         options["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
-    return templated([_message(message) for message in asked.messages], 0, tokenizer, **options)
+    return templated([_message(message) for message in asked.messages], 0, tokenizer, options)
 
 
 def _message(message: Message) -> dict[str, Any]:

@@ -24,6 +24,8 @@ class Keeper(Protocol):
 
     selectors: tuple[Selector, ...]
     kept: Kept
+    matching: frozenset[int]
+    """the tokens that are kept for their text"""
 
     def begin(self) -> Sink:
         """The run begins: rows may come. Raises ApiError where there is no room."""

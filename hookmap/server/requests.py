@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hookmap.generation import check_stop
 from hookmap.server.errors import bad
 
 Positive = Annotated[int, Field(ge=1)]
@@ -92,6 +93,7 @@ class Sampling(_Request):
             raise bad(f"stop: expected at most 16 texts, got {len(self.stops)}.", "stop")
         if any(not 0 < len(text) <= 1000 for text in self.stops):
             raise bad("stop: expected texts of 1 to 1000 characters.", "stop")
+        check_stop(self.stops)
 
 
 class Part(BaseModel):
