@@ -125,7 +125,14 @@ def test_a_part_of_a_download_is_that_part(served: Served) -> None:
         assert part.headers["etag"] == tag
     assert served.get(where, Range=f"bytes={len(data)}-").status_code == 416
     assert served.get(where, Range="bytes=-0").status_code == 416
-    for all_of_it in ("bytes=0-1,3-4", "lines=1-2", "bytes=-"):
+    assert served.get(where, Range="Bytes=" + "0" * 15 + "5-6").content == data[5:7]
+    for all_of_it in (
+        "bytes=0-1,3-4",
+        "lines=1-2",
+        "bytes=-",
+        "bytes=" + "0" * 30 + "5-6",
+        "bytes=" + "9" * 5000 + "-",
+    ):
         assert served.get(where, Range=all_of_it).content == data
     assert served.get(where, **{"Range": "bytes=0-1", "If-Range": '"other"'}).content == data
 
@@ -172,6 +179,7 @@ def test_sessions_go_by_size_and_age_the_oldest_first(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match="no room") as error:
         sessions.begin("m", 2400)
     assert error.value.status == 503, "a running one is never removed"
+    assert [s.id for s in sessions.all()] == [second, running.id, third], "nor a finished one in vain"
     with pytest.raises(ApiError, match="still being written"):
         sessions.delete(running.id)
     sessions.drop(running)
@@ -179,6 +187,26 @@ def test_sessions_go_by_size_and_age_the_oldest_first(tmp_path: Path) -> None:
     now[0] += 59
     assert [s.id for s in sessions.all()] == [kept]
     sessions.close()
+
+
+def test_a_session_that_its_manifest_takes_over_the_cap_is_there_until_the_next_one(tmp_path: Path) -> None:
+    with serving(tmp_path, total_bytes=15_000) as served:
+        asked: dict[str, Any] = {"max_tokens": 1, "store_activations": True}
+        first = served.chat(**asked, messages=[{"role": "user", "content": "a"}])
+        assert first.status_code == 200, first.text
+        assert served.get(f"/v1/activations/sessions/{first.json()['session_id']}").json()["bytes"] > 15_000
+        error = served.chat(**asked, messages=[{"role": "user", "content": "a" * 60}])
+        assert (error.status_code, error.json()["error"]["code"]) == (413, "activations_too_large"), "it never fits"
+        second = served.chat(**asked, messages=[{"role": "user", "content": "b"}]).json()["session_id"]
+        assert [each.id for each in served.sessions.all()] == [second]
+
+
+def test_a_session_that_is_deleted_while_it_is_read_is_not_found(served: Served) -> None:
+    id = served.chat(store_activations=True, max_tokens=1).json()["session_id"]
+    with pytest.raises(ApiError, match="no session") as error, served.sessions.reading(id) as store:
+        served.sessions.delete(id)
+        store.read(0, "resid_mid", 8)
+    assert error.value.status == 404
 
 
 def test_a_new_server_finds_the_finished_sessions_and_removes_the_others(served: Served, tmp_path: Path) -> None:
@@ -344,8 +372,19 @@ def test_interventions_are_those_of_capture_in_a_request_and_as_defaults(tmp_pat
         assert short.status_code == 400 and "64" in short.json()["error"]["message"]
 
         served.headers = {"Authorization": "Bearer k"}
+        for unfit in ({**steer, "vector": [1.0]}, {"do": "ablate", "point": "q", "heads": [7]}):
+            body = {"interventions": [unfit]}
+            refused_put = httpx.put(f"{served.url}/v1/interventions", json=body, headers=served.headers, timeout=60)
+            assert refused_put.status_code == 400, "it would make every later request fail"
+            assert served.get("/v1/interventions").json()["data"] == []
         put = httpx.put(f"{served.url}/v1/interventions", json={"interventions": [steer]}, headers=served.headers)
         assert put.json() == served.get("/v1/interventions").json()
         assert put.json()["data"][0]["strength"] == 2.0
         same(served.chat(**asked, hookmap=record).json(), run)
         same(served.chat(**asked, hookmap={**record, "interventions": []}).json(), plain)
+        put = httpx.put(f"{served.url}/v1/interventions", json={"interventions": [patch]}, headers=served.headers)
+        assert (put.status_code, served.chat(**asked).status_code) == (200, 200)
+        served.sessions.delete(session)
+        gone = served.chat(**asked)
+        assert (gone.status_code, gone.json()["error"]["code"]) == (400, "session_not_found")
+        assert str(tmp_path) not in gone.text

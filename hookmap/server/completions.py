@@ -116,6 +116,8 @@ class CompletionWire:
 
     def _reason(self, number: int, result: Result) -> str:
         new = result.new[number]
+        if not new:  # it was only read
+            return "length"
         ended = self._texts[number].stopped or new[-1] in self._ends or len(new) < self._job.max_new_tokens
         return "stop" if ended else "length"
 

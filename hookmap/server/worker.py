@@ -152,12 +152,13 @@ class Worker:
             summary=job.summary,
             readout=job.summary.reading(self._hm) if job.summary else None,
             echo=Echo(job.top_logprobs or 0) if job.echo else None,
+            reads_only=job.reads_only,
         )
         if job.interventions:
             # Here, because other prompts may have to run for it.
             run.edits = planned(self._hm, job.interventions, job.prompts, job.max_new_tokens).edits
         try:
-            sink = Gathered(keeper.begin() if keeper else None)
+            sink = Gathered(keeper.begin() if keeper else None, job.reads_only)
             for first in range(0, len(job.prompts), job.together):
                 run.batch(range(first, min(first + job.together, len(job.prompts))), sink)
             new = tuple(sample.token_ids[sample.prompt_tokens :] for sample in sink.samples)
