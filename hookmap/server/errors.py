@@ -92,6 +92,11 @@ def cancelled() -> ApiError:
     return ApiError(499, "the client closed the connection.", code="cancelled")
 
 
+def unloading() -> ApiError:
+    """503: the model goes."""
+    return ApiError(503, "this model is being unloaded.", code="model_unloading")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a smaller request would do."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in _first_line(error)

@@ -20,7 +20,7 @@ from hookmap.server.answering import Answering, Gathered
 from hookmap.server.batch import Room, Together
 from hookmap.server.echo import Echo
 from hookmap.server.editing import planned
-from hookmap.server.errors import ApiError, cancelled, failed
+from hookmap.server.errors import ApiError, cancelled, failed, unloading
 from hookmap.server.jobs import Event, Job, Result
 
 log = logging.getLogger("hookmap.server")
@@ -38,6 +38,8 @@ class Worker:
         self._running: list[Job] = []
         self._changed = threading.Condition()
         self._ending = False
+        self._cut = False
+        """whether what still ran at the end was cancelled, by nobody who waited for it"""
         self._seconds = 1.0
         """that a job took, lately"""
         self._thread = threading.Thread(target=self._work, name=f"model {name}", daemon=True)
@@ -57,7 +59,7 @@ class Worker:
         """Take a job. Raises ApiError: 429 where too many wait, 503 where the model is being unloaded."""
         with self._changed:
             if self._ending:
-                raise ApiError(503, "this model is being unloaded.", code="model_unloading")
+                raise unloading()
             if len(self._waiting) >= self._most:
                 seconds = max(1, round(self._seconds * len(self._waiting)))
                 raise ApiError(
@@ -78,6 +80,7 @@ class Worker:
         self._thread.join(timeout)
         if self._thread.is_alive():
             with self._changed:
+                self._cut = True
                 for job in (*self._waiting, *self._running):
                     job.cancelled.set()
             self._thread.join()
@@ -119,6 +122,8 @@ class Worker:
                 ended(job, event)
 
     def _ended(self, memory: MemoryUse, start: float, together: int, job: Job, event: Event) -> None:
+        if self._cut and isinstance(event, ApiError) and event.code == "cancelled":
+            event = unloading()
         _log(job, event, memory, time.perf_counter() - start, together)
         with self._changed:
             self._running.remove(job)
