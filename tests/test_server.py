@@ -111,13 +111,19 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(served: Served, stop: Any)
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_logprobs_are_of_the_models_own_distribution(served: Served, client: OpenAI) -> None:
+@pytest.mark.parametrize("penalty", [1.0, 2.5])
+@pytest.mark.parametrize("kept", [False, True], ids=["plain", "kept"])
+def test_logprobs_are_of_the_models_own_distribution(
+    served: Served, client: OpenAI, penalty: float, kept: bool
+) -> None:
     asked: Any = {"max_tokens": 5, "temperature": 0.6, "seed": 2, "logprobs": True, "top_logprobs": 3}
+    asked["extra_body"] = {"repetition_penalty": penalty, "store_activations": kept}
     found = client.chat.completions.create(model=NAME, messages=MESSAGES, **asked)
     content = found.choices[0].logprobs.content  # type: ignore[union-attr]
     assert content is not None and found.usage is not None
     assert len(content) == found.usage.completion_tokens
     options = {"do_sample": True, "temperature": 0.6, "top_k": 0, "max_new_tokens": 5, "seed": 2}
+    options |= {"repetition_penalty": penalty}
     _, (new,) = generated(served, **options)
     (prompt,) = encode([MESSAGES], served.hm.tokenizer)
     with torch.no_grad():

@@ -20,7 +20,7 @@ from hookmap.runs import Generating
 from hookmap.server.echo import Echo
 from hookmap.server.errors import cancelled
 from hookmap.server.summaries import Summarising, Summary
-from hookmap.server.tokens import Likely, Token, told
+from hookmap.server.tokens import Likely, Token, beside, told
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Answering(Generating):
         inputs = super()._inputs(prompts, layout, finished)
         inputs["stopping_criteria"] = [_Followed(self, finished, layout.samples, likely)]
         if likely is not None:
-            inputs["logits_processor"] = [likely]
+            inputs["generation_config"], inputs["logits_processor"] = beside(likely, self.config)
         return inputs
 
 
