@@ -18,7 +18,7 @@ from hookmap.server.jobs import Job, Result
 from hookmap.server.requests import ChatRequest, Message
 from hookmap.server.streaming import extras, made, summaries, usage_of
 from hookmap.server.text import RowText
-from hookmap.server.tokens import Token
+from hookmap.server.tokens import LEAST, Token
 from hookmap.server.tools import Call, ToolText, check_template, reads_calls, with_arguments
 
 
@@ -153,7 +153,7 @@ class ChatWire:
 
     def _token(self, id: int, logprob: float) -> dict[str, Any]:
         text = self._tokenizer.decode([id])
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+        return {"token": text, "logprob": max(LEAST, logprob), "bytes": list(text.encode())}
 
 
 def _call(call: Call) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from hookmap.errors import HookmapError
 
 log = logging.getLogger("hookmap.server")
 
+_NO_NUMBERS = "probability tensor contains either"
+"""torch's word for a distribution of NaN that is drawn from"""
 _SEE = re.compile("See what there is: hookmap show .*")
 
 
@@ -132,6 +134,12 @@ def of_exception(error: BaseException) -> ApiError:
             f"({_first_line(error) or type(error).__name__})",
             code="out_of_memory",
             headers={"Retry-After": "1"},
+        )
+    if _NO_NUMBERS in _first_line(error):
+        return bad(
+            "the model's scores are not all numbers: what the interventions write is too large for its dtype, or the "
+            "model overflows by itself. Make what is written smaller.",
+            code="not_finite",
         )
     if isinstance(error, HookmapError):
         return ApiError(500, str(error), code=type(error).__name__)

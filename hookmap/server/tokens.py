@@ -8,6 +8,9 @@ from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLog
 
 from hookmap.server.summaries import Figures
 
+LEAST = -9999.0
+"""logprob of what cannot come, as in vLLM: JSON has no -inf. `max(LEAST, x)` in this order is LEAST for NaN, too"""
+
 
 @dataclass(frozen=True)
 class Token:
