@@ -274,6 +274,37 @@ def test_smoke_completes_where_a_model_has_no_chat_template(tmp_path: Path) -> N
         assert "no chat template" in json.loads(done.stdout)[3]["detail"]
 
 
+def test_smoke_asks_for_a_model_by_any_name(tmp_path: Path) -> None:
+    with serving(tmp_path) as served:
+        served.models.add("my model/\u00fc?", demo())
+        done = CliRunner().invoke(main, ["smoke", served.url, "--json", "--model", "my model/\u00fc?"])
+        assert done.exit_code == 0, done.output
+
+
+def test_smoke_says_that_a_download_is_cut_off(served: Served) -> None:
+    class Cut(Quiet):
+        """The server, with four bytes of each tensor."""
+
+        def do_GET(self) -> None:
+            length = int(self.headers.get("Content-Length", 0))
+            body, kind = self.rfile.read(length), {"Content-Type": "application/json"}
+            answer = httpx.request(self.command, served.url + self.path, content=body, headers=kind)
+            told = answer.content[:4] if "/tensors" in self.path else answer.content
+            self.send_response(answer.status_code)
+            self.send_header("Content-Length", str(len(told)))
+            self.end_headers()
+            self.wfile.write(told)
+
+        do_POST = do_DELETE = do_GET
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Cut) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        done = CliRunner().invoke(main, ["smoke", f"http://127.0.0.1:{other.server_port}", "--json"])
+        other.shutdown()
+    last = json.loads(done.stdout)[-1]
+    assert done.exit_code == 1 and (last["name"], last["passed"]) == ("download", False)
+
+
 def test_smoke_says_what_is_no_hookmap_server(tmp_path: Path) -> None:
     def told(url: str) -> tuple[int, str]:
         done = CliRunner().invoke(main, ["smoke", url])
