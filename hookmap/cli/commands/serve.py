@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from hookmap.cli import model_options
+from hookmap.cli.finite import FiniteRange
 
 _GIB = 2**30
 
@@ -26,7 +27,7 @@ _GIB = 2**30
 @click.option("--sessions", default="sessions", show_default=True, metavar="DIR", help="The folder of the sessions.")
 @click.option(
     "--max-bytes",
-    type=click.FloatRange(min=0.001),
+    type=FiniteRange(min=0.001),
     default=20.0,
     show_default=True,
     metavar="GIB",
@@ -34,7 +35,7 @@ _GIB = 2**30
 )
 @click.option(
     "--max-age",
-    type=click.FloatRange(min=0.001),
+    type=FiniteRange(min=0.001),
     default=168.0,
     show_default=True,
     metavar="HOURS",
@@ -42,7 +43,7 @@ _GIB = 2**30
 )
 @click.option(
     "--request-bytes",
-    type=click.FloatRange(min=0.001),
+    type=FiniteRange(min=0.001),
     default=2.0,
     show_default=True,
     metavar="GIB",
