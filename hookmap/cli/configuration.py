@@ -54,7 +54,7 @@ Features = Annotated[
 class Section(BaseModel):
     """Keys are the names of options, and mean what those mean."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Serving(Section):
