@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 import pytest
-from pages import CHECKOUT, Session, agree, blocks
+from pages import CHECKOUT, Session, agree, blocks, parse
 
 FOUND = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in FOUND}
@@ -73,6 +73,12 @@ def test_what_does_not_run_is_counted() -> None:
 def test_commands_stand_in_fences_where_they_run(name: str) -> None:
     outside = re.sub("^```.*?^```$", "", TEXTS[name], flags=re.DOTALL | re.MULTILINE)
     assert re.findall(r"^    (?:\$ |hookmap |python |make ).*", outside, flags=re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_within_a_sentence_are_understood(name: str) -> None:
+    for command in re.findall(r"`(hookmap [a-z][^`|]*)`", TEXTS[name]):
+        parse(command)
 
 
 def test_a_page_is_one_session() -> None:
