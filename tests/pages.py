@@ -88,16 +88,13 @@ def near(shown: Decimal, printed: Decimal) -> bool:
 
 def parse(line: str) -> None:
     """Raises click.UsageError where the line is a hookmap command and is not understood."""
-    words = words_of(line)[1]
-    if words[0] != "hookmap":
+    _, (program, *words) = words_of(line)
+    command: click.Command | None = main
+    if program != "hookmap":
         return
-    command: click.Command = main
-    context = click.Context(main)
-    words = words[1:]
-    while isinstance(command, click.Group):
-        _, found, words = command.resolve_command(context, words)
-        assert found is not None
-        command = found
+    while isinstance(command, click.Group) and words:
+        _, command, words = command.resolve_command(click.Context(command), words)
+    assert command is not None
     command.make_parser(click.Context(command)).parse_args(words)  # no more: files that it names are not there
 
 
@@ -130,7 +127,7 @@ class Session:
         finally:
             for process in self.beside:
                 process.terminate()
-                process.wait(30)
+                process.communicate(timeout=30)
 
     def one(self, block: Block, text_follows: bool) -> None:
         if block.language == "text" and not block.not_run:

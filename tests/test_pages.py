@@ -1,5 +1,6 @@
 """The docs cannot drift: what they show runs, and gives what they show."""
 
+import gc
 import json
 import os
 import re
@@ -9,7 +10,7 @@ from typing import Any
 
 import click
 import pytest
-from pages import CHECKOUT, Session, agree, blocks
+from pages import CHECKOUT, Session, agree, blocks, parse
 
 FOUND = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in FOUND}
@@ -47,6 +48,7 @@ def test_a_page_runs_and_prints_what_it_shows(name: str) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     Session(name, TEXTS[name]).run()
+    gc.collect()  # what is left open is closed here, and no other test hears of it
 
 
 def test_the_notebook_runs_and_prints_what_it_shows() -> None:
@@ -71,6 +73,12 @@ def test_what_does_not_run_is_counted() -> None:
 def test_commands_stand_in_fences_where_they_run(name: str) -> None:
     outside = re.sub("^```.*?^```$", "", TEXTS[name], flags=re.DOTALL | re.MULTILINE)
     assert re.findall(r"^    (?:\$ |hookmap |python |make ).*", outside, flags=re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_within_a_sentence_are_understood(name: str) -> None:
+    for command in re.findall(r"`(hookmap [a-z][^`|]*)`", TEXTS[name]):
+        parse(command)
 
 
 def test_a_page_is_one_session() -> None:
@@ -117,22 +125,23 @@ hookmap capture nobody/nothing --points resid_mid
     Session("a page", page).run()
 
 
-@pytest.mark.parametrize(
-    ("page", "error"),
-    [
-        ("```python\nprint(1)\n```\n\n```text\n2\n```\n", AssertionError),
-        ("```python\n1 / 0\n```\n", ZeroDivisionError),
-        ("```text\nof nothing\n```\n", AssertionError),
-        ("```console\n$ echo 1\n2\n```\n", AssertionError),
-        ("```sh\nhookmap sow\n```\n", AssertionError),
-        ("```\nof no language\n```\n", AssertionError),
-        ("```yaml\nof: no file\n```\n", AssertionError),
-        ("```python {odd}\nprint(1)\n```\n", AssertionError),
-        ("<!-- not run: why -->\n\nNo block.\n", AssertionError),
-        ("<!-- not run: why -->\n```sh\nhookmap capture --pints resid_mid\n```\n", click.NoSuchOption),
-    ],
-)
-def test_what_a_page_may_not_show(page: str, error: type[Exception]) -> None:
+NOT_A_PAGE: dict[str, tuple[str, type[Exception]]] = {
+    "python prints something else": ("```python\nprint(1)\n```\n\n```text\n2\n```\n", AssertionError),
+    "python fails": ("```python\n1 / 0\n```\n", ZeroDivisionError),
+    "text behind no python": ("```text\nof nothing\n```\n", AssertionError),
+    "a command prints something else": ("```console\n$ echo 1\n2\n```\n", AssertionError),
+    "a command fails": ("```sh\nhookmap sow\n```\n", AssertionError),
+    "a fence without a language": ("```\nhookmap discover\n```\n", AssertionError),
+    "a fence of another form": ("```python {odd}\nprint(1)\n```\n", AssertionError),
+    "a file without a name": ("```yaml\nof: no file\n```\n", AssertionError),
+    "a mark above no block": ("<!-- not run: why -->\n\nNo block.\n", AssertionError),
+    "no such option": ("<!-- not run: why -->\n```sh\nhookmap capture --pints z\n```\n", click.NoSuchOption),
+}
+
+
+@pytest.mark.parametrize("what", NOT_A_PAGE)
+def test_what_a_page_may_not_show(what: str) -> None:
+    page, error = NOT_A_PAGE[what]
     with pytest.raises(error):
         Session("a page", page).run()
 
