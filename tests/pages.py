@@ -201,9 +201,11 @@ class Session:
 
     def start(self, server: str) -> None:
         """Runs beside what follows; returns when it listens."""
-        process = self.process(f"HOOKMAP_PORT={self.port} exec {server} > .log 2>&1")
+        process = self.process(f"HOOKMAP_SERVE_PORT={self.port} exec {server} > .log 2>&1")
         self.beside.append(process)
+        end = time.monotonic() + 120
         while not listens(self.port):
+            assert time.monotonic() < end, f"{server} does not listen"
             assert process.poll() is None, Path(".log").read_text(encoding="utf-8")
             time.sleep(0.1)
 
