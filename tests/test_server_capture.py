@@ -201,6 +201,19 @@ def test_a_session_that_its_manifest_takes_over_the_cap_is_there_until_the_next_
         assert [each.id for each in served.sessions.all()] == [second]
 
 
+def test_a_folder_that_fails_is_told_without_its_name(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    answer = served.chat(store_activations=True, max_tokens=1).json()
+    id, where = answer["session_id"], answer["activations_meta"]["tensors"][0]["where"]
+    (served.root / id / "shards" / "000000.safetensors").write_bytes(b"torn")
+    for path in (where, f"/v1/activations/sessions/{id}"):
+        told = served.get(path)
+        if told.status_code != 200:
+            assert (told.status_code, told.json()["error"]["code"]) == (500, "store_failed")
+        assert str(served.root) not in told.text
+    assert served.get(where).status_code == 500 and str(served.root) in caplog.text, "the log names it"
+    assert served.delete(f"/v1/activations/sessions/{id}").status_code == 200
+
+
 def test_a_session_that_is_deleted_while_it_is_read_is_not_found(served: Served) -> None:
     id = served.chat(store_activations=True, max_tokens=1).json()["session_id"]
     with pytest.raises(ApiError, match="no session") as error, served.sessions.reading(id) as store:
