@@ -154,8 +154,18 @@ def test_a_run_that_ends_early_is_gone_on_with_by_any_engine(hm: Any, alone: hoo
 
 
 def test_a_model_that_cannot_be_opened_is_told_at_once(cluster: None) -> None:
-    with hookmap.open_on_ray("no/such-model", workers=1) as opened, pytest.raises(ModelError, match="no/such-model"):
-        opened.capture(PROMPTS[0], **CHOSEN)
+    with hookmap.open_on_ray("no/such-model", workers=1) as opened:
+        with pytest.raises(ModelError, match="no/such-model"):
+            opened.capture(PROMPTS[0], **CHOSEN)
+        with pytest.raises(CaptureError, match="no worker is left"):  # it waited for one, without end
+            opened.capture(PROMPTS[0], **CHOSEN)
+
+
+def test_a_model_that_was_closed_is_told(cluster: None) -> None:
+    closed = hookmap.open_on_ray(MODEL_PATH, workers=1)
+    closed.close()
+    with pytest.raises(CaptureError, match="no worker is left"):
+        closed.capture(PROMPTS[0], **CHOSEN)
 
 
 def test_too_many_workers_are_refused(cluster: None) -> None:

@@ -64,7 +64,8 @@ class Pool:
             self._start()
 
     def put(self, value: Any) -> list[Any]:
-        """A reference that each worker fetches once."""
+        """A reference that each worker fetches once. Raises CaptureError where no worker is left."""
+        self._check_left()
         return [self._ray.put(value)]
 
     def call(self, name: str, method: str, *arguments: Any) -> Any:
@@ -96,6 +97,7 @@ class Pool:
             busy = any(task for _, task in self._running.values())
             if not busy and (self._idle or not (again or _more(coming, again))):
                 return
+            self._check_left()
             done, _ = self._ray.wait([*self._running, *self._starting], timeout=WAITING)
             if not done:
                 self._say_what_is_waited_for()
@@ -166,6 +168,11 @@ class Pool:
             raise CaptureError(f"a worker failed: {type(cause).__name__}: {cause}") from error
         except RayError as error:
             raise _Died(_first_line(error)) from None
+
+    def _check_left(self) -> None:
+        """Without it, a pool that was closed, or whose workers could not load the model, would be waited for."""
+        if not (self._idle or self._starting or self._running):
+            raise CaptureError("no worker is left: they were closed, or could not start. Open the model on Ray again.")
 
     def _check_room(self, workers: int, cpus: float, gpus: float) -> None:
         there = self._ray.cluster_resources()
