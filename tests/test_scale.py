@@ -177,6 +177,8 @@ def test_what_cannot_be_run_on_workers_is_told_before_any_starts(hm: Any, tmp_pa
     for x, options, kind, text in (
         (torch.nn.Linear(1, 1), {}, ModelError, "cannot send a Linear"),
         (MODEL_PATH, {"workers": 0}, CaptureError, "workers"),
+        (MODEL_PATH, {"cpus_per_worker": float("nan")}, CaptureError, "cpus_per_worker"),
+        (MODEL_PATH, {"gpus_per_worker": -1}, CaptureError, "gpus_per_worker"),
         (MODEL_PATH, {"map": tmp_path / "no.json"}, MapNotFoundError, "no.json"),
     ):
         with pytest.raises(kind, match=text):

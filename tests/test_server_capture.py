@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import copy
+import dataclasses
 import functools
 import http.client
 import http.server
@@ -22,6 +23,7 @@ from served import MESSAGES, NAME, Served, demo, serving
 
 import hookmap
 from hookmap.cli.main import main
+from hookmap.server.downloads import download_of
 from hookmap.server.errors import ApiError
 from hookmap.server.sessions import Sessions
 
@@ -135,6 +137,30 @@ def test_a_part_of_a_download_is_that_part(served: Served) -> None:
     ):
         assert served.get(where, Range=all_of_it).content == data
     assert served.get(where, **{"Range": "bytes=0-1", "If-Range": '"other"'}).content == data
+
+
+@pytest.mark.parametrize("selection", [{}, {"positions": "500:600"}, {"positions": [0, 3, 7]}, {"mean": True}])
+@pytest.mark.parametrize("point", ["z", "embed"])
+def test_a_download_is_a_safetensors_file_in_pieces_that_are_small(point: str, selection: dict[str, Any]) -> None:
+    layer = None if point == "embed" else 3
+    run = demo().capture([MESSAGES], [point], "all" if layer is None else [layer], max_new_tokens=4, **selection)
+    (name,), rows = [f"{p}.{n}" if n is not None else p for p, n in run.keys], run.read(0, point, layer)
+    file = dataclasses.replace(download_of(run.store, 0, point, layer, None), piece=1000)
+    whole = b"".join(file.between(0, file.size))
+    assert len(whole) == file.size and torch.equal(safetensors.torch.load(whole)[name], rows)
+    assert whole == bytes(safetensors.torch.save({name: rows.contiguous()}, metadata={"format": "pt"}))
+    assert max(map(len, file.between(0, file.size))) <= len(file.head) + 1000
+    head, end = len(file.head), file.size
+    for start, stop in (
+        (0, 1),
+        (head - 1, head),
+        (head - 1, head + 1),
+        (head, end),
+        (head + 255, head + 2049),
+        (end - 1, end),
+    ):
+        if start < stop <= end:
+            assert b"".join(file.between(start, stop)) == whole[start:stop]
 
 
 def test_a_deleted_session_is_gone(served: Served) -> None:
