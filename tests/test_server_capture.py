@@ -83,6 +83,19 @@ def test_a_stream_keeps_the_same_and_says_so_in_its_last_chunk(served: Served) -
             assert torch.equal(tensor(served, each), run.read(0, each["point"], each["layer"]))
 
 
+def test_a_kept_request_is_what_the_command_line_captures_for_the_same_seed(served: Served, tmp_path: Path) -> None:
+    drawn = ["--temperature", "2.5", "--seed", "7", "--top-k", "0", "--max-new-tokens", "6", "--device", "cpu"]
+    what = ["--points", "resid_mid", "--layers", "3,8", "--prompt", MESSAGES[0]["content"], "-o", str(tmp_path / "run")]
+    done = CliRunner().invoke(main, ["capture", *what, *drawn])
+    assert done.exit_code == 0, done.output
+    typed = hookmap.open_store(tmp_path / "run")
+    record = {"points": ["resid_mid"], "layers": [3, 8]}
+    found = served.chat(temperature=2.5, seed=7, max_tokens=6, hookmap=record).json()
+    assert found["choices"][0]["message"]["content"] == typed.texts[0]
+    for each in found["activations_meta"]["tensors"]:
+        assert torch.equal(tensor(served, each), typed.read(0, each["point"], each["layer"]))
+
+
 def test_inline_rows_come_with_the_answer_and_selections_are_those_of_capture(served: Served) -> None:
     before = len(served.sessions.all())
     select = {"positions": "generated", "every": 2, "features": [1, 5], "keep_dtype": "bfloat16"}
