@@ -24,6 +24,7 @@ from hookmap.errors import (
     SelectionError,
     StoreError,
 )
+from hookmap.scale.pool import check_listens
 from hookmap.scale.worker import Job, Worker
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter
@@ -159,6 +160,14 @@ def test_a_model_that_cannot_be_opened_is_told_at_once(cluster: None) -> None:
             opened.capture(PROMPTS[0], **CHOSEN)
         with pytest.raises(CaptureError, match="no worker is left"):  # it waited for one, without end
             opened.capture(PROMPTS[0], **CHOSEN)
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no-such-host.invalid:6379", "127.0.0.1:99999"]
+)
+def test_a_cluster_that_is_not_there_is_told_at_once(address: str) -> None:
+    with pytest.raises(CaptureError, match=f"cannot reach a Ray cluster at {address}"):
+        check_listens(address)
 
 
 def test_a_model_that_was_closed_is_told(cluster: None) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ log = logging.getLogger("hookmap")
 
 ATTEMPTS = 3
 """workers that a task may end, or that may end before they have loaded the model"""
+REACHED = 10.0
+"""seconds in which a cluster's port has to answer"""
 WAITING = 30.0
 """seconds of silence after which a person is told what is waited for"""
 
@@ -233,6 +236,7 @@ def connected(address: str | None, workers: int, cpus: float) -> tuple[Any, bool
         raise CaptureError(f'captures on Ray need it: pip install "hookmap[scale]"\n({error})') from error
     new = not ray.is_initialized()
     if new:
+        check_listens(address)
         own = {"num_cpus": max(workers * cpus, os.cpu_count() or 1)} if address is None else {}
         try:
             ray.init(
@@ -248,6 +252,17 @@ def connected(address: str | None, workers: int, cpus: float) -> tuple[Any, bool
                 f"cannot reach a Ray cluster at {address or 'this machine'}: {_first_line(error)}"
             ) from error
     return ray, new
+
+
+def check_listens(address: str | None) -> None:
+    """Raises CaptureError where nobody listens: Ray would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACHED).close()
+    except (OSError, OverflowError) as error:
+        raise CaptureError(f"cannot reach a Ray cluster at {address}: {_first_line(error)}") from error
 
 
 def _more(coming: Iterator[Task], again: "deque[Task]") -> bool:
