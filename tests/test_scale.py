@@ -24,6 +24,7 @@ from hookmap.errors import (
     SelectionError,
     StoreError,
 )
+from hookmap.scale.pool import check_listens
 from hookmap.scale.worker import Job, Worker
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter
@@ -154,8 +155,26 @@ def test_a_run_that_ends_early_is_gone_on_with_by_any_engine(hm: Any, alone: hoo
 
 
 def test_a_model_that_cannot_be_opened_is_told_at_once(cluster: None) -> None:
-    with hookmap.open_on_ray("no/such-model", workers=1) as opened, pytest.raises(ModelError, match="no/such-model"):
-        opened.capture(PROMPTS[0], **CHOSEN)
+    with hookmap.open_on_ray("no/such-model", workers=1) as opened:
+        with pytest.raises(ModelError, match="no/such-model"):
+            opened.capture(PROMPTS[0], **CHOSEN)
+        with pytest.raises(CaptureError, match="no worker is left"):  # it waited for one, without end
+            opened.capture(PROMPTS[0], **CHOSEN)
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no-such-host.invalid:6379", "127.0.0.1:99999"]
+)
+def test_a_cluster_that_is_not_there_is_told_at_once(address: str) -> None:
+    with pytest.raises(CaptureError, match=f"cannot reach a Ray cluster at {address}"):
+        check_listens(address)
+
+
+def test_a_model_that_was_closed_is_told(cluster: None) -> None:
+    closed = hookmap.open_on_ray(MODEL_PATH, workers=1)
+    closed.close()
+    with pytest.raises(CaptureError, match="no worker is left"):
+        closed.capture(PROMPTS[0], **CHOSEN)
 
 
 def test_too_many_workers_are_refused(cluster: None) -> None:
@@ -167,6 +186,8 @@ def test_what_cannot_be_run_on_workers_is_told_before_any_starts(hm: Any, tmp_pa
     for x, options, kind, text in (
         (torch.nn.Linear(1, 1), {}, ModelError, "cannot send a Linear"),
         (MODEL_PATH, {"workers": 0}, CaptureError, "workers"),
+        (MODEL_PATH, {"cpus_per_worker": float("nan")}, CaptureError, "cpus_per_worker"),
+        (MODEL_PATH, {"gpus_per_worker": -1}, CaptureError, "gpus_per_worker"),
         (MODEL_PATH, {"map": tmp_path / "no.json"}, MapNotFoundError, "no.json"),
     ):
         with pytest.raises(kind, match=text):

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import copy
+import dataclasses
 import functools
 import http.client
 import http.server
@@ -22,6 +23,7 @@ from served import MESSAGES, NAME, Served, demo, serving
 
 import hookmap
 from hookmap.cli.main import main
+from hookmap.server.downloads import download_of
 from hookmap.server.errors import ApiError
 from hookmap.server.sessions import Sessions
 
@@ -81,6 +83,19 @@ def test_a_stream_keeps_the_same_and_says_so_in_its_last_chunk(served: Served) -
             assert torch.equal(tensor(served, each), run.read(0, each["point"], each["layer"]))
 
 
+def test_a_kept_request_is_what_the_command_line_captures_for_the_same_seed(served: Served, tmp_path: Path) -> None:
+    drawn = ["--temperature", "2.5", "--seed", "7", "--top-k", "0", "--max-new-tokens", "6", "--device", "cpu"]
+    what = ["--points", "resid_mid", "--layers", "3,8", "--prompt", MESSAGES[0]["content"], "-o", str(tmp_path / "run")]
+    done = CliRunner().invoke(main, ["capture", *what, *drawn])
+    assert done.exit_code == 0, done.output
+    typed = hookmap.open_store(tmp_path / "run")
+    record = {"points": ["resid_mid"], "layers": [3, 8]}
+    found = served.chat(temperature=2.5, seed=7, max_tokens=6, hookmap=record).json()
+    assert found["choices"][0]["message"]["content"] == typed.texts[0]
+    for each in found["activations_meta"]["tensors"]:
+        assert torch.equal(tensor(served, each), typed.read(0, each["point"], each["layer"]))
+
+
 def test_inline_rows_come_with_the_answer_and_selections_are_those_of_capture(served: Served) -> None:
     before = len(served.sessions.all())
     select = {"positions": "generated", "every": 2, "features": [1, 5], "keep_dtype": "bfloat16"}
@@ -135,6 +150,30 @@ def test_a_part_of_a_download_is_that_part(served: Served) -> None:
     ):
         assert served.get(where, Range=all_of_it).content == data
     assert served.get(where, **{"Range": "bytes=0-1", "If-Range": '"other"'}).content == data
+
+
+@pytest.mark.parametrize("selection", [{}, {"positions": "500:600"}, {"positions": [0, 3, 7]}, {"mean": True}])
+@pytest.mark.parametrize("point", ["z", "embed"])
+def test_a_download_is_a_safetensors_file_in_pieces_that_are_small(point: str, selection: dict[str, Any]) -> None:
+    layer = None if point == "embed" else 3
+    run = demo().capture([MESSAGES], [point], "all" if layer is None else [layer], max_new_tokens=4, **selection)
+    (name,), rows = [f"{p}.{n}" if n is not None else p for p, n in run.keys], run.read(0, point, layer)
+    file = dataclasses.replace(download_of(run.store, 0, point, layer, None), piece=1000)
+    whole = b"".join(file.between(0, file.size))
+    assert len(whole) == file.size and torch.equal(safetensors.torch.load(whole)[name], rows)
+    assert whole == bytes(safetensors.torch.save({name: rows.contiguous()}, metadata={"format": "pt"}))
+    assert max(map(len, file.between(0, file.size))) <= len(file.head) + 1000
+    head, end = len(file.head), file.size
+    for start, stop in (
+        (0, 1),
+        (head - 1, head),
+        (head - 1, head + 1),
+        (head, end),
+        (head + 255, head + 2049),
+        (end - 1, end),
+    ):
+        if start < stop <= end:
+            assert b"".join(file.between(start, stop)) == whole[start:stop]
 
 
 def test_a_deleted_session_is_gone(served: Served) -> None:
@@ -199,6 +238,19 @@ def test_a_session_that_its_manifest_takes_over_the_cap_is_there_until_the_next_
         assert (error.status_code, error.json()["error"]["code"]) == (413, "activations_too_large"), "it never fits"
         second = served.chat(**asked, messages=[{"role": "user", "content": "b"}]).json()["session_id"]
         assert [each.id for each in served.sessions.all()] == [second]
+
+
+def test_a_folder_that_fails_is_told_without_its_name(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    answer = served.chat(store_activations=True, max_tokens=1).json()
+    id, where = answer["session_id"], answer["activations_meta"]["tensors"][0]["where"]
+    (served.root / id / "shards" / "000000.safetensors").write_bytes(b"torn")
+    for path in (where, f"/v1/activations/sessions/{id}"):
+        told = served.get(path)
+        if told.status_code != 200:
+            assert (told.status_code, told.json()["error"]["code"]) == (500, "store_failed")
+        assert str(served.root) not in told.text
+    assert served.get(where).status_code == 500 and str(served.root) in caplog.text, "the log names it"
+    assert served.delete(f"/v1/activations/sessions/{id}").status_code == 200
 
 
 def test_a_session_that_is_deleted_while_it_is_read_is_not_found(served: Served) -> None:

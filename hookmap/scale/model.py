@@ -4,6 +4,7 @@ The driver loads no weights. It asks a worker to plan, hands out batches, and al
 write shards. So a sample is finished where the folder says so, whoever dies, and `resume` goes on from there.
 """
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Set
@@ -178,6 +179,9 @@ def open_on_ray(
             f"cannot send a {type(x).__name__} to workers: expected a hub id or a folder, which they load."
         )
     check_count("workers", workers)
+    for name, each in (("cpus_per_worker", cpus_per_worker), ("gpus_per_worker", gpus_per_worker)):
+        if each is not None and not (isinstance(each, int | float) and 0 <= each < math.inf):
+            raise CaptureError(f"{name}: expected a number, at least 0, got {each!r}.")
     opening["map"] = given_map(map)
     cluster = {"address": address, "cpus": cpus_per_worker, "gpus": gpus_per_worker}
     return RayModel(os.fspath(x), workers, opening, **cluster)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ log = logging.getLogger("hookmap")
 
 ATTEMPTS = 3
 """workers that a task may end, or that may end before they have loaded the model"""
+REACHED = 10.0
+"""seconds in which a cluster's port has to answer"""
 WAITING = 30.0
 """seconds of silence after which a person is told what is waited for"""
 
@@ -64,7 +67,8 @@ class Pool:
             self._start()
 
     def put(self, value: Any) -> list[Any]:
-        """A reference that each worker fetches once."""
+        """A reference that each worker fetches once. Raises CaptureError where no worker is left."""
+        self._check_left()
         return [self._ray.put(value)]
 
     def call(self, name: str, method: str, *arguments: Any) -> Any:
@@ -96,6 +100,7 @@ class Pool:
             busy = any(task for _, task in self._running.values())
             if not busy and (self._idle or not (again or _more(coming, again))):
                 return
+            self._check_left()
             done, _ = self._ray.wait([*self._running, *self._starting], timeout=WAITING)
             if not done:
                 self._say_what_is_waited_for()
@@ -167,6 +172,11 @@ class Pool:
         except RayError as error:
             raise _Died(_first_line(error)) from None
 
+    def _check_left(self) -> None:
+        """Without it, a pool that was closed, or whose workers could not load the model, would be waited for."""
+        if not (self._idle or self._starting or self._running):
+            raise CaptureError("no worker is left: they were closed, or could not start. Open the model on Ray again.")
+
     def _check_room(self, workers: int, cpus: float, gpus: float) -> None:
         there = self._ray.cluster_resources()
         short = [
@@ -226,6 +236,7 @@ def connected(address: str | None, workers: int, cpus: float) -> tuple[Any, bool
         raise CaptureError(f'captures on Ray need it: pip install "hookmap[scale]"\n({error})') from error
     new = not ray.is_initialized()
     if new:
+        check_listens(address)
         own = {"num_cpus": max(workers * cpus, os.cpu_count() or 1)} if address is None else {}
         try:
             ray.init(
@@ -241,6 +252,17 @@ def connected(address: str | None, workers: int, cpus: float) -> tuple[Any, bool
                 f"cannot reach a Ray cluster at {address or 'this machine'}: {_first_line(error)}"
             ) from error
     return ray, new
+
+
+def check_listens(address: str | None) -> None:
+    """Raises CaptureError where nobody listens: Ray would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACHED).close()
+    except (OSError, OverflowError) as error:
+        raise CaptureError(f"cannot reach a Ray cluster at {address}: {_first_line(error)}") from error
 
 
 def _more(coming: Iterator[Task], again: "deque[Task]") -> bool:

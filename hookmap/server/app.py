@@ -3,10 +3,9 @@
 import asyncio
 import contextlib
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-import safetensors.torch
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 from openai.types import Model
@@ -21,6 +20,7 @@ from hookmap.server import errors, page
 from hookmap.server.admission import admit
 from hookmap.server.chat import ChatWire, prompt_of
 from hookmap.server.completions import MAX_TOKENS, CompletionWire, TextCompletion, prompts_of
+from hookmap.server.downloads import download_of
 from hookmap.server.editing import described as described_edits
 from hookmap.server.editing import planned, read
 from hookmap.server.errors import ApiError
@@ -185,8 +185,8 @@ def _sessions(app: FastAPI, sessions: Sessions) -> None:
         stop: int | None = Query(None, ge=-(2**31), le=2**31),
     ) -> Response:
         """Rows of one tensor, those of the tokens start to stop - 1, as safetensors; HTTP ranges are understood."""
-        data = await asyncio.to_thread(_tensor, sessions, id, point, layer, choice, start, stop)
-        return ranged(data, request.headers, f"{id}.{choice}.{tensor_name((point, layer))}.safetensors")
+        tokens = None if start is None and stop is None else slice(start, stop)
+        return await asyncio.to_thread(_download, sessions, id, point, layer, choice, tokens, request.headers)
 
 
 def _described(sessions: Sessions, id: str) -> dict[str, Any]:
@@ -198,16 +198,22 @@ def _described(sessions: Sessions, id: str) -> dict[str, Any]:
     return {**session.described(), **meta}
 
 
-def _tensor(
-    sessions: Sessions, id: str, point: str, layer: int | None, choice: int, start: int | None, stop: int | None
-) -> bytes:
+def _download(
+    sessions: Sessions,
+    id: str,
+    point: str,
+    layer: int | None,
+    choice: int,
+    tokens: slice | None,
+    headers: Mapping[str, str],
+) -> Response:
     try:
         with sessions.reading(id) as store:
-            key = store.key(point, layer)
-            rows = store.read(choice, *key, None if start is None and stop is None else slice(start, stop))
+            file = download_of(store, choice, point, layer, tokens)
+            name = f"{id}.{choice}.{tensor_name(file.key)}.safetensors"
+            return ranged(file, headers, name, f"{name} {tokens}")
     except SelectionError as error:
         raise ApiError(404, str(error), code="not_captured") from error
-    return bytes(safetensors.torch.save({tensor_name(key): rows.contiguous()}))
 
 
 def _models(app: FastAPI, models: Models) -> None:

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from hookmap.errors import HookmapError
+from hookmap.errors import HookmapError, StoreError
 
 log = logging.getLogger("hookmap.server")
 
@@ -141,6 +141,10 @@ def of_exception(error: BaseException) -> ApiError:
             "model overflows by itself. Make what is written smaller.",
             code="not_finite",
         )
+    if isinstance(error, StoreError):  # it names folders, and commands that are not the client's
+        return ApiError(
+            500, "a session cannot be written or read; the server's log has the reason.", code="store_failed"
+        )
     if isinstance(error, HookmapError):
         return ApiError(500, str(error), code=type(error).__name__)
     return ApiError(500, "the server failed on this request; its log has the reason.", code="internal_error")
@@ -156,6 +160,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api(_: Request, error: ApiError) -> JSONResponse:
         return error.response()
+
+    @app.exception_handler(StoreError)
+    async def store(_: Request, error: StoreError) -> JSONResponse:
+        log.error("a session fails", exc_info=error)
+        return of_exception(error).response()
 
     @app.exception_handler(HookmapError)
     async def ours(_: Request, error: HookmapError) -> JSONResponse:  # admission: the request names what is not there

@@ -1,11 +1,14 @@
-"""An answer in bytes, of which a client may ask for a part (RFC 9110, one range)."""
+"""A download, of which a client may ask for a part (RFC 9110, one range)."""
 
 import hashlib
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
+
+from hookmap.server.downloads import Download
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII | re.IGNORECASE)
 
@@ -18,25 +21,31 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
 """the answers of a route, in its OpenAPI document"""
 
 
-def ranged(data: bytes, headers: Mapping[str, str], name: str) -> Response:
-    """All of `data`, or the part that the request's `Range` names; 416 where there is no such part.
+def ranged(file: Download, headers: Mapping[str, str], name: str, which: str) -> Response:
+    """All of the file, or the part that the request's `Range` names; 416 where there is no such part.
 
-    A range in another unit or of absurd size, several ranges, and one for other data (`If-Range`) get all of it, as the
-    RFC allows.
+    `which`: says which bytes these are, for ever. A range in another unit or of absurd size, several ranges, and one
+    for other data (`If-Range`) get all of it, as the RFC allows. Raises StoreError where the first piece is not read.
     """
-    tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+    tag = f'"{hashlib.sha256(which.encode()).hexdigest()[:32]}"'
     told = {"Accept-Ranges": "bytes", "ETag": tag, "Content-Disposition": f'attachment; filename="{_plain(name)}"'}
     match = _RANGE.fullmatch(headers.get("range", ""))
     if match is None or not (match[1] or match[2]) or headers.get("if-range", tag) != tag:
-        return Response(data, media_type=KIND, headers=told)
-    size = len(data)
+        return _sent(file, 0, file.size, 200, told)
+    size = file.size
     first, last = match[1], match[2]
     start = int(first) if first else max(0, size - int(last))
     end = min(int(last), size - 1) if first and last else size - 1
     if start > end:
         return Response(status_code=416, headers={**told, "Content-Range": f"bytes */{size}"})
-    told["Content-Range"] = f"bytes {start}-{end}/{size}"
-    return Response(data[start : end + 1], 206, media_type=KIND, headers=told)
+    return _sent(file, start, end + 1, 206, {**told, "Content-Range": f"bytes {start}-{end}/{size}"})
+
+
+def _sent(file: Download, start: int, end: int, status: int, headers: Mapping[str, str]) -> Response:
+    pieces = file.between(start, end)
+    first = next(pieces)  # now, while what goes wrong has a status
+    told = {**headers, "Content-Length": str(end - start)}
+    return StreamingResponse(itertools.chain([first], pieces), status, told, KIND)
 
 
 def _plain(name: str) -> str:

@@ -102,13 +102,13 @@ def is_shard(name: str) -> bool:
 
 def write_shard(path: Path, shard: int, blocks: Sequence[Block]) -> ShardInfo:
     """Write one shard to `path`, whole or not at all. Holds one tensor of it beside the pieces. Raises OSError."""
-    header = _encode_header(blocks)
+    header = encode_header(blocks)
 
     def write(file: BinaryIO) -> ShardInfo:
         digest, size = hashlib.sha256(), 0
         parts: list[bytes | Block] = [header, *blocks]
         for data in parts:
-            view = _bytes_of(data.pieces) if isinstance(data, Block) else memoryview(data)
+            view = bytes_of(data.pieces) if isinstance(data, Block) else memoryview(data)
             write_all(file, view)
             digest.update(view)
             size += len(view)
@@ -117,7 +117,8 @@ def write_shard(path: Path, shard: int, blocks: Sequence[Block]) -> ShardInfo:
     return write_whole(path, write)
 
 
-def _encode_header(blocks: Sequence[Block]) -> bytes:
+def encode_header(blocks: Sequence[Block]) -> bytes:
+    """What stands before the tensors' bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for block in blocks:
@@ -129,7 +130,8 @@ def _encode_header(blocks: Sequence[Block]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes_of(pieces: Sequence[torch.Tensor]) -> memoryview:
+def bytes_of(pieces: Sequence[torch.Tensor]) -> memoryview:
+    """The bytes of rows that come in pieces."""
     whole = pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces))
     return whole.contiguous().flatten().view(torch.uint8).numpy().data
 

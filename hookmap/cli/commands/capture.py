@@ -77,7 +77,12 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     metavar="P",
     help="Sample from the likeliest tokens of this mass.",
 )
-@click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Sample from this many likeliest tokens.")
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=0),
+    metavar="K",
+    help="Sample from this many likeliest tokens; 0: all.  [default: the model's own, else 50]",
+)
 @click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable.")
 @click.option(
     "--chat/--no-chat", default=None, help="Send prompts through the chat template.  [default: if there is one]"
