@@ -117,6 +117,12 @@ def test_questions_are_paired_so_that_how_hard_they_are_falls_out() -> None:
         comparing.compare(np.zeros(3), np.zeros(4))
 
 
+def test_the_same_answers_in_another_order_are_no_difference() -> None:
+    one, other = (np.array([sum(draws) / 3, 0.5]) for draws in ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1)))
+    found = comparing.compare(one, other)
+    assert one[0] != other[0] and (found.better, found.worse, found.mean, found.p) == (0, 0, 0.0, 1.0)
+
+
 def test_holms_correction_by_hand() -> None:
     assert comparing.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert comparing.holm([0.9, 0.6]) == [1.0, 1.0] and comparing.holm([]) == []
