@@ -4,12 +4,14 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
 # Before transformers or huggingface_hub is imported: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where transformers copies the code that a model brings.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hookmap-tests-")
@@ -22,3 +24,12 @@ def seeded() -> None:
     import torch
 
     torch.manual_seed(3)
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hookmap.yaml and no settings in the environment of the person who runs the tests."""
+    monkeypatch.chdir(tmp_path)
+    for name in os.environ:
+        if name.startswith("HOOKMAP_"):
+            monkeypatch.delenv(name)

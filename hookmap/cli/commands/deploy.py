@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookmap.cli.finite import FiniteRange
+
 if TYPE_CHECKING:
     from hookmap.deploy.request import Request
 
@@ -56,7 +58,7 @@ class _WithServeOptions(click.Command):
 )
 @click.option(
     "--wait",
-    type=click.FloatRange(min=1),
+    type=FiniteRange(min=1),
     default=600.0,
     show_default=True,
     metavar="SECONDS",
@@ -101,6 +103,7 @@ def command(
     What happens there, and what to do when it does not: docs/deploy.md
     """
     _check(host, folder, python, sync, fresh, action, ssh)
+    from hookmap.cli.configuration import Serving
     from hookmap.cli.settings import choose_model, load_settings
     from hookmap.demo import MODEL_PATH
     from hookmap.deploy.request import Request
@@ -131,7 +134,8 @@ def command(
         "wait": wait,
         "version": sent.version,
     }
-    common |= {"model": chosen or None, "name": served["served_model_name"], "options": given, "drain": served["drain"]}
+    common |= {"model": chosen or None, "name": served["served_model_name"], "options": given}
+    common |= {"drain": served["drain"] or Serving.model_fields["drain"].default}
     asked = Request.model_validate({"action": "deploy", "sync": sync or "frozen", **common})
     _run(asked, sent.files, host, folder, python, ssh, dry_run, as_json, ctx)
 
@@ -142,10 +146,16 @@ def _check(
     """Raises click.BadParameter for what could mean something else to ssh or to a shell there."""
     if not _HOST.fullmatch(host):
         raise click.BadParameter(f"{host!r} is no name of a host: write box or me@box", param_hint="HOST")
-    for value, option in ((folder, "--folder"), (python, "--python")):
+    for value, option in ((folder.removeprefix("~/"), "--folder"), (python, "--python")):
         if value is not None and (not value or value.startswith("-") or not value.isprintable()):
             raise click.BadParameter(f"{value!r} is no path", param_hint=option)
-    if not shlex.split(ssh):
+    if folder.startswith("~") and not folder.startswith("~/"):
+        raise click.BadParameter(f"{folder!r}: no shell there reads ~; write it from your home", param_hint="--folder")
+    try:
+        words = shlex.split(ssh)
+    except ValueError as error:
+        raise click.BadParameter(f"{ssh!r}: {error}", param_hint="--ssh") from error
+    if not words:
         raise click.BadParameter("it is empty", param_hint="--ssh")
     if python is not None and (sync is not None or fresh):
         raise click.UsageError("--python uses an environment as it is: leave --sync and --fresh out")
