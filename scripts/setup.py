@@ -20,7 +20,7 @@ from pathlib import Path
 
 CLIENTS = {
     "litellm": ["litellm>=1.80"],
-    "inspect": ["inspect-ai>=0.3.200", "openai>=3.4"],
+    "inspect": ["inspect-ai>=0.3.285", "openai>=3.4"],
     "lm_eval": ["lm-eval[api]>=0.4.11", "transformers>=5"],
 }
 """programs that use the server, each in an environment of its own: their pins clash"""

@@ -117,6 +117,12 @@ def test_questions_are_paired_so_that_how_hard_they_are_falls_out() -> None:
         comparing.compare(np.zeros(3), np.zeros(4))
 
 
+def test_the_same_answers_in_another_order_are_no_difference() -> None:
+    one, other = (np.array([sum(draws) / 3, 0.5]) for draws in ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1)))
+    found = comparing.compare(one, other)
+    assert one[0] != other[0] and (found.better, found.worse, found.mean, found.p) == (0, 0, 0.0, 1.0)
+
+
 def test_holms_correction_by_hand() -> None:
     assert comparing.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert comparing.holm([0.9, 0.6]) == [1.0, 1.0] and comparing.holm([]) == []
@@ -197,6 +203,10 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(tmp_path: Path) -> None:
         ("a: [", "is not YAML"),
         ("prefixes: [{name: a, text: x}, {name: b, text: y}]\nsampling: {top_p: 2}", r"(?s)none of the pref.*top_p"),
         ("prefixes: [{name: neutral, text: x}, {name: b, text: y}]\nrewards: {format: .inf}", "finite"),
+        (
+            "prefixes: [{name: a, text: x}]\ncaptures: {positions: banana}",
+            "(?s)prefixes.*captures: .*positions 'banana'",
+        ),
     ]:
         file.write_text(text, "utf-8")
         with pytest.raises(hookmap.DataError, match=told):
@@ -251,8 +261,9 @@ def test_a_kill_in_any_stage_loses_nothing_finished(tmp_path: Path) -> None:
     assert before, "nothing was finished before the kill: a batch did not reach the log"
 
     small = Experiment.model_validate(SMALL)
-    for stage in ("generate", "score"):
-        run(small, folder, stage)
+    run(small, folder, "generate")
+    scoring = started(folder, "score")  # in a process that has not generated: no model is loaded, or known, in it
+    assert scoring.wait() == 0, scoring.communicate()[1]
     killed_when(started(folder, "report"), lambda: any(probes.glob("*.json")))
     answers, fitted = (folder / "answers.jsonl").read_bytes(), {p.name: p.stat() for p in probes.glob("*.json")}
     assert run(small, folder)

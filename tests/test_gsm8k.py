@@ -272,9 +272,12 @@ def test_questions_keep_their_ids_and_wrong_rows_are_told_at_once(tmp_path: Path
         ("gsm8k_0004", "q3", "3,000"),
     ]
     assert read_questions("demo", 3, 1)[0] == read_questions("demo", 4)[1]
-    file.write_text('{"question": "q"}\n{"question": "q", "answer": "none"}\n', "utf-8")
-    with pytest.raises(hookmap.DataError, match=r"line 1(.|\n)*line 2"):
+    file.write_text('{"question": "q"}\n[1]\nnull\n{"question": "q", "answer": "none"}\n{\n', "utf-8")
+    with pytest.raises(hookmap.DataError) as wrong:
         read_questions(str(file))
+    for line in (1, 2, 3, 4):
+        assert f"line {line}: expected a `question` and an `answer` that ends in `#### x`" in str(wrong.value)
+    assert "line 5: " in str(wrong.value)
 
 
 # What follows runs inspect_ai.
@@ -387,6 +390,20 @@ def test_the_calculator_answers_within_the_conversation(inspect_ai: Any, tmp_pat
     said = lines(tmp_path / "trajectories" / "gsm8k_0001.jsonl")
     assert [m["role"] for m in said] == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
     assert said[2]["content"] == "42" and "understood" in said[4]["error"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_what_was_refused_before_it_ran_can_be_put_right_in_the_same_folder(inspect_ai: Any, tmp_path: Path) -> None:
+    from hookmap.cli.main import main
+
+    file, out = tmp_path / "two.jsonl", tmp_path / "out"
+    file.write_text(json.dumps({"question": "Tom has 3 apples.", "answer": "#### 3"}) + "\n", "utf-8")
+    command = ["eval", "gsm8k", "demo", "--data", file, "--max-new-tokens", "4", "-o", out, "--layers", "8", "--points"]
+    wrong = CliRunner().invoke(main, [*map(str, command), "resid_pist"])
+    assert wrong.exit_code == 1 and "did you mean resid_post" in wrong.stderr
+    done = CliRunner().invoke(main, [*map(str, command), "resid_post", "--samples", "3"])
+    assert done.exit_code == 0 and "there are 1 questions, 3 were asked for" in done.stderr, done.stderr
+    assert len(hookmap.open_store(out / "activations")) == 1
 
 
 def test_the_command_refuses_a_folder_that_holds_something_else(inspect_ai: Any, tmp_path: Path) -> None:

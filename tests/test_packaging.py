@@ -1,5 +1,6 @@
 """What is in the wheel: everything that an installation without the checkout needs, and little more."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -24,6 +25,20 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     (file,) = folder.glob("*.whl")
     assert file.stat().st_size < LARGEST
     return zipfile.ZipFile(file)
+
+
+def test_inspect_finds_the_provider_of_an_installation(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """In a process that imports nothing of hookmap itself, with the wheel's metadata beside the checkout."""
+    pytest.importorskip("inspect_ai", reason='pip install "hookmap[eval]"')
+    for name in wheel.namelist():
+        if ".dist-info/" in name:
+            wheel.extract(name, tmp_path)
+    code = "from inspect_ai.model import get_model; print(get_model('hookmap/demo').api.max_connections())"
+    path = os.pathsep.join([str(tmp_path), str(CHECKOUT)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.stdout == "8\n", done.stderr
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_every_map(wheel: zipfile.ZipFile) -> None:

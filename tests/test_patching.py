@@ -167,6 +167,8 @@ def test_the_command_line_patches_sweeps_and_steers(tmp_path: Path) -> None:
     assert code == 0 and noted[0]["do"] == "steer" and "sha256" in noted[0]["vector"]
     code, _, err = invoke("capture", "--before", "--points", "resid_post", "--layers", "8")
     assert code == 2 and "--intervene FILE" in err
+    code, _, err = invoke("steer", "--intervene", str(tmp_path / "e.yaml"), "--strength", "4", "--keep-norm")
+    assert code == 2 and "--strength, --keep-norm: of --vector" in err
     for more in (["--key", "v"], []):
         code, _, err = invoke("steer", "--vector", str(tmp_path / "none.safetensors"), *more)
         assert code == 1 and "there is no such file" in err

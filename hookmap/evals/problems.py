@@ -1,5 +1,6 @@
 """Where the questions come from: a file in GSM8K's form, the hub, or the bundled problems of the demo model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,7 @@ def read_questions(source: Any, samples: int | None = None, skip: int = 0) -> li
             break
         try:
             found.append(_question(number + 1, row))
-        except (ValueError, TypeError, KeyError) as error:
+        except ValueError as error:
             problems.append(f"{place}: {error}")
     if problems:
         raise DataError(f"{where}:\n" + "\n".join(f"  - {problem}" for problem in problems[:10]))
@@ -59,6 +60,7 @@ def read_questions(source: Any, samples: int | None = None, skip: int = 0) -> li
 def _question(number: int, row: Any) -> Question:
     if isinstance(row, Exception):
         raise ValueError(str(row))
-    if not all(isinstance(row[name], str) for name in ("question", "answer")) or strict(row["answer"]) is None:
+    texts = isinstance(row, Mapping) and all(isinstance(row.get(name), str) for name in ("question", "answer"))
+    if not texts or strict(row["answer"]) is None:
         raise ValueError("expected a `question` and an `answer` that ends in `#### x`, both texts")
     return Question(f"gsm8k_{number:04d}", row["question"], row["answer"])

@@ -8,7 +8,8 @@ from hookmap.errors import CaptureError, StoreError
 from hookmap.evals.gsm8k import MODES, PROMPTS, gsm8k
 from hookmap.evals.problems import DEMO
 from hookmap.evals.provider import MAX_TOKENS, hookmap_provider, remove_captures
-from hookmap.evals.results import BATCHES, LOGS, write_results
+from hookmap.evals.results import BATCHES, LOGS, write, write_results
+from hookmap.stores.durable import temporary
 
 SETTINGS, INSPECTS = "settings.json", "inspect:"
 _SCORER_OF = {"gsm8k": "strict", "bare": "strict", "inspect_evals": "inspect_evals"}
@@ -103,18 +104,18 @@ def _recording(points: Any, layers: Any) -> dict[str, Any]:
 
 
 def _same_run(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep the run's settings, or hold them against those that are there."""
+    """Keep the run's settings, or hold them against those that something has run with already."""
     file = folder / SETTINGS
     wanted = json.loads(json.dumps(settings))
-    if file.is_file():
+    if file.is_file() and (folder / LOGS).is_dir():
         there = json.loads(file.read_text(encoding="utf-8"))
         if lines := [f"  - {k}: there {there.get(k)!r}, now {v!r}" for k, v in wanted.items() if there.get(k) != v]:
             raise StoreError(f"{folder} holds another evaluation:\n" + "\n".join(lines) + "\nGive another folder: -o")
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path not in (file, temporary(file)) for path in folder.iterdir()):
         raise StoreError(f"{folder} is not empty, and holds no evaluation. Give another folder: -o")
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    write(file, json.dumps(wanted, indent=2) + "\n")
 
 
 def _why(logs: Any) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from hookmap.errors import DataError
+from hookmap.errors import DataError, SelectionError
 from hookmap.yaml_document import read_yaml
 
 Stage = Literal["configure", "generate", "score", "report"]
@@ -59,6 +59,16 @@ class Captures(_Part):
     every: int = Field(default=1, ge=1)
     mean: bool = Field(default=False, description="one row a sample, the mean over its positions")
     keep_dtype: str | None = Field(default=None, description="of the rows; the model's own unless given")
+
+    @model_validator(mode="after")
+    def _kept(self) -> "Captures":
+        from hookmap.kept import kept  # it imports torch, which the schema does not need
+
+        try:
+            kept(self.positions, every=self.every, mean=self.mean, dtype=self.keep_dtype)
+        except SelectionError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class Rewards(_Part):

@@ -39,7 +39,7 @@ def score_answers(experiment: Experiment, folder: Path, log_name: str) -> int:
 
     log = read_eval_log(str(folder / LOGS / log_name))
     rewards = rewards_scorer(experiment.sampling.max_tokens, experiment.rewards.model_dump())
-    scored = score(log, rewards, action="overwrite", display="none")
+    scored = score(log, rewards, action="overwrite", display="none", model="none")  # else it is loaded for it
     (folder / SCORED).mkdir(exist_ok=True)
     for old in (folder / SCORED).glob("*.eval"):
         old.unlink()

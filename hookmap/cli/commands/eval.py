@@ -117,4 +117,6 @@ def _show(summary: dict[str, Any]) -> None:
         mark = "[dim]correct, in the files[/]" if name == summary["settings"]["scorer"] else ""
         rows.add_row(name, f"{score['accuracy']:.3f}", f"{score['stderr']:.3f}", mark)
     screen.print(rows)
+    if summary["samples"] < (asked := summary["settings"]["samples"] or 0):
+        screen.print(f"[yellow]there are {summary['samples']} questions, {asked} were asked for[/]")
     screen.print(f"{summary['correct']} of {summary['samples']} correct, {summary['tokens']} tokens generated")

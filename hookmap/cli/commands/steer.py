@@ -10,6 +10,8 @@ from hookmap.cli import model_options, one_prompt
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
 
+_OF_VECTOR = ("key", "point", "layers", "strength", "keep_norm", "positions", "steps")
+
 
 @click.command()
 @click.argument("model", required=False)
@@ -56,6 +58,9 @@ def command(
 
     if (vector is None) == (intervene is None):
         raise click.UsageError("which vector? --vector FILE, or a file of interventions: --intervene FILE")
+    if intervene and (typed := [option for option in _OF_VECTOR if _is_typed(option)]):
+        told = ", ".join(f"--{option.replace('_', '-')}" for option in typed)
+        raise click.UsageError(f"{told}: of --vector. The file of --intervene says all of it itself.")
     chosen = None if layers is None else parse_layers(layers)
     where: dict[str, Any] = {"positions": positions, "steps": steps, "keep_norm": keep_norm}
     if intervene:
@@ -75,6 +80,10 @@ def command(
     prompts = list(texts) or [one_prompt.DEFAULT_PROMPT]
     hm = model_options.opened(model, given, quiet=as_json)
     _show(prompts, *_both(hm, prompts, interventions, max_new_tokens, chat, as_json), as_json)
+
+
+def _is_typed(option: str) -> bool:
+    return click.get_current_context().get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
 
 
 def _both(
