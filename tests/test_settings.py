@@ -117,6 +117,17 @@ def test_all_that_is_wrong_in_the_file_and_the_environment_is_said_at_once(monke
         assert part in done.stderr
 
 
+def test_the_port_that_kubernetes_sets_for_a_service_named_hookmap_is_no_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOOKMAP_PORT", "tcp://10.0.0.1:80")
+    assert run("config", "show").exit_code == 2, "somebody's own"
+    monkeypatch.setenv("HOOKMAP_SERVICE_HOST", "10.0.0.1")
+    assert shown()["port"] == {"value": 8000, "source": "default"}
+    monkeypatch.setenv("HOOKMAP_PORT", "9000")
+    assert shown()["port"] == {"value": 9000, "source": "HOOKMAP_PORT"}
+
+
 def test_the_published_schema_is_that_of_the_settings_and_takes_the_example_of_the_docs() -> None:
     published = json.loads((DOCS / "hookmap.schema.json").read_text("utf-8"))
     assert published == schema(), "write it again: make schema"

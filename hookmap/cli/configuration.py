@@ -18,6 +18,8 @@ from hookmap.cli.settings import FILE_NAME, PREFIX
 
 SCHEMA_ID = "https://hookmap.dev/schema/hookmap-1.json"
 _PATHS = ("model", "map", "tokenizer", "prompts")
+_SERVICE_PORT = re.compile(r"(tcp|udp|sctp)://[^/]+:\d+")
+"""what Kubernetes sets HOOKMAP_PORT to in the pods beside a service named hookmap, with HOOKMAP_SERVICE_HOST"""
 
 
 def _typed(value: "int | str | list[int | str]") -> str:
@@ -156,9 +158,11 @@ def _read(document: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """The same of the variables. An empty one is one that is not set."""
+    """The same of the variables. An empty one is one that is not set, and so is a Kubernetes service's own."""
     names = {key: PREFIX + key.upper() for key in Settings.model_fields}
     given = {key: environment[name] for key, name in names.items() if environment.get(name)}
+    if f"{PREFIX}SERVICE_HOST" in environment and _SERVICE_PORT.fullmatch(given.get("port", "")):
+        del given["port"]
     try:
         read = Settings.model_validate_strings(given)
     except ValidationError as error:

@@ -8,6 +8,7 @@ import os
 import pkgutil
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -18,6 +19,12 @@ from hookmap.cli import commands
 
 class _Commands(click.Group):
     """The commands are the files of `hookmap/cli/commands`; nothing else lists them."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        _write_anything()
+        return super().make_context(info_name, args, parent, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
@@ -51,6 +58,8 @@ class _Commands(click.Group):
             ctx.exit(130)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click knows what to do with its own, and ends quietly where nobody reads stdout any more
+        except PermissionError as error:
+            _fail(ctx, f"no permission: {error.filename or error}", error)
         except Exception as error:
             text = (
                 f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
@@ -64,6 +73,16 @@ def _fail(ctx: click.Context, message: str, error: Exception) -> None:
         raise error
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
     ctx.exit(1)
+
+
+def _write_anything() -> None:
+    """Our tables and JSON hold more than ASCII: UTF-8 in files and pipes, `?` where a terminal has no such sign."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and not (stream.encoding or "").lower().startswith("utf"):
+            if stream.isatty() or "PYTHONIOENCODING" in os.environ:
+                stream.reconfigure(errors="replace")
+            else:
+                stream.reconfigure(encoding="utf-8")
 
 
 def _quiet_libraries() -> None:

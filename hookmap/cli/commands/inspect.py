@@ -83,7 +83,7 @@ def _show_tensors(tensors: list[dict[str, Any]], screen: "Console") -> None:
             tensor["dtype"] or "",
             " × ".join(map(str, tensor["shape"])),
             size(tensor["bytes"]),
-            "" if norm is None else f"{norm:.2f}",
+            "" if norm is None else f"{norm:.2f}" if norm >= 0.1 or norm == 0 else f"{norm:.1e}",
             f"[dim]{bar}[/]",
         )
     screen.print(rows)

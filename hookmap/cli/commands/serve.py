@@ -127,7 +127,7 @@ def command(
     Try a running server with `hookmap smoke URL`. Every field and route: docs/server.md
     """
     from hookmap.cli.console import working
-    from hookmap.cli.settings import choose_model, load_settings, parse_layers, parse_list
+    from hookmap.cli.settings import choose_model, load_settings, parse_layers, parse_list, refuse_unknown
     from hookmap.server import check_installed
 
     check_installed()
@@ -140,6 +140,7 @@ def command(
     with working("importing torch and transformers"):
         from hookmap.server.run import serve
         from hookmap.server.settings import Settings
+    refuse_unknown(chosen, of_layers, model)
     limits = Settings(
         root=Path(sessions),
         host=host,
