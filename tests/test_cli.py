@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -373,6 +374,22 @@ def test_a_pipe_gets_utf8_whatever_the_locale() -> None:
     ascii_only = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     tree, said = program("show", "LlamaForCausalLM", **ascii_only).communicate()
     assert "├── ● resid_pre" in tree.decode("utf-8"), said.decode()
+
+
+@pytest.mark.parametrize("typed", ["inspect ru", "capture runs/mo", "capture --prompts q", "store verify ru"])
+def test_shells_complete_files_and_folders(typed: str) -> None:
+    words = f"hookmap {typed}"
+    asked = {"_HOOKMAP_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    found, said = program(**asked).communicate()
+    assert found.decode().strip() == f"file,{words.split()[-1]}", said.decode()
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
+    pytest.importorskip("uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = failed("serve", "nobody/nothing", "--port", str(port))
+    assert f"cannot listen at 127.0.0.1:{port}: Address already in use" in message and "nobody" not in message
 
 
 def test_tables_that_nobody_reads_end_quietly() -> None:

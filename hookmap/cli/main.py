@@ -16,6 +16,9 @@ import click
 from hookmap import HookmapError, __version__
 from hookmap.cli import commands
 
+_PATHS = {"FILE", "FILE.pt", "DIR", "MODEL", "MAP", "MAP|MODEL", "STORE", "FROM", "TO"}
+"""what the help calls something that may be a path"""
+
 
 class _Commands(click.Group):
     """The commands are the files of `hookmap/cli/commands`; nothing else lists them."""
@@ -24,6 +27,8 @@ class _Commands(click.Group):
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         _write_anything()
+        if os.environ.get("NO_COLOR"):  # rich looks at it, click does not
+            extra["color"] = False
         return super().make_context(info_name, args, parent, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -35,6 +40,7 @@ class _Commands(click.Group):
         command: click.Command = import_module(f"{commands.__name__}.{cmd_name}").command
         if not any(option.name == "debug" for option in command.params):
             command.params.append(_debug_option())
+        _complete_paths(command)
         return command
 
     def resolve_command(
@@ -66,6 +72,15 @@ class _Commands(click.Group):
             )
             hint = "This is not an error that hookmap foresaw; add --debug to see the traceback."
             _fail(ctx, f"{type(error).__name__}: {text}\n{hint}", error)
+
+
+def _complete_paths(command: click.Command) -> None:
+    """Shells complete what may be a file or a folder; nothing is checked here, a MODEL may be a hub id."""
+    for param in command.params:
+        if param.type is click.STRING and (param.metavar or param.human_readable_name).strip("[].") in _PATHS:
+            param.type = click.Path(readable=False)
+    for below in command.commands.values() if isinstance(command, click.Group) else ():
+        _complete_paths(below)
 
 
 def _fail(ctx: click.Context, message: str, error: Exception) -> None:

@@ -61,6 +61,9 @@ def gsm8k(
     Asks each question, scores the answers by three rules, and writes a folder with samples, conversations,
     activations and inspect's own log (`inspect view --log-dir DIR/inspect`). After a kill the same command goes on.
 
+    \b
+    hookmap eval gsm8k --samples 100 --points resid_post --layers 8,12,16 -o results
+
     The folder's name goes to stdout.
     """
     from hookmap.cli.console import working

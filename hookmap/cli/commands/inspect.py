@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 def command(folder: str, as_json: bool, texts: int, norms: bool | None, verify: bool) -> None:
     """Show what a capture holds.
 
-    Tensors, dtypes, sizes, norms by layer, and texts of the capture in DIR. The tables go to stderr; the JSON goes to
-    stdout.
+    Tensors, dtypes, sizes, norms by layer, and texts of the capture in DIR.
+
+    \b
+    hookmap inspect run
+    hookmap inspect run --verify --texts 0
+
+    The tables go to stderr; the JSON goes to stdout.
     """
     import hookmap
     from hookmap.cli.console import console, working
