@@ -26,7 +26,7 @@ from hookmap.errors import MapError, MapNotFoundError
 from hookmap.points import POINTS
 
 SCHEMA_VERSION: Literal[1] = 1
-SCHEMA_ID = "https://hookmap.dev/schema/architecture-map-1.json"
+SCHEMA_ID = "urn:hookmap:schema:architecture-map-1"
 
 
 # A number, or a word without spaces: sentences stay on lines of their own.

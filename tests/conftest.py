@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +23,12 @@ def seeded() -> None:
     import torch
 
     torch.manual_seed(3)
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hookmap.yaml and no settings in the environment of the person who runs the tests."""
+    monkeypatch.chdir(tmp_path)
+    for name in os.environ:
+        if name.startswith("HOOKMAP_"):
+            monkeypatch.delenv(name)

@@ -24,13 +24,7 @@ from hookmap.demo import MODEL_PATH
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No hookmap.yaml and no settings in the environment of the person who runs the tests."""
-    monkeypatch.chdir(tmp_path)
-    for name in os.environ:
-        if name.startswith("HOOKMAP_"):
-            monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def run(*args: str) -> Result:

@@ -13,7 +13,7 @@ import pytest
 
 import hookmap
 from hookmap import errors
-from hookmap.cli.configuration import Settings
+from hookmap.cli.configuration import fields
 from hookmap.cli.main import main
 from hookmap.cli.settings import load_settings
 from hookmap.demo import MODEL_PATH
@@ -126,7 +126,7 @@ def test_the_command_page_names_every_command() -> None:
 def test_the_settings_file_of_the_docs_is_accepted_and_shows_every_key(tmp_path: Path) -> None:
     (example,) = blocks(CHECKOUT / "docs" / "cli.md", "yaml")
     (tmp_path / "hookmap.yaml").write_text(example, encoding="utf-8")
-    assert set(load_settings(tmp_path)) == set(Settings.model_fields)
+    assert set(load_settings(tmp_path)) == set(fields())
 
 
 def errors_of_the_tree() -> list[str]:

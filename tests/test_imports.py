@@ -1,8 +1,8 @@
 """`import hookmap` and `hookmap --help` are light, and the public names are the ones that are written down."""
 
+import os
 import subprocess
 import sys
-from time import perf_counter
 
 import pytest
 
@@ -42,11 +42,12 @@ def test_the_tests_above_can_fail() -> None:
 
 def test_help_answers_well_under_a_second() -> None:
     def once() -> float:
-        start = perf_counter()
+        start = os.times()
         subprocess.run([sys.executable, "-m", "hookmap.cli", "--help"], check=True, capture_output=True)
-        return perf_counter() - start
+        end = os.times()
+        return end.children_user - start.children_user + end.children_system - start.children_system
 
-    # The best of five: a machine that is busy with other tests is not what is measured. It takes about 0.1 s.
+    # Seconds of processor, the best of five: a machine that is busy is not what is measured. It takes about 0.1 s.
     assert min(once() for _ in range(5)) < 0.5
 
 

@@ -1,16 +1,16 @@
 """hookmap.yaml, the environment and what is typed: which is the stronger, and what is refused."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+import click
 import jsonschema
 import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from hookmap.cli.configuration import Settings, schema
+from hookmap.cli.configuration import SECTIONS, Serving, Settings, fields, read_section, schema
 from hookmap.cli.main import main
 from hookmap.cli.settings import load_settings
 from hookmap.stores import open_store
@@ -19,12 +19,7 @@ from hookmap.stores.reader import CaptureStore
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-@pytest.fixture(autouse=True)
-def _a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in os.environ:
-        if name.startswith("HOOKMAP_"):
-            monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def run(*args: str) -> Result:
@@ -53,7 +48,7 @@ def test_show_says_each_value_and_where_it_came_from(tmp_path: Path, monkeypatch
     monkeypatch.setenv("HOOKMAP_TOP_P", "0.5")
     monkeypatch.setenv("HOOKMAP_MEAN", "")
     found, file = shown(), str(tmp_path / "hookmap.yaml")
-    assert list(found) == list(Settings.model_fields)
+    assert list(found) == list(fields())
     assert found["every"] == {"value": 2, "source": file}
     assert found["seed"] == {"value": 3, "source": "HOOKMAP_SEED"}
     assert found["top_p"] == {"value": 0.5, "source": "HOOKMAP_TOP_P"}
@@ -98,8 +93,11 @@ def test_a_model_of_the_file_may_bring_code_and_a_flag_forbids_it() -> None:
 
 
 def test_all_that_is_wrong_in_the_file_and_the_environment_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("hookmap.yaml").write_text("polnts: embed\nevery: true\ntop_p: 0\ndtype: fp16\nfeatures: [-1]\n1: 2\n")
-    monkeypatch.setenv("HOOKMAP_PORT", "tcp://10.0.0.1:8000")
+    Path("hookmap.yaml").write_text(
+        "polnts: embed\nevery: true\ntop_p: 0\ndtype: fp16\nfeatures: [-1]\n1: 2\n"
+        "serve: {queue: 0, prot: 1, allow: [3]}\neval: 3\n"
+    )
+    monkeypatch.setenv("HOOKMAP_SERVE_PORT", "tcp://10.0.0.1:8000")
     monkeypatch.setenv("HOOKMAP_CHAT", "perhaps")
     done = run("config", "show")
     assert done.exit_code == 2
@@ -110,22 +108,15 @@ def test_all_that_is_wrong_in_the_file_and_the_environment_is_said_at_once(monke
         "top_p: expected a number, above 0, at most 1, found 0",
         "dtype: expected one of auto, float32, bfloat16, float16, found 'fp16'",
         "features: expected a whole number, at least 1, or a list of whole numbers",
+        "unknown key 'serve.prot': did you mean serve.port",
+        "serve.queue: expected a whole number, at least 1, found 0",
+        "serve.allow: expected a text or a list of texts, found [3]",
+        "eval: expected keys and values, found 3",
         "the environment:",
-        "HOOKMAP_PORT: expected a whole number, at least 0, at most 65535, found 'tcp://10.0.0.1:8000'",
+        "HOOKMAP_SERVE_PORT: expected a whole number, at least 0, at most 65535, found 'tcp://10.0.0.1:8000'",
         "HOOKMAP_CHAT: expected true or false, found 'perhaps'",
     ):
         assert part in done.stderr
-
-
-def test_the_port_that_kubernetes_sets_for_a_service_named_hookmap_is_no_setting(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("HOOKMAP_PORT", "tcp://10.0.0.1:80")
-    assert run("config", "show").exit_code == 2, "somebody's own"
-    monkeypatch.setenv("HOOKMAP_SERVICE_HOST", "10.0.0.1")
-    assert shown()["port"] == {"value": 8000, "source": "default"}
-    monkeypatch.setenv("HOOKMAP_PORT", "9000")
-    assert shown()["port"] == {"value": 9000, "source": "HOOKMAP_PORT"}
 
 
 def test_the_published_schema_is_that_of_the_settings_and_takes_the_example_of_the_docs() -> None:
@@ -139,14 +130,44 @@ def test_the_published_schema_is_that_of_the_settings_and_takes_the_example_of_t
 
 
 def test_every_setting_is_an_option_of_a_command() -> None:
-    import click
+    def options(*names: str) -> set[str | None]:
+        command: Any = main
+        for name in names:
+            command = command.get_command(click.Context(command), name)
+        return {parameter.name for parameter in command.params}
 
-    context = click.Context(main)
-    options = {"model", "map_"}
-    for name in ("capture", "serve"):
-        command = main.get_command(context, name)  # type: ignore[attr-defined]
-        options |= {parameter.name for parameter in command.params}
-    assert set(Settings.model_fields) - {"map"} <= options
+    assert set(Settings.model_fields) - {"map", *SECTIONS} <= options("capture") | {"model"}
+    assert set(SECTIONS["serve"].model_fields) <= options("serve")
+    assert set(SECTIONS["eval"].model_fields) <= options("eval", "gsm8k")
+
+
+def test_a_section_is_of_one_command_and_what_is_typed_is_stronger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hookmap.yaml").write_text("serve:\n  queue: 3\n  sessions: kept\n  allow: [a/b]\n  drain: 5\neval:\n")
+    monkeypatch.setenv("HOOKMAP_SERVE_QUEUE", "4")
+    monkeypatch.setenv("HOOKMAP_SERVE_ALLOWED_HOST", "box, box.lan")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    found = shown()
+    assert found["serve.queue"] == {"value": 4, "source": "HOOKMAP_SERVE_QUEUE"}
+    assert found["serve.sessions"] == {"value": str(tmp_path / "kept"), "source": str(tmp_path / "hookmap.yaml")}
+    typed: dict[str, Any] = dict.fromkeys(Serving.model_fields) | {"drain": 7, "allow": ()}
+    serving = read_section(Serving, "serve", load_settings(), typed)
+    assert (serving.queue, serving.drain, serving.port) == (4, 7, 8000) and typed == {}
+    assert serving.allow == ["a/b"] and serving.allowed_host == ["box", "box.lan"]
+
+
+def test_the_help_of_an_option_names_the_default_of_its_setting() -> None:
+    """Said twice, because help imports nothing that validates."""
+    for section, *names in (("serve", "serve"), ("eval", "eval", "gsm8k")):
+        command: Any = main
+        for name in names:
+            command = command.get_command(click.Context(command), name)
+        help_of = {option.name: option.help or "" for option in command.params if isinstance(option, click.Option)}
+        for key, field in SECTIONS[section].model_fields.items():
+            if field.default not in (None, []):
+                assert f"[default: {field.default}]" in help_of[key]
 
 
 def test_an_evaluation_opens_its_model_as_the_settings_say() -> None:
@@ -154,3 +175,17 @@ def test_an_evaluation_opens_its_model_as_the_settings_say() -> None:
     Path("hookmap.yaml").write_text("device: nowhere\n")
     done = run("eval", "gsm8k", "--samples", "1", "-o", "results")
     assert done.exit_code == 1 and "nowhere" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_an_evaluation_takes_its_section_and_what_is_kept_and_drawn_of_the_settings() -> None:
+    pytest.importorskip("inspect_ai", reason='pip install "hookmap[eval]"')
+    Path("hookmap.yaml").write_text(
+        "points: mlp_out\nlayers: 3\nseed: 5\ntemperature: 0.5\neval: {samples: 2, parallel: 1, max_new_tokens: 4}\n"
+    )
+    done = run("eval", "gsm8k", "-o", "results", "--json", "--seed", "6")
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert (said["samples"], said["settings"]["seed"], said["settings"]["temperature"]) == (2, 6, 0.5)
+    manifest = open_store("results/activations").manifest
+    assert [(tensor.point, tensor.layer) for tensor in manifest.tensors] == [("mlp_out", 3)]

@@ -1,25 +1,28 @@
 """Every setting that a file or the environment may give: one document, its schema, and where each value came from.
 
-From weak to strong: the default, hookmap.yaml (found upwards), the variable HOOKMAP_<KEY>, and what is typed.
+From weak to strong: the default, hookmap.yaml (found upwards), the variable HOOKMAP_<KEY>, and what is typed. A key of
+a section, `queue` of `serve:`, is named serve.queue and HOOKMAP_SERVE_QUEUE.
 """
 
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import click
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from hookmap.cli.settings import FILE_NAME, PREFIX
 
-SCHEMA_ID = "https://hookmap.dev/schema/hookmap-1.json"
-_PATHS = ("model", "map", "tokenizer", "prompts")
-_SERVICE_PORT = re.compile(r"(tcp|udp|sctp)://[^/]+:\d+")
-"""what Kubernetes sets HOOKMAP_PORT to in the pods beside a service named hookmap, with HOOKMAP_SERVICE_HOST"""
+SCHEMA_ID = "urn:hookmap:schema:hookmap-1"
+_PATHS = ("model", "map", "tokenizer", "prompts", "eval.data")
+"""relative to the file's folder where they are there: a hub id looks like a path too"""
+_FOLDERS = ("serve.sessions",)
+"""made where they are not"""
 
 
 def _typed(value: "int | str | list[int | str]") -> str:
@@ -32,18 +35,64 @@ def _typed_features(value: "int | str | list[int]") -> str:
     return f"{_typed(list(value))}," if isinstance(value, list) else str(value)
 
 
+def _several(value: object) -> object:
+    """One text is a list of what stands between its commas, as it would be typed."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+Of = TypeVar("Of", bound="Section")
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0.001)]
+Texts = Annotated[list[Text], BeforeValidator(_several, json_schema_input_type=str | list[Text])]
 Names = Annotated[int | Text | Annotated[list[int | Text], Field(min_length=1)], AfterValidator(_typed)]
 Features = Annotated[
     Count | Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)], AfterValidator(_typed_features)
 ]
 
 
-class Settings(BaseModel):
-    """What hookmap.yaml may say. The keys are the names of the options, and mean what those mean."""
+class Section(BaseModel):
+    """Keys are the names of options, and mean what those mean."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, title=FILE_NAME)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Serving(Section):
+    """What `hookmap serve` takes besides points, layers and how the model is opened. Keys of access are no settings."""
+
+    host: Text = Field("127.0.0.1", description="where to listen; 0.0.0.0 for every address")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="0 takes a free one")
+    served_model_name: Text | None = Field(None, description="what clients call the model; else its own")
+    allow: Texts = Field([], description="models that may be loaded")
+    allowed_host: Texts = Field([], description="names of this server besides localhost")
+    sessions: Text = Field("sessions", description="the folder of the sessions")
+    max_bytes: Amount = Field(20.0, description="GiB of all sessions; the oldest finished go first")
+    max_age: Amount = Field(168.0, description="hours that a session stays")
+    request_bytes: Amount = Field(2.0, description="GiB of activations that one request may keep")
+    inline_bytes: Count = Field(16 * 2**20, description="bytes that an answer may carry itself")
+    queue: Count = Field(64, description="requests that may wait for the model; more get 429")
+    batch: Count = Field(8, description="rows of plain requests that wait together and run together; 1: each alone")
+    batch_tokens: Count = Field(32768, description="of such a batch: rows times the longest prompt and answer")
+    max_new_tokens: Count = Field(4096, description="that a request may ask for")
+    drain: Count = Field(30, description="seconds that running requests get at the end")
+
+
+class Evaluating(Section):
+    """What `hookmap eval` takes besides what is kept, how answers are drawn, and how the model is opened."""
+
+    data: Text | None = Field(None, description="a file, hf://NAME:SPLIT, demo; else the hub's")
+    samples: Count | None = Field(None, description="the first so many; else all, of demo 100")
+    skip: Annotated[int, Field(ge=0)] = Field(0, description="leave the first so many out")
+    mode: Literal["no-tools", "with-tools"] = Field("no-tools", description="with-tools gives it a calculator")
+    ask: Literal["gsm8k", "inspect_evals", "bare"] | None = Field(None, description="what form of answer to ask for")
+    parallel: Count = Field(8, description="samples at once, which is the batch")
+    max_new_tokens: Count = Field(512, description="for each answer")
+
+
+class Settings(Section):
+    """What hookmap.yaml may say."""
+
+    model_config = ConfigDict(title=FILE_NAME)
 
     model: Text | None = Field(None, description="a hub id or a model folder; else the bundled demo model")
     map: Text | None = Field(None, description="a map file, instead of discovering one")
@@ -57,9 +106,7 @@ class Settings(BaseModel):
     prompt_column: Text | None = Field(None, description="where the prompt is; else prompt, messages, question, …")
     id_column: Text | None = Field(None, description="the samples' own names; else id, where there is one")
     chat: bool | None = Field(None, description="send prompts through the chat template; else where there is one")
-    max_new_tokens: Annotated[int, Field(ge=0)] = Field(
-        64, description="for each prompt; 0 only reads; of serve, the most that a request may ask for (4096)"
-    )
+    max_new_tokens: Annotated[int, Field(ge=0)] = Field(64, description="for each prompt; 0 only reads")
     batch_size: Count = Field(8, description="prompts that run together")
     batch_tokens: Count = Field(4096, description="tokens that a harvest runs at once")
     positions: Names = Field("all", description="rows of which tokens: all, prompt, generated, last, 4:20, 0,-1, …")
@@ -77,8 +124,18 @@ class Settings(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="the likeliest tokens of this mass")
     top_k: Count | None = Field(None, description="this many likeliest tokens")
     seed: int | None = Field(None, description="makes sampling repeatable")
-    host: Text = Field("127.0.0.1", description="where serve listens; 0.0.0.0 for every address")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="of serve")
+    serve: Serving = Serving.model_validate({})
+    eval: Evaluating = Evaluating.model_validate({})
+
+
+SECTIONS: dict[str, type[Section]] = {"serve": Serving, "eval": Evaluating}
+
+
+def fields() -> dict[str, FieldInfo]:
+    """Each setting by its key; those of a section as `serve.queue`."""
+    return {key: field for key, field in Settings.model_fields.items() if key not in SECTIONS} | {
+        f"{name}.{key}": field for name, section in SECTIONS.items() for key, field in section.model_fields.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -103,10 +160,19 @@ def find(start: Path | None = None) -> dict[str, Setting]:
     problems = _under(str(file), wrong_keys) + _under("the environment", wrong_variables)
     if problems:
         raise click.UsageError("\n".join(problems))
-    found = {name: Setting(field.default, "default") for name, field in Settings.model_fields.items()}
+    found = {key: Setting(field.default, "default") for key, field in fields().items()}
     if file is not None:
-        found |= {name: Setting(_beside(file, name, value), str(file)) for name, value in values.items()}
-    return found | {name: Setting(value, PREFIX + name.upper()) for name, value in typed.items()}
+        found |= {key: Setting(_beside(file, key, value), str(file)) for key, value in values.items()}
+    return found | {key: Setting(value, _variable(key)) for key, value in typed.items()}
+
+
+def read_section(section: type[Of], name: str, settings: dict[str, Any], given: dict[str, Any]) -> Of:
+    """What was typed, which `given` loses; else what the settings say under this name; else the defaults."""
+    said = {key: settings[f"{name}.{key}"] for key in section.model_fields if f"{name}.{key}" in settings}
+    typed = {key: given.pop(key) for key in section.model_fields}
+    lists = {key: list(value) for key, value in typed.items() if isinstance(value, tuple)}
+    chosen = {key: value for key, value in (typed | lists).items() if value not in (None, "", [])}
+    return section.model_validate(said | chosen)
 
 
 def schema() -> dict[str, Any]:
@@ -146,29 +212,45 @@ def _document(file: Path) -> dict[Any, Any]:
 
 def _read(document: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
     """The values that the file gives, and what is wrong with it, a line each."""
-    unknown = [key for key in document if key not in Settings.model_fields]
-    known = {key: value for key, value in document.items() if key in Settings.model_fields}
-    problems = [f"unknown key {key!r}: {_near(str(key))}" for key in unknown]
-    try:
-        read = Settings.model_validate(known)
-    except ValidationError as error:
-        wrong = dict.fromkeys(str(each["loc"][0]) for each in error.errors())
-        return {}, problems + [f"{key}: expected {_expected(key)}, found {known[key]!r}" for key in wrong]
-    return read.model_dump(include=read.model_fields_set, exclude_none=True), problems
+    values: dict[Any, Any] = {}
+    problems = []
+    for key, value in document.items():
+        if key not in SECTIONS:
+            values[key] = value
+        elif isinstance(value, dict):
+            values |= {f"{key}.{name}": inner for name, inner in value.items()}
+        elif value is not None:
+            problems.append(f"{key}: expected keys and values, found {value!r}")
+    known = fields()
+    problems += [f"unknown key {key!r}: {_near(str(key))}" for key in values if key not in known]
+    read, wrong = _validated({key: value for key, value in values.items() if key in known}, Settings.model_validate)
+    return read, problems + [f"{key}: expected {_expected(key)}, found {values[key]!r}" for key in wrong]
 
 
 def _environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """The same of the variables. An empty one is one that is not set, and so is a Kubernetes service's own."""
-    names = {key: PREFIX + key.upper() for key in Settings.model_fields}
-    given = {key: environment[name] for key, name in names.items() if environment.get(name)}
-    if f"{PREFIX}SERVICE_HOST" in environment and _SERVICE_PORT.fullmatch(given.get("port", "")):
-        del given["port"]
+    """The same of the variables. An empty one is one that is not set."""
+    given = {key: environment[name] for key in fields() if environment.get(name := _variable(key))}
+    read, wrong = _validated(given, Settings.model_validate_strings)
+    return read, [f"{_variable(key)}: expected {_expected(key)}, found {given[key]!r}" for key in wrong]
+
+
+def _variable(key: str) -> str:
+    return PREFIX + key.replace(".", "_").upper()
+
+
+def _validated(values: Mapping[str, Any], read: Callable[[Any], Settings]) -> tuple[dict[str, Any], list[str]]:
+    """The values of these keys as the document's types have them, or none and the keys of those that are wrong."""
+    document: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (document.setdefault(section, {}) if section else document)[name] = value
     try:
-        read = Settings.model_validate_strings(given)
+        found = read(document).model_dump(exclude_unset=True, exclude_none=True)
     except ValidationError as error:
-        wrong = dict.fromkeys(str(each["loc"][0]) for each in error.errors())
-        return {}, [f"{names[key]}: expected {_expected(key)}, found {given[key]!r}" for key in wrong]
-    return read.model_dump(include=read.model_fields_set, exclude_none=True), []
+        places = [each["loc"] for each in error.errors()]
+        return {}, list(dict.fromkeys(f"{at[0]}.{at[1]}" if at[0] in SECTIONS else str(at[0]) for at in places))
+    inner = {f"{name}.{key}": value for name in SECTIONS for key, value in found.pop(name, {}).items()}
+    return found | inner, []
 
 
 def _under(head: str, problems: list[str]) -> list[str]:
@@ -176,19 +258,25 @@ def _under(head: str, problems: list[str]) -> list[str]:
 
 
 def _near(key: str) -> str:
-    near = difflib.get_close_matches(key, Settings.model_fields, n=2)
-    return f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(Settings.model_fields)}"
+    near = difflib.get_close_matches(key, fields(), n=2)
+    return f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(fields())}"
+
+
+def _rules(section: type[Section], name: str) -> list[dict[str, Any]]:
+    """What JSON Schema says of a field; any of them may hold."""
+    rule = section.model_json_schema()["properties"][name]
+    return [each for each in rule.get("anyOf", [rule]) if each.get("type") != "null"]
 
 
 def _expected(key: str) -> str:
-    """What a person would have to write there, in a few words, as the schema says it."""
-    rule = Settings.model_json_schema()["properties"][key]
-    rules = [each for each in rule.get("anyOf", [rule]) if each.get("type") != "null"]
-    if any(each["type"] == "array" for each in rules):
-        if key == "features":
-            return "a whole number, at least 1, or a list of whole numbers, at least 0"
-        return "a list, or one text such as '8,12,16' or 'all'"
-    return " or ".join(map(_words, rules))
+    """What a person would have to write there, in a few words."""
+    section, _, name = key.rpartition(".")
+    said = _rules(SECTIONS.get(section, Settings), name)
+    if not any(each["type"] == "array" for each in said):
+        return " or ".join(map(_words, said))
+    if key == "features":
+        return "a whole number, at least 1, or a list of whole numbers, at least 0"
+    return "a text or a list of texts" if section else "a list, or one text such as '8,12,16' or 'all'"
 
 
 def _words(rule: Mapping[str, Any]) -> str:
@@ -201,5 +289,6 @@ def _words(rule: Mapping[str, Any]) -> str:
 
 
 def _beside(file: Path, key: str, value: Any) -> Any:
-    """Paths of the file are relative to its folder. A hub id looks like a path too: only what is there is one."""
-    return str(file.parent / value) if key in _PATHS and value and (file.parent / value).exists() else value
+    """Paths of the file are relative to its folder."""
+    beside = key in _FOLDERS or (key in _PATHS and (file.parent / value).exists())
+    return str(file.parent / value) if beside else value

@@ -95,9 +95,7 @@ class ChatWire:
         if not text and logprobs is None and not more:
             return None
         chunk = self._chunk(token.row, made(ChoiceDelta, content=text), logprobs=logprobs)
-        for name, value in more.items():
-            setattr(chunk, name, value)
-        return chunk
+        return chunk.model_copy(update=more)
 
     def closing(self, result: Result) -> Iterator[ChatCompletionChunk]:
         """The rest of each choice and why it ended, then usage. What was kept stands in the last chunk."""
@@ -114,8 +112,7 @@ class ChatWire:
         if self._usage:
             usage = usage_of(self._job, result)
             chunks.append(ChatCompletionChunk(**self._head, object="chat.completion.chunk", choices=[], usage=usage))
-        for name, value in extras(result).items():
-            setattr(chunks[-1], name, value)
+        chunks[-1] = chunks[-1].model_copy(update=extras(result))
         yield from chunks
 
     def whole(self, result: Result, tokens: list[Token]) -> ChatCompletion:

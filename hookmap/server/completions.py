@@ -70,9 +70,7 @@ class CompletionWire:
         if not text and not self._logprobs and not more:
             return None
         chunk = self._chunk(token.row, text, logprobs=self._told([token]) if self._logprobs else None)
-        for name, value in more.items():
-            setattr(chunk, name, value)
-        return chunk
+        return chunk.model_copy(update=more)
 
     def closing(self, result: Result) -> Iterator[TextCompletion]:
         """The rest of each choice and why it ended, then usage. What was kept stands in the last chunk."""
@@ -83,8 +81,7 @@ class CompletionWire:
         if self._usage:
             usage = usage_of(self._job, result)
             chunks.append(TextCompletion(**self._head, object="text_completion", choices=[], usage=usage))
-        for name, value in extras(result).items():
-            setattr(chunks[-1], name, value)
+        chunks[-1] = chunks[-1].model_copy(update=extras(result))
         yield from chunks
 
     def whole(self, result: Result, tokens: list[Token]) -> TextCompletion:

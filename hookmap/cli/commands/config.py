@@ -54,13 +54,13 @@ def schema() -> None:
 def _show(found: "dict[str, Setting]") -> None:
     from rich.markup import escape
 
-    from hookmap.cli.configuration import Settings
+    from hookmap.cli.configuration import fields
     from hookmap.cli.console import console, table
 
-    rows = table("key", "value", "from", "what")
+    rows, known = table("key", "value", "from", "what"), fields()
     for key, setting in found.items():
         value = setting.value if isinstance(setting.value, str) else json.dumps(setting.value)
         value = "" if setting.value is None else escape(value)
         source = "[dim]default[/]" if setting.source == "default" else f"[cyan]{escape(setting.source)}[/]"
-        rows.add_row(key, value, source, f"[dim]{escape(Settings.model_fields[key].description or '')}[/]")
+        rows.add_row(key, value, source, f"[dim]{escape(known[key].description or '')}[/]")
     console().print(rows)

@@ -101,6 +101,7 @@ def command(
     What happens there, and what to do when it does not: docs/deploy.md
     """
     _check(host, folder, python, sync, fresh, action, ssh)
+    from hookmap.cli.configuration import Serving
     from hookmap.cli.settings import choose_model, load_settings
     from hookmap.demo import MODEL_PATH
     from hookmap.deploy.request import Request
@@ -131,7 +132,8 @@ def command(
         "wait": wait,
         "version": sent.version,
     }
-    common |= {"model": chosen or None, "name": served["served_model_name"], "options": given, "drain": served["drain"]}
+    common |= {"model": chosen or None, "name": served["served_model_name"], "options": given}
+    common |= {"drain": served["drain"] or Serving.model_fields["drain"].default}
     asked = Request.model_validate({"action": "deploy", "sync": sync or "frozen", **common})
     _run(asked, sent.files, host, folder, python, ssh, dry_run, as_json, ctx)
 

@@ -20,38 +20,35 @@ def command() -> None:
 
 @command.command()
 @click.argument("model", required=False)
-@click.option("--data", default=None, metavar="FILE", help="Rows with question and answer; hf://NAME:SPLIT; demo.")
+@click.option("--data", metavar="FILE", help="Rows with question and answer; hf://NAME:SPLIT; demo.")
 @click.option("--samples", type=click.IntRange(min=1), metavar="N", help="The first N.  [default: all; of demo 100]")
-@click.option("--skip", type=click.IntRange(min=0), default=0, metavar="N", help="Leave the first N out.")
-@click.option("--mode", type=click.Choice(["no-tools", "with-tools"]), default="no-tools", show_default=True)
+@click.option("--skip", type=click.IntRange(min=0), metavar="N", help="Leave the first N out.  [default: 0]")
+@click.option(
+    "--mode",
+    type=click.Choice(["no-tools", "with-tools"]),
+    help="with-tools gives it a calculator.  [default: no-tools]",
+)
 @click.option("--ask", type=click.Choice(["gsm8k", "inspect_evals", "bare"]), help="What form of answer to ask for.")
-@click.option("--parallel", type=click.IntRange(min=1), default=8, show_default=True, metavar="K", help="At once.")
+@click.option("--parallel", type=click.IntRange(min=1), metavar="K", help="At once.  [default: 8]")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="[default: 512]")
 @click.option("--points", metavar="NAMES", help="Keep these tensors: resid_post,mlp_out.  [default: none]")
-@click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, metavar="N")
+@click.option("--layers", metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.  [default: all]")
 @click.option("--temperature", type=click.FloatRange(min=0), metavar="T", help="Greedy if not given, or 0.")
 @click.option("--seed", type=int, metavar="N", help="Of sampling.")
 @click.option(
     "-o", "--output", metavar="DIR", required=True, help="The results folder; the same again goes on with it."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout, and no table.")
-@click.option("--engine", type=click.Choice(["hooks", "ray"]), default="hooks", help="ray: many processes.")
+@click.option("--engine", type=click.Choice(["hooks", "ray"]), help="ray: many processes.  [default: hooks]")
 @cluster_options.clustered
 @model_options.loading
 def gsm8k(
     model: str | None,
-    data: str | None,
-    samples: int | None,
-    skip: int,
-    mode: str,
-    ask: str | None,
-    parallel: int,
     points: str | None,
-    layers: str,
-    max_new_tokens: int,
+    layers: str | None,
     temperature: float | None,
     seed: int | None,
-    engine: str,
+    engine: str | None,
     output: str,
     as_json: bool,
     **given: Any,
@@ -66,22 +63,25 @@ def gsm8k(
 
     The folder's name goes to stdout.
     """
+    from hookmap.cli.configuration import Evaluating, read_section
     from hookmap.cli.console import working
     from hookmap.cli.settings import choose_model, filled, load_settings, parse_layers, parse_list
     from hookmap.demo import MODEL_PATH
     from hookmap.errors import CaptureError
 
     settings = load_settings()
+    asked = read_section(Evaluating, "eval", settings, given)
+    kept = filled(settings, points=points, layers=layers, temperature=temperature, seed=seed)
     chosen = choose_model(model, settings)
     demo = chosen in ("demo", str(MODEL_PATH))
-    if data is None:
-        data = "demo" if demo else "hf://openai/gsm8k:test"
+    data = asked.data or ("demo" if demo else "hf://openai/gsm8k:test")
     with working("importing inspect_ai", quiet=as_json):
         try:
             from hookmap.evals.run import evaluate
         except ImportError as error:
             raise CaptureError(f'evaluations need inspect_ai: pip install "hookmap[eval]"\n({error})') from error
-    cluster = cluster_options.cluster_of(engine, given, settings)
+    engine = engine or settings.get("engine", "hooks")
+    cluster = cluster_options.cluster_of("ray" if engine == "ray" else "hooks", given, settings)
     opening = {name.rstrip("_"): value for name, value in given.items()}
     opening = {name: value for name, value in filled(settings, **opening).items() if value is not None}
     if cluster is not None:
@@ -91,16 +91,16 @@ def gsm8k(
             output,
             "demo" if demo else chosen,
             source=data,
-            samples=samples,
-            skip=skip,
-            mode=mode,
-            prompt=ask,
-            parallel=parallel,
-            points=parse_list(points) if points else (),
-            layers=parse_layers(layers),
-            max_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
+            samples=asked.samples,
+            skip=asked.skip,
+            mode=asked.mode,
+            prompt=asked.ask,
+            parallel=asked.parallel,
+            points=parse_list(kept["points"]) if kept["points"] else (),
+            layers=parse_layers(kept["layers"] or "all"),
+            max_tokens=asked.max_new_tokens,
+            temperature=kept["temperature"],
+            seed=kept["seed"],
             opening=opening,
         )
     if as_json:

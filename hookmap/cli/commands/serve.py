@@ -23,62 +23,48 @@ _GIB = 2**30
 @click.option("--allowed-host", metavar="NAME", multiple=True, help="A name of this server besides localhost.")
 @click.option("--points", metavar="NAMES", help="What store_activations: true keeps.  [default: resid_post]")
 @click.option("--layers", metavar="LAYERS", help="Of which layers: 8,12,16 or 0-3 or all.  [default: all]")
-@click.option("--sessions", default="sessions", show_default=True, metavar="DIR", help="The folder of the sessions.")
+@click.option("--sessions", metavar="DIR", help="The folder of the sessions.  [default: sessions]")
 @click.option(
     "--max-bytes",
     type=click.FloatRange(min=0.001),
-    default=20.0,
-    show_default=True,
     metavar="GIB",
-    help="Of all sessions; the oldest finished go first.",
+    help="Of all sessions; the oldest finished go first.  [default: 20.0]",
 )
 @click.option(
     "--max-age",
     type=click.FloatRange(min=0.001),
-    default=168.0,
-    show_default=True,
     metavar="HOURS",
-    help="How long a session stays.",
+    help="How long a session stays.  [default: 168.0]",
 )
 @click.option(
     "--request-bytes",
     type=click.FloatRange(min=0.001),
-    default=2.0,
-    show_default=True,
     metavar="GIB",
-    help="Activations that one request may keep.",
+    help="Activations that one request may keep.  [default: 2.0]",
 )
 @click.option(
     "--inline-bytes",
     type=click.IntRange(min=1),
-    default=16 * 2**20,
-    show_default=True,
     metavar="BYTES",
-    help="Activations that an answer may carry itself.",
+    help="Activations that an answer may carry itself.  [default: 16777216]",
 )
 @click.option(
     "--queue",
     type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
     metavar="N",
-    help="Requests that may wait for the model; more get 429.",
+    help="Requests that may wait for the model; more get 429.  [default: 64]",
 )
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
     metavar="N",
-    help="Plain requests that wait together run together, up to N rows; 1: each runs alone.",
+    help="Plain requests that wait together run together, up to N rows; 1: each runs alone.  [default: 8]",
 )
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=1),
-    default=32768,
-    show_default=True,
     metavar="N",
-    help="Of such a batch: rows times the longest prompt and answer.",
+    help="Of such a batch: rows times the longest prompt and answer.  [default: 32768]",
 )
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="That a request may ask for.  [default: 4096]"
@@ -86,33 +72,16 @@ _GIB = 2**30
 @click.option(
     "--drain",
     type=click.IntRange(min=1),
-    default=30,
-    show_default=True,
     metavar="SECONDS",
-    help="For running requests, when the server is told to stop.",
+    help="For running requests, when the server is told to stop.  [default: 30]",
 )
 @model_options.loading
 def command(
     model: str | None,
-    host: str | None,
-    port: int | None,
-    served_model_name: str | None,
     key: str | None,
     admin_key: str | None,
-    allow: tuple[str, ...],
-    allowed_host: tuple[str, ...],
     points: str | None,
     layers: str | None,
-    sessions: str,
-    max_bytes: float,
-    max_age: float,
-    request_bytes: float,
-    inline_bytes: int,
-    queue: int,
-    batch: int,
-    batch_tokens: int,
-    max_new_tokens: int | None,
-    drain: int,
     **given: Any,
 ) -> None:
     """Serve MODEL as OpenAI's API is, and record activations.
@@ -126,6 +95,7 @@ def command(
 
     Try a running server with `hookmap smoke URL`. Every field and route: docs/server.md
     """
+    from hookmap.cli.configuration import Serving, read_section
     from hookmap.cli.console import working
     from hookmap.cli.settings import choose_model, load_settings, parse_layers, parse_list, refuse_unknown
     from hookmap.server import check_installed
@@ -134,34 +104,33 @@ def command(
     settings = load_settings()
     chosen = parse_list(points or settings.get("points", "resid_post"))
     of_layers = parse_layers(layers or settings.get("layers", "all"))
+    serving = read_section(Serving, "serve", settings, given)
     model = choose_model(model, settings)
-    host = host or settings.get("host", "127.0.0.1")
-    port = settings.get("port", 8000) if port is None else port
     with working("importing torch and transformers"):
         from hookmap.server.run import serve
         from hookmap.server.settings import Settings
     refuse_unknown(chosen, of_layers, model)
     limits = Settings(
-        root=Path(sessions),
-        host=host,
-        port=port,
+        root=Path(serving.sessions),
+        host=serving.host,
+        port=serving.port,
         key=key or None,
         admin_key=admin_key or None,
-        hosts=allowed_host,
-        allow=(*allow, model),
+        hosts=tuple(serving.allowed_host),
+        allow=(*serving.allow, model),
         points=chosen if isinstance(chosen, str) else tuple(chosen),
         layers=of_layers if isinstance(of_layers, str) else tuple(of_layers),
-        queue=queue,
-        batch=batch,
-        batch_tokens=batch_tokens,
-        max_new_tokens=max_new_tokens or settings.get("max_new_tokens", 4096),
-        request_bytes=int(request_bytes * _GIB),
-        inline_bytes=inline_bytes,
-        total_bytes=int(max_bytes * _GIB),
-        max_age=max_age * 3600,
-        drain=float(drain),
+        queue=serving.queue,
+        batch=serving.batch,
+        batch_tokens=serving.batch_tokens,
+        max_new_tokens=serving.max_new_tokens,
+        request_bytes=int(serving.request_bytes * _GIB),
+        inline_bytes=serving.inline_bytes,
+        total_bytes=int(serving.max_bytes * _GIB),
+        max_age=serving.max_age * 3600,
+        drain=float(serving.drain),
         loads=model_options.loads(given, settings),
     )
-    if host not in ("127.0.0.1", "localhost", "::1") and not key:
+    if not limits.local and not key:
         click.echo("note: anybody who reaches this address may use the model; give --key", err=True)
-    serve(model, limits, served_model_name)
+    serve(model, limits, serving.served_model_name)
