@@ -136,7 +136,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(f"{path}: Parquet needs pyarrow. pip install pyarrow") from error
+        raise DataError(f'{path}: Parquet needs pyarrow: pip install "hookmap[data]"') from error
     try:
         with parquet.ParquetFile(path) as file:
             _check_names(path, file.schema_arrow.names)
@@ -179,7 +179,7 @@ def _hugging_face() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError("a Hugging Face data set needs the datasets library. pip install datasets") from error
+        raise DataError('a Hugging Face data set needs the datasets library: pip install "hookmap[data]"') from error
     return datasets
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
-from hookmap.show import layer_ranges, same_place
+from hookmap.selectors import layer_ranges
+from hookmap.show import same_place
 
 
 def explain(architecture_map: ArchitectureMap) -> str:

@@ -97,13 +97,23 @@ def explain(error: BaseException, source: str | Path) -> str:
     if "GatedRepoError" in names:
         return f"the repository is gated: ask for access at https://huggingface.co/{text}, then type: hf auth login"
     if names & {"RepositoryNotFoundError", "RevisionNotFoundError"}:
-        return "the hub has no such repository or revision (or it is private: type: hf auth login)."
+        return f"the hub has no such repository or revision (or it is private: type: hf auth login).{_inside(source)}"
     if names & _NO_NETWORK or not reachable():
         return (
             "the hub cannot be reached and the local cache does not hold it. "
             f"With a network, type: hf download {text}   Then it works offline; or give a local folder."
+            f"{_inside(source)}"
         )
     return _first_line(error)
+
+
+def _inside(source: str | Path) -> str:
+    """For `runs/modle`, which may mean a folder: what is in `runs`, where that is here."""
+    folder = Path(source).parent
+    if folder == Path() or not folder.is_dir():
+        return ""
+    found = sorted(each.name for each in folder.iterdir() if each.is_dir())
+    return f" The folder {folder} is here, and in it {', '.join(found[:8]) or 'no folder'}."
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -201,10 +201,19 @@ def _first(config: Mapping[str, Any], fields: tuple[str, ...]) -> int | None:
 
 
 def shipped_near(*names: str) -> str:
-    """The shipped maps whose names are near, or all of them, as a sentence."""
+    """The shipped maps whose names are near, whoever the owner, or how to list all, as a sentence."""
     shipped = (*shipped_architectures(), *shipped_models())
-    near = [n for name in names for n in difflib.get_close_matches(name, shipped, n=3, cutoff=0.6)]
-    return f"Shipped maps near it: {', '.join(near)}." if near else f"Shipped maps: {', '.join(shipped) or 'none'}."
+    bare = {each: each.rpartition("/")[2].lower() for each in shipped}
+    near: dict[str, None] = {}
+    for name in names:
+        word = name.rpartition("/")[2].lower()
+        longer = [each for each in sorted(shipped, key=len) if bare[each].startswith(word)][:3]
+        close = difflib.get_close_matches(word, dict.fromkeys(bare.values()), n=3, cutoff=0.6)
+        near |= dict.fromkeys(longer if word else ())
+        near |= dict.fromkeys(each for like in close for each in shipped if bare[each] == like)
+    if near:
+        return f"Shipped maps near it: {', '.join(near)}."
+    return f"None of the {len(shipped)} shipped maps has a name near it: hookmap maps list"
 
 
 def _not_found(name: str, reason: str, near_to: list[str] | None = None) -> MapNotFoundError:

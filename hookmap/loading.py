@@ -27,12 +27,12 @@ def load_model(
     over all. Raises ModelError with what was tried, and where the checkpoint lacks weights of the model: transformers
     would make them up at random.
     """
-    config = skeleton.load_config(source, trust_remote_code, revision)
+    maker = skeleton.model_class(skeleton.load_config(source, trust_remote_code, revision))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         with hub.quiet():
-            model, found = skeleton.model_class(config).from_pretrained(
+            model, found = maker.from_pretrained(
                 source,
                 output_loading_info=True,
                 dtype=dtype,

@@ -8,6 +8,7 @@ from hookmap.architecture_map import ArchitectureMap, Heads, PointTemplate, Term
 from hookmap.discovery import discover
 from hookmap.errors import DiscoveryError, MapMismatchError
 from hookmap.library import resize
+from hookmap.selectors import layer_ranges
 
 
 def map_of(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:
@@ -64,17 +65,21 @@ def contradictions(given: ArchitectureMap, found: ArchitectureMap) -> list[str]:
     """What `given` says otherwise than `found`, the model's own map. A point left out is no contradiction."""
     problems = _wrong_architecture(given, found.architecture)
     if given.scope == "model" and given.config_hash != found.config_hash:
-        problems.append(f"config_hash: the map's is {given.config_hash}, the model's {found.config_hash}")
+        hashes = [(each.config_hash or "none")[:12] for each in (given, found)]
+        problems.append(f"config_hash: the map's is {hashes[0]}…, the model's {hashes[1]}…")
     for field in ("num_layers", "d_model", "layers_path"):
         ours, theirs = getattr(given, field), getattr(found, field)
         if ours != theirs:
             problems.append(f"{field}: the map says {ours!r}, the model has {theirs!r}")
-    wrong: dict[str, list[int]] = {}
+    wrong: dict[tuple[str, str], list[int]] = {}
     for layer in range(min(given.num_layers, found.num_layers)):
         ours, theirs = given.kind_of(layer).points, found.kind_of(layer).points
         for point in _different(ours, theirs):
-            wrong.setdefault(f"{point}: {_difference(ours[point], theirs.get(point))}", []).append(layer)
-    problems += [f"{text} (layers {', '.join(map(str, layers))})" for text, layers in wrong.items()]
+            wrong.setdefault((point, _difference(ours[point], theirs.get(point))), []).append(layer)
+    alike: dict[tuple[str, str], list[str]] = {}
+    for (point, difference), layers in wrong.items():
+        alike.setdefault((difference, layer_ranges(layers)), []).append(point)
+    problems += [f"{', '.join(points)}: {text} (layers {layers})" for (text, layers), points in alike.items()]
     for point in _different(given.model_points, found.model_points):
         problems.append(f"{point}: {_difference(given.model_points[point], found.model_points.get(point))}")
     return problems

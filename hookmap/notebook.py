@@ -17,7 +17,8 @@ SHOWN_TEXT = 160
 
 def map_html(m: "ArchitectureMap") -> str:
     """Each point, its layers, and where it is."""
-    from hookmap.show import layer_ranges, places
+    from hookmap.selectors import layer_ranges
+    from hookmap.show import places
 
     rows = [(names, layer_ranges(layers), where) for names, layers, where in places(m)]
     return _head(repr(m)) + _table(("point", "layers", "where"), rows)

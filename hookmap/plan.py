@@ -16,8 +16,7 @@ from hookmap.interventions import Ablate, Clamp, Intervention, Patch, ProjectOut
 from hookmap.kept import Kept, kept
 from hookmap.points import POINTS, parse_point
 from hookmap.prompts import Prompt
-from hookmap.selectors import Selector, select
-from hookmap.show import layer_ranges
+from hookmap.selectors import Selector, layer_ranges, select
 from hookmap.sources import Read, Sources
 from hookmap.vectors import read_vector
 
@@ -150,7 +149,7 @@ class _Planner:
             if given.heads is not None and proof.reason is None:
                 self._check_heads(given.heads, selector, proof.row)
         for reason, layers in refused.items():
-            where = "" if layers == [-1] else f" of layer{'s'[: len(layers) > 1]} {layer_ranges(tuple(layers))}"
+            where = "" if layers == [-1] else f" of layer{'s'[: len(layers) > 1]} {layer_ranges(layers)}"
             self.note(f"{selectors[0].point}{where} is not written: {reason}.")
         return rows
 

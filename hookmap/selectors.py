@@ -241,7 +241,7 @@ def _missing(architecture_map: ArchitectureMap, point: str, missing: list[tuple[
         by_reason.setdefault(reason, []).append(layer)
     lines = []
     for reason, found in by_reason.items():
-        where = f"layer {found[0]}" if len(found) == 1 else f"layers {', '.join(map(str, found))}"
+        where = f"layer {found[0]}" if len(found) == 1 else f"layers {layer_ranges(found)}"
         verb = "has" if len(found) == 1 else "have"
         stream = [p for p in architecture_map.kind_of(found[0]).points if p.startswith("resid_")]
         use = f" Use {' or '.join(stream)}." if stream else ""
@@ -254,6 +254,17 @@ def _report(architecture_map: ArchitectureMap, problems: list[str]) -> str:
     if len(problems) == 1:
         return f"{problems[0]}\n{see}"
     return f"{len(problems)} problems with this selection:\n" + "\n".join(f"  - {p}" for p in problems) + f"\n{see}"
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """(0, 1, 2, 5) -> "0–2, 5"."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 def of_template(m: ArchitectureMap, point: str, layer: int | None, template: PointTemplate) -> Selector:

@@ -12,6 +12,7 @@ from rich.tree import Tree
 
 from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
 from hookmap.points import POINTS
+from hookmap.selectors import layer_ranges
 
 _LAST = 10**9
 
@@ -183,14 +184,3 @@ def written(term: TermTemplate) -> str:
 
 def _where(point: PointTemplate) -> str:
     return " + ".join(map(written, point.terms))
-
-
-def layer_ranges(layers: tuple[int, ...]) -> str:
-    """(0, 1, 2, 5) -> "0–2, 5"."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)

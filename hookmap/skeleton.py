@@ -49,10 +49,10 @@ def build(
     config = type(config).from_dict(config.to_dict()) if hasattr(config, "to_dict") else config
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
+    maker = model_class(config)
     try:
         with torch.device(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            maker = model_class(config)
             if hasattr(maker, "from_config"):
                 settings = {"trust_remote_code": trust_remote_code}
                 model: nn.Module = maker.from_config(config, attn_implementation="eager", dtype=dtype, **settings)
@@ -71,7 +71,7 @@ def model_class(config: Any) -> Any:
 
     A causal language model; or the whole of one that reads images or sounds too, where there is no other, or where
     the config says that the checkpoint is of the whole. A decoder's config that AutoModel knows only as a part of
-    another model's (Musicgen) names its class itself.
+    another model's (Musicgen) names its class itself. Raises ModelError where the config is of neither.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
@@ -81,7 +81,18 @@ def model_class(config: Any) -> Any:
         whole = MODEL_FOR_MULTIMODAL_LM_MAPPING[kind].__name__
         if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or whole in (config.architectures or ()):
             return AutoModelForMultimodalLM
-    return _class_of_decoder(config) or AutoModelForCausalLM
+    if found := _class_of_decoder(config):
+        return found
+    own_code = getattr(config, "auto_map", None) or {}
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and not {"AutoModelForCausalLM", "AutoModel"} & set(own_code):
+        reads = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "no causal language model"
+        name = ", ".join(getattr(config, "architectures", None) or ()) or kind.__name__
+        raise ModelError(
+            f"{name} ({getattr(config, 'model_type', '?')}) is {reads}: transformers has no causal language model of "
+            "this kind, and hookmap reads those alone. Give one, such as AutoModelForCausalLM loads; what hookmap "
+            "knows of: hookmap maps list"
+        )
+    return AutoModelForCausalLM
 
 
 def _class_of_decoder(config: Any) -> Any:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -256,7 +257,14 @@ def test_a_hookmap_yaml_that_cannot_be_read_is_wrong_usage(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "layers"),
-    [("8,12,16", [8, 12, 16]), ("0-3", [0, 1, 2, 3]), ("-1", [-1]), ("-3--1, 5", [-3, -2, -1, 5]), ("all", "all")],
+    [
+        ("8,12,16", [8, 12, 16]),
+        ("0-3", [0, 1, 2, 3]),
+        ("0–2", [0, 1, 2]),
+        ("-1", [-1]),
+        ("-3--1, 5", [-3, -2, -1, 5]),
+        ("all", "all"),
+    ],
 )
 def test_layers_are_numbers_ranges_negatives_or_all(text: str, layers: Any) -> None:
     assert parse_layers(text) == layers
@@ -314,6 +322,76 @@ def failed(*args: str) -> str:
     assert done.stdout == ""
     assert "error: " in done.stderr and "Traceback" not in done.stderr
     return done.stderr
+
+
+def test_what_no_model_has_is_said_before_one_is_loaded() -> None:
+    no_model = ("nobody/nothing", "--positions", "lst")
+    for args in (
+        ("capture", *no_model, "--points", "resid_mdi"),
+        ("lens", *no_model, "--point", "resid_mdi"),
+        ("patch", *no_model, "--point", "resid_mdi", "--clean", "a", "--corrupted", "b"),
+    ):
+        message = failed(*args)
+        assert "unknown point 'resid_mdi': did you mean resid_mid" in message
+        assert "positions 'lst': expected \"all\"" in message and "nobody" not in message
+
+
+def test_pictures_that_cannot_be_drawn_are_said_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "altair", None)  # as where it is not installed
+    for command in ("lens", "attribute"):
+        assert 'pip install "hookmap[viz]"' in failed(command, "nobody/nothing", "--png", "a.png")
+
+
+def test_an_encoder_decoder_is_said_to_be_one(tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(d_model=16, num_layers=1).save_pretrained(tmp_path / "t5")
+    for command in (("discover",), ("capture", "--points", "resid_mid")):
+        message = failed(*command, str(tmp_path / "t5"))
+        assert "(t5) is an encoder-decoder" in message and "AutoModelForCausalLM" in message
+        assert "Unrecognized configuration class" not in message
+
+
+def test_a_folder_that_is_not_there_is_told_with_those_beside_it() -> None:
+    config_folder(Path("runs/model"))
+    assert "The folder runs is here, and in it model." in failed("discover", "runs/modle")
+
+
+def program(*args: str, **variables: str) -> "subprocess.Popen[bytes]":
+    """The command line as a process of its own, its output in pipes."""
+    command = [sys.executable, "-m", "hookmap", *args]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), **variables}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def test_a_pipe_gets_utf8_whatever_the_locale() -> None:
+    ascii_only = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    tree, said = program("show", "LlamaForCausalLM", **ascii_only).communicate()
+    assert "├── ● resid_pre" in tree.decode("utf-8"), said.decode()
+
+
+@pytest.mark.parametrize("typed", ["inspect ru", "capture runs/mo", "capture --prompts q", "store verify ru"])
+def test_shells_complete_files_and_folders(typed: str) -> None:
+    words = f"hookmap {typed}"
+    asked = {"_HOOKMAP_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    found, said = program(**asked).communicate()
+    assert found.decode().strip() == f"file,{words.split()[-1]}", said.decode()
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
+    pytest.importorskip("uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = failed("serve", "nobody/nothing", "--port", str(port))
+    assert f"cannot listen at 127.0.0.1:{port}: Address already in use" in message and "nobody" not in message
+
+
+def test_tables_that_nobody_reads_end_quietly() -> None:
+    started = program("config", "show")
+    assert started.stdout is not None and started.stderr is not None
+    started.stderr.close()
+    assert (started.wait(), started.stdout.read()) == (1, b"")
+    started.stdout.close()
 
 
 def test_an_unknown_model_without_a_network_says_all_that_was_tried() -> None:

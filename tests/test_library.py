@@ -114,7 +114,9 @@ def test_a_map_file_is_loaded(tmp_path: Path) -> None:
         ("Qwen3ForCausalML", "Shipped maps near it: Qwen3ForCausalLM"),
         ("my-map.json", "there is no map file my-map.json. Make one: hookmap discover MODEL -o my-map.json"),
         ("nobody/nothing", "hookmap discover nobody/nothing -o FILE"),
-        ("willcb/Qwen3-0.6b", "Shipped maps near it: willcb/Qwen3-0.6B"),
+        ("willcb/Qwen3-0.6b", "willcb/Qwen3-0.6B"),
+        ("somebody/gpt2", "openai-community/gpt2"),
+        ("somebody/zzzzzzzz", "shipped maps has a name near it: hookmap maps list"),
     ],
 )
 def test_what_has_no_map_gets_near_matches_and_the_command_to_make_one(name: str, message: str) -> None:

@@ -131,6 +131,18 @@ def test_every_contradiction_is_in_one_message() -> None:
         assert part in str(error.value)
 
 
+def test_contradictions_of_many_layers_and_of_one_tensors_names_are_one_line() -> None:
+    model = plain_hooks.build("llama", num_hidden_layers=3)
+    wrong = hookmap.discover(model)
+    for name in ("mlp_out", "mlp_out_raw"):
+        wrong = _with_point(wrong, name, module="model.layers.{i}")
+    with pytest.raises(hookmap.MapMismatchError) as error:
+        hookmap.open(model, map=wrong)
+    (line,) = [line for line in str(error.value).splitlines() if line.startswith("  - ")]
+    assert line.startswith("  - mlp_out_raw, mlp_out: the map says model.layers.{i}.output")
+    assert line.endswith("the model has it at model.layers.{i}.mlp.output (layers 0–2)")
+
+
 @pytest.mark.parametrize("other", ["gpt2", "qwen3", "gemma2"])
 def test_a_map_of_another_architecture_is_refused(other: str) -> None:
     with pytest.raises(hookmap.MapMismatchError, match="architecture"):

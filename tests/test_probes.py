@@ -357,6 +357,16 @@ def test_a_table_beside_the_capture_gives_labels(folder: Path, tmp_path: Path) -
     assert (found["samples"], found["left_out"]) == (100, 20) and found["chosen"]["auroc"] > 0.99
 
 
+def test_numbers_of_a_csv_file_are_texts_and_count_as_numbers(folder: Path, tmp_path: Path) -> None:
+    table = tmp_path / "more.csv"
+    table.write_text("id,left\n" + "".join(f"s{n},{1.5 if n // 2 % 2 == 0 else -1}\n" for n in range(100)), "utf-8")
+    asked = ("--label", "left", "--above", "0", "--labels", table, "--method", "mean_difference", "--layers", "7")
+    found = json.loads(run(folder, *asked, "--json").stdout)
+    assert (found["samples"], found["left_out"]) == (100, 20) and found["chosen"]["auroc"] > 0.99
+    table.write_text("id,left\n" + "".join(f"s{n},{'many' if n else 2}\n" for n in range(100)), "utf-8")
+    assert "above=0 needs numbers, found 'many'" in run(folder, *asked).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

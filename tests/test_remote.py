@@ -118,5 +118,5 @@ def test_what_needs_weights_here_is_refused() -> None:
 
 
 def test_a_server_that_is_not_there_is_told() -> None:
-    with pytest.raises(CaptureError, match="failed remotely"):
+    with pytest.raises(CaptureError, match="failed on http"):
         hookmap.open_remote(MODEL_PATH, "http://127.0.0.1:9").capture("Hi", ["resid_mid"], [1], max_new_tokens=2)

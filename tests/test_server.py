@@ -224,7 +224,10 @@ def test_broken_bodies_and_ways_are_told_as_errors_are(served: Served) -> None:
     url = f"{served.url}/v1/chat/completions"
     broken = httpx.post(url, content=b"{", headers={"Content-Type": "application/json"})
     assert broken.status_code == 400 and "not JSON" in broken.json()["error"]["message"]
-    assert served.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+    bare = httpx.post(url, content=b'{"messages": []}')
+    assert bare.status_code == 400 and "Content-Type: application/json" in bare.json()["error"]["message"]
+    nowhere = served.get("/v1/nothing").json()["error"]
+    assert nowhere["type"] == "not_found_error" and "nothing at /v1/nothing" in nowhere["message"]
     assert served.get("/v1/chat/completions").status_code == 405
     half = httpx.post(
         url,

@@ -1,4 +1,4 @@
-"""`python -m hookmap.cli` is the command line too."""
+"""`python -m hookmap.cli` is `python -m hookmap`."""
 
 from hookmap.cli.main import main
 

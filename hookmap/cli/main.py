@@ -8,6 +8,7 @@ import os
 import pkgutil
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -15,9 +16,20 @@ import click
 from hookmap import HookmapError, __version__
 from hookmap.cli import commands
 
+_PATHS = {"FILE", "FILE.pt", "DIR", "MODEL", "MAP", "MAP|MODEL", "STORE", "FROM", "TO"}
+"""what the help calls something that may be a path"""
+
 
 class _Commands(click.Group):
     """The commands are the files of `hookmap/cli/commands`; nothing else lists them."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        _write_anything()
+        if os.environ.get("NO_COLOR"):  # rich looks at it, click does not
+            extra["color"] = False
+        return super().make_context(info_name, args, parent, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
@@ -28,6 +40,7 @@ class _Commands(click.Group):
         command: click.Command = import_module(f"{commands.__name__}.{cmd_name}").command
         if not any(option.name == "debug" for option in command.params):
             command.params.append(_debug_option())
+        _complete_paths(command)
         return command
 
     def resolve_command(
@@ -51,6 +64,8 @@ class _Commands(click.Group):
             ctx.exit(130)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click knows what to do with its own, and ends quietly where nobody reads stdout any more
+        except PermissionError as error:
+            _fail(ctx, f"no permission: {error.filename or error}", error)
         except Exception as error:
             text = (
                 f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
@@ -59,11 +74,30 @@ class _Commands(click.Group):
             _fail(ctx, f"{type(error).__name__}: {text}\n{hint}", error)
 
 
+def _complete_paths(command: click.Command) -> None:
+    """Shells complete what may be a file or a folder; nothing is checked here, a MODEL may be a hub id."""
+    for param in command.params:
+        if param.type is click.STRING and (param.metavar or param.human_readable_name).strip("[].") in _PATHS:
+            param.type = click.Path(readable=False)
+    for below in command.commands.values() if isinstance(command, click.Group) else ():
+        _complete_paths(below)
+
+
 def _fail(ctx: click.Context, message: str, error: Exception) -> None:
     if ctx.meta.get("hookmap.debug"):
         raise error
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
     ctx.exit(1)
+
+
+def _write_anything() -> None:
+    """Our tables and JSON hold more than ASCII: UTF-8 in files and pipes, `?` where a terminal has no such sign."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and not (stream.encoding or "").lower().startswith("utf"):
+            if stream.isatty() or "PYTHONIOENCODING" in os.environ:
+                stream.reconfigure(errors="replace")
+            else:
+                stream.reconfigure(encoding="utf-8")
 
 
 def _quiet_libraries() -> None:

@@ -5,7 +5,8 @@ from rich.markup import escape
 
 from hookmap.architecture_map import ArchitectureMap
 from hookmap.cli.console import table
-from hookmap.show import layer_ranges, places, written
+from hookmap.selectors import layer_ranges
+from hookmap.show import places, written
 
 
 def show_map(m: ArchitectureMap, screen: Console) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,49 @@ def parse_list(text: str) -> str | list[str]:
     return text if text == "all" else [item.strip() for item in text.split(",") if item.strip()]
 
 
+def refuse_unknown(
+    points: str | Sequence[str] = (), layers: Any = "all", model: str | None = None, **keeps: Any
+) -> None:
+    """Before weights are loaded, which may take minutes: what no model has. Raises SelectionError with all of it.
+
+    keeps: as `hookmap.kept.kept` takes it. model: where a name is wrong, its map tells what is wrong besides.
+    """
+    from hookmap.errors import SelectionError
+    from hookmap.kept import kept
+    from hookmap.points import parse_point
+
+    problems = []
+    try:
+        kept(**keeps)
+    except SelectionError as error:
+        problems.append(str(error))
+    names = [] if points == "all" else [points] if isinstance(points, str) else points
+    if unknown := [said for name in names if isinstance(said := parse_point(name), str)]:
+        problems.append(_wrong_selection(model, points, layers) or "\n".join(unknown))
+    if problems:
+        raise SelectionError("\n".join(problems))
+
+
+def _wrong_selection(model: str | None, points: str | Sequence[str], layers: Any) -> str | None:
+    import hookmap
+
+    try:
+        if model is not None:
+            hookmap.discover(model).selectors(points, layers)
+    except hookmap.SelectionError as error:
+        return str(error)
+    except hookmap.HookmapError:  # of the model: told when it is opened
+        pass
+    return None
+
+
 def parse_layers(text: str) -> str | list[int]:
     """`8,12,16`, `0-3`, `-1`, `all`, and any of them together. Raises click.BadParameter."""
     if text.strip() == "all":
         return "all"
     layers: list[int] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", item)
+        match = re.fullmatch(r"(-?\d+)(?:[-–](-?\d+))?", item)
         if match is None:
             raise click.BadParameter(f"{item!r} is no layer: write 8,12,16 or 0-3 or -1 or all", param_hint="--layers")
         first, last = int(match[1]), int(match[2] or match[1])

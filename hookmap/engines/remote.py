@@ -66,8 +66,14 @@ class RemoteEngine:
             run = _generated if generate else _passed
             result, left, came = run(self._given, inputs, outputs, entered, self._remote)
         except Exception as error:  # nnsight's own, the server's in words, a connection's
-            where = "in nnsight's simulation" if self._remote == "local" else "remotely"
-            raise CaptureError(f"this run failed {where}: {type(error).__name__}: {error}") from error
+            why = f"{type(error).__name__}: {error}"
+            if self._remote == "local":
+                raise CaptureError(f"this run failed in nnsight's simulation: {why}") from error
+            where = f"on {self._remote}" if isinstance(self._remote, str) else "on NDIF, as nnsight is set up"
+            raise CaptureError(
+                f"this run failed {where}: {why}\nWhat NDIF has: nnsight.ndif.status(). Another server: --address URL; "
+                "here, with the weights: --address local"
+            ) from error
         return result, _Visits(left, came, fed, paths)
 
 

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -94,11 +95,24 @@ def _question(sample: Sample, known: Mapping[str, Any], group: str | None) -> st
     return repr(known[group])
 
 
+def _number(value: Any) -> float | None:
+    """Of a number, or of a text that is one: a CSV file has nothing else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        found = float(value)
+    except ValueError:
+        return None
+    return found if isfinite(found) else None
+
+
 def _positive(label: str, values: list[Any], positive: Any, above: float | None) -> tuple[Labels, str]:
     if above is not None:
-        if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, int | float)]:
-            raise SelectionError(f"label {label!r}: above={above:g} needs numbers, found {wrong[0]!r}.")
-        return np.array([v > above for v in values]), f"{label} > {above:g}"
+        numbers = [_number(v) for v in values]
+        if None in numbers:
+            wrong = values[numbers.index(None)]
+            raise SelectionError(f"label {label!r}: above={above:g} needs numbers, found {wrong!r}.")
+        return np.array([number > above for number in numbers if number is not None]), f"{label} > {above:g}"
     if positive is not None:
         held = [_text(v) for v in values]
         if _text(positive) not in held:

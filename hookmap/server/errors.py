@@ -171,14 +171,21 @@ def install(app: FastAPI) -> None:
         return bad(str(error), code=type(error).__name__).response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "nothing").partition(";")[0]
+        if kind != "application/json" and any(each["loc"] == ("body",) for each in error.errors()):
+            message = f"expected the header Content-Type: application/json, found {kind}"
+            return bad(message, code="invalid_request").response()
         problems = [(_place(each), _told(each)) for each in error.errors()]
         message = "; ".join(f"{place}: {told}" if place else told for place, told in problems[:10])
         return bad(message, param=problems[0][0] or None, code="invalid_request").response()
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        told = str(error.detail)
+        if told == "Not Found":  # starlette's own, of a path without a route
+            told = f"there is nothing at {request.url.path}; the routes: {request.base_url}openapi.json"
+        return ApiError(error.status_code, told, headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def other(_: Request, error: Exception) -> JSONResponse:

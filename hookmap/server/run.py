@@ -1,6 +1,7 @@
 """Starts the server: the model is opened, then the port, then nothing but requests until it is told to stop."""
 
 import logging
+import socket
 
 import uvicorn
 
@@ -15,8 +16,9 @@ def serve(source: str | None, settings: Settings, name: str | None = None) -> No
     """Serve a model until SIGTERM or Ctrl-C; requests that run then are answered first, for `settings.drain` seconds.
 
     `name`: what clients call it. With no source, models are loaded by request only.
-    Raises ModelError, SelectionError where the default points are none, StoreError.
+    Raises ModelError, SelectionError where the default points are none, StoreError, HookmapError for a taken port.
     """
+    _refuse_taken(settings.host, settings.port)
     _log_to_stderr()
     sessions = Sessions(settings.root, settings.total_bytes, settings.max_age)
     models = Models(settings)
@@ -34,6 +36,17 @@ def serve(source: str | None, settings: Settings, name: str | None = None) -> No
         server_header=False,
     )
     uvicorn.Server(config).run()
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    """Before the model is loaded: whether this address can be listened at."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        why = str(error.strerror or error).partition(" (while")[0]
+        raise hookmap.HookmapError(
+            f"cannot listen at {host}:{port}: {why}. Give another: --port N (0 takes a free one), --host NAME"
+        ) from error
 
 
 def _log_to_stderr() -> None:

@@ -64,7 +64,7 @@ class Sessions:
         self._root.mkdir(parents=True, exist_ok=True)
         (self._root / ".server").touch()
         self._own = AppendedFile(self._root / ".server")
-        lock(self._own, self._root)
+        lock(self._own, self._root, "--sessions")
         for folder in sorted(self._root.iterdir()):
             if _ID.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
                 self._found(folder)

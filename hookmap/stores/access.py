@@ -16,8 +16,11 @@ from hookmap.stores.shard import SHARD_FOLDER
 from hookmap.stores.table import SAMPLES, SHARDS
 
 
-def lock(file: AppendedFile, folder: Path) -> None:
-    """One writer at a time, by a lock on `file` that goes with the process however it ends. Raises StoreError."""
+def lock(file: AppendedFile, folder: Path, option: str = "-o") -> None:
+    """One writer at a time, by a lock on `file` that goes with the process however it ends. Raises StoreError.
+
+    option: of the command line, which names the folder.
+    """
     if fcntl is None:
         return
     try:
@@ -25,7 +28,7 @@ def lock(file: AppendedFile, folder: Path) -> None:
     except BlockingIOError:
         file.close()
         raise StoreError(
-            f"{folder} is being written by another process. Wait for it to end, or write to another folder: -o DIR"
+            f"{folder} is being written by another process. Wait for it to end, or give another folder: {option} DIR"
         ) from None
 
 

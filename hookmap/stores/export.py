@@ -257,7 +257,7 @@ def _import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise StoreError("this layout needs Hugging Face datasets: pip install datasets") from error
+        raise StoreError('this layout needs Hugging Face datasets: pip install "hookmap[data]"') from error
     return datasets
 
 

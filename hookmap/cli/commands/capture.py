@@ -132,7 +132,7 @@ def command(
 
     The folder's name goes to stdout. Read it with `hookmap inspect DIR`, or in Python with hookmap.open_store(DIR).
     """
-    from hookmap.cli.settings import choose_model, filled, load_settings, parse_layers, parse_list
+    from hookmap.cli.settings import choose_model, filled, load_settings, parse_layers, parse_list, refuse_unknown
 
     settings = load_settings()
     points = points or settings.get("points")
@@ -165,24 +165,29 @@ def command(
         raise click.UsageError(
             "--max-new-tokens 0 generates nothing: leave --temperature, --top-p, --top-k and --seed out"
         )
+    rows = {
+        "positions": positions or settings.get("positions", "all"),
+        "every": every or settings.get("every", 1),
+        "mean": settings.get("mean", False) if mean is None else mean,
+        "features": _features(features or settings.get("features")),
+        "features_seed": settings.get("features_seed", 0) if features_seed is None else features_seed,
+    }
+    names = parse_list(points)
     folder = _folder(output, resume)
     _check_folder(folder, resume)
     model = choose_model(model, settings)
+    refuse_unknown(names, chosen_layers, model, **rows)
 
     with ExitStack() as stack:
         hm: Model
         hm = opened(model, loads) if cluster is None else opened_elsewhere(model, loads, engine, cluster, stack)
         run = {
-            "points": parse_list(points),
+            "points": names,
             "layers": chosen_layers,
             "max_new_tokens": tokens,
             "chat": _chat(hm, settings.get("chat") if chat is None else chat, harvest=tokens == 0),
             "batch_size": batch_size or settings.get("batch_size"),
-            "positions": positions or settings.get("positions", "all"),
-            "every": every or settings.get("every", 1),
-            "mean": settings.get("mean", False) if mean is None else mean,
-            "features": _features(features or settings.get("features")),
-            "features_seed": settings.get("features_seed", 0) if features_seed is None else features_seed,
+            **rows,
             "keep_dtype": keep_dtype or settings.get("keep_dtype"),
             "interventions": interventions,
             "before": before,
@@ -355,7 +360,5 @@ def _say_what_is_kept(folder: Path) -> None:
     except hookmap.StoreError:
         click.echo("\nnothing is kept: no sample was finished", err=True)
         return
-    click.echo(
-        f"\n{kept} finished samples are kept in {folder}; to go on: the same command with --resume -o {folder}",
-        err=True,
-    )
+    samples = "1 finished sample is" if kept == 1 else f"{kept} finished samples are"
+    click.echo(f"\n{samples} kept in {folder}; to go on: the same command with --resume -o {folder}", err=True)

@@ -25,6 +25,10 @@ def command(
 
     Runs one forward pass without weights: nothing is downloaded but the config. The table goes to stderr. The map goes
     to FILE; without -o it goes to stdout, if that is a pipe or a file, or if --json is given.
+
+    \b
+    hookmap discover Qwen/Qwen3-0.6B -o map.json
+    hookmap discover path/to/model --explain
     """
     import hookmap
     from hookmap.cli.settings import choose_model, load_settings

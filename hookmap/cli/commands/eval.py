@@ -59,11 +59,14 @@ def gsm8k(
     Asks each question, scores the answers by three rules, and writes a folder with samples, conversations,
     activations and inspect's own log (`inspect view --log-dir DIR/inspect`). After a kill the same command goes on.
 
+    \b
+    hookmap eval gsm8k --samples 100 --points resid_post --layers 8,12,16 -o results
+
     The folder's name goes to stdout.
     """
     from hookmap.cli.configuration import Evaluating, read_section
     from hookmap.cli.console import working
-    from hookmap.cli.settings import choose_model, filled, load_settings, parse_layers, parse_list
+    from hookmap.cli.settings import choose_model, filled, load_settings, parse_layers, parse_list, refuse_unknown
     from hookmap.demo import MODEL_PATH
     from hookmap.errors import CaptureError
 
@@ -78,6 +81,7 @@ def gsm8k(
             from hookmap.evals.run import evaluate
         except ImportError as error:
             raise CaptureError(f'evaluations need inspect_ai: pip install "hookmap[eval]"\n({error})') from error
+    refuse_unknown(parse_list(kept["points"]) if kept["points"] else ())
     engine = engine or settings.get("engine", "hooks")
     cluster = cluster_options.cluster_of("ray" if engine == "ray" else "hooks", given, settings)
     opening = {name.rstrip("_"): value for name, value in given.items()}

@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 def command(folder: str, as_json: bool, texts: int, norms: bool | None, verify: bool) -> None:
     """Show what a capture holds.
 
-    Tensors, dtypes, sizes, norms by layer, and texts of the capture in DIR. The tables go to stderr; the JSON goes to
-    stdout.
+    Tensors, dtypes, sizes, norms by layer, and texts of the capture in DIR.
+
+    \b
+    hookmap inspect run
+    hookmap inspect run --verify --texts 0
+
+    The tables go to stderr; the JSON goes to stdout.
     """
     import hookmap
     from hookmap.cli.console import console, working
@@ -83,7 +88,7 @@ def _show_tensors(tensors: list[dict[str, Any]], screen: "Console") -> None:
             tensor["dtype"] or "",
             " × ".join(map(str, tensor["shape"])),
             size(tensor["bytes"]),
-            "" if norm is None else f"{norm:.2f}",
+            "" if norm is None else f"{norm:.2f}" if norm >= 0.1 or norm == 0 else f"{norm:.1e}",
             f"[dim]{bar}[/]",
         )
     screen.print(rows)

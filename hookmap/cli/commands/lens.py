@@ -52,9 +52,11 @@ def command(
 
     The table goes to stderr, the JSON to stdout.
     """
-    from hookmap.cli.settings import parse_layers
+    from hookmap.cli.settings import parse_layers, refuse_unknown
 
     chosen = parse_layers(layers)
+    refuse_unknown(point, positions=positions)
+    one_prompt.check_pictures((png, html))
     hm = model_options.opened(model, given, quiet=as_json)
     found = hm.lens(one_prompt.tokens(hm, given), point, chosen, positions=positions, target=target, top=top)
     grid = found.grid(metric)

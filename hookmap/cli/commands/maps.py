@@ -23,6 +23,10 @@ def command() -> None:
     """Make, check and compare the maps that ship with hookmap.
 
     TYPES are transformers' model types, such as `qwen3` or `gpt2`; without any, all of its causal language models.
+
+    \b
+    hookmap maps list
+    hookmap maps check qwen3 gpt2
     """
 
 

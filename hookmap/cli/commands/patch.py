@@ -61,13 +61,15 @@ def command(
 
     Texts, and the name of the file that -o wrote, go to stdout; the table goes to stderr.
     """
-    from hookmap.cli.settings import parse_layers
+    from hookmap.cli.settings import parse_layers, refuse_unknown
 
     if sweep and not target:
         raise click.UsageError("a sweep needs the token to look for: --target TOKEN (and --against TOKEN)")
     if not sweep and (target or against or output or png or html):
         raise click.UsageError("--target, --against, -o, --png and --html are of a sweep: add --sweep")
     where: dict[str, Any] = {"point": point, "layers": parse_layers(layers), "positions": positions}
+    refuse_unknown(point, positions=positions)
+    one_prompt.check_pictures((png, html))
     hm = model_options.opened(model, given, quiet=False)
     prompts = [one_prompt.tokens(hm, {"prompt": text, "answer": answer, "chat": chat}) for text in (clean, corrupted)]
     if not sweep:

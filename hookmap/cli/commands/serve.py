@@ -98,7 +98,7 @@ def command(
     """
     from hookmap.cli.configuration import Serving, read_section
     from hookmap.cli.console import working
-    from hookmap.cli.settings import choose_model, load_settings, parse_layers, parse_list
+    from hookmap.cli.settings import choose_model, load_settings, parse_layers, parse_list, refuse_unknown
     from hookmap.server import check_installed
 
     check_installed()
@@ -110,6 +110,7 @@ def command(
     with working("importing torch and transformers"):
         from hookmap.server.run import serve
         from hookmap.server.settings import Settings
+    refuse_unknown(chosen, of_layers, model)
     limits = Settings(
         root=Path(serving.sessions),
         host=serving.host,

@@ -18,7 +18,13 @@ def command(model: str | None, svg: str | None, trust_remote_code: bool | None) 
     """Draw a model's tree with its points.
 
     The tree is of MODEL, or of a map. Layers of one kind are one branch, in the order of the forward pass. ● is a
-    point, ○ a point that is not there, and why. The tree goes to stdout.
+    point, ○ a point that is not there, and why.
+
+    \b
+    hookmap show LlamaForCausalLM
+    hookmap show path/to/model --svg block.svg
+
+    The tree goes to stdout.
     """
     from hookmap.cli.console import console
     from hookmap.cli.settings import choose_model, load_settings

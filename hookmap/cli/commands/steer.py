@@ -16,7 +16,7 @@ _OF_VECTOR = ("key", "point", "layers", "strength", "keep_norm", "positions", "s
 @click.command()
 @click.argument("model", required=False)
 @model_options.loading
-@click.option("--vector", metavar="FILE", help="A .safetensors file: of `hookmap vector`, or any with --key.")
+@click.option("--vector", metavar="FILE", help="Of `hookmap vector`; or any .safetensors file, with --key.")
 @click.option("--key", metavar="NAME", help="A tensor of the file, for all layers.  [default: each layer its own]")
 @click.option("--point", metavar="NAME", help="Where it is added.  [default: the file's own, or resid_post]")
 @click.option("--layers", metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.  [default: all that it has]")
@@ -54,7 +54,7 @@ def command(
 
     Both texts go to stdout.
     """
-    from hookmap.cli.settings import parse_layers
+    from hookmap.cli.settings import parse_layers, refuse_unknown
 
     if (vector is None) == (intervene is None):
         raise click.UsageError("which vector? --vector FILE, or a file of interventions: --intervene FILE")
@@ -72,11 +72,12 @@ def command(
         where |= {"point": point or "resid_post", "layers": "all" if chosen is None else chosen}
         interventions = [{"do": "steer", "vector": file, "strength": strength, **where}]
     else:
-        from hookmap.steering import load_vector
+        from hookmap.cli.commands.vector import read_vector
 
-        made = load_vector(str(vector))
+        made = read_vector(str(vector))
         where |= {"point": point} if point else {}
         interventions = made.interventions(strength, None if chosen in (None, "all") else chosen, **where)  # type: ignore[arg-type]
+    refuse_unknown(point or (), positions=positions)
     prompts = list(texts) or [one_prompt.DEFAULT_PROMPT]
     hm = model_options.opened(model, given, quiet=as_json)
     _show(prompts, *_both(hm, prompts, interventions, max_new_tokens, chat, as_json), as_json)

@@ -40,7 +40,7 @@ def verify(folder: str, as_json: bool) -> None:
         raise hookmap.StoreError(
             f"{folder} is damaged:\n{lines}\nKeep what is sound: hookmap store repair {folder} -o NEW"
         )
-    click.echo(f"{folder} is sound: {len(store)} samples", err=True)
+    click.echo(f"{folder} is sound: {len(store)} {'sample' if len(store) == 1 else 'samples'}", err=True)
 
 
 @command.command()

@@ -49,11 +49,12 @@ def make(
     Each line of FILE is a pair of prompts: texts, chat messages or token ids. The vector points from the negative ones
     to the positive ones. The file's name goes to stdout.
     """
-    from hookmap.cli.settings import parse_layers
+    from hookmap.cli.settings import parse_layers, refuse_unknown
 
     chosen = parse_layers(layers)
     positive, negative = _pairs(pairs)
     _check_ending(output)
+    refuse_unknown(point, positions=positions)
     hm = model_options.opened(model, given, quiet=False)
     made = hm.steering_vector(
         positive, negative, point, chosen, method=method, positions=positions, chat=chat or "auto"
@@ -72,7 +73,7 @@ def convert(source: str, target: str, model_hint: str | None) -> None:
     GGUF is what llama.cpp and repeng read: resid_post of layer 1 and up, float32.
     """
     _check_ending(target)
-    _write(_read(source), target, model_hint)
+    _write(read_vector(source), target, model_hint)
     click.echo(target)
 
 
@@ -81,7 +82,7 @@ def convert(source: str, target: str, model_hint: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout, and no table.")
 def show(file: str, as_json: bool) -> None:
     """Show what a vector is of, and how long it is at each layer."""
-    found = _read(file)
+    found = read_vector(file)
     lengths = {layer: float(found[layer].norm()) for layer in found.layers}
     about = found.about.model_dump(mode="json")
     if as_json:
@@ -106,7 +107,8 @@ def _check_ending(path: str) -> None:
         raise click.UsageError(f"{path}: a vector's file ends in .safetensors or .gguf")
 
 
-def _read(path: str) -> "SteeringVector":
+def read_vector(path: str) -> "SteeringVector":
+    """Of a .gguf or .safetensors file. Raises what `read_gguf` and `load_vector` do."""
     from hookmap.control_vectors import read_gguf
     from hookmap.steering import load_vector
 

@@ -28,6 +28,10 @@ def command(
     Plain PyTorch hooks read every point, and are held against Hugging Face's hidden states, the sums of the block, the
     order of the forward pass, and causes: other weights in a branch must move what comes after it, and nothing else.
 
+    \b
+    hookmap verify path/to/model
+    hookmap verify Qwen/Qwen3-0.6B --random
+
     The table goes to stderr, the JSON to stdout. Exit code 1 if any check fails.
     """
     from hookmap.cli.console import working
@@ -58,7 +62,7 @@ def _show(result: "Verification") -> None:
     from rich.markup import escape
 
     from hookmap.cli.console import console, table
-    from hookmap.show import layer_ranges
+    from hookmap.selectors import layer_ranges
 
     screen = console()
     screen.print(f"\n[bold]{result.architecture_map.architecture}[/]  [dim]on {escape(result.on)}[/]\n")
