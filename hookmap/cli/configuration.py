@@ -43,7 +43,7 @@ def _several(value: object) -> object:
 Of = TypeVar("Of", bound="Section")
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0.001, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0.001)]
 Texts = Annotated[list[Text], BeforeValidator(_several, json_schema_input_type=str | list[Text])]
 Names = Annotated[int | Text | Annotated[list[int | Text], Field(min_length=1)], AfterValidator(_typed)]
 Features = Annotated[
@@ -120,9 +120,7 @@ class Settings(Section):
     engine: Literal["auto", "hooks", "nnsight", "ray", "remote"] = Field("auto", description="what watches the model")
     workers: Count = Field(1, description="with engine ray")
     address: Text | None = Field(None, description="of a Ray cluster, or auto; of an nnsight server, or local")
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
-        None, description="sample at it; else greedy, as is 0"
-    )
+    temperature: Annotated[float, Field(ge=0)] | None = Field(None, description="sample at it; else greedy, as is 0")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="the likeliest tokens of this mass")
     top_k: Annotated[int, Field(ge=0)] | None = Field(None, description="this many likeliest tokens; 0: all")
     seed: int | None = Field(None, description="makes sampling repeatable")
