@@ -5,6 +5,7 @@ import copy
 import difflib
 import inspect
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -42,6 +43,8 @@ _NOT_HERE = {
     "output_scores": "name logits among points=",
     "output_logits": "name logits among points=",
 }
+HALF = re.compile("[\ud800-\udfff]")
+"""half a surrogate pair: what JSON and a command line may hold, and no text does"""
 _generators = threading.RLock()
 """held while a run draws from torch's generators, which all threads share"""
 
@@ -101,8 +104,8 @@ def check_seed(seed: Any) -> None:
 
 def check_stop(stop: Sequence[Any]) -> None:
     """Raises CaptureError for what is no text, and for the empty text, which every row ends with at once."""
-    if wrong := [text for text in stop if not isinstance(text, str) or not text]:
-        raise CaptureError(f"stop: expected texts of at least one character, got {wrong[0]!r}.")
+    if wrong := [text for text in stop if not isinstance(text, str) or not text or HALF.search(text)]:
+        raise CaptureError(f"stop: expected texts of at least one whole character, got {wrong[0]!r}.")
 
 
 def as_json(config: GenerationConfig) -> dict[str, Any]:

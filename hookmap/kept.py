@@ -24,7 +24,7 @@ _GRAMMAR = (
     'expected "all", "prompt", "generated", "last" (of the whole sample), "last_prompt", a span such as "4:20" or '
     '"-5:", positions such as "0,3,-1", or "text=…" (tokens whose text contains it)'
 )
-_SPAN = re.compile(r"(-?\d+)?:(-?\d+)?(?::(\d+))?")
+_SPAN = re.compile(r"(-?\d{1,18})?:(-?\d{1,18})?(?::(\d{1,18}))?")
 NUMBERS = ("router_indices",)
 """points whose values count and name: they keep their dtype, and have no mean"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -143,8 +143,8 @@ def kept(
     if mean and where == "last":
         problems.append('mean with positions="last": a mean over one row is that row; leave one of them out')
     chosen = _features(features, problems)
-    if not _is_whole(features_seed):
-        problems.append(f"features_seed: expected a whole number, got {features_seed!r}")
+    if not _is_whole(features_seed) or not -(2**63) <= features_seed < 2**63:
+        problems.append(f"features_seed: expected a whole number of 64 bits, got {features_seed!r}")
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if name is not None and (not isinstance(name, str) or name not in DTYPES):
         problems.append(f"keep_dtype: expected {', '.join(DTYPES)}, got {dtype!r}")

@@ -95,7 +95,7 @@ def _encode(prompt: Any, number: int, tokenizer: Any, chat: Chat, why_none: str)
     return _checked(templated(messages, number, tokenizer), number)
 
 
-def templated(messages: list[Any], number: int, tokenizer: Any, **options: Any) -> Prompt:
+def templated(messages: list[Any], number: int, tokenizer: Any, options: Mapping[str, Any] | None = None) -> Prompt:
     """Chat messages as the model reads them. `options`: for the chat template (tools, documents).
 
     Raises TokenizerError where there is no template, or it refuses them.
@@ -106,7 +106,7 @@ def templated(messages: list[Any], number: int, tokenizer: Any, **options: Any) 
             "Give plain text (chat=False), or set tokenizer.chat_template."
         )
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **(options or {}))
     except Exception as error:  # a template is a program of the model's author, and raises what it likes
         raise TokenizerError(f"the chat template refuses prompt {number}: {error}") from error
     # The template writes the special tokens itself.

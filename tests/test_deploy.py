@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from packaging.requirements import Requirement
 
 import hookmap
 from hookmap.deploy.bundle import bundle, locked, requirements
-from hookmap.deploy.on_host import unit
+from hookmap.deploy.on_host import Host, unit
 from hookmap.deploy.over_ssh import ssh_command
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -118,6 +119,11 @@ def test_a_server_from_its_first_deployment_to_its_stop(box: Loopback) -> None:
     assert not list(folder.glob("incoming.*")), "what was sent is not left lying about"
 
 
+class _Speaker(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        self.request.sendall(b"SSH-2.0-another\r\n")
+
+
 class _Stranger(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         answer = json.dumps({"status": "ok", "version": "0.1.0", "models": ["hookmap-demo"]}).encode()
@@ -136,6 +142,11 @@ def test_a_port_of_somebody_else_is_refused_and_they_are_left_alone(box: Loopbac
         assert refused.exit_code == 1
         assert f"port {port} is taken by another program; it is left alone" in refused.stderr
         socket.create_connection(("127.0.0.1", port)).close()
+    with socketserver.TCPServer(("127.0.0.1", 0), _Speaker) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        refused = box.run("box", *HERE, "--port", str(server.server_address[1]), "--folder", "strangers")
+        assert "is taken by another program" in refused.stderr, "one that speaks no HTTP"
+        server.shutdown()
     with HTTPServer(("127.0.0.1", 0), _Stranger) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         refused = box.run("box", *HERE, "--port", str(server.server_port), "--folder", "strangers")
@@ -185,6 +196,23 @@ def test_what_a_host_lacks_is_named(box: Loopback, tmp_path: Path) -> None:
     assert bare.returncode == 41, "no Python at all"
 
 
+def test_a_folder_with_files_of_another_kind_is_left_alone(box: Loopback) -> None:
+    project = box.home / "project"
+    (project / "venv").mkdir(parents=True)
+    (project / "src").touch()
+    refused = box.run("box", "--fresh", "--folder", "project", "--port", str(free_port()))
+    assert refused.exit_code == 1 and "it holds src" in refused.stderr
+    assert sorted(each.name for each in project.iterdir()) == ["src", "venv"]
+
+
+def test_two_folders_never_share_what_keeps_a_server(tmp_path: Path) -> None:
+    """A unit's or a tmux server's name: stopping one would stop the other; a socket's path is short."""
+    names = {
+        Host(tmp_path / name, tmp_path, {}).unit for name in ("gpu-1", "gpu_1", "gpu 1", "x" * 200, "y" + "x" * 199)
+    }
+    assert len(names) == 5 and all(len(name) < 60 for name in names)
+
+
 def test_a_folder_of_any_name_is_one_word_for_the_hosts_shell(box: Loopback) -> None:
     name = 'it\'s "one"; touch pwned; $(touch pwned) `touch pwned`'
     told = box.run("box", "--status", "--folder", name)
@@ -202,6 +230,11 @@ def test_a_folder_of_any_name_is_one_word_for_the_hosts_shell(box: Loopback) -> 
         (["box", "--folder", "-x"], "is no path"),
         (["box", "--python", "p", "--fresh"], "leave --sync and --fresh out"),
         (["box", "--sync", "skip", "--fresh"], "leave one out"),
+        (["box", "--ssh", "ssh 'x"], "No closing quotation"),
+        (["box", "--folder", "~"], "write it from your home"),
+        (["box", "--folder", "~/"], "is no path"),
+        (["box", "--wait", "nan"], "not a finite number"),
+        (["box", "--", "--max-bytes", "inf"], "not a finite number"),
         (["box", "--", "--pionts", "resid_mid"], "Did you mean"),
         (["box", "--", "--port", "1", "--key", "k", "m"], "MODEL, --port, --key behind --"),
         (["box", "--", "--host", "0.0.0.0"], "listens on 127.0.0.1"),

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -32,13 +31,8 @@ NOT_RUN = {"asks another machine": 5, "installs packages": 5, "takes minutes": 3
 
 
 @pytest.fixture(autouse=True)
-def _a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has the demo model where a checkout has it, and no settings of the person who runs the tests."""
+def _the_demo_model_where_a_checkout_has_it(own_folder: None, tmp_path: Path) -> None:
     (tmp_path / "hookmap").symlink_to(CHECKOUT / "hookmap")
-    monkeypatch.chdir(tmp_path)
-    for name in os.environ:
-        if name.startswith("HOOKMAP_"):
-            monkeypatch.delenv(name)
 
 
 # inspect_ai's own calls of what its dependencies have deprecated; the clients that pages leave open.

@@ -1,8 +1,11 @@
 """The server as OpenAI's clients meet it: openai-python where it has a way, plain HTTP where it has none."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -108,13 +111,19 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(served: Served, stop: Any)
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_logprobs_are_of_the_models_own_distribution(served: Served, client: OpenAI) -> None:
+@pytest.mark.parametrize("penalty", [1.0, 2.5])
+@pytest.mark.parametrize("kept", [False, True], ids=["plain", "kept"])
+def test_logprobs_are_of_the_models_own_distribution(
+    served: Served, client: OpenAI, penalty: float, kept: bool
+) -> None:
     asked: Any = {"max_tokens": 5, "temperature": 0.6, "seed": 2, "logprobs": True, "top_logprobs": 3}
+    asked["extra_body"] = {"repetition_penalty": penalty, "store_activations": kept}
     found = client.chat.completions.create(model=NAME, messages=MESSAGES, **asked)
     content = found.choices[0].logprobs.content  # type: ignore[union-attr]
     assert content is not None and found.usage is not None
     assert len(content) == found.usage.completion_tokens
     options = {"do_sample": True, "temperature": 0.6, "top_k": 0, "max_new_tokens": 5, "seed": 2}
+    options |= {"repetition_penalty": penalty}
     _, (new,) = generated(served, **options)
     (prompt,) = encode([MESSAGES], served.hm.tokenizer)
     with torch.no_grad():
@@ -183,11 +192,14 @@ def test_the_model_list_and_the_error_for_another_model(client: OpenAI, served: 
         ({"max_tokens": 5000}, "max_tokens", "at most 4096"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "cannot be given"),
+        ({"hookmap": {"positions": "text=zzzz"}}, None, "no single token"),
+        ({"hookmap": {"positions": "0:" + "9" * 5000}}, None, "positions"),
+        ({"hookmap": {"features": 3, "features_seed": 2**70}}, None, "64 bits"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )
 def test_what_is_not_understood_is_refused_with_its_name(
-    served: Served, body: dict[str, Any], param: str, told: str
+    served: Served, body: dict[str, Any], param: str | None, told: str
 ) -> None:
     answer = served.chat(**body)
     assert answer.status_code == 400
@@ -209,8 +221,6 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_figures(served: Served) 
 
 
 def test_broken_bodies_and_ways_are_told_as_errors_are(served: Served) -> None:
-    import httpx
-
     url = f"{served.url}/v1/chat/completions"
     broken = httpx.post(url, content=b"{", headers={"Content-Type": "application/json"})
     assert broken.status_code == 400 and "not JSON" in broken.json()["error"]["message"]
@@ -222,6 +232,30 @@ def test_broken_bodies_and_ways_are_told_as_errors_are(served: Served) -> None:
         headers={"Content-Type": "application/json"},
     )
     assert half.status_code == 400
+
+
+@pytest.mark.parametrize("more", [{}, {"seed": 1}, {"store_activations": True}], ids=["plain", "alone", "kept"])
+def test_half_a_surrogate_pair_as_a_stop_string_is_refused_and_the_server_goes_on(
+    served: Served, more: dict[str, Any]
+) -> None:
+    body = json.dumps({"messages": MESSAGES, "max_tokens": 1, "stop": ["\ud800"], **more})
+    headers = {"Content-Type": "application/json"}
+    refused = httpx.post(f"{served.url}/v1/chat/completions", content=body, headers=headers, timeout=10)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stop")
+    assert served.chat(max_tokens=1).status_code == 200
+
+
+def test_names_of_the_template_do_not_meet_those_of_the_code(served: Served) -> None:
+    plain = served.chat(max_tokens=3).json()["choices"]
+    for name in ("messages", "number", "tokenizer", "options"):
+        answer = served.chat(max_tokens=3, chat_template_kwargs={name: []})
+        assert answer.status_code == (400 if name == "messages" else 200), name
+        assert name == "messages" or answer.json()["choices"] == plain
+
+
+def test_no_refusal_names_a_folder_of_the_server(served: Served) -> None:
+    error = served.chat(hookmap={"points": ["nope"]}).json()["error"]["message"]
+    assert str(MODEL_PATH) not in error and "GET /v1/model/structure" in error
 
 
 def test_every_answer_has_a_request_id_and_a_given_one_comes_back(served: Served) -> None:
@@ -327,3 +361,47 @@ def test_an_echo_is_of_the_run_with_its_interventions(served: Served) -> None:
     clamp = {**steer, "point": "logits", "layers": "all", "vector": [1.0] * 259}
     refused = served.post("/v1/completions", **body, hookmap={"return": "none", "interventions": [clamp]})
     assert refused.status_code == 400
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_an_echo_of_no_new_token_is_the_prompt_and_its_scores(
+    served: Served, client: OpenAI, logprobs: int | None, stream: bool
+) -> None:
+    """As vLLM answers it, for log-likelihoods; usage counts no token, a session keeps the prompt's rows."""
+    ids = served.hm.tokenizer("Tom has 3 apples.")["input_ids"]
+    record = {"hookmap": {"points": ["resid_mid"], "layers": [3]}}
+    asked: Any = {"prompt": [ids, ids[:5]], "echo": True, "logprobs": logprobs, "n": 2, "extra_body": record}
+    scored = served.post("/v1/completions", prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0).json()
+    expected = scored["choices"][0]["logprobs"]["token_logprobs"][:-1]
+    found = client.completions.create(model=NAME, max_tokens=0, stream=stream, **asked)
+    if stream:
+        chunks = list(found)
+        texts, scores = [""] * 4, [list[Any]() for _ in range(4)]
+        for choice in (chunk.choices[0] for chunk in chunks):
+            texts[choice.index] += choice.text
+            scores[choice.index] += choice.logprobs.token_logprobs if choice.logprobs else []
+        meta = chunks[-1].activations_meta
+    else:
+        assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(ids) + 5, 0)
+        assert {choice.finish_reason for choice in found.choices} == {"length"}
+        texts = [choice.text for choice in found.choices]
+        scores = [choice.logprobs.token_logprobs if choice.logprobs else [] for choice in found.choices]
+        meta = found.activations_meta
+    assert texts == ["Tom has 3 apples."] * 2 + ["Tom h"] * 2
+    assert scores[0] == pytest.approx(expected if logprobs else [])
+    assert [len(each) for each in scores] == ([len(ids)] * 2 + [5] * 2 if logprobs else [0] * 4)
+    assert [each["rows"] for each in meta["samples"]] == [each["tokens"] for each in meta["samples"]]
+    assert [each["shape"][0] for each in meta["tensors"]] == [len(ids)] * 2 + [5] * 2
+    whole = served.post("/v1/completions", prompt=[65] * 1024, echo=True, max_tokens=0)
+    assert whole.status_code == 200, "a prompt may fill the context"
+    assert served.post("/v1/completions", prompt=[65] * 1025, echo=True, max_tokens=0).status_code == 400
+
+
+def test_an_echo_whose_logits_do_not_fit_is_refused_with_the_figure(tmp_path: Path) -> None:
+    body: dict[str, Any] = {"prompt": [[65] * 9, [65] * 10], "echo": True, "logprobs": 0, "max_tokens": 1}
+    with serving(tmp_path, request_bytes=2 * 10 * 259 * 4) as served:
+        assert served.post("/v1/completions", **body, n=2).status_code == 200
+        error = served.post("/v1/completions", **body, n=3).json()["error"]
+        assert error["code"] == "echo_too_large" and str(3 * 10 * 259 * 4) in error["message"]
+        assert served.post("/v1/completions", **{**body, "logprobs": None}, n=3).status_code == 200

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,10 @@ import pytest
 import torch
 from openai import OpenAI
 from served import NAME, Served, demo, serving
+
+from hookmap.generation import settings
+from hookmap.prompts import Prompt
+from hookmap.server.jobs import Job
 
 PROMPTS = ["Tom has 3 apples.", "2 and 3?", "Ann buys 4 pens. She buys 5 more. How many?", "x"]
 
@@ -271,3 +276,15 @@ def test_the_one_that_does_not_fit_alone_is_the_only_one_refused(served: Served)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
     for number, one in enumerate(found):
         same(one, whole(served, **asked(number)))
+
+
+def test_what_breaks_before_a_batch_runs_is_told_and_the_next_request_runs(tmp_path: Path) -> None:
+    """The thread of a model never ends with a request."""
+    with serving(tmp_path) as served:
+        worker, told = served.models.all[0].worker, queue.SimpleQueue[Any]()
+        config = settings(served.hm.root, None, max_new_tokens=1, do_sample=False, options={})
+        job = Job("broken", (Prompt("", (5,)),), 1, config, 1, stop=("\ud800",), seed=None, emit=told.put)
+        worker.submit(job)
+        assert told.get(timeout=20).status == 500
+        assert served.chat(max_tokens=1).status_code == 200
+        assert worker.running == 0

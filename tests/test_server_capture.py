@@ -125,7 +125,14 @@ def test_a_part_of_a_download_is_that_part(served: Served) -> None:
         assert part.headers["etag"] == tag
     assert served.get(where, Range=f"bytes={len(data)}-").status_code == 416
     assert served.get(where, Range="bytes=-0").status_code == 416
-    for all_of_it in ("bytes=0-1,3-4", "lines=1-2", "bytes=-"):
+    assert served.get(where, Range="Bytes=" + "0" * 15 + "5-6").content == data[5:7]
+    for all_of_it in (
+        "bytes=0-1,3-4",
+        "lines=1-2",
+        "bytes=-",
+        "bytes=" + "0" * 30 + "5-6",
+        "bytes=" + "9" * 5000 + "-",
+    ):
         assert served.get(where, Range=all_of_it).content == data
     assert served.get(where, **{"Range": "bytes=0-1", "If-Range": '"other"'}).content == data
 
@@ -172,6 +179,7 @@ def test_sessions_go_by_size_and_age_the_oldest_first(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match="no room") as error:
         sessions.begin("m", 2400)
     assert error.value.status == 503, "a running one is never removed"
+    assert [s.id for s in sessions.all()] == [second, running.id, third], "nor a finished one in vain"
     with pytest.raises(ApiError, match="still being written"):
         sessions.delete(running.id)
     sessions.drop(running)
@@ -179,6 +187,26 @@ def test_sessions_go_by_size_and_age_the_oldest_first(tmp_path: Path) -> None:
     now[0] += 59
     assert [s.id for s in sessions.all()] == [kept]
     sessions.close()
+
+
+def test_a_session_that_its_manifest_takes_over_the_cap_is_there_until_the_next_one(tmp_path: Path) -> None:
+    with serving(tmp_path, total_bytes=15_000) as served:
+        asked: dict[str, Any] = {"max_tokens": 1, "store_activations": True}
+        first = served.chat(**asked, messages=[{"role": "user", "content": "a"}])
+        assert first.status_code == 200, first.text
+        assert served.get(f"/v1/activations/sessions/{first.json()['session_id']}").json()["bytes"] > 15_000
+        error = served.chat(**asked, messages=[{"role": "user", "content": "a" * 60}])
+        assert (error.status_code, error.json()["error"]["code"]) == (413, "activations_too_large"), "it never fits"
+        second = served.chat(**asked, messages=[{"role": "user", "content": "b"}]).json()["session_id"]
+        assert [each.id for each in served.sessions.all()] == [second]
+
+
+def test_a_session_that_is_deleted_while_it_is_read_is_not_found(served: Served) -> None:
+    id = served.chat(store_activations=True, max_tokens=1).json()["session_id"]
+    with pytest.raises(ApiError, match="no session") as error, served.sessions.reading(id) as store:
+        served.sessions.delete(id)
+        store.read(0, "resid_mid", 8)
+    assert error.value.status == 404
 
 
 def test_a_new_server_finds_the_finished_sessions_and_removes_the_others(served: Served, tmp_path: Path) -> None:
@@ -244,6 +272,37 @@ def test_smoke_completes_where_a_model_has_no_chat_template(tmp_path: Path) -> N
         done = CliRunner().invoke(main, ["smoke", served.url, "--json"])
         assert done.exit_code == 0, done.output
         assert "no chat template" in json.loads(done.stdout)[3]["detail"]
+
+
+def test_smoke_asks_for_a_model_by_any_name(tmp_path: Path) -> None:
+    with serving(tmp_path) as served:
+        served.models.add("my model/\u00fc?", demo())
+        done = CliRunner().invoke(main, ["smoke", served.url, "--json", "--model", "my model/\u00fc?"])
+        assert done.exit_code == 0, done.output
+
+
+def test_smoke_says_that_a_download_is_cut_off(served: Served) -> None:
+    class Cut(Quiet):
+        """The server, with four bytes of each tensor."""
+
+        def do_GET(self) -> None:
+            length = int(self.headers.get("Content-Length", 0))
+            body, kind = self.rfile.read(length), {"Content-Type": "application/json"}
+            answer = httpx.request(self.command, served.url + self.path, content=body, headers=kind)
+            told = answer.content[:4] if "/tensors" in self.path else answer.content
+            self.send_response(answer.status_code)
+            self.send_header("Content-Length", str(len(told)))
+            self.end_headers()
+            self.wfile.write(told)
+
+        do_POST = do_DELETE = do_GET
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Cut) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        done = CliRunner().invoke(main, ["smoke", f"http://127.0.0.1:{other.server_port}", "--json"])
+        other.shutdown()
+    last = json.loads(done.stdout)[-1]
+    assert done.exit_code == 1 and (last["name"], last["passed"]) == ("download", False)
 
 
 def test_smoke_says_what_is_no_hookmap_server(tmp_path: Path) -> None:
@@ -344,8 +403,32 @@ def test_interventions_are_those_of_capture_in_a_request_and_as_defaults(tmp_pat
         assert short.status_code == 400 and "64" in short.json()["error"]["message"]
 
         served.headers = {"Authorization": "Bearer k"}
+        for unfit in ({**steer, "vector": [1.0]}, {"do": "ablate", "point": "q", "heads": [7]}):
+            body = {"interventions": [unfit]}
+            refused_put = httpx.put(f"{served.url}/v1/interventions", json=body, headers=served.headers, timeout=60)
+            assert refused_put.status_code == 400, "it would make every later request fail"
+            assert served.get("/v1/interventions").json()["data"] == []
         put = httpx.put(f"{served.url}/v1/interventions", json={"interventions": [steer]}, headers=served.headers)
         assert put.json() == served.get("/v1/interventions").json()
         assert put.json()["data"][0]["strength"] == 2.0
         same(served.chat(**asked, hookmap=record).json(), run)
         same(served.chat(**asked, hookmap={**record, "interventions": []}).json(), plain)
+        put = httpx.put(f"{served.url}/v1/interventions", json={"interventions": [patch]}, headers=served.headers)
+        assert (put.status_code, served.chat(**asked).status_code) == (200, 200)
+        served.sessions.delete(session)
+        gone = served.chat(**asked)
+        assert (gone.status_code, gone.json()["error"]["code"]) == (400, "session_not_found")
+        assert str(tmp_path) not in gone.text
+
+
+def test_interventions_that_leave_no_numbers_are_told_and_logprobs_stay_json(served: Served) -> None:
+    """Scores of NaN: nothing can be drawn from them, and the likeliest token has no logprob."""
+    scale = {"do": "scale", "point": "resid_post", "layers": [8], "factor": 1e38}
+    asked: dict[str, Any] = {"max_tokens": 2, "hookmap": {"return": "none", "interventions": [scale]}}
+    drawn = served.chat(**asked, temperature=1.0)
+    assert (drawn.status_code, drawn.json()["error"]["code"]) == (400, "not_finite")
+    whole = served.chat(**asked, logprobs=True, top_logprobs=1).json()["choices"][0]["logprobs"]["content"]
+    assert [token["logprob"] for token in whole] == [-9999.0] * 2
+    lines = [line for line in served.chat(**asked, logprobs=True, stream=True).text.split("\n") if 'logprob"' in line]
+    assert len(lines) == 2 and all('"logprob":-9999.0' in line for line in lines)
+    assert served.chat(max_tokens=1).status_code == 200

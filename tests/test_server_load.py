@@ -227,6 +227,22 @@ def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
         hook.remove()
 
 
+@pytest.mark.parametrize("streams", [True, False], ids=["streamed", "whole"])
+def test_who_still_waits_when_a_model_is_unloaded_is_told_so(tmp_path: Path, streams: bool) -> None:
+    long = {"max_tokens": 900, "temperature": 5.0, "seed": 0, "stream": streams, "store_activations": True}
+    with serving(tmp_path, admin_key="k", drain=0.1) as served, ThreadPoolExecutor(1) as people:
+        served.headers = {"Authorization": "Bearer k"}
+        waiting = people.submit(served.chat, **long)
+        end = time.monotonic() + 20
+        while not served.sessions.all():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert served.post("/models/unload", model="hookmap-demo").status_code == 200
+        told = waiting.result()
+        assert '"model_unloading"' in told.text and told.status_code in ((200, 503) if streams else (503,))
+        assert served.sessions.all() == []
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM")
 def test_sigterm_lets_the_running_answer_end(tmp_path: Path) -> None:
     with socket.socket() as probe:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import hookmap
+from hookmap.cli.finite import FiniteRange
 from hookmap.cli.model_options import chosen
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ _CLUSTER = (
     click.option(
         "--address", metavar="ADDRESS", help="Of a running Ray cluster, or auto; of an nnsight server, or local."
     ),
-    click.option("--cpus-per-worker", type=click.FloatRange(min=0, min_open=True), metavar="C", help="[default: 1]"),
-    click.option("--gpus-per-worker", type=click.FloatRange(min=0), metavar="G", help="[default: 1 where there are]"),
+    click.option("--cpus-per-worker", type=FiniteRange(min=0, min_open=True), metavar="C", help="[default: 1]"),
+    click.option("--gpus-per-worker", type=FiniteRange(min=0), metavar="G", help="[default: 1 where there are]"),
 )
 
 

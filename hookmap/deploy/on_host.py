@@ -7,6 +7,7 @@ What it stops is only a server that it proves to be of this folder; a port that 
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import json
 import os
 import platform
@@ -26,6 +27,10 @@ from pathlib import Path
 from typing import Any
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+OURS = frozenset(
+    "venv releases run.sh env hookmap.yaml key pid server.json server.log server.log.1 sessions .lock".split()
+)
+"""what a server's folder holds"""
 TAIL = 25
 """lines of the log that are shown when a server fails"""
 
@@ -46,7 +51,9 @@ class Host:
         self.folder, self.work, self.asked = folder, work, asked
         self.log, self.key_file, self.pid_file = folder / "server.log", folder / "key", folder / "pid"
         self.state_file = folder / "server.json"
-        self.unit = "hookmap-" + re.sub(r"[^A-Za-z0-9]+", "-", str(folder)).strip("-")
+        # Short enough for tmux's socket, and another one for another folder.
+        known = re.sub(r"[^A-Za-z0-9]+", "-", str(folder)).strip("-")[-30:]
+        self.unit = f"hookmap-{known}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}"
 
     # The server that is there ---------------------------------------------------------------------------------------
 
@@ -88,6 +95,17 @@ class Host:
             time.sleep(0.1)
         return pid
 
+    def check_folder(self) -> None:
+        """Raises Failed for a first deployment among files of another kind, whose venv --fresh would remove."""
+        if self.state:
+            return
+        there = sorted(each.name for each in self.folder.iterdir() if not each.name.startswith("incoming."))
+        if strange := [name for name in there if name not in OURS]:
+            raise Failed(
+                f"{self.folder} is not empty and not a server's: it holds {', '.join(strange[:5])}. "
+                "Nothing was changed. Name a folder of its own: --folder DIR"
+            )
+
     def check_port(self, port: int) -> None:
         """Raises Failed where somebody else has it. The server of this folder will have made room."""
         if free(port) or (self.pid() is not None and self.state.get("port") == port):
@@ -103,6 +121,7 @@ class Host:
 
     def deploy(self) -> "dict[str, Any]":
         port, model = self.asked["port"], self.model_path()
+        self.check_folder()
         self.check_port(port)
         if self.asked["fresh"]:
             self.stop()
@@ -397,7 +416,7 @@ def health(port: int, seconds: float = 2) -> "dict[str, Any] | None":
     try:
         with direct.open(f"http://127.0.0.1:{port}/health", timeout=seconds) as answer:
             found = json.loads(answer.read(100_000))
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return None
     ours = isinstance(found, dict) and {"status", "version", "models"} <= found.keys()
     return found if ours else None
@@ -461,7 +480,7 @@ def main() -> None:
     work = Path(sys.argv[1]).resolve()
     try:
         result = do(work)
-    except Failed as error:
+    except (Failed, OSError) as error:
         result = {"error": str(error)}
     sys.stdout.write(json.dumps(result) + "\n")
     sys.exit("error" in result)

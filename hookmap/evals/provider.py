@@ -146,7 +146,7 @@ class HookmapAPI(ModelAPI):
             [prompt] = self.hooked.encode(text, False)
             return prompt
         named = {"tools": [_described(tool) for tool in tools]} if tools else {}
-        return templated(messages, 0, tokenizer, **named)
+        return templated(messages, 0, tokenizer, named)
 
     def _serve(self) -> None:
         """The one thread that runs the model."""

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from hookmap import generation as gen
-from hookmap.interventions import Intervention, fingerprint
+from hookmap.interventions import fingerprint
 from hookmap.prompts import Prompt
-from hookmap.server.editing import read
+from hookmap.server.echo import check_room
+from hookmap.server.editing import Documents, read
 from hookmap.server.errors import ApiError, bad
 from hookmap.server.jobs import Job, Keeper
 from hookmap.server.models import Loaded
@@ -29,7 +30,7 @@ def admit(
     top_logprobs: int | None,
     settings: Settings,
     sessions: Sessions,
-    defaults: tuple[Intervention, ...] = (),
+    defaults: Documents = (),
 ) -> Job:
     """The job of a request for `n` rows of each prompt. `defaults`: interventions, where it brings none.
 
@@ -40,7 +41,12 @@ def admit(
     if (rows := n * len(prompts)) > settings.max_choices:
         raise bad(f"{rows} choices (n × prompts) were asked for, and {settings.max_choices} is the most.", "n")
     _check_tokens(prompts, model.hm.vocabulary)
-    new = new_tokens(max(len(prompt.token_ids) for prompt in prompts), max_tokens, model.context, settings)
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    new = 1 if asked.reads_only else new_tokens(longest, max_tokens, model.context, settings)
+    if asked.reads_only:
+        _check_context(longest, 0, model.context)
+    if asked.reads_prompt:
+        check_room(model.hm, n * longest, settings.request_bytes)
     options = sampling_options(asked, model.hm.root.generation_config)
     config = gen.settings(
         model.hm.root,
@@ -50,9 +56,8 @@ def admit(
         options=options,
     )
     each = tuple(prompt for prompt in prompts for _ in range(n))
-    changes = defaults
-    if asked.hookmap is not None and asked.hookmap.interventions is not None:
-        changes = read(asked.hookmap.interventions, model.hm, sessions)
+    own = asked.hookmap.interventions if asked.hookmap is not None else None
+    changes = read(defaults if own is None else own, model.hm, sessions)
     summary = None
     if asked.hookmap is not None and asked.hookmap.summary is not None:
         summary = summary_of(asked.hookmap.summary, model.hm.map)
@@ -87,6 +92,7 @@ def admit(
         top_logprobs,
         summary,
         asked.reads_prompt,
+        asked.reads_only,
     )
 
 
@@ -94,19 +100,25 @@ def new_tokens(prompt: int, asked: int | None, context: int | None, settings: Se
     """How many tokens may be generated after a prompt of so many. Raises ApiError."""
     most = settings.max_new_tokens
     if asked == 0:
-        raise bad("max_tokens: expected at least 1, got 0: this server does not only read.", "max_tokens")
+        raise bad(
+            "max_tokens: expected at least 1, got 0; only completions with echo read without writing.", "max_tokens"
+        )
     if asked is not None and asked > most:
         raise bad(f"max_tokens: {asked} were asked for, and this server generates at most {most}.", "max_tokens")
-    if context is not None and prompt + (asked or 1) > context:
-        raise bad(
-            f"This model's maximum context length is {context} tokens. However, you requested {prompt + (asked or 1)} "
-            f"tokens ({prompt} in the prompt, {asked or 1} in the completion). Shorten the prompt or max_tokens.",
-            "messages",
-            "context_length_exceeded",
-        )
+    _check_context(prompt, asked or 1, context)
     if asked is not None:
         return asked
     return most if context is None else min(most, context - prompt)
+
+
+def _check_context(prompt: int, new: int, context: int | None) -> None:
+    if context is not None and prompt + new > context:
+        raise bad(
+            f"This model's maximum context length is {context} tokens. However, you requested {prompt + new} "
+            f"tokens ({prompt} in the prompt, {new} in the completion). Shorten the prompt or max_tokens.",
+            "messages",
+            "context_length_exceeded",
+        )
 
 
 def sampling_options(asked: Sampling, own: Any) -> dict[str, Any]:

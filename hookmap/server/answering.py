@@ -20,7 +20,7 @@ from hookmap.runs import Generating
 from hookmap.server.echo import Echo
 from hookmap.server.errors import cancelled
 from hookmap.server.summaries import Summarising, Summary
-from hookmap.server.tokens import Likely, Token, told
+from hookmap.server.tokens import Likely, Token, beside, told
 
 
 @dataclass
@@ -37,6 +37,8 @@ class Answering(Generating):
     summarising: Summarising | None = None
     """of the batch that runs"""
     echo: Echo | None = None
+    reads_only: bool = False
+    """of a run of one token: it is neither told nor kept"""
 
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
         """See `Run.batch`; with an echo, of one prompt's rows."""
@@ -61,16 +63,19 @@ class Answering(Generating):
         inputs = super()._inputs(prompts, layout, finished)
         inputs["stopping_criteria"] = [_Followed(self, finished, layout.samples, likely)]
         if likely is not None:
-            inputs["logits_processor"] = [likely]
+            inputs["generation_config"], inputs["logits_processor"] = beside(likely, self.config)
         return inputs
 
 
 class Gathered:
-    """A sink that keeps the samples, and passes everything on to another where there is one."""
+    """A sink that keeps the samples, and passes everything on to another where there is one.
 
-    def __init__(self, sink: Sink | None = None) -> None:
+    `reads_only`: without what was generated, of which there are no rows.
+    """
+
+    def __init__(self, sink: Sink | None = None, reads_only: bool = False) -> None:
         self.samples: list[Sample] = []
-        self._sink = sink
+        self._sink, self._reads_only = sink, reads_only
 
     def write(self, activation: Activation) -> None:
         """See Sink."""
@@ -79,6 +84,8 @@ class Gathered:
 
     def finish(self, sample: Sample) -> None:
         """See Sink."""
+        if self._reads_only:
+            sample = replace(sample, text="", token_ids=sample.token_ids[: sample.prompt_tokens])
         self.samples.append(sample)
         if self._sink is not None:
             self._sink.finish(sample)
@@ -106,7 +113,8 @@ class _Followed(StoppingCriteria):  # type: ignore[misc]
             tokens = [replace(token, figures=each) for token, each in zip(tokens, figures, strict=True)]
         if self._run.echo is not None and not self._looked:
             self._run.tell([token for row in self._rows for token in self._run.echo.tokens(row)])
-        self._run.tell([token for token, ended in zip(tokens, self._ended, strict=True) if not ended])
+        if not self._run.reads_only:
+            self._run.tell([token for token, ended in zip(tokens, self._ended, strict=True) if not ended])
         self._ended = [a or b for a, b in zip(self._ended, done.tolist(), strict=True)]
         self._looked += 1
         if self._looked % 64 == 1:

@@ -21,8 +21,8 @@ from hookmap.server import errors, page
 from hookmap.server.admission import admit
 from hookmap.server.chat import ChatWire, prompt_of
 from hookmap.server.completions import MAX_TOKENS, CompletionWire, TextCompletion, prompts_of
-from hookmap.server.editing import described as described_edit
-from hookmap.server.editing import read
+from hookmap.server.editing import described as described_edits
+from hookmap.server.editing import planned, read
 from hookmap.server.errors import ApiError
 from hookmap.server.guard import Guard
 from hookmap.server.metrics import Metrics
@@ -121,7 +121,7 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
     encoding = asyncio.Lock()  # tokenizers are not made for several threads at once
 
     def common(model: Loaded) -> tuple[Any, ...]:
-        return settings, sessions, models.interventions.get(model.name, ())
+        return settings, sessions, models.interventions_of(model)
 
     @app.post("/v1/chat/completions", responses=_answers(ChatCompletion))
     async def chat(asked: ChatRequest, request: Request) -> Response:
@@ -190,20 +190,21 @@ def _sessions(app: FastAPI, sessions: Sessions) -> None:
 
 
 def _described(sessions: Sessions, id: str) -> dict[str, Any]:
-    store, session = sessions.open(id), sessions.get(id)
-    meta = described(store, f"/v1/activations/sessions/{session.id}")
-    for sample, told in zip(store.samples, meta["samples"], strict=True):
-        told |= {"prompt": sample.prompt, "text": sample.text, "token_ids": list(sample.token_ids)}
+    with sessions.reading(id) as store:
+        session = sessions.get(id)
+        meta = described(store, f"/v1/activations/sessions/{session.id}")
+        for sample, told in zip(store.samples, meta["samples"], strict=True):
+            told |= {"prompt": sample.prompt, "text": sample.text, "token_ids": list(sample.token_ids)}
     return {**session.described(), **meta}
 
 
 def _tensor(
     sessions: Sessions, id: str, point: str, layer: int | None, choice: int, start: int | None, stop: int | None
 ) -> bytes:
-    store = sessions.open(id)
     try:
-        key = store.key(point, layer)
-        rows = store.read(choice, *key, None if start is None and stop is None else slice(start, stop))
+        with sessions.reading(id) as store:
+            key = store.key(point, layer)
+            rows = store.read(choice, *key, None if start is None and stop is None else slice(start, stop))
     except SelectionError as error:
         raise ApiError(404, str(error), code="not_captured") from error
     return bytes(safetensors.torch.save({tensor_name(key): rows.contiguous()}))
@@ -241,8 +242,7 @@ def _models(app: FastAPI, models: Models) -> None:
 
 def _interventions(app: FastAPI, models: Models, sessions: Sessions) -> None:
     def told(loaded: Loaded) -> dict[str, Any]:
-        found = models.interventions.get(loaded.name, ())
-        return {"object": "list", "model": loaded.name, "data": [described_edit(each) for each in found]}
+        return {"object": "list", "model": loaded.name, "data": described_edits(models.interventions_of(loaded))}
 
     @app.get("/v1/interventions")
     async def defaults(model: str | None = None) -> dict[str, Any]:
@@ -253,7 +253,9 @@ def _interventions(app: FastAPI, models: Models, sessions: Sessions) -> None:
     async def set_defaults(asked: Defaults) -> dict[str, Any]:
         """Those of every request to this model that brings none of its own; an empty list takes them away."""
         loaded = models.get(asked.model)
-        models.interventions[loaded.name] = read(asked.interventions, loaded.hm, sessions)
+        found = read(asked.interventions, loaded.hm, sessions)
+        await asyncio.to_thread(planned, loaded.hm, found, (), 0)
+        models.interventions[loaded.name] = asked.interventions
         return told(loaded)
 
 

@@ -20,7 +20,7 @@ from hookmap.model import HookedModel
 from hookmap.runs import device_of, padded, turn
 from hookmap.server.errors import ApiError, cancelled, failed, is_out_of_memory
 from hookmap.server.jobs import Event, Job, Result
-from hookmap.server.tokens import Likely, Token, told
+from hookmap.server.tokens import Likely, Token, beside, told
 
 log = logging.getLogger("hookmap.server")
 
@@ -152,9 +152,11 @@ class Together:
         layout = BatchLayout(tuple(range(len(rows))), tuple(len(row.tokens) for row in rows))
         config = copy.copy(job.config)
         config.max_new_tokens = max(row.left for row in rows)
-        likely = [Likely()] if any(row.job.top_logprobs is not None for row in rows) else []
+        likely = Likely() if any(row.job.top_logprobs is not None for row in rows) else None
         inputs = padded([row.tokens for row in rows], layout, config.pad_token_id, device)
-        inputs |= {"stopping_criteria": [_Step(self, rows, *likely)], "logits_processor": likely}
+        inputs["stopping_criteria"] = [_Step(self, rows, likely)]
+        if likely is not None:
+            config, inputs["logits_processor"] = beside(likely, config)
         seed = None if job.seed is None else job.seed + rows[0].number
         try:
             with turn(self._hm.hooks), gen.seeded(seed, device, draws=bool(config.do_sample)):

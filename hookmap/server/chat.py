@@ -18,7 +18,7 @@ from hookmap.server.jobs import Job, Result
 from hookmap.server.requests import ChatRequest, Message
 from hookmap.server.streaming import extras, made, summaries, usage_of
 from hookmap.server.text import RowText
-from hookmap.server.tokens import Token
+from hookmap.server.tokens import LEAST, Token
 from hookmap.server.tools import Call, ToolText, check_template, reads_calls, with_arguments
 
 
@@ -32,7 +32,7 @@ def prompt_of(asked: ChatRequest, tokenizer: Any) -> Prompt:
         raise bad(f"chat_template_kwargs: {', '.join(wrong)} cannot be given.", "chat_template_kwargs")
     if tools:
         options["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
-    return templated([_message(message) for message in asked.messages], 0, tokenizer, **options)
+    return templated([_message(message) for message in asked.messages], 0, tokenizer, options)
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class ChatWire:
 
     def _token(self, id: int, logprob: float) -> dict[str, Any]:
         text = self._tokenizer.decode([id])
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+        return {"token": text, "logprob": max(LEAST, logprob), "bytes": list(text.encode())}
 
 
 def _call(call: Call) -> dict[str, Any]:

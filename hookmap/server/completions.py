@@ -14,7 +14,7 @@ from hookmap.server.jobs import Job, Result
 from hookmap.server.requests import CompletionRequest
 from hookmap.server.streaming import extras, made, summaries, usage_of
 from hookmap.server.text import RowText
-from hookmap.server.tokens import Token
+from hookmap.server.tokens import LEAST, Token
 
 MAX_TOKENS = 16
 """OpenAI's, where the request does not say"""
@@ -113,6 +113,8 @@ class CompletionWire:
 
     def _reason(self, number: int, result: Result) -> str:
         new = result.new[number]
+        if not new:  # it was only read
+            return "length"
         ended = self._texts[number].stopped or new[-1] in self._ends or len(new) < self._job.max_new_tokens
         return "stop" if ended else "length"
 
@@ -122,9 +124,9 @@ class CompletionWire:
         for token, text in zip(tokens, texts, strict=True):
             offsets.append(self._offsets[token.row])
             self._offsets[token.row] += len(text)
-        logprobs = [None if token.logprob is None else max(token.logprob, -9999.0) for token in tokens]
+        logprobs = [None if token.logprob is None else max(LEAST, token.logprob) for token in tokens]
         tops: list[dict[str, float] | None] = []
         for token, text, logprob in zip(tokens, texts, logprobs, strict=True):
-            likeliest = {decode([id]): max(value, -9999.0) for id, value in reversed(token.top)}
+            likeliest = {decode([id]): max(LEAST, value) for id, value in reversed(token.top)}
             tops.append(None if logprob is None else likeliest | {text: logprob})
         return Scores(tokens=texts, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)

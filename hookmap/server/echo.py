@@ -9,10 +9,27 @@ import torch
 from torch import nn
 
 from hookmap.errors import CaptureError
+from hookmap.estimate import in_words
+from hookmap.model import HookedModel
+from hookmap.server.errors import ApiError
 from hookmap.server.tokens import Token
 
 _CHUNK = 64
 """positions whose distributions are computed together: each is as wide as the vocabulary"""
+
+
+def check_room(hm: HookedModel, tokens: int, most: int) -> None:
+    """Raises ApiError 413 where the logits of so many tokens, which are there at once, are more than `most` bytes."""
+    held = tokens * hm.vocabulary * next(hm.root.parameters()).itemsize
+    if held > most:
+        raise ApiError(
+            413,
+            f"echo with logprobs holds the logits of {tokens} tokens at once (n times the longest prompt), "
+            f"{in_words(held)}, and a request may hold {in_words(most)} ({most} bytes; asked: {held}). "
+            "Send shorter prompts, or a smaller n.",
+            param="echo",
+            code="echo_too_large",
+        )
 
 
 class Echo:

@@ -1,19 +1,21 @@
-"""Interventions that come by a request: held against the map, and no path of a client's choice is opened for them."""
+"""Interventions that come by a request: held against the model, and no path of a client's choice is opened for them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hookmap.errors import HookmapError
 from hookmap.interventions import Intervention, Source, VectorFile, read_interventions
 from hookmap.model import HookedModel
-from hookmap.server.errors import bad
+from hookmap.plan import Plan, plan
+from hookmap.prompts import Prompt
+from hookmap.server.errors import ApiError, bad
 from hookmap.server.sessions import Sessions
 
 PARAM = "hookmap.interventions"
+Documents = Sequence[dict[str, Any]]
 
 
-def read(given: Sequence[dict[str, Any]], hm: HookedModel, sessions: Sessions) -> tuple[Intervention, ...]:
+def read(given: Documents, hm: HookedModel, sessions: Sessions) -> tuple[Intervention, ...]:
     """The interventions, with the points and layers that this model has. Raises ApiError.
 
     `source: {store: ID}` names a session; files are refused.
@@ -23,16 +25,25 @@ def read(given: Sequence[dict[str, Any]], hm: HookedModel, sessions: Sessions) -
         for each in found:
             hm.map.selectors([each.point], each.layers if isinstance(each.layers, str) else list(each.layers))
     except HookmapError as error:
-        raise bad(str(error), PARAM, type(error).__name__) from error
+        raise _refused(error) from error
     return found
 
 
-def described(given: Intervention) -> dict[str, Any]:
-    """As JSON, with the session's id and not its folder."""
-    told: dict[str, Any] = given.model_dump(mode="json")
-    if isinstance(source := told.get("source"), dict) and source.get("store"):
-        source["store"] = Path(source["store"]).name
-    return told
+def planned(hm: HookedModel, given: Sequence[Intervention], prompts: Sequence[Prompt], max_new_tokens: int) -> Plan:
+    """What they write on these prompts. The model may run for it. Raises ApiError."""
+    try:
+        return plan(hm, given, prompts, max_new_tokens, "auto")
+    except HookmapError as error:
+        raise _refused(error) from error
+
+
+def described(given: Documents) -> list[dict[str, Any]]:
+    """As JSON, with every field."""
+    return [each.model_dump(mode="json") for each in read_interventions(list(given))]
+
+
+def _refused(error: HookmapError) -> ApiError:
+    return bad(str(error), PARAM, getattr(error, "code", None) or type(error).__name__)
 
 
 def _within(given: Intervention, sessions: Sessions) -> Intervention:

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,10 @@ from starlette.exceptions import HTTPException
 from hookmap.errors import HookmapError
 
 log = logging.getLogger("hookmap.server")
+
+_NO_NUMBERS = "probability tensor contains either"
+"""torch's word for a distribution of NaN that is drawn from"""
+_SEE = re.compile("See what there is: hookmap show .*")
 
 
 class ApiError(HookmapError):
@@ -37,7 +42,8 @@ class ApiError(HookmapError):
 
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
-        told = str(self).encode("utf-8", "replace").decode()
+        # The command line's hint names the model's folder.
+        told = _SEE.sub("See what there is: GET /v1/model/structure", str(self)).encode("utf-8", "replace").decode()
         return {"error": {"message": told, "type": kind_of(self.status), "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
@@ -88,6 +94,11 @@ def cancelled() -> ApiError:
     return ApiError(499, "the client closed the connection.", code="cancelled")
 
 
+def unloading() -> ApiError:
+    """503: the model goes."""
+    return ApiError(503, "this model is being unloaded.", code="model_unloading")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a smaller request would do."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in _first_line(error)
@@ -124,6 +135,12 @@ def of_exception(error: BaseException) -> ApiError:
             code="out_of_memory",
             headers={"Retry-After": "1"},
         )
+    if _NO_NUMBERS in _first_line(error):
+        return bad(
+            "the model's scores are not all numbers: what the interventions write is too large for its dtype, or the "
+            "model overflows by itself. Make what is written smaller.",
+            code="not_finite",
+        )
     if isinstance(error, HookmapError):
         return ApiError(500, str(error), code=type(error).__name__)
     return ApiError(500, "the server failed on this request; its log has the reason.", code="internal_error")
@@ -146,7 +163,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        problems = [(_place(each["loc"]), _told(each)) for each in error.errors()]
+        problems = [(_place(each), _told(each)) for each in error.errors()]
         message = "; ".join(f"{place}: {told}" if place else told for place, told in problems[:10])
         return bad(message, param=problems[0][0] or None, code="invalid_request").response()
 
@@ -160,8 +177,9 @@ def install(app: FastAPI) -> None:
         return of_exception(error).response()
 
 
-def _place(where: tuple[Any, ...]) -> str:
-    """`messages.0.content` of pydantic's ("body", "messages", 0, "content")."""
+def _place(problem: Mapping[str, Any]) -> str:
+    """`messages.0.content` of pydantic's ("body", "messages", 0, "content"); nothing where there are no fields yet."""
+    where = () if problem["type"] == "json_invalid" else problem["loc"]
     return ".".join(str(part) for part in where[1:] if not str(part)[:1].isupper())
 
 

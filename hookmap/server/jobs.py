@@ -24,6 +24,8 @@ class Keeper(Protocol):
 
     selectors: tuple[Selector, ...]
     kept: Kept
+    matching: frozenset[int]
+    """the tokens that are kept for their text"""
 
     def begin(self) -> Sink:
         """The run begins: rows may come. Raises ApiError where there is no room."""
@@ -67,6 +69,8 @@ class Job:
     summary: Summary | None = None
     echo: bool = False
     """whether the logprobs of the prompts are told"""
+    reads_only: bool = False
+    """one token is generated, because a run does, and nothing is told of it"""
     emit: Callable[[Event], None] = field(default=lambda event: None)
     """called in the model's thread: each step's tokens, then a Result or an ApiError"""
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -81,7 +85,7 @@ class Job:
     @property
     def plain(self) -> bool:
         """Whether it reads, keeps and changes nothing."""
-        return self.keeper is None and not self.interventions and self.summary is None and not self.echo
+        return not (self.keeper or self.interventions or self.summary or self.echo or self.reads_only)
 
     @cached_property
     def shares(self) -> dict[str, Any] | None:

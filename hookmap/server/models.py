@@ -12,9 +12,9 @@ import torch
 
 import hookmap
 from hookmap.demo import MODEL_PATH
-from hookmap.interventions import Intervention
 from hookmap.model import HookedModel
 from hookmap.server.batch import Room
+from hookmap.server.editing import Documents
 from hookmap.server.errors import ApiError, missing
 from hookmap.server.settings import Settings
 from hookmap.server.worker import Worker
@@ -40,7 +40,7 @@ class Models:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._loaded: dict[str, Loaded] = {}
-        self.interventions: dict[str, tuple[Intervention, ...]] = {}
+        self.interventions: dict[str, Documents] = {}
         """of requests that bring none, by the model's name"""
         self._names: dict[str, str] = {}
         self._changing = threading.Lock()
@@ -59,6 +59,10 @@ class Models:
             loaded = ", ".join(self._loaded) or "none"
             raise missing(f"the model {name!r} is not loaded. Loaded: {loaded}.", "model_not_found")
         return found
+
+    def interventions_of(self, loaded: Loaded) -> Documents:
+        """Those of its requests that bring none."""
+        return self.interventions.get(loaded.name, ())
 
     def add(self, name: str, hm: HookedModel) -> Loaded:
         """Serve an open model."""

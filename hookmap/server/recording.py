@@ -4,6 +4,7 @@ import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -19,6 +20,7 @@ from hookmap.server.errors import ApiError, bad
 from hookmap.server.requests import Recording, Sampling
 from hookmap.server.sessions import Session, Sessions
 from hookmap.server.settings import Settings
+from hookmap.stores import open_store
 from hookmap.stores.background import BackgroundWriter
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.interface import Store
@@ -33,6 +35,7 @@ class Plan:
 
     selectors: tuple[Selector, ...]
     kept: Kept
+    matching: frozenset[int]
     inline: bool
     bytes: int
     """at most"""
@@ -64,8 +67,8 @@ def plan(
     options = field.model_dump(include={"positions", "every", "mean", "features", "features_seed", "keep_dtype"})
     ids = [list(prompt.token_ids) for prompt in prompts]
     expected = hm.estimate(ids, **what, max_new_tokens=max_new_tokens, **options)
-    inline = field.return_ == "inline"
-    name, most = ("an answer", settings.inline_bytes) if inline else ("a request", settings.request_bytes)
+    inline, of_request = field.return_ == "inline", min(settings.request_bytes, settings.total_bytes)
+    name, most = ("an answer", settings.inline_bytes) if inline else ("a request", of_request)
     if expected.bytes > most:
         raise ApiError(
             413,
@@ -77,7 +80,7 @@ def plan(
         )
     if inline:
         check_room(expected, None)
-    return Plan(selectors, chosen, inline, expected.bytes)
+    return Plan(selectors, chosen, hm.matching(chosen), inline, expected.bytes)
 
 
 def _given(field: Recording, settings: Settings) -> dict[str, Any]:
@@ -92,15 +95,16 @@ class ToStore:
 
     def __init__(self, plan: Plan, sessions: Sessions, hm: HookedModel, model: str, settings: Mapping[str, Any]):
         """`model`: its served name; `settings`: what the manifest says of the run."""
-        self.selectors, self.kept = plan.selectors, plan.kept
+        self.selectors, self.kept, self.matching = plan.selectors, plan.kept, plan.matching
         self._plan, self._sessions, self._model = plan, sessions, model
         self._hm, self._settings = hm, settings
         self._session: Session | None = None
+        self._folder = Path()
         self._writer: BackgroundWriter | None = None
 
     def begin(self) -> Sink:
         """Make the session."""
-        self._session, folder = self._sessions.begin(self._model, self._plan.bytes)
+        self._session, self._folder = self._sessions.begin(self._model, self._plan.bytes)
         manifest = manifest_of_run(
             [(selector.point, selector.layer) for selector in self.selectors],
             model=self._model,
@@ -108,7 +112,7 @@ class ToStore:
             architecture_map=self._hm.map.model_dump(mode="json"),
             settings={**self._settings, **({"kept": chosen} if (chosen := self.kept.settings()) else {})},
         )
-        self._writer = BackgroundWriter(FolderWriter.create(folder, manifest))
+        self._writer = BackgroundWriter(FolderWriter.create(self._folder, manifest))
         return self._writer
 
     def end(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -116,9 +120,8 @@ class ToStore:
         assert self._writer is not None and self._session is not None
         self._writer.note({"engine": "hooks", "why": "served"})
         self._writer.close(finished=True)
+        meta = described(open_store(self._folder), f"/v1/activations/sessions/{self._session.id}")
         self._sessions.end(self._session)
-        where = f"/v1/activations/sessions/{self._session.id}"
-        meta = described(self._sessions.open(self._session.id), where)
         return {"session_id": self._session.id, "return": "store", **meta}
 
     def drop(self) -> None:
@@ -133,7 +136,7 @@ class ToAnswer:
     """A Keeper whose rows the answer carries."""
 
     def __init__(self, plan: Plan) -> None:
-        self.selectors, self.kept = plan.selectors, plan.kept
+        self.selectors, self.kept, self.matching = plan.selectors, plan.kept, plan.matching
         self._store = MemoryStore((selector.point, selector.layer) for selector in plan.selectors)
 
     def begin(self) -> Sink:

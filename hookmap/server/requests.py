@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hookmap.generation import HALF
 from hookmap.server.errors import bad
 
 Positive = Annotated[int, Field(ge=1)]
@@ -78,6 +79,11 @@ class Sampling(_Request):
         return False
 
     @property
+    def reads_only(self) -> bool:
+        """Whether no token is wanted behind the prompt."""
+        return False
+
+    @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
@@ -90,8 +96,8 @@ class Sampling(_Request):
             raise bad("stream_options is for stream: true.", "stream_options")
         if len(self.stops) > 16:
             raise bad(f"stop: expected at most 16 texts, got {len(self.stops)}.", "stop")
-        if any(not 0 < len(text) <= 1000 for text in self.stops):
-            raise bad("stop: expected texts of 1 to 1000 characters.", "stop")
+        if any(not 0 < len(text) <= 1000 or HALF.search(text) for text in self.stops):
+            raise bad("stop: expected texts of 1 to 1000 characters, none of them half a surrogate pair.", "stop")
 
 
 class Part(BaseModel):
@@ -177,6 +183,10 @@ class CompletionRequest(Sampling):
     @property
     def reads_prompt(self) -> bool:
         return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def reads_only(self) -> bool:
+        return bool(self.echo) and self.max_tokens == 0
 
     def refused(self) -> None:
         super().refused()

@@ -3,17 +3,18 @@
 A session's folder is found by looking its id up among those that the server made: no path is ever built from a request.
 """
 
+import contextlib
 import re
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hookmap.errors import HookmapError
+from hookmap.errors import HookmapError, StoreError
 from hookmap.server.errors import ApiError, missing
 from hookmap.stores import open_store
 from hookmap.stores.access import lock
@@ -79,8 +80,8 @@ class Sessions:
         The oldest finished sessions go where there is no room for it. Raises ApiError where that is not enough.
         """
         with self._lock:
-            self.sweep(expected)
-            if (used := self._used()) + expected > self._total:
+            used = sum(session.bytes for session in self._sessions.values() if not session.finished)
+            if used + expected > self._total:
                 raise ApiError(
                     503,
                     f"no room for up to {expected} bytes of activations: {used} of {self._total} bytes are in use by "
@@ -88,6 +89,7 @@ class Sessions:
                     code="no_room",
                     headers={"Retry-After": "5"},
                 )
+            self.sweep(expected)
             session = Session(f"act-{secrets.token_hex(16)}", model, self._clock(), expected)
             self._sessions[session.id] = session
             return session, self._root / session.id
@@ -127,13 +129,14 @@ class Sessions:
             raise ApiError(409, f"session {session.id} is still being written.", code="session_running")
         return self._root / session.id
 
-    def open(self, id: str) -> CaptureStore:
-        """The rows of a finished session. Raises ApiError."""
+    @contextlib.contextmanager
+    def reading(self, id: str) -> Iterator[CaptureStore]:
+        """The rows of a finished session. Raises ApiError, also where it is deleted meanwhile."""
         folder = self.folder(id)
         try:
-            return open_store(folder)
-        except (HookmapError, OSError):
-            self.get(id)  # deleted meanwhile
+            yield open_store(folder)
+        except (StoreError, OSError):
+            self.get(id)
             raise
 
     def delete(self, id: str) -> None:
@@ -145,12 +148,16 @@ class Sessions:
             self._remove(session)
 
     def sweep(self, coming: int = 0) -> None:
-        """Remove what is too old, and the oldest while all of them and `coming` bytes are too large."""
+        """Remove what is too old, and the oldest while all of them and `coming` bytes are too large.
+
+        The newest makes room for others only: its manifest may take it over the cap, and its answer has just named it.
+        """
         with self._lock:
             finished = sorted((s for s in self._sessions.values() if s.finished), key=lambda s: s.created)
             for session in finished:
                 old = self._clock() - session.created > self._max_age
-                if old or self._used() + coming > self._total:
+                goes = coming > 0 or session is not finished[-1]
+                if old or (goes and self._used() + coming > self._total):
                     self._remove(session)
 
     def _used(self) -> int:

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 _QUESTION = "Tom has 3 apples. He buys 4 more. How many apples does Tom have?"
 _TOKENS = 8
@@ -63,7 +64,7 @@ class Smoke:
             start = time.perf_counter()
             try:
                 passed, detail = True, step()
-            except (FailedError, KeyError, IndexError, TypeError, ValueError) as error:
+            except (FailedError, LookupError, TypeError, ValueError, struct.error) as error:
                 passed, detail = (
                     False,
                     str(error) if isinstance(error, FailedError) else f"unexpected answer: {error!r}",
@@ -84,10 +85,10 @@ class Smoke:
             self.model = models[0]
         elif self.model not in models:
             self.model = self._json("POST", "/models/load", {"model": self.model})["id"]
-        return str(self._json("GET", f"/v1/models/{self.model}")["id"])
+        return str(self._json("GET", f"/v1/models/{quote(self.model)}")["id"])
 
     def _structure(self) -> str:
-        found = self._json("GET", f"/v1/model/structure?model={self.model}")
+        found = self._json("GET", f"/v1/model/structure?model={quote(self.model or '')}")
         _expect("resid_post" in found["points"], "the model has no resid_post")
         return f"{found['map']['architecture']}, {found['layers']} layers, {len(found['points'])} points"
 

@@ -1,11 +1,15 @@
 """Generated tokens as they are told, with the logprobs of the model's own distribution where they are asked for."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from hookmap.server.summaries import Figures
+
+LEAST = -9999.0
+"""logprob of what cannot come, as in vLLM: JSON has no -inf. `max(LEAST, x)` in this order is LEAST for NaN, too"""
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class Token:
     row: int
     id: int
     logprob: float | None = None
-    """of the model's own distribution, before temperature and top_p"""
+    """of the model's own distribution, before temperature, top_p and penalties"""
     top: tuple[tuple[int, float], ...] = ()
     """the likeliest tokens there, and their logprobs"""
     figures: Figures | None = None
@@ -39,6 +43,19 @@ class Likely(LogitsProcessor):  # type: ignore[misc]  # transformers' base is no
         own = self._logprobs[place]
         values, ids = own.topk(min(count, len(own)))
         return Token(row, chosen, float(own[chosen]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def beside(likely: Likely, config: GenerationConfig) -> tuple[GenerationConfig, list[LogitsProcessor]]:
+    """Settings and processors with which the same tokens are drawn, and `likely` stands before the repetition penalty.
+
+    transformers puts the penalty that the settings name before the processors that it is given.
+    """
+    penalty = config.repetition_penalty
+    if penalty in (None, 1.0):
+        return config, [likely]
+    config = copy.copy(config)
+    config.repetition_penalty = 1.0  # not None: then it would be the model's own
+    return config, [likely, RepetitionPenaltyLogitsProcessor(penalty)]
 
 
 def told(likely: Likely | None, place: int, row: int, chosen: int, count: int | None) -> Token:

@@ -12,17 +12,15 @@ from functools import partial
 
 import torch
 
-from hookmap.engines.editing import Edit
-from hookmap.errors import HookmapError
 from hookmap.kept import Kept
 from hookmap.memory_use import MemoryUse
 from hookmap.model import HookedModel
-from hookmap.plan import plan
 from hookmap.runs import device_of
 from hookmap.server.answering import Answering, Gathered
 from hookmap.server.batch import Room, Together
 from hookmap.server.echo import Echo
-from hookmap.server.errors import ApiError, bad, cancelled, failed
+from hookmap.server.editing import planned
+from hookmap.server.errors import ApiError, cancelled, failed, unloading
 from hookmap.server.jobs import Event, Job, Result
 
 log = logging.getLogger("hookmap.server")
@@ -40,6 +38,8 @@ class Worker:
         self._running: list[Job] = []
         self._changed = threading.Condition()
         self._ending = False
+        self._cut = False
+        """whether what still ran at the end was cancelled, by nobody who waited for it"""
         self._seconds = 1.0
         """that a job took, lately"""
         self._thread = threading.Thread(target=self._work, name=f"model {name}", daemon=True)
@@ -59,7 +59,7 @@ class Worker:
         """Take a job. Raises ApiError: 429 where too many wait, 503 where the model is being unloaded."""
         with self._changed:
             if self._ending:
-                raise ApiError(503, "this model is being unloaded.", code="model_unloading")
+                raise unloading()
             if len(self._waiting) >= self._most:
                 seconds = max(1, round(self._seconds * len(self._waiting)))
                 raise ApiError(
@@ -80,6 +80,7 @@ class Worker:
         self._thread.join(timeout)
         if self._thread.is_alive():
             with self._changed:
+                self._cut = True
                 for job in (*self._waiting, *self._running):
                     job.cancelled.set()
             self._thread.join()
@@ -108,17 +109,21 @@ class Worker:
         """Run jobs. Whatever goes wrong with them, the next ones run."""
         memory = self._memory()
         ended = partial(self._ended, memory, time.perf_counter(), len(jobs))
-        if jobs[0].plain:
-            Together(self._hm, jobs, memory, ended).run(self._room)
-            return
-        (job,) = jobs
         try:
-            event: Result | ApiError = cancelled() if job.cancelled.is_set() else self._run(job, memory)
+            if jobs[0].plain:
+                Together(self._hm, jobs, memory, ended).run(self._room)
+            else:
+                (job,) = jobs
+                ended(job, cancelled() if job.cancelled.is_set() else self._run(job, memory))
         except BaseException as error:
-            event = failed(error, [job.id])
-        ended(job, event)
+            left = list(self._running)
+            event = failed(error, [job.id for job in left])
+            for job in left:
+                ended(job, event)
 
     def _ended(self, memory: MemoryUse, start: float, together: int, job: Job, event: Event) -> None:
+        if self._cut and isinstance(event, ApiError) and event.code == "cancelled":
+            event = unloading()
         _log(job, event, memory, time.perf_counter() - start, together)
         with self._changed:
             self._running.remove(job)
@@ -139,7 +144,7 @@ class Worker:
             keeper.selectors if keeper else (),
             job.prompts,
             keeper.kept if keeper else Kept(),
-            self._hm.matching(keeper.kept) if keeper else frozenset(),
+            keeper.matching if keeper else frozenset(),
             None,
             memory,
             max_new_tokens=job.max_new_tokens,
@@ -152,11 +157,13 @@ class Worker:
             summary=job.summary,
             readout=job.summary.reading(self._hm) if job.summary else None,
             echo=Echo(job.top_logprobs or 0) if job.echo else None,
+            reads_only=job.reads_only,
         )
         if job.interventions:
-            run.edits = self._edits(job)
+            # Here, because other prompts may have to run for it.
+            run.edits = planned(self._hm, job.interventions, job.prompts, job.max_new_tokens).edits
         try:
-            sink = Gathered(keeper.begin() if keeper else None)
+            sink = Gathered(keeper.begin() if keeper else None, job.reads_only)
             for first in range(0, len(job.prompts), job.together):
                 run.batch(range(first, min(first + job.together, len(job.prompts))), sink)
             new = tuple(sample.token_ids[sample.prompt_tokens :] for sample in sink.samples)
@@ -165,13 +172,6 @@ class Worker:
             if keeper:
                 keeper.drop()
             raise
-
-    def _edits(self, job: Job) -> tuple[Edit, ...]:
-        """What the job writes. It is planned here, because other prompts may have to run for it. Raises ApiError."""
-        try:
-            return plan(self._hm, job.interventions, job.prompts, job.max_new_tokens, "auto").edits
-        except HookmapError as error:
-            raise bad(str(error), "hookmap.interventions", type(error).__name__) from error
 
 
 def _log(job: Job, event: Event, memory: MemoryUse, seconds: float, together: int) -> None:

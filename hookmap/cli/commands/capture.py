@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookmap.cli.cluster_options import cluster_of, clustered, opened_elsewhere
+from hookmap.cli.finite import FiniteRange
 from hookmap.cli.model_options import loading, opened
 from hookmap.cli.one_prompt import DEFAULT_PROMPT
 from hookmap.cli.prompts_file import prompt_options, read_prompts
@@ -66,13 +67,13 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option("--before", is_flag=True, help="With --intervene: the rows right before it too, in DIR/before.")
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     metavar="T",
     help="Sample at this temperature; greedy if not given, or 0.",
 )
 @click.option(
     "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteRange(0, 1, min_open=True),
     metavar="P",
     help="Sample from the likeliest tokens of this mass.",
 )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookmap.cli.finite import FiniteRange
+
 if TYPE_CHECKING:
     from hookmap.deploy.request import Request
 
@@ -56,7 +58,7 @@ class _WithServeOptions(click.Command):
 )
 @click.option(
     "--wait",
-    type=click.FloatRange(min=1),
+    type=FiniteRange(min=1),
     default=600.0,
     show_default=True,
     metavar="SECONDS",
@@ -144,10 +146,16 @@ def _check(
     """Raises click.BadParameter for what could mean something else to ssh or to a shell there."""
     if not _HOST.fullmatch(host):
         raise click.BadParameter(f"{host!r} is no name of a host: write box or me@box", param_hint="HOST")
-    for value, option in ((folder, "--folder"), (python, "--python")):
+    for value, option in ((folder.removeprefix("~/"), "--folder"), (python, "--python")):
         if value is not None and (not value or value.startswith("-") or not value.isprintable()):
             raise click.BadParameter(f"{value!r} is no path", param_hint=option)
-    if not shlex.split(ssh):
+    if folder.startswith("~") and not folder.startswith("~/"):
+        raise click.BadParameter(f"{folder!r}: no shell there reads ~; write it from your home", param_hint="--folder")
+    try:
+        words = shlex.split(ssh)
+    except ValueError as error:
+        raise click.BadParameter(f"{ssh!r}: {error}", param_hint="--ssh") from error
+    if not words:
         raise click.BadParameter("it is empty", param_hint="--ssh")
     if python is not None and (sync is not None or fresh):
         raise click.UsageError("--python uses an environment as it is: leave --sync and --fresh out")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from hookmap.cli import cluster_options, model_options
+from hookmap.cli.finite import FiniteRange
 
 
 @click.group()
@@ -33,7 +34,7 @@ def command() -> None:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="[default: 512]")
 @click.option("--points", metavar="NAMES", help="Keep these tensors: resid_post,mlp_out.  [default: none]")
 @click.option("--layers", metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.  [default: all]")
-@click.option("--temperature", type=click.FloatRange(min=0), metavar="T", help="Greedy if not given, or 0.")
+@click.option("--temperature", type=FiniteRange(min=0), metavar="T", help="Greedy if not given, or 0.")
 @click.option("--seed", type=int, metavar="N", help="Of sampling.")
 @click.option(
     "-o", "--output", metavar="DIR", required=True, help="The results folder; the same again goes on with it."

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookmap.cli.finite import FiniteRange
+
 if TYPE_CHECKING:
     from hookmap.probes.report import Report
 
@@ -28,7 +30,7 @@ _POOLS = ("last", "last_prompt", "mean", "mean_prompt", "mean_answer", "each")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of folds, shuffles."
 )
-@click.option("--memory", type=click.FloatRange(min=0, min_open=True), default=2, show_default=True, metavar="GB")
+@click.option("--memory", type=FiniteRange(min=0, min_open=True), default=2, show_default=True, metavar="GB")
 @click.option("-o", "--output", metavar="DIR", help="Write report, pictures, probes and vectors.  [default: nothing]")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout, and no table.")
 def command(

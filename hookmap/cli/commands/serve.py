@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from hookmap.cli import model_options
+from hookmap.cli.finite import FiniteRange
 
 _GIB = 2**30
 
@@ -26,19 +27,19 @@ _GIB = 2**30
 @click.option("--sessions", metavar="DIR", help="The folder of the sessions.  [default: sessions]")
 @click.option(
     "--max-bytes",
-    type=click.FloatRange(min=0.001),
+    type=FiniteRange(min=0.001),
     metavar="GIB",
     help="Of all sessions; the oldest finished go first.  [default: 20.0]",
 )
 @click.option(
     "--max-age",
-    type=click.FloatRange(min=0.001),
+    type=FiniteRange(min=0.001),
     metavar="HOURS",
     help="How long a session stays.  [default: 168.0]",
 )
 @click.option(
     "--request-bytes",
-    type=click.FloatRange(min=0.001),
+    type=FiniteRange(min=0.001),
     metavar="GIB",
     help="Activations that one request may keep.  [default: 2.0]",
 )

@@ -2,12 +2,14 @@
 
 import click
 
+from hookmap.cli.finite import FiniteRange
+
 
 @click.command()
 @click.argument("url")
 @click.option("--key", envvar="HOOKMAP_KEY", help="The server's key, or its admin key to load a model.")
 @click.option("--model", metavar="MODEL", help="Load it, and ask it.  [default: the server's first model]")
-@click.option("--timeout", type=click.FloatRange(min=1), default=120.0, show_default=True, metavar="SECONDS")
+@click.option("--timeout", type=FiniteRange(min=1), default=120.0, show_default=True, metavar="SECONDS")
 @click.option("--json", "as_json", is_flag=True, help="The steps as JSON on stdout.")
 @click.pass_context
 def command(ctx: click.Context, url: str, key: str | None, model: str | None, timeout: float, as_json: bool) -> None:
