@@ -4,7 +4,7 @@ Writes a capture of random rows of that size (12 layers, d 1,024, 160 rows a sam
 with each pool, and removes it.
 """
 
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +18,11 @@ from hookmap.stores.folder import FolderWriter
 from hookmap.stores.manifest import manifest_of_run
 
 LAYERS, WIDTH, ROWS, PROMPT = 12, 1024, 160, 100
+RUNS = (
+    ("--pool", "last"),
+    ("--pool", "mean"),
+    ("--pool", "each", "--positions", "-64:0", "--method", "mean_difference"),
+)
 KEYS = [("resid_post", layer) for layer in range(LAYERS)]
 CODE = "import sys; from hookmap.cli.main import main; main(sys.argv[1:])"
 
@@ -33,18 +38,23 @@ def write(folder: Path, samples: int) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def probe(store: Path, *options: str) -> tuple[float, float]:
+    """Peak of resident memory in GB, and seconds, of a process of its own."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-c", CODE, "probe", str(store), *options], stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"hookmap probe {' '.join(options)} failed with status {status}")
+    return used.ru_maxrss / 1e6, time.perf_counter() - start
+
+
 if __name__ == "__main__":
     gigabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 2.5
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "capture"
+        start = time.perf_counter()
         size = write(store, max(20, round(gigabytes * 1e9 / (LAYERS * WIDTH * ROWS * 4))))
-        print(f"capture {size / 1e9:.2f} GB on disk")
-        for pool in (["last"], ["mean"], ["each", "--positions", "-8:0"]):
-            start = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-c", CODE, "probe", str(store), "--method", "mean_difference", "--pool", *pool],
-                check=True,
-                capture_output=True,
-            )
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6  # kB; of all children so far
-            print(f"{' '.join(pool):24} peak {peak:.2f} GB resident at most, {time.perf_counter() - start:.0f} s")
+        print(f"capture {size / 1e9:.2f} GB on disk, written in {time.perf_counter() - start:.0f} s", flush=True)
+        for options in RUNS:
+            peak, seconds = probe(store, *options)
+            print(f"{' '.join(options):60} peak {peak:.2f} GB, {seconds:.0f} s", flush=True)

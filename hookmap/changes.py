@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hookmap.engines.editing import Where
+from hookmap.engines.editing import Changing, Where
 
 
 def _wide(rows: torch.Tensor) -> torch.Tensor:
@@ -112,9 +112,20 @@ class Clamped:
     def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
         if self.direction is None:
             held = rows.clone()
-            held[..., self.feature] = held[..., self.feature].clamp(self.least, self.most)
+            held[..., self.feature] = _wide(held[..., self.feature]).clamp(self.least, self.most).to(rows.dtype)
             return held
         wide, unit = _wide(rows), self.direction.to(rows.device)
         part = (wide * unit).sum(-1, keepdim=True)
         moved = part.clamp(self.least, self.most) - part
         return torch.where(moved == 0, rows, (wide + moved * unit).to(rows.dtype))
+
+
+def brought(change: Changing) -> torch.Tensor:
+    """The numbers that a change brings along, in float64: what it writes, or adds."""
+    if isinstance(change, Steered):
+        return change.vector.double() * change.strength
+    if isinstance(change, Clamped):
+        return torch.tensor([end for end in (change.least, change.most) if end is not None], dtype=torch.float64)
+    found = {Filled: "value", Resampled: "pool", Patched: "rows"}.get(type(change))
+    rows = None if found is None else getattr(change, found)
+    return torch.zeros(1, dtype=torch.float64) if rows is None else rows.double()

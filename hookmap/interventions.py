@@ -14,6 +14,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from hookmap.errors import InterventionError
+from hookmap.yaml_document import read_yaml
+
+_LARGEST = 3.4e38
+"""of float32"""
 
 
 class _Frozen(BaseModel):
@@ -126,7 +130,7 @@ class Scale(_Intervention):
     """Multiplies."""
 
     do: Literal["scale"] = "scale"
-    factor: float = Field(allow_inf_nan=False)
+    factor: float = Field(ge=-_LARGEST, le=_LARGEST)
 
 
 class Clamp(_Intervention):
@@ -135,8 +139,8 @@ class Clamp(_Intervention):
     do: Literal["clamp"] = "clamp"
     feature: int | None = Field(default=None, ge=0, description="index into the last axis")
     direction: Vector | None = None
-    min: float | None = None
-    max: float | None = None
+    min: float | None = Field(default=None, allow_inf_nan=False)
+    max: float | None = Field(default=None, allow_inf_nan=False)
     value: float | None = Field(default=None, allow_inf_nan=False)
 
     @model_validator(mode="after")
@@ -173,13 +177,11 @@ def load_interventions(path: str | os.PathLike[str]) -> "tuple[Intervention, ...
 
     Raises InterventionError where it cannot be read or is none.
     """
-    import yaml
-
     file = Path(path)
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InterventionError(f"{file}: cannot be read as JSON or YAML: {error}") from error
+        document = read_yaml(file)
+    except ValueError as error:
+        raise InterventionError(str(error)) from error
     if isinstance(document, dict) and set(document) == {"interventions"}:
         document = document["interventions"]
     if not isinstance(document, list | dict):

@@ -74,6 +74,7 @@ class _Planner:
         for selector, row in zip(selectors, rows, strict=True):
             with _Problems(self):
                 change = self._change(given, selector, row, positions, steps, matching)
+                _check_range(change, self.hm.proofs.of(selector).dtype)
                 means = isinstance(change, changes.Averaged)
                 # A token that is generated may be what `text=` means: a patch writes the tokens that were paired.
                 only = change if isinstance(change, changes.Patched) else None
@@ -156,6 +157,8 @@ class _Planner:
     def _check_heads(self, heads: tuple[int, ...], selector: Selector, row: tuple[int, ...]) -> None:
         if "heads" not in POINTS[selector.point.partition(".")[0]].axes:
             self.note(f"heads {list(heads)}: {selector.point} has no heads.")
+        elif not heads:
+            self.note("no heads given: name at least one, or leave heads out.")
         elif wrong := [head for head in heads if not 0 <= head < row[0]]:
             self.note(f"heads {wrong} are not there: {selector.point} has 0 to {row[0] - 1}.")
 
@@ -258,10 +261,23 @@ def _fitting(given: Any, row: tuple[int, ...]) -> torch.Tensor:
 def _unit(given: Any, row: tuple[int, ...]) -> torch.Tensor:
     vector = _fitting(given, row)
     length = vector.norm(dim=-1, keepdim=True)
+    if not bool(((length > 0) & length.isfinite()).all()):  # squares of small and of large numbers leave float32
+        vector = vector.double()
+        length = vector.norm(dim=-1, keepdim=True)
     if not bool((length > 0).all()):
         raise InterventionError("a direction of length 0: expected one that points somewhere.")
     unit: torch.Tensor = vector / length
-    return unit
+    return unit.float()
+
+
+def _check_range(change: Changing, dtype: torch.dtype) -> None:
+    """Raises InterventionError where what is written leaves the numbers that the model computes in."""
+    numbers = changes.brought(change)
+    if not bool(numbers.to(dtype).isfinite().all()):
+        raise InterventionError(
+            f"it writes numbers up to {float(numbers.abs().max()):.3g}, and {dtype} of this point goes up to "
+            f"{torch.finfo(dtype).max:.3g}. Give smaller ones, or open the model in a wider dtype."
+        )
 
 
 def _same_row(

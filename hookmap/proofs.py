@@ -42,6 +42,7 @@ class Proof:
     """why it is refused; None where writing it is proved"""
     row: tuple[int, ...] = ()
     """shape of one row"""
+    dtype: torch.dtype = torch.float32
 
 
 class Proofs:
@@ -83,13 +84,13 @@ class Proofs:
             moved = {"embed": ("resid_pre", 0), "final_norm": ("logits", None)}.get(point)
             if moved is not None and moved in plain and torch.equal(after[moved], plain[moved]):
                 wrong = f"nothing behind it changed ({moved[0]})"
-            return Proof(wrong, row)
+            return Proof(wrong, row, plain[where].dtype)
         source = self._source(point, kind)
         other = self._run(source, kind)
         after = self._pass(kind, [_put(selector, other[where])])
         self._runs[point, kind.name] = after
         wrong = _Compared(kind, selector, plain, other, after, source, self._repeats(kind)).wrong()
-        return Proof(wrong or self._leaks(point, kind, selector), row)
+        return Proof(wrong or self._leaks(point, kind, selector), row, plain[where].dtype)
 
     def _leaks(self, point: str, kind: BlockKind, selector: Selector) -> str | None:
         """With the branch's output put back, what was written inside the branch must not be seen behind it."""

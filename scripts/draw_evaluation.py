@@ -14,7 +14,7 @@ from hookmap.cli.main import main
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PROBES = (
-    ("probe sums --label odd -o probes", "auroc.png", "probe-auroc.png"),
+    ("probe sums --label odd -o all", "auroc.png", "probe-auroc.png"),
     (
         "probe sums --label odd --layers 0,4,8,12,16,19 --pool each --positions -12: --method mean_difference "
         "-o by-position",
@@ -41,7 +41,7 @@ def run(command: str) -> None:
 def draw() -> None:
     """In the working directory."""
     if not Path("sums").exists():
-        exec(compile(first_block("probes.md").replace("hookmap/demo/model", str(demo())), "probes.md", "exec"), {})  # noqa: S102 - our own page
+        exec(compile(problems_of_the_page(), "probes.md", "exec"), {})  # noqa: S102 - our own page
     for command, made, picture in PROBES:
         run(command)
         shutil.copy(Path(command.split()[-1]) / made, DOCS / "images" / picture)
@@ -50,11 +50,13 @@ def draw() -> None:
         shutil.copy(Path("emotions") / f"{name}.png", DOCS / "images" / f"experiment-{name}.png")
 
 
-def demo() -> Path:
-    """The bundled model, from anywhere."""
+def problems_of_the_page() -> str:
+    """The page's capture of five times as many problems, with the bundled model from anywhere."""
     from hookmap.demo import MODEL_PATH
 
-    return MODEL_PATH
+    code = first_block("probes.md")
+    assert "(120, " in code
+    return code.replace("(120, ", "(600, ").replace("hookmap/demo/model", str(MODEL_PATH))
 
 
 if __name__ == "__main__":

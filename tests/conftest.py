@@ -11,6 +11,7 @@ import pytest
 # Before transformers or huggingface_hub is imported: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where transformers copies the code that a model brings.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hookmap-tests-")

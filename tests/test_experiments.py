@@ -191,9 +191,12 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(tmp_path: Path) -> None:
     for text, told in [
         ("prefixes: [{name: a, text: x}, {name: a, text: y}]", "a is there twice"),
         ("prefixes: [{name: a, text: x}, {name: b, text: y}]", "none of the prefixes a, b"),
+        ("sampling: {seed: 1}\nsampling: {seed: 2}", "sampling is given twice"),
         ("prefixes: [{name: neutral, text: x}, {name: b, text: y}]\nstages: [score]", "in this order"),
         ("- 1", "expected keys"),
-        ("a: [", "no experiment"),
+        ("a: [", "is not YAML"),
+        ("prefixes: [{name: a, text: x}, {name: b, text: y}]\nsampling: {top_p: 2}", r"(?s)none of the pref.*top_p"),
+        ("prefixes: [{name: neutral, text: x}, {name: b, text: y}]\nrewards: {format: .inf}", "finite"),
     ]:
         file.write_text(text, "utf-8")
         with pytest.raises(hookmap.DataError, match=told):

@@ -111,6 +111,27 @@ AWKWARD: list[tuple[str, Any, Any, Any]] = [
     ("ANSWER:\n7", None, 7, None),
     ("ANSWER: 5\nANSWER: 6", None, 6, 6),
     ("ANSWER: $5.00 (or so)", None, 5, 5),
+    ("#### 2^10", None, 10, None),
+    ("#### 3+4=7", None, 7, None),
+    ("#### 3 * 4 = 12", None, 12, None),
+    ("#### 5 - 6", None, 6, None),
+    ("#### 5 ± 1", None, 1, None),
+    ("#### 3 : 2", None, 2, None),
+    ("#### 12 34", None, 34, None),
+    ("#### 1/0", None, 0, None),
+    ("#### 1_000", None, 1, None),
+    ("#### 1e5000", None, 1, None),
+    ("#### 7 (3+4)", 7, 4, None),
+    ("#### 12 345 678.90", "12345678.9", "678.9", None),
+    ("#### 1⁄2", "0.5", "0.5", None),
+    ("#### 5 cm^2", 5, 5, None),
+    ("\\boxed{18\\text{ cm}^2}", None, 18, None),
+    ("\\boxed{\\text{18}}", None, 18, None),
+    ("ANSWER: \\mathbf{18}", None, 18, 18),
+    ("\\boxed{1,\\!000}", None, 1000, None),
+    ("ANSWER: $1\\,000$", None, 1000, 1000),
+    ("##### 5", 5, 5, None),
+    ("So it is...18", None, 18, None),
     ("#### " + "9" * 5000, None, None, None),
 ]
 
@@ -134,6 +155,18 @@ STRICT_APART = {
     "#### 5-6",
     "#### 5:30",
     "#### 5 #### 6",
+    "#### 2^10",
+    "#### 3+4=7",
+    "#### 3 * 4 = 12",
+    "#### 5 - 6",
+    "#### 5 \xb1 1",
+    "#### 3 : 2",
+    "#### 12 34",
+    "#### 1/0",
+    "#### 1_000",
+    "#### 1e5000",
+    "#### 12 345 678.90",
+    "#### 1\u20442",
 }
 FLEXIBLE_APART = {
     "#### \u22127 degrees",
@@ -159,6 +192,13 @@ FLEXIBLE_APART = {
     "#### 5-6",
     "#### \u20135",
     "x-5",
+    "#### 1_000",
+    "#### 1e5000",
+    "#### 1\u20442",
+    "#### 5 cm^2",
+    "\\boxed{18\\text{ cm}^2}",
+    "\\boxed{1,\\!000}",
+    "ANSWER: $1\\,000$",
 }
 
 
@@ -187,6 +227,15 @@ def test_where_lm_eval_reads_an_answer_too_it_is_the_same_but_for_what_is_listed
             if theirs is not None and theirs != SCORERS[name](text):
                 apart[name].add(text)
     assert apart["strict"] == STRICT_APART and apart["flexible"] == FLEXIBLE_APART
+
+
+@pytest.mark.parametrize("piece", [" ", "\n", "1,", "1,111", "1 ", "1/", "\\boxed{", "10^", "- $", "ANSWER: ", "#### "])
+def test_a_model_that_repeats_itself_is_read_in_no_time(piece: str) -> None:
+    """16,000 characters; where the time grew with their square it was 10 seconds and more."""
+    started = time.process_time()
+    for read in SCORERS.values():
+        read(piece * (16_000 // len(piece)))
+    assert time.process_time() - started < 2
 
 
 def test_numbers_are_the_same_by_value() -> None:

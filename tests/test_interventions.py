@@ -467,6 +467,16 @@ def test_a_file_says_what_python_says(tmp_path: Path) -> None:
     assert json.dumps(noted) and noted[1]["factor"] == 0.5
 
 
+def test_a_span_in_a_file_is_a_span_and_a_key_is_given_once(tmp_path: Path) -> None:
+    """To YAML 1.1 the positions 4:20 are 4 * 60 + 20, of which no prompt has any: nothing would be written."""
+    file = tmp_path / "edits.yaml"
+    file.write_text("- {do: scale, point: mlp_out, factor: 2, positions: 4:20, steps: 1:2}\n")
+    assert (load_interventions(file)[0].positions, load_interventions(file)[0].steps) == ("4:20", "1:2")
+    file.write_text("- do: scale\n  point: mlp_out\n  factor: 2\n  factor: 3\n")
+    with pytest.raises(hookmap.InterventionError, match=r"(?s)edits\.yaml.*factor is given twice.*line 4"):
+        load_interventions(file)
+
+
 def test_a_resumed_run_must_have_the_same_interventions(tmp_path: Path) -> None:
     hm, where = opened("llama"), tmp_path / "run"
     steer = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR}
@@ -520,6 +530,39 @@ def test_every_problem_with_the_model_is_said_at_once() -> None:
         "the source has 4 rows", "before any module shows them",
     ):  # fmt: skip
         assert part in str(found.value), (part, str(found.value))
+
+
+def test_what_the_models_numbers_cannot_hold_is_refused_and_never_written() -> None:
+    hm = hookmap.open(plain_hooks.build("llama", dtype=torch.float16), tokenizer=tiny_tokenizer())
+    at, ones = {"point": "resid_post", "layers": 1}, [1.0] * D
+    wrong: list[dict[str, Any]] = [
+        {"do": "steer", "vector": ones, "strength": 1e6},
+        {"do": "ablate", "to": "mean", "vector": [1e6] * D},
+        {"do": "clamp", "feature": 1, "value": 1e6},
+        {"do": "clamp", "direction": ones, "min": 1e6},
+    ]
+    with pytest.raises(hookmap.InterventionError, match="4 problems with the interventions") as found:
+        hm.generate(RAGGED, [{**at, **each} for each in wrong], None, 2)
+    assert str(found.value).count("it writes numbers up to 1e+06, and torch.float16 of this point goes up to") == 4
+    with pytest.raises(hookmap.InterventionError, match=r"too large for torch\.float16"):
+        hm.generate(RAGGED, [{**at, "do": "scale", "factor": 1e6}], None, 2)
+    for document in ({"do": "clamp", "feature": 1, "min": float("nan")}, {"do": "scale", "factor": 1e39}):
+        with pytest.raises(hookmap.InterventionError, match="Input should be"):
+            read_interventions([{**at, **document}])
+    with pytest.raises(hookmap.InterventionError, match="no heads given"):
+        hm.generate(RAGGED, [{"do": "ablate", "point": "z", "layers": 1, "heads": []}], None, 2)
+
+
+def test_a_direction_has_no_length_that_is_too_small_or_too_large() -> None:
+    hm = opened("llama")
+    runs = [
+        hm.capture(RAGGED[0], ["resid_post"], [1], 0, interventions=[
+            {"do": "project_out", "point": "resid_post", "layers": 1, "direction": VECTOR * size}
+        ])["resid_post", 1]
+        for size in (1.0, 1e-30, 1e30)
+    ]  # fmt: skip
+    assert all(torch.allclose(run, runs[0], atol=1e-5) for run in runs)
+    assert float((runs[0] @ UNIT).abs().max()) < 1e-4
 
 
 def test_files_of_vectors_are_checked(tmp_path: Path) -> None:

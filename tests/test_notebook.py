@@ -130,15 +130,3 @@ def test_without_xarray_the_error_says_what_to_install(gpt2: ArchitectureMap, mo
     monkeypatch.setitem(__import__("sys").modules, "xarray", None)
     with pytest.raises(hookmap.CaptureError, match="pip install xarray"):
         to_xarray(invented(gpt2, (1,)), "resid_post", 7, None)
-
-
-def test_the_page_shows_what_its_code_prints(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("xarray", reason="pip install xarray")
-    checkout = Path(__file__).resolve().parent.parent
-    page = (checkout / "docs" / "capture.md").read_text(encoding="utf-8").partition("## In notebooks\n")[2]
-    code, _, rest = page.partition("```python\n")[2].partition("```")
-    monkeypatch.chdir(checkout)
-    exec(compile(code, "capture.md", "exec"), {})  # noqa: S102 - the page is ours
-    assert capsys.readouterr().out == rest.partition("```text\n")[2].partition("```")[0]

@@ -2,9 +2,7 @@
 
 import base64
 import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,14 +131,3 @@ def test_the_structure_offers_what_can_be_asked(served: Served) -> None:
         for point in points:
             summary = {"point": point, "of": of}
             assert served.chat(hookmap={"return": "none", "summary": summary}, max_tokens=1).status_code == 200, summary
-
-
-def test_the_python_of_the_server_page_prints_what_the_page_shows(
-    served: Served, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "server.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
-    exec(code.replace("http://127.0.0.1:8000", served.url), found := {})  # noqa: S102 - the page is ours
-    found["client"].close()
-    (shown,) = re.findall(r"```text\n(\d.*?)```", page, flags=re.DOTALL)
-    assert capsys.readouterr().out == shown

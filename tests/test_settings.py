@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from pages import blocks
 
 from hookmap.cli.configuration import SECTIONS, Serving, Settings, fields, read_section, schema
 from hookmap.cli.main import main
@@ -123,7 +124,7 @@ def test_the_published_schema_is_that_of_the_settings_and_takes_the_example_of_t
     published = json.loads((DOCS / "hookmap.schema.json").read_text("utf-8"))
     assert published == schema(), "write it again: make schema"
     assert json.loads(run("config", "schema").stdout) == schema()
-    example = (DOCS / "cli.md").read_text("utf-8").partition("```yaml\n")[2].partition("```")[0]
+    (example,) = [block.text for block in blocks((DOCS / "cli.md").read_text("utf-8")) if block.language == "yaml"]
     check = jsonschema.Draft202012Validator(published)
     assert list(check.iter_errors(yaml.safe_load(example))) == []
     assert list(check.iter_errors({"every": 0})) and list(check.iter_errors({"evry": 1}))

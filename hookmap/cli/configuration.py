@@ -6,7 +6,6 @@ a section, `queue` of `serve:`, is named serve.queue and HOOKMAP_SERVE_QUEUE.
 
 import difflib
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from hookmap.cli.settings import FILE_NAME, PREFIX
+from hookmap.yaml_document import read_yaml
 
 SCHEMA_ID = "urn:hookmap:schema:hookmap-1"
 _PATHS = ("model", "map", "tokenizer", "prompts", "eval.data")
@@ -54,7 +54,7 @@ Features = Annotated[
 class Section(BaseModel):
     """Keys are the names of options, and mean what those mean."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Serving(Section):
@@ -189,22 +189,10 @@ def _nearest(start: Path) -> Path | None:
 
 
 def _document(file: Path) -> dict[Any, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """YAML 1.2's whole numbers: to 1.1, the positions 4:20 are the number 260, and 010 is 8."""
-
-    Loader.yaml_implicit_resolvers = {
-        first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:int"]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^-?(?:0|[1-9]\d*)$"), list("-0123456789"))
     try:
-        document = yaml.load(file.read_text(encoding="utf-8"), Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.UsageError(f"{file} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise click.UsageError(f"{file} is not YAML: {error}") from error
+        document = read_yaml(file)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     if document is None:
         return {}
     if not isinstance(document, dict):

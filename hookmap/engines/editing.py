@@ -114,7 +114,13 @@ class Editor:
             return given
 
         def change(rows: torch.Tensor) -> torch.Tensor:
-            return _on_heads(edit, rows, where, means)
+            changed = _on_heads(edit, rows, where, means)
+            if rows.dtype == torch.float16 and bool(rows.isfinite().all() & ~changed.isfinite().all()):
+                raise InterventionError(
+                    f"{edit.selector}: what is written is too large for torch.float16, which goes up to 65504. "
+                    "Give smaller numbers, or open the model in bfloat16 or float32."
+                )
+            return changed
 
         return edit.place.write(given, shape, cells, change, str(edit.selector))
 

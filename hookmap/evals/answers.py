@@ -5,8 +5,8 @@
 - `inspect_evals`: what follows `ANSWER:` on the last line that says so, as inspect_evals' GSM8K asks for it.
 
 Numbers compare by value: 1,200 is 1200.00 is $1200, 1.2e3, 1.2 × 10^3. Fractions are numbers: 3/4, 2 1/2, ½. A percent
-sign or a unit behind a number is no part of it. What `strict` and `inspect_evals` could only guess (12,5, 5-6, 5:30) is
-no answer.
+sign or a unit behind a number is no part of it. What `strict` and `inspect_evals` could only guess (12,5, 5-6, 5:30,
+3+4=7) is no answer.
 """
 
 import re
@@ -16,27 +16,31 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 _NUMBER = re.compile(
-    r"(?<![\w.])[-−]?(?:\$\s*)?[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)?(?:\.\d+|(?<=\d))"
+    r"(?:(?<![\w.])|(?<=\.\.)(?=\d))[-−]?(?:\$\s*)?[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)?(?:\.\d+|(?<=\d))"
     r"(?:[eE][-+]?\d{1,3}(?!\w))?(?![\d])"
 )
 _BOX = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
-_LATEX_FRACTION = re.compile(r"([-−]?)\s*\\[dt]?frac\s*(?:\{\s*(-?)([\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}|()(\d)\s*(\d))")
-_FRACTION = re.compile(r"(?<![\w./])(-?)(?:(\d+)[ ]+)?(\d[\d,]*(?:\.\d+)?)/(\d[\d,]*(?:\.\d+)?)(?![\d/]|\.\d)")
+_LATEX_FRACTION = re.compile(
+    r"(?:([-−])\s*)?\\[dt]?frac\s*(?:\{\s*(-?)([\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}|()(\d)\s*(\d))"
+)
+_FRACTION = re.compile(r"(?<![\w./,])(-?)(?:(\d+)[ ]+)?(\d[\d,]*(?:\.\d+)?)/(\d[\d,]*(?:\.\d+)?)(?![\d/]|\.\d)")
 _VULGAR = re.compile(r"[¼½¾⅐-⅞]")
 _POWER = re.compile(
     r"(?<![\w.])(?:(-?\d+(?:\.\d+)?)\s*(?:[x×*·]|\\times|\\cdot)\s*)?(?<![\w.])10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?"
 )
-_GROUPS = re.compile(r"(?<=\d)[\u00a0'’](?=\d{3}(?!\d))")
-_SPACED = re.compile(r"^(\W*\d{1,3})((?: \d{3})+)(?![\d.,/])")
+_GROUPS = re.compile(r"(?<=\d)(?:[\u00a0'’~]|,?\\[,!;: ])(?=\d{3}(?!\d))")
+_SPACED = re.compile(r"^(\W*\d{1,3})((?: \d{3})+)(?![\d,/])")
+_UNIT_POWER = re.compile(r"(?<![\d)\s])\s?\^\s?\{?[-+]?\d+\}?")
 _LONGEST = 300
-_UNCLEAR = re.compile(r"[,.:'-]\d")
-_DECORATION = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[,!;: ]|\\left|\\right|\*\*|[`~]")
-_THIN = str.maketrans({"\u202f": ",", "\u2009": ",", "\u00a0": " ", "−": "-", "–": "-"})
+_UNCLEAR = re.compile(r"[,.:'_eE-]\d|\s?[-+*/^×÷=±:]\s?[\d(.$]|\s+\d")
+_WORDS = re.compile(r"\\(?:text|math|mbox|emph)(?:rm|bf|it|sf|tt)?\s*\{([^{}]*)\}")
+_DECORATION = re.compile(r"\\[,!;: ]|\\left|\\right|\*\*|[`~]")
+_PLAIN = str.maketrans({"\u2044": "/", "\u202f": ",", "\u2009": ",", "\u00a0": " ", "−": "-", "–": "-"})
 
 
 def strict(text: str) -> Fraction | None:
     """The number behind the last `####`; None where there is none, or no number right behind it."""
-    *_, found = ["", *re.findall(r"####[ \t]*([^\n#]*)", text)]
+    *_, found = ["", *re.findall(r"####+[ \t]*([^\n#]*)", text)]
     return _only(found)
 
 
@@ -79,11 +83,12 @@ def _only(text: str) -> Fraction | None:
 
 def _plain(text: str) -> str:
     """Without LaTeX: boxes opened, fractions and powers as decimals exact enough to compare, ornaments gone."""
-    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/"), text)
+    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]), _UNIT_POWER.sub("", text))
     text = _GROUPS.sub(",", text)
-    text = text.translate(_THIN).replace("{,}", ",").replace("\\$", "$").replace("\\%", "%")
+    text = text.translate(_PLAIN).replace("{,}", ",").replace("\\$", "$").replace("\\%", "%")
     text = _BOX.sub(r" \1 ", text)
-    text = _LATEX_FRACTION.sub(lambda m: f" {m[1]}{m[2] or ''}{m[3] or m[6]}/{m[4] or m[7]} ", text)
+    text = _LATEX_FRACTION.sub(lambda m: f" {m[1] or ''}{m[2] or ''}{m[3] or m[6]}/{m[4] or m[7]} ", text)
+    text = _WORDS.sub(lambda m: f" {m[1]} " if re.search(r"\d", m[1]) else "", text)
     text = _POWER.sub(lambda m: f"{m[1] or 1}e{m[2]}", text)
     return _DECORATION.sub(" ", _FRACTION.sub(_quotient, text))
 

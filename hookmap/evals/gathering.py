@@ -50,8 +50,9 @@ def gather(batches: Path, target: Path, taken: Sequence[Taken], settings: Mappin
     )
     writing = FolderWriter.resume if (target / MANIFEST).exists() else FolderWriter.create
     with writing(target, fresh) as writer:
+        finished = writer.finished  # made anew at each asking
         for one in taken:
-            if one.number not in writer.finished:
+            if one.number not in finished:
                 _copy(stores[one.capture], one, writer)
 
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from hookmap.errors import DataError
+from hookmap.yaml_document import read_yaml
 
 Stage = Literal["configure", "generate", "score", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -14,7 +15,7 @@ BUNDLED = "demo"
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Prefix(_Part):
@@ -90,7 +91,9 @@ class Experiment(_Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1, auto")
     prefixes: Annotated[tuple[Prefix, ...], Field(min_length=2)]
-    neutral: str = Field(default="neutral", description="the prefix that all others are compared with")
+    neutral: str = Field(
+        default="neutral", validate_default=True, description="the prefix that all others are compared with"
+    )
     place: Literal["user", "system"] = Field(
         default="user", description="where the prefix stands: before the question, or as the system's message"
     )
@@ -114,14 +117,21 @@ class Experiment(_Part):
             raise ValueError(f"expected the first of {', '.join(STAGES)}, in this order")
         return stages
 
-    @model_validator(mode="after")
-    def _prefixes_have_names(self) -> "Experiment":
-        names = [prefix.name for prefix in self.prefixes]
+    @field_validator("prefixes")
+    @classmethod
+    def _named_once(cls, prefixes: tuple[Prefix, ...]) -> tuple[Prefix, ...]:
+        names = [prefix.name for prefix in prefixes]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"prefixes: {', '.join(twice)} is there twice")
-        if self.neutral not in names:
-            raise ValueError(f"neutral: {self.neutral!r} is none of the prefixes {', '.join(names)}")
-        return self
+            raise ValueError(f"{', '.join(twice)} is there twice")
+        return prefixes
+
+    @field_validator("neutral")
+    @classmethod
+    def _is_a_prefix(cls, neutral: str, info: ValidationInfo) -> str:
+        names = [prefix.name for prefix in info.data.get("prefixes", ())]
+        if names and neutral not in names:
+            raise ValueError(f"{neutral!r} is none of the prefixes {', '.join(names)}")
+        return neutral
 
     @property
     def prompt(self) -> str:
@@ -131,13 +141,11 @@ class Experiment(_Part):
 
 def load_experiment(path: str | Path) -> Experiment:
     """Read the file; paths in it are relative to it. Raises DataError with everything that is wrong."""
-    import yaml
-
     file = Path(__file__).parent.parent / "demo" / "emotions.yaml" if str(path) == BUNDLED else Path(path)
     try:
-        document: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{file}: no experiment can be read from it ({error}).") from error
+        document = read_yaml(file)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if not isinstance(document, dict):
         raise DataError(f"{file}: expected keys such as `prefixes:`, found {document!r}.")
     try:

@@ -12,7 +12,7 @@ import torch
 
 from hookmap.activations import Sample
 from hookmap.errors import SelectionError
-from hookmap.probes.folds import out_of_fold
+from hookmap.probes.folds import Split, out_of_fold
 from hookmap.probes.metrics import Floats, Ints, Labels
 from hookmap.stores.interface import Store
 
@@ -26,7 +26,7 @@ class Control:
     """One thing to be better than."""
 
     name: str
-    logits: Floats | None
+    scores: Floats | None
     """out of fold, [samples]; None where it cannot be told"""
     why: str | None = None
     """why not"""
@@ -37,7 +37,7 @@ class Control:
         return "prompt" not in self.name
 
 
-def controls(store: Store, numbers: Sequence[int], labels: Labels, groups: Ints, folds: Ints) -> tuple[Control, ...]:
+def controls(store: Store, numbers: Sequence[int], labels: Labels, folds: Ints) -> tuple[Control, ...]:
     """Prompt length, answer length, words of the prompt and of the answer, and the model's own log-probability."""
 
     def samples() -> Iterator[Sample]:
@@ -53,8 +53,8 @@ def controls(store: Store, numbers: Sequence[int], labels: Labels, groups: Ints,
     found = []
     for name, source in sources.items():
         try:
-            logits = out_of_fold(source(), labels, groups, folds, "logistic", inner=False).logits
-            found.append(Control(name, logits))
+            scores = out_of_fold(source(), labels, Split(folds), "logistic").held_out(folds)
+            found.append(Control(name, scores))
         except SelectionError as error:
             found.append(Control(name, None, str(error)))
     return tuple(found)

@@ -94,7 +94,8 @@ def _at(
         sample = store.sample(number)
         rows = store.read(number, *key, [position + sample.prompt_tokens for position in wanted])
         found[:, place] = _flat(rows).numpy()
-    yield from zip(wanted, found, strict=True)
+    for place, position in enumerate(wanted):
+        yield position, found[place].copy()  # who keeps one would keep them all, while the next are read
 
 
 def _rows(sample: Sample, pool: str) -> Sequence[int]:

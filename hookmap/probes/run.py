@@ -1,6 +1,6 @@
 """A capture and a label -> a report and probes. One tensor is in memory at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from hookmap.activations import Key
 from hookmap.errors import SelectionError
 from hookmap.probes import report as documents
 from hookmap.probes.controls import controls
-from hookmap.probes.examples import Examples, read_examples
+from hookmap.probes.examples import read_examples
 from hookmap.probes.fitting import METHODS, Fitted, fit
-from hookmap.probes.folds import OutOfFold, best_of_all, choose, grouped_folds, out_of_fold
-from hookmap.probes.metrics import Floats, Ints, Labels, auroc_interval, calibration, recall_at
-from hookmap.probes.metrics import auroc as area
+from hookmap.probes.folds import Choice, Split, grouped_folds, nested, out_of_fold
+from hookmap.probes.metrics import Floats, Ints, Labels, auroc, auroc_interval, calibration, recall_at
 from hookmap.probes.pooling import matrices, places
 from hookmap.probes.report import Report, number
 from hookmap.probes.saved import About, Probes
@@ -45,15 +44,6 @@ class Probing:
             if all(w.norm() > 0 for (name, _), w in self.probes.weights.items() if name == point):
                 written.append(self.probes.vector(point).save(target / f"vector-{point}.safetensors"))
         return written
-
-
-@dataclass
-class _Found:
-    """Of each place, as its matrix passed by."""
-
-    real: dict[_Place, OutOfFold]
-    shuffled: dict[_Place, OutOfFold]
-    fitted: dict[_Place, Fitted]
 
 
 def probe(
@@ -89,20 +79,23 @@ def probe(
     keys = _keys(store, points, layers)
     examples = read_examples(store, label, table=labels, positive=positive, above=above, group=group, limit=limit)
     wanted = places([store.sample(n) for n in examples.numbers], pool, positions)
-    split = grouped_folds(examples.labels, examples.groups, folds, seed)
-    mixed = shuffle(examples.labels, examples.groups, seed)
-    mixed_split = grouped_folds(mixed, examples.groups, folds, seed)
-    inner = len(keys) * len(wanted) > 1
-    found = _Found({}, {}, {})
+    several = len(keys) * len(wanted) > 1
+    real = _Trial.of(examples.labels, examples.groups, folds, seed, method, several)
+    mixed = _Trial.of(shuffle(real.labels, real.groups, seed), real.groups, folds, seed, method, several)
+    rows: list[documents.OfPlace] = []
+    fitted: dict[Key, Fitted] = {}
     for done, key in enumerate(keys):
         for position, matrix in matrices(store, key, examples.numbers, pool, wanted, memory):
             place = (*key, position)
-            found.real[place] = out_of_fold(matrix, examples.labels, examples.groups, split, method, inner=inner)
-            found.shuffled[place] = out_of_fold(matrix, mixed, examples.groups, mixed_split, method, inner=inner)
-            found.fitted[place] = fit(matrix, examples.labels, method)
+            rows.append(_of_place(place, real, real.take(place, matrix), mixed, mixed.take(place, matrix)))
+            if pool != "each":
+                fitted[key] = fit(matrix, real.labels, method)
         if progress is not None:
             progress(done + 1, len(keys))
-    best = best_of_all(found.real)
+    best = real.choice.best or (*keys[0], wanted[0])
+    for key in keys if pool == "each" else ():  # where it is best is known at the end
+        for _, matrix in matrices(store, key, examples.numbers, pool, [best[2]], memory):
+            fitted[key] = fit(matrix, real.labels, method)
     report = Report(
         store=str(getattr(store, "path", "memory")),
         model=getattr(getattr(store, "manifest", None), "model", None),
@@ -115,22 +108,62 @@ def probe(
         positives=int(examples.labels.sum()),
         questions=int(examples.groups.max()) + 1,
         left_out=examples.left_out,
-        chosen=_chosen(found, examples, split, mixed, mixed_split, seed),
+        chosen=_chosen(real, mixed),
         best=_place(best),
-        controls=_controls(store, examples, split, seed),
-        places=tuple(_of_place(found, place, examples, split, mixed, mixed_split, seed) for place in found.real),
+        controls=_controls(store, examples.numbers, real),
+        places=tuple(rows),
     )
-    return Probing(report, _probes(found, best, report))
+    return Probing(report, _probes(fitted, best, report))
 
 
 def shuffle(labels: Labels, groups: Ints, seed: int) -> Labels:
-    """The labels, dealt anew: among questions where all samples of a question have one label, else among samples."""
+    """The labels, dealt anew: a question gets those of another as a whole, in an order of chance.
+
+    So what the shuffled labels can tell varies as much by chance as what the real ones can: samples of one question
+    are alike, and dealt one by one they would be taken for evidence of their own. Where questions have more samples
+    than others and labels differ within them, what is left of one question's goes to the next.
+    """
     chance = np.random.default_rng(seed)
-    firsts = np.zeros(int(groups.max()) + 1, dtype=bool)
+    count = int(groups.max()) + 1
+    firsts = np.zeros(count, dtype=bool)
     firsts[groups] = labels
     if (firsts[groups] == labels).all():
         return np.asarray(chance.permutation(firsts)[groups], dtype=bool)
-    return np.asarray(chance.permutation(labels), dtype=bool)
+    dealt = np.empty_like(labels)
+    taken, given = (np.lexsort((chance.random(len(labels)), chance.permutation(count)[groups])) for _ in range(2))
+    dealt[given] = labels[taken]
+    return dealt
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One labelling of the samples, before which all places pass."""
+
+    labels: Labels
+    groups: Ints
+    split: Split
+    choice: Choice[_Place]
+    method: str
+    seed: int
+
+    @classmethod
+    def of(cls, labels: Labels, groups: Ints, folds: int, seed: int, method: str, several: bool) -> "_Trial":
+        """several: places, among which one is chosen."""
+        split = nested(labels, groups, folds, seed) if several else Split(grouped_folds(labels, groups, folds, seed))
+        return cls(labels, groups, split, Choice(split.folds), method, seed)
+
+    def take(self, place: _Place, matrix: Any) -> Floats:
+        """Out-of-fold scores of the next place."""
+        found = out_of_fold(matrix, self.labels, self.split, self.method)
+        self.choice.take(place, found)
+        return found.held_out(self.split.folds)
+
+    def score(self, scores: Floats, resamples: int = 1000) -> dict[str, Any]:
+        low, high = auroc_interval(self.labels, scores, self.split.folds, self.groups, self.seed, resamples)
+        return {"auroc": self.auroc(scores), "low": number(low), "high": number(high)}
+
+    def auroc(self, scores: Floats) -> float | None:
+        return number(auroc(self.labels, scores, self.split.folds))
 
 
 def _keys(store: Store, points: str | Sequence[str], layers: str | int | Sequence[int]) -> list[Key]:
@@ -153,11 +186,6 @@ def _keys(store: Store, points: str | Sequence[str], layers: str | int | Sequenc
     return list(dict.fromkeys(found))
 
 
-def _score(labels: Labels, logits: Floats, split: Ints, groups: Ints, seed: int, resamples: int = 1000) -> Any:
-    low, high = auroc_interval(labels, logits, split, groups, seed, resamples)
-    return {"auroc": number(area(labels, logits, split)), "low": number(low), "high": number(high)}
-
-
 def _minus(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one - other
 
@@ -167,29 +195,21 @@ def _place(place: _Place) -> documents.Place:
     return documents.Place(point=point, layer=layer, position=position)
 
 
-def _of_place(
-    found: _Found, place: _Place, examples: Examples, split: Ints, mixed: Labels, mixed_split: Ints, seed: int
-) -> documents.OfPlace:
-    score = _score(
-        examples.labels, found.real[place].logits, split, examples.groups, seed, resamples=RESAMPLES_OF_A_PLACE
-    )
-    shuffled = number(area(mixed, found.shuffled[place].logits, mixed_split))
+def _of_place(place: _Place, real: _Trial, scores: Floats, mixed: _Trial, by_chance: Floats) -> documents.OfPlace:
+    score, shuffled = real.score(scores, RESAMPLES_OF_A_PLACE), mixed.auroc(by_chance)
     selectivity = _minus(score["auroc"], shuffled)
     return documents.OfPlace(**_place(place).model_dump(), **score, shuffled=shuffled, selectivity=selectivity)
 
 
-def _chosen(
-    found: _Found, examples: Examples, split: Ints, mixed: Labels, mixed_split: Ints, seed: int
-) -> documents.Chosen:
-    logits, chosen = choose(found.real, split)
-    by_chance, _ = choose(found.shuffled, mixed_split)
-    score = _score(examples.labels, logits, split, examples.groups, seed)
-    shuffled = documents.Score(**_score(mixed, by_chance, mixed_split, examples.groups, seed))
-    calibrated = calibration(examples.labels, 1 / (1 + np.exp(-np.clip(logits, -500, 500))))
+def _chosen(real: _Trial, mixed: _Trial) -> documents.Chosen:
+    logits = real.choice.logits(real.labels, real.method)
+    score = real.score(logits)
+    shuffled = documents.Score(**mixed.score(mixed.choice.logits(mixed.labels, mixed.method)))
+    calibrated = calibration(real.labels, 1 / (1 + np.exp(-np.clip(logits, -500, 500))))
     return documents.Chosen(
         **score,
-        places=tuple(map(_place, chosen)),
-        recall_at_1_percent=number(recall_at(examples.labels, logits)),
+        places=tuple(map(_place, real.choice.places.values())),
+        recall_at_1_percent=number(recall_at(real.labels, logits)),
         brier=calibrated.brier,
         calibration_error=calibrated.error,
         calibration=tuple(documents.CalibrationBin(**vars(b)) for b in calibrated.bins),
@@ -198,26 +218,20 @@ def _chosen(
     )
 
 
-def _controls(store: Store, examples: Examples, split: Ints, seed: int) -> tuple[documents.OfControl, ...]:
-    nothing: dict[str, Any] = {"auroc": None, "low": None, "high": None}
+def _controls(store: Store, numbers: Sequence[int], real: _Trial) -> tuple[documents.OfControl, ...]:
+    nothing: dict[str, float | None] = {"auroc": None, "low": None, "high": None}
     return tuple(
         documents.OfControl(
             name=control.name,
             why=control.why,
             sees_answer=control.sees_answer,
-            **(
-                nothing
-                if control.logits is None
-                else _score(examples.labels, control.logits, split, examples.groups, seed)
-            ),
+            **(nothing if control.scores is None else real.score(control.scores)),
         )
-        for control in controls(store, examples.numbers, examples.labels, examples.groups, split)
+        for control in controls(store, numbers, real.labels, real.split.folds)
     )
 
 
-def _probes(found: _Found, best: _Place, report: Report) -> Probes:
-    """Of each tensor; where each position is probed, at the position of the best."""
-    kept = {(point, layer): fitted for (point, layer, at), fitted in found.fitted.items() if at == best[2]}
+def _probes(fitted: Mapping[Key, Fitted], best: _Place, report: Report) -> Probes:
     about = About(
         label=report.label,
         method=report.method,
@@ -226,5 +240,5 @@ def _probes(found: _Found, best: _Place, report: Report) -> Probes:
         model=report.model,
         samples=report.samples,
     )
-    weights = {key: torch.from_numpy(fitted.weights).float() for key, fitted in kept.items()}
-    return Probes(about, weights, {key: float(np.float32(fitted.bias)) for key, fitted in kept.items()})
+    weights = {key: torch.from_numpy(one.weights).float() for key, one in fitted.items()}
+    return Probes(about, weights, {key: float(np.float32(one.bias)) for key, one in fitted.items()})

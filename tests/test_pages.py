@@ -1,0 +1,158 @@
+"""The docs cannot drift: what they show runs, and gives what they show."""
+
+import gc
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from pages import CHECKOUT, Session, agree, blocks, parse
+
+FOUND = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in FOUND}
+RUN_ELSEWHERE = {"coming-from.md"}  # the same names in four programs, a script of each: tests/test_coming_from.py
+PAGES = [name for name, text in TEXTS.items() if "```" in text and name not in RUN_ELSEWHERE]
+NEEDS = {
+    "capture.md": "xarray",
+    "elsewhere.md": "ray",
+    "evaluation.md": "inspect_ai",
+    "experiments.md": "inspect_ai",
+    "interventions.md": "vl_convert",
+    "lenses.md": "vl_convert",
+    "probes.md": "sklearn",
+    "server.md": "openai",
+    "steering-vectors.md": "gguf",
+}
+# All reasons that there are, and how many blocks each holds back. One more is a decision: can it not run?
+NOT_RUN = {"asks another machine": 5, "installs packages": 5, "takes minutes": 3, "another program": 1}
+
+
+@pytest.fixture(autouse=True)
+def _the_demo_model_where_a_checkout_has_it(own_folder: None, tmp_path: Path) -> None:
+    (tmp_path / "hookmap").symlink_to(CHECKOUT / "hookmap")
+
+
+# inspect_ai's own calls of what its dependencies have deprecated; the clients that pages leave open.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_runs_and_prints_what_it_shows(name: str) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    Session(name, TEXTS[name]).run()
+    gc.collect()  # what is left open is closed here, and no other test hears of it
+
+
+def test_the_notebook_runs_and_prints_what_it_shows() -> None:
+    pytest.importorskip("vl_convert")
+    notebook = json.loads((CHECKOUT / "docs" / "notebooks" / "lenses.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in cells)
+    Session("lenses.ipynb", "\n".join(map(as_page, cells))).run()
+
+
+def as_page(cell: dict[str, Any]) -> str:
+    """A cell of a notebook as blocks of a page."""
+    printed = "".join(line for output in cell["outputs"] if output.get("name") == "stdout" for line in output["text"])
+    return f"```python\n{''.join(cell['source'])}\n```\n\n```text\n{printed}\n```\n"
+
+
+def test_what_does_not_run_is_counted() -> None:
+    assert Counter(block.not_run for name in PAGES for block in blocks(TEXTS[name]) if block.not_run) == NOT_RUN
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_stand_in_fences_where_they_run(name: str) -> None:
+    outside = re.sub("^```.*?^```$", "", TEXTS[name], flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"^    (?:\$ |hookmap |python |make ).*", outside, flags=re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_within_a_sentence_are_understood(name: str) -> None:
+    for command in re.findall(r"`(hookmap [a-z][^`|]*)`", TEXTS[name]):
+        parse(command)
+
+
+def test_a_page_is_one_session() -> None:
+    page = """
+```json title="in/a.json"
+[1.5]
+```
+
+```python
+from pathlib import Path
+
+numbers = [float(Path("in/a.json").read_text().strip("[]\\n"))]
+```
+
+```python
+print(numbers, "in 3.2 s")
+numbers[1]
+```
+
+```text
+[1.5] in 0.1 s
+IndexError: …
+```
+
+```sh
+export NUMBER=7  # for what follows
+```
+
+```console
+$ echo $NUMBER \\
+    and 8; echo 9
+7 and 8
+9
+$ hookmap config sow
+…
+Error: No such command 'sow'. …
+```
+
+<!-- not run: there is no such model -->
+```sh
+hookmap capture nobody/nothing --points resid_mid
+```
+"""
+    Session("a page", page).run()
+
+
+NOT_A_PAGE: dict[str, tuple[str, type[Exception]]] = {
+    "python prints something else": ("```python\nprint(1)\n```\n\n```text\n2\n```\n", AssertionError),
+    "python fails": ("```python\n1 / 0\n```\n", ZeroDivisionError),
+    "text behind no python": ("```text\nof nothing\n```\n", AssertionError),
+    "a command prints something else": ("```console\n$ echo 1\n2\n```\n", AssertionError),
+    "a command fails": ("```sh\nhookmap sow\n```\n", AssertionError),
+    "a fence without a language": ("```\nhookmap discover\n```\n", AssertionError),
+    "a fence of another form": ("```python {odd}\nprint(1)\n```\n", AssertionError),
+    "a file without a name": ("```yaml\nof: no file\n```\n", AssertionError),
+    "a mark above no block": ("<!-- not run: why -->\n\nNo block.\n", AssertionError),
+    "no such option": ("<!-- not run: why -->\n```sh\nhookmap capture --pints z\n```\n", click.NoSuchOption),
+}
+
+
+@pytest.mark.parametrize("what", NOT_A_PAGE)
+def test_what_a_page_may_not_show(what: str) -> None:
+    page, error = NOT_A_PAGE[what]
+    with pytest.raises(error):
+        Session("a page", page).run()
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("took 1.5 s, 3.1 MB", "took 12.75 s, 401.1 MB", True),
+        ("0.967", "0.968", True),
+        ("0.967", "0.969", False),
+        ("1.0e-05", "2.0e-05", True),
+        ("mlp_out[16]  +7.758", "mlp_out[16] +7.758  ", True),
+        ("mlp_out[16] +7.758", "mlp_out[17] +7.758", False),
+        ("38 tokens", "39 tokens", False),
+        ("first\n…\nlast", "first\nsecond\nthird\nlast", True),
+        ("first\n…\nlast", "first\nsecond", False),
+    ],
+)
+def test_what_counts_as_shown(shown: str, printed: str, same: bool) -> None:
+    assert agree(shown, printed) is same
