@@ -63,6 +63,8 @@ def open_remote(
     """
     from nnsight import TransformersModel
 
+    if remote is not True and not (isinstance(remote, str) and remote):
+        raise CaptureError(f'remote: expected True (NDIF), the URL of a server, or "local", got {remote!r}.')
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(os.fspath(tokenizer), revision=revision)
     if isinstance(x, str | os.PathLike):
@@ -70,6 +72,8 @@ def open_remote(
         skeleton.load_config(source, revision=revision)
         tokenizer = load_tokenizer(source, revision=revision) if tokenizer is None else tokenizer
         x = TransformersModel(source, task="text-generation", tokenizer=tokenizer, revision=revision)
+    if not hasattr(x, "_module"):
+        raise ModelError(f"cannot open a {type(x).__name__} remotely: expected a hub id, a folder or an nnsight model.")
     given = given_map(map)
     module = x._module
     root = generating_root(module, weights=False)

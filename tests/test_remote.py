@@ -120,3 +120,14 @@ def test_what_needs_weights_here_is_refused() -> None:
 def test_a_server_that_is_not_there_is_told() -> None:
     with pytest.raises(CaptureError, match="failed on http"):
         hookmap.open_remote(MODEL_PATH, "http://127.0.0.1:9").capture("Hi", ["resid_mid"], [1], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("remote", [False, None, "", 5])
+def test_what_names_no_server_is_refused_and_does_not_run_here(remote: Any) -> None:
+    with pytest.raises(CaptureError, match="expected True"):
+        hookmap.open_remote(MODEL_PATH, remote)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(ModelError, match="cannot open a int remotely"):
+        hookmap.open_remote(5, "local")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,6 +169,15 @@ def test_a_model_that_cannot_be_opened_is_told_at_once(cluster: None) -> None:
 def test_a_cluster_that_is_not_there_is_told_at_once(address: str) -> None:
     with pytest.raises(CaptureError, match=f"cannot reach a Ray cluster at {address}"):
         check_listens(address)
+
+
+def test_a_folder_is_found_from_where_the_driver_is(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(MODEL_PATH, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    with hookmap.open_on_ray("mine") as opened:
+        assert opened.capture(PROMPTS[0], **CHOSEN).manifest.model == "mine"
 
 
 def test_a_model_that_was_closed_is_told(cluster: None) -> None:

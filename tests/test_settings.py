@@ -190,3 +190,26 @@ def test_an_evaluation_takes_its_section_and_what_is_kept_and_drawn_of_the_setti
     assert (said["samples"], said["settings"]["seed"], said["settings"]["temperature"]) == (2, 6, 0.5)
     manifest = open_store("results/activations").manifest
     assert [(tensor.point, tensor.layer) for tensor in manifest.tensors] == [("mlp_out", 3)]
+
+
+@pytest.mark.parametrize("key", ["schl\u00fcssel", "a b", "a\n"])
+def test_a_key_that_no_header_holds_is_refused_before_the_server_starts(key: str) -> None:
+    for option in ("--key", "--admin-key"):
+        refused = run("serve", option, key)
+        assert refused.exit_code == 2 and "letters, digits and signs of ASCII" in " ".join(refused.stderr.split())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    "words", ["serve --max-bytes", "serve --max-age", "smoke http://127.0.0.1:1 --timeout", "capture --temperature"]
+)
+def test_what_is_no_finite_number_is_refused(words: str, value: str) -> None:
+    refused = run(*words.split(), value)
+    assert refused.exit_code == 2 and "not a finite number" in " ".join(refused.stderr.split())
+
+
+@pytest.mark.parametrize("text", ["serve: {max_bytes: .inf}", "temperature: .inf"])
+def test_a_file_holds_no_infinity_either(text: str) -> None:
+    Path("hookmap.yaml").write_text(text)
+    refused = run("config", "show")
+    assert refused.exit_code == 2 and "found inf" in refused.output

@@ -54,7 +54,7 @@ class Pool:
         self._actor = self._ray.remote(_Actor).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD"
         )
-        self._made_of = (source, dict(opening))
+        self._made_of = (source, dict(opening), os.getcwd())
         self.lost: list[str] = []
         """why workers died"""
         self.opened: list[Opened] = []
@@ -210,7 +210,10 @@ class _Died(Exception):
 class _Actor:
     """A `Worker`, as Ray calls it."""
 
-    def __init__(self, source: str, opening: Mapping[str, Any]) -> None:
+    def __init__(self, source: str, opening: Mapping[str, Any], folder: str) -> None:
+        """`folder`: where the driver is, from which paths are; a machine that does not share it stays where it is."""
+        with contextlib.suppress(OSError):
+            os.chdir(folder)
         self._worker = Worker(source, opening)
         self._fetched: tuple[Any, Any] = (None, None)
 

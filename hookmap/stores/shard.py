@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -102,7 +102,7 @@ def is_shard(name: str) -> bool:
 
 def write_shard(path: Path, shard: int, blocks: Sequence[Block]) -> ShardInfo:
     """Write one shard to `path`, whole or not at all. Holds one tensor of it beside the pieces. Raises OSError."""
-    header = encode_header(blocks)
+    header = encode_header(blocks, {"format": "pt"})
 
     def write(file: BinaryIO) -> ShardInfo:
         digest, size = hashlib.sha256(), 0
@@ -117,9 +117,9 @@ def write_shard(path: Path, shard: int, blocks: Sequence[Block]) -> ShardInfo:
     return write_whole(path, write)
 
 
-def encode_header(blocks: Sequence[Block]) -> bytes:
+def encode_header(blocks: Sequence[Block], metadata: Mapping[str, str] | None = None) -> bytes:
     """What stands before the tensors' bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for block in blocks:
         begin, end = end, end + block.bytes

@@ -1,5 +1,6 @@
 """`hookmap serve`: an OpenAI-compatible server that also records activations."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ from hookmap.cli.finite import FiniteRange
 _GIB = 2**30
 
 
+def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """What a header can hold: with another key nobody would get in."""
+    if value and not re.fullmatch("[!-~]+", value):
+        raise click.BadParameter("a key is letters, digits and signs of ASCII, without spaces")
+    return value
+
+
 @click.command()
 @click.argument("model", required=False)
 @click.option("--host", metavar="NAME", help="Where to listen; 0.0.0.0 for every address.  [default: 127.0.0.1]")
@@ -18,8 +26,12 @@ _GIB = 2**30
 @click.option(
     "--served-model-name", metavar="NAME", help="What clients call it.  [default: its hub id, or its folder's name]"
 )
-@click.option("--key", envvar="HOOKMAP_KEY", help="The bearer key that clients need.  [env: HOOKMAP_KEY]")
-@click.option("--admin-key", envvar="HOOKMAP_ADMIN_KEY", help="Loads and unloads models.  [env: HOOKMAP_ADMIN_KEY]")
+@click.option(
+    "--key", envvar="HOOKMAP_KEY", callback=_key, help="The bearer key that clients need.  [env: HOOKMAP_KEY]"
+)
+@click.option(
+    "--admin-key", envvar="HOOKMAP_ADMIN_KEY", callback=_key, help="Loads and unloads models.  [env: HOOKMAP_ADMIN_KEY]"
+)
 @click.option("--allow", metavar="MODEL", multiple=True, help="A model that may be loaded; may be given several times.")
 @click.option("--allowed-host", metavar="NAME", multiple=True, help="A name of this server besides localhost.")
 @click.option("--points", metavar="NAMES", help="What store_activations: true keeps.  [default: resid_post]")
