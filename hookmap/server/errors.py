@@ -172,8 +172,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        kind = request.headers.get("content-type", "nothing").partition(";")[0]
-        if kind != "application/json" and any(each["loc"] == ("body",) for each in error.errors()):
+        kind = request.headers.get("content-type", "nothing").partition(";")[0].lower()
+        if not kind.endswith("json") and any(each["loc"] == ("body",) for each in error.errors()):
             message = f"expected the header Content-Type: application/json, found {kind}"
             return bad(message, code="invalid_request").response()
         problems = [(_place(each), _told(each)) for each in error.errors()]
