@@ -342,6 +342,14 @@ def test_pictures_that_cannot_be_drawn_are_said_before_a_model_is_loaded(monkeyp
         assert 'pip install "hookmap[viz]"' in failed(command, "nobody/nothing", "--png", "a.png")
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    message = failed("capture", "nobody/nothing", "--points", "embed", "-o", "new/run")
+    tmp_path.chmod(0o700)
+    assert f"cannot write to new/run: no permission in {tmp_path}" in message and "nobody" not in message
+
+
 def test_an_encoder_decoder_is_said_to_be_one(tmp_path: Path) -> None:
     from transformers import T5Config
 

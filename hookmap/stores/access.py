@@ -1,6 +1,7 @@
 """May this process write a capture in this folder? And what to say when the disk refuses."""
 
 import errno
+import os
 import re
 from pathlib import Path
 
@@ -43,7 +44,10 @@ def refuse_used(folder: Path) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder} is a file: expected a new or empty folder. Write to another one: -o DIR")
-    if not folder.exists():
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise StoreError(f"cannot write to {folder}: no permission in {there}. Write to another folder: -o DIR")
+    if there != folder:
         return
     # What `create` itself leaves when it is killed before the manifest is there, holds nothing and is no obstacle.
     ours = {SHARD_FOLDER, SAMPLES, SHARDS, temporary(folder / MANIFEST).name}
