@@ -321,7 +321,7 @@ def test_a_killed_evaluation_goes_on_and_does_nothing_finished_again(inspect_ai:
 
     from hookmap.evals.run import evaluate
 
-    with pytest.raises(hookmap.StoreError, match="opening: there {}, now {'dtype': 'bfloat16'}"):
+    with pytest.raises(hookmap.StoreError, match=r"opening: there \{\}, now \{'dtype': 'bfloat16'\}"):
         evaluate(folder, **how, opening={"dtype": "bfloat16"})
     evaluate(folder, **{**how, "parallel": 3})  # smaller batches, or larger ones, are the same run
     logs = [read_eval_log(found) for found in list_eval_logs(str(folder / "inspect"))]
