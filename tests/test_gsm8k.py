@@ -321,7 +321,9 @@ def test_a_killed_evaluation_goes_on_and_does_nothing_finished_again(inspect_ai:
 
     from hookmap.evals.run import evaluate
 
-    evaluate(folder, **how)
+    with pytest.raises(hookmap.StoreError, match=r"opening: there \{\}, now \{'dtype': 'bfloat16'\}"):
+        evaluate(folder, **how, opening={"dtype": "bfloat16"})
+    evaluate(folder, **{**how, "parallel": 3})  # smaller batches, or larger ones, are the same run
     logs = [read_eval_log(found) for found in list_eval_logs(str(folder / "inspect"))]
     (whole,) = [log for log in logs if log.status == "success"]
     after = {s.id: s.uuid for s in whole.samples or []}
@@ -349,6 +351,14 @@ def test_a_killed_evaluation_goes_on_and_does_nothing_finished_again(inspect_ai:
 
     with pytest.raises(hookmap.StoreError, match="mode: there 'no-tools', now 'with-tools'"):
         evaluate(folder, **{**how, "mode": "with-tools"})
+
+
+def test_the_weights_are_there_once(inspect_ai: Any, tmp_path: Path) -> None:
+    """inspect makes a second provider, to look the model's name up."""
+    count = "; import gc; print(sum(type(one).__name__ == 'Qwen3ForCausalLM' for one in gc.get_objects()))"
+    how = json.dumps({"samples": 2, "parallel": 2, "max_tokens": 4})
+    done = subprocess.run([sys.executable, "-c", RUN + count, tmp_path / "out", how], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["1"], done.stderr
 
 
 def test_a_tool_call_is_read_from_what_a_model_writes(inspect_ai: Any) -> None:

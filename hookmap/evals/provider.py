@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from hookmap.scale.model import RayModel
 
 MAX_TOKENS = 512
+BATCH_SIZE = 8
 METADATA = "hookmap"
 _QUIET = 0.05
 """seconds without a new request after which a batch that is not full runs"""
@@ -69,8 +71,8 @@ class HookmapAPI(ModelAPI):
     """A model of this process, or with `workers` of so many others.
 
     Model arguments: points, layers, keep (`positions`, `mean`, … of `HookedModel.capture`), captures (a folder),
-    batch_size (in all), and hookmap.open's, or hookmap.open_on_ray's. Requests with a seed run by themselves, so that
-    their answers repeat.
+    batch_size (in all; the config's max_connections unless given), and hookmap.open's, or hookmap.open_on_ray's.
+    Requests with a seed run by themselves, so that their answers repeat.
     """
 
     def __init__(
@@ -83,27 +85,37 @@ class HookmapAPI(ModelAPI):
         layers: Any = "all",
         keep: Mapping[str, Any] | None = None,
         captures: str | None = None,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         **opening: Any,
     ) -> None:
-        """`model_name`: a hub id, a folder, or `demo`. Raises what `hookmap.open` does, and SelectionError."""
+        """`model_name`: a hub id, a folder, or `demo`. Loads nothing yet. Raises CaptureError."""
         super().__init__(model_name, base_url, api_key, [], config)
+        if points and captures is None:
+            raise CaptureError("points are kept in a folder: give captures=FOLDER.")
+        self._opening, self._workers = opening, opening.get("workers", 1)
+        self._points, self._layers, self._keep = points or (), layers, dict(keep or {})
+        self._batch_size = batch_size or config.max_connections or BATCH_SIZE
+        self._captures = Path(captures) if captures and points else None
+        self._requests: queue.Queue[_Request] = queue.Queue()
+
+    @cached_property
+    def hooked(self) -> "HookedModel | RayModel":
+        """The model, opened when it is first asked for: inspect makes providers only to look at their names, too.
+
+        Raises what `hookmap.open` does, and SelectionError for the points.
+        """
         from hookmap.demo import MODEL_PATH
         from hookmap.model import open
         from hookmap.scale.model import open_on_ray
 
-        if points and captures is None:
-            raise CaptureError("points are kept in a folder: give captures=FOLDER.")
-        opener: Any = open_on_ray if "workers" in opening else open
-        self.hooked: HookedModel | RayModel = opener(MODEL_PATH if model_name == "demo" else model_name, **opening)
-        self._workers = opening.get("workers", 1)
-        if points:
-            self.hooked.map.selectors(points, layers)  # what is wrong with them is said before anything runs
-        self._points, self._layers, self._keep = points or (), layers, dict(keep or {})
-        self._batch_size = batch_size
-        self._captures = Path(captures) if captures and points else None
-        self._requests: queue.Queue[_Request] = queue.Queue()
+        opener: Any = open_on_ray if "workers" in self._opening else open
+        opened: HookedModel | RayModel = opener(
+            MODEL_PATH if self.model_name == "demo" else self.model_name, **self._opening
+        )
+        if self._points:
+            opened.map.selectors(self._points, self._layers)
         threading.Thread(target=self._serve, name="hookmap-batches", daemon=True).start()
+        return opened
 
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig

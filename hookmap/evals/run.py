@@ -7,7 +7,7 @@ from typing import Any
 from hookmap.errors import CaptureError, StoreError
 from hookmap.evals.gsm8k import MODES, PROMPTS, gsm8k
 from hookmap.evals.problems import DEMO
-from hookmap.evals.provider import MAX_TOKENS, hookmap_provider, remove_captures
+from hookmap.evals.provider import MAX_TOKENS, HookmapAPI, remove_captures
 from hookmap.evals.results import BATCHES, LOGS, write, write_results
 from hookmap.stores.durable import temporary
 
@@ -45,11 +45,11 @@ def evaluate(
     prompt = prompt or ("bare" if source == DEMO else "gsm8k")
     settings: dict[str, Any] = {"model": model, "source": str(source), "samples": samples, "skip": skip, "mode": mode}
     settings |= {"prompt": prompt, "scorer": _SCORER_OF[prompt], "points": points, "layers": layers}
-    settings |= {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    settings |= {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "opening": opening or {}}
     target = Path(folder)
     _same_run(target, settings)
     own = not model.startswith(INSPECTS)
-    arguments = {"points": points, "layers": layers, "captures": str(target / BATCHES), "batch_size": parallel}
+    arguments = {"points": points, "layers": layers, "captures": str(target / BATCHES)}
     log = finished_log(
         gsm8k(str(source), samples, skip, mode, prompt, seed),
         target,
@@ -76,13 +76,16 @@ def finished_log(
     """
     from inspect_ai import eval_set
     from inspect_ai.log import read_eval_log
+    from inspect_ai.model import GenerateConfig, get_model
 
-    assert hookmap_provider  # registers itself
+    # A batch's size is in the config, by which inspect does not tell runs apart: it may be another after a kill.
+    opened = get_model(model, config=GenerateConfig(max_connections=parallel), **arguments)
+    if isinstance(opened.api, HookmapAPI):
+        assert opened.api.hooked  # what is wrong with the model or the points is said before anything runs
     done, logs = eval_set(
         task,
         log_dir=str(folder / LOGS),
-        model=model,
-        model_args=arguments,
+        model=opened,
         retry_attempts=1,
         retry_wait=0,
         log_buffer=1,  # a sample that is finished is in the log
@@ -106,7 +109,7 @@ def _recording(points: Any, layers: Any) -> dict[str, Any]:
 def _same_run(folder: Path, settings: dict[str, Any]) -> None:
     """Keep the run's settings, or hold them against those that something has run with already."""
     file = folder / SETTINGS
-    wanted = json.loads(json.dumps(settings))
+    wanted = json.loads(json.dumps(settings, default=str))
     if file.is_file() and (folder / LOGS).is_dir():
         there = json.loads(file.read_text(encoding="utf-8"))
         if lines := [f"  - {k}: there {there.get(k)!r}, now {v!r}" for k, v in wanted.items() if there.get(k) != v]:

@@ -47,7 +47,7 @@ def task(experiment: Experiment, asked: list[Request]) -> Task:
 def generate(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """All answers in inspect's log, their activations in one capture. Goes on after a kill. Returns counts."""
     asked, sampling, captures = requests(experiment), experiment.sampling, experiment.captures
-    arguments: dict[str, Any] = {"batch_size": experiment.batch_size, "dtype": experiment.dtype}
+    arguments: dict[str, Any] = {"dtype": experiment.dtype}
     if experiment.device is not None:
         arguments["device"] = experiment.device
     if captures is not None:

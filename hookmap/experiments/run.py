@@ -138,7 +138,7 @@ def _hold_against(folder: Path, experiment: Experiment, again: Stage | None) -> 
     if not (folder / CONFIG).is_file():
         return
     there, now = json.loads((folder / CONFIG).read_text(encoding="utf-8")), json.loads(_config(experiment))
-    free = (*(_OWN[again] if again else ()), "stages")
+    free = (*(_OWN[again] if again else ()), "stages", "batch_size")
     changed = [line for line in _changes(there, now) if line[0].split(".")[1:2] not in [[name] for name in free]]
     if not changed:
         return
