@@ -23,7 +23,7 @@ OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 .PHONY: demo test test-maps test-oldest test-peers test-clients setup check docs format schema clean
 
 demo: .venv/.ready
-	@rm -rf demo-output && mkdir demo-output
+	@rm -rf demo-output
 	HF_HUB_OFFLINE=1 $(BIN)/hookmap discover -o demo-output/map.json
 	HF_HUB_OFFLINE=1 $(BIN)/hookmap capture --points resid_pre,resid_mid --layers 8,12,16 -o demo-output/capture
 	HF_HUB_OFFLINE=1 $(BIN)/hookmap inspect demo-output/capture

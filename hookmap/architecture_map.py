@@ -249,7 +249,8 @@ class ArchitectureMap(_Frozen):
         return re.sub(rf"\[\s*({_SCALAR}(?:,\s*{_SCALAR})*)\s*\]", _on_one_line, text) + "\n"
 
     def save(self, path: str | Path) -> None:
-        """Write the document to `path`."""
+        """Write the document to `path`, with the folders that it is in."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
 

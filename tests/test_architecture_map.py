@@ -22,8 +22,8 @@ def test_the_published_schema_is_that_of_the_code() -> None:
 
 def test_a_map_survives_its_file(tmp_path: Path) -> None:
     found = parse(hybrid())
-    found.save(tmp_path / "map.json")
-    assert load(tmp_path / "map.json") == found
+    found.save(tmp_path / "new" / "map.json")
+    assert load(tmp_path / "new" / "map.json") == found
     assert parse(found.model_dump()) == found
 
 

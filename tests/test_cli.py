@@ -464,8 +464,9 @@ def test_a_used_folder_is_not_written_over() -> None:
 
 
 def test_an_unwritable_output_is_one_line() -> None:
-    told = failed("discover", "-q", "-o", "no/such/map.json")
-    assert "cannot write no/such/map.json: No such file or directory" in told and "foresaw" not in told
+    Path("file").touch()
+    told = failed("discover", "-q", "-o", "file/map.json")
+    assert "cannot write file/map.json: " in told and "foresaw" not in told
 
 
 def test_a_map_file_is_not_taken_for_a_model() -> None:

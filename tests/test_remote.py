@@ -117,7 +117,8 @@ def test_what_needs_weights_here_is_refused() -> None:
         there.capture("Hi", ["resid_mid"], [1], do_sample=True, seed=1)
 
 
-def test_a_server_that_is_not_there_is_told() -> None:
+def test_a_request_that_cannot_be_sent_is_told() -> None:
+    """nnsight asks the hub for the model's name before it asks the server."""
     with pytest.raises(CaptureError, match="failed on http"):
         hookmap.open_remote(MODEL_PATH, "http://127.0.0.1:9").capture("Hi", ["resid_mid"], [1], max_new_tokens=2)
 
