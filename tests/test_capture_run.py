@@ -338,8 +338,8 @@ def test_a_visit_too_few_or_too_many_is_refused(calls: list[int], message: str) 
         ({"max_length": 9}, "max_new_tokens="),
         ({"seed": "one", "do_sample": True}, "seed: expected"),
         ({"seed": 2**70, "do_sample": True}, "64 bits"),
-        ({"stop": ""}, "at least one character"),
-        ({"stop": ["a", 3]}, "at least one character, got 3"),
+        ({"stop": ""}, "at least one whole character"),
+        ({"stop": ["a", 3]}, "at least one whole character, got 3"),
         ({"resume": True}, "store=FOLDER"),
     ],
 )
