@@ -394,14 +394,6 @@ def test_a_taken_port_is_said_before_the_model_is_loaded() -> None:
     assert f"cannot listen at 127.0.0.1:{port}: Address already in use" in message and "nobody" not in message
 
 
-def test_tables_that_nobody_reads_end_quietly() -> None:
-    started = program("config", "show")
-    assert started.stdout is not None and started.stderr is not None
-    started.stderr.close()
-    assert (started.wait(), started.stdout.read()) == (1, b"")
-    started.stdout.close()
-
-
 def test_an_unknown_model_without_a_network_says_all_that_was_tried() -> None:
     start = time.perf_counter()
     message = failed("discover", "nobody/nothing")

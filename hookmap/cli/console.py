@@ -1,6 +1,5 @@
 """What a person reads: notes, tables, spinners and progress bars, on stderr."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -19,16 +18,10 @@ from rich.progress import (
 from rich.table import Table
 
 
-class _Screen(Console):
-    def on_broken_pipe(self) -> None:
-        """Nobody reads any more (`2>&1 | head`): the entry of the command line ends quietly, as for other output."""
-        raise BrokenPipeError(errno.EPIPE, "nobody reads")
-
-
 def console(stderr: bool = True) -> Console:
     """A terminal has its own width; a file or a pipe gets lines that are wide enough for any table here."""
-    made = _Screen(stderr=stderr, highlight=False)
-    return made if made.is_terminal else _Screen(stderr=stderr, highlight=False, width=140)
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=140)
 
 
 @contextmanager
