@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from hookmap.errors import StoreError
-from hookmap.steering import About, SteeringVector
+from hookmap.steering import About, SteeringVector, load_vector
 
 ARCHITECTURE = "controlvector"
 POINT = "resid_post"
@@ -88,6 +88,11 @@ def read_gguf(path: str | Path) -> SteeringVector:
         model_type=fields.get(f"{ARCHITECTURE}.model_hint") or None,
     )
     return SteeringVector(about, directions)
+
+
+def open_vector(path: str | Path) -> SteeringVector:
+    """Of a .gguf file, else of a .safetensors one. Raises what `read_gguf` and `load_vector` do."""
+    return read_gguf(path) if Path(path).suffix == ".gguf" else load_vector(path)
 
 
 def _text(field: Any) -> str | None:

@@ -72,9 +72,9 @@ def command(
         where |= {"point": point or "resid_post", "layers": "all" if chosen is None else chosen}
         interventions = [{"do": "steer", "vector": file, "strength": strength, **where}]
     else:
-        from hookmap.cli.commands.vector import read_vector
+        from hookmap.control_vectors import open_vector
 
-        made = read_vector(str(vector))
+        made = open_vector(str(vector))
         where |= {"point": point} if point else {}
         interventions = made.interventions(strength, None if chosen in (None, "all") else chosen, **where)  # type: ignore[arg-type]
     refuse_unknown(point or (), positions=positions)

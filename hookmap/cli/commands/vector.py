@@ -73,7 +73,9 @@ def convert(source: str, target: str, model_hint: str | None) -> None:
     GGUF is what llama.cpp and repeng read: resid_post of layer 1 and up, float32.
     """
     _check_ending(target)
-    _write(read_vector(source), target, model_hint)
+    from hookmap.control_vectors import open_vector
+
+    _write(open_vector(source), target, model_hint)
     click.echo(target)
 
 
@@ -82,7 +84,9 @@ def convert(source: str, target: str, model_hint: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout, and no table.")
 def show(file: str, as_json: bool) -> None:
     """Show what a vector is of, and how long it is at each layer."""
-    found = read_vector(file)
+    from hookmap.control_vectors import open_vector
+
+    found = open_vector(file)
     lengths = {layer: float(found[layer].norm()) for layer in found.layers}
     about = found.about.model_dump(mode="json")
     if as_json:
@@ -105,14 +109,6 @@ def show(file: str, as_json: bool) -> None:
 def _check_ending(path: str) -> None:
     if Path(path).suffix not in (".safetensors", ".gguf"):
         raise click.UsageError(f"{path}: a vector's file ends in .safetensors or .gguf")
-
-
-def read_vector(path: str) -> "SteeringVector":
-    """Of a .gguf or .safetensors file. Raises what `read_gguf` and `load_vector` do."""
-    from hookmap.control_vectors import read_gguf
-    from hookmap.steering import load_vector
-
-    return read_gguf(path) if Path(path).suffix == ".gguf" else load_vector(path)
 
 
 def _write(vector: "SteeringVector", path: str, model_hint: str | None = None) -> None:
