@@ -285,6 +285,22 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
     assert (done.returncode, [line for line in done.stderr.splitlines() if "hookmap" in line]) == (0, [])
 
 
+def test_a_server_that_starts_is_never_taken_for_one_that_has_ended(tmp_path: Path) -> None:
+    """However the moments of its start are met: the pid file is being written, the shell becomes the server."""
+    host = Host(tmp_path, tmp_path, {"port": 1, "options": ["--help"]})
+    host.make_key()
+    for _ in range(20):
+        host.write_launcher(sys.executable, CHECKOUT, "any")
+        seen = []
+        with subprocess.Popen(["sh", str(tmp_path / "run.sh")]) as server:
+            while not host.pid_file.exists():
+                pass
+            while (found := host.pid()) is not None:
+                seen.append(found)
+            assert server.wait(timeout=0.5) == 0, f"seen {len(seen)} times, it was said to have ended"
+        assert set(seen) == {server.pid}
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
 def test_shellcheck_finds_nothing_in_the_script() -> None:
     script = CHECKOUT / "hookmap" / "deploy" / "enter.sh"

@@ -28,7 +28,7 @@ from typing import Any
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OURS = frozenset(
-    "venv releases run.sh env hookmap.yaml key pid server.json server.log server.log.1 sessions .lock".split()
+    "venv releases run.sh env hookmap.yaml key pid pid.new server.json server.log server.log.1 sessions .lock".split()
 )
 """what a server's folder holds"""
 TAIL = 25
@@ -254,7 +254,7 @@ class Host:
             "HOOKMAP_KEY=$(cat key)",
             f"PYTHONPATH={shlex.quote(str(release))}",
             "set +a",
-            "echo $$ > pid",
+            "echo $$ > pid.new && mv pid.new pid",  # so that nobody reads half of it
             f"exec {shlex.join(command)} >> server.log 2>&1",
         ]
         (self.folder / "run.sh").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -386,10 +386,17 @@ RUNNERS: "dict[str, Callable[[Host], None]]" = {
 
 def command_line(pid: int) -> str:
     """Of a process, its words with spaces between; "" where there is none, or a dead one."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return "" if Path("/proc/self").exists() else run(["ps", "-ww", "-o", "command=", "-p", str(pid)]).stdout
+    if not Path("/proc/self").exists():
+        return run(["ps", "-ww", "-o", "command=", "-p", str(pid)]).stdout
+    end = time.monotonic() + 5
+    with contextlib.suppress(OSError):
+        while True:  # a process has no words, and lives, while its program is being replaced (exec)
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if words or state in "ZX" or time.monotonic() > end:
+                return words.replace(b"\0", b" ").decode(errors="replace")
+            time.sleep(0.001)
+    return ""
 
 
 def send(pid: int, number: int) -> None:
