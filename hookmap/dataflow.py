@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -278,6 +278,3 @@ def _written_arguments(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tens
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             if isinstance(value, torch.Tensor):
                 yield value
-
-
-Visitor = Callable[[Operation], None]

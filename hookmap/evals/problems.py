@@ -9,7 +9,6 @@ from hookmap.errors import DataError
 from hookmap.evals.answers import strict
 
 DEMO = "demo"
-HUB = "hf://openai/gsm8k:test"
 _SEED = 12345
 
 
