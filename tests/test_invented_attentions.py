@@ -1,0 +1,177 @@
+"""Invented architectures: attentions whose queries, keys, values or heads' outputs stand nowhere: none is guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from invented import IDS, D, Ladder, Mix, Rung, Think, check, note
+from torch import Tensor, nn
+
+from hookmap.discovery import discover
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+
+class Short(nn.Module):
+    """A convolution of each feature over three positions, as Inkling has it behind branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Conv1d(D, D, 3, groups=D, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
+
+
+class Apart(Mix):
+    """Queries, keys and values by three modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.short = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D), Short()
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(2, 3), -1) @ v
+
+    def end(self, z: Tensor) -> Tensor:
+        return self.back(z.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.attend(*(part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.parts(x))))
+
+
+class Fused(Apart):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class ShortKeys(Apart):
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.short(self.k(x)), self.v(x)
+
+
+class MadeQueries(Apart):
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x @ (x.transpose(1, 2) @ x).softmax(-1), self.k(x), self.v(x)
+
+
+class Double(Apart):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(q, k, v) + super().attend(k, q, v)
+
+
+class NoWayOut(Apart):
+    def end(self, z: Tensor) -> Tensor:
+        return z.transpose(1, 2).flatten(2)
+
+
+class TwoWaysOut(Apart):
+    def end(self, z: Tensor) -> Tensor:
+        return super().end(z) + self.three(z.transpose(1, 2).flatten(2))[..., :D]
+
+
+class BraidedOut(Apart):
+    def end(self, z: Tensor) -> Tensor:
+        return self.back(z.permute(0, 2, 3, 1).flatten(2))
+
+
+def ladder(mix: Callable[[], nn.Module]) -> Ladder:
+    class Own(Rung):
+        def __init__(self, i: int) -> None:
+            super().__init__(i)
+            self.blend = mix()
+
+    return Ladder(Own)
+
+
+@pytest.mark.parametrize(
+    ("mix", "missing"),
+    [
+        (Apart, {}),
+        (Fused, {"pattern": "one fused operation computes the attention"}),
+        (ShortKeys, {"k": "a convolution over positions stands between"}),
+        (MadeQueries, {"q": "computed from products of activations"}),
+        (Double, dict.fromkeys("qkvz", "this block's mixer has 2 attentions")),
+        (NoWayOut, {"z": "no one projection reads the heads' outputs"}),
+        (TwoWaysOut, {"z": "no one projection reads the heads' outputs"}),
+        (BraidedOut, {"z": "does not read the heads side by side"}),
+    ],
+)
+def test_what_stands_nowhere_is_refused_and_the_rest_is_read(mix: Callable[[], Any], missing: dict[str, str]) -> None:
+    model = ladder(mix).eval()
+    found = discover(model)
+    seen: dict[str, Tensor] = {}
+    hooks = []
+    for selector in (s for point in "qkvz" if point not in missing for s in found.selectors(point, 1)):
+
+        def take(_: Any, args: Any, kwargs: Any, output: Any, selector: Any = selector) -> None:
+            seen[selector.point] = selector.resolve(args, kwargs, output)
+
+        module = model.get_submodule(selector.module)
+        hooks.append(module.register_forward_hook(take, with_kwargs=True))
+    hooks.append(model.rungs[1].blend.register_forward_pre_hook(lambda _, args: seen.update(x=args[0])))
+    with torch.no_grad():
+        model(IDS)
+        for hook in hooks:
+            hook.remove()
+        block: Any = model.rungs[1].blend
+        by_hand = dict(zip("qkv", (p.unflatten(-1, (2, -1)) for p in block.parts(seen["x"])), strict=True))
+        by_hand["z"] = block.attend(*(by_hand[name].transpose(1, 2) for name in "qkv")).transpose(1, 2)
+    assert seen.keys() - {"x"} == set("qkvz") - missing.keys()
+    for name in seen.keys() - {"x"}:
+        torch.testing.assert_close(seen[name], by_hand[name], atol=1e-5, rtol=1e-5)
+    for name, reason in missing.items():
+        assert reason in (found.unavailable(name, 1) or "(it is there)")
+
+
+class Convolved(Rung):
+    """What both branches add went through a short convolution: the second is an MLP none the less."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.one, self.other = Short(), Short()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.one(self.blend(n))
+        y = x + a
+        m = self.cool(y)
+        f = self.other(self.think(m))
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+def test_a_short_convolution_behind_a_branch_makes_no_mixer_of_it() -> None:
+    (kind,) = check(Ladder(Convolved)).kinds
+    assert kind.branch_order == "sequential"
+    raw = [kind.points[f"{branch}_out_raw"].terms[0].module for branch in ("mixer", "mlp")]
+    assert raw == ["rungs.{i}.blend", "rungs.{i}.think"]
+
+
+class Twofold(Rung):
+    """An MLP of two modules side by side."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.beside = Think()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        y = x + a
+        m = self.cool(y)
+        f = self.think(m) + self.beside(m)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+def test_the_hidden_activations_of_two_modules_are_not_those_of_the_first() -> None:
+    found = check(Ladder(Twofold))
+    assert "a sum of several modules" in found.unavailable("mlp_post", 0)
