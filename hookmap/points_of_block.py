@@ -439,15 +439,14 @@ class _Reader:
         """The fewest modules inside the block that hold all weight operations of a branch."""
         flow, block = self.values.flow, self.block.call
         heavy = [op for op in ops if op.name in HEAVY and any(map(self.values.is_constant, self.values.operands(op)))]
-        chains = []
+        outermost: dict[int, None] = {}
         for op in heavy:
-            chain, call = [], op.call
+            inner, call = -1, op.call
             while call != block.index and call >= 0:
-                chain.append(call)
-                call = flow.calls[call].parent if flow.calls[call].parent is not None else -1  # type: ignore[assignment]
-            if chain:
-                chains.append(chain[::-1])
-        outermost = dict.fromkeys(chain[0] for chain in chains)
+                parent = flow.calls[call].parent
+                inner, call = call, -1 if parent is None else parent
+            if inner >= 0:
+                outermost[inner] = None
         calls = [flow.calls[index] for index in outermost]
         return [c for c in calls if self.values.norm_input(c) is None] or calls
 

@@ -532,6 +532,43 @@ def test_every_problem_with_the_model_is_said_at_once() -> None:
         assert part in str(found.value), (part, str(found.value))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        ({"layers": 7}, hookmap.SelectionError),
+        ({"positions": "last"}, hookmap.SelectionError),
+        ({"positions": "text=a"}, hookmap.SelectionError),  # without a tokenizer
+        ({"steps": "-1"}, hookmap.SelectionError),
+        ({"heads": [0]}, hookmap.InterventionError),
+        ({"vector": [1.0, 2.0]}, hookmap.InterventionError),
+        ({"point": "pattern"}, hookmap.InterventionError),
+    ],
+)
+def test_a_place_that_is_not_there_is_another_error_than_a_change_that_is_none(
+    wrong: dict[str, Any], kind: type[hookmap.HookmapError]
+) -> None:
+    hm = hookmap.open(plain_hooks.build("llama"))
+    with pytest.raises(hookmap.HookmapError, match="1 problem with the interventions") as found:
+        hm.generate(RAGGED, [{"do": "steer", "point": "resid_mid", "vector": [0.0] * D, **wrong}], None, 1)
+    assert type(found.value) is kind
+
+
+def test_a_vector_of_heads_is_given_as_the_rows_are_or_flat() -> None:
+    hm, rows = opened("llama"), torch.arange(32.0).reshape(4, 8)
+    for vector in (rows.tolist(), rows.flatten().tolist()):
+        ablate = {"do": "ablate", "point": "z", "to": "mean", "vector": vector}
+        run = hm.capture([[5, 6, 7]], ["z"], [1], 0, interventions=[ablate])
+        assert torch.equal(run.read(0, "z", 1), rows.expand(3, 4, 8))
+
+
+def test_a_source_whose_rows_are_of_another_width_is_refused(tmp_path: Path) -> None:
+    opened("llama").capture([[5, 6, 7]], ["resid_mid"], features=8, max_new_tokens=0, store=tmp_path / "narrow")
+    patch = {"do": "patch", "point": "resid_mid", "layers": 1, "positions": "all"}
+    source = {"store": str(tmp_path / "narrow"), "sample": 0}
+    with pytest.raises(hookmap.InterventionError, match=r"rows of resid_mid are \[8\]: expected \[32\]"):
+        opened("llama").generate([[7, 8, 9]], [{**patch, "source": source}], None, 1)
+
+
 def test_what_the_models_numbers_cannot_hold_is_refused_and_never_written() -> None:
     hm = hookmap.open(plain_hooks.build("llama", dtype=torch.float16), tokenizer=tiny_tokenizer())
     at, ones = {"point": "resid_post", "layers": 1}, [1.0] * D

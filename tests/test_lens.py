@@ -157,6 +157,25 @@ def test_what_has_no_lens_is_refused_with_the_reason(arguments: dict[str, Any], 
         opened("llama").lens(**{"source": TOKENS, **arguments})
 
 
+@pytest.mark.parametrize(
+    ("held", "arguments", "why"),
+    [
+        ({"layers": [0, 2]}, {"layers": [1, 2]}, r"holds no resid_post of layers \[1\]: it holds \[0, 2\]"),
+        ({"layers": [0]}, {"point": "resid_mid"}, "holds no resid_mid of layers any"),
+        ({"layers": [0, 2]}, {"sample": 3}, "no sample 3: it has 1"),
+        ({"mean": True}, {}, "sample 0 is a mean over positions"),
+        ({"layers": [0]}, {}, "name a target, or capture it too"),
+    ],
+)
+def test_a_capture_that_does_not_hold_what_a_lens_reads_is_refused(
+    held: dict[str, Any], arguments: dict[str, Any], why: str
+) -> None:
+    hm = opened("llama")
+    run = hm.capture([TOKENS], ["resid_post"], max_new_tokens=0, **held)
+    with pytest.raises(hookmap.SelectionError, match=why):
+        hm.lens(run, **arguments)
+
+
 def test_logits_that_are_no_chain_of_steps_are_refused_with_the_operation() -> None:
     import transformers as tf
 
@@ -193,6 +212,81 @@ def test_a_stream_that_is_normed_itself_has_a_lens_and_no_attribution() -> None:
     assert torch.allclose(hm.lens(TOKENS).kl[-1], torch.zeros(6), atol=1e-5)
     with pytest.raises(hookmap.SelectionError, match="norm the stream itself"):
         hm.attribute(TOKENS)
+
+
+class _Squashed(torch.nn.RMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).tanh()
+
+
+class _Cubed(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).pow(3)
+
+
+class _Unsaid(torch.nn.Module):
+    """A branch of half the stream that the map does not know."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "block" else getattr(self.block, name)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        whole: torch.Tensor = self.block(x, *args, **kwargs) + x / 2
+        return whole
+
+
+@pytest.mark.parametrize(
+    ("place", "make", "why"),
+    [
+        ("model.norm", lambda old: _Squashed(32), "neither a layer norm nor an RMS norm"),
+        ("lm_head", lambda old: _Cubed(32, 97, bias=False), "not linear: the sum misses the logit"),
+        ("model.layers.1", _Unsaid, "the stream is not the sum of what the branches add"),
+    ],
+)
+def test_an_attribution_that_would_not_sum_to_the_logit_is_refused(place: str, make: Any, why: str) -> None:
+    hm = opened("llama")
+    known = hm.map
+    hm.model.set_submodule(place, make(hm.model.get_submodule(place)))
+    with pytest.raises(hookmap.SelectionError, match=why):
+        HookedModel(hm.model, None, known).attribute(TOKENS, target=13)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"axes": ("batch", "pos", "stream", "d_model")}, "the blocks have several residual streams"),
+        ({"unavailable": {"mlp_out": "it is nowhere"}}, "the blocks have no mlp_out: it is nowhere"),
+    ],
+)
+def test_a_map_without_summands_has_no_attribution(change: dict[str, Any], why: str) -> None:
+    hm = opened("llama")
+    lacking = change.get("unavailable", {})
+    kinds = tuple(
+        kind.model_copy(update={"points": {n: p for n, p in kind.points.items() if n not in lacking}, **change})
+        for kind in hm.map.kinds
+    )
+    with pytest.raises(hookmap.SelectionError, match=why):
+        HookedModel(hm.model, None, hm.map.model_copy(update={"kinds": kinds})).attribute(TOKENS)
+
+
+def test_without_a_final_norm_the_parts_are_their_own_logits() -> None:
+    hm = opened("llama")
+    known = hm.map.model_copy(update={"final_norm_path": None})
+    hm.model.model.norm = torch.nn.Identity()
+    found = HookedModel(hm.model, None, known).attribute(TOKENS, target=13)
+    run = hm.capture([TOKENS], ["mlp_out"], [1], max_new_tokens=0)
+    by_hand = run.read(0, "mlp_out", 1)[-1] @ hm.model.lm_head.weight[13]
+    assert torch.allclose(found.values[found.parts.index("mlp_out[1]"), 0], by_hand, atol=1e-5)
+    assert torch.allclose(found.values.sum(0), logits_of(hm, TOKENS)[-1:, 13], atol=1e-4)
+
+
+def test_an_attribution_is_of_one_prompt() -> None:
+    with pytest.raises(hookmap.SelectionError, match="of one prompt, got 2"):
+        opened("llama").attribute([TOKENS, TOKENS])
 
 
 def test_factors_and_caps_are_read_from_the_dataflow_with_their_numbers() -> None:

@@ -87,9 +87,12 @@ def test_what_cannot_be_swept_is_refused() -> None:
         (CLEAN, CORRUPTED[:3], {}, "has 5 tokens and the corrupted one 3"),
         (CLEAN, CLEAN, {}, "are the same"),
         (CLEAN, CORRUPTED, {"point": "pattern"}, "has used the attention weights"),
+        ([CLEAN, CLEAN], CORRUPTED, {}, "one clean and one corrupted prompt, got 2"),
     ):
         with pytest.raises(hookmap.InterventionError, match=message):
             sweep(hm, clean, corrupted, 7, 9, **options)  # type: ignore[arg-type]
+    with pytest.raises(hookmap.SelectionError, match="'generated': none of the 5 tokens"):
+        sweep(hm, CLEAN, CORRUPTED, 7, 9, positions="generated")
     with pytest.raises(hookmap.InterventionError, match="'12' is 2 tokens here"):
         sweep(demo(), asked(4), asked(5), "12")
     with pytest.raises(hookmap.InterventionError, match="nothing to bring back"):

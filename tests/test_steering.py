@@ -184,7 +184,7 @@ def test_a_vector_says_how_to_steer_by_it() -> None:
         "do": "steer", "point": "resid_post", "layers": [1], "vector": made[1].tolist(), "strength": 4.0,
         "positions": "generated",
     }  # fmt: skip
-    assert second["layers"] == [2] and len(made.interventions(layers=[2])) == 1
+    assert second["layers"] == [2] and [found["strength"] for found in made.interventions(layers=[2])] == [1.0]
     with pytest.raises(hookmap.SelectionError, match="no layer 7: it has 1, 2"):
         made.interventions(layers=[7])
 

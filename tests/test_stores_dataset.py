@@ -59,6 +59,11 @@ def test_each_row_comes_once(tmp_path: Path, shuffle: int, batch: int, shard_byt
     assert (seen(batches) == ALL) == (shuffle == 0 and shard_bytes > 300) or shard_bytes == 300
 
 
+def test_a_capture_without_rows_has_no_batches(tmp_path: Path) -> None:
+    data = numbered(tmp_path / "c", samples=0).dataset(["resid_pre", "resid_mid"], 0, shuffle_rows=500)
+    assert data.rows == 0 and list(data) == []
+
+
 def test_the_rows_of_any_capture_come_once(tmp_path: Path) -> None:
     run = Run(resid(width=WIDTH), [[(0, 3, 7), (1, 5, 6)], [(2, 2, 30)], [(3, 1, 4)]], shard_tokens=12, shard_bytes=90)
     for name, run_ in (("steps", run), ("any order", replace(run, shuffle=3))):

@@ -222,3 +222,11 @@ def test_a_tensor_of_another_shape_is_refused() -> None:
     place = Place(Term("m", "output", None), "replace")
     with pytest.raises(hookmap.InterventionError, match=r"expected a tensor of \[1, 4, ...\].*got \[1, 1, 3\]"):
         place.write(((), {}, torch.zeros(1, 1, 3)), (1, 4), ([0], [0]), lambda rows: rows, "x")
+
+
+def test_what_could_only_be_written_into_a_copy_is_refused() -> None:
+    """Two axes before the positions that are not side by side in memory: no map has such a point."""
+    place = Place(Term("m", "output", None, heads=Heads(groups=1, start=0, stop=8, d_head=2)), "replace")
+    tensor = torch.zeros(3, 2, 4, 8).transpose(0, 1)
+    with pytest.raises(hookmap.InterventionError, match="lies in memory in a way that cannot be written"):
+        place.write(((), {}, tensor), (6, 4), ([0], [0]), lambda rows: rows + 1, "x")
