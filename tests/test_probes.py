@@ -266,6 +266,40 @@ def test_pools_are_means_of_the_rows_that_their_names_say() -> None:
         assert np.allclose(matrix[1], expected.numpy(), atol=1e-6), pool
 
 
+@pytest.mark.parametrize(
+    ("held", "pool", "expected"),
+    [
+        ((1, 3), "last", "no rows of the last token"),  # of the prompt alone
+        ((1, 5), "last", 1),
+        ((1, 3), "last_prompt", 1),
+        ((1, 5), "last_prompt", "no rows of the last token of the prompt"),
+        ((1, 3), "mean_answer", "no rows of the mean over those of the answer"),
+        ((4, 5), "mean_prompt", "no rows of the mean over those of the prompt"),
+        ((), "last", "no rows of the last token"),
+        ((), "mean", "no rows of the mean"),
+        ("mean", "last", "is one mean over positions"),
+        ("mean", "mean_prompt", "is one mean over positions"),
+        ("mean", "mean", 0),
+    ],
+)
+def test_a_pool_is_not_made_of_other_tokens_than_its_name_says(held: Any, pool: str, expected: int | str) -> None:
+    """Six tokens were fed, four of them the prompt's, and the capture holds some of them."""
+    from hookmap.probes.pooling import matrices
+
+    rows = torch.randn(1 if held == "mean" else len(held), WIDTH)
+    store = MemoryStore(KEYS[:1])
+    if len(rows):
+        store.write(Activation(0, *KEYS[0], 0, rows))
+    store.finish(Sample(0, "q", "a", tuple(range(7)), 4, len(rows), held))
+    found = matrices(store, KEYS[0], [0], pool, [None], 10**9)
+    if isinstance(expected, str):
+        with pytest.raises(hookmap.SelectionError, match=expected):
+            list(found)
+    else:
+        ((_, matrix),) = found
+        assert np.array_equal(matrix[0], rows[expected].numpy())
+
+
 def test_the_logprob_control_is_that_of_the_answers_tokens() -> None:
     from hookmap.probes.controls import _logprob
 

@@ -17,9 +17,9 @@ from hookmap.stores.interface import Store
 POOLS = {
     "last": "the last token that was fed to the model",
     "last_prompt": "the last token of the prompt, before anything is answered",
-    "mean": "the mean over all tokens",
-    "mean_prompt": "the mean over the prompt",
-    "mean_answer": "the mean over the answer's tokens",
+    "mean": "the mean over all tokens that the capture holds",
+    "mean_prompt": "the mean over those of the prompt",
+    "mean_answer": "the mean over those of the answer",
     "each": "each position by itself, counted from the end of the prompt (-1 is its last token, 0 the first answered)",
 }
 COPIES = 4
@@ -102,15 +102,19 @@ def _rows(sample: Sample, pool: str) -> Sequence[int]:
     """Rows of a sample that are averaged. Raises SelectionError where the capture holds none of them."""
     positions = sample.positions
     if positions == "mean":
-        if pool not in ("mean", "last"):
-            raise SelectionError(f"sample {sample.sample} is one mean over positions: pool={pool} cannot be told.")
+        if pool != "mean":
+            raise SelectionError(
+                f"sample {sample.sample} is one mean over positions: pool={pool} cannot be told. Use pool=mean."
+            )
         return range(1)
     own: Sequence[int] = range(sample.rows) if positions is None else positions
     end = sample.prompt_tokens
+    found: Sequence[int]
     if pool == "last":
-        found = [len(own) - 1]
+        last = sample.rows - 1 if positions is None else max(end, len(sample.token_ids) - 1) - 1
+        found = [len(own) - 1] if own and own[-1] >= last else []
     elif pool == "mean":
-        return range(len(own))
+        found = range(len(own))
     elif pool == "last_prompt":
         found = [row for row, position in enumerate(own) if position == end - 1]
     else:
