@@ -87,7 +87,7 @@ async def leave(client: httpx.AsyncClient, streams: bool) -> None:
         ) as answer:
             async for _ in answer.aiter_lines():
                 return
-    except httpx.ReadTimeout:
+    except httpx.TimeoutException:
         pass
 
 
@@ -213,7 +213,7 @@ def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
             waiting = []
             for state in ("running", "waiting"):
                 waiting.append(people.submit(served.chat, max_tokens=1))
-                end = time.monotonic() + 20
+                end = time.monotonic() + 120
                 while not getattr(worker, state):
                     assert time.monotonic() < end
                     time.sleep(0.01)
@@ -233,7 +233,7 @@ def test_who_still_waits_when_a_model_is_unloaded_is_told_so(tmp_path: Path, str
     with serving(tmp_path, admin_key="k", drain=0.1) as served, ThreadPoolExecutor(1) as people:
         served.headers = {"Authorization": "Bearer k"}
         waiting = people.submit(served.chat, **long)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not served.sessions.all():
             assert time.monotonic() < end
             time.sleep(0.01)
@@ -252,7 +252,7 @@ def test_sigterm_lets_the_running_answer_end(tmp_path: Path) -> None:
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen([*command, "--device", "cpu"], stdout=log, stderr=log, cwd=tmp_path)
     try:
-        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 240
         while True:
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{url}/health").status_code == 200:
@@ -260,7 +260,7 @@ def test_sigterm_lets_the_running_answer_end(tmp_path: Path) -> None:
             assert server.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
             time.sleep(0.1)
         body = {"messages": MESSAGES, "max_tokens": 60, "temperature": 5.0, "seed": 1, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=240) as answer:
             lines = []
             for line in answer.iter_lines():
                 if not lines:
