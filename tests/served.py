@@ -81,5 +81,5 @@ def serving(root: Path, hm: HookedModel | None = None, **limits: Any) -> Iterato
         yield Served(f"http://127.0.0.1:{port}", models.all[0].hm, models, sessions, root)
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(240)
         assert not thread.is_alive(), "the server did not stop"

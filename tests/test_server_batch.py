@@ -65,7 +65,7 @@ def together(
 
     def hold(rows: int, width: int) -> None:
         if not first:
-            first.append(free.wait(30))
+            first.append(free.wait(240))
         else:
             before(rows, width)
 
@@ -209,7 +209,7 @@ def test_a_row_that_ends_is_answered_while_others_go_on(served: Served) -> None:
 
     def wait_for_the_short_one(rows: int, width: int) -> None:
         passes.append(rows)
-        assert len(passes) != 12 or answered.wait(20), "the short answer waits for the long one"
+        assert len(passes) != 12 or answered.wait(240), "the short answer waits for the long one"
 
     def short() -> Any:
         found = whole(served, **asked(0, max_tokens=3))

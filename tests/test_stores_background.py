@@ -23,7 +23,7 @@ class SlowDisk(FolderWriter):
     gate: threading.Event
 
     def write(self, activation: Activation) -> None:
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         super().write(activation)
 
 
