@@ -439,7 +439,7 @@ def read_block(values: Values, stack: Stack, number: int, seq: int) -> Block:
     block = Block(number, stack.calls[number], values, entry, leave, seq, stack)
     block.path = residual_path(values, block.call, entry, leave)
     for position, step in enumerate(block.path):
-        if step.kind == "add" and step.branch is not None:
+        if step.branch is not None:
             block.branches += _branches(block, position, step)
     if not all(branch.shifts for branch in block.role("mixer")):
         # Beside a branch that mixes more, one that takes in the position before (RWKV's channel mixing) is the MLP.

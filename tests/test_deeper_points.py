@@ -12,6 +12,7 @@ from torch import nn
 
 import hookmap
 from hookmap.architecture_map import ArchitectureMap, parse
+from hookmap.head_layout import Labels
 from hookmap.points import POINTS
 from hookmap.skeleton import eager
 from hookmap.verification import redraw, verify
@@ -307,6 +308,13 @@ class _Ladder(nn.Module):
         for rung in self.rungs:
             x = rung(x)
         return (self.speak(x),)
+
+
+def test_the_pieces_of_labels_keep_the_lowest_and_the_highest() -> None:
+    labels = Labels(torch.arange(6), torch.arange(6) + 10)
+    first, second = labels.map(lambda t: t.chunk(2))
+    assert (first.low.tolist(), first.high.tolist()) == ([0, 1, 2], [10, 11, 12])
+    assert (second.low.tolist(), second.high.tolist()) == ([3, 4, 5], [13, 14, 15])
 
 
 def test_an_invented_fused_projection_is_read_and_a_braided_one_is_refused() -> None:

@@ -57,7 +57,7 @@ class Editor:
         self.before = before
         self._observer = observer
         # In one place a write of the stream comes first: what a branch reads of it is read after.
-        self._edits = sorted(enumerate(edits), key=lambda e: (e[1].selector.forward_index, e[0]))
+        self._edits = sorted(enumerate(edits), key=lambda e: e[1].selector.forward_index)
         self._places: dict[tuple[str, str, str], list[tuple[int, Edit]]] = {}
         for number, edit in self._edits:
             place = edit.place
