@@ -77,6 +77,9 @@ class Place:
             whole = tensor if self.mode == "in place" else tensor.clone()
             view = self._view(bare, whole, shape)
             if view is None:
+                whole = tensor.clone(memory_format=torch.contiguous_format)
+                view = self._view(bare, whole, shape)
+            if view is None or (self.mode == "in place" and whole is not tensor):
                 raise InterventionError(f"{what}: {bare} lies in memory in a way that cannot be written.")
             if tuple(view.shape[:2]) != shape:
                 raise InterventionError(

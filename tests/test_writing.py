@@ -2,7 +2,7 @@
 
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import plain_hooks
@@ -224,9 +224,15 @@ def test_a_tensor_of_another_shape_is_refused() -> None:
         place.write(((), {}, torch.zeros(1, 1, 3)), (1, 4), ([0], [0]), lambda rows: rows, "x")
 
 
-def test_what_could_only_be_written_into_a_copy_is_refused() -> None:
-    """Two axes before the positions that are not side by side in memory: no map has such a point."""
-    place = Place(Term("m", "output", None, heads=Heads(groups=1, start=0, stop=8, d_head=2)), "replace")
+@pytest.mark.parametrize("mode", ["replace", "in place"])
+def test_two_axes_that_are_not_side_by_side_in_memory_are_written_in_a_copy_where_that_does(mode: Any) -> None:
+    place = Place(Term("m", "output", None, heads=Heads(groups=1, start=0, stop=8, d_head=2)), mode)
     tensor = torch.zeros(3, 2, 4, 8).transpose(0, 1)
-    with pytest.raises(hookmap.InterventionError, match="lies in memory in a way that cannot be written"):
-        place.write(((), {}, tensor), (6, 4), ([0], [0]), lambda rows: rows + 1, "x")
+    write = partial(place.write, ((), {}, tensor), (6, 4), ([1], [2]), lambda rows: rows + 1, "x")
+    if mode == "in place":
+        with pytest.raises(hookmap.InterventionError, match="lies in memory in a way that cannot be written"):
+            write()
+        return
+    expected = torch.zeros(2, 3, 4, 8)
+    expected[0, 1, 2] = 1
+    assert torch.equal(write()[2], expected) and not tensor.any()
