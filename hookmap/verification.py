@@ -21,12 +21,15 @@ from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, 
 from hookmap.checks_inside import checks_inside
 from hookmap.checks_reads import checks_reads
 from hookmap.discovery import discover
-from hookmap.errors import HookmapError, MapMismatchError, ModelError
+from hookmap.errors import CaptureError, HookmapError, MapMismatchError, ModelError
 from hookmap.narrow import narrow
 from hookmap.selectors import Selector, select
 
 Key = tuple[str, int | None]
 _BATCH, _POSITIONS = 2, 9
+_ONE_TENSOR = (
+    "mixer_in", "mlp_in", "q", "k", "v", "z", "pattern", "mlp_post", "router_logits", "router_indices", "router_weights"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -209,11 +212,21 @@ class _Verifier:
         except HookmapError as error:
             yield Check("selectors", (), False, str(error))
             return
+        try:
+            yield from self._comparisons(values, output)
+        except Exception as error:  # a wrong map's tensors fail in sums, products and hooks as each of them does
+            said = str(error).partition("\n")[0]
+            yield Check("fit", (), False, f"what the map names does not fit together: {said}")
+
+    def _comparisons(self, values: dict[Key, Tensor], output: Any) -> Iterator[Check]:
         yield self._shapes(values)
+        yield self._bare(values)
         yield self._order()
         yield from self._hidden_states(values, output)
         yield from self._ends(values, output)
+        yield from self._final_norm(values, output)
         yield from self._sums(values)
+        yield from self._second_names(values)
         for each in checks_inside(self.map, self.model, self.ids, values, self._error, self.tolerance):
             yield Check(*each)
         for each in checks_reads(self.map, self.model, self.ids, values, self._error, self.tolerance):
@@ -294,6 +307,8 @@ class _Verifier:
 
     def _total(self, selector: Selector, found: dict[tuple[Key, int], Tensor]) -> Tensor:
         parts = [found[(selector.point, selector.layer), n] * t.scale for n, t in enumerate(selector.terms)]
+        if len(shapes := {tuple(part.shape) for part in parts}) > 1:
+            raise CaptureError(f"{selector} is no sum: its tensors have the shapes {sorted(map(list, shapes))}.")
         total = parts[0]
         for part in parts[1:]:
             total = total + part
@@ -310,6 +325,28 @@ class _Verifier:
         if len(widths) > 1:
             wrong.append(f"the residual stream has several widths: {sorted(widths)}")
         return Check("shapes", (), not wrong, "; ".join(wrong[:5]) or f"{len(values)} tensors are [batch, pos, d]")
+
+    def _bare(self, values: dict[Key, Tensor]) -> Check:
+        """What a branch reads or has inside is one tensor as it is; its bare output is what modules of it return."""
+        wrong = []
+        for kind in self.map.kinds:
+            for point, template in kind.points.items():
+                name, terms = point.partition(".")[0].replace("attn_", "mixer_"), template.terms
+                if name in _ONE_TENSOR and (len(terms) > 1 or terms[0].scale != 1):
+                    wrong.append(f"{point} is a sum or has a factor")
+                elif name.endswith("_raw") and not self._returned(kind, point, values):
+                    wrong.append(f"{point} is not what its branch returns")
+        detail = "; ".join(dict.fromkeys(wrong)) or "what branches read, hold and return are tensors as they are"
+        return Check("bare", (), not wrong, detail)
+
+    def _returned(self, kind: BlockKind, point: str, values: dict[Key, Tensor]) -> bool:
+        """Whether the terms of `mixer_out_raw` are outputs of the branch's modules, each once, shaped as `mixer_out`."""
+        terms, branch = kind.points[point].terms, kind.mlp if point.startswith("mlp") else kind.mixer
+        roots = branch.modules if branch else ()
+        inside = all(any(f"{t.module}.".startswith(f"{root}.") for root in roots) for t in terms)
+        plain = all(t.side == "output" and t.scale == 1 for t in terms) and len(set(terms)) == len(terms)
+        raw, out = (values.get((name, kind.layers[0])) for name in (point, point.replace("_raw", "")))
+        return inside and plain and (raw is None or out is None or raw.shape == out.shape)
 
     def _order(self) -> Check:
         """The promised order is the order in which the boundaries were crossed."""
@@ -385,6 +422,30 @@ class _Verifier:
             yield Check("hand-over", tuple(pairs), min(errors) > self.tolerance, detail)
         elif pairs:
             yield Check("hand-over", tuple(pairs), max(errors) <= self.tolerance, detail, max(errors))
+
+    def _final_norm(self, values: dict[Key, Tensor], output: Any) -> Iterator[Check]:
+        """Hugging Face's last hidden state; where that is recorded before the norm, what the norm's module makes of it."""
+        if ("final_norm", None) not in values:
+            return
+        states = getattr(output, "hidden_states", None) or ()
+        expected = self._like(states[-1]) if states else None
+        detail = "final_norm = hidden_states[-1]"
+        last = values.get(("resid_post", self.map.num_layers - 1))
+        norm = self.map.final_norm_path
+        if norm and last is not None and (expected is None or self._error(last, expected) <= self.tolerance):
+            with torch.no_grad():
+                expected = self.model.get_submodule(norm)(last)
+            detail = f"final_norm = {norm}(resid_post[-1])"
+        if expected is not None:
+            yield self._equal("final_norm", (), detail, values["final_norm", None], expected)
+
+    def _second_names(self, values: dict[Key, Tensor]) -> Iterator[Check]:
+        """`attn_in` is `mixer_in` where the mixer is attention, and so on."""
+        for point in sorted({point for point, _ in values if point.startswith("attn_")}):
+            first = point.replace("attn_", "mixer_", 1)
+            layers = tuple(layer for name, layer in values if name == point and layer is not None)
+            errors = [self._error(values.get((first, i)), values[point, i]) for i in layers]
+            yield Check("name", layers, max(errors) == 0, f"{point} = {first}", max(errors))
 
     def _sums(self, values: dict[Key, Tensor]) -> Iterator[Check]:
         for kind in self.map.kinds:
