@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from hookmap.errors import StoreError
-from hookmap.steering import About, SteeringVector, load_vector
+from hookmap.steering import About, SteeringVector, from_file, load_vector
 
 ARCHITECTURE = "controlvector"
 POINT = "resid_post"
@@ -87,7 +87,7 @@ def read_gguf(path: str | Path) -> SteeringVector:
         model=fields.get("hookmap.model"),
         model_type=fields.get(f"{ARCHITECTURE}.model_hint") or None,
     )
-    return SteeringVector(about, directions)
+    return from_file(path, about, directions)
 
 
 def open_vector(path: str | Path) -> SteeringVector:

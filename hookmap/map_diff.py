@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pydantic import BaseModel
+
 from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
 
 # Where a point is and what a block is made of; who made the map, when and with what proof is no difference.
 _HEAD = (
     "architecture", "layers_path", "num_layers", "d_model", "num_heads", "d_vocab", "pre_attention_path",
-    "pre_mlp_path", "embedding_path", "final_norm_path", "lm_head_path",
+    "pre_mlp_path", "embedding_path", "final_norm_path", "lm_head_path", "joined", "left_out",
 )  # fmt: skip
 _OF_KIND = ("layers", "block_class", "branch_order", "norm_placement", "axes", "mixer", "mlp", "relations")
 
@@ -20,6 +22,7 @@ def differences(before: ArchitectureMap, after: ArchitectureMap) -> Iterator[str
         if getattr(before, name) != getattr(after, name):
             yield f"{name}: {getattr(before, name)} -> {getattr(after, name)}"
     yield from _points("", before.model_points, after.model_points)
+    yield from _reasons("", before.model_unavailable, after.model_unavailable)
     old, new = ({kind.name: kind for kind in each.kinds} for each in (before, after))
     for name in old.keys() - new.keys():
         yield f"kind {name}: gone"
@@ -36,9 +39,7 @@ def _kind(before: BlockKind, after: BlockKind) -> Iterator[str]:
         if old != new:
             yield f"{where}{name}: {_short(name, old)} -> {_short(name, new)}"
     yield from _points(where, before.points, after.points)
-    for name, reason in after.unavailable.items():
-        if name in before.unavailable and before.unavailable[name] != reason:
-            yield f"{where}{name} is unavailable: {before.unavailable[name]} -> {reason}"
+    yield from _reasons(where, before.unavailable, after.unavailable)
 
 
 def _points(where: str, before: dict[str, PointTemplate], after: dict[str, PointTemplate]) -> Iterator[str]:
@@ -47,25 +48,40 @@ def _points(where: str, before: dict[str, PointTemplate], after: dict[str, Point
     for name in after.keys() - before.keys():
         yield f"{where}{name}: unavailable -> {_terms(after[name])}"
     for name in (name for name in before if name in after):
-        if before[name].terms != after[name].terms:
-            yield f"{where}{name}: {_terms(before[name])} -> {_terms(after[name])}"
+        old, new = _terms(before[name]), _terms(after[name])
+        if old != new:
+            yield f"{where}{name}: {old} -> {new}"
+
+
+def _reasons(where: str, before: dict[str, str], after: dict[str, str]) -> Iterator[str]:
+    for name in (name for name in before if name in after):
+        if before[name] != after[name]:
+            yield f"{where}{name} is unavailable: {before[name]} -> {after[name]}"
 
 
 def _terms(point: PointTemplate) -> str:
-    return " + ".join(map(_term, point.terms))
+    beside = f", beside {' + '.join(map(_term, point.beside))}" if point.beside else ""
+    return " + ".join(map(_term, point.terms)) + beside
 
 
 def _term(term: TermTemplate) -> str:
     scale = "" if term.scale == 1.0 else f"{term.scale:g} * "
     index = "" if term.index is None else f"[{term.index!r}]"
-    return f"{scale}{term.module or 'model'}.{term.side}{index}"
+    rest = _fields(term, "module", "side", "index", "scale")
+    return f"{scale}{term.module or 'model'}.{term.side}{index}" + (f" ({rest})" if rest else "")
+
+
+def _fields(part: BaseModel, *known: str) -> str:
+    """What else it says that is not the default."""
+    said = part.model_dump(exclude=set(known), exclude_defaults=True)
+    return ", ".join(f"{name} {value}" for name, value in said.items())
 
 
 def _short(name: str, value: object) -> str:
     if name == "layers":
         return _range(value)  # type: ignore[arg-type]
     if name in ("mixer", "mlp"):
-        return getattr(value, "type", "none")
+        return _fields(value) if isinstance(value, BaseModel) else "none"
     return str(value)
 
 

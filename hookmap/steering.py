@@ -127,7 +127,15 @@ def load_vector(path: str | Path) -> SteeringVector:
                 "Make the vector again."
             )
         directions[int(layer)] = tensor.float()
-    return SteeringVector(about, directions)
+    return from_file(path, about, directions)
+
+
+def from_file(path: str | Path, about: About, directions: Mapping[int, torch.Tensor]) -> SteeringVector:
+    """What a file holds. Raises StoreError that names it where its directions are none."""
+    try:
+        return SteeringVector(about, directions)
+    except StoreError as error:
+        raise StoreError(f"{path}: {error}") from error
 
 
 def make_vector(

@@ -90,7 +90,7 @@ def loopback(folder: Path) -> Iterator[Loopback]:
 
 
 def _wait(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while time.monotonic() < end and process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
             return

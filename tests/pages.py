@@ -128,7 +128,7 @@ class Session:
         finally:
             for process in self.beside:
                 process.terminate()
-                process.communicate(timeout=30)
+                process.communicate(timeout=120)
 
     def one(self, block: Block, text_follows: bool) -> None:
         if block.language == "text" and not block.not_run:

@@ -43,18 +43,18 @@ class Served:
     headers: dict[str, str] = field(default_factory=dict)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, headers=self.headers, timeout=60)
+        return httpx.post(self.url + path, json=body, headers=self.headers, timeout=240)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
-        return httpx.get(self.url + path, headers={**self.headers, **headers}, timeout=60)
+        return httpx.get(self.url + path, headers={**self.headers, **headers}, timeout=240)
 
     def delete(self, path: str) -> httpx.Response:
-        return httpx.delete(self.url + path, headers=self.headers, timeout=60)
+        return httpx.delete(self.url + path, headers=self.headers, timeout=240)
 
     def chat(self, **body: Any) -> httpx.Response:
         return self.post("/v1/chat/completions", **{"messages": MESSAGES, "temperature": 0, "max_tokens": 12, **body})
 
-    def idle(self, seconds: float = 20.0) -> None:
+    def idle(self, seconds: float = 120.0) -> None:
         """Returns when no model works and nothing waits."""
         end = time.monotonic() + seconds
         while any(loaded.worker.running or loaded.worker.waiting for loaded in self.models.all):
@@ -81,5 +81,5 @@ def serving(root: Path, hm: HookedModel | None = None, **limits: Any) -> Iterato
         yield Served(f"http://127.0.0.1:{port}", models.all[0].hm, models, sessions, root)
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(240)
         assert not thread.is_alive(), "the server did not stop"

@@ -153,7 +153,7 @@ def test_a_run_that_ends_while_another_passes_its_hooks_does_not_disturb_it() ->
     def wait(progress: Progress) -> None:
         if progress.tokens_done == 1:
             running.set()
-            leave.wait(60)
+            leave.wait(240)
 
     other = threading.Thread(target=lambda: hm.capture(**run, progress=wait))
 
@@ -165,7 +165,7 @@ def test_a_run_that_ends_while_another_passes_its_hooks_does_not_disturb_it() ->
 
     handle = model.register_forward_pre_hook(hold)
     other.start()
-    assert running.wait(60)
+    assert running.wait(240)
     found = hm.capture(**run)
     handle.remove()
     assert torch.equal(found["resid_pre", 0], expected["resid_pre", 0])

@@ -550,12 +550,12 @@ def test_ctrl_c_keeps_the_finished_samples_and_resume_goes_on_with_them() -> Non
     more = ("--batch-size", "4", "-o", "run")
     program = start(*args, *more)
     samples = Path("run") / "samples.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (samples.exists() and samples.stat().st_size > 0):
         assert program.poll() is None and time.monotonic() < deadline, program.communicate()[1]
         time.sleep(0.02)
     os.kill(program.pid, signal.SIGINT)
-    stdout, stderr = program.communicate(timeout=60)
+    stdout, stderr = program.communicate(timeout=240)
     assert (program.returncode, stdout) == (130, "")
     assert "finished samples are kept in run" in stderr and "--resume -o run" in stderr
     kept = hookmap.open_store("run")

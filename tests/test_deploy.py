@@ -1,5 +1,6 @@
 """`hookmap deploy` against a real sshd on this machine, with the demo model; the environment is the tests' own."""
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -48,7 +49,7 @@ def health(port: int) -> Any:
         return None
 
 
-def wait_for(what: Any, seconds: float = 60) -> Any:
+def wait_for(what: Any, seconds: float = 240) -> Any:
     end = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < end, "it did not happen"
@@ -103,7 +104,8 @@ def test_a_server_from_its_first_deployment_to_its_stop(box: Loopback) -> None:
 
     code, said = deploy_and_lose_the_connection(box, "box", *HERE, "--port", str(port))
     assert code == 1 and "A server that was started there" in said
-    assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, "the old one made room"
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert server.status() == psutil.STATUS_ZOMBIE, "the old one made room"
     wait_for(lambda: health(port))
     after = json.loads(box.run("box", "--status", "--json").stdout)
     assert after["running"] and after["pid"] != told["pid"] and after["runner"] in ("tmux", "systemd", "detached")

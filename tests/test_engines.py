@@ -63,7 +63,7 @@ def test_auto_takes_nnsight_for_what_came_as_an_nnsight_model() -> None:
 
 def test_runs_with_hooks_go_side_by_side_and_see_only_their_own() -> None:
     """Each of two threads waits in the middle of its run for the other: a lock around a run would never let both in."""
-    hm, meet = opened("llama"), threading.Barrier(2, timeout=60)
+    hm, meet = opened("llama"), threading.Barrier(2, timeout=240)
     alone = [hm.capture([ids], ["resid_mid"], max_new_tokens=4) for ids in RAGGED[:2]]
     runs: dict[int, Any] = {}
 

@@ -597,7 +597,7 @@ def test_a_place_that_the_model_does_not_come_by_is_an_error() -> None:
 
 def test_threads_write_only_their_own_runs() -> None:
     """Each waits in the middle of its run for the other, on one model: one steers, one does not, one scales."""
-    hm, meet = opened("llama"), threading.Barrier(3, timeout=60)
+    hm, meet = opened("llama"), threading.Barrier(3, timeout=240)
     steer = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR}
     scale = {"do": "scale", "point": "mlp_out", "layers": 1, "factor": 3.0}
     edits: list[list[dict[str, Any]]] = [[steer], [], [scale]]

@@ -1,6 +1,7 @@
 """The shipped maps: a changing part of the sweep, the hard blocks one by one, and the commands that compare."""
 
 import json
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -226,6 +227,43 @@ def test_a_sweep_writes_maps_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert set(done(tmp_path)) == {"gpt2"}
     result = CliRunner().invoke(command, ["build", "gpt2", "-o", str(tmp_path), "--resume", "--json", "--jobs", "1"])
     assert result.exit_code == 0 and json.loads(result.stdout)[0]["seconds"] == entry.seconds
+
+
+def _term(document: dict[str, Any]) -> Any:
+    return document["kinds"][0]["points"]["mlp_in"]["terms"][0]
+
+
+def _mlp(document: dict[str, Any]) -> Any:
+    return document["kinds"][0]["mlp"]
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "rows": lambda map_: _term(map_).update(rows="last"),
+    "call": lambda map_: _term(map_).update(call=1),
+    "heads": lambda map_: _term(map_).update(heads={"stop": 8, "d_head": 4}),
+    "flat": lambda map_: _term(map_).update(flat=True),
+    "axes": lambda map_: _term(map_).update(axes=["batch", "pos", "stream", "d_model"]),
+    "beside": lambda map_: map_["kinds"][0]["points"]["mlp_in"].update(beside=[dict(_term(map_))]),
+    "joined": lambda map_: map_.update(joined=False),
+    "left_out": lambda map_: map_.update(left_out=["model.decoder"]),
+    "module_class": lambda map_: _mlp(map_).update(module_class="Another"),
+    "modules": lambda map_: _mlp(map_).update(modules=["model.layers.{i}.another"]),
+    "reason": lambda map_: map_["model_unavailable"].update({next(iter(map_["model_unavailable"])): "another"}),
+    "reason of a kind": lambda map_: map_["kinds"][0]["unavailable"].update(
+        {next(iter(map_["kinds"][0]["unavailable"])): "another"}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_diff_tells_before_from_after(name: str) -> None:
+    document = load(mappings_folder() / "GPT2LMHeadModel.json").model_dump()
+    document["model_unavailable"]["final_norm"] = "one"
+    before = ArchitectureMap.model_validate(document)
+    CHANGES[name](document)
+    (line,) = differences(before, ArchitectureMap.model_validate(document))
+    old, _, new = line.partition(" -> ")
+    assert old.split(": ")[-1] != new
 
 
 def test_diff_names_every_change(tmp_path: Path) -> None:

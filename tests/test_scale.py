@@ -80,8 +80,9 @@ def assert_nothing_torn(folder: Path, shards: int) -> None:
 
 def workers() -> list[psutil.Process]:
     """The processes of this test's workers."""
-    mine = psutil.Process().children(recursive=True)
-    return [process for process in mine if process.is_running() and process.name().startswith("ray::_Actor")]
+    mine = {process.pid for process in psutil.Process().children(recursive=True)}
+    running = psutil.process_iter(["name"])  # leaves out what ends while it looks
+    return [each for each in running if each.pid in mine and (each.info["name"] or "").startswith("ray::_Actor")]
 
 
 def once(act: Callable[[], None]) -> Callable[[Any], None]:
@@ -242,7 +243,7 @@ def test_a_killed_driver_leaves_what_was_finished(alone: hookmap.Capture, tmp_pa
     script = DRIVER.format(prompts=PROMPTS, options=options)
     driver = subprocess.Popen([sys.executable, "-c", script, str(folder)], start_new_session=True)
     try:
-        table, end = folder / "samples.jsonl", time.monotonic() + 120
+        table, end = folder / "samples.jsonl", time.monotonic() + 240
         while not (table.exists() and table.stat().st_size) and driver.poll() is None and time.monotonic() < end:
             time.sleep(0.01)
     finally:

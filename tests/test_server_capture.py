@@ -409,7 +409,7 @@ def test_no_answer_names_a_folder_of_the_server(tmp_path: Path) -> None:
         session = answers[1].json()["session_id"]
         patch = {"do": "patch", "point": "resid_post", "layers": [4], "source": {"store": session}}
         put = {"interventions": [patch], "model": "my-model"}
-        answers.append(httpx.put(f"{served.url}/v1/interventions", json=put, headers=served.headers, timeout=60))
+        answers.append(httpx.put(f"{served.url}/v1/interventions", json=put, headers=served.headers, timeout=240))
         assert answers[2].json()["data"][0]["source"]["store"] == session
         paths = ["/v1/models", "/v1/models/my-model", "/v1/interventions?model=my-model", "/health", "/metrics"]
         paths += [
@@ -457,7 +457,7 @@ def test_interventions_are_those_of_capture_in_a_request_and_as_defaults(tmp_pat
         served.headers = {"Authorization": "Bearer k"}
         for unfit in ({**steer, "vector": [1.0]}, {"do": "ablate", "point": "q", "heads": [7]}):
             body = {"interventions": [unfit]}
-            refused_put = httpx.put(f"{served.url}/v1/interventions", json=body, headers=served.headers, timeout=60)
+            refused_put = httpx.put(f"{served.url}/v1/interventions", json=body, headers=served.headers, timeout=240)
             assert refused_put.status_code == 400, "it would make every later request fail"
             assert served.get("/v1/interventions").json()["data"] == []
         put = httpx.put(f"{served.url}/v1/interventions", json={"interventions": [steer]}, headers=served.headers)

@@ -87,7 +87,7 @@ async def leave(client: httpx.AsyncClient, streams: bool) -> None:
         ) as answer:
             async for _ in answer.aiter_lines():
                 return
-    except httpx.ReadTimeout:
+    except httpx.TimeoutException:
         pass
 
 
@@ -206,14 +206,14 @@ def test_memory_that_runs_out_in_a_stream_is_told_and_the_next_request_runs(
 
 def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
     free = threading.Event()
-    hook = demo().model.register_forward_pre_hook(lambda *_: free.wait(30) and None)
+    hook = demo().model.register_forward_pre_hook(lambda *_: (free.wait(240), None)[1])
     try:
         with serving(tmp_path, queue=1) as served, ThreadPoolExecutor(2) as people:
             worker = served.models.all[0].worker
             waiting = []
             for state in ("running", "waiting"):
                 waiting.append(people.submit(served.chat, max_tokens=1))
-                end = time.monotonic() + 20
+                end = time.monotonic() + 120
                 while not getattr(worker, state):
                     assert time.monotonic() < end
                     time.sleep(0.01)
@@ -233,7 +233,7 @@ def test_who_still_waits_when_a_model_is_unloaded_is_told_so(tmp_path: Path, str
     with serving(tmp_path, admin_key="k", drain=0.1) as served, ThreadPoolExecutor(1) as people:
         served.headers = {"Authorization": "Bearer k"}
         waiting = people.submit(served.chat, **long)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not served.sessions.all():
             assert time.monotonic() < end
             time.sleep(0.01)
@@ -252,7 +252,7 @@ def test_sigterm_lets_the_running_answer_end(tmp_path: Path) -> None:
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen([*command, "--device", "cpu"], stdout=log, stderr=log, cwd=tmp_path)
     try:
-        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 240
         while True:
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{url}/health").status_code == 200:
@@ -260,14 +260,14 @@ def test_sigterm_lets_the_running_answer_end(tmp_path: Path) -> None:
             assert server.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
             time.sleep(0.1)
         body = {"messages": MESSAGES, "max_tokens": 60, "temperature": 5.0, "seed": 1, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=240) as answer:
             lines = []
             for line in answer.iter_lines():
                 if not lines:
                     server.send_signal(signal.SIGTERM)
                 lines.append(line)
         assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert server.wait(30) in (0, -signal.SIGTERM)
+        assert server.wait(240) in (0, -signal.SIGTERM)
         assert "s; memory in MB: before" in (tmp_path / "log").read_text()
     finally:
         if server.poll() is None:

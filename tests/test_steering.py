@@ -118,8 +118,9 @@ def test_a_file_that_is_no_vector_is_refused(tmp_path: Path) -> None:
     ]
     for tensors, metadata, why in broken:
         save_file(tensors, file, metadata=metadata)
-        with pytest.raises(hookmap.StoreError, match=why):
+        with pytest.raises(hookmap.StoreError, match=why) as raised:
             load_vector(file)
+        assert str(raised.value).startswith(str(file))
     file.write_bytes(b"no tensors")
     with pytest.raises(hookmap.StoreError, match="no steering vector"):
         load_vector(file)

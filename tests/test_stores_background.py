@@ -23,7 +23,7 @@ class SlowDisk(FolderWriter):
     gate: threading.Event
 
     def write(self, activation: Activation) -> None:
-        assert self.gate.wait(10)
+        assert self.gate.wait(60)
         super().write(activation)
 
 
@@ -98,7 +98,7 @@ def test_what_waits_is_bounded_in_bytes(tmp_path: Path) -> None:
     with sink:
         caller = threading.Thread(target=hand_over)
         caller.start()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while len(handed) < 6 and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.05)

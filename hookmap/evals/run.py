@@ -81,7 +81,7 @@ def finished_log(
     # A batch's size is in the config, by which inspect does not tell runs apart: it may be another after a kill.
     opened = get_model(model, config=GenerateConfig(max_connections=parallel), **arguments)
     if isinstance(opened.api, HookmapAPI):
-        assert opened.api.hooked  # what is wrong with the model or the points is said before anything runs
+        _ = opened.api.hooked  # what is wrong with the model or the points is said before anything runs
     done, logs = eval_set(
         task,
         log_dir=str(folder / LOGS),
