@@ -94,7 +94,7 @@ class _Inside(CheckedRun):
         found = self.values[point, layer]
         if point == "router_indices":  # a set: which of two equal scores comes first is nobody's promise
             found, expected = found.sort(-1).values, expected.sort(-1).values
-        return self.error(found, expected.reshape(found.shape))
+        return self.error(found, expected if point == "z" else expected.reshape(found.shape))
 
     def _projected(self, right: str) -> Callable[[int], Tensor]:
         path, _, point = right.rstrip(")").partition("(")

@@ -412,12 +412,15 @@ class _Verifier:
         yield Check("final_norm", (), error <= self.tolerance, detail, error)
 
     def _second_names(self, values: dict[Key, Tensor]) -> Iterator[Check]:
-        """`attn_in` is `mixer_in` where the mixer is attention, and so on."""
-        for point in sorted({point for point, _ in values if point.startswith("attn_")}):
-            first = point.replace("attn_", "mixer_", 1)
-            layers = tuple(layer for name, layer in values if name == point and layer is not None)
+        """`attn_in` is `mixer_in` where the mixer is attention; `resid_mid` is `mlp_in` where no norm is between."""
+        post = [layer for kind in self.map.kinds if kind.norm_placement == "post" for layer in kind.layers]
+        names = {point: point.replace("attn_", "mixer_", 1) for point, _ in values if point.startswith("attn_")}
+        for point, first in (*sorted(names.items()), ("resid_mid", "mlp_in")):
+            layers = [i for name, i in values if i is not None and name == point and (point in names or i in post)]
             errors = [self._error(values.get((first, i)), values[point, i]) for i in layers]
-            yield Check("name", layers, max(errors) == 0, f"{point} = {first}", max(errors))
+            if errors:
+                within = max(errors) <= self.tolerance
+                yield Check("name", tuple(layers), within, f"{point} = {first}", max(errors))
 
     def _sums(self, values: dict[Key, Tensor]) -> Iterator[Check]:
         for kind in self.map.kinds:

@@ -91,6 +91,25 @@ def test_a_sum_of_too_much_fails(point: str, other: str, check: str) -> None:
     assert check in _failed(verify(model, architecture_map=ArchitectureMap.model_validate(document)))
 
 
+def test_what_stands_behind_a_norm_on_the_stream_is_no_middle() -> None:
+    """No sum says where BERT's `resid_mid` is: a norm stands between it and the sum."""
+    model = plain_hooks.build("bert")
+    redraw(model)
+    found = _changed(
+        discover(model), "resid_mid", module="bert.encoder.layer.{i}.attention.output.dense", side="output", index=None
+    )
+    assert "name" in _failed(verify(model, architecture_map=found))
+
+
+def test_heads_of_another_size_fail() -> None:
+    model = plain_hooks.build("opt")
+    redraw(model)
+    document = discover(model).model_dump()
+    for kind in document["kinds"]:
+        kind["points"]["z"]["terms"][0]["heads"]["d_head"] //= 2
+    assert "inside" in _failed(verify(model, architecture_map=ArchitectureMap.model_validate(document)))
+
+
 def test_a_wrong_order_fails() -> None:
     model = plain_hooks.build("llama")
     document = discover(model).model_dump()
