@@ -38,6 +38,7 @@ def load_model(
             model, found = maker.from_pretrained(
                 source,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with the sizes
                 dtype=dtype,
                 device_map=device,
                 trust_remote_code=trust_remote_code,
@@ -46,6 +47,12 @@ def load_model(
             )
     except Exception as error:  # as above
         raise ModelError(f"cannot load the model {str(source)!r}: {hub.explain(error, source)}") from error
+    if wrong := sorted(found["mismatched_keys"]):
+        said = [f"{name} is {list(there)}, expected {list(expected)}" for name, there, expected in wrong[:4]]
+        raise ModelError(
+            f"{source}: {len(wrong)} weights are of other sizes than its config.json says: {'; '.join(said)}"
+            f"{'; …' if len(wrong) > 4 else ''}. Give the config.json that belongs to the weights."
+        )
     if missing := sorted(found["missing_keys"]):
         raise ModelError(
             f"{source} holds no weights for {len(missing)} parameters of {type(model).__name__}: "
