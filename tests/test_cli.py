@@ -344,6 +344,8 @@ def test_what_the_model_has_not_is_said_before_its_weights_are_loaded(tmp_path: 
     capture = ("capture", "--prompt", "a", "--points")
     assert "layer 99 is out of range: the model has layers 0 to 2" in failed(*capture, "embed", "--layers", "99", llama)
     assert "no resid_mid: attention and MLP run in parallel" in failed(*capture, "resid_mid", phi)
+    assert "layer 3 is out of range" in failed("lens", llama, "--prompt", "a", "--layers", "3")
+    assert "layer 3 is out of range" in failed("patch", llama, "--clean", "a", "--corrupted", "b", "--layers", "3")
     for command in ((*capture, "q", "--layers", "1"), ("lens", "--prompt", "a")):
         assert "holds no tokenizer" in failed(*command, llama)
     Path("ids.jsonl").write_text("[7]\n")
