@@ -298,7 +298,7 @@ def _parse_json(text: str, source: str) -> Any:
     try:
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
+        line = error.doc[error.doc.rfind("\n", 0, error.pos) + 1 :].partition("\n")[0].strip()
         raise MapError(
             f"{source} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
             f"{f', at: {line[:80]}' if line else ''}\n"

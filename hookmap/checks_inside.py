@@ -23,6 +23,7 @@ def checks_inside(
 ) -> Iterator[Result]:
     """Every check of the points inside branches that this map has. `values`: points of one forward pass on `ids`."""
     checker = _Inside(found, model, ids, values, error, tolerance)
+    yield checker.bare()
     for kind in found.kinds:
         yield from checker.relations(kind)
         yield from checker.router(kind)
@@ -32,7 +33,44 @@ def checks_inside(
         yield from checker.heads(kind)
 
 
+_ONE_TENSOR = (
+    "mixer_in", "mlp_in", "q", "k", "v", "z", "pattern", "mlp_post", "router_logits", "router_indices", "router_weights"
+)  # fmt: skip
+
+
 class _Inside(CheckedRun):
+    # Places -----------------------------------------------------------------------------------------------------
+
+    def bare(self) -> Result:
+        """What a branch reads or has inside is one tensor as it is; its bare output is what modules of it return."""
+        wrong = []
+        for kind in self.map.kinds:
+            for point, template in kind.points.items():
+                name, terms = point.partition(".")[0].replace("attn_", "mixer_"), template.terms
+                if name in _ONE_TENSOR and (len(terms) > 1 or terms[0].scale != 1):
+                    wrong.append(f"{point} is a sum or has a factor")
+                elif name.endswith("_raw") and not self._returned(kind, point):
+                    wrong.append(f"{point} is not what its branch returns")
+        detail = "; ".join(dict.fromkeys(wrong)) or "what branches read, hold and return are tensors as they are"
+        return "bare", (), not wrong, detail, None
+
+    def _returned(self, kind: BlockKind, point: str) -> bool:
+        """Whether `mixer_out_raw` is an output of a module of its branch, shaped as `mixer_in`.
+
+        Or a sum, as of two mixers or a branch with a residual of its own: then `mixer_out` is a multiple of it.
+        """
+        terms, branch = kind.points[point].terms, kind.mlp if point.startswith("mlp") else kind.mixer
+        names = (point, point.replace("_raw", ""), point.replace("out_raw", "in"))
+        raw, out, read = (self.values.get((name, kind.layers[0])) for name in names)
+        if any(term.scale != 1 for term in terms) or len(set(terms)) < len(terms):
+            return False
+        if len(terms) > 1:
+            if raw is None or out is None:
+                return True
+            return self.error(raw * ((raw * out).sum() / raw.square().sum()), out) <= self.tolerance
+        inside = any(f"{terms[0].module}.".startswith(f"{root}.") for root in (branch.modules if branch else ()))
+        return inside and terms[0].side == "output" and (raw is None or read is None or raw.shape == read.shape)
+
     # Arithmetic -------------------------------------------------------------------------------------------------
 
     def relations(self, kind: BlockKind) -> Iterator[Result]:
@@ -56,7 +94,7 @@ class _Inside(CheckedRun):
         found = self.values[point, layer]
         if point == "router_indices":  # a set: which of two equal scores comes first is nobody's promise
             found, expected = found.sort(-1).values, expected.sort(-1).values
-        return self.error(found, expected.reshape(found.shape))
+        return self.error(found, expected if point == "z" else expected.reshape(found.shape))
 
     def _projected(self, right: str) -> Callable[[int], Tensor]:
         path, _, point = right.rstrip(")").partition("(")

@@ -107,7 +107,7 @@ def assemble(
     outside = read_outside(values, stack, seq)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     return ArchitectureMap(
-        architecture=type(model).__name__,
+        architecture=skeleton.architecture_of(model),
         layer_access_pattern=stack.path.replace(".{i}", "[i]"),
         pre_attention_path=_first_reader(readings, "mixer"),
         pre_mlp_path=_first_reader(readings, "mlp"),

@@ -18,7 +18,8 @@ from hookmap.errors import MapMismatchError, MapNotFoundError
 # Every other field is not understood here, and a difference in it is refused.
 SIZE_FIELDS = frozenset(
     "hidden_size n_embd d_model num_hidden_layers n_layer n_layers num_layers num_attention_heads n_head n_heads "
-    "num_heads num_key_value_heads head_dim intermediate_size moe_intermediate_size n_inner ffn_dim vocab_size "
+    "num_heads num_key_value_heads num_kv_heads head_dim intermediate_size moe_intermediate_size n_inner ffn_dim "
+    "ffn_hidden_size vocab_size state_size conv_kernel time_step_rank query_pre_attn_scalar is_decoder "
     "max_position_embeddings n_positions n_ctx rope_theta rope_parameters rope_scaling rms_norm_eps layer_norm_eps "
     "layer_norm_epsilon initializer_range sliding_window use_sliding_window max_window_layers layer_types "
     "attention_bias attention_dropout tie_word_embeddings use_cache bos_token_id eos_token_id pad_token_id "

@@ -10,6 +10,8 @@ from hookmap import hub, skeleton
 from hookmap.errors import ModelError, TokenizerError
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+"""how accelerate may spread a model over all devices"""
 _GIVE_ONE = "Give one: --tokenizer MODEL, a folder or a hub id (in Python: hookmap.open(model, tokenizer=...))."
 
 
@@ -30,11 +32,13 @@ def load_model(
     maker = skeleton.model_class(skeleton.load_config(source, trust_remote_code, revision))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
     try:
         with hub.quiet():
             model, found = maker.from_pretrained(
                 source,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with the sizes
                 dtype=dtype,
                 device_map=device,
                 trust_remote_code=trust_remote_code,
@@ -43,6 +47,12 @@ def load_model(
             )
     except Exception as error:  # as above
         raise ModelError(f"cannot load the model {str(source)!r}: {hub.explain(error, source)}") from error
+    if wrong := sorted(found["mismatched_keys"]):
+        said = [f"{name} is {list(there)}, expected {list(expected)}" for name, there, expected in wrong[:4]]
+        raise ModelError(
+            f"{source}: {len(wrong)} weights are of other sizes than its config.json says: {'; '.join(said)}"
+            f"{'; …' if len(wrong) > 4 else ''}. Give the config.json that belongs to the weights."
+        )
     if missing := sorted(found["missing_keys"]):
         raise ModelError(
             f"{source} holds no weights for {len(missing)} parameters of {type(model).__name__}: "
@@ -51,6 +61,20 @@ def load_model(
         )
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def _check_device(device: Any) -> None:
+    """A device that is not here is no fault of the model's files, which is how the error of loading them reads."""
+    if isinstance(device, dict) or device in _SPREAD:
+        return
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each of torch's back ends raises its own
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise ModelError(
+            f"cannot use the device {str(device)!r}: {said}. {torch.cuda.device_count()} CUDA devices are here. "
+            "Give cpu, cuda:0, auto, or nothing: a GPU where there is one. hookmap doctor lists them."
+        ) from error
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:

@@ -53,8 +53,9 @@ class MemoryUse:
 
     def figures(self) -> Mapping[str, int]:
         """Bytes, for the log and the manifest."""
-        self.look()
-        found = {"before": self.before, "after": used(), "peak": self.peak}
+        after = used()
+        self.peak = max(self.peak, after)
+        found = {"before": self.before, "after": after, "peak": self.peak}
         if self.device is not None:
             found["device_before"] = self.device_before
             found["device_after"] = torch.cuda.memory_allocated(self.device)

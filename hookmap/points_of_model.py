@@ -149,6 +149,10 @@ def _final_norm(values: Values, stack: Stack, tapper: Tapper, ends: list[int], o
     normed, value = None, _next_norm(values, leave, end, leading)
     while value is not None:
         normed, value = value, _next_norm(values, value, end, leading)
+    if normed is None or _leads_to(values, ends, leave, end, without=normed):
+        # Several streams are mixed by weights that a norm of their own makes; the last norm is behind them.
+        rows = {value for value in leading if values.size(value) == stack.seq * stack.width}
+        normed = _behind_mixing(values, ends, leave, end, rows)
     found = None if normed is None else tapper.tap(normed)
     if found is None:
         outside.unavailable["final_norm"] = (
@@ -159,6 +163,31 @@ def _final_norm(values: Values, stack: Stack, tapper: Tapper, ends: list[int], o
         return
     outside.taps["final_norm"] = found
     outside.final_norm_path = found.terms[0].module
+
+
+def _behind_mixing(values: Values, ends: list[int], leave: int, end: int, rows: set[int]) -> int | None:
+    """The first norm, among `rows`, that all of the stream passes on its way to `ends`, and no weights before it."""
+    for value in sorted(rows, key=lambda v: values.producers[v].time):
+        source = values.norm_source(value)
+        if source in rows and not _leads_to(values, ends, leave, end, without=value):
+            plain = _leads_to(values, [source], leave, end, heavy=False)
+            return _next_norm(values, source, end, rows) if plain else None
+    return None
+
+
+def _leads_to(
+    values: Values, ends: list[int], leave: int, end: int, *, without: int | None = None, heavy: bool = True
+) -> bool:
+    """Whether any of `ends` is made of `leave` other than by way of `without`, or of products with weights."""
+    seen, stack = {without}, list(ends)
+    while stack:
+        if (top := stack.pop()) == leave:
+            return True
+        op = values.producers.get(top)
+        if top not in seen and op is not None and op.time > end and (heavy or op.name not in HEAVY):
+            stack += values.operands(op)
+        seen.add(top)
+    return False
 
 
 def _ancestors(values: Values, ends: list[int], after: int) -> set[int]:

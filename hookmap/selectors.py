@@ -206,10 +206,11 @@ def unavailable(architecture_map: ArchitectureMap, point: str, layer: int | None
     if layer is None:
         reasons = [unavailable(architecture_map, name, kind.layers[0]) for kind in architecture_map.kinds]
         return None if None in reasons else reasons[0]
-    count = architecture_map.num_layers
-    if not -count <= layer < count:
-        return f"layer {layer} is out of range: the model has layers 0 to {count - 1}"
-    kind = architecture_map.kind_of(layer % count)
+    problems: list[str] = []
+    chosen = _parse_layers(architecture_map, [layer], problems)
+    if problems:
+        return problems[0]
+    kind = architecture_map.kind_of(chosen[0])
     if name in kind.points:
         return None
     return kind.unavailable.get(name, "the dataflow shows no such tensor")
@@ -227,7 +228,7 @@ def _parse_layers(architecture_map: ArchitectureMap, layers: Any, problems: list
     for given in layers:
         layer = int(given) if isinstance(given, Integral) else given
         if isinstance(given, bool) or not isinstance(layer, int):
-            problems.append(f"layer {layer!r} is not a whole number: give numbers from 0 to {count - 1}, or 'all'")
+            problems.append(f"layer {given!r} is not a whole number: give numbers from 0 to {count - 1}, or 'all'")
         elif not -count <= layer < count:
             problems.append(f"layer {layer} is out of range: the model has layers 0 to {count - 1} (or -{count} to -1)")
         else:

@@ -124,6 +124,13 @@ def unwrap(source: Any) -> nn.Module:
     )
 
 
+def architecture_of(model: nn.Module) -> str:
+    """The class of the transformers model, also inside a wrapper (PEFT); of a module that holds none, its own."""
+    from transformers import PreTrainedModel
+
+    return type(next((each for each in model.modules() if isinstance(each, PreTrainedModel)), model)).__name__
+
+
 def sequence_length(config: Any, model: nn.Module | None = None) -> int:
     """An odd length that divides no size in the config, so that the axis of positions can be told by its length.
 

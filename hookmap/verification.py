@@ -21,7 +21,7 @@ from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, 
 from hookmap.checks_inside import checks_inside
 from hookmap.checks_reads import checks_reads
 from hookmap.discovery import discover
-from hookmap.errors import HookmapError, MapMismatchError, ModelError
+from hookmap.errors import CaptureError, HookmapError, MapMismatchError, ModelError
 from hookmap.narrow import narrow
 from hookmap.selectors import Selector, select
 
@@ -179,9 +179,9 @@ def _config(source: Any, trust_remote_code: bool) -> Any:
 
 
 def _same_architecture(found: ArchitectureMap, model: nn.Module) -> None:
-    if found.architecture != type(model).__name__:
+    if found.architecture != (own := skeleton.architecture_of(model)):
         raise MapMismatchError(
-            f"the map is of {found.architecture}, the model is a {type(model).__name__}. "
+            f"the map is of {found.architecture}, the model is a {own}. "
             "Make its own map: hookmap discover MODEL -o FILE"
         )
 
@@ -209,11 +209,20 @@ class _Verifier:
         except HookmapError as error:
             yield Check("selectors", (), False, str(error))
             return
+        try:
+            yield from self._comparisons(values, output)
+        except Exception as error:  # a wrong map's tensors fail in sums, products and hooks as each of them does
+            said = str(error).partition("\n")[0]
+            yield Check("fit", (), False, f"what the map names does not fit together: {said}")
+
+    def _comparisons(self, values: dict[Key, Tensor], output: Any) -> Iterator[Check]:
         yield self._shapes(values)
         yield self._order()
         yield from self._hidden_states(values, output)
         yield from self._ends(values, output)
+        yield from self._final_norm(values, output)
         yield from self._sums(values)
+        yield from self._second_names(values)
         for each in checks_inside(self.map, self.model, self.ids, values, self._error, self.tolerance):
             yield Check(*each)
         for each in checks_reads(self.map, self.model, self.ids, values, self._error, self.tolerance):
@@ -294,6 +303,8 @@ class _Verifier:
 
     def _total(self, selector: Selector, found: dict[tuple[Key, int], Tensor]) -> Tensor:
         parts = [found[(selector.point, selector.layer), n] * t.scale for n, t in enumerate(selector.terms)]
+        if len(shapes := {tuple(part.shape) for part in parts}) > 1:
+            raise CaptureError(f"{selector} is no sum: its tensors have the shapes {sorted(map(list, shapes))}.")
         total = parts[0]
         for part in parts[1:]:
             total = total + part
@@ -385,6 +396,31 @@ class _Verifier:
             yield Check("hand-over", tuple(pairs), min(errors) > self.tolerance, detail)
         elif pairs:
             yield Check("hand-over", tuple(pairs), max(errors) <= self.tolerance, detail, max(errors))
+
+    def _final_norm(self, values: dict[Key, Tensor], output: Any) -> Iterator[Check]:
+        """Hugging Face's last hidden state; where that is of another place, what the norm makes of the last stream."""
+        if (found := values.get(("final_norm", None))) is None:
+            return
+        last, norm = values.get(("resid_post", self.map.num_layers - 1)), self.map.final_norm_path
+        states = getattr(output, "hidden_states", None) or ()
+        error = self._error(found, self._like(states[-1])) if states else float("inf")
+        detail = "final_norm = hidden_states[-1]"
+        if last is not None and norm and (error > self.tolerance or self._error(last, found) <= self.tolerance):
+            with torch.no_grad():
+                error = self._error(found, self.model.get_submodule(norm)(last))
+            detail = f"final_norm = {norm}(resid_post[-1])"
+        yield Check("final_norm", (), error <= self.tolerance, detail, error)
+
+    def _second_names(self, values: dict[Key, Tensor]) -> Iterator[Check]:
+        """`attn_in` is `mixer_in` where the mixer is attention; `resid_mid` is `mlp_in` where no norm is between."""
+        post = [layer for kind in self.map.kinds if kind.norm_placement == "post" for layer in kind.layers]
+        names = {point: point.replace("attn_", "mixer_", 1) for point, _ in values if point.startswith("attn_")}
+        for point, first in (*sorted(names.items()), ("resid_mid", "mlp_in")):
+            layers = [i for name, i in values if i is not None and name == point and (point in names or i in post)]
+            errors = [self._error(values.get((first, i)), values[point, i]) for i in layers]
+            if errors:
+                within = max(errors) <= self.tolerance
+                yield Check("name", tuple(layers), within, f"{point} = {first}", max(errors))
 
     def _sums(self, values: dict[Key, Tensor]) -> Iterator[Check]:
         for kind in self.map.kinds:

@@ -93,6 +93,7 @@ def test_an_unknown_point_is_refused() -> None:
     [
         ('{"a": 1,\n "b": }', "line 2, column 7"),
         ("", "line 1, column 1"),
+        ('{"a":\n', "line 2, column 1"),  # cut off behind the end of a line
         ("[]", "expected an object, found"),
         ("null", "expected an object, found null"),
         ('{"d_model": NaN}', "NaN"),

@@ -336,6 +336,27 @@ def test_what_no_model_has_is_said_before_one_is_loaded() -> None:
         assert "positions 'lst': expected \"all\"" in message and "nobody" not in message
 
 
+def test_what_the_model_has_not_is_said_before_its_weights_are_loaded(tmp_path: Path) -> None:
+    """The folders hold no weights: with them loaded first, that would be the error."""
+    llama = str(config_folder(tmp_path / "llama"))
+    parallel = {"architectures": ["PhiForCausalLM"], "model_type": "phi", "num_key_value_heads": 4}
+    phi = str(config_folder(tmp_path / "phi", **parallel))
+    capture = ("capture", "--prompt", "a", "--points")
+    assert "layer 99 is out of range: the model has layers 0 to 2" in failed(*capture, "embed", "--layers", "99", llama)
+    assert "no resid_mid: attention and MLP run in parallel" in failed(*capture, "resid_mid", phi)
+    assert "layer 3 is out of range" in failed("lens", llama, "--prompt", "a", "--layers", "3")
+    assert "layer 3 is out of range" in failed("patch", llama, "--clean", "a", "--corrupted", "b", "--layers", "3")
+    for command in ((*capture, "q", "--layers", "1"), ("lens", "--prompt", "a")):
+        assert "holds no tokenizer" in failed(*command, llama)
+    Path("ids.jsonl").write_text("[7]\n")
+    assert "tokenizer" not in failed("capture", llama, "--prompts", "ids.jsonl", "--points", "q")
+
+
+def test_a_device_that_is_not_here_is_no_fault_of_the_model() -> None:
+    message = failed("capture", "--points", "embed", "--prompt", "a", "--device", "cuda:99")
+    assert "cannot use the device 'cuda:99'" in message and "Give cpu" in message and "save_pretrained" not in message
+
+
 def test_pictures_that_cannot_be_drawn_are_said_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "altair", None)  # as where it is not installed
     for command in ("lens", "attribute"):

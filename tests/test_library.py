@@ -65,6 +65,22 @@ def test_a_default_written_out_is_no_difference_and_a_structural_field_is(tmp_pa
     assert f"hookmap discover {tmp_path}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": 144},
+        {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "state_size": 8, "conv_kernel": 3},
+        {"model_type": "falcon", "architectures": ["FalconForCausalLM"], "ffn_hidden_size": 96, "num_kv_heads": None},
+        {"model_type": "bert", "architectures": ["BertLMHeadModel"], "is_decoder": True},
+    ],
+    ids=lambda sizes: sizes["model_type"],
+)
+def test_sizes_of_other_parts_change_no_place(sizes: dict[str, Any], tmp_path: Path) -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 61}
+    folder = folder_with(tmp_path, {**small, **sizes})
+    assert load_map(folder).selectors("all", "all") == hookmap.discover(folder).selectors("all", "all")
+
+
 @given(st.integers(1, 200), st.integers(1, 9000))
 def test_a_resized_map_has_the_same_points_on_every_layer(layers: int, width: int) -> None:
     small = parse(uniform(layers=4))

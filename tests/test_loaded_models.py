@@ -160,6 +160,7 @@ def lora(name: str, model: nn.Module) -> Any:
 def test_a_lora_is_part_of_what_is_captured(name: str) -> None:
     wrapped = lora(name, plain_hooks.build(name))
     found, expected = hookmap.discover(wrapped), plain_map(name)
+    assert found.architecture == expected.architecture, "of the model, whatever PEFT's wrapper is called"
     assert found.layers_path == f"base_model.model.{expected.layers_path}"
     assert set(found.points) == set(expected.points)
     run = same_as_plain_hooks(wrapped, name, prefix="base_model.model.")

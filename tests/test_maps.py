@@ -132,6 +132,8 @@ def test_hyper_connections_keep_their_streams_whole() -> None:
     assert _where(found, "mixer_in") == ["model.layers.0.input_layernorm.output"]
     assert _where(found, "mixer_out_raw") == ["model.layers.0.self_attn.output[0]"]
     assert found.unavailable("mixer_out", 0) is not None
+    # hidden_states[-1]; hc_head.input_norm, which the streams pass first, only makes the weights that mix them.
+    assert found.final_norm_path == "model.norm"
 
 
 def test_altup_streams_stand_before_the_batch_and_are_captured_behind_the_positions() -> None:

@@ -201,6 +201,14 @@ def test_a_folder_without_a_tokenizer_takes_token_ids_and_refuses_text(tmp_path:
         load_tokenizer(tmp_path)
 
 
+def test_weights_of_other_sizes_than_the_config_says_are_named(tmp_path: Path) -> None:
+    """transformers says this in a log, and refers to it in its error."""
+    plain_hooks.build("gpt2").save_pretrained(tmp_path)
+    plain_hooks.build("gpt2", n_embd=64).config.save_pretrained(tmp_path)
+    with pytest.raises(hookmap.ModelError, match=r"of other sizes.*c_proj.weight is \[32, 32\], expected \[64, 64\]"):
+        hookmap.open(tmp_path, device="cpu")
+
+
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     """transformers fills them with random numbers and a warning; a capture would look as good as any."""
     model = plain_hooks.build("llama")

@@ -188,5 +188,8 @@ def test_unavailable_gives_the_reason_or_none() -> None:
     assert MAP.unavailable("resid_mid", 3) == "attention and MLP run in parallel"
     assert MAP.unavailable("resid_mid", 0) is None
     assert MAP.unavailable("resid_mid") is None, "some layer has it"
+    assert MAP.unavailable("resid_mid", -6) is None
     assert "out of range" in str(MAP.unavailable("resid_mid", 6))
+    for no_layer in (1.5, True, "0", "all"):
+        assert f"layer {no_layer!r} is not a whole number" in str(MAP.unavailable("resid_mid", no_layer))  # type: ignore[arg-type]
     assert isinstance(MAP, ArchitectureMap)

@@ -95,7 +95,7 @@ def test_a_model_of_the_file_may_bring_code_and_a_flag_forbids_it() -> None:
 
 def test_all_that_is_wrong_in_the_file_and_the_environment_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("hookmap.yaml").write_text(
-        "polnts: embed\nevery: true\ntop_p: 0\ndtype: fp16\nfeatures: [-1]\n1: 2\n"
+        "polnts: embed\nlayers: 3-1\nevery: true\ntop_p: 0\ndtype: fp16\nfeatures: [-1]\n1: 2\n"
         "serve: {queue: 0, prot: 1, allow: [3]}\neval: 3\n"
     )
     monkeypatch.setenv("HOOKMAP_SERVE_PORT", "tcp://10.0.0.1:8000")
@@ -105,6 +105,7 @@ def test_all_that_is_wrong_in_the_file_and_the_environment_is_said_at_once(monke
     for part in (
         "unknown key 'polnts': did you mean points",
         "unknown key 1: the keys are model, map,",
+        "layers: expected a list, or one text such as '8,12,16', '0-3', '-1' or 'all', found '3-1'",
         "every: expected a whole number, at least 1, found True",
         "top_p: expected a number, above 0, at most 1, found 0",
         "dtype: expected one of auto, float32, bfloat16, float16, found 'fp16'",

@@ -15,9 +15,9 @@ from hookmap.verification import Verification, redraw, verify
 def _changed(found: ArchitectureMap, point: str, **term: object) -> ArchitectureMap:
     """The map with one point moved, as a careless edit would."""
     document = found.model_dump()
-    for kind in document["kinds"]:
-        if point in kind["points"]:
-            kind["points"][point]["terms"][0].update(term)
+    for points in (document["model_points"], *(kind["points"] for kind in document["kinds"])):
+        if point in points:
+            points[point]["terms"][0].update(term)
     return ArchitectureMap.model_validate(document)
 
 
@@ -32,7 +32,8 @@ def test_a_right_map_passes(name: str) -> None:
     result = verify(model)
     assert result.passed, [check for check in result.checks if not check.passed]
     names = {check.name for check in result.checks}
-    assert {"hidden_states", "sum", "cause", "order", "shapes", "logits", "embed", "hand-over"} <= names
+    assert {"hidden_states", "sum", "cause", "order", "shapes", "bare", "logits", "embed", "hand-over"} <= names
+    assert ("final_norm" in names) == ("final_norm" in result.architecture_map.points)
 
 
 # Each wrong place has the right shape: only numbers can tell.
@@ -52,6 +53,15 @@ def test_a_right_map_passes(name: str) -> None:
         ("mlp_in", {"module": "model.layers.{i}.post_attention_layernorm", "side": "input", "index": 0}, "reads"),
         ("mlp_in", {"module": "model.layers.{i}.input_layernorm", "side": "output", "index": None}, "positions"),
         ("mlp_in", {"module": "model.layers.{i}.mlp", "side": "output", "index": None}, "reads"),
+        ("attn_out", {"module": "model.layers.{i}.mlp", "side": "output", "index": None}, "name"),
+        ("attn_in", {"module": "model.layers.{i}", "side": "input", "index": 0}, "name"),
+        ("mixer_in", {"scale": 2.0}, "bare"),
+        ("mixer_out_raw", {"scale": 2.0}, "bare"),
+        ("mlp_out_raw", {"module": "model.layers.{i}.self_attn", "side": "output", "index": 0}, "bare"),
+        ("mixer_out_raw", {"index": 1}, "bare"),  # the pattern
+        ("final_norm", {"scale": 2.0}, "final_norm"),
+        ("final_norm", {"module": "lm_head"}, "final_norm"),
+        ("k", {"side": "input", "index": 0, "heads": None}, "fit"),
         ("resid_mid", {"module": "model.layers.{i}.nowhere"}, "modules"),
         ("resid_mid", {"index": 5}, "selectors"),
     ],
@@ -62,6 +72,42 @@ def test_a_wrong_map_fails(point: str, term: dict[str, object], check: str) -> N
     result = verify(model, architecture_map=_changed(discover(model), point, **term))
     assert not result.passed
     assert check in _failed(result), result.checks
+
+
+@pytest.mark.parametrize(
+    ("point", "other", "check"),
+    [
+        ("mlp_in", "resid_post", "bare"),  # written into a run, both are the other run's: no number tells
+        ("mlp_out_raw", "mlp_out_raw", "bare"),
+        ("mixer_out", "q", "selectors"),  # of other shapes: there is no sum
+    ],
+)
+def test_a_sum_of_too_much_fails(point: str, other: str, check: str) -> None:
+    model = plain_hooks.build("llama")
+    redraw(model)
+    document = discover(model).model_dump()
+    points = document["kinds"][0]["points"]
+    points[point]["terms"] += points[other]["terms"]
+    assert check in _failed(verify(model, architecture_map=ArchitectureMap.model_validate(document)))
+
+
+def test_what_stands_behind_a_norm_on_the_stream_is_no_middle() -> None:
+    """No sum says where BERT's `resid_mid` is: a norm stands between it and the sum."""
+    model = plain_hooks.build("bert")
+    redraw(model)
+    found = _changed(
+        discover(model), "resid_mid", module="bert.encoder.layer.{i}.attention.output.dense", side="output", index=None
+    )
+    assert "name" in _failed(verify(model, architecture_map=found))
+
+
+def test_heads_of_another_size_fail() -> None:
+    model = plain_hooks.build("opt")
+    redraw(model)
+    document = discover(model).model_dump()
+    for kind in document["kinds"]:
+        kind["points"]["z"]["terms"][0]["heads"]["d_head"] //= 2
+    assert "inside" in _failed(verify(model, architecture_map=ArchitectureMap.model_validate(document)))
 
 
 def test_a_wrong_order_fails() -> None:

@@ -15,7 +15,7 @@ import click
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from hookmap.cli.settings import FILE_NAME, PREFIX
+from hookmap.cli.settings import FILE_NAME, PREFIX, parse_layers
 from hookmap.yaml_document import read_yaml
 
 SCHEMA_ID = "urn:hookmap:schema:hookmap-1"
@@ -33,6 +33,14 @@ def _typed(value: "int | str | list[int | str]") -> str:
 def _typed_features(value: "int | str | list[int]") -> str:
     """As --features takes them: `64` draws so many, `3,` is a list of one."""
     return f"{_typed(list(value))}," if isinstance(value, list) else str(value)
+
+
+def _layers(value: str) -> str:
+    try:
+        parse_layers(value)
+    except click.BadParameter as error:
+        raise ValueError(error.message) from error
+    return value
 
 
 def _several(value: object) -> object:
@@ -101,7 +109,7 @@ class Settings(Section):
     device: Text | None = Field(None, description="cpu, cuda, cuda:1, auto; else a GPU where there is one")
     trust_remote_code: bool = Field(False, description="run the modelling code that the model brings")
     points: Names | None = Field(None, description="which tensors: a list, or all; of serve, resid_post")
-    layers: Names = Field("all", description="a list, a range such as 0-3, or all")
+    layers: Annotated[Names, AfterValidator(_layers)] = Field("all", description="a list, a range such as 0-3, or all")
     prompts: Text | None = Field(None, description="a data set of prompts: a file, a folder, or hf://NAME:SPLIT")
     prompt_column: Text | None = Field(None, description="where the prompt is; else prompt, messages, question, …")
     id_column: Text | None = Field(None, description="the samples' own names; else id, where there is one")
@@ -264,6 +272,8 @@ def _expected(key: str) -> str:
         return " or ".join(map(_words, said))
     if key == "features":
         return "a whole number, at least 1, or a list of whole numbers, at least 0"
+    if key == "layers":
+        return "a list, or one text such as '8,12,16', '0-3', '-1' or 'all'"
     return "a text or a list of texts" if section else "a list, or one text such as '8,12,16' or 'all'"
 
 

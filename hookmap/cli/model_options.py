@@ -38,13 +38,23 @@ def trusted(typed: bool | None, settings: dict[str, Any]) -> bool:
     return bool(settings.get("trust_remote_code") if typed is None else typed)
 
 
-def opened(model: str | None, given: dict[str, Any], quiet: bool = False) -> "HookedModel":
-    """The model that was named, or the one of the settings."""
+def opened(model: str | None, given: dict[str, Any], quiet: bool = False, *, texts: bool = True) -> "HookedModel":
+    """The model that was named, or the one of the settings. For `texts` it has to have a tokenizer."""
     from hookmap.cli.console import working
 
     model, options = chosen(model, given, quiet)
     with working(f"loading {model}", quiet=quiet, spinner=False):  # transformers shows a bar of its own
+        if texts:  # before the weights, which may take minutes
+            options["tokenizer"] = _tokenizer(model, options)
         return hookmap.open(model, **options)
+
+
+def _tokenizer(model: str, options: dict[str, Any]) -> Any:
+    from hookmap.loading import load_tokenizer
+    from hookmap.skeleton import load_config, model_class
+
+    model_class(load_config(model, options["trust_remote_code"]))  # where there is no such model, that is what is wrong
+    return load_tokenizer(options["tokenizer"] or model, trust_remote_code=options["trust_remote_code"])
 
 
 def chosen(model: str | None, given: dict[str, Any], quiet: bool = False) -> tuple[str, dict[str, Any]]:

@@ -4,9 +4,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from hookmap.architecture_map import ArchitectureMap
 
 FILE_NAME = "hookmap.yaml"
 PREFIX = "HOOKMAP_"
@@ -51,9 +54,9 @@ def parse_list(text: str) -> str | list[str]:
 def refuse_unknown(
     points: str | Sequence[str] = (), layers: Any = "all", model: str | None = None, **keeps: Any
 ) -> None:
-    """Before weights are loaded, which may take minutes: what no model has. Raises SelectionError with all of it.
+    """Before weights are loaded, which may take minutes: what no model has, or `model` has not.
 
-    keeps: as `hookmap.kept.kept` takes it. model: where a name is wrong, its map tells what is wrong besides.
+    keeps: as `hookmap.kept.kept` takes it. Raises SelectionError with all of it.
     """
     from hookmap.errors import SelectionError
     from hookmap.kept import kept
@@ -65,22 +68,32 @@ def refuse_unknown(
     except SelectionError as error:
         problems.append(str(error))
     names = [] if points == "all" else [points] if isinstance(points, str) else points
-    if unknown := [said for name in names if isinstance(said := parse_point(name), str)]:
-        problems.append(_wrong_selection(model, points, layers) or "\n".join(unknown))
+    unknown = [said for name in names if isinstance(said := parse_point(name), str)]
+    if said := _missing(model, points, layers, sure=bool(unknown)) or "\n".join(unknown):
+        problems.append(said)
     if problems:
         raise SelectionError("\n".join(problems))
 
 
-def _wrong_selection(model: str | None, points: str | Sequence[str], layers: Any) -> str | None:
+def _missing(model: str | None, points: str | Sequence[str], layers: Any, sure: bool) -> str | None:
+    """What the model's map says that it has not. Unless that is `sure`, the shipped map is asked first: it is quick."""
     import hookmap
 
     try:
-        if model is not None:
-            hookmap.discover(model).selectors(points, layers)
-    except hookmap.SelectionError as error:
-        return str(error)
-    except hookmap.HookmapError:  # of the model: told when it is opened
+        if model is not None and (sure or _lacks(hookmap.load_map(model), points, layers)):
+            return _lacks(hookmap.discover(model), points, layers)
+    except hookmap.HookmapError:  # of the model, which is told when it is opened, or there is no shipped map
         pass
+    return None
+
+
+def _lacks(found: "ArchitectureMap", points: str | Sequence[str], layers: Any) -> str | None:
+    from hookmap.errors import SelectionError
+
+    try:
+        found.selectors(points, layers)
+    except SelectionError as error:
+        return str(error)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +181,10 @@ def command(
 
     with ExitStack() as stack:
         hm: Model
-        hm = opened(model, loads) if cluster is None else opened_elsewhere(model, loads, engine, cluster, stack)
+        if cluster is None:
+            hm = opened(model, loads, texts=any(_is_text(prompt) for prompt in given))
+        else:
+            hm = opened_elsewhere(model, loads, engine, cluster, stack)
         run = {
             "points": names,
             "layers": chosen_layers,
@@ -199,6 +203,11 @@ def command(
         _announce(hm, given, run, folder)
         _capture(hm, given, run, sampling, folder, resume)
     click.echo(str(folder))
+
+
+def _is_text(prompt: Any) -> bool:
+    """Whether it needs a tokenizer: a text or messages, as it is or in a record; a list of token ids does not."""
+    return not all(isinstance(part, Integral) for part in getattr(prompt, "prompt", prompt))
 
 
 def _interventions(file: str | None) -> tuple[Any, ...]:

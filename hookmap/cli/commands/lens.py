@@ -55,7 +55,7 @@ def command(
     from hookmap.cli.settings import parse_layers, refuse_unknown
 
     chosen = parse_layers(layers)
-    refuse_unknown(point, positions=positions)
+    refuse_unknown(point, chosen, model, positions=positions)
     one_prompt.check_pictures((png, html))
     hm = model_options.opened(model, given, quiet=as_json)
     found = hm.lens(one_prompt.tokens(hm, given), point, chosen, positions=positions, target=target, top=top)

@@ -68,7 +68,7 @@ def command(
     if not sweep and (target or against or output or png or html):
         raise click.UsageError("--target, --against, -o, --png and --html are of a sweep: add --sweep")
     where: dict[str, Any] = {"point": point, "layers": parse_layers(layers), "positions": positions}
-    refuse_unknown(point, positions=positions)
+    refuse_unknown(point, where["layers"], model, positions=positions)
     one_prompt.check_pictures((png, html))
     hm = model_options.opened(model, given, quiet=False)
     prompts = [one_prompt.tokens(hm, {"prompt": text, "answer": answer, "chat": chat}) for text in (clean, corrupted)]

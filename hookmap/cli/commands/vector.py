@@ -54,7 +54,7 @@ def make(
     chosen = parse_layers(layers)
     positive, negative = _pairs(pairs)
     _check_ending(output)
-    refuse_unknown(point, positions=positions)
+    refuse_unknown(point, chosen, model, positions=positions)
     hm = model_options.opened(model, given, quiet=False)
     made = hm.steering_vector(
         positive, negative, point, chosen, method=method, positions=positions, chat=chat or "auto"
