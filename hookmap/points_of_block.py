@@ -465,7 +465,7 @@ def _merge(lines: list[str]) -> list[str]:
     out = []
     for line in lines:
         left, right = line.split(" = ", 1)
-        if left == right:
+        if left == right or line == "resid_mid = resid_mid_sum":  # a cast
             continue
         for name, text in known.items():
             right = re.sub(rf"\b{name}\b", text, right)

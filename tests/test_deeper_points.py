@@ -74,6 +74,7 @@ BY_HAND: dict[str, dict[str, tuple[str, Cut]]] = {
     "phi": _llama_like(4),
     "opt": _llama_like(4),
     "gptj": _llama_like(4, "attn"),
+    "bert": {n: (f"attention.self.{m}", _split(HEADS)) for n, m in zip("qkv", ("query", "key", "value"), strict=True)},
     "deepseek_v3": {
         "q": ("self_attn.q_b_proj", _split(HEADS, 12)),
         # The compressed keys and values carry an axis of one beside the batch's.
@@ -83,12 +84,12 @@ BY_HAND: dict[str, dict[str, tuple[str, Cut]]] = {
 OUT = {
     "gpt2": "attn.c_proj", "gpt_neox": "attention.dense", "bloom": "self_attention.dense", "phi": "self_attn.dense",
     "falcon_sequential": "self_attention.dense", "falcon_7b": "self_attention.dense", "gptj": "attn.out_proj",
-    "falcon_40b": "self_attention.dense", "opt": "self_attn.out_proj",
+    "falcon_40b": "self_attention.dense", "opt": "self_attn.out_proj", "bert": "attention.output.dense",
 }  # fmt: skip
 DOWN = {
     "gpt2": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h", "bloom": "mlp.dense_4h_to_h", "phi": "mlp.fc2",
     "falcon_sequential": "mlp.dense_4h_to_h", "falcon_7b": "mlp.dense_4h_to_h", "gptj": "mlp.fc_out",
-    "falcon_40b": "mlp.dense_4h_to_h", "opt": "fc2",
+    "falcon_40b": "mlp.dense_4h_to_h", "opt": "fc2", "bert": "output.dense",
 }  # fmt: skip
 ROUTED = {"mixtral": ("mlp", 0), "qwen3_moe": ("mlp", 0), "deepseek_v3": ("mlp", 1), "jamba": ("feed_forward", 1)}
 

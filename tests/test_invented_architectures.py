@@ -20,6 +20,8 @@ def test_the_plain_ladder_is_read() -> None:
     found = check(Ladder())
     assert (found.layers_path, found.num_layers) == ("rungs.{i}", DEPTH)
     assert found.kinds[0].mixer.type == "attention" and found.kinds[0].norm_placement == "pre"
+    assert (found.kinds[0].mixer.modules, found.kinds[0].mlp.modules) == (("rungs.{i}.blend",), ("rungs.{i}.think",))
+    assert "it is resid_mid" in found.unavailable("resid_mid_sum", 0)
 
 
 def test_a_tape_that_differs_fails_the_check() -> None:

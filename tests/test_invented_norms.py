@@ -158,6 +158,23 @@ def test_the_stream_is_in_full_and_the_branches_in_half_precision() -> None:
     check(Ladder(HalfBranches))
 
 
+class FullSums(Rung):
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        y = (x.float() + a.float()).to(x.dtype)
+        m = self.cool(y)
+        f = self.think(m)
+        z = (y.float() + f.float()).to(x.dtype)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=z)
+        return z
+
+
+def test_the_stream_is_in_half_and_its_sums_in_full_precision() -> None:
+    (kind,) = check(Ladder(FullSums).to(torch.bfloat16)).kinds
+    assert kind.relations[:2] == ("resid_mid = resid_pre + mixer_out", "resid_post = resid_mid + mlp_out")
+
+
 class Biased(Rung):
     def __init__(self, i: int) -> None:
         super().__init__(i)

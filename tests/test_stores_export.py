@@ -117,6 +117,12 @@ def test_a_point_that_is_not_held_is_refused(capture: Path, tmp_path: Path) -> N
         export(open_store(capture), "numpy", tmp_path / "out", point="mlp_out")
 
 
+def test_a_capture_without_samples_is_refused(tmp_path: Path) -> None:
+    write_or_resume(tmp_path / "c", replace(RUN, batches=[]))
+    with pytest.raises(StoreError, match="nothing to export: no finished sample"):
+        export(open_store(tmp_path / "c"), "numpy", tmp_path / "out")
+
+
 def test_nothing_is_written_over(capture: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
