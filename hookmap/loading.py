@@ -1,5 +1,6 @@
 """A model and its tokenizer, from a hub id or a local folder; one copy of the weights."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from torch import nn
 
 from hookmap import hub, skeleton
 from hookmap.errors import ModelError, TokenizerError
+
+log = logging.getLogger("hookmap")
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -59,6 +62,12 @@ def load_model(
             f"{', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}. They would be random numbers. "
             "Give a whole checkpoint; or, if it is meant, load the model yourself: hookmap.open(module, tokenizer=...)"
         )
+    if unused := sorted(found["unexpected_keys"]):
+        log.warning(
+            "%s: %s has no place for %d of the weights, which are left out: %s%s. That is so for parts that another "
+            "task needs; if they are of the blocks, config.json is another model's, and every tensor is wrong.",
+            source, type(model).__name__, len(unused), ", ".join(unused[:4]), ", …" if len(unused) > 4 else "",
+        )  # fmt: skip
     loaded: nn.Module = model.eval()
     return loaded
 

@@ -218,6 +218,22 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
         hookmap.open(tmp_path, device="cpu")
 
 
+def test_weights_that_the_model_has_no_place_for_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers says it in a log that is silent here; a Llama of Qwen3's weights would compute anything."""
+    model = plain_hooks.build("qwen3")
+    model.save_pretrained(tmp_path)
+    hookmap.open(tmp_path, device="cpu")
+    assert not caplog.records
+    layers, same = model.config.num_hidden_layers, model.config.to_dict()
+    del same["model_type"], same["architectures"]
+    transformers.LlamaConfig(**same, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    hookmap.open(tmp_path, device="cpu")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert (
+        f"LlamaForCausalLM has no place for {2 * layers} of the weights" in said and "layers.0.self_attn.k_norm" in said
+    )
+
+
 def test_a_folders_own_code_does_not_run_unless_it_is_trusted(folder: Path, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     model = tmp_path / "model"
