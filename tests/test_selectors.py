@@ -189,4 +189,5 @@ def test_unavailable_gives_the_reason_or_none() -> None:
     assert MAP.unavailable("resid_mid", 0) is None
     assert MAP.unavailable("resid_mid") is None, "some layer has it"
     assert "out of range" in str(MAP.unavailable("resid_mid", 6))
+    assert "did you mean resid_mid" in str(MAP.unavailable("resid_midd"))
     assert isinstance(MAP, ArchitectureMap)
