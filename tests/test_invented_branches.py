@@ -163,6 +163,19 @@ def test_an_mlp_in_pieces_is_no_mixer(rung: type[Rung]) -> None:
     check(Ladder(rung))
 
 
+@pytest.mark.parametrize("rung", [Sliced, Split, Looped])
+def test_an_mlp_in_pieces_is_no_mixer_where_nothing_mixes(rung: type[Mlp]) -> None:
+    class Alone(rung):  # type: ignore[misc,valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            m = self.cool(x)
+            f = self.run(m)
+            note(self.i, resid_pre=x, mlp_in=m, mlp_out=f, resid_post=x + f)
+            return x + f
+
+    found = check(Ladder(Alone), dict.fromkeys(("mixer_in", "mixer_out", "resid_mid"), "this block has no mixer"))
+    assert found.kinds[0].branch_order == "mlp_only"
+
+
 class Chain(Rung):
     """An MLP with more steps than the model has blocks."""
 

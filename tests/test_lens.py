@@ -60,7 +60,7 @@ def test_the_parts_of_an_attribution_sum_to_the_logit(name: str) -> None:
 @pytest.mark.parametrize("name", ["gemma2", "mamba", "cohere", "gpt2"])
 def test_in_half_precision_the_sum_holds_to_the_precision_of_the_model(name: str) -> None:
     hm = opened(name, torch.bfloat16)
-    found = hm.attribute(TOKENS, positions="all")
+    found = hm.attribute(TOKENS, positions="all", heads=name == "gpt2")
     assert (found.values.sum(0) - found.logit).abs().max() < 0.05 * found.logit.abs().max()
 
 

@@ -42,6 +42,19 @@ def test_rows_are_of_the_tokens_whether_they_are_given_by_name_by_place_or_as_ve
         assert first == [0, 5, 10, 15] and second == [25, 30, 35]  # the pad before the second prompt is no row
 
 
+def test_rows_come_in_the_order_of_the_tokens_whatever_a_pass_brings() -> None:
+    """One column waits in a block for more; three at once must not go past it."""
+    run = Run()
+    for width in (1, 3):
+        run.feed(width)
+        run.show(width)
+    run.observer.sampled(WIDTH + 1, [True, True])
+    run.observer.finish(WIDTH + 1)
+    starts = [(a.sample, a.start, len(a.tensor)) for a in run.rows]
+    assert [part for part in starts if part[0] == 0] == [(0, 0, 1), (0, 1, 3)]
+    assert [part for part in starts if part[0] == 1] == [(1, 0, 3)]
+
+
 @pytest.mark.parametrize(
     ("fed", "said"),
     [

@@ -192,4 +192,5 @@ def test_unavailable_gives_the_reason_or_none() -> None:
     assert "out of range" in str(MAP.unavailable("resid_mid", 6))
     for no_layer in (1.5, True, "0", "all"):
         assert f"layer {no_layer!r} is not a whole number" in str(MAP.unavailable("resid_mid", no_layer))  # type: ignore[arg-type]
+    assert "did you mean resid_mid" in str(MAP.unavailable("resid_midd"))
     assert isinstance(MAP, ArchitectureMap)
