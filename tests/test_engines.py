@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from plain_hooks import FAMILIES
 from tiny_tokenizer import tiny_tokenizer
 
 import hookmap
+from hookmap.engines.turns import Turns
 from hookmap.model import HookedModel
 
 RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
@@ -175,3 +177,19 @@ def test_the_estimate_counts_what_one_pass_brings_at_once() -> None:
     short = hm.estimate([[1] * 1_000] * 1_000, ["logits"], max_new_tokens=0)
     assert long.bytes == short.bytes == long.held(True)
     assert short.largest == 4 * 1_000 * 97 * 4 and short.held(True) < short.bytes / 2
+
+
+@pytest.mark.parametrize(("first", "second"), [("shared", "alone"), ("alone", "shared"), ("alone", "alone")])
+def test_who_waits_for_a_turn_goes_on_when_the_one_before_leaves(first: str, second: str) -> None:
+    turns, inside = Turns(), threading.Event()
+
+    def work() -> None:
+        with getattr(turns, second)():
+            inside.set()
+
+    with getattr(turns, first)():
+        threading.Thread(target=work, daemon=True).start()
+        while not turns._free._waiters:  # type: ignore[attr-defined]
+            time.sleep(0.001)
+        assert not inside.is_set()
+    assert inside.wait(20)
