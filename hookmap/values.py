@@ -25,7 +25,13 @@ _SHAPE_ONLY = {
     "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided",
 }  # fmt: skip
 _NORM = {"native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm"}
+_ROOTS = {"rsqrt", "sqrt", "std", "linalg_vector_norm"}
 HEAVY = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_grouped_mm", "dot", "mv"}
+
+
+def _is_root(op: Operation) -> bool:
+    """Whether it takes a square root, also as a power (Gemma 4: `pow(-0.5)`)."""
+    return op.name in _ROOTS or (op.name == "pow" and op.args[1:] in ((0.5,), (-0.5,)))
 
 
 @dataclass(frozen=True)
@@ -270,7 +276,8 @@ class Values:
 
     def _is_statistic(self, value: int, of: int) -> bool:
         """Whether `value` is a root of a mean of squares of `of`, and of nothing else that varies."""
-        names, stack, seen = set(), [value], set()
+        ops: list[Operation] = []
+        stack, seen = [value], set()
         while stack:
             top = stack.pop()
             if top == of or top in seen or self.is_constant(top):
@@ -279,9 +286,10 @@ class Values:
             op = self.producers.get(top)
             if op is None or op.name in HEAVY or len(seen) > 12:
                 return False
-            names.add(op.name)
+            ops.append(op)
             stack += self.operands(op)
-        return bool(names & {"rsqrt", "sqrt"} and names & {"mean", "sum", "var"}) or "linalg_vector_norm" in names
+        over_features = {"mean", "sum", "var", "std", "linalg_vector_norm"} & {op.name for op in ops}
+        return bool(over_features) and any(map(_is_root, ops))
 
     def _uncast(self, value: int) -> int:
         op = self.producers.get(value)
@@ -312,7 +320,7 @@ class Values:
         sources = [t for t in call.entered.values() if self.flow.tensors[t].shape == shape]
         ops = self.inside(call)
         names = {op.name for op in ops}
-        statistic = names & _NORM or (names & {"rsqrt", "sqrt", "linalg_vector_norm"} and len(shape) > 1)
+        statistic = names & _NORM or (any(map(_is_root, ops)) and len(shape) > 1)
         if len(sources) != 1 or sources[0] == output or not statistic or names & HEAVY or "_softmax" in names:
             return None
         return self.value(sources[0])

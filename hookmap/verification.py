@@ -406,9 +406,13 @@ class _Verifier:
         error = self._error(found, self._like(states[-1])) if states else float("inf")
         detail = "final_norm = hidden_states[-1]"
         if last is not None and norm and (error > self.tolerance or self._error(last, found) <= self.tolerance):
+            streams = last.shape != found.shape  # which are mixed into one before the norm
             with torch.no_grad():
-                error = self._error(found, self.model.get_submodule(norm)(last))
-            detail = f"final_norm = {norm}(resid_post[-1])"
+                if streams and (base := getattr(self.model, "base_model", None)) is not None:
+                    error = self._error(found, self._like(base(self.ids).last_hidden_state))
+                else:
+                    error = self._error(found, self.model.get_submodule(norm)(last))
+            detail = "final_norm = last_hidden_state" if streams else f"final_norm = {norm}(resid_post[-1])"
         yield Check("final_norm", (), error <= self.tolerance, detail, error)
 
     def _second_names(self, values: dict[Key, Tensor]) -> Iterator[Check]:

@@ -142,6 +142,7 @@ def test_altup_streams_stand_before_the_batch_and_are_captured_behind_the_positi
     (selector,) = found.selectors("resid_pre", 3)
     assert selector.terms[0].axes == ("stream", "batch", "pos", "d_model")
     assert "several residual streams" in (found.unavailable("resid_mid", 0) or "")
+    assert found.final_norm_path == "model.norm"  # last_hidden_state, behind the mixing of the streams
 
 
 def test_a_stream_of_positions_first_is_captured_batch_first() -> None:
@@ -189,6 +190,14 @@ def test_two_mixers_in_one_branch_are_one_mixer() -> None:
 def test_three_additions_number_the_middles() -> None:
     found = _proved("gemma4_text")
     assert {"resid_mid.0", "resid_mid.1"} <= set(found.kinds[0].points)
+
+
+def test_a_root_may_be_a_power() -> None:
+    """Gemma 4's RMSNorm multiplies by pow(-0.5), and stands around both branches and before the head."""
+    found = _proved("gemma4_text")
+    assert {kind.norm_placement for kind in found.kinds} == {"sandwich"} and found.final_norm_path == "model.norm"
+    assert _where(found, "mixer_out_raw") == ["model.layers.0.self_attn.output[0]"]
+    assert _where(found, "mixer_out") == ["model.layers.0.post_attention_layernorm.output"]
 
 
 def test_layers_that_are_never_called_on_text_say_so() -> None:
