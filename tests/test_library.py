@@ -164,4 +164,4 @@ def test_a_folder_that_is_no_model_says_what_is_in_it(tmp_path: Path) -> None:
 def test_the_maps_are_small() -> None:
     """By the kind of block: BEAM scales every layer by a number of its own, so each of its 50 is a kind."""
     paths = [p for p in mappings_folder().rglob("*.json") if not p.name.endswith(".schema.json")]
-    assert max(p.stat().st_size / len(load_map(p).kinds) for p in paths) < 26_000
+    assert max(p.stat().st_size / len(load_map(p).kinds) for p in paths) < 25_000

@@ -75,7 +75,7 @@ def test_every_shipped_map_is_small_proved_and_says_on_what(name: str) -> None:
     shipped = load(path)
     assert shipped.architecture == name and shipped.scope == "architecture"
     assert shipped.transformers_version and len(shipped.verified_by) > 3
-    assert path.stat().st_size < 24_000 * len(shipped.kinds)  # BEAM scales every layer by a number of its own
+    assert path.stat().st_size < 25_000 * len(shipped.kinds)  # BEAM scales every layer by a number of its own
     assert all(kind.points or kind.unavailable for kind in shipped.kinds)
 
 
