@@ -133,6 +133,22 @@ class Rung(nn.Module):
         return y + f
 
 
+class Behind(Rung):
+    """Something stands behind each branch: `warm` and `hot`, of which subclasses say what they are."""
+
+    warm: nn.Module
+    hot: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.warm(self.blend(n))
+        y = x + a
+        m = self.cool(y)
+        f = self.hot(self.think(m))
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
 class Ladder(nn.Module):
     """The model around the blocks."""
 

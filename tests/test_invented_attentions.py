@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from invented import IDS, D, Ladder, Mix, Rung, Think, check, note
+from invented import IDS, Behind, D, Ladder, Mix, Rung, Think, check, note
 from torch import Tensor, nn
 
 from hookmap.discovery import discover
@@ -131,21 +131,12 @@ def test_what_stands_nowhere_is_refused_and_the_rest_is_read(mix: Callable[[], A
         assert reason in (found.unavailable(name, 1) or "(it is there)")
 
 
-class Convolved(Rung):
+class Convolved(Behind):
     """What both branches add went through a short convolution: the second is an MLP none the less."""
 
     def __init__(self, i: int) -> None:
         super().__init__(i)
-        self.one, self.other = Short(), Short()
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.one(self.blend(n))
-        y = x + a
-        m = self.cool(y)
-        f = self.other(self.think(m))
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+        self.warm, self.hot = Short(), Short()
 
 
 def test_a_short_convolution_behind_a_branch_makes_no_mixer_of_it() -> None:

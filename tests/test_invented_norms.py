@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from invented import D, Ladder, Rung, check, note
+from invented import Behind, D, Ladder, Rung, check, note
 from torch import Tensor, nn
 
 from hookmap.discovery import discover
@@ -97,19 +97,10 @@ class After(Rung):
         return z
 
 
-class Sandwich(Rung):
+class Sandwich(Behind):
     def __init__(self, i: int) -> None:
         super().__init__(i)
         self.warm, self.hot = nn.LayerNorm(D), nn.LayerNorm(D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.warm(self.blend(n))
-        y = x + a
-        m = self.cool(y)
-        f = self.hot(self.think(m))
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
 
 
 @pytest.mark.parametrize(("rung", "placement"), [(After, "post"), (Sandwich, "sandwich")])
