@@ -47,14 +47,15 @@ class MemoryUse:
         if self.device is not None:
             self.device_before = torch.cuda.memory_allocated(self.device)
 
-    def look(self) -> None:
-        """Once a batch, and not once a token: it takes some ten microseconds."""
-        self.peak = max(self.peak, used())
+    def look(self) -> int:
+        """Bytes now. Once a batch, and not once a token: it takes some ten microseconds."""
+        now = used()
+        self.peak = max(self.peak, now)
+        return now
 
     def figures(self) -> Mapping[str, int]:
         """Bytes, for the log and the manifest."""
-        after = used()
-        self.peak = max(self.peak, after)
+        after = self.look()
         found = {"before": self.before, "after": after, "peak": self.peak}
         if self.device is not None:
             found["device_before"] = self.device_before

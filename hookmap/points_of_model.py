@@ -145,11 +145,12 @@ def _final_norm(values: Values, stack: Stack, tapper: Tapper, ends: list[int], o
         outside.unavailable["final_norm"] = "the blocks run several times: what is normed last is not their last output"
         return
     leave, end = stack.streams[last][1], stack.calls[last].exit
-    leading = _ancestors(values, ends, end)
+    made = _ancestors(values, ends, end)
+    leading = {value for value in made if value in values.producers and values.producers[value].time > end}
     normed, value = None, _next_norm(values, leave, end, leading)
     while value is not None:
         normed, value = value, _next_norm(values, value, end, leading)
-    if normed is None or _leads_to(values, ends, leave, end, without=normed):
+    if normed is None or leave in _ancestors(values, ends, end, without=normed):
         # Several streams are mixed by weights that a norm of their own makes; the last norm is behind them.
         rows = {value for value in leading if values.size(value) == stack.seq * stack.width}
         normed = _behind_mixing(values, ends, leave, end, rows)
@@ -169,34 +170,28 @@ def _behind_mixing(values: Values, ends: list[int], leave: int, end: int, rows: 
     """The first norm, among `rows`, that all of the stream passes on its way to `ends`, and no weights before it."""
     for value in sorted(rows, key=lambda v: values.producers[v].time):
         source = values.norm_source(value)
-        if source in rows and not _leads_to(values, ends, leave, end, without=value):
-            plain = _leads_to(values, [source], leave, end, heavy=False)
+        if source in rows and leave not in _ancestors(values, ends, end, without=value):
+            plain = leave in _ancestors(values, [source], end, heavy=False)
             return _next_norm(values, source, end, rows) if plain else None
     return None
 
 
-def _leads_to(
-    values: Values, ends: list[int], leave: int, end: int, *, without: int | None = None, heavy: bool = True
-) -> bool:
-    """Whether any of `ends` is made of `leave` other than by way of `without`, or of products with weights."""
-    seen, stack = {without}, list(ends)
+def _ancestors(
+    values: Values, ends: list[int], after: int, *, without: int | None = None, heavy: bool = True
+) -> set[int]:
+    """All that any of `ends` is made of, other than by way of `without`, or of products with weights unless `heavy`.
+
+    It goes back to the first values that were there before `after`, and includes them.
+    """
+    found: set[int] = set()
+    stack = list(ends)
     while stack:
-        if (top := stack.pop()) == leave:
-            return True
+        top = stack.pop()
+        if top in found or top == without:
+            continue
+        found.add(top)
         op = values.producers.get(top)
-        if top not in seen and op is not None and op.time > end and (heavy or op.name not in HEAVY):
-            stack += values.operands(op)
-        seen.add(top)
-    return False
-
-
-def _ancestors(values: Values, ends: list[int], after: int) -> set[int]:
-    """The values, computed later than `after`, that any of `ends` is made of."""
-    found, stack = set(), list(ends)
-    while stack:
-        op = values.producers.get(top := stack.pop())
-        if top not in found and op is not None and op.time > after:
-            found.add(top)
+        if op is not None and op.time > after and (heavy or op.name not in HEAVY):
             stack += values.operands(op)
     return found
 
