@@ -1,7 +1,10 @@
 """Makes .venv with hookmap in it. Needs only Python >= 3.11 and pip; `make demo` and `make test` call it.
 
+Every package is installed at the version that was tested: constraints.txt. `make lock` writes that file anew.
+
 `make test-clients` has .venv-clients made: environments of programs that use the server.
 `make test-oldest` has .venv-oldest made: the same with the oldest transformers that pyproject.toml allows.
+`make test-newest` has .venv-newest made: the newest version of everything, without constraints.txt.
 `make test-peers` has .venv-peer-NAME made: another program that hookmap is compared with, without hookmap.
 
 PyPI's Linux build of PyTorch brings several GB of CUDA libraries. So, on Linux without an NVIDIA GPU, the CPU build
@@ -10,12 +13,16 @@ The environment variable TORCH names another requirement, e.g. TORCH="torch==2.1
 """
 
 import argparse
+import contextlib
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 CLIENTS = {
@@ -25,18 +32,24 @@ CLIENTS = {
 }
 """programs that use the server, each in an environment of its own: their pins clash"""
 ROOT = Path(__file__).resolve().parent.parent
-CPU_TORCH = "torch==2.13.0+cpu"
+CONSTRAINTS = ROOT / "constraints.txt"
 PEERS = {
     "transformer-lens": ("transformer-lens==4.3.0", "transformers==5.23.0"),
     "nnterp": ("nnterp==1.3.0", "nnsight==0.7.0", "transformers==5.23.0"),  # it does not import with nnsight 0.8
 }
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+BUILD_BACKEND = ("hatchling", "editables")
+"""what builds hookmap's own wheel"""
+UNLOCKED = ("hookmap", "pip", "torch", "triton")
+"""packages that `make lock` leaves out; torch gets its line without the name of the build, `+cpu`"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tests", action="store_true", help="also install what the tests need")
     parser.add_argument("--oldest", action="store_true", help="make .venv-oldest, with the oldest transformers")
+    parser.add_argument("--newest", action="store_true", help="make .venv-newest, with the newest of everything")
+    parser.add_argument("--lock", action="store_true", help="write constraints.txt anew, from a new .venv-newest")
     parser.add_argument("--peer", choices=PEERS, help="make .venv-peer-NAME, with this program alone")
     parser.add_argument("--clients", action="store_true", help="make .venv-clients, with the server's clients")
     given = parser.parse_args()
@@ -45,21 +58,96 @@ def main() -> None:
         return
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before anything has checked the version
         sys.exit(f"hookmap needs Python 3.11 or later, not {platform.python_version()}: PYTHON=python3.12 make demo")
-    venv = ROOT / (f".venv-peer-{given.peer}" if given.peer else ".venv-oldest" if given.oldest else ".venv")
-    pip = make_environment(venv)
-    install_torch(pip)
     if given.peer:
-        say(f"installing {' '.join(PEERS[given.peer])} (a minute or two)")
-        run(*pip, "install", "-qq", *PEERS[given.peer])
-        (venv / ".ready").touch()
-        return
-    say("installing hookmap and what it needs (a minute or two)")
-    extra = [f"transformers=={oldest_transformers()}", "pytest>=8.2"] if given.oldest else []
-    run(*pip, "install", "-qq", "--editable", f"{ROOT}[test]" if given.tests else str(ROOT), *extra)
-    # The stamps that the Makefile looks at. The tests' environment is also good enough for the demo.
+        make_peer(given.peer)
+    elif given.newest or given.lock:
+        pip = make_newest()
+        if given.lock:
+            lock(pip)
+    elif given.oldest:
+        instead = {"transformers": oldest_transformers()}
+        make_tested(ROOT / ".venv-oldest", str(ROOT), "pytest", "pytest-xdist", instead=instead)
+    elif given.tests:
+        make_tested(ROOT / ".venv", f"{ROOT}[test]")
+        (ROOT / ".venv" / ".ready-for-tests").touch()
+    else:
+        make_tested(ROOT / ".venv", str(ROOT))
+
+
+def make_tested(venv: Path, hookmap: str, *others: str, instead: dict[str, str] | None = None) -> None:
+    """An environment with hookmap, and every package at the version of constraints.txt.
+
+    instead: other versions of some packages.
+    """
+    pip = make_environment(venv)
+    with constraints(instead or {}) as file:
+        torch_first(pip, file)
+        say("installing hookmap and what it needs (a minute or two)")
+        # The build backend, too, at its tested version; pip would fetch the newest into an environment of its own.
+        run(*pip, "install", "-qq", "-c", file, *BUILD_BACKEND)
+        run(*pip, "install", "-qq", "-c", file, "--no-build-isolation", *others, "--editable", hookmap)
+    # The stamp that the Makefile looks at.
     (venv / ".ready").touch()
-    if given.tests:
-        (venv / ".ready-for-tests").touch()
+
+
+def make_newest() -> list[str]:
+    """A new environment with the newest version of every package; returns the command that is its pip."""
+    venv = ROOT / ".venv-newest"
+    shutil.rmtree(venv, ignore_errors=True)
+    pip = make_environment(venv)
+    if "TORCH" not in os.environ and platform.system() == "Linux" and not has_nvidia_gpu():
+        # From this index alone: its newest build has no CUDA. Where it cannot be reached, the tested version has to do.
+        index = ("--index-url", CPU_INDEX, "--retries", "1", "--timeout", "20")
+        if subprocess.run([*pip, "install", "-qq", "--no-deps", "torch", *index], check=False).returncode:
+            torch_first(pip, str(CONSTRAINTS))
+    else:
+        torch_first(pip, os.devnull)
+    say("installing hookmap and the newest version of what it needs (a minute or two)")
+    run(*pip, "install", "-qq", *BUILD_BACKEND)
+    run(*pip, "install", "-qq", "--no-build-isolation", "--editable", f"{ROOT}[test]")
+    (venv / ".ready").touch()
+    return pip
+
+
+def lock(pip: list[str]) -> None:
+    """Writes the versions that this environment has into constraints.txt."""
+    listed = subprocess.run([*pip, "list", "--format=json"], check=True, capture_output=True, text=True).stdout
+    found = {each["name"]: each["version"] for each in json.loads(listed)}
+    lines = [f"{name}=={version}" for name, version in found.items() if name not in UNLOCKED and "nvidia" not in name]
+    lines.append(f"torch=={found['torch'].partition('+')[0]}")
+    head = "# The versions that hookmap is tested with. `make lock` writes this file; do not edit it.\n"
+    CONSTRAINTS.write_text(head + "\n".join(sorted(lines, key=str.lower)) + "\n", encoding="utf-8")
+    say(f"wrote {CONSTRAINTS}: {len(lines)} packages. Run `make test` before you commit it.")
+
+
+@contextlib.contextmanager
+def constraints(instead: dict[str, str]) -> Iterator[str]:
+    """The name of a file with the lines of constraints.txt, some versions exchanged, for `pip install -c`.
+
+    A build of PyTorch that the user chose has no line: TORCH is then what counts.
+    """
+    versions = {**locked(), **instead}
+    if "TORCH" in os.environ:
+        del versions["torch"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "constraints.txt"
+        file.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()), encoding="utf-8")
+        yield str(file)
+
+
+def locked() -> dict[str, str]:
+    """Package -> version, of constraints.txt."""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def make_peer(name: str) -> None:
+    """An environment with another program, and without hookmap."""
+    venv = ROOT / f".venv-peer-{name}"
+    pip = make_environment(venv)
+    torch_first(pip, str(CONSTRAINTS))
+    say(f"installing {' '.join(PEERS[name])} (a minute or two)")
+    run(*pip, "install", "-qq", *PEERS[name])
+    (venv / ".ready").touch()
 
 
 def make_clients() -> None:
@@ -89,21 +177,22 @@ def make_environment(venv: Path) -> list[str]:
     return [python, "-m", "pip"] if own_pip else [sys.executable, "-m", "pip", "--python", python]
 
 
-def install_torch(pip: list[str]) -> None:
-    """Chooses the build of PyTorch before anything that depends on it can."""
+def torch_first(pip: list[str], constraints: str) -> None:
+    """Installs the right build of PyTorch before anything that depends on it can choose another."""
     chosen = os.environ.get("TORCH")
     if chosen is None and platform.system() == "Linux" and not has_nvidia_gpu():
-        say(f"no NVIDIA GPU here: installing {CPU_TORCH}, the build without CUDA (about 200 MB)")
+        cpu_torch = f"torch=={locked()['torch']}+cpu"
+        say(f"no NVIDIA GPU here: installing {cpu_torch}, the build without CUDA (about 200 MB)")
         # Few retries, and its dependencies later from PyPI: where this index cannot be reached, pip soon goes on with
         # the other places that it is configured for.
         index = ("--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "20")
         failure = (
-            f"pip found no {CPU_TORCH}, which is at {CPU_INDEX} (for CPython 3.11 to 3.14). To choose another build "
+            f"pip found no {cpu_torch}, which is at {CPU_INDEX} (for CPython 3.11 to 3.14). To choose another build "
             'yourself: TORCH="torch" make demo (PyPI\'s, several GB with its CUDA libraries)'
         )
-        run(*pip, "install", "-qq", "--no-deps", CPU_TORCH, *index, failure=failure)
+        run(*pip, "install", "-qq", "--no-deps", cpu_torch, *index, failure=failure)
     else:
-        run(*pip, "install", "-q", chosen or "torch>=2.4")
+        run(*pip, "install", "-q", "-c", constraints, chosen or "torch>=2.4")
 
 
 def has_nvidia_gpu() -> bool:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,6 @@ from hookmap.maps_table import by_class, counts, markdown
 from hookmap.narrow import narrow
 from hookmap.sweep_configs import COMPLETIONS, config_of
 from hookmap.verification import verify
-
-_QUICK = (
-    "apertus", "bart", "biogpt", "bloom", "codegen", "dbrx", "electra", "falcon", "gemma", "gpt2", "gptj",
-    "hyperclovax", "ministral", "mpt", "nemotron", "olmo2", "openai-gpt", "opt", "stablelm", "xlm",
-)  # fmt: skip
-_DAY = date.today().toordinal()
 
 
 def _proved(model_type: str, **settings: Any) -> ArchitectureMap:
@@ -62,9 +55,9 @@ def test_every_type_is_in_one_tenth() -> None:
     assert {len(each) for each in tenths} <= {len(classes()) // 10, len(classes()) // 10 + 1}
 
 
-@pytest.mark.parametrize("model_type", _QUICK[_DAY % 5 :: 5])
-def test_a_shipped_map_is_what_discovery_finds_today(model_type: str) -> None:
-    """Another five each day; the whole is `hookmap maps check`."""
+@pytest.mark.parametrize("model_type", ("bart", "codegen", "dbrx", "openai-gpt", "xlm"))
+def test_a_shipped_map_is_what_discovery_finds(model_type: str) -> None:
+    """`make test` checks one type of each family besides; the whole is `hookmap maps check`."""
     entry = build_type(model_type, shipped=mappings_folder())
     assert (entry.status, entry.changes) == ("SUPPORTED", ()), entry.detail
 
@@ -301,7 +294,7 @@ def test_an_unknown_type_is_wrong_usage() -> None:
     assert result.exit_code == 2 and "qwen3" in result.output
 
 
-def test_today_adds_a_tenth_to_the_types_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tenth_is_added_to_the_types_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr("hookmap.maps.sweep", lambda types, *_: seen.extend(types) or [])
     assert CliRunner().invoke(command, ["check", "gpt2", "--tenth", "3"]).exit_code == 0
