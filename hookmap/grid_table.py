@@ -1,5 +1,6 @@
 """A grid as a table in the terminal: layers upwards, positions to the right, colours by value."""
 
+import math
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -15,7 +16,7 @@ _LIGHT, _DARK = (247, 251, 255), (8, 81, 156)
 def grid_table(grid: Grid, words: Sequence[Sequence[str]] | None = None, columns: int | None = None) -> Table:
     """words: written in the cells instead of numbers. columns: the last so many, where not all fit."""
     first = max(0, len(grid.positions) - columns) if columns else 0
-    known = grid.values[~grid.values.isnan()]
+    known = grid.values[grid.values.isfinite()]
     low, high = (float(known.min()), float(known.max())) if known.numel() else (0.0, 1.0)
     table = Table(box=None, pad_edge=False, padding=0, header_style="bold", title=grid.metric, title_justify="left")
     table.add_column("layer ", justify="right")
@@ -33,7 +34,7 @@ def grid_table(grid: Grid, words: Sequence[Sequence[str]] | None = None, columns
 
 def _style(share: float) -> str:
     """Light where the value is small, dark where it is large; plain where there is none."""
-    if share != share:
+    if not math.isfinite(share):
         return ""
     mixed = (round(a + (b - a) * share) for a, b in zip(_LIGHT, _DARK, strict=True))
     return f"{'white' if share > 0.6 else 'black'} on rgb({','.join(map(str, mixed))})"

@@ -6,7 +6,9 @@ The charts are Altair's; they are drawn offline. Both packages come with `pip in
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,27 +93,36 @@ def bars(attribution: Attribution, column: int = -1) -> Any:
     return finished(chart, title, 420, 14 * len(rows))
 
 
-def attention(pattern: torch.Tensor, tokens: Sequence[str], *, title: str = "attention") -> Any:
-    """Attention weights [heads, query, key] as one small heat map for each head, as an Altair chart."""
+def attention(
+    pattern: torch.Tensor, tokens: Sequence[str], *, heads: Sequence[int] | None = None, title: str = "attention"
+) -> Any:
+    """Attention weights [heads, query, key] as one small heat map for each head, as an Altair chart.
+
+    heads: which of them to draw; or, of a slice such as `pattern[4:6]`, the numbers of its heads, as many as it has.
+    They stand in the order of their numbers. Raises CaptureError for heads that are not there.
+    """
     alt = load_altair()
     if pattern.ndim != 3 or pattern.shape[1:] != (len(tokens), len(tokens)):
         raise CaptureError(
             f"attention is [heads, query, key] of the tokens given: got {list(pattern.shape)} and {len(tokens)} tokens."
         )
+    drawn = _heads(len(pattern), heads)
+    causal = not bool(pattern.triu(1).any())
     rows = [
         {
-            "head": f"head {h}",
+            "head": f"head {name}",
             "q": q,
             "k": k,
             "query": printable(tokens[q]),
             "key": printable(tokens[k]),
             "value": _short(v),
         }
-        for h, queries in enumerate(pattern.float().tolist())
-        for q, keys in enumerate(queries)
-        for k, v in enumerate(keys[: q + 1])
+        for name, h in drawn
+        for q, keys in enumerate(pattern[h].float().tolist())
+        for k, v in enumerate(keys[: q + 1] if causal else keys)
     ]
     side = max(120, 12 * len(tokens))
+    names = [f"head {name}" for name, _ in drawn]  # as texts they would stand 0, 1, 10, 11, 2
     chart = (
         alt.Chart(alt.Data(values=rows))
         .mark_rect()
@@ -122,9 +133,29 @@ def attention(pattern: torch.Tensor, tokens: Sequence[str], *, title: str = "att
             tooltip=["head:N", "query:N", "key:N", alt.Tooltip("value:Q", format=".4~g")],
         )
         .properties(width=side, height=side)
-        .facet(facet=alt.Facet("head:N", title=None), columns=2 if len(pattern) <= 4 else 4)
+        .facet(facet=alt.Facet("head:N", title=None, sort=names), columns=2 if len(names) <= 4 else 4)
     )
     return chart.properties(title=title, background="white")
+
+
+def _heads(count: int, heads: Sequence[int] | None) -> list[tuple[int, int]]:
+    """(number, place in the pattern) of each head that is drawn, by number. Raises CaptureError."""
+    if heads is None:
+        return [(n, n) for n in range(count)]
+    named = list(heads)
+    whole = all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in named)
+    if not named or not whole or len(set(named)) != len(named):
+        raise CaptureError(f"heads {named}: expected different whole numbers from 0 on, such as [4, 5].")
+    if len(named) == count and (set(named) != set(range(count)) or named == sorted(named)):
+        return sorted(zip(named, range(count), strict=True))
+    if len(named) == count:
+        raise CaptureError(f"heads {named} of a pattern of all {count}: give them in ascending order.")
+    if len(named) > count or max(named) >= count:
+        raise CaptureError(
+            f"heads {named} of a pattern of {count} heads: expected some of 0 to {count - 1}, or, where it is a slice, "
+            "the number of each of its heads."
+        )
+    return [(n, n) for n in sorted(named)]
 
 
 def bands(
@@ -209,7 +240,7 @@ def _token_axis(tokens: Sequence[str]) -> Any:
 
 def _short(value: float) -> float | None:
     """To five digits: more say nothing in a picture. None for what is no number."""
-    return float(f"{value:.5g}") if value == value else None
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def _cell(words: Sequence[Sequence[str]] | None) -> int:
@@ -220,7 +251,7 @@ def _cell(words: Sequence[Sequence[str]] | None) -> int:
 
 def _colours(grid: Grid, log: bool) -> tuple[dict[str, Any], str]:
     """The scale, and where its colours are so dark that words on them are white."""
-    known = grid.values[~grid.values.isnan()]
+    known = grid.values[grid.values.isfinite()]
     low, high = (float(known.min()), float(known.max())) if known.numel() else (0.0, 1.0)
     if log:
         low, high = max(low, 1e-9), max(high, 1e-9)

@@ -93,6 +93,51 @@ def test_attention_shows_what_a_query_may_see_of_each_head() -> None:
         attention(pattern, ["a", "b"])
 
 
+def named(chart: Any) -> dict[str, list[float]]:
+    """Of each head that a chart of attention shows, by its name, the values of its cells, row by row."""
+    found: dict[str, list[float]] = {}
+    for row in chart.to_dict()["data"]["values"]:
+        found.setdefault(row["head"], []).append(row["value"])
+    return found
+
+
+def test_heads_have_their_own_numbers_and_stand_in_their_order(tmp_path: Path) -> None:
+    pattern = torch.rand(12, 2, 2).tril()
+    own = {f"head {h}": pytest.approx(pattern[h][[0, 1, 1], [0, 0, 1]].tolist(), rel=1e-4) for h in range(12)}
+    picked = named(attention(pattern, ["a", "b"], heads=[10, 4]))
+    assert picked == {"head 4": own["head 4"], "head 10": own["head 10"]}
+    assert named(attention(pattern[4:6], ["a", "b"], heads=range(4, 6))) == {n: own[n] for n in ("head 4", "head 5")}
+    assert named(attention(pattern[[5, 2]], ["a", "b"], heads=[5, 2])) == {n: own[n] for n in ("head 2", "head 5")}
+    chart = attention(pattern, ["a", "b"])
+    assert named(chart) == own
+    drawn = re.findall(r">head (\d+)<", save_picture(chart, tmp_path / "a.svg").read_text("utf-8"))
+    assert drawn == [str(head) for head in range(12)]
+
+
+@pytest.mark.parametrize("heads", [[12], [0, 1, 2], [0, 0], [-1], [], [True], [1, 0]])
+def test_heads_that_are_not_there_are_refused(heads: list[int]) -> None:
+    with pytest.raises(hookmap.CaptureError, match="heads"):
+        attention(torch.rand(2, 2, 2).tril(), ["a", "b"], heads=heads)
+
+
+def test_attention_to_later_keys_is_shown_where_there_is_any() -> None:
+    pattern = torch.full((1, 2, 2), 0.5)
+    assert named(attention(pattern, ["a", "b"])) == {"head 0": [0.5] * 4}
+
+
+def test_an_infinity_has_no_colour_and_spoils_no_other_cell(tmp_path: Path) -> None:
+    values = torch.tensor([[1.0, float("inf")], [float("nan"), 2.0]])
+    with_holes = Grid(values, (0, 1), (0, 1), ("a", "b"), "effect", "resid_pre")
+    found = heat_map(with_holes).to_dict()
+    assert [row["value"] for row in found["data"]["values"]] == [1.0, None, None, 2.0]
+    assert found["encoding"]["color"]["scale"]["domain"] == [1.0, 2.0]
+    assert save_picture(heat_map(with_holes), tmp_path / "map.png").stat().st_size
+    screen = Console(width=80, file=io.StringIO())
+    screen.print(grid_table(with_holes))
+    lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split() for line in lines[-2:]] == [["1", "nan", "2"], ["0", "1", "inf"]]
+
+
 def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     for name, why in (("map.jpg", "ends in .png, .svg, .html"), ("no/such/map.png", "cannot write")):
         with pytest.raises(hookmap.StoreError, match=why):
