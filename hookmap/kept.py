@@ -38,7 +38,7 @@ class Kept:
     """a name out of NAMED, "text=…", a span (start, stop, step) where `span`, or single positions"""
     span: bool = False
     every: int = 1
-    """only positions that this divides"""
+    """of a stretch of tokens, only positions that this divides; 1 where `positions` names single ones"""
     mean: bool = False
     """one row for each sample: the mean over its positions, summed in float32"""
     features: int | tuple[int, ...] | None = None
@@ -135,7 +135,10 @@ def kept(
     features_seed: int = 0,
     dtype: "str | torch.dtype | None" = None,
 ) -> Kept:
-    """Read what a user gives. Raises SelectionError with every problem at once."""
+    """Read what a user gives. Raises SelectionError with every problem at once.
+
+    `every` thins a stretch of tokens. Tokens that are named one by one ("last", "last_prompt", positions) all stay.
+    """
     problems: list[str] = []
     where, span = _positions(positions, problems)
     if not _is_whole(every) or every < 1:
@@ -150,7 +153,8 @@ def kept(
         problems.append(f"keep_dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
     if problems:
         raise SelectionError("\n".join(problems))
-    return Kept(where, span, int(every), bool(mean), chosen, int(features_seed), name)
+    single = where in ("last", "last_prompt") or (isinstance(where, tuple) and not span)
+    return Kept(where, span, 1 if single else int(every), bool(mean), chosen, int(features_seed), name)
 
 
 def matching_tokens(chosen: Kept, tokenizer: Any, vocabulary: int) -> frozenset[int]:

@@ -80,6 +80,22 @@ def test_every_nth_of_a_selection(hm: HookedModel, whole: tuple[int, Capture]) -
         assert torch.equal(run.read(number, "resid_mid", 1), full.read(number, "resid_mid", 1)[expected])
 
 
+@pytest.mark.parametrize("every", [2, 3, 7])
+@pytest.mark.parametrize("spec", ["last", "last_prompt", "1,0,-1,35"])
+def test_tokens_that_are_named_stay_whatever_every_is(
+    hm: HookedModel, whole: tuple[int, Capture], spec: str, every: int
+) -> None:
+    """`last` once gave the row before the last, or one of no sample at all."""
+    new, full = whole
+    run = hm.capture(RAGGED, POINTS, max_new_tokens=new, positions=spec, every=every)
+    for number, sample in enumerate(full.samples):
+        expected = positions_by_hand(spec, sample.prompt_tokens, sample.rows, sample.token_ids)
+        assert run.samples[number].positions == tuple(expected)
+        assert torch.equal(run.read(number, "resid_mid", 1), full.read(number, "resid_mid", 1)[expected])
+    estimate = hm.estimate(RAGGED, POINTS, max_new_tokens=new, positions=spec, every=every)
+    assert estimate.rows >= sum(sample.rows for sample in run.samples)
+
+
 @pytest.mark.parametrize("positions", ["all", "generated", "1:7"])
 def test_the_mean_over_positions(hm: HookedModel, whole: tuple[int, Capture], positions: str) -> None:
     new, full = whole

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from store_runs import Run, resid, write_or_resume
+from store_runs import Run, resid, tree, write_or_resume
 
 from hookmap.cli.main import main
 from hookmap.errors import SelectionError, StoreError
@@ -93,6 +93,35 @@ def test_probelab_has_a_file_for_each_layer_of_a_point(capture: Path, tmp_path: 
     assert torch.equal(torch.from_numpy(found).view(torch.bfloat16), all_rows(MID))
     assert np.fromfile(tmp_path / "out" / "offsets.bin", dtype=np.int64).tolist() == [0, 7, 13, 43]
     assert np.fromfile(tmp_path / "out" / "detection_mask.bin", dtype=np.uint8).tolist() == [1] * 43
+
+
+WHOLE = replace(RUN, tensors={**resid(), ("logits", None): (torch.bfloat16, 40)})
+
+
+@pytest.mark.parametrize("point", ["resid_mid", "hook_resid_mid", "blocks.1.hook_resid_mid"])
+@pytest.mark.parametrize("layout", ["pt", "numpy", "saelens", "probelab"])
+def test_a_point_is_exported_beside_a_tensor_of_the_whole_model(tmp_path: Path, layout: str, point: str) -> None:
+    if layout == "saelens":
+        pytest.importorskip("datasets")
+    write_or_resume(tmp_path / "c", WHOLE)
+    write_or_resume(tmp_path / "d", RUN)
+    how = {"layer": 1, "context": 6} if layout == "saelens" else {}
+    export(open_store(tmp_path / "c"), layout, tmp_path / "out", point=point, **how)
+    export(open_store(tmp_path / "d"), layout, tmp_path / "alone", point=point, **how)
+    assert tree(tmp_path / "out").keys() == tree(tmp_path / "alone").keys()
+    changing = ("state.json", ".arrow")  # the names that datasets gives
+    for name, data in tree(tmp_path / "out").items():
+        assert name.endswith(changing) or data == tree(tmp_path / "alone")[name], name
+
+
+def test_tensors_of_the_whole_model_are_exported_and_given_to_train_on(tmp_path: Path) -> None:
+    write_or_resume(tmp_path / "c", WHOLE)
+    store = open_store(tmp_path / "c")
+    export(store, "numpy", tmp_path / "out", point="logits")
+    assert sorted(f.name for f in (tmp_path / "out").glob("l*.npy")) == ["logits.npy"]
+    with pytest.raises(SelectionError, match="logits is a tensor of the whole model"):
+        export(store, "numpy", tmp_path / "two", point="logits", layer=1)
+    assert set(next(iter(store.dataset(["logits", "hook_resid_mid"])))) == {"logits", "resid_mid.0", "resid_mid.1"}
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def _keys(store: Store, points: str | Sequence[str], layers: str | int | Sequenc
             if name != "logits":  # as wide as the vocabulary: a probe of it is asked for by its name
                 found.append((name, None))
         elif chosen is None:
-            found += [key for key in store.keys if key[0] == name] or [store.key(name)]
+            found += store.keys_of(name)
         else:
             found += [store.key(name, layer) for layer in chosen]
     if not found:

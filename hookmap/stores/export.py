@@ -52,8 +52,7 @@ def export(
     """
     if layout not in LAYOUTS:
         raise StoreError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}.")
-    keys = tuple(key for key in store.keys if point is None or key[0] == store.key(point, key[1])[0])
-    keys = tuple(key for key in keys if layer is None or key[1] == layer)
+    keys = _keys(store, point, layer)
     if not keys or not len(store):
         raise StoreError(f"nothing to export: {'no such tensor' if not keys else 'no finished sample'}.")
     folder = Path(out)
@@ -72,6 +71,15 @@ def export(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return notes
+
+
+def _keys(store: Store, point: str | None, layer: int | None) -> tuple[Key, ...]:
+    """The tensors to export. `layer` alone: of every point that has one."""
+    if point is not None:
+        return store.keys_of(point, layer)
+    if layer is not None and layer < 0 and store.num_layers is not None:
+        layer += store.num_layers
+    return tuple(key for key in store.keys if layer is None or key[1] == layer)
 
 
 def _pt(wanted: Wanted, folder: Path) -> list[str]:

@@ -179,6 +179,13 @@ class Store(ABC):
         hint = f"Did you mean {near[0]}? " if near and parsed.point not in self.points else ""
         raise SelectionError(f"this capture does not hold {point}{_of_layer(key[1])}. {hint}{self._held()}")
 
+    def keys_of(self, point: str, layer: int | None = None) -> tuple[Key, ...]:
+        """The pairs of one point: of this layer, or of every layer held, in forward order. Raises SelectionError."""
+        parsed = parse_point(point)
+        if layer is not None or isinstance(parsed, str) or parsed.layer is not None:
+            return (self.key(point, layer),)
+        return tuple(key for key in self.keys if key[0] == parsed.point) or (self.key(point),)
+
     def _held(self) -> str:
         layers = ", ".join(map(str, self.layers))
         return f"It holds {', '.join(self.points)}" + (f" of layers {layers}." if layers else ".")

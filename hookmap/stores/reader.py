@@ -112,10 +112,8 @@ class CaptureStore(Store):
         chosen = [layers] if isinstance(layers, int) else layers
         keys: list[Key] = []
         for name in names:
-            if chosen is None:
-                keys += [key for key in self.keys if (name, key[1]) == key] or [self.key(name)]
-            else:
-                keys += [self.key(name, layer) for layer in chosen]
+            for layer in [None] if chosen is None else chosen:
+                keys += self.keys_of(name, layer)
         return RowDataset(self, keys, **how)
 
     def _name(self) -> str:
