@@ -262,6 +262,8 @@ def prepare(
         matching_tokens(kept, tokenizer, vocabulary_of(engine)),
     )
     lengths = [len(prompt.token_ids) for prompt in prompts]
+    for position, times in kept.lacking(lengths, max(0, max_new_tokens - 1)).items() if selectors else ():
+        log.warning("position %d is not in %d of %d prompts: they have no row of it", position, times, len(prompts))
     run: Run
     if max_new_tokens:
         config = gen.settings(

@@ -5,6 +5,7 @@ count from the end of the prompt, because where a generated text ends is not kno
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -86,8 +87,40 @@ class Kept:
             first = _from_end(start or 0, prompt)
             end = None if stop is None else _from_end(stop, prompt)
             return lambda p, token: p >= first and (end is None or p < end) and (p - first) % (step or 1) == 0
-        single = frozenset(prompt + p if p < 0 else p for p in where if p is not None)
+        single = frozenset(_place(p, prompt) for p in self.singles)
         return lambda position, token: position in single
+
+    def places(self, token_ids: Sequence[int], prompt_tokens: int, matching: frozenset[int] = frozenset()) -> list[int]:
+        """Those of these tokens that are kept: single ones in the order they were given in, others ascending."""
+        wanted = self.wanted(prompt_tokens, matching)
+        order: Iterable[int] = range(len(token_ids))
+        if self.singles:
+            order = [p for p in (_place(p, prompt_tokens) for p in self.singles) if 0 <= p < len(token_ids)]
+        return [position for position in order if wanted(position, token_ids[position])]
+
+    @property
+    def singles(self) -> tuple[int, ...]:
+        """Single positions, in the order they were given in; empty where something else was given."""
+        if isinstance(self.positions, str) or self.span:
+            return ()
+        return tuple(position for position in self.positions if position is not None)
+
+    def lacking(self, lengths: Sequence[int], more: int) -> dict[int, int]:
+        """Single position -> how many of the prompts of so many tokens never have it. `more`: tokens read behind."""
+        found = {p: sum(not 0 <= _place(p, n) < n + more for n in lengths) for p in self.singles}
+        return {position: times for position, times in found.items() if times}
+
+    def refuse_beyond(self, lengths: Sequence[int], more: int) -> None:
+        """Raises SelectionError for a single position that no prompt has, as `lacking` counts."""
+        nowhere = [position for position, times in self.lacking(lengths, more).items() if times == len(lengths)]
+        if nowhere:
+            there = f"the longest prompt has {max(lengths)} tokens" + (
+                f", and up to {more} more are read" if more else ""
+            )
+            raise SelectionError(
+                f"positions {', '.join(map(str, nowhere))}: no prompt has them: {there}. "
+                f"Give positions from {-max(lengths)} to {max(lengths) + more - 1}."
+            )
 
     def settings(self) -> dict[str, Any]:
         """As JSON for a manifest, only what is not the default."""
@@ -197,7 +230,10 @@ def _positions(given: Any, problems: list[str]) -> tuple[Any, bool]:
     elif hasattr(given, "tolist"):
         given = given.tolist()
     if isinstance(given, Sequence) and given and all(_is_whole(p) for p in given):
-        return tuple(dict.fromkeys(int(p) for p in given)), False
+        found = tuple(int(p) for p in given)
+        if twice := [p for p, times in Counter(found).items() if times > 1]:
+            problems.append(f"positions: {', '.join(map(str, twice))} given more than once; name each once")
+        return found, False
     problems.append(f"positions {given!r}: {_GRAMMAR}")
     return "all", False
 
@@ -220,6 +256,11 @@ def _features(given: Any, problems: list[str]) -> int | tuple[int, ...] | None:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _place(position: int, prompt: int) -> int:
+    """Negative ones count from the end of the prompt, and may lie before it."""
+    return prompt + position if position < 0 else position
 
 
 def _from_end(position: int, prompt: int) -> int:

@@ -333,6 +333,8 @@ class HookedModel:
         check_count("batch_size", BATCH_SIZE if batch_size is None else batch_size)
         check_count("batch_tokens", batch_tokens)
         lengths = [len(prompt.token_ids) for prompt in prompts]
+        if selectors:
+            chosen.refuse_beyond(lengths, max(0, max_new_tokens - 1))
         if max_new_tokens:
             batches = tuple(generation_batches(lengths, batch_size or BATCH_SIZE))
         else:

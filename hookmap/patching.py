@@ -120,8 +120,8 @@ def _check_pair(prompts: Sequence[Prompt], tokenizer: Any) -> None:
 
 def _places(hm: "HookedModel", prompt: Prompt, positions: Any) -> list[int]:
     chosen, length = kept(positions), len(prompt.token_ids)
-    wanted = chosen.wanted(length, hm.matching(chosen))
-    found = [place for place, token in enumerate(prompt.token_ids) if wanted(place, token)]
+    chosen.refuse_beyond([length], 0)
+    found = chosen.places(prompt.token_ids, length, hm.matching(chosen))
     if not found:
         raise SelectionError(f"positions {positions!r}: none of the {length} tokens of the prompt is one of them.")
     return found[-1:] if chosen.positions == "last" else found

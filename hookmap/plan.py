@@ -2,7 +2,8 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,7 @@ class _Planner:
         before = len(self.problems)
         selectors = self._selectors(given)
         positions, steps = self._positions(given.positions), self._steps(given.steps)
+        self._check_reach(positions, steps)
         matching = self._matching(positions)
         rows = self._rows(given, selectors)
         if len(self.problems) > before:
@@ -118,6 +120,26 @@ class _Planner:
             )
         return found
 
+    def _check_reach(self, positions: Kept, steps: Kept | None) -> None:
+        """Notes single positions and steps that no prompt comes to: nothing would be written there."""
+        if not self.prompts:  # they are not known yet
+            return
+        try:
+            positions.refuse_beyond([len(prompt.token_ids) for prompt in self.prompts], self._more)
+        except SelectionError as error:
+            self.note(str(error), unselected=True)
+        if steps is not None and (never := [step for step in steps.singles if step > self._more]):
+            self.note(
+                f"steps {', '.join(map(str, never))}: the last is {self._more} with max_new_tokens="
+                f"{self.max_new_tokens}, as the last new token is not read.",
+                unselected=True,
+            )
+
+    @property
+    def _more(self) -> int:
+        """Tokens that are read behind a prompt, at most."""
+        return max(0, self.max_new_tokens - 1)
+
     def _steps(self, given: Any) -> Kept | None:
         if given is None:
             return None
@@ -158,6 +180,8 @@ class _Planner:
             self.note(f"heads {list(heads)}: {selector.point} has no heads.")
         elif not heads:
             self.note("no heads given: name at least one, or leave heads out.")
+        elif len(set(heads)) < len(heads):
+            self.note(f"heads {list(heads)}: name each head once.")
         elif wrong := [head for head in heads if not 0 <= head < row[0]]:
             self.note(f"heads {wrong} are not there: {selector.point} has 0 to {row[0] - 1}.")
 
@@ -207,10 +231,16 @@ class _Planner:
 
         @cache
         def row_of(sample: int) -> Mapping[int, int]:
-            targets = list(self._targets(self.prompts[sample], positions, steps, matching))
+            targets = self._targets(self.prompts[sample], positions, steps, matching)
             count = len(read.rows)
             if count == 1:
                 return dict.fromkeys(targets, 0)
+            if twice := [position for position, times in Counter(targets).items() if times > 1]:
+                raise InterventionError(
+                    f"positions {', '.join(map(str, positions.singles))}: two of them are token {twice[0]} of prompt "
+                    f"{sample}, whose {len(self.prompts[sample].token_ids)} tokens negative ones count back from. "
+                    "Name each token once."
+                )
             if len(targets) != count:
                 raise InterventionError(
                     f"{len(targets)} tokens of prompt {sample} (and of what it may generate) are to be patched, and "
@@ -222,13 +252,11 @@ class _Planner:
             row_of(sample)
         return row_of
 
-    def _targets(self, prompt: Prompt, positions: Kept, steps: Kept | None, matching: frozenset[int]) -> Iterator[int]:
-        length, ids = len(prompt.token_ids), prompt.token_ids
-        wanted = positions.wanted(length, matching)
-        for position in range(length + max(0, self.max_new_tokens - 1)):
-            step = max(0, position - length + 1)
-            if (steps is None or steps.wanted(0)(step, -1)) and wanted(position, ids[position] if not step else -1):
-                yield position
+    def _targets(self, prompt: Prompt, positions: Kept, steps: Kept | None, matching: frozenset[int]) -> list[int]:
+        """Positions of a prompt, and of what may come behind it, in the order that `Kept.places` says."""
+        length = len(prompt.token_ids)
+        places = positions.places([*prompt.token_ids, *[-1] * self._more], length, matching)
+        return [p for p in places if steps is None or steps.wanted(0)(max(0, p - length + 1), -1)]
 
 
 class _Problems:

@@ -22,7 +22,7 @@ class Read:
     """Chosen rows of a source, on the host."""
 
     rows: torch.Tensor
-    """[n, ...] in the order of its tokens"""
+    """[n, ...] in the order that was asked for: that of single positions, else that of its tokens"""
 
 
 class Sources:
@@ -42,13 +42,15 @@ class Sources:
         if sample.positions == "mean":
             return Read(rows)
         held: Sequence[int] = range(sample.rows) if sample.positions is None else sample.positions
-        wanted = positions.wanted(sample.prompt_tokens, matching)
-        chosen = [row for row, position in enumerate(held) if wanted(position, sample.token_ids[position])]
+        row_of = {position: row for row, position in enumerate(held)}
+        places = positions.places(sample.token_ids, sample.prompt_tokens, matching)
+        chosen = [row_of[position] for position in places if position in row_of]
         if positions.positions == "last":
             chosen = chosen[-1:]
-        if not chosen:
+        if not chosen or len(chosen) < len(positions.singles):
+            asked = f"positions {', '.join(map(str, positions.singles))}" if positions.singles else "these positions"
             raise InterventionError(
-                f"the source has no row at these positions: it holds {_few(held)} of a prompt of "
+                f"the source has no row at {'each of ' if chosen else ''}{asked}: it holds {_few(held)} of a prompt of "
                 f"{sample.prompt_tokens} tokens."
             )
         return Read(rows[chosen])

@@ -197,6 +197,55 @@ def test_a_patch_puts_in_the_rows_of_another_prompt(name: str) -> None:
         held_against_hooks(name, point, 1, patched, patch)
 
 
+@pytest.mark.parametrize("positions", [[1, 3], [-5, 3], "1,3"])
+@pytest.mark.parametrize("of_source", [[3, 1], [-1, -3], "3,1"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_patch_pairs_positions_in_the_order_given(
+    tmp_path: Path, positions: Any, of_source: Any, stored: bool
+) -> None:
+    hm, rows = opened("llama"), source_rows("llama", "resid_pre", 1)
+    source: dict[str, Any] = {"prompt": SOURCE}
+    if stored:
+        hm.capture([SOURCE], ["resid_pre"], [1], 0, store=tmp_path / "run")
+        source = {"store": str(tmp_path / "run")}
+    patch = {"do": "patch", "point": "resid_pre", "layers": 1, "positions": positions}
+    edits = [{**patch, "source": {**source, "positions": of_source}}]
+    got = hm.capture([RAGGED[0]], ["resid_pre"], [1], 0, interventions=edits).read(0, "resid_pre", 1)
+    torch.testing.assert_close(got[[1, 3]], rows[[3, 1]], rtol=1e-4, atol=1e-4)
+    swapped = hm.capture([RAGGED[0]], ["resid_pre"], [1], 0, interventions=[{**edits[0], "positions": [3, 1]}])
+    assert torch.equal(swapped.read(0, "resid_pre", 1)[[3, 1]], got[[1, 3]])
+
+
+@pytest.mark.parametrize(
+    ("positions", "of_source", "message"),
+    [
+        ([1, 1], [0, 1], "1 given more than once"),
+        ([1, 2], [3, 3], "3 given more than once"),
+        ([1, -5], [0, 1], "two of them are token 1 of prompt 0, whose 6 tokens"),
+        ([1, 99], [0], "positions 99: no prompt has them"),
+        ([1, 2], [3, 9], "no row at each of positions 3, 9: it holds positions 0, 1, 2, 3"),
+    ],
+)
+def test_positions_that_do_not_pair_are_refused(positions: Any, of_source: Any, message: str) -> None:
+    source = {"prompt": SOURCE, "positions": of_source}
+    patch = {"do": "patch", "point": "resid_pre", "layers": 1, "positions": positions, "source": source}
+    with pytest.raises(hookmap.HookmapError, match=message):
+        opened("llama").capture([RAGGED[0]], ["resid_pre"], [1], 0, interventions=[patch])
+
+
+def test_one_source_token_may_stand_for_two_by_its_two_names() -> None:
+    source = {"prompt": SOURCE, "positions": [3, -1]}
+    patch = {"do": "patch", "point": "resid_pre", "layers": 1, "positions": [1, 2], "source": source}
+    got = opened("llama").capture([RAGGED[0]], ["resid_pre"], [1], 0, interventions=[patch]).read(0, "resid_pre", 1)
+    torch.testing.assert_close(got[1:3], source_rows("llama", "resid_pre", 1)[[3, 3]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", [{"positions": [2, 40]}, {"steps": [1, 9]}, {"heads": [0, 0], "point": "z"}])
+def test_what_is_written_nowhere_or_named_twice_is_refused(where: dict[str, Any]) -> None:
+    with pytest.raises(hookmap.HookmapError, match=r"positions 40: no prompt|steps 9: the last is 2|each head once"):
+        opened("llama").generate(RAGGED, [{"do": "scale", "point": "mlp_out", "factor": 2, **where}], None, 3)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_changes_nothing_changes_no_bit(name: str) -> None:
     """No intervention, a steer by zero, a scale by one, a clamp without an end, an ablation of tokens that are not

@@ -40,13 +40,13 @@ def positions_by_hand(spec: Any, prompt: int, rows: int, tokens: tuple[int, ...]
         "2:5": lambda: fed[2:5],
         "-2:": lambda: fed[prompt - 2 :],
         "0:40:3": lambda: fed[0:40:3],
-        "1,0,-1,35": lambda: sorted({1, 0, prompt - 1, 35} & set(fed)),
+        "1,0,-1,8": lambda: sorted({1, 0, prompt - 1, 8} & set(fed)),
         "text=be": lambda: [p for p in fed if tokens[p] == 4],
     }[spec]()
 
 
 @pytest.mark.parametrize(
-    "spec", ["prompt", "generated", "last", "last_prompt", "2:5", "-2:", "0:40:3", "1,0,-1,35", "text=be"]
+    "spec", ["prompt", "generated", "last", "last_prompt", "2:5", "-2:", "0:40:3", "1,0,-1,8", "text=be"]
 )
 def test_positions(hm: HookedModel, whole: tuple[int, Capture], spec: str, tmp_path: Path) -> None:
     new, full = whole
@@ -166,6 +166,9 @@ def test_the_estimate_knows_the_selection(hm: HookedModel, settings: dict[str, A
         ({"positions": slice(5, 1, -1)}, "positions"),
         ({"positions": "1:2:0"}, "positions '1:2:0'"),
         ({"positions": "-:"}, "positions '-:'"),
+        ({"positions": [3, 1, 3]}, "3 given more than once"),
+        ({"positions": [0, 9999]}, r"positions 9999: no prompt has them: .*9 tokens, and up to 1 more.*from -9 to 9"),
+        ({"positions": [-10]}, "positions -10: no prompt has them"),
         ({"positions": ":-"}, "positions ':-'"),
         ({"positions": "text=zebra"}, "no single token"),
         ({"every": 0}, "every: expected a whole number, at least 1"),
@@ -246,3 +249,9 @@ def test_a_resumed_run_must_keep_the_same(hm: HookedModel, tmp_path: Path) -> No
     hm.capture(RAGGED, ["resid_mid"], [1], 2, positions="last", store=tmp_path / "run")
     with pytest.raises(hookmap.StoreError, match=r"settings.kept"):
         hm.capture(RAGGED, ["resid_mid"], [1], 2, positions="prompt", store=tmp_path / "run", resume=True)
+
+
+def test_a_position_that_some_prompts_have_not_is_said(hm: HookedModel, caplog: pytest.LogCaptureFixture) -> None:
+    run = hm.capture(RAGGED, ["resid_pre"], [0], 0, positions=[1, 8])
+    assert [sample.positions for sample in run.samples] == [(1,), (1,), (1, 8)]
+    assert "position 8 is not in 2 of 3 prompts" in caplog.text and "position 1 " not in caplog.text

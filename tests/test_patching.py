@@ -52,6 +52,15 @@ def test_a_sweep_is_its_patches_one_by_one() -> None:
     torch.testing.assert_close(effect[2, 4], torch.tensor(1.0), rtol=1e-3, atol=1e-3)
 
 
+def test_a_sweep_keeps_the_order_of_positions_and_refuses_those_that_are_not_there() -> None:
+    hm = hookmap.open(plain_hooks.build("llama"))
+    found, whole = (sweep(hm, CLEAN, CORRUPTED, 7, 9, positions=where) for where in ([3, -3], "all"))
+    assert found.grid.positions == (3, 2)
+    torch.testing.assert_close(found.grid.values, whole.grid.values[:, [3, 2]], rtol=1e-4, atol=1e-5)
+    with pytest.raises(hookmap.SelectionError, match=r"positions 5: no prompt has them: .* from -5 to 4"):
+        sweep(hm, CLEAN, CORRUPTED, 7, 9, positions=[0, 5])
+
+
 def test_the_second_operand_moves_to_the_answer_in_layer_8() -> None:
     """Behind "Tom has 3+" comes the second operand. Until layer 8 it is at its own digit, and after it at the "+"."""
     clean, corrupted = asked(4, "Tom has 3+"), asked(5, "Tom has 3+")

@@ -193,6 +193,7 @@ def test_the_model_list_and_the_error_for_another_model(client: OpenAI, served: 
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "cannot be given"),
         ({"hookmap": {"positions": "text=zzzz"}}, None, "no single token"),
+        ({"hookmap": {"positions": [9999]}}, None, "positions 9999: no prompt has them"),
         ({"hookmap": {"positions": "0:" + "9" * 5000}}, None, "positions"),
         ({"hookmap": {"features": 3, "features_seed": 2**70}}, None, "64 bits"),
     ],
