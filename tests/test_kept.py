@@ -81,7 +81,7 @@ def test_every_nth_of_a_selection(hm: HookedModel, whole: tuple[int, Capture]) -
 
 
 @pytest.mark.parametrize("every", [2, 3, 7])
-@pytest.mark.parametrize("spec", ["last", "last_prompt", "1,0,-1,35"])
+@pytest.mark.parametrize("spec", ["last", "last_prompt", "1,0,-1,8"])
 def test_tokens_that_are_named_stay_whatever_every_is(
     hm: HookedModel, whole: tuple[int, Capture], spec: str, every: int
 ) -> None:
