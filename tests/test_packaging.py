@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 LARGEST = 10 * 10**6
@@ -84,6 +86,17 @@ def test_the_extras_are_those_of_the_docs_and_all_holds_each(wheel: zipfile.ZipF
 
     assert brought("all") == set().union(*(brought(extra) for extra in extras - {"all", "docs", "test"}))
     assert {"fastapi", "inspect-ai", "ray", "altair"} <= brought("all") < brought("test")
+
+
+def test_every_requirement_has_a_tested_version_that_it_allows(wheel: zipfile.ZipFile) -> None:
+    lines = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in lines if "==" in line}
+    (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+    needs = [Requirement(line) for line in message_from_bytes(wheel.read(name)).get_all("Requires-Dist", [])]
+    build = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    for need in (*needs, *map(Requirement, build)):
+        if need.name != "hookmap":
+            assert need.specifier.contains(tested[canonicalize_name(need.name)]), need
 
 
 COMPLETION = """
