@@ -219,7 +219,7 @@ class ArchitectureMap(_Frozen):
         return unavailable(self, point, layer)
 
     def selectors(self, points: Any = "all", layers: Any = "all") -> "tuple[Any, ...]":
-        """Forward-ordered selectors; see `hookmap.selectors.select`."""
+        """Forward-ordered selectors; `{"resid_post": [3], "z": [8]}` too; see `hookmap.selectors.select`."""
         from hookmap.selectors import select
 
         return select(self, points, layers)

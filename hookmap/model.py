@@ -32,7 +32,8 @@ from hookmap.runs import Progress, generation_batches, harvest_batches, vocabula
 from hookmap.selectors import Selector
 from hookmap.steering import SteeringVector, make_vector
 
-Points = str | Iterable[str]
+Points = str | Iterable[str] | Mapping[str, Any]
+"""names, or layers of its own for each: {"resid_post": [3, 8], "z": "all"}"""
 Layers = str | int | Iterable[int]
 EngineName = Literal["auto", "hooks", "nnsight"]
 
@@ -106,7 +107,8 @@ class HookedModel:
         model as the points need, batched by length.
 
         prompts: a string, chat messages or token ids, or a list of such.
-        points, layers: see `ArchitectureMap.selectors`; in any order. With `pattern`, the run is with eager attention.
+        points, layers: see `hookmap.selectors.select`; in any order; points={"resid_post": [3], "z": [8]} gives each
+        point layers of its own. With `pattern`, the run is with eager attention.
         positions: of which tokens rows are kept: "all", "prompt", "generated", "last", "last_prompt", a span "4:20",
         positions (negative ones count from the end of the prompt), or "text=…": tokens whose text contains it.
         every: only positions that it divides. mean: one row a sample, the mean over its positions.

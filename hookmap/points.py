@@ -116,6 +116,12 @@ def parse_point(name: str) -> PointName | str:
     return f"unknown point {name!r}: {hint}"
 
 
+def takes_layers(name: str) -> bool:
+    """Whether layers are given beside this name: not of a point of the whole model, or where it holds one itself."""
+    parsed = parse_point(name)
+    return isinstance(parsed, str) or (parsed.layer is None and POINTS[parsed.point.partition(".")[0]].per_layer)
+
+
 def transformer_lens_name(point: str, layer: int | None) -> str | None:
     """`blocks.8.hook_resid_mid`; None where TransformerLens has no name for this point."""
     name = next((theirs for theirs, ours in _TRANSFORMER_LENS.items() if ours == point), None)

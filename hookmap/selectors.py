@@ -4,14 +4,14 @@ A selector says at which module's boundary a point's tensor is; a point that no 
 terms, and is the sum over them of `scale * tensor`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from numbers import Integral
 from typing import Any, Literal
 
 from hookmap.architecture_map import ArchitectureMap, Heads, PointTemplate
 from hookmap.errors import CaptureError, SelectionError
-from hookmap.points import POINTS, parse_point
+from hookmap.points import POINTS, parse_point, takes_layers
 
 
 @dataclass(frozen=True)
@@ -138,37 +138,34 @@ class Selector:
 
 
 def select(
-    architecture_map: ArchitectureMap, points: str | Iterable[str] = "all", layers: str | int | Iterable[int] = "all"
+    architecture_map: ArchitectureMap,
+    points: str | Iterable[str] | Mapping[str, Any] = "all",
+    layers: str | int | Iterable[int] = "all",
 ) -> tuple[Selector, ...]:
     """Selectors of `points` on `layers`, each once, in the order in which the forward pass reaches them.
 
     `points`: names (ours, TransformerLens's or nnterp's), or "all": every point that exists, on the layers that have
     it. `layers`: 0-based, negative from the end, or "all": every layer; a named point must exist on each of them,
     save that a model of several kinds of block skips, under "all", the layers without it.
+    A mapping gives each point layers of its own, `{"resid_post": [3, 8], "z": "all"}`; `layers` is then left out.
     Raises SelectionError with every problem at once.
     """
     problems: list[str] = []
-    all_layers = isinstance(layers, str) and layers == "all"
-    chosen_layers = _parse_layers(architecture_map, layers, problems)
     wanted: dict[tuple[str, int | None], PointTemplate] = {}
-    if points == "all":
-        names: list[str] = [n for n in architecture_map.points if not POINTS[n.partition(".")[0]].deeper]
-    else:
-        names = [points] if isinstance(points, str) or not isinstance(points, Iterable) else list(points)
-    if not names:
+    asked = _asked(architecture_map, points, layers, problems)
+    if not asked:
         problems.append("no points given: name at least one, or 'all'")
-    for name in names:
+    for name, its_layers in asked:
         if not isinstance(name, str):
             problems.append(f"point {name!r} is not a name: give names such as 'resid_mid', or 'all'")
             continue
         parsed = parse_point(name)
         if isinstance(parsed, str):
             problems.append(parsed)
-            continue
-        if POINTS[parsed.point.partition(".")[0]].per_layer:
-            own = chosen_layers
-            if parsed.layer is not None:
-                own = _parse_layers(architecture_map, [parsed.layer], problems)
+        elif POINTS[parsed.point.partition(".")[0]].per_layer:
+            own = _parse_layers(architecture_map, its_layers if parsed.layer is None else [parsed.layer], problems)
+            if not own and not problems:
+                problems.append(f"no layers given for {name}: name at least one, or 'all'")
             missing = []
             for layer in own:
                 reason = unavailable(architecture_map, parsed.point, layer)
@@ -176,20 +173,37 @@ def select(
                     wanted[parsed.point, layer] = architecture_map.kind_of(layer).points[parsed.point]
                 else:
                     missing.append((layer, reason))
-            lenient = points == "all" or (all_layers and parsed.layer is None and len(missing) < len(own))
-            if not lenient:
+            some = _is_all(its_layers) and parsed.layer is None and len(missing) < len(own)
+            if not some and not _is_all(points):
                 problems += _missing(architecture_map, parsed.point, missing)
         elif reason := unavailable(architecture_map, parsed.point):
             problems.append(f"{architecture_map.architecture} has no {parsed.point}: {reason}")
         else:
             wanted[parsed.point, None] = architecture_map.model_points[parsed.point]
-    if not wanted and not chosen_layers and not problems:
-        problems.append("no layers given: name at least one, or 'all'")
     if problems:
         raise SelectionError(_report(architecture_map, list(dict.fromkeys(problems))))
     made = [of_template(architecture_map, point, layer, template) for (point, layer), template in wanted.items()]
     names_order = {name: position for position, name in enumerate(POINTS)}
     return tuple(sorted(made, key=lambda s: (s.forward_index, names_order[s.point.partition(".")[0]], s.point)))
+
+
+def _asked(architecture_map: ArchitectureMap, points: Any, layers: Any, problems: list[str]) -> list[tuple[Any, Any]]:
+    """Each point as it was given, with its layers as they were given."""
+    layers = list(layers) if isinstance(layers, Iterator) else layers  # each point reads them
+    if isinstance(points, Mapping):
+        found = list(points.items())
+        if not _is_all(layers):
+            problems.append("points name layers of their own: leave layers out")
+        for name, own in found:
+            if own is not None and not _is_all(own) and isinstance(name, str) and not takes_layers(name):
+                problems.append(f"{name} says itself where it is, and takes no layers: give {{{name!r}: 'all'}}")
+        return found
+    _parse_layers(architecture_map, layers, problems)  # what is wrong with them is told beside unknown points
+    if _is_all(points):
+        points = [name for name in architecture_map.points if not POINTS[name.partition(".")[0]].deeper]
+    elif isinstance(points, str) or not isinstance(points, Iterable):
+        points = [points]
+    return [(name, layers) for name in points]
 
 
 def unavailable(architecture_map: ArchitectureMap, point: str, layer: int | None = None) -> str | None:
@@ -218,7 +232,7 @@ def unavailable(architecture_map: ArchitectureMap, point: str, layer: int | None
 
 def _parse_layers(architecture_map: ArchitectureMap, layers: Any, problems: list[str]) -> list[int]:
     count = architecture_map.num_layers
-    if isinstance(layers, str) and layers == "all":
+    if _is_all(layers):
         return list(range(count))
     if hasattr(layers, "tolist"):  # an array or a tensor of numbers
         layers = layers.tolist()
@@ -234,6 +248,10 @@ def _parse_layers(architecture_map: ArchitectureMap, layers: Any, problems: list
         else:
             chosen.append(layer % count)
     return list(dict.fromkeys(chosen))
+
+
+def _is_all(given: Any) -> bool:
+    return isinstance(given, str) and given == "all"
 
 
 def _missing(architecture_map: ArchitectureMap, point: str, missing: list[tuple[int, str]]) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from documents import hybrid
 
@@ -190,6 +191,56 @@ def test_hookmap_yaml_gives_the_options_that_are_not_typed() -> None:
     done = run("capture", "--prompt", "a", "-o", "run")
     assert done.exit_code == 0, done.output
     assert hookmap.open_store("run").keys == (("embed", None), ("resid_pre", 3), ("resid_pre", 19))
+
+
+BY_POINT = (("embed", None), ("z", 2), ("z", 3), ("resid_post", 3), ("resid_post", 5), ("resid_post", 19))
+
+
+@pytest.mark.parametrize(
+    ("typed", "file"),
+    [
+        (("--points", "resid_post@3,5,-1,z@2-3,embed"), ""),
+        (("--points", "resid_post, z@2-3, embed", "--layers", "3,5,-1"), ""),
+        (("--points", "resid_post@3,5,-1,z@2-3,embed"), "layers: 7\n"),
+        ((), "points: {resid_post: [3, 5, -1], z: 2-3, embed: }\n"),
+        ((), "points: 'resid_post@3,5,-1,z@2-3,embed'\n"),
+    ],
+)
+def test_each_point_may_have_layers_of_its_own(typed: tuple[str, ...], file: str, tmp_path: Path) -> None:
+    Path("hookmap.yaml").write_text(file)
+    done = run("capture", *typed, "--prompt", "1+2=3", "--max-new-tokens", "0", "-o", "run")
+    assert done.exit_code == 0, done.output
+    store, hm = hookmap.open_store("run"), hookmap.open(MODEL_PATH, device="cpu")
+    assert store.keys == BY_POINT and not store.verify()
+    direct = hm.capture("1+2=3", {"resid_post": [3, 5, -1], "z": [2, 3], "embed": None}, max_new_tokens=0)
+    whole = hm.capture("1+2=3", ["resid_post", "z", "embed"], max_new_tokens=0)
+    expected = hm.estimate("1+2=3", {"resid_post": [3, 5, -1], "z": [2, 3], "embed": None}, max_new_tokens=0)
+    assert direct.keys == BY_POINT and expected.tensors == 6
+    assert direct.to_xarray("z").coords["layer"].values.tolist() == [2, 3]
+    for key in BY_POINT:
+        assert torch.equal(store.read(0, *key), whole.read(0, *key)) and torch.equal(
+            direct.read(0, *key), whole.read(0, *key)
+        )
+    batch = next(iter(store.dataset({"resid_post": [3, 5], "z": None}, batch_size=2)))
+    assert set(batch) >= {"resid_post.3", "resid_post.5", "z.2", "z.3"} and "resid_post.19" not in batch
+
+
+@pytest.mark.parametrize(
+    ("points", "layers", "message"),
+    [
+        ("resid_post@3,z@8", "3", "each names its layers: leave layers (3) out"),
+        ("resid_post,3", None, "unknown point '3'"),
+        ("3,z@8", None, "write layers behind a point's name"),
+        ("z@", None, "has no layers behind its @"),
+        ("z@8,z@9", None, "is there twice"),
+        ("z@a", None, "'a' is no layer"),
+        ("embed@3", None, "embed says itself where it is"),
+        ("z@99", None, "99 is out of range"),
+    ],
+)
+def test_layers_that_are_no_points_are_wrong_usage(points: str, layers: str | None, message: str) -> None:
+    done = run("capture", "--points", points, *(["--layers", layers] if layers else []), "--prompt", "1", "-o", "run")
+    assert done.exit_code in (1, 2) and message in done.stderr and "Traceback" not in done.output
 
 
 def test_hookmap_yaml_may_ask_for_a_harvest_and_a_selection() -> None:

@@ -118,6 +118,13 @@ def test_a_planted_direction_is_found_where_it_is(method: str) -> None:
     assert float(torch.nn.functional.cosine_similarity(direction, truth, 0)) > 0.8
 
 
+def test_points_may_name_layers_of_their_own() -> None:
+    keys = [(place.point, place.layer) for place in probe(planted(), points={"resid_post": [7]}).report.places]
+    assert keys == [("resid_post", 7)]
+    with pytest.raises(hookmap.SelectionError, match="leave layers out"):
+        probe(planted(), points={"resid_post": [7]}, layers=[3])
+
+
 def test_random_labels_report_chance() -> None:
     """200 samples without structure: the AUROC's standard deviation is about 0.041. The seeds are fixed; with others
     a distance over 0.15 comes by chance in about one of 4,000 runs."""

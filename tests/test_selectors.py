@@ -128,6 +128,42 @@ def test_a_point_that_is_no_name_is_refused(points: Any) -> None:
         select(MAP, points, 0)
 
 
+def test_a_mapping_gives_each_point_layers_of_its_own() -> None:
+    asked = {
+        "resid_post": [3, -1],
+        "blocks.0.hook_resid_pre": None,
+        "layers_output": 1,
+        "embed": "all",
+        "mlp_out": "all",
+    }
+    by_hand = {*select(MAP, "resid_post", [1, 3, 5]), *select(MAP, "resid_pre", 0), *select(MAP, ["embed", "mlp_out"])}
+    found = select(MAP, asked)
+    assert set(found) == by_hand and list(found) == sorted(found, key=lambda s: s.forward_index)
+
+
+@pytest.mark.parametrize(
+    ("points", "layers", "message"),
+    [
+        ({"resid_post": [3]}, [3], "points name layers of their own: leave layers out"),
+        ({"embed": [3]}, "all", "embed says itself where it is, and takes no layers"),
+        ({"blocks.2.hook_resid_pre": [3]}, "all", "says itself where it is"),
+        ({"resid_post": [99], "resid_mdi": [1]}, "all", r"(?s)99 is out of range.*did you mean resid_mid"),
+        ({"resid_post": [3], "resid_pre": []}, "all", "no layers given for resid_pre"),
+        ({"resid_post": "8,12"}, "all", "'8,12' is not a whole number"),
+        ({3: [3]}, "all", "point 3 is not a name"),
+        ({}, "all", "no points given"),
+        (["embed", "resid_pre"], [], "no layers given for resid_pre"),
+    ],
+)
+def test_a_mapping_that_says_two_things_or_none_is_refused(points: Any, layers: Any, message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        select(MAP, points, layers)
+
+
+def test_layers_are_read_for_each_point_also_from_an_iterator() -> None:
+    assert select(MAP, ["resid_pre", "resid_post"], iter([1, 3])) == select(MAP, ["resid_pre", "resid_post"], [1, 3])
+
+
 def test_layers_may_be_an_array_or_its_numbers() -> None:
     numpy = pytest.importorskip("numpy")
     for layers in (numpy.array([1, 0]), [numpy.int64(1), numpy.int64(0)], range(2)):

@@ -111,6 +111,19 @@ def test_inline_rows_come_with_the_answer_and_selections_are_those_of_capture(se
         assert tuple(told["positions"]) == sample.positions
 
 
+def test_a_request_may_give_each_point_layers_of_its_own(served: Served) -> None:
+    body = {"prompt": "1+1", "max_tokens": 2, "temperature": 0}
+    record = {"points": {"resid_post": [3, -1], "z": 8, "embed": None}, "return": "inline"}
+    found = served.post("/v1/completions", **body, hookmap=record).json()["activations_meta"]
+    keys = [(each["point"], each["layer"]) for each in found["tensors"]]
+    assert keys == [("embed", None), ("resid_post", 3), ("z", 8), ("resid_post", 19)]
+    held = safetensors.torch.load(base64.b64decode(found["samples"][0]["safetensors"]))
+    run = served.hm.capture("1+1", ["z"], [8], max_new_tokens=2)
+    assert torch.equal(held["z.8"], run.read(0, "z", 8))
+    answer = served.post("/v1/completions", **body, hookmap={**record, "layers": [3]})
+    assert answer.status_code == 400 and "leave layers out" in answer.json()["error"]["message"]
+
+
 def test_what_cannot_be_kept_is_refused_before_anything_runs(served: Served) -> None:
     def error(**record: Any) -> tuple[int, dict[str, Any]]:
         answer = served.chat(hookmap=record)

@@ -30,6 +30,13 @@ def _typed(value: "int | str | list[int | str]") -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _typed_points(value: "int | str | list[int | str] | dict[str, int | str | list[int | str] | None]") -> str:
+    """Layers by point as --points takes them: `resid_post@3,5,z@all`."""
+    if not isinstance(value, dict):
+        return _typed(value)
+    return ",".join(f"{name}@{'all' if layers is None else _typed(layers)}" for name, layers in value.items())
+
+
 def _typed_features(value: "int | str | list[int]") -> str:
     """As --features takes them: `64` draws so many, `3,` is a list of one."""
     return f"{_typed(list(value))}," if isinstance(value, list) else str(value)
@@ -53,7 +60,9 @@ Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0.001)]
 Texts = Annotated[list[Text], BeforeValidator(_several, json_schema_input_type=str | list[Text])]
-Names = Annotated[int | Text | Annotated[list[int | Text], Field(min_length=1)], AfterValidator(_typed)]
+Listed = int | Text | Annotated[list[int | Text], Field(min_length=1)]
+Names = Annotated[Listed, AfterValidator(_typed)]
+Points = Annotated[Listed | Annotated[dict[Text, Listed | None], Field(min_length=1)], AfterValidator(_typed_points)]
 Features = Annotated[
     Count | Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)], AfterValidator(_typed_features)
 ]
@@ -108,7 +117,9 @@ class Settings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the weights")
     device: Text | None = Field(None, description="cpu, cuda, cuda:1, auto; else a GPU where there is one")
     trust_remote_code: bool = Field(False, description="run the modelling code that the model brings")
-    points: Names | None = Field(None, description="which tensors: a list, or all; of serve, resid_post")
+    points: Points | None = Field(
+        None, description="which tensors: a list, layers by point, or all; of serve, resid_post"
+    )
     layers: Annotated[Names, AfterValidator(_layers)] = Field("all", description="a list, a range such as 0-3, or all")
     prompts: Text | None = Field(None, description="a data set of prompts: a file, a folder, or hf://NAME:SPLIT")
     prompt_column: Text | None = Field(None, description="where the prompt is; else prompt, messages, question, …")
@@ -272,6 +283,10 @@ def _expected(key: str) -> str:
         return " or ".join(map(_words, said))
     if key == "features":
         return "a whole number, at least 1, or a list of whole numbers, at least 0"
+    if key == "points":
+        return (
+            "a list, layers by point such as {resid_post: [3, 5], z: 8}, or one text such as 'resid_pre,z@8' or 'all'"
+        )
     if key == "layers":
         return "a list, or one text such as '8,12,16', '0-3', '-1' or 'all'"
     return "a text or a list of texts" if section else "a list, or one text such as '8,12,16' or 'all'"

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 FILE_NAME = "hookmap.yaml"
 PREFIX = "HOOKMAP_"
 """of the variable of each key: HOOKMAP_BATCH_SIZE"""
+_LAYERS = re.compile(r"(-?\d+)(?:[-–](-?\d+))?")
 
 
 def load_settings(start: Path | None = None) -> dict[str, Any]:
@@ -51,8 +52,47 @@ def parse_list(text: str) -> str | list[str]:
     return text if text == "all" else [item.strip() for item in text.split(",") if item.strip()]
 
 
+def chosen_tensors(
+    settings: dict[str, Any], points: str | None, layers: str | None, default: str | None = None
+) -> tuple[Any, Any]:
+    """Points and layers as `HookedModel.capture` takes them: what was typed, else the settings', else `default`.
+
+    `resid_post@3,5,z@8-10,logits`: each point has layers of its own; one without any has those of --layers.
+    (None, …) where there are no points. Raises click.UsageError, click.BadParameter.
+    """
+    text, of = points or settings.get("points") or default, layers or settings.get("layers")
+    chosen = parse_layers(of or "all")
+    if text is None or "@" not in text:
+        return None if text is None else parse_list(text), chosen
+    from hookmap.points import takes_layers
+
+    found = _points_with_layers(text)
+    if None not in found.values() and of is not None and (layers or not points):
+        raise click.UsageError(f"points {text}: each names its layers: leave layers ({of}) out")
+    left = {name: chosen if takes_layers(name) else "all" for name, own in found.items() if own is None}
+    return {name: left[name] if own is None else parse_layers(own) for name, own in found.items()}, "all"
+
+
+def _points_with_layers(text: str) -> dict[str, str | None]:
+    """Each point of `resid_post@3,5,z@8,logits`, and its layers as they were typed."""
+    found: dict[str, str | None] = {}
+    last = ""
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, at, own = (part.strip() for part in item.partition("@"))
+        if not at and _LAYERS.fullmatch(name):
+            if found.get(last) is None:
+                raise click.BadParameter(f"{item!r}: write layers behind a point's name: z@8", param_hint="--points")
+            found[last] = f"{found[last]},{name}"
+            continue
+        if name in found or (at and not own):
+            why = "is there twice" if name in found else "has no layers behind its @"
+            raise click.BadParameter(f"{name!r} {why}: write resid_post@3,5,z@8-10", param_hint="--points")
+        found[last := name] = own if at else None
+    return found
+
+
 def refuse_unknown(
-    points: str | Sequence[str] = (), layers: Any = "all", model: str | None = None, **keeps: Any
+    points: str | Sequence[str] | Mapping[str, Any] = (), layers: Any = "all", model: str | None = None, **keeps: Any
 ) -> None:
     """Before weights are loaded, which may take minutes: what no model has, or `model` has not.
 
@@ -75,7 +115,7 @@ def refuse_unknown(
         raise SelectionError("\n".join(problems))
 
 
-def _missing(model: str | None, points: str | Sequence[str], layers: Any, sure: bool) -> str | None:
+def _missing(model: str | None, points: str | Sequence[str] | Mapping[str, Any], layers: Any, sure: bool) -> str | None:
     """What the model's map says that it has not. Unless that is `sure`, the shipped map is asked first: it is quick."""
     import hookmap
 
@@ -87,7 +127,7 @@ def _missing(model: str | None, points: str | Sequence[str], layers: Any, sure: 
     return None
 
 
-def _lacks(found: "ArchitectureMap", points: str | Sequence[str], layers: Any) -> str | None:
+def _lacks(found: "ArchitectureMap", points: str | Sequence[str] | Mapping[str, Any], layers: Any) -> str | None:
     from hookmap.errors import SelectionError
 
     try:
@@ -103,7 +143,7 @@ def parse_layers(text: str) -> str | list[int]:
         return "all"
     layers: list[int] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(-?\d+)(?:[-–](-?\d+))?", item)
+        match = _LAYERS.fullmatch(item)
         if match is None:
             raise click.BadParameter(f"{item!r} is no layer: write 8,12,16 or 0-3 or -1 or all", param_hint="--layers")
         first, last = int(match[1]), int(match[2] or match[1])

@@ -53,7 +53,7 @@ class Sampling(_Part):
 class Captures(_Part):
     """What is kept of every answer; as in `hookmap capture`."""
 
-    points: tuple[str, ...] | Literal["all"] = "all"
+    points: tuple[str, ...] | dict[str, int | tuple[int, ...] | Literal["all"] | None] | Literal["all"] = "all"
     layers: tuple[int, ...] | Literal["all"] = "all"
     positions: str = Field(default="-1:", description="of which tokens; -1: is the prompt's last one and the answer")
     every: int = Field(default=1, ge=1)

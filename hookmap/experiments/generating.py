@@ -74,7 +74,9 @@ def generate(experiment: Experiment, folder: Path) -> dict[str, Any]:
 
 
 def _listed(chosen: Any) -> Any:
-    return chosen if chosen == "all" else list(chosen)
+    if isinstance(chosen, dict):
+        return {name: _listed(layers) for name, layers in chosen.items()}
+    return list(chosen) if isinstance(chosen, tuple) else chosen
 
 
 def _taken(asked: list[Request], log: Any) -> list[Taken]:

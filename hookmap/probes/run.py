@@ -49,7 +49,7 @@ class Probing:
 def probe(
     store: Store,
     label: str = "correct",
-    points: str | Sequence[str] = "all",
+    points: str | Sequence[str] | Mapping[str, Any] = "all",
     layers: str | int | Sequence[int] = "all",
     *,
     labels: Any = None,
@@ -166,8 +166,14 @@ class _Trial:
         return number(auroc(self.labels, scores, self.split.folds))
 
 
-def _keys(store: Store, points: str | Sequence[str], layers: str | int | Sequence[int]) -> list[Key]:
+def _keys(
+    store: Store, points: str | Sequence[str] | Mapping[str, Any], layers: str | int | Sequence[int]
+) -> list[Key]:
     """Raises SelectionError for what the capture does not hold."""
+    if isinstance(points, Mapping):  # layers of its own for each
+        if layers != "all":
+            raise SelectionError("points name layers of their own: leave layers out.")
+        return list(dict.fromkeys(key for name, own in points.items() for key in _keys(store, [name], own)))
     names = store.points if points == "all" else [points] if isinstance(points, str) else points
     chosen = None if layers == "all" else [layers] if isinstance(layers, int) else layers
     if isinstance(chosen, str):

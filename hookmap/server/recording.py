@@ -86,8 +86,11 @@ def plan(
 def _given(field: Recording, settings: Settings) -> dict[str, Any]:
     points = settings.points if field.points is None else field.points
     layers = settings.layers if field.layers is None else field.layers
-    listed = [points] if isinstance(points, str) and points != "all" else points
-    return {"points": listed, "layers": list(layers) if isinstance(layers, tuple) else layers}
+    if isinstance(field.points, Mapping) and field.layers is None:
+        layers = "all"  # it names them itself
+    if isinstance(points, Mapping) and field.points is None and field.layers is not None:
+        points = list(points)  # the server's own points on the layers of the request
+    return {"points": points, "layers": list(layers) if isinstance(layers, tuple) else layers}
 
 
 class ToStore:

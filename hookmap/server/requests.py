@@ -30,7 +30,9 @@ class SummaryRequest(_Request):
 class Recording(_Request):
     """The `hookmap` field: what is kept of the run, as `HookedModel.capture` takes it."""
 
-    points: str | list[str] | None = Field(None, description="names of points; the server's own where left out")
+    points: str | list[str] | dict[str, str | int | list[int] | None] | None = Field(
+        None, description="names of points, or an object of layers by point; the server's own where left out"
+    )
     layers: str | int | list[int] | None = Field(None, description="numbers, negative from the end, or `all`")
     positions: str | list[int] = Field("all", description="of which tokens; see docs/capture.md")
     every: Positive = 1

@@ -24,8 +24,7 @@ def serve(source: str | None, settings: Settings, name: str | None = None) -> No
     models = Models(settings)
     if source is not None:
         hm = hookmap.open(source, **settings.loads)
-        points = settings.points
-        hm.map.selectors(points if points == "all" else list(points), settings.layers)  # wrong names are told now
+        hm.map.selectors(settings.points, settings.layers)  # wrong names are told now
         models.add(models.called(source, name), hm)
     config = uvicorn.Config(
         make_app(settings, models, sessions),

@@ -1,5 +1,6 @@
 """What a server is started with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class Settings:
     """names of this server that a request may say besides the loopback's; on other addresses any may be said"""
     allow: tuple[str, ...] = ()
     """models that may be loaded"""
-    points: str | tuple[str, ...] = ("resid_post",)
+    points: str | tuple[str, ...] | Mapping[str, Any] = ("resid_post",)
     """what `store_activations: true` keeps, and a `hookmap` field that names no points"""
     layers: str | tuple[int, ...] = "all"
     queue: int = 64

@@ -2,14 +2,14 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hookmap.activations import Key, Sample
-from hookmap.errors import StoreError
+from hookmap.errors import SelectionError, StoreError
 from hookmap.stores.integrity import problems_of
 from hookmap.stores.interface import Store, unknown_sample
 from hookmap.stores.location import Location, location, sizes
@@ -100,19 +100,24 @@ class CaptureStore(Store):
         return torch.frombuffer(data, dtype=what.dtype).reshape(rows, *what.shape)
 
     def dataset(
-        self, points: "str | Sequence[str]", layers: "int | Sequence[int] | None" = None, **how: Any
+        self, points: "str | Sequence[str] | Mapping[str, Any]", layers: "int | Sequence[int] | None" = None, **how: Any
     ) -> "RowDataset":
         """Batches of rows in random order, for training: {"resid_mid.8": [batch, d], …}. See RowDataset for `how`.
 
-        `layers`: of the points that have one; None for all that are held. Raises SelectionError.
+        `layers`: of the points that have one; None for all that are held; or points={"resid_post": [3], "z": None}.
+        Raises SelectionError.
         """
         from hookmap.stores.dataset import RowDataset  # it needs torch.utils.data, which a reader does not
 
-        names = [points] if isinstance(points, str) else points
-        chosen = [layers] if isinstance(layers, int) else layers
+        asked = (
+            points if isinstance(points, Mapping) else dict.fromkeys([points] if isinstance(points, str) else points)
+        )
+        if asked is points and layers is not None:
+            raise SelectionError("points name layers of their own: leave layers out.")
         keys: list[Key] = []
-        for name in names:
-            for layer in [None] if chosen is None else chosen:
+        for name, its in asked.items():
+            own = layers if its is None else its
+            for layer in [own] if own is None or isinstance(own, int) else own:
                 keys += self.keys_of(name, layer)
         return RowDataset(self, keys, **how)
 

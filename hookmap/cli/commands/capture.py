@@ -29,7 +29,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--points", metavar="NAMES", help="Which tensors: resid_pre,resid_mid or all. See: hookmap show MODEL")
+@click.option("--points", metavar="NAMES", help="Which tensors: resid_pre,resid_mid or resid_post@3,5,z@8 or all.")
 @click.option("--layers", metavar="LAYERS", help="Of which layers: 8,12,16 or 0-3 or -1 or all.  [default: all]")
 @prompt_options
 @click.option("-o", "--output", metavar="DIR", help="The capture folder.  [default: a new one in captures/]")
@@ -133,13 +133,12 @@ def command(
 
     The folder's name goes to stdout. Read it with `hookmap inspect DIR`, or in Python with hookmap.open_store(DIR).
     """
-    from hookmap.cli.settings import choose_model, filled, load_settings, parse_layers, parse_list, refuse_unknown
+    from hookmap.cli.settings import choose_model, chosen_tensors, filled, load_settings, refuse_unknown
 
     settings = load_settings()
-    points = points or settings.get("points")
-    if not points:
+    names, chosen_layers = chosen_tensors(settings, points, layers)
+    if not names:
         raise click.UsageError("which points? For example: --points resid_pre,resid_mid. All of them: hookmap show")
-    chosen_layers = parse_layers(settings.get("layers", "all") if layers is None else layers)
     if texts and prompts:
         raise click.UsageError("--prompt or --prompts, not both: which of them is meant?")
     file = None if texts else prompts or settings.get("prompts")
@@ -173,7 +172,6 @@ def command(
         "features": _features(features or settings.get("features")),
         "features_seed": settings.get("features_seed", 0) if features_seed is None else features_seed,
     }
-    names = parse_list(points)
     folder = _folder(output, resume)
     _check_folder(folder, resume)
     model = choose_model(model, settings)

@@ -66,13 +66,14 @@ def gsm8k(
     """
     from hookmap.cli.configuration import Evaluating, read_section
     from hookmap.cli.console import working
-    from hookmap.cli.settings import choose_model, filled, load_settings, parse_layers, parse_list, refuse_unknown
+    from hookmap.cli.settings import choose_model, chosen_tensors, filled, load_settings, refuse_unknown
     from hookmap.demo import MODEL_PATH
     from hookmap.errors import CaptureError
 
     settings = load_settings()
     asked = read_section(Evaluating, "eval", settings, given)
-    kept = filled(settings, points=points, layers=layers, temperature=temperature, seed=seed)
+    names, of_layers = chosen_tensors(settings, points, layers)
+    drawn = filled(settings, temperature=temperature, seed=seed)
     chosen = choose_model(model, settings)
     demo = chosen in ("demo", str(MODEL_PATH))
     data = asked.data or ("demo" if demo else "hf://openai/gsm8k:test")
@@ -81,7 +82,7 @@ def gsm8k(
             from hookmap.evals.run import evaluate
         except ImportError as error:
             raise CaptureError(f'evaluations need inspect_ai: pip install "hookmap[eval]"\n({error})') from error
-    refuse_unknown(parse_list(kept["points"]) if kept["points"] else ())
+    refuse_unknown(names or ())
     engine = engine or settings.get("engine", "hooks")
     cluster = cluster_options.cluster_of("ray" if engine == "ray" else "hooks", given, settings)
     opening = {name.rstrip("_"): value for name, value in given.items()}
@@ -98,11 +99,10 @@ def gsm8k(
             mode=asked.mode,
             prompt=asked.ask,
             parallel=asked.parallel,
-            points=parse_list(kept["points"]) if kept["points"] else (),
-            layers=parse_layers(kept["layers"] or "all"),
+            points=names or (),
+            layers=of_layers,
             max_tokens=asked.max_new_tokens,
-            temperature=kept["temperature"],
-            seed=kept["seed"],
+            **drawn,
             opening=opening,
         )
     if as_json:

@@ -56,16 +56,16 @@ def command(
     """
     import hookmap
     from hookmap.cli.console import progress, working
-    from hookmap.cli.settings import parse_layers, parse_list
+    from hookmap.cli.settings import chosen_tensors
 
-    chosen = parse_layers(layers)
+    names, chosen = chosen_tensors({}, points, layers)
     with working("importing torch and scikit-learn", quiet=as_json):
         from hookmap.probes.run import probe
     with progress() as bars:
         bar = bars.add_task("tensors", total=None)
         found = probe(
             hookmap.open_store(folder),
-            points=parse_list(points),
+            points=names,
             layers=chosen,
             positions=_span(positions),
             memory=int(memory * 10**9),

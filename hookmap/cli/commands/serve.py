@@ -110,13 +110,12 @@ def command(
     """
     from hookmap.cli.configuration import Serving, read_section
     from hookmap.cli.console import working
-    from hookmap.cli.settings import choose_model, load_settings, parse_layers, parse_list, refuse_unknown
+    from hookmap.cli.settings import choose_model, chosen_tensors, load_settings, refuse_unknown
     from hookmap.server import check_installed
 
     check_installed()
     settings = load_settings()
-    chosen = parse_list(points or settings.get("points", "resid_post"))
-    of_layers = parse_layers(layers or settings.get("layers", "all"))
+    chosen, of_layers = chosen_tensors(settings, points, layers, default="resid_post")
     serving = read_section(Serving, "serve", settings, given)
     model = choose_model(model, settings)
     with working("importing torch and transformers"):
@@ -131,7 +130,7 @@ def command(
         admin_key=admin_key or None,
         hosts=tuple(serving.allowed_host),
         allow=(*serving.allow, model),
-        points=chosen if isinstance(chosen, str) else tuple(chosen),
+        points=tuple(chosen) if isinstance(chosen, list) else chosen,
         layers=of_layers if isinstance(of_layers, str) else tuple(of_layers),
         queue=serving.queue,
         batch=serving.batch,
