@@ -1,18 +1,18 @@
-"""How a capture generates: its settings, when a row is finished, and the seed. One row for each prompt, no beams."""
+"""How a capture generates: its settings, when a row is finished, what it draws. One row for each prompt, no beams."""
 
 import contextlib
 import copy
 import difflib
+import hashlib
 import inspect
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from hookmap.errors import CaptureError
 
@@ -45,8 +45,6 @@ _NOT_HERE = {
 }
 HALF = re.compile("[\ud800-\udfff]")
 """half a surrogate pair: what JSON and a command line may hold, and no text does"""
-_generators = threading.RLock()
-"""held while a run draws from torch's generators, which all threads share"""
 
 
 def settings(
@@ -193,23 +191,59 @@ class Finished(StoppingCriteria):  # type: ignore[misc]  # transformers' base is
         return torch.tensor(done, device=input_ids.device)
 
 
-@contextlib.contextmanager
-def seeded(seed: int | None, device: torch.device, *, draws: bool = True) -> Iterator[None]:
-    """`torch.manual_seed(seed)` inside, the generators' states as before outside. None changes nothing.
+def own_seed(seed: int, of: int | str) -> int:
+    """The seed, of 62 bits, that one sample of a run draws with, or one request; the first sample's is the run's own.
 
-    One thread at a time, where there is a seed or the run `draws`: else another's numbers would be missing here.
+    `of`: the sample's number, 0-based, or a request's name. Nothing else decides it: no batch, and not what ran before.
     """
-    if seed is None and not draws:
-        yield
-        return
-    with _generators:
-        if seed is None:
-            yield
-            return
-        cuda = range(torch.cuda.device_count()) if device.type == "cuda" else ()
-        with torch.random.fork_rng(devices=list(cuda)):
-            torch.manual_seed(seed)
-            yield
+    if of == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}/{of}".encode()).digest()[:8], "big") >> 2
+
+
+def own_generator(seed: int, number: int, device: torch.device) -> torch.Generator:
+    """What sample `number` draws from: the numbers of torch's own generator after `torch.manual_seed(own_seed)`."""
+    return torch.Generator(device).manual_seed(own_seed(seed, number))
+
+
+class OwnDraws:
+    """A way of generating for `generate(custom_generate=...)`: each row draws from a generator of its own.
+
+    So a row draws what it draws alone, whatever is in the batch, and torch's generators are not touched.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        """One generator for each row, on the device of the token ids."""
+        self._generators = generators
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **inputs: Any,
+    ) -> torch.Tensor:
+        """transformers' own loop, in which the drawn token is the only one that is left to take."""
+        logits_processor.append(_Drawn(self._generators))  # behind temperature and the like
+        generation_config.do_sample = False  # `generate`'s own copy
+        sequences: torch.Tensor = model._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, **inputs
+        )
+        return sequences
+
+
+class _Drawn(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not typed
+    """0 for the token that a row draws, -inf for all others."""
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self._generators = generators
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        rows = zip(scores.softmax(-1), self._generators, strict=True)
+        drawn = torch.stack([torch.multinomial(row, 1, generator=own) for row, own in rows])
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
 @contextlib.contextmanager

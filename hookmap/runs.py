@@ -192,10 +192,7 @@ class Generating(Run):
                 self._show(columns - layout.width)
 
         finished = gen.Finished(self.config, self.stop, self.tokenizer, tell)
-        # The seed is the first prompt's own, so that a resumed run draws what the whole run would have drawn.
-        seed = None if self.seed is None else self.seed + numbers[0]
-        # All of it in the turn: the training flags and torch's generators are every thread's.
-        with self._turn(), gen.seeded(seed, self.device, draws=bool(self.config.do_sample)):
+        with self._turn():
             sequences = self._generate(observer, self._inputs(prompts, layout, finished), editor)
         counts = observer.finish(sequences.shape[1])
         if editor is not None:
@@ -209,6 +206,9 @@ class Generating(Run):
     def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: gen.Finished) -> dict[str, Any]:
         inputs = padded([prompt.token_ids for prompt in prompts], layout, self.config.pad_token_id, self.device)
         inputs |= {"generation_config": self.config, "stopping_criteria": [finished]}
+        if self.seed is not None and self.config.do_sample:
+            own = [gen.own_generator(self.seed, number, self.device) for number in layout.samples]
+            inputs["custom_generate"] = gen.OwnDraws(own)
         # transformers computes only the last logits of a prompt, unless told.
         if self._needs_logits and gen.takes(self.engine.root, "logits_to_keep"):
             inputs["logits_to_keep"] = 0

@@ -9,6 +9,7 @@ from plain_hooks import FAMILIES, LAYERS, Reference
 
 import hookmap
 from hookmap.capture import Capture
+from hookmap.generation import own_seed
 from hookmap.model import HookedModel
 
 NEW = 7
@@ -73,13 +74,26 @@ def test_early_end_of_sequence_in_a_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sampled_with_a_seed(name: str) -> None:
+    """Each prompt draws what plain `generate` of it alone draws; the tensors are those of the batch."""
     hm, points = opened(name), list(FAMILIES[name].points)
-    torch.manual_seed(3)
-    settings = {"do_sample": True, "temperature": 1.7, "top_k": 20, "top_p": 0.95}
-    reference = plain_hooks.generate(hm.model, FAMILIES[name], RAGGED, max_new_tokens=NEW, **settings)
-    greedy = plain_hooks.generate(hm.model, FAMILIES[name], RAGGED, max_new_tokens=NEW, do_sample=False)
-    assert not torch.equal(reference.sequences, greedy.sequences)
-    same(hm.capture(RAGGED, points, max_new_tokens=NEW, seed=3, **settings), reference, name, RAGGED)
+    settings = {"max_new_tokens": NEW, "do_sample": True, "temperature": 1.7, "top_k": 20, "top_p": 0.95}
+    run = hm.capture(RAGGED, points, seed=3, **settings)
+    for number, ids in enumerate(RAGGED):
+        torch.manual_seed(own_seed(3, number))
+        alone = plain_hooks.generate(hm.model, FAMILIES[name], [ids], **settings)
+        assert run.tokens[number] == tuple(alone.sequences[0].tolist())
+    drawn = [tokens[len(ids) :] for tokens, ids in zip(run.tokens, RAGGED, strict=True)]
+    width = max(map(len, RAGGED))
+
+    def force(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        left = torch.full_like(scores, -torch.inf)
+        for row, tokens in enumerate(drawn):
+            left[row, tokens[min(ids.shape[1] - width, len(tokens) - 1)]] = 0
+        return left
+
+    settings = {"max_new_tokens": NEW, "do_sample": False, "logits_processor": [force]}
+    reference = plain_hooks.generate(hm.model, FAMILIES[name], RAGGED, **settings)
+    same(run, reference, name, RAGGED)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -14,6 +14,7 @@ from plain_hooks import FAMILIES
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 import hookmap
+from hookmap.generation import own_seed
 from hookmap.model import HookedModel
 from hookmap.runs import Progress
 
@@ -89,6 +90,31 @@ def test_a_given_seed_repeats_and_none_draws_on(hm: HookedModel) -> None:
     assert tokens(5) != tokens(6)
     torch.manual_seed(0)
     assert tokens(None) != tokens(None)  # equal by chance: below 1 in 10^6
+
+
+@pytest.mark.parametrize("engine", ["hooks", "nnsight"])
+def test_what_a_sample_draws_does_not_depend_on_the_batch(engine: Any) -> None:
+    """Tokens of 12 draws of temperature 1.7; with a generator of the batch, most were others at each size."""
+    hm = hookmap.open(plain_hooks.build("llama"))
+    prompts = [[5, 17, 3, 60], [11, 2], [48, 7, 7, 90, 1, 2], [5, 17, 3, 60], [9], [3, 3, 3], [5, 17, 3, 60]]
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.7, "engine": engine}
+
+    def drawn(seed: int, size: int) -> list[tuple[int, ...]]:
+        run = hm.capture(prompts, ["resid_mid"], [1], seed=seed, batch_size=size, **settings)
+        return [sample.token_ids[sample.prompt_tokens :] for sample in run.samples]
+
+    alone = drawn(0, 1)
+    assert len({alone[0], alone[3], alone[6]}) == 3  # one prompt, three samples
+    for size in (2, 3, 7):
+        assert drawn(0, size) == alone
+    assert not set(drawn(1, 1)) & set(alone)  # a seed beside is no shift
+
+
+def test_seeds_of_samples_are_apart() -> None:
+    """Of 200 runs with 500 samples each no two samples share one; as seed plus number, they were 699."""
+    seeds = {own_seed(seed, number) for seed in range(200) for number in range(500)}
+    assert len(seeds) == 200 * 500 and all(-(2**63) <= seed < 2**63 for seed in seeds)
+    assert own_seed(7, 0) == 7
 
 
 def test_names_of_the_callers_frame_do_not_mix_with_the_trace(hm: HookedModel) -> None:
@@ -172,7 +198,7 @@ def test_a_run_that_ends_while_another_passes_its_hooks_does_not_disturb_it() ->
 
 
 def test_threads_share_no_seed_and_no_training_flag() -> None:
-    """The generators and a module's training flags are every thread's: unguarded, most of these runs come out wrong."""
+    """torch's generators and a module's training flags are every thread's: with these, most runs come out wrong."""
     models = [plain_hooks.build("gpt2").train(), plain_hooks.build("llama")]
     opened = [hookmap.open(model) for model in models]
 

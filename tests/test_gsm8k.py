@@ -246,7 +246,11 @@ def test_numbers_are_the_same_by_value() -> None:
 @pytest.mark.parametrize(
     ("expression", "value"),
     [("3 * (4 + 1)", "15"), ("1,200 / 7", "171.4285714286"), ("-2 ** 2", "-4"), ("2^10", "1024"), ("0.1+0.2", "0.3"),
-     ("$5 × 3", "15"), ("50%", "0.5"), ("7 // 2", "3"), ("7 % 4", "3"), ("2 ** -1", "0.5")],
+     ("$5 × 3", "15"), ("50%", "0.5"), ("7 // 2", "3"), ("7 % 4", "3"), ("2 ** -1", "0.5"), ("1,234,567+1", "1234568"),
+     # A percent sign belongs to its number.
+     ("100+5%", "100.05"), ("20/50%", "40"), ("200-10%", "199.9"), ("50 % * 4", "2"), ("5%*80", "4"), ("-5%", "-0.05"),
+     ("(100+5)%", "1.05"), ("200*(10%+2.5%)", "25"), ("200*10%-5", "15"), ("5 % + 3 %", "0.08"), ("50%**2", "0.25"),
+     ("1,200*5%", "60"), ("1e1%", "0.1"), ("7%4", "3"), ("100+7 % 4", "103"), ("(7 + 2) % (2 + 3)", "4")],
 )  # fmt: skip
 def test_the_calculator_is_exact(expression: str, value: str) -> None:
     assert calculate(expression) == value
@@ -259,6 +263,25 @@ def test_the_calculator_is_exact(expression: str, value: str) -> None:
 )  # fmt: skip
 def test_the_calculator_refuses_all_but_arithmetic(expression: str) -> None:
     with pytest.raises(ValueError, match=r"expected|arithmetic|understood|large|zero"):
+        calculate(expression)
+
+
+@pytest.mark.parametrize(
+    "expression", ["50 % -4", "20% 50", "20%(50)", "7 % 4 + 5%", "5 % % 3", "10 % 5%", "20 %of 50", "5% x"]
+)
+def test_the_calculator_says_where_a_percent_sign_may_be_a_remainder(expression: str) -> None:
+    with pytest.raises(ValueError, match=r"percent sign or a remainder|not arithmetic"):
+        calculate(expression)
+
+
+@pytest.mark.parametrize(
+    ("expression", "why"),
+    [("5%%", "behind a number"), ("%5", "not arithmetic"), ("*%", "behind a number"), ("3)%", "behind a number"),
+     ("2,5 + 1", "thousands"),
+     ("1,2,3", "thousands"), ("0x12%", "not arithmetic"), ("f(3)%", "understood"), ("2**50%", "whole powers")],
+)  # fmt: skip
+def test_the_calculator_says_why_it_refuses(expression: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
         calculate(expression)
 
 
@@ -359,6 +382,27 @@ def test_the_weights_are_there_once(inspect_ai: Any, tmp_path: Path) -> None:
     how = json.dumps({"samples": 2, "parallel": 2, "max_tokens": 4})
     done = subprocess.run([sys.executable, "-c", RUN + count, tmp_path / "out", how], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["1"], done.stderr
+
+
+def test_drawn_answers_do_not_depend_on_the_batch_size(inspect_ai: Any) -> None:
+    """Three draws of each of two questions; with a generator for each batch, those of a split request were others."""
+    import asyncio
+
+    from inspect_ai.model import ChatMessageUser, GenerateConfig
+
+    from hookmap.evals.provider import HookmapAPI
+
+    async def answers(size: int, seed: int) -> list[list[str]]:
+        model = HookmapAPI("demo", batch_size=size)
+        how = GenerateConfig(max_tokens=6, temperature=3.0, num_choices=3, seed=seed)
+        asked = [[ChatMessageUser(content=f"Tom has {n} apples.")] for n in (3, 40)]
+        outputs = await asyncio.gather(*(model.generate(one, [], "none", how) for one in asked))
+        return [[choice.message.text for choice in output.choices] for output in outputs]
+
+    first = asyncio.run(answers(16, 5))
+    assert all(len(set(texts)) == 3 for texts in first)
+    assert asyncio.run(answers(2, 5)) == first
+    assert not {*first[0]} & {*asyncio.run(answers(2, 6))[0]}
 
 
 def test_a_tool_call_is_read_from_what_a_model_writes(inspect_ai: Any) -> None:

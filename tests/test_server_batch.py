@@ -262,6 +262,23 @@ def test_memory_that_runs_out_halves_the_batch_and_nothing_is_lost(served: Serve
         same(one, other)
 
 
+def test_drawn_rows_that_are_halved_draw_on(served: Served) -> None:
+    """Four choices of one request with a seed: 20 tokens at temperature 4, equal by chance in less than 1 of 10^6."""
+
+    def refuse(rows: int, width: int) -> None:
+        passes.append(rows)
+        if rows > 2 and len(passes) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory (forced by a test)")
+
+    passes: list[int] = []
+    body = asked(0, n=4, seed=11, temperature=4.0, max_tokens=20)
+    choices, usage = whole(served, **body)
+    [found], seen = together(served, [lambda: whole(served, **body)], refuse)
+    assert {rows for rows, _ in seen} == {4, 2}
+    assert (found[0], found[1]) == (choices, usage)
+    assert len({choice["message"]["content"] for choice in choices}) == 4
+
+
 def test_the_one_that_does_not_fit_alone_is_the_only_one_refused(served: Served) -> None:
     def refuse(rows: int, width: int) -> None:
         if width > 200:

@@ -2,11 +2,14 @@
 
 import ast
 import operator
+import re
 from collections.abc import Callable
 from fractions import Fraction
 
 LONGEST = 200
 _MOST_BITS = 4096
+_GROUPED = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3})(?![\d,])")
+_NUMBER_AT_END = re.compile(r"(?:[\d_]+\.?[\d_]*|\.[\d_]+)(?:[eE][-+]?\d+)?$")
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -20,13 +23,16 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
 def calculate(expression: str) -> str:
     """The value of an expression: a whole number, or a decimal of up to 10 places. Raises ValueError, with the reason.
 
-    `3 * (4 + 1)`, `1,200 / 7`, `50 %` (a hundredth), `2 ^ 3` or `2 ** 3`.
+    `3 * (4 + 1)`, `1,200 / 7`, `2 ^ 3` or `2 ** 3`. A percent sign belongs to the number before it: `100+5%` is 100.05.
+    Between two numbers, as in `7 % 4`, it is a remainder. What may be either, or a comma in no thousands, is refused.
     """
-    text = expression.strip().replace(",", "").replace("$", "").replace("×", "*").replace("÷", "/").replace("^", "**")
+    text = expression.strip().replace("$", "").replace("×", "*").replace("÷", "/").replace("^", "**")
     if not text or len(text) > LONGEST:
         raise ValueError(f"expected an expression of 1 to {LONGEST} characters, got {len(expression)}")
-    if text.endswith("%"):
-        text = f"({text[:-1]})/100"
+    text = _GROUPED.sub(lambda found: found[0].replace(",", ""), text)
+    if "," in text:
+        raise ValueError(f"a comma is understood between thousands only, as in 1,200: {expression[:60]!r}")
+    text = _without_percents(text)
     try:
         value = _value(ast.parse(text, mode="eval").body)
     except (SyntaxError, RecursionError, MemoryError) as error:
@@ -39,6 +45,52 @@ def calculate(expression: str) -> str:
         return f"{float(value):.10f}".rstrip("0").rstrip(".")
     except OverflowError as error:
         raise ValueError("the result is too large") from error
+
+
+def _without_percents(text: str) -> str:
+    """Numbers and brackets with a percent sign as hundredths. Raises ValueError where a sign may be a remainder's."""
+    found, *pieces = text.split("%")
+    kinds = set()
+    for number, piece in enumerate(pieces):
+        percent = _is_percent(found, piece, last=number == len(pieces) - 1)
+        kinds.add(percent)
+        found = _hundredth(found.rstrip()) + piece if percent else f"{found}%{piece}"
+    if None in kinds or len(kinds) > 1:
+        raise ValueError(
+            f"% may be a percent sign or a remainder here: {text[:60]!r}. Write 5/100 for 5 %, and a % b with a space "
+            "on each side for a remainder"
+        )
+    return found
+
+
+def _is_percent(before: str, behind: str, last: bool) -> bool | None:
+    """Whether the % between two texts is a percent sign; None: it is not clear."""
+    attached, behind_it = not before[-1:].isspace(), behind.lstrip()
+    if not behind_it:
+        return True if last else None
+    if behind_it[0] in "*/)":
+        return True
+    if behind_it[0] in "+-":
+        return True if attached or behind_it[1:2].isspace() else None
+    return None if attached and (behind_it != behind or behind_it[0] == "(") else False
+
+
+def _hundredth(text: str) -> str:
+    """The text, the number or bracket at its end divided by 100. Raises ValueError where it ends with neither."""
+    start = found.start() if (found := _NUMBER_AT_END.search(text)) else _opening(text)
+    return f"{text[:start]}({text[start:]}/100)"
+
+
+def _opening(text: str) -> int:
+    """Where the bracket begins that ends a text."""
+    depth = 0
+    for place in range(len(text) - 1, -1, -1):
+        depth += {")": 1, "(": -1}.get(text[place], 0)
+        if not depth:
+            break
+    if depth or not text.endswith(")"):
+        raise ValueError(f"a percent sign belongs behind a number or a bracket, not behind {text[-20:]!r}")
+    return place
 
 
 def _value(node: ast.AST) -> Fraction:

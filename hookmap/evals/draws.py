@@ -1,13 +1,8 @@
 """Sampled answers that repeat: each request draws with a seed of its own, whatever else runs beside it."""
 
-import hashlib
-
 from inspect_ai.solver import Generate, Solver, TaskState, generate, solver
 
-
-def own_seed(seed: int, name: str) -> int:
-    """The seed of one request, of 62 bits, out of that of the run and the request's name."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 2
+from hookmap.generation import own_seed
 
 
 @solver(name="generate_seeded")

@@ -72,7 +72,7 @@ class HookmapAPI(ModelAPI):
 
     Model arguments: points, layers, keep (`positions`, `mean`, … of `HookedModel.capture`), captures (a folder),
     batch_size (in all; the config's max_connections unless given), and hookmap.open's, or hookmap.open_on_ray's.
-    Requests with a seed run by themselves, so that their answers repeat.
+    A request with a seed runs by itself, all its answers together, so that they repeat to the last bit.
     """
 
     def __init__(
@@ -194,14 +194,16 @@ class HookmapAPI(ModelAPI):
     def _run(self, batch: list[_Request]) -> list[_Answer]:
         folder = self._new_folder()
         rows = [request.prompt for request in batch for _ in range(request.rows)]
+        settings = json.loads(batch[0].settings)
+        together = len(rows) if settings["seed"] is not None else min(len(rows), self._batch_size)
         run = self.hooked.capture(
             rows,
             points=self._points,
             layers=self._layers,
-            batch_size=-(-min(len(rows), self._batch_size) // self._workers),
+            batch_size=-(-together // self._workers),
             store=folder,
             **self._keep,
-            **json.loads(batch[0].settings),
+            **settings,
         )
         samples = iter(run.samples)
         name = None if folder is None else folder.name

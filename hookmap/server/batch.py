@@ -77,6 +77,8 @@ class Row:
     job: Job
     number: int
     ending: gen.Ending
+    generator: torch.Generator | None = None
+    """what it draws from; None: torch's own"""
     new: list[int] = field(default_factory=list)
     ended: bool = False
 
@@ -101,11 +103,8 @@ class Together:
 
     def __init__(self, hm: HookedModel, jobs: Sequence[Job], memory: MemoryUse, ended: Ended) -> None:
         self._hm, self._memory, self._ended = hm, memory, ended
-        self._rows: dict[Job, list[Row]] = {}
+        self._rows: dict[Job, list[Row]] = {job: list(self._rows_of(job)) for job in jobs}
         """of jobs that have not ended"""
-        for job in jobs:
-            ending = gen.Ending(job.config, job.stop, hm.tokenizer)
-            self._rows[job] = [Row(job, number, ending) for number in range(len(job.prompts))]
 
     def run(self, room: Room) -> None:
         """Run them all; whatever goes wrong is told to those whom it concerns."""
@@ -125,6 +124,12 @@ class Together:
             if job.cancelled.is_set():
                 self._end(job, cancelled())
 
+    def _rows_of(self, job: Job) -> Iterator[Row]:
+        ending, device = gen.Ending(job.config, job.stop, self._hm.tokenizer), device_of(self._hm.hooks)
+        seed = job.seed if job.config.do_sample else None
+        for number in range(len(job.prompts)):
+            yield Row(job, number, ending, None if seed is None else gen.own_generator(seed, number, device))
+
     def _batch(self, rows: Sequence[Row]) -> None:
         self.end_cancelled()
         rows = [row for row in rows if not row.ended]
@@ -135,8 +140,7 @@ class Together:
         if error is None:
             return
         left = [row for row in rows if not row.ended]
-        # With a seed, the rows draw from one generator: halves would draw other tokens.
-        halves = is_out_of_memory(error) and len(left) > 1 and left[0].job.seed is None
+        halves = is_out_of_memory(error) and len(left) > 1
         answer = failed(error, [job.id for job in dict.fromkeys(row.job for row in left)], again=halves)
         if halves:
             self._batch(left[: len(left) // 2])
@@ -157,9 +161,10 @@ class Together:
         inputs["stopping_criteria"] = [_Step(self, rows, likely)]
         if likely is not None:
             config, inputs["logits_processor"] = beside(likely, config)
-        seed = None if job.seed is None else job.seed + rows[0].number
+        if generators := [row.generator for row in rows if row.generator is not None]:
+            inputs["custom_generate"] = gen.OwnDraws(generators)
         try:
-            with turn(self._hm.hooks), gen.seeded(seed, device, draws=bool(config.do_sample)):
+            with turn(self._hm.hooks):
                 root.generate(generation_config=config, **inputs)  # type: ignore[operator]
         except BaseException as error:
             return error
