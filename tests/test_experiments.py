@@ -24,6 +24,7 @@ from hookmap.stores.memory import MemoryStore
 pytest.importorskip("inspect_ai", reason='pip install "hookmap[eval]"')
 pytest.importorskip("sklearn", reason='pip install "hookmap[eval]"')
 
+from hookmap.evals.answers import SCORERS
 from hookmap.experiments import comparing, rewards
 from hookmap.experiments.document import Experiment, Reporting, load_experiment, schema
 from hookmap.experiments.report import compared
@@ -56,10 +57,27 @@ SMALL: dict[str, Any] = {
         ("#### seven", 0, 0, 0),
         ("ANSWER: 7", 0, 1, 1),
         ("", 0, 0, 0),
+        # What the scorer reads as a number is one here, too.
+        *[(f"3+4=7\n#### {x}", 1, 1, 0) for x in (".5", "$-5", "-$5", "**5**", "3/4", "½", "\\boxed{5}", "1e3", "(5)")],
+        ("**ANSWER: 3/4**", 0, 1, 1),
+        ("#### 5 or 6", 0, 1, 0),
+        ("#### 2^{10}", 0, 1, 0),
+        ("#### 0x12", 0, 0, 0),
+        ("#### 7 apples\n#### 8", 0, 1, 0),
     ],
 )
 def test_the_format_is_that_of_the_last_line(text: str, strict: int, flexible: int, asked: int) -> None:
     assert [rewards.format(text, name) for name in ("strict", "flexible", "inspect_evals")] == [strict, flexible, asked]
+
+
+def test_what_has_the_form_is_read_by_the_scorer_as_the_number_that_it_is() -> None:
+    """A line of one number in many writings, held against Python's own numbers."""
+    for sign, digits, end in itertools.product(("", "-", "−", "$", "-$"), ("7", "1,234", "0.25", ".5"), ("", ".", "%")):
+        line, value = (
+            f"#### {sign}{digits}{end}",
+            float(digits.replace(",", "")) * (-1 if sign[:1] in "-−" and sign else 1),
+        )
+        assert rewards.format(line, "strict") == 1.0 and float(SCORERS["strict"](line)) == value, line
 
 
 def test_each_reward_is_given_what_it_needs_to_see_and_nothing_else() -> None:

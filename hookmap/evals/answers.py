@@ -6,7 +6,7 @@
 
 Numbers compare by value: 1,200 is 1200.00 is $1200, 1.2e3, 1.2 × 10^3. Fractions are numbers: 3/4, 2 1/2, ½. A percent
 sign or a unit behind a number is no part of it. What `strict` and `inspect_evals` could only guess (12,5, 5-6, 5:30,
-3+4=7) is no answer.
+3+4=7, 5 or 6, 2^{10}, 0x12) is no answer. `is_form` reads the same numbers.
 """
 
 import re
@@ -17,7 +17,7 @@ from fractions import Fraction
 
 _NUMBER = re.compile(
     r"(?:(?<![\w.])|(?<=\.\.)(?=\d))[-−]?(?:\$\s*)?[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)?(?:\.\d+|(?<=\d))"
-    r"(?:[eE][-+]?\d{1,3}(?!\w))?(?![\d])"
+    r"(?:[eE][-+]?\d{1,3}(?!\w))?(?!\d|(?<=(?<!\d)0)[xX][\da-fA-F])"
 )
 _BOX = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 _LATEX_FRACTION = re.compile(
@@ -32,7 +32,14 @@ _GROUPS = re.compile(r"(?<=\d)(?:[\u00a0'’~]|,?\\[,!;: ])(?=\d{3}(?!\d))")
 _SPACED = re.compile(r"^(\W*\d{1,3})((?: \d{3})+)(?![\d,/])")
 _UNIT_POWER = re.compile(r"(?<![\d)\s])\s?\^\s?\{?[-+]?\d+\}?")
 _LONGEST = 300
-_UNCLEAR = re.compile(r"[,.:'_eE-]\d|\s?[-+*/^×÷=±:]\s?[\d(.$]|\s+\d")
+_UNCLEAR = re.compile(
+    r"[,.:'_eE-]\d|\s?[-+*/^×÷=±:]\s?[\d(.${\\]|\s+\d|\s?[*^×÷±]\s?[A-Za-z]"
+    r"|\s?(?:√|π|\\(?:times|cdot|div|pm|sqrt|pi)(?![A-Za-z]))"
+    r"|\s?x\s?\d|(?!(?:[cdkm]?m|ft|in)[23](?!\w))[A-Za-z]{1,3}\d"
+    r"|\s+(?i:or|and|to|until|through|plus|minus|times)\s+[-+$]*\.?\d"
+)
+_ORNAMENT = r"[\s*_`~.$%€£¥(){}\[\]\\+]*"
+_MARKS = {"strict": r"####+[ \t]*", "inspect_evals": r"(?i:ANSWER)\s*:[ \t]*"}
 _WORDS = re.compile(r"\\(?:text|math|mbox|emph)(?:rm|bf|it|sf|tt)?\s*\{([^{}]*)\}")
 _DECORATION = re.compile(r"\\[,!;: ]|\\left|\\right|\*\*|[`~]")
 _PLAIN = str.maketrans({"\u2044": "/", "\u202f": ",", "\u2009": ",", "\u00a0": " ", "−": "-", "–": "-"})
@@ -40,8 +47,7 @@ _PLAIN = str.maketrans({"\u2044": "/", "\u202f": ",", "\u2009": ",", "\u00a0": "
 
 def strict(text: str) -> Fraction | None:
     """The number behind the last `####`; None where there is none, or no number right behind it."""
-    *_, found = ["", *re.findall(r"####+[ \t]*([^\n#]*)", text)]
-    return _only(found)
+    return _behind(_MARKS["strict"] + r"([^\n#]*)", text)
 
 
 def flexible(text: str) -> Fraction | None:
@@ -52,8 +58,7 @@ def flexible(text: str) -> Fraction | None:
 
 def inspect_evals(text: str) -> Fraction | None:
     """The number behind the last `ANSWER:`, in capitals or not; None where there is none."""
-    *_, found = ["", *re.findall(r"(?i)ANSWER\s*:[ \t]*([^\n]*)", text)]
-    return _only(found)
+    return _behind(_MARKS["inspect_evals"] + r"([^\n]*)", text)
 
 
 SCORERS: dict[str, Callable[[str], Fraction | None]] = {
@@ -63,22 +68,44 @@ SCORERS: dict[str, Callable[[str], Fraction | None]] = {
 }
 
 
+def is_form(line: str, scorer: str) -> bool:
+    """Whether a line is what the rule asks for and nothing else: its mark, then a number that the rule reads.
+
+    Of `flexible`, whose form is any, whether there is a number.
+    """
+    if scorer == "flexible":
+        return flexible(line) is not None
+    found = re.fullmatch(rf"[\s*_`]*{_MARKS[scorer]}(.*)", line)
+    read = _read(found[1]) if found else None
+    return read is not None and re.fullmatch(_ORNAMENT, read[1]) is not None
+
+
 def numbers(text: str) -> list[Fraction]:
     """All numbers of a text, in order."""
     return [value for m in _NUMBER.finditer(_plain(text)) if (value := _value(m.group())) is not None]
 
 
-def _only(text: str) -> Fraction | None:
-    """The number that a short text begins with, but for brackets, currency and the like; None where it is unclear."""
+def _behind(pattern: str, text: str) -> Fraction | None:
+    *_, found = ["", *re.findall(pattern, text)]
+    read = _read(found)
+    return read[0] if read else None
+
+
+def _read(text: str) -> tuple[Fraction, str] | None:
+    """The number that a short text begins with, but for brackets, currency and the like, and what stands around it.
+
+    None where it is unclear.
+    """
     plain = _SPACED.sub(lambda m: m[1] + m[2].replace(" ", ","), _plain(text).strip())
     plain = re.sub(r"^- (?=[$\d])", "-", plain)
     found = next((m for m in _NUMBER.finditer(plain) if _value(m.group()) is not None), None)
     first = re.search(r"\d", plain)
     if found is None or first is None or first.start() < found.start():
         return None
-    if re.search(r"[A-Za-z]{2,}", plain[: found.start()]) or _UNCLEAR.match(plain, found.end()):
+    before, value = plain[: found.start()], _value(found.group())
+    if value is None or re.search(r"[A-Za-z]{2,}", before) or _UNCLEAR.match(plain, found.end()):
         return None
-    return _value(found.group())
+    return value, before + plain[found.end() :]
 
 
 def _plain(text: str) -> str:

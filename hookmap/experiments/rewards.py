@@ -1,19 +1,12 @@
 """What an answer is worth. Pure; each reward is given what it needs to see, and nothing else. All lie in 0 to 1."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from hookmap.evals.answers import SCORERS, numbers, same
+from hookmap.evals.answers import SCORERS, is_form, numbers, same
 
 NAMES = ("correctness", "format", "efficiency")
 TOTAL = "total"
-_NUMBER = r"[-−]?\$?\d[\d,]*(?:\.\d+)?%?\.?"
-_LAST_LINE = {
-    "strict": re.compile(rf"####[ \t]*{_NUMBER}"),
-    "inspect_evals": re.compile(rf"ANSWER:[ \t]*{_NUMBER}"),
-    "flexible": re.compile(rf".*{_NUMBER}\D*"),
-}
 
 
 def correctness(text: str, target: str, scorer: str) -> float:
@@ -24,11 +17,10 @@ def correctness(text: str, target: str, scorer: str) -> float:
 
 def format(text: str, scorer: str) -> float:
     """1 where the last line is what the scorer's rule asks for, right or wrong, and stands there once; else 0."""
-    lines = [line.strip() for line in text.strip().splitlines()]
-    form = _LAST_LINE[scorer]
-    if not lines or not form.fullmatch(lines[-1]):
+    lines = text.strip().splitlines()
+    if not lines or not is_form(lines[-1], scorer):
         return 0.0
-    return float(scorer == "flexible" or sum(bool(form.match(line)) for line in lines) == 1)
+    return float(scorer == "flexible" or all(SCORERS[scorer](line) is None for line in lines[:-1]))
 
 
 def efficiency(tokens: int, most: int) -> float:
