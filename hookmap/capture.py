@@ -43,6 +43,7 @@ from hookmap.stores.folder import FolderWriter, write_store
 from hookmap.stores.interface import Store, place_of
 from hookmap.stores.manifest import Manifest, manifest_of_run
 from hookmap.stores.memory import MemoryStore
+from hookmap.wrappers import generate_of, generation_config_of
 
 BATCH_SIZE = 8
 BATCH_TOKENS = 4096
@@ -266,9 +267,9 @@ def prepare(
         log.warning("position %d is not in %d of %d prompts: they have no row of it", position, times, len(prompts))
     run: Run
     if max_new_tokens:
-        config = gen.settings(
-            engine.root, tokenizer, max_new_tokens=max_new_tokens, do_sample=do_sample, options=generation
-        )
+        generate_of(engine.runner, engine.root)  # says so before anything runs, where there is none
+        own = generation_config_of(engine.runner, engine.root)
+        config = gen.settings(own, tokenizer, max_new_tokens=max_new_tokens, do_sample=do_sample, options=generation)
         run = Generating(*common, progress, memory, max_new_tokens=max_new_tokens, config=config, stop=stop, seed=seed)
         may_pad = gen.takes(engine.root, "attention_mask") and not gen.counts_pads(config)
         groups = tuple(generation_batches(lengths, batch_size or BATCH_SIZE, may_pad))

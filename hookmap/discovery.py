@@ -25,6 +25,7 @@ from hookmap.points_of_model import read_outside
 from hookmap.quantised import plain_products
 from hookmap.taps import Tap, captured_axes
 from hookmap.values import Values
+from hookmap.wrappers import check_wrapper, model_inside, named
 
 
 def discover(source: Any, *, trust_remote_code: bool = False, revision: str | None = None) -> ArchitectureMap:
@@ -79,6 +80,7 @@ def _one_pass(model: nn.Module, config: Any, device: Any, seq: int) -> Dataflow:
 
 
 def _of_module(model: nn.Module) -> ArchitectureMap:
+    check_wrapper(model)
     config = getattr(model, "config", None)
     seq = skeleton.sequence_length(config, model)
     device = skeleton.device_of(model)
@@ -87,11 +89,19 @@ def _of_module(model: nn.Module) -> ArchitectureMap:
             flow = _one_pass(model, config, device, seq)
         except Exception as error:
             raise DiscoveryError(
-                f"{type(model).__name__} did not run on {seq} token ids: {type(error).__name__}: {error}\n"
+                f"{named(model)} did not run on {seq} token ids: {type(error).__name__}: {error}\n"
                 "Expected a causal language model whose forward takes token ids, [batch, pos], and needs nothing else."
             ) from error
     how = "one forward pass of the model as it stands"
-    return assemble(model, flow, seq, config, getattr(config, "_name_or_path", "") or None, how)
+    found = assemble(model, flow, seq, config, getattr(config, "_name_or_path", "") or None, how)
+    inside = model_inside(model)
+    blocks = model.get_submodule(found.layers_path.partition("{i}")[0].rstrip("."))
+    if inside is not None and blocks not in set(inside.modules()):
+        raise DiscoveryError(
+            f"the blocks that the dataflow of {named(model)} shows, {found.layers_path}, are not of the "
+            f"{type(inside).__name__} in it, whose own hand on something else than tensors."
+        )
+    return found
 
 
 def assemble(

@@ -48,7 +48,7 @@ HALF = re.compile("[\ud800-\udfff]")
 
 
 def settings(
-    root: nn.Module, tokenizer: Any, *, max_new_tokens: int, do_sample: bool, options: Mapping[str, Any]
+    own: GenerationConfig, tokenizer: Any, *, max_new_tokens: int, do_sample: bool, options: Mapping[str, Any]
 ) -> GenerationConfig:
     """The model's own generation settings with these over them; the model's stay as they are.
 
@@ -65,7 +65,7 @@ def settings(
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "it is no field of transformers' GenerationConfig."
             raise CaptureError(f"unknown generation setting {name!r}: {hint}")
-    config: GenerationConfig = copy.deepcopy(root.generation_config)
+    config: GenerationConfig = copy.deepcopy(own)
     if not do_sample:
         if unused := [name for name in _SAMPLING if name in given]:
             raise CaptureError(f"{', '.join(unused)} needs do_sample=True: greedy decoding does not use it.")

@@ -31,6 +31,7 @@ from hookmap.proofs import Proofs
 from hookmap.runs import Progress, generation_batches, harvest_batches, vocabulary_of
 from hookmap.selectors import Selector
 from hookmap.steering import SteeringVector, make_vector
+from hookmap.wrappers import model_inside
 
 Points = str | Iterable[str] | Mapping[str, Any]
 """names, or layers of its own for each: {"resid_post": [3, 8], "z": "all"}"""
@@ -48,7 +49,7 @@ class HookedModel:
     tokenizer: Any
     """its tokenizer, or None where none was given with a module"""
     root: nn.Module
-    """the transformers model whose `generate` runs: the module, or the one inside its wrappers (PEFT)"""
+    """the transformers model: the module, or the one inside its wrappers (PEFT), whose `generate` runs around it"""
     hooks: HooksEngine
     """the engine of plain hooks"""
     has_weights = True
@@ -447,10 +448,8 @@ def _tokenizer_of(x: Any) -> Any:
 
 
 def generating_root(module: nn.Module, weights: bool = True) -> nn.Module:
-    """The transformers model that `generate` calls: the module, or the one that wrappers (PEFT) hold."""
-    from transformers import PreTrainedModel
-
-    root: Any = next((p for p in module.modules() if isinstance(p, PreTrainedModel)), None)
+    """The transformers model that is watched: the module, or the one that wrappers (PEFT) hold."""
+    root = model_inside(module)
     if root is None:
         raise ModelError(f"{type(module).__name__} holds no transformers model: expected one with `generate`.")
     if root.config.is_encoder_decoder or not root.can_generate():

@@ -5,9 +5,8 @@ change (A). What reads only this point must then come out as in B, bit for bit; 
 come out as in A; and the block's own sums must hold. Once for each point and kind of block, on a few random tokens.
 """
 
-import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from hookmap.architecture_map import ArchitectureMap, BlockKind
 from hookmap.engines import Engine
 from hookmap.engines.editing import Changing, Edit, Editor, Where
 from hookmap.engines.observation import BatchLayout, Observer
-from hookmap.engines.turns import turns_of
+from hookmap.runs import device_of, turn
 from hookmap.selectors import Selector, select
 from hookmap.writing import refusal
 
@@ -58,7 +57,7 @@ class Proofs:
     def of(self, selector: Selector) -> Proof:
         """Whether this point is written right in this kind of block."""
         kind = None if selector.layer is None else self._map.kind_of(selector.layer)
-        with self._lock, _quiet(self._engine):
+        with self._lock, turn(self._engine):
             return self._proof(_plain(selector.point), kind)
 
     def _proof(self, point: str, kind: BlockKind | None) -> Proof:
@@ -340,18 +339,9 @@ def _noise(like: torch.Tensor, seed: int) -> torch.Tensor:
 def _tokens(engine: Engine) -> torch.Tensor:
     embedding = engine.root.get_input_embeddings().weight  # type: ignore[operator]
     draw = torch.Generator().manual_seed(0)
-    return torch.randint(min(3, len(embedding) - 1), len(embedding), (1, TOKENS), generator=draw).to(embedding.device)
+    return torch.randint(min(3, len(embedding) - 1), len(embedding), (1, TOKENS), generator=draw).to(device_of(engine))
 
 
 def _layer(kind: BlockKind, layers: int) -> int:
     """A layer of this kind, with another one behind it if there is such a one."""
     return next((layer for layer in kind.layers if layer + 1 < layers), kind.layers[0])
-
-
-@contextlib.contextmanager
-def _quiet(engine: Engine) -> Iterator[None]:
-    """The model as a capture runs it."""
-    turns = turns_of(engine.module)
-    training = any(part.training for part in engine.module.modules())
-    with turns.alone() if training else turns.shared(), gen.evaluating(engine.module):
-        yield

@@ -193,7 +193,13 @@ class Generating(Run):
 
         finished = gen.Finished(self.config, self.stop, self.tokenizer, tell)
         with self._turn():
-            sequences = self._generate(observer, self._inputs(prompts, layout, finished), editor)
+            inputs = self._inputs(prompts, layout, finished)
+            sequences = self._generate(observer, inputs, editor)
+        if not torch.equal(sequences[:, : layout.width].cpu(), inputs["input_ids"].cpu()):
+            raise CaptureError(
+                f"{type(self.engine.runner).__name__}.generate ran on other tokens than the prompt's: its rows are not "
+                "the prompt's. Give the prompt as the model reads it, and generate without what changes it."
+            )
         counts = observer.finish(sequences.shape[1])
         if editor is not None:
             editor.finish()

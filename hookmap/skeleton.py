@@ -168,9 +168,10 @@ def inputs(device: Any, seq: int, rows: int = 1) -> dict[str, Any]:
 
 def accepted(model: nn.Module, given: Iterable[str]) -> dict[str, str]:
     """Which of the inputs `forward` takes, and by which name: the ids go to its first parameter if none is theirs."""
-    parameters = inspect.signature(model.forward).parameters
-    named = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    others = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    # Of the class: nnsight, accelerate and torch.compile put functions of their own on the object.
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    others = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {name: name for name in given if others or name in named}
     if "input_ids" not in named and named:
         names["input_ids"] = named[0]

@@ -201,6 +201,17 @@ def test_a_model_dispatched_over_devices(how: str, tmp_path: Path) -> None:
     run = same_as_plain_hooks(model, "llama")
     whole = hookmap.open(plain_hooks.build("llama")).capture(IDS, ["resid_post"], [2], max_new_tokens=NEW)
     torch.testing.assert_close(run["resid_post", 2], whole["resid_post", 2])
+    _edits_as_a_plain_hook_does(model)
+
+
+def _edits_as_a_plain_hook_does(model: nn.Module) -> None:
+    mlp: Any = model.get_submodule("model.layers.1.mlp")
+    hook = mlp.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    reference = plain_hooks.generate(model, FAMILIES["llama"], IDS, max_new_tokens=NEW, do_sample=False)
+    hook.remove()
+    ablated: Any = [{"do": "ablate", "point": "mlp_out", "layers": 1}]
+    run = hookmap.open(model).generate(IDS, ablated, max_new_tokens=NEW)
+    assert run.tokens[0] == tuple(reference.sequences[0].tolist())
 
 
 # Half precision -------------------------------------------------------------------------------------------------------

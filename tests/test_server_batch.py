@@ -299,7 +299,7 @@ def test_what_breaks_before_a_batch_runs_is_told_and_the_next_request_runs(tmp_p
     """The thread of a model never ends with a request."""
     with serving(tmp_path) as served:
         worker, told = served.models.all[0].worker, queue.SimpleQueue[Any]()
-        config = settings(served.hm.root, None, max_new_tokens=1, do_sample=False, options={})
+        config = settings(served.hm.root.generation_config, None, max_new_tokens=1, do_sample=False, options={})
         job = Job("broken", (Prompt("", (5,)),), 1, config, 1, stop=("\ud800",), seed=None, emit=told.put)
         worker.submit(job)
         assert told.get(timeout=120).status == 500

@@ -20,6 +20,8 @@ class Engine(Protocol):
     """what map paths start from"""
     root: "nn.Module"
     """the transformers model in it that `generate` calls, often the same"""
+    runner: "nn.Module"
+    """what is called to run it: the user's object, so that what a wrapper does around the model is done"""
 
     def generate(self, observer: "Observer", inputs: dict[str, Any], editor: "Editor | None" = None) -> "torch.Tensor":
         """`inputs` are the keyword arguments of transformers' `generate`. Returns its sequences `[batch, tokens]`.

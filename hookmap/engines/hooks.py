@@ -16,6 +16,8 @@ from hookmap.engines.editing import Editor
 from hookmap.engines.observation import Observer, Side, Watch
 from hookmap.errors import CaptureError
 from hookmap.selectors import Selector
+from hookmap.skeleton import accepted
+from hookmap.wrappers import generate_of, hooked_forward, runner_of
 from hookmap.writing import mode_of
 
 
@@ -27,26 +29,27 @@ class HooksEngine:
     """Captures through forward hooks."""
 
     name = "hooks"
-    alone = False
 
     def __init__(self, module: nn.Module, root: nn.Module) -> None:
         """`module`: what map paths start from. `root`: the model in it that `generate` calls, often the same."""
         self.module = module
         self.root = root
+        self.runner = runner_of(module)
+        # PEFT's wrappers change the model inside while they run.
+        self.alone = self.runner is not root
         # accelerate moves weights back after a module's forward: a pass that ends early would leave them.
         self._ends_early = not any(hasattr(part, "_hf_hook") for part in module.modules())
 
     def generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> torch.Tensor:
         """See `Engine.generate`. Raises CaptureError where a selector's module is not in the model."""
-        with self._watching(observer, editor):
-            sequences: torch.Tensor = self.root.generate(**inputs)  # type: ignore[operator]
-            return sequences
+        with hooked_forward(self.runner, self.root), self._watching(observer, editor):
+            return generate_of(self.runner, self.root)(**inputs)
 
     def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
         """See `Engine.forward`; the pass ends where the last selector is complete."""
         watching = self._watching(observer, editor, ends_early=self._ends_early)
-        with watching, contextlib.suppress(_SawAllError), torch.no_grad():
-            self.root(**inputs)
+        with hooked_forward(self.runner, self.root), watching, contextlib.suppress(_SawAllError), torch.no_grad():
+            call(self.runner, inputs)
 
     @contextlib.contextmanager
     def _watching(self, observer: Observer, editor: Editor | None, ends_early: bool = False) -> Iterator[None]:
@@ -147,6 +150,11 @@ def _on_output(call: _Call) -> Any:
         return None if passed is None else passed[2]
 
     return hook
+
+
+def call(runner: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """One forward pass with those of the inputs that `runner` takes, by its own names for them."""
+    runner(**{parameter: inputs[name] for name, parameter in accepted(runner, inputs).items()})
 
 
 def module_at(module: nn.Module, root: nn.Module, path: str) -> nn.Module:

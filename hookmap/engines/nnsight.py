@@ -13,9 +13,10 @@ from torch import nn
 
 from hookmap.engines._nnsight_sink import PassingCache, adopt_edits, attach, tree_over
 from hookmap.engines.editing import Editor
-from hookmap.engines.hooks import module_at
+from hookmap.engines.hooks import call, module_at
 from hookmap.engines.observation import Observer, Watch
 from hookmap.errors import InterventionError
+from hookmap.wrappers import generate_of, hooked_forward, runner_of
 
 
 class NNsightEngine:
@@ -31,26 +32,29 @@ class NNsightEngine:
         """
         self.module = module
         self.root = root
+        self.runner = runner_of(module)
         self._given = given
         self._tree: nnsight.NNsight | None = None
 
     def generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> torch.Tensor:
         """See `Engine.generate`. Raises CaptureError where a selector's module is not in the model."""
         _refuse(editor)
-        sequences: torch.Tensor = self._traced(observer, lambda: self.root.generate(**inputs))  # type: ignore[operator]
+        generate = generate_of(self.runner, self.root)
+        sequences: torch.Tensor = self._traced(observer, lambda: generate(**inputs))
         return sequences
 
     def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
         """See `Engine.forward`; nnsight runs the pass to its end."""
         _refuse(editor)
         with torch.no_grad():
-            self._traced(observer, lambda: self.root(**inputs) and None)
+            self._traced(observer, lambda: call(self.runner, inputs))
 
     def _traced(self, observer: Observer, run: Callable[[], Any]) -> Any:
         if self._tree is None:
             self._tree = tree_over(self.module, self._given)
         adopt_edits(self._tree, self._given)
-        return _traced(self._tree, self._cache(self._tree, observer), run)
+        with hooked_forward(self.runner, self.root):
+            return _traced(self._tree, self._cache(self._tree, observer), run)
 
     def _cache(self, tree: nnsight.NNsight, observer: Observer) -> PassingCache:
         # By identity and not by name: a module that the tree reaches by two paths has one location, and a module

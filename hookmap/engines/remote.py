@@ -27,7 +27,7 @@ class RemoteEngine:
     def __init__(self, module: nn.Module, root: nn.Module, given: Any, remote: bool | str) -> None:
         """`given`: the nnsight model around `module`. `remote`: True (NDIF), the URL of a server, or "local"."""
         self.module = module
-        self.root = root
+        self.root = self.runner = root
         self._given = given
         self._remote = remote
         self._paths = {id(envoy._module): envoy.path for envoy in given.modules()}

@@ -16,6 +16,7 @@ from hookmap.server.requests import Sampling
 from hookmap.server.sessions import Sessions
 from hookmap.server.settings import Settings
 from hookmap.server.summaries import summary_of
+from hookmap.wrappers import generation_config_of
 
 LEAST_TEMPERATURE = 0.01
 """as in vLLM: a smaller one overflows"""
@@ -47,9 +48,10 @@ def admit(
         _check_context(longest, 0, model.context)
     if asked.reads_prompt:
         check_room(model.hm, n * longest, settings.request_bytes)
-    options = sampling_options(asked, model.hm.root.generation_config)
+    settled = generation_config_of(model.hm.hooks.runner, model.hm.root)
+    options = sampling_options(asked, settled)
     config = gen.settings(
-        model.hm.root,
+        settled,
         model.hm.tokenizer,
         max_new_tokens=new,
         do_sample="temperature" in options,

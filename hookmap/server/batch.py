@@ -21,6 +21,7 @@ from hookmap.runs import device_of, padded, turn
 from hookmap.server.errors import ApiError, cancelled, failed, is_out_of_memory
 from hookmap.server.jobs import Event, Job, Result
 from hookmap.server.tokens import Likely, Token, beside, told
+from hookmap.wrappers import generate_of
 
 log = logging.getLogger("hookmap.server")
 
@@ -151,8 +152,8 @@ class Together:
 
     def _generate(self, rows: Sequence[Row]) -> BaseException | None:
         """Until all rows have ended; rows that came some way before go on from there."""
-        job, root = rows[0].job, self._hm.root
-        device = device_of(self._hm.hooks)
+        job, hooks = rows[0].job, self._hm.hooks
+        device = device_of(hooks)
         layout = BatchLayout(tuple(range(len(rows))), tuple(len(row.tokens) for row in rows))
         config = copy.copy(job.config)
         config.max_new_tokens = max(row.left for row in rows)
@@ -164,8 +165,8 @@ class Together:
         if generators := [row.generator for row in rows if row.generator is not None]:
             inputs["custom_generate"] = gen.OwnDraws(generators)
         try:
-            with turn(self._hm.hooks):
-                root.generate(generation_config=config, **inputs)  # type: ignore[operator]
+            with turn(hooks):
+                generate_of(hooks.runner, hooks.root)(generation_config=config, **inputs)
         except BaseException as error:
             return error
         return None
