@@ -15,6 +15,7 @@ import torch
 from hookmap.capture import Capture
 from hookmap.engines.turns import turns_of
 from hookmap.errors import SelectionError
+from hookmap.finiteness import not_finite
 from hookmap.head_outputs import head_outputs
 from hookmap.lens import token_id, token_text, where
 from hookmap.readout import Readout, apply, readout_of
@@ -72,6 +73,8 @@ def attribute(
     run = hm.capture(prompt, [*points, *ends], "all", max_new_tokens=0, positions=positions, chat=chat)
     if len(run) != 1:
         raise SelectionError(f"an attribution is of one prompt, got {len(run)}: call it for each.")
+    if not all(bool(run.read(0, *key).isfinite().all()) for key in run.keys):
+        raise not_finite(hm, run.tokens[0], "direct logit attribution")
     with turns_of(hm.model).shared():
         return _read(hm, readout, run, names, target, against, heads)
 

@@ -188,7 +188,10 @@ class Prepared:
         check_room(self.expected, store, resume)
         log.info("capture: %s; engine %s (%s)", self.expected, self.run.engine.name, self.why)
         stores = self._in_memory() if store is None else self._in_folder(store, resume)
-        made = [Capture(s, self.run.selectors, self.map, getattr(s, "manifest", self.manifest)) for s in stores]
+        manifest = self.manifest
+        if self.run.lost and store is None:
+            manifest = manifest.model_copy(update={"runs": (self._note(),)})
+        made = [Capture(s, self.run.selectors, self.map, getattr(s, "manifest", manifest)) for s in stores]
         made[0].before = made[1] if self._before else None
         return made[0]
 
@@ -204,6 +207,12 @@ class Prepared:
         _tell(self.run)
         return [*stores]
 
+    def _note(self) -> dict[str, Any]:
+        """What the run has to tell of itself."""
+        run = self.run
+        note = {"engine": run.engine.name, "why": self.why, "memory": dict(run.memory.figures()), "halved": run.halved}
+        return note | ({"overflow": {"dtype": run.kept.dtype, "rows": dict(run.lost)}} if run.lost else {})
+
     def _in_folder(self, store: str | os.PathLike[str], resume: bool) -> list[Store]:
         run, manifest = self.run, self.manifest
         if not run.selectors:
@@ -215,10 +224,17 @@ class Prepared:
                 writers.append(closing.enter_context(BackgroundWriter(before_writer(store, manifest))))
                 run.before = Lacking(writers[1])
             finished = reduce(and_, (writer.finished for writer in writers))
-            run.all(self.groups, Lacking(writers[0]) if self._before else writers[0], finished)
-            figures = dict(_tell(run))
+            try:
+                run.all(self.groups, Lacking(writers[0]) if self._before else writers[0], finished)
+            except BaseException:
+                if run.lost:  # its finished samples stay, and the manifest has to say what they lost
+                    with contextlib.suppress(StoreError):
+                        for writer in writers:
+                            writer.note(self._note())
+                raise
+            _tell(run)
             for writer in writers:
-                writer.note({"engine": run.engine.name, "why": self.why, "memory": figures, "halved": run.halved})
+                writer.note(self._note())
         return [open_store(store), *([open_store(Path(store) / BEFORE)] if self._before else [])]
 
 
@@ -310,10 +326,9 @@ def _check_interventions(engine: Engine, plan: Plan | None, before: bool) -> Non
         raise InterventionError("before=True keeps rows of a run with interventions, and there are none: leave it out.")
 
 
-def _tell(run: Run) -> Mapping[str, int]:
+def _tell(run: Run) -> None:
     figures = run.memory.figures()
     log.info("memory: %s", ", ".join(f"{name} {value / 1e6:.0f} MB" for name, value in figures.items()))
-    return figures
 
 
 def _refuse_generation(do_sample: bool, seed: int | None, stop: tuple[str, ...], options: Mapping[str, Any]) -> None:

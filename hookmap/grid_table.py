@@ -13,8 +13,16 @@ _WIDE = 6
 _LIGHT, _DARK = (247, 251, 255), (8, 81, 156)
 
 
-def grid_table(grid: Grid, words: Sequence[Sequence[str]] | None = None, columns: int | None = None) -> Table:
-    """words: written in the cells instead of numbers. columns: the last so many, where not all fit."""
+def grid_table(
+    grid: Grid,
+    words: Sequence[Sequence[str]] | None = None,
+    columns: int | None = None,
+    told: Sequence[Sequence[bool]] | None = None,
+) -> Table:
+    """words: written in the cells instead of numbers. columns: the last so many, where not all fit.
+
+    told: whether a number says something, [layers, positions]; the others stand in brackets.
+    """
     first = max(0, len(grid.positions) - columns) if columns else 0
     known = grid.values[grid.values.isfinite()]
     low, high = (float(known.min()), float(known.max())) if known.numel() else (0.0, 1.0)
@@ -26,7 +34,8 @@ def grid_table(grid: Grid, words: Sequence[Sequence[str]] | None = None, columns
         cells = [Text(f"{grid.layers[row]} ")]
         for column in range(first, len(grid.positions)):
             value = float(grid.values[row, column])
-            text = f"{value:.2g}" if words is None else printable(words[row][column], _WIDE)
+            number = f"{value:.2g}" if told is None or told[row][column] else f"({value:.1g})"
+            text = number if words is None else printable(words[row][column], _WIDE)
             cells.append(Text(f" {text} ", style=_style((value - low) / ((high - low) or 1.0))))
         table.add_row(*cells)
     return table

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hookmap.errors import SelectionError
+from hookmap.overflow import OVERFLOWS
 from hookmap.points import POINTS
 
 Positions = str | slice | Sequence[int]
@@ -47,6 +48,8 @@ class Kept:
     features_seed: int = 0
     dtype: str | None = None
     """the model's own where None"""
+    overflow: str = "warn"
+    """what is done where a finite number is infinite in that dtype: one of OVERFLOWS"""
 
     @property
     def everything(self) -> bool:
@@ -167,6 +170,7 @@ def kept(
     features: int | Iterable[int] | None = None,
     features_seed: int = 0,
     dtype: "str | torch.dtype | None" = None,
+    overflow: str = "warn",
 ) -> Kept:
     """Read what a user gives. Raises SelectionError with every problem at once.
 
@@ -184,10 +188,12 @@ def kept(
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if name is not None and (not isinstance(name, str) or name not in DTYPES):
         problems.append(f"keep_dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
+    if overflow not in OVERFLOWS:
+        problems.append(f"overflow: expected {' or '.join(OVERFLOWS)}, got {overflow!r}")
     if problems:
         raise SelectionError("\n".join(problems))
     single = where in ("last", "last_prompt") or (isinstance(where, tuple) and not span)
-    return Kept(where, span, 1 if single else int(every), bool(mean), chosen, int(features_seed), name)
+    return Kept(where, span, 1 if single else int(every), bool(mean), chosen, int(features_seed), name, overflow)
 
 
 def matching_tokens(chosen: Kept, tokenizer: Any, vocabulary: int) -> frozenset[int]:

@@ -12,6 +12,7 @@ from hookmap.activations import Sample
 from hookmap.capture import Capture
 from hookmap.engines.turns import turns_of
 from hookmap.errors import SelectionError
+from hookmap.finiteness import check_rows, not_finite
 from hookmap.grid import Grid
 from hookmap.points import parse_point
 from hookmap.readout import Readout, readout_of
@@ -103,8 +104,8 @@ def lens(
     """See `HookedModel.lens`."""
     name = _stream_point(point)
     readout = readout_of(hm)
-    run = source
-    if not isinstance(source, (Capture, Store)):
+    run, live = source, not isinstance(source, (Capture, Store))
+    if live:
         _refuse_several(source)
         last = f"blocks.{hm.map.num_layers - 1}.hook_resid_post"
         run = hm.capture(source, [name, last], layers, max_new_tokens=0, positions=positions, chat=chat)
@@ -117,7 +118,8 @@ def lens(
     if told is None:
         raise SelectionError(f"the capture has no sample {sample}: it has {len(run.samples)}.")
     with turns_of(hm.model).shared():
-        return _read(hm, readout, run, told, name, tuple(chosen), top, None if target is None else token_id(hm, target))
+        aim = None if target is None else token_id(hm, target)
+        return _read(hm, readout, run, told, name, tuple(chosen), top, aim, live)
 
 
 def _stream_point(point: str) -> str:
@@ -174,12 +176,24 @@ def _read(
     layers: tuple[int, ...],
     top: int,
     target: int | None,
+    live: bool,
 ) -> Lens:
     rows, last = where(told), ("resid_post", hm.map.num_layers - 1)
+
+    def stream(key: tuple[str, int], chunk: tuple[int, ...]) -> torch.Tensor:
+        """Log probabilities of these positions. Raises CaptureError where their rows are not finite."""
+        found = run.read(told.sample, *key, chunk)
+        if not bool(found.isfinite().all()):
+            if live:
+                raise not_finite(hm, told.token_ids, "lens")
+            for each in dict.fromkeys([*((point, layer) for layer in layers), key]):  # the first of them is told
+                check_rows(run.read(told.sample, *each, rows), run, told, each, rows, "lens")
+        return _log_probabilities(readout, found)
+
     parts: list[dict[str, torch.Tensor]] = []
     targets: list[torch.Tensor] = []
     for chunk in _chunks(rows):
-        final = _log_probabilities(readout, run.read(told.sample, *last, chunk)) if last in run.keys else None
+        final = stream(last, chunk) if last in run.keys else None
         if target is not None:
             aim = torch.full((len(chunk),), target)
         elif final is not None:
@@ -191,7 +205,7 @@ def _read(
             )
         targets.append(aim.cpu())
         for layer in layers:
-            found = _log_probabilities(readout, run.read(told.sample, point, layer, chunk))
+            found = stream((point, layer), chunk)
             parts.append(_figures(found, final, aim, min(top, found.shape[-1])))
     ids = torch.cat(targets)
     stacked = {name: _stack([part[name] for part in parts], len(layers)) for name in parts[0]}

@@ -88,6 +88,7 @@ class HookedModel:
         features: int | Iterable[int] | None = None,
         features_seed: int = 0,
         keep_dtype: Any = None,
+        overflow: str = "warn",
         do_sample: bool = False,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
@@ -114,7 +115,8 @@ class HookedModel:
         positions (negative ones count from the end of the prompt), or "text=…": tokens whose text contains it.
         every: only positions that it divides. mean: one row a sample, the mean over its positions.
         features: indices into each row's last axis, or how many to draw with features_seed. keep_dtype: of the rows;
-        the model's own unless given.
+        the model's own unless given. overflow: where a finite number is infinite in it, "warn" stores the infinity,
+        warns, and counts it in the manifest; "refuse" raises CaptureError, and of that batch nothing is kept.
         do_sample, seed: greedy unless asked. With a seed the run repeats, and the generators' states stay as they were.
         stop: strings that end a row. chat: "auto" sends messages through the chat template and leaves strings as they
         are; True makes each string a user's message.
@@ -142,6 +144,7 @@ class HookedModel:
             features=features,
             features_seed=features_seed,
             keep_dtype=keep_dtype,
+            overflow=overflow,
             do_sample=do_sample,
             seed=seed,
             stop=stop,
@@ -169,6 +172,7 @@ class HookedModel:
         features: int | Iterable[int] | None = None,
         features_seed: int = 0,
         keep_dtype: Any = None,
+        overflow: str = "warn",
         do_sample: bool = False,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
@@ -184,7 +188,13 @@ class HookedModel:
         """What `capture` of the same arguments would run, decided and checked: for who runs its batches elsewhere."""
         encoded = self.encode(prompts, chat)
         chosen = kept(
-            positions, every=every, mean=mean, features=features, features_seed=features_seed, dtype=keep_dtype
+            positions,
+            every=every,
+            mean=mean,
+            features=features,
+            features_seed=features_seed,
+            dtype=keep_dtype,
+            overflow=overflow,
         )
         selectors = self.map.selectors(points, layers) if points != () else ()
         runs, why = self._engine_of(engine)
@@ -312,13 +322,20 @@ class HookedModel:
         features: int | Iterable[int] | None = None,
         features_seed: int = 0,
         keep_dtype: Any = None,
+        overflow: str = "warn",
         chat: Chat = "auto",
         batch_size: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> Estimate:
         """How large the capture of the same arguments gets at most. Runs nothing."""
         chosen = kept(
-            positions, every=every, mean=mean, features=features, features_seed=features_seed, dtype=keep_dtype
+            positions,
+            every=every,
+            mean=mean,
+            features=features,
+            features_seed=features_seed,
+            dtype=keep_dtype,
+            overflow=overflow,
         )
         selectors = self.map.selectors(points, layers)
         return self._estimate(self.encode(prompts, chat), selectors, max_new_tokens, chosen, batch_size, batch_tokens)

@@ -15,16 +15,19 @@ import torch
 from hookmap.changes import Patched
 from hookmap.engines.editing import Edit
 from hookmap.errors import InterventionError, SelectionError
+from hookmap.finiteness import not_finite
 from hookmap.grid import Grid
 from hookmap.kept import kept
 from hookmap.plan import Plan
 from hookmap.prompts import Prompt
+from hookmap.selectors import Selector, layer_ranges
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
 
-Metric = Callable[[torch.Tensor], torch.Tensor]
-"""logits of the next token [n, d_vocab] -> [n]"""
+Metric = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""logits of the next token [n, d_vocab] -> float32 [n], and how much each moves at most, where logits
+change relative to their sizes: times their rounding, that of the metric, [n]"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,16 @@ class Sweep:
     """the metric of the clean prompt"""
     corrupted: float
     """and of the corrupted one, without a patch"""
+    noise: float = 0.0
+    """how far two runs that say the same may be apart: the rounding of the logits, and what a batch does to them"""
+
+    @property
+    def above_noise(self) -> torch.Tensor:
+        """[layers, positions], bool: whether the patch moves the metric from corrupted by more than the noise.
+
+        Where it does not, the effect cannot be told from 0; where the metric is no number, it is False too.
+        """
+        return (self.grid.values - self.corrupted).abs() > self.noise
 
     @property
     def effect(self) -> Grid:
@@ -47,7 +60,8 @@ class Sweep:
     def save(self, path: str | Path) -> Path:
         """Writes the effect as PATH.safetensors and PATH.csv (see `Grid.save`), and the metrics as PATH.json."""
         written = self.effect.save(path)
-        found = {"metric": self.grid.metric, "clean": self.clean, "corrupted": self.corrupted}
+        found = {"metric": self.grid.metric, "clean": self.clean, "corrupted": self.corrupted, "noise": self.noise}
+        found["above_noise"] = self.above_noise.tolist()
         written.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         return written
 
@@ -73,31 +87,66 @@ def sweep(
     against; with a target alone its probability. positions: as in a capture. batch_size: patches that run together.
     progress: called with the patches done, and how many there are.
 
-    Raises SelectionError, TokenizerError, and InterventionError where the prompts do not pair or the metric is the same
-    for both.
+    Raises SelectionError, TokenizerError, CaptureError where a prompt's stream is not finite, and InterventionError
+    where the prompts do not pair or the metric is the same for both, but for its noise.
     """
     prompts = [_one(hm, given, chat) for given in (clean, corrupted)]
     _check_pair(prompts, hm.tokenizer)
     metric, name = _metric(hm, target, against)
     selectors = hm.map.selectors([point], layers)
-    if refused := [f"layer {s.layer}: {hm.proofs.of(s).reason}" for s in selectors if hm.proofs.of(s).reason]:
-        raise InterventionError(f"{point} is not written:\n" + "\n".join(f"  - {text}" for text in refused))
+    _check_written(hm, selectors)
     places = _places(hm, prompts[1], positions)
     rows = hm.capture(list(prompts[0].token_ids), [point], layers, max_new_tokens=0, engine="hooks")
-    base = [float(metric(_logits(hm, [prompt], None, batch_size))) for prompt in prompts]
-    if abs(base[0] - base[1]) < 1e-9:
-        raise InterventionError(f"the {name} is {base[0]:g} for both prompts: a patch has nothing to bring back.")
+    base, noise = _base(hm, prompts, metric, min(batch_size, len(places)), name)
     values = []
     for number, selector in enumerate(selectors):
         cells = {sample: {place: place} for sample, place in enumerate(places)}
         patched = Patched(rows.read(0, selector.point, selector.layer), cells.__getitem__)
         plan = Plan((Edit(selector, patched, only=patched),), [])
-        values.append(metric(_logits(hm, [prompts[1]] * len(places), plan, batch_size)))
+        values.append(metric(_logits(hm, [prompts[1]] * len(places), plan, batch_size))[0])
         if progress is not None:
             progress((number + 1) * len(places), len(selectors) * len(places))
     tokens = tuple(_text(hm, prompts[1].token_ids[place]) for place in places)
     numbers = tuple(-1 if s.layer is None else s.layer for s in selectors)
-    return Sweep(Grid(torch.stack(values), numbers, tuple(places), tokens, name, selectors[0].point), *base)
+    return Sweep(Grid(torch.stack(values), numbers, tuple(places), tokens, name, selectors[0].point), *base, noise)
+
+
+def _check_written(hm: "HookedModel", selectors: Sequence[Selector]) -> None:
+    """Raises InterventionError where a point of some layers is not written, with each reason once."""
+    refused: dict[str, list[int]] = {}
+    for selector in selectors:
+        if (reason := hm.proofs.of(selector).reason) is not None:
+            refused.setdefault(reason, []).append(-1 if selector.layer is None else selector.layer)
+    if refused:
+        lines = [f"  - layers {layer_ranges(layers)}: {reason}" for reason, layers in refused.items()]
+        raise InterventionError(f"{selectors[0].point} is not written:\n" + "\n".join(lines))
+
+
+def _base(
+    hm: "HookedModel", prompts: Sequence[Prompt], metric: Metric, together: int, name: str
+) -> tuple[tuple[float, float], float]:
+    """The metrics of clean and corrupted, and their noise. Raises CaptureError, InterventionError."""
+    alone = [_logits(hm, [prompt], None, 1) for prompt in prompts]
+    for prompt, logits in zip(prompts, alone, strict=True):
+        if not bool(metric(logits)[0].isfinite().all()):
+            raise not_finite(hm, prompt.token_ids, "sweep")
+    eps = _eps(hm, alone[0])
+    (clean, clean_moves), (corrupted, corrupted_moves) = ([float(part) for part in metric(each)] for each in alone)
+    batched = metric(_logits(hm, [prompts[1]] * together, None, together))[0]
+    noise = float((batched - corrupted).abs().max()) + eps / 2 * (clean_moves + corrupted_moves)
+    if not abs(clean - corrupted) > noise:
+        rounded = eps > torch.finfo(torch.float32).eps
+        raise InterventionError(
+            f"the {name} is {clean:.6g} for the clean and {corrupted:.6g} for the corrupted prompt, and its noise is "
+            f"{noise:.2g}: a patch has nothing to bring back. Take prompts "
+            "whose answers differ more"
+            + (
+                ', or open the model in float32, which rounds less: dtype="float32" (--dtype float32).'
+                if rounded
+                else "."
+            )
+        )
+    return (clean, corrupted), noise
 
 
 def _one(hm: "HookedModel", given: Any, chat: Any) -> Prompt:
@@ -128,7 +177,7 @@ def _places(hm: "HookedModel", prompt: Prompt, positions: Any) -> list[int]:
 
 
 def _logits(hm: "HookedModel", prompts: Sequence[Prompt], plan: Plan | None, batch_size: int) -> torch.Tensor:
-    """Of the token after each prompt, float32 [n, d_vocab]."""
+    """Of the token after each prompt, [n, d_vocab], in the dtype that they were computed in."""
     run = hm.capture(
         [list(prompt.token_ids) for prompt in prompts],
         ["logits"],
@@ -141,15 +190,34 @@ def _logits(hm: "HookedModel", prompts: Sequence[Prompt], plan: Plan | None, bat
     )
     found = run["logits"]
     assert isinstance(found, torch.Tensor)  # a row of each
-    return found[:, 0].float()
+    return found[:, 0]
+
+
+def _eps(hm: "HookedModel", logits: torch.Tensor) -> float:
+    """The relative spacing of the numbers that the logits were computed in: models widen what a narrow head gave."""
+    head = hm.root.get_output_embeddings()  # type: ignore[operator]
+    weight = getattr(head, "weight", logits)
+    dtypes = {logits.dtype, weight.dtype if weight.is_floating_point() else logits.dtype}
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _metric(hm: "HookedModel", target: str | int, against: str | int | None) -> tuple[Metric, str]:
     right, right_name = _token(hm, target)
     if against is None:
-        return lambda logits: logits.softmax(-1)[:, right], f"probability of {right_name}"
+
+        def probability(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            found = logits.float().softmax(-1)[:, right]
+            most = torch.maximum(logits[:, right].float().abs(), logits.float().amax(-1).abs())
+            return found, 2 * found * (1 - found) * most
+
+        return probability, f"probability of {right_name}"
     other, other_name = _token(hm, against)
-    return lambda logits: logits[:, right] - logits[:, other], f"logit of {right_name} minus logit of {other_name}"
+
+    def difference(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        one, two = logits[:, right].float(), logits[:, other].float()
+        return one - two, one.abs() + two.abs()
+
+    return difference, f"logit of {right_name} minus logit of {other_name}"
 
 
 def _token(hm: "HookedModel", given: str | int) -> tuple[int, str]:

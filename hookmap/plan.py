@@ -300,6 +300,11 @@ def _unit(given: Any, row: tuple[int, ...]) -> torch.Tensor:
 def _check_range(change: Changing, dtype: torch.dtype) -> None:
     """Raises InterventionError where what is written leaves the numbers that the model computes in."""
     numbers = changes.brought(change)
+    if not bool(numbers.isfinite().all()):
+        raise InterventionError(
+            "it would write an infinity or nan: the rows of its source are not finite. See which: hookmap inspect, and "
+            "capture or open the model in a dtype of a wider range (--dtype bfloat16)."
+        )
     if not bool(numbers.to(dtype).isfinite().all()):
         raise InterventionError(
             f"it writes numbers up to {float(numbers.abs().max()):.3g}, and {dtype} of this point goes up to "

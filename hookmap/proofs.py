@@ -17,6 +17,7 @@ from hookmap.architecture_map import ArchitectureMap, BlockKind
 from hookmap.engines import Engine
 from hookmap.engines.editing import Changing, Edit, Editor, Where
 from hookmap.engines.observation import BatchLayout, Observer
+from hookmap.finiteness import is_stream, why_not_finite
 from hookmap.runs import device_of, turn
 from hookmap.selectors import Selector, select
 from hookmap.writing import refusal
@@ -74,6 +75,8 @@ class Proofs:
 
     def _tried(self, point: str, kind: BlockKind | None, selector: Selector) -> Proof:
         plain = self._run("plain", kind)
+        if any(is_stream(name) and not bool(rows.isfinite().all()) for (name, _), rows in plain.items()):
+            return Proof(why_not_finite(self._engine, self._map, _tokens(self._engine)[0].tolist()))
         where = (selector.point, selector.layer)
         row = tuple(plain[where].shape[1:])
         if kind is None:

@@ -19,6 +19,7 @@ from hookmap import skeleton
 from hookmap.dataflow import Dataflow, ModuleCall, Operation, TensorRef, record
 from hookmap.engines.turns import turns_of
 from hookmap.errors import SelectionError
+from hookmap.finiteness import not_finite
 from hookmap.selectors import Selector
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ _proved: weakref.WeakKeyDictionary[nn.Module, Readout] = weakref.WeakKeyDictiona
 def readout_of(hm: HookedModel) -> Readout:
     """The steps of an opened model, read and proved once.
 
-    Raises SelectionError with the reason where they cannot be read, or do not give the model's own logits.
+    Raises SelectionError with the reason where they cannot be read, or do not give the model's own logits, and
+    CaptureError where the stream is not finite.
     """
     if hm.model not in _proved:
         last = hm.map.selectors("resid_post", -1)[-1]
@@ -203,6 +205,8 @@ def _prove(hm: HookedModel, readout: Readout) -> Readout:
     tokens = [(1 + 37 * n) % size for n in range(_PROOF_TOKENS)]
     run = hm.capture([tokens], points=["resid_post", "logits"], layers=[-1], max_new_tokens=0)
     stream, logits = run.read(0, "resid_post", -1), run.read(0, "logits").float()
+    if not bool(stream.isfinite().all()) or bool(logits.isnan().any()):
+        raise not_finite(hm, tokens, "lens")
     readout = replace(readout, dtype=stream.dtype)
     whole = readout(stream[None])[0].float().cpu()
     if whole.shape != logits.shape:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,9 @@ from hookmap.engines.editing import Edit, Editor
 from hookmap.engines.observation import BatchLayout, Observer
 from hookmap.engines.turns import turns_of
 from hookmap.errors import CaptureError
-from hookmap.kept import Kept
+from hookmap.kept import DTYPES, Kept
 from hookmap.memory_use import MemoryUse
+from hookmap.overflow import in_words
 from hookmap.points import POINTS
 from hookmap.prompts import Prompt, decode
 from hookmap.selectors import Selector
@@ -55,6 +57,8 @@ class Run(ABC):
     progress: Callable[[Progress], None] | None
     memory: MemoryUse
     halved: list[str] = field(default_factory=list)
+    lost: Counter[str] = field(default_factory=Counter)
+    """of each tensor, rows that became infinite in the dtype that is kept"""
     """what was done about memory that ran out, in words"""
     done: int = 0
     max_new_tokens: int = 0
@@ -130,6 +134,14 @@ class Run(ABC):
         """What `_observer`'s caller does at the end, of the rows before the edits."""
         if editor is not None and editor.before is not None:
             editor.before.finish(columns)
+            self._count(editor.before, "before/")
+
+    def _count(self, observer: Observer, where: str = "") -> None:
+        """What was lost of a finished batch; told the first time."""
+        if observer.lost and not self.lost:
+            told = in_words(observer.lost, DTYPES[str(self.kept.dtype)])
+            log.warning("%s These are stored as infinities; the manifest counts all of them.", told)
+        self.lost.update({f"{where}{lost.name}": lost.rows for lost in observer.lost})
 
     def _observer(self, layout: BatchLayout, sink: Sink) -> Observer:
         return Observer(self.selectors, layout, sink.write, keys=self._keys, kept=self.kept, matching=self.matching)
@@ -201,6 +213,7 @@ class Generating(Run):
                 "the prompt's. Give the prompt as the model reads it, and generate without what changes it."
             )
         counts = observer.finish(sequences.shape[1])
+        self._count(observer)
         if editor is not None:
             editor.finish()
         self._end(editor, sequences.shape[1])
@@ -254,6 +267,7 @@ class Harvesting(Run):
             except IndexError as error:
                 self._too_long(layout.width, error)
         observer.finish(layout.width)
+        self._count(observer)
         self._end(editor, layout.width)
         for row, prompt in enumerate(prompts):
             self._finish(sink, observer, row, prompt, [])

@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hookmap.errors import SelectionError, StoreError
+from hookmap.finiteness import not_finite
 from hookmap.points import parse_point
 
 if TYPE_CHECKING:
@@ -170,6 +171,9 @@ def make_vector(
         if layer is None:
             raise SelectionError(f"{parsed.point} is of the whole model: a steering vector is of layers.")
         each = torch.stack([run.read(sample, parsed.point, layer)[0] for sample in range(len(run))])
+        if (bad := ~each.isfinite().all(1)).any():
+            sample = int(bad.nonzero()[0])
+            raise not_finite(hm, run.tokens[sample], f"steering vector (prompt {sample}, layer {layer})")
         directions[layer] = find(each[: len(positive)], each[len(positive) :])
     about = About(
         point=parsed.point,

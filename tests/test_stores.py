@@ -1,6 +1,7 @@
 """Both stores keep every row as it was, and the folder's format is what its page says."""
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -151,6 +152,31 @@ class TestEveryStore:
         SMALL.write(made.sink)
         rows = torch.cat([SMALL.rows(number, ("resid_pre", 0)) for number in range(3)]).double()
         assert made.store().norms("resid_pre", 0) == pytest.approx((rows**2).sum(1).sqrt().mean().item(), rel=1e-6)
+
+    def test_one_long_row_and_rows_that_are_not_finite_are_told(
+        self, place: type[Memory | Folder], tmp_path: Path
+    ) -> None:
+        made = place(SMALL, tmp_path)
+        rows = {key: torch.ones(5, 16) for key in SMALL.keys}
+        rows["resid_mid", 1][0] = 100
+        rows["resid_mid", 1][3, 2], rows["resid_mid", 1][4, 0] = torch.inf, torch.nan
+        for (point, layer), tensor in rows.items():
+            made.sink.write(Activation(0, point, layer, 0, tensor))
+        made.sink.finish(Sample(0, "a", "b", (1, 2, 3, 4, 5, 6), 5, 5))
+        store = made.store()
+        found = store.row_norms("resid_mid", 1)
+        assert (found.rows, found.not_finite, found.first_not_finite) == (3, 2, (0, 3))
+        assert (found.mean, found.median, found.largest) == pytest.approx((408 / 3, 4, 400))
+        assert found.share == pytest.approx(400 / 408)
+        assert math.isnan(store.norms("resid_mid", 1)) and store.row_norms("resid_mid", 0).not_finite == 0
+
+    def test_a_row_of_large_numbers_has_a_norm(self, place: type[Memory | Folder], tmp_path: Path) -> None:
+        """Their squares are beyond float32."""
+        made = place(SMALL, tmp_path)
+        for point, layer in SMALL.keys:
+            made.sink.write(Activation(0, point, layer, 0, torch.full((1, 16), 1e30)))
+        made.sink.finish(Sample(0, "a", "b", (1, 2), 1, 1))
+        assert made.store().norms("resid_pre", 0) == pytest.approx(4e30)
 
     def test_what_is_read_is_the_callers_own(self, place: type[Memory | Folder], tmp_path: Path) -> None:
         made = place(SMALL, tmp_path)

@@ -136,6 +136,7 @@ class Settings(Section):
     keep_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="of the rows kept; else the model's own"
     )
+    overflow: Literal["warn", "refuse"] = Field("warn", description="where a finite number is infinite in keep_dtype")
     engine: Literal["auto", "hooks", "nnsight", "ray", "remote"] = Field("auto", description="what watches the model")
     workers: Count = Field(1, description="with engine ray")
     address: Text | None = Field(None, description="of a Ray cluster, or auto; of an nnsight server, or local")

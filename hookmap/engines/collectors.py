@@ -15,6 +15,7 @@ import torch
 
 from hookmap.engines.transfer import Transfer
 from hookmap.errors import CaptureError
+from hookmap.overflow import Cast, Place
 
 BLOCK_BYTES = 2**18
 """of one selector's block; with 56 tensors of a small model some 14 MB in all"""
@@ -47,6 +48,10 @@ class PassRows:
             return flat.clone() if flat.data_ptr() == tensor.data_ptr() else flat
         return flat.index_select(0, self.indices(tensor.device)[0])
 
+    def places(self) -> list[Place]:
+        """Of each row that `gather` gives: its row of the batch, and its number among the sample's."""
+        return [(row, self.first[row] + n) for row, kept in enumerate(self.columns) for n in range(len(kept))]
+
     def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each kept row: its place in the flattened [batch * new], and its row of the batch."""
         if device not in self._indices:
@@ -65,12 +70,16 @@ class Collector(Protocol):
     def finish(self, counts: Sequence[int]) -> None:
         """The batch is done; its samples had so many rows. Hand on what is still held."""
 
+    def lost(self) -> list[Place]:
+        """The rows that became infinite in the dtype that is kept."""
+
 
 class EveryRow:
     """Hands on each kept row."""
 
     def __init__(self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None) -> None:
-        self._transfer, self._deliver, self._dtype = transfer, deliver, dtype
+        self._transfer, self._deliver, self._cast = transfer, deliver, Cast(dtype)
+        self.lost = self._cast.lost
         self._block: torch.Tensor | None = None
         self._passes: list[PassRows] = []
 
@@ -78,15 +87,13 @@ class EveryRow:
         """See `Collector`."""
         if rows.new > 1:
             self._flush()
-            gathered = rows.gather(tensor)
-            gathered = gathered if self._dtype is None else gathered.to(self._dtype)
+            gathered = self._cast(rows.gather(tensor), rows.places)
             self._transfer.send(gathered, lambda host: self._arrived(rows, host))
             return
         if self._block is None:
-            dtype = self._dtype or tensor.dtype
-            size = tensor.shape[0] * tensor[0, 0].numel() * dtype.itemsize
+            size = tensor.shape[0] * tensor[0, 0].numel() * tensor.dtype.itemsize
             passes = max(1, min(BLOCK_PASSES, BLOCK_BYTES // max(1, size)))
-            self._block = _new_block((tensor.shape[0], passes, *tensor.shape[2:]), dtype, tensor.device)
+            self._block = _new_block((tensor.shape[0], passes, *tensor.shape[2:]), tensor.dtype, tensor.device)
         self._block[:, len(self._passes)] = tensor[:, 0]
         self._passes.append(rows)
         if len(self._passes) == self._block.shape[1]:
@@ -108,6 +115,9 @@ class EveryRow:
             return
         passes, block = self._passes, self._block[:, : len(self._passes)]
         self._block, self._passes = None, []
+        if self._cast.dtype is not None:
+            out = _new_block(tuple(block.shape), self._cast.dtype, block.device)
+            block = self._cast(block, lambda: _places(passes, len(block)), lead=2, out=out)
         self._transfer.send(block, lambda host: self._block_arrived(passes, host))
 
     def _block_arrived(self, passes: Sequence[PassRows], host: torch.Tensor) -> None:
@@ -125,14 +135,15 @@ class MeanRow:
     """One row a sample: the mean, summed in float32 in the order of the tokens."""
 
     def __init__(self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None) -> None:
-        self._transfer, self._deliver, self._dtype = transfer, deliver, dtype
+        self._transfer, self._deliver, self._cast = transfer, deliver, Cast(dtype)
+        self.lost = self._cast.lost
         self._sum: torch.Tensor | None = None
 
     def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
         """See `Collector`."""
         if self._sum is None:
             self._sum = tensor.new_zeros((tensor.shape[0], *tensor.shape[2:]), dtype=torch.float32)
-            self._dtype = self._dtype or tensor.dtype
+            self._cast.dtype = self._cast.dtype or tensor.dtype
         if rows.whole and rows.new == 1:
             self._sum += tensor[:, 0]
         else:
@@ -144,7 +155,7 @@ class MeanRow:
             return
         total, self._sum = self._sum, None
         numbers = torch.tensor([max(1, count) for count in counts], device=total.device)
-        means = (total / numbers.view(-1, *[1] * (total.ndim - 1))).to(self._dtype)
+        means = self._cast(total / numbers.view(-1, *[1] * (total.ndim - 1)), lambda: _one_place_each(counts))
         self._transfer.send(means, lambda host: _one_row_each(host, counts, self._deliver))
 
 
@@ -152,14 +163,14 @@ class LastRow:
     """One row a sample: the last one it had."""
 
     def __init__(self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None) -> None:
-        self._transfer, self._deliver, self._dtype = transfer, deliver, dtype
+        self._transfer, self._deliver, self._cast = transfer, deliver, Cast(dtype)
+        self.lost = self._cast.lost
         self._last: torch.Tensor | None = None
 
     def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
         """See `Collector`."""
         if self._last is None:
-            dtype = self._dtype or tensor.dtype
-            self._last = tensor.new_zeros((tensor.shape[0], *tensor.shape[2:]), dtype=dtype)
+            self._last = tensor.new_zeros((tensor.shape[0], *tensor.shape[2:]))
         if rows.whole:
             self._last.copy_(tensor[:, -1])
             return
@@ -170,7 +181,7 @@ class LastRow:
     def finish(self, counts: Sequence[int]) -> None:
         """See `Collector`."""
         if self._last is not None:
-            last, self._last = self._last, None
+            last, self._last = self._cast(self._last, lambda: _one_place_each(counts)), None
             self._transfer.send(last, lambda host: _one_row_each(host, counts, self._deliver))
 
 
@@ -181,7 +192,8 @@ class PatternRows:
         self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None, pads: Sequence[int], keys: int
     ) -> None:
         """`pads`: columns before each row's first token. `keys`: how long a row becomes."""
-        self._transfer, self._deliver, self._dtype = transfer, deliver, dtype
+        self._transfer, self._deliver, self._cast = transfer, deliver, Cast(dtype)
+        self.lost = self._cast.lost
         self._pads, self._keys = pads, keys
         self._end = 0
         """columns that the model was fed so far"""
@@ -191,7 +203,8 @@ class PatternRows:
         end = self._end
         for row, kept in enumerate(rows.columns):
             if kept:
-                own = tensor[row, list(kept)].to(self._dtype or tensor.dtype)
+                places = [(row, rows.first[row] + n) for n in range(len(kept))]
+                own = self._cast(tensor[row, list(kept)], lambda places=places: places)  # type: ignore[misc]
                 placed = by_position(own, end, self._pads[row], self._keys)
                 self._transfer.send(placed, self._to(row, rows.first[row]))
 
@@ -234,6 +247,15 @@ def _new_block(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
             pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             return torch.frombuffer(pages, dtype=dtype)[: math.prod(shape)].view(shape)
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _places(passes: Sequence[PassRows], batch: int) -> list[Place | None]:
+    """Of each cell of a block [batch, passes], flattened: the row that it holds, None where it is not kept."""
+    return [(row, rows.first[row]) if rows.columns[row] else None for row in range(batch) for rows in passes]
+
+
+def _one_place_each(counts: Sequence[int]) -> list[Place | None]:
+    return [(row, 0) if count else None for row, count in enumerate(counts)]
 
 
 def _one_row_each(host: torch.Tensor, counts: Sequence[int], deliver: Deliver) -> None:

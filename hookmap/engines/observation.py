@@ -16,6 +16,7 @@ from hookmap.engines.collectors import Collector, EveryRow, LastRow, MeanRow, Pa
 from hookmap.engines.transfer import Transfer
 from hookmap.errors import CaptureError
 from hookmap.kept import DTYPES, NUMBERS, Kept
+from hookmap.overflow import Overflow, in_words
 from hookmap.points import POINTS
 from hookmap.selectors import Selector, Term
 
@@ -67,6 +68,8 @@ class Observer:
         self.generated: list[int | None] = [None] * len(layout.samples)
         """tokens that each row generated, end of sequence included; None while it still generates"""
         self.passes = 0
+        self.lost: tuple[Overflow, ...] = ()
+        """what became infinite in the dtype that is kept; known once the batch is finished"""
         self._write = write
         self._looks = True
         self._wanted = [self.kept.wanted(length, matching) for length in layout.lengths]
@@ -180,7 +183,8 @@ class Observer:
     def finish(self, columns: int) -> tuple[int, ...]:
         """The run is done and its rows are `columns` long. Returns the number of tokens that each row generated.
 
-        Raises CaptureError where the forward passes were not fed all of them but the last.
+        Raises CaptureError where the forward passes were not fed all of them but the last, and where rows became
+        infinite in the dtype that is kept and that is refused.
         """
         self._end_pass()
         longest = columns - self.layout.width
@@ -196,7 +200,19 @@ class Observer:
         for collector in self._collectors:
             collector.finish(kept)
         self._transfer.finish()
+        self.lost = tuple(self._lost())
+        if self.lost and self.kept.overflow == "refuse":
+            told = in_words(self.lost, DTYPES[str(self.kept.dtype)])
+            raise CaptureError(f"{told} Nothing of this batch is kept. overflow='warn' (--overflow warn) keeps them.")
         return counts
+
+    def _lost(self) -> Iterator[Overflow]:
+        for selector, collector in zip(self.selectors, self._collectors, strict=True):
+            if self.kept.dtype is not None and (places := collector.lost()):
+                row, number = places[0]
+                positions = self._positions[row][-1:] if self.kept.one_row else self._positions[row]
+                position = None if self.kept.mean else positions[number]
+                yield Overflow(selector.point, selector.layer, len(places), self.layout.samples[row], position)
 
     def rows(self, row: int) -> tuple[int, tuple[int, ...] | Literal["mean"] | None]:
         """Rows of one of the samples, and which tokens they are of, as `Sample.positions` says it."""

@@ -59,6 +59,9 @@ class Captures(_Part):
     every: int = Field(default=1, ge=1)
     mean: bool = Field(default=False, description="one row a sample, the mean over its positions")
     keep_dtype: str | None = Field(default=None, description="of the rows; the model's own unless given")
+    overflow: Literal["warn", "refuse"] = Field(
+        default="warn", description="where a finite number is infinite in keep_dtype"
+    )
 
     @model_validator(mode="after")
     def _kept(self) -> "Captures":

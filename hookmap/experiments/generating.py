@@ -51,7 +51,7 @@ def generate(experiment: Experiment, folder: Path) -> dict[str, Any]:
     if experiment.device is not None:
         arguments["device"] = experiment.device
     if captures is not None:
-        keep = captures.model_dump(include={"positions", "every", "mean", "keep_dtype"}, exclude_none=True)
+        keep = captures.model_dump(include={"positions", "every", "mean", "keep_dtype", "overflow"}, exclude_none=True)
         arguments |= {"points": _listed(captures.points), "layers": _listed(captures.layers), "keep": keep}
         arguments["captures"] = str(folder / BATCHES)
     log = finished_log(

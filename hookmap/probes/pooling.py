@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from hookmap.activations import Key, Sample
 from hookmap.errors import SelectionError
+from hookmap.finiteness import kept_in
 from hookmap.points import POINTS
-from hookmap.stores.interface import Store
+from hookmap.stores.interface import Store, position_of
+from hookmap.stores.ledger import tensor_name
 
 POOLS = {
     "last": "the last token that was fed to the model",
@@ -82,6 +84,8 @@ def _pooled(store: Store, key: Key, numbers: Sequence[int], pool: str, width: in
         total = np.zeros(width, dtype=np.float64)
         for start in range(0, len(rows), _ROWS):
             total += _flat(store.rows_at(number, key, rows[start : start + _ROWS])).double().sum(0).numpy()
+        if not np.isfinite(total).all():
+            raise _not_finite(store, key, number, rows)
         found[place] = total / len(rows)
     return found
 
@@ -93,9 +97,22 @@ def _at(
     for place, number in enumerate(numbers):
         sample = store.sample(number)
         rows = store.read(number, *key, [position + sample.prompt_tokens for position in wanted])
+        if not bool(rows.isfinite().all()):
+            raise _not_finite(store, key, number, range(sample.rows))
         found[:, place] = _flat(rows).numpy()
     for place, position in enumerate(wanted):
         yield position, found[place].copy()  # who keeps one would keep them all, while the next are read
+
+
+def _not_finite(store: Store, key: Key, number: int, rows: Sequence[int]) -> SelectionError:
+    """The error that names the first of these rows with an infinity or nan."""
+    sample = store.sample(number)
+    bad = next((row for row in rows if not bool(store.rows_at(number, key, [row]).isfinite().all())), rows[0])
+    at = position_of(sample, bad)
+    where = "its mean" if at is None else f"position {at}"
+    return SelectionError(
+        f"no probe: {tensor_name(key)} of sample {number} is not finite, first at {where}. {kept_in(store)}"
+    )
 
 
 def _rows(sample: Sample, pool: str) -> Sequence[int]:

@@ -7,6 +7,7 @@ write shards. So a sample is finished where the folder says so, whoever dies, an
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from hookmap.interventions import read_interventions
 from hookmap.library import given_map
 from hookmap.loading import load_tokenizer
 from hookmap.prompts import Chat, Prompt, encode
-from hookmap.runs import Progress
+from hookmap.runs import Progress, log
 from hookmap.scale.pool import Pool, Task
 from hookmap.scale.worker import Job, Plan, Ran
 from hookmap.stores import open_store
@@ -111,7 +112,7 @@ class RayModel:
     ) -> Capture:
         plan: Plan = self._pool.call("the plan", "plan", self._pool.put(prompts), options)
         check_room(plan.expected, folder, resume)
-        memory, halved, lost = 0, list[str](), len(self._pool.lost)
+        memory, halved, lost, infinite = 0, list[str](), len(self._pool.lost), Counter[str]()
         with (FolderWriter.resume if resume else FolderWriter.create)(folder, plan.manifest) as writer:
             done = len(writer.finished)
             for task, ran in self._pool.each(self._tasks(plan, options, folder, writer.finished)):
@@ -120,10 +121,16 @@ class RayModel:
                     writer.adopt(group)
                 memory, done = max(memory, ran.memory), done + len(task.arguments[-1])
                 halved += ran.halved
+                infinite.update(ran.lost)
                 if progress is not None:
                     progress(Progress(done, len(plan.prompts), 0, 0))
             engine, why = self.engine()
             note = {"engine": engine, "why": why, "memory": {"peak": memory}, "halved": halved}
+            if infinite:
+                dtype = str(options["keep_dtype"]).removeprefix("torch.")
+                note["overflow"] = {"dtype": dtype, "rows": dict(infinite)}
+                rows = ", ".join(f"{count} rows of {name}" for name, count in infinite.items())
+                log.warning("keep_dtype=%s: finite numbers are infinite in it, in %s. Keep a wider one.", dtype, rows)
             writer.note(note | {"lost": self._pool.lost[lost:]})
         written = open_store(folder)
         return Capture(written, plan.selectors, plan.map, written.manifest)

@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class Ran:
     halved: tuple[str, ...]
     memory: int
     """bytes of the worker's process at its highest"""
+    lost: Mapping[str, int] = field(default_factory=dict)
+    """of each tensor, rows that became infinite in the dtype that is kept"""
 
 
 class Worker:
@@ -101,10 +103,11 @@ class Worker:
             self._prepared, self._key = self._hooked.prepare(tuple(prompts), **job.options), job.key
         run, manifest = self._prepared.run, self._prepared.manifest
         writer = PartWriter(folder, manifest.keys, manifest.shard_tokens, manifest.shard_bytes)
-        told = len(run.halved)
+        told, lost = len(run.halved), run.lost.copy()
         run.together(numbers, writer)
         run.memory.look()
-        return Ran(tuple(writer.groups), tuple(run.halved[told:]), max(run.memory.peak, used()))
+        memory = max(run.memory.peak, used())
+        return Ran(tuple(writer.groups), tuple(run.halved[told:]), memory, dict(run.lost - lost))
 
     @property
     def _hooked(self) -> HookedModel:

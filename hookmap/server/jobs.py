@@ -1,7 +1,7 @@
 """What the model's thread is given, and what it gives back."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -30,8 +30,8 @@ class Keeper(Protocol):
     def begin(self) -> Sink:
         """The run begins: rows may come. Raises ApiError where there is no room."""
 
-    def end(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """All rows came. Returns what the answer says of them."""
+    def end(self, samples: Sequence[Sample], lost: Mapping[str, int]) -> dict[str, Any]:
+        """All rows came. Returns what the answer says of them. `lost`: see `Run.lost`."""
 
     def drop(self) -> None:
         """The run failed: forget what came."""

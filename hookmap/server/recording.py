@@ -60,6 +60,7 @@ def plan(
         features=field.features,
         features_seed=field.features_seed,
         dtype=field.keep_dtype,
+        overflow=field.overflow,
     )
     selectors = hm.map.selectors(**what)
     if not selectors:
@@ -118,12 +119,13 @@ class ToStore:
         self._writer = BackgroundWriter(FolderWriter.create(self._folder, manifest))
         return self._writer
 
-    def end(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def end(self, samples: Sequence[Sample], lost: Mapping[str, int]) -> dict[str, Any]:
         """Close the session; it can be read from now on."""
         assert self._writer is not None and self._session is not None
-        self._writer.note({"engine": "hooks", "why": "served"})
+        self._writer.note({"engine": "hooks", "why": "served", **_overflow(self.kept, lost)})
         self._writer.close(finished=True)
         meta = described(open_store(self._folder), f"/v1/activations/sessions/{self._session.id}")
+        meta |= _overflow(self.kept, lost)
         self._sessions.end(self._session)
         return {"session_id": self._session.id, "return": "store", **meta}
 
@@ -146,15 +148,20 @@ class ToAnswer:
         """Memory."""
         return self._store
 
-    def end(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def end(self, samples: Sequence[Sample], lost: Mapping[str, int]) -> dict[str, Any]:
         """With base64 of one safetensors document for each choice."""
-        meta = described(self._store, None)
+        meta = described(self._store, None) | _overflow(self.kept, lost)
         for sample, told in zip(samples, meta["samples"], strict=True):
             told["safetensors"] = base64.b64encode(as_safetensors(self._store, sample.sample)).decode("ascii")
         return {"session_id": None, "return": "inline", **meta}
 
     def drop(self) -> None:
         """Nothing is left."""
+
+
+def _overflow(kept: Kept, lost: Mapping[str, int]) -> dict[str, Any]:
+    """What is said of rows that became infinite in the dtype kept; nothing where none did."""
+    return {"overflow": {"dtype": kept.dtype, "rows": dict(lost)}} if lost else {}
 
 
 def as_safetensors(store: Store, sample: int) -> bytes:

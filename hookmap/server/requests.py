@@ -40,6 +40,7 @@ class Recording(_Request):
     features: int | list[int] | None = None
     features_seed: Whole = 0
     keep_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    overflow: Literal["warn", "refuse"] = Field("warn", description="where a finite number is infinite in keep_dtype")
     interventions: list[dict[str, Any]] | None = None
     return_: Literal["store", "inline", "none"] = Field("store", alias="return", description="where rows go")
     summary: SummaryRequest | None = None

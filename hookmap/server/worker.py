@@ -167,7 +167,7 @@ class Worker:
             for first in range(0, len(job.prompts), job.together):
                 run.batch(range(first, min(first + job.together, len(job.prompts))), sink)
             new = tuple(sample.token_ids[sample.prompt_tokens :] for sample in sink.samples)
-            return Result(new, keeper.end(sink.samples) if keeper else None)
+            return Result(new, keeper.end(sink.samples, run.lost) if keeper else None)
         except BaseException:
             if keeper:
                 keeper.drop()

@@ -4,10 +4,13 @@ import difflib
 import itertools
 import operator
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from hookmap.activations import Activation, Key, Sample, Sink
@@ -22,6 +25,23 @@ NEAR_IDS = 1000
 
 NORM_ROWS = 1024
 """rows that `norms` holds at a time"""
+
+
+@dataclass(frozen=True)
+class RowNorms:
+    """L2 norms of the rows of one tensor. Of those that are finite; nan where there is none."""
+
+    rows: int
+    """that are finite"""
+    mean: float
+    median: float
+    largest: float
+    share: float
+    """of the largest, in the sum of all"""
+    not_finite: int
+    """rows with an infinity or nan in them"""
+    first_not_finite: tuple[int, int | None] | None
+    """(sample, position) of the first of those; the position is None of a mean"""
 
 
 class Store(ABC):
@@ -149,14 +169,25 @@ class Store(ABC):
             sink.finish(sample)
 
     def norms(self, point: str, layer: int | None = None) -> float:
-        """Mean L2 norm of the rows of one tensor over all samples; nan where there are none. Memory is flat."""
-        key, total, count = self.key(point, layer), 0.0, 0
+        """Mean L2 norm of the rows of one tensor over all samples; nan where there are none, or one is not finite."""
+        found = self.row_norms(point, layer)
+        return float("nan") if found.not_finite else found.mean
+
+    def row_norms(self, point: str, layer: int | None = None) -> RowNorms:
+        """L2 norms of the rows of one tensor over all samples. Memory is 8 bytes a row, and NORM_ROWS rows."""
+        key, lengths, not_finite, first = self.key(point, layer), array("d"), 0, None
         for sample in self.samples:
             for start in range(0, sample.rows, NORM_ROWS):
-                rows = self._rows(sample.sample, key, range(start, min(start + NORM_ROWS, sample.rows)))
-                lengths = torch.linalg.vector_norm(rows.flatten(1).float(), dim=1)
-                total, count = total + float(lengths.double().sum()), count + len(rows)
-        return total / count if count else float("nan")
+                rows = self._rows(sample.sample, key, range(start, min(start + NORM_ROWS, sample.rows))).flatten(1)
+                good = rows.isfinite().all(1)
+                if first is None and not bool(good.all()):
+                    first = (sample.sample, position_of(sample, start + int((~good).nonzero()[0])))
+                not_finite += int((~good).sum())
+                lengths.extend(torch.linalg.vector_norm(rows[good].double(), dim=1).tolist())
+        found = np.frombuffer(lengths) if lengths else np.full(1, np.nan)
+        mean, largest = float(found.mean()), float(found.max())
+        share = largest / (mean * len(found)) if mean > 0 else float("nan")
+        return RowNorms(len(lengths), mean, float(np.median(found)), largest, share, not_finite, first)
 
     def key(self, point: str, layer: int | None = None) -> Key:
         """The pair that these names (ours, TransformerLens's or nnterp's) mean. Raises SelectionError."""
@@ -189,6 +220,13 @@ class Store(ABC):
     def _held(self) -> str:
         layers = ", ".join(map(str, self.layers))
         return f"It holds {', '.join(self.points)}" + (f" of layers {layers}." if layers else ".")
+
+
+def position_of(sample: Sample, row: int) -> int | None:
+    """The position in its sample's own tokens that a row is of; None of a mean."""
+    if sample.positions == "mean":
+        return None
+    return row if sample.positions is None else sample.positions[row]
 
 
 def _of_layer(layer: int | None) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,8 @@ class CaptureStore(Store):
     def describe(self, norms: bool | None = None, texts: int = 20) -> dict[str, Any]:
         """What is in the capture, as plain data.
 
-        `norms`: read all tensors, for the mean norm of their rows; None: if there are at most NORM_SAMPLES samples.
+        `norms`: read all tensors, for the norms of their rows and for rows that are not finite; None: if there are at
+        most NORM_SAMPLES samples.
         `texts`: of how many samples.
         """
         manifest, rows = self.manifest, self._table.committed.rows
@@ -153,6 +155,7 @@ class CaptureStore(Store):
             "bytes": sum(rows * _row_bytes(spec) for spec in manifest.tensors),
             "bytes_on_disk": sum(sizes(self.path).values()),
             "settings": manifest.settings,
+            "overflow": _overflow(manifest),
             "versions": list(manifest.versions),
             "tensors": [self._describe_tensor(spec, norms) for spec in manifest.tensors],
             "texts": [_describe_sample(sample) for sample in self._table[:texts]],
@@ -169,8 +172,14 @@ class CaptureStore(Store):
             "bytes": rows * _row_bytes(spec),
         }
         if norms:
-            mean = self.norms(spec.point, spec.layer)
-            found["mean_norm"] = None if math.isnan(mean) else mean
+            norms_found = self.row_norms(spec.point, spec.layer)
+            named = {"mean_norm": "mean", "median_norm": "median", "largest_norm": "largest", "largest_share": "share"}
+            for name, attribute in named.items():
+                value = getattr(norms_found, attribute)
+                found[name] = value if math.isfinite(value) else None
+            found["not_finite"] = norms_found.not_finite
+            if norms_found.first_not_finite is not None:
+                found["first_not_finite"] = dict(zip(("sample", "position"), norms_found.first_not_finite, strict=True))
         return found
 
     def _rows(self, sample: int, key: Key, rows: Sequence[int]) -> torch.Tensor:
@@ -253,6 +262,14 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
             first = row
         stop = row + 1
     yield first, stop
+
+
+def _overflow(manifest: Manifest) -> dict[str, int]:
+    """Of each tensor, rows that the runs which wrote it say became infinite in the dtype that is kept."""
+    found: Counter[str] = Counter()
+    for run in manifest.runs:
+        found.update(run.get("overflow", {}).get("rows", {}))
+    return dict(found)
 
 
 def _row_bytes(spec: TensorSpec) -> int:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _LARGE_BYTES = 10**9
 _LARGE_PASSES = 1000
-_NOT_ESTIMATED = ("engine", "interventions", "before")
+_NOT_ESTIMATED = ("engine", "interventions", "before", "overflow")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -58,6 +58,9 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 @click.option("--features", metavar="N|LIST", help="Draw N features of each row, or keep those listed: 3,17,99 or 3,")
 @click.option("--features-seed", type=int, metavar="N", help="Draws other features.  [default: 0]")
 @click.option("--keep-dtype", type=click.Choice(_DTYPES[1:]), help="Of the rows kept.  [default: the model's own]")
+@click.option(
+    "--overflow", type=click.Choice(["warn", "refuse"]), help="What is infinite in --keep-dtype only.  [default: warn]"
+)
 @click.option(
     "--engine",
     type=click.Choice(["auto", "hooks", "nnsight", "ray", "remote"]),
@@ -111,6 +114,7 @@ def command(
     features: str | None,
     features_seed: int | None,
     keep_dtype: str | None,
+    overflow: str | None,
     engine: str | None,
     intervene: str | None,
     before: bool,
@@ -191,6 +195,7 @@ def command(
             "batch_size": batch_size or settings.get("batch_size"),
             **rows,
             "keep_dtype": keep_dtype or settings.get("keep_dtype"),
+            "overflow": overflow or settings.get("overflow", "warn"),
             "interventions": interventions,
             "before": before,
         }

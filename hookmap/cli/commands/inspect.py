@@ -1,12 +1,16 @@
 """`hookmap inspect`: what is in a capture folder."""
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+FAR = 10
+"""times the median norm, from which on one row rules every mean: an attention sink is 100 times it"""
 
 
 @click.command()
@@ -18,7 +22,8 @@ if TYPE_CHECKING:
 @click.option(
     "--norms/--no-norms",
     default=None,
-    help="Read every tensor for its mean norm, or do not.  [default: where there are at most 10,000 samples]",
+    help="Read every tensor for its rows' norms and what is not finite, or do not.  "
+    "[default: where there are at most 10,000 samples]",
 )
 @click.option("--verify", is_flag=True, help="Read all of it and check it; exit code 1 if something is broken.")
 def command(folder: str, as_json: bool, texts: int, norms: bool | None, verify: bool) -> None:
@@ -66,21 +71,25 @@ def _show(found: dict[str, Any], screen: "Console") -> None:
     )
     shards = "1 shard" if found["shards"] == 1 else f"{found['shards']} shards"
     screen.print(f"size     {size(found['bytes'])} of tensors, {size(found['bytes_on_disk'])} on disk, {shards}\n")
-    _show_tensors(found["tensors"], screen)
+    _show_tensors(found, screen)
     _show_texts(found, screen)
 
 
-def _show_tensors(tensors: list[dict[str, Any]], screen: "Console") -> None:
-    """One row for each tensor; the bar is its mean norm, against the largest of its point."""
+def _show_tensors(found: dict[str, Any], screen: "Console") -> None:
+    """One row for each tensor; the bar is its median norm, against the largest of its point."""
     from hookmap.cli.console import size, table
 
-    rows = table("point", ">layer", "dtype", "shape", ">size", ">mean norm", "")
+    tensors = found["tensors"]
+    bad = any(tensor.get("not_finite") for tensor in tensors)
+    rows = table(
+        "point", ">layer", "dtype", "shape", ">size", ">mean norm", ">median", *([">not finite"] if bad else []), ""
+    )
     largest: dict[str, float] = {}
     for tensor in tensors:
-        norm = tensor.get("mean_norm") or 0.0
+        norm = tensor.get("median_norm") or 0.0
         largest[tensor["point"]] = max(norm, largest.get(tensor["point"], 0.0))
     for tensor in sorted(tensors, key=lambda t: list(largest).index(t["point"])):
-        norm = tensor.get("mean_norm")
+        norm = tensor.get("median_norm")
         bar = "█" * round(20 * norm / largest[tensor["point"]]) if norm else ""
         rows.add_row(
             f"[cyan]{tensor['point']}[/]",
@@ -88,12 +97,43 @@ def _show_tensors(tensors: list[dict[str, Any]], screen: "Console") -> None:
             tensor["dtype"] or "",
             " × ".join(map(str, tensor["shape"])),
             size(tensor["bytes"]),
-            "" if norm is None else f"{norm:.2f}" if norm >= 0.1 or norm == 0 else f"{norm:.1e}",
+            _norm(tensor.get("mean_norm")),
+            _norm(norm),
+            *([f"[red]{tensor['not_finite'] or ''}[/]"] if bad else []),
             f"[dim]{bar}[/]",
         )
     screen.print(rows)
+    for note in _notes(found):
+        screen.print(note)
+
+
+def _norm(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.1e}"
+
+
+def _notes(found: dict[str, Any]) -> Iterator[str]:
+    """What the table cannot say."""
+    tensors = found["tensors"]
     if any("mean_norm" not in tensor for tensor in tensors):
-        screen.print("[dim]no norms: --norms reads every tensor for them[/]")
+        yield "[dim]no norms: --norms reads every tensor for them, and for what is not finite[/]"
+    if found["overflow"]:
+        rows = ", ".join(f"{count} of {name}" for name, count in found["overflow"].items())
+        yield f"[yellow]rows that became infinite in the dtype kept: {rows}[/]"
+    if bad := [tensor for tensor in tensors if tensor.get("not_finite")]:
+        first = bad[0]["first_not_finite"]
+        at = "the mean" if first["position"] is None else f"position {first['position']}"
+        yield (
+            f"[yellow]rows with an infinity or nan: the first is {bad[0]['name']}, sample {first['sample']}, {at}; "
+            "norms are of the other rows[/]"
+        )
+    sinks = [t for t in tensors if (t.get("median_norm") or 0) > 0 and t["largest_norm"] > FAR * t["median_norm"]]
+    if sinks:
+        worst = max(sinks, key=lambda t: t["largest_norm"] / t["median_norm"])
+        times = f"{worst['largest_norm'] / worst['median_norm']:.0f}"
+        yield (
+            f"[yellow]{worst['name']} has a row {times} times as long as the median, {worst['largest_share']:.0%} of "
+            "the sum of all: means over positions say little. Leave such rows out: --positions 1:[/]"
+        )
 
 
 def _show_texts(found: dict[str, Any], screen: "Console") -> None:

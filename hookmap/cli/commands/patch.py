@@ -119,8 +119,8 @@ def _show(found: "Sweep", columns: int = 12) -> None:
     from hookmap.cli.console import console
     from hookmap.grid_table import grid_table
 
-    effect = found.effect
-    largest = effect.values.abs().amax(0)
+    effect, told = found.effect, found.above_noise
+    largest = effect.values.abs().nan_to_num(0).amax(0)
     most = sorted(largest.argsort(descending=True)[:columns].tolist())
     shown = replace(
         effect,
@@ -129,7 +129,12 @@ def _show(found: "Sweep", columns: int = 12) -> None:
         tokens=tuple(effect.tokens[n] for n in most),
     )
     screen = console()
-    screen.print(grid_table(shown))
+    screen.print(grid_table(shown, told=told[:, most].tolist()))
     screen.print(f"clean {found.clean:.3f}, corrupted {found.corrupted:.3f}; point {effect.point}", highlight=False)
+    if within := int((~told).sum()):
+        screen.print(
+            f"{within} of {told.numel()} effects are in the metric's noise, {found.noise:.2g}: in brackets",
+            highlight=False,
+        )
     if others := [float(value) for n, value in enumerate(largest.tolist()) if n not in most]:
         screen.print(f"{len(others)} other positions: {max(others):.2f} at most")

@@ -1,0 +1,117 @@
+"""A stream that is not finite is named before anything is computed of it: where first, and what helps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookmap import generation as gen
+from hookmap.activations import Activation, Key, Sample
+from hookmap.architecture_map import ArchitectureMap
+from hookmap.engines import Engine
+from hookmap.engines.observation import BatchLayout, Observer
+from hookmap.errors import CaptureError
+from hookmap.runs import device_of, turn
+from hookmap.selectors import select
+from hookmap.stores.ledger import tensor_name
+
+if TYPE_CHECKING:
+    from hookmap.model import HookedModel
+
+_STREAM = ("embed", "resid_pre", "mixer_out", "resid_mid", "mlp_out", "resid_post", "final_norm")
+
+
+@dataclass(frozen=True)
+class _First:
+    """The first row with an infinity or nan."""
+
+    name: str
+    position: int
+    dtype: torch.dtype
+
+
+def is_stream(point: str) -> bool:
+    """Whether a point's rows are finite in a sound run: masked scores and words that are none may be infinite."""
+    return point.partition(".")[0] in _STREAM
+
+
+def why_not_finite(engine: Engine, architecture_map: ArchitectureMap, ids: Sequence[int]) -> str | None:
+    """Where the stream of a prompt is not finite first, and what helps; None where it is finite.
+
+    Runs the prompt once more. For callers whose turn it is to run the model.
+    """
+    first = _first(engine, architecture_map, ids)
+    if first is None:
+        return None
+    where = (
+        f"the stream is not finite: {first.name} is the first to hold an infinity or nan, at position {first.position}"
+    )
+    wrong = (
+        name
+        for name, weight in engine.module.named_parameters()
+        if weight.is_floating_point() and weight.device.type != "meta" and not bool(weight.isfinite().all())
+    )
+    if (name := next(wrong, None)) is not None:
+        return f"{where}. The weight {name} holds an infinity or nan, too: load the model again"
+    dtype = str(first.dtype).removeprefix("torch.")
+    if first.dtype == torch.float32:
+        return f"{where}. Its weights are finite, and float32 has the widest range: look at what is computed there"
+    wider = "bfloat16 or float32" if first.dtype == torch.float16 else "float32"
+    most = f"{torch.finfo(first.dtype).max:.6g}"
+    return (
+        f'{where}. The model computes in {dtype}, up to {most}: open it in {wider}, dtype="float32" (--dtype float32)'
+    )
+
+
+def not_finite(hm: "HookedModel", ids: Sequence[int], what: str) -> CaptureError:
+    """The error for `what`, which would be computed of the stream of this prompt."""
+    with turn(hm.hooks):
+        found = why_not_finite(hm.hooks, hm.map, ids)
+    return CaptureError(f"no {what}: {found or 'its numbers are not finite, and in a second run they were'}.")
+
+
+def check_rows(
+    rows: torch.Tensor, run: Any, sample: Sample, key: Key, positions: Sequence[int | None], what: str
+) -> None:
+    """`rows` of a capture or store, of these positions. Raises CaptureError where they are not finite."""
+    bad = ~rows.flatten(1).isfinite().all(1)
+    if not bool(bad.any()):
+        return
+    at = positions[int(bad.nonzero()[0])]
+    where = "its mean" if at is None else f"position {at}"
+    raise CaptureError(
+        f"no {what}: the capture holds an infinity or nan in {tensor_name(key)} of sample {sample.sample}, first at "
+        f"{where}. {kept_in(run)}"
+    )
+
+
+def kept_in(run: Any) -> str:
+    """What helps against rows of a capture or store that are not finite."""
+    settings = getattr(getattr(run, "manifest", None), "settings", {})
+    if (dtype := settings.get("kept", {}).get("dtype")) is not None:
+        return f"Its rows were kept in {dtype}: capture again with keep_dtype of a wider range, such as bfloat16."
+    return "Capture again with the model in a dtype of a wider range (--dtype bfloat16), or leave such positions out."
+
+
+def _first(engine: Engine, architecture_map: ArchitectureMap, ids: Sequence[int]) -> _First | None:
+    selectors = select(architecture_map, [name for name in architecture_map.points if is_stream(name)], "all")
+    found: dict[Key, _First] = {}
+
+    def take(activation: Activation) -> None:
+        key = (activation.point, activation.layer)
+        bad = ~activation.tensor.flatten(1).isfinite().all(1)
+        if key not in found and bool(bad.any()):
+            position = activation.start + int(bad.nonzero()[0])
+            found[key] = _First(tensor_name(key), position, activation.tensor.dtype)
+
+    given = torch.tensor([list(ids)], device=device_of(engine))
+    inputs: dict[str, Any] = {"input_ids": given}
+    if gen.takes(engine.root, "attention_mask"):
+        inputs["attention_mask"] = torch.ones_like(given)
+    if gen.takes(engine.root, "use_cache"):
+        inputs["use_cache"] = False
+    observer = Observer(selectors, BatchLayout((0,), (len(ids),), right=True), take)
+    engine.forward(observer, inputs, None)
+    observer.finish(len(ids))
+    return next((found[key] for s in selectors if (key := (s.point, s.layer)) in found), None)

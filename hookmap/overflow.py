@@ -1,0 +1,82 @@
+"""Rows that became infinite because they are kept in a dtype of a smaller range. Pure."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+OVERFLOWS = ("warn", "refuse")
+_SHOWN = 3
+
+Place = tuple[int, int]
+"""(row of the batch, number of the row among the sample's)"""
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """What of one tensor was lost."""
+
+    point: str
+    layer: int | None
+    rows: int
+    sample: int
+    """of the first of them"""
+    position: int | None
+    """None of a mean"""
+
+    @property
+    def name(self) -> str:
+        """Of the tensor, as a manifest has it: `resid_post.8`."""
+        return self.point if self.layer is None else f"{self.point}.{self.layer}"
+
+    def __str__(self) -> str:
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        at = "the mean" if self.position is None else f"position {self.position}"
+        return f"{self.name} ({rows}, the first {at} of sample {self.sample})"
+
+
+def in_words(lost: Sequence[Overflow], dtype: torch.dtype) -> str:
+    """What was lost, where first, and what helps."""
+    named = "; ".join(map(str, lost[:_SHOWN])) + (f"; and {more} more tensors" if (more := len(lost[_SHOWN:])) else "")
+    name = str(dtype).removeprefix("torch.")
+    wider = "bfloat16, which has float32's range" if dtype == torch.float16 else "float32"
+    return (
+        f"keep_dtype={name} goes up to {torch.finfo(dtype).max:.6g}, and finite numbers beyond it become infinite: "
+        f"{named}. Keep {wider}."
+    )
+
+
+@dataclass
+class Cast:
+    """Brings rows into the dtype that they are kept in, and remembers which of them became infinite there."""
+
+    dtype: torch.dtype | None
+    _lost: list[tuple[torch.Tensor, Callable[[], Sequence[Place | None]]]] = field(default_factory=list)
+
+    def __call__(
+        self,
+        rows: torch.Tensor,
+        places: Callable[[], Sequence[Place | None]],
+        lead: int = 1,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`rows`: [..lead axes, ...]. `places`: of each, the lead axes flattened; None of those that are not kept."""
+        if self.dtype is None or self.dtype == rows.dtype:
+            return rows
+        cast = rows.to(self.dtype) if out is None else out.copy_(rows)
+        if torch.finfo(self.dtype).max < torch.finfo(rows.dtype).max:
+            # Not looked at here: that would wait for the device.
+            self._lost.append(((rows.isfinite() & ~cast.isfinite()).flatten(lead).any(-1).flatten(), places))
+        return cast
+
+    def lost(self) -> list[Place]:
+        """Of all rows so far; forgets them."""
+        masks, self._lost = self._lost, []
+        found = [
+            place
+            for mask, places in masks
+            if mask.any()
+            for is_lost, place in zip(mask.tolist(), places(), strict=True)
+            if is_lost and place is not None
+        ]
+        return sorted(found)
