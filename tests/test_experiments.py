@@ -182,7 +182,7 @@ def test_a_prefix_that_moves_one_layer_is_told_there() -> None:
     found = probed(store, "up", "neutral", "mean", Reporting(folds=4)).report
     layers = {place.layer: place.auroc for place in found.places}
     assert layers[7] > 0.95 and layers[3] < 0.75 and found.questions == 40 and found.samples == 80
-    tensors = {t.layer: t for t in geometry(store, ["neutral", "up", "twin"], "neutral", ["mean"], 10**9)}
+    tensors = {t.layer: t for t in geometry(store, ["neutral", "up", "twin"], "neutral", Reporting(pools=("mean",)))}
     assert tensors[7].cosines["up", "twin"] > 0.9 and tensors[7].moved["up"] > 2 * tensors[3].moved["up"]
     rows = torch.stack([store.read(n, "resid_post", 7)[0] for n in range(120)])
     by_hand = (rows[1::3].mean(0) - rows[0::3].mean(0)).norm() / rows[0::3].norm(dim=1).mean()

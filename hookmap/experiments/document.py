@@ -91,6 +91,9 @@ class Reporting(_Part):
     pools: tuple[Literal["last", "last_prompt", "mean", "mean_prompt", "mean_answer"], ...] = Field(
         default=("last_prompt", "mean_answer"), min_length=1, description="which rows of a sample, as in hookmap probe"
     )
+    positions: str | None = Field(
+        default=None, description="that the pools are of, as in captures: 1: leaves the first token out, often a sink"
+    )
     method: Literal["logistic", "ridge", "mean_difference"] = "logistic"
     folds: int = Field(default=5, ge=2, description="of questions")
     seed: int = Field(default=0, ge=0, description="of folds, permutations, bootstrap")

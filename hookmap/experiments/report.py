@@ -203,7 +203,7 @@ def _activations(
         if progress is not None:
             progress(done + 1, len(wanted))
     names = [prefix.name for prefix in experiment.prefixes]
-    means = geometry(store, names, experiment.neutral, how.pools, int(how.memory * 10**9))
+    means = geometry(store, names, experiment.neutral, how)
     return tuple(separations), tuple(map(_of_tensor, means))
 
 

@@ -15,7 +15,7 @@ from hookmap.activations import Key
 from hookmap.errors import SelectionError
 from hookmap.experiments.document import Reporting
 from hookmap.probes.metrics import Floats
-from hookmap.probes.pooling import matrices
+from hookmap.probes.pooling import chosen_positions, matrices
 from hookmap.probes.run import Probing, probe
 from hookmap.stores.interface import Store
 
@@ -35,13 +35,15 @@ class Geometry:
     """of two prefixes' mean differences from neutral; nan where one did not move at all"""
 
 
-def geometry(store: Store, names: Sequence[str], neutral: str, pools: Sequence[str], memory: int) -> Iterator[Geometry]:
+def geometry(store: Store, names: Sequence[str], neutral: str, how: Reporting) -> Iterator[Geometry]:
     """For each pool, point and layer of the capture. One matrix is in memory at a time."""
     numbers = [sample.sample for sample in store.samples]
     prefix = np.array([(store.sample(number).labels or {})["prefix"] for number in numbers])
-    for pool in pools:
+    memory = int(how.memory * 10**9)
+    for pool in how.pools:
+        chosen = chosen_positions(pool, how.positions)
         for point, layer in _layered(store):
-            ((_, matrix),) = matrices(store, (point, layer), numbers, pool, [None], memory)
+            ((_, matrix),) = matrices(store, (point, layer), numbers, pool, [None], memory, chosen)
             means = {name: matrix[prefix == name].mean(axis=0, dtype=np.float64) for name in names}
             norms = {name: float(np.linalg.norm(matrix[prefix == name], axis=1).mean()) for name in names}
             apart = {name: means[name] - means[neutral] for name in names if name != neutral}
@@ -74,6 +76,7 @@ def probed(
         group="question",
         method=how.method,
         pool=pool,
+        positions=how.positions,
         folds=how.folds,
         seed=how.seed,
         memory=int(how.memory * 10**9),

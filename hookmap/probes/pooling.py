@@ -4,6 +4,8 @@ What is held at once is bounded: a matrix and what a fit makes of it, or, of sin
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from hookmap.activations import Key, Sample
 from hookmap.errors import SelectionError
 from hookmap.finiteness import kept_in
+from hookmap.kept import Kept, kept
 from hookmap.points import POINTS
 from hookmap.stores.interface import Store, position_of
 from hookmap.stores.ledger import tensor_name
@@ -28,19 +31,58 @@ COPIES = 4
 """of a matrix, while a probe is fitted: itself, its training part, that standardised, and the solver's"""
 _ROWS = 256
 Matrix = NDArray[np.float32]
+FAR = 10
+"""times the median row, from which on the longest row is said to rule a mean"""
 
 
-def places(samples: Sequence[Sample], pool: str, positions: slice | None = None) -> tuple[int | None, ...]:
+@dataclass
+class RowLengths:
+    """How unlike in length the rows are that each sample's mean is of: an attention sink is 100 times the others."""
+
+    shares: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    def add(self, norms: torch.Tensor) -> None:
+        """The L2 norms of one sample's rows, [n]; a single row says nothing."""
+        if len(norms) > 1 and (middle := float(norms.median())) > 0:
+            self.shares.append(float(norms.max() / norms.sum()))
+            self.times.append(float(norms.max()) / middle)
+
+    @property
+    def share(self) -> float | None:
+        """Of the longest row, in the sum of the lengths of all: the mean over samples."""
+        return float(np.mean(self.shares)) if self.shares else None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as long as the median row the longest is: the median over samples."""
+        return float(np.median(self.times)) if self.times else None
+
+
+def chosen_positions(pool: str, positions: Any) -> Kept | None:
+    """The positions that a pool is restricted to, as a capture names them; None for all. Raises SelectionError."""
+    if positions is None or pool == "each":
+        return None
+    found = kept(positions)
+    if found.reads_tokens or found.positions in ("last", "last_prompt"):
+        raise SelectionError(
+            f'positions {positions!r} of a pool: expected a span such as "1:", positions, "prompt" or "generated". '
+            "One token alone is a pool: pool=last (--pool last)."
+        )
+    return found
+
+
+def places(samples: Sequence[Sample], pool: str, positions: Any = None) -> tuple[int | None, ...]:
     """Which positions are probed: (None,) where a sample is one row, else the positions that every sample has.
 
-    positions: of these, a slice such as slice(-8, 4). Raises SelectionError.
+    positions: of these, with pool="each", a slice such as slice(-8, 4). Raises SelectionError.
     """
     if pool not in POOLS:
         raise SelectionError(f"pool {pool!r}: expected one of {', '.join(POOLS)}.")
     if pool != "each":
-        if positions is not None:
-            raise SelectionError('positions are those of pool="each" (--pool each).')
         return (None,)
+    if not isinstance(positions, slice | None):
+        raise SelectionError(f'positions {positions!r}: with pool="each" expected a slice such as slice(-8, 4).')
     common: set[int] | None = None
     for sample in samples:
         if sample.positions == "mean":
@@ -56,9 +98,19 @@ def places(samples: Sequence[Sample], pool: str, positions: slice | None = None)
 
 
 def matrices(
-    store: Store, key: Key, numbers: Sequence[int], pool: str, wanted: Sequence[int | None], memory: int
+    store: Store,
+    key: Key,
+    numbers: Sequence[int],
+    pool: str,
+    wanted: Sequence[int | None],
+    memory: int,
+    chosen: Kept | None = None,
+    lengths: RowLengths | None = None,
 ) -> Iterator[tuple[int | None, Matrix]]:
-    """For each place a matrix, float32 [samples, features]. Raises SelectionError where it does not fit `memory`."""
+    """For each place a matrix, float32 [samples, features]. Raises SelectionError where it does not fit `memory`.
+
+    `chosen`: the positions that a pool is of. `lengths`: told of the rows of each mean.
+    """
     if "key" in POINTS[key[0].partition(".")[0]].axes:
         raise SelectionError(f"{key[0]} is as wide as its sample is long: a probe needs rows of one width.")
     width = store.rows_at(numbers[0], key, [0]).numel()
@@ -70,23 +122,35 @@ def matrices(
             f"allowed: take {most} samples (--limit {most}), or allow more (--memory)."
         )
     if pool != "each":
-        yield None, _pooled(store, key, numbers, pool, width)
+        yield None, _pooled(store, key, numbers, pool, width, chosen, lengths)
         return
     step = max(1, (memory - (COPIES - 1) * size) // size)
     for start in range(0, len(wanted), step):
         yield from _at(store, key, numbers, [p for p in wanted[start : start + step] if p is not None], width)
 
 
-def _pooled(store: Store, key: Key, numbers: Sequence[int], pool: str, width: int) -> Matrix:
+def _pooled(
+    store: Store,
+    key: Key,
+    numbers: Sequence[int],
+    pool: str,
+    width: int,
+    chosen: Kept | None,
+    lengths: RowLengths | None,
+) -> Matrix:
     found = np.empty((len(numbers), width), dtype=np.float32)
     for place, number in enumerate(numbers):
-        rows = _rows(store.sample(number), pool)
-        total = np.zeros(width, dtype=np.float64)
+        rows = _rows(store.sample(number), pool, chosen)
+        total, norms = np.zeros(width, dtype=np.float64), []
         for start in range(0, len(rows), _ROWS):
-            total += _flat(store.rows_at(number, key, rows[start : start + _ROWS])).double().sum(0).numpy()
+            read = _flat(store.rows_at(number, key, rows[start : start + _ROWS])).double()
+            total += read.sum(0).numpy()
+            norms.append(read.norm(dim=1))
         if not np.isfinite(total).all():
             raise _not_finite(store, key, number, rows)
         found[place] = total / len(rows)
+        if lengths is not None:
+            lengths.add(torch.cat(norms))
     return found
 
 
@@ -115,9 +179,14 @@ def _not_finite(store: Store, key: Key, number: int, rows: Sequence[int]) -> Sel
     )
 
 
-def _rows(sample: Sample, pool: str) -> Sequence[int]:
+def _rows(sample: Sample, pool: str, chosen: Kept | None) -> Sequence[int]:
     """Rows of a sample that are averaged. Raises SelectionError where the capture holds none of them."""
     positions = sample.positions
+    if positions == "mean" and chosen is not None:
+        raise SelectionError(
+            f"sample {sample.sample} is one mean over positions: none can be left out of it. Capture without mean, or "
+            'with positions: hookmap capture --mean --positions "1:"'
+        )
     if positions == "mean":
         if pool != "mean":
             raise SelectionError(
@@ -138,6 +207,13 @@ def _rows(sample: Sample, pool: str) -> Sequence[int]:
         found = [row for row, position in enumerate(own) if (position < end) == (pool == "mean_prompt")]
     if not found:
         raise SelectionError(f"sample {sample.sample} has no rows of {POOLS[pool]}: pool={pool} cannot be told.")
+    if chosen is not None:
+        wanted = chosen.wanted(end)
+        found = [row for row in found if wanted(own[row], -1)]
+    if not found:
+        raise SelectionError(
+            f"sample {sample.sample} has no rows of {POOLS[pool]} at the positions asked for (--positions)."
+        )
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from hookmap.errors import CaptureError, StoreError
+from hookmap.probes.pooling import FAR
 
 REPORT, PROBES = "report.json", "probes.safetensors"
 
@@ -36,6 +37,14 @@ class OfPlace(Place, Score):
 
     shuffled: float | None = Field(description="AUROC of the same procedure on shuffled labels")
     selectivity: float | None = Field(description="auroc - shuffled")
+
+    largest_share: float | None = Field(
+        default=None, description="of means: the longest row's share of the sum of the rows' lengths, mean over samples"
+    )
+    largest_ratio: float | None = Field(
+        default=None,
+        description="of means: how many times as long as the median row the longest is, median over samples",
+    )
 
 
 class CalibrationBin(_Document):
@@ -77,6 +86,7 @@ class Report(_Document):
     label: str
     method: str
     pool: str
+    positions: str | None = Field(default=None, description="that the pool is of; all unless given")
     folds: int
     seed: int
     samples: int
@@ -87,6 +97,20 @@ class Report(_Document):
     best: Place = Field(description="the best mean of inner AUROCs: where a probe for use is taken from")
     controls: tuple[OfControl, ...]
     places: tuple[OfPlace, ...]
+
+    @property
+    def sink(self) -> str | None:
+        """The warning that one row rules the means; None where none does."""
+        far = [place for place in self.places if (place.largest_ratio or 0) > FAR]
+        if not far:
+            return None
+        worst = max(far, key=lambda place: place.largest_ratio or 0)
+        name = worst.point if worst.layer is None else f"{worst.point} {worst.layer}"
+        return (
+            f"one row rules the means of {len(far)} of {len(self.places)} tensors: of {name} it is "
+            f"{worst.largest_ratio:.0f} times as long as the median row and {worst.largest_share:.0%} of the sum of "
+            "all, an attention sink. Leave it out: positions='1:' (--positions 1:)"
+        )
 
     @property
     def best_control(self) -> OfControl | None:

@@ -1,5 +1,6 @@
 """A capture and a label -> a report and probes. One tensor is in memory at a time."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from hookmap.probes.examples import read_examples
 from hookmap.probes.fitting import METHODS, Fitted, fit
 from hookmap.probes.folds import Choice, Split, grouped_folds, nested, out_of_fold
 from hookmap.probes.metrics import Floats, Ints, Labels, auroc, auroc_interval, calibration, recall_at
-from hookmap.probes.pooling import matrices, places
+from hookmap.probes.pooling import RowLengths, chosen_positions, matrices, places
 from hookmap.probes.report import Report, number
 from hookmap.probes.saved import About, Probes
 from hookmap.stores.interface import Store
+
+log = logging.getLogger("hookmap")
 
 MEMORY = 2 * 10**9
 RESAMPLES_OF_A_PLACE = 200
@@ -59,7 +62,7 @@ def probe(
     limit: int | None = None,
     method: str = "logistic",
     pool: str = "last",
-    positions: slice | None = None,
+    positions: Any = None,
     folds: int = 5,
     seed: int = 0,
     memory: int = MEMORY,
@@ -69,8 +72,10 @@ def probe(
 
     label, labels, positive, above, group, limit: see `examples.read_examples`; labels is its table.
     points, layers: of those that the capture holds. method: logistic, ridge or mean_difference.
-    pool: which rows of a sample: last, last_prompt, mean, mean_prompt, mean_answer, or each position by itself, of
-    which positions=slice(-8, 4) are taken, counted from the end of the prompt.
+    pool: which rows of a sample: last, last_prompt, mean, mean_prompt, mean_answer, or each position by itself.
+    positions: the rows that a pool is of, as a capture names them: "1:" leaves the first token out, which is often an
+    attention sink, 100 times as long as the others. With pool="each" a slice, slice(-8, 4), counted from the end of the
+    prompt.
     memory: bytes that matrices may take. progress: called with tensors done and all of them.
     Raises SelectionError for what the capture does not have, DataError for a broken table.
     """
@@ -79,15 +84,19 @@ def probe(
     keys = _keys(store, points, layers)
     examples = read_examples(store, label, table=labels, positive=positive, above=above, group=group, limit=limit)
     wanted = places([store.sample(n) for n in examples.numbers], pool, positions)
+    chosen = chosen_positions(pool, positions)
     several = len(keys) * len(wanted) > 1
     real = _Trial.of(examples.labels, examples.groups, folds, seed, method, several)
     mixed = _Trial.of(shuffle(real.labels, real.groups, seed), real.groups, folds, seed, method, several)
     rows: list[documents.OfPlace] = []
     fitted: dict[Key, Fitted] = {}
     for done, key in enumerate(keys):
-        for position, matrix in matrices(store, key, examples.numbers, pool, wanted, memory):
+        lengths = RowLengths()
+        for position, matrix in matrices(store, key, examples.numbers, pool, wanted, memory, chosen, lengths):
             place = (*key, position)
-            rows.append(_of_place(place, real, real.take(place, matrix), mixed, mixed.take(place, matrix)))
+            found = _of_place(place, real, real.take(place, matrix), mixed, mixed.take(place, matrix))
+            unlike = {"largest_share": lengths.share, "largest_ratio": lengths.ratio}
+            rows.append(found.model_copy(update=unlike))
             if pool != "each":
                 fitted[key] = fit(matrix, real.labels, method)
         if progress is not None:
@@ -102,6 +111,7 @@ def probe(
         label=examples.label,
         method=method,
         pool=pool,
+        positions=_written(positions),
         folds=folds,
         seed=seed,
         samples=len(examples.numbers),
@@ -113,7 +123,16 @@ def probe(
         controls=_controls(store, examples.numbers, real),
         places=tuple(rows),
     )
+    if report.sink is not None:
+        log.warning("%s", report.sink)
     return Probing(report, _probes(fitted, best, report))
+
+
+def _written(positions: Any) -> str | None:
+    """As it would be typed."""
+    if isinstance(positions, slice):
+        return ":".join("" if end is None else str(end) for end in (positions.start, positions.stop))
+    return None if positions is None else str(positions)
 
 
 def shuffle(labels: Labels, groups: Ints, seed: int) -> Labels:
@@ -242,6 +261,7 @@ def _probes(fitted: Mapping[Key, Fitted], best: _Place, report: Report) -> Probe
         label=report.label,
         method=report.method,
         pool=report.pool,
+        positions=report.positions,
         position=best[2],
         model=report.model,
         samples=report.samples,

@@ -26,6 +26,7 @@ class About(BaseModel):
     label: str = Field(description="what is positive, in words")
     method: str
     pool: str = Field(description="which rows of a sample they were fitted on")
+    positions: str | None = Field(default=None, description="that the pool was of; all unless given")
     position: int | None = Field(default=None, description="of pool=each, counted from the end of the prompt")
     model: str | None = None
     samples: int = Field(ge=1, description="that they were fitted on: all, none held out")

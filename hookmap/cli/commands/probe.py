@@ -24,7 +24,11 @@ _POOLS = ("last", "last_prompt", "mean", "mean_prompt", "mean_answer", "each")
 @click.option("--points", default="all", show_default=True, metavar="NAMES", help="Of those in STORE.")
 @click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
 @click.option("--pool", type=click.Choice(_POOLS), default="last", show_default=True, help="Which rows of a sample.")
-@click.option("--positions", metavar="SPAN", help="With --pool each: -8:4, counted from the end of the prompt.")
+@click.option(
+    "--positions",
+    metavar="SPAN",
+    help="Of a pool, as in a capture: 1: leaves the first token out. With --pool each: -8:4, from the prompt's end.",
+)
 @click.option("--method", type=click.Choice(["logistic", "ridge", "mean_difference"]), default="logistic")
 @click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True, metavar="N", help="Of questions.")
 @click.option(
@@ -67,7 +71,7 @@ def command(
             hookmap.open_store(folder),
             points=names,
             layers=chosen,
-            positions=_span(positions),
+            positions=_span(positions) if how["pool"] == "each" else positions,
             memory=int(memory * 10**9),
             progress=lambda done, total: bars.update(bar, completed=done, total=total),
             **how,
