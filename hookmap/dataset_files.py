@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hookmap.errors import DataError
+from hookmap.stores.strict_json import read_json
 
 FORMATS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
 _LONGEST_CELL = 2**31 - 1  # the csv module refuses cells above 128 KiB unless told; a C long on every system
@@ -75,7 +76,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
+        return read_json(line)
     except json.JSONDecodeError as error:
         return ValueError(f"column {error.colno}: not JSON: {error.msg}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets

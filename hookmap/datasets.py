@@ -40,7 +40,7 @@ class PromptRecord:
         """What the table of samples can hold, also of a record that was made by hand."""
         try:
             own = None if self.id is None else _name(self.id, "id")
-            labels = None if self.labels is None else {str(k): _label(v, k) for k, v in self.labels.items()}
+            labels = None if self.labels is None else {_whole(str(k)): _label(v, k) for k, v in self.labels.items()}
         except ValueError as error:
             raise DataError(f"a record: {error}") from error
         object.__setattr__(self, "id", own)
@@ -124,7 +124,7 @@ def _listed(columns: Sequence[Any]) -> str:
 def _name(value: Any, column: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | Integral) or value == "":
         raise ValueError(f"{column}: expected a text or a whole number as a name, found {_shown(value)}")
-    return str(value)
+    return _whole(str(value))
 
 
 def _prompt(value: Any) -> Any:
@@ -140,10 +140,19 @@ def _prompt(value: Any) -> Any:
     raise ValueError(f"expected a text, a list of chat messages or a list of token ids, found {_shown(value)}")
 
 
+def _whole(text: str) -> str:
+    """The text itself. Raises ValueError for half of a surrogate pair, which no file of UTF-8 can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a surrogate pair in {_shown(text)}: read the file it comes from as UTF-8") from error
+    return text
+
+
 def _label(value: Any, column: Any) -> Any:
     try:
         return _plain(value)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{column}: expected what JSON can hold, found {error}") from error
 
 
@@ -154,10 +163,12 @@ def _plain(value: Any) -> Any:
     """
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if value is None or isinstance(value, str | int | float | bool):
+    if isinstance(value, str):
+        return _whole(value)
+    if value is None or isinstance(value, int | float | bool):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {_whole(str(key)): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     if isinstance(value, _AS_TEXT):

@@ -255,3 +255,25 @@ def test_a_position_that_some_prompts_have_not_is_said(hm: HookedModel, caplog: 
     run = hm.capture(RAGGED, ["resid_pre"], [0], 0, positions=[1, 8])
     assert [sample.positions for sample in run.samples] == [(1,), (1,), (1, 8)]
     assert "position 8 is not in 2 of 3 prompts" in caplog.text and "position 1 " not in caplog.text
+
+
+@pytest.mark.parametrize("how", [{}, {"mean": True}, {"features": 5}, {"keep_dtype": "float16"}], ids=str)
+def test_samples_without_rows_know_how_wide_they_would_be(
+    hm: HookedModel, whole: tuple[int, Capture], how: dict[str, Any], tmp_path: Path
+) -> None:
+    new, _ = whole
+    run = hm.capture(RAGGED, [*POINTS, "logits"], max_new_tokens=new, positions="70:", store=tmp_path / "c", **how)
+    memory = hm.capture(RAGGED, [*POINTS, "logits"], max_new_tokens=new, positions="70:", **how)
+    some = hm.capture(RAGGED, [*POINTS, "logits"], max_new_tokens=new, positions=[0], **{**how, "mean": False})
+    assert [sample.rows for sample in run.samples] == [0, 0, 0]
+    for key in run.keys:
+        expected = some.read(0, *key)[:0]
+        for each in (run, memory):
+            assert each.read(1, *key).shape == expected.shape and each.read(1, *key).dtype == expected.dtype
+            assert each[key].shape == (3, *expected.shape)
+    assert not hookmap.open_store(tmp_path / "c").verify()
+
+
+def test_attention_without_rows_knows_its_heads(hm: HookedModel) -> None:
+    run = hm.capture(RAGGED, ["pattern"], [0], 3, positions="70:")
+    assert run.store.read(0, "pattern", 0).shape == (0, 4, 11)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -458,6 +459,11 @@ def test_a_url_to_write_to_is_refused_and_makes_no_folder(
     assert not list(tmp_path.iterdir())
 
 
+def unsigned(table: bytes) -> bytes:
+    """Without the lines' own checksums, as an older table is: what is wrong inside a line is met then."""
+    return re.sub(rb', "crc32": \d+', b"", table)
+
+
 def _edit(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     return lambda path: (path / name).write_bytes(change((path / name).read_bytes())) and None
 
@@ -512,11 +518,13 @@ class TestDamage:
             ),
             (_edit(FIRST, lambda data: data.replace(b'"BF16"', b'"F16" ')), "expected BF16 rows.*found F16"),
             (
-                _edit("samples.jsonl", lambda text: text.replace(b'"prompt":', b'"Prompt":')),
+                _edit("samples.jsonl", lambda text: unsigned(text).replace(b'"prompt":', b'"Prompt":')),
                 "line 1 is broken.*'prompt'",
             ),
             (
-                _edit("samples.jsonl", lambda text: text.replace(b"[0, 0, 4, 3, 0, 5]", b"[0, 0, 4, 5, 0, 5]")),
+                _edit(
+                    "samples.jsonl", lambda text: unsigned(text).replace(b"[0, 0, 4, 3, 0, 5]", b"[0, 0, 4, 5, 0, 5]")
+                ),
                 "found 8",
             ),
         ],

@@ -1,10 +1,12 @@
 """Repair keeps every sample that is right and no other; merge keeps every sample once."""
 
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from click.testing import CliRunner
@@ -96,6 +98,79 @@ def test_repair_keeps_what_is_right_and_tells_what_is_not(capture: Path, tmp_pat
         rows_are_right(tmp_path / "new", set(RUN.samples))
 
 
+@pytest.mark.parametrize("lines", [5, 3, 1, 0])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_table_that_is_cut_is_told_and_its_copy_is_not_finished(
+    capture: Path, tmp_path: Path, lines: int, finished: bool
+) -> None:
+    """Cut between two lines, between two groups too: what is left looks whole. The manifest knows better."""
+    if not finished:
+        capture = tmp_path / "open"
+        with pytest.raises(KeyboardInterrupt), FolderWriter.create(capture, RUN.manifest) as writer:
+            RUN.write(writer)
+            raise KeyboardInterrupt
+    table = (capture / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (capture / "samples.jsonl").write_bytes(b"".join(table[:lines]))
+    with pytest.raises(StoreError, match=r"expected 6 samples of 58 rows, found .*hookmap store repair"):
+        open_store(capture)
+    whole = lines if finished else {5: 5, 3: 3, 1: 0, 0: 0}[lines]  # a group counts whole while it is written
+    found = repair(capture, tmp_path / "new")
+    assert (found.kept, found.missing, found.lost) == (whole, 6 - whole, {})
+    assert "expected 6 samples of 58 rows" in " ".join(found.changed)
+    rows_are_right(tmp_path / "new", set(range(whole)))
+    assert not open_store(tmp_path / "new").finished
+    code, text = run("repair", capture, "-o", tmp_path / "again")
+    assert code == 0 and f"lost {6 - whole}" in text and "changed: " in text and "--resume" in text
+
+
+def test_a_line_that_was_altered_is_lost_and_no_other(capture: Path, tmp_path: Path) -> None:
+    """Every byte of the table in turn: no altered line is taken for a sample, whatever was altered."""
+    table = (capture / "samples.jsonl").read_bytes()
+    ends = [place for place, byte in enumerate(table) if byte == ord("\n")]
+    chance = random.Random(0)
+    for number, place in enumerate(chance.sample(range(len(table)), 40)):
+        broken = bytearray(table)
+        broken[place] ^= 1 << chance.randrange(7)
+        (capture / "samples.jsonl").write_bytes(broken)
+        hit = sum(end < place for end in ends)
+        new = tmp_path / str(number)
+        try:
+            found = repair(capture, new)
+        except StoreError:
+            assert broken[place] == ord("\n") or place in ends
+            continue
+        kept = {sample.sample for sample in open_store(new).samples}
+        assert kept >= set(RUN.samples) - {hit, hit + 1}  # two, where the line's end was hit, or one was made
+        rows_are_right(new, kept)
+        assert not open_store(new).finished and (found.lost or found.missing or kept == set(RUN.samples))
+        assert found.changed
+
+
+def test_an_altered_table_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Going on would put a fresh checksum under it."""
+    with pytest.raises(KeyboardInterrupt), FolderWriter.create(tmp_path / "c", RUN.manifest) as writer:
+        replace(RUN, batches=RUN.batches[:2]).write(writer)
+        raise KeyboardInterrupt
+    edit(tmp_path / "c" / "samples.jsonl", '"prompt": "prompt 1', '"prompt": "prompt 7')
+    before = tree(tmp_path / "c")
+    with pytest.raises(StoreError, match=r"samples.jsonl, line 2 is not as it was written.*hookmap store repair"):
+        FolderWriter.resume(tmp_path / "c", RUN.manifest)
+    assert tree(tmp_path / "c") == before
+    assert "line 2 is broken" in open_store(tmp_path / "c").verify()[0]
+
+
+def test_a_capture_is_repaired_from_where_it_is(capture: Path, tmp_path: Path) -> None:
+    system = fsspec.filesystem("memory")
+    system.put(str(capture), "/away/c", recursive=True)
+    assert repair("memory://away/c", tmp_path / "new").kept == 6
+    rows_are_right(tmp_path / "new", set(RUN.samples))
+    system.rm("/away", recursive=True)
+    code, text = run("repair", "memory://away/c", "-o", tmp_path / "none")
+    assert code == 1 and "memory://away/c is not a capture" in text
+    code, text = run("repair", capture, "-o", "memory://away/d")
+    assert code == 1 and "is a URL: captures are written to local folders only" in text
+
+
 def test_every_damage_at_once(capture: Path, tmp_path: Path) -> None:
     change_byte(capture / "shards/000005.safetensors")
     drop_line(capture / "samples.jsonl", 0)
@@ -173,6 +248,64 @@ def test_workers_that_number_alike_keep_their_ids(tmp_path: Path) -> None:
             assert torch.equal(store.read(found_number, *key), RUN.rows(number, key))
 
 
+def named(path: Path, batches: list[int], id_of: Callable[[int], str | None], **changes: object) -> Path:
+    """Samples of RUN, under ids of our own."""
+
+    class Renaming:
+        def __init__(self, sink: Sink) -> None:
+            self.write, self.sink = sink.write, sink
+
+        def finish(self, sample: Sample) -> None:
+            self.sink.finish(replace(sample, id=id_of(sample.sample), **changes))
+
+    with FolderWriter.create(path, RUN.manifest) as writer:
+        replace(RUN, batches=[RUN.batches[n] for n in batches]).write(Renaming(writer))
+    return path
+
+
+def ids_and_rows(path: Path) -> set[tuple[str | None, bytes]]:
+    store = open_store(path)
+    assert store.verify() == []
+    return {(s.id, store.read(s.sample, "resid_mid", 1).view(torch.int16).numpy().tobytes()) for s in store.samples}
+
+
+def test_an_id_of_different_samples_loses_none(tmp_path: Path) -> None:
+    """Every sample of four prompts was once two of them, whatever their prompts were."""
+    first = named(tmp_path / "a", [0], lambda n: f"q{n}")
+    second = named(tmp_path / "b", [2], lambda n: f"q{n - 3}")
+    taken = named(tmp_path / "d", [3], lambda n: "q0.2")
+    with pytest.raises(
+        StoreError, match=r"ids are of different samples:\n.*sample 3 .* has the id of sample 0 of"
+    ) as error:
+        merge([first, second], tmp_path / "m", same_ids="refuse")
+    assert "sample 4" in str(error.value) and not (tmp_path / "m").exists()
+    found = merge([first, second, taken], tmp_path / "m")
+    assert found.samples == 5 and not found.duplicates and len(found.renamed) == 2
+    store = open_store(tmp_path / "m")
+    assert [sample.id for sample in store.samples] == ["q0", "q1", "q0.3", "q1.2", "q0.2"]
+    for sample, number in zip(store.samples, (0, 1, 3, 4, 5), strict=True):
+        assert torch.equal(store.read(sample.sample, "resid_mid", 1), RUN.rows(number, ("resid_mid", 1)))
+
+
+@pytest.mark.parametrize("id", ["q", None])
+def test_one_capture_with_an_id_twice_loses_none(tmp_path: Path, id: str | None) -> None:
+    first = named(tmp_path / "a", [0, 1, 2, 3], lambda n: id)
+    assert merge([first], tmp_path / "m").samples == 6
+    assert {rows for _, rows in ids_and_rows(tmp_path / "m")} == {rows for _, rows in ids_and_rows(first)}
+    found = merge([first, first], tmp_path / "twice")
+    assert found.samples == 6 and len(found.duplicates) == 6
+
+
+def test_a_sample_with_other_labels_is_another_one(tmp_path: Path) -> None:
+    first = named(tmp_path / "a", [0], lambda n: f"q{n}", labels={"y": 1, "z": 2})
+    again = named(tmp_path / "b", [0], lambda n: f"q{n}", labels={"z": 2, "y": 1})
+    other = named(tmp_path / "d", [0], lambda n: f"q{n}", labels={"y": 0, "z": 2})
+    found = merge([first, again, other], tmp_path / "m")
+    assert found.samples == 4 and len(found.duplicates) == 2
+    store = open_store(tmp_path / "m")
+    assert store.by_id("q0").labels == {"y": 1, "z": 2} and store.by_id("q0.2").labels == {"y": 0, "z": 2}
+
+
 def test_captures_of_different_runs_are_refused_with_every_difference(tmp_path: Path) -> None:
     first = part(tmp_path / "a", [0])
     other = part(tmp_path / "b", [1], settings={"seed": 1})
@@ -185,8 +318,10 @@ def test_captures_of_different_runs_are_refused_with_every_difference(tmp_path: 
 
 
 def test_merging_a_part_that_is_not_finished_gives_no_finished_capture(tmp_path: Path) -> None:
-    first, second = part(tmp_path / "a", [0]), part(tmp_path / "b", [1])
-    edit(second / "manifest.json", '"finished": true', '"finished": false')
+    first, second = part(tmp_path / "a", [0]), tmp_path / "b"
+    with pytest.raises(KeyboardInterrupt), FolderWriter.create(second, RUN.manifest) as writer:
+        replace(RUN, batches=RUN.batches[1:2]).write(writer)
+        raise KeyboardInterrupt
     merge([first, second], tmp_path / "m")
     assert not open_store(tmp_path / "m").finished
 

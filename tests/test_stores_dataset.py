@@ -110,6 +110,54 @@ def test_workers_share_the_rows(tmp_path: Path, workers: int) -> None:
     assert sorted(seen(with_workers)) == ALL
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_each_pass_of_workers_has_another_order(tmp_path: Path, persistent: bool) -> None:
+    """Persistent ones once gave the first order for ever."""
+    data = numbered(tmp_path / "c").dataset(["resid_pre", "resid_mid"], 0, batch_size=64, shuffle_rows=200)
+    loader = DataLoader(data, batch_size=None, num_workers=2, persistent_workers=persistent)
+    passes = [seen(loader) for _ in range(3)]
+    assert all(sorted(each) == ALL for each in passes) and len({tuple(each) for each in passes}) == 3
+
+
+@pytest.mark.parametrize("shuffle", [0, 200])
+def test_a_pass_begins_where_it_is_told(tmp_path: Path, shuffle: int) -> None:
+    store = numbered(tmp_path / "c")
+    how = {"batch_size": 50, "shuffle_rows": shuffle}
+    whole = store.dataset(["resid_pre", "resid_mid"], 0, **how)
+    passes = [seen(whole) for _ in range(4)]
+    data = store.dataset(["resid_pre", "resid_mid"], 0, **how)
+    for batch in (0, 1, 17, 48, 99):
+        data.set_epoch(2, batch)
+        assert seen(data) == passes[2][50 * batch :]
+        assert seen(data) == passes[3], "the next pass is whole"
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of two cores
+@pytest.mark.parametrize(("workers", "persistent"), [(2, True), (3, False)])
+def test_workers_go_on_where_a_pass_was_left(tmp_path: Path, workers: int, persistent: bool) -> None:
+    """Wherever it was left: also where a worker, whose share is smaller, had given all of it."""
+    store = numbered(tmp_path / "c", samples=55)  # 11 shards of 200 rows: shares of other lengths
+
+    def loader(epoch: int, batch: int) -> DataLoader:
+        data = store.dataset(["resid_pre", "resid_mid"], 0, batch_size=30, shuffle_rows=100)
+        data.set_epoch(epoch, batch)
+        return DataLoader(data, batch_size=None, num_workers=workers, persistent_workers=persistent)
+
+    whole = [seen([batch]) for batch in loader(1, 0)]
+    assert sorted(row for batch in whole for row in batch) == ALL[: 55 * 40]
+    for left in (1, 7, len(whole) - 3, len(whole) - 1):
+        later = loader(1, left)
+        assert [seen([batch]) for batch in later] == whole[left:], left
+        if persistent and left == 7:
+            assert seen(later) == seen(loader(2, 0))
+
+
+@pytest.mark.parametrize("where", [(-1,), (0, -1), (0.5,), (0, True)])
+def test_a_place_that_is_none_is_refused(tmp_path: Path, where: tuple[int, ...]) -> None:
+    with pytest.raises(SelectionError, match="expected epoch and batch"):
+        numbered(tmp_path / "c", samples=5).dataset("resid_pre", 0).set_epoch(*where)
+
+
 def test_sample_position_and_label_belong_to_their_row(tmp_path: Path) -> None:
     store = numbered(tmp_path / "c")
     for batch in store.dataset("resid_pre", 0, batch_size=64, shuffle_rows=200, where=True, label="odd"):

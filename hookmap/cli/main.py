@@ -97,7 +97,9 @@ def _write_anything() -> None:
             if stream.isatty() or "PYTHONIOENCODING" in os.environ:
                 stream.reconfigure(errors="replace")
             else:
-                stream.reconfigure(encoding="utf-8")
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # half a surrogate pair, which no UTF-8 holds
 
 
 def _quiet_libraries() -> None:

@@ -67,6 +67,9 @@ class Collector(Protocol):
     def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
         """`tensor`: [batch, new, ...], the model's own; what is needed of it is copied now."""
 
+    def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of a sample that keeps none of such a tensor: [0, ...], on the host."""
+
     def finish(self, counts: Sequence[int]) -> None:
         """The batch is done; its samples had so many rows. Hand on what is still held."""
 
@@ -98,6 +101,10 @@ class EveryRow:
         self._passes.append(rows)
         if len(self._passes) == self._block.shape[1]:
             self._flush()
+
+    def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Collector`."""
+        return _nothing(tensor.shape[2:], self._cast.dtype or tensor.dtype)
 
     def finish(self, counts: Sequence[int]) -> None:
         """See `Collector`."""
@@ -149,6 +156,10 @@ class MeanRow:
         else:
             self._sum.index_add_(0, rows.indices(tensor.device)[1], rows.gather(tensor).float())
 
+    def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Collector`."""
+        return _nothing(tensor.shape[2:], self._cast.dtype or tensor.dtype)
+
     def finish(self, counts: Sequence[int]) -> None:
         """See `Collector`."""
         if self._sum is None:
@@ -177,6 +188,10 @@ class LastRow:
         for row, kept in enumerate(rows.columns):
             if kept:
                 self._last[row] = tensor[row, kept[-1]]
+
+    def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Collector`."""
+        return _nothing(tensor.shape[2:], self._cast.dtype or tensor.dtype)
 
     def finish(self, counts: Sequence[int]) -> None:
         """See `Collector`."""
@@ -207,6 +222,10 @@ class PatternRows:
                 own = self._cast(tensor[row, list(kept)], lambda places=places: places)  # type: ignore[misc]
                 placed = by_position(own, end, self._pads[row], self._keys)
                 self._transfer.send(placed, self._to(row, rows.first[row]))
+
+    def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Collector`."""
+        return _nothing((*tensor.shape[2:-1], self._keys), self._cast.dtype or tensor.dtype)
 
     def fed(self, end: int) -> None:
         """The pass that runs ends before this column."""
@@ -256,6 +275,10 @@ def _places(passes: Sequence[PassRows], batch: int) -> list[Place | None]:
 
 def _one_place_each(counts: Sequence[int]) -> list[Place | None]:
     return [(row, 0) if count else None for row, count in enumerate(counts)]
+
+
+def _nothing(row: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(0, *row, dtype=dtype)
 
 
 def _one_row_each(host: torch.Tensor, counts: Sequence[int], deliver: Deliver) -> None:

@@ -87,6 +87,8 @@ class Observer:
         self._left = 0
         self._calls: dict[Any, int] = {}
         self._parts: dict[tuple[int, int], torch.Tensor] = {}
+        self._none: dict[int, torch.Tensor] = {}
+        """of each selector, no rows: [0, ...] in the dtype and width of its rows"""
         self._targets: dict[tuple[str, Side], list[tuple[int, int, Term]]] = {}
         for number, selector in enumerate(self.selectors):
             for position, term in enumerate(selector.terms):
@@ -204,6 +206,11 @@ class Observer:
         if self.lost and self.kept.overflow == "refuse":
             told = in_words(self.lost, DTYPES[str(self.kept.dtype)])
             raise CaptureError(f"{told} Nothing of this batch is kept. overflow='warn' (--overflow warn) keeps them.")
+        for row, sample in enumerate(self.layout.samples):
+            if not kept[row]:  # how wide its rows would be is known all the same
+                for number, nothing in self._none.items():
+                    selector = self.selectors[number]
+                    self._write(Activation(sample, selector.point, selector.layer, 0, nothing))
         return counts
 
     def _lost(self) -> Iterator[Overflow]:
@@ -249,6 +256,8 @@ class Observer:
         self._left -= 1
         if self._keeps(number):
             self._take(number, tensor)
+        elif number not in self._none:
+            self._none[number] = self._collectors[number].nothing(self._features(tensor))
 
     def _keeps(self, number: int) -> bool:
         """Whether something of this selector is kept of the forward pass that runs."""
@@ -256,7 +265,10 @@ class Observer:
 
     def _take(self, number: int, tensor: torch.Tensor) -> None:
         """A selector is complete; `tensor`: [batch, new, ...], the model's own."""
-        self._collectors[number].take(self._rows, self._features(tensor))
+        collector, tensor = self._collectors[number], self._features(tensor)
+        if number not in self._none:
+            self._none[number] = collector.nothing(tensor)
+        collector.take(self._rows, tensor)
 
     def _new_columns(self, tensor: torch.Tensor, term: Term, selector: Selector) -> torch.Tensor:
         """A view of the columns that were fed for the first time: `[batch, new, ...]`."""

@@ -7,7 +7,8 @@
     background.py  the same from a thread; dataset.py gives rows in random order
     copying.py     repairs and merges captures; export.py and importing.py know other programs' layouts
     location.py    a folder here, or one that fsspec reaches
-    access.py, manifest.py, table.py, numbers.py, buffer.py, shard.py, durable.py   the parts of a capture folder
+    access.py, closing.py, durable.py, strict_json.py, numbers.py       what the parts of a folder are made with:
+    manifest.py, table.py, buffer.py, shard.py
 
 The format, byte by byte, is in docs/store.md. This package knows activations, and nothing of models and maps.
 """

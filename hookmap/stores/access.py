@@ -12,6 +12,7 @@ except ImportError:  # Windows has no advisory locks of this kind: two writers a
 
 from hookmap.errors import StoreError
 from hookmap.stores.durable import AppendedFile, temporary
+from hookmap.stores.location import local
 from hookmap.stores.manifest import MANIFEST
 from hookmap.stores.shard import SHARD_FOLDER
 from hookmap.stores.table import SAMPLES, SHARDS
@@ -37,6 +38,7 @@ def refuse_used(folder: Path) -> None:
     """Refuse a folder in which something could be lost, and what is no folder here. Raises StoreError."""
     if re.match(r"[a-z0-9+.-]{2,}:/", str(folder)):  # a Path has lost the second slash
         raise StoreError(f"{folder} is a URL: captures are written to local folders only. Write to one, then copy it.")
+    local(folder)
     if (folder / MANIFEST).exists():
         raise StoreError(
             f"{folder} already holds a capture. Go on with it (the same command with --resume), "

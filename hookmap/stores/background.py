@@ -8,11 +8,14 @@ import contextlib
 import threading
 from collections.abc import Callable, Mapping, Set
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hookmap.activations import Activation, Sample
 from hookmap.errors import StoreError
-from hookmap.stores.folder import Closing, FolderWriter
+from hookmap.stores.closing import Closing
+
+if TYPE_CHECKING:
+    from hookmap.stores.folder import FolderWriter
 
 IN_FLIGHT = 16 * 2**20
 """bytes of rows that may wait for the disk"""
@@ -33,34 +36,43 @@ class _Work(NamedTuple):
     """how far the writer is after them"""
 
 
+class _End(NamedTuple):
+    """The last work: close the writer."""
+
+    finished: bool
+
+
 class BackgroundWriter(Closing):
     """A sink around a FolderWriter, which belongs to it from then on. Use it in a `with` statement, as that one.
 
     An error of the writer reaches the caller at its next call, or at the end of the `with` statement; the same error,
     each time. Leaving by an exception still writes what was handed over: a sample that was finished stays finished.
+    However often the end is interrupted, the thread goes on to it, and nobody else touches the folder meanwhile.
     For one caller, as every sink.
     """
 
     # An interrupt may fall between any two lines of the caller. So the two sides share no lock that it could leave
     # shut, only what C makes atomic: a queue, a reference to a mark, and a bell, which is a lock that the thread opens.
+    # That the thread has ended is a mark too: Python 3.11 takes a thread for dead whose `join` was interrupted.
 
-    def __init__(self, writer: FolderWriter, in_flight: int = IN_FLIGHT) -> None:
+    def __init__(self, writer: "FolderWriter", in_flight: int = IN_FLIGHT) -> None:
         """`in_flight`: bytes of rows that may wait; a piece that is larger waits alone."""
         self._writer = writer
         self._in_flight = in_flight
-        self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        self._work: SimpleQueue[_Work | _End | None] = SimpleQueue()
         self._held: list[Callable[[], None]] = []
         self._held_bytes = 0
         self._handed = self._done = _Mark()
         self._error: BaseException | None = None
-        self._closed = False
+        self._closed = self._ended = False
         self._bell = threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"writer of {writer.folder}", daemon=True)
         try:
             self._thread.start()
         except BaseException:  # Ctrl-C while it starts: nobody would end it, and the folder would stay locked
+            self._work.put(None)  # if it runs, it ends; and it has nothing to write, so the writer is ours
             with contextlib.suppress(StoreError):
-                self.close(finished=False)
+                writer.close(finished=False)
             raise
 
     @property
@@ -97,16 +109,18 @@ class BackgroundWriter(Closing):
         self._tell()
 
     def close(self, finished: bool) -> None:
-        """Write what waits and end the writing, as FolderWriter's `close` does. Raises as that one and `write` do."""
+        """Write what waits and end the writing, as FolderWriter's `close` does; the first call decides how.
+
+        With `finished` it raises as that one and `write` do.
+        """
         if not self._closed:
-            self._hand_over(tell=False)
+            self._give()  # there may be no room: an interrupt while waiting for it would leave the thread without end
         self._closed = True
-        self._work.put(None)
-        with contextlib.suppress(RuntimeError):  # it has not started
-            self._thread.join()  # interrupted here, `with` closes once more and so waits again
+        self._work.put(_End(finished))
+        while not self._ended:  # interrupted here, `with` closes once more and so waits again
+            self._bell.acquire()
         if finished:
             self._tell()
-        self._writer.close(finished)
 
     def _hold(self, call: Callable[[], None], size: int = 0) -> None:
         self._tell()
@@ -115,32 +129,60 @@ class BackgroundWriter(Closing):
         self._held.append(call)
         self._held_bytes += size
 
-    def _hand_over(self, tell: bool = True) -> None:
-        """Give the thread what is held, when there is room for it. `tell`: raise what the writer met."""
-        size = self._held_bytes
-        while self._handed.bytes - self._done.bytes + size > self._in_flight and self._done.calls < self._handed.calls:
+    def _hand_over(self) -> None:
+        """Give the thread what is held, when there is room for it. Raises what the writer met."""
+        while self._in_hand + self._held_bytes > self._in_flight and self._done.calls < self._handed.calls:
             self._bell.acquire()
-        if tell:
-            self._tell()
+        self._tell()
+        self._give()
+
+    def _give(self) -> None:
         if self._held:
-            work = _Work(self._held, _Mark(self._handed.calls + len(self._held), self._handed.bytes + size))
+            mark = _Mark(self._handed.calls + len(self._held), self._handed.bytes + self._held_bytes)
+            work = _Work(self._held, mark)
             self._held, self._held_bytes = [], 0
             self._work.put(work)
-            self._handed = work.mark
+            self._handed = mark
+
+    @property
+    def _in_hand(self) -> int:
+        """Bytes that the thread was given and has not written."""
+        return self._handed.bytes - self._done.bytes
 
     def _tell(self) -> None:
         if self._error is not None:
             raise self._error
 
     def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            try:
+        try:
+            while isinstance(work := self._work.get(), _Work):
                 for call in work.calls:
-                    if self._error is None:
-                        call()
+                    self._try(call)
+                self._done = work.mark
+                call = work = None  # type: ignore[assignment]  # or their rows would stay until the next ones come
+                self._ring()
+            if work is not None:
+                self._end(work.finished)
+        finally:
+            self._ended = True
+            self._ring()
+
+    def _end(self, finished: bool) -> None:
+        """Close the writer as finished, or, where that or anything before it failed, as unfinished."""
+        if finished:
+            self._try(lambda: self._writer.close(finished=True))
+        if not finished or self._error is not None:
+            with contextlib.suppress(StoreError):  # the first error is the one to tell; the folder is valid as it is
+                self._writer.close(finished=False)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        """Unless there was an error before: then nothing more is written."""
+        if self._error is None:
+            try:
+                call()
             except BaseException as error:
                 self._error = error
-            self._done = work.mark
-            call = work = None  # type: ignore[assignment]  # or their rows would stay until the next ones come
-            with contextlib.suppress(RuntimeError):  # nobody has listened since it rang last
-                self._bell.release()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(RuntimeError):  # nobody has listened since it rang last
+            self._bell.release()

@@ -4,25 +4,38 @@ Rows are copied some at a time, so memory is flat; groups stay groups.
 """
 
 import hashlib
+import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Literal
 
 from hookmap.activations import Activation, Sample
 from hookmap.errors import StoreError
 from hookmap.stores.folder import FolderWriter
-from hookmap.stores.integrity import entry_problems
+from hookmap.stores.integrity import altered_tables, count_problems, entry_problems, shard_problems
 from hookmap.stores.interface import Store
+from hookmap.stores.location import Location, location, reading
 from hookmap.stores.manifest import Counts, Manifest, read_manifest
 from hookmap.stores.numbers import NumberSet
 from hookmap.stores.reader import CaptureStore
-from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, read_header, sha256_of, shard_name
-from hookmap.stores.table import SAMPLES, SHARDS, Committed, Entry, Table, decode_entry, decode_shard, left_of
+from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, read_header, shard_name
+from hookmap.stores.table import (
+    SAMPLES,
+    SHARDS,
+    Committed,
+    Entry,
+    Table,
+    decode_entry,
+    decode_shard,
+    is_intact,
+    left_of,
+)
 
 ROWS = 256
 """rows of each tensor that a copy holds at a time"""
-_PROMPTS = ("prompts", "prompts_sha256")
+_PROMPTS = ("prompts", "prompts_sha256", "ids_sha256", "labels_sha256")
 """settings that say which samples a run is over, and may differ between captures that are merged"""
 
 
@@ -34,6 +47,10 @@ class Repaired:
     """samples"""
     lost: dict[str, str] = field(default_factory=dict)
     """why each other sample, or line of the table, is not kept"""
+    missing: int = 0
+    """samples that the manifest counts, and no line of the table tells of"""
+    changed: list[str] = field(default_factory=list)
+    """how the tables are not as the manifest says"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,8 @@ class Merged:
     """one line for each sample that was there before, and was left out"""
     renumbered: bool = False
     """whether the captures used the same numbers for different samples, and all got new ones"""
+    renamed: list[str] = field(default_factory=list)
+    """one line for each sample whose id was another sample's before, and is another one now"""
 
 
 def copy_group(store: Store, samples: Sequence[tuple[int, Sample]], writer: FolderWriter) -> None:
@@ -67,33 +86,43 @@ def fresh(manifest: Manifest) -> Manifest:
 def repair(path: "str | os.PathLike[str]", out: "str | os.PathLike[str]") -> Repaired:
     """Copy every sample of the capture at `path` that is whole and right, to the bit, to the new folder `out`.
 
-    Nothing in `path` is changed. A sample is kept where its line can be read, all its rows are there, and each shard
-    that they lie in has the checksum that the table of shards says. The copy is marked as finished where the capture
-    was and nothing is lost; else `hookmap capture … -o OUT --resume` makes what is missing again.
+    Nothing in `path`, a folder or a URL, is changed. A sample is kept where its line is as it was written, all its rows
+    are there, and each shard that they lie in has the checksum that the table of shards says. The copy is marked as
+    finished where the capture was, nothing is lost, and both tables are as the manifest says; else
+    `hookmap capture … -o OUT --resume` makes what is missing again, in the batches that it was in.
     Raises StoreError where the manifest or the table of samples is gone: nothing says then what the rows are.
     """
-    folder = Path(path)
+    folder = location(path)
     manifest = read_manifest(folder)
     lost: dict[str, str] = {}
-    table = Table(folder / SAMPLES, _sound_lines(folder, manifest, lost))
+    altered = altered_tables(folder, manifest)
+    sound = _sound_lines(folder, manifest, lost, trusted=SAMPLES not in altered)
+    table = Table(folder / SAMPLES, sound)
+    missing = max(0, manifest.counts.samples - len(table) - len(lost))
+    changed = list(altered.values())
+    if not lost:
+        changed += count_problems(folder, manifest, len(table), sound.rows)
     store = CaptureStore(folder, (manifest, table))
     with FolderWriter.create(out, fresh(manifest)) as writer:
         for numbers in table.groups():
             copy_group(store, [(number, store.sample(number)) for number in numbers], writer)
-        writer.close(finished=manifest.finished and not lost)
-    return Repaired(len(table), lost)
+        writer.close(finished=manifest.finished and not (lost or missing or changed))
+    return Repaired(len(table), lost, missing, changed)
 
 
-def _sound_lines(folder: Path, manifest: Manifest, lost: dict[str, str]) -> Committed:
-    """Where the lines of sound samples are; `lost` gets the others."""
-    wrong = _wrong_shards(folder)
+def _sound_lines(folder: Location, manifest: Manifest, lost: dict[str, str], trusted: bool) -> Committed:
+    """Where the lines of sound samples are; `lost` gets the others. `trusted`: the table is as it was written."""
+    wrong = _wrong_shards(folder, manifest)
     path = folder / SAMPLES
     sound, seen = Committed(), NumberSet()
-    for number, (offset, line) in enumerate(_finished_lines(path), start=1):
+    for number, (offset, line) in enumerate(_finished_lines(path, manifest.finished), start=1):
         try:
             entry = decode_entry(line, path, number)
         except StoreError as error:
             lost[f"line {number}"] = str(error).splitlines()[0]
+            continue
+        if not trusted and is_intact(line) is None:
+            lost[f"line {number}"] = "the table was changed, and this line has no checksum of its own"
             continue
         name = f"sample {entry.sample.sample}"
         if entry.sample.sample in seen:
@@ -108,23 +137,21 @@ def _sound_lines(folder: Path, manifest: Manifest, lost: dict[str, str]) -> Comm
     return sound
 
 
-def _finished_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines up to the last that ends a group: what is behind it was never finished."""
+def _finished_lines(path: Location, finished: bool) -> Iterator[tuple[int, bytes]]:
+    """Lines up to the last that ends a group: what is behind it was never finished, unless all of it was."""
     waiting: list[tuple[int, bytes]] = []
     offset = 0
-    try:
-        with open(path, "rb") as file:
-            for line in file:
-                waiting.append((offset, line))
-                offset += len(line)
-                if line.endswith(b"\n") and left_of(line) == 0:
-                    yield from waiting
-                    waiting = []
-    except FileNotFoundError as error:
-        raise StoreError(f"{path} is missing: without it nothing says which rows are of which sample.") from error
+    missing = StoreError(f"{path} is missing: without it nothing says which rows are of which sample.")
+    with reading(path, missing), path.open("rb") as file:
+        for line in file:
+            waiting.append((offset, line))
+            offset += len(line)
+            if finished or (line.endswith(b"\n") and left_of(line) == 0):
+                yield from waiting
+                waiting = []
 
 
-def _problems(folder: Path, manifest: Manifest, entry: Entry, wrong: Callable[[int], str | None]) -> Iterator[str]:
+def _problems(folder: Location, manifest: Manifest, entry: Entry, wrong: Callable[[int], str | None]) -> Iterator[str]:
     broken = [found for shard in sorted({span.shard for span in entry.spans}) if (found := wrong(shard))]
     if broken:
         yield from broken
@@ -137,12 +164,12 @@ def _problems(folder: Path, manifest: Manifest, entry: Entry, wrong: Callable[[i
     yield from entry_problems(manifest, None, entry, rows_of)
 
 
-def _wrong_shards(folder: Path) -> Callable[[int], str | None]:
+def _wrong_shards(folder: Location, manifest: Manifest) -> Callable[[int], str | None]:
     """A function that says what is wrong with a shard; each is read once."""
     infos: dict[int, ShardInfo] = {}
     path = folder / SHARDS
-    if path.is_file():
-        with open(path, "rb") as file:
+    if path.exists():
+        with reading(path), path.open("rb") as file:
             for place, line in enumerate(file):
                 try:
                     infos[place] = decode_shard(line, path, place)
@@ -152,53 +179,63 @@ def _wrong_shards(folder: Path) -> Callable[[int], str | None]:
 
     def wrong(shard: int) -> str | None:
         if shard not in known:
-            known[shard] = _wrong_shard(folder, shard, infos.get(shard))
+            known[shard] = _wrong_shard(folder, manifest, shard, infos.get(shard))
         return known[shard]
 
     return wrong
 
 
-def _wrong_shard(folder: Path, shard: int, info: ShardInfo | None) -> str | None:
-    path = folder / SHARD_FOLDER / shard_name(shard)
+def _wrong_shard(folder: Location, manifest: Manifest, shard: int, info: ShardInfo | None) -> str | None:
     if info is None:
         return f"{SHARDS} has no checksum of shard {shard}"
-    try:
-        read_header(path)
-    except StoreError as error:
-        return str(error).splitlines()[0]
-    return None if sha256_of(path) == info.sha256 else f"{path} was changed: its checksum is another one"
+    return next(shard_problems(folder / SHARD_FOLDER / shard_name(shard), info, manifest), None)
 
 
-def merge(paths: "Sequence[str | os.PathLike[str]]", out: "str | os.PathLike[str]") -> Merged:
+def merge(
+    paths: "Sequence[str | os.PathLike[str]]",
+    out: "str | os.PathLike[str]",
+    same_ids: Literal["rename", "refuse"] = "rename",
+) -> Merged:
     """Put captures of one model, of the same tensors and under the same settings, into the new folder `out`.
 
-    A sample that comes again (the same id; without one the same number, prompt and tokens) is left out and told.
-    Ids stay; so do numbers, unless two captures use one for different samples: then all are numbered anew, in order.
-    Raises StoreError that names every difference.
+    A sample that another capture has too (the same id, or without one the same number, and the same prompt, text,
+    tokens, positions and labels) is left out and told. Samples of one capture are all kept.
+    same_ids: of ids that are of different samples. "rename": the later ones get a number behind it, `q7` becomes
+    `q7.2`, and are told; "refuse" raises StoreError. Numbers stay, unless two captures use one for different samples:
+    then all are numbered anew, in order. Raises StoreError that names every difference.
     """
+    if same_ids not in ("rename", "refuse"):
+        raise StoreError(f"same_ids: expected rename or refuse, got {same_ids!r}.")
     stores = [CaptureStore(path) for path in paths]
     if not stores:
         raise StoreError("nothing to merge: expected at least one capture folder.")
     _refuse_differences(stores)
-    duplicates: list[str] = []
-    keep, clash = _distinct(stores, duplicates)
+    kept = _distinct(stores)
+    if kept.renamed and same_ids == "refuse":
+        lines = "\n".join(f"  - {line}" for line in kept.renamed.values())
+        raise StoreError(
+            f"ids are of different samples:\n{lines}\nNothing was written. To give the later ones other ids: "
+            "same_ids='rename', --same-ids rename"
+        )
     manifest = fresh(stores[0].manifest)
     if len(stores) > 1:
         settings = {name: value for name, value in manifest.settings.items() if name not in _PROMPTS}
         manifest = manifest.model_copy(update={"settings": settings})
     count = 0
     with FolderWriter.create(out, manifest) as writer:
-        for store, numbers in zip(stores, keep, strict=True):
+        for place, store in enumerate(stores):
             for group in store.groups():
                 samples = []
                 for number in group:
-                    if number in numbers:
+                    if number in kept.numbers[place]:
                         sample = store.sample(number)
-                        samples.append((number, replace(sample, sample=count) if clash else sample))
+                        if kept.clash:
+                            sample = replace(sample, sample=count)
+                        samples.append((number, replace(sample, id=kept.ids.get((place, number), sample.id))))
                         count += 1
                 copy_group(store, samples, writer)
         writer.close(finished=all(store.finished for store in stores))
-    return Merged(count, duplicates, clash)
+    return Merged(count, kept.duplicates, kept.clash, list(kept.renamed.values()))
 
 
 def _refuse_differences(stores: Sequence[CaptureStore]) -> None:
@@ -217,27 +254,54 @@ def _refuse_differences(stores: Sequence[CaptureStore]) -> None:
         raise StoreError(f"these captures cannot be merged with {stores[0].path}:\n" + "\n".join(lines))
 
 
-def _distinct(stores: Sequence[CaptureStore], duplicates: list[str]) -> tuple[list[set[int]], bool]:
-    """The numbers to keep of each store, and whether two different samples have one number."""
+@dataclass
+class _Distinct:
+    """What of several captures a merge keeps."""
+
+    numbers: list[NumberSet] = field(default_factory=list)
+    """of each capture, those to keep"""
+    clash: bool = False
+    """whether two different samples have one number"""
+    ids: dict[tuple[int, int], str] = field(default_factory=dict)
+    """(capture, number) -> the other id that this sample gets"""
+    duplicates: list[str] = field(default_factory=list)
+    renamed: dict[tuple[int, int], str] = field(default_factory=dict)
+
+
+def _distinct(stores: Sequence[CaptureStore]) -> _Distinct:
+    found = _Distinct()
     seen: dict[bytes, str] = {}
-    used, clash = set[int](), False
-    keep: list[set[int]] = []
-    for store in stores:
-        numbers = set[int]()
+    names: dict[str, str] = {}
+    again: list[tuple[int, int, str, str]] = []
+    used = NumberSet()
+    for place, store in enumerate(stores):
+        numbers, within = NumberSet(), Counter[bytes]()
         for sample in store.samples:
             name = f"sample {sample.sample} of {store.path}" + (f" (id {sample.id})" if sample.id is not None else "")
             mark = _mark(sample)
-            if mark in seen:
-                duplicates.append(f"{name} is {seen[mark]}")
+            within[mark] += 1
+            nth = mark + bytes(within[mark])  # a sample that one capture has twice is two samples
+            if nth in seen:
+                found.duplicates.append(f"{name} is {seen[nth]}")
                 continue
-            seen[mark] = name
-            clash |= sample.sample in used
+            seen[nth] = name
+            found.clash |= sample.sample in used
             numbers.add(sample.sample)
-        used |= numbers
-        keep.append(numbers)
-    return keep, clash
+            if sample.id is not None and (first := names.setdefault(sample.id, name)) != name:
+                again.append((place, sample.sample, sample.id, f"{name} has the id of {first}"))
+        used.update(numbers)
+        found.numbers.append(numbers)
+    for place, number, id, told in again:
+        count = 2
+        while (other := f"{id}.{count}") in names:
+            count += 1
+        names[other] = told
+        found.ids[place, number] = other
+        found.renamed[place, number] = f"{told}: {other}"
+    return found
 
 
 def _mark(sample: Sample) -> bytes:
-    own = ("id", sample.id) if sample.id is not None else (sample.sample, sample.prompt, sample.token_ids)
-    return hashlib.sha256(repr(own).encode("utf-8", "surrogatepass")).digest()
+    own = sample.sample if sample.id is None else None
+    what = (own, replace(sample, sample=0, labels=None), json.dumps(sample.labels, sort_keys=True))
+    return hashlib.sha256(repr(what).encode("utf-8", "surrogatepass")).digest()

@@ -39,7 +39,8 @@ class RowDataset(IterableDataset[_Rows]):
     """Batches of rows of some tensors: {"resid_mid.8": [batch, d], …}, and with `where` whose rows they are.
 
     Use it as it is, or in a DataLoader with batch_size=None; its workers share the shards, each row comes to one.
-    Every pass is another order: the same for the same seed and pass, with workers also for the same seed of torch.
+    Every pass is another order: the same for the same seed and pass. In workers the order also depends on torch's
+    seed, which tells new workers the passes apart, unless `set_epoch` says which pass it is.
     """
 
     def __init__(
@@ -67,27 +68,61 @@ class RowDataset(IterableDataset[_Rows]):
         self._batch_size, self._shuffle_rows, self._seed = batch_size, shuffle_rows, seed
         self._where, self._label = where, label
         self._shards = self._index()
-        self._epoch = 0
+        self._epoch = self._skip = 0
+        self._told = False
+        """whether `set_epoch` said where to begin"""
 
     @property
     def rows(self) -> int:
         """How many rows a pass gives, over all workers."""
         return sum(run.rows for runs in self._shards.values() for run in runs)
 
+    def set_epoch(self, epoch: int, batch: int = 0) -> None:
+        """Begin the next pass as pass `epoch`, 0 being the first, behind its first `batch` batches.
+
+        So a training goes on where it was: what comes is what an undisturbed one would have seen, with workers where
+        there are as many as before. Later passes follow; but new workers know of none, so with a DataLoader whose
+        workers are not persistent say it before each pass. Persistent ones hear it before their first.
+        """
+        if any(type(number) is not int or number < 0 for number in (epoch, batch)):
+            raise SelectionError(f"expected epoch and batch as whole numbers from 0 on, got {epoch!r} and {batch!r}.")
+        self._epoch, self._skip, self._told = epoch, batch, True
+
     def __iter__(self) -> Iterator[_Rows]:
         worker = get_worker_info()
-        # What a worker counts is lost at the end of a pass; the loader's own seed differs with each.
-        chance = random.Random(f"{self._seed} {self._epoch if worker is None else worker.seed - worker.id}")
-        self._epoch += 1
+        of_pass = f"{self._seed} {self._epoch}"
+        if worker is not None and not self._told:  # new workers begin with the pass that the loader's process is at
+            of_pass += f" {worker.seed - worker.id}"
+        chance, skip = random.Random(of_pass), self._skip
+        self._epoch, self._skip = self._epoch + 1, 0
         shards = sorted(self._shards)
         if self._shuffle_rows:
             chance.shuffle(shards)
         if worker is not None:
-            shards = shards[worker.id :: worker.num_workers]
+            part, skip = self._part(shards, worker.id, worker.num_workers, skip)
+            shards = shards[part :: worker.num_workers]
         pieces = self._read(shards)
         if self._shuffle_rows:
             pieces = _shuffled(pieces, self._shuffle_rows, torch.Generator().manual_seed(chance.getrandbits(63)))
-        yield from _batches(pieces, self._batch_size)
+        yield from itertools.islice(_batches(pieces, self._batch_size), skip, None)
+
+    def _part(self, shards: Sequence[int], worker: int, workers: int, skip: int) -> tuple[int, int]:
+        """Which part of the shards a worker has, and how many batches of it were given: of `skip` over all parts.
+
+        Parts give a batch each in turn. The loader always begins with its first worker: that one gets the part whose
+        turn it is.
+        """
+        parts = [
+            [run.rows for shard in shards[part::workers] for run in self._shards[shard]] for part in range(workers)
+        ]
+        batches = [-(-sum(rows) // self._batch_size) for rows in parts]
+        given, turn = [0] * workers, 0
+        while skip and sum(batches) > sum(given):
+            if given[turn] < batches[turn]:
+                given[turn], skip = given[turn] + 1, skip - 1
+            turn = (turn + 1) % workers
+        part = (worker + turn) % workers
+        return part, given[part]
 
     def _index(self) -> dict[int, list[_Run]]:
         """Which samples' rows each shard has, in their order there. Some 200 bytes for each sample."""

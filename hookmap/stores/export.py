@@ -22,6 +22,7 @@ from hookmap.stores.copying import ROWS
 from hookmap.stores.durable import temporary
 from hookmap.stores.interface import Store
 from hookmap.stores.ledger import tensor_name
+from hookmap.stores.location import local
 
 _AS_FLOAT = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -55,7 +56,9 @@ def export(
     keys = _keys(store, point, layer)
     if not keys or not len(store):
         raise StoreError(f"nothing to export: {'no such tensor' if not keys else 'no finished sample'}.")
-    folder = Path(out)
+    folder = local(os.path.abspath(local(out)))
+    if folder == Path.cwd():
+        raise StoreError(f"{out} is the folder you are in, and an export appears whole, by a rename: -o {out}/NEW")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StoreError(f"{folder} exists already: expected a new or empty folder. Write to another one: -o DIR")
     draft = temporary(folder)
@@ -68,6 +71,8 @@ def export(
         draft.rename(folder)
     except OSError as error:
         raise StoreError(f"cannot write to {folder}: {error.strerror or error}.") from error
+    except UnicodeEncodeError as error:
+        raise StoreError(f"{layout} holds texts as UTF-8, and a sample has half a surrogate pair: {error}.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return notes
@@ -89,7 +94,13 @@ def _pt(wanted: Wanted, folder: Path) -> list[str]:
         for key in wanted.keys
     }
     tensors["offsets"] = torch.tensor(_offsets(wanted.store))
-    torch.save(tensors, folder / "activations.pt")
+    with open(folder / "activations.pt", "wb") as file:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:  # torch says so of a disk that refuses a write
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
     _write_samples(wanted.store, folder)
     return []
 

@@ -8,16 +8,15 @@ leaves behind the last whole group (temporary files, shards, lines) belongs to n
 
 import contextlib
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from hookmap.activations import Activation, Sample
 from hookmap.errors import StoreError
 from hookmap.stores.access import cannot_write, lock, refuse_used
+from hookmap.stores.closing import Closing
 from hookmap.stores.durable import AppendedFile, is_temporary, sync_folder, temporary
 from hookmap.stores.groups import Group, GroupWriter, is_part
 from hookmap.stores.interface import Store
@@ -30,34 +29,12 @@ from hookmap.stores.table import (
     SHARDS,
     Committed,
     Entry,
+    altered_line,
     encode_group,
     encode_shards,
     read_shards,
     scan,
 )
-
-Self = TypeVar("Self", bound="Closing")
-
-
-class Closing(ABC):
-    """Closes itself at the end of a `with` statement: as finished, or unfinished where an exception leaves it."""
-
-    @abstractmethod
-    def close(self, finished: bool) -> None:
-        """End the writing; again, it does nothing. Raises StoreError."""
-
-    def __enter__(self: Self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.close(finished=True)
-        finally:
-            with contextlib.suppress(StoreError):  # the first error is the one to tell; the folder is valid as it is
-                self.close(finished=False)
 
 
 class FolderWriter(GroupWriter, Closing):
@@ -105,6 +82,11 @@ class FolderWriter(GroupWriter, Closing):
         """
         folder = Path(path)
         found = read_manifest(folder)
+        if number := altered_line(folder / SAMPLES, scan(folder / SAMPLES).size):
+            raise StoreError(
+                f"{folder / SAMPLES}, line {number} is not as it was written: going on would make it a sample. "
+                f"Keep what is sound, and go on with that: hookmap store repair {folder} -o NEW"
+            )
         if lines := found.differences(manifest):
             differences = "\n".join(f"  - {line}" for line in lines)
             raise StoreError(
@@ -113,8 +95,12 @@ class FolderWriter(GroupWriter, Closing):
             )
         versions = found.versions if manifest.versions[-1] in found.versions else (*found.versions, *manifest.versions)
         resumed = found.model_copy(update={"finished": False, "sha256": None, "versions": versions})
-        writer = cls(folder, resumed)
+        try:
+            writer = cls(folder, resumed)
+        except OSError as error:
+            raise cannot_write(folder, error, found.counts.samples) from error
         with writer._writing():
+            writer.manifest = resumed = resumed.model_copy(update={"counts": writer._counts()})
             if resumed != found:
                 write_manifest(folder, resumed)
         return writer

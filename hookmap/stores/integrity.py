@@ -25,8 +25,9 @@ def problems_of(folder: Location) -> Iterator[str]:
     size = 0
     for info in _shards(folder, committed):
         size += info.bytes
-        yield from _shard_problems(folder / SHARD_FOLDER / shard_name(info.shard), info, manifest)
+        yield from shard_problems(folder / SHARD_FOLDER / shard_name(info.shard), info, manifest)
     yield from _table_problems(folder, manifest, committed)
+    yield from count_problems(folder, manifest, len(committed.numbers), committed.rows)
     if manifest.finished:
         yield from _finished_problems(folder, manifest, committed, size)
 
@@ -35,7 +36,8 @@ def _shards(folder: Location, committed: Committed) -> Iterator[ShardInfo]:
     return (info for info, _ in read_shards(folder / SHARDS, committed.shards))
 
 
-def _shard_problems(path: Location, info: ShardInfo, manifest: Manifest) -> Iterator[str]:
+def shard_problems(path: Location, info: ShardInfo, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with one shard: all of it is read."""
     try:
         found = read_header(path)
     except StoreError as error:
@@ -103,15 +105,35 @@ def entry_problems(
         yield f"expected {entry.sample.prompt_tokens} token ids of the prompt, found {ids} in all"
 
 
-def _finished_problems(folder: Location, manifest: Manifest, committed: Committed, size: int) -> Iterator[str]:
-    counts = manifest.counts
-    said = (counts.samples, counts.rows, counts.shards, counts.bytes)
-    found = (len(committed.numbers), committed.rows, committed.shards, size)
-    if said != found:
-        yield f"{folder}: expected samples, rows, shards, bytes {said}, as the manifest says, found {found}"
+def count_problems(folder: Location, manifest: Manifest, samples: int, rows: int) -> Iterator[str]:
+    """How the table of samples is not as long as the manifest says; one that is not finished may be longer."""
+    said = (manifest.counts.samples, manifest.counts.rows)
+    if (samples, rows) != said if manifest.finished else samples < said[0] or rows < said[1]:
+        yield (
+            f"{folder / SAMPLES}: expected {said[0]} samples of {said[1]} rows, as the manifest says, "
+            f"found {samples} of {rows}"
+        )
+
+
+def altered_tables(folder: Location, manifest: Manifest) -> dict[str, str]:
+    """Tables of a finished capture that are not as they were, each with what is wrong."""
+    wrong = {}
     for name, expected in (manifest.sha256 or {}).items():
-        if (digest := sha256_of(folder / name)) != expected:
-            yield f"{folder / name} was changed: expected sha256 {expected}, found {digest}"
+        try:
+            digest = sha256_of(folder / name)
+        except StoreError as error:
+            wrong[name] = _first_line(error)
+            continue
+        if digest != expected:
+            wrong[name] = f"{folder / name} was changed: expected sha256 {expected}, found {digest}"
+    return wrong
+
+
+def _finished_problems(folder: Location, manifest: Manifest, committed: Committed, size: int) -> Iterator[str]:
+    said, found = (manifest.counts.shards, manifest.counts.bytes), (committed.shards, size)
+    if said != found:
+        yield f"{folder}: expected {said[0]} shards of {said[1]} bytes, as the manifest says, found {found}"
+    yield from altered_tables(folder, manifest).values()
     known = {shard_name(shard) for shard in range(committed.shards)}
     for name in sorted(sizes(folder / SHARD_FOLDER)):
         if name not in known:

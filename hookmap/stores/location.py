@@ -3,6 +3,8 @@
 A remote folder answers as much of pathlib's Path as reading a capture needs. Reading only: captures are written here.
 """
 
+import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,7 +77,7 @@ def location(where: "str | os.PathLike[str] | Location") -> Location:
         return where
     text = os.fspath(where)
     if "://" not in text:
-        return Path(text)
+        return local(text)
     import fsspec
 
     try:
@@ -87,11 +89,36 @@ def location(where: "str | os.PathLike[str] | Location") -> Location:
     return RemotePath(system, path.rstrip("/"), text)
 
 
+def local(where: "str | os.PathLike[str]") -> Path:
+    """A path of this machine. Raises StoreError for a name that no file system takes."""
+    text = os.fspath(where)
+    try:
+        os.stat(text)
+    except (UnicodeEncodeError, ValueError) as error:  # half a surrogate pair, a zero byte
+        raise StoreError(f"{text!r} is no name of a file or folder: {error}. Give another one.") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise StoreError(f"{text[:80]}… is too long for a name here. Give a shorter one.") from error
+    return Path(text)
+
+
+@contextlib.contextmanager
+def reading(path: Location, missing: StoreError | None = None) -> Iterator[None]:
+    """What the system says of a file that it does not give becomes a StoreError. `missing`: of one that is nowhere."""
+    try:
+        yield
+    except OSError as error:
+        if missing is not None and isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise missing from error
+        raise StoreError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
 def sizes(folder: Location) -> dict[str, int]:
     """Bytes of each file under a folder, by its name from there on, with `/` between."""
     if isinstance(folder, RemotePath):
         return folder.sizes()
-    return dict(_sizes(os.fspath(folder), ""))
+    with reading(folder):
+        return dict(_sizes(os.fspath(folder), ""))
 
 
 def _sizes(folder: str, name: str) -> Iterator[tuple[str, int]]:

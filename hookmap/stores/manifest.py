@@ -13,8 +13,9 @@ from hookmap.activations import Key
 from hookmap.errors import StoreError
 from hookmap.stores.durable import write_all, write_whole
 from hookmap.stores.ledger import RowSpec, tensor_name
-from hookmap.stores.location import Location
+from hookmap.stores.location import Location, RemotePath, local, reading
 from hookmap.stores.shard import DTYPES, NAMES
+from hookmap.stores.strict_json import read_json
 
 MANIFEST = "manifest.json"
 FORMAT: Final = "hookmap-capture"
@@ -41,19 +42,25 @@ class TensorSpec(_Frozen):
     row_shape: tuple[int, ...] | None = Field(default=None, description="of one row: [d]; null as `dtype` is")
 
     @model_validator(mode="after")
-    def _dtype_is_known(self) -> "TensorSpec":
+    def _is_one_tensor(self) -> "TensorSpec":
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"expected a dtype out of {', '.join(DTYPES)}, found {self.dtype}")
+        if (self.dtype is None) != (self.row_shape is None):
+            raise ValueError(f"expected dtype and row_shape, or neither, found {self.dtype} and {self.row_shape}")
+        if any(size < 0 for size in self.row_shape or ()):
+            raise ValueError(f"expected a row_shape of numbers from 0 on, found {list(self.row_shape or ())}")
+        if self.name != (own := tensor_name((self.point, self.layer))):
+            raise ValueError(f"expected the name {own}, of its point and layer, found {self.name}")
         return self
 
 
 class Counts(_Frozen):
     """What the capture held when its writer was last closed."""
 
-    samples: int = 0
-    rows: int = Field(default=0, description="of each tensor, over all samples")
-    shards: int = 0
-    bytes: int = Field(default=0, description="of all shards")
+    samples: int = Field(default=0, ge=0)
+    rows: int = Field(default=0, ge=0, description="of each tensor, over all samples")
+    shards: int = Field(default=0, ge=0)
+    bytes: int = Field(default=0, ge=0, description="of all shards")
 
 
 class Manifest(_Frozen):
@@ -77,6 +84,27 @@ class Manifest(_Frozen):
     counts: Counts = Counts()
     sha256: dict[str, str] | None = Field(default=None, description="of the two tables, once finished")
     map: dict[str, Any] | None = Field(default=None, description="the architecture map that the run used")
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "Manifest":
+        """Several fields say the same: a wrong one would give a tensor under another's name."""
+        said = {"points": list(self.points), "layers": list(self.layers)}
+        names = [spec.name for spec in self.tensors]
+        points, layers = _points_and_layers(self.keys)
+        wrong = [
+            f"{name} are {said[name]}, and its tensors say {list(own)}"
+            for name, own in (("points", points), ("layers", layers))
+            if list(own) != said[name]
+        ]
+        wrong += [f"the tensor {name} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
+        count = (self.map or {}).get("num_layers")
+        if isinstance(count, int) and (over := [layer for layer in layers if not 0 <= layer < count]):
+            wrong.append(f"layers {over} are in none of the map's {count}")
+        if (self.sha256 or {}).keys() != ({"samples.jsonl", "shards.jsonl"} if self.finished else set()):
+            wrong.append("the sha256 of both tables stands in it once it is finished, and only then")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -130,11 +158,12 @@ def manifest_of_run(
     """
     if len(set(keys)) != len(keys):
         raise StoreError(f"a capture needs tensors, each once, got {list(keys)}.")
+    points, layers = _points_and_layers(keys)
     return Manifest(
         model=model,
         architecture=architecture,
-        points=tuple(dict.fromkeys(point for point, _ in keys)),
-        layers=tuple(sorted({layer for _, layer in keys if layer is not None})),
+        points=points,
+        layers=layers,
         tensors=tuple(TensorSpec(name=tensor_name(key), point=key[0], layer=key[1]) for key in keys),
         settings=_plain(settings or {}),
         shard_tokens=shard_tokens,
@@ -152,15 +181,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: Location) -> Manifest:
     """The manifest of the capture in `folder`. Raises StoreError that says what is wrong, and where."""
-    path = folder / MANIFEST
+    path = (folder if isinstance(folder, RemotePath) else local(folder)) / MANIFEST
+    with reading(path):
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise _no_manifest(folder) from error
     try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if not folder.is_dir():
-            kind = "a file" if folder.exists() else "nothing there"
-            where = f"{folder} is not a capture: expected a folder, found {kind}."
-            raise StoreError(f"{where} {_MAKE.format(folder)}") from error
-        raise StoreError(f"{folder} is not a capture: it has no {MANIFEST}. {_MAKE.format(folder)}") from error
+        found = read_json(data)
     except ValueError as error:
         raise StoreError(f"{path} is broken: expected JSON, found {error}. Copy the whole folder again.") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -177,10 +205,28 @@ def read_manifest(folder: Location) -> Manifest:
         return Manifest.model_validate(found)
     except ValidationError as error:
         problems = "\n".join(
-            f"  - {'.'.join(map(str, p['loc'])) or 'the document'}: {p['msg']}, found {str(p['input'])[:80]!r}"
+            f"  - {'.'.join(map(str, p['loc']))}: {p['msg']}, found {str(p['input'])[:80]!r}"
+            if p["loc"]
+            else f"  - {p['msg']}"
             for p in error.errors()
         )
         raise StoreError(f"{path} is broken:\n{problems}\nCopy the whole folder again.") from error
+
+
+def _points_and_layers(keys: Sequence[Key]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """In forward order; ascending."""
+    return (
+        tuple(dict.fromkeys(point for point, _ in keys)),
+        tuple(sorted({layer for _, layer in keys if layer is not None})),
+    )
+
+
+def _no_manifest(folder: Location) -> StoreError:
+    what = f"{folder} is not a capture: it has no {MANIFEST}."
+    if not folder.is_dir():
+        kind = "a file" if folder.exists() else "nothing there"
+        what = f"{folder} is not a capture: expected a folder, found {kind}."
+    return StoreError(f"{what} {_MAKE.format(folder)}")
 
 
 _MAKE = "Make a capture: hookmap capture MODEL --points resid_mid --layers 8 -o {}"

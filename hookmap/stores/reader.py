@@ -46,13 +46,17 @@ class CaptureStore(Store):
             manifest = read_manifest(self.path)
             table = Table(self.path / SAMPLES)
             counts, rows = manifest.counts, table.committed.rows
-            if manifest.finished and (len(table), rows) != (counts.samples, counts.rows):
+            other = (len(table), rows) != (counts.samples, counts.rows)
+            if other if manifest.finished else len(table) < counts.samples or rows < counts.rows:
                 wrong = f"expected {counts.samples} samples of {counts.rows} rows, found {len(table)} of {rows}"
             elif rows and len(manifest.specs) < len(manifest.tensors):
                 wrong = f"it tells no dtype and shape of all tensors, with {len(table)} samples finished"
             else:
                 return manifest, table
-        raise StoreError(f"{self.path / SAMPLES} and the manifest differ: {wrong}. Copy the whole folder again.")
+        raise StoreError(
+            f"{self.path / SAMPLES} and the manifest differ: {wrong}. Copy the whole folder again, or keep what is "
+            f"sound: hookmap store repair {self.path} -o NEW"
+        )
 
     @property
     def finished(self) -> bool:
@@ -110,13 +114,11 @@ class CaptureStore(Store):
         """
         from hookmap.stores.dataset import RowDataset  # it needs torch.utils.data, which a reader does not
 
-        asked = (
-            points if isinstance(points, Mapping) else dict.fromkeys([points] if isinstance(points, str) else points)
-        )
-        if asked is points and layers is not None:
+        if isinstance(points, Mapping) and layers is not None:
             raise SelectionError("points name layers of their own: leave layers out.")
+        names = [points] if isinstance(points, str) else points
         keys: list[Key] = []
-        for name, its in asked.items():
+        for name, its in points.items() if isinstance(points, Mapping) else [(name, None) for name in names]:
             own = layers if its is None else its
             for layer in [own] if own is None or isinstance(own, int) else own:
                 keys += self.keys_of(name, layer)

@@ -21,7 +21,8 @@ import torch
 
 from hookmap.errors import StoreError
 from hookmap.stores.durable import write_all, write_whole
-from hookmap.stores.location import Location
+from hookmap.stores.location import Location, reading
+from hookmap.stores.strict_json import read_json
 
 DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -141,18 +142,16 @@ def read_header(path: Location) -> dict[str, Stored]:
 
     Raises StoreError where the file is missing, cut short, too long, or no safetensors file.
     """
+    missing = _broken(path, "a shard that the table of samples names", "no such file")
+    with reading(path, missing), path.open("rb", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise _broken(path, "a safetensors header", f"a header of {length} bytes in a file of {size}")
+        text = file.read(length)
     try:
-        with path.open("rb", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-                raise _broken(path, "a safetensors header", f"a header of {length} bytes in a file of {size}")
-            text = file.read(length)
-    except FileNotFoundError as error:
-        raise _broken(path, "a shard that the table of samples names", "no such file") from error
-    try:
-        tensors = json.loads(text)
+        tensors = read_json(text)
         tensors.pop("__metadata__", None)
         found = {name: _stored(entry, 8 + length) for name, entry in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -165,15 +164,17 @@ def read_header(path: Location) -> dict[str, Stored]:
 
 def _stored(entry: dict[str, Any], start: int) -> Stored:
     begin, end = entry["data_offsets"]
+    if any(type(number) is not int or number < 0 for number in (begin, end, *entry["shape"])):
+        raise ValueError(f"expected whole numbers, found shape {entry['shape']} and offsets {entry['data_offsets']}")
     stored = Stored(entry["dtype"], tuple(entry["shape"]), start + begin)
-    if begin < 0 or end - begin != stored.bytes:
+    if end - begin != stored.bytes:
         raise ValueError(f"shape {list(stored.shape)} of {stored.dtype} is not {end - begin} bytes")
     return stored
 
 
 def read_into(path: Location, ranges: Sequence[tuple[int, memoryview]]) -> None:
     """Fill each view with the file's bytes from its offset on, and read nothing else. Raises StoreError."""
-    with path.open("rb", buffering=0) as file:
+    with reading(path), path.open("rb", buffering=0) as file:
         for offset, view in ranges:
             file.seek(offset)
             done = 0
@@ -187,7 +188,7 @@ def read_into(path: Location, ranges: Sequence[tuple[int, memoryview]]) -> None:
 def sha256_of(path: Location) -> str:
     """The file's checksum."""
     digest, piece = hashlib.sha256(), bytearray(1 << 20)
-    with path.open("rb", buffering=0) as file:
+    with reading(path), path.open("rb", buffering=0) as file:
         while taken := file.readinto(piece):
             digest.update(memoryview(piece)[:taken])
     return digest.hexdigest()

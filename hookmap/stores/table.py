@@ -9,6 +9,7 @@ import bisect
 import itertools
 import json
 import re
+import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,8 +21,9 @@ import numpy.typing as npt
 
 from hookmap.activations import Sample
 from hookmap.errors import StoreError
-from hookmap.stores.location import Location
+from hookmap.stores.location import Location, reading
 from hookmap.stores.shard import ShardInfo
+from hookmap.stores.strict_json import read_json
 
 Vector: TypeAlias = npt.NDArray[Any]
 
@@ -39,6 +41,8 @@ _DIGITS = 18
 _LONGEST = sum(map(len, _NAMES)) + 4 * _DIGITS
 _BLOCK = 4 * 2**20
 """bytes of the table that are looked at together: memory is flat, and a call of numpy's is for many lines"""
+
+_CHECKSUM = b', "crc32": '
 
 _ID = re.compile(rb'"id": ("(?:[^"\\\n]|\\.)*")')
 
@@ -97,14 +101,33 @@ def encode_group(entries: Sequence[Entry], shards: int) -> bytes:
             "spans": entry.spans,
             **{name: value for name in OPTIONAL if (value := getattr(sample, name)) is not None},
         }
-        lines.append(json.dumps(line) + "\n")
-    return "".join(lines).encode("ascii")
+        body = json.dumps(line).encode("ascii")[:-1]
+        lines.append(b"%b%b%d}\n" % (body, _CHECKSUM, zlib.crc32(body)))
+    return b"".join(lines)
+
+
+def is_intact(line: bytes) -> bool | None:
+    """Whether a line of the table of samples is as it was written; None where it does not say its checksum."""
+    body, mark, rest = line.rpartition(_CHECKSUM)
+    return rest == b"%d}\n" % zlib.crc32(body) if mark else None
+
+
+def altered_line(path: Location, size: int) -> int | None:
+    """The first line among the first `size` bytes of the table that is not as it was written, from 1; None: none."""
+    with reading(path), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if (size := size - len(line)) < 0:
+                return None
+            if is_intact(line) is False:
+                return number
+    return None
 
 
 def scan(path: Location, known: Committed | None = None) -> Committed:
     """The groups of the table that are whole, from `known` on. Raises StoreError where a line inside is broken."""
     committed = Committed() if known is None else known
-    try:
+    missing = StoreError(f"{path} is missing: expected the table of samples. Copy the whole folder again.")
+    with reading(path, missing):
         for block in _blocks(path, committed.size):
             starts, (numbers, left, shards, rows), right = _starts_of_lines(block)
             if not right.all():
@@ -121,8 +144,6 @@ def scan(path: Location, known: Committed | None = None) -> Committed:
             committed.size, committed.shards = block.offset + whole, int(shards[last])
             committed.rows += int(rows[: last + 1].sum())
             block.keep(whole)
-    except FileNotFoundError as error:
-        raise StoreError(f"{path} is missing: expected the table of samples. Copy the whole folder again.") from error
     return committed
 
 
@@ -197,7 +218,9 @@ def left_of(line: bytes) -> int | None:
 def decode_entry(line: bytes, path: Location, number: int) -> Entry:
     """One line of the table of samples. Raises StoreError that names the line where it is broken."""
     try:
-        found = json.loads(line)
+        if is_intact(line) is False:
+            raise ValueError("another line than was written: its checksum differs")
+        found = read_json(line)
         sample = Sample(
             sample=_whole(found["sample"]),
             prompt=_text(found["prompt"]),
@@ -284,7 +307,7 @@ class Table(Sequence[Sample]):
 
     def entries(self) -> Iterator[Entry]:
         """The lines, by number of the sample."""
-        with self.path.open("rb") as file:
+        with reading(self.path), self.path.open("rb") as file:
             for line in map(self._line, range(len(self))):
                 if (offset := self.committed.offsets[line]) != file.tell():
                     file.seek(offset)
@@ -327,7 +350,7 @@ class Table(Sequence[Sample]):
         """The numbers of samples that were committed together, as they stand in the table."""
         group: list[int] = []
         before = 0
-        with self.path.open("rb") as file:
+        with reading(self.path), self.path.open("rb") as file:
             for number, offset in zip(self.committed.numbers, self.committed.offsets, strict=True):
                 file.seek(offset)
                 left = left_of(file.readline()) or 0
@@ -340,7 +363,7 @@ class Table(Sequence[Sample]):
             yield group
 
     def _entry(self, line: int) -> Entry:
-        with self.path.open("rb") as file:
+        with reading(self.path), self.path.open("rb") as file:
             file.seek(self.committed.offsets[line])
             return decode_entry(file.readline(), self.path, line + 1)
 
@@ -353,14 +376,12 @@ def encode_shards(shards: Sequence[ShardInfo]) -> bytes:
 def read_shards(path: Location, count: int) -> Iterator[tuple[ShardInfo, int]]:
     """The first `count` lines of the table of shards, each with the offset of its end. Raises StoreError."""
     end = number = 0
-    try:
-        with path.open("rb") as file:
-            while number < count and (line := file.readline()).endswith(b"\n"):
-                end += len(line)
-                yield decode_shard(line, path, number), end
-                number += 1
-    except FileNotFoundError as error:
-        raise StoreError(f"{path} is missing: expected the table of shards. Copy the whole folder again.") from error
+    missing = StoreError(f"{path} is missing: expected the table of shards. Copy the whole folder again.")
+    with reading(path, missing), path.open("rb") as file:
+        while number < count and (line := file.readline()).endswith(b"\n"):
+            end += len(line)
+            yield decode_shard(line, path, number), end
+            number += 1
     if number < count:
         raise StoreError(f"{path} is cut short: expected {count} shards, as {SAMPLES} says, found {number}.")
 
@@ -368,7 +389,7 @@ def read_shards(path: Location, count: int) -> Iterator[tuple[ShardInfo, int]]:
 def decode_shard(line: bytes, path: Location, number: int) -> ShardInfo:
     """One line of the table of shards, which is of shard `number`. Raises StoreError where it is not."""
     try:
-        found = json.loads(line)
+        found = read_json(line)
         info = ShardInfo(_whole(found["shard"]), _whole(found["bytes"]), _text(found["sha256"]))
         if info.shard != number:
             raise ValueError(f"expected shard {number}, found shard {info.shard}")

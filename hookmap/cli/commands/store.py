@@ -50,37 +50,55 @@ def verify(folder: str, as_json: bool) -> None:
 def repair(folder: str, output: str, as_json: bool) -> None:
     """Copy every sample of DIR that is whole and right into a new folder, and tell which are not.
 
-    DIR stays as it is. What is lost is made again by the capture's own command with -o NEW --resume.
+    DIR, a folder or a URL, stays as it is. What is lost is made again by the capture's own command with
+    -o NEW --resume; where something is lost, or a table of DIR was changed, NEW is not finished.
     """
     from hookmap.stores.copying import repair
 
     found = repair(folder, output)
     if as_json:
-        click.echo(json.dumps({"path": output, "kept": found.kept, "lost": found.lost}, indent=2))
+        lost = {"lost": found.lost, "missing": found.missing, "changed": found.changed}
+        click.echo(json.dumps({"path": output, "kept": found.kept, **lost}, indent=2))
     for name, reason in found.lost.items():
         click.echo(f"lost: {name}: {reason}", err=True)
-    click.echo(f"kept {found.kept} samples in {output}, lost {len(found.lost)}", err=True)
-    if found.lost:
+    for line in found.changed:
+        click.echo(f"changed: {line}", err=True)
+    if found.missing:
+        click.echo(f"lost: {found.missing} more that the manifest counts are in no line of the table", err=True)
+    lost_in_all = len(found.lost) + found.missing
+    click.echo(f"kept {found.kept} samples in {output}, lost {lost_in_all}", err=True)
+    if lost_in_all or found.changed:
         click.echo(f"To make them again: the same hookmap capture command with -o {output} --resume", err=True)
 
 
 @command.command()
 @click.argument("folders", nargs=-1, required=True, metavar="DIR...")
+@click.option(
+    "--same-ids",
+    type=click.Choice(["rename", "refuse"]),
+    default="rename",
+    show_default=True,
+    help="Where one id is of different samples: give the later ones others, q7.2 for q7, or write nothing.",
+)
 @_OUT
 @_JSON
-def merge(folders: tuple[str, ...], output: str, as_json: bool) -> None:
+def merge(folders: tuple[str, ...], same_ids: Any, output: str, as_json: bool) -> None:
     """Put captures of one model and of the same tensors (those of several workers, say) into one.
 
-    Ids of samples stay. A sample that comes twice is left out the second time, and told.
+    A sample that another DIR has too, with the same id, prompt, tokens and labels, is left out the second time, and
+    told.
     """
     from hookmap.stores.copying import merge
 
-    found = merge(folders, output)
+    found = merge(folders, output, same_ids)
     if as_json:
         result: dict[str, Any] = {"path": output, "samples": found.samples}
-        click.echo(json.dumps(result | {"duplicates": found.duplicates, "renumbered": found.renumbered}, indent=2))
+        result |= {"duplicates": found.duplicates, "renumbered": found.renumbered, "renamed": found.renamed}
+        click.echo(json.dumps(result, indent=2))
     for line in found.duplicates:
         click.echo(f"left out: {line}", err=True)
+    for line in found.renamed:
+        click.echo(f"renamed: {line}", err=True)
     numbers = ", numbered anew in the order of the folders" if found.renumbered else ""
     click.echo(f"{found.samples} samples in {output}{numbers}", err=True)
 
