@@ -141,6 +141,20 @@ def test_the_same_answers_in_another_order_are_no_difference() -> None:
     assert one[0] != other[0] and (found.better, found.worse, found.mean, found.p) == (0, 0, 0.0, 1.0)
 
 
+def test_intervals_of_rewards_are_never_a_point_and_say_how_few_they_are_of() -> None:
+    """Clopper and Pearson's by SciPy for shares; a paired difference of nothing on 8 questions may still be one."""
+    from scipy.stats import binomtest
+
+    for right in (0, 3, 8):
+        values = np.array([1.0] * right + [0.0] * (8 - right))
+        exact = binomtest(right, 8).proportion_ci(method="exact")
+        assert comparing.interval(values, 0, 1) == pytest.approx((exact.low, exact.high))
+    low, high = comparing.interval(np.full(8, 0.5), 0, 1)
+    assert low < 0.4 and high > 0.6
+    few, many = (comparing.compare(np.ones(n), np.ones(n), span=1.0) for n in (8, 800))
+    assert few.low < -0.1 < 0.1 < few.high and -0.01 < many.low < 0 < many.high < 0.01
+
+
 def test_holms_correction_by_hand() -> None:
     assert comparing.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert comparing.holm([0.9, 0.6]) == [1.0, 1.0] and comparing.holm([]) == []
@@ -301,6 +315,12 @@ def test_a_kill_in_any_stage_loses_nothing_finished(tmp_path: Path) -> None:
         assert row["tokens"] == len(sample.token_ids) - sample.prompt_tokens <= 6
 
     report = json.loads((folder / "report.json").read_text("utf-8"))
+    cut = [row for row in rows if row["truncated"]]  # the demo model answers in more than 6 tokens
+    assert len(cut) == 12 and all(store.by_id(row["id"]).token_ids[-1] != 257 for row in cut)
+    assert report["truncated"] == {"neutral": 4, "again": 4, "sad": 4} and len(report["warnings"]) == 3
+    page = (folder / "report.html").read_text("utf-8")
+    assert "Cut off at 6 tokens: 12 of 12 answers (4 after neutral" in page and "n = 4" in page
+    assert all(one["low"] < one["high"] for name in ("rewards", "comparisons") for one in report[name])
     same = [one for one in report["comparisons"] if one["prefix"] == "again"]
     assert same and all(one["difference"] == 0 and one["p"] == 1 for one in same)  # greedy, the same words
     again_told = [one for one in report["separations"] if one["prefix"] == "again"]

@@ -327,6 +327,8 @@ def test_questions_keep_their_ids_and_wrong_rows_are_told_at_once(tmp_path: Path
 
 # What follows runs inspect_ai.
 
+EOS = 257
+"""of the demo model"""
 RUN = "import sys, json; from hookmap.evals.run import evaluate; evaluate(sys.argv[1], **json.loads(sys.argv[2]))"
 
 
@@ -384,7 +386,9 @@ def test_a_killed_evaluation_goes_on_and_does_nothing_finished_again(inspect_ai:
         one = json.loads((folder / "samples" / f"{row['id']}.json").read_text("utf-8"))
         sample = store.by_id(one["activations"]["id"])
         assert row["question"] in sample.prompt and sample.text.strip() == row["text"].strip()
-        assert sample.labels["correct"] == row["correct"]
+        assert sample.labels["correct"] == row["correct"] and sample.labels["truncated"] == row["truncated"]
+        assert row["truncated"] == (sample.token_ids[-1] != EOS) and row["prompt_tokens"] == sample.prompt_tokens
+        assert row["tokens"] == len(sample.token_ids) - sample.prompt_tokens
         said = lines(folder / "trajectories" / f"{row['id']}.jsonl")
         assert [message["role"] for message in said] == ["user", "assistant"]
     plain = hookmap.open(MODEL_PATH)
@@ -427,6 +431,28 @@ def test_drawn_answers_do_not_depend_on_the_batch_size(inspect_ai: Any) -> None:
     assert not {*first[0]} & {*asyncio.run(answers(2, 6))[0]}
 
 
+def test_an_answer_that_ends_with_its_last_token_is_not_cut_off(inspect_ai: Any) -> None:
+    """The same greedy answer with as many tokens as it has, the end of sequence among them, and with one fewer."""
+    import asyncio
+
+    from inspect_ai.model import ChatMessageUser, GenerateConfig
+
+    from hookmap.evals.provider import HookmapAPI
+
+    model = HookmapAPI("demo")
+
+    def answered(most: int, **more: Any) -> tuple[int, str]:
+        asked = [ChatMessageUser(content="Tom has 3 apples. He buys 4 more. How many apples does Tom have?")]
+        output = asyncio.run(model.generate(asked, [], "none", GenerateConfig(max_tokens=most, **more)))
+        return output.usage.output_tokens, output.stop_reason
+
+    whole, _ = answered(96)
+    assert whole < 96
+    assert answered(whole) == (whole, "stop") and answered(whole - 1) == (whole - 1, "max_tokens")
+    short, why = answered(96, stop_seqs=["="])
+    assert short < whole and why == "stop" and answered(short, stop_seqs=["="]) == (short, "stop")
+
+
 def test_a_tool_call_is_read_from_what_a_model_writes(inspect_ai: Any) -> None:
     from hookmap.evals.provider import parse_tool_calls
 
@@ -453,8 +479,8 @@ def test_the_calculator_answers_within_the_conversation(inspect_ai: Any, tmp_pat
         ModelOutput.for_tool_call("mockllm", "calculator", {"expression": "open('x')"}),
         ModelOutput.from_content("mockllm", "It is so.\n#### 42"),
     ]
-    for output in script:
-        output.usage = ModelUsage()  # else inspect counts tokens, for which it needs the network
+    for output, (read, written) in zip(script, [(30, 20), (55, 20), (80, 5)], strict=True):
+        output.usage = ModelUsage(input_tokens=read, output_tokens=written, total_tokens=read + written)
     model = get_model("mockllm/model", custom_outputs=script)
     file = tmp_path / "q.jsonl"
     file.write_text(json.dumps({"question": "2 times 21?", "answer": "#### 42"}) + "\n", "utf-8")
@@ -462,7 +488,17 @@ def test_the_calculator_answers_within_the_conversation(inspect_ai: Any, tmp_pat
     (log,) = inspect_ai.eval(task, model=model, log_dir=str(tmp_path / "log"), display="none")
     assert log.status == "success", log.error
     summary = write_results(tmp_path, log, {"scorer": "strict"})
-    assert (summary["correct"], summary["tool_calls"]) == (1, 2)
+    assert (summary["correct"], summary["tool_calls"], summary["calls"]) == (1, 2, 3)
+    assert (summary["tokens"], summary["prompt_tokens"], summary["truncated"]) == (45, 165, 0)
+    [row] = lines(tmp_path / "dataset.jsonl")
+    assert (row["tokens"], row["prompt_tokens"]) == (45, 165)
+    assert [(call["prompt_tokens"], call["tokens"]) for call in row["calls"]] == [(30, 20), (55, 20), (80, 5)]
+    from scipy.stats import binomtest
+
+    exact = binomtest(1, 1).proportion_ci(method="exact")
+    assert summary["scores"]["strict"] == {
+        "accuracy": 1.0, "low": pytest.approx(exact.low), "high": 1.0, "n": 1
+    }  # fmt: skip
     said = lines(tmp_path / "trajectories" / "gsm8k_0001.jsonl")
     assert [m["role"] for m in said] == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
     assert said[2]["content"] == "42" and "understood" in said[4]["error"]
@@ -480,6 +516,12 @@ def test_what_was_refused_before_it_ran_can_be_put_right_in_the_same_folder(insp
     done = CliRunner().invoke(main, [*map(str, command), "resid_post", "--samples", "3"])
     assert done.exit_code == 0 and "there are 1 questions, 3 were asked for" in done.stderr, done.stderr
     assert len(hookmap.open_store(out / "activations")) == 1
+    assert "0 of 1 correct, 1 cut off (1 of them wrong), 4 tokens generated" in done.stderr
+    assert "1 of 1 answers were cut off at 4 tokens" in " ".join(done.stderr.split())
+    assert "0.000 to 0.975" in done.stderr and "±" not in done.stderr
+    summary = json.loads((out / "summary.json").read_text("utf-8"))
+    assert (summary["truncated"], summary["truncated_ids"]) == (1, ["gsm8k_0001"]) and len(summary["warnings"]) == 1
+    assert json.loads((out / "samples" / "gsm8k_0001.json").read_text("utf-8"))["truncated"] is True
 
 
 def test_the_command_refuses_a_folder_that_holds_something_else(inspect_ai: Any, tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ class _Answer:
     samples: tuple[Sample, ...]
     capture: str | None
     """the batch's folder"""
+    ends: tuple[int, ...]
+    """the tokens that end an answer"""
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,8 @@ class HookmapAPI(ModelAPI):
         return ModelOutput(
             model=self.model_name,
             choices=[
-                self._choice(sample.text, bool(tools), count >= (config.max_tokens or MAX_TOKENS))
-                for sample, count in zip(answer.samples, made, strict=True)
+                self._choice(sample.text, bool(tools), _is_cut(sample, config, answer.ends))
+                for sample in answer.samples
             ],
             usage=ModelUsage(input_tokens=len(ids), output_tokens=total, total_tokens=len(ids) + total),
             metadata={METADATA: where},
@@ -207,7 +209,9 @@ class HookmapAPI(ModelAPI):
         )
         samples = iter(run.samples)
         name = None if folder is None else folder.name
-        return [_Answer(tuple(islice(samples, request.rows)), name) for request in batch]
+        found = run.manifest.settings["generation"].get("eos_token_id")
+        ends = () if found is None else (found,) if isinstance(found, int) else tuple(found)
+        return [_Answer(tuple(islice(samples, request.rows)), name, ends) for request in batch]
 
     def _new_folder(self) -> Path | None:
         """A name that no batch has had, of this run or of one that was killed."""
@@ -257,6 +261,13 @@ def _settings(config: GenerateConfig) -> dict[str, Any]:
     found = {"max_new_tokens": config.max_tokens or MAX_TOKENS, "do_sample": bool(drawn), **drawn}
     found["seed"] = config.seed if drawn else None
     return found | {"stop": list(config.stop_seqs or ())}
+
+
+def _is_cut(sample: Sample, config: GenerateConfig, ends: tuple[int, ...]) -> bool:
+    """Whether an answer has all tokens that it may have, and does not end with them."""
+    made = sample.token_ids[sample.prompt_tokens :]
+    ended = made[-1] in ends or any(stop in sample.text for stop in config.stop_seqs or ())
+    return len(made) >= (config.max_tokens or MAX_TOKENS) and not ended
 
 
 def _plain(message: ChatMessage) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The results folder, made of inspect's log and the captures of the batches. It can be made again at any time.
 
-summary.json            accuracy by each scorer, with its standard error; counts; settings
-dataset.jsonl           a line for each sample: id, question, target, text, correct, tokens
+summary.json            accuracy by each scorer, with its 95 % interval; counts; what was cut off; settings
+dataset.jsonl           a line for each sample: id, question, target, text, correct, truncated, tokens
 samples/ID.json         one sample whole, and where its activations are
 trajectories/ID.jsonl   its conversation, a message a line, tool calls and their results in it
 activations/            one capture of all samples: their last generation, known by id, labelled with the scores
@@ -16,11 +16,14 @@ from typing import Any
 from hookmap.errors import StoreError
 from hookmap.evals.answers import SCORERS
 from hookmap.evals.gathering import Taken, gather, is_gathered
+from hookmap.intervals import proportion_interval
 from hookmap.stores.durable import write_all, write_whole
 
 SUMMARY, DATASET, SAMPLES, TRAJECTORIES = "summary.json", "dataset.jsonl", "samples", "trajectories"
 ACTIVATIONS, BATCHES, LOGS = "activations", "batches", "inspect"
 METADATA = "hookmap"
+MOST_TRUNCATED = 0.1
+"""share of the answers, above which it is warned of"""
 
 
 def write_results(folder: Path, log: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def write_results(folder: Path, log: Any, settings: Mapping[str, Any]) -> dict[s
 def _row(sample: Any, scorer: str) -> dict[str, Any]:
     scores = {name: (sample.scores or {}).get(name) for name in SCORERS}
     right = {name: score is not None and score.value == "C" for name, score in scores.items()}
-    usage = sample.output.usage
+    calls = _calls(sample)
     return {
         "id": str(sample.id),
         "question": sample.input if isinstance(sample.input, str) else sample.input[-1].text,
@@ -59,11 +62,46 @@ def _row(sample: Any, scorer: str) -> dict[str, Any]:
         "correct": right[scorer],
         "scores": right,
         "answers": {name: None if score is None else score.answer for name, score in scores.items()},
-        "prompt_tokens": usage.input_tokens if usage else None,
-        "tokens": usage.output_tokens if usage else None,
+        "truncated": any(map(is_truncated, sample.output.choices)),
+        "prompt_tokens": _total(calls, "prompt_tokens"),
+        "tokens": _total(calls, "tokens"),
+        "calls": calls,
         "tool_calls": sum(len(m.tool_calls or ()) for m in sample.messages if m.role == "assistant"),
         "error": sample.error.message if sample.error else None,
     }
+
+
+def _calls(sample: Any) -> list[dict[str, int | None]]:
+    """What each call of the model read and wrote, in order; None where the model does not say."""
+    outputs = [event.output for event in sample.events or () if event.event == "model" and not event.error]
+    return [
+        {
+            "prompt_tokens": output.usage.input_tokens if output.usage else None,
+            "tokens": output.usage.output_tokens if output.usage else None,
+        }
+        for output in outputs
+    ]
+
+
+def _total(calls: Sequence[Mapping[str, int | None]], name: str) -> int | None:
+    known = [count for call in calls if (count := call[name]) is not None]
+    return sum(known) if known else None
+
+
+def is_truncated(choice: Any) -> bool:
+    """Whether a choice of an inspect output ended because no more tokens were allowed."""
+    return choice.stop_reason in ("max_tokens", "model_length")
+
+
+def truncation_warning(truncated: int, answers: int, most: int | None, where: str = "") -> str | None:
+    """In words, where more than a tenth was cut off; `where`: what the answers are of."""
+    if truncated <= MOST_TRUNCATED * answers:
+        return None
+    limit = "" if most is None else f" at {most} tokens"
+    return (
+        f"{truncated} of {answers} answers{where} were cut off{limit}, before they may have come to a number. "
+        "Such an answer counts as wrong, which says nothing of the model: allow more tokens."
+    )
 
 
 def _message(message: Any) -> dict[str, Any]:
@@ -79,18 +117,26 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 def _summary(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
-    count = len(rows)
+    count, cut = len(rows), [row for row in rows if row["truncated"]]
     accuracy = {}
     for name in SCORERS:
-        share = sum(row["scores"][name] for row in rows) / count if count else 0.0
-        accuracy[name] = {"accuracy": share, "stderr": (share * (1 - share) / max(1, count - 1)) ** 0.5}
+        right = sum(row["scores"][name] for row in rows)
+        low, high = proportion_interval(right, count)
+        accuracy[name] = {"accuracy": right / count if count else 0.0, "low": low, "high": high, "n": count}
+    warning = truncation_warning(len(cut), count, settings.get("max_tokens"))
     return {
         "task": "gsm8k",
         "settings": dict(settings),
         "samples": count,
         "correct": sum(row["correct"] for row in rows),
+        "truncated": len(cut),
+        "truncated_and_wrong": sum(not row["correct"] for row in cut),
+        "truncated_ids": [row["id"] for row in cut],
+        "warnings": [warning] if warning else [],
         "errors": sum(row["error"] is not None for row in rows),
+        "prompt_tokens": sum(row["prompt_tokens"] or 0 for row in rows),
         "tokens": sum(row["tokens"] or 0 for row in rows),
+        "calls": sum(len(row["calls"]) for row in rows),
         "tool_calls": sum(row["tool_calls"] for row in rows),
         "scores": accuracy,
     }
@@ -101,7 +147,9 @@ def _taken(samples: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> list[Ta
     found = []
     for number, (sample, row) in enumerate(zip(samples, rows, strict=True)):
         if where := place_of(sample):
-            labels = {name: row[name] for name in ("correct", "target", "tokens", "tool_calls")} | row["scores"]
+            labels = {name: row[name] for name in ("correct", "target", "truncated", "tokens", "tool_calls")} | row[
+                "scores"
+            ]
             found.append(Taken(str(where["capture"]), where["samples"][0], number, row["id"], labels))
     return found
 

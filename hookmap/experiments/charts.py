@@ -9,7 +9,7 @@ from hookmap.pictures import bands, finished, load_altair
 
 def charts(report: Report) -> dict[str, Any]:
     """File name without its ending -> Altair chart. Raises CaptureError where Altair is not installed."""
-    found = {"differences": differences(report.comparisons, report.neutral)}
+    found = {"differences": differences(report.comparisons, report.neutral, report.questions, report.cut)}
     for pool, point in dict.fromkeys((t.pool, t.point) for t in report.tensors):
         tensors = [t for t in report.tensors if (t.pool, t.point) == (pool, point)]
         where = f"{point}, {pool}"
@@ -22,8 +22,8 @@ def charts(report: Report) -> dict[str, Any]:
     return found
 
 
-def differences(comparisons: Sequence[Comparison], neutral: str) -> Any:
-    """A dot and its interval for each prefix, beside each other for each reward."""
+def differences(comparisons: Sequence[Comparison], neutral: str, questions: int, cut: str = "") -> Any:
+    """A dot and its interval for each prefix, beside each other for each reward. cut: what is said of cut answers."""
     alt = load_altair()
     rewards = list(dict.fromkeys(one.reward for one in comparisons))
     panels = []
@@ -44,7 +44,9 @@ def differences(comparisons: Sequence[Comparison], neutral: str) -> Any:
         )
         panels.append(drawn.properties(width=240, height=22 * len(rows), title=reward))
     whole = alt.hconcat(*panels) if len(panels) < 3 else alt.concat(*panels, columns=2)
-    return whole.properties(title="rewards, paired by question, 95 % intervals", background="white").configure_axis(
+    title: Any = f"rewards, paired by question, 95 % intervals, n = {questions}"
+    title = alt.Title(title, subtitle=cut) if cut else title
+    return whole.properties(title=title, background="white").configure_axis(
         labelFontSize=11, titleFontSize=12, grid=False
     )
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hookmap.intervals import LEVEL, difference_interval, mean_interval, proportion_interval
 from hookmap.probes.metrics import Floats
 
 RESAMPLES = 10_000
-_AT_ONCE = 1_000_000
-"""numbers of one matrix of resampled questions, 8 MB"""
 _EXACT = 16
 """questions that differ, up to which all signs are gone through"""
 
@@ -23,7 +22,7 @@ class Difference:
 
     mean: float
     low: float
-    """95 % percentile bootstrap, questions drawn with replacement"""
+    """95 % interval of the mean over questions; nan of one question alone"""
     high: float
     p: float
     """two-sided, of the hypothesis that the sign of each question's difference is a coin's"""
@@ -33,24 +32,35 @@ class Difference:
     worse: int
 
 
-def compare(one: Floats, other: Floats, seed: int = 0) -> Difference:
-    """one, other: [questions], means over the answers to each. Raises ValueError where they do not pair."""
+def compare(one: Floats, other: Floats, seed: int = 0, span: float | None = None) -> Difference:
+    """one, other: [questions], means over the answers to each. Raises ValueError where they do not pair.
+
+    span: how much two numbers may differ at most; None where there is no bound, and Student's t alone is the interval.
+    """
     if one.shape != other.shape or one.ndim != 1 or not len(one):
         raise ValueError(f"expected two arrays [questions], got {one.shape} and {other.shape}")
     apart = np.where(np.isclose(one, other, rtol=1e-9, atol=1e-12), 0.0, one - other)  # sums in another order are equal
-    low, high = interval(apart, seed)
+    low, high = _student(apart) if span is None else difference_interval(apart, span)
     p, test = sign_test(apart, seed)
     return Difference(float(apart.mean()), low, high, p, test, int((apart > 0).sum()), int((apart < 0).sum()))
 
 
-def interval(values: Floats, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean of [questions]."""
-    draw = np.random.default_rng(seed)
-    means, step = [], max(1, _AT_ONCE // len(values))
-    for start in range(0, RESAMPLES, step):
-        means.append(values[draw.integers(0, len(values), (min(step, RESAMPLES - start), len(values)))].mean(axis=1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return float(low), float(high)
+def interval(values: Floats, least: float, most: float) -> tuple[float, float]:
+    """95 % interval of the mean of [questions] that lie between least and most: exact where each is 0 or 1."""
+    if least == most:  # nothing can vary
+        return least, most
+    if (least, most) == (0.0, 1.0) and np.isin(values, (0.0, 1.0)).all():
+        return proportion_interval(int(values.sum()), len(values))
+    return mean_interval(values, least, most)
+
+
+def _student(apart: Floats) -> tuple[float, float]:
+    from scipy.stats import t
+
+    if len(apart) < 2:
+        return float("nan"), float("nan")
+    half = t.ppf((1 + LEVEL) / 2, len(apart) - 1) * apart.std(ddof=1) / len(apart) ** 0.5
+    return float(apart.mean() - half), float(apart.mean() + half)
 
 
 def sign_test(apart: Floats, seed: int = 0) -> tuple[float, str]:

@@ -23,6 +23,8 @@ def page(report: Report, pictures: Mapping[str, str]) -> str:
         f"Each prefix is compared with <b>{escape(report.neutral)}</b>, paired by question.</p>",
         _table(("prefix", "words"), ((name, repr(text)) for name, text in report.prefixes.items())),
         f"<h2>Rewards</h2><p>{conclusion(report)}</p>",
+        *(f"<p><b>{escape(warning)}</b></p>" for warning in report.warnings),
+        f"<p>{escape(report.cut)}</p>",
         _rewards(report),
         _figure(pictures, "differences"),
     ]
@@ -48,7 +50,18 @@ def conclusion(report: Report) -> str:
 
 
 def _rewards(report: Report) -> str:
-    head = ("prefix", "reward", ">mean", ">difference", ">95 %", ">higher", ">lower", ">p", ">p (Holm)", "test")
+    head = (
+        "prefix",
+        "reward",
+        ">mean",
+        ">difference",
+        f">95 %, n = {report.questions}",
+        ">higher",
+        ">lower",
+        ">p",
+        ">p (Holm)",
+        "test",
+    )
     means = {(one.prefix, one.reward): one.mean for one in report.rewards}
     rows: list[tuple[str, ...]] = [
         (c.prefix, c.reward, three(means[c.prefix, c.reward]), f"{c.difference:+.3f}", f"{c.low:+.3f} to {c.high:+.3f}",

@@ -1,14 +1,14 @@
 """What an experiment found, as a document: every figure of its tables and pictures."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from hookmap.evals.results import ACTIVATIONS, write
+from hookmap.evals.results import ACTIVATIONS, truncation_warning, write
 from hookmap.experiments.comparing import compare, holm, interval
 from hookmap.experiments.document import Experiment
 from hookmap.experiments.rewards import NAMES, TOTAL
@@ -30,7 +30,7 @@ class OfReward(_Document):
     prefix: str
     reward: str
     mean: float
-    low: float = Field(description="95 % interval, questions bootstrapped")
+    low: float = Field(description="95 % interval over questions, of which the report says how many")
     high: float
 
 
@@ -40,7 +40,7 @@ class Comparison(_Document):
     prefix: str
     reward: str
     difference: float = Field(description="prefix minus neutral, mean over questions")
-    low: float = Field(description="95 % interval, questions bootstrapped")
+    low: float = Field(description="95 % interval of the paired difference, over questions")
     high: float
     better: int = Field(description="questions on which the prefix is higher")
     worse: int
@@ -103,10 +103,25 @@ class Report(_Document):
     prefixes: dict[str, str] = Field(description="name -> words")
     questions: int
     answers: int
+    max_tokens: int | None = Field(default=None, description="that an answer might have")
+    truncated: dict[str, int] = Field(
+        default={}, description="answers cut off there, by prefix; named in answers.jsonl"
+    )
+    warnings: tuple[str, ...] = ()
     rewards: tuple[OfReward, ...]
     comparisons: tuple[Comparison, ...]
     separations: tuple[Separation, ...]
     tensors: tuple[OfTensor, ...]
+
+    @property
+    def cut(self) -> str:
+        """How many answers were cut off, in words; nothing where none was."""
+        if not any(self.truncated.values()):
+            return ""
+        told = ", ".join(f"{count} after {name}" for name, count in self.truncated.items() if count)
+        return (
+            f"Cut off at {self.max_tokens} tokens: {sum(self.truncated.values())} of {self.answers} answers ({told})."
+        )
 
     @property
     def significant(self) -> tuple[Comparison, ...]:
@@ -125,6 +140,8 @@ def make_report(
     questions, table = _by_question(answers, names)
     others = [name for name in names if name != experiment.neutral]
     separations, tensors = _activations(experiment, folder, others, progress)
+    truncated = _truncated(answers, names, experiment.sampling.max_tokens)
+    bounds = _bounds(experiment)
     return Report(
         model=experiment.model,
         data=experiment.samples.data,
@@ -132,8 +149,11 @@ def make_report(
         prefixes={prefix.name: prefix.text for prefix in experiment.prefixes},
         questions=len(questions),
         answers=len(answers),
-        rewards=tuple(_of_reward(table, *key, experiment.report.seed) for key in table),
-        comparisons=compared(table, others, experiment.neutral, experiment.report.seed),
+        max_tokens=experiment.sampling.max_tokens,
+        truncated=truncated,
+        warnings=tuple(_warnings(answers, truncated, experiment.sampling.max_tokens)),
+        rewards=tuple(_of_reward(table[key], *key, bounds[key[1]]) for key in table),
+        comparisons=compared(table, others, experiment.neutral, experiment.report.seed, bounds),
         separations=separations,
         tensors=tensors,
     )
@@ -141,6 +161,8 @@ def make_report(
 
 Table = dict[tuple[str, str], np.ndarray[Any, np.dtype[np.float64]]]
 """(prefix, reward) -> [questions], the mean over the answers to each"""
+Bounds = Mapping[str, tuple[float, float]]
+"""reward -> the least and the most that it can be"""
 
 
 def _by_question(answers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[list[str], Table]:
@@ -158,9 +180,17 @@ def _by_question(answers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
     return questions, table
 
 
-def compared(table: Table, others: Sequence[str], neutral: str, seed: int = 0) -> tuple[Comparison, ...]:
-    """Each of the others with neutral, by each reward; Holm's correction is over all of them."""
-    found = {(o, r): compare(table[o, r], table[neutral, r], seed) for o in others for r in (*NAMES, TOTAL)}
+def compared(
+    table: Table, others: Sequence[str], neutral: str, seed: int = 0, bounds: Bounds | None = None
+) -> tuple[Comparison, ...]:
+    """Each of the others with neutral, by each reward; Holm's correction is over all of them.
+
+    bounds: between which each reward lies, where it has any.
+    """
+    spans = {name: most - least or None for name, (least, most) in (bounds or {}).items()}
+    found = {
+        (o, r): compare(table[o, r], table[neutral, r], seed, spans.get(r)) for o in others for r in (*NAMES, TOTAL)
+    }
     corrected = holm([difference.p for difference in found.values()])
     return tuple(
         Comparison(
@@ -179,9 +209,28 @@ def compared(table: Table, others: Sequence[str], neutral: str, seed: int = 0) -
     )
 
 
-def _of_reward(table: Table, prefix: str, reward: str, seed: int) -> OfReward:
-    low, high = interval(table[prefix, reward], seed)
-    return OfReward(prefix=prefix, reward=reward, mean=float(table[prefix, reward].mean()), low=low, high=high)
+def _of_reward(values: Any, prefix: str, reward: str, bounds: tuple[float, float]) -> OfReward:
+    low, high = interval(values, *bounds)
+    return OfReward(prefix=prefix, reward=reward, mean=float(values.mean()), low=low, high=high)
+
+
+def _bounds(experiment: Experiment) -> Bounds:
+    weights = [getattr(experiment.rewards, name) for name in NAMES]
+    total = (sum(min(0.0, w) for w in weights), sum(max(0.0, w) for w in weights))
+    return {**dict.fromkeys(NAMES, (0.0, 1.0)), TOTAL: total}
+
+
+def _truncated(answers: Sequence[Mapping[str, Any]], names: Sequence[str], most: int) -> dict[str, int]:
+    # Answers that were scored by an older version do not say it.
+    cut = [row["prefix"] for row in answers if row.get("truncated", row["tokens"] >= most)]
+    return {name: cut.count(name) for name in names}
+
+
+def _warnings(answers: Sequence[Mapping[str, Any]], truncated: Mapping[str, int], most: int) -> Iterator[str]:
+    for name, count in truncated.items():
+        after = sum(row["prefix"] == name for row in answers)
+        if warning := truncation_warning(count, after, most, f" after {name}"):
+            yield warning
 
 
 def _activations(

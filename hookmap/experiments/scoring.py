@@ -6,7 +6,7 @@ from typing import Any
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState
 
-from hookmap.evals.results import METADATA, lines, write
+from hookmap.evals.results import METADATA, is_truncated, lines, write
 from hookmap.experiments.document import Experiment
 from hookmap.experiments.rewards import NAMES, TOTAL, rewarded
 
@@ -61,6 +61,7 @@ def _rows(sample: Any) -> list[dict[str, Any]]:
             "target": str(sample.target),
             "text": choice.message.text,
             "tokens": tokens[draw],
+            "truncated": is_truncated(choice),
             "rewards": rewards[draw],
             "correct": bool(rewards[draw]["correctness"]),
         }

@@ -65,7 +65,7 @@ def gsm8k(
     The folder's name goes to stdout.
     """
     from hookmap.cli.configuration import Evaluating, read_section
-    from hookmap.cli.console import working
+    from hookmap.cli.console import console, working
     from hookmap.cli.settings import choose_model, chosen_tensors, filled, load_settings, refuse_unknown
     from hookmap.demo import MODEL_PATH
     from hookmap.errors import CaptureError
@@ -105,6 +105,8 @@ def gsm8k(
             **drawn,
             opening=opening,
         )
+    for warning in summary["warnings"]:
+        console().print(f"[yellow]{warning}[/]")
     if as_json:
         click.echo(json.dumps(summary, indent=2))
         return
@@ -116,11 +118,21 @@ def _show(summary: dict[str, Any]) -> None:
     from hookmap.cli.console import console, table
 
     screen = console()
-    rows = table("scorer", ">accuracy", ">± stderr", "")
+    rows = table("scorer", ">accuracy", "95 %", ">n", "")
     for name, score in summary["scores"].items():
         mark = "[dim]correct, in the files[/]" if name == summary["settings"]["scorer"] else ""
-        rows.add_row(name, f"{score['accuracy']:.3f}", f"{score['stderr']:.3f}", mark)
+        rows.add_row(
+            name, f"{score['accuracy']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}", str(score["n"]), mark
+        )
     screen.print(rows)
     if summary["samples"] < (asked := summary["settings"]["samples"] or 0):
         screen.print(f"[yellow]there are {summary['samples']} questions, {asked} were asked for[/]")
-    screen.print(f"{summary['correct']} of {summary['samples']} correct, {summary['tokens']} tokens generated")
+    cut = (
+        f", {summary['truncated']} cut off ({summary['truncated_and_wrong']} of them wrong)"
+        if summary["truncated"]
+        else ""
+    )
+    calls = f" in {summary['calls']} calls" if summary["calls"] > summary["samples"] else ""
+    screen.print(
+        f"{summary['correct']} of {summary['samples']} correct{cut}, {summary['tokens']} tokens generated{calls}"
+    )

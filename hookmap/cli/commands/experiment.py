@@ -46,7 +46,9 @@ def command(file: str, output: str, stage: Any, again: Any, as_json: bool) -> No
 
     The folder's name goes to stdout.
     """
-    from hookmap.cli.console import progress, working
+    from rich.markup import escape
+
+    from hookmap.cli.console import console, progress, working
     from hookmap.errors import CaptureError
 
     with working("importing inspect_ai and scikit-learn", quiet=as_json):
@@ -70,6 +72,8 @@ def command(file: str, output: str, stage: Any, again: Any, as_json: bool) -> No
             again,
             lambda name, done, total: bars.update(bar, description=name, completed=done, total=total),
         )
+    for warning in report.warnings if report is not None else ():
+        console().print(f"[yellow]{escape(warning)}[/]")
     if as_json:
         click.echo("null" if report is None else report.model_dump_json(indent=2))
         return
@@ -86,7 +90,17 @@ def _show(report: "Report") -> None:
 
     screen = console()
     means = {(one.prefix, one.reward): one.mean for one in report.rewards}
-    rows = table("prefix", "reward", ">mean", f">− {report.neutral}", "95 %", ">higher", ">lower", ">p", ">Holm")
+    rows = table(
+        "prefix",
+        "reward",
+        ">mean",
+        f">− {report.neutral}",
+        f"95 %, n = {report.questions}",
+        ">higher",
+        ">lower",
+        ">p",
+        ">Holm",
+    )
     for reward in dict.fromkeys(one.reward for one in report.rewards):
         rows.add_row(f"[dim]{report.neutral}[/]", reward, f"{means[report.neutral, reward]:.3f}")
         mine = [one for one in report.comparisons if one.reward == reward]
@@ -106,4 +120,6 @@ def _show(report: "Report") -> None:
                 three(s.control_auroc), f"[dim]{s.control or ''}[/]",
             )  # fmt: skip
         screen.print(rows)
+    if report.cut:
+        screen.print(escape(report.cut))
     screen.print(escape(conclusion(report)))
