@@ -215,6 +215,7 @@ class OwnDraws:
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         """One generator for each row, on the device of the token ids."""
         self._generators = generators
+        self._ran = False
 
     def __call__(
         self,
@@ -226,12 +227,29 @@ class OwnDraws:
         **inputs: Any,
     ) -> torch.Tensor:
         """transformers' own loop, in which the drawn token is the only one that is left to take."""
+        self._ran = True
         logits_processor.append(_Drawn(self._generators))  # behind temperature and the like
         generation_config.do_sample = False  # `generate`'s own copy
         sequences: torch.Tensor = model._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, **inputs
         )
         return sequences
+
+    @contextlib.contextmanager
+    def expected(self, module: Any) -> Iterator[None]:
+        """Raises CaptureError where the `generate` of `module` that runs inside has a loop of its own."""
+        why = (
+            f"{type(module).__name__}.generate has a loop of its own, and takes no custom_generate: it cannot draw "
+            "with a seed. Leave seed= out, generate greedily, or open the transformers model in it."
+        )
+        try:
+            yield
+        except TypeError as error:
+            if "custom_generate" in str(error):
+                raise CaptureError(why) from error
+            raise
+        if not self._ran:
+            raise CaptureError(why)
 
 
 class _Drawn(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not typed

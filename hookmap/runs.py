@@ -234,8 +234,10 @@ class Generating(Run):
         return inputs
 
     def _generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None) -> torch.Tensor:
+        draws = inputs.get("custom_generate")
         try:
-            return self.engine.generate(observer, inputs, editor)
+            with draws.expected(self.engine.module) if draws else contextlib.nullcontext():
+                return self.engine.generate(observer, inputs, editor)
         except ValueError as error:  # settings that transformers looks at only now, such as temperature=0
             raise CaptureError(f"transformers does not generate with these settings: {error}") from error
         except IndexError as error:

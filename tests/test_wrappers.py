@@ -353,3 +353,49 @@ def test_a_wrapper_s_own_generation_settings_apply() -> None:
 def test_copies_on_several_devices_are_refused() -> None:
     with pytest.raises(hookmap.DiscoveryError, match="a DataParallel runs copies of its model"):
         hookmap.open(nn.DataParallel(plain_hooks.build("llama")))
+
+
+class OwnLoop(nn.Module):
+    """Generates with a loop of its own, which draws from torch's generators."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.lm, self.config = model, model.config
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.lm(**inputs)
+
+    def generate(
+        self, input_ids: torch.Tensor, generation_config: Any, stopping_criteria: Any, **_: Any
+    ) -> torch.Tensor:
+        for _step in range(generation_config.max_new_tokens):
+            probabilities = self.lm(input_ids=input_ids).logits[:, -1].softmax(-1)
+            input_ids = torch.cat([input_ids, torch.multinomial(probabilities, 1)], 1)
+            stopping_criteria[0](input_ids, None)
+        return input_ids
+
+
+class StrictLoop(OwnLoop):
+    """The same, without arguments that it does not know."""
+
+    def generate(  # type: ignore[override]
+        self, input_ids: torch.Tensor, attention_mask: Any, generation_config: Any, stopping_criteria: Any
+    ) -> torch.Tensor:
+        return super().generate(input_ids, generation_config, stopping_criteria)
+
+
+@pytest.mark.parametrize("kind", [OwnLoop, StrictLoop])
+def test_a_loop_of_its_own_that_cannot_draw_with_a_seed_is_refused(kind: Any) -> None:
+    hm = hookmap.open(kind(plain_hooks.build("llama")))
+    with pytest.raises(hookmap.CaptureError, match=f"{kind.__name__}.generate has a loop of its own(.|\n)*seed"):
+        hm.capture([IDS], ["resid_mid"], [1], max_new_tokens=NEW, do_sample=True, seed=1)
+
+
+def test_an_adapter_draws_with_a_seed_as_its_own_generate_does() -> None:
+    model = peft.get_peft_model(plain_hooks.build("llama"), adapters()["LORA"]())
+    settings = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.5}
+    run = hookmap.open(model).capture([IDS], ["resid_mid"], [1], seed=5, **settings)
+    torch.manual_seed(5)
+    tokens = torch.tensor([IDS])
+    plain = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, **settings)
+    assert run.tokens[0] == tuple(plain[0].tolist())

@@ -3,6 +3,7 @@
 Each row keeps its own stop strings, limit and logprobs, and its request is answered when its last row has ended.
 """
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -162,10 +163,12 @@ class Together:
         inputs["stopping_criteria"] = [_Step(self, rows, likely)]
         if likely is not None:
             config, inputs["logits_processor"] = beside(likely, config)
+        drawing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if generators := [row.generator for row in rows if row.generator is not None]:
-            inputs["custom_generate"] = gen.OwnDraws(generators)
+            inputs["custom_generate"] = draws = gen.OwnDraws(generators)
+            drawing = draws.expected(hooks.runner)
         try:
-            with turn(hooks):
+            with turn(hooks), drawing:
                 generate_of(hooks.runner, hooks.root)(generation_config=config, **inputs)
         except BaseException as error:
             return error
