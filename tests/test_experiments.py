@@ -316,7 +316,7 @@ def test_a_kill_in_any_stage_loses_nothing_finished(tmp_path: Path) -> None:
 
     report = json.loads((folder / "report.json").read_text("utf-8"))
     cut = [row for row in rows if row["truncated"]]  # the demo model answers in more than 6 tokens
-    assert len(cut) == 12 and all(store.by_id(row["id"]).token_ids[-1] != 257 for row in cut)
+    assert len(cut) == 12 and all(store.by_id(row["id"]).token_ids[-1] != 258 for row in cut)
     assert report["truncated"] == {"neutral": 4, "again": 4, "sad": 4} and len(report["warnings"]) == 3
     page = (folder / "report.html").read_text("utf-8")
     assert "Cut off at 6 tokens: 12 of 12 answers (4 after neutral" in page and "n = 4" in page

@@ -327,7 +327,7 @@ def test_questions_keep_their_ids_and_wrong_rows_are_told_at_once(tmp_path: Path
 
 # What follows runs inspect_ai.
 
-EOS = 257
+EOS = 258
 """of the demo model"""
 RUN = "import sys, json; from hookmap.evals.run import evaluate; evaluate(sys.argv[1], **json.loads(sys.argv[2]))"
 
