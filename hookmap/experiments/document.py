@@ -96,7 +96,7 @@ class Reporting(_Part):
     )
     method: Literal["logistic", "ridge", "mean_difference"] = "logistic"
     folds: int = Field(default=5, ge=2, description="of questions")
-    seed: int = Field(default=0, ge=0, description="of folds, permutations, bootstrap")
+    seed: int = Field(default=0, ge=0, description="of folds, permutations")
     memory: float = Field(default=2.0, gt=0, description="GB that the matrices of probes may take")
 
 
