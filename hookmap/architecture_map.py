@@ -124,6 +124,9 @@ class BlockKind(_Frozen):
         default=("batch", "pos", "d_model"),
         description="axes of the residual stream as captured; several streams are kept whole, with an axis `stream`",
     )
+    calls: int = Field(
+        default=1, ge=1, description="how often each of these layers runs in one forward pass; its points are of one"
+    )
     mixer: Branch | None = None
     mlp: Branch | None = None
     relations: tuple[str, ...] = Field(
@@ -131,6 +134,10 @@ class BlockKind(_Frozen):
     )
     points: dict[str, PointTemplate]
     unavailable: dict[str, str] = Field(default_factory=dict, description="point -> the reason why it is not there")
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if (key, value) != ("calls", 1)}
 
     def without(self, lost: Mapping[str, str]) -> "BlockKind":
         """The same kind where these points are unavailable, with their reasons, and no relation names them."""

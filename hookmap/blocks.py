@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from math import ceil
 from typing import Literal
 
 from hookmap.dataflow import ModuleCall, Operation, Place
@@ -46,6 +47,8 @@ class Stack:
     """what leaves a block enters the next as it is; not so where the model adds to the stream between them (BLT)"""
     left_out: tuple[str, ...] = ()
     """templates of other lists of blocks that the output is computed through, and this one does not cover"""
+    runs: dict[int, int] = field(default_factory=dict)
+    """block number -> how often it runs in one forward pass; `calls` and `streams` are of the first time"""
 
 
 @dataclass
@@ -174,8 +177,54 @@ def find_stack(values: Values, seq: int) -> Stack:
             )
         best = max(leading, key=lambda s: (_sums(values, s), *_rank(values, s)))
     _refuse_what_one_list_cannot_say(values, best, candidates, reaching)
-    best = replace(best, left_out=tuple(_left_out(values, best, groups, reaching)))
+    _refuse_depth_by_text(values, best)
+    best = replace(best, left_out=tuple(_left_out(values, best, groups, reaching)), runs=_runs(values, best))
     return best if best.seq == seq else replace(best, tokens=seq, rows=_rows_of_tokens(values, best, seq))
+
+
+def _runs(values: Values, stack: Stack) -> dict[int, int]:
+    """How often each block runs. A block that stands in the list several times runs once for each of its numbers."""
+    modules = Counter(id(call.module) for call in values.flow.calls)
+    numbers = Counter(id(call.module) for call in stack.calls.values())
+    paths = Counter(call.path for call in values.flow.calls)
+    return {
+        n: max(paths[call.path], ceil(modules[id(call.module)] / numbers[id(call.module)]))
+        for n, call in stack.calls.items()
+    }
+
+
+def _refuse_depth_by_text(values: Values, stack: Stack) -> None:
+    """Raises DiscoveryError where the model, between its blocks, reads a number of what they computed.
+
+    It may run a block again, or leave one out, by that number: what one text shows is not true of another.
+    """
+    paths = {call.path for call in stack.calls.values()}
+    inside = [call for call in values.flow.calls if call.path in paths]
+    start = min(call.enter for call in inside)
+    for op in values.flow.operations:
+        asked = op.name in ("_local_scalar_dense", "equal") and op.time > start
+        if not asked or any(call.enter < op.time < call.exit for call in inside):
+            continue
+        if any(_is_made_by(values, values.value(tensor), inside) for tensor in op.inputs):
+            raise DiscoveryError(
+                f"how often the blocks {stack.path} run depends on the text: the model reads a number of what they "
+                "computed, and one forward pass shows one depth. hookmap reads models that run the same blocks for "
+                "every text: set a fixed depth in the model's config, if it has such a setting."
+            )
+
+
+def _is_made_by(values: Values, value: int, calls: list[ModuleCall]) -> bool:
+    """Whether a value is computed from one that was made in one of these calls."""
+    stack, seen = [value], set()
+    while stack:
+        if (top := stack.pop()) in seen:
+            continue
+        seen.add(top)
+        if any(values.made_in(top, call) for call in calls):
+            return True
+        op = values.producers.get(top)
+        stack += values.operands(op) if op is not None else ()
+    return False
 
 
 def _reaching_the_output(values: Values) -> set[int]:

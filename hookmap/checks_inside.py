@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap, BlockKind
 from hookmap.checked_run import CheckedRun, Error, Key, Result
+from hookmap.relations import parse
 from hookmap.selectors import Term
 
 
@@ -83,12 +84,15 @@ class _Inside(CheckedRun):
                 compute = self._mixed
             elif right.endswith(("(z)", "(mlp_post)")):
                 compute = self._projected(right)
+            elif parse(relation) is not None:
+                continue  # a sum: checks_relations
             else:
+                yield "inside", kind.layers, False, f"{relation}: hookmap knows no such relation", None
                 continue
-            layers = tuple(i for i in kind.layers if all((n, i) in self.values for n in (left, *_names(right))))
-            if layers:
-                errors = [self._difference(left, i, compute(i)) for i in layers]
-                yield "inside", layers, max(errors) <= self.tolerance, relation, max(errors)
+            layers = [i for i in kind.layers if all((n, i) in self.values for n in (left, *_names(right)))]
+            errors = [self._difference(left, i, compute(i)) for i in layers]
+            right_on_all = len(layers) == len(kind.layers) and max(errors) <= self.tolerance
+            yield "inside", kind.layers, right_on_all, relation, max(errors, default=None)
 
     def _difference(self, point: str, layer: int, expected: Tensor) -> float:
         found = self.values[point, layer]

@@ -199,11 +199,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            return _meta_scalar(args[0])
         inputs = [self.identify(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
         refs = tree_map_only(torch.Tensor, lambda t: TensorRef(self.identify(t)), (args, kwargs))
-        result = func(*args, **kwargs)
+        asked = func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta"
+        result = _meta_scalar(args[0]) if asked else func(*args, **kwargs)
         produced = [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
         self._append(func._schema.name.split("::")[-1].rstrip("_"), refs, inputs, produced)
         for written in _written_arguments(func, args, kwargs):

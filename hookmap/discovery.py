@@ -10,14 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from hookmap import __version__, skeleton
 from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate
 from hookmap.blocks import Stack, find_stack, read_block
 from hookmap.dataflow import Dataflow, record
-from hookmap.errors import DiscoveryError, HookmapError
+from hookmap.errors import DiscoveryError, HookmapError, ModelError
 from hookmap.full_width import at_full_width
 from hookmap.points import POINTS
 from hookmap.points_of_block import BlockPoints, points_of_block
@@ -36,27 +35,45 @@ def discover(source: Any, *, trust_remote_code: bool = False, revision: str | No
     dataflow has no structure that hookmap understands.
     """
     if isinstance(source, (str, Path)):
-        config = skeleton.load_config(source, trust_remote_code, revision)
-        return _of_config(config, str(source), trust_remote_code)
+        config, published = config_of(source, trust_remote_code, revision)
+        found = _of_config(config, str(source), trust_remote_code)
+        # A published shape is less than the published config: the map claims no hash.
+        return found.model_copy(update={"scope": "architecture", "config_hash": None}) if published else found
     if hasattr(source, "to_dict") and hasattr(source, "model_type") and not isinstance(source, nn.Module):
         return _of_config(source, getattr(source, "_name_or_path", "") or None, trust_remote_code)
     return _of_module(skeleton.unwrap(source))
 
 
+def config_of(source: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> tuple[Any, bool]:
+    """The transformers config of a hub id or a folder, and whether it is no more than the shape in a shipped map.
+
+    That one serves where neither the hub nor the cache can be asked. Raises ModelError, with what was tried.
+    """
+    try:
+        return skeleton.load_config(source, trust_remote_code, revision), False
+    except ModelError:
+        from hookmap.library import shipped_config
+
+        if (config := shipped_config(str(source))) is None:
+            raise
+        return config, True
+
+
 def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> ArchitectureMap:
     seq = skeleton.sequence_length(config)
     try:
+        skeleton.model_class(config)
+        skeleton.say_another_class(config, model_id)
         model = skeleton.build(config, trust_remote_code=trust_remote_code)
         flow = _one_pass(model, config, "meta", seq)
         how = "one forward pass on the meta device, full size"
     except HookmapError:
         raise
     except Exception as error:  # what a model does with data that is not there has no common type
-        from hookmap.narrow import narrow
+        from hookmap.narrow import narrow_copy
 
-        config_small = narrow(config)
+        model, config_small = narrow_copy(config, trust_remote_code)
         seq = skeleton.sequence_length(config_small)
-        model = skeleton.build(config_small, "cpu", torch.float32, trust_remote_code=trust_remote_code)
         try:
             flow = _one_pass(model, config, "cpu", seq)
         except Exception as second:
@@ -177,6 +194,7 @@ def _kind(stack: Stack, number: int, reading: BlockPoints | None, values: Values
         branch_order=reading.branch_order,
         norm_placement=reading.norm_placement,
         axes=captured_axes(values.shape(stack.streams[number][0]), stack.seq),
+        calls=stack.runs[number],
         mixer=reading.mixer,
         mlp=reading.mlp,
         relations=tuple(reading.relations),

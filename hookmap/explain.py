@@ -22,6 +22,8 @@ def explain(architecture_map: ArchitectureMap) -> str:
 def _kind(m: ArchitectureMap, kind: BlockKind) -> Iterator[str]:
     word = "layer" if len(kind.layers) == 1 else "layers"
     yield f"{word} {layer_ranges(kind.layers)}: {kind.name}, {m.layers_path} ({kind.block_class or 'not called'})"
+    if kind.calls > 1:
+        yield f"  runs {kind.calls} times in one forward pass: the points are of the first time"
     yield "  the chain of additions"
     yield from (f"    {relation}" for relation in kind.relations or ("none was found",))
     for role, branch in (("mixer", kind.mixer), ("MLP", kind.mlp)):

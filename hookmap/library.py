@@ -1,33 +1,25 @@
-"""Finds the map for a model without running it: a file, or one of the maps that ship with hookmap.
+"""Finds the map for a model: read from its dataflow where its config can be had, else one that ships with hookmap.
 
-A map of an architecture serves other sizes of it (`resize`), as long as nothing but sizes differs.
+A shipped map is a claim about some versions of transformers, which it names. It answers where nothing else can: for an
+architecture's name.
 """
 
 import difflib
 import json
+import logging
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hookmap import hub
 from hookmap.architecture_map import ArchitectureMap, BlockKind, load
-from hookmap.errors import MapMismatchError, MapNotFoundError
+from hookmap.errors import MapError, MapMismatchError, MapNotFoundError, ModelError
 
-# Fields of a config that change how large tensors are, or numbers inside a module: never which modules there are.
-# Every other field is not understood here, and a difference in it is refused.
-SIZE_FIELDS = frozenset(
-    "hidden_size n_embd d_model num_hidden_layers n_layer n_layers num_layers num_attention_heads n_head n_heads "
-    "num_heads num_key_value_heads num_kv_heads head_dim intermediate_size moe_intermediate_size n_inner ffn_dim "
-    "ffn_hidden_size vocab_size state_size conv_kernel time_step_rank query_pre_attn_scalar is_decoder "
-    "max_position_embeddings n_positions n_ctx rope_theta rope_parameters rope_scaling rms_norm_eps layer_norm_eps "
-    "layer_norm_epsilon initializer_range sliding_window use_sliding_window max_window_layers layer_types "
-    "attention_bias attention_dropout tie_word_embeddings use_cache bos_token_id eos_token_id pad_token_id "
-    "model_type architectures dtype torch_dtype transformers_version _name_or_path".split()
-)
+log = logging.getLogger("hookmap")
+
 _LAYER_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTH_FIELDS = ("hidden_size", "n_embd", "d_model")
-_HEAD_FIELDS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
 
 def mappings_folder() -> Path:
@@ -48,28 +40,68 @@ def shipped_models() -> tuple[str, ...]:
 
 
 def load_map(x: str | Path) -> ArchitectureMap:
-    """The map for `x`, without running a model or downloading weights.
+    """The map for `x`, without weights.
 
-    `x`: a map file, an architecture's name (`Qwen3ForCausalLM`), a model folder, or a hub id. For a folder or a hub
-    id, the shipped map of its architecture is resized to its config; a hub id's config comes from the local cache,
-    or else from the hub. Raises MapNotFoundError with what was tried, MapError where the file is broken.
+    `x`: a map file, an architecture's name (`Qwen3ForCausalLM`), a model folder, or a hub id. Of a folder and a hub id
+    it is what `discover` reads from the dataflow of the transformers that is installed; a hub id's config comes from
+    the local cache, or from the hub, or else from the shipped map of that model. Of an architecture's name it is the
+    shipped map, with a warning where it is not proved on the installed transformers. Raises MapNotFoundError with what
+    was tried, MapError where the file is broken, DiscoveryError where the dataflow is not understood.
     """
-    path = Path(x)
+    path, name = Path(x), str(x)
     if path.is_file():
         return load(path)
-    name = str(x)
-    if path.is_dir():
-        config = _read_config(path)
-        return _for_config(config, where=str(x))
-    if name in shipped_architectures():
-        return load(mappings_folder() / f"{name}.json")
-    if name in shipped_models():
-        return load(mappings_folder() / "models" / f"{name.replace('/', '--')}.json")
-    if name.endswith(".json"):
-        raise MapNotFoundError(f"there is no map file {name}. Make one: hookmap discover MODEL -o {name}")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _for_config(_hub_config(name), where=name)
-    raise _not_found(name, "it is no file, no folder, no hub id (org/name) and no architecture with a shipped map")
+    if not path.is_dir():
+        if name in shipped_architectures():
+            return _claimed(load(mappings_folder() / f"{name}.json"))
+        if name.endswith(".json"):
+            raise MapNotFoundError(f"there is no map file {name}. Make one: hookmap discover MODEL -o {name}")
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise _not_found(
+                name, "it is no file, no folder, no hub id (org/name) and no architecture with a shipped map"
+            )
+    from hookmap.discovery import discover
+
+    try:
+        return discover(path if path.is_dir() else name)
+    except ModelError as error:
+        raise _not_found(name, str(error)) from error
+
+
+def _claimed(shipped: ArchitectureMap) -> ArchitectureMap:
+    """The shipped map; a warning says where it was not proved on the transformers that is here."""
+    here = version("transformers")
+    if here not in shipped.proved_on:
+        log.warning(
+            "the shipped map of %s is proved on transformers %s, and %s is installed: there it may be wrong. Read the "
+            "installed one: hookmap discover MODEL; or prove the map: hookmap maps check %s",
+            shipped.architecture, ", ".join(shipped.proved_on) or "of no version", here, shipped.model_type,
+        )  # fmt: skip
+    return shipped
+
+
+def shipped_config(name: str) -> Any:
+    """The shape that a model was published with, as a transformers config; None where no shipped map holds it."""
+    if name not in shipped_models():
+        return None
+    from transformers import CONFIG_MAPPING
+
+    shipped = load(mappings_folder() / "models" / f"{name.replace('/', '--')}.json")
+    log.warning("%s: its config cannot be had here. The one inside its shipped map is read instead.", name)
+    return CONFIG_MAPPING[shipped.model_type].from_dict(shipped.config)
+
+
+def likely_map(model: str) -> ArchitectureMap | None:
+    """The shipped map of a folder's or the local cache's model at its size: a quick hint, which proves nothing."""
+    try:
+        config = _read_config(Path(model)) if Path(model).is_dir() else _cached_config(model)
+        names = config.get("architectures") or []
+        found = next(name for name in names if name in shipped_architectures())
+        shipped = load(mappings_folder() / f"{found}.json")
+        layers, width = _first(config, _LAYER_FIELDS), _first(config, _WIDTH_FIELDS)
+        return resize(shipped, layers or shipped.num_layers, width or shipped.d_model, model_id=model)
+    except (MapError, StopIteration):
+        return None
 
 
 def given_map(map: "ArchitectureMap | str | os.PathLike[str] | None") -> "ArchitectureMap | None":
@@ -117,57 +149,7 @@ def resize(
 
 def _without_heads(kind: BlockKind, reason: str) -> BlockKind:
     sized = {name for name, point in kind.points.items() if any(term.heads for term in point.terms)}
-    points = {name: point for name, point in kind.points.items() if name not in sized}
-    return kind.model_copy(
-        update={"points": points, "unavailable": {**kind.unavailable, **dict.fromkeys(sorted(sized), reason)}}
-    )
-
-
-def _for_config(config: Mapping[str, Any], where: str) -> ArchitectureMap:
-    names = config.get("architectures") or []
-    found = next((name for name in names if name in shipped_architectures()), None)
-    if found is None:
-        raise _not_found(where, f"its architecture is {', '.join(names) or 'not in its config'}", names)
-    shipped = load(mappings_folder() / f"{found}.json")
-    _refuse_other_structure(shipped, config, where)
-    return resize(
-        shipped,
-        num_layers=_first(config, _LAYER_FIELDS) or shipped.num_layers,
-        d_model=_first(config, _WIDTH_FIELDS) or shipped.d_model,
-        num_heads=_first(config, _HEAD_FIELDS) or shipped.num_heads,
-        d_vocab=_first(config, ("vocab_size",)) or shipped.d_vocab,
-        model_id=where,
-    )
-
-
-def _refuse_other_structure(shipped: ArchitectureMap, config: Mapping[str, Any], where: str) -> None:
-    """Refuses a config that differs from the shipped map's in a field that may change the structure."""
-    ours, theirs = (
-        {key: value for key, value in _difference(raw).items() if key not in SIZE_FIELDS}
-        for raw in ({"model_type": shipped.model_type, **shipped.config}, config)
-    )
-    differing = [
-        f"  {key}: the map's is {ours.get(key, 'the default')!r}, this model's is {theirs.get(key, 'the default')!r}"
-        for key in sorted({*ours, *theirs})
-        if ours.get(key) != theirs.get(key)
-    ]
-    if differing:
-        raise MapMismatchError(
-            f"the shipped map of {shipped.architecture} may not fit {where}: these fields of the config differ\n"
-            + "\n".join(differing)
-            + f"\nRun: hookmap discover {where}"
-        )
-
-
-def _difference(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config's difference from its class's defaults, so that a default written out is no difference."""
-    from transformers import CONFIG_MAPPING
-
-    model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        return dict(config)
-    difference: dict[str, Any] = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_diff_dict()
-    return difference
+    return kind.without(dict.fromkeys(sorted(sized), reason))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -187,13 +169,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _hub_config(name: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
+def _cached_config(name: str) -> dict[str, Any]:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        path = hf_hub_download(name, "config.json", **hub.source_arguments(name))
-    except Exception as error:  # the hub's client raises a dozen unrelated classes; all mean "no config from there"
-        raise _not_found(name, hub.explain(error, name)) from error
+        path = try_to_load_from_cache(name, "config.json")
+    except HFValidationError as error:
+        raise MapNotFoundError(f"{name} is no hub id: {error}") from error
+    if not isinstance(path, str):
+        raise MapNotFoundError(f"the local cache does not hold {name}")
     return _read_config(Path(path).parent)
 
 

@@ -32,7 +32,9 @@ def load_model(
     over all. Raises ModelError with what was tried, and where the checkpoint lacks weights of the model: transformers
     would make them up at random.
     """
-    maker = skeleton.model_class(skeleton.load_config(source, trust_remote_code, revision))
+    config = skeleton.load_config(source, trust_remote_code, revision)
+    maker = skeleton.model_class(config)
+    skeleton.say_another_class(config, source)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_device(device)

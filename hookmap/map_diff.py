@@ -13,7 +13,7 @@ _HEAD = (
     "architecture", "layers_path", "num_layers", "d_model", "num_heads", "d_vocab", "pre_attention_path",
     "pre_mlp_path", "embedding_path", "final_norm_path", "lm_head_path", "joined", "left_out",
 )  # fmt: skip
-_OF_KIND = ("layers", "block_class", "branch_order", "norm_placement", "axes", "mixer", "mlp", "relations")
+_OF_KIND = ("layers", "block_class", "branch_order", "norm_placement", "axes", "calls", "mixer", "mlp", "relations")
 
 
 def differences(before: ArchitectureMap, after: ArchitectureMap) -> Iterator[str]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from hookmap.architecture_map import ArchitectureMap, Heads, PointTemplate, TermTemplate
+from hookmap.architecture_map import ArchitectureMap, BlockKind, Heads, PointTemplate, TermTemplate
 from hookmap.discovery import discover
 from hookmap.errors import DiscoveryError, MapMismatchError
 from hookmap.library import resize
@@ -16,6 +16,20 @@ def map_of(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) ->
 
     root: the transformers model in it. Raises DiscoveryError, and MapMismatchError with every contradiction.
     """
+    return of_one_call(_checked(module, root, given))
+
+
+def of_one_call(found: ArchitectureMap) -> ArchitectureMap:
+    """The map without the points of layers that run several times: a capture could not say which call it gives."""
+    return found.model_copy(update={"kinds": tuple(map(_of_one_call, found.kinds))})
+
+
+def _of_one_call(kind: BlockKind) -> BlockKind:
+    reason = f"this layer runs {kind.calls} times in one forward pass, and a capture cannot say which of them it gives"
+    return kind if kind.calls == 1 else kind.without(dict.fromkeys((*kind.points, *kind.unavailable), reason))
+
+
+def _checked(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:
     if given is None:
         return discover(module)
     try:
@@ -72,7 +86,11 @@ def contradictions(given: ArchitectureMap, found: ArchitectureMap) -> list[str]:
         if ours != theirs:
             problems.append(f"{field}: the map says {ours!r}, the model has {theirs!r}")
     wrong: dict[tuple[str, str], list[int]] = {}
-    for layer in range(min(given.num_layers, found.num_layers)):
+    both = range(min(given.num_layers, found.num_layers))
+    if again := [i for i in both if given.kind_of(i).calls != found.kind_of(i).calls]:
+        said, runs = (each.kind_of(again[0]).calls for each in (given, found))
+        problems.append(f"layers {layer_ranges(again)}: the map says they run {said} times, the model runs them {runs}")
+    for layer in both:
         ours, theirs = given.kind_of(layer).points, found.kind_of(layer).points
         for point in _different(ours, theirs):
             wrong.setdefault((point, _difference(ours[point], theirs.get(point))), []).append(layer)

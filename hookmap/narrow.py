@@ -10,9 +10,16 @@ import copy
 import re
 from collections.abc import Iterator
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from hookmap.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 VOCAB = 512
+MOST_BYTES = 4 * 2**30
+"""what the weights of a copy may take, in float32"""
 
 # First match decides. A value is a ceiling: a field that is smaller already stays.
 _CEILINGS: tuple[tuple[str, int], ...] = (
@@ -47,28 +54,73 @@ _PRODUCTS = (
     ("mamba_n_heads", "mamba_d_head", ("mamba_d_ssm",)),
 )
 _TOKEN = re.compile(r"token_id$|token_index$")
+# Of a part that reads images or sounds, when a copy is still too large: in some, each layer is wider than the last.
+_DEPTH = re.compile(r"^(num_hidden_layers|num_layers|n_layers?|depth|encoder_layers|decoder_layers)$")
+_SHALLOW = 2
 
 
-def narrow(config: Any) -> Any:
-    """A copy of a transformers config at narrow width; depth and the pattern of layers stay."""
+def narrow_copy(config: Any, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """A narrow copy on the CPU, weights and all, and its config. What it takes is known before anything is allocated.
+
+    Raises ModelError with the figure where it would be more than MOST_BYTES.
+    """
+    import torch
+
+    from hookmap import skeleton
+
+    for shallow in (False, True):
+        small = narrow(config, shallow)
+        plan = skeleton.build(small, "meta", torch.float32, trust_remote_code)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in (*plan.parameters(), *plan.buffers()))
+        if needed <= MOST_BYTES:
+            return skeleton.build(small, "cpu", torch.float32, trust_remote_code), small
+    largest, tensor = max(plan.named_parameters(), key=lambda item: item[1].numel())
+    raise ModelError(
+        f"a narrow copy of {type(plan).__name__} would take {needed / 2**30:,.1f} GiB, and at most "
+        f"{MOST_BYTES / 2**30:g} GiB are allowed: its largest weight, {largest}, is {list(tensor.shape)}. Give a "
+        "config with a smaller size there, or a model with its weights: hookmap verify MODEL"
+    )
+
+
+def narrow(config: Any, shallow: bool = False) -> Any:
+    """A copy of a transformers config at narrow width; depth and the pattern of layers stay.
+
+    `shallow`: of the parts beside the text model, such as a vision tower, two layers are left.
+    """
     made = copy.deepcopy(config)
-    _narrow(made, config)
+    text = made.get_text_config(decoder=True) if hasattr(made, "get_text_config") else made
+    _narrow(made, config, text if shallow else None)
     return made
 
 
-def _narrow(config: Any, original: Any) -> None:
+def _narrow(config: Any, original: Any, text: Any = None) -> None:
+    """`text`: the part whose depth stays, where that of the others does not."""
     names = getattr(config, "attribute_map", {})
     settings, before = vars(config), vars(original)
     for name, value in list(settings.items()):
         if name.startswith("_") or name in names:
             continue
         if hasattr(value, "to_dict"):
-            _narrow(value, before[name])
+            _narrow(value, before[name], text)
+            if text is not None and value is not text:
+                _cut_depth(value)
+        elif isinstance(value, dict) and name.endswith("config"):
+            settings[name] = {key: _field(key, each) for key, each in value.items()}
         else:
             settings[name] = _field(name, value)
     _relations(settings, before)
     if getattr(config, "is_heterogeneous", False):
         config.per_layer_config = dict(_narrow_layers(config, original))
+
+
+def _cut_depth(part: Any) -> None:
+    settings = vars(part)
+    for name, depth in list(settings.items()):
+        if _DEPTH.search(name) and isinstance(depth, int) and not isinstance(depth, bool) and depth > _SHALLOW:
+            settings[name] = _SHALLOW
+            for other, value in settings.items():  # such as layer_types
+                if isinstance(value, list) and len(value) == depth:
+                    settings[other] = value[:_SHALLOW]
 
 
 def _narrow_layers(config: Any, original: Any) -> Iterator[tuple[int, dict[str, Any]]]:

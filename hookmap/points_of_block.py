@@ -6,13 +6,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import prod
 from typing import Literal
 
 from hookmap.architecture_map import Branch as BranchDocument
-from hookmap.blocks import Block, Branch, stands_inside
+from hookmap.blocks import Block, Branch, residual_path, stands_inside
 from hookmap.dataflow import ModuleCall, Operation
 from hookmap.points_of_branch import ATTENTION, ROUTER, Found, attention_points, mlp_points, router_points
 from hookmap.positions import mixing
+from hookmap.relations import OWN, can_be_checked
 from hookmap.taps import Tap, Tapper
 from hookmap.values import HEAVY, Exposure, Values
 
@@ -69,6 +71,7 @@ class _Reader:
         points.norm_placement = self._norm_placement()
         points.relations = self._relations()
         self._inside_branches()
+        points.relations = [line for line in points.relations if can_be_checked(line, points.taps)]
         return points
 
     def _inside_branches(self) -> None:
@@ -306,6 +309,13 @@ class _Reader:
             self.norms.add("post")
         self._put_sum(f"{role}_out_raw{suffix}", [self.block.raw(part) for part in branch.parts], 1.0)
         name = f"{role}_out{suffix}"
+        if self._blends(branch):
+            what = "MLP" if role == "mlp" else role
+            self.points.unavailable[name] = (
+                f"the block blends the {what}'s output with the stream: what it adds holds some of the stream, and "
+                "no tensor is what the branch adds alone"
+            )
+            return
         self._put_sum(name, branch.parts, branch.factor)
         step = self.block.path[branch.step]
         alone = sum(other.step == branch.step for other in self.block.branches) == 1
@@ -315,6 +325,13 @@ class _Reader:
             if (tap := self.tapper.difference(after, before)) is not None:
                 del self.points.unavailable[name]
                 self.points.taps[name] = tap
+
+    def _blends(self, branch: Branch) -> bool:
+        """Whether the stream is taken away from what is added: a step from it towards the branch's output (Dory)."""
+        before = self.block.states[: branch.step + 1]
+        paths = [residual_path(self.values, self.block.call, state, part) for part in branch.parts for state in before]
+        linear = [path for path in paths if path and not any(step.kind in ("norm", "mix") for step in path)]
+        return any(prod(step.source_factor for step in path) < 0 for path in linear)
 
     def _put_sum(self, name: str, parts: list[int], factor: float | None) -> None:
         taps = [self.tapper.tap(part) for part in parts]
@@ -395,7 +412,9 @@ class _Reader:
                     for b in self.block.branches
                     if b.step == position and b.role != "other"
                 ]
-                added += ["other"] * any(b.step == position and b.role == "other" for b in self.block.branches)
+                others = [b for b in self.block.branches if b.step == position and b.role == "other"]
+                fixed = all(self.values.is_constant(p, of_tokens=True) for b in others for p in b.parts)
+                added += [OWN if fixed else f"{OWN}_of_tokens"] * bool(others)
                 lines.append(
                     f"{names[position + 1]} = {_times(step.source_factor)}{names[position]} + {' + '.join(added)}"
                 )

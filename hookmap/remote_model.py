@@ -12,7 +12,7 @@ from hookmap.engines.remote import RemoteEngine
 from hookmap.errors import CaptureError, ModelError
 from hookmap.library import given_map
 from hookmap.loading import load_tokenizer
-from hookmap.map_of_model import map_of
+from hookmap.map_of_model import map_of, of_one_call
 from hookmap.model import HookedModel, generating_root
 
 
@@ -77,6 +77,6 @@ def open_remote(
     given = given_map(map)
     module = x._module
     root = generating_root(module, weights=False)
-    found = discover(root.config) if given is None else map_of(module, root, given)
+    found = of_one_call(discover(root.config)) if given is None else map_of(module, root, given)
     own = x.tokenizer if tokenizer is None else tokenizer
     return RemoteModel(x, remote, own, found, getattr(x, "repo_id", None) or found.model_id or type(module).__name__)

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from torch import nn
 
 from hookmap import hub
 from hookmap.errors import DiscoveryError, ModelError
+
+log = logging.getLogger("hookmap")
 
 # Settings that leave the structure alone: they differ between copies of one model.
 _VOLATILE = {
@@ -71,16 +74,15 @@ def model_class(config: Any) -> Any:
 
     A causal language model; or the whole of one that reads images or sounds too, where there is no other, or where
     the config says that the checkpoint is of the whole. A decoder's config that AutoModel knows only as a part of
-    another model's (Musicgen) names its class itself. Raises ModelError where the config is of neither.
+    another model's (Musicgen) names its class itself. Raises ModelError where the config is of neither, or where it
+    names a class that reads text otherwise: an encoder-decoder, or one that sees both sides of a masked token.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = type(config)
-    if kind in MODEL_FOR_MULTIMODAL_LM_MAPPING:
-        whole = MODEL_FOR_MULTIMODAL_LM_MAPPING[kind].__name__
-        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or whole in (config.architectures or ()):
-            return AutoModelForMultimodalLM
+    if _is_whole(config):
+        return AutoModelForMultimodalLM
     if found := _class_of_decoder(config):
         return found
     own_code = getattr(config, "auto_map", None) or {}
@@ -92,7 +94,61 @@ def model_class(config: Any) -> Any:
             "this kind, and hookmap reads those alone. Give one, such as AutoModelForCausalLM loads; what hookmap "
             "knows of: hookmap maps list"
         )
+    _refuse_another_reading(config)
     return AutoModelForCausalLM
+
+
+def _is_whole(config: Any) -> bool:
+    """Whether it is of a model that reads images or sounds too, and of all of it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    kind = type(config)
+    if kind not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return False
+    named = config.architectures or ()
+    return kind not in MODEL_FOR_CAUSAL_LM_MAPPING or MODEL_FOR_MULTIMODAL_LM_MAPPING[kind].__name__ in named
+
+
+def _refuse_another_reading(config: Any) -> None:
+    from transformers.models.auto import modeling_auto as auto
+
+    named, built = other_class(config)
+    names = {
+        "an encoder-decoder": (
+            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+            auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        ),
+        "a masked language model, which sees the tokens on both sides": (
+            auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+            auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+        ),
+    }
+    for reading, mappings in names.items():
+        if any(name in mapping.values() for name in named for mapping in mappings):
+            raise ModelError(
+                f"the config is of {', '.join(named)}, {reading}; hookmap would build {built}, another model. If that "
+                f"one is meant, load it yourself: hookmap.open({built}.from_pretrained(...)); of a config, set "
+                f'config.architectures = ["{built}"]'
+            )
+
+
+def other_class(config: Any) -> tuple[tuple[str, ...], str]:
+    """The classes that a config says its checkpoint is of, and the one that is built, where that is none of them."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    named = tuple(getattr(config, "architectures", None) or ())
+    own_code = getattr(config, "auto_map", None)
+    if own_code or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or _is_whole(config):
+        return (), ""
+    built: str = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    return ((), built) if built in named else (named, built)
+
+
+def say_another_class(config: Any, source: Any) -> None:
+    """A line in the log where the class that is built is none that the config names."""
+    named, built = other_class(config)
+    if named:
+        log.warning("%s is of %s; hookmap reads it as %s.", source or "the config", ", ".join(named), built)
 
 
 def _class_of_decoder(config: Any) -> Any:

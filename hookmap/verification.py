@@ -20,9 +20,10 @@ from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
 from hookmap.checks_inside import checks_inside
 from hookmap.checks_reads import checks_reads
-from hookmap.discovery import discover
+from hookmap.checks_relations import Relations
+from hookmap.discovery import config_of, discover
 from hookmap.errors import CaptureError, HookmapError, MapMismatchError, ModelError
-from hookmap.narrow import narrow
+from hookmap.narrow import narrow_copy
 from hookmap.selectors import Selector, select
 
 Key = tuple[str, int | None]
@@ -156,7 +157,7 @@ def _runnable(source: Any, config: Any, random_weights: bool, trust_remote_code:
             if any(Path(source).glob("*.safetensors")) or any(Path(source).glob("*.bin")):
                 raise  # there are weights, and they are broken
             why = f" ({str(error).splitlines()[0]})"
-    model = skeleton.build(narrow(config), "cpu", torch.float32, trust_remote_code=trust_remote_code)
+    model, _ = narrow_copy(config, trust_remote_code)
     return model, f"random weights, narrow width, full depth{why}"
 
 
@@ -165,17 +166,7 @@ def _config(source: Any, trust_remote_code: bool) -> Any:
     if not isinstance(source, (str, Path)):
         is_config = hasattr(source, "to_dict") and not isinstance(source, nn.Module)
         return source if is_config else None
-    try:
-        return skeleton.load_config(source, trust_remote_code)
-    except ModelError:
-        from transformers import CONFIG_MAPPING
-
-        from hookmap.library import load_map, shipped_models
-
-        if str(source) not in shipped_models():
-            raise
-        shipped = load_map(source)
-        return CONFIG_MAPPING[shipped.model_type].from_dict(shipped.config)
+    return config_of(source, trust_remote_code)[0]
 
 
 def _same_architecture(found: ArchitectureMap, model: nn.Module) -> None:
@@ -196,6 +187,8 @@ class _Verifier:
         device = skeleton.device_of(model)
         self.ids = torch.randint(min(5, vocab - 1), vocab, (_BATCH, _POSITIONS), generator=generator).to(device)
         self.events: list[tuple[str, str, int]] = []
+        self.sequence: list[int] = []
+        """the layers in the order in which they ran, one entry for each time"""
         precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
         self.tolerance = 1e-4 if precise else 4e-2
 
@@ -221,7 +214,10 @@ class _Verifier:
         yield from self._hidden_states(values, output)
         yield from self._ends(values, output)
         yield from self._final_norm(values, output)
-        yield from self._sums(values)
+        relations = Relations(self.map, self.model, self.ids, values, self._error, self.tolerance)
+        for kind in self.map.kinds:
+            for each in relations.checks(kind):
+                yield Check(*each)
         yield from self._second_names(values)
         for each in checks_inside(self.map, self.model, self.ids, values, self._error, self.tolerance):
             yield Check(*each)
@@ -252,7 +248,10 @@ class _Verifier:
         """All points of all layers, as plain forward hooks see them in one forward pass."""
         found: dict[tuple[Key, int], Tensor] = {}
         handles = []
-        self.events = []
+        self.events, self.sequence = [], []
+        for numbers in self._numbers_of_blocks().values():
+            module = self.model.get_submodule(self.map.layers_path.replace("{i}", str(numbers[0])))
+            handles.append(module.register_forward_pre_hook(self._ran(numbers)))
         for selector in self.selectors:
             for number, term in enumerate(selector.terms):
                 module = self.model.get_submodule(term.module)
@@ -287,6 +286,23 @@ class _Verifier:
             if term.call in (None, calls[key]):
                 tensor = term.resolve(args, kwargs, output)
                 found[key] = term.arrange(tensor, _BATCH, _POSITIONS).detach().clone()
+
+        return hook
+
+    def _numbers_of_blocks(self) -> dict[int, list[int]]:
+        """Each block's module -> its numbers: several where it stands in the list several times."""
+        found: dict[int, list[int]] = {}
+        for number in range(self.map.num_layers):
+            path = self.map.layers_path.replace("{i}", str(number))
+            if self._has(path):
+                found.setdefault(id(self.model.get_submodule(path)), []).append(number)
+        return found
+
+    def _ran(self, numbers: list[int]) -> Callable[..., None]:
+        turns = itertools.cycle(numbers)
+
+        def hook(*_: Any) -> None:
+            self.sequence.append(next(turns))
 
         return hook
 
@@ -346,10 +362,14 @@ class _Verifier:
         if self.map.left_out and len(states) > self.map.num_layers + 1:
             yield self._among(values, [self._like(state) for state in states], layers)
             return
-        # A layer that is not called records nothing: the k-th state is of the k-th layer that is.
-        recorded = dict(zip(layers, states, strict=False))
+        # A layer that is not called records nothing, one that runs twice does twice: the k-th state is of the k-th run.
+        places = {i: self.sequence.index(i) for i in layers if i in self.sequence}
+        recorded = {i: states[place] for i, place in places.items() if place < len(states)}
         following = dict(zip(layers, [*layers[1:], None], strict=True))
-        before = [self._error(values["resid_pre", i], self._like(state)) for i, state in recorded.items()]
+        before = [
+            min(self._error(values.get(key), self._like(state)) for key in self._handed(i))
+            for i, state in recorded.items()
+        ]
         after = [
             self._error(values.get(("resid_pre", following[i]), values.get(("resid_post", i))), self._like(state))
             for i, state in recorded.items()
@@ -361,6 +381,16 @@ class _Verifier:
         if recorded_after:
             detail += " (this model records them after the block)"
         yield Check("hidden_states", tuple(layers), not wrong, detail, max(errors))
+
+    def _handed(self, layer: int) -> list[Key]:
+        """What a layer reads; and, where it begins or ends a loop, in which something may be added, what it was given.
+
+        The points are of the first time that a layer runs.
+        """
+        place = self.sequence.index(layer)
+        last = self.sequence[place - 1] if place else layer
+        loop = self.map.kind_of(layer).calls != self.map.kind_of(last).calls and last not in self.sequence[: place - 1]
+        return [("resid_pre", layer), *([("resid_post", last)] if loop else [])]
 
     def _among(self, values: dict[Key, Tensor], states: list[Tensor], layers: list[int]) -> Check:
         """A model of several lists of blocks records the streams of all of them, one behind the other.
@@ -385,7 +415,12 @@ class _Verifier:
         if ("logits", None) in values and getattr(output, "logits", None) is not None:
             yield self._equal("logits", (), "logits = the model's logits", values["logits", None], output.logits)
         pairs = [
-            i for i in range(self.map.num_layers - 1) if ("resid_post", i) in values and ("resid_pre", i + 1) in values
+            i
+            for i in range(self.map.num_layers - 1)
+            if ("resid_post", i) in values
+            and ("resid_pre", i + 1) in values
+            # A layer behind a loop is handed what the loop's last round made, and the points are of the first.
+            and self.map.kind_of(i).calls == self.map.kind_of(i + 1).calls
         ]
         scaled = {i: _ratio(values["resid_pre", i + 1], values["resid_post", i]) for i in pairs}
         errors = [self._error(values["resid_post", i] * scaled[i], values["resid_pre", i + 1]) for i in pairs]
@@ -425,26 +460,6 @@ class _Verifier:
             if errors:
                 within = max(errors) <= self.tolerance
                 yield Check("name", tuple(layers), within, f"{point} = {first}", max(errors))
-
-    def _sums(self, values: dict[Key, Tensor]) -> Iterator[Check]:
-        for kind in self.map.kinds:
-            for relation in kind.relations:
-                left, right = relation.split(" = ", 1)
-                names = [part.split("*")[-1].strip() for part in right.split(" + ")]
-                present = [i for i in kind.layers if all((name, i) in values for name in (left, *names))]
-                if "(" in relation or not present:
-                    continue
-                errors = [self._error(values[left, i], self._sum(values, right, i)) for i in present]
-                yield Check("sum", tuple(present), max(errors) <= self.tolerance, relation, max(errors))
-
-    def _sum(self, values: dict[Key, Tensor], right: str, layer: int) -> Tensor:
-        total: Tensor | None = None
-        for part in right.split(" + "):
-            factor, _, name = part.rpartition("*")
-            value = values[name.strip(), layer] * (float(factor) if factor else 1.0)
-            total = value if total is None else total + value
-        assert total is not None
-        return total
 
     def _causes(self, values: dict[Key, Tensor]) -> Iterator[Check]:
         """Change the weights of one branch of one layer: what comes after it moves, what does not is untouched."""

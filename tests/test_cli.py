@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -473,12 +474,23 @@ def test_an_unknown_model_without_a_network_says_all_that_was_tried() -> None:
     assert time.perf_counter() - start < 15, "no long retries"
 
 
-def test_a_known_model_without_a_network_is_answered_from_the_shipped_map_and_says_so() -> None:
+def test_a_known_model_without_a_network_is_read_from_the_shape_it_was_published_with(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     done = run("discover", "willcb/Qwen3-0.6B")
     assert done.exit_code == 0, done.output
-    assert parse(done.stdout).num_layers == 28
-    assert "the map that ships with hookmap" in done.stderr
+    found = parse(done.stdout)
+    assert (found.num_layers, found.transformers_version) == (28, version("transformers"))
+    assert "full size" in found.discovered_by and not found.proved_on, "the dataflow was read, not a file"
+    assert "The one inside its shipped map is read instead" in caplog.text
     assert run("show", "willcb/Qwen3-0.6B").exit_code == 0
+
+
+def test_an_architecture_alone_is_answered_from_its_shipped_map_and_says_so() -> None:
+    done = run("discover", "Qwen3ForCausalLM")
+    assert done.exit_code == 0, done.output
+    assert parse(done.stdout).architecture == "Qwen3ForCausalLM"
+    assert "the map that ships with hookmap" in done.stderr
 
 
 def test_a_folder_that_is_no_model_is_told_apart_from_a_hub_id(tmp_path: Path) -> None:

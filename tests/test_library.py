@@ -1,7 +1,8 @@
-"""The shipped maps: found by file, architecture, folder and hub id; resized where only sizes differ, else refused."""
+"""The shipped maps, by file and by architecture; what has a config is read from its dataflow; sizes and resizing."""
 
 import json
 import socket
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hookmap
-from hookmap.architecture_map import parse
+from hookmap import library
+from hookmap.architecture_map import load, parse
 from hookmap.errors import MapError, MapMismatchError, MapNotFoundError
 from hookmap.library import load_map, mappings_folder, resize, shipped_architectures, shipped_models
 
@@ -33,9 +35,13 @@ def folder_with(tmp_path: Path, config: Any) -> Path:
     return tmp_path
 
 
+def file_of(name: str) -> Path:
+    return mappings_folder() / (f"models/{name.replace('/', '--')}.json" if "/" in name else f"{name}.json")
+
+
 @pytest.mark.parametrize("name", [*shipped_architectures(), *shipped_models()])
 def test_every_shipped_map_is_valid_and_of_what_its_file_is_called(name: str) -> None:
-    found = load_map(name)
+    found = load(file_of(name))
     assert name in (found.architecture, found.model_id)
     assert found.selectors("all", "all")
 
@@ -49,36 +55,35 @@ def test_the_readme_model_has_a_map_without_a_network(monkeypatch: pytest.Monkey
     assert (found.architecture, found.num_layers, found.d_model) == ("Qwen3ForCausalLM", 28, 1024)
 
 
-def test_a_shipped_map_resized_to_a_folder_says_what_discovery_says(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path, QWEN3)
-    shipped, discovered = load_map(folder), hookmap.discover(folder)
-    assert shipped.selectors("all", "all") == discovered.selectors("all", "all")
-    for field in ("num_layers", "d_model", "num_heads", "d_vocab", "architecture", "layers_path"):
-        assert getattr(shipped, field) == getattr(discovered, field)
+def test_a_folder_is_read_from_the_dataflow_and_no_file_is_asked(tmp_path: Path) -> None:
+    """Also where the config differs from the shipped map's in more than sizes."""
+    folder = folder_with(tmp_path, {**QWEN3, "parallel_residual": True})
+    assert load_map(folder) == load_map(str(folder)) == hookmap.discover(folder)
 
 
-def test_a_default_written_out_is_no_difference_and_a_structural_field_is(tmp_path: Path) -> None:
-    load_map(folder_with(tmp_path, {**QWEN3, "attention_bias": False, "hidden_act": "silu", "rms_norm_eps": 1e-6}))
-    with pytest.raises(MapMismatchError) as caught:
-        load_map(folder_with(tmp_path, {**QWEN3, "parallel_residual": True}))
-    assert "parallel_residual: the map's is 'the default', this model's is True" in str(caught.value)
-    assert f"hookmap discover {tmp_path}" in str(caught.value)
+def test_a_model_that_cannot_be_asked_for_is_read_from_its_published_shape(caplog: pytest.LogCaptureFixture) -> None:
+    """What is in the file is not the answer: the installed transformers is."""
+    shipped = load(mappings_folder() / "models" / "openai-community--gpt2.json")
+    found = load_map("openai-community/gpt2")
+    assert "The one inside its shipped map is read instead" in caplog.text
+    assert found.transformers_version == version("transformers") and "one forward pass" in found.discovered_by
+    assert (found.scope, found.config_hash) == ("architecture", None), "a shape is less than the published config"
+    assert (found.num_layers, found.d_model) == (shipped.num_layers, shipped.d_model)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": 144},
-        {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "state_size": 8, "conv_kernel": 3},
-        {"model_type": "falcon", "architectures": ["FalconForCausalLM"], "ffn_hidden_size": 96, "num_kv_heads": None},
-        {"model_type": "bert", "architectures": ["BertLMHeadModel"], "is_decoder": True},
-    ],
-    ids=lambda sizes: sizes["model_type"],
-)
-def test_sizes_of_other_parts_change_no_place(sizes: dict[str, Any], tmp_path: Path) -> None:
-    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 61}
-    folder = folder_with(tmp_path, {**small, **sizes})
-    assert load_map(folder).selectors("all", "all") == hookmap.discover(folder).selectors("all", "all")
+def test_where_only_a_file_can_answer_and_it_is_not_proved_here_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_map("GPT2LMHeadModel")
+    proved = load(mappings_folder() / "GPT2LMHeadModel.json")
+    assert ("may be wrong" in caplog.text) == (version("transformers") not in proved.proved_on)
+    caplog.clear()
+    proved.model_copy(update={"proved_on": ("5.0.1", "5.1.0")}).save(tmp_path / "GPT2LMHeadModel.json")
+    monkeypatch.setattr(library, "mappings_folder", lambda: tmp_path)
+    assert load_map("GPT2LMHeadModel").proved_on == ("5.0.1", "5.1.0")
+    (said,) = caplog.messages
+    assert f"proved on transformers 5.0.1, 5.1.0, and {version('transformers')} is installed" in said
+    assert "hookmap discover MODEL" in said and "hookmap maps check gpt2" in said
 
 
 @given(st.integers(1, 200), st.integers(1, 9000))
@@ -144,10 +149,10 @@ def test_what_has_no_map_gets_near_matches_and_the_command_to_make_one(name: str
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{", "is not JSON"),
-        ("[]", "expected a JSON object"),
-        ({"architectures": ["NobodysForCausalLM"]}, "its architecture is NobodysForCausalLM"),
-        ({}, "its architecture is not in its config"),
+        ("{", "no map for .*JSON"),
+        ("[]", "no map for "),
+        ({"architectures": ["NobodysForCausalLM"]}, "no map for .*config.json"),
+        ({"model_type": "nobodys"}, "nobodys"),
     ],
 )
 def test_a_folder_without_a_usable_config_says_why(tmp_path: Path, config: Any, message: str) -> None:

@@ -1,17 +1,34 @@
 """Models that read images too, on text: the language model's layers, by their full path, hold what plain hooks see."""
 
+import re
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import plain_hooks
 import pytest
+import torch
 from plain_hooks import LAYERS, MULTIMODAL
 from tiny_tokenizer import tiny_tokenizer
 
 import hookmap
+from hookmap.errors import HookmapError
 from hookmap.verification import verify
 
 NEW = 4
 TEXT = "to be or not to be"
+
+
+def _if_transformers_runs_it(model: torch.nn.Module, source: Any) -> None:
+    """Skips where plain transformers itself raises; hookmap must then raise too, and say what it said."""
+    try:
+        with torch.no_grad():
+            model(torch.tensor([[5, 6, 7]]))
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        with pytest.raises(HookmapError, match=re.escape(said)):
+            hookmap.discover(source)
+        pytest.skip(f"transformers {version('transformers')} itself cannot run {type(model).__name__}: {said}")
 
 
 @pytest.mark.parametrize("name", MULTIMODAL)
@@ -19,6 +36,7 @@ def test_a_folder_of_the_whole_model_is_captured_on_text(name: str, tmp_path: Pa
     family, model = MULTIMODAL[name], plain_hooks.build_multimodal(name)
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
+    _if_transformers_runs_it(model, tmp_path)
     hm = hookmap.open(tmp_path, device="cpu")
     assert type(hm.model) is type(model) and hm.map.layers_path == family.block
     points = list(family.points)
@@ -38,6 +56,7 @@ def test_a_folder_of_the_whole_model_is_captured_on_text(name: str, tmp_path: Pa
 def test_the_module_and_its_folder_have_one_map(name: str, tmp_path: Path) -> None:
     model = plain_hooks.build_multimodal(name)
     model.save_pretrained(tmp_path)
+    _if_transformers_runs_it(model, model)
     of_module, of_folder = hookmap.discover(model), hookmap.discover(tmp_path)
     assert of_folder.architecture == type(model).__name__
     assert of_folder.kinds == of_module.kinds and of_folder.model_points == of_module.model_points
@@ -50,7 +69,9 @@ def test_the_module_and_its_folder_have_one_map(name: str, tmp_path: Path) -> No
 def test_a_config_alone_is_of_the_language_model_alone_where_there_is_one(name: str) -> None:
     config = MULTIMODAL[name].config()
     assert hookmap.discover(config).layers_path == "model.layers.{i}"
-    config.architectures = [type(plain_hooks.build_multimodal(name)).__name__]
+    whole = plain_hooks.build_multimodal(name)
+    config.architectures = [type(whole).__name__]
+    _if_transformers_runs_it(whole, config)
     assert hookmap.discover(config).layers_path == MULTIMODAL[name].block
 
 

@@ -24,6 +24,11 @@ def show_map(m: ArchitectureMap, screen: Console) -> None:
     if not m.joined:
         screen.print("The model adds to the stream between blocks: resid_pre of the next is not resid_post.")
     for kind in m.kinds:
+        if kind.calls > 1:
+            screen.print(
+                f"Layers {layer_ranges(kind.layers)} run {kind.calls} times in one forward pass: their points here are "
+                "of the first time, and a capture refuses them."
+            )
         for name, point in kind.points.items():
             if point.beside:
                 where = escape(", ".join(map(written, point.beside)))

@@ -6,21 +6,17 @@ import click
 
 import hookmap
 from hookmap.architecture_map import ArchitectureMap
-from hookmap.library import load_map, shipped_near
+from hookmap.library import load_map, shipped_architectures, shipped_near
 
 
 def shipped_map(model: str, error: hookmap.ModelError) -> ArchitectureMap:
-    """The shipped map of a hub id, and a note on stderr that it is one. Raises ModelError with all that was tried."""
+    """The shipped map of an architecture's name, and a note on stderr that it is one. Else raises ModelError."""
     if Path(model).exists():
         raise error
-    try:
-        found = load_map(model)
-    except hookmap.MapError as second:
-        raise hookmap.ModelError(
-            f"{error}\nhookmap ships no map that could stand in. {shipped_near(model)}"
-        ) from second
-    reason = str(error).partition("\n")[0]
-    click.echo(f"note: {reason}", err=True)
+    if model not in shipped_architectures():
+        raise hookmap.ModelError(f"{error}\nhookmap ships no map that could stand in. {shipped_near(model)}") from error
+    found = load_map(model)
+    click.echo(f"note: {str(error).partition(chr(10))[0]}", err=True)
     click.echo(
         f"note: so this is the map that ships with hookmap (transformers {found.transformers_version})", err=True
     )

@@ -118,9 +118,11 @@ def refuse_unknown(
 def _missing(model: str | None, points: str | Sequence[str] | Mapping[str, Any], layers: Any, sure: bool) -> str | None:
     """What the model's map says that it has not. Unless that is `sure`, the shipped map is asked first: it is quick."""
     import hookmap
+    from hookmap.library import likely_map
 
     try:
-        if model is not None and (sure or _lacks(hookmap.load_map(model), points, layers)):
+        likely = None if sure or model is None else likely_map(model)
+        if model is not None and (sure or (likely is not None and _lacks(likely, points, layers))):
             return _lacks(hookmap.discover(model), points, layers)
     except hookmap.HookmapError:  # of the model, which is told when it is opened, or there is no shipped map
         pass

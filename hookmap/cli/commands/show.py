@@ -66,6 +66,7 @@ def _find(model: str, trust_remote_code: bool) -> "tuple[ArchitectureMap, dict[s
     from hookmap import skeleton
     from hookmap.cli.console import working
     from hookmap.cli.offline import shipped_map
+    from hookmap.discovery import config_of
     from hookmap.library import shipped_architectures
 
     if Path(model).is_file() or model.endswith(".json") or model in shipped_architectures():
@@ -73,7 +74,7 @@ def _find(model: str, trust_remote_code: bool) -> "tuple[ArchitectureMap, dict[s
     try:
         with working(f"reading the dataflow of {model}"):
             found = hookmap.discover(model, trust_remote_code=trust_remote_code)
-            config = skeleton.load_config(model, trust_remote_code)
+            config, _ = config_of(model, trust_remote_code)
             built = skeleton.build(config, trust_remote_code=trust_remote_code)
     except hookmap.ModelError as error:
         return shipped_map(model, error), {}
