@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from hookmap.errors import MapError, MapNotFoundError
+from hookmap.not_here import gguf_told, is_gguf, is_pointer, pointers_told
 from hookmap.points import POINTS
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -269,8 +270,13 @@ def schema() -> dict[str, Any]:
 
 def load(path: str | Path) -> ArchitectureMap:
     """The map in the file `path`. Raises MapNotFoundError or MapError, see `parse`."""
+    file = Path(path)
+    if is_gguf(file) and file.is_file():
+        raise MapError(gguf_told(file))
+    if is_pointer(file):
+        raise MapError(pointers_told(file.parent, [file.name]))
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise MapNotFoundError(f"there is no map file {path}. Make one: hookmap discover MODEL -o {path}") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hookmap.errors import DataError
+from hookmap.not_here import is_pointer, pointers_told
 from hookmap.stores.strict_json import read_json
 
 FORMATS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
@@ -34,6 +35,8 @@ def rows_of(source: Any) -> tuple[str, Iterator[tuple[str, Any]]]:
     path = Path(source)
     if path.is_dir():
         return str(path), _numbered(_from_folder(path), "row")
+    if is_pointer(path):
+        raise DataError(f"the prompts file {path} cannot be read: {pointers_told(path.parent, [path.name])}")
     kind = next((s for s in reversed([s.lower() for s in path.suffixes]) if s != ".gz"), "")
     readers = {".json": _json, ".csv": _csv, ".tsv": _tsv, ".txt": _text, ".parquet": _parquet}
     if kind not in FORMATS:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
 
 from hookmap.errors import CaptureError
+from hookmap.prompts import text_of
 
 _OF_ONE_ROW = frozenset(
     "do_sample temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff eos_token_id".split()
@@ -66,6 +67,11 @@ def settings(
             hint = f"did you mean {' or '.join(near)}?" if near else "it is no field of transformers' GenerationConfig."
             raise CaptureError(f"unknown generation setting {name!r}: {hint}")
     config: GenerationConfig = copy.deepcopy(own)
+    if config.stop_strings and tokenizer is None:
+        raise CaptureError(
+            f"the model's own generation settings have stop_strings={config.stop_strings!r}, which need a tokenizer: "
+            "hookmap.open(model, tokenizer=...)"
+        )
     if not do_sample:
         if unused := [name for name in _SAMPLING if name in given]:
             raise CaptureError(f"{', '.join(unused)} needs do_sample=True: greedy decoding does not use it.")
@@ -140,7 +146,7 @@ def takes(root: nn.Module, argument: str) -> bool:
 
 
 class Ending:
-    """When a row is finished: at an end of sequence or a stop string."""
+    """When a row is finished: at an end of sequence or a stop string, the run's or the model's own."""
 
     def __init__(self, config: GenerationConfig, stop: Sequence[str], tokenizer: Any) -> None:
         """Raises CaptureError for stop strings without a tokenizer."""
@@ -149,9 +155,17 @@ class Ending:
         self._ends = frozenset(end_tokens(config))
         self._stop = tuple(stop)
         self._tokenizer = tokenizer
+        self._own = _stopping(tokenizer, config.stop_strings)
         # A token is a byte at least, so that a stop string that has just ended is inside this many tokens.
         self.reach = max((len(text.encode()) for text in stop), default=0) + 4
         """newest tokens that matter"""
+
+    def own(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Which rows of token ids, [batch, columns], end with a stop string of the model's, as transformers tells."""
+        if self._own is None:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        found: torch.Tensor = self._own(input_ids, None)
+        return found
 
     def at(self, newest: Sequence[int]) -> bool:
         """Whether the last of a row's newest generated tokens, `reach` of them or all, is its last."""
@@ -167,10 +181,22 @@ class Ending:
         A tokenizer that writes bytes as tokens (Llama 2's) decodes none of the bytes behind half a character.
         """
         for first in range(4):
-            text = self._tokenizer.decode(newest[first:])
+            text = text_of(self._tokenizer, newest[first:])
             yield text
             if "\ufffd" not in text:
                 return
+
+
+def _stopping(tokenizer: Any, strings: Any) -> StopStringCriteria | None:
+    if not strings:
+        return None
+    try:
+        return StopStringCriteria(tokenizer, strings)
+    except Exception as error:  # it takes tokenizers apart, not each of which can be
+        raise CaptureError(
+            f"the model's own generation settings have stop_strings={strings!r}, and transformers cannot look for them "
+            f"with this {type(tokenizer).__name__}: {type(error).__name__}: {error}"
+        ) from error
 
 
 class Finished(StoppingCriteria):  # type: ignore[misc]  # transformers' base is not typed
@@ -186,7 +212,8 @@ class Finished(StoppingCriteria):  # type: ignore[misc]  # transformers' base is
         if self._prompt is None:
             self._prompt = columns - 1
         newest = input_ids[:, max(self._prompt, columns - self._ending.reach) :].tolist()
-        done = [self._ending.at(row) for row in newest]
+        own = self._ending.own(input_ids).tolist()
+        done = [its or self._ending.at(row) for its, row in zip(own, newest, strict=True)]
         self._tell(columns, done)
         return torch.tensor(done, device=input_ids.device)
 

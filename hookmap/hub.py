@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hookmap.errors import ModelError
+from hookmap.not_here import gguf_told, is_gguf, pointers, pointers_told
 
 _NO_NETWORK = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}
 
@@ -53,12 +54,23 @@ def check_source(source: str | Path) -> None:
     """Raises ModelError where `source` can be neither a model folder nor a hub id."""
     folder = Path(source)
     if folder.is_dir():
+        if names := pointers(folder, ("config.json", "generation_config.json", "*.index.json")):
+            raise ModelError(f"cannot load the model {str(source)!r}: {pointers_told(folder, names)}")
         if not (folder / "config.json").is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise ModelError(
+                    f"{folder} holds a PEFT adapter, and no model. Load both, and give the module: "
+                    f'hookmap.open(peft.AutoPeftModelForCausalLM.from_pretrained("{folder}"), tokenizer=...)'
+                )
+            if files := sorted(folder.glob("*.gguf")):
+                raise ModelError(gguf_told(files[0]))
             inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
             raise ModelError(
                 f"{folder} is no model folder: expected a config.json in it, found {inside}. "
                 "Give a folder that save_pretrained wrote."
             )
+    elif is_gguf(folder):
+        raise ModelError(gguf_told(folder) if folder.is_file() else f"there is no file {source}.")
     elif folder.is_file():  # transformers would take any JSON with a model_type, such as a map, for a config
         raise ModelError(f"{folder} is a file: expected a model folder or a hub id. A map: hookmap show {folder}")
     elif not is_hub_id(source):
@@ -92,6 +104,8 @@ def explain(error: BaseException, source: str | Path) -> str:
             "its weights are a pickle that holds more than tensors, and unpickling that would run whatever code is in "
             "it. It is not loaded. Give a folder with safetensors files, as save_pretrained writes them."
         )
+    if Path(source).is_dir() and (lacking := pointers(Path(source))):
+        return pointers_told(Path(source), lacking)
     if not is_hub_id(source):
         return f"{_first_line(error).rstrip(' .')}. Give a folder that save_pretrained wrote, or a hub id."
     if "GatedRepoError" in names:

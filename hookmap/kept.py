@@ -16,6 +16,7 @@ import torch
 from hookmap.errors import SelectionError
 from hookmap.overflow import OVERFLOWS
 from hookmap.points import POINTS
+from hookmap.prompts import known_ids, text_of
 
 Positions = str | slice | Sequence[int]
 Wanted = Callable[[int, int], bool]
@@ -203,8 +204,8 @@ def matching_tokens(chosen: Kept, tokenizer: Any, vocabulary: int) -> frozenset[
     text = str(chosen.positions).removeprefix("text=")
     if tokenizer is None:
         raise SelectionError(f'positions="text={text}" needs a tokenizer: hookmap.open(model, tokenizer=...)')
-    texts = tokenizer.batch_decode([[token] for token in range(vocabulary)])
-    found = frozenset(token for token, own in enumerate(texts) if text in own)
+    ids = sorted(token for token in known_ids(tokenizer) if token < vocabulary)
+    found = frozenset(token for token in ids if text in text_of(tokenizer, [token]))
     if not found:
         raise SelectionError(
             f'positions="text={text}": no single token of this tokenizer contains that text. '

@@ -15,6 +15,7 @@ from hookmap.errors import SelectionError
 from hookmap.finiteness import check_rows, not_finite
 from hookmap.grid import Grid
 from hookmap.points import parse_point
+from hookmap.prompts import text_of
 from hookmap.readout import Readout, readout_of
 from hookmap.stores.interface import Store
 
@@ -157,7 +158,7 @@ def token_id(hm: HookedModel, target: int | str) -> int:
 
 def token_text(hm: HookedModel, token: int) -> str:
     """The text of one token, its number where there is no tokenizer."""
-    return str(token) if hm.tokenizer is None else str(hm.tokenizer.decode([token]))
+    return str(token) if hm.tokenizer is None else text_of(hm.tokenizer, [token])
 
 
 def where(sample: Sample) -> tuple[int, ...]:

@@ -9,10 +9,12 @@ from torch import nn
 
 from hookmap import hub, skeleton
 from hookmap.errors import ModelError, TokenizerError
+from hookmap.not_here import pointers, pointers_told
 
 log = logging.getLogger("hookmap")
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+_TOKENIZER_TEXTS = (*_TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template*")
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """how accelerate may spread a model over all devices"""
 _GIVE_ONE = "Give one: --tokenizer MODEL, a folder or a hub id (in Python: hookmap.open(model, tokenizer=...))."
@@ -95,6 +97,11 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revis
     folder = Path(source)
     if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
         raise TokenizerError(f"{folder} holds no tokenizer (tokenizer.json or the like). {_GIVE_ONE}")
+    names = pointers(folder, _TOKENIZER_TEXTS) if folder.is_dir() else []
+    if "tokenizer.json" not in names and (folder / "tokenizer.json").is_file():  # beside it, no *.model is read
+        names = [name for name in names if not name.endswith(".model")]
+    if names:  # some would be read as if they were the file
+        raise TokenizerError(f"cannot load the tokenizer of {str(source)!r}: {pointers_told(folder, names)}")
     try:
         with hub.quiet():
             return AutoTokenizer.from_pretrained(

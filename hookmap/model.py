@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from hookmap import skeleton
@@ -478,6 +479,12 @@ def generating_root(module: nn.Module, weights: bool = True) -> nn.Module:
         p.is_meta for module in root.modules() if not _brings_weights(module) for p in module.parameters(False)
     ):
         raise ModelError(f"{type(root).__name__} has no weights (meta device): load them, then open it.")
+    embedding = root.get_input_embeddings()
+    if not isinstance(getattr(embedding, "weight", None), torch.Tensor):
+        raise ModelError(
+            f"{type(root).__name__} embeds what it reads with a {type(embedding).__name__}: expected one embedding of "
+            "token ids, because a sample's rows are those of its token ids. Its map can be had: hookmap discover"
+        )
     found: nn.Module = root
     return found
 

@@ -19,7 +19,7 @@ from hookmap.finiteness import not_finite
 from hookmap.grid import Grid
 from hookmap.kept import kept
 from hookmap.plan import Plan
-from hookmap.prompts import Prompt
+from hookmap.prompts import Prompt, text_of
 from hookmap.selectors import Selector, layer_ranges
 
 if TYPE_CHECKING:
@@ -233,4 +233,4 @@ def _token(hm: "HookedModel", given: str | int) -> tuple[int, str]:
 
 
 def _text(hm: "HookedModel", token: int) -> str:
-    return "" if hm.tokenizer is None else str(hm.tokenizer.decode([token]))
+    return "" if hm.tokenizer is None else text_of(hm.tokenizer, [token])

@@ -48,7 +48,23 @@ def encode(prompts: Any, tokenizer: Any, chat: Chat = "auto", *, why_none: str =
 
 def decode(token_ids: Sequence[int], tokenizer: Any) -> str:
     """The text of generated tokens, without special tokens; "" where there is no tokenizer."""
-    return "" if tokenizer is None else str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    return "" if tokenizer is None else text_of(tokenizer, token_ids, skip_special_tokens=True)
+
+
+def text_of(tokenizer: Any, token_ids: Sequence[int], **settings: Any) -> str:
+    """What the tokenizer decodes ids to. Those of an embedding that is larger than its vocabulary have no text."""
+    try:
+        return str(tokenizer.decode(list(token_ids), **settings))
+    except (IndexError, KeyError, TypeError, ValueError):  # SentencePiece's and others': fast ones leave them out
+        known = known_ids(tokenizer)
+        if all(token in known for token in token_ids):
+            raise
+        return str(tokenizer.decode([token for token in token_ids if token in known], **settings))
+
+
+def known_ids(tokenizer: Any) -> set[int]:
+    """The ids that the tokenizer has; a model's embedding may have more."""
+    return set(tokenizer.get_vocab().values())
 
 
 def _is_part(value: Any) -> bool:

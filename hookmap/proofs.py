@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from hookmap import generation as gen
 from hookmap.activations import Activation
 from hookmap.architecture_map import ArchitectureMap, BlockKind
 from hookmap.engines import Engine
@@ -148,11 +147,7 @@ class Proofs:
     def _pass(self, kind: BlockKind | None, edits: Sequence[Edit]) -> Values:
         selectors = self._watched(kind)
         ids = _tokens(self._engine)
-        inputs = {"input_ids": ids}
-        if gen.takes(self._engine.root, "attention_mask"):
-            inputs["attention_mask"] = torch.ones_like(ids)
-        if gen.takes(self._engine.root, "use_cache"):
-            inputs["use_cache"] = False  # type: ignore[assignment]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         rows: dict[tuple[str, int | None], list[torch.Tensor]] = {}
 
         def take(activation: Activation) -> None:

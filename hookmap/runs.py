@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -224,6 +225,7 @@ class Generating(Run):
 
     def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: gen.Finished) -> dict[str, Any]:
         inputs = padded([prompt.token_ids for prompt in prompts], layout, self.config.pad_token_id, self.device)
+        inputs = generating(self.engine.root, inputs, self.config, self.tokenizer)
         inputs |= {"generation_config": self.config, "stopping_criteria": [finished]}
         if self.seed is not None and self.config.do_sample:
             own = [gen.own_generator(self.seed, number, self.device) for number in layout.samples]
@@ -239,7 +241,10 @@ class Generating(Run):
             with draws.expected(self.engine.module) if draws else contextlib.nullcontext():
                 return self.engine.generate(observer, inputs, editor)
         except ValueError as error:  # settings that transformers looks at only now, such as temperature=0
-            raise CaptureError(f"transformers does not generate with these settings: {error}") from error
+            said = f"transformers does not generate with these settings: {error}"
+            if " Cache " in said:  # such as that of a model without attention
+                said += " Its cache is what fails here: use_cache=False generates without one."
+            raise CaptureError(said) from error
         except IndexError as error:
             self._too_long(inputs["input_ids"].shape[1] + self.max_new_tokens, error)
             raise
@@ -256,12 +261,8 @@ class Harvesting(Run):
         observer = self._observer(layout, sink)
         editor = self._editor(observer)
         inputs = padded([prompt.token_ids for prompt in prompts], layout, 0, self.device)
-        takes = {name: gen.takes(self.engine.root, name) for name in ("attention_mask", "use_cache", "logits_to_keep")}
-        if not takes["attention_mask"]:
-            del inputs["attention_mask"]
-        if takes["use_cache"]:
-            inputs["use_cache"] = False
-        if takes["logits_to_keep"] and not self._needs_logits:
+        inputs |= {"use_cache": False, **without_loss(self.engine.root)}
+        if gen.takes(self.engine.root, "logits_to_keep") and not self._needs_logits:
             inputs["logits_to_keep"] = 1
         with self._turn():
             try:
@@ -302,6 +303,21 @@ def padded(rows: Sequence[Sequence[int]], layout: BatchLayout, pad: int, device:
         ids[row, place] = torch.tensor(tokens)
         mask[row, place] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def generating(root: Any, inputs: dict[str, Any], config: GenerationConfig, tokenizer: Any) -> dict[str, Any]:
+    """What `generate` is given for these inputs: transformers refuses what the model does not use."""
+    used = {name for each in (root.prepare_inputs_for_generation, root.forward) for name in signature(each).parameters}
+    given = {name: value for name, value in inputs.items() if name == "input_ids" or name in used}
+    if config.stop_strings:
+        given["tokenizer"] = tokenizer
+    return given | without_loss(root)
+
+
+def without_loss(root: Any) -> dict[str, bool]:
+    """A config may ask for the loss of the routers, which counts pads in no way that works; a capture reads none."""
+    configs = (root.config, root.config.get_text_config())
+    return {"output_router_logits": False} if any(getattr(c, "output_router_logits", False) for c in configs) else {}
 
 
 def generation_batches(lengths: Sequence[int], size: int, may_pad: bool = True) -> Iterator[tuple[int, ...]]:

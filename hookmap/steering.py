@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hookmap.errors import SelectionError, StoreError
 from hookmap.finiteness import not_finite
+from hookmap.not_here import is_pointer, pointers_told
 from hookmap.points import parse_point
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ def load_vector(path: str | Path) -> SteeringVector:
 
     if not Path(path).is_file():
         raise StoreError(f"{path}: there is no such file. Make one: hookmap vector make --pairs FILE.jsonl -o {path}")
+    if is_pointer(Path(path)):
+        raise StoreError(pointers_told(Path(path).parent, [Path(path).name]))
     try:
         with safe_open(path, framework="pt") as file:
             about = About.model_validate_json((file.metadata() or {})[_METADATA])

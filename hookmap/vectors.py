@@ -9,6 +9,7 @@ import torch
 
 from hookmap.errors import InterventionError
 from hookmap.interventions import VectorFile
+from hookmap.not_here import is_pointer, pointers_told
 
 
 def read_vector(given: Any) -> torch.Tensor:
@@ -49,6 +50,8 @@ def _opened(file: Path) -> Iterator[Any]:
         raise InterventionError(f"{file}: vectors are read from .safetensors files only.")
     if not file.is_file():
         raise InterventionError(f"{file}: there is no such file.")
+    if is_pointer(file):
+        raise InterventionError(pointers_told(file.parent, [file.name]))
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors

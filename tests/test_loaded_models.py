@@ -13,11 +13,13 @@ import pytest
 import torch
 import transformers
 from plain_hooks import FAMILIES, LAYERS, Family
+from served import demo, serving
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
 import hookmap
 from hookmap.map_diff import differences
+from hookmap.steering import load_vector
 from hookmap.verification import verify
 
 NEW = 4
@@ -214,6 +216,108 @@ def _edits_as_a_plain_hook_does(model: nn.Module) -> None:
     assert run.tokens[0] == tuple(reference.sequences[0].tolist())
 
 
+# Configs ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_s_own_stop_strings_end_a_row_as_transformers_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = demo().model, demo().tokenizer
+    tokens = tokenizer(text := "Tom has 3 apples. He buys 4 more.", return_tensors="pt")["input_ids"]
+    settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 12, "do_sample": False}
+    free: Any = model.generate(tokens, **settings)[0].tolist()
+    new = len(free) - tokens.shape[1]
+    words = tokenizer.batch_decode([[token] for token in free[-new:]])
+    lengths = []
+    # A text that comes, one that begins in the prompt, and one that never comes.
+    for strings in (["never", "".join(words[1:3])], [text[-1] + words[0]], ["never"]):
+        monkeypatch.setattr(model.generation_config, "stop_strings", strings)
+        expected: Any = model.generate(tokens, tokenizer=tokenizer, **settings)[0].tolist()
+        run = demo().capture(tokens.tolist(), "resid_post", 1, max_new_tokens=12)
+        assert run.tokens[0] == tuple(expected)
+        assert run["resid_post", 1].shape[1] == len(expected) - 1
+        lengths.append(len(expected) - tokens.shape[1])
+        with serving(tmp_path / str(len(lengths))) as server:
+            asked = {"prompt": tokens[0].tolist(), "max_tokens": 12, "temperature": 0}
+            answer = server.post("/v1/completions", **asked).json()
+        assert answer["usage"]["completion_tokens"] == lengths[-1]
+    assert lengths == [3, 1, new]
+    assert len(demo().capture(tokens.tolist(), (), max_new_tokens=12, stop=words[1]).tokens[0]) == tokens.shape[1] + 2
+    for other, said in ((None, r"stop_strings=.* need a tokenizer"), (tiny_tokenizer(), r"transformers cannot look")):
+        with pytest.raises(hookmap.CaptureError, match=said):
+            hookmap.open(model, tokenizer=other).capture(tokens.tolist(), (), max_new_tokens=1)
+
+
+def test_a_config_that_asks_for_the_routers_loss_reads_and_generates_padded_batches() -> None:
+    model = plain_hooks.build("qwen3_moe", output_router_logits=True)
+    plain = plain_hooks.build("qwen3_moe")
+    ids = [IDS[0], [4, 8]]
+    for new in (0, NEW):
+        run, expected = (hookmap.open(x).capture(ids, "router_logits", 1, max_new_tokens=new) for x in (model, plain))
+        assert run.tokens == expected.tokens
+        for row in range(2):
+            assert run.read(row, "router_logits", 1).equal(expected.read(row, "router_logits", 1))
+
+
+class Bare(transformers.LlamaForCausalLM):
+    """As in small code bases: no attention mask, and inputs prepared by hand."""
+
+    def forward(self, input_ids: torch.Tensor, labels: Any = None, return_dict: Any = None) -> Any:
+        return super().forward(input_ids, use_cache=False)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **_: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids}
+
+
+def test_a_model_without_attention_mask_and_with_its_own_preparation(tmp_path: Path) -> None:
+    plain = plain_hooks.build("llama")
+    model: Any = Bare(plain.config)
+    model.load_state_dict(plain.state_dict())
+    model.generation_config.pad_token_id = 0
+    alone = [
+        model.eval().generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False) for ids in (IDS[0], [4, 8])
+    ]
+    hm = hookmap.open(model, tokenizer=tiny_tokenizer())
+    run = hm.capture([IDS[0], [4, 8]], "resid_post", 1, max_new_tokens=NEW)
+    assert [list(tokens) for tokens in run.tokens] == [one[0].tolist() for one in alone]
+    assert hm.generate([4, 8], [{"do": "ablate", "point": "mlp_out", "layers": 1}], max_new_tokens=1).tokens
+    with serving(tmp_path, hm, points=("resid_post",), layers=(1,)) as server:
+        answer = server.post("/v1/completions", prompt=[4, 8], max_tokens=NEW, temperature=0).json()
+    assert answer["choices"][0]["text"] == tiny_tokenizer().decode(alone[1][0, 2:].tolist(), skip_special_tokens=True)
+
+
+def test_a_model_of_state_space_layers_alone_is_read_without_a_cache() -> None:
+    config = transformers.GraniteMoeHybridConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, shared_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, layer_types=["mamba", "mamba"], mamba_n_heads=4, mamba_d_head=16,
+        mamba_d_state=8, mamba_chunk_size=8, num_local_experts=2, num_experts_per_tok=1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = transformers.GraniteMoeHybridForCausalLM(config).eval()
+    rows: list[torch.Tensor] = []
+    hook = model.model.layers[1].register_forward_hook(lambda module, args, output: rows.append(output))
+    with torch.no_grad():
+        model(torch.tensor(IDS), use_cache=False)
+    hook.remove()
+    hm = hookmap.open(model)
+    found = hm.capture(IDS, "resid_post", 1, max_new_tokens=0)["resid_post", 1]
+    torch.testing.assert_close(found, rows[0][0] if isinstance(rows[0], tuple) else rows[0])
+    with pytest.raises(hookmap.CaptureError, match="use_cache=False generates without one"):
+        hm.capture(IDS, "resid_post", 1, max_new_tokens=2)
+    assert len(hm.capture(IDS, "resid_post", 1, max_new_tokens=2, use_cache=False).tokens[0]) == len(IDS[0]) + 2
+
+
+def test_a_model_that_reads_several_rows_of_codes_is_refused_by_name() -> None:
+    from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
+
+    config = MusicgenDecoderConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4, num_codebooks=2
+    )
+    with pytest.raises(hookmap.ModelError, match="MusicgenForCausalLM embeds what it reads with a ModuleList"):
+        hookmap.open(transformers.MusicgenForCausalLM(config))
+
+
 # Half precision -------------------------------------------------------------------------------------------------------
 
 
@@ -226,3 +330,89 @@ def test_a_model_loaded_in_half_precision(name: str, dtype: torch.dtype, tmp_pat
     by_name = hookmap.open(folder, dtype=str(dtype).removeprefix("torch."), device="cpu")
     assert next(by_name.model.parameters()).dtype == dtype
     assert not list(differences(plain_map(name), by_name.map))
+
+
+# Tokenizers and files -------------------------------------------------------------------------------------------------
+
+
+class Listed(transformers.PreTrainedTokenizer):
+    """As SentencePiece's: an id that it does not have is an IndexError."""
+
+    words = tuple(f"w{number}" for number in range(40))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.words)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: number for number, word in enumerate(self.words)}
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return text.split()
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.words.index(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.words[index]
+
+
+def test_an_embedding_that_is_larger_than_the_tokenizer() -> None:
+    tokenizer = Listed()
+    with pytest.raises(IndexError):
+        tokenizer.decode([60])
+    hm = hookmap.open(plain_hooks.build("llama"), tokenizer=tokenizer)
+    ids = [5, 60, 15, 22]
+    run = hm.capture([ids], "resid_post", 1, max_new_tokens=0, positions="text=5")
+    assert run.samples[0].positions == (0, 2)
+    assert hm.lens(ids, layers=[1]).tokens == ("w5", "", "w15", "w22")
+    run = hm.capture([ids], "resid_post", 1, max_new_tokens=20, stop="w0 w0 w0")
+    assert any(token >= 40 for token in run.tokens[0][4:]), "the model says something that the tokenizer has not"
+    assert run.texts[0].split() == [f"w{token}" for token in run.tokens[0][4:] if token < 40]
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4cac19f9\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_a_git_lfs_pointer_of_a_model_is_named(name: str, tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path)
+    (folder / name).write_text(POINTER)
+    with pytest.raises(hookmap.ModelError, match=rf"{name} is a Git LFS pointer, not the file.*git -C .* lfs pull"):
+        hookmap.open(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_git_lfs_pointer_of_a_tokenizer_is_named(name: str, tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path)
+    (folder / "tokenizer.model").write_text(POINTER)  # not read where there is a tokenizer.json
+    hm = hookmap.open(folder, device="cpu")
+    assert hm.capture("to be", "resid_post", 1, max_new_tokens=0)
+    (folder / name).write_text(POINTER)
+    with pytest.raises(hookmap.TokenizerError, match=rf"{name}.* Git LFS pointer.*lfs pull"):
+        hookmap.open(folder, device="cpu").capture("to be", "resid_post", 1, max_new_tokens=0)
+
+
+def test_other_git_lfs_pointers_are_named(tmp_path: Path) -> None:
+    for name in ("map.json", "prompts.jsonl", "vector.safetensors"):
+        (tmp_path / name).write_text(POINTER)
+    with pytest.raises(hookmap.MapError, match=r"map\.json is a Git LFS pointer"):
+        hookmap.load_map(tmp_path / "map.json")
+    with pytest.raises(hookmap.DataError, match=r"prompts\.jsonl is a Git LFS pointer"):
+        list(hookmap.load_prompts(tmp_path / "prompts.jsonl"))
+    with pytest.raises(hookmap.StoreError, match=r"vector\.safetensors is a Git LFS pointer"):
+        load_vector(tmp_path / "vector.safetensors")
+
+
+@pytest.mark.parametrize("ask", [hookmap.open, hookmap.discover, hookmap.load_map])
+def test_a_gguf_file_is_named_and_not_taken_for_a_map(ask: Any, tmp_path: Path) -> None:
+    for name in ("model.gguf", "no_ending"):
+        (tmp_path / name).write_bytes(b"GGUF\x03\x00\x00\x00")
+        with pytest.raises(hookmap.HookmapError, match=rf"{name} is a GGUF file, and hookmap reads no models"):
+            ask(tmp_path / name)
+
+
+def test_a_folder_that_holds_an_adapter_alone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(hookmap.ModelError, match=r"holds a PEFT adapter, and no model.*AutoPeftModelForCausalLM"):
+        hookmap.open(tmp_path)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hookmap import steering
 from hookmap.activations import Key
 from hookmap.errors import SelectionError, StoreError
+from hookmap.not_here import is_pointer, pointers_told
 from hookmap.stores.ledger import tensor_name
 
 _METADATA = "hookmap.probes"
@@ -77,6 +78,8 @@ def load_probes(path: str | Path) -> Probes:
     """What `Probes.save` wrote. Raises StoreError where the file is none of these."""
     from safetensors import SafetensorError, safe_open
 
+    if is_pointer(Path(path)):
+        raise StoreError(pointers_told(Path(path).parent, [Path(path).name]))
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, Any] = file.metadata() or {}

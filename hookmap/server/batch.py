@@ -18,7 +18,7 @@ from hookmap import generation as gen
 from hookmap.engines.observation import BatchLayout
 from hookmap.memory_use import MemoryUse
 from hookmap.model import HookedModel
-from hookmap.runs import device_of, padded, turn
+from hookmap.runs import device_of, generating, padded, turn
 from hookmap.server.errors import ApiError, cancelled, failed, is_out_of_memory
 from hookmap.server.jobs import Event, Job, Result
 from hookmap.server.tokens import Likely, Token, beside, told
@@ -94,10 +94,10 @@ class Row:
         """Tokens that may still come."""
         return self.job.max_new_tokens - len(self.new)
 
-    def add(self, token: int) -> None:
-        """The next one."""
+    def add(self, token: int, last: bool = False) -> None:
+        """The next one, which may be known to be the last."""
         self.new.append(token)
-        self.ended = self.left == 0 or self.ending.at(self.new[-self.ending.reach :])
+        self.ended = last or self.left == 0 or self.ending.at(self.new[-self.ending.reach :])
 
 
 class Together:
@@ -160,6 +160,7 @@ class Together:
         config.max_new_tokens = max(row.left for row in rows)
         likely = Likely() if any(row.job.top_logprobs is not None for row in rows) else None
         inputs = padded([row.tokens for row in rows], layout, config.pad_token_id, device)
+        inputs = generating(hooks.root, inputs, config, self._hm.tokenizer)
         inputs["stopping_criteria"] = [_Step(self, rows, likely)]
         if likely is not None:
             config, inputs["logits_processor"] = beside(likely, config)
@@ -194,9 +195,10 @@ class _Step(StoppingCriteria):  # type: ignore[misc]  # transformers' base is no
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
         self._run.end_cancelled()
         came: dict[Job, list[Token]] = {}
+        last = self._rows[0].ending.own(input_ids).tolist()  # rows of unlike settings do not run together
         for place, (row, id) in enumerate(zip(self._rows, input_ids[:, -1].tolist(), strict=True)):
             if not row.ended:
-                row.add(id)
+                row.add(id, last[place])
                 came.setdefault(row.job, []).append(told(self._likely, place, row.number, id, row.job.top_logprobs))
         for job, tokens in came.items():
             job.tell(tokens)

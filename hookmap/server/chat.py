@@ -3,6 +3,7 @@
 import inspect
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
@@ -12,7 +13,7 @@ from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
 
 from hookmap.generation import end_tokens
-from hookmap.prompts import Prompt, templated
+from hookmap.prompts import Prompt, templated, text_of
 from hookmap.server.errors import bad
 from hookmap.server.jobs import Job, Result
 from hookmap.server.requests import ChatRequest, Message
@@ -91,7 +92,7 @@ class ChatWire:
         """The text that a token makes certain; with logprobs or a summary each token has a chunk."""
         text = self._rows[token.row].add(token.id)
         logprobs = ChoiceLogprobs(content=[self._told(token)], refusal=None) if self._logprobs else None
-        more = summaries(self._job, [token], self._tokenizer.decode)
+        more = summaries(self._job, [token], partial(text_of, self._tokenizer))
         if not text and logprobs is None and not more:
             return None
         chunk = self._chunk(token.row, made(ChoiceDelta, content=text), logprobs=logprobs)
@@ -118,7 +119,7 @@ class ChatWire:
     def whole(self, result: Result, tokens: list[Token]) -> ChatCompletion:
         """Every choice."""
         choices = [self._choice(number, result, tokens) for number in range(len(self._rows))]
-        more = {**summaries(self._job, tokens, self._tokenizer.decode), **extras(result)}
+        more = {**summaries(self._job, tokens, partial(text_of, self._tokenizer)), **extras(result)}
         usage = usage_of(self._job, result)
         return ChatCompletion(**self._head, object="chat.completion", choices=choices, usage=usage, **more)
 
@@ -149,7 +150,7 @@ class ChatWire:
         return ChatCompletionTokenLogprob(**self._token(token.id, token.logprob or 0.0), top_logprobs=tops)
 
     def _token(self, id: int, logprob: float) -> dict[str, Any]:
-        text = self._tokenizer.decode([id])
+        text = text_of(self._tokenizer, [id])
         return {"token": text, "logprob": max(LEAST, logprob), "bytes": list(text.encode())}
 
 

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from openai.types import Completion, CompletionChoice
 from openai.types.completion_choice import Logprobs
 
 from hookmap.generation import end_tokens
-from hookmap.prompts import Prompt, encode
+from hookmap.prompts import Prompt, encode, text_of
 from hookmap.server.errors import bad
 from hookmap.server.jobs import Job, Result
 from hookmap.server.requests import CompletionRequest
@@ -66,7 +67,7 @@ class CompletionWire:
     def piece(self, token: Token) -> TextCompletion | None:
         """The text that a token makes certain; with logprobs or a summary each token has a chunk."""
         text = "" if token.prompt else self._texts[token.row].add(token.id)
-        more = summaries(self._job, [token], self._tokenizer.decode)
+        more = summaries(self._job, [token], partial(text_of, self._tokenizer))
         if not text and not self._logprobs and not more:
             return None
         chunk = self._chunk(token.row, text, logprobs=self._told([token]) if self._logprobs else None)
@@ -94,12 +95,12 @@ class CompletionWire:
             logprobs = self._told(own) if self._logprobs else None
             reason: Any = self._reason(number, result)
             choices.append(TextChoice(index=number, text=text, finish_reason=reason, logprobs=logprobs))
-        more = {**summaries(self._job, tokens, self._tokenizer.decode), **extras(result)}
+        more = {**summaries(self._job, tokens, partial(text_of, self._tokenizer)), **extras(result)}
         usage = usage_of(self._job, result)
         return TextCompletion(**self._head, object="text_completion", choices=choices, usage=usage, **more)
 
     def _text_of(self, prompt: Prompt, tokenizer: Any) -> str:
-        return prompt.text or str(tokenizer.decode(list(prompt.token_ids)))
+        return prompt.text or text_of(tokenizer, prompt.token_ids)
 
     def _chunk(self, row: int, text: str, reason: str | None = None, logprobs: Any = None) -> TextCompletion:
         choice = made(
@@ -119,7 +120,7 @@ class CompletionWire:
         return "stop" if ended else "length"
 
     def _told(self, tokens: list[Token]) -> Scores:
-        decode = self._tokenizer.decode
+        decode = partial(text_of, self._tokenizer)
         texts, offsets = [decode([token.id]) for token in tokens], []
         for token, text in zip(tokens, texts, strict=True):
             offsets.append(self._offsets[token.row])

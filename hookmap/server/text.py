@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hookmap.prompts import decode
+
 _HALF = "\ufffd"
 """what a tokenizer decodes bytes to that are not a whole character yet"""
 
@@ -34,9 +36,8 @@ class Decoder:
         return now[len(before) :]
 
     def _texts(self) -> tuple[str, str]:
-        decode = self._tokenizer.decode
-        before = decode(self._ids[self._start : self._told], skip_special_tokens=True)
-        return before, decode(self._ids[self._start :], skip_special_tokens=True)
+        before = decode(self._ids[self._start : self._told], self._tokenizer)
+        return before, decode(self._ids[self._start :], self._tokenizer)
 
 
 class Cutter:

@@ -1,0 +1,52 @@
+"""Files that are there and are not what their names say: Git LFS pointers, and formats that are not read."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024
+"""which a pointer never has: three short lines"""
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether this is the text that stands in a Git repository for a file of Git LFS."""
+    try:
+        if path.stat().st_size >= _POINTER_BYTES:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
+def pointers(folder: Path, patterns: Iterable[str] = ("*",)) -> list[str]:
+    """Names of the files in a folder that are pointers, sorted."""
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(path.name for path in found if is_pointer(path))
+
+
+def pointers_told(folder: Path, names: list[str]) -> str:
+    """What is wrong with these files, and the command that mends it."""
+    shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+    are = "is a Git LFS pointer, not the file" if len(names) == 1 else "are Git LFS pointers, not the files"
+    return f"{shown} {are}: Git has not fetched the contents. Type: git -C {folder} lfs pull"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is a GGUF file: by its name, or its first bytes."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def gguf_told(path: Path) -> str:
+    """That no model is read from a GGUF file, and what can be given instead."""
+    return (
+        f"{path} is a GGUF file, and hookmap reads no models from those. Give the folder or the hub id of the model "
+        f'that it was made from; or load it with transformers, from_pretrained("{path.parent}", '
+        f'gguf_file="{path.name}"), and give the module: hookmap.open(module, tokenizer=...)'
+    )
