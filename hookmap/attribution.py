@@ -3,10 +3,12 @@
 The stream behind the last block is a sum: what entered the first block, and what each branch added. The final norm
 divides it by one number a position, its statistic. With that number held at what it was, norm and unembedding are
 linear, and the logit is a sum too: one number for each summand, and one for the biases. Both sums are checked.
+A stream in bfloat16 is its sum but for rounding, which is a summand by itself.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,10 @@ from hookmap.readout import Readout, apply, readout_of
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
 
+log = logging.getLogger("hookmap")
+
 BIAS = "bias"
+ROUNDING = "rounding"
 _BRANCHES = ("mixer_out", "mlp_out")
 
 
@@ -32,7 +37,10 @@ class Attribution:
     """The summands of a logit. Tensors are float32, on the CPU."""
 
     parts: tuple[str, ...]
-    """in forward order: `resid_pre[0]` (embedding, positions, scale), `mixer_out[0]`, `mlp_out[0]`, …, `bias`"""
+    """in forward order: `resid_pre[0]` (embedding, positions, scale), `mixer_out[0]`, `mlp_out[0]`, …, `bias`
+
+    Of a stream that is narrower than float32 there is `rounding` before the bias: what its additions rounded away.
+    """
     positions: tuple[int, ...]
     tokens: tuple[str, ...]
     """the text of each position's token"""
@@ -110,23 +118,26 @@ def _read(
     sample, close = run.samples[0], readout.tolerance
     rows, last = where(sample), run.read(0, "resid_post", hm.map.num_layers - 1)
     labels, parts = _parts(hm, run, names, heads, close)
-    apart = float((parts.sum(0) - last.float()).abs().max() / last.float().abs().max())
+    left, largest = last.float() - parts.sum(0), float(last.float().abs().max())
+    allowed = _rounding(parts, last.dtype)
+    apart = float((left.abs() - allowed).max()) / largest
     if not apart <= close:
-        raise _refused(hm, f"the stream is not the sum of what the branches add: {apart:.2g} of its largest is left")
+        raise _refused(
+            hm,
+            f"the stream is not the sum of what the branches add: {apart:.2g} of its largest is left, besides the "
+            f"rounding of {_named(last.dtype)} ({float(allowed.max()) / largest:.2g} at most)",
+        )
+    if last.dtype != torch.float32:
+        _tell_rounding(left, parts, labels, rows, last, close)
+        labels, parts = [*labels, ROUNDING], torch.cat([parts, left[None]])
     logits = apply((*readout.before, *((readout.norm,) if readout.norm else ()), *readout.after), last[None])[0]
     aim = logits.argmax(-1).cpu() if target is None else torch.full((len(rows),), token_id(hm, target))
     other = None if against is None else token_id(hm, against)
 
-    def pick(found: torch.Tensor) -> torch.Tensor:
-        found = found.float().cpu()
-        at: torch.Tensor = found.gather(-1, aim.expand(found.shape[:-1])[..., None])[..., 0]
-        return at if other is None else at - found[..., other]
-
     normed, shift = _frozen_norm(hm, readout, last, parts)
-    bias = pick(apply(readout.after, shift[None, None])[0, 0].expand(len(rows), -1))
-    zero = pick(apply(readout.after, torch.zeros_like(shift)[None, None])[0, 0].expand(len(rows), -1))
-    values = torch.stack([pick(apply(readout.after, part[None])[0]) - zero for part in normed] + [bias])
-    logit = pick(logits)
+    reads, zero = _reads(hm, readout, shift, aim, other)
+    values = torch.cat([(normed * reads).sum(-1), ((shift * reads).sum(-1) + zero)[None]])
+    logit = _picked(logits.float().cpu(), aim, other)
     wrong = float((values.sum(0) - logit).abs().max() / logits.float().abs().max())
     if not wrong <= 4 * close:
         raise _refused(hm, f"what stands behind the final norm is not linear: the sum misses the logit by {wrong:.2g}")
@@ -134,6 +145,73 @@ def _read(
     told = None if other is None else token_text(hm, other)
     aims = tuple(token_text(hm, token) for token in aim.tolist())
     return Attribution((*labels, BIAS), rows, texts, values, logit, aims, told, bool(readout.cap))
+
+
+def _picked(logits: torch.Tensor, aim: torch.Tensor, other: int | None) -> torch.Tensor:
+    """[pos, d_vocab] -> [pos]: the logit of each position's token, less that of the other one."""
+    at = logits.gather(-1, aim[:, None])[:, 0]
+    return at if other is None else at - logits[:, other]
+
+
+def _reads(
+    hm: HookedModel, readout: Readout, like: torch.Tensor, aim: torch.Tensor, other: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a logit (difference) reads of the normed stream, [pos, d_model], and what it is where that is 0, [pos].
+
+    The gradient of what is linear: so the parts are multiplied in float32, however narrow the model is. It is taken at
+    0, where nothing that bends passes for linear.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(len(aim), like.shape[-1], dtype=readout.dtype, device=like.device, requires_grad=True)
+        found = x[None]
+        for step in readout.after:
+            found = step(found)
+        logits, ids = found[0], aim.to(found.device)
+        try:
+            (reads,) = torch.autograd.grad(logits.gather(-1, ids[:, None]).sum(), x, retain_graph=True)
+            reads = reads.float()
+            if other is not None:
+                reads = reads - torch.autograd.grad(logits[:, other].sum(), x)[0].float()
+        except RuntimeError as error:
+            raise _refused(hm, f"no gradient goes through what stands behind the final norm ({error})") from error
+    return reads.cpu(), _picked(logits.detach().float().cpu(), aim, other)
+
+
+def _rounding(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[pos, d_model]: what the additions of the stream may have rounded away, at most, in its dtype.
+
+    Each addition rounds by half a unit of the stream as it was then, which may have been far larger than it is at the
+    end. Twice that: what a branch adds may be a sum itself.
+    """
+    return torch.finfo(dtype).eps * (parts.cumsum(0).abs().sum(0) + parts.abs().sum(0))
+
+
+def _tell_rounding(
+    left: torch.Tensor, parts: torch.Tensor, labels: list[str], rows: tuple[int, ...], last: torch.Tensor, close: float
+) -> None:
+    """Warns where rounding is a part that counts: where the stream was far larger on its way than it is at the end."""
+    share = left.abs().amax(1) / last.float().abs().amax(1)
+    worst = int(share.argmax())
+    if float(share[worst]) <= close:
+        return
+    stream = parts[:, worst].cumsum(0).abs().amax(1)
+    most = int(stream.argmax())
+    log.warning(
+        "the part `rounding` counts: at position %d the stream reached %.5g (behind %s), where %s has steps of %.3g, "
+        "and it ends at %.5g; up to %.3g was rounded away. For parts that are exact, open the model in float32: "
+        'dtype="float32" (--dtype float32)',
+        rows[worst],
+        float(stream[most]),
+        labels[most],
+        _named(last.dtype),
+        float(torch.finfo(last.dtype).eps * 2 ** stream[most].log2().floor()),
+        float(last[worst].abs().max()),
+        float(left[worst].abs().max()),
+    )
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _parts(
@@ -161,7 +239,7 @@ def _parts(
 def _frozen_norm(
     hm: HookedModel, readout: Readout, last: torch.Tensor, parts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The parts [parts, pos, d] normed with the statistic of the whole stream, and the norm's bias [d].
+    """The parts [parts, pos, d] normed with the statistic of the whole stream, and the norm's bias [d]; float32.
 
     A layer norm is weight * (x - mean) / statistic + bias, an RMS norm the same without the mean and mostly without
     the bias. Which of them a module is, and its weight and bias, are read from what it does to three vectors.
@@ -169,7 +247,7 @@ def _frozen_norm(
     stream = apply(readout.before, last[None])[0]
     parts = torch.stack([apply(readout.before, part[None])[0] for part in parts])
     if readout.norm is None:
-        return parts.to(readout.dtype), torch.zeros_like(stream[0])
+        return parts.float().cpu(), torch.zeros_like(stream[0]).float().cpu()
     norm = readout.norm
     # Alternating ones have mean 0 and square 1; so large, the norm's epsilon is nothing beside them.
     signs = torch.ones_like(stream[0])
@@ -189,7 +267,7 @@ def _frozen_norm(
     share = ((out.float() - bias) * whole).sum(-1, keepdim=True) / whole.square().sum(-1, keepdim=True)
     if not float((whole * share + bias - out.float()).abs().max()) <= readout.tolerance * float(out.abs().max()):
         raise _refused(hm, f"its final norm {norm.name} is neither a layer norm nor an RMS norm")
-    return (linear(parts) * share).to(out.dtype), bias.to(out.dtype)
+    return (linear(parts) * share).cpu(), bias.cpu()
 
 
 def _refused(hm: HookedModel, reason: str) -> SelectionError:

@@ -22,7 +22,7 @@ from hookmap.stores.interface import Store
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
 
-Metric = Literal["probability", "rank", "top_probability", "entropy", "kl"]
+Metric = Literal["probability", "rank", "worst_rank", "top_probability", "entropy", "kl"]
 METRICS: tuple[str, ...] = get_args(Metric)
 STREAM_POINTS = ("resid_pre", "resid_mid_sum", "resid_mid", "resid_post", "mixer_out", "attn_out", "mlp_out")
 """the points whose tensor is the stream, or is added to it"""
@@ -31,6 +31,7 @@ _CHUNK = 64
 _MEANING = {
     "probability": "probability of {}",
     "rank": "rank of {}, 1 is the likeliest",
+    "worst_rank": "rank of {} behind all that tie with it",
     "top_probability": "probability of the likeliest token",
     "entropy": "entropy (nats)",
     "kl": "KL divergence of the model's output from the lens (nats)",
@@ -61,7 +62,9 @@ class Lens:
     probability: torch.Tensor
     """of the target"""
     rank: torch.Tensor
-    """of the target; 1 is the likeliest"""
+    """of the target, int64: one more than the tokens whose logit is larger; 1 is the likeliest"""
+    worst_rank: torch.Tensor
+    """of the target, int64: all tokens whose logit is at least as large; more than `rank` where others tie with it"""
     entropy: torch.Tensor
     """of the lens's distribution, in nats"""
     kl: torch.Tensor
@@ -84,7 +87,7 @@ class Lens:
     def as_json(self) -> dict[str, Any]:
         """Plain JSON data; `null` where a number is not there."""
         lists = {name: getattr(self, name).tolist() for name in ("top_ids", "top_probabilities", "target_ids")}
-        lists |= {name: getattr(self, name).tolist() for name in ("probability", "rank", "entropy")}
+        lists |= {name: getattr(self, name).tolist() for name in ("probability", "rank", "worst_rank", "entropy")}
         kl = [[None if value != value else value for value in row] for row in self.kl.tolist()]
         names = ("point", "layers", "positions", "tokens", "top_tokens", "target_tokens", "predicted")
         return {**{name: getattr(self, name) for name in names}, **lists, "kl": kl}
@@ -182,14 +185,14 @@ def _read(
     rows, last = where(told), ("resid_post", hm.map.num_layers - 1)
 
     def stream(key: tuple[str, int], chunk: tuple[int, ...]) -> torch.Tensor:
-        """Log probabilities of these positions. Raises CaptureError where their rows are not finite."""
+        """Logits of these positions. Raises CaptureError where their rows are not finite."""
         found = run.read(told.sample, *key, chunk)
         if not bool(found.isfinite().all()):
             if live:
                 raise not_finite(hm, told.token_ids, "lens")
             for each in dict.fromkeys([*((point, layer) for layer in layers), key]):  # the first of them is told
                 check_rows(run.read(told.sample, *each, rows), run, told, each, rows, "lens")
-        return _log_probabilities(readout, found)
+        return readout(found[None].to(readout.dtype))[0].float()
 
     parts: list[dict[str, torch.Tensor]] = []
     targets: list[torch.Tensor] = []
@@ -239,20 +242,21 @@ def _stack(parts: Sequence[torch.Tensor], layers: int) -> torch.Tensor:
     return torch.stack([torch.cat(list(parts[layer::layers])) for layer in range(layers)])
 
 
-def _log_probabilities(readout: Readout, stream: torch.Tensor) -> torch.Tensor:
-    """[pos, ..] -> log probabilities [pos, d_vocab], float32, on the device of the unembedding."""
-    return readout(stream[None].to(readout.dtype))[0].float().log_softmax(-1)
-
-
-def _figures(found: torch.Tensor, final: torch.Tensor | None, aim: torch.Tensor, top: int) -> dict[str, torch.Tensor]:
-    at = found.gather(-1, aim.to(found.device)[:, None])
-    best = found.topk(top)
-    kl = torch.full((len(found),), float("nan")) if final is None else (final.exp() * (final - found)).sum(-1)
+def _figures(logits: torch.Tensor, final: torch.Tensor | None, aim: torch.Tensor, top: int) -> dict[str, torch.Tensor]:
+    """Of logits [pos, d_vocab], float32; `final`: the model's own."""
+    found, aims = logits.log_softmax(-1), aim.to(logits.device)[:, None]
+    kl = torch.full((len(found),), float("nan"))
+    if final is not None:
+        output = final.log_softmax(-1)
+        kl = (output.exp() * (output - found)).sum(-1)
+    best, at = found.topk(top), logits.gather(-1, aims)
     figures = {
         "top_ids": best.indices,
         "top_probabilities": best.values.exp(),
-        "probability": at[:, 0].exp(),
-        "rank": (found > at).sum(-1) + 1,
+        "probability": found.gather(-1, aims)[:, 0].exp(),
+        # Of the logits: less of the sum of all, small differences between them would round away.
+        "rank": (logits > at).sum(-1) + 1,
+        "worst_rank": (logits >= at).sum(-1),
         "entropy": -(found.exp() * found).nan_to_num(0).sum(-1),
         "kl": kl,
     }

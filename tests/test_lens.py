@@ -1,5 +1,6 @@
 """The lens and the attributions of every family, against the model's own logits and hand calculation."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from tiny_tokenizer import tiny_tokenizer
 
 import hookmap
-from hookmap.attribution import BIAS
+from hookmap.attribution import BIAS, ROUNDING
+from hookmap.lens import _figures
 from hookmap.model import HookedModel
 from hookmap.readout import readout_of
 
@@ -282,6 +284,70 @@ def test_without_a_final_norm_the_parts_are_their_own_logits() -> None:
     by_hand = run.read(0, "mlp_out", 1)[-1] @ hm.model.lm_head.weight[13]
     assert torch.allclose(found.values[found.parts.index("mlp_out[1]"), 0], by_hand, atol=1e-5)
     assert torch.allclose(found.values.sum(0), logits_of(hm, TOKENS)[-1:, 13], atol=1e-4)
+
+
+def test_the_ranks_of_a_target_are_the_span_of_its_ties() -> None:
+    from scipy.stats import rankdata
+
+    hm = opened("llama", torch.bfloat16)
+    logits = logits_of(hm, TOKENS).float()
+    tied = next(t for t in range(97) if (logits[-1] == logits[-1, t]).sum() > 1)
+    found = hm.lens(TOKENS, layers=-1, target=tied)
+    best = [rankdata(-row, "min")[tied] for row in logits.numpy()]
+    worst = [rankdata(-row, "max")[tied] for row in logits.numpy()]
+    assert found.rank[0].tolist() == best and found.worst_rank[0].tolist() == worst
+    assert worst[-1] > best[-1]
+    assert found.grid("worst_rank").values[0].tolist() == worst
+    assert found.as_json()["worst_rank"] == [worst]
+
+
+def test_ranks_are_of_the_logits_and_not_of_what_is_left_of_them_as_probabilities() -> None:
+    """Logits that differ in the last bits stay apart where one token has all the probability."""
+    logits = torch.tensor([[300.0, 1.0, 1.0 + 2e-7, 1.0 + 4e-7]])
+    assert len(logits.unique()) == 4 and len(logits.log_softmax(-1).unique()) == 2
+    found = _figures(logits, None, torch.tensor([1]), 1)
+    assert (found["rank"].item(), found["worst_rank"].item()) == (4, 4)
+
+
+def test_rounding_hides_no_branch_that_the_map_does_not_know() -> None:
+    hm = opened("llama", torch.bfloat16)
+    known = hm.map
+    hm.model.set_submodule("model.layers.1", _Unsaid(hm.model.get_submodule("model.layers.1")))
+    with pytest.raises(hookmap.SelectionError, match=r"is left, besides the rounding of bfloat16 \(0\.\d+ at most\)"):
+        HookedModel(hm.model, None, known).attribute(TOKENS, target=13)
+
+
+def test_a_stream_in_bfloat16_that_was_far_larger_once_is_its_parts_and_rounding(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One token's feature 7 is 20,000 from the start, and the last MLP takes it away: its steps are 128 there."""
+    model, large = plain_hooks.build("llama"), TOKENS[0]
+    last = model.model.layers[-1].mlp.down_proj
+    hidden: list[torch.Tensor] = []
+    with torch.no_grad():
+        model.model.embed_tokens.weight[large, 7] = 20_000
+        hook = last.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+        model(torch.tensor([TOKENS]))
+        hook.remove()
+        first = hidden[0][0, 0]
+        last.weight[7] = -19_990 * first / first.square().sum()
+    narrow = hookmap.open(model.to(torch.bfloat16))
+    with caplog.at_level(logging.WARNING, "hookmap"):
+        found = narrow.attribute(TOKENS, target=13, positions=[0])
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "at position 0 the stream reached" in told and "bfloat16 has steps of 128" in told and "float32" in told
+    assert found.parts[-2:] == (ROUNDING, BIAS)
+    with torch.no_grad():
+        logits = model(torch.tensor([TOKENS])).logits[0, :1, 13].float()
+    torch.testing.assert_close(found.logit, logits, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found.values.sum(0), logits, rtol=0.05, atol=0.02)
+    run = narrow.capture(TOKENS, "all", "all", max_new_tokens=0)
+    parts = [run.read(0, "resid_pre", 0)]
+    parts += [run.read(0, point, layer) for layer in run.layers for point in ("mixer_out", "mlp_out")]
+    stream = run.read(0, "resid_post", run.layers[-1]).float()[0]
+    left = (stream - torch.stack(parts).float().sum(0)[0]).abs()
+    assert left.max() > 0.04 * stream.abs().max(), "more than rounding at the end of the stream"
+    assert f"up to {float(left.max()):.3g} was rounded away" in told
 
 
 def test_an_attribution_is_of_one_prompt() -> None:

@@ -20,7 +20,7 @@ from hookmap.cli import model_options, one_prompt
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, metavar="N", help="Likeliest tokens.")
 @click.option(
     "--metric",
-    type=click.Choice(["probability", "rank", "top_probability", "entropy", "kl"]),
+    type=click.Choice(["probability", "rank", "worst_rank", "top_probability", "entropy", "kl"]),
     default="probability",
     show_default=True,
     help="What the colours show.",
@@ -64,7 +64,7 @@ def command(
     def chart() -> Any:
         from hookmap.pictures import heat_map
 
-        return heat_map(grid, found.words, log=metric == "rank")
+        return heat_map(grid, found.words, log=metric.endswith("rank"))
 
     one_prompt.save_pictures(chart, (png, html))
     if as_json:
