@@ -43,6 +43,7 @@ from hookmap.stores.folder import FolderWriter, write_store
 from hookmap.stores.interface import Store, place_of
 from hookmap.stores.manifest import Manifest, manifest_of_run
 from hookmap.stores.memory import MemoryStore
+from hookmap.weights import weights_of
 from hookmap.wrappers import generate_of, generation_config_of
 
 BATCH_SIZE = 8
@@ -222,10 +223,10 @@ class Prepared:
             writers = [closing.enter_context(BackgroundWriter(folder))]
             if self._before:
                 writers.append(closing.enter_context(BackgroundWriter(before_writer(store, manifest))))
-                run.before = Lacking(writers[1])
+                run.before = Lacking(writers[1], writers[1].finished)
             finished = reduce(and_, (writer.finished for writer in writers))
             try:
-                run.all(self.groups, Lacking(writers[0]) if self._before else writers[0], finished)
+                run.all(self.groups, Lacking(writers[0], writers[0].finished), finished)
             except BaseException:
                 if run.lost:  # its finished samples stay, and the manifest has to say what they lost
                     with contextlib.suppress(StoreError):
@@ -310,7 +311,7 @@ def prepare(
         model=name,
         architecture=architecture_map.architecture,
         architecture_map=architecture_map.model_dump(mode="json"),
-        settings={**settings, **_of_prompts(prompts)},
+        settings={**settings, **_of_model(engine), **_of_prompts(prompts)},
     )
     return Prepared(run, groups, manifest, architecture_map, expected, why)
 
@@ -352,6 +353,23 @@ def _check_vocabulary(engine: Engine, prompts: Sequence[Prompt]) -> None:
             )
 
 
+def _of_model(engine: Engine) -> dict[str, Any]:
+    """What runs beside the weights' name: which engine, edits stored in the model, and the weights themselves."""
+    found: dict[str, Any] = {"engine": engine.name, "weights": weights_of(engine.root)}
+    if edits := getattr(engine, "stored_edits", ()):
+        found["edits_sha256"] = list(edits)
+    return found
+
+
 def _of_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    digest = hashlib.sha256(json.dumps([prompt.token_ids for prompt in prompts]).encode())
-    return {"prompts": len(prompts), "prompts_sha256": digest.hexdigest()}
+    """Digests of all that a sample takes over from its prompt."""
+    return {
+        "prompts": len(prompts),
+        "prompts_sha256": _sha256([[prompt.text, prompt.token_ids] for prompt in prompts]),
+        "ids_sha256": _sha256([prompt.id for prompt in prompts]),
+        "labels_sha256": _sha256([prompt.labels and dict(prompt.labels) for prompt in prompts]),
+    }
+
+
+def _sha256(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

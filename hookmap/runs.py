@@ -74,11 +74,10 @@ class Run(ABC):
         """Run these prompts together and hand their rows to the sink."""
 
     def all(self, groups: Sequence[Sequence[int]], sink: Sink, finished: Set[int] = frozenset()) -> None:
-        """Each batch that is not finished yet."""
+        """Each batch that is not finished yet, whole: what a sample is may depend on who runs with it."""
         for group in groups:
-            left = [number for number in group if number not in finished]
-            if left:
-                self.together(left, sink)
+            if any(number not in finished for number in group):
+                self.together(group, sink)
                 self.memory.look()
             self.done += len(group)
             self._show(0)

@@ -4,10 +4,14 @@
 they pass, so this subclasses its `Cache` and registers with the running trace, as `tracer.cache()` does (0.8).
 """
 
-from collections.abc import Callable
+import ast
+import hashlib
+from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import nnsight
+import torch
 from nnsight.intervention.cache import Cache
 from nnsight.intervention.interleaver import Mediator
 from torch import nn
@@ -53,3 +57,33 @@ def adopt_edits(tree: nnsight.NNsight, given: nnsight.Envoy | None) -> None:
     """Let the run apply what the user stored on `given` with `edit(inplace=True)`: that is the model they opened."""
     if given is not None:
         tree._edits = list(given._edits)
+
+
+def stored_edits(given: nnsight.Envoy | None) -> list[str]:
+    """A digest of each edit stored on `given`: its code, and the numbers, texts and tensors that it names."""
+    return [_digest(edit) for edit in getattr(given, "_edits", ())]
+
+
+def _digest(edit: Mediator) -> str:
+    digest = hashlib.sha256()
+    digest.update((edit.code.co_code.hex() if edit.node is None else ast.unparse(edit.node)).encode())
+    for name in sorted(set(_names(edit.code))):
+        try:
+            value = edit.lcls[name]
+        except (KeyError, NameError):
+            continue
+        digest.update(f"{name} {type(value).__qualname__} ".encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, int | float | complex | str | bytes | tuple | list | range | slice):
+            digest.update(repr(value).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """That the code reads, inner functions included."""
+    yield from (*code.co_names, *code.co_freevars)
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)

@@ -11,7 +11,7 @@ import nnsight
 import torch
 from torch import nn
 
-from hookmap.engines._nnsight_sink import PassingCache, adopt_edits, attach, tree_over
+from hookmap.engines._nnsight_sink import PassingCache, adopt_edits, attach, stored_edits, tree_over
 from hookmap.engines.editing import Editor
 from hookmap.engines.hooks import call, module_at
 from hookmap.engines.observation import Observer, Watch
@@ -35,6 +35,11 @@ class NNsightEngine:
         self.runner = runner_of(module)
         self._given = given
         self._tree: nnsight.NNsight | None = None
+
+    @property
+    def stored_edits(self) -> list[str]:
+        """A digest of each edit that is stored in the model."""
+        return stored_edits(self._given)
 
     def generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> torch.Tensor:
         """See `Engine.generate`. Raises CaptureError where a selector's module is not in the model."""

@@ -11,7 +11,7 @@ import nnsight
 import torch
 from torch import nn
 
-from hookmap.engines._nnsight_sink import visits
+from hookmap.engines._nnsight_sink import stored_edits, visits
 from hookmap.engines.editing import Editor
 from hookmap.engines.hooks import module_at
 from hookmap.engines.observation import Observer, Side
@@ -31,6 +31,11 @@ class RemoteEngine:
         self._given = given
         self._remote = remote
         self._paths = {id(envoy._module): envoy.path for envoy in given.modules()}
+
+    @property
+    def stored_edits(self) -> list[str]:
+        """A digest of each edit that is stored in the model."""
+        return stored_edits(self._given)
 
     def generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> torch.Tensor:
         """See `Engine.generate`. Raises CaptureError where the server fails, or did not run what was asked."""

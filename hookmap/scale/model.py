@@ -145,7 +145,7 @@ class RayModel:
         encoded, job = self._pool.put(plan.prompts), Job(uuid4().hex, options, str(folder), mark)
         for group in plan.groups:
             if left := [number for number in group if number not in finished]:
-                yield Task(f"the batch of samples {left[0]} to {left[-1]}", "run", (job, encoded, left))
+                yield Task(f"the batch of samples {left[0]} to {left[-1]}", "run", (job, encoded, group, left))
 
     def close(self) -> None:
         """End the workers."""

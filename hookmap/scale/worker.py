@@ -14,6 +14,7 @@ from hookmap.memory_use import used
 from hookmap.model import HookedModel, open
 from hookmap.prompts import Prompt
 from hookmap.selectors import Selector
+from hookmap.stores.beside import Lacking
 from hookmap.stores.groups import Group, PartWriter
 from hookmap.stores.manifest import Manifest, versions
 
@@ -91,8 +92,11 @@ class Worker:
         """See `HookedModel.estimate`."""
         return self._hooked.estimate(prompts, **options)
 
-    def run(self, job: Job, prompts: Sequence[Prompt], numbers: Sequence[int]) -> Ran:
-        """Run these prompts together; their rows come to the job's folder. Raises as `plan` does, and StoreError."""
+    def run(self, job: Job, prompts: Sequence[Prompt], numbers: Sequence[int], wanted: Sequence[int]) -> Ran:
+        """Run these prompts together; the rows of those `wanted` come to the job's folder.
+
+        Raises as `plan` does, and StoreError.
+        """
         folder = Path(job.folder)
         if not (folder / job.mark).exists():
             raise StoreError(
@@ -104,7 +108,7 @@ class Worker:
         run, manifest = self._prepared.run, self._prepared.manifest
         writer = PartWriter(folder, manifest.keys, manifest.shard_tokens, manifest.shard_bytes)
         told, lost = len(run.halved), run.lost.copy()
-        run.together(numbers, writer)
+        run.together(numbers, Lacking(writer, {*numbers} - {*wanted}))
         run.memory.look()
         memory = max(run.memory.peak, used())
         return Ran(tuple(writer.groups), tuple(run.halved[told:]), memory, dict(run.lost - lost))

@@ -4,11 +4,11 @@ The two grow side by side, each with its own ledger, so a kill may leave one a b
 on does again what either lacks, and each takes what it lacks.
 """
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from hookmap.activations import Activation, Sample
-from hookmap.stores.background import BackgroundWriter
+from hookmap.activations import Activation, Sample, Sink
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.manifest import MANIFEST, Manifest
 
@@ -17,10 +17,10 @@ BEFORE = "before"
 
 
 class Lacking:
-    """A sink that hands on the samples which the folder behind it does not hold."""
+    """A sink that hands on the samples which the folder behind it does not hold: a batch always runs whole."""
 
-    def __init__(self, writer: BackgroundWriter) -> None:
-        self._writer, self._held = writer, writer.finished
+    def __init__(self, writer: Sink, held: Set[int]) -> None:
+        self._writer, self._held = writer, held
 
     def write(self, activation: Activation) -> None:
         """See `Sink.write`."""

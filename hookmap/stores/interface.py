@@ -23,7 +23,7 @@ Tokens: TypeAlias = "slice | Sequence[int] | None"
 NEAR_IDS = 1000
 """samples among whose ids a misspelt one is looked for: it takes milliseconds, not minutes"""
 
-NORM_ROWS = 1024
+NORM_ROWS = 256
 """rows that `norms` holds at a time"""
 
 

@@ -141,7 +141,8 @@ def scan(path: Location, known: Committed | None = None) -> Committed:
             whole = int(starts[last + 1]) if last + 1 < len(starts) else len(block.lines)
             committed.numbers.frombytes(numbers[: last + 1].tobytes())
             committed.offsets.frombytes((starts[: last + 1] + block.offset).tobytes())
-            committed.size, committed.shards = block.offset + whole, int(shards[last])
+            committed.size = block.offset + whole
+            committed.shards = max(committed.shards, int(shards[: last + 1].max()))
             committed.rows += int(rows[: last + 1].sum())
             block.keep(whole)
     return committed

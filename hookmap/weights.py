@@ -1,0 +1,40 @@
+"""A fingerprint of a model's weights: cheap, and another one where a tensor was replaced, scaled or cast."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+VALUES = 64
+"""numbers that are looked at in each tensor, evenly spaced over it"""
+
+
+def weights_of(module: nn.Module) -> dict[str, Any] | None:
+    """What a manifest says of the weights; None where some are elsewhere (on a disk, on another machine).
+
+    Of every parameter and every buffer that is saved with the model: name, dtype, shape and VALUES of its numbers. So
+    another checkpoint, another dtype, an adapter, or a tensor that was scaled is seen; a few numbers changed by hand
+    may not be.
+    """
+    digest, dtypes, count = hashlib.sha256(), set[str](), 0
+    for name, tensor in _saved(module):
+        if tensor.is_meta:
+            return None
+        flat = tensor.detach().flatten()
+        places = torch.arange(min(VALUES, len(flat)), device=flat.device) * len(flat) // VALUES
+        values = flat[places if len(flat) > VALUES else slice(None)].cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        count += 1
+    return {"tensors": count, "dtypes": sorted(dtypes), "values_of_each": VALUES, "sha256": digest.hexdigest()}
+
+
+def _saved(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    for path, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                yield f"{path}.{name}", buffer
