@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,49 @@ def test_a_run_that_ends_early_is_gone_on_with_by_any_engine(hm: Any, alone: hoo
         assert len(open_store(folder)) == 2
         assert_same(other.capture(PROMPTS, **SAMPLED, store=folder, resume=True), alone)
         assert_nothing_torn(folder, 6)
+
+
+def test_threads_share_the_workers_one_after_another(hm: Any) -> None:
+    """Without turns, most of these ended in KeyError or ValueError: a thread took what another's worker gave."""
+    options = CHOSEN | {"max_new_tokens": 3}
+    expected = [hookmap.open(MODEL_PATH).capture(PROMPTS[n : n + 4], **options) for n in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda n: hm.capture(PROMPTS[n % 3 : n % 3 + 4], **options), range(9)))
+    for number, run in enumerate(found):
+        assert_same(run, expected[number % 3])
+
+
+def test_a_capture_inside_the_progress_of_another_is_refused(hm: Any, tmp_path: Path) -> None:
+    def inside(_: Any) -> None:
+        hm.capture(PROMPTS[0], **CHOSEN)
+
+    with pytest.raises(CaptureError, match="in the middle of a capture"):
+        hm.capture(PROMPTS, **CHOSEN, store=tmp_path / "run", progress=inside)
+    assert len(open_store(tmp_path / "run")) == 2
+    hm.capture(PROMPTS, **CHOSEN, store=tmp_path / "run", resume=True)
+
+
+SHUT_DOWN = """
+import sys, ray, hookmap
+from hookmap.demo import MODEL_PATH
+with hookmap.open_on_ray(MODEL_PATH, workers=1) as hm:
+    for _ in range(2):
+        try:
+            hm.capture({prompts}, **{options}, store=sys.argv[1], progress=lambda _: ray.shutdown(), resume=_ > 0)
+        except hookmap.CaptureError as error:
+            print(error)
+    assert not ray.is_initialized()
+"""
+
+
+def test_ray_that_is_shut_down_in_the_middle_is_told(tmp_path: Path) -> None:
+    script = SHUT_DOWN.format(prompts=PROMPTS[:6], options=CHOSEN)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("Ray was shut down while its workers were needed") and first.endswith("resume=True.")
+    assert "Open the model on Ray again" in second
+    assert len(open_store(tmp_path / "run")) == 2
 
 
 def test_a_model_that_cannot_be_opened_is_told_at_once(cluster: None) -> None:

@@ -4,9 +4,11 @@ The driver loads no weights. It asks a worker to plan, hands out batches, and al
 write shards. So a sample is finished where the folder says so, whoever dies, and `resume` goes on from there.
 """
 
+import contextlib
 import math
 import os
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from functools import cached_property
@@ -42,6 +44,7 @@ class RayModel:
         self.workers = workers
         self._opening = opening
         self._pool = Pool(source, opening, workers, **cluster)
+        self._turn, self._taken = threading.RLock(), False
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -55,7 +58,8 @@ class RayModel:
     @cached_property
     def map(self) -> ArchitectureMap:
         """Where each point is in this model."""
-        plan: Plan = self._pool.call("the map", "plan", [[0]], {"points": (), "max_new_tokens": 0})
+        with self._alone():
+            plan: Plan = self._pool.call("the map", "plan", [[0]], {"points": (), "max_new_tokens": 0})
         return plan.map
 
     def encode(self, prompts: Any, chat: Chat) -> tuple[Prompt, ...]:
@@ -68,7 +72,8 @@ class RayModel:
 
     def estimate(self, prompts: Any, *selection: Any, **options: Any) -> Estimate:
         """See `HookedModel.estimate`."""
-        found: Estimate = self._pool.call("the estimate", "estimate", prompts, _named(selection, options))
+        with self._alone():
+            found: Estimate = self._pool.call("the estimate", "estimate", prompts, _named(selection, options))
         return found
 
     def capture(
@@ -83,7 +88,8 @@ class RayModel:
         """`HookedModel.capture`, whose arguments see; `store` is on a disk that all machines of the cluster share.
 
         What comes is byte-identical, sample by sample, to what one such machine would have written. Raises what
-        `HookedModel.capture` does, and CaptureError where a batch ends every worker that tries it.
+        `HookedModel.capture` does, and CaptureError where a batch ends every worker that tries it, or Ray is shut down.
+        Captures on several threads run one after another.
         """
         named = _named(selection, options)
         if named.get("before"):
@@ -94,13 +100,29 @@ class RayModel:
             raise CaptureError("resume=True needs the folder to go on with: give store=FOLDER.")
         if store is not None and named.get("points", "all") == ():
             raise StoreError("a capture folder needs at least one tensor: name points, or leave store= out.")
-        if store is None:
-            with tempfile.TemporaryDirectory(prefix="hookmap-") as folder:
-                made = self._capture(prompts, named, Path(folder) / "capture", False, progress)
-                held = MemoryStore(made.store.keys)
-                made.store.write_to(held)
-                return Capture(held, made.selectors, made.map, made.manifest)
-        return self._capture(prompts, named, Path(store).absolute(), resume, progress)
+        if store is not None:
+            with self._alone():
+                return self._capture(prompts, named, Path(store).absolute(), resume, progress)
+        with self._alone(), tempfile.TemporaryDirectory(prefix="hookmap-") as folder:
+            made = self._capture(prompts, named, Path(folder) / "capture", False, progress)
+            held = MemoryStore(made.store.keys)
+            made.store.write_to(held)
+            return Capture(held, made.selectors, made.map, made.manifest)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The workers are one run's at a time; other threads wait. Raises CaptureError inside one of this thread."""
+        with self._turn:
+            if self._taken:
+                raise CaptureError(
+                    "the workers are in the middle of a capture that called this, from its progress. Run it when that "
+                    "capture has ended, or open the model on Ray once more."
+                )
+            self._taken = True
+            try:
+                yield
+            finally:
+                self._taken = False
 
     def _capture(
         self,
@@ -113,9 +135,13 @@ class RayModel:
         plan: Plan = self._pool.call("the plan", "plan", self._pool.put(prompts), options)
         check_room(plan.expected, folder, resume)
         memory, halved, lost, infinite = 0, list[str](), len(self._pool.lost), Counter[str]()
-        with (FolderWriter.resume if resume else FolderWriter.create)(folder, plan.manifest) as writer:
+        writing = FolderWriter.resume if resume else FolderWriter.create
+        with contextlib.ExitStack() as ends:
+            writer = ends.enter_context(writing(folder, plan.manifest))
             done = len(writer.finished)
-            for task, ran in self._pool.each(self._tasks(plan, options, folder, writer.finished)):
+            # Closed here, not when it is collected: until then its tasks would be taken for those of the next run.
+            coming = contextlib.closing(self._pool.each(self._tasks(plan, options, folder, writer.finished)))
+            for task, ran in ends.enter_context(coming):
                 assert isinstance(ran, Ran)
                 for group in ran.groups:
                     writer.adopt(group)
@@ -148,8 +174,9 @@ class RayModel:
                 yield Task(f"the batch of samples {left[0]} to {left[-1]}", "run", (job, encoded, group, left))
 
     def close(self) -> None:
-        """End the workers."""
-        self._pool.close()
+        """End the workers, when a capture of another thread has ended."""
+        with self._turn:
+            self._pool.close()
 
     def __enter__(self) -> "RayModel":
         return self

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,7 @@ class Task:
 
 
 class Pool:
-    """So many workers, each with a model. For one thread."""
+    """So many workers, each with a model. For one thread at a time."""
 
     def __init__(
         self,
@@ -69,14 +69,14 @@ class Pool:
     def put(self, value: Any) -> list[Any]:
         """A reference that each worker fetches once. Raises CaptureError where no worker is left."""
         self._check_left()
-        return [self._ray.put(value)]
+        return [self._asked(self._ray.put, value)]
 
     def call(self, name: str, method: str, *arguments: Any) -> Any:
         """One task. Raises what it raises."""
         [(_, found)] = self.each([Task(name, method, arguments)])
         return found
 
-    def each(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+    def each(self, tasks: Iterable[Task]) -> Generator[tuple[Task, Any], None, None]:
         """Run the tasks, as workers get idle; what came of each, as it comes. Raises what a task raises."""
         try:
             yield from self._each(iter(tasks))
@@ -96,12 +96,12 @@ class Pool:
         while True:
             while self._idle and (task := again.popleft() if again else next(coming, None)):
                 actor = self._idle.pop()
-                self._running[actor.call.remote(task.method, *task.arguments)] = (actor, task)
+                self._running[self._asked(actor.call.remote, task.method, *task.arguments)] = (actor, task)
             busy = any(task for _, task in self._running.values())
             if not busy and (self._idle or not (again or _more(coming, again))):
                 return
             self._check_left()
-            done, _ = self._ray.wait([*self._running, *self._starting], timeout=WAITING)
+            done, _ = self._asked(self._ray.wait, [*self._running, *self._starting], timeout=WAITING)
             if not done:
                 self._say_what_is_waited_for()
             for reference in done:
@@ -127,9 +127,24 @@ class Pool:
                     if task is not None:
                         yield task, found
 
+    def _asked(self, ask: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What Ray says. Raises CaptureError where it is gone: it was shut down, here or on another thread."""
+        why = ""
+        try:
+            if self._ray.is_initialized():  # else Ray would start a cluster without these workers
+                return ask(*arguments, **options)
+        except Exception as error:
+            if isinstance(error, self._ray.exceptions.RayError) and self._ray.is_initialized():
+                raise
+            why = f" ({type(error).__name__}: {_first_line(error)})"
+        raise CaptureError(
+            f"Ray was shut down while its workers were needed, or its cluster is gone{why}. Open the model on Ray "
+            "again; a capture in a folder goes on with resume=True."
+        )
+
     def _start(self) -> None:
-        actor = self._actor.remote(*self._made_of)
-        self._starting[actor.call.remote("open")] = actor
+        actor = self._asked(self._actor.remote, *self._made_of)
+        self._starting[self._asked(actor.call.remote, "open")] = actor
 
     def _born(self, reference: Any) -> None:
         actor = self._starting.pop(reference)
@@ -156,14 +171,14 @@ class Pool:
 
     def _kill(self, actor: Any) -> None:
         with contextlib.suppress(Exception):  # it may be dead, and Ray may be gone
-            self._ray.kill(actor)
+            self._asked(self._ray.kill, actor)
 
     def _result(self, reference: Any) -> Any:
         """Raises what the task raised, and _Died where its worker did."""
         from ray.exceptions import RayError, RayTaskError
 
         try:
-            return self._ray.get(reference)
+            return self._asked(self._ray.get, reference)
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, HookmapError):
