@@ -8,7 +8,11 @@ A stream in bfloat16 is its sum but for rounding, which is a summand by itself.
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import logging
+=======
+from collections.abc import Mapping
+>>>>>>> 611f96a (One rule of chat templates for Python and every command; nothing of a prompt is dropped)
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +74,9 @@ def attribute(
     positions: Any = "last",
     heads: bool = False,
     chat: Any = "auto",
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Attribution:
     """See `HookedModel.attribute`."""
     readout = readout_of(hm)
@@ -78,7 +85,17 @@ def attribute(
     points = list(dict.fromkeys(name for name, _ in names))
     if heads:
         points += ["z"]  # raises SelectionError where no layer has heads
-    run = hm.capture(prompt, [*points, *ends], "all", max_new_tokens=0, positions=positions, chat=chat)
+    run = hm.capture(
+        prompt,
+        [*points, *ends],
+        "all",
+        max_new_tokens=0,
+        positions=positions,
+        chat=chat,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        chat_template_kwargs=chat_template_kwargs,
+    )
     if len(run) != 1:
         raise SelectionError(f"an attribution is of one prompt, got {len(run)}: call it for each.")
     if not all(bool(run.read(0, *key).isfinite().all()) for key in run.keys):

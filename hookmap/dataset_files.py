@@ -28,6 +28,9 @@ def rows_of(source: Any) -> tuple[str, Iterator[tuple[str, Any]]]:
         return source, _numbered(_from_hub(source.removeprefix("hf://")), "row")
     if isinstance(source, Mapping):  # a datasets.DatasetDict is one
         raise DataError(f"prompts: expected one data set or an iterable of records, got a mapping of {_some(source)}")
+    if (columns := columns_of(source)) is not None:
+        _check_names("the table", list(map(str, columns)))
+        return "the table", _numbered(_table_rows(source), "row")
     if not isinstance(source, str | os.PathLike):
         if not isinstance(source, Iterable) or isinstance(source, bytes):
             raise DataError(f"prompts: expected a file, a data set or an iterable of records, got {source!r:.80}")
@@ -42,6 +45,26 @@ def rows_of(source: Any) -> tuple[str, Iterator[tuple[str, Any]]]:
     if kind not in FORMATS:
         raise DataError(f"{path}: expected a file of {', '.join(FORMATS)}, found {kind or 'no ending'}")
     return str(path), readers.get(kind, _json_lines)(path)
+
+
+def columns_of(source: Any) -> list[Any] | None:
+    """The columns of a table in memory: a DataFrame of pandas or polars, an Arrow table. None for anything else."""
+    if hasattr(source, "to_dict") and hasattr(source, "iterrows"):  # pandas
+        return list(source.columns)
+    if hasattr(source, "to_pylist") and hasattr(source, "schema"):  # pyarrow
+        return list(source.schema.names)
+    if hasattr(source, "to_dicts"):  # polars
+        return list(source.columns)
+    return None
+
+
+def _table_rows(table: Any) -> Iterable[Mapping[Any, Any]]:
+    """A missing cell is None."""
+    if hasattr(table, "iterrows"):
+        found: Iterable[Mapping[Any, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")
+    else:
+        found = table.to_pylist() if hasattr(table, "to_pylist") else table.to_dicts()
+    return found
 
 
 @contextmanager
@@ -150,7 +173,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"the prompts file {path} cannot be read: {error}") from error
 
 
-def _check_names(path: Path, names: Sequence[str]) -> None:
+def _check_names(path: Path | str, names: Sequence[str]) -> None:
     """Of two columns of one name, a row would silently keep the last."""
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise DataError(f"{path}: expected each column once, found {', '.join(map(repr, twice))} more than once")

@@ -15,7 +15,7 @@ from pathlib import PurePath
 from typing import Any, Literal
 from uuid import UUID
 
-from hookmap.dataset_files import rows_of
+from hookmap.dataset_files import columns_of, rows_of
 from hookmap.errors import DataError
 
 FIELDS = ("prompt", "messages", "question", "text", "token_ids", "input_ids")
@@ -59,8 +59,9 @@ def load_prompts(
     """The prompts of a data set, for `capture`.
 
     source: a file (.jsonl, .json, .csv, .tsv, .parquet; .txt has a prompt a line; text also as .gz), a folder of
-    `datasets.save_to_disk`, "hf://NAME" or "hf://NAME:SPLIT" of the Hugging Face hub, a `datasets.Dataset`, or any
-    iterable of texts, chat messages or mappings.
+    `datasets.save_to_disk`, "hf://NAME" or "hf://NAME:SPLIT" of the Hugging Face hub, a `datasets.Dataset`, a table (a
+    DataFrame of pandas or polars, an Arrow table; its column is named), or any iterable of texts, chat messages or
+    mappings.
     prompt: the column of the prompt; the first of FIELDS that a record has, unless given. id: the column of its name;
     "id" where there is one. labels: columns to keep, or "all" others. skip, limit: which records.
     Raises DataError with every wrong record at once.
@@ -70,6 +71,11 @@ def load_prompts(
     for name, number in (("skip", skip), ("limit", limit)):
         if number is not None and (type(number) is not int or number < 0):
             raise DataError(f"{name}: expected a whole number from 0 on, got {number!r}.")
+    if prompt is None and (columns := columns_of(source)) is not None:
+        raise DataError(
+            f"a table with the columns {_listed(columns)}: say which holds the prompts: load_prompts(table, "
+            "prompt=NAME), and which the names, id=NAME, and labels, labels=[…] or 'all'."
+        )
     where, rows = rows_of(source)
     found: list[PromptRecord] = []
     problems: list[str] = []

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,14 +58,7 @@ def settings(
     """
     check_count("max_new_tokens", max_new_tokens)
     given = {name: value for name, value in options.items() if value is not None}
-    known = set(GenerationConfig().to_dict())
-    for name in given:
-        if name in _NOT_HERE:
-            raise CaptureError(f"{name}: {_NOT_HERE[name]}.")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "it is no field of transformers' GenerationConfig."
-            raise CaptureError(f"unknown generation setting {name!r}: {hint}")
+    check_names(given)
     config: GenerationConfig = copy.deepcopy(own)
     if config.stop_strings and tokenizer is None:
         raise CaptureError(
@@ -92,6 +85,18 @@ def settings(
             "each prompt. Give num_beams=1, num_return_sequences=1."
         )
     return config
+
+
+def check_names(given: Iterable[str], of_capture: Iterable[str] = ()) -> None:
+    """Raises CaptureError for names that are no generation settings. `of_capture`: arguments that may be meant."""
+    known = set(GenerationConfig().to_dict())
+    for name in given:
+        if name in _NOT_HERE:
+            raise CaptureError(f"{name}: {_NOT_HERE[name]}.")
+        if name not in known:
+            near = difflib.get_close_matches(name, [*of_capture, *known], n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "it is no field of transformers' GenerationConfig."
+            raise CaptureError(f"unknown generation setting {name!r}: {hint}")
 
 
 def check_count(name: str, count: Any, least: int = 1) -> None:

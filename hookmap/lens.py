@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -104,6 +104,9 @@ def lens(
     target: int | str | None = None,
     sample: int = 0,
     chat: Any = "auto",
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Lens:
     """See `HookedModel.lens`."""
     name = _stream_point(point)
@@ -112,7 +115,17 @@ def lens(
     if live:
         _refuse_several(source)
         last = f"blocks.{hm.map.num_layers - 1}.hook_resid_post"
-        run = hm.capture(source, [name, last], layers, max_new_tokens=0, positions=positions, chat=chat)
+        run = hm.capture(
+            source,
+            [name, last],
+            layers,
+            max_new_tokens=0,
+            positions=positions,
+            chat=chat,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         sample = 0
     held = [key[1] for key in run.keys if key[0] == name and key[1] is not None]
     chosen = held if isinstance(layers, str) else sorted({s.layer for s in hm.map.selectors(name, layers)})

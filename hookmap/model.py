@@ -1,5 +1,6 @@
 """`hookmap.open`: a model, its tokenizer and its map, held against each other; one copy of the weights."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -12,12 +13,13 @@ from hookmap import skeleton
 from hookmap.architecture_map import ArchitectureMap
 from hookmap.attribution import Attribution, attribute
 from hookmap.capture import BATCH_SIZE, BATCH_TOKENS, Capture, Prepared, prepare
+from hookmap.chat_template import Chat, Templating
 from hookmap.engines import Engine
 from hookmap.engines.hooks import HooksEngine
 from hookmap.engines.turns import turns_of
 from hookmap.errors import CaptureError, ModelError, TokenizerError
 from hookmap.estimate import Estimate, estimate
-from hookmap.generation import check_count
+from hookmap.generation import check_count, check_names
 from hookmap.interventions import read_interventions
 from hookmap.kept import Kept, Positions, kept, matching_tokens
 from hookmap.lens import Lens, lens
@@ -27,7 +29,7 @@ from hookmap.map_of_model import map_of
 from hookmap.padding import why_no_pads
 from hookmap.patching import Sweep, sweep
 from hookmap.plan import Plan, plan
-from hookmap.prompts import NO_TOKENIZER, Chat, Prompt, encode
+from hookmap.prompts import NO_TOKENIZER, Prompt, encode, records
 from hookmap.proofs import Proofs
 from hookmap.runs import Progress, generation_batches, harvest_batches, vocabulary_of
 from hookmap.selectors import Selector
@@ -94,6 +96,10 @@ class HookedModel:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         chat: Chat = "auto",
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        prompt_column: str | None = None,
         batch_size: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
         engine: EngineName = "auto",
@@ -109,7 +115,7 @@ class HookedModel:
         With max_new_tokens=0 nothing is generated: one forward pass over the given texts (a harvest), as far into the
         model as the points need, batched by length.
 
-        prompts: a string, chat messages or token ids, or a list of such.
+        prompts: a string, chat messages or token ids, or a list of such; or a table or data set, with prompt_column.
         points, layers: see `hookmap.selectors.select`; in any order; points={"resid_post": [3], "z": [8]} gives each
         point layers of its own. With `pattern`, the run is with eager attention.
         positions: of which tokens rows are kept: "all", "prompt", "generated", "last", "last_prompt", a span "4:20",
@@ -119,8 +125,10 @@ class HookedModel:
         the model's own unless given. overflow: where a finite number is infinite in it, "warn" stores the infinity,
         warns, and counts it in the manifest; "refuse" raises CaptureError, and of that batch nothing is kept.
         do_sample, seed: greedy unless asked. With a seed the run repeats, and the generators' states stay as they were.
-        stop: strings that end a row. chat: "auto" sends messages through the chat template and leaves strings as they
-        are; True makes each string a user's message.
+        stop: strings that end a row. chat: "auto" sends messages through the chat template and reads strings as they
+        are; True makes each string a user's message; False refuses messages. An assistant's last message stays as it is
+        in a harvest and goes on in a generation, and behind any other the assistant's turn begins, unless
+        add_generation_prompt or continue_final_message say else. chat_template_kwargs: {"enable_thinking": False}, …
         batch_size: prompts that run together, left-padded; 8 unless given. Of a harvest, batch_tokens: tokens that run
         together, pads included. The pads are in no result. A batch that is too large for a GPU is halved.
         engine: "hooks" (PyTorch's own, the leanest), "nnsight", or "auto": hooks, unless x came as an nnsight model.
@@ -150,6 +158,10 @@ class HookedModel:
             seed=seed,
             stop=stop,
             chat=chat,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            prompt_column=prompt_column,
             batch_size=batch_size,
             batch_tokens=batch_tokens,
             engine=engine,
@@ -178,6 +190,10 @@ class HookedModel:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         chat: Chat = "auto",
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        prompt_column: str | None = None,
         batch_size: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
         engine: EngineName = "auto",
@@ -187,7 +203,11 @@ class HookedModel:
         **generation: Any,
     ) -> Prepared:
         """What `capture` of the same arguments would run, decided and checked: for who runs its batches elsewhere."""
-        encoded = self.encode(prompts, chat)
+        check_names(generation, inspect.signature(HookedModel.prepare).parameters)
+        how = Templating(
+            chat, add_generation_prompt, continue_final_message, chat_template_kwargs, generates=bool(max_new_tokens)
+        )
+        encoded = self._encode(records(prompts, prompt_column), how)
         chosen = kept(
             positions,
             every=every,
@@ -199,7 +219,7 @@ class HookedModel:
         )
         selectors = self.map.selectors(points, layers) if points != () else ()
         runs, why = self._engine_of(engine)
-        planned = self._plan(interventions, encoded, max_new_tokens, chat)
+        planned = self._plan(interventions, encoded, max_new_tokens, how)
         return prepare(
             runs,
             why,
@@ -235,6 +255,8 @@ class HookedModel:
         Without a `capture` the run has texts and tokens only. `capture` takes what says which rows are kept, `options`
         everything else that `HookedModel.capture` takes, which see.
         """
+        if not isinstance(capture, Mapping | None):
+            raise CaptureError(f'capture: expected what it keeps, {{"points": …, "layers": …}}, got {capture!r:.80}.')
         chosen = {"points": (), **(capture or {})}
         return self.capture(prompts, max_new_tokens=max_new_tokens, interventions=interventions, **chosen, **options)
 
@@ -242,7 +264,7 @@ class HookedModel:
         """How far each layer and position of the clean prompt's run brings back its answer in the corrupted one's.
 
         target, against: the next tokens of both, as text or ids. options: point="resid_pre", layers, positions, as in
-        capture; batch_size, patches that run together; chat; progress. See `hookmap.patching.sweep`.
+        capture; batch_size, patches that run together; chat and its like; progress. See `hookmap.patching.sweep`.
         """
         return sweep(self, clean, corrupted, target, against, **options)
 
@@ -265,14 +287,14 @@ class HookedModel:
         """What was shown about writing the points of this model."""
         return Proofs(self.hooks, self.map)
 
-    def _plan(self, interventions: Any, prompts: Sequence[Prompt], max_new_tokens: int, chat: Chat) -> Plan | None:
+    def _plan(self, interventions: Any, prompts: Sequence[Prompt], max_new_tokens: int, how: Templating) -> Plan | None:
         if isinstance(interventions, Plan):
             return interventions
         found = read_interventions(interventions)
         if not found:
             return None
         check_count("max_new_tokens", max_new_tokens, least=0)
-        return plan(self, found, prompts, max_new_tokens, chat)
+        return plan(self, found, prompts, max_new_tokens, how)
 
     def lens(self, source: Any, point: str = "resid_post", layers: Layers = "all", **options: Any) -> Lens:
         """What the model would say at each layer: the stream through its final norm and unembedding.
@@ -280,7 +302,7 @@ class HookedModel:
         source: one prompt, or a capture or store that holds the point; then sample= says which sample of it.
         point: of the stream (resid_pre, resid_mid, resid_post) or a branch (mixer_out, mlp_out). layers: as in capture.
         options: top=5 likeliest tokens to keep; positions="all", as in capture; target=, a token's text or id, whose
-        probability and rank are told (the model's own prediction unless given); chat="auto".
+        probability and rank are told (the model's own prediction unless given); chat and its like, as in capture.
         Raises SelectionError with the reason where the model's logits cannot be read off its stream.
         """
         return lens(self, source, point, layers, **options)
@@ -289,7 +311,7 @@ class HookedModel:
         """How much each branch of each layer adds to a logit, or to the difference of two. Its parts sum to the logit.
 
         target, against: tokens, as text or ids; target is the model's own prediction unless given.
-        options: positions="last", as in capture; heads=True splits attention into its heads; chat="auto".
+        options: positions="last", as in capture; heads=True splits attention into its heads; chat and its like.
         Raises SelectionError with the reason where the stream is no plain sum of branches.
         """
         return attribute(self, prompt, target, against, **options)
@@ -305,7 +327,7 @@ class HookedModel:
         """For each layer, a direction from what the model has after `negative` to what it has after `positive`.
 
         positive, negative: prompts, paired in order. options: method="mean_difference" or "pca"; positions="last", as
-        in capture, several are averaged; chat="auto", batch_size, batch_tokens.
+        in capture, several are averaged; chat and its like, batch_size, batch_tokens.
         Raises SelectionError where the pairs do not match, or have no direction.
         """
         return make_vector(self, positive, negative, point, layers, **options)
@@ -325,6 +347,10 @@ class HookedModel:
         keep_dtype: Any = None,
         overflow: str = "warn",
         chat: Chat = "auto",
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        prompt_column: str | None = None,
         batch_size: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> Estimate:
@@ -339,7 +365,11 @@ class HookedModel:
             overflow=overflow,
         )
         selectors = self.map.selectors(points, layers)
-        return self._estimate(self.encode(prompts, chat), selectors, max_new_tokens, chosen, batch_size, batch_tokens)
+        how = Templating(
+            chat, add_generation_prompt, continue_final_message, chat_template_kwargs, generates=bool(max_new_tokens)
+        )
+        encoded = self._encode(records(prompts, prompt_column), how)
+        return self._estimate(encoded, selectors, max_new_tokens, chosen, batch_size, batch_tokens)
 
     def _estimate(
         self,
@@ -391,9 +421,21 @@ class HookedModel:
         parameters = self.model.get_submodule(selector.module).parameters()
         return max((p.numel() for p in parameters), default=0) // self.map.d_model
 
-    def encode(self, prompts: Any, chat: Chat) -> tuple[Prompt, ...]:
-        """Prompts as the model reads them; see `capture`. Raises TokenizerError."""
-        return encode(prompts, self.tokenizer, chat, why_none=self._why_no_tokenizer)
+    def encode(
+        self,
+        prompts: Any,
+        chat: Chat = "auto",
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[Prompt, ...]:
+        """Prompts as the model reads them when nothing is generated; see `capture`. Raises TokenizerError."""
+        how = Templating(chat, add_generation_prompt, continue_final_message, chat_template_kwargs)
+        return self._encode(prompts, how)
+
+    def _encode(self, prompts: Any, how: Templating) -> tuple[Prompt, ...]:
+        return encode(prompts, self.tokenizer, how, why_none=self._why_no_tokenizer)
 
     def __repr__(self) -> str:
         return f"<HookedModel {self.map.architecture}, {self.map.num_layers} layers, d_model {self.map.d_model}>"

@@ -5,7 +5,7 @@ says how far the answer comes back; once for each layer and position, many of th
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from hookmap.errors import InterventionError, SelectionError
 from hookmap.finiteness import not_finite
 from hookmap.grid import Grid
 from hookmap.kept import kept
-from hookmap.plan import Plan
+from hookmap.plan import Plan, why_not_heads
 from hookmap.prompts import Prompt, text_of
 from hookmap.selectors import Selector, layer_ranges
 
@@ -76,33 +76,49 @@ def sweep(
     point: str = "resid_pre",
     layers: Any = "all",
     positions: Any = "all",
+    heads: Sequence[int] | None = None,
     batch_size: int = 32,
     chat: Any = "auto",
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sweep:
     """Patch `point` from `clean` into `corrupted`, each layer and position in turn.
 
     clean, corrupted: one prompt each, of equally many tokens. target: the clean prompt's next token, a token id or a
     text of one token; against: the corrupted one's. With both the metric is the difference of their logits, target -
-    against; with a target alone its probability. positions: as in a capture. batch_size: patches that run together.
+    against; with a target alone its probability. positions: as in a capture, columns in the order given. heads: of a
+    point with heads, such as z, only these are patched, together. batch_size: patches that run together.
     progress: called with the patches done, and how many there are.
 
     Raises SelectionError, TokenizerError, CaptureError where a prompt's stream is not finite, and InterventionError
     where the prompts do not pair or the metric is the same for both, but for its noise.
     """
-    prompts = [_one(hm, given, chat) for given in (clean, corrupted)]
+    template: dict[str, Any] = {
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
+        "chat_template_kwargs": chat_template_kwargs,
+    }
+    prompts = [_one(hm.encode(given, chat, **template)) for given in (clean, corrupted)]
     _check_pair(prompts, hm.tokenizer)
     metric, name = _metric(hm, target, against)
     selectors = hm.map.selectors([point], layers)
     _check_written(hm, selectors)
+    if heads is not None:
+        heads = tuple(heads)
+        for selector in selectors:
+            if wrong := why_not_heads(heads, selector.point, hm.proofs.of(selector).row):
+                raise InterventionError(wrong)
     places = _places(hm, prompts[1], positions)
     rows = hm.capture(list(prompts[0].token_ids), [point], layers, max_new_tokens=0, engine="hooks")
     base, noise = _base(hm, prompts, metric, min(batch_size, len(places)), name)
     values = []
     for number, selector in enumerate(selectors):
         cells = {sample: {place: place} for sample, place in enumerate(places)}
-        patched = Patched(rows.read(0, selector.point, selector.layer), cells.__getitem__)
-        plan = Plan((Edit(selector, patched, only=patched),), [])
+        clean_rows = rows.read(0, selector.point, selector.layer)
+        patched = Patched(clean_rows if heads is None else clean_rows[:, list(heads)], cells.__getitem__)
+        plan = Plan((Edit(selector, patched, heads=heads, only=patched),), [])
         values.append(metric(_logits(hm, [prompts[1]] * len(places), plan, batch_size))[0])
         if progress is not None:
             progress((number + 1) * len(places), len(selectors) * len(places))
@@ -149,8 +165,7 @@ def _base(
     return (clean, corrupted), noise
 
 
-def _one(hm: "HookedModel", given: Any, chat: Any) -> Prompt:
-    found = hm.encode(given, chat)
+def _one(found: Sequence[Prompt]) -> Prompt:
     if len(found) != 1:
         raise InterventionError(f"a sweep is over one clean and one corrupted prompt, got {len(found)}.")
     return found[0]

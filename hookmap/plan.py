@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookmap import changes
+from hookmap.chat_template import Templating
 from hookmap.engines.editing import Changing, Edit
 from hookmap.errors import HookmapError, InterventionError, SelectionError
 from hookmap.interventions import Ablate, Clamp, Intervention, Patch, ProjectOut, Scale, Steer, fingerprint
@@ -39,10 +40,10 @@ def plan(
     interventions: Sequence[Intervention],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
-    chat: Any,
+    how: Templating,
 ) -> Plan:
     """Raises SelectionError for points, layers and positions that are not there, InterventionError for the rest."""
-    planner = _Planner(hm, prompts, max_new_tokens, Sources(hm, chat))
+    planner = _Planner(hm, prompts, max_new_tokens, Sources(hm, how))
     edits: list[Edit] = []
     for number, intervention in enumerate(interventions):
         planner.name = f"intervention {number} ({intervention.do} {intervention.point})"
@@ -168,22 +169,13 @@ class _Planner:
             if proof.reason is not None:
                 refused.setdefault(proof.reason, []).append(-1 if selector.layer is None else selector.layer)
             rows.append(proof.row if given.heads is None else (len(given.heads), *proof.row[1:]))
-            if given.heads is not None and proof.reason is None:
-                self._check_heads(given.heads, selector, proof.row)
+            wrong = None if given.heads is None else why_not_heads(given.heads, selector.point, proof.row)
+            if wrong and proof.reason is None:
+                self.note(wrong)
         for reason, layers in refused.items():
             where = "" if layers == [-1] else f" of layer{'s'[: len(layers) > 1]} {layer_ranges(layers)}"
             self.note(f"{selectors[0].point}{where} is not written: {reason}.")
         return rows
-
-    def _check_heads(self, heads: tuple[int, ...], selector: Selector, row: tuple[int, ...]) -> None:
-        if "heads" not in POINTS[selector.point.partition(".")[0]].axes:
-            self.note(f"heads {list(heads)}: {selector.point} has no heads.")
-        elif not heads:
-            self.note("no heads given: name at least one, or leave heads out.")
-        elif len(set(heads)) < len(heads):
-            self.note(f"heads {list(heads)}: name each head once.")
-        elif wrong := [head for head in heads if not 0 <= head < row[0]]:
-            self.note(f"heads {wrong} are not there: {selector.point} has 0 to {row[0] - 1}.")
 
     def _change(
         self,
@@ -257,6 +249,19 @@ class _Planner:
         length = len(prompt.token_ids)
         places = positions.places([*prompt.token_ids, *[-1] * self._more], length, matching)
         return [p for p in places if steps is None or steps.wanted(0)(max(0, p - length + 1), -1)]
+
+
+def why_not_heads(heads: tuple[int, ...], point: str, row: tuple[int, ...]) -> str | None:
+    """Why these are no heads of a point with such rows; None where they are."""
+    if "heads" not in POINTS[point.partition(".")[0]].axes:
+        return f"heads {list(heads)}: {point} has no heads."
+    if not heads:
+        return "no heads given: name at least one, or leave heads out."
+    if len(set(heads)) < len(heads):
+        return f"heads {list(heads)}: name each head once."
+    if wrong := [head for head in heads if not 0 <= head < row[0]]:
+        return f"heads {wrong} are not there: {point} has 0 to {row[0] - 1}."
+    return None
 
 
 class _Problems:

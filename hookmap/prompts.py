@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import IOBase
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any
 
-from hookmap.datasets import PromptRecord
-from hookmap.errors import TokenizerError
-
-Chat = bool | Literal["auto"]
+from hookmap.chat_template import Chat, Templating, fill
+from hookmap.dataset_files import columns_of
+from hookmap.datasets import PromptRecord, load_prompts
+from hookmap.errors import DataError, TokenizerError
 
 
 @dataclass(frozen=True)
@@ -25,25 +26,46 @@ class Prompt:
 NO_TOKENIZER = "the model was given without a tokenizer. Give one: hookmap.open(model, tokenizer=...)"
 
 
-def encode(prompts: Any, tokenizer: Any, chat: Chat = "auto", *, why_none: str = NO_TOKENIZER) -> tuple[Prompt, ...]:
+def encode(
+    prompts: Any, tokenizer: Any, chat: Chat | Templating = "auto", *, why_none: str = NO_TOKENIZER
+) -> tuple[Prompt, ...]:
     """One or several prompts, each a string, a list of chat messages, a list of token ids, or a record of a data set.
 
-    `chat`: "auto" sends messages through the chat template and leaves strings as they are; True makes each string the
-    one message of a user; False refuses messages. `why_none`: the reason, where there is no tokenizer.
-    Raises TokenizerError with what is missing.
+    A string is read as it is, with the tokenizer's own special tokens, unless it begins with the text of the one that
+    begins a sequence; messages go through the chat template, which writes its own. `chat`: True makes each string the
+    one message of a user; False refuses messages; or all of how they go through the template.
+    `why_none`: the reason, where there is no tokenizer. Raises TokenizerError with what is missing, and DataError for
+    a table of which no column is named.
     """
-    if hasattr(prompts, "tolist"):  # a tensor or an array of token ids
-        prompts = prompts.tolist()
-    if isinstance(prompts, str | PromptRecord | Prompt) or (
-        isinstance(prompts, Sequence) and prompts and _is_part(prompts[0])
-    ):
+    how = chat if isinstance(chat, Templating) else Templating(chat)
+    if not isinstance(how.chat, bool) and how.chat != "auto":
+        raise TokenizerError(f"chat: expected 'auto', True or False, got {how.chat!r}.")
+    if (columns := columns_of(prompts)) is not None:
+        raise DataError(
+            f"the prompts are a table with the columns {', '.join(map(str, columns)) or 'none'}: say which holds them, "
+            "prompt_column=NAME, or give hookmap.load_prompts(table, prompt=NAME, id=NAME, labels=[…])."
+        )
+    prompts = _listed(prompts)
+    if is_one(prompts):
         prompts = [prompts]
-    if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, Mapping | bytes | set | frozenset | IOBase) or not isinstance(prompts, Iterable):
         raise _not_a_prompt(prompts, 0)
-    encoded = tuple(_encode(prompt, number, tokenizer, chat, why_none) for number, prompt in enumerate(prompts))
+    encoded = tuple(_encode(prompt, number, tokenizer, how, why_none) for number, prompt in enumerate(prompts))
     if not encoded:
         raise TokenizerError("no prompts given: expected a string, a list of strings, or chat messages, got none.")
     return encoded
+
+
+def is_one(prompts: Any) -> bool:
+    """Whether it is one prompt, and no list of them: a text, messages, token ids, a record."""
+    if isinstance(prompts, str | PromptRecord | Prompt):
+        return True
+    return isinstance(prompts, Sequence) and bool(prompts) and _is_part(prompts[0])
+
+
+def records(prompts: Any, column: str | None) -> Any:
+    """The prompts as they were given, or, where a column is named, those of a data set. Raises DataError."""
+    return prompts if column is None else load_prompts(prompts, prompt=column)
 
 
 def decode(token_ids: Sequence[int], tokenizer: Any) -> str:
@@ -76,6 +98,24 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def _listed(value: Any) -> Any:
+    """A tensor, an array or a column as a list."""
+    for name in ("tolist", "to_pylist"):
+        if hasattr(value, name):
+            return getattr(value, name)()
+    return value
+
+
+def _ids_of_text(text: str, number: int, tokenizer: Any) -> tuple[int, ...]:
+    """With the special tokens that the tokenizer adds, unless the text has brought its own: none is there twice."""
+    begin = getattr(tokenizer, "bos_token", None)
+    if begin and text.startswith(begin):
+        ids = _token_ids(text, number, tokenizer, add_special_tokens=False)
+        if ids[:1] == (tokenizer.bos_token_id,):
+            return ids
+    return _token_ids(text, number, tokenizer)
+
+
 def _token_ids(text: str, number: int, tokenizer: Any, **options: Any) -> tuple[int, ...]:
     try:
         text.encode()
@@ -87,44 +127,34 @@ def _token_ids(text: str, number: int, tokenizer: Any, **options: Any) -> tuple[
     return tuple(tokenizer(text, **options)["input_ids"])
 
 
-def _encode(prompt: Any, number: int, tokenizer: Any, chat: Chat, why_none: str) -> Prompt:
+def _encode(prompt: Any, number: int, tokenizer: Any, how: Templating, why_none: str) -> Prompt:
     if isinstance(prompt, Prompt):
         return _checked(prompt, number)
     if isinstance(prompt, PromptRecord):
-        own = _encode(prompt.prompt, number, tokenizer, chat, why_none)
+        own = _encode(prompt.prompt, number, tokenizer, how, why_none)
         return replace(own, id=prompt.id, labels=prompt.labels)
-    if hasattr(prompt, "tolist"):
-        prompt = prompt.tolist()
+    prompt = _listed(prompt)
     if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes):
         raise _not_a_prompt(prompt, number)
     if not isinstance(prompt, str) and all(_is_token(part) for part in prompt):
         return _checked(Prompt("", tuple(map(int, prompt))), number)
     if tokenizer is None:
         raise TokenizerError(f"prompt {number} is text: {why_none}\nOr give lists of token ids as prompts.")
-    if isinstance(prompt, str) and chat is not True:
-        return _checked(Prompt(prompt, _token_ids(prompt, number, tokenizer)), number)
+    if isinstance(prompt, str) and how.chat is not True:
+        return _checked(Prompt(prompt, _ids_of_text(prompt, number, tokenizer)), number)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(message, Mapping) and "role" in message for message in messages):
         raise _not_a_prompt(prompt, number)
-    if chat is False:
-        raise TokenizerError(f"prompt {number} is a list of chat messages, and chat=False was given. Use chat='auto'.")
-    return _checked(templated(messages, number, tokenizer), number)
-
-
-def templated(messages: list[Any], number: int, tokenizer: Any, options: Mapping[str, Any] | None = None) -> Prompt:
-    """Chat messages as the model reads them. `options`: for the chat template (tools, documents).
-
-    Raises TokenizerError where there is no template, or it refuses them.
-    """
-    if not getattr(tokenizer, "chat_template", None):
+    if how.chat is False:
         raise TokenizerError(
-            f"prompt {number} needs a chat template, and this tokenizer ({type(tokenizer).__name__}) has none. "
-            "Give plain text (chat=False), or set tokenizer.chat_template."
+            f"prompt {number} is a list of chat messages, and chat=False was given. Leave chat out (chat='auto')."
         )
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **(options or {}))
-    except Exception as error:  # a template is a program of the model's author, and raises what it likes
-        raise TokenizerError(f"the chat template refuses prompt {number}: {error}") from error
+    return _checked(templated(messages, number, tokenizer, how), number)
+
+
+def templated(messages: list[Any], number: int, tokenizer: Any, how: Templating) -> Prompt:
+    """Chat messages as the model reads them. Raises TokenizerError as `hookmap.chat_template.fill` does."""
+    text = fill(messages, number, tokenizer, how)
     # The template writes the special tokens itself.
     return Prompt(text, _token_ids(text, number, tokenizer, add_special_tokens=False))
 
@@ -140,5 +170,6 @@ def _checked(prompt: Prompt, number: int) -> Prompt:
 def _not_a_prompt(prompt: Any, number: int) -> TokenizerError:
     return TokenizerError(
         f"prompt {number}: expected a string, a list of chat messages ({{'role': ..., 'content': ...}}) "
-        f"or a list of token ids, got {type(prompt).__name__}: {str(prompt)[:80]}"
+        f"or a list of token ids, got {type(prompt).__name__}: {str(prompt)[:80]}. "
+        "Records with columns, and files: hookmap.load_prompts."
     )

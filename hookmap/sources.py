@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hookmap.chat_template import Templating
 from hookmap.errors import InterventionError
 from hookmap.interventions import Source
 from hookmap.kept import Kept
+from hookmap.prompts import encode
 from hookmap.selectors import Selector
 from hookmap.stores import open_store
 from hookmap.stores.interface import Store
@@ -28,8 +30,9 @@ class Read:
 class Sources:
     """Reads sources for one plan."""
 
-    def __init__(self, hm: "HookedModel", chat: Any) -> None:
-        self._hm, self._chat = hm, chat
+    def __init__(self, hm: "HookedModel", how: Templating) -> None:
+        """`how`: prompts go through the chat template, as those of the run."""
+        self._hm, self._how = hm, how
         self._stores: dict[str, Store] = {}
         self._runs: dict[tuple[str, str, int | None], Store] = {}
 
@@ -75,7 +78,8 @@ class Sources:
             points = [selector.point]
             if selector.layer is not None:
                 layers = [s.layer for s in self._hm.map.selectors(points)]
-            run = self._hm.capture(prompt, points, layers, max_new_tokens=0, engine="hooks", chat=self._chat)
+            encoded = encode(prompt, self._hm.tokenizer, self._how)
+            run = self._hm.capture(encoded, points, layers, max_new_tokens=0, engine="hooks")
             self._runs |= {(key[0], *held): run.store for held in run.keys}
         return self._runs[key]
 

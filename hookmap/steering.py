@@ -23,6 +23,7 @@ from hookmap.errors import SelectionError, StoreError
 from hookmap.finiteness import not_finite
 from hookmap.not_here import is_pointer, pointers_told
 from hookmap.points import parse_point
+from hookmap.prompts import is_one
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
@@ -151,7 +152,6 @@ def make_vector(
     *,
     method: Method = "mean_difference",
     positions: Any = "last",
-    chat: Any = "auto",
     **options: Any,
 ) -> SteeringVector:
     """See `HookedModel.steering_vector`."""
@@ -160,12 +160,10 @@ def make_vector(
         raise SelectionError(
             parsed if isinstance(parsed, str) else f"method {method!r}: expected one of {', '.join(get_args(Method))}."
         )
-    if isinstance(positive, str) or isinstance(negative, str) or len(positive) != len(negative) or not positive:
-        raise SelectionError(
-            "contrast pairs are two lists of prompts of one length: got "
-            + " and ".join("a text" if isinstance(given, str) else str(len(given)) for given in (positive, negative))
-        )
-    rows = {"max_new_tokens": 0, "positions": positions, "mean": positions != "last", "chat": chat}
+    one = ["one prompt" if is_one(given) else str(len(given)) for given in (positive, negative)]
+    if one[0] != one[1] or one[0] in ("one prompt", "0"):
+        raise SelectionError(f"contrast pairs are two lists of prompts of one length: got {one[0]} and {one[1]}.")
+    rows = {"max_new_tokens": 0, "positions": positions, "mean": positions != "last"}
     run = hm.capture([*positive, *negative], parsed.point, layers, **rows, **options)
     find: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     find = mean_difference if method == "mean_difference" else principal_direction

@@ -14,10 +14,8 @@ LAYER = 12
 
 def tokens(hm: Any) -> list[int]:
     """The question through the chat template, and the answer up to where the model has to know the sum."""
-    chat = [{"role": "user", "content": QUESTION}]
-    text = hm.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    ids: list[int] = hm.tokenizer(text + ANSWER, add_special_tokens=False)["input_ids"]
-    return ids
+    chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    return list(hm.encode(chat, continue_final_message=True)[0].token_ids)
 
 
 def charts() -> dict[str, Any]:

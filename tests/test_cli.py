@@ -77,7 +77,7 @@ def test_capture_prints_its_folder_and_inspect_shows_it(tmp_path: Path) -> None:
 
     store = hookmap.open_store("run")
     assert store.keys == (("resid_pre", 8), ("resid_mid", 8), ("resid_pre", 16), ("resid_mid", 16))
-    assert "<|im_start|>user\n2 and 3?" in store.samples[0].prompt, "a chat model is asked as a user asks it"
+    assert store.samples[0].prompt == "2 and 3?", "a text is read as it is"
 
     shown = run("inspect", "run", "--verify")
     assert shown.exit_code == 0 and shown.stdout == ""

@@ -61,6 +61,24 @@ def test_a_sweep_keeps_the_order_of_positions_and_refuses_those_that_are_not_the
         sweep(hm, CLEAN, CORRUPTED, 7, 9, positions=[0, 5])
 
 
+def test_a_sweep_of_some_heads_is_their_patches_and_heads_that_are_none_are_refused() -> None:
+    hm = hookmap.open(plain_hooks.build("llama"))
+    found = sweep(hm, CLEAN, CORRUPTED, 7, 9, point="z", layers=1, positions=[4, 2], heads=[2, 0])
+    for column, place in enumerate((4, 2)):
+        where = {"point": "z", "layers": 1, "positions": [place], "heads": [2, 0]}
+        patch = {"do": "patch", **where, "source": {"prompt": CLEAN}}
+        logits = hm.capture(CORRUPTED, ["logits"], max_new_tokens=0, interventions=[patch]).read(0, "logits")[-1]
+        torch.testing.assert_close(found.grid.values[0, column], logits[7] - logits[9], rtol=1e-4, atol=1e-4)
+    for heads, point, told in (
+        ([9], "z", "has 0 to 3"),
+        ([0], "resid_pre", "has no heads"),
+        ([1, 1], "z", "once"),
+        ([], "z", "no heads"),
+    ):
+        with pytest.raises(hookmap.InterventionError, match=told):
+            sweep(hm, CLEAN, CORRUPTED, 7, 9, point=point, heads=heads)
+
+
 def test_the_second_operand_moves_to_the_answer_in_layer_8() -> None:
     """Behind "Tom has 3+" comes the second operand. Until layer 8 it is at its own digit, and after it at the "+"."""
     clean, corrupted = asked(4, "Tom has 3+"), asked(5, "Tom has 3+")
@@ -139,6 +157,7 @@ def invoke(*arguments: str) -> tuple[int, str, str]:
 def test_the_command_line_patches_sweeps_and_steers(tmp_path: Path) -> None:
     prompts = [f"Tom has 3 apples. He buys {n} more. How many apples does Tom have?" for n in (4, 5)]
     pair = ["--clean", prompts[0], "--corrupted", prompts[1], "--layers", "8"]
+    pair.append("--chat")
     code, out, _ = invoke("patch", *pair, "--max-new-tokens", "12")
     assert code == 0 and "corrupted  Tom has 3+5=" in out and "patched    Tom has 3+4=" in out
     where = ["--answer", "Tom has 3+", "--positions", "-1,30,32", "-o", str(tmp_path / "s")]

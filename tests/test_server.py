@@ -192,6 +192,8 @@ def test_the_model_list_and_the_error_for_another_model(client: OpenAI, served: 
         ({"max_tokens": 5000}, "max_tokens", "at most 4096"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "cannot be given"),
+        ({"chat_template_kwargs": {"enable_thinkin": True}}, None, "the chat template reads no enable_thinkin"),
+        ({"messages": [{"role": "user", "content": "x", "images": ["y"]}]}, "messages", "text only"),
         ({"hookmap": {"positions": "text=zzzz"}}, None, "no single token"),
         ({"hookmap": {"positions": [9999]}}, None, "positions 9999: no prompt has them"),
         ({"hookmap": {"positions": "0:" + "9" * 5000}}, None, "positions"),
@@ -208,6 +210,35 @@ def test_what_is_not_understood_is_refused_with_its_name(
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert told in error["message"]
+
+
+def test_a_query_parameter_that_no_route_reads_is_refused(served: Served) -> None:
+    for path, told in (
+        ("/v1/models?limit=3", "limit: unknown query parameter of /v1/models; it takes none"),
+        ("/v1/model/structure?modell=x", "it knows model"),
+        ("/v1/activations/sessions?ordr=x", "ordr"),
+        ("/health?x=1", "x: unknown query parameter"),
+    ):
+        answer = served.get(path)
+        assert answer.status_code == 400 and told in answer.json()["error"]["message"]
+    assert served.get(f"/v1/model/structure?model={NAME}").status_code == 200
+
+
+def test_a_conversation_begins_another_turn_or_goes_on_as_in_vllm(served: Served) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "Tom has 3+"}]
+    tokenizer = served.hm.tokenizer
+    for body, how in (
+        ({}, {"add_generation_prompt": True}),
+        ({"continue_final_message": True}, {"continue_final_message": True}),
+        ({"add_generation_prompt": False}, {}),
+    ):
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **how)
+        found = served.chat(messages=messages, max_tokens=3, **body).json()
+        assert found["usage"]["prompt_tokens"] == len(ids)
+        (run,) = served.hm.generate(ids, max_new_tokens=3).texts
+        assert found["choices"][0]["message"]["content"] == run
+    both = served.chat(messages=messages, add_generation_prompt=True, continue_final_message=True)
+    assert both.status_code == 400 and "Give one of them" in both.json()["error"]["message"]
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_the_figures(served: Served) -> None:

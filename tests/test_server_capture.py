@@ -86,7 +86,7 @@ def test_a_stream_keeps_the_same_and_says_so_in_its_last_chunk(served: Served) -
 def test_a_kept_request_is_what_the_command_line_captures_for_the_same_seed(served: Served, tmp_path: Path) -> None:
     drawn = ["--temperature", "2.5", "--seed", "7", "--top-k", "0", "--max-new-tokens", "6", "--device", "cpu"]
     what = ["--points", "resid_mid", "--layers", "3,8", "--prompt", MESSAGES[0]["content"], "-o", str(tmp_path / "run")]
-    done = CliRunner().invoke(main, ["capture", *what, *drawn])
+    done = CliRunner().invoke(main, ["capture", "--chat", *what, *drawn])
     assert done.exit_code == 0, done.output
     typed = hookmap.open_store(tmp_path / "run")
     record = {"points": ["resid_mid"], "layers": [3, 8]}

@@ -65,7 +65,7 @@ def test_what_is_typed_is_stronger_than_a_variable_and_that_than_the_file(monkey
     monkeypatch.setenv("HOOKMAP_POSITIONS", "0,1,2")
     monkeypatch.setenv("HOOKMAP_FEATURES", "3,7")
     store = captured("--no-mean", "--positions", "0,1,2,4")
-    assert store.samples[0].positions == (0, 2, 4) and store["embed"].shape == (1, 3, 2)
+    assert store.samples[0].positions == (0, 1, 2, 4) and store["embed"].shape == (1, 4, 2)
 
 
 def test_the_numbers_of_a_file_are_those_that_are_written() -> None:

@@ -5,6 +5,7 @@ a section, `queue` of `serve:`, is named serve.queue and HOOKMAP_SERVE_QUEUE.
 """
 
 import difflib
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,6 +56,14 @@ def _several(value: object) -> object:
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
+def _object(value: object) -> object:
+    """Of a variable, which is text: a JSON object."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 Of = TypeVar("Of", bound="Section")
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -66,6 +75,9 @@ Points = Annotated[Listed | Annotated[dict[Text, Listed | None], Field(min_lengt
 Features = Annotated[
     Count | Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)], AfterValidator(_typed_features)
 ]
+
+
+Kwargs = Annotated[dict[str, Any], BeforeValidator(_object, json_schema_input_type=dict[str, Any])]
 
 
 class Section(BaseModel):
@@ -124,7 +136,10 @@ class Settings(Section):
     prompts: Text | None = Field(None, description="a data set of prompts: a file, a folder, or hf://NAME:SPLIT")
     prompt_column: Text | None = Field(None, description="where the prompt is; else prompt, messages, question, …")
     id_column: Text | None = Field(None, description="the samples' own names; else id, where there is one")
-    chat: bool | None = Field(None, description="send prompts through the chat template; else where there is one")
+    chat: bool | None = Field(None, description="send texts through the chat template; else as they are")
+    add_generation_prompt: bool | None = Field(None, description="begin the assistant's turn behind messages")
+    continue_final_message: bool | None = Field(None, description="leave the last message open, so that it goes on")
+    chat_template_kwargs: Kwargs | None = Field(None, description="what the chat template reads: enable_thinking, …")
     max_new_tokens: Annotated[int, Field(ge=0)] = Field(64, description="for each prompt; 0 only reads")
     batch_size: Count = Field(8, description="prompts that run together")
     batch_tokens: Count = Field(4096, description="tokens that a harvest runs at once")
@@ -296,7 +311,13 @@ def _expected(key: str) -> str:
 def _words(rule: Mapping[str, Any]) -> str:
     if "enum" in rule:
         return f"one of {', '.join(rule['enum'])}"
-    names = {"string": "a text", "integer": "a whole number", "number": "a number", "boolean": "true or false"}
+    names = {
+        "object": "keys and values",
+        "string": "a text",
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+    }
     bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}
     said = [f"{words} {rule[bound]:g}" for bound, words in bounds.items() if bound in rule]
     return ", ".join([names[rule["type"]], *said])

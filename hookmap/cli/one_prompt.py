@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookmap.cli.chat_options import chat_options, of_default_prompt, templating
 from hookmap.cli.model_options import loading
 from hookmap.cli.settings import load_settings
 
@@ -16,7 +17,7 @@ DEFAULT_ANSWER = "Tom has 3+4=<<3+4="
 
 def options(command: Any) -> Any:
     """Adds the options of the model and those that `tokens` takes."""
-    command = loading(command)
+    command = loading(chat_options(command))
     for option in reversed(_PROMPT):
         command = option(command)
     return command
@@ -25,25 +26,18 @@ def options(command: Any) -> Any:
 _PROMPT = (
     click.option("--prompt", metavar="TEXT", help="What the model reads."),
     click.option("--answer", metavar="TEXT", help="What it is taken to have answered so far; follows the prompt."),
-    click.option(
-        "--chat/--no-chat", default=None, help="Send the prompt through the chat template.  [default: if there is one]"
-    ),
 )
 
 
 def tokens(hm: "HookedModel", given: dict[str, Any]) -> list[int]:
     """The prompt's token ids, and the answer's behind them."""
-    from hookmap.prompts import encode
-
-    prompt, answer, chat = given["prompt"], given["answer"], given["chat"]
+    how = templating(given, load_settings())
+    prompt, answer = given["prompt"], given["answer"]
     if not prompt:
         prompt, answer = DEFAULT_PROMPT, DEFAULT_ANSWER if answer is None else answer
         click.echo(f"prompt: {prompt} (the default; give your own with --prompt and --answer)", err=True)
-    if chat is None:
-        chat = load_settings().get("chat")
-    if chat is None:
-        chat = bool(getattr(hm.tokenizer, "chat_template", None))
-    (encoded,) = encode(prompt, hm.tokenizer, chat or "auto")
+        how = of_default_prompt(hm.tokenizer, how)
+    (encoded,) = hm.encode(prompt, **how)
     behind = hm.tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else []
     return [*encoded.token_ids, *behind]
 

@@ -60,8 +60,8 @@ def chosen_tensors(
     `resid_post@3,5,z@8-10,logits`: each point has layers of its own; one without any has those of --layers.
     (None, …) where there are no points. Raises click.UsageError, click.BadParameter.
     """
-    text, of = points or settings.get("points") or default, layers or settings.get("layers")
-    chosen = parse_layers(of or "all")
+    text, of = points or settings.get("points") or default, settings.get("layers") if layers is None else layers
+    chosen = parse_layers("all" if of is None else of)
     if text is None or "@" not in text:
         return None if text is None else parse_list(text), chosen
     from hookmap.points import takes_layers

@@ -33,7 +33,8 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 
 from hookmap.activations import Sample
-from hookmap.errors import CaptureError
+from hookmap.chat_template import Templating
+from hookmap.errors import CaptureError, TokenizerError
 from hookmap.prompts import Prompt, templated
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class HookmapAPI(ModelAPI):
     """A model of this process, or with `workers` of so many others.
 
     Model arguments: points, layers, keep (`positions`, `mean`, … of `HookedModel.capture`), captures (a folder),
-    batch_size (in all; the config's max_connections unless given), and hookmap.open's, or hookmap.open_on_ray's.
+    batch_size (in all; the config's max_connections unless given), chat_template_kwargs (enable_thinking, …), and
+    hookmap.open's, or hookmap.open_on_ray's.
     A request with a seed runs by itself, all its answers together, so that they repeat to the last bit.
     """
 
@@ -88,6 +90,7 @@ class HookmapAPI(ModelAPI):
         keep: Mapping[str, Any] | None = None,
         captures: str | None = None,
         batch_size: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **opening: Any,
     ) -> None:
         """`model_name`: a hub id, a folder, or `demo`. Loads nothing yet. Raises CaptureError."""
@@ -95,6 +98,7 @@ class HookmapAPI(ModelAPI):
         if points and captures is None:
             raise CaptureError("points are kept in a folder: give captures=FOLDER.")
         self._opening, self._workers = opening, opening.get("workers", 1)
+        self._template = dict(chat_template_kwargs or {})
         self._points, self._layers, self._keep = points or (), layers, dict(keep or {})
         self._batch_size = batch_size or config.max_connections or BATCH_SIZE
         self._captures = Path(captures) if captures and points else None
@@ -160,7 +164,8 @@ class HookmapAPI(ModelAPI):
             [prompt] = self.hooked.encode(text, False)
             return prompt
         named = {"tools": [_described(tool) for tool in tools]} if tools else {}
-        return templated(messages, 0, tokenizer, named)
+        how = Templating(chat_template_kwargs={**self._template, **named}, generates=True)
+        return templated(messages, 0, tokenizer, how)
 
     def _serve(self) -> None:
         """The one thread that runs the model."""
@@ -271,6 +276,9 @@ def _is_cut(sample: Sample, config: GenerateConfig, ends: tuple[int, ...]) -> bo
 
 
 def _plain(message: ChatMessage) -> dict[str, Any]:
+    parts = [] if isinstance(message.content, str) else message.content
+    if other := [part.type for part in parts if part.type not in ("text", "reasoning")]:
+        raise TokenizerError(f"a message has {', '.join(other)}: hookmap reads text only. Give the text alone.")
     found: dict[str, Any] = {"role": message.role, "content": message.text}
     if isinstance(message, ChatMessageAssistant) and message.tool_calls:
         found["tool_calls"] = [

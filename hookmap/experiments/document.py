@@ -116,6 +116,9 @@ class Experiment(_Part):
     ask: Literal["gsm8k", "inspect_evals", "bare"] | None = Field(
         default=None, description="what form of answer is asked for; of demo data bare, else gsm8k"
     )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="what the model's chat template reads: enable_thinking, …"
+    )
     samples: Samples = Samples()
     sampling: Sampling = Sampling()
     captures: Captures | None = Field(default=None, description="left out, nothing is kept, and answers are compared")

@@ -50,6 +50,8 @@ def generate(experiment: Experiment, folder: Path) -> dict[str, Any]:
     arguments: dict[str, Any] = {"dtype": experiment.dtype}
     if experiment.device is not None:
         arguments["device"] = experiment.device
+    if experiment.chat_template_kwargs:
+        arguments["chat_template_kwargs"] = experiment.chat_template_kwargs
     if captures is not None:
         keep = captures.model_dump(include={"positions", "every", "mean", "keep_dtype", "overflow"}, exclude_none=True)
         arguments |= {"points": _listed(captures.points), "layers": _listed(captures.layers), "keep": keep}

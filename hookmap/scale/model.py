@@ -19,13 +19,14 @@ from uuid import uuid4
 
 from hookmap.architecture_map import ArchitectureMap
 from hookmap.capture import Capture
+from hookmap.chat_template import Chat, Templating
 from hookmap.errors import CaptureError, InterventionError, ModelError, StoreError
 from hookmap.estimate import Estimate, check_room
 from hookmap.generation import check_count
 from hookmap.interventions import read_interventions
 from hookmap.library import given_map
 from hookmap.loading import load_tokenizer
-from hookmap.prompts import Chat, Prompt, encode
+from hookmap.prompts import Prompt, encode, records
 from hookmap.runs import Progress, log
 from hookmap.scale.pool import Pool, Task
 from hookmap.scale.worker import Job, Plan, Ran
@@ -62,9 +63,9 @@ class RayModel:
             plan: Plan = self._pool.call("the map", "plan", [[0]], {"points": (), "max_new_tokens": 0})
         return plan.map
 
-    def encode(self, prompts: Any, chat: Chat) -> tuple[Prompt, ...]:
+    def encode(self, prompts: Any, chat: Chat = "auto", **template: Any) -> tuple[Prompt, ...]:
         """See `HookedModel.encode`."""
-        return encode(prompts, self.tokenizer, chat)
+        return encode(prompts, self.tokenizer, Templating(chat, **template))
 
     def engine(self, name: str = "auto") -> tuple[str, str]:
         """See `HookedModel.engine`."""
@@ -72,8 +73,14 @@ class RayModel:
 
     def estimate(self, prompts: Any, *selection: Any, **options: Any) -> Estimate:
         """See `HookedModel.estimate`."""
+<<<<<<< HEAD
         with self._alone():
             found: Estimate = self._pool.call("the estimate", "estimate", prompts, _named(selection, options))
+=======
+        named = _named(selection, options)
+        prompts = records(prompts, named.pop("prompt_column", None))
+        found: Estimate = self._pool.call("the estimate", "estimate", prompts, named)
+>>>>>>> 611f96a (One rule of chat templates for Python and every command; nothing of a prompt is dropped)
         return found
 
     def capture(
@@ -92,6 +99,7 @@ class RayModel:
         Captures on several threads run one after another.
         """
         named = _named(selection, options)
+        prompts = records(prompts, named.pop("prompt_column", None))
         if named.get("before"):
             raise InterventionError(
                 "before=True keeps rows on one machine only: leave it out, or hookmap.open the model."

@@ -6,7 +6,7 @@ import io
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 from openai.types import Model
 from openai.types.chat import ChatCompletion
@@ -23,7 +23,7 @@ from hookmap.server.completions import MAX_TOKENS, CompletionWire, TextCompletio
 from hookmap.server.downloads import download_of
 from hookmap.server.editing import described as described_edits
 from hookmap.server.editing import planned, read
-from hookmap.server.errors import ApiError
+from hookmap.server.errors import ApiError, bad
 from hookmap.server.guard import Guard
 from hookmap.server.metrics import Metrics
 from hookmap.server.models import Loaded, Models
@@ -77,6 +77,7 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
+        dependencies=[Depends(_known_query)],
     )
     metrics = Metrics(models, sessions)
 
@@ -104,6 +105,14 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
+
+
+async def _known_query(request: Request) -> None:
+    """Raises ApiError for a parameter that the route does not read: a misspelt one would silently change nothing."""
+    known = {field.alias for field in request.scope["route"].dependant.query_params}
+    if unknown := [name for name in request.query_params if name not in known]:
+        there = f"it knows {', '.join(sorted(known))}" if known else "it takes none"
+        raise bad(f"{', '.join(unknown)}: unknown query parameter of {request.url.path}; {there}.", unknown[0])
 
 
 async def _sweep(sessions: Sessions) -> None:

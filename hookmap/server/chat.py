@@ -12,6 +12,7 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
 
+from hookmap.chat_template import Templating
 from hookmap.generation import end_tokens
 from hookmap.prompts import Prompt, templated, text_of
 from hookmap.server.errors import bad
@@ -33,12 +34,17 @@ def prompt_of(asked: ChatRequest, tokenizer: Any) -> Prompt:
         raise bad(f"chat_template_kwargs: {', '.join(wrong)} cannot be given.", "chat_template_kwargs")
     if tools:
         options["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
-    return templated([_message(message) for message in asked.messages], 0, tokenizer, options)
+    goes_on = bool(asked.continue_final_message)
+    begins = not goes_on if asked.add_generation_prompt is None else asked.add_generation_prompt
+    how = Templating(True, begins, goes_on, options, generates=True)
+    return templated([_message(message) for message in asked.messages], 0, tokenizer, how)
 
 
 def _message(message: Message) -> dict[str, Any]:
     """As templates read it: text is one string, and a developer is a system."""
     content = message.content
+    if message.images or message.audio:
+        raise bad("messages: this server reads text only.", "messages")
     if isinstance(content, list):
         if any(part.type != "text" or part.text is None for part in content):
             raise bad("messages: this server reads text only.", "messages")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hookmap.chat_template import Templating
 from hookmap.errors import HookmapError
 from hookmap.interventions import Intervention, Source, VectorFile, read_interventions
 from hookmap.model import HookedModel
@@ -32,7 +33,7 @@ def read(given: Documents, hm: HookedModel, sessions: Sessions) -> tuple[Interve
 def planned(hm: HookedModel, given: Sequence[Intervention], prompts: Sequence[Prompt], max_new_tokens: int) -> Plan:
     """What they write on these prompts. The model may run for it. Raises ApiError."""
     try:
-        return plan(hm, given, prompts, max_new_tokens, "auto")
+        return plan(hm, given, prompts, max_new_tokens, Templating(generates=max_new_tokens > 0))
     except HookmapError as error:
         raise _refused(error) from error
 

@@ -120,6 +120,8 @@ class Message(BaseModel):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    images: Any = None
+    audio: Any = None
 
 
 class Function(_Request):
@@ -145,6 +147,8 @@ class ChatRequest(Sampling):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="for the model's chat template")
+    add_generation_prompt: bool | None = Field(None, description="begin the assistant's turn; unless the last goes on")
+    continue_final_message: bool | None = Field(None, description="leave the last message open, so that it goes on")
     response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     modalities: list[str] | None = None

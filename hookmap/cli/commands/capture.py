@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookmap.cli.chat_options import chat_options, of_default_prompt, tell, templating
 from hookmap.cli.cluster_options import cluster_of, clustered, opened_elsewhere
 from hookmap.cli.finite import FiniteRange
 from hookmap.cli.model_options import loading, opened
@@ -88,9 +89,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
     help="Sample from this many likeliest tokens; 0: all.  [default: the model's own, else 50]",
 )
 @click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable.")
-@click.option(
-    "--chat/--no-chat", default=None, help="Send prompts through the chat template.  [default: if there is one]"
-)
+@chat_options
 @loading
 def command(
     model: str | None,
@@ -122,7 +121,6 @@ def command(
     top_p: float | None,
     top_k: int | None,
     seed: int | None,
-    chat: bool | None,
     **loads: Any,
 ) -> None:
     """Generate with MODEL and keep tensors.
@@ -140,6 +138,7 @@ def command(
     from hookmap.cli.settings import choose_model, chosen_tensors, filled, load_settings, refuse_unknown
 
     settings = load_settings()
+    how = templating(loads, settings)
     names, chosen_layers = chosen_tensors(settings, points, layers)
     if not names:
         raise click.UsageError("which points? For example: --points resid_pre,resid_mid. All of them: hookmap show")
@@ -191,7 +190,7 @@ def command(
             "points": names,
             "layers": chosen_layers,
             "max_new_tokens": tokens,
-            "chat": _chat(hm, settings.get("chat") if chat is None else chat, harvest=tokens == 0),
+            **(how if file or texts else of_default_prompt(hm.tokenizer, how)),
             "batch_size": batch_size or settings.get("batch_size"),
             **rows,
             "keep_dtype": keep_dtype or settings.get("keep_dtype"),
@@ -203,9 +202,16 @@ def command(
             run["engine"] = engine
         if batch_tokens := batch_tokens or settings.get("batch_tokens"):
             run["batch_tokens"] = batch_tokens
+        if tokens and (file or texts):
+            tell(hm.tokenizer, how, any(_is_plain(prompt) for prompt in given))
         _announce(hm, given, run, folder)
         _capture(hm, given, run, sampling, folder, resume)
     click.echo(str(folder))
+
+
+def _is_plain(prompt: Any) -> bool:
+    """Whether it is a text, as it is or in a record."""
+    return isinstance(getattr(prompt, "prompt", prompt), str)
 
 
 def _is_text(prompt: Any) -> bool:
@@ -262,13 +268,6 @@ def _check_folder(folder: Path, resume: bool) -> None:
         read_manifest(folder)
     else:
         refuse_used(folder)
-
-
-def _chat(hm: "Model", chat: bool | None, harvest: bool) -> bool | str:
-    """A chat model is asked as a user would ask it; a text that is only read stays as it is."""
-    if chat is not None or harvest:
-        return chat or "auto"
-    return True if getattr(hm.tokenizer, "chat_template", None) else "auto"
 
 
 def _announce(hm: "Model", prompts: list[Any], run: dict[str, Any], folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from hookmap.cli import cluster_options, model_options
+from hookmap.cli.chat_options import read_kwargs
 from hookmap.cli.finite import FiniteRange
 
 
@@ -36,6 +37,7 @@ def command() -> None:
 @click.option("--layers", metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.  [default: all]")
 @click.option("--temperature", type=FiniteRange(min=0), metavar="T", help="Greedy if not given, or 0.")
 @click.option("--seed", type=int, metavar="N", help="Of sampling.")
+@click.option("--chat-template-kwargs", metavar="JSON", help="What the template reads: '{\"enable_thinking\": false}'.")
 @click.option(
     "-o", "--output", metavar="DIR", required=True, help="The results folder; the same again goes on with it."
 )
@@ -49,6 +51,7 @@ def gsm8k(
     layers: str | None,
     temperature: float | None,
     seed: int | None,
+    chat_template_kwargs: str | None,
     engine: str | None,
     output: str,
     as_json: bool,
@@ -83,10 +86,15 @@ def gsm8k(
         except ImportError as error:
             raise CaptureError(f'evaluations need inspect_ai: pip install "hookmap[eval]"\n({error})') from error
     refuse_unknown(names or ())
+    template = settings.get("chat_template_kwargs")
+    if chat_template_kwargs is not None:
+        template = read_kwargs(chat_template_kwargs)
     engine = engine or settings.get("engine", "hooks")
     cluster = cluster_options.cluster_of("ray" if engine == "ray" else "hooks", given, settings)
     opening = {name.rstrip("_"): value for name, value in given.items()}
     opening = {name: value for name, value in filled(settings, **opening).items() if value is not None}
+    if template:
+        opening["chat_template_kwargs"] = template
     if cluster is not None:
         opening |= {"workers": 1} | cluster
     with working(f"evaluating {'demo' if demo else chosen} on {data}", quiet=as_json, spinner=False):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookmap.cli import model_options, one_prompt
+from hookmap.cli.chat_options import chat_options, taken
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--png", metavar="FILE", help="Sweep: draw a heat map.")
 @click.option("--html", metavar="FILE", help="Sweep: draw one that answers the mouse; one file, no network.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N")
-@click.option("--chat/--no-chat", default=None, help="Through the chat template.  [default: if there is one]")
+@chat_options
 def command(
     model: str | None,
     clean: str,
@@ -46,7 +47,6 @@ def command(
     png: str | None,
     html: str | None,
     max_new_tokens: int,
-    chat: bool | None,
     **given: Any,
 ) -> None:
     """Put one run's tensor into another's.
@@ -70,8 +70,9 @@ def command(
     where: dict[str, Any] = {"point": point, "layers": parse_layers(layers), "positions": positions}
     refuse_unknown(point, where["layers"], model, positions=positions)
     one_prompt.check_pictures((png, html))
+    typed = taken(given)
     hm = model_options.opened(model, given, quiet=False)
-    prompts = [one_prompt.tokens(hm, {"prompt": text, "answer": answer, "chat": chat}) for text in (clean, corrupted)]
+    prompts = [one_prompt.tokens(hm, {"prompt": text, "answer": answer, **typed}) for text in (clean, corrupted)]
     if not sweep:
         _patch(hm, prompts, where, max_new_tokens)
         return

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookmap.cli import model_options, one_prompt
+from hookmap.cli.chat_options import chat_options, of_default_prompt, tell, templating
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
@@ -27,7 +28,7 @@ _OF_VECTOR = ("key", "point", "layers", "strength", "keep_norm", "positions", "s
 @click.option("--intervene", metavar="FILE", help="These interventions instead: a JSON or YAML file.")
 @click.option("--prompt", "texts", metavar="TEXT", multiple=True, help="A prompt; may be given several times.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
-@click.option("--chat/--no-chat", default=None, help="Through the chat template.  [default: if there is one]")
+@chat_options
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, and no table.")
 def command(
     model: str | None,
@@ -42,7 +43,6 @@ def command(
     intervene: str | None,
     texts: tuple[str, ...],
     max_new_tokens: int,
-    chat: bool | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -54,7 +54,7 @@ def command(
 
     Both texts go to stdout.
     """
-    from hookmap.cli.settings import parse_layers, refuse_unknown
+    from hookmap.cli.settings import load_settings, parse_layers, refuse_unknown
 
     if (vector is None) == (intervene is None):
         raise click.UsageError("which vector? --vector FILE, or a file of interventions: --intervene FILE")
@@ -79,8 +79,11 @@ def command(
         interventions = made.interventions(strength, None if chosen in (None, "all") else chosen, **where)  # type: ignore[arg-type]
     refuse_unknown(point or (), positions=positions)
     prompts = list(texts) or [one_prompt.DEFAULT_PROMPT]
+    how = templating(given, load_settings())
     hm = model_options.opened(model, given, quiet=as_json)
-    _show(prompts, *_both(hm, prompts, interventions, max_new_tokens, chat, as_json), as_json)
+    tell(hm.tokenizer, how, bool(texts))
+    how = how if texts else of_default_prompt(hm.tokenizer, how)
+    _show(prompts, *_both(hm, prompts, interventions, max_new_tokens, how, as_json), as_json)
 
 
 def _is_typed(option: str) -> bool:
@@ -88,16 +91,13 @@ def _is_typed(option: str) -> bool:
 
 
 def _both(
-    hm: "HookedModel", texts: list[str], interventions: Any, max_new_tokens: int, chat: bool | None, quiet: bool
+    hm: "HookedModel", texts: list[str], interventions: Any, max_new_tokens: int, how: dict[str, Any], quiet: bool
 ) -> tuple[list[str], list[str]]:
     from hookmap.cli.console import working
 
-    if chat is None:
-        chat = bool(getattr(hm.tokenizer, "chat_template", None))
     with working("generating", quiet=quiet):
         before, after = (
-            hm.generate(texts, written, None, max_new_tokens, chat=chat or "auto").texts
-            for written in ((), interventions)
+            hm.generate(texts, written, None, max_new_tokens, **how).texts for written in ((), interventions)
         )
     return before, after
 

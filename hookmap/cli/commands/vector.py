@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookmap.cli import model_options
+from hookmap.cli.chat_options import chat_options, templating
 
 if TYPE_CHECKING:
     from hookmap.steering import SteeringVector
@@ -31,7 +32,7 @@ def command() -> None:
 @click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
 @click.option("--method", type=click.Choice(["mean_difference", "pca"]), default="mean_difference", show_default=True)
 @click.option("--positions", default="last", show_default=True, metavar="WHERE", help="Several are averaged.")
-@click.option("--chat/--no-chat", default=False, show_default=True, help="Send texts through the chat template.")
+@chat_options
 @model_options.loading
 def make(
     model: str | None,
@@ -41,7 +42,6 @@ def make(
     layers: str,
     method: Any,
     positions: str,
-    chat: bool,
     **given: Any,
 ) -> None:
     """Make a vector from contrast pairs.
@@ -49,16 +49,15 @@ def make(
     Each line of FILE is a pair of prompts: texts, chat messages or token ids. The vector points from the negative ones
     to the positive ones. The file's name goes to stdout.
     """
-    from hookmap.cli.settings import parse_layers, refuse_unknown
+    from hookmap.cli.settings import load_settings, parse_layers, refuse_unknown
 
     chosen = parse_layers(layers)
     positive, negative = _pairs(pairs)
     _check_ending(output)
     refuse_unknown(point, chosen, model, positions=positions)
+    how = templating(given, load_settings())
     hm = model_options.opened(model, given, quiet=False)
-    made = hm.steering_vector(
-        positive, negative, point, chosen, method=method, positions=positions, chat=chat or "auto"
-    )
+    made = hm.steering_vector(positive, negative, point, chosen, method=method, positions=positions, **how)
     _write(made, output)
     click.echo(output)
 

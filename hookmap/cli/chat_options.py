@@ -1,0 +1,78 @@
+"""The options that say how prompts go through the chat template: one rule for every command, that of Python."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_OPTIONS = (
+    click.option(
+        "--chat/--no-chat",
+        default=None,
+        help="Send texts through the chat template, each as a user's message.  [default: as they are]",
+    ),
+    click.option(
+        "--add-generation-prompt/--no-add-generation-prompt",
+        default=None,
+        help="Begin the assistant's turn behind messages.  [default: unless an assistant's message is the last]",
+    ),
+    click.option(
+        "--continue-final-message/--no-continue-final-message",
+        default=None,
+        help="Leave the last message open.  [default: if it is an assistant's, and text is generated]",
+    ),
+    click.option(
+        "--chat-template-kwargs", metavar="JSON", help="What the template reads: '{\"enable_thinking\": false}'."
+    ),
+)
+_NAMES = ("chat", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+
+
+def chat_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of the chat template, for `templating`."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def templating(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """What was typed, which `given` loses, else what the settings say, as `HookedModel.capture` takes it.
+
+    Raises click.BadParameter.
+    """
+    typed = taken(given)
+    if typed["chat_template_kwargs"] is not None:
+        typed["chat_template_kwargs"] = read_kwargs(typed["chat_template_kwargs"])
+    found = {name: settings.get(name) if value is None else value for name, value in typed.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def taken(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of the chat template as they were typed, which `given` loses."""
+    return {name: given.pop(name) for name in _NAMES}
+
+
+def read_kwargs(text: str) -> dict[str, Any]:
+    """A JSON object. Raises click.BadParameter."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise click.BadParameter(
+            f"{text!r}: write a JSON object such as '{{\"enable_thinking\": false}}'",
+            param_hint="--chat-template-kwargs",
+        )
+    return found
+
+
+def of_default_prompt(tokenizer: Any, how: dict[str, Any]) -> dict[str, Any]:
+    """The default prompt is a question to a chat model: it goes through the template where there is one."""
+    return how if "chat" in how or not getattr(tokenizer, "chat_template", None) else {**how, "chat": True}
+
+
+def tell(tokenizer: Any, how: dict[str, Any], texts: bool) -> None:
+    """On stderr, of a chat model that is asked to go on with plain text: how it is asked as a user asks it."""
+    if texts and "chat" not in how and getattr(tokenizer, "chat_template", None):
+        click.echo("note: texts are read as they are; --chat sends each as a user's message", err=True)
