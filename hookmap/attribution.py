@@ -8,11 +8,8 @@ A stream in bfloat16 is its sum but for rounding, which is a summand by itself.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import logging
-=======
 from collections.abc import Mapping
->>>>>>> 611f96a (One rule of chat templates for Python and every command; nothing of a prompt is dropped)
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 

@@ -73,14 +73,10 @@ class RayModel:
 
     def estimate(self, prompts: Any, *selection: Any, **options: Any) -> Estimate:
         """See `HookedModel.estimate`."""
-<<<<<<< HEAD
-        with self._alone():
-            found: Estimate = self._pool.call("the estimate", "estimate", prompts, _named(selection, options))
-=======
         named = _named(selection, options)
         prompts = records(prompts, named.pop("prompt_column", None))
-        found: Estimate = self._pool.call("the estimate", "estimate", prompts, named)
->>>>>>> 611f96a (One rule of chat templates for Python and every command; nothing of a prompt is dropped)
+        with self._alone():
+            found: Estimate = self._pool.call("the estimate", "estimate", prompts, named)
         return found
 
     def capture(
