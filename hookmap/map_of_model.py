@@ -16,7 +16,13 @@ def map_of(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) ->
 
     root: the transformers model in it. Raises DiscoveryError, and MapMismatchError with every contradiction.
     """
-    return of_one_call(_checked(module, root, given))
+    return understood(module, root, given)[0]
+
+
+def understood(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) -> tuple[ArchitectureMap, bool]:
+    """As `map_of`, and whether discovery reads the model: where it does not, a map by hand is taken at its word."""
+    found, read = _checked(module, root, given)
+    return of_one_call(found), read
 
 
 def of_one_call(found: ArchitectureMap) -> ArchitectureMap:
@@ -29,9 +35,10 @@ def _of_one_call(kind: BlockKind) -> BlockKind:
     return kind if kind.calls == 1 else kind.without(dict.fromkeys((*kind.points, *kind.unavailable), reason))
 
 
-def _checked(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:
+def _checked(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) -> tuple[ArchitectureMap, bool]:
     if given is None:
-        return discover(module)
+        return discover(module), True
+    found: ArchitectureMap | None = None
     try:
         found = discover(module)
     except DiscoveryError:  # a map by hand is how a model gets captured that discovery does not understand
@@ -49,7 +56,7 @@ def _checked(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) 
             + "\n".join(f"  - {problem}" for problem in problems)
             + "\nLeave the map out, or make one of this model: hookmap discover MODEL -o FILE"
         )
-    return given
+    return given, found is not None
 
 
 def _at_size_of(given: ArchitectureMap, found: ArchitectureMap) -> ArchitectureMap:

@@ -25,7 +25,7 @@ from hookmap.kept import Kept, Positions, kept, matching_tokens
 from hookmap.lens import Lens, lens
 from hookmap.library import given_map
 from hookmap.loading import load_model, load_tokenizer
-from hookmap.map_of_model import map_of
+from hookmap.map_of_model import understood
 from hookmap.padding import why_no_pads
 from hookmap.patching import Sweep, sweep
 from hookmap.plan import Plan, plan
@@ -474,10 +474,13 @@ def open(
         module, tokenizer = _module_of(x), tokenizer if tokenizer is not None else _tokenizer_of(x)
     root = generating_root(module)
     with turns_of(module).alone():
-        architecture_map = map_of(module, root, given)
+        architecture_map, read = understood(module, root, given)
     name = os.fspath(x) if isinstance(x, str | os.PathLike) else architecture_map.model_id
     nnsight_model = None if isinstance(x, str | os.PathLike | nn.Module) else x
-    return HookedModel(module, tokenizer, architecture_map, name, why_none, nnsight_model)
+    opened = HookedModel(module, tokenizer, architecture_map, name, why_none, nnsight_model)
+    if not read:  # whether a layer runs again is seen at the end of a pass alone
+        opened.hooks.ends_early = False
+    return opened
 
 
 def _module_of(x: Any) -> nn.Module:

@@ -45,7 +45,9 @@ _CEILINGS: tuple[tuple[str, int], ...] = (
     ),
     (r"width", 64),
 )
-# (a size, what it is a multiple of), (heads, width of each, what their product is): kept where they held before.
+# Kept where they held before: sizes that are the same, (a size, what it is a multiple of), (heads, width of each, what
+# their product is).
+_EQUAL = (("codebook_dim", "hidden_size"),)
 _MULTIPLES = (("attention_hidden_size", "hidden_size"),)
 _PRODUCTS = (
     ("num_attention_heads", "attention_head_dim", ("attention_hidden_size",)),
@@ -159,6 +161,9 @@ def _relations(settings: dict[str, Any], before: dict[str, Any]) -> None:
     if heads and shared:
         same = len(set(_heads(before))) == 1
         settings["num_key_value_heads"] = heads if same else shared if heads % shared == 0 else 1
+    for one, other in _EQUAL:
+        if before.get(one) and before[one] == before.get(other):
+            settings[one] = settings[other]
     rope = settings.get("qk_rope_head_dim")
     if rope and before.get("head_dim") == before["qk_rope_head_dim"]:
         settings["head_dim"] = rope

@@ -90,6 +90,7 @@ def _block(m: ArchitectureMap, kind: BlockKind, modules: Mapping[str, str]) -> t
     _collapse_numbered(block)
     parts = [b.type for b in (kind.mixer, kind.mlp) if b]
     what = f"{' + '.join(parts)}, {kind.branch_order.replace('_', ' ')}, {kind.norm_placement} norm"
+    what += f", runs {kind.calls} times (its points here are of the first)" if kind.calls > 1 else ""
     word = "layer" if len(kind.layers) == 1 else "layers"
     label = f"[bold]{word} {layer_ranges(kind.layers)}[/]: {escape(kind.block_class)}  [dim]{escape(what)}[/]"
     return label, block, kind.unavailable

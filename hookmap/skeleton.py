@@ -49,11 +49,11 @@ def build(
     config: Any, device: str = "meta", dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False
 ) -> nn.Module:
     """The language model of a config, in eager attention; on the meta device no weight is allocated."""
-    config = type(config).from_dict(config.to_dict()) if hasattr(config, "to_dict") else config
-    if hasattr(config, "is_decoder"):
-        config.is_decoder = True
     maker = model_class(config)
     try:
+        config = type(config).from_dict(config.to_dict()) if hasattr(config, "to_dict") else config
+        if hasattr(config, "is_decoder"):
+            config.is_decoder = True
         with torch.device(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if hasattr(maker, "from_config"):

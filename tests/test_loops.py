@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import plain_hooks
@@ -192,6 +193,33 @@ def test_a_capture_of_a_looped_model_refuses_and_the_rest_is_as_it_was() -> None
         expected = model(torch.tensor([[5, 6, 7]]), use_cache=False).logits
     assert torch.allclose(run["logits"], expected, atol=1e-5)
     assert hm.capture([[5, 6, 7]], max_new_tokens=0).keys, "all that there is"
+
+
+def test_a_map_by_hand_of_a_depth_by_text_is_not_believed_where_a_layer_runs_again() -> None:
+    """Discovery refuses it, so a map by hand is taken; that the layer ran twice is seen, also in a harvest."""
+
+    class ByText(nn.ModuleList):
+        def __getitem__(self, index: Any) -> Any:
+            found = super().__getitem__(index)
+            return self.rounds(found) if isinstance(index, slice) else found
+
+        def rounds(self, blocks: nn.ModuleList) -> Iterator[nn.Module]:
+            yield from blocks
+            if asked["again"].item():
+                yield from blocks
+
+    asked = {"again": torch.tensor(False)}
+    model = plain_hooks.build("llama")
+    given = discover(model)
+    model.model.layers[0].register_forward_hook(
+        lambda _, args, out: asked.update(again=out[0, 0, 0] * 0 + (args[0].shape[1] > 4))
+    )
+    model.model.layers = ByText(model.model.layers)
+    with pytest.raises(DiscoveryError):
+        hookmap.open(model)
+    hm = hookmap.open(model, map=given)
+    with pytest.raises(hookmap.CaptureError, match="called more than once"):
+        hm.capture([[5, 6, 7, 8, 9, 10]], "resid_post", [1], max_new_tokens=0)
 
 
 @pytest.mark.skipif(not hasattr(transformers, "DoryConfig"), reason="Dory is in transformers from 5.24 on")

@@ -38,7 +38,7 @@ class HooksEngine:
         # PEFT's wrappers change the model inside while they run.
         self.alone = self.runner is not root
         # accelerate moves weights back after a module's forward: a pass that ends early would leave them.
-        self._ends_early = not any(hasattr(part, "_hf_hook") for part in module.modules())
+        self.ends_early = not any(hasattr(part, "_hf_hook") for part in module.modules())
 
     def generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> torch.Tensor:
         """See `Engine.generate`. Raises CaptureError where a selector's module is not in the model."""
@@ -47,7 +47,7 @@ class HooksEngine:
 
     def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
         """See `Engine.forward`; the pass ends where the last selector is complete."""
-        watching = self._watching(observer, editor, ends_early=self._ends_early)
+        watching = self._watching(observer, editor, ends_early=self.ends_early)
         with hooked_forward(self.runner, self.root), watching, contextlib.suppress(_SawAllError), torch.no_grad():
             call(self.runner, inputs)
 
