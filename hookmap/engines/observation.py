@@ -239,8 +239,8 @@ class Observer:
         if self._done[number] == self.passes or (number, position) in self._parts:
             raise CaptureError(
                 f"{selector}: {term.module or 'model'} was called more than once in forward pass {self.passes}, "
-                "expected once. A module that several layers share, or a layer that runs several times for this text, has "
-                "no one tensor there: choose a point on a module that runs once."
+                "expected once. A module that several layers share, or a layer that runs several times for this text, "
+                "has no one tensor there: choose a point on a module that runs once."
             )
         tensor = self._new_columns(term.resolve(args, kwargs, output), term, selector)
         if len(selector.terms) > 1:
