@@ -1,6 +1,7 @@
 """A model and its tokenizer, from a hub id or a local folder; one copy of the weights."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from hookmap import hub, skeleton
+from hookmap.config_fields import with_fields
 from hookmap.errors import ModelError, TokenizerError
 from hookmap.not_here import pointers, pointers_told
 
@@ -27,16 +29,17 @@ def load_model(
     device: Any = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The language model of `source`, whole where it reads images or sounds as well, in evaluation mode.
 
     `dtype`: "auto" is the checkpoint's own. `device`: None is a GPU where there is one, else the CPU; "auto" spreads
-    over all. Raises ModelError with what was tried, and where the checkpoint lacks weights of the model: transformers
-    would make them up at random.
+    over all. `config`: fields that are set over its config.json's. Raises ModelError with what was tried, and where
+    the checkpoint lacks weights of the model: transformers would make them up at random.
     """
-    config = skeleton.load_config(source, trust_remote_code, revision)
-    maker = skeleton.model_class(config)
-    skeleton.say_another_class(config, source)
+    settings = with_fields(skeleton.load_config(source, trust_remote_code, revision), config)
+    maker = skeleton.model_class(settings)
+    skeleton.say_another_class(settings, source)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_device(device)
@@ -50,6 +53,7 @@ def load_model(
                 device_map=device,
                 trust_remote_code=trust_remote_code,
                 revision=revision,
+                **({"config": settings} if config else {}),
                 **hub.source_arguments(source),
             )
     except Exception as error:  # as above

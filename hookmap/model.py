@@ -14,6 +14,7 @@ from hookmap.architecture_map import ArchitectureMap
 from hookmap.attribution import Attribution, attribute
 from hookmap.capture import BATCH_SIZE, BATCH_TOKENS, Capture, Prepared, prepare
 from hookmap.chat_template import Chat, Templating
+from hookmap.config_fields import with_fields
 from hookmap.engines import Engine
 from hookmap.engines.hooks import HooksEngine
 from hookmap.engines.turns import turns_of
@@ -450,6 +451,7 @@ def open(
     trust_remote_code: bool = False,
     revision: str | None = None,
     tokenizer: Any = None,
+    config: Mapping[str, Any] | None = None,
 ) -> HookedModel:
     """A model to capture from.
 
@@ -457,6 +459,7 @@ def open(
     tokenizer: a tokenizer, or where to load it from; x's own where x has one, and needed for prompts that are text.
     map: a map, a map file or an architecture's name; where none is given, what discovery finds on the loaded model.
     dtype: "auto" is the checkpoint's own. device: None is a GPU where there is one; both are for hub ids and folders.
+    config: fields set over those of its config.json, {"sliding_window": 64}; also for hub ids and folders.
     Raises ModelError, TokenizerError, DiscoveryError, and MapMismatchError where the given map contradicts the model.
     """
     given = given_map(map)
@@ -466,11 +469,15 @@ def open(
         tokenizer = load_tokenizer(os.fspath(tokenizer), **loads)
     if isinstance(x, str | os.PathLike):
         source = os.fspath(x)
-        skeleton.load_config(source, **loads)  # small: a wrong name is said before weights are loaded
+        with_fields(
+            skeleton.load_config(source, **loads), config
+        )  # small: what is wrong is said before weights are loaded
         if tokenizer is None:
             tokenizer, why_none = _tokenizer_or_reason(source, loads)
-        module = load_model(source, dtype=dtype, device=device, **loads)
+        module = load_model(source, dtype=dtype, device=device, config=config, **loads)
     else:
+        if config:
+            raise ModelError("config= is for hub ids and folders. Set it on the module: module.config.FIELD = VALUE")
         module, tokenizer = _module_of(x), tokenizer if tokenizer is not None else _tokenizer_of(x)
     root = generating_root(module)
     with turns_of(module).alone():

@@ -12,12 +12,15 @@ import plain_hooks
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from plain_hooks import FAMILIES, LAYERS, Family
 from served import demo, serving
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
 import hookmap
+from hookmap.cli.main import main
+from hookmap.config_fields import with_fields
 from hookmap.map_diff import differences
 from hookmap.steering import load_vector
 from hookmap.verification import verify
@@ -217,6 +220,53 @@ def _edits_as_a_plain_hook_does(model: nn.Module) -> None:
 
 
 # Configs ------------------------------------------------------------------------------------------------------------
+
+
+def test_fields_of_the_config_are_set_when_a_model_is_opened(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path)
+    hm = hookmap.open(folder, device="cpu", config={"rms_norm_eps": 0.5, "output_hidden_states": True})
+    assert hm.root.config.rms_norm_eps == 0.5 and hm.root.config.output_hidden_states
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, rms_norm_eps=0.5, dtype="auto").eval()
+    rows = plain_hooks.generate(plain, FAMILIES["llama"], IDS, max_new_tokens=1, do_sample=False)
+    found = hm.capture(IDS, "resid_post", 1, max_new_tokens=1)["resid_post", 1]
+    assert found.equal(rows.point(FAMILIES["llama"], "resid_post", 1))
+    assert not found.equal(hookmap.open(folder, device="cpu").capture(IDS, "resid_post", 1, 1)["resid_post", 1])
+
+
+def test_fields_that_a_config_does_not_have_are_refused_all_at_once(tmp_path: Path) -> None:
+    wrong = {"rms_norm_ep": 0.5, "hidden_size": "wide", "vocab_size.x": 3}
+    with pytest.raises(hookmap.ModelError) as told:
+        hookmap.open(saved("llama", tmp_path), config=wrong)
+    for said in ("3 fields", "rms_norm_ep: LlamaConfig has no such field; did you mean rms_norm_eps",
+                 "hidden_size: TypeError", "vocab_size.x: vocab_size is no config"):  # fmt: skip
+        assert said in str(told.value)
+    with pytest.raises(hookmap.ModelError, match=r"Set it on the module: module\.config\.FIELD = VALUE"):
+        hookmap.open(plain_hooks.build("llama"), config={"rms_norm_eps": 0.5})
+
+
+def test_fields_of_a_config_inside_a_config() -> None:
+    config = transformers.Gemma3Config()
+    made = with_fields(config, {"text_config.sliding_window": 7, "text_config": {"rms_norm_eps": 0.5}})
+    assert (made.text_config.sliding_window, made.text_config.rms_norm_eps) == (7, 0.5)
+    assert config.text_config.sliding_window != 7, "the config given stays as it was"
+
+
+def test_fields_of_the_config_on_the_command_line_and_in_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = saved("llama", tmp_path / "model")
+    asked = ["lens", str(folder), "--prompt", "to be", "--json", "--no-chat"]
+    plain = CliRunner().invoke(main, asked)
+    typed = CliRunner().invoke(main, [*asked, "--config", "rms_norm_eps=0.5"])
+    (tmp_path / "hookmap.yaml").write_text("config: {rms_norm_eps: 0.5}\n")
+    written = CliRunner().invoke(main, asked)
+    (tmp_path / "hookmap.yaml").unlink()
+    variable = CliRunner(env={"HOOKMAP_CONFIG": '{"rms_norm_eps": 0.5}'}).invoke(main, asked)
+    assert plain.exit_code == typed.exit_code == written.exit_code == variable.exit_code == 0, typed.output
+    assert plain.stdout != typed.stdout == written.stdout == variable.stdout
+    wrong = CliRunner().invoke(main, [*asked, "--config", "rms_norm_eps"])
+    assert wrong.exit_code == 2 and "expected FIELD=VALUE" in wrong.output
 
 
 def test_the_model_s_own_stop_strings_end_a_row_as_transformers_ends_it(

@@ -55,7 +55,9 @@ def opened_elsewhere(
             return until.enter_context(hookmap.open_on_ray(model, **cluster, **options))
     here = {name: options.pop(name) for name in ("map", "tokenizer")}
     if named := [
-        name for name in ("dtype", "device", "trust_remote_code") if options[name] not in (None, "auto", False)
+        name
+        for name in ("dtype", "device", "config", "trust_remote_code")
+        if options[name] not in (None, "auto", False)
     ]:
         raise click.UsageError(f"the server chooses {', '.join(named)}: leave them out with --engine remote")
     with working(f"reading the skeleton of {model}"):

@@ -75,8 +75,6 @@ Points = Annotated[Listed | Annotated[dict[Text, Listed | None], Field(min_lengt
 Features = Annotated[
     Count | Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)], AfterValidator(_typed_features)
 ]
-
-
 Kwargs = Annotated[dict[str, Any], BeforeValidator(_object, json_schema_input_type=dict[str, Any])]
 
 
@@ -128,6 +126,7 @@ class Settings(Section):
     tokenizer: Text | None = Field(None, description="a folder or a hub id; else the model's own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the weights")
     device: Text | None = Field(None, description="cpu, cuda, cuda:1, auto; else a GPU where there is one")
+    config: Kwargs | None = Field(None, description="fields of the model, over those of its config.json")
     trust_remote_code: bool = Field(False, description="run the modelling code that the model brings")
     points: Points | None = Field(
         None, description="which tensors: a list, layers by point, or all; of serve, resid_post"

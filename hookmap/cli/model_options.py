@@ -1,5 +1,6 @@
 """What commands that load a model share: the options that say which and how, and the model, opened."""
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,8 +23,29 @@ _LOADING = (
         help="Of the weights.  [default: auto, the checkpoint's own]",
     ),
     click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, auto.  [default: a GPU where there is one]"),
+    click.option(
+        "--config",
+        metavar="FIELD=VALUE",
+        multiple=True,
+        callback=lambda context, option, given: _fields(given),
+        help="A field over its config.json's, such as sliding_window=64; may be given several times.",
+    ),
     trust_remote_code,
 )
+
+
+def _fields(given: tuple[str, ...]) -> dict[str, Any] | None:
+    """`FIELD=VALUE`, the value as JSON where it is some, else as text. Raises click.BadParameter."""
+    found: dict[str, Any] = {}
+    for each in given:
+        field, is_there, value = each.partition("=")
+        if not field or not is_there:
+            raise click.BadParameter(f"{each!r}: expected FIELD=VALUE, such as sliding_window=64")
+        try:
+            found[field] = json.loads(value)
+        except ValueError:
+            found[field] = value
+    return found or None
 
 
 def loading(command: Any) -> Any:
@@ -76,5 +98,6 @@ def loads(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "tokenizer": given["tokenizer"] or settings.get("tokenizer"),
         "dtype": given["dtype"] or settings.get("dtype", "auto"),
         "device": given["device"] or settings.get("device"),
+        "config": {**(settings.get("config") or {}), **(given["config"] or {})} or None,
         "trust_remote_code": trusted(given["trust_remote_code"], settings),
     }
