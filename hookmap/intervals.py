@@ -4,6 +4,7 @@ How often each covers is simulated in docs/coverage.md. SciPy comes with `hookma
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def mean_interval(values: Any, least: float, most: float, level: float = LEVEL) 
     if not least < most or not ((given >= least - slack) & (given <= most + slack)).all():
         raise ValueError(f"expected values between {least} and {most}, got {given.min()} to {given.max()}")
     more = np.concatenate([given, [least, most]])
-    half = _scipy("stats").t.ppf((1 + level) / 2, len(more) - 1) * more.std(ddof=1) / math.sqrt(len(more))
+    half = _student((1 + level) / 2, len(more) - 1) * float(more.std(ddof=1)) / math.sqrt(len(more))
     return max(least, float(more.mean() - half)), min(most, float(more.mean() + half))
 
 
@@ -76,6 +77,12 @@ def _auroc_variance(auroc: float, positives: float, negatives: float) -> float:
     others = (positives + negatives) / 2 - 1
     spread = 1 + others * ((1 - auroc) / (2 - auroc) + auroc / (1 + auroc))
     return auroc * (1 - auroc) * spread / (positives * negatives)
+
+
+@cache
+def _student(share: float, freedom: int) -> float:
+    """Its quantile, which costs more than all else: reports ask for the same again and again."""
+    return float(_scipy("stats").t.ppf(share, freedom))
 
 
 def _scipy(name: str) -> Any:

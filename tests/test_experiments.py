@@ -37,7 +37,7 @@ SMALL: dict[str, Any] = {
     "samples": {"number": 4},
     "sampling": {"max_tokens": 6},
     "captures": {"points": ["resid_post"], "layers": [4, 16]},
-    "report": {"method": "mean_difference", "folds": 2, "pools": ["last_prompt"]},
+    "report": {"method": "mean_difference", "folds": 3, "pools": ["last_prompt"]},
     "batch_size": 4,
 }
 
@@ -195,7 +195,7 @@ def test_a_prefix_that_moves_one_layer_is_told_there() -> None:
     store = planted(3.0)
     found = probed(store, "up", "neutral", "mean", Reporting(folds=4)).report
     layers = {place.layer: place.auroc for place in found.places}
-    assert layers[7] > 0.95 and layers[3] < 0.75 and found.questions == 40 and found.samples == 80
+    assert layers[7] > 0.9 and layers[3] < 0.75 and found.questions == 40 and found.samples == 80
     tensors = {t.layer: t for t in geometry(store, ["neutral", "up", "twin"], "neutral", Reporting(pools=("mean",)))}
     assert tensors[7].cosines["up", "twin"] > 0.9 and tensors[7].moved["up"] > 2 * tensors[3].moved["up"]
     rows = torch.stack([store.read(n, "resid_post", 7)[0] for n in range(120)])

@@ -95,7 +95,7 @@ class Reporting(_Part):
         default=None, description="that the pools are of, as in captures: 1: leaves the first token out, often a sink"
     )
     method: Literal["logistic", "ridge", "mean_difference"] = "logistic"
-    folds: int = Field(default=5, ge=2, description="of questions")
+    folds: int = Field(default=5, ge=3, description="of questions")
     seed: int = Field(default=0, ge=0, description="of folds, permutations")
     memory: float = Field(default=2.0, gt=0, description="GB that the matrices of probes may take")
 

@@ -78,12 +78,12 @@ def _rewards(report: Report) -> str:
 
 
 def _separations(report: Report) -> str:
-    head = ("prefix", "rows", ">AUROC", ">95 %", ">shuffled", ">best control", "which")
+    head = ("prefix", "rows", ">AUROC", ">95 %", ">shuffled", ">p", ">best control", "which")
     return _table(
         head,
         (
             (s.prefix, s.pool, three(s.auroc), f"{three(s.low)} to {three(s.high)}", three(s.shuffled),
-             three(s.control_auroc), s.control or "")
+             three(s.p), three(s.control_auroc), s.control or "")
             for s in report.separations
         ),
     )  # fmt: skip

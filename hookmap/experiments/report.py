@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hookmap.evals.results import ACTIVATIONS, truncation_warning, write
 from hookmap.experiments.comparing import compare, holm, interval
@@ -68,7 +68,8 @@ class Separation(_Document):
     auroc: float | None = Field(description="of the layer chosen on the training part of each fold")
     low: float | None
     high: float | None
-    shuffled: float | None
+    shuffled: float | None = Field(description="the mean of shuffled labels")
+    p: float | None = Field(description="the share of shuffles that are as good")
     control: str | None = Field(description="the best of what needs no model: lengths, words, log-probability")
     control_auroc: float | None
     layers: tuple[OfLayer, ...]
@@ -243,17 +244,27 @@ def _activations(
     separations = []
     for done, (name, pool) in enumerate(wanted):
         kept = folder / PROBES / f"{pool}-{name}.json"
-        if not kept.is_file():
+        report = _kept(kept)
+        if report is None:
             kept.parent.mkdir(exist_ok=True)
             found = probed(store, name, experiment.neutral, pool, how)
             found.probes.save(kept.with_suffix(".safetensors"))
-            write(kept, found.report.model_dump_json(indent=2) + "\n")
-        separations.append(_separation(name, pool, ProbeReport.model_validate_json(kept.read_bytes())))
+            report = found.report
+            write(kept, report.model_dump_json(indent=2) + "\n")
+        separations.append(_separation(name, pool, report))
         if progress is not None:
             progress(done + 1, len(wanted))
     names = [prefix.name for prefix in experiment.prefixes]
     means = geometry(store, names, experiment.neutral, how)
     return tuple(separations), tuple(map(_of_tensor, means))
+
+
+def _kept(path: Path) -> ProbeReport | None:
+    """None where there is none yet, or one of another version."""
+    try:
+        return ProbeReport.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
 
 
 def _separation(name: str, pool: str, found: ProbeReport) -> Separation:
@@ -268,7 +279,8 @@ def _separation(name: str, pool: str, found: ProbeReport) -> Separation:
         auroc=chosen.auroc,
         low=chosen.low,
         high=chosen.high,
-        shuffled=chosen.shuffled.auroc,
+        shuffled=chosen.shuffled,
+        p=chosen.p,
         control=best.name if best else None,
         control_auroc=best.auroc if best else None,
         layers=layers,

@@ -1,9 +1,11 @@
 """What is known of the label without looking inside the model. A probe that is no better found nothing.
 
-Each control is a logistic regression on what the sample shows, cross-validated in the same folds as the probe.
+Each control is a logistic regression on what the sample shows, cross-validated in the same folds as the probe, on
+scaled features. Words are not to lose by their treatment: as the layer of a probe is, the strength of their control,
+and whether it counts pairs of words, is chosen within the training part.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +14,20 @@ import torch
 
 from hookmap.activations import Sample
 from hookmap.errors import SelectionError
-from hookmap.probes.folds import Split, out_of_fold
+from hookmap.probes.examples import as_number
+from hookmap.probes.fitting import STRENGTH
+from hookmap.probes.folds import Choice, held_out
 from hookmap.probes.metrics import Floats, Ints, Labels
 from hookmap.stores.interface import Store
 
 WORDS = r"\w+|[^\w\s]"
 MOST_WORDS = 5000
+STRENGTHS = (0.01, STRENGTH, 1.0)
+"""C of the logistic regression of words"""
+FEW = 10**6
+"""numbers up to which counts are a matrix as any tensor's; it is fitted sooner than a sparse one"""
+LONGEST = (1, 2)
+"""words in a row that are counted as one"""
 _ROWS = 256
 
 
@@ -26,8 +36,8 @@ class Control:
     """One thing to be better than."""
 
     name: str
-    scores: Floats | None
-    """out of fold, [samples]; None where it cannot be told"""
+    auroc: float | None
+    """out of fold; None where it cannot be told"""
     why: str | None = None
     """why not"""
 
@@ -43,7 +53,7 @@ def controls(store: Store, numbers: Sequence[int], labels: Labels, folds: Ints) 
     def samples() -> Iterator[Sample]:
         return (store.sample(number) for number in numbers)
 
-    sources: dict[str, Callable[[], Any]] = {
+    sources: dict[str, Callable[[], Iterable[tuple[Any, float]]]] = {
         "prompt length": lambda: _column(sample.prompt_tokens for sample in samples()),
         "answer length": lambda: _column(len(s.token_ids) - s.prompt_tokens for s in samples()),
         "bag of words (prompt)": lambda: _words(sample.prompt for sample in samples()),
@@ -52,33 +62,44 @@ def controls(store: Store, numbers: Sequence[int], labels: Labels, folds: Ints) 
     }
     found = []
     for name, source in sources.items():
+        choice = Choice[float](labels[None], folds)
         try:
-            scores = out_of_fold(source(), labels, Split(folds), "logistic").held_out(folds)
-            found.append(Control(name, scores))
+            for matrix, strength in source():
+                choice.take(strength, held_out(matrix, labels[None], folds, "logistic", strength))
+            found.append(Control(name, float(choice.aurocs[0])))
         except SelectionError as error:
             found.append(Control(name, None, str(error)))
     return tuple(found)
 
 
-def _column(values: Iterator[float]) -> Floats:
-    return np.fromiter(values, dtype=np.float64)[:, None]
+def _column(values: Iterator[float]) -> list[tuple[Floats, float]]:
+    return [(np.fromiter(values, dtype=np.float64)[:, None], STRENGTH)]
 
 
-def _words(texts: Iterator[str]) -> Any:
-    """How often each word is in each text, sparse; the commonest words of all texts, labels unseen."""
+def _words(texts: Iterator[str]) -> Iterator[tuple[Any, float]]:
+    """How often each word is in each text, sparse; the commonest of all texts, labels unseen. With each strength."""
     from sklearn.feature_extraction.text import CountVectorizer
 
-    try:
-        return CountVectorizer(token_pattern=WORDS, max_features=MOST_WORDS, dtype=np.float64).fit_transform(texts)
-    except ValueError as error:
-        raise SelectionError("the texts hold no words") from error
+    held = list(texts)
+    for longest in LONGEST:
+        counter = CountVectorizer(
+            token_pattern=WORDS, max_features=MOST_WORDS, ngram_range=(1, longest), dtype=np.float64
+        )
+        try:
+            counts = counter.fit_transform(held)
+        except ValueError as error:
+            raise SelectionError("the texts hold no words") from error
+        if counts.shape[0] * counts.shape[1] <= FEW:
+            counts = counts.toarray()
+        for strength in STRENGTHS:
+            yield counts, strength
 
 
 def _logprob(store: Store, sample: Sample) -> float:
     """Mean log-probability of the answer's tokens: a label of that name, else out of the logits of the capture."""
-    given = (sample.labels or {}).get("logprob")
-    if isinstance(given, int | float) and not isinstance(given, bool):
-        return float(given)
+    given = as_number((sample.labels or {}).get("logprob"))
+    if given is not None:
+        return given
     if ("logits", None) not in store.keys:
         raise SelectionError("the capture holds no logits, and its samples no label logprob")
     known = range(sample.rows) if sample.positions is None else sample.positions

@@ -1,6 +1,11 @@
-"""Which samples of a capture a probe learns from: the label of each, and which of them are one question."""
+"""Which samples of a capture a probe learns from: the label of each, and which of them are one question.
+
+One rule of reading, for labels, for what is asked of them and for groups, whatever file they come from (`as_value`).
+What is left out is counted with its reason.
+"""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +21,7 @@ from hookmap.probes.metrics import Ints, Labels
 from hookmap.stores.interface import Store
 
 _SHOWN = 12
+_WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,49 @@ class Examples:
     labels: Labels
     groups: Ints
     """which question each is of, 0-based; samples of one question are never on both sides of a split"""
-    left_out: int
-    """samples that have no such label, or nothing in it, or no rows"""
+    left_out: Mapping[str, int]
+    """reason -> samples"""
     label: str
     """what is positive, in words"""
+    strangers: int = 0
+    """rows of the table that are of no sample"""
+
+
+def as_value(given: Any) -> Any:
+    """What a label says: True or False, a number, a text, or None where it says nothing.
+
+    Nothing: None, not-a-number, pandas's NA, a text that is blank or says `nan` or `null`. Texts lose blanks at their
+    ends; `true` and `false` are truth values and numerals numbers, for a CSV file has nothing but texts. Values are
+    compared as Python does: 3 is 3.0, and 1 is True.
+    """
+    if hasattr(given, "item") and getattr(given, "size", 1) == 1:  # NumPy's
+        given = given.item()
+    if given is None or type(given).__name__ in ("NAType", "NaTType") or (isinstance(given, float) and given != given):
+        return None
+    if isinstance(given, bool | int | float):
+        return given
+    text = str(given).strip()
+    if not text or text.lower() in ("nan", "null"):
+        return None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    try:
+        return text if "_" in text else float(text)
+    except ValueError:
+        return text
+
+
+def as_number(given: Any) -> float | None:
+    """The finite number that a label is, else None."""
+    value = as_value(given)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def read_examples(
@@ -48,84 +93,120 @@ def read_examples(
     label: a column of the samples' labels, or of `table`: a file (JSON Lines, CSV, …) or records with `id`.
     It is true or false, 0 or 1; else positive: the value that is, or above: numbers over this are.
     group: the column that says which samples are one question; else those of one prompt are. limit: samples at most.
-    Raises SelectionError, DataError.
+    Raises SelectionError, also where two rows of the table contradict each other, and DataError.
     """
     if positive is not None and above is not None:
         raise SelectionError("positive or above, not both: which of them says what is positive?")
-    more = {} if table is None else _table(table)
+    more = {} if table is None else _table(table, [name for name in (label, group) if name is not None])
+    ids = _ids(store, more)
     values: list[Any] = []
     numbers: list[int] = []
-    names: list[str] = []
-    left_out = 0
+    groups: list[int] = []
+    names: dict[Any, int] = {}
+    left_out: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     for sample in store.samples:
         if limit is not None and len(numbers) == limit:
             break
-        known = {**(sample.labels or {}), **more.get(sample.id or "", {})}
-        seen.update(known)
-        if known.get(label) is None or not sample.rows:
-            left_out += 1
+        known = {**(sample.labels or {}), **more.get(sample.id, {})}
+        seen.update(known.keys())
+        question = _prompt(sample) if group is None else as_value(known.get(group))
+        if why := _why_not(sample, known, label, question, group):
+            left_out[why] += 1
             continue
-        values.append(known[label])
+        values.append(as_value(known[label]))
         numbers.append(sample.sample)
-        names.append(_question(sample, known, group))
+        groups.append(names.setdefault(question, len(names)))
     if not numbers:
         held = ", ".join(list(seen)[:_SHOWN]) or "none: give a file of them with labels= (--labels)"
-        raise SelectionError(f"no sample has a label {label!r}. The labels here are {held}.")
+        reasons = "".join(f"\n{why}: {_samples(count)}" for why, count in left_out.items())
+        raise SelectionError(f"no sample has a label {label!r}. The labels here are {held}.{reasons}")
     found, words = _positive(label, values, positive, above)
-    _, groups = np.unique(np.array(names), return_inverse=True)
-    return Examples(tuple(numbers), found, groups.astype(np.int64), left_out, words)
+    strangers = len(more.keys() - ids)
+    return Examples(tuple(numbers), found, np.array(groups, dtype=np.int64), dict(left_out), words, strangers)
 
 
-def _table(source: Any) -> dict[str, Mapping[str, Any]]:
+def _why_not(sample: Sample, known: Mapping[str, Any], label: str, question: Any, group: str | None) -> str | None:
+    if label not in known:
+        return f"no label {label!r}"
+    if as_value(known[label]) is None:
+        return f"label {label!r} is blank, null or not a number"
+    if question is None:
+        return f"no label {group!r}, which says what question it is of"
+    return None if sample.rows else "no rows in the capture"
+
+
+def _samples(count: int) -> str:
+    return "1 sample" if count == 1 else f"{count} samples"
+
+
+def _table(source: Any, columns: list[str]) -> dict[str | None, dict[str, Any]]:
+    """The rows by id. An id may come again, and a blank be filled, but not with another value of `columns`."""
     where, rows = rows_of(source)
-    found: dict[str, Mapping[str, Any]] = {}
+    found: dict[str | None, dict[str, Any]] = {}
+    apart: list[str] = []
     for place, row in rows:
-        if isinstance(row, Exception) or not isinstance(row, Mapping) or "id" not in row:
+        if isinstance(row, Exception) or not isinstance(row, Mapping) or as_value(row.get("id")) is None:
             raise SelectionError(f"{where}: {place}: expected columns with an `id` among them, the sample's name.")
-        found[str(row["id"])] = row
+        before = found.setdefault(_id(row["id"]), {})
+        for name, value in row.items():
+            old = as_value(before.get(name))
+            if name in columns and old is not None and as_value(value) not in (None, old):
+                apart.append(f"{place}: {name} of id {row['id']!r} is {value!r}, and was {before[name]!r} before")
+            if old is None:
+                before[name] = value
+    if apart:
+        more = f"\n… and {len(apart) - _SHOWN} more" if len(apart) > _SHOWN else ""
+        raise SelectionError(f"{where}: rows contradict each other:\n" + "\n".join(apart[:_SHOWN]) + more)
     return found
 
 
-def _question(sample: Sample, known: Mapping[str, Any], group: str | None) -> str:
-    if group is None:
-        return hashlib.sha256(repr(sample.token_ids[: sample.prompt_tokens]).encode()).hexdigest()
-    if known.get(group) is None:
-        raise SelectionError(f"sample {sample.sample} has no label {group!r}, which says what question it is of.")
-    return repr(known[group])
+def _id(given: Any) -> str:
+    """A data frame with gaps makes 3.0 of 3."""
+    return str(int(given)) if isinstance(given, float) and given.is_integer() else str(given)
 
 
-def _number(value: Any) -> float | None:
-    """Of a number, or of a text that is one: a CSV file has nothing else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        found = float(value)
-    except ValueError:
-        return None
-    return found if isfinite(found) else None
+def _ids(store: Store, table: Mapping[str | None, Any]) -> set[str | None]:
+    """The samples' ids. Raises SelectionError where one in the table is of samples with different prompts."""
+    prompts: dict[str | None, str] = {}
+    for sample in store.samples if table else ():
+        if sample.id is None:
+            continue
+        own = _prompt(sample)
+        if sample.id in table and prompts.setdefault(sample.id, own) != own:
+            raise SelectionError(
+                f"id {sample.id!r} is of several samples with different prompts: which of them is the table's?"
+            )
+    return set(prompts)
+
+
+def _prompt(sample: Sample) -> str:
+    """Its name as a question: the tokens' digest, for prompts may be long."""
+    return hashlib.sha256(repr(sample.token_ids[: sample.prompt_tokens]).encode()).hexdigest()
 
 
 def _positive(label: str, values: list[Any], positive: Any, above: float | None) -> tuple[Labels, str]:
     if above is not None:
-        numbers = [_number(v) for v in values]
+        numbers = [as_number(v) for v in values]
         if None in numbers:
             wrong = values[numbers.index(None)]
             raise SelectionError(f"label {label!r}: above={above:g} needs numbers, found {wrong!r}.")
         return np.array([number > above for number in numbers if number is not None]), f"{label} > {above:g}"
     if positive is not None:
-        held = [_text(v) for v in values]
-        if _text(positive) not in held:
-            shown = ", ".join(name for name, _ in Counter(held).most_common(_SHOWN))
-            raise SelectionError(f"label {label!r} is never {positive!r}: its values are {shown}.")
-        return np.array([v == _text(positive) for v in held]), f"{label} = {_text(positive)}"
+        wanted = as_value(positive)
+        if wanted is None or wanted not in values:
+            raise SelectionError(f"label {label!r} is never {positive!r}: its values are {_some(values)}.")
+        return np.array([v == wanted for v in values]), f"{label} = {_text(positive)}"
     if all(v in (0, 1) for v in values):  # True and False among them
         return np.array([bool(v) for v in values]), label
-    shown = ", ".join(name for name, _ in Counter(map(_text, values)).most_common(_SHOWN))
     raise SelectionError(
-        f"label {label!r} is not true or false: its values are {shown}. Say which one is positive (--positive VALUE), "
-        "or above which number (--above NUMBER)."
+        f"label {label!r} is not true or false: its values are {_some(values)}. Say which one is positive "
+        "(--positive VALUE), or above which number (--above NUMBER)."
     )
+
+
+def _some(values: list[Any]) -> str:
+    return ", ".join(name for name, _ in Counter(map(_text, values)).most_common(_SHOWN))
 
 
 def _text(value: Any) -> str:

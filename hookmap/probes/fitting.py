@@ -1,26 +1,35 @@
-"""A matrix [samples, features] and labels -> a linear probe. Each is a logit: sigmoid(x · weights + bias).
+"""A matrix and labels -> linear probes: a score is x · weights + bias.
 
 - `logistic`: logistic regression on standardised features, L2 with C = 0.1.
 - `ridge`: least squares to ±1 on standardised features, L2 of 0.1 for each sample.
 - `mean_difference`: the mean of the positives minus that of the negatives, in the tensor's own space.
 
-The scores of the last two become logits by Platt's scaling: a logistic regression of the label on the score, on the
-same training samples.
+Many labellings of the same samples are fitted together, for shuffled labels cost most of a report's time. Scores become
+logits by Platt's scaling, on samples that the probe was not fitted on.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from hookmap.errors import SelectionError
-from hookmap.probes.metrics import Floats, Ints, Labels
+from hookmap.probes.metrics import Floats, Labels
 
 Method = Literal["logistic", "ridge", "mean_difference"]
 METHODS: tuple[str, ...] = get_args(Method)
 MISSING = 'probes need scikit-learn: pip install "hookmap[eval]"'
-_STEPS = 10_000
+STRENGTH = 0.1
+"""C of the logistic regression"""
+ROUNDING = 8 * float(np.finfo(np.float32).eps)
+"""Standard deviations below this share of the mean are rounding: activations are float32 at best."""
+_STEPS = 500
+_CLOSE = 2e-6
+_LEAST_SLOPE = 1e-3
+_AT_ONCE = 2_000_000
+"""scores that are fitted together, 16 MB"""
 _ROWS = 256
 
 
@@ -32,100 +41,159 @@ class Fitted:
     """[features]"""
     bias: float
 
-    def logits(self, matrix: Any) -> Floats:
-        """[samples, features], dense or sparse -> [samples]."""
-        return np.asarray(matrix @ self.weights, dtype=np.float64).ravel() + self.bias
 
+def directions(matrix: Any, labels: Labels, method: str, strength: float = STRENGTH) -> tuple[Floats, Floats]:
+    """A probe of each labelling, not calibrated yet: weights [features, labellings] and biases [labellings].
 
-def fit(matrix: Any, labels: Labels, method: str) -> Fitted:
-    """Of all samples. Raises SelectionError for an unknown method, or labels of one class.
-
-    A sparse matrix is not standardised.
+    matrix: [samples, features], dense, or sparse for a logistic regression, which is scaled then and not centred.
+    labels: [labellings, samples]. A labelling of one class has weights of 0.
     """
-    (fitted,) = directions(matrix, labels, [np.arange(len(labels))], method)
-    factor, shift = platt(fitted.logits(matrix), labels, method)
-    return Fitted(fitted.weights * factor, fitted.bias * factor + shift)
+    told = labels.any(axis=1) & ~labels.all(axis=1)
+    weights, biases = np.zeros((matrix.shape[1], len(labels))), np.zeros(len(labels))
+    if told.any():
+        if hasattr(matrix, "tocsr"):
+            found = _sparse(matrix, labels[told], strength)
+        elif method == "mean_difference":
+            found = _centres(matrix, labels[told])
+        else:
+            found = _standardised(matrix, labels[told], method, strength)
+        weights[:, told], biases[told] = found
+    return weights, biases
 
 
-def directions(matrix: Any, labels: Labels, trains: Sequence[Ints], method: str) -> list[Fitted]:
-    """A probe of each training part, not calibrated yet. Raises as `fit` does."""
-    if method not in METHODS:
-        raise SelectionError(f"method {method!r}: expected one of {', '.join(METHODS)}.")
-    if any(labels[train].all() or not labels[train].any() for train in trains):
-        raise SelectionError("a probe needs positives and negatives: all labels here are the same.")
-    if method == "mean_difference":
-        return _centres(matrix, labels, trains)
-    solve = _logistic if method == "logistic" else _ridge
-    return [_solved(matrix[train], labels[train], solve) for train in trains]
+def moments(matrix: Any) -> tuple[Floats, Floats]:
+    """Mean and standard deviation of each feature in float64, the latter 0 where it is no more than rounding.
+
+    That is scikit-learn's rule for constant features at float32's precision, and where no feature varies by more than
+    rounding beside the tensor's own size, none varies at all.
+    """
+    mean = np.asarray(sum(part.sum(axis=0) for _, part in _parts(matrix)) / len(matrix))
+    variance = np.asarray(sum(((part - mean) ** 2).sum(axis=0) for _, part in _parts(matrix)) / len(matrix))
+    scale = np.sqrt(variance)
+    scale[scale <= ROUNDING * np.abs(mean)] = 0
+    if scale.max(initial=0) <= ROUNDING * np.sqrt(np.mean(mean**2 + variance)):
+        scale[:] = 0
+    return mean, scale
 
 
-def scores(matrix: Any, fitted: Sequence[Fitted]) -> Floats:
-    """What each probe says of each sample, [samples, probes]."""
-    weights = np.stack([one.weights for one in fitted], axis=1)
-    found = np.concatenate([part @ weights for _, part in _parts(matrix)])
-    return np.asarray(found + np.array([one.bias for one in fitted]), dtype=np.float64)
+def platt(scores: Floats, labels: Labels) -> tuple[float, float]:
+    """Factor and shift that make logits of scores, those of samples that the probe was not fitted on (Platt 1999).
 
-
-def platt(scores: Floats, labels: Labels, method: str) -> tuple[float, float]:
-    """Factor and shift that make logits of what `directions` scored: those of a logistic regression are some."""
-    if method == "logistic":
-        return 1.0, 0.0
-    if not (spread := float(scores.std())):
-        share = float(labels.mean())
+    A probe that tells less than nothing there does not turn round: its factor is next to 0, and its direction stays.
+    """
+    share = (labels.sum() + 1) / (len(labels) + 2)
+    spread, middle = float(scores.std()), float(scores.mean())
+    if spread <= ROUNDING * abs(middle):
         return 0.0, float(np.log(share / (1 - share)))
-    model = _linear_model().LogisticRegression(C=1e3, max_iter=_STEPS).fit((scores / spread)[:, None], labels)
-    return float(model.coef_[0][0]) / spread, float(model.intercept_[0])
+    sides, centred = labels.sum(), ((scores - middle) / spread)[:, None]
+    sure = np.where(labels, (sides + 1) / (sides + 2), 1 / (len(labels) - sides + 2))  # Platt's: never 0 or 1
+    twice, kinds = np.concatenate([centred, centred]), np.repeat([True, False], len(labels))
+    model = _sklearn("linear_model").LogisticRegression(C=1e6, max_iter=_STEPS)
+    model.fit(twice, kinds, sample_weight=np.concatenate([sure, 1 - sure]))
+    slope, shift = float(model.coef_[0][0]), float(model.intercept_[0])
+    if slope < _LEAST_SLOPE:
+        slope, shift = _LEAST_SLOPE, float(np.log(share / (1 - share)))
+    return slope / spread, shift - slope * middle / spread
 
 
 def _parts(matrix: Any) -> Iterator[tuple[slice, Any]]:
-    """Rows in float64, a few at a time: a copy of the whole would be twice its size. A sparse matrix as it is."""
-    if hasattr(matrix, "tocsr"):
-        yield slice(None), matrix
-        return
+    """Rows in float64, a few at a time: a copy of the whole would be twice its size."""
     for start in range(0, len(matrix), _ROWS):
         yield slice(start, start + _ROWS), matrix[start : start + _ROWS].astype(np.float64)
 
 
-def _centres(matrix: Any, labels: Labels, trains: Sequence[Ints]) -> list[Fitted]:
-    """All parts in one pass: their means are one product of the matrix with shares of each sample in each mean."""
-    shares = np.zeros((len(labels), 2, len(trains)))
-    for number, train in enumerate(trains):
-        for side, mine in enumerate((train[labels[train]], train[~labels[train]])):
-            shares[mine, side, number] = 1 / len(mine)
-    flat = shares.reshape(len(labels), -1)
-    means = sum(part.T @ flat[rows] for rows, part in _parts(matrix))
-    positive, negative = means.reshape(-1, 2, len(trains)).transpose(1, 2, 0)
-    return [Fitted(p - n, -float((p - n) @ (p + n)) / 2) for p, n in zip(positive, negative, strict=True)]
+def _centres(matrix: Any, labels: Labels) -> tuple[Floats, Floats]:
+    """The means of all labellings are one product of the matrix with shares of each sample in each mean."""
+    sides = labels.sum(axis=1)
+    shares = np.concatenate([labels.T / sides, ~labels.T / (labels.shape[1] - sides)], axis=1)
+    means = sum(part.T @ shares[rows] for rows, part in _parts(matrix))
+    positive, negative = np.split(means, 2, axis=1)
+    weights = positive - negative
+    return weights, -(weights * (positive + negative)).sum(axis=0) / 2
 
 
-def _solved(matrix: Any, labels: Labels, solve: Callable[[Any, Labels], tuple[Floats, float]]) -> Fitted:
-    if hasattr(matrix, "tocsr"):
-        return Fitted(*solve(matrix, labels))
-    mean, scale = _standard(matrix)
-    weights, bias = solve((matrix - mean) / scale, labels)
-    weights = weights / scale
-    return Fitted(weights, bias - float(weights @ mean))
+def _standardised(matrix: Any, labels: Labels, method: str, strength: float) -> tuple[Floats, Floats]:
+    mean, scale = moments(matrix)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    scaled = np.empty(matrix.shape, dtype=np.float32)
+    for rows, part in _parts(matrix):
+        scaled[rows] = (part - mean) * inverse
+    if method == "ridge":
+        found, biases = _descend(scaled, np.where(labels, 1.0, -1.0).T, 0.1 * len(matrix), 1.0, lambda f, y: f - y)
+    else:
+        found, biases = _descend(scaled, labels.T.astype(np.float64), 1 / strength, 0.25, lambda f, y: _sigmoid(f) - y)
+    weights = found * inverse[:, None]
+    return weights, biases - mean @ weights
 
 
-def _standard(matrix: Any) -> tuple[Any, Any]:
-    scale = matrix.std(axis=0)
-    scale[scale == 0] = 1
-    return matrix.mean(axis=0), scale
+def _descend(
+    x: Any, targets: Floats, penalty: float, curvature: float, slope: Callable[[Floats, Floats], Floats]
+) -> tuple[Floats, Floats]:
+    """Minimise loss(x @ w + b, targets) + penalty / 2 |w|² for every column of targets, [samples, labellings].
+
+    slope: of the loss; curvature: its most. Newton's steps with that curvature everywhere need one factorisation for
+    all columns and all steps (Böhning & Lindsay 1988), of the smaller of x'x and xx'. x: centred, float32.
+    """
+    from scipy.linalg import cho_factor
+
+    wide = x.shape[1] > x.shape[0]  # then w = x' u, with a number of u for each sample
+    gram = (x @ x.T if wide else x.T @ x).astype(np.float64)
+    hessian = curvature * gram
+    hessian[np.diag_indices_from(hessian)] += penalty
+    factor = cho_factor(hessian, overwrite_a=True)
+    step = max(1, _AT_ONCE // len(x))
+    blocks = [targets[:, start : start + step] for start in range(0, targets.shape[1], step)]
+    found = [_steps(x, gram if wide else None, factor, block, penalty, curvature, slope) for block in blocks]
+    weights, biases = (np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True))
+    return weights, biases
 
 
-def _logistic(matrix: Any, labels: Labels) -> tuple[Floats, float]:
-    model = _linear_model().LogisticRegression(C=0.1, max_iter=_STEPS).fit(matrix, labels)
-    return model.coef_[0].astype(np.float64), float(model.intercept_[0])
+def _steps(
+    x: Any,
+    gram: Any | None,
+    factor: Any,
+    targets: Floats,
+    penalty: float,
+    curvature: float,
+    slope: Callable[[Floats, Floats], Floats],
+) -> tuple[Floats, Floats]:
+    """gram: xx' where x is wide. factor: of the penalty and curvature times the smaller product."""
+    from scipy.linalg import cho_solve
+
+    at, shift = np.zeros((min(x.shape), targets.shape[1])), np.zeros(targets.shape[1])
+    scores = np.zeros_like(targets)
+    before, pace, moved = (at, shift, scores), 1.0, np.inf
+    for _ in range(_STEPS):
+        down = slope(scores, targets)
+        pull = x.T @ down.astype(np.float32) if gram is None else down
+        new = at - cho_solve(factor, pull + penalty * at)
+        new_shift = shift - down.mean(axis=0) / curvature
+        new_scores = (x @ new.astype(np.float32) if gram is None else gram @ new) + new_shift
+        last, moved = moved, float(np.abs(new_scores - scores).max())
+        if moved < _CLOSE * (1 + float(np.abs(new_scores).max())):
+            break
+        pace, old = (1.0, 1.0) if moved > last else ((1 + np.sqrt(1 + 4 * pace**2)) / 2, pace)
+        push = (old - 1) / pace  # Nesterov's momentum, begun anew where it overshoots
+        after = (new, new_shift, new_scores)
+        at, shift, scores = (a + push * (a - b) for a, b in zip(after, before, strict=True))
+        before = after
+    return (new if gram is None else x.T @ new.astype(np.float32)).astype(np.float64), new_shift
 
 
-def _ridge(matrix: Any, labels: Labels) -> tuple[Floats, float]:
-    model = _linear_model().Ridge(alpha=0.1 * matrix.shape[0]).fit(matrix, np.where(labels, 1.0, -1.0))
-    return np.asarray(model.coef_, dtype=np.float64).ravel(), float(np.ravel(model.intercept_)[0])
+def _sigmoid(scores: Floats) -> Floats:
+    return np.asarray((1 + np.tanh(scores / 2)) / 2)
 
 
-def _linear_model() -> Any:
+def _sparse(matrix: Any, labels: Labels, strength: float) -> tuple[Floats, Floats]:
+    scaler = _sklearn("preprocessing").StandardScaler(with_mean=False)
+    scaled = scaler.fit_transform(matrix)
+    model = _sklearn("linear_model").LogisticRegression(C=strength, max_iter=10_000)
+    fits = [(model.fit(scaled, own).coef_[0] / scaler.scale_, float(model.intercept_[0])) for own in labels]
+    return np.stack([weights for weights, _ in fits], axis=1), np.array([bias for _, bias in fits])
+
+
+def _sklearn(name: str) -> Any:
     try:
-        from sklearn import linear_model
+        return import_module(f"sklearn.{name}")
     except ImportError as error:
         raise SelectionError(f"{MISSING}\n({error})") from error
-    return linear_model

@@ -1,42 +1,52 @@
 """Cross-validation in which all samples of a question are on one side, and the choice among tensors inside it."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import combinations_with_replacement
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from hookmap.errors import SelectionError
-from hookmap.probes.fitting import MISSING, directions, platt, scores
-from hookmap.probes.metrics import Floats, Ints, Labels, auroc
+from hookmap.probes.fitting import MISSING, STRENGTH, directions, platt
+from hookmap.probes.metrics import Floats, Ints, Labels, won_pairs
 
-INNER = 3
+LEAST_FOLDS = 3
+"""one to test on, one to choose on, one to learn from"""
 Place = TypeVar("Place")
 
 
 @dataclass(frozen=True)
-class Split:
-    """A cross-validation, which is the same for every tensor."""
-
-    folds: Ints
-    """of each sample, 0-based"""
-    within: tuple[Ints, ...] = ()
-    """for each fold, the folds of its training part by itself, -1 for all other samples; () where nothing is chosen"""
-
-
-@dataclass(frozen=True)
-class OutOfFold:
-    """What the probes of a cross-validation say, one for each fold."""
+class HeldOut:
+    """What a cross-validation says: a probe for each fold, and one for each two folds, left out."""
 
     scores: Floats
-    """[samples, folds]: of all samples, those that the probe was fitted on too; not calibrated"""
-    inner: Floats
-    """[folds]: AUROC of cross-validation within the fold's training part"""
+    """[samples, folds] of the first labelling: by the probe that saw neither the sample's own fold nor this one"""
+    won: Floats
+    """[labellings, folds, folds]: pairs won within the first fold by the probe that saw neither"""
+    pairs: Floats
+    """[labellings, folds]: all pairs within each fold"""
 
-    def held_out(self, folds: Ints) -> Floats:
-        """[samples]: each scored by the probe that was not fitted on it."""
+    @property
+    def outer(self) -> Floats:
+        """[labellings, folds]: pairs won within each fold by the probe of all others."""
+        return np.asarray(np.diagonal(self.won, axis1=1, axis2=2))
+
+    @property
+    def inner(self) -> Floats:
+        """[labellings, folds]: AUROC within the training part of each fold, 0 where there are no pairs."""
+        rest = self.won.sum(axis=1) - self.outer
+        pairs = self.pairs.sum(axis=1, keepdims=True) - self.pairs
+        return np.asarray(np.divide(rest, pairs, out=np.zeros_like(rest), where=pairs > 0))
+
+    def of_own(self, folds: Ints) -> Floats:
+        """[samples]: each scored by the probe that was fitted on all other folds."""
         return np.asarray(self.scores[np.arange(len(folds)), folds])
+
+
+def pooled(won: Floats, pairs: Floats) -> Floats:
+    """AUROC of [labellings, folds] -> [labellings]; nan without pairs."""
+    total = pairs.sum(axis=1)
+    return np.asarray(np.divide(won.sum(axis=1), total, out=np.full(len(won), np.nan), where=total > 0))
 
 
 def grouped_folds(labels: Labels, groups: Ints, folds: int, seed: int) -> Ints:
@@ -49,91 +59,117 @@ def grouped_folds(labels: Labels, groups: Ints, folds: int, seed: int) -> Ints:
     except ImportError as error:
         raise SelectionError(f"{MISSING}\n({error})") from error
     least = min(len(set(groups[labels].tolist())), len(set(groups[~labels].tolist())))
-    if folds < 2 or least < folds:
+    if folds < LEAST_FOLDS or least < folds:
         raise SelectionError(
             f"{folds} folds need at least as many questions with the label, and without it: there are {least} of the "
-            "rarer kind. Give more samples, or fewer folds (2 at least)."
+            f"rarer kind. Give more samples, or fewer folds ({LEAST_FOLDS} at least)."
         )
     found = np.empty(len(labels), dtype=np.int64)
     split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels, groups)
     for number, (_, test) in enumerate(split):
         found[test] = number
+    for number in range(folds):
+        if labels[found != number].all() or not labels[found != number].any():
+            raise SelectionError(
+                f"{folds} folds: all samples with the label are in one of them, for few questions have most samples. "
+                "Give more questions, or another seed."
+            )
     return found
 
 
-def nested(labels: Labels, groups: Ints, folds: int, seed: int) -> Split:
-    """Grouped folds, and grouped folds within the training part of each. Raises as `grouped_folds` does."""
-    outer = grouped_folds(labels, groups, folds, seed)
-    return Split(outer, tuple(_within(labels, groups, train) for train, _ in _splits(outer)))
+def held_out(matrix: Any, labels: Labels, folds: Ints, method: str, strength: float = STRENGTH) -> HeldOut:
+    """Fit without each fold, and without each two folds: the second is of a choice, the first of the test.
+
+    labels: [labellings, samples], all fitted together. Raises SelectionError without scikit-learn.
+    """
+    count = int(folds.max()) + 1
+    inside = [np.flatnonzero(folds == number) for number in range(count)]
+    scores, won = np.zeros((len(folds), count)), np.zeros((len(labels), count, count))
+    pairs = np.zeros((len(labels), count))
+    for one, other in combinations_with_replacement(range(count), 2):
+        train = np.flatnonzero((folds != one) & (folds != other))
+        weights, biases = directions(matrix[train], labels[:, train], method, strength)
+        for own, left in {(one, other), (other, one)}:
+            said = np.asarray(matrix[inside[own]] @ weights) + biases
+            scores[inside[own], left] = said[:, 0]
+            won[:, own, left], pairs[:, own] = won_pairs(labels[:, inside[own]], said.T)
+    return HeldOut(scores, won, pairs)
 
 
-def _within(labels: Labels, groups: Ints, train: Ints) -> Ints:
-    """All -1 where there are too few questions."""
-    found = np.full(len(labels), -1, dtype=np.int64)
-    mine, names = labels[train], groups[train]
-    least = min(len(set(names[mine].tolist())), len(set(names[~mine].tolist())))
-    if least >= 2:
-        found[train] = grouped_folds(mine, names, min(INNER, least), seed=0)
+def shuffle(labels: Labels, groups: Ints, chance: np.random.Generator) -> Labels:
+    """The labels, dealt anew: a question gets those of another as a whole, in an order of chance.
+
+    So what the shuffled labels can tell varies as much by chance as what the real ones can: samples of one question
+    are alike, and dealt one by one they would be taken for evidence of their own. Where questions have more samples
+    than others and labels differ within them, what is left of one question's goes to the next.
+    """
+    count = int(groups.max()) + 1
+    firsts = np.zeros(count, dtype=bool)
+    firsts[groups] = labels
+    if (firsts[groups] == labels).all():
+        return np.asarray(chance.permutation(firsts)[groups], dtype=bool)
+    dealt = np.empty_like(labels)
+    taken, given = (np.lexsort((chance.random(len(labels)), chance.permutation(count)[groups])) for _ in range(2))
+    dealt[given] = labels[taken]
+    return dealt
+
+
+def shuffles(labels: Labels, groups: Ints, folds: Ints, count: int, seed: int) -> Labels:
+    """[1 + count, samples]: the labels, then `count` deals of them among the questions of each fold.
+
+    Within folds, for the folds were made so that each has its share of positives: a deal has the same folds as the
+    labels themselves, and is as good as they are where they say nothing.
+    """
+    chance = np.random.default_rng(seed)
+    found = np.repeat(labels[None], 1 + count, axis=0)
+    for number in np.unique(folds):
+        inside = np.flatnonzero(folds == number)
+        _, names = np.unique(groups[inside], return_inverse=True)
+        for row in range(1, 1 + count):
+            found[row, inside] = shuffle(labels[inside], names, chance)
     return found
-
-
-def out_of_fold(matrix: Any, labels: Labels, split: Split, method: str) -> OutOfFold:
-    """Fit on all folds but one, for each, and the same within each training part where the split says so."""
-    cuts = (split.folds, *split.within)
-    trains = [[train for train, _ in _splits(folds)] for folds in cuts]
-    found = scores(matrix, directions(matrix, labels, list(chain(*trains)), method))
-    outer, *inner = np.split(found, np.cumsum([len(parts) for parts in trains])[:-1], axis=1)
-    within = [_auroc_within(labels, own, folds) for own, folds in zip(inner, split.within, strict=True)]
-    return OutOfFold(outer, np.array(within or [np.nan] * outer.shape[1]))
-
-
-def _splits(folds: Ints) -> Iterator[tuple[Ints, Ints]]:
-    for number in np.unique(folds[folds >= 0]):
-        yield np.flatnonzero((folds >= 0) & (folds != number)), np.flatnonzero(folds == number)
-
-
-def _auroc_within(labels: Labels, found: Floats, folds: Ints) -> float:
-    mine = np.flatnonzero(folds >= 0)
-    return auroc(labels[mine], found[mine, folds[mine]], folds[mine])
 
 
 class Choice(Generic[Place]):
     """In each fold the place whose probe did best *within the training part*; places come one after another.
 
     The test part of a fold has no say in the choice, so the AUROC of what comes out is not that of the best of many.
+    Each labelling has a choice of its own; places and scores are those of the first.
     """
 
-    def __init__(self, folds: Ints) -> None:
-        """`folds`: of each sample."""
-        self._folds, count = folds, int(folds.max()) + 1
+    def __init__(self, labels: Labels, folds: Ints) -> None:
+        """labels: [labellings, samples]. folds: of each sample."""
+        count = int(folds.max()) + 1
+        self._labels, self._folds = labels[0], folds
         self.best: Place | None = None
         """with the best mean of its inner AUROCs: where the probe that is kept is fitted, on all samples"""
         self.places: dict[int, Place] = {}
         """of each fold"""
         self._scores = np.zeros((len(folds), count))
-        self._won = [(-1, 0.0)] * (count + 1)
+        self._won, self._pairs = np.zeros((len(labels), count)), np.zeros((len(labels), count))
+        self._inner, self._mean = np.full((len(labels), count), -1.0), -1.0
 
-    def take(self, place: Place, found: OutOfFold) -> None:
-        """The next place. Of equal ones the first is chosen; one that could not be told is worse than all others."""
-        for fold, score in enumerate(found.inner):
-            if self._wins(fold, float(score)):
-                self.places[fold] = place
-                self._scores[:, fold] = found.scores[:, fold]
-        if self._wins(len(found.inner), float(np.mean(found.inner))):
-            self.best = place
+    def take(self, place: Place, found: HeldOut) -> None:
+        """The next place. Of equal ones the first is chosen."""
+        inner = found.inner
+        better = inner > self._inner
+        self._inner[better], self._won[better], self._pairs = inner[better], found.outer[better], found.pairs
+        for fold in np.flatnonzero(better[0]):
+            self.places[int(fold)] = place
+            self._scores[:, fold] = found.scores[:, fold]
+        if inner[0].mean() > self._mean:
+            self.best, self._mean = place, float(inner[0].mean())
 
-    def _wins(self, number: int, score: float) -> bool:
-        mine = (0, 0.0) if np.isnan(score) else (1, score)
-        wins = mine > self._won[number]
-        if wins:
-            self._won[number] = mine
-        return wins
+    @property
+    def aurocs(self) -> Floats:
+        """[labellings]"""
+        return pooled(self._won, self._pairs)
 
-    def logits(self, labels: Labels, method: str) -> Floats:
-        """[samples]: what the chosen probe of its fold says of each, calibrated on the training part."""
-        found = np.zeros(len(labels))
-        for fold, (train, test) in enumerate(_splits(self._folds)):
-            mine = self._scores[:, fold]
-            factor, shift = platt(mine[train], labels[train], method)
-            found[test] = mine[test] * factor + shift
+    def logits(self) -> Floats:
+        """[samples]: what the chosen probe of its fold says of each, scaled on what the training part held out."""
+        found = np.zeros(len(self._folds))
+        for fold in np.unique(self._folds):
+            test = self._folds == fold
+            factor, shift = platt(self._scores[~test, fold], self._labels[~test])
+            found[test] = self._scores[test, fold] * factor + shift
         return found

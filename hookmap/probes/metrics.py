@@ -14,9 +14,6 @@ Labels = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
 FALSE_POSITIVES = 0.01
-_RESAMPLES = 1000
-_AT_ONCE = 4_000_000
-"""numbers of one matrix of resampled weights, 32 MB"""
 
 
 @dataclass(frozen=True)
@@ -43,45 +40,30 @@ class Calibration:
 
 def auroc(labels: Labels, scores: Floats, strata: Ints | None = None) -> float:
     """How often a positive scores above a negative; ties count half. nan where there is no such pair."""
-    weights = np.ones((1, len(labels)))
-    return float(
-        _auroc(labels, scores, np.zeros(len(labels), dtype=np.int64) if strata is None else strata, weights)[0]
-    )
+    parts = np.zeros(len(labels), dtype=np.int64) if strata is None else strata
+    found = [won_pairs(labels[None, parts == part], scores[None, parts == part]) for part in np.unique(parts)]
+    won, pairs = (float(sum(numbers)[0]) for numbers in zip(*found, strict=True))
+    return won / pairs if pairs else float("nan")
 
 
-def auroc_interval(
-    labels: Labels, scores: Floats, strata: Ints, groups: Ints, seed: int = 0, resamples: int = _RESAMPLES
-) -> tuple[float, float]:
-    """95 % percentile bootstrap: groups (questions) are drawn with replacement, each with all its samples.
+def won_pairs(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
+    """Pairs in which the positive scores above the negative, and all pairs: [labellings, samples] -> [labellings]."""
+    from scipy.stats import rankdata
 
-    The probes are not fitted anew: the interval is that of this test set, not of the training.
+    ranks = rankdata(scores, axis=1)
+    positives = labels.sum(axis=1).astype(np.float64)
+    won = np.where(labels, ranks, 0.0).sum(axis=1) - positives * (positives + 1) / 2
+    return won, positives * (labels.shape[1] - positives)
+
+
+def independent(labels: Labels, groups: Ints) -> tuple[float, float]:
+    """As how many positives and negatives the samples count, those of a question being one: Kish's effective numbers.
+
+    Questions that have as many each count once each; where some have most of the samples, they count for less.
     """
-    draw, count = np.random.default_rng(seed), int(groups.max()) + 1
-    found: list[Floats] = []
-    step = max(1, _AT_ONCE // max(len(labels), count))
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
-        times = np.stack([np.bincount(draw.integers(0, count, count), minlength=count) for _ in range(rows)])
-        found.append(_auroc(labels, scores, strata, times[:, groups].astype(np.float64)))
-    low, high = np.nanpercentile(np.concatenate(found), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _auroc(labels: Labels, scores: Floats, strata: Ints, weights: Floats) -> Floats:
-    """For each row of weights [resamples, samples]: won pairs over pairs."""
-    won, pairs = np.zeros(len(weights)), np.zeros(len(weights))
-    for stratum in np.unique(strata):
-        inside = np.flatnonzero(strata == stratum)
-        order = inside[np.argsort(scores[inside], kind="stable")]
-        sorted_scores, positive = scores[order], labels[order]
-        negative = np.where(positive, 0.0, weights[:, order])
-        below = np.concatenate([np.zeros((len(weights), 1)), np.cumsum(negative, axis=1)], axis=1)
-        first = np.searchsorted(sorted_scores, sorted_scores[positive], side="left")
-        after = np.searchsorted(sorted_scores, sorted_scores[positive], side="right")
-        mine = weights[:, order[positive]]
-        won += (mine * (below[:, first] + below[:, after]) / 2).sum(axis=1)
-        pairs += mine.sum(axis=1) * below[:, -1]
-    return np.asarray(np.divide(won, pairs, out=np.full(len(weights), np.nan), where=pairs > 0), dtype=np.float64)
+    counts = (np.bincount(groups[labels == kind]).astype(np.float64) for kind in (True, False))
+    positives, negatives = (float(count.sum() ** 2 / (count**2).sum()) for count in counts)
+    return positives, negatives
 
 
 def recall_at(labels: Labels, scores: Floats, false_positives: float = FALSE_POSITIVES) -> float:

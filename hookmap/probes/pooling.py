@@ -27,8 +27,8 @@ POOLS = {
     "mean_answer": "the mean over those of the answer",
     "each": "each position by itself, counted from the end of the prompt (-1 is its last token, 0 the first answered)",
 }
-COPIES = 4
-"""of a matrix, while a probe is fitted: itself, its training part, that standardised, and the solver's"""
+COPIES = 6
+"""of a matrix, while a probe is fitted: itself, its training part, that standardised, and up to three of the solver"""
 _ROWS = 256
 Matrix = NDArray[np.float32]
 FAR = 10

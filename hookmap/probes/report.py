@@ -20,8 +20,16 @@ class Score(_Document):
     """How well out-of-fold scores tell the label."""
 
     auroc: float | None = Field(description="0.5 is chance, 1 is perfect")
-    low: float | None = Field(description="95 % interval, questions bootstrapped")
+    low: float | None = Field(description="95 % interval, each question counting once")
     high: float | None
+
+
+class Tested(Score):
+    """A score beside those of shuffled labels, which went through all the same."""
+
+    shuffled: float | None = Field(default=None, description="mean AUROC of the shuffles")
+    selectivity: float | None = Field(default=None, description="auroc - shuffled")
+    p: float | None = Field(default=None, description="the share of shuffles that are as good, this one among them")
 
 
 class Place(_Document):
@@ -32,11 +40,10 @@ class Place(_Document):
     position: int | None = Field(default=None, description="counted from the end of the prompt: -1 is its last token")
 
 
-class OfPlace(Place, Score):
-    """The probe of one place, cross-validated."""
+class OfPlace(Place, Tested):
+    """The probe of one place, cross-validated; p is corrected for all places: the best place of a shuffle counts."""
 
-    shuffled: float | None = Field(description="AUROC of the same procedure on shuffled labels")
-    selectivity: float | None = Field(description="auroc - shuffled")
+    why: str | None = Field(default=None, description="why it cannot be probed")
 
     largest_share: float | None = Field(
         default=None, description="of means: the longest row's share of the sum of the rows' lengths, mean over samples"
@@ -55,7 +62,7 @@ class CalibrationBin(_Document):
     positives: float = Field(description="the share that is positive")
 
 
-class Chosen(Score):
+class Chosen(Tested):
     """The probe whose place was chosen within the training part of each fold: the honest one number."""
 
     places: tuple[Place, ...] = Field(description="the choice of each fold")
@@ -63,10 +70,6 @@ class Chosen(Score):
     brier: float = Field(description="mean squared error of the probabilities")
     calibration_error: float
     calibration: tuple[CalibrationBin, ...]
-    shuffled: Score = Field(
-        description="labels shuffled among the questions, everything else the same, choice included"
-    )
-    selectivity: float | None
 
 
 class OfControl(Score):
@@ -80,7 +83,7 @@ class OfControl(Score):
 class Report(_Document):
     """Everything about one probing."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     store: str
     model: str | None
     label: str
@@ -88,11 +91,15 @@ class Report(_Document):
     pool: str
     positions: str | None = Field(default=None, description="that the pool is of; all unless given")
     folds: int
+    shuffles: int = Field(description="of the labels, each fitted and chosen as the labels themselves")
+    seconds: float = Field(description="that fits of the labels and of all shuffles took")
     seed: int
     samples: int
     positives: int
     questions: int
-    left_out: int = Field(description="samples without the label")
+    left_out: int = Field(description="samples")
+    why_left_out: dict[str, int] = Field(description="reason -> samples")
+    strangers: int = Field(description="ids of the table of labels that no sample has")
     chosen: Chosen
     best: Place = Field(description="the best mean of inner AUROCs: where a probe for use is taken from")
     controls: tuple[OfControl, ...]

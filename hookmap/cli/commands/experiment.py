@@ -113,11 +113,11 @@ def _show(report: "Report") -> None:
             )  # fmt: skip
     screen.print(rows)
     if report.separations:
-        rows = table("told by a probe", "rows", ">AUROC", "95 %", ">shuffled", ">best control", "")
+        rows = table("told by a probe", "rows", ">AUROC", "95 %", ">shuffled", ">p", ">best control", "")
         for s in report.separations:
             rows.add_row(
                 s.prefix, s.pool, three(s.auroc), f"{three(s.low)}–{three(s.high)}", three(s.shuffled),
-                three(s.control_auroc), f"[dim]{s.control or ''}[/]",
+                three(s.p), three(s.control_auroc), f"[dim]{s.control or ''}[/]",
             )  # fmt: skip
         screen.print(rows)
     if report.cut:

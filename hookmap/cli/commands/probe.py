@@ -30,7 +30,15 @@ _POOLS = ("last", "last_prompt", "mean", "mean_prompt", "mean_answer", "each")
     help="Of a pool, as in a capture: 1: leaves the first token out. With --pool each: -8:4, from the prompt's end.",
 )
 @click.option("--method", type=click.Choice(["logistic", "ridge", "mean_difference"]), default="logistic")
-@click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True, metavar="N", help="Of questions.")
+@click.option("--folds", type=click.IntRange(min=3), default=5, show_default=True, metavar="N", help="Of questions.")
+@click.option(
+    "--shuffles",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="Of the labels, each fitted like them: p is at least 1 in N + 1.",
+)
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of folds, shuffles."
 )
@@ -50,7 +58,8 @@ def command(
     """Fit linear probes on the capture in STORE.
 
     Cross-validated by question; the layer is chosen on the training part only. The report has AUROC for each point and
-    layer, and what shuffled labels, lengths and words alone would give.
+    layer, and what shuffled labels, lengths and words alone would give. p: the share of shuffles that are as good, of a
+    row those whose best row is.
 
     \b
     hookmap probe run --label correct -o probes
@@ -106,31 +115,41 @@ def _show(report: "Report") -> None:
         f"[bold]{escape(report.label)}[/]  {report.positives} of {report.samples} samples, "
         f"{report.questions} questions, {report.folds} folds, {report.method}, {report.pool}"
     )
-    if report.left_out:
-        screen.print(f"[yellow]{report.left_out} samples have no such label[/]")
-    rows = table("probe", ">AUROC", "95 %", ">shuffled", ">selectivity")
+    for reason, count in report.why_left_out.items():
+        screen.print(f"[yellow]left out: {count} with {escape(reason)}[/]")
+    if report.strangers:
+        screen.print(f"[yellow]{report.strangers} ids of the table are of no sample[/]")
+    rows = table("probe", ">AUROC", "95 %", ">shuffled", ">selectivity", ">p")
     for place in report.places if len(report.places) <= 40 else ():
         rows.add_row(
-            _name(place), _three(place.auroc), _interval(place), _three(place.shuffled), _three(place.selectivity)
+            _name(place),
+            _three(place.auroc),
+            _interval(place),
+            _three(place.shuffled),
+            _three(place.selectivity),
+            _three(place.p),
         )
     rows.add_row(
         "[bold]chosen in training[/]",
         _three(chosen.auroc),
         _interval(chosen),
-        _three(chosen.shuffled.auroc),
+        _three(chosen.shuffled),
         _three(chosen.selectivity),
+        _three(chosen.p),
         end_section=True,
     )
     for control in report.controls:
-        rows.add_row(
-            f"[dim]{control.name}[/]", _three(control.auroc), _interval(control), f"[dim]{control.why or ''}[/]"
-        )
+        rows.add_row(f"[dim]{control.name}[/]", _three(control.auroc), _interval(control))
     screen.print(rows)
+    for what, why in [*((_name(p), p.why) for p in report.places), *((c.name, c.why) for c in report.controls)]:
+        if why:
+            screen.print(f"[dim]{what}: {why}[/]")
     names = ", ".join(dict.fromkeys(map(_name, chosen.places)))
     screen.print(
         f"chosen: {names}; recall at 1 % false positives {_three(chosen.recall_at_1_percent)}, "
         f"calibration error {_three(chosen.calibration_error)}, Brier {_three(chosen.brier)}"
     )
+    screen.print(f"{report.shuffles} shuffles of the labels: {report.seconds:.1f} s of fits")
     best = report.best_control
     if best is not None and (chosen.low or 0) <= (best.auroc or 0):
         screen.print(f"[yellow]the probe does not clearly beat {best.name} ({_three(best.auroc)})[/]")
