@@ -25,13 +25,12 @@ from hookmap.plan import Plan
 from hookmap.points import POINTS, parse_point
 from hookmap.prompts import Prompt
 from hookmap.runs import (
+    Batches,
     Generating,
     Harvesting,
     Progress,
     Run,
     device_of,
-    generation_batches,
-    harvest_batches,
     log,
     vocabulary_of,
 )
@@ -48,6 +47,7 @@ from hookmap.wrappers import generate_of, generation_config_of
 
 BATCH_SIZE = 8
 BATCH_TOKENS = 4096
+_COUNTED = "a setting of this generation would count pads as tokens"
 
 
 class Capture:
@@ -181,6 +181,8 @@ class Prepared:
     expected: Estimate
     why: str
     """this engine"""
+    apart: str | None = None
+    """why prompts of different lengths run apart, where they do"""
 
     def capture(self, store: str | os.PathLike[str] | None, resume: bool) -> Capture:
         """Run every batch, into memory or a folder. Raises what `HookedModel.capture` does."""
@@ -188,6 +190,7 @@ class Prepared:
             raise CaptureError("resume=True needs the folder to go on with: give store=FOLDER.")
         check_room(self.expected, store, resume)
         log.info("capture: %s; engine %s (%s)", self.expected, self.run.engine.name, self.why)
+        say_apart(self.apart)
         stores = self._in_memory() if store is None else self._in_folder(store, resume)
         manifest = self.manifest
         if self.run.lost and store is None:
@@ -211,7 +214,8 @@ class Prepared:
     def _note(self) -> dict[str, Any]:
         """What the run has to tell of itself."""
         run = self.run
-        note = {"engine": run.engine.name, "why": self.why, "memory": dict(run.memory.figures()), "halved": run.halved}
+        note: dict[str, Any] = {"engine": run.engine.name, "why": self.why, "apart": self.apart}
+        note |= {"memory": dict(run.memory.figures()), "halved": run.halved}
         return note | ({"overflow": {"dtype": run.kept.dtype, "rows": dict(run.lost)}} if run.lost else {})
 
     def _in_folder(self, store: str | os.PathLike[str], resume: bool) -> list[Store]:
@@ -248,7 +252,8 @@ def prepare(
     prompts: tuple[Prompt, ...],
     selectors: Sequence[Selector],
     kept: Kept,
-    expected: Estimate,
+    batches: Callable[[str | None], Batches],
+    size: Callable[[Sequence[Sequence[int]]], Estimate],
     *,
     max_new_tokens: int,
     do_sample: bool,
@@ -261,11 +266,11 @@ def prepare(
     plan: Plan | None = None,
     before: bool = False,
 ) -> Prepared:
-    """See `HookedModel.capture`. `why`: this engine."""
+    """See `HookedModel.capture`. `why`: this engine. `batches`: given what of the run forbids pads, which run together.
+
+    `size`: of a run in these batches.
+    """
     _check_interventions(engine, plan, before)
-    gen.check_count("max_new_tokens", max_new_tokens, least=0)
-    gen.check_count("batch_size", BATCH_SIZE if batch_size is None else batch_size)
-    gen.check_count("batch_tokens", batch_tokens)
     gen.check_seed(seed)
     gen.check_stop(stop)
     _check_vocabulary(engine, prompts)
@@ -288,14 +293,13 @@ def prepare(
         own = generation_config_of(engine.runner, engine.root)
         config = gen.settings(own, tokenizer, max_new_tokens=max_new_tokens, do_sample=do_sample, options=generation)
         run = Generating(*common, progress, memory, max_new_tokens=max_new_tokens, config=config, stop=stop, seed=seed)
-        may_pad = gen.takes(engine.root, "attention_mask") and not gen.counts_pads(config)
-        groups = tuple(generation_batches(lengths, batch_size or BATCH_SIZE, may_pad))
+        groups, apart = batches(_COUNTED if gen.counts_pads(config) else None)
         settings: dict[str, Any] = {"generation": gen.as_json(config), "seed": seed, "stop": list(stop)}
         settings["batch_size"] = batch_size or BATCH_SIZE
     else:
         _refuse_generation(do_sample, seed, stop, generation)
         run = Harvesting(*common, progress, memory)
-        groups = tuple(harvest_batches(lengths, batch_tokens, batch_size))
+        groups, apart = batches(None)
         settings = {"harvest": True, "batch_tokens": batch_tokens, "batch_size": batch_size}
     if chosen := kept.settings():
         settings["kept"] = chosen
@@ -303,6 +307,7 @@ def prepare(
     if plan is not None:
         settings["interventions"] = plan.settings
         run.edits = plan.edits
+    expected = size(groups)
     if before:
         settings["before"] = True
         expected = expected.twice()
@@ -313,7 +318,13 @@ def prepare(
         architecture_map=architecture_map.model_dump(mode="json"),
         settings={**settings, **_of_model(engine), **_of_prompts(prompts)},
     )
-    return Prepared(run, groups, manifest, architecture_map, expected, why)
+    return Prepared(run, groups, manifest, architecture_map, expected, why, apart)
+
+
+def say_apart(why: str | None) -> None:
+    """Log that a run takes more batches than its size asks for."""
+    if why is not None:
+        log.warning("prompts of different lengths run in batches of their own: %s", why)
 
 
 def _check_interventions(engine: Engine, plan: Plan | None, before: bool) -> None:

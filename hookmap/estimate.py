@@ -32,7 +32,7 @@ class Estimate:
     bytes: int
     forward_passes: int
     largest: int = 0
-    """bytes of the largest tensor that one forward pass brings"""
+    """bytes of the largest tensor that one forward pass brings, or computes for it"""
 
     def __str__(self) -> str:
         samples = "1 sample" if self.samples == 1 else f"{self.samples} samples"
@@ -46,7 +46,9 @@ class Estimate:
     def held(self, streaming: bool) -> int:
         """Bytes of memory that the rows take at most while the run lasts."""
         # The rows of a long prompt come at once, and a copy of them waits for the writer.
-        return min(self.bytes, STREAMING_BYTES + 2 * self.largest) if streaming else self.bytes
+        if streaming:
+            return max(min(self.bytes, STREAMING_BYTES + 2 * self.largest), self.largest)
+        return max(self.bytes, self.largest)
 
 
 def estimate(
@@ -58,10 +60,12 @@ def estimate(
     batches: Sequence[Sequence[int]],
     d_mlp: int | None = None,
     kept: Kept | None = None,
+    every_logit: bool = False,
 ) -> Estimate:
     """Pure. `lengths`: tokens of each prompt; `itemsize`: bytes of one number in the model's dtype.
 
     `batches`: numbers of the prompts that run together. `d_mlp`: width of `mlp_post`, which no map knows.
+    `every_logit`: the model computes the logits of all tokens, whatever is kept of them.
     """
     kept = kept or Kept()
     kept.refuse(selector.point for selector in selectors)
@@ -71,6 +75,9 @@ def estimate(
     row = [_width(architecture_map, s, keys, d_mlp, kept) * _itemsize(s, kept, itemsize) for s in selectors]
     at_once = {length: _rows(kept, length, length) for length in set(lengths)}
     largest = max((sum(at_once[lengths[n]] for n in batch) for batch in batches), default=0) * max(row, default=0)
+    if every_logit and any("d_vocab" in POINTS[s.point.partition(".")[0]].axes for s in selectors):
+        columns = max((len(batch) * max(lengths[n] for n in batch) for batch in batches), default=0)
+        largest = max(largest, columns * (architecture_map.d_vocab or 0) * itemsize)
     passes = max(1, max_new_tokens) * len(batches)
     return Estimate(len(lengths), rows, len(selectors), rows * sum(row), passes, largest)
 

@@ -44,6 +44,7 @@ _NOT_HERE = {
     "output_scores": "name logits among points=",
     "output_logits": "name logits among points=",
 }
+_WHICH_LOGITS = re.compile(r"logits?_to_(keep|compute)|(keep|last)_(n_)?logits")
 HALF = re.compile("[\ud800-\udfff]")
 """half a surrogate pair: what JSON and a command line may hold, and no text does"""
 
@@ -148,6 +149,20 @@ def end_tokens(config: GenerationConfig) -> tuple[int, ...]:
 def takes(root: nn.Module, argument: str) -> bool:
     """Whether the model's forward has this argument."""
     return argument in inspect.signature(type(root).forward).parameters
+
+
+def logits_parameter(root: nn.Module) -> inspect.Parameter | None:
+    """The argument of the model's forward that says which logits it computes: `logits_to_keep`, or a sibling of it."""
+    parameters = inspect.signature(type(root).forward).parameters.values()
+    return next((each for each in parameters if _WHICH_LOGITS.search(each.name)), None)
+
+
+def which_logits(columns: Sequence[int] | None, width: int) -> int | torch.Tensor:
+    """The value of that argument for these columns of `width`, ascending, or for all (None)."""
+    if columns is None:
+        return 0
+    behind = width - columns[0]
+    return behind if len(columns) == behind else torch.tensor(columns)
 
 
 class Ending:

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -20,19 +20,19 @@ from hookmap.engines.hooks import HooksEngine
 from hookmap.engines.turns import turns_of
 from hookmap.errors import CaptureError, ModelError, TokenizerError
 from hookmap.estimate import Estimate, estimate
-from hookmap.generation import check_count, check_names
+from hookmap.generation import check_count, check_names, logits_parameter
 from hookmap.interventions import read_interventions
 from hookmap.kept import Kept, Positions, kept, matching_tokens
 from hookmap.lens import Lens, lens
 from hookmap.library import given_map
 from hookmap.loading import load_model, load_tokenizer
 from hookmap.map_of_model import understood
-from hookmap.padding import why_no_pads
+from hookmap.padding import Pads, whole_batch_limit
 from hookmap.patching import Sweep, sweep
 from hookmap.plan import Plan, plan
 from hookmap.prompts import NO_TOKENIZER, Prompt, encode, records
 from hookmap.proofs import Proofs
-from hookmap.runs import Progress, generation_batches, harvest_batches, vocabulary_of
+from hookmap.runs import Batches, Progress, batches, generation_batches, harvest_batches, reads_attention, vocabulary_of
 from hookmap.selectors import Selector
 from hookmap.steering import SteeringVector, make_vector
 from hookmap.wrappers import model_inside
@@ -131,7 +131,8 @@ class HookedModel:
         in a harvest and goes on in a generation, and behind any other the assistant's turn begins, unless
         add_generation_prompt or continue_final_message say else. chat_template_kwargs: {"enable_thinking": False}, …
         batch_size: prompts that run together, left-padded; 8 unless given. Of a harvest, batch_tokens: tokens that run
-        together, pads included. The pads are in no result. A batch that is too large for a GPU is halved.
+        together, pads included. The pads are in no result, and prompts of different lengths share a batch only where
+        this model was shown to see no pads (`pads`). A batch that is too large for a GPU is halved.
         engine: "hooks" (PyTorch's own, the leanest), "nnsight", or "auto": hooks, unless x came as an nnsight model.
         store: a folder to stream to, with memory flat, or None for memory. resume: go on with that folder after an
         interruption; finished samples are not done again.
@@ -220,6 +221,7 @@ class HookedModel:
         )
         selectors = self.map.selectors(points, layers) if points != () else ()
         runs, why = self._engine_of(engine)
+        _check_counts(max_new_tokens, batch_size, batch_tokens)
         planned = self._plan(interventions, encoded, max_new_tokens, how)
         return prepare(
             runs,
@@ -230,7 +232,8 @@ class HookedModel:
             encoded,
             selectors,
             chosen,
-            self._estimate(encoded, selectors, max_new_tokens, chosen, batch_size, batch_tokens),
+            lambda why: self._batches(encoded, selectors, max_new_tokens, batch_size, batch_tokens, why),
+            lambda groups: self._size(encoded, selectors, max_new_tokens, chosen, groups),
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
             seed=seed,
@@ -279,9 +282,14 @@ class HookedModel:
         return vocabulary_of(self.hooks)
 
     @cached_property
+    def pads(self) -> Pads:
+        """What was shown about padding this model's batches: captures ask it where prompts differ in length."""
+        return Pads(self.hooks, self.map, self.tokenizer)
+
+    @property
     def why_no_pads(self) -> str | None:
-        """Why prompts of different lengths must not share a batch; None where it was shown that they may."""
-        return why_no_pads(self)
+        """Why prompts of different lengths must not share a generation; None where it was shown that they may."""
+        return self.pads.why_not(harvest=False)
 
     @cached_property
     def proofs(self) -> Proofs:
@@ -355,7 +363,10 @@ class HookedModel:
         batch_size: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> Estimate:
-        """How large the capture of the same arguments gets at most. Runs nothing."""
+        """How large the capture of the same arguments gets at most. Runs nothing of it.
+
+        Where prompts differ in length, the model is asked once whether they may share a batch: see `pads`.
+        """
         chosen = kept(
             positions,
             every=every,
@@ -370,30 +381,54 @@ class HookedModel:
             chat, add_generation_prompt, continue_final_message, chat_template_kwargs, generates=bool(max_new_tokens)
         )
         encoded = self._encode(records(prompts, prompt_column), how)
-        return self._estimate(encoded, selectors, max_new_tokens, chosen, batch_size, batch_tokens)
+        _check_counts(max_new_tokens, batch_size, batch_tokens)
+        groups, _ = self._batches(encoded, selectors, max_new_tokens, batch_size, batch_tokens)
+        return self._size(encoded, selectors, max_new_tokens, chosen, groups)
 
-    def _estimate(
+    def _batches(
         self,
         prompts: Sequence[Prompt],
         selectors: Sequence[Selector],
-        max_new_tokens: Any,
+        max_new_tokens: int,
+        batch_size: int | None,
+        batch_tokens: int,
+        why_apart: str | None = None,
+    ) -> Batches:
+        """The batches of a run. `why_apart`: what of the run itself forbids pads."""
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+
+        def make(may_pad: bool) -> Iterator[tuple[int, ...]]:
+            if max_new_tokens:
+                return generation_batches(lengths, batch_size or BATCH_SIZE, may_pad)
+            return harvest_batches(lengths, batch_tokens, batch_size, may_pad)
+
+        def why() -> str | None:
+            return why_apart or self._why_apart(max(lengths) + max_new_tokens, not max_new_tokens, selectors)
+
+        return batches(lengths, make, why)
+
+    def _why_apart(self, longest: int, harvest: bool, selectors: Sequence[Selector]) -> str | None:
+        """Why prompts of different lengths must not share a batch. `longest`: tokens of the longest, in the end."""
+        limit = whole_batch_limit(self.root.config)
+        if limit is not None and longest > limit:
+            return f"beyond {limit} tokens its rotary positions change for a whole batch"
+        return self.pads.why_not(harvest=harvest, pattern=reads_attention(selectors))
+
+    def _size(
+        self,
+        prompts: Sequence[Prompt],
+        selectors: Sequence[Selector],
+        max_new_tokens: int,
         chosen: Kept,
-        batch_size: Any,
-        batch_tokens: Any,
+        groups: Sequence[Sequence[int]],
     ) -> Estimate:
-        check_count("max_new_tokens", max_new_tokens, least=0)
-        check_count("batch_size", BATCH_SIZE if batch_size is None else batch_size)
-        check_count("batch_tokens", batch_tokens)
         lengths = [len(prompt.token_ids) for prompt in prompts]
         if selectors:
             chosen.refuse_beyond(lengths, max(0, max_new_tokens - 1))
-        if max_new_tokens:
-            batches = tuple(generation_batches(lengths, batch_size or BATCH_SIZE))
-        else:
-            batches = tuple(harvest_batches(lengths, batch_tokens, batch_size))
         itemsize = next(self.root.parameters()).itemsize
         d_mlp = max((self._d_mlp(s) for s in selectors if s.point.partition(".")[0] == "mlp_post"), default=None)
-        return estimate(self.map, selectors, lengths, max_new_tokens, itemsize, batches, d_mlp, chosen)
+        every_logit = logits_parameter(self.root) is None
+        return estimate(self.map, selectors, lengths, max_new_tokens, itemsize, groups, d_mlp, chosen, every_logit)
 
     def engine(self, name: EngineName = "auto") -> tuple[str, str]:
         """Which engine a capture takes, and why."""
@@ -488,6 +523,13 @@ def open(
     if not read:  # whether a layer runs again is seen at the end of a pass alone
         opened.hooks.ends_early = False
     return opened
+
+
+def _check_counts(max_new_tokens: Any, batch_size: Any, batch_tokens: Any) -> None:
+    """Raises CaptureError."""
+    check_count("max_new_tokens", max_new_tokens, least=0)
+    check_count("batch_size", BATCH_SIZE if batch_size is None else batch_size)
+    check_count("batch_tokens", batch_tokens)
 
 
 def _module_of(x: Any) -> nn.Module:

@@ -1,57 +1,215 @@
-"""May prompts of different lengths share a batch? Shown on the model itself: a padded row says what it says alone."""
+"""May prompts of different lengths share a batch? Shown on the model itself: a padded row says what it says alone.
 
-from typing import TYPE_CHECKING, Any
+Two random prompts run alone and beside a longer one, as a capture runs them, and the stream that the logits are read
+from is compared. Rounding is told from a fault by computing both in float64, where rounding is some 1e-15.
+"""
+
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from transformers import LogitsProcessor
 
 from hookmap import generation as gen
-from hookmap.errors import HookmapError
+from hookmap.architecture_map import ArchitectureMap
+from hookmap.engines import Engine
+from hookmap.engines.observation import BatchLayout
+from hookmap.engines.turns import turns_of
+from hookmap.float64 import as_it_was, in_float64
+from hookmap.kept import Kept
+from hookmap.memory_use import MemoryUse
+from hookmap.prompts import Prompt
+from hookmap.runs import Generating, Harvesting, Run, device_of, turn, vocabulary_of
+from hookmap.selectors import select
+from hookmap.stores.memory import MemoryStore
+from hookmap.wrappers import generation_config_of
 
-if TYPE_CHECKING:
-    from hookmap.model import HookedModel
+_LENGTHS = (3, 40)
+"""tokens of the prompts that get pads"""
+_LONGEST = 150
+"""of the one beside them; it reaches behind the chunks that some mixers compute in, where they are not longer than"""
+_LONGEST_CHUNK = 512
+_CHUNK = re.compile(r"chunk_?(size|length)|block_?size|window")
+_SPECIAL = re.compile(r"token_(id|index)s?$")
+_STEPS = 3
+_SAME = 1e-5
+"""distance of rows, over their own size, that needs no second look: rounding in float32"""
+_SAME_IN_FLOAT64 = 1e-7
+_NOISE = 8
+"""how often the distance that rounding makes anyway is still rounding"""
 
-_LENGTHS = (3, 40, 150)
-"""tokens of the prompts that are tried; the longer ones reach behind the chunks that some attention is computed in"""
-_STEPS = 4
-_ROUNDING = 1e-3
-"""distance of the logits, over their own size, that is rounding in float32"""
+Rows = Sequence[torch.Tensor]
+"""of each prompt, [pos, d_model]"""
 
 
-def why_no_pads(hm: "HookedModel") -> str | None:
-    """Why prompts must not be padded to one length; None where logits stay the same but for rounding.
+class Pads:
+    """What was shown about padding the batches of one opened model, once it is asked for."""
 
-    Runs a few tokens. A model with a mixer that carries a state through its tokens is not tried: pads are tokens to it.
+    def __init__(self, engine: Engine, architecture_map: ArchitectureMap, tokenizer: Any, forces: bool = True) -> None:
+        """`forces`: whether a run can be told which tokens to generate; else none behind the prompts are tried."""
+        self._engine, self._map, self._tokenizer, self._forces = engine, architecture_map, tokenizer, forces
+        self._found: dict[tuple[bool, bool], str | None] = {}
+        self._lock = threading.Lock()
+
+    def why_not(self, *, harvest: bool, pattern: bool = False) -> str | None:
+        """Why prompts of different lengths must not share a batch; None where it was shown that they may.
+
+        Of a generation, padded on the left, or of a harvest, padded behind. pattern: of a run that keeps attention
+        weights, for which the model computes its attention in another way. Runs a few tokens when first asked.
+        """
+        with self._lock:
+            if (harvest, pattern) not in self._found:
+                self._found[harvest, pattern] = self._tried(harvest, pattern)
+            return self._found[harvest, pattern]
+
+    def _tried(self, harvest: bool, pattern: bool) -> str | None:
+        if not harvest and not gen.takes(self._engine.root, "attention_mask"):
+            return "its forward takes no attention mask"
+        try:
+            with turns_of(self._engine.module).alone(), turn(self._engine, pattern):
+                return _Trial(self._engine, self._map, self._tokenizer, harvest, self._forces).fault()
+        except Exception as error:  # a model's own code raises what it likes
+            said = " ".join(str(error).split())[:120]
+            return f"a padded batch could not be tried ({type(error).__name__}: {said})"
+
+
+def whole_batch_limit(config: Any) -> int | None:
+    """How long a sequence may get before it changes those beside it, pads or not; None: as long as it likes.
+
+    Some rotary embeddings change their frequencies for a whole batch, once one of its rows is long.
     """
-    mixers = {kind.mixer.type for kind in hm.map.kinds if kind.mixer is not None}
-    if others := sorted(mixers - {"attention"}):
-        return f"its mixers are {', '.join(others)}"
-    if not gen.takes(hm.root, "attention_mask"):
-        return "its forward takes no attention mask"
-    try:
-        distance = _distance(hm)
-    except (HookmapError, RuntimeError, IndexError) as error:
-        return f"a padded batch could not be tried: {type(error).__name__}"
-    bound = max(_ROUNDING, 8 * torch.finfo(next(hm.root.parameters()).dtype).eps)
-    return (
-        None if distance <= bound else f"pads change its logits by {distance:.1e} of their size, more than {bound:.1e}"
+    text = config.get_text_config()
+    found = getattr(text, "rope_parameters", None) or {}
+    every = (found, *(value for value in found.values() if isinstance(value, dict)))
+    return min(
+        (
+            each.get("original_max_position_embeddings") or text.max_position_embeddings
+            for each in every
+            if each.get("rope_type") in ("dynamic", "longrope")
+        ),
+        default=None,
     )
 
 
-def _distance(hm: "HookedModel") -> float:
-    """The largest relative distance of a row of logits in a padded batch from the same row alone."""
-    config: Any = hm.root.config
-    longest = min(_LENGTHS[-1], getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9)
+class _Trial:
+    """Short prompts alone, and the same ones beside a longer one."""
+
+    def __init__(
+        self, engine: Engine, architecture_map: ArchitectureMap, tokenizer: Any, harvest: bool, forces: bool = True
+    ) -> None:
+        self._engine, self._tokenizer, self._harvest, self._forces = engine, tokenizer, harvest, forces
+        read = "final_norm" if "final_norm" in architecture_map.model_points else "resid_post"
+        self._selector = select(architecture_map, [read], [architecture_map.num_layers - 1])[0]
+        *self._short, self._long = _prompts(engine)
+
+    def fault(self) -> str | None:
+        """What is wrong with pads, in words."""
+        alone, beside = self._alone(), self._beside()
+        if _distance(beside, alone) <= _SAME:
+            return None
+        try:
+            with in_float64(self._engine.root):
+                exact, exact_beside = self._alone(), self._beside()
+        except Exception:  # an operation that has no float64: a batch without pads says what rounding does
+            return _beyond(_distance(beside, alone), _distance(self._twins(), alone), alone[0].dtype)
+        seen = _distance(exact_beside, exact)
+        if not seen <= _SAME_IN_FLOAT64:
+            return f"pads change its rows by {seen:.1e} of their size, computed in float64"
+        return _beyond(_distance(beside, exact), _distance(alone, exact), alone[0].dtype)
+
+    def _alone(self) -> Rows:
+        return self._rows(self._short, [[number] for number in range(len(self._short))])
+
+    def _beside(self) -> Rows:
+        every = [*self._short, self._long]
+        return self._rows(every, [range(len(every))])[:-1]
+
+    def _twins(self) -> Rows:
+        count = len(self._short)
+        return self._rows([*self._short, *self._short], [[n, n + count] for n in range(count)])[:count]
+
+    def _rows(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[int]]) -> Rows:
+        key = (self._selector.point, self._selector.layer)
+        store, run = MemoryStore([key]), self._run(prompts)
+        device = device_of(self._engine)
+        cuda = range(torch.cuda.device_count()) if device.type == "cuda" else ()
+        # Some models draw while they compute, and keep what they computed last.
+        with as_it_was(self._engine.module), torch.random.fork_rng(devices=list(cuda)):
+            torch.manual_seed(0)
+            for group in groups:
+                run.batch(group, store)
+        return [store.read(number, *key) for number in range(len(prompts))]
+
+    def _run(self, prompts: Sequence[Prompt]) -> Run:
+        selectors, memory = (self._selector,), MemoryUse()
+        common = (self._engine, None, selectors, prompts, Kept(), frozenset[int](), None, memory)
+        if self._harvest:
+            return Harvesting(*common)
+        new = _STEPS if self._forces else 1
+        own = generation_config_of(self._engine.runner, self._engine.root)
+        config = gen.settings(own, self._tokenizer, max_new_tokens=new, do_sample=False, options={})
+        config.eos_token_id = None
+        if not self._forces:
+            return Generating(*common, max_new_tokens=new, config=config)
+        return _Forced(*common, max_new_tokens=new, config=config)
+
+
+class _Forced(Generating):
+    """Generates the same tokens in every batch, whatever the model would say: a tie does not part two runs."""
+
+    def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: gen.Finished) -> dict[str, Any]:
+        tokens = [prompt.token_ids[0] for prompt in prompts]
+        return super()._inputs(prompts, layout, finished) | {"logits_processor": [_Only(tokens)]}
+
+
+class _Only(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not typed
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        found = torch.full_like(scores, -float("inf"))
+        found[range(len(self._tokens)), list(self._tokens)] = 0.0
+        return found
+
+
+def _prompts(engine: Engine) -> list[Prompt]:
+    """Random tokens, no special ones: two short prompts and a long one."""
+    config: Any = engine.root.config
+    settings = list(_settings(config.to_dict()))
+    chunks = [n for name, n in settings if _CHUNK.search(name) and n <= _LONGEST_CHUNK]
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
+    longest = min(max([_LONGEST, *(n * 5 // 4 for n in chunks)]), most - _STEPS)
+    special = {n for name, n in settings if _SPECIAL.search(name)}
+    plain = [token for token in range(vocabulary_of(engine)) if token not in special]
     draw = torch.Generator().manual_seed(0)
-    lengths = [min(length, longest - _STEPS) for length in _LENGTHS]
-    prompts = [torch.randint(hm.vocabulary, (length,), generator=draw).tolist() for length in lengths]
-    options: dict[str, Any] = {"max_new_tokens": _STEPS, "min_new_tokens": _STEPS, "positions": "-1:"}
-    alone = hm.capture(prompts, ["logits"], batch_size=1, engine="hooks", **options)
-    together = hm.capture(prompts, ["logits"], batch_size=len(prompts), engine="hooks", **options)
-    found = 0.0
-    for number, (one, other) in enumerate(zip(alone.samples, together.samples, strict=True)):
-        for row, (place, token) in enumerate(zip(one.positions or (), one.token_ids[-_STEPS:], strict=False)):
-            a, b = (run.read(number, "logits", None)[row].float() for run in (alone, together))
-            found = max(found, float((a - b).norm() / (a - a.mean()).norm()))
-            if token != other.token_ids[place + 1]:  # type: ignore[operator]
-                break  # a tie: from here on the rows are fed different tokens
-    return found
+    lengths = sorted({*(min(length, longest // 2) for length in _LENGTHS), longest})
+    drawn = [torch.randint(len(plain), (length,), generator=draw).tolist() for length in lengths]
+    return [Prompt("", tuple(plain[n] for n in numbers)) for numbers in drawn]
+
+
+def _settings(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Every whole number of a config, and what it is called."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _settings(item, str(key))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _settings(item, name)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
+
+
+def _distance(found: Rows, expected: Rows) -> float:
+    """The largest relative distance of a row, each feature over its own size: a few are far larger than the others."""
+    a, b = (torch.cat([rows.flatten(1) for rows in each]).double() for each in (found, expected))
+    size = b.square().mean(0).sqrt().clamp_min(1e-30)
+    return float((((a - b) / size).norm(dim=-1) / (b / size).norm(dim=-1).clamp_min(1e-30)).max())
+
+
+def _beyond(found: float, noise: float, dtype: torch.dtype) -> str | None:
+    if found <= _NOISE * noise:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"in {name} pads move its rows by {found:.1e} of their size, and rounding alone by {noise:.1e}"

@@ -14,6 +14,7 @@ from hookmap.library import given_map
 from hookmap.loading import load_tokenizer
 from hookmap.map_of_model import map_of, of_one_call
 from hookmap.model import HookedModel, generating_root
+from hookmap.padding import Pads
 
 
 class RemoteModel(HookedModel):
@@ -26,6 +27,7 @@ class RemoteModel(HookedModel):
         super().__init__(given._module, tokenizer, found, name, nnsight_model=given)
         self._remote = RemoteEngine(self.model, self.root, given, remote)
         where = {True: "as nnsight is set up", "local": "nnsight's simulation"}.get(remote, str(remote))
+        self.pads = Pads(self._remote, found, tokenizer, forces=False)
         self._where = f"the model is elsewhere: {where}"
 
     def _engine_of(self, name: str) -> tuple[Engine, str]:

@@ -116,10 +116,6 @@ class Run(ABC):
         return False
 
     @property
-    def _needs_logits(self) -> bool:
-        return any(s.point == "logits" for s in (*self.selectors, *(edit.selector for edit in self.edits)))
-
-    @property
     def device(self) -> torch.device:
         """Where token ids are fed."""
         return device_of(self.engine)
@@ -152,8 +148,7 @@ class Run(ABC):
         return max(len(prompt.token_ids) for prompt in self.prompts) + max(0, self.max_new_tokens - 1)
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
-        pattern = any("key" in POINTS[s.point.partition(".")[0]].axes for s in self.selectors)
-        return turn(self.engine, pattern)
+        return turn(self.engine, reads_attention(self.selectors))
 
     def _finish(self, sink: Sink, observer: Observer, row: int, prompt: Prompt, new: list[int]) -> None:
         rows, positions = observer.rows(row)
@@ -229,9 +224,6 @@ class Generating(Run):
         if self.seed is not None and self.config.do_sample:
             own = [gen.own_generator(self.seed, number, self.device) for number in layout.samples]
             inputs["custom_generate"] = gen.OwnDraws(own)
-        # transformers computes only the last logits of a prompt, unless told.
-        if self._needs_logits and gen.takes(self.engine.root, "logits_to_keep"):
-            inputs["logits_to_keep"] = 0
         return inputs
 
     def _generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None) -> torch.Tensor:
@@ -261,8 +253,6 @@ class Harvesting(Run):
         editor = self._editor(observer)
         inputs = padded([prompt.token_ids for prompt in prompts], layout, 0, self.device)
         inputs |= {"use_cache": False, **without_loss(self.engine.root)}
-        if gen.takes(self.engine.root, "logits_to_keep") and not self._needs_logits:
-            inputs["logits_to_keep"] = 1
         with self._turn():
             try:
                 self.engine.forward(observer, inputs, editor)
@@ -320,7 +310,7 @@ def without_loss(root: Any) -> dict[str, bool]:
 
 
 def generation_batches(lengths: Sequence[int], size: int, may_pad: bool = True) -> Iterator[tuple[int, ...]]:
-    """Numbers of the prompts that run together: neighbours; of one length, where the model has no attention mask."""
+    """Numbers of the prompts that run together: neighbours; of one length, where the model may not be padded."""
     groups: dict[int, list[int]] = {}
     for number, length in enumerate(lengths):
         groups.setdefault(0 if may_pad else length, []).append(number)
@@ -329,20 +319,43 @@ def generation_batches(lengths: Sequence[int], size: int, may_pad: bool = True) 
             yield tuple(group[start : start + size])
 
 
-def harvest_batches(lengths: Sequence[int], tokens: int, size: int | None = None) -> Iterator[tuple[int, ...]]:
+def harvest_batches(
+    lengths: Sequence[int], tokens: int, size: int | None = None, may_pad: bool = True
+) -> Iterator[tuple[int, ...]]:
     """Numbers of the texts that run together: of about one length, `tokens` at most with their pads.
 
-    A text that is longer than `tokens` runs alone. `size`: texts at most.
+    A text that is longer than `tokens` runs alone. `size`: texts at most. may_pad: else they are of exactly one length.
     """
     for start in range(0, len(lengths), WINDOW):
         batch: list[int] = []
         for number in sorted(range(start, min(start + WINDOW, len(lengths))), key=lambda n: lengths[n]):
-            if batch and (lengths[number] * (len(batch) + 1) > tokens or len(batch) == size):
+            full = lengths[number] * (len(batch) + 1) > tokens or len(batch) == size
+            if batch and (full or (not may_pad and lengths[number] != lengths[batch[0]])):
                 yield tuple(batch)
                 batch = []
             batch.append(number)
         if batch:
             yield tuple(batch)
+
+
+def reads_attention(selectors: Sequence[Selector]) -> bool:
+    """Whether a run of these reads attention weights, for which it computes attention in another way."""
+    return any("key" in POINTS[selector.point.partition(".")[0]].axes for selector in selectors)
+
+
+Batches = tuple[tuple[tuple[int, ...], ...], str | None]
+"""numbers of the prompts that run together; why those of different lengths run apart, where they do"""
+
+
+def batches(
+    lengths: Sequence[int], make: Callable[[bool], Iterator[tuple[int, ...]]], why_apart: Callable[[], str | None]
+) -> Batches:
+    """`make`: the batches, padded or not. `why_apart`: asked only where a batch would have pads."""
+    padded = tuple(make(True))
+    if all(len({lengths[number] for number in batch}) == 1 for batch in padded):
+        return padded, None
+    reason = why_apart()
+    return (padded, None) if reason is None else (tuple(make(False)), reason)
 
 
 def device_of(engine: Engine) -> torch.device:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from hookmap.engines.observation import Observer, token_ids
+from hookmap.engines.observation import Observer, of_logits, token_ids
 from hookmap.errors import InterventionError
 from hookmap.kept import Kept
 from hookmap.selectors import Selector
@@ -62,6 +62,9 @@ class Editor:
         for number, edit in self._edits:
             place = edit.place
             self._places.setdefault((place.term.module, place.term.side, place.mode), []).append((number, edit))
+        for each in (observer, before):
+            if each is not None:
+                each.every_logit |= any(of_logits(edit.selector) for edit in edits)
         self._means: dict[tuple[int, int], torch.Tensor] = {}
         self._tokens: list[list[int]] | None = None
         self._cells: dict[Any, tuple[Cells, list[tuple[int, int]]]] = {}

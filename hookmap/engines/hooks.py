@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hookmap import generation as gen
 from hookmap.engines.editing import Editor
 from hookmap.engines.observation import Observer, Side, Watch
 from hookmap.errors import CaptureError
@@ -42,7 +43,7 @@ class HooksEngine:
 
     def generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> torch.Tensor:
         """See `Engine.generate`. Raises CaptureError where a selector's module is not in the model."""
-        with hooked_forward(self.runner, self.root), self._watching(observer, editor):
+        with hooked_forward(self.runner, self.root), self._watching(observer, editor, generating=True):
             return generate_of(self.runner, self.root)(**inputs)
 
     def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
@@ -52,17 +53,20 @@ class HooksEngine:
             call(self.runner, inputs)
 
     @contextlib.contextmanager
-    def _watching(self, observer: Observer, editor: Editor | None, ends_early: bool = False) -> Iterator[None]:
+    def _watching(
+        self, observer: Observer, editor: Editor | None, ends_early: bool = False, generating: bool = False
+    ) -> Iterator[None]:
         before = None if editor is None else editor.before
 
-        def begin(args: Any, kwargs: Any, _: Any) -> None:
+        def begin(args: Any, kwargs: Any, _: Any) -> Any:
             if not observer.looks:
-                return
+                return None
             observer.begin_pass(args, kwargs)
             if before is not None:
                 before.begin_pass(args, kwargs)
             if editor is not None:
                 editor.begin_pass(args, kwargs)
+            return args, {**kwargs, **logits_of_pass(self.root, generating, observer, before)}, None
 
         def then_end(watch: Watch) -> Watch:
             def watch_and_end(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
@@ -155,6 +159,23 @@ def _on_output(call: _Call) -> Any:
 def call(runner: nn.Module, inputs: Mapping[str, Any]) -> None:
     """One forward pass with those of the inputs that `runner` takes, by its own names for them."""
     runner(**{parameter: inputs[name] for name, parameter in accepted(runner, inputs).items()})
+
+
+def logits_of_pass(
+    root: nn.Module, generating: bool, observer: Observer, before: Observer | None = None
+) -> dict[str, Any]:
+    """The argument with which the pass that has begun computes the logits that are kept, and no more: they are large.
+
+    Given to the model itself: its own `prepare_inputs_for_generation` may set another.
+    """
+    parameter = gen.logits_parameter(root)
+    if parameter is None:
+        return {}
+    scattered = "Tensor" in str(parameter.annotation)
+    columns = observer.logits(generating, scattered)
+    if before is not None:
+        before.logits(generating, scattered)
+    return {parameter.name: gen.which_logits(columns, len(observer.columns))}
 
 
 def module_at(module: nn.Module, root: nn.Module, path: str) -> nn.Module:

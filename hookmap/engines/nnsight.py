@@ -4,6 +4,7 @@ Nothing of the caller's frame is inside the trace: the block is in a function of
 data. A trace serves whatever runs meanwhile, whichever thread it is on, so a run has the model alone.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import nn
 
 from hookmap.engines._nnsight_sink import PassingCache, adopt_edits, attach, stored_edits, tree_over
 from hookmap.engines.editing import Editor
-from hookmap.engines.hooks import call, module_at
-from hookmap.engines.observation import Observer, Watch
+from hookmap.engines.hooks import call, logits_of_pass, module_at
+from hookmap.engines.observation import Observer, Watch, of_logits
 from hookmap.errors import InterventionError
 from hookmap.wrappers import generate_of, hooked_forward, runner_of
 
@@ -45,7 +46,7 @@ class NNsightEngine:
         """See `Engine.generate`. Raises CaptureError where a selector's module is not in the model."""
         _refuse(editor)
         generate = generate_of(self.runner, self.root)
-        sequences: torch.Tensor = self._traced(observer, lambda: generate(**inputs))
+        sequences: torch.Tensor = self._traced(observer, lambda: generate(**inputs), generating=True)
         return sequences
 
     def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
@@ -54,31 +55,40 @@ class NNsightEngine:
         with torch.no_grad():
             self._traced(observer, lambda: call(self.runner, inputs))
 
-    def _traced(self, observer: Observer, run: Callable[[], Any]) -> Any:
+    def _traced(self, observer: Observer, run: Callable[[], Any], generating: bool = False) -> Any:
         if self._tree is None:
             self._tree = tree_over(self.module, self._given)
         adopt_edits(self._tree, self._given)
-        with hooked_forward(self.runner, self.root):
+        # What a user's edits do there, they do to all of them.
+        observer.every_logit |= self._given is not None and any(map(of_logits, observer.selectors))
+
+        # A hook: what a trace shows of an input cannot be answered.
+        def begin(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            if not observer.looks:
+                return None
+            observer.begin_pass(args, kwargs)
+            return args, {**kwargs, **logits_of_pass(self.root, generating, observer)}
+
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(self.root.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            hooks.enter_context(hooked_forward(self.runner, self.root))
             return _traced(self._tree, self._cache(self._tree, observer), run)
 
     def _cache(self, tree: nnsight.NNsight, observer: Observer) -> PassingCache:
         # By identity and not by name: a module that the tree reaches by two paths has one location, and a module
         # may be called like something that nnsight serves (BERT's `output`).
         paths = {id(envoy._module): envoy.path for envoy in tree.modules()}
-        root = paths[id(self.root)]
         wanted: dict[tuple[str, str], list[Watch]] = {}
         for path, side in observer.boundaries:
             module = module_at(self.module, self.root, path)
             wanted.setdefault((paths[id(module)], side), []).append(observer.watcher(path, side))
 
         def seen(path: str, side: str, value: Any) -> None:
-            if path == root and side == "input":
-                observer.begin_pass(*value)
             args, kwargs = value if side == "input" else ((), {})
             for watch in wanted.get((path, side), ()):
                 watch(args, kwargs, value)
 
-        return PassingCache({*wanted, (root, "input")}, seen)
+        return PassingCache({*wanted}, seen)
 
 
 def _refuse(editor: Editor | None) -> None:

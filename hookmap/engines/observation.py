@@ -85,6 +85,10 @@ class Observer:
         self._done: list[int] = [-1] * len(self.selectors)
         """of each selector, the last forward pass that showed it"""
         self._left = 0
+        self._computed: Sequence[int] | None = None
+        """the columns that the pass computes logits of; None: all"""
+        self.every_logit = False
+        """whether somebody else reads or writes them, too"""
         self._calls: dict[Any, int] = {}
         self._parts: dict[tuple[int, int], torch.Tensor] = {}
         self._none: dict[int, torch.Tensor] = {}
@@ -142,6 +146,28 @@ class Observer:
         for collector in self._collectors:
             if isinstance(collector, PatternRows):
                 collector.fed(self._fed + new)
+
+    def logits(self, generating: bool, scattered: bool) -> Sequence[int] | None:
+        """Columns that the pass which has begun is to compute logits of; None for all. They are all that comes then.
+
+        generating: the last ones are read for the next token. scattered: else all behind the first one come too.
+        """
+        if self.every_logit:
+            return None
+        width, rows = self._width or 0, self._rows
+        needed = set[int]()
+        if any(map(of_logits, self.selectors)):
+            needed = {width - rows.new + column for kept in self._logits_of(rows) for column in kept}
+        if generating or not needed:
+            needed.add(width - 1)
+        columns = sorted(needed) if scattered else range(min(needed), width)
+        self._computed = None if len(columns) == width else columns
+        return self._computed
+
+    def _logits_of(self, rows: PassRows) -> Iterator[Sequence[int]]:
+        """Of each row of the batch, the new columns whose logits are kept."""
+        last = self.kept.one_row and not self.kept.mean
+        return (kept[-1:] if last else kept for kept in rows.columns)
 
     def watcher(self, module: str, side: Side, of: Callable[[Selector], bool] | None = None) -> Watch:
         """What to call whenever this boundary is passed: it copies what is selected, before anything writes to it.
@@ -259,6 +285,16 @@ class Observer:
         elif number not in self._none:
             self._none[number] = self._collectors[number].nothing(self._features(tensor))
 
+    def _rows_in(self, tensor: torch.Tensor) -> PassRows:
+        """Which rows of this tensor are kept: of logits, not every column may be there."""
+        rows, computed = self._rows, self._computed
+        if computed is None or tensor.shape[1] == rows.new:
+            return rows
+        place = {column - ((self._width or 0) - rows.new): number for number, column in enumerate(computed)}
+        columns = tuple([place[column] for column in kept] for kept in self._logits_of(rows))
+        whole = all(len(kept) == len(computed) for kept in columns)
+        return PassRows(rows.batch, len(computed), columns, rows.first, whole, rows.empty)
+
     def _keeps(self, number: int) -> bool:
         """Whether something of this selector is kept of the forward pass that runs."""
         return not self._rows.empty
@@ -268,12 +304,15 @@ class Observer:
         collector, tensor = self._collectors[number], self._features(tensor)
         if number not in self._none:
             self._none[number] = collector.nothing(tensor)
-        collector.take(self._rows, tensor)
+        collector.take(self._rows_in(tensor), tensor)
 
     def _new_columns(self, tensor: torch.Tensor, term: Term, selector: Selector) -> torch.Tensor:
         """A view of the columns that were fed for the first time: `[batch, new, ...]`."""
         rows, width = self._rows, self._width or 0
         tensor = term.arrange(tensor, rows.batch, width)
+        computed = self._computed
+        if computed is not None and of_logits(selector) and tensor.shape[:2] == (rows.batch, len(computed)):
+            return tensor
         if tensor.shape[0] != rows.batch or tensor.shape[1] != width:
             raise CaptureError(
                 f"{selector}: expected a tensor of [{rows.batch}, {width}, ...] "
@@ -305,6 +344,7 @@ class Observer:
                 "The model skipped these modules, or the map is another model's: run `hookmap verify`."
             )
         self._calls.clear()
+        self._computed = None
         self.passes += 1
         self._fed += self._rows.new
 
@@ -346,6 +386,11 @@ class Observer:
             write(Activation(samples[row], point, layer, first, rows))
 
         return deliver
+
+
+def of_logits(selector: Selector) -> bool:
+    """Whether it is of the logits, which a model may be told to compute for some tokens only."""
+    return "d_vocab" in POINTS[selector.point.partition(".")[0]].axes
 
 
 def add_terms(terms: Sequence[Term], tensors: Sequence[torch.Tensor]) -> torch.Tensor:

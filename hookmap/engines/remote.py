@@ -11,10 +11,11 @@ import nnsight
 import torch
 from torch import nn
 
+from hookmap import generation as gen
 from hookmap.engines._nnsight_sink import stored_edits, visits
 from hookmap.engines.editing import Editor
 from hookmap.engines.hooks import module_at
-from hookmap.engines.observation import Observer, Side
+from hookmap.engines.observation import Observer, Side, of_logits
 from hookmap.errors import CaptureError, InterventionError
 
 
@@ -41,6 +42,9 @@ class RemoteEngine:
         """See `Engine.generate`. Raises CaptureError where the server fails, or did not run what was asked."""
         _refuse(editor)
         [finished] = inputs.pop("stopping_criteria")
+        parameter = gen.logits_parameter(self.root)
+        if parameter is not None and any(map(of_logits, observer.selectors)):
+            inputs[parameter.name] = 0  # transformers computes only the last logits of a prompt, unless told
         sequences, seen = self._run(observer, inputs, generate=True)
         fed, width = 0, inputs["input_ids"].shape[1]
         ended = torch.zeros(len(sequences), dtype=torch.bool)
@@ -56,6 +60,9 @@ class RemoteEngine:
     def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
         """See `Engine.forward`; the pass runs to its end."""
         _refuse(editor)
+        parameter = gen.logits_parameter(self.root)
+        if parameter is not None and not any(map(of_logits, observer.selectors)):
+            inputs[parameter.name] = 1
         _, seen = self._run(observer, inputs, generate=False)
         for _ in _passes(seen, observer):
             pass

@@ -18,7 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 from hookmap.architecture_map import ArchitectureMap
-from hookmap.capture import Capture
+from hookmap.capture import Capture, say_apart
 from hookmap.chat_template import Chat, Templating
 from hookmap.errors import CaptureError, InterventionError, ModelError, StoreError
 from hookmap.estimate import Estimate, check_room
@@ -138,6 +138,7 @@ class RayModel:
     ) -> Capture:
         plan: Plan = self._pool.call("the plan", "plan", self._pool.put(prompts), options)
         check_room(plan.expected, folder, resume)
+        say_apart(plan.apart)
         memory, halved, lost, infinite = 0, list[str](), len(self._pool.lost), Counter[str]()
         writing = FolderWriter.resume if resume else FolderWriter.create
         with contextlib.ExitStack() as ends:
@@ -161,7 +162,7 @@ class RayModel:
                 note["overflow"] = {"dtype": dtype, "rows": dict(infinite)}
                 rows = ", ".join(f"{count} rows of {name}" for name, count in infinite.items())
                 log.warning("keep_dtype=%s: finite numbers are infinite in it, in %s. Keep a wider one.", dtype, rows)
-            writer.note(note | {"lost": self._pool.lost[lost:]})
+            writer.note(note | {"apart": plan.apart, "lost": self._pool.lost[lost:]})
         written = open_store(folder)
         return Capture(written, plan.selectors, plan.map, written.manifest)
 

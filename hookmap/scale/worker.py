@@ -38,6 +38,8 @@ class Plan:
     manifest: Manifest
     map: ArchitectureMap
     expected: Estimate
+    apart: str | None
+    """why prompts of different lengths run apart, where they do"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,13 @@ class Worker:
         prepared = self._hooked.prepare(prompts, **options)
         run = prepared.run
         return Plan(
-            tuple(run.prompts), run.selectors, prepared.groups, prepared.manifest, prepared.map, prepared.expected
+            tuple(run.prompts),
+            run.selectors,
+            prepared.groups,
+            prepared.manifest,
+            prepared.map,
+            prepared.expected,
+            prepared.apart,
         )
 
     def estimate(self, prompts: Any, options: Mapping[str, Any]) -> Estimate:

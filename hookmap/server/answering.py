@@ -46,11 +46,12 @@ class Answering(Generating):
         with self.echo.listening(self.engine.root, prompt) if self.echo else contextlib.nullcontext():
             super().batch(numbers, sink)
 
-    @property
-    def _needs_logits(self) -> bool:
-        return self.echo is not None or super()._needs_logits
-
     def _observer(self, layout: BatchLayout, sink: Sink) -> Observer:
+        found = self._watching(layout, sink)
+        found.every_logit = self.echo is not None
+        return found
+
+    def _watching(self, layout: BatchLayout, sink: Sink) -> Observer:
         if self.summary is None:
             return super()._observer(layout, sink)
         kept: dict[str, Any] = {"keys": self._keys, "kept": self.kept, "matching": self.matching}

@@ -39,8 +39,8 @@ class Room:
     """of a batch and its pads, with all that may be generated"""
     columns: int | None = None
     """of a batch: the model's positions, because rows that have ended are led on; None: no limit is known"""
-    pads: bool = False
-    """prompts of different lengths may share one"""
+    padded: int = 0
+    """columns up to which prompts of different lengths may share one"""
 
     def beside(self, first: Job, waiting: Iterable[Job]) -> list[Job]:
         """The jobs among those that wait that run together with the first one, in their order."""
@@ -66,9 +66,9 @@ class Room:
         yield batch
 
     def _holds(self, lengths: Sequence[int], jobs: Iterable[Job]) -> bool:
-        if len(lengths) > self.rows or (not self.pads and len(set(lengths)) > 1):
-            return False
         columns = max(lengths) + max(job.max_new_tokens for job in jobs)
+        if len(lengths) > self.rows or (columns > self.padded and len(set(lengths)) > 1):
+            return False
         return len(lengths) * columns <= self.tokens and (self.columns is None or columns <= self.columns)
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 import hookmap
 from hookmap.demo import MODEL_PATH
 from hookmap.model import HookedModel
+from hookmap.padding import whole_batch_limit
 from hookmap.server.batch import Room
 from hookmap.server.editing import Documents
 from hookmap.server.errors import ApiError, missing
@@ -72,7 +74,8 @@ class Models:
         why = "each runs alone" if batch == 1 else hm.why_no_pads
         if batch > 1:
             log.info("%s: plain requests share batches%s", name, f" where of one length: {why}" if why else "")
-        room = Room(batch, self._settings.batch_tokens, context, pads=why is None)
+        padded = 0 if why else whole_batch_limit(hm.root.config) or sys.maxsize
+        room = Room(batch, self._settings.batch_tokens, context, padded)
         loaded = Loaded(name, hm, Worker(name, hm, self._settings.queue, room), int(time.time()), context)
         self._loaded[name] = loaded
         return loaded

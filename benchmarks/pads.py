@@ -1,0 +1,178 @@
+"""Padded against alone, on every class: `python benchmarks/pads.py [TYPES] [--jobs N] [--ledger FILE]`.
+
+A narrow copy of each causal language model class of transformers, with all its layers and random weights under which
+each branch adds about as much as the stream holds, captures prompts of unlike lengths together and one by one, while it
+generates and in a harvest. Said of each: how far its rows are apart where its prompts are padded whatever hookmap
+thinks of it, whether hookmap pads them, and how far apart the rows and tokens are that a person then gets.
+
+The ledger has a line for each class that is done; a run goes on with it, and prints the table of all.
+"""
+
+import json
+import logging
+import multiprocessing
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SECONDS = 600
+LENGTHS = (2, 9, 70)
+NEW = 3
+WINDOW = 32
+"""of attention that looks so far back, so that the prompts are longer"""
+WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
+LAST_BITS = 1e-4
+
+
+def main(given: list[str]) -> None:
+    from hookmap.maps import classes
+
+    jobs = int(given.pop(given.index("--jobs") + 1)) if "--jobs" in given else 1
+    ledger = Path(given.pop(given.index("--ledger") + 1)) if "--ledger" in given else None
+    types = [name for name in given if not name.startswith("-")]
+    of = {architecture: model_type for model_type, architecture in classes().items()}
+    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger is not None and ledger.exists() else []
+    found = {each["type"]: each for each in map(json.loads, lines)}
+    wanted = [name for name in types or sorted(of.values()) if name not in found]
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=8) as pool:
+        for each in pool.imap_unordered(compare, wanted):
+            print(each, file=sys.stderr, flush=True)
+            found[each["type"]] = each
+            if ledger is not None:
+                with ledger.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(each) + "\n")
+    tell([found[name] for name in sorted(found)])
+
+
+def compare(model_type: str) -> dict[str, Any]:
+    """One class, in a process of the pool."""
+    import hookmap
+    from hookmap.narrow import narrow
+    from hookmap.skeleton import build
+    from hookmap.sweep_configs import config_of
+    from hookmap.verification import redraw
+
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("hookmap").setLevel(logging.ERROR)
+    signal.signal(signal.SIGALRM, _stop)
+    signal.alarm(SECONDS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = narrow(config_of(model_type))
+            _look_less_far(config)
+            model = build(config, "cpu", torch.float32)
+            redraw(model)
+            hm = hookmap.open(model)
+            return {"type": model_type, "generation": _of(hm, NEW), "harvest": _of(hm, 0)}
+    except Exception as error:  # a model's own code raises what it likes
+        return {"type": model_type, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    finally:
+        signal.alarm(0)
+
+
+def _of(hm: Any, new: int) -> dict[str, Any]:
+    reason = hm.pads.why_not(harvest=not new)
+    try:
+        alone = _rows(hm, new, 1)
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    found = {"reason": reason, "got": _apart(_rows(hm, new, 8), alone)}
+    if reason is not None:
+        hm.pads._found[not new, False] = None  # pad all the same
+        try:
+            found["padded"] = _apart(_rows(hm, new, 8), alone)
+        except Exception as error:
+            found["padded"] = type(error).__name__
+        found["again"] = _apart(_rows(hm, new, 1), alone)
+    return found
+
+
+def _rows(hm: Any, new: int, together: int) -> tuple[Any, dict[Any, torch.Tensor]]:
+    """Tokens, and each layer's stream, of each prompt."""
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, hm.vocabulary - 8, (length,), generator=draw).tolist() for length in LENGTHS]
+    generation = {"min_new_tokens": new} if new else {}
+    run = hm.capture(prompts, ["resid_post"], max_new_tokens=new, batch_size=together, **generation)
+    rows = {(n, key): run.read(n, *key).flatten(1).double() for n in range(len(prompts)) for key in run.keys}
+    return run.tokens, rows
+
+
+def _apart(found: Any, alone: Any) -> list[Any]:
+    """The largest relative distance of a row, and whether the tokens are the same. Rows of other tokens are no rows."""
+    worst = 0.0
+    for (number, key), expected in alone[1].items():
+        same = next(
+            (n for n, (a, b) in enumerate(zip(found[0][number], alone[0][number], strict=False)) if a != b), None
+        )
+        rows = found[1][number, key][:same]
+        expected = expected[: len(rows)]
+        apart = ((rows - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).max()
+        worst = max(worst, float("inf") if apart.isnan() else float(apart))
+    return [worst, list(map(list, found[0])) == list(map(list, alone[0]))]
+
+
+def _look_less_far(config: Any) -> None:
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):
+            _look_less_far(value)
+        elif name in WINDOWS and isinstance(value, int) and value > WINDOW:
+            setattr(config, name, WINDOW)
+
+
+def _stop(*_: Any) -> None:
+    raise TimeoutError(f"not done after {SECONDS} s")
+
+
+def tell(found: list[dict[str, Any]]) -> None:
+    ran = [each for each in found if "error" not in each]
+    ways = ("generation", "harvest")
+    captured = [(each["type"], way, each[way]) for each in ran for way in ways if "failed" not in each[way]]
+    together = [sum(way == of and what["reason"] is None for _, of, what in captured) for way in ways]
+    wrong = [each for each in captured if not _right(each[2]["got"])]
+    print(
+        f"{len(ran)} of {len(found)} classes ran. Prompts of unlike lengths share a batch on {together[0]} of them "
+        f"while they generate, and on {together[1]} in a harvest; on the others they run apart:\n"
+    )
+    print("| model type | generation: pads before | harvest: pads behind |\n|---|---|---|")
+    for each in ran:
+        if any(each[way].get("reason") is not None or "failed" in each[way] for way in ways):
+            print(f"| {each['type']} | {' | '.join(map(_said, (each[way] for way in ways)))} |")
+    print(f"\nRows or tokens that batching changed beyond last bits ({LAST_BITS:g} of a row): {len(wrong)}")
+    for name, way, what in wrong:
+        print(f"- {name}, {way}: {what}")
+    print()
+    for each in found:
+        if "error" in each:
+            print(f"did not run: {each['type']}: {each['error']}")
+        for way in ways:
+            if "failed" in each.get(way, {}):
+                print(f"not captured, {way}: {each['type']}: {each[way]['failed']}")
+
+
+def _right(got: list[Any]) -> bool:
+    return bool(got[0] <= LAST_BITS and got[1])
+
+
+def _said(way: dict[str, Any]) -> str:
+    if "failed" in way:
+        return "cannot be captured"
+    if way["reason"] is None:
+        return "together"
+    if not _right(way["again"]):
+        return "apart: two runs of one prompt differ"
+    if isinstance(way["padded"], str):
+        return f"apart: padded it fails ({way['padded']})"
+    if way["reason"].startswith("its forward"):
+        return f"apart: {way['reason'].removeprefix('its ')}"
+    distance, same = way["padded"]
+    return f"apart: pads would change rows by {distance:.0e}" + ("" if same else ", and tokens")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

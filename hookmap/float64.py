@@ -1,0 +1,107 @@
+"""A model computed in float64 for a moment, over the weights that are there: what still differs is not rounding."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from hookmap.errors import ModelError
+
+_WIDENED = (torch.float16, torch.bfloat16, torch.float32)
+_LARGE = 2**22
+
+
+@contextlib.contextmanager
+def in_float64(root: nn.Module) -> Iterator[None]:
+    """Inside, whatever this thread computes with floating point is float64; each weight is widened as it is used.
+
+    `root` is as before afterwards. Hold its turn alone. Raises ModelError where the weights are elsewhere, or where
+    accelerate brings them while it runs: it would bring them wide.
+    """
+    if any(hasattr(part, "_hf_hook") for part in root.modules()) or any(p.is_meta for p in root.parameters()):
+        raise ModelError("its weights are not here, or come while it runs: no float64")
+    embedding: Any = root.get_input_embeddings()  # type: ignore[operator]
+    unembedding: Any = root.get_output_embeddings()  # type: ignore[operator]
+    tables = [part.weight for part in (embedding, unembedding) if hasattr(part, "weight")]
+    with as_it_was(root), torch.no_grad(), _Float64(tables):
+        yield
+
+
+@contextlib.contextmanager
+def as_it_was(root: nn.Module) -> Iterator[None]:
+    """What a forward pass leaves on the modules (rotary frequencies, caches of positions) is gone afterwards."""
+    before = [(part, dict(vars(part)), dict(part._buffers)) for part in root.modules()]
+    every = (each for _, _, buffers in before for each in buffers.values() if each is not None)
+    values = [(each, each.clone()) for each in every if _may_change(each)]
+    try:
+        yield
+    finally:
+        for part, attributes, buffers in before:
+            vars(part).clear()
+            vars(part).update(attributes)
+            part._buffers.clear()
+            part._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _may_change(buffer: torch.Tensor) -> bool:
+    """Whether a forward pass may write into it; weights that are packed into buffers are large."""
+    return buffer.is_floating_point() and not buffer.is_meta and buffer.numel() <= _LARGE
+
+
+class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not type it
+    """Widens what each operation is given."""
+
+    def __init__(self, tables: list[torch.Tensor]) -> None:
+        """`tables`: the weights as long as the vocabulary. They are large, and each row of them stands alone."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tables = {table.untyped_storage().data_ptr() for table in tables}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        if not func._schema.is_mutable and any(r.alias_info is not None for r in func._schema.returns):
+            return func(*args, **kwargs)  # a view computes nothing
+        if func is torch.ops.aten._grouped_mm.default:
+            return _grouped(*args, **kwargs)
+        kept = next((t for t in tensors if self._is_of_table(t)), None)
+        if kept is None and func._schema.is_mutable and tensors[0].dtype in _WIDENED:
+            kept = tensors[0]  # what is written to stays what it is
+        if kept is None:
+            return func(*_dtypes(_tensors(_wide, args)), **_dtypes(_tensors(_wide, kwargs)))
+        as_kept = partial(_as, kept.dtype)
+        found = func(*_tensors(as_kept, args), **_tensors(as_kept, kwargs))
+        return found if func._schema.is_mutable else _tensors(_wide, found)
+
+    def _is_of_table(self, tensor: torch.Tensor) -> bool:
+        return tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() in self._tables
+
+
+def _grouped(rows: torch.Tensor, experts: torch.Tensor, ends: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Each group of rows [n, in] by the matrix [in, out] of its expert: PyTorch's own has no float64."""
+    parts = rows.double().tensor_split(ends[:-1].tolist())
+    return torch.cat([part @ experts[number].double() for number, part in enumerate(parts)])
+
+
+def _as(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    return tree_map(lambda v: change(v) if isinstance(v, torch.Tensor) else v, value)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.dtype in _WIDENED else tensor
+
+
+def _dtypes(value: Any) -> Any:
+    return tree_map(lambda v: torch.float64 if isinstance(v, torch.dtype) and v in _WIDENED else v, value)
