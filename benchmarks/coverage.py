@@ -1,11 +1,11 @@
-"""How often intervals cover and tests raise a false alarm: `python benchmarks/coverage.py [docs/coverage.md [TABLE]…]`.
+"""How often intervals cover and tests raise a false alarm: `python benchmarks/coverage.py [docs/coverage.md]`.
 
 Planted data, the functions of the reports themselves; a few minutes on one core. Writes the page's tables anew, between
 its marks, or prints them.
 """
 
+import argparse
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +24,7 @@ from hookmap.probes.run import Trial, auroc_score, p_value
 from hookmap.stores.memory import MemoryStore
 
 RUNS = 200
+"""planted captures of each setting of probes; of what is cheaper, more"""
 Chance = np.random.Generator
 Draw = Callable[[Chance, int], Any]
 
@@ -197,7 +198,7 @@ def permutations() -> Iterator[list[str]]:
 
 def words() -> Iterator[list[str]]:
     """The control of words, whose strength is chosen: prompts of 8 of 40 words, labels of chance."""
-    for questions, runs in ((40, RUNS), (100, RUNS // 2)):
+    for questions, runs in ((40, RUNS), (100, RUNS)):
         chance, held, found = np.random.default_rng(questions), 0, []
         for seed in range(runs):
             store = MemoryStore([])
@@ -218,6 +219,7 @@ def words() -> Iterator[list[str]]:
 
 def tables(wanted: list[str]) -> Iterator[tuple[str, str]]:
     """Their names and Markdown; all where none is named."""
+    runs = f"\n{RUNS} planted captures each.\n"
     counts = ["n = 5", "n = 10", "n = 30", "n = 100"]
     setting = ["questions × samples", "features", "folds", "places", "strength", "method"]
     found: dict[str, Callable[[], str]] = {
@@ -225,21 +227,26 @@ def tables(wanted: list[str]) -> Iterator[tuple[str, str]]:
         "means": lambda: table(["values", *counts], means(MEANS, lambda values: mean_interval(values, 0, 1))),
         "differences": lambda: table(["differences", *counts], means(DIFFERENCES, difference_interval)),
         "paired-tests": lambda: table(["differences", *counts], paired_tests()),
-        "aurocs": lambda: table([*setting, "AUROC", "covers, %", "mean width"], aurocs()),
-        "words": lambda: table(["questions", "AUROC", "covers, %"], words()),
-        "permutations": lambda: table([*setting[:4], "method", "chosen, %", "any row, %"], permutations()),
+        "aurocs": lambda: table([*setting, "AUROC", "covers, %", "mean width"], aurocs()) + runs,
+        "words": lambda: table(["questions", "AUROC", "covers, %"], words()) + runs,
+        "permutations": lambda: table([*setting[:4], "method", "chosen, %", "any row, %"], permutations()) + runs,
     }
     for name in wanted or found:
         yield name, found[name]()
 
 
 if __name__ == "__main__":
-    begun, page = time.process_time(), Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    for name, made in tables(sys.argv[2:]):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("page", nargs="?", type=Path, help="whose tables are written anew; printed alone without it")
+    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--tables", nargs="*", default=[], help="these only")
+    asked = parser.parse_args()
+    RUNS, begun = asked.runs, time.process_time()
+    for name, made in tables(asked.tables):
         print(f"{name}, {time.process_time() - begun:.0f} s of CPU\n{made}", flush=True)
-        if page is not None:
-            marks = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-            text, count = re.subn(marks, lambda m, made=made: m[1] + made + m[2], page.read_text("utf-8"), flags=re.S)
+        if asked.page is not None:
+            text, marks = asked.page.read_text("utf-8"), rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+            text, count = re.subn(marks, lambda m, made=made: m[1] + made + m[2], text, flags=re.S)
             if count != 1:
-                raise SystemExit(f"{page}: expected one table {name}, found {count}")
-            page.write_text(text, "utf-8")
+                raise SystemExit(f"{asked.page}: expected one table {name}, found {count}")
+            asked.page.write_text(text, "utf-8")
