@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 VALUES = 64
-"""numbers that are looked at in each tensor, evenly spaced over it"""
+"""numbers, at most, that are looked at in each tensor, evenly spaced over it"""
 
 
 def weights_of(module: nn.Module) -> dict[str, Any] | None:
@@ -18,18 +18,19 @@ def weights_of(module: nn.Module) -> dict[str, Any] | None:
     another checkpoint, another dtype, an adapter, or a tensor that was scaled is seen; a few numbers changed by hand
     may not be.
     """
-    digest, dtypes, count = hashlib.sha256(), set[str](), 0
+    digest, values = hashlib.sha256(), dict[torch.dtype, list[torch.Tensor]]()
+    count = 0
     for name, tensor in _saved(module):
         if tensor.is_meta:
             return None
         flat = tensor.detach().flatten()
-        places = torch.arange(min(VALUES, len(flat)), device=flat.device) * len(flat) // VALUES
-        values = flat[places if len(flat) > VALUES else slice(None)].cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(values.view(torch.uint8).numpy().tobytes())
-        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        values.setdefault(tensor.dtype, []).append(flat[:: max(1, -(-len(flat) // VALUES))].cpu())
         count += 1
-    return {"tensors": count, "dtypes": sorted(dtypes), "values_of_each": VALUES, "sha256": digest.hexdigest()}
+    for found in values.values():
+        digest.update(torch.cat(found).view(torch.uint8).numpy().tobytes())
+    dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in values)
+    return {"tensors": count, "dtypes": dtypes, "values_of_each": VALUES, "sha256": digest.hexdigest()}
 
 
 def _saved(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

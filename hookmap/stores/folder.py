@@ -69,9 +69,9 @@ class FolderWriter(GroupWriter, Closing):
             for name in (SAMPLES, SHARDS):
                 (folder / name).touch()
             write_manifest(folder, manifest)  # last: a folder without one is no capture
+            return cls(folder, manifest)
         except OSError as error:
             raise cannot_write(folder, error, kept=0) from error
-        return cls(folder, manifest)
 
     @classmethod
     def resume(cls, path: "str | os.PathLike[str]", manifest: Manifest) -> "FolderWriter":
