@@ -1,10 +1,10 @@
 """A stream that is not finite is named before anything is computed of it: where first, and what helps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from hookmap import generation as gen
 from hookmap.activations import Activation, Key, Sample
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
 _STREAM = ("embed", "resid_pre", "mixer_out", "resid_mid", "mlp_out", "resid_post", "final_norm")
 
 
-@dataclass(frozen=True)
-class _First:
-    """The first row with an infinity or nan."""
-
-    name: str
-    position: int
-    dtype: torch.dtype
-
-
 def is_stream(point: str) -> bool:
     """Whether a point's rows are finite in a sound run: masked scores and words that are none may be infinite."""
     return point.partition(".")[0] in _STREAM
@@ -42,25 +33,25 @@ def why_not_finite(engine: Engine, architecture_map: ArchitectureMap, ids: Seque
     Runs the prompt once more. For callers whose turn it is to run the model.
     """
     first = _first(engine, architecture_map, ids)
-    if first is None:
-        return None
-    where = (
-        f"the stream is not finite: {first.name} is the first to hold an infinity or nan, at position {first.position}"
-    )
+    return None if first is None else in_words(*first, engine.module)
+
+
+def in_words(name: str, position: int, dtype: torch.dtype, module: nn.Module) -> str:
+    """That a tensor is the first which is not finite, and what helps. `dtype`: of the tensor; `module`: the model."""
+    where = f"the stream is not finite: {name} is the first to hold an infinity or nan, at position {position}"
     wrong = (
-        name
-        for name, weight in engine.module.named_parameters()
+        path
+        for path, weight in module.named_parameters()
         if weight.is_floating_point() and weight.device.type != "meta" and not bool(weight.isfinite().all())
     )
-    if (name := next(wrong, None)) is not None:
-        return f"{where}. The weight {name} holds an infinity or nan, too: load the model again"
-    dtype = str(first.dtype).removeprefix("torch.")
-    if first.dtype == torch.float32:
+    if (path := next(wrong, None)) is not None:
+        return f"{where}. The weight {path} holds an infinity or nan, too: load the model again"
+    if dtype == torch.float32:
         return f"{where}. Its weights are finite, and float32 has the widest range: look at what is computed there"
-    wider = "bfloat16 or float32" if first.dtype == torch.float16 else "float32"
-    most = f"{torch.finfo(first.dtype).max:.6g}"
+    wider = "bfloat16 or float32" if dtype == torch.float16 else "float32"
+    named, most = str(dtype).removeprefix("torch."), f"{torch.finfo(dtype).max:.6g}"
     return (
-        f'{where}. The model computes in {dtype}, up to {most}: open it in {wider}, dtype="float32" (--dtype float32)'
+        f'{where}. The model computes in {named}, up to {most}: open it in {wider}, dtype="float32" (--dtype float32)'
     )
 
 
@@ -94,16 +85,19 @@ def kept_in(run: Any) -> str:
     return "Capture again with the model in a dtype of a wider range (--dtype bfloat16), or leave such positions out."
 
 
-def _first(engine: Engine, architecture_map: ArchitectureMap, ids: Sequence[int]) -> _First | None:
+def _first(
+    engine: Engine, architecture_map: ArchitectureMap, ids: Sequence[int]
+) -> tuple[str, int, torch.dtype] | None:
+    """The first tensor of the stream with a row that is not finite, in forward order: name, position, dtype."""
     selectors = select(architecture_map, [name for name in architecture_map.points if is_stream(name)], "all")
-    found: dict[Key, _First] = {}
+    found: dict[Key, tuple[str, int, torch.dtype]] = {}
 
     def take(activation: Activation) -> None:
         key = (activation.point, activation.layer)
         bad = ~activation.tensor.flatten(1).isfinite().all(1)
         if key not in found and bool(bad.any()):
             position = activation.start + int(bad.nonzero()[0])
-            found[key] = _First(tensor_name(key), position, activation.tensor.dtype)
+            found[key] = (tensor_name(key), position, activation.tensor.dtype)
 
     given = torch.tensor([list(ids)], device=device_of(engine))
     inputs: dict[str, Any] = {"input_ids": given}

@@ -23,8 +23,10 @@ from hookmap.checks_reads import checks_reads
 from hookmap.checks_relations import Relations
 from hookmap.discovery import config_of, discover
 from hookmap.errors import CaptureError, HookmapError, MapMismatchError, ModelError
+from hookmap.finiteness import in_words, is_stream
 from hookmap.narrow import narrow_copy
 from hookmap.selectors import Selector, select
+from hookmap.stores.ledger import tensor_name
 
 Key = tuple[str, int | None]
 _BATCH, _POSITIONS = 2, 9
@@ -202,6 +204,9 @@ class _Verifier:
         except HookmapError as error:
             yield Check("selectors", (), False, str(error))
             return
+        if (wrong := self._not_finite(values)) is not None:
+            yield wrong
+            return
         try:
             yield from self._comparisons(values, output)
         except Exception as error:  # a wrong map's tensors fail in sums, products and hooks as each of them does
@@ -224,6 +229,17 @@ class _Verifier:
         for each in checks_reads(self.map, self.model, self.ids, values, self._error, self.tolerance):
             yield Check(*each)
         yield from self._causes(values)
+
+    def _not_finite(self, values: dict[Key, Tensor]) -> Check | None:
+        """Nothing can be compared with an infinity: each check would fail for a reason that is not its own."""
+        for selector in self.selectors:
+            key = (selector.point, selector.layer)
+            bad = ~values[key].flatten(2).isfinite().all(-1) if key in values and is_stream(selector.point) else None
+            if bad is not None and bool(bad.any()):
+                layers = () if selector.layer is None else (selector.layer,)
+                said = in_words(tensor_name(key), int(bad.any(0).nonzero()[0]), values[key].dtype, self.model)
+                return Check("finite", layers, False, said)
+        return None
 
     def _first_run(self) -> tuple[dict[Key, Tensor], Any]:
         try:

@@ -1,5 +1,6 @@
 """A stream that is not finite is named: where first, and what helps; nothing is computed of it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,12 @@ def test_an_edit_says_why_it_is_not_written(hm: Any) -> None:
     zero = [{"do": "ablate", "point": "mixer_out", "layers": [2]}]
     with pytest.raises(InterventionError, match=rf"mixer_out of layer 2 is not written: .*{FIRST}.*{HELPS}"):
         hm.capture(IDS, "resid_post", 2, max_new_tokens=1, interventions=zero)
+
+
+def test_verification_says_so_and_nothing_else() -> None:
+    (check,) = hookmap.verify(overflowing()).checks
+    assert (check.name, check.layers, check.passed) == ("finite", (1,), False)
+    assert re.search(f"{FIRST}.*{HELPS}", check.detail)
 
 
 def test_a_broken_weight_is_named() -> None:
