@@ -15,12 +15,12 @@ import numpy as np
 from scipy import stats
 
 from hookmap.activations import Sample
-from hookmap.experiments.comparing import holm, sign_test
-from hookmap.intervals import difference_interval, mean_interval, proportion_interval
-from hookmap.probes.controls import controls
-from hookmap.probes.folds import grouped_folds
-from hookmap.probes.metrics import independent
-from hookmap.probes.run import Trial, auroc_score, p_value
+from hookmap.analysis.intervals import difference_interval, mean_interval, proportion_interval
+from hookmap.analysis.probes.controls import controls
+from hookmap.analysis.probes.folds import grouped_folds
+from hookmap.analysis.probes.metrics import independent
+from hookmap.analysis.probes.run import Trial, auroc_score, p_value
+from hookmap.evaluation.experiments.comparing import holm, sign_test
 from hookmap.stores.memory import MemoryStore
 
 RUNS = 200

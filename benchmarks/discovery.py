@@ -30,8 +30,8 @@ def measure(model_type: str) -> None:
     """One model, in this process; prints its figures as JSON."""
     import transformers
 
-    from hookmap.discovery import discover
-    from hookmap.skeleton import build
+    from hookmap.discovery.discover import discover
+    from hookmap.loading.skeleton import build
 
     config = transformers.CONFIG_MAPPING[model_type]()
     discover(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2))  # what is loaded lazily is loaded now
@@ -72,8 +72,8 @@ def every_class() -> None:
     import torch
     import transformers
 
-    from hookmap.discovery import discover
-    from hookmap.maps import classes
+    from hookmap.discovery.discover import discover
+    from hookmap.sweep.build import classes
 
     torch.set_num_threads(1)
     discover(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2))
@@ -99,9 +99,9 @@ def every_class() -> None:
 def _one(model_type: str) -> dict[str, Any]:
     import logging
 
-    from hookmap.discovery import discover
+    from hookmap.discovery.discover import discover
     from hookmap.errors import HookmapError
-    from hookmap.sweep_configs import config_of
+    from hookmap.sweep.configs import config_of
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     before, begun = _peak_mb(), time.perf_counter()

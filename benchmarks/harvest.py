@@ -21,9 +21,9 @@ from machine import describe
 from narrow import ALL, FEW, build
 
 import hookmap
-from hookmap.engines.observation import BatchLayout
-from hookmap.prompts import Prompt
-from hookmap.runs import harvest_batches, padded
+from hookmap.capture.engines.observation import BatchLayout
+from hookmap.capture.runs import harvest_batches, padded
+from hookmap.loading.prompts import Prompt
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ LAST_BITS = 1e-4
 
 
 def main(given: list[str]) -> None:
-    from hookmap.maps import classes
+    from hookmap.sweep.build import classes
 
     jobs = int(given.pop(given.index("--jobs") + 1)) if "--jobs" in given else 1
     ledger = Path(given.pop(given.index("--ledger") + 1)) if "--ledger" in given else None
@@ -51,10 +51,10 @@ def main(given: list[str]) -> None:
 def compare(model_type: str) -> dict[str, Any]:
     """One class, in a process of the pool."""
     import hookmap
-    from hookmap.narrow import narrow
-    from hookmap.skeleton import build
-    from hookmap.sweep_configs import config_of
-    from hookmap.verification import redraw
+    from hookmap.loading.narrow import narrow
+    from hookmap.loading.skeleton import build
+    from hookmap.sweep.configs import config_of
+    from hookmap.verification.verify import redraw
 
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)

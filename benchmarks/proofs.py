@@ -21,7 +21,7 @@ TOKENS = [5, 9, 3, 4, 20, 11]
 
 
 def main(given: list[str]) -> None:
-    from hookmap.maps import classes
+    from hookmap.sweep.build import classes
 
     jobs = int(given.pop(given.index("--jobs") + 1)) if "--jobs" in given else 2
     types = [name for name in given if not name.startswith("-")]
@@ -38,11 +38,11 @@ def main(given: list[str]) -> None:
 def prove(model_type: str) -> dict[str, Any]:
     """One class, in a process of the pool."""
     import hookmap
-    from hookmap.narrow import narrow
-    from hookmap.readout import readout_of
-    from hookmap.skeleton import build
-    from hookmap.sweep_configs import config_of
-    from hookmap.verification import redraw
+    from hookmap.analysis.unembedding import readout_of
+    from hookmap.loading.narrow import narrow
+    from hookmap.loading.skeleton import build
+    from hookmap.sweep.configs import config_of
+    from hookmap.verification.verify import redraw
 
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)

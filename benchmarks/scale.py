@@ -15,8 +15,8 @@ from machine import describe
 
 import hookmap
 from hookmap.activations import Sample
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.estimate import estimate
+from hookmap.capture.estimate import estimate
+from hookmap.maps.document import ArchitectureMap
 from hookmap.stores.durable import AppendedFile
 from hookmap.stores.shard import ShardInfo
 from hookmap.stores.table import SAMPLES, SHARDS, Committed, Entry, Span, encode_group, encode_shards, scan

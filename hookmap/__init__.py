@@ -23,17 +23,17 @@ from hookmap.errors import (
 )
 
 if TYPE_CHECKING:
-    from hookmap.architecture_map import ArchitectureMap
-    from hookmap.capture import Capture
-    from hookmap.datasets import load_prompts
-    from hookmap.discovery import discover
-    from hookmap.library import load_map
+    from hookmap.capture.prepare import Capture
+    from hookmap.datasets.records import load_prompts
+    from hookmap.discovery.discover import discover
+    from hookmap.discovery.library import load_map
+    from hookmap.maps.document import ArchitectureMap
+    from hookmap.maps.selectors import Selector
     from hookmap.model import open
-    from hookmap.remote_model import open_remote
-    from hookmap.scale.model import open_on_ray
-    from hookmap.selectors import Selector
+    from hookmap.services.nnsight_server import open_remote
+    from hookmap.services.ray.model import open_on_ray
     from hookmap.stores import open_store
-    from hookmap.verification import verify
+    from hookmap.verification.verify import verify
 
 __version__ = "0.1.0"
 
@@ -67,17 +67,17 @@ __all__ = [
 
 # Public name -> the module that holds it, imported when the name is first used (PEP 562).
 _HOMES = {
-    "ArchitectureMap": "hookmap.architecture_map",
-    "Capture": "hookmap.capture",
-    "Selector": "hookmap.selectors",
-    "discover": "hookmap.discovery",
-    "load_map": "hookmap.library",
-    "load_prompts": "hookmap.datasets",
+    "ArchitectureMap": "hookmap.maps.document",
+    "Capture": "hookmap.capture.prepare",
+    "Selector": "hookmap.maps.selectors",
+    "discover": "hookmap.discovery.discover",
+    "load_map": "hookmap.discovery.library",
+    "load_prompts": "hookmap.datasets.records",
     "open": "hookmap.model",
-    "open_on_ray": "hookmap.scale.model",
-    "open_remote": "hookmap.remote_model",
+    "open_on_ray": "hookmap.services.ray.model",
+    "open_remote": "hookmap.services.nnsight_server",
     "open_store": "hookmap.stores",
-    "verify": "hookmap.verification",
+    "verify": "hookmap.verification.verify",
 }
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hookmap.activations import Key
-    from hookmap.architecture_map import ArchitectureMap
-    from hookmap.capture import Capture
+    from hookmap.capture.prepare import Capture
+    from hookmap.maps.document import ArchitectureMap
     from hookmap.stores.interface import Store
 
 SHOWN_SAMPLES = 5
@@ -17,8 +17,8 @@ SHOWN_TEXT = 160
 
 def map_html(m: "ArchitectureMap") -> str:
     """Each point, its layers, and where it is."""
-    from hookmap.selectors import layer_ranges
-    from hookmap.show import places
+    from hookmap.maps.selectors import layer_ranges
+    from hookmap.maps.tree import places
 
     rows = [(names, layer_ranges(layers), where) for names, layers, where in places(m)]
     return _head(repr(m)) + _table(("point", "layers", "where"), rows)

@@ -9,33 +9,41 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hookmap import skeleton
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.attribution import Attribution, attribute
-from hookmap.capture import BATCH_SIZE, BATCH_TOKENS, Capture, Prepared, prepare
-from hookmap.chat_template import Chat, Templating
-from hookmap.config_fields import with_fields
-from hookmap.engines import Engine
-from hookmap.engines.hooks import HooksEngine
-from hookmap.engines.turns import turns_of
+from hookmap.analysis.attribution import Attribution, attribute
+from hookmap.analysis.lens import Lens, lens
+from hookmap.analysis.patching import Sweep, sweep
+from hookmap.analysis.steering import SteeringVector, make_vector
+from hookmap.capture.engines import Engine
+from hookmap.capture.engines.hooks import HooksEngine
+from hookmap.capture.engines.model_lock import turns_of
+from hookmap.capture.estimate import Estimate, estimate
+from hookmap.capture.interventions.documents import read_interventions
+from hookmap.capture.interventions.plan import Plan, plan
+from hookmap.capture.interventions.proofs import Proofs
+from hookmap.capture.padding import Pads, whole_batch_limit
+from hookmap.capture.prepare import BATCH_SIZE, BATCH_TOKENS, Capture, Prepared, prepare
+from hookmap.capture.rows import Kept, Positions, kept, matching_tokens
+from hookmap.capture.runs import (
+    Batches,
+    Progress,
+    batches,
+    generation_batches,
+    harvest_batches,
+    reads_attention,
+    vocabulary_of,
+)
+from hookmap.discovery.library import given_map
+from hookmap.discovery.map_of_model import understood
 from hookmap.errors import CaptureError, ModelError, TokenizerError
-from hookmap.estimate import Estimate, estimate
-from hookmap.generation import check_count, check_names, logits_parameter
-from hookmap.interventions import read_interventions
-from hookmap.kept import Kept, Positions, kept, matching_tokens
-from hookmap.lens import Lens, lens
-from hookmap.library import given_map
-from hookmap.loading import load_model, load_tokenizer
-from hookmap.map_of_model import understood
-from hookmap.padding import Pads, whole_batch_limit
-from hookmap.patching import Sweep, sweep
-from hookmap.plan import Plan, plan
-from hookmap.prompts import NO_TOKENIZER, Prompt, encode, records
-from hookmap.proofs import Proofs
-from hookmap.runs import Batches, Progress, batches, generation_batches, harvest_batches, reads_attention, vocabulary_of
-from hookmap.selectors import Selector
-from hookmap.steering import SteeringVector, make_vector
-from hookmap.wrappers import model_inside
+from hookmap.loading import skeleton
+from hookmap.loading.chat_template import Chat, Templating
+from hookmap.loading.checkpoints import load_model, load_tokenizer
+from hookmap.loading.config_fields import with_fields
+from hookmap.loading.generation import check_count, check_names, logits_parameter
+from hookmap.loading.prompts import NO_TOKENIZER, Prompt, encode, records
+from hookmap.loading.wrappers import model_inside
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.selectors import Selector
 
 Points = str | Iterable[str] | Mapping[str, Any]
 """names, or layers of its own for each: {"resid_post": [3, 8], "z": "all"}"""
@@ -117,7 +125,7 @@ class HookedModel:
         model as the points need, batched by length.
 
         prompts: a string, chat messages or token ids, or a list of such; or a table or data set, with prompt_column.
-        points, layers: see `hookmap.selectors.select`; in any order; points={"resid_post": [3], "z": [8]} gives each
+        points, layers: see `hookmap.maps.selectors.select`; in any order; points={"resid_post": [3], "z": [8]} gives each
         point layers of its own. With `pattern`, the run is with eager attention.
         positions: of which tokens rows are kept: "all", "prompt", "generated", "last", "last_prompt", a span "4:20",
         positions (negative ones count from the end of the prompt), or "text=…": tokens whose text contains it.
@@ -268,7 +276,7 @@ class HookedModel:
         """How far each layer and position of the clean prompt's run brings back its answer in the corrupted one's.
 
         target, against: the next tokens of both, as text or ids. options: point="resid_pre", layers, positions, as in
-        capture; batch_size, patches that run together; chat and its like; progress. See `hookmap.patching.sweep`.
+        capture; batch_size, patches that run together; chat and its like; progress. See `hookmap.analysis.patching.sweep`.
         """
         return sweep(self, clean, corrupted, target, against, **options)
 
@@ -447,7 +455,7 @@ class HookedModel:
         if name == "hooks":
             return self.hooks, why
         if self._nnsight is None:
-            from hookmap.engines.nnsight import NNsightEngine  # imported here: it takes a second or two
+            from hookmap.capture.engines.nnsight import NNsightEngine  # imported here: it takes a second or two
 
             self._nnsight = NNsightEngine(self.model, self.root, self._nnsight_model)
         return self._nnsight, why

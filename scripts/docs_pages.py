@@ -29,27 +29,27 @@ FROM_ROOT = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUT
 OBJECTS = (
     "model.HookedModel",
     "stores.interface.Store",
-    "estimate.Estimate",
-    "grid.Grid",
-    "scale.model.RayModel",
-    "remote_model.RemoteModel",
+    "capture.estimate.Estimate",
+    "analysis.grid.Grid",
+    "services.ray.model.RayModel",
+    "services.nnsight_server.RemoteModel",
 )
 """what the public functions return, beside the public names"""
 MODULES = {
-    "Inputs": ("datasets", "demo", "activations"),
+    "Inputs": ("datasets.records", "demo", "activations"),
     "Looking and changing": (
-        "interventions",
-        "patching",
-        "lens",
-        "attribution",
-        "pictures",
-        "steering",
-        "control_vectors",
+        "capture.interventions.documents",
+        "analysis.patching",
+        "analysis.lens",
+        "analysis.attribution",
+        "analysis.charts",
+        "analysis.steering",
+        "analysis.gguf",
     ),
     "Stores": ("stores.folder", "stores.memory", "stores.background", "stores.manifest", "stores.copying"),
-    "Probes": ("probes", "probes.run", "probes.saved"),
-    "Evaluation": ("evals", "evals.run", "evals.gsm8k", "evals.results"),
-    "Experiments": ("experiments", "experiments.document", "experiments.run"),
+    "Probes": ("analysis.probes", "analysis.probes.run", "analysis.probes.saved"),
+    "Evaluation": ("evaluation.gsm8k", "evaluation.gsm8k.run", "evaluation.gsm8k.task", "evaluation.gsm8k.results"),
+    "Experiments": ("evaluation.experiments", "evaluation.experiments.document", "evaluation.experiments.run"),
 }
 _LINK = re.compile(r"\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)([^)]*)\)")
 
@@ -132,10 +132,10 @@ def _entry(name: str, level: int = 2) -> str:
 
 def openapi() -> dict[str, Any]:
     """The server's OpenAPI document, of a server without a model."""
-    from hookmap.server.app import make_app
-    from hookmap.server.models import Models
-    from hookmap.server.sessions import Sessions
-    from hookmap.server.settings import Settings
+    from hookmap.services.server.app import make_app
+    from hookmap.services.server.models import Models
+    from hookmap.services.server.sessions import Sessions
+    from hookmap.services.server.settings import Settings
 
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(Path(folder))

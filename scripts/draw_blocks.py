@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from hookmap.library import load_map
-from hookmap.picture import block_svg
+from hookmap.discovery.library import load_map
+from hookmap.maps.block_picture import block_svg
 
 PICTURES = {
     "sequential": "Qwen3ForCausalLM",

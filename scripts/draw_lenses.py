@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import hookmap
+from hookmap.analysis.charts import attention, bars, heat_map, save_picture
 from hookmap.demo import MODEL_PATH
-from hookmap.pictures import attention, bars, heat_map, save_picture
 
 QUESTION = "Tom has 3 apples. He buys 4 more. How many apples does Tom have?"
 ANSWER = "Tom has 3+4=<<3+4="

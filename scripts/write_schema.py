@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from hookmap import architecture_map
 from hookmap.cli import configuration
-from hookmap.experiments import document
-from hookmap.library import mappings_folder
+from hookmap.discovery.library import mappings_folder
+from hookmap.evaluation.experiments import document
+from hookmap.maps import document as architecture_map
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hookmap.discovery import discover
-from hookmap.verification import verify
+from hookmap.discovery.discover import discover
+from hookmap.verification.verify import verify
 
 D, V, DEPTH = 24, 50, 3
 IDS = torch.tensor([[5, 17, 3, 44, 9, 40, 31, 8], [11, 2, 41, 6, 30, 4, 23, 49]])

@@ -15,10 +15,10 @@ import uvicorn
 import hookmap
 from hookmap.demo import MODEL_PATH
 from hookmap.model import HookedModel
-from hookmap.server.app import make_app
-from hookmap.server.models import Models
-from hookmap.server.sessions import Sessions
-from hookmap.server.settings import Settings
+from hookmap.services.server.app import make_app
+from hookmap.services.server.models import Models
+from hookmap.services.server.sessions import Sessions
+from hookmap.services.server.settings import Settings
 
 QUESTION = "Tom has 3 apples. He buys 4 more. How many apples does Tom have?"
 MESSAGES = [{"role": "user", "content": QUESTION}]

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import hookmap
 from hookmap.cli.main import main
 from hookmap.errors import ModelError
-from hookmap.verification import verify
+from hookmap.verification.verify import verify
 
 _SMALL: dict[str, Any] = {"vocab_size": 97, "max_position_embeddings": 64}
 _BERT = {**_SMALL, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

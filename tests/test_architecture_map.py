@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hookmap import MapError, MapNotFoundError
-from hookmap.architecture_map import load, parse, schema
-from hookmap.library import mappings_folder
-from hookmap.points import POINTS
+from hookmap.discovery.library import mappings_folder
+from hookmap.maps.document import load, parse, schema
+from hookmap.maps.points import POINTS
 
 
 def test_the_published_schema_is_that_of_the_code() -> None:

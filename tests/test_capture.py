@@ -8,8 +8,8 @@ import torch
 from plain_hooks import FAMILIES, LAYERS, Reference
 
 import hookmap
-from hookmap.capture import Capture
-from hookmap.generation import own_seed
+from hookmap.capture.prepare import Capture
+from hookmap.loading.generation import own_seed
 from hookmap.model import HookedModel
 
 NEW = 7

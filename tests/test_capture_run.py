@@ -14,9 +14,9 @@ from plain_hooks import FAMILIES
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 import hookmap
-from hookmap.generation import own_seed
+from hookmap.capture.runs import Progress
+from hookmap.loading.generation import own_seed
 from hookmap.model import HookedModel
-from hookmap.runs import Progress
 
 PROMPTS = ["to be or not", "be", "that is the question to be"]
 

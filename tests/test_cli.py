@@ -18,10 +18,10 @@ from click.testing import CliRunner, Result
 from documents import hybrid
 
 import hookmap
-from hookmap.architecture_map import parse
 from hookmap.cli.main import main
 from hookmap.cli.settings import parse_layers
 from hookmap.demo import MODEL_PATH
+from hookmap.maps.document import parse
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

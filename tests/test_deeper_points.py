@@ -11,11 +11,11 @@ import transformers as tf
 from torch import nn
 
 import hookmap
-from hookmap.architecture_map import ArchitectureMap, parse
-from hookmap.head_layout import Labels
-from hookmap.points import POINTS
-from hookmap.skeleton import eager
-from hookmap.verification import redraw, verify
+from hookmap.discovery.head_layout import Labels
+from hookmap.loading.skeleton import eager
+from hookmap.maps.document import ArchitectureMap, parse
+from hookmap.maps.points import POINTS
+from hookmap.verification.verify import redraw, verify
 
 HEADS, D_HEAD = 4, 8
 _IDS = torch.tensor([[5, 17, 3, 44, 9, 60, 31, 8, 12], [11, 2, 71, 6, 90, 4, 23, 50, 7]])

@@ -28,9 +28,9 @@ from loopback import Loopback, free_port, loopback
 from packaging.requirements import Requirement
 
 import hookmap
-from hookmap.deploy.bundle import bundle, locked, requirements
-from hookmap.deploy.on_host import Host, unit
-from hookmap.deploy.over_ssh import ssh_command
+from hookmap.services.deploy.bundle import bundle, locked, requirements
+from hookmap.services.deploy.on_host import Host, unit
+from hookmap.services.deploy.over_ssh import ssh_command
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 HERE = ("--python", sys.executable)

@@ -10,10 +10,10 @@ import torch
 import transformers as tf
 from torch import nn
 
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.discovery import discover
+from hookmap.discovery.discover import discover
 from hookmap.errors import DiscoveryError, ModelError
-from hookmap.skeleton import build, inputs
+from hookmap.loading.skeleton import build, inputs
+from hookmap.maps.document import ArchitectureMap
 
 # What the mixer and the MLP read, and the last norm, by hand; `plain_hooks` has the rest.
 _IN = {
@@ -293,8 +293,8 @@ def test_an_invented_architecture_simply_works() -> None:
 def test_an_in_place_write_makes_a_new_value() -> None:
     """Falcon adds the attention's output into the MLP's output in place: the two must not be one value."""
     model = build(plain_hooks.FAMILIES["falcon_7b"].config())
-    from hookmap.dataflow import record
-    from hookmap.values import Values
+    from hookmap.discovery.dataflow import record
+    from hookmap.discovery.values import Values
 
     flow = record(model, inputs("meta", 7))
     values = Values(flow)

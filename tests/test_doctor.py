@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hookmap import doctor
+from hookmap.cli import doctor
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

@@ -15,7 +15,7 @@ from plain_hooks import FAMILIES
 from tiny_tokenizer import tiny_tokenizer
 
 import hookmap
-from hookmap.engines.turns import Turns
+from hookmap.capture.engines.model_lock import Turns
 from hookmap.model import HookedModel
 
 RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]

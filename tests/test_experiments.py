@@ -24,11 +24,11 @@ from hookmap.stores.memory import MemoryStore
 pytest.importorskip("inspect_ai", reason='pip install "hookmap[eval]"')
 pytest.importorskip("sklearn", reason='pip install "hookmap[eval]"')
 
-from hookmap.evals.answers import SCORERS
-from hookmap.experiments import comparing, rewards
-from hookmap.experiments.document import Experiment, Reporting, load_experiment, schema
-from hookmap.experiments.report import compared
-from hookmap.experiments.separation import geometry, probed
+from hookmap.evaluation.experiments import comparing, rewards
+from hookmap.evaluation.experiments.document import Experiment, Reporting, load_experiment, schema
+from hookmap.evaluation.experiments.report import compared
+from hookmap.evaluation.experiments.separation import geometry, probed
+from hookmap.evaluation.gsm8k.answers import SCORERS
 
 PREFIXES = [{"name": "neutral", "text": "Here."}, {"name": "again", "text": "Here."}, {"name": "sad", "text": "Sad."}]
 SMALL: dict[str, Any] = {
@@ -256,7 +256,8 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 # What follows runs inspect_ai.
 
 RUN = (
-    "import sys, json; from hookmap.experiments.run import run; from hookmap.experiments.document import Experiment; "
+    "import sys, json; from hookmap.evaluation.experiments.run import run; "
+    "from hookmap.evaluation.experiments.document import Experiment; "
     "run(Experiment.model_validate(json.loads(sys.argv[2])), sys.argv[1], *sys.argv[3:])"
 )
 
@@ -282,7 +283,7 @@ def test_a_kill_in_any_stage_loses_nothing_finished(tmp_path: Path) -> None:
     """Killed while it generates, and while it fits probes. What was done then is not done again, to the byte."""
     from inspect_ai.log import list_eval_logs, read_eval_log
 
-    from hookmap.experiments.run import run
+    from hookmap.evaluation.experiments.run import run
 
     folder = tmp_path / "emotions"
     batches, probes = folder / "batches", folder / "probes"
@@ -333,7 +334,7 @@ def test_a_kill_in_any_stage_loses_nothing_finished(tmp_path: Path) -> None:
 
 def the_folder_refuses_another_experiment(folder: Path) -> None:
     """On the folder of the test above: to make one takes seconds."""
-    from hookmap.experiments.run import run
+    from hookmap.evaluation.experiments.run import run
 
     other = {**SMALL, "sampling": {"max_tokens": 7}, "samples": {"number": 3}}
     with pytest.raises(hookmap.StoreError, match=r"samples.number: there 4, now 3(.|\n)*max_tokens: there 6, now 7"):
@@ -351,7 +352,7 @@ def the_folder_refuses_another_experiment(folder: Path) -> None:
 
 
 def test_a_stage_that_needs_another_says_so_and_what_cannot_be_kept_is_refused_first(tmp_path: Path) -> None:
-    from hookmap.experiments.run import run
+    from hookmap.evaluation.experiments.run import run
 
     with pytest.raises(hookmap.StoreError, match="score comes after configure, which is not done: --stage configure"):
         run(Experiment.model_validate(SMALL), tmp_path / "e", "score")

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hookmap
+from hookmap.analysis.patching import sweep
 from hookmap.errors import CaptureError, InterventionError, SelectionError
-from hookmap.patching import sweep
 
 IDS = [5, 6, 7, 8, 9]
 OTHER = [5, 6, 4, 8, 9]
@@ -139,8 +139,8 @@ def test_a_capture_that_lost_numbers_is_no_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pool", ["last", "mean", "each"])
 def test_a_probe_names_the_sample_and_the_position(tmp_path: Path, pool: str) -> None:
-    from hookmap.probes.run import probe
-    from hookmap.prompts import Prompt
+    from hookmap.analysis.probes.run import probe
+    from hookmap.loading.prompts import Prompt
 
     model = build()
     with torch.no_grad():

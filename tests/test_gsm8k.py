@@ -16,9 +16,9 @@ from click.testing import CliRunner
 
 import hookmap
 from hookmap.demo import MODEL_PATH
-from hookmap.evals.answers import SCORERS, same
-from hookmap.evals.calculator import calculate
-from hookmap.evals.problems import read_questions
+from hookmap.evaluation.gsm8k.answers import SCORERS, same
+from hookmap.evaluation.gsm8k.calculator import calculate
+from hookmap.evaluation.gsm8k.problems import read_questions
 
 # Answers labelled by hand: what strict, flexible and inspect_evals should read. None: there is no such answer.
 AWKWARD: list[tuple[str, Any, Any, Any]] = [
@@ -329,7 +329,10 @@ def test_questions_keep_their_ids_and_wrong_rows_are_told_at_once(tmp_path: Path
 
 EOS = 258
 """of the demo model"""
-RUN = "import sys, json; from hookmap.evals.run import evaluate; evaluate(sys.argv[1], **json.loads(sys.argv[2]))"
+RUN = (
+    "import sys, json; from hookmap.evaluation.gsm8k.run import evaluate; "
+    "evaluate(sys.argv[1], **json.loads(sys.argv[2]))"
+)
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +369,7 @@ def test_a_killed_evaluation_goes_on_and_does_nothing_finished_again(inspect_ai:
     before = {s.id: s.uuid for s in read_eval_log(log).samples or []}
     assert before, "nothing was finished before the kill: a batch did not reach the log"
 
-    from hookmap.evals.run import evaluate
+    from hookmap.evaluation.gsm8k.run import evaluate
 
     with pytest.raises(hookmap.StoreError, match=r"opening: there \{\}, now \{'dtype': 'bfloat16'\}"):
         evaluate(folder, **how, opening={"dtype": "bfloat16"})
@@ -416,7 +419,7 @@ def test_drawn_answers_do_not_depend_on_the_batch_size(inspect_ai: Any) -> None:
 
     from inspect_ai.model import ChatMessageUser, GenerateConfig
 
-    from hookmap.evals.provider import HookmapAPI
+    from hookmap.evaluation.inspect_provider import HookmapAPI
 
     async def answers(size: int, seed: int) -> list[list[str]]:
         model = HookmapAPI("demo", batch_size=size)
@@ -437,7 +440,7 @@ def test_an_answer_that_ends_with_its_last_token_is_not_cut_off(inspect_ai: Any)
 
     from inspect_ai.model import ChatMessageUser, GenerateConfig
 
-    from hookmap.evals.provider import HookmapAPI
+    from hookmap.evaluation.inspect_provider import HookmapAPI
 
     model = HookmapAPI("demo")
 
@@ -454,7 +457,7 @@ def test_an_answer_that_ends_with_its_last_token_is_not_cut_off(inspect_ai: Any)
 
 
 def test_a_tool_call_is_read_from_what_a_model_writes(inspect_ai: Any) -> None:
-    from hookmap.evals.provider import parse_tool_calls
+    from hookmap.evaluation.inspect_provider import parse_tool_calls
 
     text, calls = parse_tool_calls(
         'So\n<tool_call>\n{"name": "calculator", "arguments": {"expression": "1+1"}}\n</tool_call>'
@@ -471,8 +474,8 @@ def test_the_calculator_answers_within_the_conversation(inspect_ai: Any, tmp_pat
     """The loop of model and tool is inspect's; its own scripted model stands in for one that calls tools."""
     from inspect_ai.model import ModelOutput, ModelUsage, get_model
 
-    from hookmap.evals.gsm8k import gsm8k
-    from hookmap.evals.results import write_results
+    from hookmap.evaluation.gsm8k.results import write_results
+    from hookmap.evaluation.gsm8k.task import gsm8k
 
     script = [
         ModelOutput.for_tool_call("mockllm", "calculator", {"expression": "2 * 21"}),

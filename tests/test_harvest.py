@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from plain_hooks import FAMILIES, LAYERS
 
 import hookmap
+from hookmap.capture.runs import harvest_batches
 from hookmap.model import HookedModel
-from hookmap.runs import harvest_batches
 
 RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
 

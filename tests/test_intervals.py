@@ -9,7 +9,7 @@ pytest.importorskip("scipy", reason='pip install "hookmap[eval]"')
 
 from scipy import stats
 
-from hookmap.intervals import auroc_interval, difference_interval, mean_interval, proportion_interval
+from hookmap.analysis.intervals import auroc_interval, difference_interval, mean_interval, proportion_interval
 
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 1), (8, 8), (30, 30), (0, 12), (7, 10), (412, 1319)])

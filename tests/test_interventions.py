@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tiny_tokenizer import tiny_tokenizer
 
 import hookmap
-from hookmap.interventions import Steer, dump_interventions, load_interventions, read_interventions
+from hookmap.capture.interventions.documents import Steer, dump_interventions, load_interventions, read_interventions
 from hookmap.model import HookedModel
 
 RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]

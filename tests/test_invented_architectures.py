@@ -10,7 +10,7 @@ import torch
 from invented import DEPTH, D, Ladder, Rung, V, check, note
 from torch import Tensor, nn
 
-from hookmap.discovery import discover
+from hookmap.discovery.discover import discover
 from hookmap.errors import DiscoveryError
 
 pytestmark = pytest.mark.usefixtures("seeded")

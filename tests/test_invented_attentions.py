@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from invented import IDS, Behind, D, Ladder, Mix, Rung, Think, check, note
 from torch import Tensor, nn
 
-from hookmap.discovery import discover
+from hookmap.discovery.discover import discover
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.discovery import discover
+from hookmap.discovery.discover import discover
 from hookmap.errors import DiscoveryError
-from hookmap.verification import Verification, redraw, verify
+from hookmap.maps.document import ArchitectureMap
+from hookmap.verification.verify import Verification, redraw, verify
 
 D, V = 24, 50
 

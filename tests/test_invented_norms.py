@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from invented import Behind, D, Ladder, Rung, check, note
 from torch import Tensor, nn
 
-from hookmap.discovery import discover
+from hookmap.discovery.discover import discover
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

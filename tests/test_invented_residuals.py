@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hookmap.discovery import discover
+from hookmap.discovery.discover import discover
 from hookmap.errors import DiscoveryError
-from hookmap.verification import verify
+from hookmap.verification.verify import verify
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

@@ -9,8 +9,8 @@ import torch
 from tiny_tokenizer import tiny_tokenizer
 
 import hookmap
-from hookmap.capture import Capture
-from hookmap.kept import kept
+from hookmap.capture.prepare import Capture
+from hookmap.capture.rows import kept
 from hookmap.model import HookedModel
 from hookmap.stores.memory import MemoryStore
 

@@ -10,10 +10,10 @@ import torch
 from tiny_tokenizer import tiny_tokenizer
 
 import hookmap
-from hookmap.attribution import BIAS, ROUNDING
-from hookmap.lens import _figures
+from hookmap.analysis.attribution import BIAS, ROUNDING
+from hookmap.analysis.lens import _figures
+from hookmap.analysis.unembedding import readout_of
 from hookmap.model import HookedModel
-from hookmap.readout import readout_of
 
 TOKENS = [5, 9, 3, 4, 20, 11]
 
@@ -121,7 +121,7 @@ def test_the_figures_of_the_lens_are_those_of_its_distribution() -> None:
 def test_long_texts_go_through_the_unembedding_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     hm = opened("gemma2")
     whole = hm.lens(TOKENS)
-    monkeypatch.setattr("hookmap.lens._CHUNK", 4)
+    monkeypatch.setattr("hookmap.analysis.lens._CHUNK", 4)
     pieces = hm.lens(TOKENS)
     assert torch.equal(whole.top_ids, pieces.top_ids) and torch.allclose(whole.kl, pieces.kl, atol=1e-6)
 

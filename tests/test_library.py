@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hookmap
-from hookmap import library
-from hookmap.architecture_map import load, parse
+from hookmap.discovery import library
+from hookmap.discovery.library import load_map, mappings_folder, resize, shipped_architectures, shipped_models
 from hookmap.errors import MapError, MapMismatchError, MapNotFoundError
-from hookmap.library import load_map, mappings_folder, resize, shipped_architectures, shipped_models
+from hookmap.maps.document import load, parse
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],

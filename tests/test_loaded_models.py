@@ -19,11 +19,11 @@ from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
 import hookmap
+from hookmap.analysis.steering import load_vector
 from hookmap.cli.main import main
-from hookmap.config_fields import with_fields
-from hookmap.map_diff import differences
-from hookmap.steering import load_vector
-from hookmap.verification import verify
+from hookmap.loading.config_fields import with_fields
+from hookmap.maps.diff import differences
+from hookmap.verification.verify import verify
 
 NEW = 4
 IDS = [[5, 17, 3, 60, 22, 9]]

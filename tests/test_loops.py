@@ -14,12 +14,12 @@ from invented import IDS, Ladder, check
 from torch import Tensor, nn
 
 import hookmap
-from hookmap.architecture_map import ArchitectureMap, parse
-from hookmap.discovery import discover
+from hookmap.discovery.discover import discover
+from hookmap.discovery.map_of_model import map_of
 from hookmap.errors import DiscoveryError, MapMismatchError, SelectionError
-from hookmap.map_of_model import map_of
-from hookmap.narrow import narrow
-from hookmap.verification import verify
+from hookmap.loading.narrow import narrow
+from hookmap.maps.document import ArchitectureMap, parse
+from hookmap.verification.verify import verify
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

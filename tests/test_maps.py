@@ -10,16 +10,16 @@ import pytest
 from click.testing import CliRunner
 from packaging.version import Version
 
-from hookmap.architecture_map import ArchitectureMap, load
 from hookmap.cli.commands.maps import command
-from hookmap.discovery import discover
-from hookmap.library import mappings_folder, shipped_architectures
-from hookmap.map_diff import differences
-from hookmap.maps import LEDGER, Entry, Kind, build_type, classes, done, sweep, tenth
-from hookmap.maps_table import by_class, counts, markdown
-from hookmap.narrow import narrow
-from hookmap.sweep_configs import COMPLETIONS, config_of
-from hookmap.verification import verify
+from hookmap.discovery.discover import discover
+from hookmap.discovery.library import mappings_folder, shipped_architectures
+from hookmap.loading.narrow import narrow
+from hookmap.maps.diff import differences
+from hookmap.maps.document import ArchitectureMap, load
+from hookmap.sweep.build import LEDGER, Entry, Kind, build_type, classes, done, sweep, tenth
+from hookmap.sweep.configs import COMPLETIONS, config_of
+from hookmap.sweep.table import by_class, counts, markdown
+from hookmap.verification.verify import verify
 
 
 def _proved(model_type: str, **settings: Any) -> ArchitectureMap:
@@ -294,7 +294,7 @@ def test_an_unknown_type_is_wrong_usage() -> None:
 
 def test_a_tenth_is_added_to_the_types_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    monkeypatch.setattr("hookmap.maps.sweep", lambda types, *_: seen.extend(types) or [])
+    monkeypatch.setattr("hookmap.sweep.build.sweep", lambda types, *_: seen.extend(types) or [])
     assert CliRunner().invoke(command, ["check", "gpt2", "--tenth", "3"]).exit_code == 0
     assert seen == list(dict.fromkeys(["gpt2", *tenth(3)]))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import psutil
 
-from hookmap.memory_use import available
+from hookmap.loading.memory import available
 
 MB = 10**6
 

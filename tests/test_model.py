@@ -18,8 +18,8 @@ import transformers
 from tiny_tokenizer import tiny_tokenizer
 
 import hookmap
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.loading import load_tokenizer
+from hookmap.loading.checkpoints import load_tokenizer
+from hookmap.maps.document import ArchitectureMap
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.errors import HookmapError
-from hookmap.verification import verify
+from hookmap.verification.verify import verify
 
 NEW = 4
 TEXT = "to be or not to be"

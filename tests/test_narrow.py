@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
-from hookmap import skeleton
 from hookmap.errors import ModelError
-from hookmap.narrow import MOST_BYTES, narrow, narrow_copy
-from hookmap.verification import verify
+from hookmap.loading import skeleton
+from hookmap.loading.narrow import MOST_BYTES, narrow, narrow_copy
+from hookmap.verification.verify import verify
 
 
 def _never_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:

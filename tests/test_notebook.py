@@ -9,12 +9,12 @@ import torch
 
 import hookmap
 from hookmap.activations import Activation, Sample
-from hookmap.architecture_map import ArchitectureMap, parse
-from hookmap.capture import Capture
+from hookmap.capture.prepare import Capture
 from hookmap.demo import MODEL_PATH
-from hookmap.named_axes import to_xarray
+from hookmap.maps.document import ArchitectureMap, parse
 from hookmap.stores.manifest import manifest_of_run
 from hookmap.stores.memory import MemoryStore
+from hookmap.stores.xarray import to_xarray
 
 KEYS = [("resid_post", 3), ("resid_post", 7), ("pattern", 7), ("final_norm", None)]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hookmap.activations import Activation
-from hookmap.engines.observation import BatchLayout, Observer
+from hookmap.capture.engines.observation import BatchLayout, Observer
+from hookmap.capture.rows import Kept, kept
 from hookmap.errors import CaptureError
-from hookmap.kept import Kept, kept
-from hookmap.selectors import Selector, Term
+from hookmap.maps.selectors import Selector, Term
 
 STREAM = Selector("resid_post", 0, (Term("block", "output", None),), 0)
 WIDTH = 4

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hookmap
-from hookmap.float64 import in_float64
+from hookmap.loading.float64 import in_float64
 from hookmap.model import HookedModel
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import hookmap
+from hookmap.analysis.grid import Grid, load_grid
+from hookmap.analysis.patching import sweep
 from hookmap.cli.main import main
 from hookmap.demo import MODEL_PATH
-from hookmap.grid import Grid, load_grid
 from hookmap.model import HookedModel
-from hookmap.patching import sweep
 
 CLEAN, CORRUPTED = [5, 17, 3, 60, 22], [5, 17, 40, 60, 22]
 

@@ -6,8 +6,8 @@ from xml.etree import ElementTree as Xml
 
 import pytest
 
-from hookmap.library import load_map
-from hookmap.picture import block_svg
+from hookmap.discovery.library import load_map
+from hookmap.maps.block_picture import block_svg
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 STREAM = ("resid_pre", "resid_mid", "resid_post")

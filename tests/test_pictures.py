@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import hookmap
-from hookmap.attribution import Attribution
+from hookmap.analysis.attribution import Attribution
+from hookmap.analysis.charts import attention, bars, heat_map, printable, save_picture
+from hookmap.analysis.grid import Grid
+from hookmap.analysis.grid_table import grid_table
 from hookmap.cli.main import main
-from hookmap.grid import Grid
-from hookmap.grid_table import grid_table
-from hookmap.pictures import attention, bars, heat_map, printable, save_picture
 
 EVIL = "</script><script>alert(1)</script>"
 

@@ -18,8 +18,8 @@ from hookmap.stores.memory import MemoryStore
 
 pytest.importorskip("sklearn", reason='pip install "hookmap[eval]"')
 
-from hookmap.probes.pooling import chosen_positions, matrices
-from hookmap.probes.run import probe
+from hookmap.analysis.probes.pooling import chosen_positions, matrices
+from hookmap.analysis.probes.run import probe
 
 KEY = ("resid_post", 3)
 WIDTH, SAMPLES, PROMPT = 16, 80, 5

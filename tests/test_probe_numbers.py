@@ -12,16 +12,16 @@ from click.testing import CliRunner
 
 import hookmap
 from hookmap.activations import Activation, Sample
+from hookmap.analysis.probes.examples import read_examples
 from hookmap.cli.main import main
 from hookmap.demo import MODEL_PATH
-from hookmap.probes.examples import read_examples
 from hookmap.stores.folder import write_store
 from hookmap.stores.manifest import manifest_of_run
 from hookmap.stores.memory import MemoryStore
 
 pytest.importorskip("sklearn", reason='pip install "hookmap[eval]"')
 
-from hookmap.probes.run import Trial, p_value, probe
+from hookmap.analysis.probes.run import Trial, p_value, probe
 
 METHODS = ("logistic", "ridge", "mean_difference")
 
@@ -93,7 +93,7 @@ def test_a_layer_in_which_nothing_varies_has_no_probe_and_is_named(tmp_path: Pat
 @pytest.mark.parametrize("seed", range(4))
 def test_every_layer_is_in_the_vector(tmp_path: Path, method: str, seed: int) -> None:
     """Also one whose probe tells less than nothing of what was held out: its direction stays."""
-    from hookmap.steering import load_vector
+    from hookmap.analysis.steering import load_vector
 
     labels = halves(24, seed)
     found = probe(store_of(labels, noise(24, 5, seed), noise(24, 5, 9 + seed)), "y", method=method, shuffles=1, folds=4)
@@ -208,7 +208,7 @@ def test_probabilities_are_those_of_scikit_learns_calibration() -> None:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from hookmap.probes.folds import grouped_folds
+    from hookmap.analysis.probes.folds import grouped_folds
 
     labels = np.array(halves(120))
     rows = noise(120, 20) + 0.7 * labels[:, None] * (np.arange(20) < 2)

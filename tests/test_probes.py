@@ -20,10 +20,10 @@ from hookmap.stores.memory import MemoryStore
 
 pytest.importorskip("sklearn", reason='pip install "hookmap[eval]"')
 
-from hookmap.probes import folds as crossval
-from hookmap.probes.metrics import auroc, calibration, independent, recall_at
-from hookmap.probes.run import probe
-from hookmap.probes.saved import load_probes
+from hookmap.analysis.probes import folds as crossval
+from hookmap.analysis.probes.metrics import auroc, calibration, independent, recall_at
+from hookmap.analysis.probes.run import probe
+from hookmap.analysis.probes.saved import load_probes
 
 KEYS = [("resid_post", 3), ("resid_post", 7)]
 WIDTH = 24
@@ -265,7 +265,7 @@ def test_each_position_is_probed_and_it_is_found_from_where_it_is_written() -> N
 
 
 def test_pools_are_means_of_the_rows_that_their_names_say() -> None:
-    from hookmap.probes.pooling import matrices
+    from hookmap.analysis.probes.pooling import matrices
 
     store = planted(4)
     rows = store.read(1, *KEYS[0])
@@ -294,7 +294,7 @@ def test_pools_are_means_of_the_rows_that_their_names_say() -> None:
 )
 def test_a_pool_is_not_made_of_other_tokens_than_its_name_says(held: Any, pool: str, expected: int | str) -> None:
     """Six tokens were fed, four of them the prompt's, and the capture holds some of them."""
-    from hookmap.probes.pooling import matrices
+    from hookmap.analysis.probes.pooling import matrices
 
     rows = torch.randn(1 if held == "mean" else len(held), WIDTH)
     store = MemoryStore(KEYS[:1])
@@ -311,7 +311,7 @@ def test_a_pool_is_not_made_of_other_tokens_than_its_name_says(held: Any, pool: 
 
 
 def test_the_logprob_control_is_that_of_the_answers_tokens() -> None:
-    from hookmap.probes.controls import _logprob
+    from hookmap.analysis.probes.controls import _logprob
 
     logits = torch.randn(6, 110)
     store = MemoryStore([("logits", None)])
@@ -324,7 +324,7 @@ def test_the_logprob_control_is_that_of_the_answers_tokens() -> None:
 
 def test_memory_is_that_of_one_matrix_however_large_the_capture(tmp_path: Path) -> None:
     """24 MB on disk; a pooled matrix has 60 kB. What numpy and the reader hold at once is counted."""
-    from hookmap.probes.pooling import matrices
+    from hookmap.analysis.probes.pooling import matrices
 
     keys = [("resid_post", n) for n in range(12)]
     with FolderWriter.create(tmp_path / "run", manifest_of_run(keys, model=None)) as writer:
@@ -361,7 +361,7 @@ def test_probes_are_saved_as_they_are_and_steer(tmp_path: Path) -> None:
     assert again.biases == found.probes.biases
     assert all(torch.equal(again.weights[key], weights) for key, weights in found.probes.weights.items())
     assert again.about == found.probes.about
-    from hookmap.steering import load_vector
+    from hookmap.analysis.steering import load_vector
 
     vector = load_vector(tmp_path / "probes" / "vector-resid_post.safetensors")
     assert vector.layers == (3, 7) and float(vector[7].norm()) == pytest.approx(1, abs=1e-5)

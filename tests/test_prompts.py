@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 import hookmap
 from hookmap.cli.main import main
 from hookmap.demo import MODEL_PATH
+from hookmap.loading.prompts import encode
 from hookmap.model import HookedModel
-from hookmap.prompts import encode
 
 CHAT = [{"role": "user", "content": "two plus two"}]
 ANSWERED = [*CHAT, {"role": "assistant", "content": "is four"}]

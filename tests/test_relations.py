@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hookmap.architecture_map import BlockKind, load
-from hookmap.checks_relations import Relations
-from hookmap.discovery import discover
-from hookmap.library import mappings_folder
-from hookmap.relations import can_be_checked
-from hookmap.verification import verify
+from hookmap.discovery.discover import discover
+from hookmap.discovery.library import mappings_folder
+from hookmap.maps.document import BlockKind, load
+from hookmap.maps.relations import can_be_checked
+from hookmap.verification.relations import Relations
+from hookmap.verification.verify import verify
 
 B, S, D, STREAMS = 2, 9, 64, 4
 _INSIDE = r"z = pattern @ v|m\w+_out_raw = [\w.{}]+\((z|mlp_post)\)|router_indices = topk\(router_logits\)"

@@ -13,10 +13,10 @@ from tiny_tokenizer import tiny_tokenizer
 import hookmap
 from hookmap.datasets import PromptRecord
 from hookmap.errors import StoreError
+from hookmap.loading.weights import weights_of
 from hookmap.model import HookedModel
 from hookmap.stores.copying import repair
 from hookmap.stores.reader import CaptureStore
-from hookmap.weights import weights_of
 
 RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81], [5, 5], [9, 8, 7, 6], [1, 2, 3]]
 WISH: dict[str, Any] = {"points": ["resid_mid", "resid_post"], "layers": [1, 2], "max_new_tokens": 9, "batch_size": 3}

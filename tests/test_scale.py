@@ -26,8 +26,8 @@ from hookmap.errors import (
     SelectionError,
     StoreError,
 )
-from hookmap.scale.pool import check_listens
-from hookmap.scale.worker import Job, Worker
+from hookmap.services.ray.pool import check_listens
+from hookmap.services.ray.worker import Job, Worker
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.groups import Group

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hookmap import CaptureError, SelectionError
-from hookmap.architecture_map import ArchitectureMap, parse
-from hookmap.points import POINTS, parse_point
-from hookmap.selectors import select
+from hookmap.maps.document import ArchitectureMap, parse
+from hookmap.maps.points import POINTS, parse_point
+from hookmap.maps.selectors import select
 
 MAP = parse(hybrid())
 

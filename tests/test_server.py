@@ -13,7 +13,7 @@ from openai import OpenAI
 from served import MESSAGES, NAME, QUESTION, Served, serving
 
 from hookmap.demo import MODEL_PATH
-from hookmap.prompts import encode
+from hookmap.loading.prompts import encode
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import torch
 from openai import OpenAI
 from served import NAME, Served, demo, serving
 
-from hookmap.generation import settings
-from hookmap.prompts import Prompt
-from hookmap.server.jobs import Job
+from hookmap.loading.generation import settings
+from hookmap.loading.prompts import Prompt
+from hookmap.services.server.jobs import Job
 
 PROMPTS = ["Tom has 3 apples.", "2 and 3?", "Ann buys 4 pens. She buys 5 more. How many?", "x"]
 

@@ -23,9 +23,9 @@ from served import MESSAGES, NAME, Served, demo, serving
 
 import hookmap
 from hookmap.cli.main import main
-from hookmap.server.downloads import download_of
-from hookmap.server.errors import ApiError
-from hookmap.server.sessions import Sessions
+from hookmap.services.server.downloads import download_of
+from hookmap.services.server.errors import ApiError
+from hookmap.services.server.sessions import Sessions
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from served import MESSAGES, Served, serving
 
-from hookmap.server.summaries import offered
+from hookmap.services.server.summaries import offered
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 pytest.importorskip("fastapi")
 
-from hookmap import generation as gen
 from hookmap.demo import MODEL_PATH
-from hookmap.server.text import Cutter, Decoder, RowText
+from hookmap.loading import generation as gen
+from hookmap.services.server.text import Cutter, Decoder, RowText
 
 SPECIAL = "<|end|>"
 CORPUS = ["the cat sat on the mat, and that was that. ", "größer naïve 日本語のテキスト 👩‍👩‍👧 ", "\n\nUser: stop"] * 20

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
 import hookmap
+from hookmap.analysis.gguf import read_gguf, write_gguf
+from hookmap.analysis.steering import About, SteeringVector, load_vector, mean_difference, principal_direction
 from hookmap.cli.main import main
-from hookmap.control_vectors import read_gguf, write_gguf
-from hookmap.steering import About, SteeringVector, load_vector, mean_difference, principal_direction
 
 POSITIVE = ["to be or not", "that is the question", "is the question to be"]
 NEGATIVE = ["not or be to", "w3 w4 the w9 w2", "w7 not"]

@@ -14,8 +14,8 @@ from store_runs import Run, resid
 from tiny_tokenizer import tiny_tokenizer
 
 import hookmap
+from hookmap.capture.rows import DTYPES, kept
 from hookmap.errors import HookmapError
-from hookmap.kept import DTYPES, kept
 from hookmap.model import HookedModel
 from hookmap.stores import open_store
 from hookmap.stores.copying import repair

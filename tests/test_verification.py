@@ -6,10 +6,10 @@ import plain_hooks
 import pytest
 import torch
 
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.discovery import discover
+from hookmap.discovery.discover import discover
 from hookmap.errors import MapMismatchError, ModelError
-from hookmap.verification import Verification, redraw, verify
+from hookmap.maps.document import ArchitectureMap
+from hookmap.verification.verify import Verification, redraw, verify
 
 
 def _changed(found: ArchitectureMap, point: str, **term: object) -> ArchitectureMap:

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import hookmap
-from hookmap.verification import verify
+from hookmap.verification.verify import verify
 
 IDS = [[5, 17, 3, 44, 9, 40, 31, 8]]
 _SIZES = {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4, "vocab_size": 97, "n_positions": 64}

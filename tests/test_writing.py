@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, XLNetConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 import hookmap
-from hookmap.architecture_map import ArchitectureMap, Heads
-from hookmap.engines.hooks import HooksEngine
+from hookmap.capture.engines.hooks import HooksEngine
+from hookmap.capture.interventions.proofs import Proofs
+from hookmap.capture.interventions.writable import Place, passed_on
+from hookmap.maps.document import ArchitectureMap, Heads
+from hookmap.maps.selectors import Term
 from hookmap.model import HookedModel
-from hookmap.proofs import Proofs
-from hookmap.selectors import Term
-from hookmap.writing import Place, passed_on
 
 ALWAYS = {"pattern", "router_logits", "router_indices"}
 

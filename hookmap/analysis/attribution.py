@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookmap.capture import Capture
-from hookmap.engines.turns import turns_of
+from hookmap.analysis.head_outputs import head_outputs
+from hookmap.analysis.lens import token_id, token_text, where
+from hookmap.analysis.unembedding import Readout, apply, readout_of
+from hookmap.capture.engines.model_lock import turns_of
+from hookmap.capture.finiteness import not_finite
+from hookmap.capture.prepare import Capture
 from hookmap.errors import SelectionError
-from hookmap.finiteness import not_finite
-from hookmap.head_outputs import head_outputs
-from hookmap.lens import token_id, token_text, where
-from hookmap.readout import Readout, apply, readout_of
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel

@@ -12,13 +12,13 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hookmap.analysis.grid import Grid
 from hookmap.errors import CaptureError, StoreError
-from hookmap.grid import Grid
 
 if TYPE_CHECKING:
     import torch
 
-    from hookmap.attribution import Attribution
+    from hookmap.analysis.attribution import Attribution
 
 FORMATS = (".png", ".svg", ".html")
 MISSING = 'pictures need Altair and vl-convert: pip install "hookmap[viz]"'

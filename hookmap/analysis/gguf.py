@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hookmap.analysis.steering import About, SteeringVector, from_file, load_vector
 from hookmap.errors import StoreError
-from hookmap.steering import About, SteeringVector, from_file, load_vector
 
 ARCHITECTURE = "controlvector"
 POINT = "resid_post"

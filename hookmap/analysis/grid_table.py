@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from hookmap.grid import Grid
-from hookmap.pictures import printable
+from hookmap.analysis.charts import printable
+from hookmap.analysis.grid import Grid
 
 _WIDE = 6
 _LIGHT, _DARK = (247, 251, 255), (8, 81, 156)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hookmap import skeleton
-from hookmap.capture import Capture
+from hookmap.capture.prepare import Capture
 from hookmap.errors import SelectionError
+from hookmap.loading import skeleton
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from hookmap.activations import Sample
-from hookmap.capture import Capture
-from hookmap.engines.turns import turns_of
+from hookmap.analysis.grid import Grid
+from hookmap.analysis.unembedding import Readout, readout_of
+from hookmap.capture.engines.model_lock import turns_of
+from hookmap.capture.finiteness import check_rows, not_finite
+from hookmap.capture.prepare import Capture
 from hookmap.errors import SelectionError
-from hookmap.finiteness import check_rows, not_finite
-from hookmap.grid import Grid
-from hookmap.points import parse_point
-from hookmap.prompts import text_of
-from hookmap.readout import Readout, readout_of
+from hookmap.loading.prompts import text_of
+from hookmap.maps.points import parse_point
 from hookmap.stores.interface import Store
 
 if TYPE_CHECKING:

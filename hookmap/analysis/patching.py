@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookmap.changes import Patched
-from hookmap.engines.editing import Edit
+from hookmap.analysis.grid import Grid
+from hookmap.capture.finiteness import not_finite
+from hookmap.capture.interventions.edits import Edit
+from hookmap.capture.interventions.operations import Patched
+from hookmap.capture.interventions.plan import Plan, why_not_heads
+from hookmap.capture.rows import kept
 from hookmap.errors import InterventionError, SelectionError
-from hookmap.finiteness import not_finite
-from hookmap.grid import Grid
-from hookmap.kept import kept
-from hookmap.plan import Plan, why_not_heads
-from hookmap.prompts import Prompt, text_of
-from hookmap.selectors import Selector, layer_ranges
+from hookmap.loading.prompts import Prompt, text_of
+from hookmap.maps.selectors import Selector, layer_ranges
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel

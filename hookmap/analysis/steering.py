@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hookmap.capture.finiteness import not_finite
 from hookmap.errors import SelectionError, StoreError
-from hookmap.finiteness import not_finite
-from hookmap.not_here import is_pointer, pointers_told
-from hookmap.points import parse_point
-from hookmap.prompts import is_one
+from hookmap.loading.prompts import is_one
+from hookmap.maps.points import parse_point
+from hookmap.placeholders import is_pointer, pointers_told
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
@@ -33,7 +33,7 @@ _METADATA = "hookmap.steering"
 
 
 class About(BaseModel):
-    """What a vector is of; the metadata of its file, as JSON under `hookmap.steering`."""
+    """What a vector is of; the metadata of its file, as JSON under `hookmap.analysis.steering`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

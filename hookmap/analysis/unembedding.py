@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hookmap import skeleton
-from hookmap.dataflow import Dataflow, ModuleCall, Operation, TensorRef, record
-from hookmap.engines.turns import turns_of
+from hookmap.capture.engines.model_lock import turns_of
+from hookmap.capture.finiteness import not_finite
+from hookmap.discovery.dataflow import Dataflow, ModuleCall, Operation, TensorRef, record
 from hookmap.errors import SelectionError
-from hookmap.finiteness import not_finite
-from hookmap.selectors import Selector
+from hookmap.loading import skeleton
+from hookmap.maps.selectors import Selector
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from hookmap.architecture_map import ArchitectureMap
+from hookmap.capture.rows import DTYPES, NUMBERS, Kept
 from hookmap.errors import CaptureError, StoreError
-from hookmap.kept import DTYPES, NUMBERS, Kept
-from hookmap.memory_use import available
-from hookmap.points import POINTS
-from hookmap.selectors import Selector
+from hookmap.loading.memory import available
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.points import POINTS
+from hookmap.maps.selectors import Selector
 
 _SMALLER = "choose fewer points or layers, positions=, every=, mean=, features=, keep_dtype=, or fewer new tokens"
 STREAMING_BYTES = 160 * 2**20

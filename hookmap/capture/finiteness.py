@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hookmap import generation as gen
 from hookmap.activations import Activation, Key, Sample
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.engines import Engine
-from hookmap.engines.observation import BatchLayout, Observer
+from hookmap.capture.engines import Engine
+from hookmap.capture.engines.observation import BatchLayout, Observer
+from hookmap.capture.runs import device_of, turn
 from hookmap.errors import CaptureError
-from hookmap.runs import device_of, turn
-from hookmap.selectors import select
+from hookmap.loading import generation as gen
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.selectors import select
 from hookmap.stores.ledger import tensor_name
 
 if TYPE_CHECKING:

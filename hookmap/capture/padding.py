@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from hookmap import generation as gen
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.engines import Engine
-from hookmap.engines.observation import BatchLayout
-from hookmap.engines.turns import turns_of
-from hookmap.float64 import as_it_was, in_float64
-from hookmap.kept import Kept
-from hookmap.memory_use import MemoryUse
-from hookmap.prompts import Prompt
-from hookmap.runs import Generating, Harvesting, Run, device_of, turn, vocabulary_of
-from hookmap.selectors import select
+from hookmap.capture.engines import Engine
+from hookmap.capture.engines.model_lock import turns_of
+from hookmap.capture.engines.observation import BatchLayout
+from hookmap.capture.rows import Kept
+from hookmap.capture.runs import Generating, Harvesting, Run, device_of, turn, vocabulary_of
+from hookmap.loading import generation as gen
+from hookmap.loading.float64 import as_it_was, in_float64
+from hookmap.loading.memory import MemoryUse
+from hookmap.loading.prompts import Prompt
+from hookmap.loading.wrappers import generation_config_of
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.selectors import select
 from hookmap.stores.memory import MemoryStore
-from hookmap.wrappers import generation_config_of
 
 _LENGTHS = (3, 40)
 """tokens of the prompts that get pads"""

@@ -13,18 +13,12 @@ from typing import Any
 
 import torch
 
-from hookmap import generation as gen
 from hookmap.activations import Key, Sample
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.engines import Engine
-from hookmap.errors import CaptureError, InterventionError, SelectionError, StoreError, TokenizerError
-from hookmap.estimate import Estimate, check_room
-from hookmap.kept import Kept, matching_tokens
-from hookmap.memory_use import MemoryUse
-from hookmap.plan import Plan
-from hookmap.points import POINTS, parse_point
-from hookmap.prompts import Prompt
-from hookmap.runs import (
+from hookmap.capture.engines import Engine
+from hookmap.capture.estimate import Estimate, check_room
+from hookmap.capture.interventions.plan import Plan
+from hookmap.capture.rows import Kept, matching_tokens
+from hookmap.capture.runs import (
     Batches,
     Generating,
     Harvesting,
@@ -34,16 +28,22 @@ from hookmap.runs import (
     log,
     vocabulary_of,
 )
-from hookmap.selectors import Selector
+from hookmap.errors import CaptureError, InterventionError, SelectionError, StoreError, TokenizerError
+from hookmap.loading import generation as gen
+from hookmap.loading.memory import MemoryUse
+from hookmap.loading.prompts import Prompt
+from hookmap.loading.weights import weights_of
+from hookmap.loading.wrappers import generate_of, generation_config_of
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.points import POINTS, parse_point
+from hookmap.maps.selectors import Selector
 from hookmap.stores import open_store
 from hookmap.stores.background import BackgroundWriter
-from hookmap.stores.beside import BEFORE, Lacking, before_writer
+from hookmap.stores.before import BEFORE, Lacking, before_writer
 from hookmap.stores.folder import FolderWriter, write_store
 from hookmap.stores.interface import Store, place_of
 from hookmap.stores.manifest import Manifest, manifest_of_run
 from hookmap.stores.memory import MemoryStore
-from hookmap.weights import weights_of
-from hookmap.wrappers import generate_of, generation_config_of
 
 BATCH_SIZE = 8
 BATCH_TOKENS = 4096
@@ -130,7 +130,7 @@ class Capture:
         batch. The coordinates are samples' numbers, layers and tokens' positions. bfloat16 becomes float32, exactly.
         Raises SelectionError where samples have different numbers of rows, CaptureError without xarray.
         """
-        from hookmap.named_axes import to_xarray
+        from hookmap.stores.xarray import to_xarray
 
         return to_xarray(self, point, layer, sample)
 
@@ -149,12 +149,12 @@ class Capture:
         return f"<Capture of {samples}, {rows} rows of {tensors}: {', '.join(self.points)}>"
 
     def _repr_html_(self) -> str:
-        from hookmap.notebook import capture_html
+        from hookmap.html import capture_html
 
         return capture_html(self)
 
     def _ipython_key_completions_(self) -> list[Any]:
-        from hookmap.notebook import completions
+        from hookmap.html import completions
 
         return completions(self.keys)
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from hookmap.capture.overflow import OVERFLOWS
 from hookmap.errors import SelectionError
-from hookmap.overflow import OVERFLOWS
-from hookmap.points import POINTS
-from hookmap.prompts import known_ids, text_of
+from hookmap.loading.prompts import known_ids, text_of
+from hookmap.maps.points import POINTS
 
 Positions = str | slice | Sequence[int]
 Wanted = Callable[[int, int], bool]

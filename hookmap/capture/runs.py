@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from hookmap import generation as gen
-from hookmap import skeleton
 from hookmap.activations import Sample, Sink
-from hookmap.engines import Engine
-from hookmap.engines.editing import Edit, Editor
-from hookmap.engines.observation import BatchLayout, Observer
-from hookmap.engines.turns import turns_of
+from hookmap.capture.engines import Engine
+from hookmap.capture.engines.model_lock import turns_of
+from hookmap.capture.engines.observation import BatchLayout, Observer
+from hookmap.capture.interventions.edits import Edit, Editor
+from hookmap.capture.overflow import in_words
+from hookmap.capture.rows import DTYPES, Kept
 from hookmap.errors import CaptureError
-from hookmap.kept import DTYPES, Kept
-from hookmap.memory_use import MemoryUse
-from hookmap.overflow import in_words
-from hookmap.points import POINTS
-from hookmap.prompts import Prompt, decode
-from hookmap.selectors import Selector
+from hookmap.loading import generation as gen
+from hookmap.loading import skeleton
+from hookmap.loading.memory import MemoryUse
+from hookmap.loading.prompts import Prompt, decode
+from hookmap.maps.points import POINTS
+from hookmap.maps.selectors import Selector
 
 log = logging.getLogger("hookmap")
 

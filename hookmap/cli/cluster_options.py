@@ -10,8 +10,8 @@ from hookmap.cli.finite import FiniteRange
 from hookmap.cli.model_options import chosen
 
 if TYPE_CHECKING:
-    from hookmap.remote_model import RemoteModel
-    from hookmap.scale.model import RayModel
+    from hookmap.services.nnsight_server import RemoteModel
+    from hookmap.services.ray.model import RayModel
 
 _CLUSTER = (
     click.option("--workers", type=click.IntRange(min=1), metavar="N", help="With --engine ray.  [default: 1]"),

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from hookmap.cli.settings import FILE_NAME, PREFIX, parse_layers
-from hookmap.yaml_document import read_yaml
+from hookmap.loading.yaml_file import read_yaml
 
 SCHEMA_ID = "urn:hookmap:schema:hookmap-1"
 _PATHS = ("model", "map", "tokenizer", "prompts", "eval.data")

@@ -104,7 +104,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _room() -> Iterator[Finding]:
-    from hookmap.memory_use import available
+    from hookmap.loading.memory import available
 
     free = available()
     yield Finding("memory", "ok" if free > LITTLE_MEMORY else "note", f"{_gb(free)} free")
@@ -149,7 +149,7 @@ def _settings() -> Iterator[Finding]:
 
 
 def _maps() -> Iterator[Finding]:
-    from hookmap.library import shipped_architectures
+    from hookmap.discovery.library import shipped_architectures
 
     count = len(shipped_architectures())
     mend = "" if count else "install hookmap again: its maps are not there"

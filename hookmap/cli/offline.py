@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 import hookmap
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.library import load_map, shipped_architectures, shipped_near
+from hookmap.discovery.library import load_map, shipped_architectures, shipped_near
+from hookmap.maps.document import ArchitectureMap
 
 
 def shipped_map(model: str, error: hookmap.ModelError) -> ArchitectureMap:

@@ -45,14 +45,14 @@ def tokens(hm: "HookedModel", given: dict[str, Any]) -> list[int]:
 def check_pictures(files: tuple[str | None, ...]) -> None:
     """Before a model is loaded: whether charts can be drawn, where one is asked for. Raises CaptureError."""
     if any(files):
-        from hookmap.pictures import load_altair
+        from hookmap.analysis.charts import load_altair
 
         load_altair()
 
 
 def save_pictures(chart: Any, files: tuple[str | None, ...]) -> None:
     """Write the chart to each file that was named; stderr says so."""
-    from hookmap.pictures import save_picture
+    from hookmap.analysis.charts import save_picture
 
     for file in files:
         if file is not None:

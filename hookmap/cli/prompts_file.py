@@ -38,7 +38,7 @@ def read_prompts(
     limit: int | None,
 ) -> list[Any]:
     """The prompts of a data set. Raises click.UsageError with every wrong record at once."""
-    from hookmap.datasets import load_prompts
+    from hookmap.datasets.records import load_prompts
     from hookmap.errors import DataError
 
     chosen: Any = "all" if labels == ("all",) else labels

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from hookmap.architecture_map import ArchitectureMap
+    from hookmap.maps.document import ArchitectureMap
 
 FILE_NAME = "hookmap.yaml"
 PREFIX = "HOOKMAP_"
@@ -64,7 +64,7 @@ def chosen_tensors(
     chosen = parse_layers("all" if of is None else of)
     if text is None or "@" not in text:
         return None if text is None else parse_list(text), chosen
-    from hookmap.points import takes_layers
+    from hookmap.maps.points import takes_layers
 
     found = _points_with_layers(text)
     if None not in found.values() and of is not None and (layers or not points):
@@ -96,11 +96,11 @@ def refuse_unknown(
 ) -> None:
     """Before weights are loaded, which may take minutes: what no model has, or `model` has not.
 
-    keeps: as `hookmap.kept.kept` takes it. Raises SelectionError with all of it.
+    keeps: as `hookmap.capture.rows.kept` takes it. Raises SelectionError with all of it.
     """
+    from hookmap.capture.rows import kept
     from hookmap.errors import SelectionError
-    from hookmap.kept import kept
-    from hookmap.points import parse_point
+    from hookmap.maps.points import parse_point
 
     problems = []
     try:
@@ -118,7 +118,7 @@ def refuse_unknown(
 def _missing(model: str | None, points: str | Sequence[str] | Mapping[str, Any], layers: Any, sure: bool) -> str | None:
     """What the model's map says that it has not. Unless that is `sure`, the shipped map is asked first: it is quick."""
     import hookmap
-    from hookmap.library import likely_map
+    from hookmap.discovery.library import likely_map
 
     try:
         likely = None if sure or model is None else likely_map(model)

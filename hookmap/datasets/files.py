@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from hookmap.errors import DataError
-from hookmap.not_here import is_pointer, pointers_told
-from hookmap.stores.strict_json import read_json
+from hookmap.placeholders import is_pointer, pointers_told
+from hookmap.strict_json import read_json
 
 FORMATS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
 _LONGEST_CELL = 2**31 - 1  # the csv module refuses cells above 128 KiB unless told; a C long on every system

@@ -15,7 +15,7 @@ from pathlib import PurePath
 from typing import Any, Literal
 from uuid import UUID
 
-from hookmap.dataset_files import columns_of, rows_of
+from hookmap.datasets.files import columns_of, rows_of
 from hookmap.errors import DataError
 
 FIELDS = ("prompt", "messages", "question", "text", "token_ids", "input_ids")

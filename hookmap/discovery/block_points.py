@@ -9,14 +9,14 @@ from itertools import pairwise
 from math import prod
 from typing import Literal
 
-from hookmap.architecture_map import Branch as BranchDocument
-from hookmap.blocks import Block, Branch, residual_path, stands_inside
-from hookmap.dataflow import ModuleCall, Operation
-from hookmap.points_of_branch import ATTENTION, ROUTER, Found, attention_points, mlp_points, router_points
-from hookmap.positions import mixing
-from hookmap.relations import OWN, can_be_checked
-from hookmap.taps import Tap, Tapper
-from hookmap.values import HEAVY, Exposure, Values
+from hookmap.discovery.blocks import Block, Branch, residual_path, stands_inside
+from hookmap.discovery.branch_points import ATTENTION, ROUTER, Found, attention_points, mlp_points, router_points
+from hookmap.discovery.dataflow import ModuleCall, Operation
+from hookmap.discovery.locate import Tap, Tapper
+from hookmap.discovery.mixing import mixing
+from hookmap.discovery.values import HEAVY, Exposure, Values
+from hookmap.maps.document import Branch as BranchDocument
+from hookmap.maps.relations import OWN, can_be_checked
 
 BranchOrder = Literal["sequential", "parallel", "mixer_only", "mlp_only", "other"]
 NormPlacement = Literal["pre", "post", "sandwich", "none", "other"]

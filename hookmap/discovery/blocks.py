@@ -15,10 +15,10 @@ from itertools import pairwise
 from math import ceil
 from typing import Literal
 
-from hookmap.dataflow import ModuleCall, Operation, Place
+from hookmap.discovery.dataflow import ModuleCall, Operation, Place
+from hookmap.discovery.mixing import is_shift, mixing
+from hookmap.discovery.values import HEAVY, Exposure, Step, Values
 from hookmap.errors import DiscoveryError
-from hookmap.positions import is_shift, mixing
-from hookmap.values import HEAVY, Exposure, Step, Values
 
 Rows = Literal["all", "first", "last"]
 _STEP_COST = {"add": 0, "scale": 0, "cast": 0, "norm": 1, "gate": 2, "mix": 3}

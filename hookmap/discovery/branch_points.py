@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from hookmap.architecture_map import Heads
-from hookmap.blocks import Block, Branch
-from hookmap.dataflow import Operation
-from hookmap.head_layout import COPIES, VIEWS, features, heads_of, push
-from hookmap.taps import Tap, Tapper
-from hookmap.values import HEAVY, Exposure
+from hookmap.discovery.blocks import Block, Branch
+from hookmap.discovery.dataflow import Operation
+from hookmap.discovery.head_layout import COPIES, VIEWS, features, heads_of, push
+from hookmap.discovery.locate import Tap, Tapper
+from hookmap.discovery.values import HEAVY, Exposure
+from hookmap.maps.document import Heads
 
 ATTENTION = ("q", "k", "v", "z", "pattern")
 ROUTER = ("router_logits", "router_indices", "router_weights")

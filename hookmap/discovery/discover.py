@@ -12,19 +12,20 @@ from typing import Any
 
 from torch import nn
 
-from hookmap import __version__, skeleton
-from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate
-from hookmap.blocks import Stack, find_stack, read_block
-from hookmap.dataflow import Dataflow, record
+from hookmap import __version__
+from hookmap.discovery.block_points import BlockPoints, points_of_block
+from hookmap.discovery.blocks import Stack, find_stack, read_block
+from hookmap.discovery.dataflow import Dataflow, record
+from hookmap.discovery.full_width import at_full_width
+from hookmap.discovery.locate import Tap, captured_axes
+from hookmap.discovery.model_points import read_outside
+from hookmap.discovery.values import Values
 from hookmap.errors import DiscoveryError, HookmapError, ModelError
-from hookmap.full_width import at_full_width
-from hookmap.points import POINTS
-from hookmap.points_of_block import BlockPoints, points_of_block
-from hookmap.points_of_model import read_outside
-from hookmap.quantised import plain_products
-from hookmap.taps import Tap, captured_axes
-from hookmap.values import Values
-from hookmap.wrappers import check_wrapper, model_inside, named
+from hookmap.loading import skeleton
+from hookmap.loading.quantised import plain_products
+from hookmap.loading.wrappers import check_wrapper, model_inside, named
+from hookmap.maps.document import ArchitectureMap, BlockKind, PointTemplate
+from hookmap.maps.points import POINTS
 
 
 def discover(source: Any, *, trust_remote_code: bool = False, revision: str | None = None) -> ArchitectureMap:
@@ -52,7 +53,7 @@ def config_of(source: str | Path, trust_remote_code: bool = False, revision: str
     try:
         return skeleton.load_config(source, trust_remote_code, revision), False
     except ModelError:
-        from hookmap.library import shipped_config
+        from hookmap.discovery.library import shipped_config
 
         if (config := shipped_config(str(source))) is None:
             raise
@@ -70,7 +71,7 @@ def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> Ar
     except HookmapError:
         raise
     except Exception as error:  # what a model does with data that is not there has no common type
-        from hookmap.narrow import narrow_copy
+        from hookmap.loading.narrow import narrow_copy
 
         model, config_small = narrow_copy(config, trust_remote_code)
         seq = skeleton.sequence_length(config_small)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookmap.architecture_map import Heads
-from hookmap.dataflow import ModuleCall, Operation
-from hookmap.values import Values
+from hookmap.discovery.dataflow import ModuleCall, Operation
+from hookmap.discovery.values import Values
+from hookmap.maps.document import Heads
 
 VIEWS = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "transpose", "permute", "t", "slice",

@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hookmap.architecture_map import ArchitectureMap, BlockKind, load
 from hookmap.errors import MapError, MapMismatchError, MapNotFoundError, ModelError
+from hookmap.maps.document import ArchitectureMap, BlockKind, load
 
 log = logging.getLogger("hookmap")
 
@@ -24,7 +24,7 @@ _WIDTH_FIELDS = ("hidden_size", "n_embd", "d_model")
 
 def mappings_folder() -> Path:
     """The shipped maps: beside this file in an installed wheel, at the root of a checkout."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     installed = here / "mappings"
     return installed if installed.is_dir() else here.parent / "mappings"
 
@@ -60,7 +60,7 @@ def load_map(x: str | Path) -> ArchitectureMap:
             raise _not_found(
                 name, "it is no file, no folder, no hub id (org/name) and no architecture with a shipped map"
             )
-    from hookmap.discovery import discover
+    from hookmap.discovery.discover import discover
 
     try:
         return discover(path if path.is_dir() else name)

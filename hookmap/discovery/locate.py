@@ -7,10 +7,10 @@ from functools import cached_property
 
 import torch
 
-from hookmap.architecture_map import TermTemplate
-from hookmap.blocks import Rows
-from hookmap.dataflow import ModuleCall
-from hookmap.values import Exposure, Step, Values
+from hookmap.discovery.blocks import Rows
+from hookmap.discovery.dataflow import ModuleCall
+from hookmap.discovery.values import Exposure, Step, Values
+from hookmap.maps.document import TermTemplate
 
 
 @dataclass(frozen=True)

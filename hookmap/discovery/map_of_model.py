@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import nn
 
-from hookmap.architecture_map import ArchitectureMap, BlockKind, Heads, PointTemplate, TermTemplate
-from hookmap.discovery import discover
+from hookmap.discovery.discover import discover
+from hookmap.discovery.library import resize
 from hookmap.errors import DiscoveryError, MapMismatchError
-from hookmap.library import resize
-from hookmap.selectors import layer_ranges
+from hookmap.maps.document import ArchitectureMap, BlockKind, Heads, PointTemplate, TermTemplate
+from hookmap.maps.selectors import layer_ranges
 
 
 def map_of(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:

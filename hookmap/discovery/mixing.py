@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from hookmap.dataflow import Operation, TensorRef
-from hookmap.values import Values
+from hookmap.discovery.dataflow import Operation, TensorRef
+from hookmap.discovery.values import Values
 
 _CUT = {"slice": 0, "select": 0, "unbind": 0, "split": 1, "split_with_sizes": 1, "chunk": 1}
 """operation -> arguments between the tensor and the axis"""

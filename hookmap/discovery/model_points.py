@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from hookmap.blocks import Stack
-from hookmap.dataflow import ModuleCall, Operation
-from hookmap.taps import Tap, Tapper
-from hookmap.values import HEAVY, Values
+from hookmap.discovery.blocks import Stack
+from hookmap.discovery.dataflow import ModuleCall, Operation
+from hookmap.discovery.locate import Tap, Tapper
+from hookmap.discovery.values import HEAVY, Values
 
 
 @dataclass

@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
-from hookmap.dataflow import Dataflow, ModuleCall, Operation, Place, TensorRef
+from hookmap.discovery.dataflow import Dataflow, ModuleCall, Operation, Place, TensorRef
 
 # Operations whose result is their first argument in another shape or memory: the same numbers.
 _SAME = {

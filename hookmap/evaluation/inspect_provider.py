@@ -33,13 +33,13 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 
 from hookmap.activations import Sample
-from hookmap.chat_template import Templating
 from hookmap.errors import CaptureError, TokenizerError
-from hookmap.prompts import Prompt, templated
+from hookmap.loading.chat_template import Templating
+from hookmap.loading.prompts import Prompt, templated
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
-    from hookmap.scale.model import RayModel
+    from hookmap.services.ray.model import RayModel
 
 MAX_TOKENS = 512
 BATCH_SIZE = 8
@@ -112,7 +112,7 @@ class HookmapAPI(ModelAPI):
         """
         from hookmap.demo import MODEL_PATH
         from hookmap.model import open
-        from hookmap.scale.model import open_on_ray
+        from hookmap.services.ray.model import open_on_ray
 
         opener: Any = open_on_ray if "workers" in self._opening else open
         opened: HookedModel | RayModel = opener(

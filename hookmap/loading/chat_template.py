@@ -23,7 +23,7 @@ class Templating:
     """How prompts go through the chat template. The names are those of transformers and vLLM."""
 
     chat: Chat = "auto"
-    """see `hookmap.prompts.encode`"""
+    """see `hookmap.loading.prompts.encode`"""
     add_generation_prompt: bool | None = None
     """whether the assistant's turn begins behind the messages; None: see `ending`"""
     continue_final_message: bool | None = None

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hookmap import hub, skeleton
-from hookmap.config_fields import with_fields
 from hookmap.errors import ModelError, TokenizerError
-from hookmap.not_here import pointers, pointers_told
+from hookmap.loading import hub, skeleton
+from hookmap.loading.config_fields import with_fields
+from hookmap.placeholders import pointers, pointers_told
 
 log = logging.getLogger("hookmap")
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
 
 from hookmap.errors import CaptureError
-from hookmap.prompts import text_of
+from hookmap.loading.prompts import text_of
 
 _OF_ONE_ROW = frozenset(
     "do_sample temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff eos_token_id".split()

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hookmap.errors import ModelError
-from hookmap.not_here import gguf_told, is_gguf, pointers, pointers_told
+from hookmap.placeholders import gguf_told, is_gguf, pointers, pointers_told
 
 _NO_NETWORK = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}
 

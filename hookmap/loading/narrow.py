@@ -68,7 +68,7 @@ def narrow_copy(config: Any, trust_remote_code: bool = False) -> tuple[nn.Module
     """
     import torch
 
-    from hookmap import skeleton
+    from hookmap.loading import skeleton
 
     for shallow in (False, True):
         small = narrow(config, shallow)

@@ -6,10 +6,10 @@ from io import IOBase
 from numbers import Integral
 from typing import Any
 
-from hookmap.chat_template import Chat, Templating, fill
-from hookmap.dataset_files import columns_of
-from hookmap.datasets import PromptRecord, load_prompts
+from hookmap.datasets.files import columns_of
+from hookmap.datasets.records import PromptRecord, load_prompts
 from hookmap.errors import DataError, TokenizerError
+from hookmap.loading.chat_template import Chat, Templating, fill
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _encode(prompt: Any, number: int, tokenizer: Any, how: Templating, why_none:
 
 
 def templated(messages: list[Any], number: int, tokenizer: Any, how: Templating) -> Prompt:
-    """Chat messages as the model reads them. Raises TokenizerError as `hookmap.chat_template.fill` does."""
+    """Chat messages as the model reads them. Raises TokenizerError as `hookmap.loading.chat_template.fill` does."""
     text = fill(messages, number, tokenizer, how)
     # The template writes the special tokens itself.
     return Prompt(text, _token_ids(text, number, tokenizer, add_special_tokens=False))

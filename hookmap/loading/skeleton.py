@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hookmap import hub
 from hookmap.errors import DiscoveryError, ModelError
+from hookmap.loading import hub
 
 log = logging.getLogger("hookmap")
 

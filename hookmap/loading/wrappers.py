@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hookmap import skeleton
 from hookmap.errors import CaptureError, ModelError
+from hookmap.loading import skeleton
 
 _TOKENS = 6
 _WITHOUT = "Without the wrapper: open the model in it (of a PEFT model: model.get_base_model())."

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
+from hookmap.maps.document import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
 
 # Where a point is and what a block is made of; who made the map, when and with what proof is no difference.
 _HEAD = (

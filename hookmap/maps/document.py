@@ -23,8 +23,8 @@ from pydantic import (
 )
 
 from hookmap.errors import MapError, MapNotFoundError
-from hookmap.not_here import gguf_told, is_gguf, is_pointer, pointers_told
-from hookmap.points import POINTS
+from hookmap.maps.points import POINTS
+from hookmap.placeholders import gguf_told, is_gguf, is_pointer, pointers_told
 
 SCHEMA_VERSION: Literal[1] = 1
 SCHEMA_ID = "urn:hookmap:schema:architecture-map-1"
@@ -222,19 +222,19 @@ class ArchitectureMap(_Frozen):
 
     def unavailable(self, point: str, layer: int | None = None) -> str | None:
         """Why `point` does not exist on `layer`, or None where it does."""
-        from hookmap.selectors import unavailable
+        from hookmap.maps.selectors import unavailable
 
         return unavailable(self, point, layer)
 
     def selectors(self, points: Any = "all", layers: Any = "all") -> "tuple[Any, ...]":
-        """Forward-ordered selectors; `{"resid_post": [3], "z": [8]}` too; see `hookmap.selectors.select`."""
-        from hookmap.selectors import select
+        """Forward-ordered selectors; `{"resid_post": [3], "z": [8]}` too; see `hookmap.maps.selectors.select`."""
+        from hookmap.maps.selectors import select
 
         return select(self, points, layers)
 
     def rename(self) -> dict[str, list[str]]:
-        """The points that are one module's boundary as nnsight's `rename=`; see `hookmap.nnsight_names.rename`."""
-        from hookmap.nnsight_names import rename
+        """The points that are one module's boundary as nnsight's `rename=`; see `hookmap.maps.nnsight_names.rename`."""
+        from hookmap.maps.nnsight_names import rename
 
         return rename(self)
 
@@ -247,7 +247,7 @@ class ArchitectureMap(_Frozen):
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        from hookmap.notebook import map_html
+        from hookmap.html import map_html
 
         return map_html(self)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
-from hookmap.selectors import layer_ranges
-from hookmap.show import same_place
+from hookmap.maps.document import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
+from hookmap.maps.selectors import layer_ranges
+from hookmap.maps.tree import same_place
 
 
 def explain(architecture_map: ArchitectureMap) -> str:

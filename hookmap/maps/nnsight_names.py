@@ -6,7 +6,7 @@
 nnsight renames modules: whether the point is the module's `.input` or its `.output`, the selector's `.side` says.
 """
 
-from hookmap.architecture_map import ArchitectureMap, PointTemplate
+from hookmap.maps.document import ArchitectureMap, PointTemplate
 
 
 def rename(architecture_map: ArchitectureMap) -> dict[str, list[str]]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, is_dataclass
 from numbers import Integral
 from typing import Any, Literal
 
-from hookmap.architecture_map import ArchitectureMap, Heads, PointTemplate
 from hookmap.errors import CaptureError, SelectionError
-from hookmap.points import POINTS, parse_point, takes_layers
+from hookmap.maps.document import ArchitectureMap, Heads, PointTemplate
+from hookmap.maps.points import POINTS, parse_point, takes_layers
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from rich.markup import escape
 from rich.tree import Tree
 
-from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
-from hookmap.points import POINTS
-from hookmap.selectors import layer_ranges
+from hookmap.maps.document import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
+from hookmap.maps.points import POINTS
+from hookmap.maps.selectors import layer_ranges
 
 _LAST = 10**9
 

@@ -3,18 +3,18 @@
 import os
 from typing import Any
 
-from hookmap import skeleton
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.capture import Prepared
-from hookmap.discovery import discover
-from hookmap.engines import Engine
-from hookmap.engines.remote import RemoteEngine
+from hookmap.capture.engines import Engine
+from hookmap.capture.engines.remote import RemoteEngine
+from hookmap.capture.padding import Pads
+from hookmap.capture.prepare import Prepared
+from hookmap.discovery.discover import discover
+from hookmap.discovery.library import given_map
+from hookmap.discovery.map_of_model import map_of, of_one_call
 from hookmap.errors import CaptureError, ModelError
-from hookmap.library import given_map
-from hookmap.loading import load_tokenizer
-from hookmap.map_of_model import map_of, of_one_call
+from hookmap.loading import skeleton
+from hookmap.loading.checkpoints import load_tokenizer
+from hookmap.maps.document import ArchitectureMap
 from hookmap.model import HookedModel, generating_root
-from hookmap.padding import Pads
 
 
 class RemoteModel(HookedModel):

@@ -17,7 +17,7 @@ import torch
 
 from hookmap.activations import Key, Sample
 from hookmap.errors import StoreError
-from hookmap.points import transformer_lens_name
+from hookmap.maps.points import transformer_lens_name
 from hookmap.stores.copying import ROWS
 from hookmap.stores.durable import temporary
 from hookmap.stores.interface import Store

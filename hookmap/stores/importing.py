@@ -13,7 +13,7 @@ import torch
 
 from hookmap.activations import Activation, Key, Sample
 from hookmap.errors import StoreError
-from hookmap.points import POINTS, parse_point
+from hookmap.maps.points import POINTS, parse_point
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.manifest import manifest_of_run
 

@@ -15,7 +15,7 @@ import torch
 
 from hookmap.activations import Activation, Key, Sample, Sink
 from hookmap.errors import SelectionError
-from hookmap.points import POINTS, parse_point
+from hookmap.maps.points import POINTS, parse_point
 
 Tokens: TypeAlias = "slice | Sequence[int] | None"
 """positions in a sample's own tokens: a slice, a range, a sequence of whole numbers, or None for all"""
@@ -135,7 +135,7 @@ class Store(ABC):
 
     def to_xarray(self, point: str, layer: int | None = None, sample: int | None = None) -> Any:
         """See `Capture.to_xarray`; `pattern` has the axes batch, query, heads, key here, as it is stored."""
-        from hookmap.named_axes import to_xarray
+        from hookmap.stores.xarray import to_xarray
 
         return to_xarray(self, point, layer, sample)
 
@@ -149,12 +149,12 @@ class Store(ABC):
         return ""
 
     def _repr_html_(self) -> str:
-        from hookmap.notebook import capture_html
+        from hookmap.html import capture_html
 
         return capture_html(self)
 
     def _ipython_key_completions_(self) -> list[Any]:
-        from hookmap.notebook import completions
+        from hookmap.html import completions
 
         return completions(self.keys)
 

@@ -15,7 +15,7 @@ from hookmap.stores.durable import write_all, write_whole
 from hookmap.stores.ledger import RowSpec, tensor_name
 from hookmap.stores.location import Location, RemotePath, local, reading
 from hookmap.stores.shard import DTYPES, NAMES
-from hookmap.stores.strict_json import read_json
+from hookmap.strict_json import read_json
 
 MANIFEST = "manifest.json"
 FORMAT: Final = "hookmap-capture"

@@ -22,7 +22,7 @@ import torch
 from hookmap.errors import StoreError
 from hookmap.stores.durable import write_all, write_whole
 from hookmap.stores.location import Location, reading
-from hookmap.stores.strict_json import read_json
+from hookmap.strict_json import read_json
 
 DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,

@@ -23,7 +23,7 @@ from hookmap.activations import Sample
 from hookmap.errors import StoreError
 from hookmap.stores.location import Location, reading
 from hookmap.stores.shard import ShardInfo
-from hookmap.stores.strict_json import read_json
+from hookmap.strict_json import read_json
 
 Vector: TypeAlias = npt.NDArray[Any]
 

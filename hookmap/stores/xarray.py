@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookmap.activations import Sample
-from hookmap.capture import Capture
+from hookmap.capture.prepare import Capture
 from hookmap.errors import CaptureError, SelectionError
-from hookmap.points import POINTS, RESIDUAL_AXES, parse_point
+from hookmap.maps.points import POINTS, RESIDUAL_AXES, parse_point
 
 if TYPE_CHECKING:
     from hookmap.stores.interface import Store

@@ -16,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from hookmap.architecture_map import ArchitectureMap, load
 from hookmap.errors import DiscoveryError, HookmapError, MapError, MapNotFoundError, ModelError
+from hookmap.maps.document import ArchitectureMap, load
 
 Status = Literal["SUPPORTED", "UNAVAILABLE", "ERROR", "SILENTLY WRONG"]
 LEDGER = ".sweep.jsonl"
@@ -65,8 +65,8 @@ class Entry:
 
 def build(config: Any, model_id: str | None = None) -> ArchitectureMap:
     """The map of a config, with what verified it. Raises DiscoveryError where a check fails: nothing wrong is kept."""
-    from hookmap.discovery import discover
-    from hookmap.verification import verify
+    from hookmap.discovery.discover import discover
+    from hookmap.verification.verify import verify
 
     found = discover(config)
     result = verify(config, architecture_map=found)
@@ -89,7 +89,7 @@ def build_models(folder: Path, report: Callable[[str], None] = lambda name: None
     """The maps of well-known models, from the shapes that they were published with, into `folder`."""
     from transformers import CONFIG_MAPPING
 
-    from hookmap.published_models import PUBLISHED
+    from hookmap.sweep.published import PUBLISHED
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, (model_type, settings) in PUBLISHED.items():
@@ -105,7 +105,7 @@ def with_earlier_proofs(found: ArchitectureMap, path: Path) -> ArchitectureMap:
     """The map with the versions of transformers that the file at `path` was proved on, where it is the same map."""
     from packaging.version import Version
 
-    from hookmap.map_diff import differences
+    from hookmap.maps.diff import differences
 
     try:
         before = load(path)
@@ -214,7 +214,7 @@ def _build_alone(model_type: str) -> ArchitectureMap:
 
     import torch
 
-    from hookmap.sweep_configs import config_of
+    from hookmap.sweep.configs import config_of
 
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -249,7 +249,7 @@ def _speaks_for_its_class(model_type: str) -> bool:
 
 
 def _changes(found: ArchitectureMap, shipped: Path) -> tuple[str, ...]:
-    from hookmap.map_diff import differences
+    from hookmap.maps.diff import differences
 
     path = shipped / f"{found.architecture}.json"
     return tuple(differences(load(path), found)) if path.exists() else ("there is no shipped map",)

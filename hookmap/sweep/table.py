@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import get_args
 
-from hookmap.maps import Entry, Kind, Status
-from hookmap.points import POINTS
+from hookmap.maps.points import POINTS
+from hookmap.sweep.build import Entry, Kind, Status
 
 _HEAD = """\
 # Every causal language model of transformers

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookmap import skeleton
-from hookmap.architecture_map import ArchitectureMap, BlockKind
-from hookmap.checked_run import CheckedRun, Error, Key, Result
-from hookmap.relations import parse
-from hookmap.selectors import Term
+from hookmap.loading import skeleton
+from hookmap.maps.document import ArchitectureMap, BlockKind
+from hookmap.maps.relations import parse
+from hookmap.maps.selectors import Term
+from hookmap.verification.runner import CheckedRun, Error, Key, Result
 
 
 def checks_inside(

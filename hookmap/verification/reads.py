@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookmap import skeleton
-from hookmap.architecture_map import ArchitectureMap, BlockKind
-from hookmap.checked_run import CheckedRun, Error, Key, Result
-from hookmap.selectors import Selector, Term, of_template
+from hookmap.loading import skeleton
+from hookmap.maps.document import ArchitectureMap, BlockKind
+from hookmap.maps.selectors import Selector, Term, of_template
+from hookmap.verification.runner import CheckedRun, Error, Key, Result
 
 
 def checks_reads(

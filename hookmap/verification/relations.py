@@ -14,9 +14,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from hookmap.architecture_map import BlockKind
-from hookmap.checked_run import CheckedRun, Result
-from hookmap.relations import OWN, Term, parse, raw
+from hookmap.maps.document import BlockKind
+from hookmap.maps.relations import OWN, Term, parse, raw
+from hookmap.verification.runner import CheckedRun, Result
 
 Forms = list[Tensor]
 """what a tensor may be: a norm is with or without the mean"""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hookmap.architecture_map import ArchitectureMap
+from hookmap.maps.document import ArchitectureMap
 
 Key = tuple[str, int | None]
 Result = tuple[str, tuple[int, ...], bool, str, float | None]

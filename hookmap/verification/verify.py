@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookmap import skeleton
-from hookmap.architecture_map import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
-from hookmap.checks_inside import checks_inside
-from hookmap.checks_reads import checks_reads
-from hookmap.checks_relations import Relations
-from hookmap.discovery import config_of, discover
+from hookmap.capture.finiteness import in_words, is_stream
+from hookmap.discovery.discover import config_of, discover
 from hookmap.errors import CaptureError, HookmapError, MapMismatchError, ModelError
-from hookmap.finiteness import in_words, is_stream
-from hookmap.narrow import narrow_copy
-from hookmap.selectors import Selector, select
+from hookmap.loading import skeleton
+from hookmap.loading.narrow import narrow_copy
+from hookmap.maps.document import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
+from hookmap.maps.selectors import Selector, select
 from hookmap.stores.ledger import tensor_name
+from hookmap.verification.inside import checks_inside
+from hookmap.verification.reads import checks_reads
+from hookmap.verification.relations import Relations
 
 Key = tuple[str, int | None]
 _BATCH, _POSITIONS = 2, 9
@@ -151,7 +151,7 @@ def _runnable(source: Any, config: Any, random_weights: bool, trust_remote_code:
         return skeleton.unwrap(source), "the model's own weights"
     why = ""
     if isinstance(source, (str, Path)) and not random_weights:
-        from hookmap.loading import load_model
+        from hookmap.loading.checkpoints import load_model
 
         try:
             return load_model(source, trust_remote_code=trust_remote_code), "the model's own weights"

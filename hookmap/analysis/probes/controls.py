@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from hookmap.activations import Sample
+from hookmap.analysis.probes.examples import as_number
+from hookmap.analysis.probes.fitting import STRENGTH
+from hookmap.analysis.probes.folds import Choice, held_out
+from hookmap.analysis.probes.metrics import Floats, Ints, Labels
 from hookmap.errors import SelectionError
-from hookmap.probes.examples import as_number
-from hookmap.probes.fitting import STRENGTH
-from hookmap.probes.folds import Choice, held_out
-from hookmap.probes.metrics import Floats, Ints, Labels
 from hookmap.stores.interface import Store
 
 WORDS = r"\w+|[^\w\s]"

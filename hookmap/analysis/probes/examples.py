@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from hookmap.activations import Sample
-from hookmap.dataset_files import rows_of
+from hookmap.analysis.probes.metrics import Ints, Labels
+from hookmap.datasets.files import rows_of
 from hookmap.errors import SelectionError
-from hookmap.probes.metrics import Ints, Labels
 from hookmap.stores.interface import Store
 
 _SHOWN = 12

@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from hookmap.analysis.probes.metrics import Floats, Labels
 from hookmap.errors import SelectionError
-from hookmap.probes.metrics import Floats, Labels
 
 Method = Literal["logistic", "ridge", "mean_difference"]
 METHODS: tuple[str, ...] = get_args(Method)

@@ -6,9 +6,9 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from hookmap.analysis.probes.fitting import MISSING, STRENGTH, directions, platt
+from hookmap.analysis.probes.metrics import Floats, Ints, Labels, won_pairs
 from hookmap.errors import SelectionError
-from hookmap.probes.fitting import MISSING, STRENGTH, directions, platt
-from hookmap.probes.metrics import Floats, Ints, Labels, won_pairs
 
 LEAST_FOLDS = 3
 """one to test on, one to choose on, one to learn from"""

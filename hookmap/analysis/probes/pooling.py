@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from hookmap.activations import Key, Sample
+from hookmap.capture.finiteness import kept_in
+from hookmap.capture.rows import Kept, kept
 from hookmap.errors import SelectionError
-from hookmap.finiteness import kept_in
-from hookmap.kept import Kept, kept
-from hookmap.points import POINTS
+from hookmap.maps.points import POINTS
 from hookmap.stores.interface import Store, position_of
 from hookmap.stores.ledger import tensor_name
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hookmap.analysis.probes.pooling import FAR
 from hookmap.errors import CaptureError, StoreError
-from hookmap.probes.pooling import FAR
 
 REPORT, PROBES = "report.json", "probes.safetensors"
 
@@ -141,7 +141,7 @@ def save_report(report: Report, folder: Path) -> list[Path]:
     except OSError as error:
         raise StoreError(f"cannot write {folder}: {error.strerror or error}.") from error
     try:
-        from hookmap.pictures import save_picture
+        from hookmap.analysis.charts import save_picture
 
         for name, chart in _charts(report).items():
             written += [save_picture(chart, folder / f"{name}{ending}") for ending in (".png", ".html")]
@@ -152,7 +152,7 @@ def save_report(report: Report, folder: Path) -> list[Path]:
 
 def _charts(report: Report) -> dict[str, Any]:
     """AUROC by layer; where each position is probed, a heat map for each point."""
-    from hookmap.pictures import bands, heat_map
+    from hookmap.analysis.charts import bands, heat_map
 
     title = f"{report.label}: {report.method}, {report.pool}"
     if report.pool != "each":
@@ -166,7 +166,7 @@ def _charts(report: Report) -> dict[str, Any]:
 def _grid(report: Report, point: str) -> Any:
     import torch
 
-    from hookmap.grid import Grid
+    from hookmap.analysis.grid import Grid
 
     mine = [place for place in report.places if place.point == point]
     layers = sorted({place.layer for place in mine if place.layer is not None})

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 
 from hookmap.activations import Key
-from hookmap.capture import Capture
+from hookmap.analysis.intervals import auroc_interval
+from hookmap.analysis.probes import report as documents
+from hookmap.analysis.probes.controls import controls
+from hookmap.analysis.probes.examples import read_examples
+from hookmap.analysis.probes.fitting import METHODS, Fitted, directions, moments, platt
+from hookmap.analysis.probes.folds import Choice, grouped_folds, held_out, pooled, shuffles
+from hookmap.analysis.probes.metrics import Floats, Ints, Labels, calibration, independent, recall_at
+from hookmap.analysis.probes.pooling import RowLengths, chosen_positions, matrices, places
+from hookmap.analysis.probes.report import Report, number
+from hookmap.analysis.probes.saved import About, Probes
+from hookmap.capture.prepare import Capture
 from hookmap.errors import SelectionError
-from hookmap.intervals import auroc_interval
-from hookmap.probes import report as documents
-from hookmap.probes.controls import controls
-from hookmap.probes.examples import read_examples
-from hookmap.probes.fitting import METHODS, Fitted, directions, moments, platt
-from hookmap.probes.folds import Choice, grouped_folds, held_out, pooled, shuffles
-from hookmap.probes.metrics import Floats, Ints, Labels, calibration, independent, recall_at
-from hookmap.probes.pooling import RowLengths, chosen_positions, matrices, places
-from hookmap.probes.report import Report, number
-from hookmap.probes.saved import About, Probes
 from hookmap.stores.interface import Store
 
 log = logging.getLogger("hookmap")

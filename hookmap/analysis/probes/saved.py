@@ -9,17 +9,17 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hookmap import steering
 from hookmap.activations import Key
+from hookmap.analysis import steering
 from hookmap.errors import SelectionError, StoreError
-from hookmap.not_here import is_pointer, pointers_told
+from hookmap.placeholders import is_pointer, pointers_told
 from hookmap.stores.ledger import tensor_name
 
 _METADATA = "hookmap.probes"
 
 
 class About(BaseModel):
-    """What the probes are of; the metadata of their file, as JSON under `hookmap.probes`."""
+    """What the probes are of; the metadata of their file, as JSON under `hookmap.analysis.probes`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

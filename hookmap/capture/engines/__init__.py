@@ -6,8 +6,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from hookmap.engines.editing import Editor
-    from hookmap.engines.observation import Observer
+    from hookmap.capture.engines.observation import Observer
+    from hookmap.capture.interventions.edits import Editor
 
 
 class Engine(Protocol):

@@ -13,9 +13,9 @@ from typing import Protocol
 
 import torch
 
-from hookmap.engines.transfer import Transfer
+from hookmap.capture.engines.transfer import Transfer
+from hookmap.capture.overflow import Cast, Place
 from hookmap.errors import CaptureError
-from hookmap.overflow import Cast, Place
 
 BLOCK_BYTES = 2**18
 """of one selector's block; with 56 tensors of a small model some 14 MB in all"""

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hookmap import generation as gen
-from hookmap.engines.editing import Editor
-from hookmap.engines.observation import Observer, Side, Watch
+from hookmap.capture.engines.observation import Observer, Side, Watch
+from hookmap.capture.interventions.edits import Editor
+from hookmap.capture.interventions.writable import mode_of
 from hookmap.errors import CaptureError
-from hookmap.selectors import Selector
-from hookmap.skeleton import accepted
-from hookmap.wrappers import generate_of, hooked_forward, runner_of
-from hookmap.writing import mode_of
+from hookmap.loading import generation as gen
+from hookmap.loading.skeleton import accepted
+from hookmap.loading.wrappers import generate_of, hooked_forward, runner_of
+from hookmap.maps.selectors import Selector
 
 
 class _SawAllError(Exception):

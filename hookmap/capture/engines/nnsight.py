@@ -12,12 +12,12 @@ import nnsight
 import torch
 from torch import nn
 
-from hookmap.engines._nnsight_sink import PassingCache, adopt_edits, attach, stored_edits, tree_over
-from hookmap.engines.editing import Editor
-from hookmap.engines.hooks import call, logits_of_pass, module_at
-from hookmap.engines.observation import Observer, Watch, of_logits
+from hookmap.capture.engines._nnsight_sink import PassingCache, adopt_edits, attach, stored_edits, tree_over
+from hookmap.capture.engines.hooks import call, logits_of_pass, module_at
+from hookmap.capture.engines.observation import Observer, Watch, of_logits
+from hookmap.capture.interventions.edits import Editor
 from hookmap.errors import InterventionError
-from hookmap.wrappers import generate_of, hooked_forward, runner_of
+from hookmap.loading.wrappers import generate_of, hooked_forward, runner_of
 
 
 class NNsightEngine:

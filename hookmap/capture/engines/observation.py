@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 
 from hookmap.activations import Activation
-from hookmap.engines.collectors import Collector, EveryRow, LastRow, MeanRow, PassRows, PatternRows
-from hookmap.engines.transfer import Transfer
+from hookmap.capture.engines.collectors import Collector, EveryRow, LastRow, MeanRow, PassRows, PatternRows
+from hookmap.capture.engines.transfer import Transfer
+from hookmap.capture.overflow import Overflow, in_words
+from hookmap.capture.rows import DTYPES, NUMBERS, Kept
 from hookmap.errors import CaptureError
-from hookmap.kept import DTYPES, NUMBERS, Kept
-from hookmap.overflow import Overflow, in_words
-from hookmap.points import POINTS
-from hookmap.selectors import Selector, Term
+from hookmap.maps.points import POINTS
+from hookmap.maps.selectors import Selector, Term
 
 Side = Literal["input", "output"]
 Watch = Callable[[Sequence[Any], Mapping[str, Any], Any], None]

@@ -11,12 +11,12 @@ import nnsight
 import torch
 from torch import nn
 
-from hookmap import generation as gen
-from hookmap.engines._nnsight_sink import stored_edits, visits
-from hookmap.engines.editing import Editor
-from hookmap.engines.hooks import module_at
-from hookmap.engines.observation import Observer, Side, of_logits
+from hookmap.capture.engines._nnsight_sink import stored_edits, visits
+from hookmap.capture.engines.hooks import module_at
+from hookmap.capture.engines.observation import Observer, Side, of_logits
+from hookmap.capture.interventions.edits import Editor
 from hookmap.errors import CaptureError, InterventionError
+from hookmap.loading import generation as gen
 
 
 class RemoteEngine:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from hookmap.errors import InterventionError
-from hookmap.yaml_document import read_yaml
+from hookmap.loading.yaml_file import read_yaml
 
 _LARGEST = 3.4e38
 """of float32"""

@@ -10,11 +10,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from hookmap.engines.observation import Observer, of_logits, token_ids
+from hookmap.capture.engines.observation import Observer, of_logits, token_ids
+from hookmap.capture.interventions.writable import Cells, Given, Place, mode_of
+from hookmap.capture.rows import Kept
 from hookmap.errors import InterventionError
-from hookmap.kept import Kept
-from hookmap.selectors import Selector
-from hookmap.writing import Cells, Given, Place, mode_of
+from hookmap.maps.selectors import Selector
 
 Where = Sequence[tuple[int, int]]
 """(number of the sample in the run, position) of each row"""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hookmap.engines.editing import Changing, Where
+from hookmap.capture.interventions.edits import Changing, Where
 
 
 def _wide(rows: torch.Tensor) -> torch.Tensor:

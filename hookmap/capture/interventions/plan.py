@@ -10,17 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookmap import changes
-from hookmap.chat_template import Templating
-from hookmap.engines.editing import Changing, Edit
+from hookmap.capture.interventions import operations as changes
+from hookmap.capture.interventions.documents import (
+    Ablate,
+    Clamp,
+    Intervention,
+    Patch,
+    ProjectOut,
+    Scale,
+    Steer,
+    fingerprint,
+)
+from hookmap.capture.interventions.edits import Changing, Edit
+from hookmap.capture.interventions.sources import Read, Sources
+from hookmap.capture.interventions.vectors import read_vector
+from hookmap.capture.rows import Kept, kept
 from hookmap.errors import HookmapError, InterventionError, SelectionError
-from hookmap.interventions import Ablate, Clamp, Intervention, Patch, ProjectOut, Scale, Steer, fingerprint
-from hookmap.kept import Kept, kept
-from hookmap.points import POINTS, parse_point
-from hookmap.prompts import Prompt
-from hookmap.selectors import Selector, layer_ranges, select
-from hookmap.sources import Read, Sources
-from hookmap.vectors import read_vector
+from hookmap.loading.chat_template import Templating
+from hookmap.loading.prompts import Prompt
+from hookmap.maps.points import POINTS, parse_point
+from hookmap.maps.selectors import Selector, layer_ranges, select
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel

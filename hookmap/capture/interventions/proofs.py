@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from hookmap.activations import Activation
-from hookmap.architecture_map import ArchitectureMap, BlockKind
-from hookmap.engines import Engine
-from hookmap.engines.editing import Changing, Edit, Editor, Where
-from hookmap.engines.observation import BatchLayout, Observer
-from hookmap.finiteness import is_stream, why_not_finite
-from hookmap.runs import device_of, turn
-from hookmap.selectors import Selector, select
-from hookmap.writing import refusal
+from hookmap.capture.engines import Engine
+from hookmap.capture.engines.observation import BatchLayout, Observer
+from hookmap.capture.finiteness import is_stream, why_not_finite
+from hookmap.capture.interventions.edits import Changing, Edit, Editor, Where
+from hookmap.capture.interventions.writable import refusal
+from hookmap.capture.runs import device_of, turn
+from hookmap.maps.document import ArchitectureMap, BlockKind
+from hookmap.maps.selectors import Selector, select
 
 TOKENS = 6
 Values = dict[tuple[str, int | None], torch.Tensor]

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookmap.chat_template import Templating
+from hookmap.capture.interventions.documents import Source
+from hookmap.capture.rows import Kept
 from hookmap.errors import InterventionError
-from hookmap.interventions import Source
-from hookmap.kept import Kept
-from hookmap.prompts import encode
-from hookmap.selectors import Selector
+from hookmap.loading.chat_template import Templating
+from hookmap.loading.prompts import encode
+from hookmap.maps.selectors import Selector
 from hookmap.stores import open_store
 from hookmap.stores.interface import Store
 

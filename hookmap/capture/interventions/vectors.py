@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from hookmap.capture.interventions.documents import VectorFile
 from hookmap.errors import InterventionError
-from hookmap.interventions import VectorFile
-from hookmap.not_here import is_pointer, pointers_told
+from hookmap.placeholders import is_pointer, pointers_told
 
 
 def read_vector(given: Any) -> torch.Tensor:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 
 from hookmap.errors import InterventionError
-from hookmap.points import POINTS
-from hookmap.selectors import Selector, Term
+from hookmap.maps.points import POINTS
+from hookmap.maps.selectors import Selector, Term
 
 Mode = Literal["replace", "in place"]
 Given = tuple[Sequence[Any], Mapping[str, Any], Any]

@@ -8,7 +8,7 @@ import click
 from hookmap.cli import model_options, one_prompt
 
 if TYPE_CHECKING:
-    from hookmap.attribution import Attribution
+    from hookmap.analysis.attribution import Attribution
 
 
 @click.command()
@@ -50,7 +50,7 @@ def command(
     found = hm.attribute(one_prompt.tokens(hm, given), target, against, positions=[position], heads=heads)
 
     def chart() -> Any:
-        from hookmap.pictures import bars
+        from hookmap.analysis.charts import bars
 
         return bars(found)
 
@@ -64,8 +64,8 @@ def command(
 def _show(found: "Attribution", top: int) -> None:
     from rich.markup import escape
 
+    from hookmap.analysis.charts import printable
     from hookmap.cli.console import console, table
-    from hookmap.pictures import printable
 
     against = "" if found.against is None else f" − logit {printable(found.against)}"
     cap = ", before the soft-cap" if found.before_soft_cap else ""

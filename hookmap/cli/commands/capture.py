@@ -16,9 +16,9 @@ from hookmap.cli.one_prompt import DEFAULT_PROMPT
 from hookmap.cli.prompts_file import prompt_options, read_prompts
 
 if TYPE_CHECKING:
+    from hookmap.capture.runs import Progress
     from hookmap.model import HookedModel
-    from hookmap.runs import Progress
-    from hookmap.scale.model import RayModel
+    from hookmap.services.ray.model import RayModel
 
     Model = HookedModel | RayModel
 
@@ -223,7 +223,7 @@ def _interventions(file: str | None) -> tuple[Any, ...]:
     """Before the weights are loaded: a wrong file is said at once."""
     if file is None:
         return ()
-    from hookmap.interventions import load_interventions
+    from hookmap.capture.interventions.documents import load_interventions
 
     return load_interventions(file)
 

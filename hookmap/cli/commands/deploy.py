@@ -10,7 +10,7 @@ import click
 from hookmap.cli.finite import FiniteRange
 
 if TYPE_CHECKING:
-    from hookmap.deploy.request import Request
+    from hookmap.services.deploy.request import Request
 
 _SERVE = "hookmap.serve"
 _FOLDER = "hookmap-server"
@@ -106,7 +106,7 @@ def command(
     from hookmap.cli.configuration import Serving
     from hookmap.cli.settings import choose_model, load_settings
     from hookmap.demo import MODEL_PATH
-    from hookmap.deploy.request import Request
+    from hookmap.services.deploy.request import Request
 
     folder = folder.removeprefix("~/")
     again = ["hookmap", "deploy", host]
@@ -123,7 +123,7 @@ def command(
         chosen = ""
     elif not chosen.startswith(("/", "~", ".")) and not _HUB_ID.fullmatch(chosen):
         raise click.BadParameter(f"{chosen!r} is neither a hub id nor a path such as /data/model", param_hint="MODEL")
-    from hookmap.deploy.bundle import bundle
+    from hookmap.services.deploy.bundle import bundle
 
     sent = bundle(release, lock, installs=python is None and sync != "skip")
     common |= {
@@ -191,8 +191,8 @@ def _run(
 ) -> None:
     import json
 
-    from hookmap.deploy.over_ssh import call, packed, ssh_command
-    from hookmap.deploy.request import REQUEST
+    from hookmap.services.deploy.over_ssh import call, packed, ssh_command
+    from hookmap.services.deploy.request import REQUEST
 
     line = ssh_command(shlex.split(ssh), host, folder, python)
     document = asked.model_dump_json(indent=2)

@@ -8,7 +8,7 @@ import click
 from hookmap.cli import model_options
 
 if TYPE_CHECKING:
-    from hookmap.architecture_map import ArchitectureMap
+    from hookmap.maps.document import ArchitectureMap
 
 
 @click.command()
@@ -37,7 +37,7 @@ def command(
     model = choose_model(model, settings)
     found = _discover(model, model_options.trusted(trust_remote_code, settings), quiet or as_json)
     if explain:
-        from hookmap.explain import explain as explained
+        from hookmap.maps.explain import explain as explained
 
         click.echo(explained(found), err=True)
     elif not (quiet or as_json):

@@ -18,7 +18,7 @@ def command(as_json: bool) -> None:
     The table goes to stderr, the JSON to stdout.
     """
     from hookmap.cli.console import console, table, working
-    from hookmap.doctor import examine
+    from hookmap.cli.doctor import examine
 
     with working("examining", quiet=as_json):
         found = list(examine())

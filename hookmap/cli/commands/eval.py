@@ -82,7 +82,7 @@ def gsm8k(
     data = asked.data or ("demo" if demo else "hf://openai/gsm8k:test")
     with working("importing inspect_ai", quiet=as_json):
         try:
-            from hookmap.evals.run import evaluate
+            from hookmap.evaluation.gsm8k.run import evaluate
         except ImportError as error:
             raise CaptureError(f'evaluations need inspect_ai: pip install "hookmap[eval]"\n({error})') from error
     refuse_unknown(names or ())

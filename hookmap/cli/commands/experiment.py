@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from hookmap.experiments.report import Report
+    from hookmap.evaluation.experiments.report import Report
 
 _STAGES = ("configure", "generate", "score", "report")
 
 
 def _print_schema(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
-        from hookmap.experiments.document import schema
+        from hookmap.evaluation.experiments.document import schema
 
         click.echo(json.dumps(schema(), indent=2))
         ctx.exit()
@@ -52,13 +52,13 @@ def command(file: str, output: str, stage: Any, again: Any, as_json: bool) -> No
     from hookmap.errors import CaptureError
 
     with working("importing inspect_ai and scikit-learn", quiet=as_json):
-        from hookmap.experiments.document import load_experiment
+        from hookmap.evaluation.experiments.document import load_experiment
 
         try:
             import inspect_ai  # noqa: F401
             import sklearn  # noqa: F401
 
-            from hookmap.experiments.run import run
+            from hookmap.evaluation.experiments.run import run
         except ImportError as error:
             raise CaptureError(f'experiments need more packages: pip install "hookmap[eval,viz]"\n({error})') from error
     experiment = load_experiment(file)
@@ -86,7 +86,7 @@ def _show(report: "Report") -> None:
     from rich.markup import escape
 
     from hookmap.cli.console import console, table
-    from hookmap.experiments.page import conclusion, three
+    from hookmap.evaluation.experiments.page import conclusion, three
 
     screen = console()
     means = {(one.prefix, one.reward): one.mean for one in report.rewards}

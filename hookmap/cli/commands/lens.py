@@ -62,7 +62,7 @@ def command(
     grid = found.grid(metric)
 
     def chart() -> Any:
-        from hookmap.pictures import heat_map
+        from hookmap.analysis.charts import heat_map
 
         return heat_map(grid, found.words, log=metric.endswith("rank"))
 
@@ -70,7 +70,7 @@ def command(
     if as_json:
         click.echo(json.dumps(found.as_json(), ensure_ascii=False))
         return
+    from hookmap.analysis.grid_table import grid_table
     from hookmap.cli.console import console
-    from hookmap.grid_table import grid_table
 
     console().print(grid_table(grid, found.words))

@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hookmap.maps import Entry
+    from hookmap.sweep.build import Entry
 
 _JOBS = click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Processes at a time.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and no table.")
@@ -46,8 +46,8 @@ def build(
 
     What verification refutes is not written. Exit code 1 where any is SILENTLY WRONG.
     """
-    from hookmap.library import mappings_folder
-    from hookmap.maps import LEDGER, build_models, done
+    from hookmap.discovery.library import mappings_folder
+    from hookmap.sweep.build import LEDGER, build_models, done
 
     folder = Path(output) if output else mappings_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def build(
     _run([name for name in wanted if name not in finished], jobs, folder=folder)
     entries = [entry for name, entry in sorted(done(folder).items()) if name in wanted or not types]
     if table:
-        from hookmap.maps_table import markdown
+        from hookmap.sweep.table import markdown
 
         Path(table).write_text(markdown(entries), encoding="utf-8")
         click.echo(f"wrote {table}", err=True)
@@ -82,8 +82,8 @@ def check(types: tuple[str, ...], tenth: int | None, allow_drift: bool, record: 
     Exit code 1 where a map is refuted, is no longer found, or differs from the shipped one. Another version of
     transformers may lay out a model otherwise: its maps then differ and are right (--allow-drift).
     """
-    from hookmap.library import mappings_folder, shipped_architectures
-    from hookmap.maps import tenth as every_tenth
+    from hookmap.discovery.library import mappings_folder, shipped_architectures
+    from hookmap.sweep.build import tenth as every_tenth
 
     wanted = _wanted(types)
     if tenth is not None:
@@ -108,8 +108,8 @@ def check(types: tuple[str, ...], tenth: int | None, allow_drift: bool, record: 
 @_JSON
 def diff(before: Path, after: Path, as_json: bool) -> None:
     """What changed between two map files, or between two folders of them. Exit code 1 where anything did."""
-    from hookmap.architecture_map import load
-    from hookmap.map_diff import differences
+    from hookmap.maps.diff import differences
+    from hookmap.maps.document import load
 
     pairs = _pairs(before, after)
     found: dict[str, list[str]] = {}
@@ -131,7 +131,7 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
 @_JSON
 def list_maps(as_json: bool) -> None:
     """The maps that ship with hookmap: of architectures, and of single models."""
-    from hookmap.library import shipped_architectures, shipped_models
+    from hookmap.discovery.library import shipped_architectures, shipped_models
 
     if as_json:
         click.echo(json.dumps({"architectures": shipped_architectures(), "models": shipped_models()}, indent=1))
@@ -143,7 +143,7 @@ def list_maps(as_json: bool) -> None:
 def _wanted(types: "Sequence[str]") -> tuple[str, ...]:
     import difflib
 
-    from hookmap.maps import classes
+    from hookmap.sweep.build import classes
 
     known = classes()
     for name in types:
@@ -159,7 +159,7 @@ def _run(
     types: "Sequence[str]", jobs: int, folder: Path | None = None, shipped: Path | None = None, record: bool = False
 ) -> "list[Entry]":
     from hookmap.cli.console import progress
-    from hookmap.maps import sweep
+    from hookmap.sweep.build import sweep
 
     with progress() as bar:
         task = bar.add_task("maps", total=len(types))
@@ -184,7 +184,7 @@ def _show(entries: "Sequence[Entry]", as_json: bool) -> None:
         said = "; ".join(entry.changes) or entry.detail.replace("\n", " ")
         rows.add_row(entry.model_type, entry.architecture, entry.status, kinds, f"{entry.seconds:.1f}", said[:300])
     console(stderr=False).print(rows)
-    from hookmap.maps_table import counts
+    from hookmap.sweep.table import counts
 
     click.echo(counts(entries), err=True)
 

@@ -9,8 +9,8 @@ from hookmap.cli import model_options, one_prompt
 from hookmap.cli.chat_options import chat_options, taken
 
 if TYPE_CHECKING:
+    from hookmap.analysis.patching import Sweep
     from hookmap.model import HookedModel
-    from hookmap.patching import Sweep
 
 
 @click.command()
@@ -80,7 +80,7 @@ def command(
     _show(found)
 
     def chart() -> Any:
-        from hookmap.pictures import heat_map
+        from hookmap.analysis.charts import heat_map
 
         return heat_map(found.effect)
 
@@ -103,8 +103,8 @@ def _patch(hm: "HookedModel", prompts: list[list[int]], where: dict[str, Any], m
 def _sweep(
     hm: "HookedModel", prompts: list[list[int]], target: str, against: str | None, options: dict[str, Any]
 ) -> "Sweep":
+    from hookmap.analysis.patching import sweep
     from hookmap.cli.console import progress
-    from hookmap.patching import sweep
 
     with progress() as bars:
         bar = bars.add_task("patches", total=None)
@@ -117,8 +117,8 @@ def _sweep(
 
 def _show(found: "Sweep", columns: int = 12) -> None:
     """The positions with the largest effects, in the order of the text."""
+    from hookmap.analysis.grid_table import grid_table
     from hookmap.cli.console import console
-    from hookmap.grid_table import grid_table
 
     effect, told = found.effect, found.above_noise
     largest = effect.values.abs().nan_to_num(0).amax(0)

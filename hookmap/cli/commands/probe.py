@@ -8,7 +8,7 @@ import click
 from hookmap.cli.finite import FiniteRange
 
 if TYPE_CHECKING:
-    from hookmap.probes.report import Report
+    from hookmap.analysis.probes.report import Report
 
 _POOLS = ("last", "last_prompt", "mean", "mean_prompt", "mean_answer", "each")
 
@@ -73,7 +73,7 @@ def command(
 
     names, chosen = chosen_tensors({}, points, layers)
     with working("importing torch and scikit-learn", quiet=as_json):
-        from hookmap.probes.run import probe
+        from hookmap.analysis.probes.run import probe
     with progress() as bars:
         bar = bars.add_task("tensors", total=None)
         found = probe(

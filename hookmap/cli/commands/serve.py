@@ -111,7 +111,7 @@ def command(
     from hookmap.cli.configuration import Serving, read_section
     from hookmap.cli.console import working
     from hookmap.cli.settings import choose_model, chosen_tensors, load_settings, refuse_unknown
-    from hookmap.server import check_installed
+    from hookmap.services.server import check_installed
 
     check_installed()
     settings = load_settings()
@@ -119,8 +119,8 @@ def command(
     serving = read_section(Serving, "serve", settings, given)
     model = choose_model(model, settings)
     with working("importing torch and transformers"):
-        from hookmap.server.run import serve
-        from hookmap.server.settings import Settings
+        from hookmap.services.server.run import serve
+        from hookmap.services.server.settings import Settings
     refuse_unknown(chosen, of_layers, model)
     limits = Settings(
         root=Path(serving.sessions),

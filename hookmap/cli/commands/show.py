@@ -7,7 +7,7 @@ import click
 from hookmap.cli import model_options
 
 if TYPE_CHECKING:
-    from hookmap.architecture_map import ArchitectureMap
+    from hookmap.maps.document import ArchitectureMap
 
 
 @click.command()
@@ -28,7 +28,7 @@ def command(model: str | None, svg: str | None, trust_remote_code: bool | None) 
     """
     from hookmap.cli.console import console
     from hookmap.cli.settings import choose_model, load_settings
-    from hookmap.show import tree
+    from hookmap.maps.tree import tree
 
     settings = load_settings()
     model = choose_model(model, settings)
@@ -44,7 +44,7 @@ def _draw(found: "ArchitectureMap", svg: str) -> None:
     from pathlib import Path
 
     import hookmap
-    from hookmap.picture import block_svg
+    from hookmap.maps.block_picture import block_svg
 
     path = Path(svg)
     for number, kind in enumerate((kind for kind in found.kinds if kind.points), start=1):
@@ -63,11 +63,11 @@ def _find(model: str, trust_remote_code: bool) -> "tuple[ArchitectureMap, dict[s
     from pathlib import Path
 
     import hookmap
-    from hookmap import skeleton
     from hookmap.cli.console import working
     from hookmap.cli.offline import shipped_map
-    from hookmap.discovery import config_of
-    from hookmap.library import shipped_architectures
+    from hookmap.discovery.discover import config_of
+    from hookmap.discovery.library import shipped_architectures
+    from hookmap.loading import skeleton
 
     if Path(model).is_file() or model.endswith(".json") or model in shipped_architectures():
         return hookmap.load_map(model), {}

@@ -26,7 +26,7 @@ def command(ctx: click.Context, url: str, key: str | None, model: str | None, ti
     from urllib.parse import urlsplit
 
     from hookmap.cli.console import console, table
-    from hookmap.server.smoke import Smoke
+    from hookmap.services.server.smoke import Smoke
 
     try:
         parts = urlsplit(url)

@@ -64,7 +64,7 @@ def command(
     chosen = None if layers is None else parse_layers(layers)
     where: dict[str, Any] = {"positions": positions, "steps": steps, "keep_norm": keep_norm}
     if intervene:
-        from hookmap.interventions import load_interventions
+        from hookmap.capture.interventions.documents import load_interventions
 
         interventions: Any = load_interventions(intervene)
     elif key:
@@ -72,7 +72,7 @@ def command(
         where |= {"point": point or "resid_post", "layers": "all" if chosen is None else chosen}
         interventions = [{"do": "steer", "vector": file, "strength": strength, **where}]
     else:
-        from hookmap.control_vectors import open_vector
+        from hookmap.analysis.gguf import open_vector
 
         made = open_vector(str(vector))
         where |= {"point": point} if point else {}

@@ -10,7 +10,7 @@ from hookmap.cli import model_options
 from hookmap.cli.chat_options import chat_options, templating
 
 if TYPE_CHECKING:
-    from hookmap.steering import SteeringVector
+    from hookmap.analysis.steering import SteeringVector
 
 
 @click.group()
@@ -72,7 +72,7 @@ def convert(source: str, target: str, model_hint: str | None) -> None:
     GGUF is what llama.cpp and repeng read: resid_post of layer 1 and up, float32.
     """
     _check_ending(target)
-    from hookmap.control_vectors import open_vector
+    from hookmap.analysis.gguf import open_vector
 
     _write(open_vector(source), target, model_hint)
     click.echo(target)
@@ -83,7 +83,7 @@ def convert(source: str, target: str, model_hint: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout, and no table.")
 def show(file: str, as_json: bool) -> None:
     """Show what a vector is of, and how long it is at each layer."""
-    from hookmap.control_vectors import open_vector
+    from hookmap.analysis.gguf import open_vector
 
     found = open_vector(file)
     lengths = {layer: float(found[layer].norm()) for layer in found.layers}
@@ -111,7 +111,7 @@ def _check_ending(path: str) -> None:
 
 
 def _write(vector: "SteeringVector", path: str, model_hint: str | None = None) -> None:
-    from hookmap.control_vectors import write_gguf
+    from hookmap.analysis.gguf import write_gguf
 
     if Path(path).suffix == ".gguf":
         write_gguf(vector, path, model_hint)

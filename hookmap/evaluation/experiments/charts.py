@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hookmap.experiments.report import SIGNIFICANT, Comparison, OfTensor, Report
-from hookmap.pictures import bands, finished, load_altair
+from hookmap.analysis.charts import bands, finished, load_altair
+from hookmap.evaluation.experiments.report import SIGNIFICANT, Comparison, OfTensor, Report
 
 
 def charts(report: Report) -> dict[str, Any]:

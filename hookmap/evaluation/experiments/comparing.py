@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hookmap.intervals import LEVEL, difference_interval, mean_interval, proportion_interval
-from hookmap.probes.metrics import Floats
+from hookmap.analysis.intervals import LEVEL, difference_interval, mean_interval, proportion_interval
+from hookmap.analysis.probes.metrics import Floats
 
 RESAMPLES = 10_000
 _EXACT = 16

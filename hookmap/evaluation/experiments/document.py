@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from hookmap.errors import DataError, SelectionError
-from hookmap.yaml_document import read_yaml
+from hookmap.loading.yaml_file import read_yaml
 
 Stage = Literal["configure", "generate", "score", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -65,7 +65,7 @@ class Captures(_Part):
 
     @model_validator(mode="after")
     def _kept(self) -> "Captures":
-        from hookmap.kept import kept  # it imports torch, which the schema does not need
+        from hookmap.capture.rows import kept  # it imports torch, which the schema does not need
 
         try:
             kept(self.positions, every=self.every, mean=self.mean, dtype=self.keep_dtype)
@@ -160,7 +160,7 @@ class Experiment(_Part):
 
 def load_experiment(path: str | Path) -> Experiment:
     """Read the file; paths in it are relative to it. Raises DataError with everything that is wrong."""
-    file = Path(__file__).parent.parent / "demo" / "emotions.yaml" if str(path) == BUNDLED else Path(path)
+    file = Path(__file__).parents[2] / "demo" / "emotions.yaml" if str(path) == BUNDLED else Path(path)
     try:
         document = read_yaml(file)
     except ValueError as error:

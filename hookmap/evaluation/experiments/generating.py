@@ -8,14 +8,14 @@ from inspect_ai.dataset import MemoryDataset
 from inspect_ai.dataset import Sample as Asked
 from inspect_ai.model import ChatMessage, ChatMessageSystem, ChatMessageUser
 
-from hookmap.evals.draws import generating
-from hookmap.evals.gathering import Taken, gather, is_gathered
-from hookmap.evals.gsm8k import PROMPTS
-from hookmap.evals.provider import remove_captures
-from hookmap.evals.results import ACTIVATIONS, BATCHES, place_of
-from hookmap.evals.run import finished_log
-from hookmap.experiments.document import Experiment
-from hookmap.experiments.questions import Request, requests
+from hookmap.evaluation.experiments.document import Experiment
+from hookmap.evaluation.experiments.questions import Request, requests
+from hookmap.evaluation.gsm8k.draws import generating
+from hookmap.evaluation.gsm8k.gathering import Taken, gather, is_gathered
+from hookmap.evaluation.gsm8k.results import ACTIVATIONS, BATCHES, place_of
+from hookmap.evaluation.gsm8k.run import finished_log
+from hookmap.evaluation.gsm8k.task import PROMPTS
+from hookmap.evaluation.inspect_provider import remove_captures
 
 
 def messages(experiment: Experiment, request: Request) -> list[ChatMessage]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from hookmap.experiments.report import SIGNIFICANT, Report
+from hookmap.evaluation.experiments.report import SIGNIFICANT, Report
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

@@ -3,8 +3,8 @@
 import random
 from dataclasses import dataclass
 
-from hookmap.evals.problems import DEMO, Question, read_questions
-from hookmap.experiments.document import Experiment, Prefix
+from hookmap.evaluation.experiments.document import Experiment, Prefix
+from hookmap.evaluation.gsm8k.problems import DEMO, Question, read_questions
 
 _DEMO_POOL = 2000
 """problems of the demo model, out of which a seed draws"""

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hookmap.evals.results import ACTIVATIONS, truncation_warning, write
-from hookmap.experiments.comparing import compare, holm, interval
-from hookmap.experiments.document import Experiment
-from hookmap.experiments.rewards import NAMES, TOTAL
-from hookmap.experiments.separation import Geometry, geometry, probed
-from hookmap.probes.report import Report as ProbeReport
+from hookmap.analysis.probes.report import Report as ProbeReport
+from hookmap.evaluation.experiments.comparing import compare, holm, interval
+from hookmap.evaluation.experiments.document import Experiment
+from hookmap.evaluation.experiments.rewards import NAMES, TOTAL
+from hookmap.evaluation.experiments.separation import Geometry, geometry, probed
+from hookmap.evaluation.gsm8k.results import ACTIVATIONS, truncation_warning, write
 from hookmap.stores import open_store
 
 PROBES = "probes"

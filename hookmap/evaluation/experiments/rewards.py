@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hookmap.evals.answers import SCORERS, is_form, numbers, same
+from hookmap.evaluation.gsm8k.answers import SCORERS, is_form, numbers, same
 
 NAMES = ("correctness", "format", "efficiency")
 TOTAL = "total"

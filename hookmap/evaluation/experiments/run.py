@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hookmap.errors import CaptureError, SelectionError, StoreError
-from hookmap.evals.results import write
-from hookmap.experiments.document import STAGES, Experiment, Stage
-from hookmap.experiments.report import PROBES, Report, make_report
+from hookmap.evaluation.experiments.document import STAGES, Experiment, Stage
+from hookmap.evaluation.experiments.report import PROBES, Report, make_report
+from hookmap.evaluation.gsm8k.results import write
 
 CONFIG, GENERATED, ANSWERS, REPORT, PAGE = (
     "config.json",
@@ -68,14 +68,14 @@ def _configure(experiment: Experiment, folder: Path, tell: Told | None) -> None:
 
 
 def _generate(experiment: Experiment, folder: Path, tell: Told | None) -> None:
-    from hookmap.experiments.generating import generate
+    from hookmap.evaluation.experiments.generating import generate
 
     made = generate(experiment, folder)
     write(folder / GENERATED, json.dumps(made, indent=2) + "\n")
 
 
 def _score(experiment: Experiment, folder: Path, tell: Told | None) -> None:
-    from hookmap.experiments.scoring import score_answers
+    from hookmap.evaluation.experiments.scoring import score_answers
 
     made = json.loads((folder / GENERATED).read_text(encoding="utf-8"))
     score_answers(experiment, folder, made["log"])
@@ -99,14 +99,14 @@ _STAGES: Mapping[Stage, Callable[[Experiment, Path, Told | None], None]] = {
 
 def _draw(report: Report, folder: Path) -> None:
     """PNG of each chart and the page; the page alone, without pictures, where nothing can be drawn."""
-    from hookmap.experiments.page import page
+    from hookmap.evaluation.experiments.page import page
 
     pictures: dict[str, str] = {}
     try:
         import vl_convert
 
-        from hookmap.experiments.charts import charts
-        from hookmap.pictures import save_picture
+        from hookmap.analysis.charts import save_picture
+        from hookmap.evaluation.experiments.charts import charts
 
         for name, chart in charts(report).items():
             save_picture(chart, folder / f"{name}.png")
@@ -117,7 +117,7 @@ def _draw(report: Report, folder: Path) -> None:
 
 
 def _config(experiment: Experiment) -> str:
-    from hookmap.experiments.questions import requests
+    from hookmap.evaluation.experiments.questions import requests
 
     asked = [[r.id, r.prefix.text, r.question.question, r.question.target] for r in requests(experiment)]
     document = {

@@ -6,9 +6,9 @@ from typing import Any
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState
 
-from hookmap.evals.results import METADATA, is_truncated, lines, write
-from hookmap.experiments.document import Experiment
-from hookmap.experiments.rewards import NAMES, TOTAL, rewarded
+from hookmap.evaluation.experiments.document import Experiment
+from hookmap.evaluation.experiments.rewards import NAMES, TOTAL, rewarded
+from hookmap.evaluation.gsm8k.results import METADATA, is_truncated, lines, write
 
 ANSWERS, SCORED = "answers.jsonl", "scored"
 _EACH = "answers"
@@ -35,7 +35,7 @@ def score_answers(experiment: Experiment, folder: Path, log_name: str) -> int:
     from inspect_ai import score
     from inspect_ai.log import read_eval_log, write_eval_log
 
-    from hookmap.evals.results import LOGS
+    from hookmap.evaluation.gsm8k.results import LOGS
 
     log = read_eval_log(str(folder / LOGS / log_name))
     rewards = rewards_scorer(experiment.sampling.max_tokens, experiment.rewards.model_dump())

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from hookmap.activations import Key
+from hookmap.analysis.probes.metrics import Floats
+from hookmap.analysis.probes.pooling import chosen_positions, matrices
+from hookmap.analysis.probes.run import Probing, probe
 from hookmap.errors import SelectionError
-from hookmap.experiments.document import Reporting
-from hookmap.probes.metrics import Floats
-from hookmap.probes.pooling import chosen_positions, matrices
-from hookmap.probes.run import Probing, probe
+from hookmap.evaluation.experiments.document import Reporting
 from hookmap.stores.interface import Store
 
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hookmap.dataset_files import rows_of
+from hookmap.datasets.files import rows_of
 from hookmap.errors import DataError
-from hookmap.evals.answers import strict
+from hookmap.evaluation.gsm8k.answers import strict
 
 DEMO = "demo"
 _SEED = 12345

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hookmap.analysis.intervals import proportion_interval
 from hookmap.errors import StoreError
-from hookmap.evals.answers import SCORERS
-from hookmap.evals.gathering import Taken, gather, is_gathered
-from hookmap.intervals import proportion_interval
+from hookmap.evaluation.gsm8k.answers import SCORERS
+from hookmap.evaluation.gsm8k.gathering import Taken, gather, is_gathered
 from hookmap.stores.durable import write_all, write_whole
 
 SUMMARY, DATASET, SAMPLES, TRAJECTORIES = "summary.json", "dataset.jsonl", "samples", "trajectories"

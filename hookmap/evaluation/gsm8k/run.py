@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from hookmap.errors import CaptureError, StoreError
-from hookmap.evals.gsm8k import MODES, PROMPTS, gsm8k
-from hookmap.evals.problems import DEMO
-from hookmap.evals.provider import MAX_TOKENS, HookmapAPI, remove_captures
-from hookmap.evals.results import BATCHES, LOGS, write, write_results
+from hookmap.evaluation.gsm8k.problems import DEMO
+from hookmap.evaluation.gsm8k.results import BATCHES, LOGS, write, write_results
+from hookmap.evaluation.gsm8k.task import MODES, PROMPTS, gsm8k
+from hookmap.evaluation.inspect_provider import MAX_TOKENS, HookmapAPI, remove_captures
 from hookmap.stores.durable import temporary
 
 SETTINGS, INSPECTS = "settings.json", "inspect:"

@@ -6,10 +6,10 @@ from inspect_ai.scorer import CORRECT, INCORRECT, Score, Scorer, Target, accurac
 from inspect_ai.solver import Solver, TaskState, prompt_template, use_tools
 from inspect_ai.tool import Tool, ToolError, tool
 
-from hookmap.evals.answers import SCORERS, numbers, same
-from hookmap.evals.calculator import calculate
-from hookmap.evals.draws import generating
-from hookmap.evals.problems import DEMO, read_questions
+from hookmap.evaluation.gsm8k.answers import SCORERS, numbers, same
+from hookmap.evaluation.gsm8k.calculator import calculate
+from hookmap.evaluation.gsm8k.draws import generating
+from hookmap.evaluation.gsm8k.problems import DEMO, read_questions
 
 MODES = ("no-tools", "with-tools")
 PROMPTS = {

@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import hookmap
+from hookmap.discovery.library import mappings_folder
 from hookmap.errors import DeployError
-from hookmap.library import mappings_folder
 
 EXTRA = "server"
 _EPOCH = (1980, 1, 1, 0, 0, 0)

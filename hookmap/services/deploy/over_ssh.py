@@ -24,7 +24,7 @@ _REASONS = {
 
 def ssh_command(ssh: Sequence[str], host: str, folder: str, python: str | None) -> list[str]:
     """What is run here: ssh, and for the host's shell one quoted line."""
-    enter = (files("hookmap.deploy") / "enter.sh").read_text(encoding="utf-8")
+    enter = (files("hookmap.services.deploy") / "enter.sh").read_text(encoding="utf-8")
     return [
         *ssh,
         "-T",
@@ -37,7 +37,7 @@ def ssh_command(ssh: Sequence[str], host: str, folder: str, python: str | None) 
 
 def packed(content: Mapping[str, bytes]) -> bytes:
     """A tar of these files, by name, with the program that runs on the host."""
-    program = (files("hookmap.deploy") / "on_host.py").read_bytes()
+    program = (files("hookmap.services.deploy") / "on_host.py").read_bytes()
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w") as tar:
         for name, data in {**content, "on_host.py": program}.items():

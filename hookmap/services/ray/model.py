@@ -17,19 +17,19 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.capture import Capture, say_apart
-from hookmap.chat_template import Chat, Templating
+from hookmap.capture.estimate import Estimate, check_room
+from hookmap.capture.interventions.documents import read_interventions
+from hookmap.capture.prepare import Capture, say_apart
+from hookmap.capture.runs import Progress, log
+from hookmap.discovery.library import given_map
 from hookmap.errors import CaptureError, InterventionError, ModelError, StoreError
-from hookmap.estimate import Estimate, check_room
-from hookmap.generation import check_count
-from hookmap.interventions import read_interventions
-from hookmap.library import given_map
-from hookmap.loading import load_tokenizer
-from hookmap.prompts import Prompt, encode, records
-from hookmap.runs import Progress, log
-from hookmap.scale.pool import Pool, Task
-from hookmap.scale.worker import Job, Plan, Ran
+from hookmap.loading.chat_template import Chat, Templating
+from hookmap.loading.checkpoints import load_tokenizer
+from hookmap.loading.generation import check_count
+from hookmap.loading.prompts import Prompt, encode, records
+from hookmap.maps.document import ArchitectureMap
+from hookmap.services.ray.pool import Pool, Task
+from hookmap.services.ray.worker import Job, Plan, Ran
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.memory import MemoryStore

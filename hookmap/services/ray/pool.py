@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hookmap.errors import CaptureError, HookmapError
-from hookmap.scale.worker import Opened, Worker
+from hookmap.services.ray.worker import Opened, Worker
 
 log = logging.getLogger("hookmap")
 

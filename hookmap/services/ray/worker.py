@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.capture import Prepared
+from hookmap.capture.estimate import Estimate
+from hookmap.capture.prepare import Prepared
 from hookmap.errors import StoreError
-from hookmap.estimate import Estimate
-from hookmap.memory_use import used
+from hookmap.loading.memory import used
+from hookmap.loading.prompts import Prompt
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.selectors import Selector
 from hookmap.model import HookedModel, open
-from hookmap.prompts import Prompt
-from hookmap.selectors import Selector
-from hookmap.stores.beside import Lacking
+from hookmap.stores.before import Lacking
 from hookmap.stores.groups import Group, PartWriter
 from hookmap.stores.manifest import Manifest, versions
 

@@ -3,20 +3,20 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hookmap import generation as gen
-from hookmap.interventions import fingerprint
-from hookmap.prompts import Prompt
-from hookmap.server.echo import check_room
-from hookmap.server.editing import Documents, read
-from hookmap.server.errors import ApiError, bad
-from hookmap.server.jobs import Job, Keeper
-from hookmap.server.models import Loaded
-from hookmap.server.recording import ToAnswer, ToStore, plan
-from hookmap.server.requests import Sampling
-from hookmap.server.sessions import Sessions
-from hookmap.server.settings import Settings
-from hookmap.server.summaries import summary_of
-from hookmap.wrappers import generation_config_of
+from hookmap.capture.interventions.documents import fingerprint
+from hookmap.loading import generation as gen
+from hookmap.loading.prompts import Prompt
+from hookmap.loading.wrappers import generation_config_of
+from hookmap.services.server.echo import check_room
+from hookmap.services.server.editing import Documents, read
+from hookmap.services.server.errors import ApiError, bad
+from hookmap.services.server.jobs import Job, Keeper
+from hookmap.services.server.models import Loaded
+from hookmap.services.server.recording import ToAnswer, ToStore, plan
+from hookmap.services.server.requests import Sampling
+from hookmap.services.server.sessions import Sessions
+from hookmap.services.server.settings import Settings
+from hookmap.services.server.summaries import summary_of
 
 LEAST_TEMPERATURE = 0.01
 """as in vLLM: a smaller one overflows"""

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from hookmap import generation as gen
 from hookmap.activations import Activation, Sample, Sink
-from hookmap.engines.observation import BatchLayout, Observer
-from hookmap.prompts import Prompt
-from hookmap.readout import Readout
-from hookmap.runs import Generating
-from hookmap.server.echo import Echo
-from hookmap.server.errors import cancelled
-from hookmap.server.summaries import Summarising, Summary
-from hookmap.server.tokens import Likely, Token, beside, told
+from hookmap.analysis.unembedding import Readout
+from hookmap.capture.engines.observation import BatchLayout, Observer
+from hookmap.capture.runs import Generating
+from hookmap.loading import generation as gen
+from hookmap.loading.prompts import Prompt
+from hookmap.services.server.echo import Echo
+from hookmap.services.server.errors import cancelled
+from hookmap.services.server.summaries import Summarising, Summary
+from hookmap.services.server.tokens import Likely, Token, beside, told
 
 
 @dataclass

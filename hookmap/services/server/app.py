@@ -16,26 +16,26 @@ from starlette.types import Scope
 
 from hookmap import __version__
 from hookmap.errors import SelectionError
-from hookmap.server import errors, page
-from hookmap.server.admission import admit
-from hookmap.server.chat import ChatWire, prompt_of
-from hookmap.server.completions import MAX_TOKENS, CompletionWire, TextCompletion, prompts_of
-from hookmap.server.downloads import download_of
-from hookmap.server.editing import described as described_edits
-from hookmap.server.editing import planned, read
-from hookmap.server.errors import ApiError, bad
-from hookmap.server.guard import Guard
-from hookmap.server.metrics import Metrics
-from hookmap.server.models import Loaded, Models
-from hookmap.server.ranges import DOCUMENTED as RANGED
-from hookmap.server.ranges import ranged
-from hookmap.server.recording import described
-from hookmap.server.requests import ChatRequest, CompletionRequest
-from hookmap.server.sessions import Sessions
-from hookmap.server.settings import Settings
-from hookmap.server.streaming import answer
-from hookmap.server.summaries import offered
-from hookmap.show import tree
+from hookmap.maps.tree import tree
+from hookmap.services.server import errors, page
+from hookmap.services.server.admission import admit
+from hookmap.services.server.chat import ChatWire, prompt_of
+from hookmap.services.server.completions import MAX_TOKENS, CompletionWire, TextCompletion, prompts_of
+from hookmap.services.server.downloads import download_of
+from hookmap.services.server.editing import described as described_edits
+from hookmap.services.server.editing import planned, read
+from hookmap.services.server.errors import ApiError, bad
+from hookmap.services.server.guard import Guard
+from hookmap.services.server.metrics import Metrics
+from hookmap.services.server.models import Loaded, Models
+from hookmap.services.server.ranges import DOCUMENTED as RANGED
+from hookmap.services.server.ranges import ranged
+from hookmap.services.server.recording import described
+from hookmap.services.server.requests import ChatRequest, CompletionRequest
+from hookmap.services.server.sessions import Sessions
+from hookmap.services.server.settings import Settings
+from hookmap.services.server.streaming import answer
+from hookmap.services.server.summaries import offered
 from hookmap.stores.ledger import tensor_name
 
 _SWEEP = 60.0

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from hookmap import generation as gen
-from hookmap.engines.observation import BatchLayout
-from hookmap.memory_use import MemoryUse
+from hookmap.capture.engines.observation import BatchLayout
+from hookmap.capture.runs import device_of, generating, padded, turn
+from hookmap.loading import generation as gen
+from hookmap.loading.memory import MemoryUse
+from hookmap.loading.wrappers import generate_of
 from hookmap.model import HookedModel
-from hookmap.runs import device_of, generating, padded, turn
-from hookmap.server.errors import ApiError, cancelled, failed, is_out_of_memory
-from hookmap.server.jobs import Event, Job, Result
-from hookmap.server.tokens import Likely, Token, beside, told
-from hookmap.wrappers import generate_of
+from hookmap.services.server.errors import ApiError, cancelled, failed, is_out_of_memory
+from hookmap.services.server.jobs import Event, Job, Result
+from hookmap.services.server.tokens import Likely, Token, beside, told
 
 log = logging.getLogger("hookmap.server")
 

@@ -12,16 +12,16 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
 
-from hookmap.chat_template import Templating
-from hookmap.generation import end_tokens
-from hookmap.prompts import Prompt, templated, text_of
-from hookmap.server.errors import bad
-from hookmap.server.jobs import Job, Result
-from hookmap.server.requests import ChatRequest, Message
-from hookmap.server.streaming import extras, made, summaries, usage_of
-from hookmap.server.text import RowText
-from hookmap.server.tokens import LEAST, Token
-from hookmap.server.tools import Call, ToolText, check_template, reads_calls, with_arguments
+from hookmap.loading.chat_template import Templating
+from hookmap.loading.generation import end_tokens
+from hookmap.loading.prompts import Prompt, templated, text_of
+from hookmap.services.server.errors import bad
+from hookmap.services.server.jobs import Job, Result
+from hookmap.services.server.requests import ChatRequest, Message
+from hookmap.services.server.streaming import extras, made, summaries, usage_of
+from hookmap.services.server.text import RowText
+from hookmap.services.server.tokens import LEAST, Token
+from hookmap.services.server.tools import Call, ToolText, check_template, reads_calls, with_arguments
 
 
 def prompt_of(asked: ChatRequest, tokenizer: Any) -> Prompt:

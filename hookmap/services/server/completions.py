@@ -8,14 +8,14 @@ from typing import Any
 from openai.types import Completion, CompletionChoice
 from openai.types.completion_choice import Logprobs
 
-from hookmap.generation import end_tokens
-from hookmap.prompts import Prompt, encode, text_of
-from hookmap.server.errors import bad
-from hookmap.server.jobs import Job, Result
-from hookmap.server.requests import CompletionRequest
-from hookmap.server.streaming import extras, made, summaries, usage_of
-from hookmap.server.text import RowText
-from hookmap.server.tokens import LEAST, Token
+from hookmap.loading.generation import end_tokens
+from hookmap.loading.prompts import Prompt, encode, text_of
+from hookmap.services.server.errors import bad
+from hookmap.services.server.jobs import Job, Result
+from hookmap.services.server.requests import CompletionRequest
+from hookmap.services.server.streaming import extras, made, summaries, usage_of
+from hookmap.services.server.text import RowText
+from hookmap.services.server.tokens import LEAST, Token
 
 MAX_TOKENS = 16
 """OpenAI's, where the request does not say"""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hookmap.capture.estimate import in_words
 from hookmap.errors import CaptureError
-from hookmap.estimate import in_words
 from hookmap.model import HookedModel
-from hookmap.server.errors import ApiError
-from hookmap.server.tokens import Token
+from hookmap.services.server.errors import ApiError
+from hookmap.services.server.tokens import Token
 
 _CHUNK = 64
 """positions whose distributions are computed together: each is as wide as the vocabulary"""

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hookmap.chat_template import Templating
+from hookmap.capture.interventions.documents import Intervention, Source, VectorFile, read_interventions
+from hookmap.capture.interventions.plan import Plan, plan
 from hookmap.errors import HookmapError
-from hookmap.interventions import Intervention, Source, VectorFile, read_interventions
+from hookmap.loading.chat_template import Templating
+from hookmap.loading.prompts import Prompt
 from hookmap.model import HookedModel
-from hookmap.plan import Plan, plan
-from hookmap.prompts import Prompt
-from hookmap.server.errors import ApiError, bad
-from hookmap.server.sessions import Sessions
+from hookmap.services.server.errors import ApiError, bad
+from hookmap.services.server.sessions import Sessions
 
 PARAM = "hookmap.interventions"
 Documents = Sequence[dict[str, Any]]

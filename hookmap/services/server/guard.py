@@ -11,9 +11,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hookmap.server.errors import ApiError
-from hookmap.server.page import FILES
-from hookmap.server.settings import LOOPBACK, Settings
+from hookmap.services.server.errors import ApiError
+from hookmap.services.server.page import FILES
+from hookmap.services.server.settings import LOOPBACK, Settings
 
 OPEN = ("/health", *FILES)
 """without a key: the page holds nothing of the model, and asks for the key"""

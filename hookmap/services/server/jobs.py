@@ -8,15 +8,15 @@ from typing import Any, Protocol
 
 from transformers import GenerationConfig
 
-from hookmap import generation as gen
 from hookmap.activations import Sample, Sink
-from hookmap.interventions import Intervention
-from hookmap.kept import Kept
-from hookmap.prompts import Prompt
-from hookmap.selectors import Selector
-from hookmap.server.errors import ApiError
-from hookmap.server.summaries import Summary
-from hookmap.server.tokens import Token
+from hookmap.capture.interventions.documents import Intervention
+from hookmap.capture.rows import Kept
+from hookmap.loading import generation as gen
+from hookmap.loading.prompts import Prompt
+from hookmap.maps.selectors import Selector
+from hookmap.services.server.errors import ApiError
+from hookmap.services.server.summaries import Summary
+from hookmap.services.server.tokens import Token
 
 
 class Keeper(Protocol):

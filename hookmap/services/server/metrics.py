@@ -4,8 +4,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from hookmap.server.models import Models
-from hookmap.server.sessions import Sessions
+from hookmap.services.server.models import Models
+from hookmap.services.server.sessions import Sessions
 
 
 class Metrics:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 import hookmap
+from hookmap.capture.padding import whole_batch_limit
 from hookmap.demo import MODEL_PATH
 from hookmap.model import HookedModel
-from hookmap.padding import whole_batch_limit
-from hookmap.server.batch import Room
-from hookmap.server.editing import Documents
-from hookmap.server.errors import ApiError, missing
-from hookmap.server.settings import Settings
-from hookmap.server.worker import Worker
+from hookmap.services.server.batch import Room
+from hookmap.services.server.editing import Documents
+from hookmap.services.server.errors import ApiError, missing
+from hookmap.services.server.settings import Settings
+from hookmap.services.server.worker import Worker
 
 log = logging.getLogger("hookmap.server")
 

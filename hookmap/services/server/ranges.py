@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi.responses import Response, StreamingResponse
 
-from hookmap.server.downloads import Download
+from hookmap.services.server.downloads import Download
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII | re.IGNORECASE)
 

@@ -11,15 +11,15 @@ from urllib.parse import urlencode
 import safetensors.torch
 
 from hookmap.activations import Sample, Sink
-from hookmap.estimate import check_room, in_words
-from hookmap.kept import Kept, kept
+from hookmap.capture.estimate import check_room, in_words
+from hookmap.capture.rows import Kept, kept
+from hookmap.loading.prompts import Prompt
+from hookmap.maps.selectors import Selector
 from hookmap.model import HookedModel
-from hookmap.prompts import Prompt
-from hookmap.selectors import Selector
-from hookmap.server.errors import ApiError, bad
-from hookmap.server.requests import Recording, Sampling
-from hookmap.server.sessions import Session, Sessions
-from hookmap.server.settings import Settings
+from hookmap.services.server.errors import ApiError, bad
+from hookmap.services.server.requests import Recording, Sampling
+from hookmap.services.server.sessions import Session, Sessions
+from hookmap.services.server.settings import Settings
 from hookmap.stores import open_store
 from hookmap.stores.background import BackgroundWriter
 from hookmap.stores.folder import FolderWriter

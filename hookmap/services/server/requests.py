@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hookmap.generation import HALF
-from hookmap.server.errors import bad
+from hookmap.loading.generation import HALF
+from hookmap.services.server.errors import bad
 
 Positive = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]

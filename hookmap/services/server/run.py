@@ -6,10 +6,10 @@ import socket
 import uvicorn
 
 import hookmap
-from hookmap.server.app import make_app
-from hookmap.server.models import Models
-from hookmap.server.sessions import Sessions
-from hookmap.server.settings import Settings
+from hookmap.services.server.app import make_app
+from hookmap.services.server.models import Models
+from hookmap.services.server.sessions import Sessions
+from hookmap.services.server.settings import Settings
 
 
 def serve(source: str | None, settings: Settings, name: str | None = None) -> None:

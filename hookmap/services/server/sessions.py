@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hookmap.errors import HookmapError, StoreError
-from hookmap.server.errors import ApiError, missing
+from hookmap.services.server.errors import ApiError, missing
 from hookmap.stores import open_store
 from hookmap.stores.access import lock
 from hookmap.stores.durable import AppendedFile

@@ -14,10 +14,10 @@ from openai.types import CompletionUsage
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from hookmap.server.errors import ApiError, cancelled
-from hookmap.server.jobs import Event, Job, Result
-from hookmap.server.tokens import Token
-from hookmap.server.worker import Worker
+from hookmap.services.server.errors import ApiError, cancelled
+from hookmap.services.server.jobs import Event, Job, Result
+from hookmap.services.server.tokens import Token
+from hookmap.services.server.worker import Worker
 
 Made = TypeVar("Made", bound=BaseModel)
 

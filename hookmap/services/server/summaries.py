@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from hookmap.architecture_map import ArchitectureMap
-from hookmap.engines.observation import Observer
+from hookmap.analysis.lens import STREAM_POINTS
+from hookmap.analysis.unembedding import Readout, readout_of
+from hookmap.capture.engines.observation import Observer
+from hookmap.capture.rows import NUMBERS
 from hookmap.errors import HookmapError
-from hookmap.kept import NUMBERS
-from hookmap.lens import STREAM_POINTS
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.points import POINTS
+from hookmap.maps.selectors import Selector
 from hookmap.model import HookedModel
-from hookmap.points import POINTS
-from hookmap.readout import Readout, readout_of
-from hookmap.selectors import Selector
-from hookmap.server.errors import bad
-from hookmap.server.requests import SummaryRequest
+from hookmap.services.server.errors import bad
+from hookmap.services.server.requests import SummaryRequest
 
 PARAM = "hookmap.summary"
 

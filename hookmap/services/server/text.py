@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hookmap.prompts import decode
+from hookmap.loading.prompts import decode
 
 _HALF = "\ufffd"
 """what a tokenizer decodes bytes to that are not a whole character yet"""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from hookmap.server.summaries import Figures
+from hookmap.services.server.summaries import Figures
 
 LEAST = -9999.0
 """logprob of what cannot come, as in vLLM: JSON has no -inf. `max(LEAST, x)` in this order is LEAST for NaN, too"""

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hookmap.server.errors import bad
-from hookmap.server.text import beginning_at_end
+from hookmap.services.server.errors import bad
+from hookmap.services.server.text import beginning_at_end
 
 _OPEN = "<tool_call>"
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)

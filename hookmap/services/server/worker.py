@@ -12,16 +12,16 @@ from functools import partial
 
 import torch
 
-from hookmap.kept import Kept
-from hookmap.memory_use import MemoryUse
+from hookmap.capture.rows import Kept
+from hookmap.capture.runs import device_of
+from hookmap.loading.memory import MemoryUse
 from hookmap.model import HookedModel
-from hookmap.runs import device_of
-from hookmap.server.answering import Answering, Gathered
-from hookmap.server.batch import Room, Together
-from hookmap.server.echo import Echo
-from hookmap.server.editing import planned
-from hookmap.server.errors import ApiError, cancelled, failed, unloading
-from hookmap.server.jobs import Event, Job, Result
+from hookmap.services.server.answering import Answering, Gathered
+from hookmap.services.server.batch import Room, Together
+from hookmap.services.server.echo import Echo
+from hookmap.services.server.editing import planned
+from hookmap.services.server.errors import ApiError, cancelled, failed, unloading
+from hookmap.services.server.jobs import Event, Job, Result
 
 log = logging.getLogger("hookmap.server")
 
