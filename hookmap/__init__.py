@@ -6,6 +6,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hookmap._version import __version__
 from hookmap.errors import (
     CaptureError,
     DataError,
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from hookmap.services.ray.model import open_on_ray
     from hookmap.stores import open_store
     from hookmap.verification.verify import verify
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ArchitectureMap",

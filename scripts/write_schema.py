@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from hookmap.cli import configuration
-from hookmap.discovery.library import mappings_folder
 from hookmap.evaluation.experiments import document
 from hookmap.maps import document as architecture_map
+from hookmap.maps.shipped import mappings_folder
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

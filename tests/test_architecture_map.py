@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hookmap import MapError, MapNotFoundError
-from hookmap.discovery.library import mappings_folder
-from hookmap.maps.document import load, parse, schema
+from hookmap.maps.document import schema
+from hookmap.maps.parsing import load, parse
 from hookmap.maps.points import POINTS
+from hookmap.maps.shipped import mappings_folder
 
 
 def test_the_published_schema_is_that_of_the_code() -> None:

@@ -19,9 +19,9 @@ from documents import hybrid
 
 import hookmap
 from hookmap.cli.main import main
-from hookmap.cli.settings import parse_layers
+from hookmap.cli.parsing import parse_layers
 from hookmap.demo import MODEL_PATH
-from hookmap.maps.document import parse
+from hookmap.maps.parsing import parse
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

@@ -13,7 +13,8 @@ from torch import nn
 import hookmap
 from hookmap.discovery.head_layout import Labels
 from hookmap.loading.skeleton import eager
-from hookmap.maps.document import ArchitectureMap, parse
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.parsing import parse
 from hookmap.maps.points import POINTS
 from hookmap.verification.verify import redraw, verify
 

@@ -12,7 +12,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.cli.main import main
-from hookmap.maps.explain import explain
+from hookmap.maps.describe import explain
 
 
 def test_the_evidence_names_additions_branches_and_readers() -> None:

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import hookmap
 from hookmap.discovery import library
-from hookmap.discovery.library import load_map, mappings_folder, resize, shipped_architectures, shipped_models
+from hookmap.discovery.library import load_map
 from hookmap.errors import MapError, MapMismatchError, MapNotFoundError
-from hookmap.maps.document import load, parse
+from hookmap.maps.parsing import load, parse
+from hookmap.maps.shipped import mappings_folder, resize, shipped_architectures, shipped_models
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],

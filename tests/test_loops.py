@@ -18,7 +18,8 @@ from hookmap.discovery.discover import discover
 from hookmap.discovery.map_of_model import map_of
 from hookmap.errors import DiscoveryError, MapMismatchError, SelectionError
 from hookmap.loading.narrow import narrow
-from hookmap.maps.document import ArchitectureMap, parse
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.parsing import parse
 from hookmap.verification.verify import verify
 
 pytestmark = pytest.mark.usefixtures("seeded")

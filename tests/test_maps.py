@@ -12,10 +12,11 @@ from packaging.version import Version
 
 from hookmap.cli.commands.maps import command
 from hookmap.discovery.discover import discover
-from hookmap.discovery.library import mappings_folder, shipped_architectures
 from hookmap.loading.narrow import narrow
 from hookmap.maps.diff import differences
-from hookmap.maps.document import ArchitectureMap, load
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.parsing import load
+from hookmap.maps.shipped import mappings_folder, shipped_architectures
 from hookmap.sweep.build import LEDGER, Entry, Kind, build_type, classes, done, sweep, tenth
 from hookmap.sweep.configs import COMPLETIONS, config_of
 from hookmap.sweep.table import by_class, counts, markdown

@@ -11,7 +11,8 @@ import hookmap
 from hookmap.activations import Activation, Sample
 from hookmap.capture.prepare import Capture
 from hookmap.demo import MODEL_PATH
-from hookmap.maps.document import ArchitectureMap, parse
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.parsing import parse
 from hookmap.stores.manifest import manifest_of_run
 from hookmap.stores.memory import MemoryStore
 from hookmap.stores.xarray import to_xarray

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover
-from hookmap.discovery.library import mappings_folder
-from hookmap.maps.document import BlockKind, load
+from hookmap.maps.parsing import load
 from hookmap.maps.relations import can_be_checked
+from hookmap.maps.shipped import mappings_folder
+from hookmap.maps.templates import BlockKind
 from hookmap.verification.relations import Relations
 from hookmap.verification.verify import verify
 

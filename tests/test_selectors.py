@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hookmap import CaptureError, SelectionError
-from hookmap.maps.document import ArchitectureMap, parse
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.parsing import parse
 from hookmap.maps.points import POINTS, parse_point
 from hookmap.maps.selectors import select
 

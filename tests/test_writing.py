@@ -16,8 +16,9 @@ import hookmap
 from hookmap.capture.engines.hooks import HooksEngine
 from hookmap.capture.interventions.proofs import Proofs
 from hookmap.capture.interventions.writable import Place, passed_on
-from hookmap.maps.document import ArchitectureMap, Heads
+from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Term
+from hookmap.maps.templates import Heads
 from hookmap.model import HookedModel
 
 ALWAYS = {"pattern", "router_logits", "router_indices"}

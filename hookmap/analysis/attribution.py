@@ -24,7 +24,7 @@ from hookmap.capture.prepare import Capture
 from hookmap.errors import SelectionError
 
 if TYPE_CHECKING:
-    from hookmap.model import HookedModel
+    from hookmap.capture.hooked import Hooked
 
 log = logging.getLogger("hookmap")
 
@@ -63,7 +63,7 @@ class Attribution:
 
 
 def attribute(
-    hm: HookedModel,
+    hm: Hooked,
     prompt: Any,
     target: int | str | None = None,
     against: int | str | None = None,
@@ -75,7 +75,7 @@ def attribute(
     continue_final_message: bool | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Attribution:
-    """See `HookedModel.attribute`."""
+    """See `Hooked.attribute`."""
     readout = readout_of(hm)
     names = _summands(hm)
     ends = [f"blocks.{hm.map.num_layers - 1}.hook_resid_post", "blocks.0.hook_resid_pre"]
@@ -101,7 +101,7 @@ def attribute(
         return _read(hm, readout, run, names, target, against, heads)
 
 
-def _summands(hm: HookedModel) -> list[tuple[str, int]]:
+def _summands(hm: Hooked) -> list[tuple[str, int]]:
     """What the stream is the sum of: (point, layer), in forward order. Raises SelectionError where it is none."""
     found, problems = [("resid_pre", 0)], []
     for kind in hm.map.kinds:
@@ -121,7 +121,7 @@ def _summands(hm: HookedModel) -> list[tuple[str, int]]:
 
 
 def _read(
-    hm: HookedModel,
+    hm: Hooked,
     readout: Readout,
     run: Capture,
     names: list[tuple[str, int]],
@@ -168,7 +168,7 @@ def _picked(logits: torch.Tensor, aim: torch.Tensor, other: int | None) -> torch
 
 
 def _reads(
-    hm: HookedModel, readout: Readout, like: torch.Tensor, aim: torch.Tensor, other: int | None
+    hm: Hooked, readout: Readout, like: torch.Tensor, aim: torch.Tensor, other: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a logit (difference) reads of the normed stream, [pos, d_model], and what it is where that is 0, [pos].
 
@@ -229,7 +229,7 @@ def _named(dtype: torch.dtype) -> str:
 
 
 def _parts(
-    hm: HookedModel, run: Capture, names: list[tuple[str, int]], heads: bool, close: float
+    hm: Hooked, run: Capture, names: list[tuple[str, int]], heads: bool, close: float
 ) -> tuple[list[str], torch.Tensor]:
     """Labels, and tensors [parts, pos, d_model], float32."""
     labels, parts = [], []
@@ -251,7 +251,7 @@ def _parts(
 
 
 def _frozen_norm(
-    hm: HookedModel, readout: Readout, last: torch.Tensor, parts: torch.Tensor
+    hm: Hooked, readout: Readout, last: torch.Tensor, parts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The parts [parts, pos, d] normed with the statistic of the whole stream, and the norm's bias [d]; float32.
 
@@ -284,7 +284,7 @@ def _frozen_norm(
     return (linear(parts) * share).cpu(), bias.cpu()
 
 
-def _refused(hm: HookedModel, reason: str) -> SelectionError:
+def _refused(hm: Hooked, reason: str) -> SelectionError:
     return SelectionError(
         f"no direct logit attribution for {hm.map.architecture}: {reason}. A lens needs no sum: hookmap lens"
     )

@@ -11,10 +11,10 @@ from hookmap.errors import SelectionError
 from hookmap.loading import skeleton
 
 if TYPE_CHECKING:
-    from hookmap.model import HookedModel
+    from hookmap.capture.hooked import Hooked
 
 
-def head_outputs(hm: HookedModel, run: Capture, layer: int, close: float) -> tuple[torch.Tensor, torch.Tensor]:
+def head_outputs(hm: Hooked, run: Capture, layer: int, close: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a capture of z and mixer_out: [heads, pos, d_model], and what is left of mixer_out: a bias, [pos, d_model].
 
     `close`: how far the sum may be off, as a share of the largest. Raises SelectionError where heads and bias are
@@ -42,7 +42,7 @@ def head_outputs(hm: HookedModel, run: Capture, layer: int, close: float) -> tup
     return heads, whole - heads.sum(0)
 
 
-def _refused(hm: HookedModel, layer: int, reason: str) -> SelectionError:
+def _refused(hm: Hooked, layer: int, reason: str) -> SelectionError:
     return SelectionError(
         f"no attribution to the heads of layer {layer} of {hm.map.architecture}: {reason}. Leave heads out: the "
         "mixer as a whole is attributed."

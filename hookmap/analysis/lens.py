@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,10 +17,11 @@ from hookmap.capture.prepare import Capture
 from hookmap.errors import SelectionError
 from hookmap.loading.prompts import text_of
 from hookmap.maps.points import parse_point
+from hookmap.maps.selectors import Selector
 from hookmap.stores.interface import Store
 
 if TYPE_CHECKING:
-    from hookmap.model import HookedModel
+    from hookmap.capture.hooked import Hooked
 
 Metric = Literal["probability", "rank", "worst_rank", "top_probability", "entropy", "kl"]
 METRICS: tuple[str, ...] = get_args(Metric)
@@ -94,7 +95,7 @@ class Lens:
 
 
 def lens(
-    hm: HookedModel,
+    hm: Hooked,
     source: Any,
     point: str = "resid_post",
     layers: Any = "all",
@@ -108,7 +109,7 @@ def lens(
     continue_final_message: bool | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Lens:
-    """See `HookedModel.lens`."""
+    """See `Hooked.lens`."""
     name = _stream_point(point)
     readout = readout_of(hm)
     run, live = source, not isinstance(source, (Capture, Store))
@@ -128,7 +129,7 @@ def lens(
         )
         sample = 0
     held = [key[1] for key in run.keys if key[0] == name and key[1] is not None]
-    chosen = held if isinstance(layers, str) else sorted({s.layer for s in hm.map.selectors(name, layers)})
+    chosen = held if isinstance(layers, str) else _layers_of(hm.map.selectors(name, layers))
     if missing := [layer for layer in chosen if layer not in held] or not held:
         raise SelectionError(f"the capture holds no {name} of layers {missing if held else 'any'}: it holds {held}.")
     told = next((s for s in run.samples if s.sample == sample), None)
@@ -137,6 +138,10 @@ def lens(
     with turns_of(hm.model).shared():
         aim = None if target is None else token_id(hm, target)
         return _read(hm, readout, run, told, name, tuple(chosen), top, aim, live)
+
+
+def _layers_of(selectors: Iterable[Selector]) -> list[int]:
+    return sorted({selector.layer for selector in selectors if selector.layer is not None})
 
 
 def _stream_point(point: str) -> str:
@@ -158,7 +163,7 @@ def _refuse_several(source: Any) -> None:
         )
 
 
-def token_id(hm: HookedModel, target: int | str) -> int:
+def token_id(hm: Hooked, target: int | str) -> int:
     """The id of one token. Raises SelectionError where the model has none such, or the text is of several tokens."""
     if isinstance(target, int) and 0 <= target < (hm.map.d_vocab or 0):
         return target
@@ -172,7 +177,7 @@ def token_id(hm: HookedModel, target: int | str) -> int:
     return int(ids[0])
 
 
-def token_text(hm: HookedModel, token: int) -> str:
+def token_text(hm: Hooked, token: int) -> str:
     """The text of one token, its number where there is no tokenizer."""
     return str(token) if hm.tokenizer is None else text_of(hm.tokenizer, [token])
 
@@ -185,7 +190,7 @@ def where(sample: Sample) -> tuple[int, ...]:
 
 
 def _read(
-    hm: HookedModel,
+    hm: Hooked,
     readout: Readout,
     run: Capture | Store,
     told: Sample,

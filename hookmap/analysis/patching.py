@@ -23,7 +23,7 @@ from hookmap.loading.prompts import Prompt, text_of
 from hookmap.maps.selectors import Selector, layer_ranges
 
 if TYPE_CHECKING:
-    from hookmap.model import HookedModel
+    from hookmap.capture.hooked import Hooked
 
 Metric = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """logits of the next token [n, d_vocab] -> float32 [n], and how much each moves at most, where logits
@@ -67,7 +67,7 @@ class Sweep:
 
 
 def sweep(
-    hm: "HookedModel",
+    hm: "Hooked",
     clean: Any,
     corrupted: Any,
     target: str | int,
@@ -127,7 +127,7 @@ def sweep(
     return Sweep(Grid(torch.stack(values), numbers, tuple(places), tokens, name, selectors[0].point), *base, noise)
 
 
-def _check_written(hm: "HookedModel", selectors: Sequence[Selector]) -> None:
+def _check_written(hm: "Hooked", selectors: Sequence[Selector]) -> None:
     """Raises InterventionError where a point of some layers is not written, with each reason once."""
     refused: dict[str, list[int]] = {}
     for selector in selectors:
@@ -139,7 +139,7 @@ def _check_written(hm: "HookedModel", selectors: Sequence[Selector]) -> None:
 
 
 def _base(
-    hm: "HookedModel", prompts: Sequence[Prompt], metric: Metric, together: int, name: str
+    hm: "Hooked", prompts: Sequence[Prompt], metric: Metric, together: int, name: str
 ) -> tuple[tuple[float, float], float]:
     """The metrics of clean and corrupted, and their noise. Raises CaptureError, InterventionError."""
     alone = [_logits(hm, [prompt], None, 1) for prompt in prompts]
@@ -182,7 +182,7 @@ def _check_pair(prompts: Sequence[Prompt], tokenizer: Any) -> None:
         raise InterventionError("the clean and the corrupted prompt are the same.")
 
 
-def _places(hm: "HookedModel", prompt: Prompt, positions: Any) -> list[int]:
+def _places(hm: "Hooked", prompt: Prompt, positions: Any) -> list[int]:
     chosen, length = kept(positions), len(prompt.token_ids)
     chosen.refuse_beyond([length], 0)
     found = chosen.places(prompt.token_ids, length, hm.matching(chosen))
@@ -191,7 +191,7 @@ def _places(hm: "HookedModel", prompt: Prompt, positions: Any) -> list[int]:
     return found[-1:] if chosen.positions == "last" else found
 
 
-def _logits(hm: "HookedModel", prompts: Sequence[Prompt], plan: Plan | None, batch_size: int) -> torch.Tensor:
+def _logits(hm: "Hooked", prompts: Sequence[Prompt], plan: Plan | None, batch_size: int) -> torch.Tensor:
     """Of the token after each prompt, [n, d_vocab], in the dtype that they were computed in."""
     run = hm.capture(
         [list(prompt.token_ids) for prompt in prompts],
@@ -208,7 +208,7 @@ def _logits(hm: "HookedModel", prompts: Sequence[Prompt], plan: Plan | None, bat
     return found[:, 0]
 
 
-def _eps(hm: "HookedModel", logits: torch.Tensor) -> float:
+def _eps(hm: "Hooked", logits: torch.Tensor) -> float:
     """The relative spacing of the numbers that the logits were computed in: models widen what a narrow head gave."""
     head = hm.root.get_output_embeddings()  # type: ignore[operator]
     weight = getattr(head, "weight", logits)
@@ -216,7 +216,7 @@ def _eps(hm: "HookedModel", logits: torch.Tensor) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def _metric(hm: "HookedModel", target: str | int, against: str | int | None) -> tuple[Metric, str]:
+def _metric(hm: "Hooked", target: str | int, against: str | int | None) -> tuple[Metric, str]:
     right, right_name = _token(hm, target)
     if against is None:
 
@@ -235,7 +235,7 @@ def _metric(hm: "HookedModel", target: str | int, against: str | int | None) -> 
     return difference, f"logit of {right_name} minus logit of {other_name}"
 
 
-def _token(hm: "HookedModel", given: str | int) -> tuple[int, str]:
+def _token(hm: "Hooked", given: str | int) -> tuple[int, str]:
     if isinstance(given, int):
         return hm.encode([[given]], False)[0].token_ids[0], repr(_text(hm, given) or given)
     ids = [] if hm.tokenizer is None else hm.tokenizer(given, add_special_tokens=False)["input_ids"]
@@ -247,5 +247,5 @@ def _token(hm: "HookedModel", given: str | int) -> tuple[int, str]:
     return ids[0], repr(given)
 
 
-def _text(hm: "HookedModel", token: int) -> str:
+def _text(hm: "Hooked", token: int) -> str:
     return "" if hm.tokenizer is None else text_of(hm.tokenizer, [token])

@@ -26,7 +26,7 @@ from hookmap.maps.points import parse_point
 from hookmap.placeholders import is_pointer, pointers_told
 
 if TYPE_CHECKING:
-    from hookmap.model import HookedModel
+    from hookmap.capture.hooked import Hooked
 
 Method = Literal["mean_difference", "pca"]
 _METADATA = "hookmap.steering"
@@ -144,7 +144,7 @@ def from_file(path: str | Path, about: About, directions: Mapping[int, torch.Ten
 
 
 def make_vector(
-    hm: HookedModel,
+    hm: Hooked,
     positive: Sequence[Any],
     negative: Sequence[Any],
     point: str = "resid_post",
@@ -154,7 +154,7 @@ def make_vector(
     positions: Any = "last",
     **options: Any,
 ) -> SteeringVector:
-    """See `HookedModel.steering_vector`."""
+    """See `Hooked.steering_vector`."""
     parsed = parse_point(point)
     if isinstance(parsed, str) or method not in get_args(Method):
         raise SelectionError(

@@ -23,7 +23,7 @@ from hookmap.loading import skeleton
 from hookmap.maps.selectors import Selector
 
 if TYPE_CHECKING:
-    from hookmap.model import HookedModel
+    from hookmap.capture.hooked import Hooked
 
 _SHAPES = {"view", "_unsafe_view", "reshape", "clone", "alias", "detach", "slice", "contiguous", "alias_update"}
 _PROOF_TOKENS = 6
@@ -102,7 +102,7 @@ def apply(steps: Sequence[Step], x: torch.Tensor) -> torch.Tensor:
 _proved: weakref.WeakKeyDictionary[nn.Module, Readout] = weakref.WeakKeyDictionary()
 
 
-def readout_of(hm: HookedModel) -> Readout:
+def readout_of(hm: Hooked) -> Readout:
     """The steps of an opened model, read and proved once.
 
     Raises SelectionError with the reason where they cannot be read, or do not give the model's own logits, and
@@ -199,7 +199,7 @@ def _run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _prove(hm: HookedModel, readout: Readout) -> Readout:
+def _prove(hm: Hooked, readout: Readout) -> Readout:
     """The model's own logits must come out: of the whole sequence, and of each position alone."""
     size = hm.map.d_vocab or _PROOF_TOKENS
     tokens = [(1 + 37 * n) % size for n in range(_PROOF_TOKENS)]

@@ -1,10 +1,9 @@
 """A stream that is not finite is named before anything is computed of it: where first, and what helps."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from hookmap.activations import Activation, Key, Sample
 from hookmap.capture.engines import Engine
@@ -12,19 +11,19 @@ from hookmap.capture.engines.observation import BatchLayout, Observer
 from hookmap.capture.runs import device_of, turn
 from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen
+from hookmap.loading.finiteness import in_words, is_stream
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import select
 from hookmap.stores.ledger import tensor_name
 
-if TYPE_CHECKING:
-    from hookmap.model import HookedModel
 
-_STREAM = ("embed", "resid_pre", "mixer_out", "resid_mid", "mlp_out", "resid_post", "final_norm")
+class Opened(Protocol):
+    """What is run again of an opened model."""
 
-
-def is_stream(point: str) -> bool:
-    """Whether a point's rows are finite in a sound run: masked scores and words that are none may be infinite."""
-    return point.partition(".")[0] in _STREAM
+    @property
+    def map(self) -> ArchitectureMap: ...
+    @property
+    def hooks(self) -> Engine: ...
 
 
 def why_not_finite(engine: Engine, architecture_map: ArchitectureMap, ids: Sequence[int]) -> str | None:
@@ -36,26 +35,7 @@ def why_not_finite(engine: Engine, architecture_map: ArchitectureMap, ids: Seque
     return None if first is None else in_words(*first, engine.module)
 
 
-def in_words(name: str, position: int, dtype: torch.dtype, module: nn.Module) -> str:
-    """That a tensor is the first which is not finite, and what helps. `dtype`: of the tensor; `module`: the model."""
-    where = f"the stream is not finite: {name} is the first to hold an infinity or nan, at position {position}"
-    wrong = (
-        path
-        for path, weight in module.named_parameters()
-        if weight.is_floating_point() and weight.device.type != "meta" and not bool(weight.isfinite().all())
-    )
-    if (path := next(wrong, None)) is not None:
-        return f"{where}. The weight {path} holds an infinity or nan, too: load the model again"
-    if dtype == torch.float32:
-        return f"{where}. Its weights are finite, and float32 has the widest range: look at what is computed there"
-    wider = "bfloat16 or float32" if dtype == torch.float16 else "float32"
-    named, most = str(dtype).removeprefix("torch."), f"{torch.finfo(dtype).max:.6g}"
-    return (
-        f'{where}. The model computes in {named}, up to {most}: open it in {wider}, dtype="float32" (--dtype float32)'
-    )
-
-
-def not_finite(hm: "HookedModel", ids: Sequence[int], what: str) -> CaptureError:
+def not_finite(hm: Opened, ids: Sequence[int], what: str) -> CaptureError:
     """The error for `what`, which would be computed of the stream of this prompt."""
     with turn(hm.hooks):
         found = why_not_finite(hm.hooks, hm.map, ids)

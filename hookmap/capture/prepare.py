@@ -35,13 +35,13 @@ from hookmap.loading.prompts import Prompt
 from hookmap.loading.weights import weights_of
 from hookmap.loading.wrappers import generate_of, generation_config_of
 from hookmap.maps.document import ArchitectureMap
-from hookmap.maps.points import POINTS, parse_point
+from hookmap.maps.points import POINTS, RESIDUAL_AXES, parse_point
 from hookmap.maps.selectors import Selector
 from hookmap.stores import open_store
 from hookmap.stores.background import BackgroundWriter
 from hookmap.stores.before import BEFORE, Lacking, before_writer
 from hookmap.stores.folder import FolderWriter, write_store
-from hookmap.stores.interface import Store, place_of
+from hookmap.stores.interface import Store, as_html, completions, place_of
 from hookmap.stores.manifest import Manifest, manifest_of_run
 from hookmap.stores.memory import MemoryStore
 
@@ -108,7 +108,7 @@ class Capture:
         `run["blocks.8.hook_resid_mid"]` and `run["logits"]` are understood too, and negative layers count from the
         end. Raises SelectionError where it was not captured.
         """
-        key = self._key(where)
+        key = self.key(*place_of(where))
         found = self.store[key]
         if "key" not in POINTS[key[0].partition(".")[0]].axes:
             return found
@@ -121,7 +121,7 @@ class Capture:
         self, sample: int, point: str, layer: int | None = None, tokens: slice | Sequence[int] | None = None
     ) -> torch.Tensor:
         """Rows of one sample, [pos, d], without reading the others; of `pattern` [query, heads, key], zeros behind."""
-        return self.store.read(sample, *self._key((point, layer)), tokens)
+        return self.store.read(sample, *self.key(point, layer), tokens)
 
     def to_xarray(self, point: str, layer: int | None = None, sample: int | None = None) -> Any:
         """`run.to_xarray("resid_mid", 8)`: a DataArray with the axes batch, pos, d_model (`z`: batch, pos, heads, …).
@@ -133,6 +133,16 @@ class Capture:
         from hookmap.stores.xarray import to_xarray
 
         return to_xarray(self, point, layer, sample)
+
+    def sample(self, number: int) -> Sample:
+        """The sample with this number. Raises SelectionError where there is none."""
+        return self.store.sample(number)
+
+    def axes(self, point: str, layer: int | None, ndim: int) -> tuple[str, ...]:
+        """Names of the axes of `self[point, layer]`, which has `ndim`; of several streams those that the map says."""
+        axes = POINTS[point.partition(".")[0]].axes
+        several = axes == RESIDUAL_AXES and layer is not None and ndim != len(axes)
+        return self.map.kind_of(layer).axes if several and layer is not None else axes
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the run to a new capture folder, for `hookmap.open_store`. Raises StoreError."""
@@ -149,17 +159,13 @@ class Capture:
         return f"<Capture of {samples}, {rows} rows of {tensors}: {', '.join(self.points)}>"
 
     def _repr_html_(self) -> str:
-        from hookmap.html import capture_html
-
-        return capture_html(self)
+        return as_html(repr(self), self.keys, self.samples)
 
     def _ipython_key_completions_(self) -> list[Any]:
-        from hookmap.html import completions
-
         return completions(self.keys)
 
-    def _key(self, where: str | tuple[str, int | None]) -> Key:
-        point, layer = place_of(where)
+    def key(self, point: str, layer: int | None = None) -> Key:
+        """The pair that these names (ours, TransformerLens's or nnterp's) mean. Raises SelectionError."""
         parsed = parse_point(point)
         if isinstance(parsed, str):
             raise SelectionError(parsed)
@@ -185,7 +191,7 @@ class Prepared:
     """why prompts of different lengths run apart, where they do"""
 
     def capture(self, store: str | os.PathLike[str] | None, resume: bool) -> Capture:
-        """Run every batch, into memory or a folder. Raises what `HookedModel.capture` does."""
+        """Run every batch, into memory or a folder. Raises what `Hooked.capture` does."""
         if resume and store is None:
             raise CaptureError("resume=True needs the folder to go on with: give store=FOLDER.")
         check_room(self.expected, store, resume)
@@ -266,7 +272,7 @@ def prepare(
     plan: Plan | None = None,
     before: bool = False,
 ) -> Prepared:
-    """See `HookedModel.capture`. `why`: this engine. `batches`: given what of the run forbids pads, which run together.
+    """See `Hooked.capture`. `why`: this engine. `batches`: given what of the run forbids pads, which run together.
 
     `size`: of a run in these batches.
     """

@@ -16,7 +16,7 @@ import click
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from hookmap.cli.settings import FILE_NAME, PREFIX, parse_layers
+from hookmap.cli.parsing import FILE_NAME, PREFIX, parse_layers
 from hookmap.loading.yaml_file import read_yaml
 
 SCHEMA_ID = "urn:hookmap:schema:hookmap-1"

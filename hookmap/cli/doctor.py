@@ -149,7 +149,7 @@ def _settings() -> Iterator[Finding]:
 
 
 def _maps() -> Iterator[Finding]:
-    from hookmap.discovery.library import shipped_architectures
+    from hookmap.maps.shipped import shipped_architectures
 
     count = len(shipped_architectures())
     mend = "" if count else "install hookmap again: its maps are not there"

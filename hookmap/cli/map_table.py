@@ -4,9 +4,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from hookmap.cli.console import table
+from hookmap.maps.describe import places, written
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import layer_ranges
-from hookmap.maps.tree import places, written
 
 
 def show_map(m: ArchitectureMap, screen: Console) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import click
 
 import hookmap
-from hookmap.discovery.library import load_map, shipped_architectures, shipped_near
+from hookmap.discovery.library import load_map
 from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.shipped import shipped_architectures, shipped_near
 
 
 def shipped_map(model: str, error: hookmap.ModelError) -> ArchitectureMap:

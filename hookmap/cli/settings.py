@@ -1,20 +1,16 @@
 """Where a command gets what was not typed: HOOKMAP_<KEY>, hookmap.yaml (found upwards), the bundled demo model."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookmap.cli.parsing import FILE_NAME, PREFIX, _points_with_layers, parse_layers, parse_list
+
 if TYPE_CHECKING:
     from hookmap.maps.document import ArchitectureMap
-
-FILE_NAME = "hookmap.yaml"
-PREFIX = "HOOKMAP_"
-"""of the variable of each key: HOOKMAP_BATCH_SIZE"""
-_LAYERS = re.compile(r"(-?\d+)(?:[-–](-?\d+))?")
 
 
 def load_settings(start: Path | None = None) -> dict[str, Any]:
@@ -47,11 +43,6 @@ def choose_model(typed: str | None, settings: dict[str, Any]) -> str:
     return model
 
 
-def parse_list(text: str) -> str | list[str]:
-    """`resid_pre,resid_mid` -> both names; `all` stays."""
-    return text if text == "all" else [item.strip() for item in text.split(",") if item.strip()]
-
-
 def chosen_tensors(
     settings: dict[str, Any], points: str | None, layers: str | None, default: str | None = None
 ) -> tuple[Any, Any]:
@@ -71,24 +62,6 @@ def chosen_tensors(
         raise click.UsageError(f"points {text}: each names its layers: leave layers ({of}) out")
     left = {name: chosen if takes_layers(name) else "all" for name, own in found.items() if own is None}
     return {name: left[name] if own is None else parse_layers(own) for name, own in found.items()}, "all"
-
-
-def _points_with_layers(text: str) -> dict[str, str | None]:
-    """Each point of `resid_post@3,5,z@8,logits`, and its layers as they were typed."""
-    found: dict[str, str | None] = {}
-    last = ""
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        name, at, own = (part.strip() for part in item.partition("@"))
-        if not at and _LAYERS.fullmatch(name):
-            if found.get(last) is None:
-                raise click.BadParameter(f"{item!r}: write layers behind a point's name: z@8", param_hint="--points")
-            found[last] = f"{found[last]},{name}"
-            continue
-        if name in found or (at and not own):
-            why = "is there twice" if name in found else "has no layers behind its @"
-            raise click.BadParameter(f"{name!r} {why}: write resid_post@3,5,z@8-10", param_hint="--points")
-        found[last := name] = own if at else None
-    return found
 
 
 def refuse_unknown(
@@ -118,7 +91,7 @@ def refuse_unknown(
 def _missing(model: str | None, points: str | Sequence[str] | Mapping[str, Any], layers: Any, sure: bool) -> str | None:
     """What the model's map says that it has not. Unless that is `sure`, the shipped map is asked first: it is quick."""
     import hookmap
-    from hookmap.discovery.library import likely_map
+    from hookmap.maps.shipped import likely_map
 
     try:
         likely = None if sure or model is None else likely_map(model)
@@ -137,21 +110,3 @@ def _lacks(found: "ArchitectureMap", points: str | Sequence[str] | Mapping[str, 
     except SelectionError as error:
         return str(error)
     return None
-
-
-def parse_layers(text: str) -> str | list[int]:
-    """`8,12,16`, `0-3`, `-1`, `all`, and any of them together. Raises click.BadParameter."""
-    if text.strip() == "all":
-        return "all"
-    layers: list[int] = []
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        match = _LAYERS.fullmatch(item)
-        if match is None:
-            raise click.BadParameter(f"{item!r} is no layer: write 8,12,16 or 0-3 or -1 or all", param_hint="--layers")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last:
-            raise click.BadParameter(f"{item!r} counts down: write {last}-{first}", param_hint="--layers")
-        layers += range(first, last + 1)
-    if not layers:
-        raise click.BadParameter("no layer given: write 8,12,16 or 0-3 or -1 or all", param_hint="--layers")
-    return layers

@@ -15,8 +15,8 @@ from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.locate import Tap, Tapper
 from hookmap.discovery.mixing import mixing
 from hookmap.discovery.values import HEAVY, Exposure, Values
-from hookmap.maps.document import Branch as BranchDocument
 from hookmap.maps.relations import OWN, can_be_checked
+from hookmap.maps.templates import BranchInfo
 
 BranchOrder = Literal["sequential", "parallel", "mixer_only", "mlp_only", "other"]
 NormPlacement = Literal["pre", "post", "sandwich", "none", "other"]
@@ -28,8 +28,8 @@ class BlockPoints:
 
     branch_order: BranchOrder
     norm_placement: NormPlacement
-    mixer: BranchDocument | None
-    mlp: BranchDocument | None
+    mixer: BranchInfo | None
+    mlp: BranchInfo | None
     taps: dict[str, Tap] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     relations: list[str] = field(default_factory=list)
@@ -442,10 +442,10 @@ class _Reader:
         names[-1] = "resid_post"
         return names
 
-    def _document(self, branches: list[Branch], describe: object) -> BranchDocument | None:
+    def _document(self, branches: list[Branch], describe: object) -> BranchInfo | None:
         if not branches:
             return None
-        found: BranchDocument = describe(branches, self.values, self.block.seq)  # type: ignore[operator]
+        found: BranchInfo = describe(branches, self.values, self.block.seq)  # type: ignore[operator]
         modules = self._modules([op for branch in branches for op in branch.ops])
         return found.model_copy(
             update={
@@ -498,9 +498,9 @@ def _merge(lines: list[str]) -> list[str]:
     return text.split("\n") if text else []
 
 
-def _mixer_type(branches: list[Branch], values: Values, seq: int) -> BranchDocument:
+def _mixer_type(branches: list[Branch], values: Values, seq: int) -> BranchInfo:
     kinds = dict.fromkeys(_mixer_kind(values, branch.ops, seq) for branch in branches)
-    return BranchDocument(type="+".join(kinds))
+    return BranchInfo(type="+".join(kinds))
 
 
 def _mixer_kind(values: Values, ops: list[Operation], seq: int) -> str:
@@ -520,7 +520,7 @@ def _mixer_kind(values: Values, ops: list[Operation], seq: int) -> str:
     return "convolution" if mixed <= {"convolution"} and not decays else "recurrent"
 
 
-def _mlp_type(branches: list[Branch], values: Values, seq: int) -> BranchDocument:
+def _mlp_type(branches: list[Branch], values: Values, seq: int) -> BranchInfo:
     """Mixture of experts, where a top-k over more scores than it keeps chooses among weights."""
     best: tuple[int, int] | None = None
     for op in (op for branch in branches for op in branch.ops if op.name in ("topk", "sort")):
@@ -533,5 +533,5 @@ def _mlp_type(branches: list[Branch], values: Values, seq: int) -> BranchDocumen
         ):
             best = (experts, kept)
     if best is None:
-        return BranchDocument(type="dense")
-    return BranchDocument(type="moe", experts=best[0], experts_per_token=best[1])
+        return BranchInfo(type="dense")
+    return BranchInfo(type="moe", experts=best[0], experts_per_token=best[1])

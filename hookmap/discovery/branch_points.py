@@ -18,7 +18,7 @@ from hookmap.discovery.dataflow import Operation
 from hookmap.discovery.head_layout import COPIES, VIEWS, features, heads_of, push
 from hookmap.discovery.locate import Tap, Tapper
 from hookmap.discovery.values import HEAVY, Exposure
-from hookmap.maps.document import Heads
+from hookmap.maps.templates import Heads
 
 ATTENTION = ("q", "k", "v", "z", "pattern")
 ROUTER = ("router_logits", "router_indices", "router_weights")

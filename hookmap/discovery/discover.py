@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from hookmap import __version__
+from hookmap._version import __version__
 from hookmap.discovery.block_points import BlockPoints, points_of_block
 from hookmap.discovery.blocks import Stack, find_stack, read_block
 from hookmap.discovery.dataflow import Dataflow, record
@@ -24,8 +24,9 @@ from hookmap.errors import DiscoveryError, HookmapError, ModelError
 from hookmap.loading import skeleton
 from hookmap.loading.quantised import plain_products
 from hookmap.loading.wrappers import check_wrapper, model_inside, named
-from hookmap.maps.document import ArchitectureMap, BlockKind, PointTemplate
+from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import POINTS
+from hookmap.maps.templates import BlockKind, PointTemplate
 
 
 def discover(source: Any, *, trust_remote_code: bool = False, revision: str | None = None) -> ArchitectureMap:
@@ -53,7 +54,7 @@ def config_of(source: str | Path, trust_remote_code: bool = False, revision: str
     try:
         return skeleton.load_config(source, trust_remote_code, revision), False
     except ModelError:
-        from hookmap.discovery.library import shipped_config
+        from hookmap.maps.shipped import shipped_config
 
         if (config := shipped_config(str(source))) is None:
             raise

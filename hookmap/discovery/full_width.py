@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hookmap.maps.document import ArchitectureMap, BlockKind, PointTemplate
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.templates import BlockKind, PointTemplate
 
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim")
 _REASON = "its sizes could only be read from a narrow copy: discover the loaded model"

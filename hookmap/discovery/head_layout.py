@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.values import Values
-from hookmap.maps.document import Heads
+from hookmap.maps.templates import Heads
 
 VIEWS = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "transpose", "permute", "t", "slice",

@@ -10,7 +10,7 @@ import torch
 from hookmap.discovery.blocks import Rows
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.values import Exposure, Step, Values
-from hookmap.maps.document import TermTemplate
+from hookmap.maps.templates import TermTemplate
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from typing import Any
 from torch import nn
 
 from hookmap.discovery.discover import discover
-from hookmap.discovery.library import resize
 from hookmap.errors import DiscoveryError, MapMismatchError
-from hookmap.maps.document import ArchitectureMap, BlockKind, Heads, PointTemplate, TermTemplate
+from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import layer_ranges
+from hookmap.maps.shipped import resize
+from hookmap.maps.templates import BlockKind, Heads, PointTemplate, TermTemplate
 
 
 def map_of(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from xml.etree import ElementTree as Xml
 
-from hookmap.maps.document import ArchitectureMap, BlockKind
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.templates import BlockKind
 
 _STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#1f2933}.point{font-weight:600;fill:#0b5cad}"

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from hookmap.maps.document import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 
 # Where a point is and what a block is made of; who made the map, when and with what proof is no difference.
 _HEAD = (

@@ -6,10 +6,11 @@
 nnsight renames modules: whether the point is the module's `.input` or its `.output`, the selector's `.side` says.
 """
 
-from hookmap.maps.document import ArchitectureMap, PointTemplate
+from hookmap.maps.contents import MapContents
+from hookmap.maps.templates import PointTemplate
 
 
-def rename(architecture_map: ArchitectureMap) -> dict[str, list[str]]:
+def rename(architecture_map: MapContents) -> dict[str, list[str]]:
     """Module path, relative to the block (or to the root) -> the points that stand at its boundary, whole.
 
     Left out: a point that is a sum, a scaled or reordered tensor or a part of one; one of the block's own boundary

@@ -10,8 +10,9 @@ from numbers import Integral
 from typing import Any, Literal
 
 from hookmap.errors import CaptureError, SelectionError
-from hookmap.maps.document import ArchitectureMap, Heads, PointTemplate
+from hookmap.maps.contents import MapContents
 from hookmap.maps.points import POINTS, parse_point, takes_layers
+from hookmap.maps.templates import Heads, PointTemplate
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Selector:
 
 
 def select(
-    architecture_map: ArchitectureMap,
+    architecture_map: MapContents,
     points: str | Iterable[str] | Mapping[str, Any] = "all",
     layers: str | int | Iterable[int] = "all",
 ) -> tuple[Selector, ...]:
@@ -187,7 +188,7 @@ def select(
     return tuple(sorted(made, key=lambda s: (s.forward_index, names_order[s.point.partition(".")[0]], s.point)))
 
 
-def _asked(architecture_map: ArchitectureMap, points: Any, layers: Any, problems: list[str]) -> list[tuple[Any, Any]]:
+def _asked(architecture_map: MapContents, points: Any, layers: Any, problems: list[str]) -> list[tuple[Any, Any]]:
     """Each point as it was given, with its layers as they were given."""
     layers = list(layers) if isinstance(layers, Iterator) else layers  # each point reads them
     if isinstance(points, Mapping):
@@ -206,7 +207,7 @@ def _asked(architecture_map: ArchitectureMap, points: Any, layers: Any, problems
     return [(name, layers) for name in points]
 
 
-def unavailable(architecture_map: ArchitectureMap, point: str, layer: int | None = None) -> str | None:
+def unavailable(architecture_map: MapContents, point: str, layer: int | None = None) -> str | None:
     """Why `point` does not exist on `layer` (or on no layer at all, where `layer` is None); None where it does."""
     parsed = parse_point(point)
     if isinstance(parsed, str):
@@ -230,7 +231,7 @@ def unavailable(architecture_map: ArchitectureMap, point: str, layer: int | None
     return kind.unavailable.get(name, "the dataflow shows no such tensor")
 
 
-def _parse_layers(architecture_map: ArchitectureMap, layers: Any, problems: list[str]) -> list[int]:
+def _parse_layers(architecture_map: MapContents, layers: Any, problems: list[str]) -> list[int]:
     count = architecture_map.num_layers
     if _is_all(layers):
         return list(range(count))
@@ -254,7 +255,7 @@ def _is_all(given: Any) -> bool:
     return isinstance(given, str) and given == "all"
 
 
-def _missing(architecture_map: ArchitectureMap, point: str, missing: list[tuple[int, str]]) -> list[str]:
+def _missing(architecture_map: MapContents, point: str, missing: list[tuple[int, str]]) -> list[str]:
     by_reason: dict[str, list[int]] = {}
     for layer, reason in missing:
         by_reason.setdefault(reason, []).append(layer)
@@ -268,7 +269,7 @@ def _missing(architecture_map: ArchitectureMap, point: str, missing: list[tuple[
     return lines
 
 
-def _report(architecture_map: ArchitectureMap, problems: list[str]) -> str:
+def _report(architecture_map: MapContents, problems: list[str]) -> str:
     see = f"See what there is: hookmap show {architecture_map.model_id or architecture_map.architecture}"
     if len(problems) == 1:
         return f"{problems[0]}\n{see}"
@@ -286,7 +287,7 @@ def layer_ranges(layers: Iterable[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
-def of_template(m: ArchitectureMap, point: str, layer: int | None, template: PointTemplate) -> Selector:
+def of_template(m: MapContents, point: str, layer: int | None, template: PointTemplate) -> Selector:
     """The selector of one template on one layer; None for points of the whole model."""
 
     def path(text: str) -> str:
@@ -298,7 +299,7 @@ def of_template(m: ArchitectureMap, point: str, layer: int | None, template: Poi
     return Selector(point, layer, terms, _forward_index(m, point, layer, template.order))
 
 
-def _forward_index(m: ArchitectureMap, point: str, layer: int | None, order: int) -> int:
+def _forward_index(m: MapContents, point: str, layer: int | None, order: int) -> int:
     """Block points stand between the embedding and the final norm, each block in a span of its own."""
     span = 1 + max(t.order for kind in m.kinds for t in (*kind.points.values(), *m.model_points.values()))
     if layer is not None:

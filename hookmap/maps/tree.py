@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from rich.markup import escape
 from rich.tree import Tree
 
-from hookmap.maps.document import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
-from hookmap.maps.points import POINTS
+from hookmap.maps.contents import MapContents
+from hookmap.maps.describe import same_place
 from hookmap.maps.selectors import layer_ranges
+from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 
 _LAST = 10**9
 
@@ -42,7 +43,7 @@ class _Module:
         return min([*own, *(child.order() for child in self.children.values())], default=_LAST)
 
 
-def tree(architecture_map: ArchitectureMap, modules: Mapping[str, str] | None = None) -> Tree:
+def tree(architecture_map: MapContents, modules: Mapping[str, str] | None = None) -> Tree:
     """The tree. `modules`: path -> class name of every module, e.g. of a model on the meta device; without it, the
     tree holds the modules that the map names."""
     m = architecture_map
@@ -64,7 +65,7 @@ def tree(architecture_map: ArchitectureMap, modules: Mapping[str, str] | None = 
     return top
 
 
-def _title(m: ArchitectureMap) -> str:
+def _title(m: MapContents) -> str:
     sizes = [f"{m.num_layers} layers", f"d_model {m.d_model}"]
     sizes += [f"{m.num_heads} heads"] if m.num_heads else []
     sizes += [f"d_vocab {m.d_vocab}"] if m.d_vocab else []
@@ -72,7 +73,7 @@ def _title(m: ArchitectureMap) -> str:
     return f"[bold]{escape(m.architecture)}[/]{name}  [dim]{', '.join(sizes)}[/]"
 
 
-def _block(m: ArchitectureMap, kind: BlockKind, modules: Mapping[str, str]) -> tuple[str, _Module, Mapping[str, str]]:
+def _block(m: MapContents, kind: BlockKind, modules: Mapping[str, str]) -> tuple[str, _Module, Mapping[str, str]]:
     """Label, modules and unavailable points of one kind of block; its first layer stands for all of them."""
     prefix = m.layers_path.replace("{i}", str(kind.layers[0]))
     block = _Module()
@@ -105,14 +106,6 @@ def _mark(root: _Module, points: Mapping[str, PointTemplate], prefix: str) -> No
         where = " + ".join(_term(term, prefix) for term in point.terms)
         line = f"[cyan]● {escape(' = '.join(names))}[/]  [dim]{escape(where)}[/]"
         (module.before if last.side == "input" else module.after).append((point.order, line))
-
-
-def same_place(points: Mapping[str, PointTemplate]) -> list[tuple[list[str], PointTemplate]]:
-    """The points in forward order; names of one tensor come together."""
-    together: dict[tuple[TermTemplate, ...], list[str]] = {}
-    for name, point in sorted(points.items(), key=lambda item: (item[1].order, "_raw" in item[0])):
-        together.setdefault(point.terms, []).append(name)
-    return [(names, points[names[0]]) for names in together.values()]
 
 
 def _term(term: TermTemplate, prefix: str) -> str:
@@ -161,27 +154,3 @@ def _collapse_numbered(module: _Module) -> None:
         module.children = {first.name: first}
     for child in module.children.values():
         _collapse_numbered(child)
-
-
-def places(m: ArchitectureMap) -> list[tuple[str, tuple[int, ...], str]]:
-    """Names, layers and place of every point in forward order; points and kinds of block share a row where they can."""
-    rows: dict[tuple[str, str], tuple[int, ...]] = {}
-    for kind in m.kinds:
-        for names, point in same_place(kind.points):
-            key = (" = ".join(names), _where(point))
-            rows[key] = (*rows.get(key, ()), *kind.layers)
-    vocabulary = list(POINTS)
-    found = [(names, layers, where) for (names, where), layers in rows.items()]
-    found += [(name, (), _where(point)) for name, point in m.model_points.items()]
-    return sorted(found, key=lambda row: vocabulary.index(row[0].split(" ")[0].partition(".")[0]))
-
-
-def written(term: TermTemplate) -> str:
-    """`0.5 × model.layers.{i}.mlp.output[0]`"""
-    scale = "" if term.scale == 1.0 else f"{term.scale:g} × "
-    place = "" if term.index is None else f"[{term.index!r}]"
-    return f"{scale}{term.module or 'model'}.{term.side}{place}"
-
-
-def _where(point: PointTemplate) -> str:
-    return " + ".join(map(written, point.terms))

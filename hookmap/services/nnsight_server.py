@@ -13,8 +13,9 @@ from hookmap.discovery.map_of_model import map_of, of_one_call
 from hookmap.errors import CaptureError, ModelError
 from hookmap.loading import skeleton
 from hookmap.loading.checkpoints import load_tokenizer
+from hookmap.loading.generating_root import generating_root
 from hookmap.maps.document import ArchitectureMap
-from hookmap.model import HookedModel, generating_root
+from hookmap.model import HookedModel
 
 
 class RemoteModel(HookedModel):

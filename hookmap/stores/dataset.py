@@ -7,15 +7,14 @@ are drawn at random. So the disk sees long reads, memory is flat, and every row 
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hookmap.activations import Key
+from hookmap.activations import Key, Sample
 from hookmap.errors import SelectionError
 from hookmap.stores.ledger import tensor_name
-from hookmap.stores.reader import CaptureStore
 
 SHUFFLE_ROWS = 2**14
 """rows that the buffer holds"""
@@ -35,6 +34,18 @@ class _Run(NamedTuple):
     """which row of the shard's tensors it is; None where the tensors that are wanted are in several shards"""
 
 
+class RowSource(Protocol):
+    """What a data set asks of a store."""
+
+    @property
+    def keys(self) -> tuple[Key, ...]: ...
+    def key(self, point: str, layer: int | None = None) -> Key: ...
+    def sample(self, number: int) -> Sample: ...
+    def spans(self) -> Iterator[tuple[int, Any]]: ...
+    def rows_at(self, sample: int, key: Key, rows: Sequence[int]) -> torch.Tensor: ...
+    def shard_rows(self, shard: Any, key: Key, start: int, count: int) -> torch.Tensor: ...
+
+
 class RowDataset(IterableDataset[_Rows]):
     """Batches of rows of some tensors: {"resid_mid.8": [batch, d], …}, and with `where` whose rows they are.
 
@@ -45,7 +56,7 @@ class RowDataset(IterableDataset[_Rows]):
 
     def __init__(
         self,
-        store: CaptureStore,
+        store: RowSource,
         keys: Sequence[Key],
         *,
         batch_size: int = 1024,

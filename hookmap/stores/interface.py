@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from hookmap import html
 from hookmap.activations import Activation, Key, Sample, Sink
 from hookmap.errors import SelectionError
 from hookmap.maps.points import POINTS, parse_point
@@ -139,6 +140,11 @@ class Store(ABC):
 
         return to_xarray(self, point, layer, sample)
 
+    def axes(self, point: str, layer: int | None, ndim: int) -> tuple[str, ...]:
+        """Names of the axes of `self[point, layer]`, which has `ndim`; of `pattern` as it is stored, a row a query."""
+        axes = POINTS[point.partition(".")[0]].axes
+        return ("batch", "query", "heads", "key") if "key" in axes else axes
+
     def __repr__(self) -> str:
         samples = "1 sample" if len(self) == 1 else f"{len(self)} samples"
         tensors = "1 tensor" if len(self.keys) == 1 else f"{len(self.keys)} tensors"
@@ -149,13 +155,9 @@ class Store(ABC):
         return ""
 
     def _repr_html_(self) -> str:
-        from hookmap.html import capture_html
-
-        return capture_html(self)
+        return as_html(repr(self), self.keys, self.samples)
 
     def _ipython_key_completions_(self) -> list[Any]:
-        from hookmap.html import completions
-
         return completions(self.keys)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -295,3 +297,26 @@ def unknown_sample(number: int, known: Sequence[int]) -> SelectionError:
     shown = f"0 to {known[-1]}" if known[-1] == len(known) - 1 else ", ".join(map(str, known[:20]))
     shown += ", …" if "," in shown and len(known) > 20 else ""
     return SelectionError(f"sample {number} is not in this capture: its finished samples are {shown}.")
+
+
+SHOWN_SAMPLES = 5
+"""samples that Jupyter shows"""
+
+
+def as_html(title: str, keys: Sequence[Key], samples: Sequence[Sample]) -> str:
+    """The tensors by point, and the first samples."""
+    body = []
+    for point in dict.fromkeys(point for point, _ in keys):
+        body.append((point, ", ".join(str(layer) for name, layer in keys if name == point and layer is not None)))
+    shown: list[tuple[Any, ...]] = [
+        (s.sample, s.rows, html.short(s.prompt), html.short(s.text)) for s in samples[:SHOWN_SAMPLES]
+    ]
+    if len(samples) > SHOWN_SAMPLES:
+        shown.append(("…", "", f"{len(samples) - SHOWN_SAMPLES} more", ""))
+    points = html.table(("point", "layers"), body)
+    return html.page(title, points, html.table(("sample", "rows", "prompt", "text"), shown))
+
+
+def completions(keys: Iterable[Key]) -> list[Any]:
+    """What may stand between the brackets of `run[...]`: the pairs, and alone the points of the whole model."""
+    return [point if layer is None else (point, layer) for point, layer in keys]

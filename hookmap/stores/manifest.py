@@ -234,7 +234,7 @@ _MAKE = "Make a capture: hookmap capture MODEL --points resid_mid --layers 8 -o 
 
 def versions() -> dict[str, str]:
     """Of the libraries that decide what a capture's numbers are."""
-    from hookmap import __version__
+    from hookmap._version import __version__
 
     found = {"hookmap": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "nnsight"):

@@ -3,22 +3,41 @@
 NumPy has no bfloat16: such rows are given as float32, which holds each of them exactly; `attrs["dtype"]` says so.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
-from hookmap.activations import Sample
-from hookmap.capture.prepare import Capture
+from hookmap.activations import Key, Sample
 from hookmap.errors import CaptureError, SelectionError
-from hookmap.maps.points import POINTS, RESIDUAL_AXES, parse_point
+from hookmap.maps.points import parse_point
 
-if TYPE_CHECKING:
-    from hookmap.stores.interface import Store
+
+class Run(Protocol):
+    """What the conversion asks of a capture or a store."""
+
+    @property
+    def keys(self) -> tuple[Key, ...]: ...
+    @property
+    def samples(self) -> Sequence[Sample]: ...
+
+    def sample(self, number: int) -> Sample:
+        """One sample."""
+
+    def key(self, point: str, layer: int | None = None) -> Key:
+        """The tensor that these names mean."""
+
+    def axes(self, point: str, layer: int | None, ndim: int) -> tuple[str, ...]:
+        """Names of the axes of `run[point, layer]`, which has `ndim`."""
+
+    def __getitem__(self, where: tuple[str, int | None]) -> torch.Tensor | list[torch.Tensor]:
+        """[batch, pos, ...], or a list of [pos, ...]."""
+
 
 MISSING = "conversion to xarray needs it: pip install xarray"
 
 
-def to_xarray(run: "Capture | Store", point: str, layer: int | None, sample: int | None) -> Any:
+def to_xarray(run: Run, point: str, layer: int | None, sample: int | None) -> Any:
     """See `Capture.to_xarray`."""
     try:
         import xarray
@@ -33,9 +52,9 @@ def to_xarray(run: "Capture | Store", point: str, layer: int | None, sample: int
     return xarray.concat(arrays, dim=xarray.Variable("layer", of_each), combine_attrs="drop_conflicts")
 
 
-def _array(xarray: Any, run: "Capture | Store", point: str, layer: int | None, sample: int | None) -> Any:
+def _array(xarray: Any, run: Run, point: str, layer: int | None, sample: int | None) -> Any:
     found = run[point, layer]
-    name, number = run._key((point, layer)) if isinstance(run, Capture) else run.key(point, layer)
+    name, number = run.key(point, layer)
     if isinstance(found, list) and sample is None:
         rows = sorted({each.rows for each in run.samples})
         raise SelectionError(
@@ -44,8 +63,7 @@ def _array(xarray: Any, run: "Capture | Store", point: str, layer: int | None, s
         )
     samples = list(run.samples)
     if sample is not None:
-        store = run.store if isinstance(run, Capture) else run
-        chosen = store.sample(sample)
+        chosen = run.sample(sample)
         found = found[samples.index(chosen)][None]
         samples = [chosen]
     assert isinstance(found, torch.Tensor)
@@ -60,14 +78,8 @@ def _array(xarray: Any, run: "Capture | Store", point: str, layer: int | None, s
     return array if sample is None else array.isel(batch=0)
 
 
-def _axes(run: "Capture | Store", point: str, layer: int | None, found: torch.Tensor) -> tuple[str, ...]:
-    """The point's axes; of a stream that is several side by side, those that the map says."""
-    axes = POINTS[point.partition(".")[0]].axes
-    if isinstance(run, Capture):
-        if axes == RESIDUAL_AXES and layer is not None and found.ndim != len(axes):
-            axes = run.map.kind_of(layer).axes
-    elif "key" in axes:  # as it is stored: a row for each query
-        axes = ("batch", "query", "heads", "key")
+def _axes(run: Run, point: str, layer: int | None, found: torch.Tensor) -> tuple[str, ...]:
+    axes = run.axes(point, layer, found.ndim)
     if found.ndim != len(axes):
         raise SelectionError(f"{point} is {list(found.shape)} here, and its axes are {', '.join(axes)}: take run[…].")
     return axes

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hookmap.errors import DiscoveryError, HookmapError, MapError, MapNotFoundError, ModelError
-from hookmap.maps.document import ArchitectureMap, load
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.parsing import load
 
 Status = Literal["SUPPORTED", "UNAVAILABLE", "ERROR", "SILENTLY WRONG"]
 LEDGER = ".sweep.jsonl"

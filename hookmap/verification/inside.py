@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hookmap.loading import skeleton
-from hookmap.maps.document import ArchitectureMap, BlockKind
+from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.relations import parse
 from hookmap.maps.selectors import Term
+from hookmap.maps.templates import BlockKind
 from hookmap.verification.runner import CheckedRun, Error, Key, Result
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hookmap.loading import skeleton
-from hookmap.maps.document import ArchitectureMap, BlockKind
+from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector, Term, of_template
+from hookmap.maps.templates import BlockKind
 from hookmap.verification.runner import CheckedRun, Error, Key, Result
 
 

@@ -14,8 +14,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from hookmap.maps.document import BlockKind
 from hookmap.maps.relations import OWN, Term, parse, raw
+from hookmap.maps.templates import BlockKind
 from hookmap.verification.runner import CheckedRun, Result
 
 Forms = list[Tensor]

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookmap.capture.finiteness import in_words, is_stream
 from hookmap.discovery.discover import config_of, discover
 from hookmap.errors import CaptureError, HookmapError, MapMismatchError, ModelError
 from hookmap.loading import skeleton
+from hookmap.loading.finiteness import in_words, is_stream
 from hookmap.loading.narrow import narrow_copy
-from hookmap.maps.document import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
+from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector, select
+from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 from hookmap.stores.ledger import tensor_name
 from hookmap.verification.inside import checks_inside
 from hookmap.verification.reads import checks_reads

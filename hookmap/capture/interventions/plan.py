@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from hookmap.capture.interventions.documents import (
     fingerprint,
 )
 from hookmap.capture.interventions.edits import Changing, Edit
-from hookmap.capture.interventions.sources import Read, Sources
+from hookmap.capture.interventions.sources import Editable, Read, Sources
 from hookmap.capture.interventions.vectors import read_vector
 from hookmap.capture.rows import Kept, kept
 from hookmap.errors import HookmapError, InterventionError, SelectionError
@@ -30,9 +30,6 @@ from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.points import POINTS, parse_point
 from hookmap.maps.selectors import Selector, layer_ranges, select
-
-if TYPE_CHECKING:
-    from hookmap.model import HookedModel
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Plan:
 
 
 def plan(
-    hm: "HookedModel",
+    hm: "Editable",
     interventions: Sequence[Intervention],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
@@ -63,7 +60,7 @@ def plan(
 
 @dataclass
 class _Planner:
-    hm: "HookedModel"
+    hm: "Editable"
     prompts: Sequence[Prompt]
     max_new_tokens: int
     sources: Sources

@@ -14,12 +14,14 @@ import torch
 from hookmap.activations import Activation
 from hookmap.capture.engines import Engine
 from hookmap.capture.engines.observation import BatchLayout, Observer
-from hookmap.capture.finiteness import is_stream, why_not_finite
+from hookmap.capture.finiteness import why_not_finite
 from hookmap.capture.interventions.edits import Changing, Edit, Editor, Where
 from hookmap.capture.interventions.writable import refusal
 from hookmap.capture.runs import device_of, turn
-from hookmap.maps.document import ArchitectureMap, BlockKind
+from hookmap.loading.finiteness import is_stream
+from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector, select
+from hookmap.maps.templates import BlockKind
 
 TOKENS = 6
 Values = dict[tuple[str, int | None], torch.Tensor]

@@ -2,21 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from hookmap.capture.interventions.documents import Source
+from hookmap.capture.interventions.proofs import Proofs
 from hookmap.capture.rows import Kept
 from hookmap.errors import InterventionError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import encode
+from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector
 from hookmap.stores import open_store
 from hookmap.stores.interface import Store
-
-if TYPE_CHECKING:
-    from hookmap.model import HookedModel
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,27 @@ class Read:
     """[n, ...] in the order that was asked for: that of single positions, else that of its tokens"""
 
 
+class Editable(Protocol):
+    """What interventions need of an opened model."""
+
+    @property
+    def map(self) -> ArchitectureMap: ...
+    @property
+    def proofs(self) -> Proofs: ...
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def matching(self, chosen: Kept) -> frozenset[int]:
+        """The token ids that positions="text=…" means."""
+
+    def capture(self, prompts: Any, points: Any, layers: Any, max_new_tokens: int, **options: Any) -> Any:
+        """See `Hooked.capture`."""
+
+
 class Sources:
     """Reads sources for one plan."""
 
-    def __init__(self, hm: "HookedModel", how: Templating) -> None:
+    def __init__(self, hm: "Editable", how: Templating) -> None:
         """`how`: prompts go through the chat template, as those of the run."""
         self._hm, self._how = hm, how
         self._stores: dict[str, Store] = {}
@@ -77,7 +93,7 @@ class Sources:
             # All layers at once: an intervention on several would else read the prompt once for each.
             points = [selector.point]
             if selector.layer is not None:
-                layers = [s.layer for s in self._hm.map.selectors(points)]
+                layers = [s.layer for s in self._hm.map.selectors(points) if s.layer is not None]
             encoded = encode(prompt, self._hm.tokenizer, self._how)
             run = self._hm.capture(encoded, points, layers, max_new_tokens=0, engine="hooks")
             self._runs |= {(key[0], *held): run.store for held in run.keys}

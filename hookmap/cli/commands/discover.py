@@ -37,7 +37,7 @@ def command(
     model = choose_model(model, settings)
     found = _discover(model, model_options.trusted(trust_remote_code, settings), quiet or as_json)
     if explain:
-        from hookmap.maps.explain import explain as explained
+        from hookmap.maps.describe import explain as explained
 
         click.echo(explained(found), err=True)
     elif not (quiet or as_json):

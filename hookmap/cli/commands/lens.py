@@ -52,7 +52,8 @@ def command(
 
     The table goes to stderr, the JSON to stdout.
     """
-    from hookmap.cli.settings import parse_layers, refuse_unknown
+    from hookmap.cli.parsing import parse_layers
+    from hookmap.cli.settings import refuse_unknown
 
     chosen = parse_layers(layers)
     refuse_unknown(point, chosen, model, positions=positions)

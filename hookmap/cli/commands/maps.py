@@ -46,7 +46,7 @@ def build(
 
     What verification refutes is not written. Exit code 1 where any is SILENTLY WRONG.
     """
-    from hookmap.discovery.library import mappings_folder
+    from hookmap.maps.shipped import mappings_folder
     from hookmap.sweep.build import LEDGER, build_models, done
 
     folder = Path(output) if output else mappings_folder()
@@ -82,7 +82,7 @@ def check(types: tuple[str, ...], tenth: int | None, allow_drift: bool, record: 
     Exit code 1 where a map is refuted, is no longer found, or differs from the shipped one. Another version of
     transformers may lay out a model otherwise: its maps then differ and are right (--allow-drift).
     """
-    from hookmap.discovery.library import mappings_folder, shipped_architectures
+    from hookmap.maps.shipped import mappings_folder, shipped_architectures
     from hookmap.sweep.build import tenth as every_tenth
 
     wanted = _wanted(types)
@@ -109,7 +109,7 @@ def check(types: tuple[str, ...], tenth: int | None, allow_drift: bool, record: 
 def diff(before: Path, after: Path, as_json: bool) -> None:
     """What changed between two map files, or between two folders of them. Exit code 1 where anything did."""
     from hookmap.maps.diff import differences
-    from hookmap.maps.document import load
+    from hookmap.maps.parsing import load
 
     pairs = _pairs(before, after)
     found: dict[str, list[str]] = {}
@@ -131,7 +131,7 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
 @_JSON
 def list_maps(as_json: bool) -> None:
     """The maps that ship with hookmap: of architectures, and of single models."""
-    from hookmap.discovery.library import shipped_architectures, shipped_models
+    from hookmap.maps.shipped import shipped_architectures, shipped_models
 
     if as_json:
         click.echo(json.dumps({"architectures": shipped_architectures(), "models": shipped_models()}, indent=1))

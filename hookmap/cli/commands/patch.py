@@ -61,7 +61,8 @@ def command(
 
     Texts, and the name of the file that -o wrote, go to stdout; the table goes to stderr.
     """
-    from hookmap.cli.settings import parse_layers, refuse_unknown
+    from hookmap.cli.parsing import parse_layers
+    from hookmap.cli.settings import refuse_unknown
 
     if sweep and not target:
         raise click.UsageError("a sweep needs the token to look for: --target TOKEN (and --against TOKEN)")

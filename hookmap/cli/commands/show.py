@@ -66,8 +66,8 @@ def _find(model: str, trust_remote_code: bool) -> "tuple[ArchitectureMap, dict[s
     from hookmap.cli.console import working
     from hookmap.cli.offline import shipped_map
     from hookmap.discovery.discover import config_of
-    from hookmap.discovery.library import shipped_architectures
     from hookmap.loading import skeleton
+    from hookmap.maps.shipped import shipped_architectures
 
     if Path(model).is_file() or model.endswith(".json") or model in shipped_architectures():
         return hookmap.load_map(model), {}

@@ -54,7 +54,8 @@ def command(
 
     Both texts go to stdout.
     """
-    from hookmap.cli.settings import load_settings, parse_layers, refuse_unknown
+    from hookmap.cli.parsing import parse_layers
+    from hookmap.cli.settings import load_settings, refuse_unknown
 
     if (vector is None) == (intervene is None):
         raise click.UsageError("which vector? --vector FILE, or a file of interventions: --intervene FILE")

@@ -49,7 +49,8 @@ def make(
     Each line of FILE is a pair of prompts: texts, chat messages or token ids. The vector points from the negative ones
     to the positive ones. The file's name goes to stdout.
     """
-    from hookmap.cli.settings import load_settings, parse_layers, refuse_unknown
+    from hookmap.cli.parsing import parse_layers
+    from hookmap.cli.settings import load_settings, refuse_unknown
 
     chosen = parse_layers(layers)
     positive, negative = _pairs(pairs)

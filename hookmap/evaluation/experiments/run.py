@@ -53,12 +53,12 @@ def run(
 def _configure(experiment: Experiment, folder: Path, tell: Told | None) -> None:
     """What can be wrong without running the model is said here: questions, points, layers."""
     if experiment.captures is not None:
-        import hookmap
         from hookmap.demo import MODEL_PATH
+        from hookmap.discovery.discover import discover
 
         model = MODEL_PATH if experiment.model == "demo" else experiment.model
         chosen = experiment.captures
-        found = hookmap.discover(model).selectors(chosen.points, chosen.layers)
+        found = discover(model).selectors(chosen.points, chosen.layers)
         if all(selector.layer is None for selector in found):
             raise SelectionError("captures.points: name a point of a layer, such as resid_post.")
     if folder.is_dir() and any(folder.iterdir()):

@@ -16,9 +16,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-import hookmap
-from hookmap.discovery.library import mappings_folder
+from hookmap._version import __version__
 from hookmap.errors import DeployError
+from hookmap.maps.shipped import mappings_folder
 
 EXTRA = "server"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -67,14 +67,14 @@ def installed_code() -> bytes:
         described = None
     if described is None:
         raise DeployError("hookmap's code is here, and it is not installed: pip install -e FOLDER OF THE CHECKOUT")
-    package = Path(hookmap.__file__).parent
+    package = Path(__file__).resolve().parents[2]
     found = {f"hookmap/{name}": file for name, file in _files(package)}
     found |= {f"hookmap/mappings/{name}": file for name, file in _files(mappings_folder())}
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, file in sorted(found.items()):
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), file.read_bytes(), zipfile.ZIP_DEFLATED)
-        where = f"hookmap-{hookmap.__version__}.dist-info/METADATA"
+        where = f"hookmap-{__version__}.dist-info/METADATA"
         archive.writestr(zipfile.ZipInfo(where, _EPOCH), described)
     return made.getvalue()
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from starlette.types import Scope
 
-from hookmap import __version__
+from hookmap._version import __version__
 from hookmap.errors import SelectionError
 from hookmap.maps.tree import tree
 from hookmap.services.server import errors, page

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-import hookmap
 from hookmap.capture.padding import whole_batch_limit
 from hookmap.demo import MODEL_PATH
 from hookmap.model import HookedModel
+from hookmap.model import open as open_model
 from hookmap.services.server.batch import Room
 from hookmap.services.server.editing import Documents
 from hookmap.services.server.errors import ApiError, missing
@@ -92,7 +92,7 @@ class Models:
         with self._changing:  # two requests for one model load it once
             if name in self._loaded:
                 return self._loaded[name]
-            return self.add(name, hookmap.open(allowed, **self._settings.loads))
+            return self.add(name, open_model(allowed, **self._settings.loads))
 
     def called(self, source: str, name: str | None = None) -> str:
         """What clients call a model of this source; `name`: from now on."""

@@ -5,7 +5,8 @@ import socket
 
 import uvicorn
 
-import hookmap
+from hookmap.errors import HookmapError
+from hookmap.model import open as open_model
 from hookmap.services.server.app import make_app
 from hookmap.services.server.models import Models
 from hookmap.services.server.sessions import Sessions
@@ -23,7 +24,7 @@ def serve(source: str | None, settings: Settings, name: str | None = None) -> No
     sessions = Sessions(settings.root, settings.total_bytes, settings.max_age)
     models = Models(settings)
     if source is not None:
-        hm = hookmap.open(source, **settings.loads)
+        hm = open_model(source, **settings.loads)
         hm.map.selectors(settings.points, settings.layers)  # wrong names are told now
         models.add(models.called(source, name), hm)
     config = uvicorn.Config(
@@ -43,7 +44,7 @@ def _refuse_taken(host: str, port: int) -> None:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         why = str(error.strerror or error).partition(" (while")[0]
-        raise hookmap.HookmapError(
+        raise HookmapError(
             f"cannot listen at {host}:{port}: {why}. Give another: --port N (0 takes a free one), --host NAME"
         ) from error
 

@@ -1,15 +1,16 @@
-"""Why a map says what it says: the chain of additions, who makes each branch, who reads each sum. Pure: map -> text."""
+"""A map in words: where each point is, and the evidence for it. Pure: map -> text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from hookmap.maps.document import ArchitectureMap, BlockKind, PointTemplate, TermTemplate
+from hookmap.maps.contents import MapContents
+from hookmap.maps.points import POINTS
 from hookmap.maps.selectors import layer_ranges
-from hookmap.maps.tree import same_place
+from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 
 
-def explain(architecture_map: ArchitectureMap) -> str:
+def explain(architecture_map: MapContents) -> str:
     """The evidence for every selector, kind by kind, in the order of the forward pass."""
     m = architecture_map
     lines = [f"{m.architecture}: {m.discovered_by}" if m.discovered_by else m.architecture]
@@ -19,7 +20,7 @@ def explain(architecture_map: ArchitectureMap) -> str:
     return "\n".join(lines)
 
 
-def _kind(m: ArchitectureMap, kind: BlockKind) -> Iterator[str]:
+def _kind(m: MapContents, kind: BlockKind) -> Iterator[str]:
     word = "layer" if len(kind.layers) == 1 else "layers"
     yield f"{word} {layer_ranges(kind.layers)}: {kind.name}, {m.layers_path} ({kind.block_class or 'not called'})"
     if kind.calls > 1:
@@ -64,3 +65,35 @@ def _term(term: TermTemplate, prefix: str) -> str:
 
 def _short(path: str, prefix: str) -> str:
     return path.removeprefix(prefix).lstrip(".") or ("block" if prefix else "model")
+
+
+def same_place(points: Mapping[str, PointTemplate]) -> list[tuple[list[str], PointTemplate]]:
+    """The points in forward order; names of one tensor come together."""
+    together: dict[tuple[TermTemplate, ...], list[str]] = {}
+    for name, point in sorted(points.items(), key=lambda item: (item[1].order, "_raw" in item[0])):
+        together.setdefault(point.terms, []).append(name)
+    return [(names, points[names[0]]) for names in together.values()]
+
+
+def places(m: MapContents) -> list[tuple[str, tuple[int, ...], str]]:
+    """Names, layers and place of every point in forward order; points and kinds of block share a row where they can."""
+    rows: dict[tuple[str, str], tuple[int, ...]] = {}
+    for kind in m.kinds:
+        for names, point in same_place(kind.points):
+            key = (" = ".join(names), _where(point))
+            rows[key] = (*rows.get(key, ()), *kind.layers)
+    vocabulary = list(POINTS)
+    found = [(names, layers, where) for (names, where), layers in rows.items()]
+    found += [(name, (), _where(point)) for name, point in m.model_points.items()]
+    return sorted(found, key=lambda row: vocabulary.index(row[0].split(" ")[0].partition(".")[0]))
+
+
+def written(term: TermTemplate) -> str:
+    """`0.5 × model.layers.{i}.mlp.output[0]`"""
+    scale = "" if term.scale == 1.0 else f"{term.scale:g} × "
+    place = "" if term.index is None else f"[{term.index!r}]"
+    return f"{scale}{term.module or 'model'}.{term.side}{place}"
+
+
+def _where(point: PointTemplate) -> str:
+    return " + ".join(map(written, point.terms))

@@ -1,0 +1,51 @@
+"""What stands in an option, a variable or a line of hookmap.yaml -> its value."""
+
+import re
+
+import click
+
+FILE_NAME = "hookmap.yaml"
+PREFIX = "HOOKMAP_"
+"""of the variable of each key: HOOKMAP_BATCH_SIZE"""
+_LAYERS = re.compile(r"(-?\d+)(?:[-–](-?\d+))?")
+
+
+def parse_list(text: str) -> str | list[str]:
+    """`resid_pre,resid_mid` -> both names; `all` stays."""
+    return text if text == "all" else [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _points_with_layers(text: str) -> dict[str, str | None]:
+    """Each point of `resid_post@3,5,z@8,logits`, and its layers as they were typed."""
+    found: dict[str, str | None] = {}
+    last = ""
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, at, own = (part.strip() for part in item.partition("@"))
+        if not at and _LAYERS.fullmatch(name):
+            if found.get(last) is None:
+                raise click.BadParameter(f"{item!r}: write layers behind a point's name: z@8", param_hint="--points")
+            found[last] = f"{found[last]},{name}"
+            continue
+        if name in found or (at and not own):
+            why = "is there twice" if name in found else "has no layers behind its @"
+            raise click.BadParameter(f"{name!r} {why}: write resid_post@3,5,z@8-10", param_hint="--points")
+        found[last := name] = own if at else None
+    return found
+
+
+def parse_layers(text: str) -> str | list[int]:
+    """`8,12,16`, `0-3`, `-1`, `all`, and any of them together. Raises click.BadParameter."""
+    if text.strip() == "all":
+        return "all"
+    layers: list[int] = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        match = _LAYERS.fullmatch(item)
+        if match is None:
+            raise click.BadParameter(f"{item!r} is no layer: write 8,12,16 or 0-3 or -1 or all", param_hint="--layers")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise click.BadParameter(f"{item!r} counts down: write {last}-{first}", param_hint="--layers")
+        layers += range(first, last + 1)
+    if not layers:
+        raise click.BadParameter("no layer given: write 8,12,16 or 0-3 or -1 or all", param_hint="--layers")
+    return layers

@@ -1,0 +1,84 @@
+"""What a map says, field by field."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from hookmap.maps.points import POINTS
+from hookmap.maps.templates import BlockKind, Frozen, PointTemplate
+
+SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_ID = "urn:hookmap:schema:architecture-map-1"
+
+
+class MapContents(Frozen):
+    """Every field of a map, and what follows from the fields alone."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    architecture: str
+    layer_access_pattern: str = Field(description="the layer list, indexed: `model.layers[i]`")
+    pre_attention_path: str | None = Field(description="template of the module that reads `resid_pre`: the pre-norm")
+    pre_mlp_path: str | None = Field(description="template of the module whose input is `resid_mid`, or null")
+
+    scope: Literal["architecture", "model"] = Field(description="`model`: only for the config with this hash")
+    model_id: str | None = None
+    model_type: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict, description="the config's difference from its defaults")
+    config_hash: str | None = None
+    transformers_version: str
+    hookmap_version: str
+
+    num_layers: int = Field(ge=1)
+    d_model: int = Field(ge=1)
+    num_heads: int | None = None
+    d_vocab: int | None = None
+
+    embedding_path: str | None
+    layers_path: str = Field(description="path template of one block: `model.layers.{i}`")
+    final_norm_path: str | None
+    lm_head_path: str | None
+
+    model_points: dict[str, PointTemplate] = Field(description="points of the whole model: embed, final_norm, logits")
+    model_unavailable: dict[str, str] = Field(default_factory=dict)
+    kinds: tuple[BlockKind, ...] = Field(min_length=1)
+    joined: bool = Field(
+        default=True, description="false where the model adds to the stream between one block and the next"
+    )
+    left_out: tuple[str, ...] = Field(
+        default=(), description="other lists of blocks that the output is computed through: no point is of them"
+    )
+    discovered_by: str = Field(
+        default="", description="what ran: the model on meta, a narrow copy, or the model itself"
+    )
+    verified_by: tuple[str, ...] = Field(default=(), description="the checks that this map passed, and on what")
+    proved_on: tuple[str, ...] = Field(
+        default=(),
+        description="versions of transformers, oldest first, in which discovery finds this map and its checks pass",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        usual: dict[str, Any] = {"joined": True, "left_out": ()}
+        return {key: value for key, value in handler(self).items() if key not in usual or value not in (usual[key], [])}
+
+    @model_validator(mode="after")
+    def _every_layer_has_one_kind(self) -> Self:
+        found = sorted(layer for kind in self.kinds for layer in kind.layers)
+        if found != list(range(self.num_layers)):
+            raise ValueError(f"the kinds' layers must cover 0..{self.num_layers - 1} once each, found {found}")
+        for kind in self.kinds:
+            for name in (*kind.points, *kind.unavailable):
+                if name.partition(".")[0] not in POINTS:
+                    raise ValueError(f"kind {kind.name!r} has the unknown point {name!r}")
+        return self
+
+    def kind_of(self, layer: int) -> BlockKind:
+        """The kind of block that `layer` (0-based) is."""
+        return next(kind for kind in self.kinds if layer in kind.layers)
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Names of the points that exist on at least one layer, in the vocabulary's order."""
+        found = {name for kind in self.kinds for name in kind.points} | set(self.model_points)
+        order = {name: position for position, name in enumerate(POINTS)}
+        return tuple(sorted(found, key=lambda name: (order[name.partition(".")[0]], name)))

@@ -1,0 +1,122 @@
+"""A map file -> the document, or every problem with it at once: the field, what was expected, what was found."""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hookmap.errors import MapError, MapNotFoundError
+from hookmap.maps.document import ArchitectureMap, schema
+from hookmap.placeholders import gguf_told, is_gguf, is_pointer, pointers_told
+
+
+def load(path: str | Path) -> ArchitectureMap:
+    """The map in the file `path`. Raises MapNotFoundError or MapError, see `parse`."""
+    file = Path(path)
+    if is_gguf(file) and file.is_file():
+        raise MapError(gguf_told(file))
+    if is_pointer(file):
+        raise MapError(pointers_told(file.parent, [file.name]))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise MapNotFoundError(f"there is no map file {path}. Make one: hookmap discover MODEL -o {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise MapError(f"the map file {path} cannot be read: {error}") from error
+    return parse(text, source=str(path))
+
+
+def parse(document: str | Mapping[str, Any], source: str = "the document") -> ArchitectureMap:
+    """A map from JSON text or from its parsed form; `source` names it in errors.
+
+    Raises MapError with every problem at once: the field, what was expected, and what was found.
+    """
+    found = _parse_json(document if isinstance(document, str) else json.dumps(dict(document)), source)
+    problems = _schema_problems(found)
+    if not problems:
+        try:
+            return ArchitectureMap.model_validate_json(json.dumps(found))
+        except ValidationError as error:  # what a schema cannot say: every layer has one kind, point names
+            problems = [f"{_path(e['loc'])}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = "\n".join(f"  - {problem}" for problem in problems)
+    raise MapError(
+        f"{source} is not a hookmap map, {count}:\n{lines}\n"
+        f"Mend the file, or make it anew: hookmap discover MODEL -o {source if source.endswith('.json') else 'FILE'}"
+    )
+
+
+def _parse_json(text: str, source: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise MapError(f"{source} is not JSON: {constant} is no JSON number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        line = error.doc[error.doc.rfind("\n", 0, error.pos) + 1 :].partition("\n")[0].strip()
+        raise MapError(
+            f"{source} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+            f"{f', at: {line[:80]}' if line else ''}\n"
+            "Mend the file there, or make it anew: hookmap discover MODEL -o FILE"
+        ) from error
+
+
+@cache
+def _validator() -> Any:
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(schema())
+
+
+def _schema_problems(document: Any) -> list[str]:
+    """Every violation of the published schema, as `field: expected ..., found ...`."""
+    errors = _validator().iter_errors(document)
+    return [line for error in sorted(errors, key=lambda e: list(map(str, e.absolute_path))) for line in _explain(error)]
+
+
+def _explain(error: Any) -> Iterable[str]:
+    where = _path(error.absolute_path)
+    if error.validator == "additionalProperties":
+        known = error.schema.get("properties", {})
+        for key in error.instance.keys() - known.keys():
+            near = difflib.get_close_matches(key, known, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(known)}"
+            yield f"{_path([*error.absolute_path, key])}: unknown field; {hint}"
+    elif error.validator == "required":
+        missing = next(key for key in error.validator_value if f"'{key}' is a required" in error.message)
+        expected = error.schema["properties"][missing]
+        yield f"{_path([*error.absolute_path, missing])}: expected {_expected(expected)}, found nothing: it is missing"
+    else:
+        yield f"{where}: expected {_expected(error.schema)}, found {_shorten(error.instance)}"
+
+
+def _expected(rule: Mapping[str, Any]) -> str:
+    """A schema in a few words: what a person would have to write there."""
+    if "const" in rule:
+        return json.dumps(rule["const"])
+    if "enum" in rule:
+        return "one of " + ", ".join(map(json.dumps, rule["enum"]))
+    if "anyOf" in rule:
+        return " or ".join(map(_expected, rule["anyOf"]))
+    if "$ref" in rule:
+        return f"an object ({rule['$ref'].rpartition('/')[2]})"
+    names = {"string": "a string", "integer": "a whole number", "number": "a number", "array": "a list"}
+    names |= {"object": "an object", "boolean": "true or false", "null": "null"}
+    text = names.get(rule.get("type", ""), "another value")
+    if rule.get("minItems"):
+        text += f" of at least {rule['minItems']}"
+    return f"{text}, at least {rule['minimum']}" if "minimum" in rule else text
+
+
+def _path(parts: Iterable[str | int]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return text.removeprefix(".") or "the whole document"
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

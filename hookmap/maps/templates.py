@@ -1,0 +1,119 @@
+"""What a map is made of: templates over `{i}`, the layer, and kinds of block. Knows neither the document nor torch."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+
+class Frozen(BaseModel):
+    """A part of the document: immutable, and without fields that it does not name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Heads(Frozen):
+    """Which features of a tensor's last axis are the heads of a point, and in which order they lie.
+
+    The axis is cut into `groups` of one length; of each, the features from `start` to `stop` are heads of `d_head`.
+    """
+
+    groups: int = Field(default=1, ge=1, description="1: q, k and v side by side, or one of them alone")
+    start: int = Field(default=0, ge=0, description="first feature in each group")
+    stop: int = Field(ge=1, description="the feature behind the last one in each group")
+    d_head: int = Field(ge=1, description="features of one head")
+
+
+class TermTemplate(Frozen):
+    """One tensor at a module's boundary, times a constant."""
+
+    module: str = Field(description="module path from the model's root; `{i}` is the layer; empty for the root itself")
+    side: Literal["input", "output"]
+    index: int | str | None = Field(
+        default=None, description="position or name in the arguments or the output; null where the output is the tensor"
+    )
+    scale: float = Field(default=1.0, description="the constant that the model multiplies it by, outside modules")
+    flat: bool = Field(default=False, description="the module sees [batch * pos, ...]; a capture unflattens it")
+    axes: tuple[str, ...] | None = Field(
+        default=None, description="its axes there, where they are not (batch, pos, ...); a capture reorders them"
+    )
+    rows: Literal["all", "first", "last"] = Field(
+        default="all", description="which of its positions are the tokens', where the tensor has more"
+    )
+    call: int | None = Field(
+        default=None, ge=0, description="which call of the module in one forward pass, where it is called several times"
+    )
+
+    heads: Heads | None = Field(
+        default=None, description="the point is [batch, pos, heads, d_head], and these features of the last axis"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        usual = {"axes": None, "rows": "all", "call": None, "heads": None}
+        return {key: value for key, value in handler(self).items() if key not in usual or value != usual[key]}
+
+
+class PointTemplate(Frozen):
+    """Where a point is: the sum over its terms of scale * tensor, and its place in the forward order."""
+
+    terms: tuple[TermTemplate, ...] = Field(min_length=1)
+    order: int = Field(ge=0, description="place of the last term in the forward order of its block")
+    evidence: str = Field(default="", description="what in the dataflow shows it")
+    beside: tuple[TermTemplate, ...] = Field(
+        default=(),
+        description="of `mixer_in`, `mlp_in`: what else of the tokens the branch reads (Gemma 4's embeddings)",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "beside" or value}
+
+
+class BranchInfo(Frozen):
+    """The mixer or the MLP of a kind of block."""
+
+    type: str = Field(description="mixer: attention, recurrent, convolution; mlp: dense, moe")
+    modules: tuple[str, ...] = Field(
+        default=(), description="path templates of the modules inside the block that compute it"
+    )
+    module_class: str | None = Field(default=None, description="its class in the library, for people")
+    experts: int | None = Field(default=None, description="MoE: number of routed experts")
+    experts_per_token: int | None = Field(default=None, description="MoE: experts that each token uses")
+    shared_experts: int | None = Field(default=None, description="MoE: experts that every token uses")
+
+
+class BlockKind(Frozen):
+    """One kind of block; a hybrid model has several."""
+
+    name: str
+    block_class: str
+    layers: tuple[int, ...]
+    branch_order: Literal["sequential", "parallel", "mixer_only", "mlp_only", "other"]
+    norm_placement: Literal["pre", "post", "sandwich", "none", "other"]
+    axes: tuple[str, ...] = Field(
+        default=("batch", "pos", "d_model"),
+        description="axes of the residual stream as captured; several streams are kept whole, with an axis `stream`",
+    )
+    calls: int = Field(
+        default=1, ge=1, description="how often each of these layers runs in one forward pass; its points are of one"
+    )
+    mixer: BranchInfo | None = None
+    mlp: BranchInfo | None = None
+    relations: tuple[str, ...] = Field(
+        default=(), description="exact relations among this kind's points, e.g. `resid_mid = resid_pre + mixer_out`"
+    )
+    points: dict[str, PointTemplate]
+    unavailable: dict[str, str] = Field(default_factory=dict, description="point -> the reason why it is not there")
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if (key, value) != ("calls", 1)}
+
+    def without(self, lost: Mapping[str, str]) -> "BlockKind":
+        """The same kind where these points are unavailable, with their reasons, and no relation names them."""
+        points = {name: point for name, point in self.points.items() if name not in lost}
+        said = [line for line in self.relations if not lost.keys() & set(re.split(r"[^\w.]+", line))]
+        unavailable = {**self.unavailable, **lost}
+        return self.model_copy(update={"points": points, "unavailable": unavailable, "relations": tuple(said)})
