@@ -21,7 +21,7 @@ FAMILIES := bloom cohere deepseek_v3 falcon gemma gemma2 gemma3_text gpt2 gpt_ne
   mixtral olmo2 opt phi qwen2 qwen3 qwen3_moe
 CHECK_MAPS = maps check $(FAMILIES) --jobs $(WORKERS)
 # What must be right on every version of transformers, held against plain hooks and transformers' own outputs.
-CORE_TESTS := tests/test_discovery.py tests/test_engines.py tests/test_multimodal.py
+CORE_TESTS := tests/discovery/test_discovery.py tests/capture/test_engines.py tests/loading/test_multimodal.py
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
 .PHONY: demo test test-maps test-oldest test-newest lock test-peers test-clients setup check docs format schema clean

@@ -24,8 +24,8 @@ def main() -> None:
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    from browser import browsing  # type: ignore[import-not-found]  # found on the path above
-    from served import QUESTION, serving  # type: ignore[import-not-found]
+    from support.browser import browsing  # type: ignore[import-not-found]  # found on the path above
+    from support.served import QUESTION, serving  # type: ignore[import-not-found]
 
     scheme = "dark" if given.dark else "light"
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as served, browsing() as browser:

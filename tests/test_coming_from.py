@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from coming_from import ASKED, CHECKOUT, differing, script
+from support.coming_from import ASKED, CHECKOUT, differing, script
 
 
 def test_the_blocks_of_nnsight_and_of_hookmap_give_the_same_tensors(

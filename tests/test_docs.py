@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 import pytest
-from pages import CHECKOUT, blocks
+from support.pages import CHECKOUT, blocks
 
 import hookmap
 from hookmap import errors

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
 import transformers
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.loading.checkpoints import load_tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 import pytest
-from pages import CHECKOUT, Session, agree, blocks, parse
+from support.pages import CHECKOUT, Session, agree, blocks, parse
 
 FOUND = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in FOUND}

@@ -4,11 +4,11 @@ import json
 from functools import cache
 from pathlib import Path
 
-import plain_hooks
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
+from support import plain_hooks
 
 import hookmap
 from hookmap.analysis.grid import Grid, load_grid

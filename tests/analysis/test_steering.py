@@ -5,13 +5,13 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.analysis.gguf import read_gguf, write_gguf

@@ -2,10 +2,10 @@
 
 from functools import cache
 
-import plain_hooks
 import pytest
 import torch
-from plain_hooks import FAMILIES, LAYERS, Reference
+from support import plain_hooks
+from support.plain_hooks import FAMILIES, LAYERS, Reference
 
 import hookmap
 from hookmap.capture.prepare import Capture

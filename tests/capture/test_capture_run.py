@@ -7,11 +7,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
-from plain_hooks import FAMILIES
-from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
+from support import plain_hooks
+from support.plain_hooks import FAMILIES
+from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 import hookmap
 from hookmap.capture.runs import Progress

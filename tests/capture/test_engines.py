@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import nnsight
-import plain_hooks
 import pytest
 import torch
-from plain_hooks import FAMILIES
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.plain_hooks import FAMILIES
+from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.capture.engines.model_lock import Turns

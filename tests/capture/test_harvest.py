@@ -4,12 +4,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from plain_hooks import FAMILIES, LAYERS
+from support import plain_hooks
+from support.plain_hooks import FAMILIES, LAYERS
 
 import hookmap
 from hookmap.capture.runs import harvest_batches

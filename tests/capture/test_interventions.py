@@ -9,12 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
-from plain_hooks import FAMILIES, LAYERS
 from safetensors.torch import save_file
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.plain_hooks import FAMILIES, LAYERS
+from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.capture.interventions.documents import Steer, dump_interventions, load_interventions, read_interventions

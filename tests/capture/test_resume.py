@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
-from store_runs import tree
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.store_runs import tree
+from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.datasets import PromptRecord

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.capture.prepare import Capture

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
-from plain_hooks import FAMILIES
+from support import plain_hooks
+from support.plain_hooks import FAMILIES
 from transformers import AutoModelForCausalLM, XLNetConfig
 from transformers.modeling_outputs import BaseModelOutput
 

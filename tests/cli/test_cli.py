@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from documents import hybrid
+from support.documents import hybrid
 
 import hookmap
 from hookmap.cli.main import main
@@ -23,7 +23,7 @@ from hookmap.cli.parsing import parse_layers
 from hookmap.demo import MODEL_PATH
 from hookmap.maps.parsing import parse
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 pytestmark = pytest.mark.usefixtures("own_folder")

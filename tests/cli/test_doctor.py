@@ -14,7 +14,7 @@ import pytest
 
 from hookmap.cli import doctor
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def diagnosed(folder: Path, first: str = "", **environment: str) -> tuple[int, dict[str, dict[str, Any]], str]:

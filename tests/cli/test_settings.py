@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from pages import blocks
+from support.pages import blocks
 
 from hookmap.cli.configuration import SECTIONS, Serving, Settings, fields, read_section, schema
 from hookmap.cli.main import main
@@ -17,7 +17,7 @@ from hookmap.cli.settings import load_settings
 from hookmap.stores import open_store
 from hookmap.stores.reader import CaptureStore
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 pytestmark = pytest.mark.usefixtures("own_folder")

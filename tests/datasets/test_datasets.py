@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import plain_hooks
 import pytest
 from click.testing import CliRunner
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.datasets import PromptRecord

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
 import transformers as tf
+from support import plain_hooks
 from torch import nn
 
 import hookmap

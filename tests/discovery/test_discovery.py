@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
 import transformers as tf
+from support import plain_hooks
 from torch import nn
 
 from hookmap.discovery.discover import discover
@@ -214,7 +214,7 @@ def test_671_billion_parameters_need_no_weights() -> None:
 
 def test_every_source_gives_the_same_map(tmp_path: Path) -> None:
     from nnsight import TransformersModel
-    from tiny_tokenizer import tiny_tokenizer
+    from support.tiny_tokenizer import tiny_tokenizer
 
     model = plain_hooks.build("qwen3")
     model.save_pretrained(tmp_path)

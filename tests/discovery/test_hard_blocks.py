@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import nnsight
-import plain_hooks
 import pytest
 import torch
-from invented import DEPTH, D, Ladder, Rung, check, note
 from safetensors.torch import load_file, save_file
+from support import plain_hooks
+from support.invented import DEPTH, D, Ladder, Rung, check, note
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 

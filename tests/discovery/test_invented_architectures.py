@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from invented import DEPTH, D, Ladder, Rung, V, check, note
+from support.invented import DEPTH, D, Ladder, Rung, V, check, note
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from invented import IDS, Behind, D, Ladder, Mix, Rung, Think, check, note
+from support.invented import IDS, Behind, D, Ladder, Mix, Rung, Think, check, note
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from invented import D, Ladder, Rung, Think, check, note
+from support.invented import D, Ladder, Rung, Think, check, note
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("seeded")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from invented import Behind, D, Ladder, Rung, check, note
+from support.invented import Behind, D, Ladder, Rung, check, note
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from invented import D, Ladder, Mix, Rung, V, check, listening, note
+from support.invented import D, Ladder, Mix, Rung, V, check, listening, note
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import hybrid, uniform
 from hypothesis import given
 from hypothesis import strategies as st
+from support.documents import hybrid, uniform
 
 import hookmap
 from hookmap.discovery import library

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
 import transformers
-from invented import IDS, Ladder, check
+from support import plain_hooks
+from support.invented import IDS, Ladder, check
 from torch import Tensor, nn
 
 import hookmap

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import plain_hooks
 import pytest
 import torch
 import transformers
+from support import plain_hooks
 
 import hookmap
 from hookmap.verification.verify import verify

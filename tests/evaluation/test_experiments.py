@@ -215,7 +215,7 @@ def test_random_activations_are_told_by_chance() -> None:
 
 def test_the_bundled_example_is_accepted_and_the_published_schema_is_that_of_the_document() -> None:
     assert len(load_experiment("demo").prefixes) == 6
-    docs = Path(__file__).resolve().parent.parent / "docs" / "experiment.schema.json"
+    docs = Path(__file__).resolve().parents[2] / "docs" / "experiment.schema.json"
     assert json.loads(docs.read_text("utf-8")) == schema(), "write it again: make schema"
     done = CliRunner().invoke(main, ["experiment", "--schema"])
     assert json.loads(done.stdout) == schema()

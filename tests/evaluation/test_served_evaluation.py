@@ -12,11 +12,11 @@ import torch
 pytest.importorskip("inspect_ai", reason='pip install "hookmap[eval]"')
 pytest.importorskip("fastapi", reason='pip install "hookmap[server]"')
 
-from served import demo, serving
+from support.served import demo, serving
 
 import hookmap
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

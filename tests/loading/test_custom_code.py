@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import odd_code
 import pytest
 import torch
 from click.testing import CliRunner
+from support import odd_code
 from torch import Tensor
 
 import hookmap

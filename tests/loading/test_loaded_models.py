@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import plain_hooks
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from plain_hooks import FAMILIES, LAYERS, Family
-from served import demo, serving
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.plain_hooks import FAMILIES, LAYERS, Family
+from support.served import demo, serving
+from support.tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
 import hookmap

@@ -5,11 +5,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
-from plain_hooks import LAYERS, MULTIMODAL
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.plain_hooks import LAYERS, MULTIMODAL
+from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.errors import HookmapError

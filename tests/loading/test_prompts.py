@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
 from click.testing import CliRunner
+from support import plain_hooks
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 

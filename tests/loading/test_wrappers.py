@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import plain_hooks
 import pytest
 import torch
 import transformers
-from served import serving
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.served import serving
+from support.tiny_tokenizer import tiny_tokenizer
 from torch import nn
 
 import hookmap

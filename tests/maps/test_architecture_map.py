@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import hybrid, uniform
 from hypothesis import given
 from hypothesis import strategies as st
+from support.documents import hybrid, uniform
 
 from hookmap import MapError, MapNotFoundError
 from hookmap.maps.document import schema

@@ -9,7 +9,7 @@ import pytest
 from hookmap.discovery.library import load_map
 from hookmap.maps.block_picture import block_svg
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 STREAM = ("resid_pre", "resid_mid", "resid_post")
 BRANCHES = ("mixer_in", "mixer_out", "mlp_in", "mlp_out")
 

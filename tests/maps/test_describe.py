@@ -4,11 +4,11 @@ from pathlib import Path
 from xml.etree import ElementTree as Xml
 
 import nnsight
-import plain_hooks
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.cli.main import main

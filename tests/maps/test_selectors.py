@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from documents import hybrid
 from hypothesis import given
 from hypothesis import strategies as st
+from support.documents import hybrid
 
 from hookmap import CaptureError, SelectionError
 from hookmap.maps.document import ArchitectureMap
@@ -15,7 +15,7 @@ from hookmap.maps.selectors import select
 
 MAP = parse(hybrid())
 
-# The forward pass of tests/documents.py's model, written out by hand: (module, side) in the order of execution.
+# The forward pass of tests/support/documents.py's model, written out by hand: (module, side) in the order of execution.
 _SEQUENTIAL = [
     "block.input",
     "norm_1.output",

@@ -7,12 +7,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import plain_hooks
 import questions as q
 from hookmaps_answers import hookmaps_answers
-from plain_hooks import FAMILIES
 from programs import PEERS, Peer, apart, like
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.plain_hooks import FAMILIES
+from support.tiny_tokenizer import tiny_tokenizer
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from coming_from import ASKED, CHECKOUT, differing, script
 from programs import PEERS
 from safetensors.torch import load_file
+from support.coming_from import ASKED, CHECKOUT, differing, script
 
 _SAVE = """
 import torch

@@ -8,14 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import plain_hooks
 import pytest
 import questions as q
 import torch
 from hookmaps_answers import hookmaps_answers, load
-from plain_hooks import FAMILIES
 from programs import PEERS, SEQUENTIAL, Peer, apart, like
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.plain_hooks import FAMILIES
+from support.tiny_tokenizer import tiny_tokenizer
 from truth import truth
 
 if not any(peer.python.exists() for peer in PEERS.values()):

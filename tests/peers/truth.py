@@ -6,7 +6,7 @@ from typing import Any
 
 import questions as q
 import torch
-from plain_hooks import Family, Place
+from support.plain_hooks import Family, Place
 from torch import nn
 
 Change = Callable[[torch.Tensor], torch.Tensor]

@@ -24,15 +24,15 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from loopback import Loopback, free_port, loopback
 from packaging.requirements import Requirement
+from support.loopback import Loopback, free_port, loopback
 
 import hookmap
 from hookmap.services.deploy.bundle import bundle, locked, requirements
 from hookmap.services.deploy.on_host import Host, unit
 from hookmap.services.deploy.over_ssh import ssh_command
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 HERE = ("--python", sys.executable)
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from hookmap.cli.main import main
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 DEPLOY = CHECKOUT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
 TASK = yaml.safe_load((DEPLOY / "skypilot.yaml").read_text(encoding="utf-8"))

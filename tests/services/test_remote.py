@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import nnsight
-import plain_hooks
 import pytest
 import torch
 from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.schema.request import RequestModel
+from support import plain_hooks
 from transformers import AutoTokenizer
 
 import hookmap

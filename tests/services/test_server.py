@@ -10,7 +10,7 @@ import openai
 import pytest
 import torch
 from openai import OpenAI
-from served import MESSAGES, NAME, QUESTION, Served, serving
+from support.served import MESSAGES, NAME, QUESTION, Served, serving
 
 from hookmap.demo import MODEL_PATH
 from hookmap.loading.prompts import encode

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 from openai import OpenAI
-from served import NAME, Served, demo, serving
+from support.served import NAME, Served, demo, serving
 
 from hookmap.loading.generation import settings
 from hookmap.loading.prompts import Prompt

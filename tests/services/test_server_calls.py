@@ -8,8 +8,8 @@ import openai
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
-from scripted import scripted
-from served import NAME, Served, serving
+from support.scripted import scripted
+from support.served import NAME, Served, serving
 
 ASK: list[Any] = [{"role": "user", "content": "What are 3 and 4, and what time is it?"}]
 CALLS = (

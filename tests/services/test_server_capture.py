@@ -19,7 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
-from served import MESSAGES, NAME, Served, demo, serving
+from support.served import MESSAGES, NAME, Served, demo, serving
 
 import hookmap
 from hookmap.cli.main import main

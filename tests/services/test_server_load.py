@@ -23,7 +23,7 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
-from served import MESSAGES, Served, demo, serving
+from support.served import MESSAGES, Served, demo, serving
 
 import hookmap
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import browsing, chromium
-from served import MESSAGES, NAME, QUESTION, Served, demo, serving
+from support.browser import browsing, chromium
+from support.served import MESSAGES, NAME, QUESTION, Served, demo, serving
 
 pytest.importorskip("playwright", reason="the page is tested in a browser: pip install playwright")
 pytestmark = pytest.mark.skipif(chromium() is None, reason="the page is tested in Chromium, and there is none")

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served import Served, serving
+from support.served import Served, serving
 
 schemathesis = pytest.importorskip("schemathesis", reason="requests are made by schemathesis")
 from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from served import MESSAGES, Served, serving
+from support.served import MESSAGES, Served, serving
 
 from hookmap.services.server.summaries import offered
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from store_runs import Run, resid, tree
+from support.store_runs import Run, resid, tree
 
 from hookmap.activations import Activation, Sample, Sink
 from hookmap.errors import CaptureError, SelectionError, StoreError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from store_runs import Run, demo_run, resid, tree, write_or_resume
+from support.store_runs import Run, demo_run, resid, tree, write_or_resume
 
 import hookmap
 from hookmap.activations import Activation, Sample, Sink

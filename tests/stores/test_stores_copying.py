@@ -10,7 +10,7 @@ import fsspec
 import pytest
 import torch
 from click.testing import CliRunner
-from store_runs import Run, demo_run, resid, tree, write_or_resume
+from support.store_runs import Run, demo_run, resid, tree, write_or_resume
 
 from hookmap.activations import Sample, Sink
 from hookmap.cli.main import main

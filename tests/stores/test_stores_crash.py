@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from store_runs import Run, demo_run, resid, tree, write_or_resume
+from support.store_runs import Run, demo_run, resid, tree, write_or_resume
 
 import hookmap.stores
 from hookmap.errors import StoreError

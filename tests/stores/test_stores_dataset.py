@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from store_runs import Run, resid, write_or_resume
+from support.store_runs import Run, resid, write_or_resume
 from torch.utils.data import DataLoader
 
 from hookmap.activations import Activation, Sample

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from store_runs import Run, resid, tree, write_or_resume
+from support.store_runs import Run, resid, tree, write_or_resume
 
 from hookmap.cli.main import main
 from hookmap.errors import SelectionError, StoreError

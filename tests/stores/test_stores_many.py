@@ -7,11 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
-from store_runs import Run, resid
-from tiny_tokenizer import tiny_tokenizer
+from support import plain_hooks
+from support.store_runs import Run, resid
+from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.capture.rows import DTYPES, kept

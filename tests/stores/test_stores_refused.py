@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from store_runs import Run, demo_run, resid, tree, write_or_resume
+from support.store_runs import Run, demo_run, resid, tree, write_or_resume
 
 from hookmap.cli.main import main
 from hookmap.datasets import PromptRecord, load_prompts

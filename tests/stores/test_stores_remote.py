@@ -8,7 +8,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from store_runs import Run, resid, write_or_resume
+from support.store_runs import Run, resid, write_or_resume
 
 import hookmap
 from hookmap.errors import StoreError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 ASKED = ("post", "mid", "generated", "ablated", "steered", "patched", "lens")
 
 

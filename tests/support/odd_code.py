@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tiny_tokenizer import tiny_tokenizer
+from support.tiny_tokenizer import tiny_tokenizer
 
 CONFIGURATION = """
 from pathlib import Path

@@ -30,7 +30,7 @@ from click.testing import CliRunner
 
 from hookmap.cli.main import main
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(
     r"(?:^<!-- not run: (?P<not_run>[^\n]+) -->\n)?"
     r'^```(?P<language>\w*)(?: title="(?P<file>\S+)")?\n(?P<text>.*?)^```$',

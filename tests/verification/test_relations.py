@@ -7,9 +7,9 @@ import re
 from functools import cache
 from typing import Any
 
-import plain_hooks
 import pytest
 import torch
+from support import plain_hooks
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import plain_hooks
 import pytest
 import torch
+from support import plain_hooks
 
 from hookmap.discovery.discover import discover
 from hookmap.errors import MapMismatchError, ModelError
