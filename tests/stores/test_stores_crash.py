@@ -273,7 +273,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, undisturbed: dict[st
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     if not shutil.which("unshare") or subprocess.run([*unshare, "mount -t tmpfs tmpfs /mnt"], check=False).returncode:
         pytest.skip("no unprivileged mounts here")
-    program = f"{sys.executable} {Path(__file__).with_name('store_runs.py')}"
+    program = f"{sys.executable} {Path(__file__).parents[1] / 'support' / 'store_runs.py'}"
     out, how = tmp_path / "out", "background" if background else ""
     script = (
         f"set -e; mount -t tmpfs -o size=300k tmpfs /mnt; {program} /mnt/c {how}; cp -r /mnt/c {out}; "

@@ -138,7 +138,7 @@ def mounted(script: str) -> str:
 
 def test_going_on_where_nothing_can_be_written_says_so(tmp_path: Path) -> None:
     write_or_resume(tmp_path / "c", demo_run())
-    program = f"{sys.executable} {Path(__file__).with_name('store_runs.py')}"
+    program = f"{sys.executable} {Path(__file__).parents[1] / 'support' / 'store_runs.py'}"
     read = f"{sys.executable} -c 'import hookmap; print(hookmap.open_store(\"/mnt/c\").verify())'"
     told = mounted(
         f"mount -t tmpfs tmpfs /mnt && cp -r {tmp_path}/c /mnt && mount -o remount,ro /mnt && {program} /mnt/c; {read}"

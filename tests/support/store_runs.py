@@ -1,7 +1,7 @@
 """Runs whose every row is known beforehand, for the tests of the stores. Also a program: it writes one such run.
 
-`python tests/support/store_runs.py FOLDER [background]` writes `demo_run()` to FOLDER, or goes on with what is there, and
-prints either "finished" or the error.
+`python tests/support/store_runs.py FOLDER [background]` writes `demo_run()` to FOLDER, or goes on with what is there,
+and prints either "finished" or the error.
 """
 
 import random
