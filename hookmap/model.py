@@ -10,7 +10,7 @@ from hookmap.analysis.attribution import Attribution, attribute
 from hookmap.analysis.lens import Lens, lens
 from hookmap.analysis.patching import Sweep, sweep
 from hookmap.analysis.steering import SteeringVector, make_vector
-from hookmap.capture.engines.model_lock import turns_of
+from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.hooked import Hooked, Layers
 from hookmap.discovery.library import given_map
 from hookmap.discovery.map_of_model import understood
@@ -110,7 +110,7 @@ def open(
             raise ModelError("config= is for hub ids and folders. Set it on the module: module.config.FIELD = VALUE")
         module, tokenizer = _module_of(x), tokenizer if tokenizer is not None else _tokenizer_of(x)
     root = generating_root(module)
-    with turns_of(module).alone():
+    with lock_of(module).exclusive():
         architecture_map, read = understood(module, root, given)
     name = os.fspath(x) if isinstance(x, str | os.PathLike) else architecture_map.model_id
     nnsight_model = None if isinstance(x, str | os.PathLike | nn.Module) else x

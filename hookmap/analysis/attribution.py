@@ -18,7 +18,7 @@ import torch
 from hookmap.analysis.head_outputs import head_outputs
 from hookmap.analysis.lens import token_id, token_text, where
 from hookmap.analysis.unembedding import Readout, apply, readout_of
-from hookmap.capture.engines.model_lock import turns_of
+from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import not_finite
 from hookmap.capture.prepare import Capture
 from hookmap.errors import SelectionError
@@ -97,7 +97,7 @@ def attribute(
         raise SelectionError(f"an attribution is of one prompt, got {len(run)}: call it for each.")
     if not all(bool(run.read(0, *key).isfinite().all()) for key in run.keys):
         raise not_finite(hm, run.tokens[0], "direct logit attribution")
-    with turns_of(hm.model).shared():
+    with lock_of(hm.model).shared():
         return _read(hm, readout, run, names, target, against, heads)
 
 

@@ -11,7 +11,7 @@ import torch
 from hookmap.activations import Sample
 from hookmap.analysis.grid import Grid
 from hookmap.analysis.unembedding import Readout, readout_of
-from hookmap.capture.engines.model_lock import turns_of
+from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import check_rows, not_finite
 from hookmap.capture.prepare import Capture
 from hookmap.errors import SelectionError
@@ -135,7 +135,7 @@ def lens(
     told = next((s for s in run.samples if s.sample == sample), None)
     if told is None:
         raise SelectionError(f"the capture has no sample {sample}: it has {len(run.samples)}.")
-    with turns_of(hm.model).shared():
+    with lock_of(hm.model).shared():
         aim = None if target is None else token_id(hm, target)
         return _read(hm, readout, run, told, name, tuple(chosen), top, aim, live)
 

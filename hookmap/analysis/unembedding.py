@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hookmap.capture.engines.model_lock import turns_of
+from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import not_finite
 from hookmap.discovery.dataflow import Dataflow, ModuleCall, Operation, TensorRef, record
 from hookmap.errors import SelectionError
@@ -112,7 +112,7 @@ def readout_of(hm: Hooked) -> Readout:
         last = hm.map.selectors("resid_post", -1)[-1]
         for point in ("resid_post", "logits"):
             hm.map.selectors(point, -1)  # says why, where the model has none
-        with turns_of(hm.model).alone():
+        with lock_of(hm.model).exclusive():
             readout = read(skeleton.unwrap(hm.model), last, hm.map.final_norm_path, hm.map.lm_head_path)
         _proved[hm.model] = _prove(hm, readout)
     return _proved[hm.model]

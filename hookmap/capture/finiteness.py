@@ -8,7 +8,7 @@ import torch
 from hookmap.activations import Activation, Key, Sample
 from hookmap.capture.engines import Engine
 from hookmap.capture.engines.observation import BatchLayout, Observer
-from hookmap.capture.runs import device_of, turn
+from hookmap.capture.runs import device_of, running
 from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen
 from hookmap.loading.finiteness import in_words, is_stream
@@ -37,7 +37,7 @@ def why_not_finite(engine: Engine, architecture_map: ArchitectureMap, ids: Seque
 
 def not_finite(hm: Opened, ids: Sequence[int], what: str) -> CaptureError:
     """The error for `what`, which would be computed of the stream of this prompt."""
-    with turn(hm.hooks):
+    with running(hm.hooks):
         found = why_not_finite(hm.hooks, hm.map, ids)
     return CaptureError(f"no {what}: {found or 'its numbers are not finite, and in a second run they were'}.")
 

@@ -13,10 +13,10 @@ import torch
 from transformers import LogitsProcessor
 
 from hookmap.capture.engines import Engine
-from hookmap.capture.engines.model_lock import turns_of
+from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.engines.observation import BatchLayout
 from hookmap.capture.rows import Kept
-from hookmap.capture.runs import Generating, Harvesting, Run, device_of, turn, vocabulary_of
+from hookmap.capture.runs import Generating, Harvesting, Run, device_of, running, vocabulary_of
 from hookmap.loading import generation as gen
 from hookmap.loading.float64 import as_it_was, in_float64
 from hookmap.loading.memory import MemoryUse
@@ -68,7 +68,7 @@ class Pads:
         if not harvest and not gen.takes(self._engine.root, "attention_mask"):
             return "its forward takes no attention mask"
         try:
-            with turns_of(self._engine.module).alone(), turn(self._engine, pattern):
+            with lock_of(self._engine.module).exclusive(), running(self._engine, pattern):
                 return _Trial(self._engine, self._map, self._tokenizer, harvest, self._forces).fault()
         except Exception as error:  # a model's own code raises what it likes
             said = " ".join(str(error).split())[:120]

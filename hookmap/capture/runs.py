@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from hookmap.activations import Sample, Sink
 from hookmap.capture.engines import Engine
-from hookmap.capture.engines.model_lock import turns_of
+from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.engines.observation import BatchLayout, Observer
 from hookmap.capture.interventions.edits import Edit, Editor
 from hookmap.capture.overflow import in_words
@@ -148,7 +148,7 @@ class Run(ABC):
         return max(len(prompt.token_ids) for prompt in self.prompts) + max(0, self.max_new_tokens - 1)
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
-        return turn(self.engine, reads_attention(self.selectors))
+        return running(self.engine, reads_attention(self.selectors))
 
     def _finish(self, sink: Sink, observer: Observer, row: int, prompt: Prompt, new: list[int]) -> None:
         rows, positions = observer.rows(row)
@@ -266,18 +266,18 @@ class Harvesting(Run):
 
 
 @contextlib.contextmanager
-def turn(engine: Engine, pattern: bool = False) -> Iterator[None]:
+def running(engine: Engine, pattern: bool = False) -> Iterator[None]:
     """Run the model: alone where the run changes it for a while, or its engine needs that.
 
     `pattern`: the run reads attention weights.
     """
-    module, turns = engine.module, turns_of(engine.module)
-    if not pattern and not engine.alone:
-        with turns.shared():
+    module, lock = engine.module, lock_of(engine.module)
+    if not pattern and not engine.exclusive:
+        with lock.shared():
             if not any(part.training for part in module.modules()):
                 yield
                 return
-    with turns.alone(), gen.evaluating(module), contextlib.ExitStack() as eager:
+    with lock.exclusive(), gen.evaluating(module), contextlib.ExitStack() as eager:
         if pattern:  # the faster implementations of attention never have its weights as a tensor
             eager.enter_context(skeleton.eager(module))
         yield

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from support.plain_hooks import FAMILIES
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
-from hookmap.capture.engines.model_lock import Turns
+from hookmap.capture.engines.model_lock import ModelLock
 from hookmap.model import HookedModel
 
 RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
@@ -179,17 +178,17 @@ def test_the_estimate_counts_what_one_pass_brings_at_once() -> None:
     assert short.largest == 4 * 1_000 * 97 * 4 and short.held(True) < short.bytes / 2
 
 
-@pytest.mark.parametrize(("first", "second"), [("shared", "alone"), ("alone", "shared"), ("alone", "alone")])
-def test_who_waits_for_a_turn_goes_on_when_the_one_before_leaves(first: str, second: str) -> None:
-    turns, inside = Turns(), threading.Event()
+@pytest.mark.parametrize(
+    ("first", "second"), [("shared", "exclusive"), ("exclusive", "shared"), ("exclusive", "exclusive")]
+)
+def test_a_thread_that_waits_for_a_model_gets_it_when_the_other_leaves(first: str, second: str) -> None:
+    lock, inside = ModelLock(), threading.Event()
 
     def work() -> None:
-        with getattr(turns, second)():
+        with getattr(lock, second)():
             inside.set()
 
-    with getattr(turns, first)():
+    with getattr(lock, first)():
         threading.Thread(target=work, daemon=True).start()
-        while not turns._free._waiters:  # type: ignore[attr-defined]
-            time.sleep(0.001)
-        assert not inside.is_set()
+        assert not inside.wait(0.1)
     assert inside.wait(20)

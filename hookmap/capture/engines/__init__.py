@@ -14,7 +14,7 @@ class Engine(Protocol):
     """Runs the model and shows the observer every boundary it asked for, as it is passed."""
 
     name: str
-    alone: bool
+    exclusive: bool
     """whether nothing else may run the model meanwhile, on any thread"""
     module: "nn.Module"
     """what map paths start from"""

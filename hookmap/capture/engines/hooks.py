@@ -37,7 +37,7 @@ class HooksEngine:
         self.root = root
         self.runner = runner_of(module)
         # PEFT's wrappers change the model inside while they run.
-        self.alone = self.runner is not root
+        self.exclusive = self.runner is not root
         # accelerate moves weights back after a module's forward: a pass that ends early would leave them.
         self.ends_early = not any(hasattr(part, "_hf_hook") for part in module.modules())
 

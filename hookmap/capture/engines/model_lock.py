@@ -1,7 +1,7 @@
-"""Who may run the model now. Runs that leave it as it is go side by side; one that changes it has it alone.
+"""A lock for each model. Runs that leave the model unchanged share it; a run that changes it holds it exclusively.
 
-A trace of nnsight serves whatever runs meanwhile, whichever thread it is on, and a training flag is every thread's:
-such runs are alone. Plain hooks that look at the thread they are on share the model.
+A trace of nnsight sees every forward pass, on any thread, and the training flag belongs to all threads: such runs
+are exclusive. Plain hooks ignore other threads' passes, so their runs share the model.
 """
 
 import contextlib
@@ -12,64 +12,65 @@ from collections.abc import Iterator
 from torch import nn
 
 
-class Turns:
-    """A lock of one model: `shared` by many threads, or held `alone` by one, which may take it again."""
+class ModelLock:
+    """A reentrant lock that many threads share or one thread holds exclusively."""
 
     def __init__(self) -> None:
-        self._free = threading.Condition()
-        self._sharing: dict[int, int] = {}
-        """thread -> how often it shares"""
-        self._alone: int | None = None
+        self._changed = threading.Condition()
+        self._shares: dict[int, int] = {}
+        """thread -> how many times it shares the lock"""
+        self._owner: int | None = None
+        """the thread that holds the lock exclusively"""
         self._depth = 0
-        self._queued = 0
-        """threads that wait to be alone: who does not share yet lets them go first"""
+        self._waiting = 0
+        """threads that wait to hold the lock exclusively; threads that do not share it yet let them go first"""
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Others may share inside; nobody is alone."""
+        """Hold the lock together with other threads."""
         me = threading.get_ident()
-        with self._free:
-            while self._alone not in (None, me) or (self._queued and me not in (*self._sharing, self._alone)):
-                self._free.wait()
-            self._sharing[me] = self._sharing.get(me, 0) + 1
+        with self._changed:
+            while self._owner not in (None, me) or (self._waiting and me not in (*self._shares, self._owner)):
+                self._changed.wait()
+            self._shares[me] = self._shares.get(me, 0) + 1
         try:
             yield
         finally:
-            with self._free:
-                self._sharing[me] -= 1
-                if not self._sharing[me]:
-                    del self._sharing[me]
-                self._free.notify_all()
+            with self._changed:
+                self._shares[me] -= 1
+                if not self._shares[me]:
+                    del self._shares[me]
+                self._changed.notify_all()
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody else runs inside."""
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock while no other thread does."""
         me = threading.get_ident()
-        with self._free:
-            self._queued += 1
+        with self._changed:
+            self._waiting += 1
             try:
-                while self._alone not in (None, me) or any(thread != me for thread in self._sharing):
-                    self._free.wait()
+                while self._owner not in (None, me) or any(thread != me for thread in self._shares):
+                    self._changed.wait()
             finally:
-                self._queued -= 1
-                self._free.notify_all()
-            self._alone = me
+                self._waiting -= 1
+                self._changed.notify_all()
+            self._owner = me
             self._depth += 1
         try:
             yield
         finally:
-            with self._free:
+            with self._changed:
                 self._depth -= 1
                 if not self._depth:
-                    self._alone = None
-                    self._free.notify_all()
+                    self._owner = None
+                    self._changed.notify_all()
 
 
-_turns: "weakref.WeakKeyDictionary[nn.Module, Turns]" = weakref.WeakKeyDictionary()
+_locks: "weakref.WeakKeyDictionary[nn.Module, ModelLock]" = weakref.WeakKeyDictionary()
 _guard = threading.Lock()
 
 
-def turns_of(module: nn.Module) -> Turns:
-    """The turns that every run on these weights takes, while captures may run on other threads."""
+def lock_of(module: nn.Module) -> ModelLock:
+    """The lock that every run of this model takes."""
     with _guard:
-        return _turns.setdefault(module, Turns())
+        return _locks.setdefault(module, ModelLock())

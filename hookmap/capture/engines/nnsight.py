@@ -24,7 +24,7 @@ class NNsightEngine:
     """Captures through nnsight. Wraps `module` at the first run; the wrappers stay and do nothing outside a run."""
 
     name = "nnsight"
-    alone = True
+    exclusive = True
 
     def __init__(self, module: nn.Module, root: nn.Module, given: nnsight.Envoy | None = None) -> None:
         """`module`: what map paths start from. `root`: the model in it that `generate` calls, often the same.

@@ -23,7 +23,7 @@ class RemoteEngine:
     """Runs an nnsight model that has no weights here. Draws with no seed: the generators are another machine's."""
 
     name = "remote"
-    alone = True
+    exclusive = True
 
     def __init__(self, module: nn.Module, root: nn.Module, given: Any, remote: bool | str) -> None:
         """`given`: the nnsight model around `module`. `remote`: True (NDIF), the URL of a server, or "local"."""

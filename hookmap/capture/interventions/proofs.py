@@ -17,7 +17,7 @@ from hookmap.capture.engines.observation import BatchLayout, Observer
 from hookmap.capture.finiteness import why_not_finite
 from hookmap.capture.interventions.edits import Changing, Edit, Editor, Where
 from hookmap.capture.interventions.writable import refusal
-from hookmap.capture.runs import device_of, turn
+from hookmap.capture.runs import device_of, running
 from hookmap.loading.finiteness import is_stream
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector, select
@@ -59,7 +59,7 @@ class Proofs:
     def of(self, selector: Selector) -> Proof:
         """Whether this point is written right in this kind of block."""
         kind = None if selector.layer is None else self._map.kind_of(selector.layer)
-        with self._lock, turn(self._engine):
+        with self._lock, running(self._engine):
             return self._proof(_plain(selector.point), kind)
 
     def _proof(self, point: str, kind: BlockKind | None) -> Proof:

@@ -15,7 +15,7 @@ import torch
 from transformers import StoppingCriteria
 
 from hookmap.capture.engines.observation import BatchLayout
-from hookmap.capture.runs import device_of, generating, padded, turn
+from hookmap.capture.runs import device_of, generating, padded, running
 from hookmap.loading import generation as gen
 from hookmap.loading.memory import MemoryUse
 from hookmap.loading.wrappers import generate_of
@@ -169,7 +169,7 @@ class Together:
             inputs["custom_generate"] = draws = gen.OwnDraws(generators)
             drawing = draws.expected(hooks.runner)
         try:
-            with turn(hooks), drawing:
+            with running(hooks), drawing:
                 generate_of(hooks.runner, hooks.root)(generation_config=config, **inputs)
         except BaseException as error:
             return error
