@@ -17,7 +17,7 @@ from hookmap.capture.finiteness import not_finite
 from hookmap.capture.interventions.edits import Edit
 from hookmap.capture.interventions.operations import Patched
 from hookmap.capture.interventions.plan import Plan, why_not_heads
-from hookmap.capture.rows import kept
+from hookmap.capture.rows import row_selection
 from hookmap.errors import InterventionError, SelectionError
 from hookmap.loading.prompts import Prompt, text_of
 from hookmap.maps.selectors import Selector, layer_ranges
@@ -183,7 +183,7 @@ def _check_pair(prompts: Sequence[Prompt], tokenizer: Any) -> None:
 
 
 def _places(hm: "Hooked", prompt: Prompt, positions: Any) -> list[int]:
-    chosen, length = kept(positions), len(prompt.token_ids)
+    chosen, length = row_selection(positions), len(prompt.token_ids)
     chosen.refuse_beyond([length], 0)
     found = chosen.places(prompt.token_ids, length, hm.matching(chosen))
     if not found:

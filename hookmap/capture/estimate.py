@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hookmap.capture.rows import DTYPES, NUMBERS, Kept
+from hookmap.capture.rows import DTYPES, NUMBERS, RowSelection
 from hookmap.errors import CaptureError, StoreError
 from hookmap.loading.memory import available
 from hookmap.maps.document import ArchitectureMap
@@ -59,7 +59,7 @@ def estimate(
     itemsize: int,
     batches: Sequence[Sequence[int]],
     d_mlp: int | None = None,
-    kept: Kept | None = None,
+    selection: RowSelection | None = None,
     every_logit: bool = False,
 ) -> Estimate:
     """Pure. `lengths`: tokens of each prompt; `itemsize`: bytes of one number in the model's dtype.
@@ -67,13 +67,13 @@ def estimate(
     `batches`: numbers of the prompts that run together. `d_mlp`: width of `mlp_post`, which no map knows.
     `every_logit`: the model computes the logits of all tokens, whatever is kept of them.
     """
-    kept = kept or Kept()
-    kept.refuse(selector.point for selector in selectors)
+    selection = selection or RowSelection()
+    selection.refuse(selector.point for selector in selectors)
     new = max(0, max_new_tokens - 1)
-    rows = sum(_rows(kept, length, length + new) * often for length, often in Counter(lengths).items())
+    rows = sum(_rows(selection, length, length + new) * often for length, often in Counter(lengths).items())
     keys = max(lengths, default=0) + new
-    row = [_width(architecture_map, s, keys, d_mlp, kept) * _itemsize(s, kept, itemsize) for s in selectors]
-    at_once = {length: _rows(kept, length, length) for length in set(lengths)}
+    row = [_width(architecture_map, s, keys, d_mlp, selection) * _itemsize(s, selection, itemsize) for s in selectors]
+    at_once = {length: _rows(selection, length, length) for length in set(lengths)}
     largest = max((sum(at_once[lengths[n]] for n in batch) for batch in batches), default=0) * max(row, default=0)
     if every_logit and any("d_vocab" in POINTS[s.point.partition(".")[0]].axes for s in selectors):
         columns = max((len(batch) * max(lengths[n] for n in batch) for batch in batches), default=0)
@@ -115,35 +115,37 @@ def in_words(size: float) -> str:
     return f"{size:.3g} {unit}"
 
 
-def _rows(kept: Kept, prompt: int, tokens: int) -> int:
+def _rows(selection: RowSelection, prompt: int, tokens: int) -> int:
     """Rows of one sample, at most."""
-    if kept.everything:
+    if selection.everything:
         return tokens
-    if kept.one_row:
+    if selection.one_row:
         return 1
-    if kept.reads_tokens:  # each token may match
-        return -(-tokens // kept.every)
-    wanted = kept.wanted(prompt)
+    if selection.reads_tokens:  # each token may match
+        return -(-tokens // selection.every)
+    wanted = selection.wanted(prompt)
     return sum(wanted(position, -1) for position in range(tokens))
 
 
-def _itemsize(selector: Selector, kept: Kept, itemsize: int) -> int:
+def _itemsize(selector: Selector, selection: RowSelection, itemsize: int) -> int:
     """Bytes of one number of a point, at most. Routers compute in float32 in many models."""
     name = selector.point.partition(".")[0]
     if name in NUMBERS:
         return torch.int64.itemsize
-    if kept.dtype is not None:
-        return DTYPES[kept.dtype].itemsize
+    if selection.dtype is not None:
+        return DTYPES[selection.dtype].itemsize
     return max(itemsize, torch.float32.itemsize) if name.startswith("router_") else itemsize
 
 
-def _width(architecture_map: ArchitectureMap, selector: Selector, keys: int, d_mlp: int | None, kept: Kept) -> int:
+def _width(
+    architecture_map: ArchitectureMap, selector: Selector, keys: int, d_mlp: int | None, selection: RowSelection
+) -> int:
     """Numbers in one row of a point."""
     axes = POINTS[selector.point.partition(".")[0]].axes
     mlp = architecture_map.kind_of(selector.layer).mlp if selector.layer is not None else None
     heads = selector.terms[-1].heads
     if heads is not None:
-        return heads.groups * (heads.stop - heads.start) // heads.d_head * _chosen(kept, heads.d_head)
+        return heads.groups * (heads.stop - heads.start) // heads.d_head * _chosen(selection, heads.d_head)
     widths = {
         "d_vocab": architecture_map.d_vocab,
         "key": keys * (architecture_map.num_heads or 1),
@@ -152,10 +154,10 @@ def _width(architecture_map: ArchitectureMap, selector: Selector, keys: int, d_m
         "k": mlp.experts_per_token if mlp else None,
     }
     width = next((width for axis in axes if (width := widths.get(axis))), architecture_map.d_model)
-    return width if "key" in axes else _chosen(kept, width)
+    return width if "key" in axes else _chosen(selection, width)
 
 
-def _chosen(kept: Kept, width: int) -> int:
+def _chosen(selection: RowSelection, width: int) -> int:
     """Features kept of a row of so many. Raises SelectionError where it has not so many."""
-    columns = kept.columns(width)
+    columns = selection.columns(width)
     return width if columns is None else len(columns)

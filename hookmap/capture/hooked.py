@@ -16,7 +16,7 @@ from hookmap.capture.interventions.plan import Plan, plan
 from hookmap.capture.interventions.proofs import Proofs
 from hookmap.capture.padding import Pads, whole_batch_limit
 from hookmap.capture.prepare import BATCH_SIZE, BATCH_TOKENS, Capture, Prepared, prepare
-from hookmap.capture.rows import Kept, Positions, kept, matching_tokens
+from hookmap.capture.rows import Positions, RowSelection, matching_tokens, row_selection
 from hookmap.capture.runs import (
     Batches,
     Progress,
@@ -207,7 +207,7 @@ class Hooked:
             chat, add_generation_prompt, continue_final_message, chat_template_kwargs, generates=bool(max_new_tokens)
         )
         encoded = self._encode(records(prompts, prompt_column), how)
-        chosen = kept(
+        chosen = row_selection(
             positions,
             every=every,
             mean=mean,
@@ -261,7 +261,7 @@ class Hooked:
         chosen = {"points": (), **(capture or {})}
         return self.capture(prompts, max_new_tokens=max_new_tokens, interventions=interventions, **chosen, **options)
 
-    def matching(self, chosen: Kept) -> frozenset[int]:
+    def matching(self, chosen: RowSelection) -> frozenset[int]:
         """The token ids that positions="text=…" means. Raises SelectionError."""
         return matching_tokens(chosen, self.tokenizer, self.vocabulary)
 
@@ -320,7 +320,7 @@ class Hooked:
 
         Where prompts differ in length, the model is asked once whether they may share a batch: see `pads`.
         """
-        chosen = kept(
+        chosen = row_selection(
             positions,
             every=every,
             mean=mean,
@@ -372,7 +372,7 @@ class Hooked:
         prompts: Sequence[Prompt],
         selectors: Sequence[Selector],
         max_new_tokens: int,
-        chosen: Kept,
+        chosen: RowSelection,
         groups: Sequence[Sequence[int]],
     ) -> Estimate:
         lengths = [len(prompt.token_ids) for prompt in prompts]

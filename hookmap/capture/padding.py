@@ -15,7 +15,7 @@ from transformers import LogitsProcessor
 from hookmap.capture.engines import Engine
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.engines.observation import BatchLayout
-from hookmap.capture.rows import Kept
+from hookmap.capture.rows import RowSelection
 from hookmap.capture.runs import Generating, Harvesting, Run, device_of, running, vocabulary_of
 from hookmap.loading import generation as gen
 from hookmap.loading.float64 import as_it_was, in_float64
@@ -144,7 +144,7 @@ class _Trial:
 
     def _run(self, prompts: Sequence[Prompt]) -> Run:
         selectors, memory = (self._selector,), MemoryUse()
-        common = (self._engine, None, selectors, prompts, Kept(), frozenset[int](), None, memory)
+        common = (self._engine, None, selectors, prompts, RowSelection(), frozenset[int](), None, memory)
         if self._harvest:
             return Harvesting(*common)
         new = _STEPS if self._forces else 1

@@ -17,7 +17,7 @@ from hookmap.activations import Key, Sample
 from hookmap.capture.engines import Engine
 from hookmap.capture.estimate import Estimate, check_room
 from hookmap.capture.interventions.plan import Plan
-from hookmap.capture.rows import Kept, matching_tokens
+from hookmap.capture.rows import RowSelection, matching_tokens
 from hookmap.capture.runs import (
     Batches,
     Generating,
@@ -222,7 +222,7 @@ class Prepared:
         run = self.run
         note: dict[str, Any] = {"engine": run.engine.name, "why": self.why, "apart": self.apart}
         note |= {"memory": dict(run.memory.figures()), "halved": run.halved}
-        return note | ({"overflow": {"dtype": run.kept.dtype, "rows": dict(run.lost)}} if run.lost else {})
+        return note | ({"overflow": {"dtype": run.selection.dtype, "rows": dict(run.lost)}} if run.lost else {})
 
     def _in_folder(self, store: str | os.PathLike[str], resume: bool) -> list[Store]:
         run, manifest = self.run, self.manifest
@@ -257,7 +257,7 @@ def prepare(
     name: str | None,
     prompts: tuple[Prompt, ...],
     selectors: Sequence[Selector],
-    kept: Kept,
+    selection: RowSelection,
     batches: Callable[[str | None], Batches],
     size: Callable[[Sequence[Sequence[int]]], Estimate],
     *,
@@ -287,11 +287,11 @@ def prepare(
         tokenizer,
         tuple(selectors),
         prompts,
-        kept,
-        matching_tokens(kept, tokenizer, vocabulary_of(engine)),
+        selection,
+        matching_tokens(selection, tokenizer, vocabulary_of(engine)),
     )
     lengths = [len(prompt.token_ids) for prompt in prompts]
-    for position, times in kept.lacking(lengths, max(0, max_new_tokens - 1)).items() if selectors else ():
+    for position, times in selection.lacking(lengths, max(0, max_new_tokens - 1)).items() if selectors else ():
         log.warning("position %d is not in %d of %d prompts: they have no row of it", position, times, len(prompts))
     run: Run
     if max_new_tokens:
@@ -307,7 +307,7 @@ def prepare(
         run = Harvesting(*common, progress, memory)
         groups, apart = batches(None)
         settings = {"harvest": True, "batch_tokens": batch_tokens, "batch_size": batch_size}
-    if chosen := kept.settings():
+    if chosen := selection.settings():
         settings["kept"] = chosen
     keys = [(selector.point, selector.layer) for selector in selectors]
     if plan is not None:

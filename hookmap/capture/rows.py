@@ -34,8 +34,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a capture keeps. Made by `kept`."""
+class RowSelection:
+    """What a capture keeps. Made by `row_selection`."""
 
     positions: str | tuple[int | None, int | None, int | None] | tuple[int, ...] = "all"
     """a name out of NAMED, "text=…", a span (start, stop, step) where `span`, or single positions"""
@@ -163,7 +163,7 @@ class Kept:
         return list(self.features)
 
 
-def kept(
+def row_selection(
     positions: Positions = "all",
     *,
     every: int = 1,
@@ -172,7 +172,7 @@ def kept(
     features_seed: int = 0,
     dtype: "str | torch.dtype | None" = None,
     overflow: str = "warn",
-) -> Kept:
+) -> RowSelection:
     """Read what a user gives. Raises SelectionError with every problem at once.
 
     `every` thins a stretch of tokens. Tokens that are named one by one ("last", "last_prompt", positions) all stay.
@@ -194,10 +194,12 @@ def kept(
     if problems:
         raise SelectionError("\n".join(problems))
     single = where in ("last", "last_prompt") or (isinstance(where, tuple) and not span)
-    return Kept(where, span, 1 if single else int(every), bool(mean), chosen, int(features_seed), name, overflow)
+    return RowSelection(
+        where, span, 1 if single else int(every), bool(mean), chosen, int(features_seed), name, overflow
+    )
 
 
-def matching_tokens(chosen: Kept, tokenizer: Any, vocabulary: int) -> frozenset[int]:
+def matching_tokens(chosen: RowSelection, tokenizer: Any, vocabulary: int) -> frozenset[int]:
     """The token ids whose own text contains what `positions="text=…"` says. Raises SelectionError where none does."""
     if not chosen.reads_tokens:
         return frozenset()

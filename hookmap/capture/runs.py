@@ -18,7 +18,7 @@ from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.engines.observation import BatchLayout, Observer
 from hookmap.capture.interventions.edits import Edit, Editor
 from hookmap.capture.overflow import in_words
-from hookmap.capture.rows import DTYPES, Kept
+from hookmap.capture.rows import DTYPES, RowSelection
 from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen
 from hookmap.loading import skeleton
@@ -53,7 +53,7 @@ class Run(ABC):
     tokenizer: Any
     selectors: tuple[Selector, ...]
     prompts: Sequence[Prompt]
-    kept: Kept
+    selection: RowSelection
     matching: frozenset[int]
     progress: Callable[[Progress], None] | None
     memory: MemoryUse
@@ -135,12 +135,14 @@ class Run(ABC):
     def _count(self, observer: Observer, where: str = "") -> None:
         """What was lost of a finished batch; told the first time."""
         if observer.lost and not self.lost:
-            told = in_words(observer.lost, DTYPES[str(self.kept.dtype)])
+            told = in_words(observer.lost, DTYPES[str(self.selection.dtype)])
             log.warning("%s These are stored as infinities; the manifest counts all of them.", told)
         self.lost.update({f"{where}{lost.name}": lost.rows for lost in observer.lost})
 
     def _observer(self, layout: BatchLayout, sink: Sink) -> Observer:
-        return Observer(self.selectors, layout, sink.write, keys=self._keys, kept=self.kept, matching=self.matching)
+        return Observer(
+            self.selectors, layout, sink.write, keys=self._keys, selection=self.selection, matching=self.matching
+        )
 
     @property
     def _keys(self) -> int:

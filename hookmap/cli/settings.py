@@ -69,15 +69,15 @@ def refuse_unknown(
 ) -> None:
     """Before weights are loaded, which may take minutes: what no model has, or `model` has not.
 
-    keeps: as `hookmap.capture.rows.kept` takes it. Raises SelectionError with all of it.
+    keeps: as `hookmap.capture.rows.row_selection` takes it. Raises SelectionError with all of it.
     """
-    from hookmap.capture.rows import kept
+    from hookmap.capture.rows import row_selection
     from hookmap.errors import SelectionError
     from hookmap.maps.points import parse_point
 
     problems = []
     try:
-        kept(**keeps)
+        row_selection(**keeps)
     except SelectionError as error:
         problems.append(str(error))
     names = [] if points == "all" else [points] if isinstance(points, str) else points

@@ -7,7 +7,7 @@ import torch
 
 from hookmap.activations import Activation
 from hookmap.capture.engines.observation import BatchLayout, Observer
-from hookmap.capture.rows import Kept, kept
+from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.errors import CaptureError
 from hookmap.maps.selectors import Selector, Term
 
@@ -18,9 +18,9 @@ WIDTH = 4
 class Run:
     """An observer of prompts of 4 and 3 tokens, and what it wrote."""
 
-    def __init__(self, keep: Kept | None = None) -> None:
+    def __init__(self, keep: RowSelection | None = None) -> None:
         self.rows: list[Activation] = []
-        self.observer = Observer([STREAM], BatchLayout((0, 1), (WIDTH, WIDTH - 1)), self.rows.append, kept=keep)
+        self.observer = Observer([STREAM], BatchLayout((0, 1), (WIDTH, WIDTH - 1)), self.rows.append, selection=keep)
         self.watch = self.observer.watcher("block", "output")
 
     def feed(self, width: int, rows: int = 2, **kwargs: Any) -> None:
@@ -106,4 +106,4 @@ def test_all_tokens_but_the_last_were_fed(passes: int, columns: int) -> None:
 
 def test_rows_of_certain_tokens_need_their_ids() -> None:
     with pytest.raises(CaptureError, match="without token ids"):
-        Run(kept("text=the")).feed(WIDTH, inputs_embeds=torch.zeros(2, WIDTH, 5))
+        Run(row_selection("text=the")).feed(WIDTH, inputs_embeds=torch.zeros(2, WIDTH, 5))

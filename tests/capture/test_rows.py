@@ -10,7 +10,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.capture.prepare import Capture
-from hookmap.capture.rows import kept
+from hookmap.capture.rows import row_selection
 from hookmap.model import HookedModel
 from hookmap.stores.memory import MemoryStore
 
@@ -128,9 +128,9 @@ def test_features_and_dtype(hm: HookedModel, whole: tuple[int, Capture]) -> None
     some = hm.capture(RAGGED, ["resid_mid"], max_new_tokens=new, features=[7, 0, 31], keep_dtype=torch.bfloat16)
     drawn = hm.capture(RAGGED, ["resid_mid"], max_new_tokens=new, features=5, features_seed=3)
     again = hm.capture(RAGGED, ["resid_mid"], max_new_tokens=new, features=5, features_seed=3)
-    columns = kept(features=5, features_seed=3).columns(32)
+    columns = row_selection(features=5, features_seed=3).columns(32)
     assert columns is not None and len(set(columns)) == 5
-    assert columns != kept(features=5, features_seed=4).columns(32)
+    assert columns != row_selection(features=5, features_seed=4).columns(32)
     for number in range(len(RAGGED)):
         rows = full.read(number, "resid_mid", 2)
         assert torch.equal(some.read(number, "resid_mid", 2), rows[:, [7, 0, 31]].bfloat16())

@@ -14,7 +14,7 @@ from support.store_runs import Run, resid
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
-from hookmap.capture.rows import DTYPES, kept
+from hookmap.capture.rows import DTYPES, row_selection
 from hookmap.errors import HookmapError
 from hookmap.model import HookedModel
 from hookmap.stores import open_store
@@ -76,7 +76,7 @@ def check_capture(number: int, folder: Path) -> None:
     batches = [[n] for n in range(len(prompts))]  # a text that is read, by itself: pads may round its last bits
     if new:
         batches = [list(range(n, min(n + size, len(prompts)))) for n in range(0, len(prompts), size)]
-    columns = None if features is None else kept(features=features).columns(32)
+    columns = None if features is None else row_selection(features=features).columns(32)
     for batch in batches:
         seen = plain_hooks.generate(
             hm.model, family, [prompts[n] for n in batch], max_new_tokens=max(1, new), do_sample=False

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hookmap.activations import Key, Sample
 from hookmap.capture.finiteness import kept_in
-from hookmap.capture.rows import Kept, kept
+from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.errors import SelectionError
 from hookmap.maps.points import POINTS
 from hookmap.stores.interface import Store, position_of
@@ -59,11 +59,11 @@ class RowLengths:
         return float(np.median(self.times)) if self.times else None
 
 
-def chosen_positions(pool: str, positions: Any) -> Kept | None:
+def chosen_positions(pool: str, positions: Any) -> RowSelection | None:
     """The positions that a pool is restricted to, as a capture names them; None for all. Raises SelectionError."""
     if positions is None or pool == "each":
         return None
-    found = kept(positions)
+    found = row_selection(positions)
     if found.reads_tokens or found.positions in ("last", "last_prompt"):
         raise SelectionError(
             f'positions {positions!r} of a pool: expected a span such as "1:", positions, "prompt" or "generated". '
@@ -104,7 +104,7 @@ def matrices(
     pool: str,
     wanted: Sequence[int | None],
     memory: int,
-    chosen: Kept | None = None,
+    chosen: RowSelection | None = None,
     lengths: RowLengths | None = None,
 ) -> Iterator[tuple[int | None, Matrix]]:
     """For each place a matrix, float32 [samples, features]. Raises SelectionError where it does not fit `memory`.
@@ -135,7 +135,7 @@ def _pooled(
     numbers: Sequence[int],
     pool: str,
     width: int,
-    chosen: Kept | None,
+    chosen: RowSelection | None,
     lengths: RowLengths | None,
 ) -> Matrix:
     found = np.empty((len(numbers), width), dtype=np.float32)
@@ -179,7 +179,7 @@ def _not_finite(store: Store, key: Key, number: int, rows: Sequence[int]) -> Sel
     )
 
 
-def _rows(sample: Sample, pool: str, chosen: Kept | None) -> Sequence[int]:
+def _rows(sample: Sample, pool: str, chosen: RowSelection | None) -> Sequence[int]:
     """Rows of a sample that are averaged. Raises SelectionError where the capture holds none of them."""
     positions = sample.positions
     if positions == "mean" and chosen is not None:

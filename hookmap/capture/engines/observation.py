@@ -15,7 +15,7 @@ from hookmap.activations import Activation
 from hookmap.capture.engines.collectors import Collector, EveryRow, LastRow, MeanRow, PassRows, PatternRows
 from hookmap.capture.engines.transfer import Transfer
 from hookmap.capture.overflow import Overflow, in_words
-from hookmap.capture.rows import DTYPES, NUMBERS, Kept
+from hookmap.capture.rows import DTYPES, NUMBERS, RowSelection
 from hookmap.errors import CaptureError
 from hookmap.maps.points import POINTS
 from hookmap.maps.selectors import Selector, Term
@@ -58,13 +58,13 @@ class Observer:
         layout: BatchLayout,
         write: Callable[[Activation], None],
         keys: int | None = None,
-        kept: Kept | None = None,
+        selection: RowSelection | None = None,
         matching: frozenset[int] = frozenset(),
     ) -> None:
         """`keys`: how long the rows of attention weights become, zeros behind what a query sees."""
         self.selectors = tuple(selectors)
         self.layout = layout
-        self.kept = kept or Kept()
+        self.selection = selection or RowSelection()
         self.generated: list[int | None] = [None] * len(layout.samples)
         """tokens that each row generated, end of sequence included; None while it still generates"""
         self.passes = 0
@@ -72,7 +72,7 @@ class Observer:
         """what became infinite in the dtype that is kept; known once the batch is finished"""
         self._write = write
         self._looks = True
-        self._wanted = [self.kept.wanted(length, matching) for length in layout.lengths]
+        self._wanted = [self.selection.wanted(length, matching) for length in layout.lengths]
         self._positions: list[list[int]] = [[] for _ in layout.samples]
         self._transfer = Transfer()
         self._collectors = [self._collector(selector, keys) for selector in self.selectors]
@@ -142,7 +142,7 @@ class Observer:
                 "so its rows are not the tokens'. Generate without it."
             )
         self._width, self._left = width, len(self.selectors)
-        self._rows = self._rows_of(new, token_ids(args, kwargs, new) if self.kept.reads_tokens else None)
+        self._rows = self._rows_of(new, token_ids(args, kwargs, new) if self.selection.reads_tokens else None)
         for collector in self._collectors:
             if isinstance(collector, PatternRows):
                 collector.fed(self._fed + new)
@@ -166,7 +166,7 @@ class Observer:
 
     def _logits_of(self, rows: PassRows) -> Iterator[Sequence[int]]:
         """Of each row of the batch, the new columns whose logits are kept."""
-        last = self.kept.one_row and not self.kept.mean
+        last = self.selection.one_row and not self.selection.mean
         return (kept[-1:] if last else kept for kept in rows.columns)
 
     def watcher(self, module: str, side: Side, of: Callable[[Selector], bool] | None = None) -> Watch:
@@ -229,8 +229,8 @@ class Observer:
             collector.finish(kept)
         self._transfer.finish()
         self.lost = tuple(self._lost())
-        if self.lost and self.kept.overflow == "refuse":
-            told = in_words(self.lost, DTYPES[str(self.kept.dtype)])
+        if self.lost and self.selection.overflow == "refuse":
+            told = in_words(self.lost, DTYPES[str(self.selection.dtype)])
             raise CaptureError(f"{told} Nothing of this batch is kept. overflow='warn' (--overflow warn) keeps them.")
         for row, sample in enumerate(self.layout.samples):
             if not kept[row]:  # how wide its rows would be is known all the same
@@ -241,20 +241,20 @@ class Observer:
 
     def _lost(self) -> Iterator[Overflow]:
         for selector, collector in zip(self.selectors, self._collectors, strict=True):
-            if self.kept.dtype is not None and (places := collector.lost()):
+            if self.selection.dtype is not None and (places := collector.lost()):
                 row, number = places[0]
-                positions = self._positions[row][-1:] if self.kept.one_row else self._positions[row]
-                position = None if self.kept.mean else positions[number]
+                positions = self._positions[row][-1:] if self.selection.one_row else self._positions[row]
+                position = None if self.selection.mean else positions[number]
                 yield Overflow(selector.point, selector.layer, len(places), self.layout.samples[row], position)
 
     def rows(self, row: int) -> tuple[int, tuple[int, ...] | Literal["mean"] | None]:
         """Rows of one of the samples, and which tokens they are of, as `Sample.positions` says it."""
         positions = self._positions[row]
-        if self.kept.everything:
+        if self.selection.everything:
             return len(positions), None
-        if self.kept.mean:
+        if self.selection.mean:
             return min(1, len(positions)), "mean" if positions else ()
-        if self.kept.one_row:
+        if self.selection.one_row:
             positions = positions[-1:]
         return len(positions), tuple(positions)
 
@@ -322,11 +322,11 @@ class Observer:
         return tensor if rows.new == width else tensor[:, -rows.new :]
 
     def _features(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.kept.features is None:
+        if self.selection.features is None:
             return tensor
         where = (tensor.shape[-1], tensor.device)
         if where not in self._columns:
-            columns = self.kept.columns(where[0])
+            columns = self.selection.columns(where[0])
             self._columns[where] = None if columns is None else torch.tensor(columns, device=tensor.device)
         columns_there = self._columns[where]
         return tensor if columns_there is None else tensor.index_select(-1, columns_there)
@@ -361,7 +361,7 @@ class Observer:
             elif count is not None:
                 end = min(end, self.layout.width + count - 1 - start)
             kept: Sequence[int] = range(begin, max(begin, end))
-            if not self.kept.everything:
+            if not self.selection.everything:
                 wanted, own = self._wanted[row], None if tokens is None else tokens[row]
                 kept = [c for c in kept if wanted(start + c - pads, -1 if own is None else own[c])]
             self._positions[row].extend(start + column - pads for column in kept)
@@ -371,12 +371,12 @@ class Observer:
 
     def _collector(self, selector: Selector, keys: int | None) -> Collector:
         name = selector.point.partition(".")[0]
-        dtype = None if self.kept.dtype is None or name in NUMBERS else DTYPES[self.kept.dtype]
+        dtype = None if self.selection.dtype is None or name in NUMBERS else DTYPES[self.selection.dtype]
         deliver = self._deliver_of(selector)
         if "key" in POINTS[name].axes:
             pads = [self.layout.pads(row) for row in range(len(self.layout.samples))]
             return PatternRows(self._transfer, deliver, dtype, pads, keys or self.layout.width)
-        kind = MeanRow if self.kept.mean else LastRow if self.kept.one_row else EveryRow
+        kind = MeanRow if self.selection.mean else LastRow if self.selection.one_row else EveryRow
         return kind(self._transfer, deliver, dtype)
 
     def _deliver_of(self, selector: Selector) -> Callable[[int, int, torch.Tensor], None]:

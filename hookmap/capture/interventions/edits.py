@@ -12,7 +12,7 @@ import torch
 
 from hookmap.capture.engines.observation import Observer, of_logits, token_ids
 from hookmap.capture.interventions.writable import Cells, Given, Place, mode_of
-from hookmap.capture.rows import Kept
+from hookmap.capture.rows import RowSelection
 from hookmap.errors import InterventionError
 from hookmap.maps.selectors import Selector
 
@@ -33,8 +33,8 @@ class Edit:
 
     selector: Selector
     change: Changing
-    positions: Kept = field(default_factory=Kept)
-    steps: Kept | None = None
+    positions: RowSelection = field(default_factory=RowSelection)
+    steps: RowSelection | None = None
     """generation steps as positions; None for all"""
     matching: frozenset[int] = frozenset()
     """token ids that `positions` "text=…" means"""

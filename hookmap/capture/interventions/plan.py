@@ -24,7 +24,7 @@ from hookmap.capture.interventions.documents import (
 from hookmap.capture.interventions.edits import Changing, Edit
 from hookmap.capture.interventions.sources import Editable, Read, Sources
 from hookmap.capture.interventions.vectors import read_vector
-from hookmap.capture.rows import Kept, kept
+from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.errors import HookmapError, InterventionError, SelectionError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import Prompt
@@ -114,12 +114,12 @@ class _Planner:
             self.note(str(error).partition("\nSee what there is")[0] + hint, unselected=True)
             return ()
 
-    def _positions(self, given: Any) -> Kept:
+    def _positions(self, given: Any) -> RowSelection:
         try:
-            found = kept(given)
+            found = row_selection(given)
         except SelectionError as error:
             self.note(str(error), unselected=True)
-            return Kept()
+            return RowSelection()
         if found.positions == "last":
             self.note(
                 'positions "last": which token is the last is not known while it is written. Use last_prompt.',
@@ -127,7 +127,7 @@ class _Planner:
             )
         return found
 
-    def _check_reach(self, positions: Kept, steps: Kept | None) -> None:
+    def _check_reach(self, positions: RowSelection, steps: RowSelection | None) -> None:
         """Notes single positions and steps that no prompt comes to: nothing would be written there."""
         if not self.prompts:  # they are not known yet
             return
@@ -147,11 +147,11 @@ class _Planner:
         """Tokens that are read behind a prompt, at most."""
         return max(0, self.max_new_tokens - 1)
 
-    def _steps(self, given: Any) -> Kept | None:
+    def _steps(self, given: Any) -> RowSelection | None:
         if given is None:
             return None
         try:
-            found = kept(given)
+            found = row_selection(given)
             if isinstance(found.positions, tuple) and all(part is None or part >= 0 for part in found.positions):
                 return found
         except SelectionError:
@@ -159,7 +159,7 @@ class _Planner:
         self.note(f'steps {given!r}: expected steps such as 0 (the prompt) or [1, 2], or a span "1:"', unselected=True)
         return None
 
-    def _matching(self, positions: Kept) -> frozenset[int]:
+    def _matching(self, positions: RowSelection) -> frozenset[int]:
         try:
             return self.hm.matching(positions)
         except SelectionError as error:
@@ -188,8 +188,8 @@ class _Planner:
         given: Intervention,
         selector: Selector,
         row: tuple[int, ...],
-        positions: Kept,
-        steps: Kept | None,
+        positions: RowSelection,
+        steps: RowSelection | None,
         matching: frozenset[int],
     ) -> Changing:
         if isinstance(given, Steer):
@@ -223,7 +223,7 @@ class _Planner:
         return changes.Resampled(rows, given.seed) if given.to == "resample" else changes.Filled(rows.float().mean(0))
 
     def _pairs(
-        self, read: Read, positions: Kept, steps: Kept | None, matching: frozenset[int]
+        self, read: Read, positions: RowSelection, steps: RowSelection | None, matching: frozenset[int]
     ) -> Callable[[int], Mapping[int, int]]:
         """Position of a sample -> row of the source. Raises InterventionError where a prompt does not pair."""
 
@@ -250,8 +250,10 @@ class _Planner:
             row_of(sample)
         return row_of
 
-    def _targets(self, prompt: Prompt, positions: Kept, steps: Kept | None, matching: frozenset[int]) -> list[int]:
-        """Positions of a prompt, and of what may come behind it, in the order that `Kept.places` says."""
+    def _targets(
+        self, prompt: Prompt, positions: RowSelection, steps: RowSelection | None, matching: frozenset[int]
+    ) -> list[int]:
+        """Positions of a prompt, and of what may come behind it, in the order that `RowSelection.places` says."""
         length = len(prompt.token_ids)
         places = positions.places([*prompt.token_ids, *[-1] * self._more], length, matching)
         return [p for p in places if steps is None or steps.wanted(0)(max(0, p - length + 1), -1)]

@@ -8,7 +8,7 @@ import torch
 
 from hookmap.capture.interventions.documents import Source
 from hookmap.capture.interventions.proofs import Proofs
-from hookmap.capture.rows import Kept
+from hookmap.capture.rows import RowSelection
 from hookmap.errors import InterventionError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import encode
@@ -36,7 +36,7 @@ class Editable(Protocol):
     @property
     def tokenizer(self) -> Any: ...
 
-    def matching(self, chosen: Kept) -> frozenset[int]:
+    def matching(self, chosen: RowSelection) -> frozenset[int]:
         """The token ids that positions="text=…" means."""
 
     def capture(self, prompts: Any, points: Any, layers: Any, max_new_tokens: int, **options: Any) -> Any:
@@ -52,7 +52,7 @@ class Sources:
         self._stores: dict[str, Store] = {}
         self._runs: dict[tuple[str, str, int | None], Store] = {}
 
-    def read(self, source: Source, selector: Selector, positions: Kept, matching: frozenset[int]) -> Read:
+    def read(self, source: Source, selector: Selector, positions: RowSelection, matching: frozenset[int]) -> Read:
         """Rows of a point at these positions. Raises InterventionError, StoreError or SelectionError."""
         number = 0 if source.store is None else source.sample
         store = self._run(source, selector) if source.store is None else self._store(source.store)

@@ -65,10 +65,10 @@ class Captures(_Part):
 
     @model_validator(mode="after")
     def _kept(self) -> "Captures":
-        from hookmap.capture.rows import kept  # it imports torch, which the schema does not need
+        from hookmap.capture.rows import row_selection  # it imports torch, which the schema does not need
 
         try:
-            kept(self.positions, every=self.every, mean=self.mean, dtype=self.keep_dtype)
+            row_selection(self.positions, every=self.every, mean=self.mean, dtype=self.keep_dtype)
         except SelectionError as error:
             raise ValueError(str(error)) from error
         return self

@@ -54,7 +54,7 @@ class Answering(Generating):
     def _watching(self, layout: BatchLayout, sink: Sink) -> Observer:
         if self.summary is None:
             return super()._observer(layout, sink)
-        kept: dict[str, Any] = {"keys": self._keys, "kept": self.kept, "matching": self.matching}
+        kept: dict[str, Any] = {"keys": self._keys, "selection": self.selection, "matching": self.matching}
         what = self.summary, self.readout, self.selectors
         self.summarising = Summarising(*what, layout, sink.write, **kept)
         return self.summarising

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from hookmap.activations import Sample, Sink
 from hookmap.capture.interventions.documents import Intervention
-from hookmap.capture.rows import Kept
+from hookmap.capture.rows import RowSelection
 from hookmap.loading import generation as gen
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.selectors import Selector
@@ -23,7 +23,7 @@ class Keeper(Protocol):
     """Where the rows of one request go."""
 
     selectors: tuple[Selector, ...]
-    kept: Kept
+    selection: RowSelection
     matching: frozenset[int]
     """the tokens that are kept for their text"""
 

@@ -12,7 +12,7 @@ import safetensors.torch
 
 from hookmap.activations import Sample, Sink
 from hookmap.capture.estimate import check_room, in_words
-from hookmap.capture.rows import Kept, kept
+from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.selectors import Selector
 from hookmap.model import HookedModel
@@ -34,7 +34,7 @@ class Plan:
     """What is kept of one request."""
 
     selectors: tuple[Selector, ...]
-    kept: Kept
+    selection: RowSelection
     matching: frozenset[int]
     inline: bool
     bytes: int
@@ -53,7 +53,7 @@ def plan(
     if field.return_ == "none":
         return None
     what = _given(field, settings)
-    chosen = kept(
+    chosen = row_selection(
         field.positions,
         every=field.every,
         mean=field.mean,
@@ -99,7 +99,7 @@ class ToStore:
 
     def __init__(self, plan: Plan, sessions: Sessions, hm: HookedModel, model: str, settings: Mapping[str, Any]):
         """`model`: its served name; `settings`: what the manifest says of the run."""
-        self.selectors, self.kept, self.matching = plan.selectors, plan.kept, plan.matching
+        self.selectors, self.selection, self.matching = plan.selectors, plan.selection, plan.matching
         self._plan, self._sessions, self._model = plan, sessions, model
         self._hm, self._settings = hm, settings
         self._session: Session | None = None
@@ -114,7 +114,7 @@ class ToStore:
             model=self._model,
             architecture=self._hm.map.architecture,
             architecture_map=self._hm.map.model_dump(mode="json"),
-            settings={**self._settings, **({"kept": chosen} if (chosen := self.kept.settings()) else {})},
+            settings={**self._settings, **({"kept": chosen} if (chosen := self.selection.settings()) else {})},
         )
         self._writer = BackgroundWriter(FolderWriter.create(self._folder, manifest))
         return self._writer
@@ -122,10 +122,10 @@ class ToStore:
     def end(self, samples: Sequence[Sample], lost: Mapping[str, int]) -> dict[str, Any]:
         """Close the session; it can be read from now on."""
         assert self._writer is not None and self._session is not None
-        self._writer.note({"engine": "hooks", "why": "served", **_overflow(self.kept, lost)})
+        self._writer.note({"engine": "hooks", "why": "served", **_overflow(self.selection, lost)})
         self._writer.close(finished=True)
         meta = described(open_store(self._folder), f"/v1/activations/sessions/{self._session.id}")
-        meta |= _overflow(self.kept, lost)
+        meta |= _overflow(self.selection, lost)
         self._sessions.end(self._session)
         return {"session_id": self._session.id, "return": "store", **meta}
 
@@ -141,7 +141,7 @@ class ToAnswer:
     """A Keeper whose rows the answer carries."""
 
     def __init__(self, plan: Plan) -> None:
-        self.selectors, self.kept, self.matching = plan.selectors, plan.kept, plan.matching
+        self.selectors, self.selection, self.matching = plan.selectors, plan.selection, plan.matching
         self._store = MemoryStore((selector.point, selector.layer) for selector in plan.selectors)
 
     def begin(self) -> Sink:
@@ -150,7 +150,7 @@ class ToAnswer:
 
     def end(self, samples: Sequence[Sample], lost: Mapping[str, int]) -> dict[str, Any]:
         """With base64 of one safetensors document for each choice."""
-        meta = described(self._store, None) | _overflow(self.kept, lost)
+        meta = described(self._store, None) | _overflow(self.selection, lost)
         for sample, told in zip(samples, meta["samples"], strict=True):
             told["safetensors"] = base64.b64encode(as_safetensors(self._store, sample.sample)).decode("ascii")
         return {"session_id": None, "return": "inline", **meta}
@@ -159,9 +159,9 @@ class ToAnswer:
         """Nothing is left."""
 
 
-def _overflow(kept: Kept, lost: Mapping[str, int]) -> dict[str, Any]:
+def _overflow(selection: RowSelection, lost: Mapping[str, int]) -> dict[str, Any]:
     """What is said of rows that became infinite in the dtype kept; nothing where none did."""
-    return {"overflow": {"dtype": kept.dtype, "rows": dict(lost)}} if lost else {}
+    return {"overflow": {"dtype": selection.dtype, "rows": dict(lost)}} if lost else {}
 
 
 def as_safetensors(store: Store, sample: int) -> bytes:

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from hookmap.capture.rows import Kept
+from hookmap.capture.rows import RowSelection
 from hookmap.capture.runs import device_of
 from hookmap.loading.memory import MemoryUse
 from hookmap.model import HookedModel
@@ -143,7 +143,7 @@ class Worker:
             self._hm.tokenizer,
             keeper.selectors if keeper else (),
             job.prompts,
-            keeper.kept if keeper else Kept(),
+            keeper.selection if keeper else RowSelection(),
             keeper.matching if keeper else frozenset(),
             None,
             memory,
