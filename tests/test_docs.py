@@ -1,9 +1,12 @@
 """The docs cannot drift: what there is, they name. That they run: test_pages.py."""
 
+import ast
+import io
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,13 @@ from hookmap.cli.main import main
 from hookmap.cli.settings import load_settings
 
 PAGES = sorted([CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")])
+PACKAGE = CHECKOUT / "hookmap"
+TEXTS = [*PAGES, CHECKOUT / "CONTRIBUTING.md", CHECKOUT / "Makefile", CHECKOUT / "pyproject.toml"]
+CODE = [file for folder in ("hookmap", "tests", "scripts", "benchmarks") for file in (CHECKOUT / folder).rglob("*.py")]
+FILE_NAME = re.compile(r"(?<![\w/.*-])(?:(?:[\w-]+|\.\.)/)*[a-z_][a-z0-9_]*\.py\b")
+DOTTED_NAME = re.compile(r"(?<![\w/.:@-])hookmap((?:\.[A-Za-z]\w*)+)(?!\w)")
+OTHER_SUFFIXES = {"yaml", "json", "lan"}
+"""of `hookmap.yaml` and the like, which are no modules"""
 
 
 def shown(page: Path, language: str) -> list[str]:
@@ -74,6 +84,49 @@ def errors_of_the_tree() -> list[str]:
 def test_the_error_page_names_every_error() -> None:
     page = names("errors.md")
     assert [name for name in errors_of_the_tree() if f"`{name}`" not in page and f"hookmap.{name}`" not in page] == []
+
+
+def prose(file: Path) -> str:
+    """What a person reads: a page, or the docstrings and comments of a module."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".py":
+        return text
+    comments = [t.string for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
+    return "\n".join(comments + found)
+
+
+def is_there(dotted: str) -> bool:
+    """Whether `.package.module.name` is a module, or a name that its module's text holds."""
+    place = PACKAGE
+    for part in dotted.strip(".").split("."):
+        if place.is_dir() and (place / part).is_dir():
+            place /= part
+        elif place.is_dir() and (place / f"{part}.py").is_file():
+            place = place / f"{part}.py"
+        else:
+            return part in (place / "__init__.py" if place.is_dir() else place).read_text(encoding="utf-8")
+    return True
+
+
+def test_every_file_and_module_that_a_text_names_is_there() -> None:
+    """A file's path starts at the repository, at hookmap/, or beside the module whose docstring names it."""
+    wrong = []
+    for text in TEXTS + CODE:
+        said = prose(text)
+        starts = (CHECKOUT, PACKAGE, *([text.parent] if text.suffix == ".py" else []))
+        wrong += [
+            f"{text.relative_to(CHECKOUT)}: {name}"
+            for name in sorted(set(FILE_NAME.findall(said)))
+            if not any((start / name).exists() for start in starts)
+        ]
+        wrong += [
+            f"{text.relative_to(CHECKOUT)}: hookmap{name}"
+            for name in sorted(set(DOTTED_NAME.findall(said)))
+            if name.rpartition(".")[2] not in OTHER_SUFFIXES and not is_there(name)
+        ]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
