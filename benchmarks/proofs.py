@@ -38,7 +38,7 @@ def main(given: list[str]) -> None:
 def prove(model_type: str) -> dict[str, Any]:
     """One class, in a process of the pool."""
     import hookmap
-    from hookmap.analysis.unembedding import readout_of
+    from hookmap.analysis.unembedding import unembedding_of
     from hookmap.loading.narrow import narrow
     from hookmap.loading.skeleton import build
     from hookmap.sweep.configs import config_of
@@ -54,7 +54,7 @@ def prove(model_type: str) -> dict[str, Any]:
             model = build(narrow(config_of(model_type)), "cpu", torch.float32)
             redraw(model)
             hm = hookmap.open(model)
-            lens = _reason(lambda: readout_of(hm))
+            lens = _reason(lambda: unembedding_of(hm))
             sums = _reason(lambda: hm.attribute(TOKENS, target=7))
             places = [s for k in hm.map.kinds for s in hm.map.selectors(list(k.points), [k.layers[0]])]
             writes = {s.point: reason for s in places if (reason := hm.proofs.of(s).reason) is not None}

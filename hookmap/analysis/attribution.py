@@ -17,7 +17,7 @@ import torch
 
 from hookmap.analysis.head_outputs import head_outputs
 from hookmap.analysis.lens import token_id, token_text, where
-from hookmap.analysis.unembedding import Readout, apply, readout_of
+from hookmap.analysis.unembedding import Unembedding, apply, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import not_finite
 from hookmap.capture.prepare import Capture
@@ -76,7 +76,7 @@ def attribute(
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Attribution:
     """See `Hooked.attribute`."""
-    readout = readout_of(hm)
+    unembedding = unembedding_of(hm)
     names = _summands(hm)
     ends = [f"blocks.{hm.map.num_layers - 1}.hook_resid_post", "blocks.0.hook_resid_pre"]
     points = list(dict.fromkeys(name for name, _ in names))
@@ -98,7 +98,7 @@ def attribute(
     if not all(bool(run.read(0, *key).isfinite().all()) for key in run.keys):
         raise not_finite(hm, run.tokens[0], "direct logit attribution")
     with lock_of(hm.model).shared():
-        return _read(hm, readout, run, names, target, against, heads)
+        return _read(hm, unembedding, run, names, target, against, heads)
 
 
 def _summands(hm: Hooked) -> list[tuple[str, int]]:
@@ -122,14 +122,14 @@ def _summands(hm: Hooked) -> list[tuple[str, int]]:
 
 def _read(
     hm: Hooked,
-    readout: Readout,
+    unembedding: Unembedding,
     run: Capture,
     names: list[tuple[str, int]],
     target: int | str | None,
     against: int | str | None,
     heads: bool,
 ) -> Attribution:
-    sample, close = run.samples[0], readout.tolerance
+    sample, close = run.samples[0], unembedding.tolerance
     rows, last = where(sample), run.read(0, "resid_post", hm.map.num_layers - 1)
     labels, parts = _parts(hm, run, names, heads, close)
     left, largest = last.float() - parts.sum(0), float(last.float().abs().max())
@@ -144,12 +144,12 @@ def _read(
     if last.dtype != torch.float32:
         _tell_rounding(left, parts, labels, rows, last, close)
         labels, parts = [*labels, ROUNDING], torch.cat([parts, left[None]])
-    logits = apply((*readout.before, *((readout.norm,) if readout.norm else ()), *readout.after), last[None])[0]
+    logits = apply(unembedding.before_cap, last[None])[0]
     aim = logits.argmax(-1).cpu() if target is None else torch.full((len(rows),), token_id(hm, target))
     other = None if against is None else token_id(hm, against)
 
-    normed, shift = _frozen_norm(hm, readout, last, parts)
-    reads, zero = _reads(hm, readout, shift, aim, other)
+    normed, shift = _frozen_norm(hm, unembedding, last, parts)
+    reads, zero = _reads(hm, unembedding, shift, aim, other)
     values = torch.cat([(normed * reads).sum(-1), ((shift * reads).sum(-1) + zero)[None]])
     logit = _picked(logits.float().cpu(), aim, other)
     wrong = float((values.sum(0) - logit).abs().max() / logits.float().abs().max())
@@ -158,7 +158,7 @@ def _read(
     texts = tuple(token_text(hm, sample.token_ids[row]) for row in rows)
     told = None if other is None else token_text(hm, other)
     aims = tuple(token_text(hm, token) for token in aim.tolist())
-    return Attribution((*labels, BIAS), rows, texts, values, logit, aims, told, bool(readout.cap))
+    return Attribution((*labels, BIAS), rows, texts, values, logit, aims, told, bool(unembedding.cap))
 
 
 def _picked(logits: torch.Tensor, aim: torch.Tensor, other: int | None) -> torch.Tensor:
@@ -168,7 +168,7 @@ def _picked(logits: torch.Tensor, aim: torch.Tensor, other: int | None) -> torch
 
 
 def _reads(
-    hm: Hooked, readout: Readout, like: torch.Tensor, aim: torch.Tensor, other: int | None
+    hm: Hooked, unembedding: Unembedding, like: torch.Tensor, aim: torch.Tensor, other: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a logit (difference) reads of the normed stream, [pos, d_model], and what it is where that is 0, [pos].
 
@@ -176,9 +176,9 @@ def _reads(
     0, where nothing that bends passes for linear.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        x = torch.zeros(len(aim), like.shape[-1], dtype=readout.dtype, device=like.device, requires_grad=True)
+        x = torch.zeros(len(aim), like.shape[-1], dtype=unembedding.dtype, device=like.device, requires_grad=True)
         found = x[None]
-        for step in readout.after:
+        for step in unembedding.after:
             found = step(found)
         logits, ids = found[0], aim.to(found.device)
         try:
@@ -251,18 +251,18 @@ def _parts(
 
 
 def _frozen_norm(
-    hm: Hooked, readout: Readout, last: torch.Tensor, parts: torch.Tensor
+    hm: Hooked, unembedding: Unembedding, last: torch.Tensor, parts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The parts [parts, pos, d] normed with the statistic of the whole stream, and the norm's bias [d]; float32.
 
     A layer norm is weight * (x - mean) / statistic + bias, an RMS norm the same without the mean and mostly without
     the bias. Which of them a module is, and its weight and bias, are read from what it does to three vectors.
     """
-    stream = apply(readout.before, last[None])[0]
-    parts = torch.stack([apply(readout.before, part[None])[0] for part in parts])
-    if readout.norm is None:
+    stream = apply(unembedding.before, last[None])[0]
+    parts = torch.stack([apply(unembedding.before, part[None])[0] for part in parts])
+    if unembedding.norm is None:
         return parts.float().cpu(), torch.zeros_like(stream[0]).float().cpu()
-    norm = readout.norm
+    norm = unembedding.norm
     # Alternating ones have mean 0 and square 1; so large, the norm's epsilon is nothing beside them.
     signs = torch.ones_like(stream[0])
     signs[1::2] = -1
@@ -279,7 +279,7 @@ def _frozen_norm(
     out = apply((norm,), stream[None])[0]
     whole = linear(stream)
     share = ((out.float() - bias) * whole).sum(-1, keepdim=True) / whole.square().sum(-1, keepdim=True)
-    if not float((whole * share + bias - out.float()).abs().max()) <= readout.tolerance * float(out.abs().max()):
+    if not float((whole * share + bias - out.float()).abs().max()) <= unembedding.tolerance * float(out.abs().max()):
         raise _refused(hm, f"its final norm {norm.name} is neither a layer norm nor an RMS norm")
     return (linear(parts) * share).cpu(), bias.cpu()
 

@@ -10,7 +10,7 @@ import torch
 
 from hookmap.activations import Sample
 from hookmap.analysis.grid import Grid
-from hookmap.analysis.unembedding import Readout, readout_of
+from hookmap.analysis.unembedding import Unembedding, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import check_rows, not_finite
 from hookmap.capture.prepare import Capture
@@ -111,7 +111,7 @@ def lens(
 ) -> Lens:
     """See `Hooked.lens`."""
     name = _stream_point(point)
-    readout = readout_of(hm)
+    unembedding = unembedding_of(hm)
     run, live = source, not isinstance(source, (Capture, Store))
     if live:
         _refuse_several(source)
@@ -137,7 +137,7 @@ def lens(
         raise SelectionError(f"the capture has no sample {sample}: it has {len(run.samples)}.")
     with lock_of(hm.model).shared():
         aim = None if target is None else token_id(hm, target)
-        return _read(hm, readout, run, told, name, tuple(chosen), top, aim, live)
+        return _read(hm, unembedding, run, told, name, tuple(chosen), top, aim, live)
 
 
 def _layers_of(selectors: Iterable[Selector]) -> list[int]:
@@ -191,7 +191,7 @@ def where(sample: Sample) -> tuple[int, ...]:
 
 def _read(
     hm: Hooked,
-    readout: Readout,
+    unembedding: Unembedding,
     run: Capture | Store,
     told: Sample,
     point: str,
@@ -210,7 +210,7 @@ def _read(
                 raise not_finite(hm, told.token_ids, "lens")
             for each in dict.fromkeys([*((point, layer) for layer in layers), key]):  # the first of them is told
                 check_rows(run.read(told.sample, *each, rows), run, told, each, rows, "lens")
-        return readout(found[None].to(readout.dtype))[0].float()
+        return unembedding(found[None].to(unembedding.dtype))[0].float()
 
     parts: list[dict[str, torch.Tensor]] = []
     targets: list[torch.Tensor] = []

@@ -59,7 +59,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Readout:
+class Unembedding:
     """The steps from the stream to the logits, cut where attributions need it."""
 
     before: tuple[Step, ...]
@@ -74,8 +74,14 @@ class Readout:
     """of the stream as the model has it"""
 
     @property
+    def before_cap(self) -> tuple[Step, ...]:
+        """All steps up to the soft-cap."""
+        return (*self.before, *((self.norm,) if self.norm else ()), *self.after)
+
+    @property
     def steps(self) -> tuple[Step, ...]:
-        return (*self.before, *((self.norm,) if self.norm else ()), *self.after, *self.cap)
+        """All steps, in order."""
+        return (*self.before_cap, *self.cap)
 
     @property
     def tolerance(self) -> float:
@@ -99,10 +105,10 @@ def apply(steps: Sequence[Step], x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-_proved: weakref.WeakKeyDictionary[nn.Module, Readout] = weakref.WeakKeyDictionary()
+_proved: weakref.WeakKeyDictionary[nn.Module, Unembedding] = weakref.WeakKeyDictionary()
 
 
-def readout_of(hm: Hooked) -> Readout:
+def unembedding_of(hm: Hooked) -> Unembedding:
     """The steps of an opened model, read and proved once.
 
     Raises SelectionError with the reason where they cannot be read, or do not give the model's own logits, and
@@ -113,12 +119,12 @@ def readout_of(hm: Hooked) -> Readout:
         for point in ("resid_post", "logits"):
             hm.map.selectors(point, -1)  # says why, where the model has none
         with lock_of(hm.model).exclusive():
-            readout = read(skeleton.unwrap(hm.model), last, hm.map.final_norm_path, hm.map.lm_head_path)
-        _proved[hm.model] = _prove(hm, readout)
+            unembedding = read(skeleton.unwrap(hm.model), last, hm.map.final_norm_path, hm.map.lm_head_path)
+        _proved[hm.model] = _prove(hm, unembedding)
     return _proved[hm.model]
 
 
-def read(model: nn.Module, last: Selector, norm_path: str | None, head_path: str | None) -> Readout:
+def read(model: nn.Module, last: Selector, norm_path: str | None, head_path: str | None) -> Unembedding:
     """The steps behind the last block, found by running the model once on a few tokens.
 
     `last`: the selector of the last layer's resid_post. Raises SelectionError with the reason.
@@ -183,13 +189,13 @@ def _step(model: nn.Module, op: Operation) -> tuple[Step | None, int]:
     raise _refused(model, f"`{op.name}` of {len(op.inputs)} tensors stands between the last block and the logits")
 
 
-def _cut(steps: tuple[Step, ...], norm_path: str | None) -> Readout:
+def _cut(steps: tuple[Step, ...], norm_path: str | None) -> Unembedding:
     norm = next((n for n, step in enumerate(steps) if step.module is not None and step.name == norm_path), None)
     before, rest = ((), steps) if norm is None else (steps[:norm], steps[norm + 1 :])
     cap = next((n for n, step in enumerate(rest) if step.name == "tanh"), len(rest))
     if 0 < cap < len(rest) and rest[cap - 1].name == "div":
         cap -= 1  # a soft-cap is c * tanh(x / c)
-    return Readout(before, None if norm is None else steps[norm], rest[:cap], rest[cap:])
+    return Unembedding(before, None if norm is None else steps[norm], rest[:cap], rest[cap:])
 
 
 def _run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -199,7 +205,7 @@ def _run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _prove(hm: Hooked, readout: Readout) -> Readout:
+def _prove(hm: Hooked, unembedding: Unembedding) -> Unembedding:
     """The model's own logits must come out: of the whole sequence, and of each position alone."""
     size = hm.map.d_vocab or _PROOF_TOKENS
     tokens = [(1 + 37 * n) % size for n in range(_PROOF_TOKENS)]
@@ -207,25 +213,27 @@ def _prove(hm: Hooked, readout: Readout) -> Readout:
     stream, logits = run.read(0, "resid_post", -1), run.read(0, "logits").float()
     if not bool(stream.isfinite().all()) or bool(logits.isnan().any()):
         raise not_finite(hm, tokens, "lens")
-    readout = replace(readout, dtype=stream.dtype)
-    whole = readout(stream[None])[0].float().cpu()
+    unembedding = replace(unembedding, dtype=stream.dtype)
+    whole = unembedding(stream[None])[0].float().cpu()
     if whole.shape != logits.shape:
-        raise _refused(hm.model, f"the steps {readout} give {list(whole.shape)}, the model {list(logits.shape)}")
-    alone = torch.stack([readout(row[None, None])[0, 0] for row in stream]).float().cpu()
+        raise _refused(hm.model, f"the steps {unembedding} give {list(whole.shape)}, the model {list(logits.shape)}")
+    alone = torch.stack([unembedding(row[None, None])[0, 0] for row in stream]).float().cpu()
     worst = max(float((found - logits).abs().max()) for found in (whole, alone)) / float(logits.abs().max())
-    if not worst <= readout.tolerance:
-        raise _refused(hm.model, f"the steps {readout} give other logits than the model: {worst:.2g} of the largest")
-    return _with_norm(readout, stream)
+    if not worst <= unembedding.tolerance:
+        raise _refused(
+            hm.model, f"the steps {unembedding} give other logits than the model: {worst:.2g} of the largest"
+        )
+    return _with_norm(unembedding, stream)
 
 
-def _with_norm(readout: Readout, stream: torch.Tensor) -> Readout:
+def _with_norm(unembedding: Unembedding, stream: torch.Tensor) -> Unembedding:
     """Where the map names no final norm, the first module is one if it does not care how large the stream is."""
-    first = readout.after[0] if len(readout.after) > 1 else None
-    if readout.norm is not None or first is None or first.module is None:
-        return readout
+    first = unembedding.after[0] if len(unembedding.after) > 1 else None
+    if unembedding.norm is not None or first is None or first.module is None:
+        return unembedding
     once, fourfold = apply((first,), stream[None]).float(), apply((first,), 4 * stream[None]).float()
     invariant = bool((fourfold - once).abs().max() <= 1e-2 * once.abs().max())
-    return replace(readout, norm=first, after=readout.after[1:]) if invariant else readout
+    return replace(unembedding, norm=first, after=unembedding.after[1:]) if invariant else unembedding
 
 
 def _refused(model: nn.Module, reason: str) -> SelectionError:

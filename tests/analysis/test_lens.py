@@ -12,7 +12,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 import hookmap
 from hookmap.analysis.attribution import BIAS, ROUNDING
 from hookmap.analysis.lens import _figures
-from hookmap.analysis.unembedding import readout_of
+from hookmap.analysis.unembedding import unembedding_of
 from hookmap.model import HookedModel
 
 TOKENS = [5, 9, 3, 4, 20, 11]
@@ -40,7 +40,7 @@ def logits_of(hm: HookedModel, tokens: list[int]) -> torch.Tensor:
 def test_the_lens_at_the_last_layer_is_the_models_own_logits_to_the_bit(name: str) -> None:
     hm = opened(name)
     run = hm.capture([TOKENS], ["resid_post"], -1, max_new_tokens=0)
-    found = readout_of(hm)(run.read(0, "resid_post", -1)[None])[0]
+    found = unembedding_of(hm)(run.read(0, "resid_post", -1)[None])[0]
     assert torch.equal(found, logits_of(hm, TOKENS))
 
 
@@ -202,7 +202,7 @@ def test_a_head_that_mixes_positions_is_refused_by_the_proof() -> None:
     mixing.weight = hm.model.lm_head.weight
     hm.model.lm_head = mixing
     with pytest.raises(hookmap.SelectionError, match="give other logits than the model"):
-        readout_of(hookmap.open(hm.model))
+        unembedding_of(hookmap.open(hm.model))
 
 
 def test_a_stream_that_is_normed_itself_has_a_lens_and_no_attribution() -> None:
@@ -361,9 +361,9 @@ def test_factors_and_caps_are_read_from_the_dataflow_with_their_numbers() -> Non
     torch.manual_seed(0)
     config = tf.GraniteConfig(**plain_hooks._COMMON, logits_scaling=8.0, embedding_multiplier=3.0)
     granite = hookmap.open(tf.AutoModelForCausalLM.from_config(config).eval())
-    assert str(readout_of(granite)) == "model.norm → lm_head → ÷ 8"
-    assert str(readout_of(opened("gemma2"))) == "model.norm → lm_head → ÷ 30 → tanh → × 30"
-    assert str(readout_of(opened("cohere"))) == "model.norm → lm_head → × 0.0625"
+    assert str(unembedding_of(granite)) == "model.norm → lm_head → ÷ 8"
+    assert str(unembedding_of(opened("gemma2"))) == "model.norm → lm_head → ÷ 30 → tanh → × 30"
+    assert str(unembedding_of(opened("cohere"))) == "model.norm → lm_head → × 0.0625"
     assert torch.equal(granite.lens(TOKENS).kl[-1], torch.zeros(6))
 
 
@@ -374,7 +374,7 @@ def test_a_head_that_computes_more_inside_is_one_step() -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     config = tf.CamembertConfig(vocab_size=97, max_position_embeddings=64, is_decoder=True, **sizes)
     hm = hookmap.open(tf.AutoModelForCausalLM.from_config(config).eval())
-    assert str(readout_of(hm)) == "lm_head"
+    assert str(unembedding_of(hm)) == "lm_head"
     assert torch.allclose(hm.lens(TOKENS).kl[-1], torch.zeros(6), atol=1e-5)
 
 
@@ -382,5 +382,5 @@ def test_a_final_norm_that_the_map_does_not_name_is_known_by_what_it_does() -> N
     hm, twin = opened("llama"), opened("llama")  # what is read of a model is kept with its module: two of them
     other = HookedModel(twin.model, None, twin.map.model_copy(update={"final_norm_path": None}))
     found, by_name = other.attribute(TOKENS, target=13), hm.attribute(TOKENS, target=13)
-    assert readout_of(other).norm is not None
+    assert unembedding_of(other).norm is not None
     assert torch.equal(found.values, by_name.values)

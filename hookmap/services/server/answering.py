@@ -12,7 +12,7 @@ import torch
 from transformers import StoppingCriteria
 
 from hookmap.activations import Activation, Sample, Sink
-from hookmap.analysis.unembedding import Readout
+from hookmap.analysis.unembedding import Unembedding
 from hookmap.capture.engines.observation import BatchLayout, Observer
 from hookmap.capture.runs import Generating
 from hookmap.loading import generation as gen
@@ -32,7 +32,7 @@ class Answering(Generating):
     top_logprobs: int | None = None
     """how many likeliest tokens are told with each token; None: no logprobs"""
     summary: Summary | None = None
-    readout: Readout | None = None
+    unembedding: Unembedding | None = None
     """what the summary's lens reads with"""
     summarising: Summarising | None = None
     """of the batch that runs"""
@@ -55,7 +55,7 @@ class Answering(Generating):
         if self.summary is None:
             return super()._observer(layout, sink)
         kept: dict[str, Any] = {"keys": self._keys, "selection": self.selection, "matching": self.matching}
-        what = self.summary, self.readout, self.selectors
+        what = self.summary, self.unembedding, self.selectors
         self.summarising = Summarising(*what, layout, sink.write, **kept)
         return self.summarising
 

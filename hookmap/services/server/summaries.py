@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hookmap.analysis.lens import STREAM_POINTS
-from hookmap.analysis.unembedding import Readout, readout_of
+from hookmap.analysis.unembedding import Unembedding, unembedding_of
 from hookmap.capture.engines.observation import Observer
 from hookmap.capture.rows import NUMBERS
 from hookmap.errors import HookmapError
@@ -46,12 +46,12 @@ class Summary:
     selectors: tuple[Selector, ...]
     """of one point, one for each layer"""
 
-    def reading(self, hm: HookedModel) -> Readout | None:
+    def reading(self, hm: HookedModel) -> Unembedding | None:
         """What the lens reads with; proved at its first use, for which the model runs. Raises ApiError."""
         if self.of != "lens":
             return None
         try:
-            return readout_of(hm)
+            return unembedding_of(hm)
         except HookmapError as error:
             raise bad(str(error), PARAM, type(error).__name__) from error
 
@@ -106,11 +106,16 @@ class Summarising(Observer):
     """An observer that also holds, of every forward pass, the summary's rows of the newest token."""
 
     def __init__(
-        self, summary: Summary, readout: Readout | None, selectors: Sequence[Selector], *args: Any, **options: Any
+        self,
+        summary: Summary,
+        unembedding: Unembedding | None,
+        selectors: Sequence[Selector],
+        *args: Any,
+        **options: Any,
     ) -> None:
         """`selectors` and what follows: those of `Observer`."""
         super().__init__((*selectors, *summary.selectors), *args, **options)
-        self._first, self._readout = len(selectors), readout
+        self._first, self._unembedding = len(selectors), unembedding
         self._newest: dict[int, torch.Tensor] = {}
 
     def _keeps(self, number: int) -> bool:
@@ -122,7 +127,7 @@ class Summarising(Observer):
             return
         row = tensor[:, -1]
         # Copied, for later modules may write over it.
-        self._newest[number] = row.clone() if self._readout is not None else row.flatten(1).float().norm(dim=1)
+        self._newest[number] = row.clone() if self._unembedding is not None else row.flatten(1).float().norm(dim=1)
 
     def figures(self, length: int) -> list[Figures]:
         """Of each row of the batch, when it has become `length` columns long."""
@@ -133,7 +138,7 @@ class Summarising(Observer):
 
     def _figures(self, rows: torch.Tensor, position: int) -> Figures:
         """`rows`: of one token, [layers] lengths, or [layers, d_model]."""
-        if self._readout is None:
+        if self._unembedding is None:
             return Figures(position, tuple(rows.tolist()))
-        found = self._readout(rows[None].to(self._readout.dtype))[0].float().softmax(-1).max(-1)
+        found = self._unembedding(rows[None].to(self._unembedding.dtype))[0].float().softmax(-1).max(-1)
         return Figures(position, tuple(found.values.tolist()), tuple(found.indices.tolist()))

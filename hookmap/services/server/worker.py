@@ -155,7 +155,7 @@ class Worker:
             cancelled=job.cancelled.is_set,
             top_logprobs=job.top_logprobs,
             summary=job.summary,
-            readout=job.summary.reading(self._hm) if job.summary else None,
+            unembedding=job.summary.reading(self._hm) if job.summary else None,
             echo=Echo(job.top_logprobs or 0) if job.echo else None,
             reads_only=job.reads_only,
         )
