@@ -7,7 +7,8 @@ import torch
 
 from hookmap.activations import Activation, Key, Sample
 from hookmap.capture.engines import Engine
-from hookmap.capture.engines.observation import BatchLayout, Observer
+from hookmap.capture.engines.observation import Observer
+from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.runs import device_of, running
 from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen

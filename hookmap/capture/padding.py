@@ -14,7 +14,7 @@ from transformers import LogitsProcessor
 
 from hookmap.capture.engines import Engine
 from hookmap.capture.engines.model_lock import lock_of
-from hookmap.capture.engines.observation import BatchLayout
+from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.rows import RowSelection
 from hookmap.capture.runs import Generating, Harvesting, Run, device_of, running, vocabulary_of
 from hookmap.loading import generation as gen

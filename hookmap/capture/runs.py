@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 from hookmap.activations import Sample, Sink
 from hookmap.capture.engines import Engine
 from hookmap.capture.engines.model_lock import lock_of
-from hookmap.capture.engines.observation import BatchLayout, Observer
+from hookmap.capture.engines.observation import Observer
+from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.interventions.edits import Edit, Editor
 from hookmap.capture.overflow import in_words
 from hookmap.capture.rows import DTYPES, RowSelection

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hookmap.activations import Activation
-from hookmap.capture.engines.observation import BatchLayout, Observer
+from hookmap.capture.engines.observation import Observer
+from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.errors import CaptureError
 from hookmap.maps.selectors import Selector, Term

@@ -8,11 +8,11 @@ import contextlib
 import math
 import mmap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
+from hookmap.capture.engines.pass_rows import PassRows
 from hookmap.capture.engines.transfer import Transfer
 from hookmap.capture.overflow import Cast, Place
 from hookmap.errors import CaptureError
@@ -23,42 +23,6 @@ BLOCK_PASSES = 32
 
 Deliver = Callable[[int, int, torch.Tensor], None]
 """(row of the batch, number of the first row among the sample's, rows [n, ...] on the host)"""
-
-
-@dataclass(frozen=True)
-class PassRows:
-    """Which rows of a forward pass are kept."""
-
-    batch: int
-    new: int
-    """columns that were fed for the first time"""
-    columns: tuple[Sequence[int], ...]
-    """of each row of the batch, those that are kept; 0 is the first new one"""
-    first: tuple[int, ...]
-    """of each row of the batch, how many rows its sample had before"""
-    whole: bool
-    """everything is kept"""
-    empty: bool
-    _indices: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, compare=False)
-
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The kept rows of [batch, new, ...], side by side in a tensor of their own: [rows, ...]."""
-        flat = tensor.reshape(self.batch * self.new, *tensor.shape[2:])
-        if self.whole:
-            return flat.clone() if flat.data_ptr() == tensor.data_ptr() else flat
-        return flat.index_select(0, self.indices(tensor.device)[0])
-
-    def places(self) -> list[Place]:
-        """Of each row that `gather` gives: its row of the batch, and its number among the sample's."""
-        return [(row, self.first[row] + n) for row, kept in enumerate(self.columns) for n in range(len(kept))]
-
-    def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each kept row: its place in the flattened [batch * new], and its row of the batch."""
-        if device not in self._indices:
-            flat = [row * self.new + column for row, kept in enumerate(self.columns) for column in kept]
-            rows = [row for row, kept in enumerate(self.columns) for _ in kept]
-            self._indices[device] = (torch.tensor(flat, device=device), torch.tensor(rows, device=device))
-        return self._indices[device]
 
 
 class Collector(Protocol):

@@ -6,13 +6,13 @@ tensor is as wide as the tokens that were fed, and nothing of a pad or of a fini
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from hookmap.activations import Activation
-from hookmap.capture.engines.collectors import Collector, EveryRow, LastRow, MeanRow, PassRows, PatternRows
+from hookmap.capture.engines.collectors import Collector, EveryRow, LastRow, MeanRow, PatternRows
+from hookmap.capture.engines.pass_rows import BatchLayout, PassRows, fed_shape, token_ids
 from hookmap.capture.engines.transfer import Transfer
 from hookmap.capture.overflow import Overflow, in_words
 from hookmap.capture.rows import DTYPES, NUMBERS, RowSelection
@@ -23,26 +23,6 @@ from hookmap.maps.selectors import Selector, Term
 Side = Literal["input", "output"]
 Watch = Callable[[Sequence[Any], Mapping[str, Any], Any], None]
 """what an engine calls as a boundary is passed: args, kwargs (of an input), output (of an output)"""
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """Whose tokens stand in which columns of a padded batch."""
-
-    samples: tuple[int, ...]
-    """the number of each row's prompt in the run"""
-    lengths: tuple[int, ...]
-    """tokens of each row's prompt, without padding"""
-    right: bool = False
-    """pads stand behind the prompts, not before them"""
-
-    @property
-    def width(self) -> int:
-        return max(self.lengths)
-
-    def pads(self, row: int) -> int:
-        """Columns before the row's first token."""
-        return 0 if self.right else self.width - self.lengths[row]
 
 
 class Observer:
@@ -124,7 +104,7 @@ class Observer:
         if not self._looks:
             return
         self._end_pass()
-        batch, width = _fed_shape(args, kwargs)
+        batch, width = fed_shape(args, kwargs)
         left = self._length - self._fed
         if batch != len(self.layout.samples):
             raise CaptureError(
@@ -401,23 +381,3 @@ def add_terms(terms: Sequence[Term], tensors: Sequence[torch.Tensor]) -> torch.T
         total = scaled if total is None else total + scaled.to(total.device)
     assert total is not None  # a selector has a term at least
     return total
-
-
-def _fed_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    for name in ("input_ids", "inputs_embeds"):
-        value = kwargs.get(name)
-        if value is not None:
-            return int(value.shape[0]), int(value.shape[1])
-    if args and hasattr(args[0], "shape"):
-        return int(args[0].shape[0]), int(args[0].shape[1])
-    raise CaptureError(f"the model was called without input_ids: it got {', '.join(kwargs) or 'nothing'}.")
-
-
-def token_ids(args: Sequence[Any], kwargs: Mapping[str, Any], new: int) -> list[list[int]]:
-    """The last `new` tokens that a forward pass is fed, row by row. Raises CaptureError where it has no ids."""
-    ids = kwargs.get("input_ids")
-    ids = args[0] if ids is None and args else ids
-    if ids is None or ids.ndim != 2:
-        raise CaptureError("rows are kept for what their token is, and the model was called without token ids.")
-    found: list[list[int]] = ids[:, -new:].tolist()
-    return found

@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from hookmap.capture.engines.observation import Observer, of_logits, token_ids
+from hookmap.capture.engines.observation import Observer, of_logits
+from hookmap.capture.engines.pass_rows import token_ids
 from hookmap.capture.interventions.writable import Cells, Given, Place, mode_of
 from hookmap.capture.rows import RowSelection
 from hookmap.errors import InterventionError

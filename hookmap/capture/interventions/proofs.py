@@ -13,7 +13,8 @@ import torch
 
 from hookmap.activations import Activation
 from hookmap.capture.engines import Engine
-from hookmap.capture.engines.observation import BatchLayout, Observer
+from hookmap.capture.engines.observation import Observer
+from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.finiteness import why_not_finite
 from hookmap.capture.interventions.edits import Changing, Edit, Editor, Where
 from hookmap.capture.interventions.writable import refusal

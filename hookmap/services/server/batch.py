@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from hookmap.capture.engines.observation import BatchLayout
+from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.runs import device_of, generating, padded, running
 from hookmap.loading import generation as gen
 from hookmap.loading.memory import MemoryUse
