@@ -17,6 +17,7 @@ from torch import nn
 
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import not_finite
+from hookmap.discovery import aten
 from hookmap.discovery.dataflow import Dataflow, ModuleCall, Operation, TensorRef, record
 from hookmap.errors import SelectionError
 from hookmap.loading import skeleton
@@ -25,7 +26,7 @@ from hookmap.maps.selectors import Selector
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
 
-_SHAPES = {"view", "_unsafe_view", "reshape", "clone", "alias", "detach", "slice", "contiguous", "alias_update"}
+_SAME = {*aten.RESHAPES, *aten.ALIASES, "clone", "slice", "alias_update"}
 _PROOF_TOKENS = 6
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -178,7 +179,7 @@ def _module(flow: Dataflow, tensor: int, end: int, named: set[Any]) -> ModuleCal
 def _step(model: nn.Module, op: Operation) -> tuple[Step | None, int]:
     """One operation as a step, and the tensor that it reads."""
     first = op.args[0] if op.args else None
-    if op.name in _SHAPES:
+    if op.name in _SAME:
         return None, op.inputs[-1 if op.name == "alias_update" else 0]
     if isinstance(first, TensorRef) and op.name == "_to_copy":
         return Step("cast", dtype=op.kwargs.get("dtype")) if op.kwargs.get("dtype") else None, first.id

@@ -9,12 +9,13 @@ from itertools import pairwise
 from math import prod
 from typing import Literal
 
+from hookmap.discovery import aten
 from hookmap.discovery.blocks import Block, Branch, residual_path, stands_inside
 from hookmap.discovery.branch_points import ATTENTION, ROUTER, Found, attention_points, mlp_points, router_points
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.locate import Tap, Tapper
 from hookmap.discovery.mixing import mixing
-from hookmap.discovery.values import HEAVY, Exposure, Values
+from hookmap.discovery.values import Exposure, Values
 from hookmap.maps.relations import OWN, can_be_checked
 from hookmap.maps.templates import BranchInfo
 
@@ -217,7 +218,7 @@ class _Reader:
         light = {value}
         for op in sorted(branch.ops, key=lambda op: op.time):
             operands = {*self.values.operands(op)}
-            weights = op.name in HEAVY and any(map(self.values.is_constant, operands))
+            weights = op.name in aten.PRODUCTS and any(map(self.values.is_constant, operands))
             if not light & operands or weights:
                 continue
             if any(self.values.sources(v, light, self.block.call) & beside for v in operands - light):
@@ -278,7 +279,7 @@ class _Reader:
         mixing = set(map(id, self.block.mixing(branch.ops)))
         for op in sorted(branch.ops, key=lambda op: op.time):
             operands, result = self.values.operands(op), [self.values.value(t) for t in op.outputs]
-            if not light & {*operands} or other & {*operands} or op.name in HEAVY or id(op) in mixing:
+            if not light & {*operands} or other & {*operands} or op.name in aten.PRODUCTS or id(op) in mixing:
                 other.update(v for v in result if v not in light)
                 continue
             light.update(result)
@@ -289,7 +290,8 @@ class _Reader:
     def _enters_weights(self, value: int) -> bool:
         calls = [e.call for e in self._inside_inputs(value)]
         return any(
-            self.values.norm_input(c) is None and any(op.name in HEAVY for op in self.values.inside(c)) for c in calls
+            self.values.norm_input(c) is None and any(op.name in aten.PRODUCTS for op in self.values.inside(c))
+            for c in calls
         )
 
     def _inside_inputs(self, value: int) -> list[Exposure]:
@@ -457,7 +459,9 @@ class _Reader:
     def _modules(self, ops: list[Operation]) -> list[ModuleCall]:
         """The fewest modules inside the block that hold all weight operations of a branch."""
         flow, block = self.values.flow, self.block.call
-        heavy = [op for op in ops if op.name in HEAVY and any(map(self.values.is_constant, self.values.operands(op)))]
+        heavy = [
+            op for op in ops if op.name in aten.PRODUCTS and any(map(self.values.is_constant, self.values.operands(op)))
+        ]
         outermost: dict[int, None] = {}
         for op in heavy:
             inner, call = -1, op.call
@@ -512,7 +516,7 @@ def _mixer_kind(values: Values, ops: list[Operation], seq: int) -> str:
         over = shape(op)
         return op.name == "_softmax" and (over.count(seq) >= 2 or (len(over) > 3 and over[-2] == seq < over[-1]))
 
-    if any(op.name.startswith("_scaled_dot") or weighs(op) for op in ops):
+    if any(aten.is_fused_attention(op.name) or weighs(op) for op in ops):
         return "attention"
     mixed = {op.name for op in mixing(values, ops, seq)}
     # A scan in chunks pads the positions away, and only its short convolution is seen to mix: its decay tells it apart.
@@ -523,7 +527,7 @@ def _mixer_kind(values: Values, ops: list[Operation], seq: int) -> str:
 def _mlp_type(branches: list[Branch], values: Values, seq: int) -> BranchInfo:
     """Mixture of experts, where a top-k over more scores than it keeps chooses among weights."""
     best: tuple[int, int] | None = None
-    for op in (op for branch in branches for op in branch.ops if op.name in ("topk", "sort")):
+    for op in (op for branch in branches for op in branch.ops if op.name in aten.TOP_K):
         experts = values.flow.tensors[op.inputs[0]].shape[-1]
         kept = values.flow.tensors[op.outputs[0]].shape[-1]
         if (

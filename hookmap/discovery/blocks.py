@@ -15,9 +15,10 @@ from itertools import pairwise
 from math import ceil
 from typing import Literal
 
+from hookmap.discovery import aten
 from hookmap.discovery.dataflow import ModuleCall, Operation, Place
 from hookmap.discovery.mixing import is_shift, mixing
-from hookmap.discovery.values import HEAVY, Exposure, Step, Values
+from hookmap.discovery.values import Exposure, Step, Values
 from hookmap.errors import DiscoveryError
 
 Rows = Literal["all", "first", "last"]
@@ -122,7 +123,7 @@ class Block:
     def _convolution(self, value: int) -> Step | None:
         """The convolution of each feature for itself, by a module, of what another module computed (Inkling)."""
         for exposure in stands_inside(self, value):
-            heavy = [op for op in self.values.inside(exposure.call) if op.name in HEAVY]
+            heavy = [op for op in self.values.inside(exposure.call) if op.name in aten.PRODUCTS]
             entered = {v for t in exposure.call.entered.values() if self._is_bare(v := self.values.value(t))}
             if heavy and all(map(self._is_depthwise, heavy)) and len(entered) == 1 and value not in entered:
                 return Step("convolve", entered.pop(), value, factor=None)
@@ -134,7 +135,8 @@ class Block:
     def _is_bare(self, value: int) -> bool:
         """Whether a module that computes with weights, more than a norm, gives the value."""
         return any(
-            self.values.norm_input(e.call) is None and any(op.name in HEAVY for op in self.values.inside(e.call))
+            self.values.norm_input(e.call) is None
+            and any(op.name in aten.PRODUCTS for op in self.values.inside(e.call))
             for e in stands_inside(self, value)
         )
 
@@ -525,7 +527,7 @@ def _branches(block: Block, position: int, step: Step) -> list[Branch]:
     found: list[Branch] = []
     assert step.branch is not None
     cones = {p: block.values.cone(p, block.states, block.call) for p in _parts(block, step.branch, step.result)}
-    heavy = {part for part, (ops, _) in cones.items() if any(op.name in HEAVY for op in ops)}
+    heavy = {part for part, (ops, _) in cones.items() if any(op.name in aten.PRODUCTS for op in ops)}
     if len(cones) > 1 and (len(heavy) < 2 or any(reads for part, (_, reads) in cones.items() if part not in heavy)):
         cones = {step.branch: block.values.cone(step.branch, block.states, block.call)}  # one branch's own residual
     for part, (ops, reads) in cones.items():

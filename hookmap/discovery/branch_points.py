@@ -13,34 +13,22 @@ from typing import Any
 
 from torch import Tensor
 
+from hookmap.discovery import aten
 from hookmap.discovery.blocks import Block, Branch
 from hookmap.discovery.dataflow import Operation
-from hookmap.discovery.head_layout import COPIES, VIEWS, features, heads_of, push
+from hookmap.discovery.head_layout import features, heads_of, push
 from hookmap.discovery.locate import Tap, Tapper
-from hookmap.discovery.values import HEAVY, Exposure
+from hookmap.discovery.values import Exposure
 from hookmap.maps.templates import Heads
 
 ATTENTION = ("q", "k", "v", "z", "pattern")
 ROUTER = ("router_logits", "router_indices", "router_weights")
-_PASS = VIEWS | COPIES
-_ON_SCORES = _PASS | {
-    "maximum",
-    "minimum",
-    "clamp",
-    "clamp_min",
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "tanh",
-    "where",
-    "masked_fill",
-    "alias_update",
-    "cat",
-    "sigmoid",
-}
+_ON_SCORES = {
+    *aten.MOVES, "maximum", "minimum", "clamp", "clamp_min", "add", "sub", "mul", "div", "tanh", "where", "masked_fill",
+    "alias_update", "cat", "sigmoid",
+}  # fmt: skip
 _AFTER_SOFTMAX = {"add", "mul", "masked_fill", "where", "nan_to_num"}
-_MONOTONE = _PASS | {"_softmax", "sigmoid", "_log_softmax", "softplus", "sqrt"}
+_MONOTONE = {*aten.MOVES, "_softmax", "sigmoid", "_log_softmax", "softplus", "sqrt"}
 
 
 @dataclass
@@ -138,14 +126,14 @@ class _Wires:
                 continue
             seen.add(here)
             yield here, op
-            if op.name not in HEAVY and not op.name.startswith("_scaled_dot"):
+            if op.name not in aten.PRODUCTS and not aten.is_fused_attention(op.name):
                 stack += op.inputs
 
     def projections(self, tensor: int, stop: int | None = None) -> list[Operation]:
         """The products with weights that a tensor comes from without another product between."""
         found = {}
         for _, op in self.back(tensor, stop):
-            if (op.name in HEAVY or op.name.startswith("_scaled_dot")) and id(op) in self.own:
+            if (op.name in aten.PRODUCTS or aten.is_fused_attention(op.name)) and id(op) in self.own:
                 if not any(map(self.values.is_constant, self.values.operands(op))):
                     raise _Missing("it is computed from products of activations, not by a projection")
                 if op.name == "convolution" and self.shape(op.inputs[1])[-1] > 1:
@@ -236,15 +224,15 @@ class _Attention:
         return next(iter(cores.values()))
 
     def _cores_of(self, op: Operation) -> Iterator[_Core]:
-        if op.name.startswith("_scaled_dot_product"):
+        if aten.is_fused_attention(op.name):
             q, k, v = op.inputs[:3]
             yield _Core(q, k, v, None, op.outputs[0])
-        if op.name not in ("_softmax", "_safe_softmax"):
+        if op.name not in aten.SOFTMAXES:
             return
         if self.wires.shape(op.outputs[0])[-2:-1] != (self.wires.seq,):
             return
         seq = self.wires.seq
-        for pattern, product in self.wires.forward(op.outputs[0], _PASS | _AFTER_SOFTMAX):
+        for pattern, product in self.wires.forward(op.outputs[0], aten.MOVES | _AFTER_SOFTMAX):
             square = self.wires.shape(pattern)[-2:] == (seq, seq)
             if product.name == "bmm" and product.inputs[0] == pattern and square:
                 scores = self._scores(op.inputs[0])
@@ -264,7 +252,7 @@ class _Attention:
             if here in seen or op is None or id(op) not in self.wires.inside:
                 continue
             seen.add(here)
-            if op.name in ("bmm", "baddbmm") and id(op) in self.wires.own:
+            if op.name in aten.BATCHED_PRODUCTS and id(op) in self.wires.own:
                 products[op.time] = op
             elif op.name in _ON_SCORES:
                 stack += op.inputs
@@ -302,7 +290,7 @@ class _Attention:
     def _keys_across(self, tensor: int) -> bool:
         """Whether the keys are [heads, d_head, pos], as a product of matrices reads them."""
         op = next(iter(self.wires.readers.get(tensor, [])), None)
-        return op is not None and op.name in ("bmm", "baddbmm")
+        return op is not None and op.name in aten.BATCHED_PRODUCTS
 
     def _with_heads(self, place: Exposure, heads: Heads) -> Tap:
         tap, shape = self.tapper.at(place), place.shape
@@ -343,9 +331,9 @@ class _Attention:
         stack, seen = [tensor], set()
         while stack:
             for op in self.wires.readers.get(stack.pop(), []):
-                if op.name in HEAVY:
+                if op.name in aten.PRODUCTS:
                     found[op.time] = op
-                elif id(op) not in seen and (op.name in _PASS or id(op) in self.wires.own):
+                elif id(op) not in seen and (op.name in aten.MOVES or id(op) in self.wires.own):
                     seen.add(id(op))
                     stack += op.outputs
         return [found[time] for time in sorted(found)]
@@ -356,7 +344,7 @@ class _Attention:
         if self.tapper.rows != "all":
             raise _Missing("the model adds positions of its own, which are keys too")
         seq, values = self.wires.seq, self.block.values
-        copies = [core.pattern, *(t for t, op in self.wires.back(core.pattern) if op.name in _PASS | {"_softmax"})]
+        copies = [core.pattern, *(t for t, op in self.wires.back(core.pattern) if op.name in aten.MOVES | {"_softmax"})]
         for value in dict.fromkeys(map(values.value, copies)):
             places = [p for p in self.tapper.places(value) if p.shape[-2:] == (seq, seq) and len(p.shape) == 4]
             if places:
@@ -371,11 +359,11 @@ class _Attention:
         return self._only_views(core.value) and self._only_views_on(core)
 
     def _only_views(self, tensor: int) -> bool:
-        return all(op.name in _PASS | HEAVY | {"add"} for _, op in self.wires.back(tensor))
+        return all(op.name in aten.MOVES | aten.PRODUCTS | {"add"} for _, op in self.wires.back(tensor))
 
     def _only_views_on(self, core: _Core) -> bool:
-        reads = {op.name for _, op in self.wires.forward(core.result, _PASS)}
-        return reads <= HEAVY
+        reads = {op.name for _, op in self.wires.forward(core.result, aten.MOVES)}
+        return reads <= aten.PRODUCTS
 
 
 def _heads_first(tensor: Tensor, across: bool) -> Tensor:
@@ -389,7 +377,7 @@ def _choice(wires: _Wires) -> Operation | None:
     best: tuple[int, int] | None = None
     chosen = None
     for op in wires.branch.ops:
-        if op.name not in ("topk", "sort"):
+        if op.name not in aten.TOP_K:
             continue
         scores, kept = wires.shape(op.inputs[0]), wires.shape(op.outputs[0])[-1]
         if wires.seq in scores[:-1] and kept < scores[-1]:
@@ -417,11 +405,11 @@ class _Router:
     def _logits(self, choice: Operation) -> None:
         experts = self.wires.shape(choice.inputs[0])[-1]
         way = [op for _, op in self.wires.back(choice.inputs[0]) if id(op) in self.wires.own]
-        products = [op for op in way if op.name in HEAVY and self.wires.shape(op.outputs[0])[-1] == experts]
+        products = [op for op in way if op.name in aten.PRODUCTS and self.wires.shape(op.outputs[0])[-1] == experts]
         if len(products) != 1:
             self.found.unavailable["router_logits"] = "no one product with weights gives a score to each expert"
             return
-        after = [products[0], *(op for op in way[::-1] if op.name in _PASS | {"add"})]
+        after = [products[0], *(op for op in way[::-1] if op.name in aten.MOVES | {"add"})]
         for value in dict.fromkeys(self.values.value(op.outputs[0]) for op in after):
             for place in self.tapper.places(value):
                 if place.shape[-1] == experts:
@@ -435,7 +423,7 @@ class _Router:
     def _indices(self, choice: Operation) -> None:
         kept = self.wires.shape(choice.outputs[1])[-1]
         value = self.values.value(choice.outputs[1])
-        copies = [self.values.value(t) for t, _ in self.wires.forward(choice.outputs[1], _PASS)]
+        copies = [self.values.value(t) for t, _ in self.wires.forward(choice.outputs[1], aten.MOVES)]
         for each in dict.fromkeys([value, *copies]):
             for place in self.tapper.places(each):
                 if place.shape[-1] == kept:
@@ -467,7 +455,7 @@ class _Router:
                 for tensor in op.outputs[:1]:
                     dtype = self.wires.flow.tensors[tensor].dtype
                     same = self.wires.shape(tensor)[-1:] == shape[-1:] or op.name == "sum"
-                    if tensor not in seen and op.name not in HEAVY and same:
+                    if tensor not in seen and op.name not in aten.PRODUCTS and same:
                         seen.add(tensor)
                         stack.append(tensor)
                         if dtype.is_floating_point and self.values.size(self.values.value(tensor)) == prod(shape):

@@ -13,23 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookmap.discovery import aten
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.values import Values
 from hookmap.maps.templates import Heads
 
-VIEWS = {
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "transpose", "permute", "t", "slice",
-    "select", "expand", "split", "split_with_sizes", "unbind", "chunk", "alias", "detach", "unflatten", "flatten",
-    "narrow", "movedim", "view_as", "repeat", "repeat_interleave",
-}  # fmt: skip
-COPIES = {"_to_copy", "clone", "contiguous", "lift_fresh", "native_dropout", "dropout"}
-_POINTWISE = {
-    "add", "sub", "rsub", "mul", "div", "neg", "silu", "gelu", "sigmoid", "tanh", "relu", "clamp", "clamp_min",
-    "clamp_max", "where", "masked_fill", "pow", "exp", "minimum", "maximum", "leaky_relu", "softplus", "rsqrt", "sqrt",
-    "reciprocal", "abs", "square",
-}  # fmt: skip
-_NORMS = {"native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm"}
-_REDUCTIONS = {"mean", "sum", "var", "std", "amax", "linalg_vector_norm"}
 _NOTHING = 2**40
 
 
@@ -61,8 +49,8 @@ def push(values: Values, block: ModuleCall, source: int, labels: Tensor, target:
         reached = {t for t in op.inputs if t in known or t in lost or t in statistics}
         if not reached:
             continue
-        steady = op.name in _POINTWISE | VIEWS | COPIES
-        reduces = op.name in _REDUCTIONS and values.flow.tensors[op.outputs[0]].shape[-1:] == (1,)
+        steady = op.name in aten.POINTWISE | aten.MOVES
+        reduces = op.name in {*aten.STATISTICS, "amax"} and values.flow.tensors[op.outputs[0]].shape[-1:] == (1,)
         if reached & lost:
             lost.update(op.outputs)
         elif reduces or (steady and reached <= statistics):
@@ -91,7 +79,7 @@ def _between(values: Values, block: ModuleCall, source: int, target: int) -> lis
 
 def _apply(values: Values, op: Operation, known: dict[int, Labels]) -> list[Labels] | None:
     shape = values.flow.tensors[op.outputs[0]].shape
-    if op.name in COPIES | _NORMS:
+    if op.name in aten.COPIES | aten.NORMS:
         return [known[op.inputs[0]]] if op.inputs[0] in known else None
     if op.name == "view_as_complex":
         (pair,) = (known[t] for t in op.inputs)
@@ -100,10 +88,10 @@ def _apply(values: Values, op: Operation, known: dict[int, Labels]) -> list[Labe
         return known[op.inputs[0]].map(lambda t: t.unsqueeze(-1).expand(shape))
     if op.name in ("view", "_unsafe_view", "_reshape_alias"):  # the labels lie in memory in their own way
         return known[op.inputs[0]].map(lambda t: t.reshape(op.args[1]))
-    if op.name in VIEWS:
+    if op.name in aten.VIEWS:
         function = getattr(torch.ops.aten, op.name)
         return known[op.inputs[0]].map(lambda t: function(t, *op.args[1:], **op.kwargs))
-    if op.name in ("cat", "stack"):
+    if op.name in aten.JOINS:
         parts = [_of(values, ref.id, known) for ref in op.args[0]]
         axis = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
         join = torch.cat if op.name == "cat" else torch.stack
@@ -111,7 +99,7 @@ def _apply(values: Values, op: Operation, known: dict[int, Labels]) -> list[Labe
         if len(whole) < len(parts):
             return None
         return [Labels(join([p.low for p in whole], axis), join([p.high for p in whole], axis))]
-    if op.name in _POINTWISE:
+    if op.name in aten.POINTWISE:
         parts = [known[t] for t in op.inputs if t in known]
         low, high = ([getattr(p, side).expand(shape) for p in parts] for side in ("low", "high"))
         return [Labels(torch.stack(low).amin(0), torch.stack(high).amax(0))]

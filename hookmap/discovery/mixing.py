@@ -11,27 +11,9 @@ from typing import Any
 
 import torch
 
+from hookmap.discovery import aten
 from hookmap.discovery.dataflow import Operation, TensorRef
 from hookmap.discovery.values import Values
-
-_CUT = {"slice": 0, "select": 0, "unbind": 0, "split": 1, "split_with_sizes": 1, "chunk": 1}
-"""operation -> arguments between the tensor and the axis"""
-_JOIN = {"cat", "stack"}
-_SHIFT = {*_CUT, *_JOIN, "constant_pad_nd", "roll", "copy"}
-# What comes out stands in an order that the data decides: tokens on their way to experts and back.
-_REORDER = {
-    "index", "index_select", "gather", "masked_select", "scatter", "scatter_add", "index_add", "index_put", "sort",
-    "topk", "_grouped_mm",
-}  # fmt: skip
-# Operations along axes -> which argument names them; where none does, all axes are meant.
-_ALONG = {
-    **dict.fromkeys(("sum", "mean", "prod", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean"), 1),
-    **dict.fromkeys(("any", "all", "median", "logsumexp", "_softmax", "_log_softmax", "flip", "unfold"), 1),
-    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "_logcumsumexp"), 1),
-    **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r", "index_select", "gather"), 1),
-    **dict.fromkeys(("linalg_vector_norm", "norm", "roll", "renorm"), 2),
-}
-_RECURRENT = {"lstm", "gru", "mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "rnn_tanh", "rnn_relu"}
 
 
 def mixing(values: Values, ops: list[Operation], seq: int) -> list[Operation]:
@@ -61,20 +43,20 @@ def mixing(values: Values, ops: list[Operation], seq: int) -> list[Operation]:
 
 def is_shift(op: Operation) -> bool:
     """Whether a mixing operation only moves the sequence along, as a token shift does."""
-    return op.name in _SHIFT
+    return op.name in aten.SHIFTS
 
 
 def _results(values: Values, op: Operation, given: list[int | None], seq: int) -> list[int | None] | None:
     """Where each output begins; None where the operation sets positions beside others."""
     count = len(op.outputs)
     present = {start for start in given if start is not None}
-    if not present or op.name in _REORDER:
+    if not present or op.name in aten.REORDERS:
         return [None] * count
     if op.name == "alias_update":
         return [0]
-    if op.name in _CUT and given[0] == 0 and _length(values, op, _axis(op)) == seq:
+    if op.name in aten.CUTS and given[0] == 0 and _length(values, op, _axis(op)) == seq:
         return _cut(values, op)
-    if op.name in _JOIN:
+    if op.name in aten.JOINS:
         return _joined(values, op, given, seq)
     if op.name == "constant_pad_nd":
         return [0] if 0 in present and not _moves(values, op, seq) else None
@@ -84,14 +66,14 @@ def _results(values: Values, op: Operation, given: list[int | None], seq: int) -
 def _of_constant(values: Values, value: int, seq: int) -> int | None:
     """Where a piece of an empty tensor is, that a piece of the sequence may be written to."""
     op = values.producers.get(value)
-    if op is None or op.name not in _CUT or _length(values, op, _axis(op)) != seq:
+    if op is None or op.name not in aten.CUTS or _length(values, op, _axis(op)) != seq:
         return None
     return dict(zip(map(values.value, op.outputs), _cut(values, op), strict=True))[value]
 
 
 def _axis(op: Operation) -> int:
     """The axis that an operation cuts or joins along; its first where it is not written down."""
-    place = 1 + _CUT.get(op.name, 0)
+    place = 1 + aten.CUTS.get(op.name, 0)
     axis = op.args[place] if len(op.args) > place else op.kwargs.get("dim", 0)
     return axis if isinstance(axis, int) else 0
 
@@ -146,7 +128,7 @@ def _lengthened(values: Values, op: Operation, seq: int) -> set[int]:
 
 def _contracts(values: Values, op: Operation, lengths: set[int]) -> bool:
     """Whether a product of two computed tensors sums over positions and what was set beside them."""
-    if op.name not in ("bmm", "baddbmm") or any(map(values.is_constant, values.operands(op)[-2:])):
+    if op.name not in aten.BATCHED_PRODUCTS or any(map(values.is_constant, values.operands(op)[-2:])):
         return False
     return values.flow.tensors[op.inputs[-2]].shape[-1] in lengths
 
@@ -156,9 +138,9 @@ def _treats(values: Values, op: Operation, seq: int) -> bool:
     tensors = values.flow.tensors
     result = tensors[op.outputs[0]].shape
     sources = [tensors[t].shape for t in op.inputs]
-    if result.count(seq) >= 2 or op.name.startswith("_scaled_dot_product"):
+    if result.count(seq) >= 2 or aten.is_fused_attention(op.name):
         return True
-    if op.name in ("bmm", "baddbmm", "mm", "addmm"):
+    if op.name in aten.MATRIX_PRODUCTS:
         return sources[-2][-1] == seq
     if not sources or seq not in sources[0]:
         return False
@@ -168,14 +150,14 @@ def _treats(values: Values, op: Operation, seq: int) -> bool:
         return any(_permutes(values, index, sources[0][axis], seq) for axis, index in enumerate(op.args[1]))
     if op.name in ("index_select", "gather"):
         return _permutes(values, op.args[2], sources[0][op.args[1]], seq)
-    if op.name in _ALONG:
+    if op.name in aten.ALONG_AXES:
         return seq in [sources[0][axis] for axis in _axes(op, len(sources[0]))]
-    return op.name in _RECURRENT
+    return op.name in aten.RECURRENT
 
 
 def _axes(op: Operation, count: int) -> list[int]:
     """The axes that an operation works along: all where it names none."""
-    place = _ALONG[op.name]
+    place = aten.ALONG_AXES[op.name]
     named = op.args[place] if len(op.args) > place else op.kwargs.get("dim")
     if named is None or named == []:
         return list(range(count))

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
+from hookmap.discovery import aten
 from hookmap.discovery.blocks import Stack
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.locate import Tap, Tapper
-from hookmap.discovery.values import HEAVY, Values
+from hookmap.discovery.values import Values
 
 
 @dataclass
@@ -77,13 +78,13 @@ def _looked_up(values: Values, op: Operation) -> int:
     call = _around(values, op)[0]
     rows = values.value(op.outputs[0])
     given = [values.value(t) for t in call.outputs.values()]
-    simple = not any(other.name in HEAVY for other in values.inside(call))
+    simple = not any(other.name in aten.PRODUCTS for other in values.inside(call))
     return given[0] if simple and len(given) == 1 and values.size(given[0]) == values.size(rows) else rows
 
 
 def _uncast(values: Values, value: int) -> int:
     """The same ids before a cast or a transposition."""
-    while (op := values.producers.get(value)) is not None and op.name in ("_to_copy", "transpose", "permute", "t"):
+    while (op := values.producers.get(value)) is not None and op.name in {"_to_copy", *aten.TURNS}:
         value = values.operands(op)[0]
     return value
 
@@ -116,7 +117,7 @@ def _logits(values: Values, tapper: Tapper, root: ModuleCall, vocabulary: set[in
     outside.taps["logits"] = tapper.at_root(value)
     while (op := values.producers.get(value)) is not None:
         varying = [v for v in values.operands(op) if not values.is_constant(v)]
-        if op.name in HEAVY and len(varying) < len(op.inputs):
+        if op.name in aten.PRODUCTS and len(varying) < len(op.inputs):
             calls = _around(values, op)
             outside.lm_head_path = calls[0].path if calls and calls[0] is not root else None
             break
@@ -191,7 +192,7 @@ def _ancestors(
             continue
         found.add(top)
         op = values.producers.get(top)
-        if op is not None and op.time > after and (heavy or op.name not in HEAVY):
+        if op is not None and op.time > after and (heavy or op.name not in aten.PRODUCTS):
             stack += values.operands(op)
     return found
 
@@ -205,7 +206,7 @@ def _next_norm(values: Values, value: int, after: int, leading: set[int]) -> int
                 return normed
     for op in values.consumers.get(value, []):
         result = values.value(op.outputs[0]) if op.outputs else value
-        if result != value and op.name in ("_to_copy", "transpose", "permute") and result in leading:
+        if result != value and op.name in {"_to_copy", *aten.TURNS} and result in leading:
             return _next_norm(values, result, after, leading)
     later = [v for v in leading if v != value and values.norm_source(v) == value]
     return max(later, key=lambda v: values.producers[v].time, default=None)

@@ -12,26 +12,13 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
+from hookmap.discovery import aten
 from hookmap.discovery.dataflow import Dataflow, ModuleCall, Operation, Place, TensorRef
-
-# Operations whose result is their first argument in another shape or memory: the same numbers.
-_SAME = {
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "clone", "alias", "detach",
-    "contiguous", "lift_fresh", "slice", "expand", "_to_copy", "constant_pad_nd", "view_as", "flatten",
-}  # fmt: skip
-# Of these arguments only the shape is read.
-_SHAPE_ONLY = {
-    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
-    "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided",
-}  # fmt: skip
-_NORM = {"native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm"}
-_ROOTS = {"rsqrt", "sqrt", "std", "linalg_vector_norm"}
-HEAVY = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_grouped_mm", "dot", "mv"}
 
 
 def _is_root(op: Operation) -> bool:
     """Whether it takes a square root, also as a power (Gemma 4: `pow(-0.5)`)."""
-    return op.name in _ROOTS or (op.name == "pow" and op.args[1:] in ((0.5,), (-0.5,)))
+    return op.name in aten.ROOTS or (op.name == "pow" and op.args[1:] in ((0.5,), (-0.5,)))
 
 
 @dataclass(frozen=True)
@@ -84,7 +71,7 @@ class Values:
             return False
         source = op.inputs[-1 if op.name == "alias_update" else 0]
         a, b = self.flow.tensors[source], self.flow.tensors[op.outputs[0]]
-        named = op.name in _SAME or op.name == "alias_update"
+        named = op.name in aten.SAME or op.name == "alias_update"
         if op.name == "constant_pad_nd" and any(op.args[1]):
             return False  # as long as before, and shifted
         return named and a.dtype == b.dtype and prod(a.shape) == prod(b.shape)
@@ -148,7 +135,7 @@ class Values:
 
     def operands(self, op: Operation) -> tuple[int, ...]:
         """The values that an operation computes with."""
-        return () if op.name in _SHAPE_ONLY else tuple(map(self.value, op.inputs))
+        return () if op.name in aten.ONLY_SHAPE else tuple(map(self.value, op.inputs))
 
     def is_constant(self, value: int, of_tokens: bool = False) -> bool:
         """Whether the value depends on no input of the model: a weight, or made of weights.
@@ -196,17 +183,14 @@ class Values:
         if op is None:
             return
         same_size = [v for v in dict.fromkeys(self.operands(op)) if v != value and self.size(v) == self.size(value)]
-        if op.name in ("add", "sub", "rsub"):
+        if op.name in aten.ADDITIONS:
             yield from self._additions(value, op, same_size)
-        elif op.name in ("mul", "div"):
+        elif op.name in aten.MULTIPLICATIONS:
             yield from self._products(value, op, same_size)
             yield from self._spread(value, op)
         elif op.name == "bmm" and len(same_size) == 1:
             yield from self._mixtures(value, op, same_size[0])
-        elif (
-            op.name in ("_to_copy", "transpose", "permute", "t", "expand", "slice", "convert_element_type")
-            and same_size
-        ):
+        elif op.name in {"_to_copy", *aten.TURNS, "expand", "slice"} and same_size:
             yield Step("cast", same_size[0], value)
         if (source := self.norm_source(value)) is not None:
             yield Step("norm", source, value)
@@ -255,13 +239,13 @@ class Values:
             if exposure.side == "output" and (source := self.norm_input(exposure.call)) is not None:
                 return source
         op = self.producers.get(value)
-        if op is not None and op.name in _NORM and self.value(op.outputs[0]) == value:
+        if op is not None and op.name in aten.NORMS and self.value(op.outputs[0]) == value:
             return self.operands(op)[0]
         return None if op is None else self._inline_norm(value, op)
 
     def _inline_norm(self, value: int, op: Operation) -> int | None:
         """x * rsqrt(mean(x^2) + eps), perhaps cast and times a weight, written out in a forward method."""
-        if op.name in ("mul", "div") and len(op.inputs) == 2:
+        if op.name in aten.MULTIPLICATIONS and len(op.inputs) == 2:
             a, b = self.operands(op)
             for own, other in ((a, b), (b, a)):
                 if self.size(own) != self.size(value):
@@ -284,11 +268,11 @@ class Values:
                 continue
             seen.add(top)
             op = self.producers.get(top)
-            if op is None or op.name in HEAVY or len(seen) > 12:
+            if op is None or op.name in aten.PRODUCTS or len(seen) > 12:
                 return False
             ops.append(op)
             stack += self.operands(op)
-        over_features = {"mean", "sum", "var", "std", "linalg_vector_norm"} & {op.name for op in ops}
+        over_features = aten.STATISTICS & {op.name for op in ops}
         return bool(over_features) and any(map(_is_root, ops))
 
     def _uncast(self, value: int) -> int:
@@ -320,8 +304,8 @@ class Values:
         sources = [t for t in call.entered.values() if self.flow.tensors[t].shape == shape]
         ops = self.inside(call)
         names = {op.name for op in ops}
-        statistic = names & _NORM or (any(map(_is_root, ops)) and len(shape) > 1)
-        if len(sources) != 1 or sources[0] == output or not statistic or names & HEAVY or "_softmax" in names:
+        statistic = names & aten.NORMS or (any(map(_is_root, ops)) and len(shape) > 1)
+        if len(sources) != 1 or sources[0] == output or not statistic or names & aten.PRODUCTS or "_softmax" in names:
             return None
         return self.value(sources[0])
 
