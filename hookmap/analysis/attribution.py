@@ -22,6 +22,7 @@ from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import not_finite
 from hookmap.capture.prepare import Capture
 from hookmap.errors import SelectionError
+from hookmap.maps.points import PointName
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
@@ -115,7 +116,7 @@ def _summands(hm: Hooked) -> list[tuple[str, int]]:
                 problems.append(f"{layers} have no {branch}: {kind.unavailable.get(branch, 'unknown')}")
     if problems:
         raise _refused(hm, "; ".join(problems))
-    for selector in hm.map.selectors([p for p in hm.map.points if p.partition(".")[0] in _BRANCHES], "all"):
+    for selector in hm.map.selectors([p for p in hm.map.points if PointName.of(p).base in _BRANCHES], "all"):
         found.append((selector.point, selector.layer or 0))
     return found
 

@@ -16,7 +16,7 @@ from hookmap.capture.finiteness import check_rows, not_finite
 from hookmap.capture.prepare import Capture
 from hookmap.errors import SelectionError
 from hookmap.loading.prompts import text_of
-from hookmap.maps.points import parse_point
+from hookmap.maps.points import PointName, parse_point
 from hookmap.maps.selectors import Selector
 from hookmap.stores.interface import Store
 
@@ -148,7 +148,7 @@ def _stream_point(point: str) -> str:
     parsed = parse_point(point)
     if isinstance(parsed, str):
         raise SelectionError(parsed)
-    if parsed.point.partition(".")[0] not in STREAM_POINTS:
+    if PointName.of(parsed.point).base not in STREAM_POINTS:
         raise SelectionError(
             f"no lens on {parsed.point}: it is not in the space of the residual stream. Use {', '.join(STREAM_POINTS)}."
         )

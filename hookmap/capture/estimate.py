@@ -13,7 +13,7 @@ from hookmap.capture.rows import DTYPES, NUMBERS, RowSelection
 from hookmap.errors import CaptureError, StoreError
 from hookmap.loading.memory import available
 from hookmap.maps.document import ArchitectureMap
-from hookmap.maps.points import POINTS
+from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector
 
 _SMALLER = "choose fewer points or layers, positions=, every=, mean=, features=, keep_dtype=, or fewer new tokens"
@@ -75,7 +75,7 @@ def estimate(
     row = [_width(architecture_map, s, keys, d_mlp, selection) * _itemsize(s, selection, itemsize) for s in selectors]
     at_once = {length: _rows(selection, length, length) for length in set(lengths)}
     largest = max((sum(at_once[lengths[n]] for n in batch) for batch in batches), default=0) * max(row, default=0)
-    if every_logit and any("d_vocab" in POINTS[s.point.partition(".")[0]].axes for s in selectors):
+    if every_logit and any("d_vocab" in PointName.of(s.point).definition.axes for s in selectors):
         columns = max((len(batch) * max(lengths[n] for n in batch) for batch in batches), default=0)
         largest = max(largest, columns * (architecture_map.d_vocab or 0) * itemsize)
     passes = max(1, max_new_tokens) * len(batches)
@@ -129,7 +129,7 @@ def _rows(selection: RowSelection, prompt: int, tokens: int) -> int:
 
 def _itemsize(selector: Selector, selection: RowSelection, itemsize: int) -> int:
     """Bytes of one number of a point, at most. Routers compute in float32 in many models."""
-    name = selector.point.partition(".")[0]
+    name = PointName.of(selector.point).base
     if name in NUMBERS:
         return torch.int64.itemsize
     if selection.dtype is not None:
@@ -141,7 +141,7 @@ def _width(
     architecture_map: ArchitectureMap, selector: Selector, keys: int, d_mlp: int | None, selection: RowSelection
 ) -> int:
     """Numbers in one row of a point."""
-    axes = POINTS[selector.point.partition(".")[0]].axes
+    axes = PointName.of(selector.point).definition.axes
     mlp = architecture_map.kind_of(selector.layer).mlp if selector.layer is not None else None
     heads = selector.terms[-1].heads
     if heads is not None:

@@ -32,6 +32,7 @@ from hookmap.loading.generating_root import generating_root
 from hookmap.loading.generation import check_count, check_names, logits_parameter
 from hookmap.loading.prompts import NO_TOKENIZER, Prompt, encode, records
 from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector
 
 Points = str | Iterable[str] | Mapping[str, Any]
@@ -379,7 +380,7 @@ class Hooked:
         if selectors:
             chosen.refuse_beyond(lengths, max(0, max_new_tokens - 1))
         itemsize = next(self.root.parameters()).itemsize
-        d_mlp = max((self._d_mlp(s) for s in selectors if s.point.partition(".")[0] == "mlp_post"), default=None)
+        d_mlp = max((self._d_mlp(s) for s in selectors if PointName.of(s.point).base == "mlp_post"), default=None)
         every_logit = logits_parameter(self.root) is None
         return estimate(self.map, selectors, lengths, max_new_tokens, itemsize, groups, d_mlp, chosen, every_logit)
 

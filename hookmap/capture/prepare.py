@@ -35,7 +35,7 @@ from hookmap.loading.prompts import Prompt
 from hookmap.loading.weights import weights_of
 from hookmap.loading.wrappers import generate_of, generation_config_of
 from hookmap.maps.document import ArchitectureMap
-from hookmap.maps.points import POINTS, RESIDUAL_AXES, parse_point
+from hookmap.maps.points import RESIDUAL_AXES, PointName, parse_point
 from hookmap.maps.selectors import Selector
 from hookmap.stores import open_store
 from hookmap.stores.background import BackgroundWriter
@@ -110,7 +110,7 @@ class Capture:
         """
         key = self.key(*place_of(where))
         found = self.store[key]
-        if "key" not in POINTS[key[0].partition(".")[0]].axes:
+        if "key" not in PointName.of(key[0]).definition.axes:
             return found
         ends = [sample.rows if sample.positions is None else _end(sample) for sample in self.samples]
         if isinstance(found, list):
@@ -140,7 +140,7 @@ class Capture:
 
     def axes(self, point: str, layer: int | None, ndim: int) -> tuple[str, ...]:
         """Names of the axes of `self[point, layer]`, which has `ndim`; of several streams those that the map says."""
-        axes = POINTS[point.partition(".")[0]].axes
+        axes = PointName.of(point).definition.axes
         several = axes == RESIDUAL_AXES and layer is not None and ndim != len(axes)
         return self.map.kind_of(layer).axes if several and layer is not None else axes
 

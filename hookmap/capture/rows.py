@@ -16,7 +16,7 @@ import torch
 from hookmap.capture.overflow import OVERFLOWS
 from hookmap.errors import SelectionError
 from hookmap.loading.prompts import known_ids, text_of
-from hookmap.maps.points import POINTS
+from hookmap.maps.points import POINTS, PointName
 
 Positions = str | slice | Sequence[int]
 Wanted = Callable[[int, int], bool]
@@ -143,7 +143,7 @@ class RowSelection:
     def refuse(self, points: Iterable[str]) -> None:
         """Raises SelectionError for points of which this selection means nothing."""
         for point in points:
-            name = point.partition(".")[0]
+            name = PointName.of(point).base
             if "key" in POINTS[name].axes and (self.one_row or self.features is not None):
                 raise SelectionError(f'{point} has a row for each query: no mean, "last" or features of it.')
             if name in NUMBERS and self.mean:

@@ -25,7 +25,7 @@ from hookmap.loading import generation as gen
 from hookmap.loading import skeleton
 from hookmap.loading.memory import MemoryUse
 from hookmap.loading.prompts import Prompt, decode
-from hookmap.maps.points import POINTS
+from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector
 
 log = logging.getLogger("hookmap")
@@ -343,7 +343,7 @@ def harvest_batches(
 
 def reads_attention(selectors: Sequence[Selector]) -> bool:
     """Whether a run of these reads attention weights, for which it computes attention in another way."""
-    return any("key" in POINTS[selector.point.partition(".")[0]].axes for selector in selectors)
+    return any("key" in PointName.of(selector.point).definition.axes for selector in selectors)
 
 
 Batches = tuple[tuple[tuple[int, ...], ...], str | None]

@@ -16,6 +16,7 @@ from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.locate import Tap, Tapper
 from hookmap.discovery.mixing import mixing
 from hookmap.discovery.values import Exposure, Values
+from hookmap.maps.points import PointName
 from hookmap.maps.relations import OWN, can_be_checked
 from hookmap.maps.templates import BranchInfo
 
@@ -390,10 +391,8 @@ class _Reader:
         attention = self._is_attention()
         for name in ("in", "out_raw", "out"):
             if attention:
-                for found in [
-                    n for n in self.points.taps if n.startswith(f"mixer_{name}") and n.split(".")[0] == f"mixer_{name}"
-                ]:
-                    self.points.taps[found.replace("mixer_", "attn_")] = self.points.taps[found]
+                for found in [PointName.of(n) for n in self.points.taps if PointName.of(n).base == f"mixer_{name}"]:
+                    self.points.taps[found.as_attention()] = self.points.taps[str(found)]
             if f"attn_{name}" not in self.points.taps:
                 self.points.unavailable[f"attn_{name}"] = (
                     self.points.unavailable.get(f"mixer_{name}", "")
@@ -475,7 +474,7 @@ class _Reader:
 
 
 def _base(name: str) -> str:
-    return name.partition(".")[0]
+    return PointName.of(name).base
 
 
 def _times(factor: float) -> str:

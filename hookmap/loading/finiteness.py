@@ -3,12 +3,14 @@
 import torch
 from torch import nn
 
+from hookmap.maps.points import PointName
+
 _STREAM = ("embed", "resid_pre", "mixer_out", "resid_mid", "mlp_out", "resid_post", "final_norm")
 
 
 def is_stream(point: str) -> bool:
     """Whether a point's rows are finite in a sound run: masked scores and words that are none may be infinite."""
-    return point.partition(".")[0] in _STREAM
+    return PointName.of(point).base in _STREAM
 
 
 def in_words(name: str, position: int, dtype: torch.dtype, module: nn.Module) -> str:

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from hookmap.maps.points import POINTS
+from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.templates import BlockKind, Frozen, PointTemplate
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -68,7 +68,7 @@ class MapContents(Frozen):
             raise ValueError(f"the kinds' layers must cover 0..{self.num_layers - 1} once each, found {found}")
         for kind in self.kinds:
             for name in (*kind.points, *kind.unavailable):
-                if name.partition(".")[0] not in POINTS:
+                if PointName.of(name).base not in POINTS:
                     raise ValueError(f"kind {kind.name!r} has the unknown point {name!r}")
         return self
 
@@ -81,4 +81,4 @@ class MapContents(Frozen):
         """Names of the points that exist on at least one layer, in the vocabulary's order."""
         found = {name for kind in self.kinds for name in kind.points} | set(self.model_points)
         order = {name: position for position, name in enumerate(POINTS)}
-        return tuple(sorted(found, key=lambda name: (order[name.partition(".")[0]], name)))
+        return tuple(sorted(found, key=lambda name: (order[PointName.of(name).base], name)))

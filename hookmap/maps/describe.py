@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from hookmap.maps.contents import MapContents
-from hookmap.maps.points import POINTS
+from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.selectors import layer_ranges
 from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 
@@ -85,7 +85,7 @@ def places(m: MapContents) -> list[tuple[str, tuple[int, ...], str]]:
     vocabulary = list(POINTS)
     found = [(names, layers, where) for (names, where), layers in rows.items()]
     found += [(name, (), _where(point)) for name, point in m.model_points.items()]
-    return sorted(found, key=lambda row: vocabulary.index(row[0].split(" ")[0].partition(".")[0]))
+    return sorted(found, key=lambda row: vocabulary.index(PointName.of(row[0].split(" ")[0]).base))
 
 
 def written(term: TermTemplate) -> str:

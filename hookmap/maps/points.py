@@ -6,6 +6,7 @@ Names are TransformerLens's without the `hook_` prefix. This module knows names 
 import difflib
 import re
 from dataclasses import dataclass
+from typing import Self
 
 RESIDUAL_AXES = ("batch", "pos", "d_model")
 HEADS_AXES = ("batch", "pos", "heads", "d_head")
@@ -93,22 +94,62 @@ _BLOCK_NAME = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
 @dataclass(frozen=True)
 class PointName:
+    """The parts of a point's name: `mlp_out.1` is the `mlp_out` of the MLP branch with number 1."""
+
+    base: str
+    number: str = ""
+    """empty for the first branch of its role, which has no number in its names"""
+
+    @classmethod
+    def of(cls, name: str) -> Self:
+        base, _, number = name.partition(".")
+        return cls(base, number)
+
+    def __str__(self) -> str:
+        return self.numbered(self.base)
+
+    @property
+    def definition(self) -> Point:
+        return POINTS[self.base]
+
+    def numbered(self, base: str) -> str:
+        """The name of another point of the same branch: `mlp_in` for `mlp_out.1` gives `mlp_in.1`."""
+        return f"{base}.{self.number}" if self.number else base
+
+    def end(self, name: str) -> str:
+        """The `in`, `out_raw` or `out` of the same branch: `out_raw` for `mlp_out.1` gives `mlp_out_raw.1`."""
+        return self.numbered(f"{self.base.partition('_')[0]}_{name}")
+
+    def as_mixer(self) -> str:
+        """`mixer_out` for `attn_out`; any other name unchanged."""
+        return self._renamed("attn_", "mixer_")
+
+    def as_attention(self) -> str:
+        """`attn_out` for `mixer_out`; any other name unchanged."""
+        return self._renamed("mixer_", "attn_")
+
+    def _renamed(self, old: str, new: str) -> str:
+        return self.numbered(new + self.base.removeprefix(old) if self.base.startswith(old) else self.base)
+
+
+@dataclass(frozen=True)
+class ParsedPoint:
     """A name as a user may write it: the point, and the layer where the name itself holds one."""
 
     point: str
     layer: int | None = None
 
 
-def parse_point(name: str) -> PointName | str:
+def parse_point(name: str) -> ParsedPoint | str:
     """The point that `name` (ours, TransformerLens's or nnterp's) means, or a sentence that says why none."""
     text = name.strip()
     layer = None
     if match := _BLOCK_NAME.match(text):
         layer, text = int(match[1]), match[2]
     point = _TRANSFORMER_LENS.get(text) or _NNTERP.get(text) or text
-    base, _, number = point.partition(".")
-    if base in POINTS and (not number or number.isdecimal()):
-        return PointName(point, layer)
+    parts = PointName.of(point)
+    if parts.base in POINTS and (not parts.number or parts.number.isdecimal()):
+        return ParsedPoint(point, layer)
     if text in _FALSE_FRIENDS:
         return _FALSE_FRIENDS[text]
     near = difflib.get_close_matches(text.removeprefix("hook_"), POINTS, n=3, cutoff=0.5)
@@ -119,7 +160,7 @@ def parse_point(name: str) -> PointName | str:
 def takes_layers(name: str) -> bool:
     """Whether layers are given beside this name: not of a point of the whole model, or where it holds one itself."""
     parsed = parse_point(name)
-    return isinstance(parsed, str) or (parsed.layer is None and POINTS[parsed.point.partition(".")[0]].per_layer)
+    return isinstance(parsed, str) or (parsed.layer is None and PointName.of(parsed.point).definition.per_layer)
 
 
 def transformer_lens_name(point: str, layer: int | None) -> str | None:

@@ -12,6 +12,8 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from hookmap.maps.points import PointName
+
 OWN = "other"
 FUNCTIONS = ("norm", "gate", "scale", "mix")
 
@@ -78,4 +80,4 @@ def can_be_checked(relation: str, known: Collection[str]) -> bool:
 
 def raw(point: str) -> str:
     """The bare output of the branch that adds `point`: mixer_out.1 -> mixer_out_raw.1."""
-    return point.replace("_out", "_out_raw", 1)
+    return PointName.of(point).end("out_raw")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from hookmap.errors import CaptureError, SelectionError
 from hookmap.maps.contents import MapContents
-from hookmap.maps.points import POINTS, parse_point, takes_layers
+from hookmap.maps.points import POINTS, PointName, parse_point, takes_layers
 from hookmap.maps.templates import Heads, PointTemplate
 
 
@@ -163,7 +163,7 @@ def select(
         parsed = parse_point(name)
         if isinstance(parsed, str):
             problems.append(parsed)
-        elif POINTS[parsed.point.partition(".")[0]].per_layer:
+        elif PointName.of(parsed.point).definition.per_layer:
             own = _parse_layers(architecture_map, its_layers if parsed.layer is None else [parsed.layer], problems)
             if not own and not problems:
                 problems.append(f"no layers given for {name}: name at least one, or 'all'")
@@ -185,7 +185,7 @@ def select(
         raise SelectionError(_report(architecture_map, list(dict.fromkeys(problems))))
     made = [of_template(architecture_map, point, layer, template) for (point, layer), template in wanted.items()]
     names_order = {name: position for position, name in enumerate(POINTS)}
-    return tuple(sorted(made, key=lambda s: (s.forward_index, names_order[s.point.partition(".")[0]], s.point)))
+    return tuple(sorted(made, key=lambda s: (s.forward_index, names_order[PointName.of(s.point).base], s.point)))
 
 
 def _asked(architecture_map: MapContents, points: Any, layers: Any, problems: list[str]) -> list[tuple[Any, Any]]:
@@ -201,7 +201,7 @@ def _asked(architecture_map: MapContents, points: Any, layers: Any, problems: li
         return found
     _parse_layers(architecture_map, layers, problems)  # what is wrong with them is told beside unknown points
     if _is_all(points):
-        points = [name for name in architecture_map.points if not POINTS[name.partition(".")[0]].deeper]
+        points = [name for name in architecture_map.points if not PointName.of(name).definition.deeper]
     elif isinstance(points, str) or not isinstance(points, Iterable):
         points = [points]
     return [(name, layers) for name in points]
@@ -213,7 +213,7 @@ def unavailable(architecture_map: MapContents, point: str, layer: int | None = N
     if isinstance(parsed, str):
         return parsed
     name = parsed.point
-    if not POINTS[name.partition(".")[0]].per_layer:
+    if not PointName.of(name).definition.per_layer:
         if name in architecture_map.model_points:
             return None
         return architecture_map.model_unavailable.get(name, "the dataflow shows no such tensor")

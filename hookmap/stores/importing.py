@@ -13,7 +13,7 @@ import torch
 
 from hookmap.activations import Activation, Key, Sample
 from hookmap.errors import StoreError
-from hookmap.maps.points import POINTS, parse_point
+from hookmap.maps.points import POINTS, PointName, parse_point
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.manifest import manifest_of_run
 
@@ -128,7 +128,7 @@ def _pair(point: str, layer: int | None) -> Key | None:
 
 def _base(point: str) -> str:
     """`attn_out` of `attn_out.1`."""
-    return point.partition(".")[0]
+    return PointName.of(point).base
 
 
 def _samples(value: Any, offsets: Any) -> list[torch.Tensor]:

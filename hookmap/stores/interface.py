@@ -16,7 +16,7 @@ import torch
 from hookmap import html
 from hookmap.activations import Activation, Key, Sample, Sink
 from hookmap.errors import SelectionError
-from hookmap.maps.points import POINTS, parse_point
+from hookmap.maps.points import PointName, parse_point
 
 Tokens: TypeAlias = "slice | Sequence[int] | None"
 """positions in a sample's own tokens: a slice, a range, a sequence of whole numbers, or None for all"""
@@ -142,7 +142,7 @@ class Store(ABC):
 
     def axes(self, point: str, layer: int | None, ndim: int) -> tuple[str, ...]:
         """Names of the axes of `self[point, layer]`, which has `ndim`; of `pattern` as it is stored, a row a query."""
-        axes = POINTS[point.partition(".")[0]].axes
+        axes = PointName.of(point).definition.axes
         return ("batch", "query", "heads", "key") if "key" in axes else axes
 
     def __repr__(self) -> str:
@@ -204,7 +204,7 @@ class Store(ABC):
         key = (parsed.point, layer)
         if key in self.keys:
             return key
-        if key[1] is None and POINTS[parsed.point.partition(".")[0]].per_layer and parsed.point in self.points:
+        if key[1] is None and PointName.of(parsed.point).definition.per_layer and parsed.point in self.points:
             raise SelectionError(f"{point} is a tensor of each layer: say which. {self._held()}")
         if key[1] is not None and (parsed.point, None) in self.keys:
             raise SelectionError(f"{point} is a tensor of the whole model and has no layer. {self._held()}")

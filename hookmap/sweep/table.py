@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import get_args
 
-from hookmap.maps.points import POINTS
+from hookmap.maps.points import PointName
 from hookmap.sweep.build import Entry, Kind, Status
 
 _HEAD = """\
@@ -81,8 +81,9 @@ def _missing(entry: Entry) -> str:
     everything = [(entry.model_missing, True), *((kind.missing, bool(kind.points)) for kind in entry.kinds)]
     for missing, called in everything:
         for point, reason in missing.items():
-            alias = point.startswith("attn_") and f"mixer_{point[5:]}" in missing
-            if not reason.startswith(_OBVIOUS) and not alias and not POINTS[point.partition(".")[0]].deeper:
+            mixer = PointName.of(point).as_mixer()
+            alias = mixer != point and mixer in missing
+            if not reason.startswith(_OBVIOUS) and not alias and not PointName.of(point).definition.deeper:
                 reasons.setdefault(reason, {})[point if called else "every point of some layers"] = None
     lines = [f"{', '.join(f'`{p}`' for p in points)}: {why}" for why, points in reasons.items()]
     return "<br>".join([*filter(None, [entry.detail]), *lines])[:900]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hookmap.loading import skeleton
 from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.points import PointName
 from hookmap.maps.relations import parse
 from hookmap.maps.selectors import Term
 from hookmap.maps.templates import BlockKind
@@ -48,7 +49,7 @@ class _Inside(CheckedRun):
         wrong = []
         for kind in self.map.kinds:
             for point, template in kind.points.items():
-                name, terms = point.partition(".")[0].replace("attn_", "mixer_"), template.terms
+                name, terms = PointName.of(PointName.of(point).as_mixer()).base, template.terms
                 if name in _ONE_TENSOR and (len(terms) > 1 or terms[0].scale != 1):
                     wrong.append(f"{point} is a sum or has a factor")
                 elif name.endswith("_raw") and not self._returned(kind, point):
@@ -62,8 +63,8 @@ class _Inside(CheckedRun):
         Or a sum, as of two mixers or a branch with a residual of its own: then `mixer_out` is a multiple of it.
         """
         terms, branch = kind.points[point].terms, kind.mlp if point.startswith("mlp") else kind.mixer
-        names = (point, point.replace("_raw", ""), point.replace("out_raw", "in"))
-        raw, out, read = (self.values.get((name, kind.layers[0])) for name in names)
+        ends = (PointName.of(point).end(name) for name in ("out_raw", "out", "in"))
+        raw, out, read = (self.values.get((name, kind.layers[0])) for name in ends)
         if any(term.scale != 1 for term in terms) or len(set(terms)) < len(terms):
             return False
         if len(terms) > 1:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hookmap.loading import skeleton
 from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, Term, of_template
 from hookmap.maps.templates import BlockKind
 from hookmap.verification.runner import CheckedRun, Error, Key, Result
@@ -46,10 +47,10 @@ def checks_reads(
 def _pairs(kind: BlockKind) -> Iterator[tuple[str, str]]:
     """What each branch reads -> its bare output, or what it adds where no boundary exposes that."""
     for point in kind.points:
-        name, _, number = point.partition(".")
-        if name not in ("mixer_in", "mlp_in") or number == "0":
+        name = PointName.of(point)
+        if name.base not in ("mixer_in", "mlp_in") or name.number == "0":
             continue
-        raw, out = (point.replace("_in", end) for end in ("_out_raw", "_out"))
+        raw, out = name.end("out_raw"), name.end("out")
         if raw in kind.points or out in kind.points:
             yield point, raw if raw in kind.points else out
 

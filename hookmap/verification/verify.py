@@ -22,6 +22,7 @@ from hookmap.loading import skeleton
 from hookmap.loading.finiteness import in_words, is_stream
 from hookmap.loading.narrow import narrow_copy
 from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, select
 from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 from hookmap.stores.ledger import tensor_name
@@ -470,7 +471,7 @@ class _Verifier:
     def _second_names(self, values: dict[Key, Tensor]) -> Iterator[Check]:
         """`attn_in` is `mixer_in` where the mixer is attention; `resid_mid` is `mlp_in` where no norm is between."""
         post = [layer for kind in self.map.kinds if kind.norm_placement == "post" for layer in kind.layers]
-        names = {point: point.replace("attn_", "mixer_", 1) for point, _ in values if point.startswith("attn_")}
+        names = {point: first for point, _ in values if (first := PointName.of(point).as_mixer()) != point}
         for point, first in (*sorted(names.items()), ("resid_mid", "mlp_in")):
             layers = [i for name, i in values if i is not None and name == point and (point in names or i in post)]
             errors = [self._error(values.get((first, i)), values[point, i]) for i in layers]

@@ -15,7 +15,7 @@ from hookmap.activations import Key, Sample
 from hookmap.capture.finiteness import kept_in
 from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.errors import SelectionError
-from hookmap.maps.points import POINTS
+from hookmap.maps.points import PointName
 from hookmap.stores.interface import Store, position_of
 from hookmap.stores.ledger import tensor_name
 
@@ -111,7 +111,7 @@ def matrices(
 
     `chosen`: the positions that a pool is of. `lengths`: told of the rows of each mean.
     """
-    if "key" in POINTS[key[0].partition(".")[0]].axes:
+    if "key" in PointName.of(key[0]).definition.axes:
         raise SelectionError(f"{key[0]} is as wide as its sample is long: a probe needs rows of one width.")
     width = store.rows_at(numbers[0], key, [0]).numel()
     size = len(numbers) * width * 4

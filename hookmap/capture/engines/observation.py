@@ -17,7 +17,7 @@ from hookmap.capture.engines.transfer import Transfer
 from hookmap.capture.overflow import Overflow, in_words
 from hookmap.capture.rows import DTYPES, NUMBERS, RowSelection
 from hookmap.errors import CaptureError
-from hookmap.maps.points import POINTS
+from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.selectors import Selector, Term
 
 Side = Literal["input", "output"]
@@ -350,7 +350,7 @@ class Observer:
         return PassRows(len(columns), new, tuple(columns), first, whole, empty=not any(columns))
 
     def _collector(self, selector: Selector, keys: int | None) -> Collector:
-        name = selector.point.partition(".")[0]
+        name = PointName.of(selector.point).base
         dtype = None if self.selection.dtype is None or name in NUMBERS else DTYPES[self.selection.dtype]
         deliver = self._deliver_of(selector)
         if "key" in POINTS[name].axes:
@@ -370,7 +370,7 @@ class Observer:
 
 def of_logits(selector: Selector) -> bool:
     """Whether it is of the logits, which a model may be told to compute for some tokens only."""
-    return "d_vocab" in POINTS[selector.point.partition(".")[0]].axes
+    return "d_vocab" in PointName.of(selector.point).definition.axes
 
 
 def add_terms(terms: Sequence[Term], tensors: Sequence[torch.Tensor]) -> torch.Tensor:

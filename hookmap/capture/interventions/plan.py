@@ -28,7 +28,7 @@ from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.errors import HookmapError, InterventionError, SelectionError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import Prompt
-from hookmap.maps.points import POINTS, parse_point
+from hookmap.maps.points import PointName, parse_point
 from hookmap.maps.selectors import Selector, layer_ranges, select
 
 
@@ -261,7 +261,7 @@ class _Planner:
 
 def why_not_heads(heads: tuple[int, ...], point: str, row: tuple[int, ...]) -> str | None:
     """Why these are no heads of a point with such rows; None where they are."""
-    if "heads" not in POINTS[point.partition(".")[0]].axes:
+    if "heads" not in PointName.of(point).definition.axes:
         return f"heads {list(heads)}: {point} has no heads."
     if not heads:
         return "no heads given: name at least one, or leave heads out."

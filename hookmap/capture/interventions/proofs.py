@@ -21,6 +21,7 @@ from hookmap.capture.interventions.writable import refusal
 from hookmap.capture.runs import device_of, running
 from hookmap.loading.finiteness import is_stream
 from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, select
 from hookmap.maps.templates import BlockKind
 
@@ -61,7 +62,7 @@ class Proofs:
         """Whether this point is written right in this kind of block."""
         kind = None if selector.layer is None else self._map.kind_of(selector.layer)
         with self._lock, running(self._engine):
-            return self._proof(_plain(selector.point), kind)
+            return self._proof(PointName.of(selector.point).as_mixer(), kind)
 
     def _proof(self, point: str, kind: BlockKind | None) -> Proof:
         key = (point, "" if kind is None else kind.name)
@@ -98,12 +99,13 @@ class Proofs:
 
     def _leaks(self, point: str, kind: BlockKind, selector: Selector) -> str | None:
         """With the branch's output put back, what was written inside the branch must not be seen behind it."""
-        base, _, number = point.partition(".")
-        branch = next((branch for branch, inside in _INSIDE.items() if base in inside and base not in _OUTS), None)
+        name = PointName.of(point)
+        inside = [branch for branch, points in _INSIDE.items() if name.base in points and name.base not in _OUTS]
+        branch = next(iter(inside), None)
         if branch is None:
             return None
-        out = _numbered(f"{branch}_out", number, kind)
-        if out is None or refusal(back := self._selector(out, kind)):
+        out = name.numbered(f"{branch}_out")
+        if out not in kind.points or refusal(back := self._selector(out, kind)):
             return None  # a sum of terms: the relations of the block were held against it
         plain, other = self._run("plain", kind), self._run("changed", kind)
         where = (selector.point, selector.layer)
@@ -125,10 +127,10 @@ class Proofs:
 
     def _source(self, point: str, kind: BlockKind) -> str:
         """Where the other run is changed: where the branch reads, if it is proved that nothing else changes then."""
-        base, _, number = point.partition(".")
+        name = PointName.of(point)
         for branch, inside in _INSIDE.items():
-            reads = _numbered(f"{branch}_in", number, kind)
-            if base in inside[1:] and reads is not None:
+            reads = name.numbered(f"{branch}_in")
+            if name.base in inside[1:] and reads in kind.points:
                 return reads if self._proof(reads, kind).reason is None else "changed"
         return "changed"
 
@@ -193,17 +195,17 @@ class _Compared:
         return (
             _read_back(self.selector, self.after[where], self.other[where])
             or self._untouched(point)
-            or self._effect(point.partition(".")[0])
+            or self._effect(PointName.of(point).base)
         )
 
     def _untouched(self, point: str) -> str | None:
         """What stands before the point, or in the other of two parallel branches, is as it was."""
-        base, order = point.partition(".")[0], self.kind.points[point].order
+        base, order = PointName.of(point).base, self.kind.points[point].order
         if base.startswith("resid_"):
             return None
         own = next(inside for inside in _INSIDE.values() if base in inside)
         for name, template in self.kind.points.items():
-            other = _plain(name).partition(".")[0]
+            other = PointName.of(PointName.of(name).as_mixer()).base
             beside = self.kind.branch_order == "parallel" and not other.startswith("resid_") and other not in own
             same = other == base or (other in _OUTS and base in _OUTS and other in own)
             sums_it = len(template.terms) > 1 and set(template.terms) & set(self.kind.points[point].terms)
@@ -215,7 +217,7 @@ class _Compared:
         return None
 
     def _effect(self, base: str) -> str | None:
-        number = self.selector.point.partition(".")[2]
+        name = PointName.of(self.selector.point)
         layer = self.selector.layer
         if base == "resid_post":
             behind = [key for key in self.plain if key[1] != layer]
@@ -226,11 +228,11 @@ class _Compared:
         if base.startswith("resid_"):
             reader = "resid_post"
         elif reader is not None:
-            reader = _numbered(reader, number, self.kind)
+            reader = name.numbered(reader)
         if reader is not None and reader in self.kind.points:
             return self._not_as_in_other((reader, layer))
-        own = _numbered("mixer_out_raw" if base in _INSIDE["mixer"] else "mlp_out_raw", number, self.kind)
-        reaches = own or "resid_post"
+        own = name.numbered("mixer_out_raw" if base in _INSIDE["mixer"] else "mlp_out_raw")
+        reaches = own if own in self.kind.points else "resid_post"
         return None if self._moved(reaches) else f"nothing reads it there any more: {reaches} stays as it was"
 
     def _not_as_in_other(self, key: tuple[str, int | None]) -> str | None:
@@ -246,7 +248,7 @@ class _Compared:
         wrong = self._not_as_in_other(("resid_post", self.selector.layer)) if only_this_branch_differs else None
         if wrong is not None or (base.endswith("_raw") and only_this_branch_differs):
             return wrong
-        out = self.selector.point.replace("_raw", "")
+        out = PointName.of(self.selector.point).end("out")
         if base.endswith("_raw") and out in self.kind.points and not self._same_tensor(self.selector.point, out):
             return self._not_as_in_other((out, self.selector.layer))  # only its norm stands between them
         return self._sums(none_is_fine=only_this_branch_differs)
@@ -254,7 +256,7 @@ class _Compared:
     def _sums(self, none_is_fine: bool) -> str | None:
         """Where a sum has this branch as a term, it changed by as much as the branch."""
         layer, own = self.selector.layer, self.kind.points[self.selector.point].terms
-        names = {_plain(name) for name, point in self.kind.points.items() if point.terms == own}
+        names = {PointName.of(name).as_mixer() for name, point in self.kind.points.items() if point.terms == own}
         for relation in self.kind.relations:
             total, _, right = relation.partition(" = ")
             terms = [term for term in _terms(right) if (term, layer) in self.plain]
@@ -309,17 +311,6 @@ def _difference(found: torch.Tensor, expected: torch.Tensor | int) -> float:
 def _tolerance(like: torch.Tensor) -> float:
     """Of a relative difference, where the model rounds."""
     return 1e-4 if like.dtype in (torch.float32, torch.float64) else 4e-2
-
-
-def _numbered(name: str, number: str, kind: BlockKind) -> str | None:
-    """`mlp_out.1` for a point of number 1, where the kind has it; without a number the bare name."""
-    full = f"{name}.{number}" if number else name
-    return full if full in kind.points else None
-
-
-def _plain(point: str) -> str:
-    """`attn_out` is `mixer_out`, where the mixer is attention."""
-    return point.replace("attn_", "mixer_")
 
 
 def _put(selector: Selector, value: torch.Tensor) -> Edit:

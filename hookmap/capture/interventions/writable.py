@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from hookmap.errors import InterventionError
-from hookmap.maps.points import POINTS
+from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.selectors import Selector, Term
 
 Mode = Literal["replace", "in place"]
@@ -28,7 +28,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 def refusal(selector: Selector) -> str | None:
     """Why a point of this shape can never be written; None where it can. What can is still proved: see `proofs`."""
-    name = selector.point.partition(".")[0]
+    name = PointName.of(selector.point).base
     if "key" in POINTS[name].axes:
         return "the model has used the attention weights before any module shows them: write z or v"
     if name == "router_indices":

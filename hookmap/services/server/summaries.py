@@ -17,7 +17,7 @@ from hookmap.capture.engines.observation import Observer
 from hookmap.capture.rows import NUMBERS
 from hookmap.errors import HookmapError
 from hookmap.maps.document import ArchitectureMap
-from hookmap.maps.points import POINTS
+from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.selectors import Selector
 from hookmap.model import HookedModel
 from hookmap.services.server.errors import bad
@@ -92,7 +92,7 @@ def summary_of(asked: SummaryRequest, architecture_map: ArchitectureMap) -> Summ
 
 def _refusal(point: str, of: str) -> str | None:
     """Why there is no such figure of a point; None where there is."""
-    name = point.partition(".")[0]
+    name = PointName.of(point).base
     if not POINTS[name].per_layer:
         return f"{point} is not of a layer."
     if "key" in POINTS[name].axes or name in NUMBERS:
