@@ -21,8 +21,8 @@ from machine import describe
 from narrow import ALL, FEW, build
 
 import hookmap
+from hookmap.capture.batches import harvest_batches, padded
 from hookmap.capture.engines.pass_rows import BatchLayout
-from hookmap.capture.runs import harvest_batches, padded
 from hookmap.loading.prompts import Prompt
 
 

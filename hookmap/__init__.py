@@ -24,7 +24,7 @@ from hookmap.errors import (
 )
 
 if TYPE_CHECKING:
-    from hookmap.capture.prepare import Capture
+    from hookmap.capture.result import Capture
     from hookmap.datasets.records import load_prompts
     from hookmap.discovery.discover import discover
     from hookmap.discovery.library import load_map
@@ -67,7 +67,7 @@ __all__ = [
 # Public name -> the module that holds it, imported when the name is first used (PEP 562).
 _HOMES = {
     "ArchitectureMap": "hookmap.maps.document",
-    "Capture": "hookmap.capture.prepare",
+    "Capture": "hookmap.capture.result",
     "Selector": "hookmap.maps.selectors",
     "discover": "hookmap.discovery.discover",
     "load_map": "hookmap.discovery.library",

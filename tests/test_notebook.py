@@ -9,7 +9,7 @@ import torch
 
 import hookmap
 from hookmap.activations import Activation, Sample
-from hookmap.capture.prepare import Capture
+from hookmap.capture.result import Capture
 from hookmap.demo import MODEL_PATH
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import parse

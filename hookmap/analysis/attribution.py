@@ -20,7 +20,7 @@ from hookmap.analysis.lens import token_id, token_text, where
 from hookmap.analysis.unembedding import Unembedding, apply, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import not_finite
-from hookmap.capture.prepare import Capture
+from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
 from hookmap.maps.points import PointName
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hookmap.capture.prepare import Capture
+from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
 from hookmap.loading import skeleton
 

@@ -13,7 +13,7 @@ from hookmap.analysis.grid import Grid
 from hookmap.analysis.unembedding import Unembedding, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import check_rows, not_finite
-from hookmap.capture.prepare import Capture
+from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
 from hookmap.loading.prompts import text_of
 from hookmap.maps.points import PointName, parse_point

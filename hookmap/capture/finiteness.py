@@ -9,7 +9,7 @@ from hookmap.activations import Activation, Key, Sample
 from hookmap.capture.engines import Engine
 from hookmap.capture.engines.observation import Observer
 from hookmap.capture.engines.pass_rows import BatchLayout
-from hookmap.capture.runs import device_of, running
+from hookmap.capture.run import device_of, running
 from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen
 from hookmap.loading.finiteness import in_words, is_stream

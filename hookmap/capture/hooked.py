@@ -8,24 +8,19 @@ from typing import Any, Literal
 
 from torch import nn
 
+from hookmap.capture.batches import Batches, batches, generation_batches, harvest_batches
 from hookmap.capture.engines import Engine
 from hookmap.capture.engines.hooks import HooksEngine
 from hookmap.capture.estimate import Estimate, estimate
 from hookmap.capture.interventions.documents import read_interventions
 from hookmap.capture.interventions.plan import Plan, plan
 from hookmap.capture.interventions.proofs import Proofs
+from hookmap.capture.options import Progress
 from hookmap.capture.padding import Pads, whole_batch_limit
-from hookmap.capture.prepare import BATCH_SIZE, BATCH_TOKENS, Capture, Prepared, prepare
+from hookmap.capture.prepare import BATCH_SIZE, BATCH_TOKENS, Prepared, prepare
+from hookmap.capture.result import Capture
 from hookmap.capture.rows import Positions, RowSelection, matching_tokens, row_selection
-from hookmap.capture.runs import (
-    Batches,
-    Progress,
-    batches,
-    generation_batches,
-    harvest_batches,
-    reads_attention,
-    vocabulary_of,
-)
+from hookmap.capture.run import reads_attention, vocabulary_of
 from hookmap.errors import CaptureError
 from hookmap.loading.chat_template import Chat, Templating
 from hookmap.loading.generating_root import generating_root

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
+from hookmap.capture.batches import Generating, Harvesting
 from hookmap.capture.engines import Engine
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.rows import RowSelection
-from hookmap.capture.runs import Generating, Harvesting, Run, device_of, running, vocabulary_of
+from hookmap.capture.run import Run, device_of, running, vocabulary_of
 from hookmap.loading import generation as gen
 from hookmap.loading.float64 import as_it_was, in_float64
 from hookmap.loading.memory import MemoryUse

@@ -8,7 +8,7 @@ from support import plain_hooks
 from support.plain_hooks import FAMILIES, LAYERS, Reference
 
 import hookmap
-from hookmap.capture.prepare import Capture
+from hookmap.capture.result import Capture
 from hookmap.loading.generation import own_seed
 from hookmap.model import HookedModel
 

@@ -14,7 +14,7 @@ from support.plain_hooks import FAMILIES
 from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 import hookmap
-from hookmap.capture.runs import Progress
+from hookmap.capture.options import Progress
 from hookmap.loading.generation import own_seed
 from hookmap.model import HookedModel
 

@@ -12,7 +12,7 @@ from support import plain_hooks
 from support.plain_hooks import FAMILIES, LAYERS
 
 import hookmap
-from hookmap.capture.runs import harvest_batches
+from hookmap.capture.batches import harvest_batches
 from hookmap.model import HookedModel
 
 RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]

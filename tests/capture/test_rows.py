@@ -9,7 +9,7 @@ from support import plain_hooks
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
-from hookmap.capture.prepare import Capture
+from hookmap.capture.result import Capture
 from hookmap.capture.rows import row_selection
 from hookmap.model import HookedModel
 from hookmap.stores.memory import MemoryStore

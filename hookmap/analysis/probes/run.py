@@ -21,7 +21,7 @@ from hookmap.analysis.probes.metrics import Floats, Ints, Labels, calibration, i
 from hookmap.analysis.probes.pooling import RowLengths, chosen_positions, matrices, places
 from hookmap.analysis.probes.report import Report, number
 from hookmap.analysis.probes.saved import About, Probes
-from hookmap.capture.prepare import Capture
+from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
 from hookmap.stores.interface import Store
 

@@ -18,7 +18,7 @@ from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.finiteness import why_not_finite
 from hookmap.capture.interventions.edits import Changing, Edit, Editor, Where
 from hookmap.capture.interventions.writable import refusal
-from hookmap.capture.runs import device_of, running
+from hookmap.capture.run import device_of, running
 from hookmap.loading.finiteness import is_stream
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName

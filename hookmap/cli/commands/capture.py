@@ -16,7 +16,7 @@ from hookmap.cli.one_prompt import DEFAULT_PROMPT
 from hookmap.cli.prompts_file import prompt_options, read_prompts
 
 if TYPE_CHECKING:
-    from hookmap.capture.runs import Progress
+    from hookmap.capture.options import Progress
     from hookmap.model import HookedModel
     from hookmap.services.ray.model import RayModel
 

@@ -19,8 +19,10 @@ from uuid import uuid4
 
 from hookmap.capture.estimate import Estimate, check_room
 from hookmap.capture.interventions.documents import read_interventions
-from hookmap.capture.prepare import Capture, say_apart
-from hookmap.capture.runs import Progress, log
+from hookmap.capture.options import Progress
+from hookmap.capture.prepare import say_apart
+from hookmap.capture.result import Capture
+from hookmap.capture.run import log
 from hookmap.discovery.library import given_map
 from hookmap.errors import CaptureError, InterventionError, ModelError, StoreError
 from hookmap.loading.chat_template import Chat, Templating

@@ -13,9 +13,9 @@ from transformers import StoppingCriteria
 
 from hookmap.activations import Activation, Sample, Sink
 from hookmap.analysis.unembedding import Unembedding
+from hookmap.capture.batches import Generating
 from hookmap.capture.engines.observation import Observer
 from hookmap.capture.engines.pass_rows import BatchLayout
-from hookmap.capture.runs import Generating
 from hookmap.loading import generation as gen
 from hookmap.loading.prompts import Prompt
 from hookmap.services.server.echo import Echo

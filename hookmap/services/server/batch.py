@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
+from hookmap.capture.batches import generating, padded
 from hookmap.capture.engines.pass_rows import BatchLayout
-from hookmap.capture.runs import device_of, generating, padded, running
+from hookmap.capture.run import device_of, running
 from hookmap.loading import generation as gen
 from hookmap.loading.memory import MemoryUse
 from hookmap.loading.wrappers import generate_of

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from hookmap.capture.rows import RowSelection
-from hookmap.capture.runs import device_of
+from hookmap.capture.run import device_of
 from hookmap.loading.memory import MemoryUse
 from hookmap.model import HookedModel
 from hookmap.services.server.answering import Answering, Gathered

@@ -1,0 +1,183 @@
+"""Batches of prompts through the model: generating, or harvesting one forward pass over given texts."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from hookmap.activations import Sink
+from hookmap.capture.engines.observation import Observer
+from hookmap.capture.engines.pass_rows import BatchLayout
+from hookmap.capture.interventions.edits import Editor
+from hookmap.capture.run import Run
+from hookmap.errors import CaptureError
+from hookmap.loading import generation as gen
+from hookmap.loading.prompts import Prompt
+
+WINDOW = 4096
+"""prompts that a harvest sorts by length at a time, so that it is no more than these out of order"""
+
+
+@dataclass
+class Generating(Run):
+    """A batch is one `generate`: text, tokens and every tensor come out of the same forward passes."""
+
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def batch(self, numbers: Sequence[int], sink: Sink) -> None:
+        """See `Run.batch`."""
+        prompts = [self.prompts[number] for number in numbers]
+        layout = BatchLayout(tuple(numbers), tuple(len(prompt.token_ids) for prompt in prompts))
+        observer = self._observer(layout, sink)
+        editor = self._editor(observer)
+
+        observers = [observer] if editor is None or editor.before is None else [observer, editor.before]
+
+        def tell(columns: int, finished: list[bool]) -> None:
+            with contextlib.ExitStack() as aside:
+                for each in observers:
+                    each.sampled(columns, finished)
+                    aside.enter_context(each.aside())
+                self._show(columns - layout.width)
+
+        finished = gen.Finished(self.config, self.stop, self.tokenizer, tell)
+        with self._turn():
+            inputs = self._inputs(prompts, layout, finished)
+            sequences = self._generate(observer, inputs, editor)
+        if not torch.equal(sequences[:, : layout.width].cpu(), inputs["input_ids"].cpu()):
+            raise CaptureError(
+                f"{type(self.engine.runner).__name__}.generate ran on other tokens than the prompt's: its rows are not "
+                "the prompt's. Give the prompt as the model reads it, and generate without what changes it."
+            )
+        counts = observer.finish(sequences.shape[1])
+        self._count(observer)
+        if editor is not None:
+            editor.finish()
+        self._end(editor, sequences.shape[1])
+        for row, prompt in enumerate(prompts):
+            self._finish(
+                sink, observer, row, prompt, sequences[row, layout.width : layout.width + counts[row]].tolist()
+            )
+
+    def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: gen.Finished) -> dict[str, Any]:
+        inputs = padded([prompt.token_ids for prompt in prompts], layout, self.config.pad_token_id, self.device)
+        inputs = generating(self.engine.root, inputs, self.config, self.tokenizer)
+        inputs |= {"generation_config": self.config, "stopping_criteria": [finished]}
+        if self.seed is not None and self.config.do_sample:
+            own = [gen.own_generator(self.seed, number, self.device) for number in layout.samples]
+            inputs["custom_generate"] = gen.OwnDraws(own)
+        return inputs
+
+    def _generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None) -> torch.Tensor:
+        draws = inputs.get("custom_generate")
+        try:
+            with draws.expected(self.engine.module) if draws else contextlib.nullcontext():
+                return self.engine.generate(observer, inputs, editor)
+        except ValueError as error:  # settings that transformers looks at only now, such as temperature=0
+            said = f"transformers does not generate with these settings: {error}"
+            if " Cache " in said:  # such as that of a model without attention
+                said += " Its cache is what fails here: use_cache=False generates without one."
+            raise CaptureError(said) from error
+        except IndexError as error:
+            self._too_long(inputs["input_ids"].shape[1] + self.max_new_tokens, error)
+            raise
+
+
+@dataclass
+class Harvesting(Run):
+    """A batch is one forward pass over texts of about one length. Padded behind: no token of a text sees a pad."""
+
+    def batch(self, numbers: Sequence[int], sink: Sink) -> None:
+        """See `Run.batch`."""
+        prompts = [self.prompts[number] for number in numbers]
+        layout = BatchLayout(tuple(numbers), tuple(len(prompt.token_ids) for prompt in prompts), right=True)
+        observer = self._observer(layout, sink)
+        editor = self._editor(observer)
+        inputs = padded([prompt.token_ids for prompt in prompts], layout, 0, self.device)
+        inputs |= {"use_cache": False, **without_loss(self.engine.root)}
+        with self._turn():
+            try:
+                self.engine.forward(observer, inputs, editor)
+            except IndexError as error:
+                self._too_long(layout.width, error)
+        observer.finish(layout.width)
+        self._count(observer)
+        self._end(editor, layout.width)
+        for row, prompt in enumerate(prompts):
+            self._finish(sink, observer, row, prompt, [])
+
+
+def padded(rows: Sequence[Sequence[int]], layout: BatchLayout, pad: int, device: torch.device) -> dict[str, Any]:
+    """`input_ids` and `attention_mask`, [batch, width], of these token ids."""
+    ids = torch.full((len(rows), layout.width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        place = slice(layout.pads(row), layout.pads(row) + len(tokens))
+        ids[row, place] = torch.tensor(tokens)
+        mask[row, place] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def generating(root: Any, inputs: dict[str, Any], config: GenerationConfig, tokenizer: Any) -> dict[str, Any]:
+    """What `generate` is given for these inputs: transformers refuses what the model does not use."""
+    used = {name for each in (root.prepare_inputs_for_generation, root.forward) for name in signature(each).parameters}
+    given = {name: value for name, value in inputs.items() if name == "input_ids" or name in used}
+    if config.stop_strings:
+        given["tokenizer"] = tokenizer
+    return given | without_loss(root)
+
+
+def without_loss(root: Any) -> dict[str, bool]:
+    """A config may ask for the loss of the routers, which counts pads in no way that works; a capture reads none."""
+    configs = (root.config, root.config.get_text_config())
+    return {"output_router_logits": False} if any(getattr(c, "output_router_logits", False) for c in configs) else {}
+
+
+def generation_batches(lengths: Sequence[int], size: int, may_pad: bool = True) -> Iterator[tuple[int, ...]]:
+    """Numbers of the prompts that run together: neighbours; of one length, where the model may not be padded."""
+    groups: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        groups.setdefault(0 if may_pad else length, []).append(number)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            yield tuple(group[start : start + size])
+
+
+def harvest_batches(
+    lengths: Sequence[int], tokens: int, size: int | None = None, may_pad: bool = True
+) -> Iterator[tuple[int, ...]]:
+    """Numbers of the texts that run together: of about one length, `tokens` at most with their pads.
+
+    A text that is longer than `tokens` runs alone. `size`: texts at most. may_pad: else they are of exactly one length.
+    """
+    for start in range(0, len(lengths), WINDOW):
+        batch: list[int] = []
+        for number in sorted(range(start, min(start + WINDOW, len(lengths))), key=lambda n: lengths[n]):
+            full = lengths[number] * (len(batch) + 1) > tokens or len(batch) == size
+            if batch and (full or (not may_pad and lengths[number] != lengths[batch[0]])):
+                yield tuple(batch)
+                batch = []
+            batch.append(number)
+        if batch:
+            yield tuple(batch)
+
+
+Batches = tuple[tuple[tuple[int, ...], ...], str | None]
+"""numbers of the prompts that run together; why those of different lengths run apart, where they do"""
+
+
+def batches(
+    lengths: Sequence[int], make: Callable[[bool], Iterator[tuple[int, ...]]], why_apart: Callable[[], str | None]
+) -> Batches:
+    """`make`: the batches, padded or not. `why_apart`: asked only where a batch would have pads."""
+    padded = tuple(make(True))
+    if all(len({lengths[number] for number in batch}) == 1 for batch in padded):
+        return padded, None
+    reason = why_apart()
+    return (padded, None) if reason is None else (tuple(make(False)), reason)

@@ -1,0 +1,147 @@
+"""What a capture gives: its texts, tokens and tensors, in memory or in a folder."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hookmap.activations import Key, Sample
+from hookmap.errors import SelectionError
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.points import RESIDUAL_AXES, PointName, parse_point
+from hookmap.maps.selectors import Selector
+from hookmap.stores.folder import write_store
+from hookmap.stores.interface import Store, as_html, completions, place_of
+from hookmap.stores.manifest import Manifest
+
+
+class Capture:
+    """A run: its texts, its tokens, and a tensor for each point and layer, read from memory or from its folder."""
+
+    def __init__(
+        self, store: Store, selectors: Sequence[Selector], architecture_map: ArchitectureMap, manifest: Manifest
+    ) -> None:
+        self.store = store
+        self.selectors = tuple(selectors)
+        self.map = architecture_map
+        self.manifest = manifest
+        self.before: Capture | None = None
+        """the same rows as they were right before the interventions, where they were asked for"""
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """One for each prompt, in their order."""
+        return self.store.samples
+
+    @property
+    def texts(self) -> list[str]:
+        """What was generated for each prompt, without the prompt and without special tokens."""
+        return self.store.texts
+
+    @property
+    def tokens(self) -> list[tuple[int, ...]]:
+        """The token ids of each prompt and what was generated after it."""
+        return self.store.tokens
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """The (point, layer) pairs captured, in forward order."""
+        return self.store.keys
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Names of the points captured, each once, in forward order."""
+        return self.store.points
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers captured, ascending."""
+        return self.store.layers
+
+    def steps(self, sample: int = 0) -> tuple[int, ...]:
+        """For each row of a sample, the step that made it: 0 for the prompt's rows, n for the n-th generated token."""
+        found = self.store.sample(sample)
+        if found.positions == "mean":
+            raise SelectionError(f"sample {sample} is one mean over positions: its row has no step.")
+        positions = range(found.rows) if found.positions is None else found.positions
+        return tuple(max(0, position - found.prompt_tokens + 1) for position in positions)
+
+    def __getitem__(self, where: str | tuple[str, int | None]) -> torch.Tensor | list[torch.Tensor]:
+        """`run["resid_mid", 8]`: [batch, pos, d] where all samples have as many rows, else a list of [pos, d].
+
+        `run["pattern", 8]` is [batch, heads, query, key], or a list of [heads, query, key].
+        `run["blocks.8.hook_resid_mid"]` and `run["logits"]` are understood too, and negative layers count from the
+        end. Raises SelectionError where it was not captured.
+        """
+        key = self.key(*place_of(where))
+        found = self.store[key]
+        if "key" not in PointName.of(key[0]).definition.axes:
+            return found
+        ends = [sample.rows if sample.positions is None else _end(sample) for sample in self.samples]
+        if isinstance(found, list):
+            return [rows[..., :end].movedim(1, 0) for rows, end in zip(found, ends, strict=True)]
+        return found[..., : max(ends)].movedim(2, 1)
+
+    def read(
+        self, sample: int, point: str, layer: int | None = None, tokens: slice | Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Rows of one sample, [pos, d], without reading the others; of `pattern` [query, heads, key], zeros behind."""
+        return self.store.read(sample, *self.key(point, layer), tokens)
+
+    def to_xarray(self, point: str, layer: int | None = None, sample: int | None = None) -> Any:
+        """`run.to_xarray("resid_mid", 8)`: a DataArray with the axes batch, pos, d_model (`z`: batch, pos, heads, …).
+
+        Without `layer`, every layer captured, with the axis layer in front; with `sample`, that one alone, without
+        batch. The coordinates are samples' numbers, layers and tokens' positions. bfloat16 becomes float32, exactly.
+        Raises SelectionError where samples have different numbers of rows, CaptureError without xarray.
+        """
+        from hookmap.stores.xarray import to_xarray
+
+        return to_xarray(self, point, layer, sample)
+
+    def sample(self, number: int) -> Sample:
+        """The sample with this number. Raises SelectionError where there is none."""
+        return self.store.sample(number)
+
+    def axes(self, point: str, layer: int | None, ndim: int) -> tuple[str, ...]:
+        """Names of the axes of `self[point, layer]`, which has `ndim`; of several streams those that the map says."""
+        axes = PointName.of(point).definition.axes
+        several = axes == RESIDUAL_AXES and layer is not None and ndim != len(axes)
+        return self.map.kind_of(layer).axes if several and layer is not None else axes
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the run to a new capture folder, for `hookmap.open_store`. Raises StoreError."""
+        write_store(self.store, path, self.manifest)
+        return Path(path)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __repr__(self) -> str:
+        rows = sum(sample.rows for sample in self.samples)
+        samples = "1 sample" if len(self) == 1 else f"{len(self)} samples"
+        tensors = "1 tensor" if len(self.keys) == 1 else f"{len(self.keys)} tensors"
+        return f"<Capture of {samples}, {rows} rows of {tensors}: {', '.join(self.points)}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), self.keys, self.samples)
+
+    def _ipython_key_completions_(self) -> list[Any]:
+        return completions(self.keys)
+
+    def key(self, point: str, layer: int | None = None) -> Key:
+        """The pair that these names (ours, TransformerLens's or nnterp's) mean. Raises SelectionError."""
+        parsed = parse_point(point)
+        if isinstance(parsed, str):
+            raise SelectionError(parsed)
+        layer = parsed.layer if layer is None else layer
+        if layer is not None and -self.map.num_layers <= layer < 0:
+            layer += self.map.num_layers
+        return parsed.point, layer
+
+
+def _end(sample: Sample) -> int:
+    """One more than the last position kept: no query of the sample sees a key behind it."""
+    return max((p for p in sample.positions or () if isinstance(p, int)), default=-1) + 1

@@ -1,0 +1,195 @@
+"""One capture as it runs: turns of the model, memory that runs out, what is told of it."""
+
+import contextlib
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hookmap.activations import Sample, Sink
+from hookmap.capture.engines import Engine
+from hookmap.capture.engines.model_lock import lock_of
+from hookmap.capture.engines.observation import Observer
+from hookmap.capture.engines.pass_rows import BatchLayout
+from hookmap.capture.interventions.edits import Edit, Editor
+from hookmap.capture.options import Progress
+from hookmap.capture.overflow import in_words
+from hookmap.capture.rows import DTYPES, RowSelection
+from hookmap.errors import CaptureError
+from hookmap.loading import generation as gen
+from hookmap.loading import skeleton
+from hookmap.loading.memory import MemoryUse
+from hookmap.loading.prompts import Prompt, decode
+from hookmap.maps.points import PointName
+from hookmap.maps.selectors import Selector
+
+log = logging.getLogger("hookmap")
+
+
+@dataclass
+class Run(ABC):
+    """One capture. A subclass says what a batch is."""
+
+    engine: Engine
+    tokenizer: Any
+    selectors: tuple[Selector, ...]
+    prompts: Sequence[Prompt]
+    selection: RowSelection
+    matching: frozenset[int]
+    progress: Callable[[Progress], None] | None
+    memory: MemoryUse
+    halved: list[str] = field(default_factory=list)
+    lost: Counter[str] = field(default_factory=Counter)
+    """of each tensor, rows that became infinite in the dtype that is kept"""
+    """what was done about memory that ran out, in words"""
+    done: int = 0
+    max_new_tokens: int = 0
+    edits: tuple[Edit, ...] = ()
+    before: Sink | None = None
+    """takes the rows as they were before the edits"""
+    _most: int | None = None
+    """prompts that fit together, once more did not"""
+
+    @abstractmethod
+    def batch(self, numbers: Sequence[int], sink: Sink) -> None:
+        """Run these prompts together and hand their rows to the sink."""
+
+    def all(self, groups: Sequence[Sequence[int]], sink: Sink, finished: Set[int] = frozenset()) -> None:
+        """Each batch that is not finished yet, whole: what a sample is may depend on who runs with it."""
+        for group in groups:
+            if any(number not in finished for number in group):
+                self.together(group, sink)
+                self.memory.look()
+            self.done += len(group)
+            self._show(0)
+
+    def together(self, numbers: Sequence[int], sink: Sink) -> None:
+        """A batch, or parts of it one after another, once it was more than the memory."""
+        size = min(len(numbers), self._most or len(numbers))
+        for start in range(0, len(numbers), size):
+            part = numbers[start : start + size]
+            if not self._fits(part, sink):
+                self._most = len(part) // 2
+                self.together(numbers[start:], sink)
+                return
+
+    def _fits(self, numbers: Sequence[int], sink: Sink) -> bool:
+        """Run a batch, unless memory runs out, which only a batch of one prompt must not."""
+        try:
+            self.batch(numbers, sink)
+            return True
+        except torch.OutOfMemoryError as error:
+            told = str(error).partition("\n")[0]
+            if len(numbers) == 1:
+                raise CaptureError(
+                    f"out of memory on {self.device} with one prompt of {len(self.prompts[numbers[0]].token_ids)} "
+                    f"tokens: give a shorter prompt or a smaller max_new_tokens, or load the model in a smaller dtype. "
+                    f"({told})"
+                ) from error
+        # Outside of `except`: the traceback would keep the tensors of the run that failed.
+        sink.abandon()
+        if self.before is not None:
+            self.before.abandon()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.halved.append(f"out of memory with {len(numbers)} prompts at once; going on with {len(numbers) // 2}")
+        log.warning("%s (%s)", self.halved[-1], told)
+        return False
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are fed."""
+        return device_of(self.engine)
+
+    def _editor(self, observer: Observer) -> Editor | None:
+        if not self.edits:
+            return None
+        before = None if self.before is None else self._observer(observer.layout, self.before)
+        return Editor(self.edits, observer, before)
+
+    def _end(self, editor: Editor | None, columns: int) -> None:
+        """What `_observer`'s caller does at the end, of the rows before the edits."""
+        if editor is not None and editor.before is not None:
+            editor.before.finish(columns)
+            self._count(editor.before, "before/")
+
+    def _count(self, observer: Observer, where: str = "") -> None:
+        """What was lost of a finished batch; told the first time."""
+        if observer.lost and not self.lost:
+            told = in_words(observer.lost, DTYPES[str(self.selection.dtype)])
+            log.warning("%s These are stored as infinities; the manifest counts all of them.", told)
+        self.lost.update({f"{where}{lost.name}": lost.rows for lost in observer.lost})
+
+    def _observer(self, layout: BatchLayout, sink: Sink) -> Observer:
+        return Observer(
+            self.selectors, layout, sink.write, keys=self._keys, selection=self.selection, matching=self.matching
+        )
+
+    @property
+    def _keys(self) -> int:
+        """How long rows of attention weights become."""
+        return max(len(prompt.token_ids) for prompt in self.prompts) + max(0, self.max_new_tokens - 1)
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        return running(self.engine, reads_attention(self.selectors))
+
+    def _finish(self, sink: Sink, observer: Observer, row: int, prompt: Prompt, new: list[int]) -> None:
+        rows, positions = observer.rows(row)
+        text, ids, known = decode(new, self.tokenizer), (*prompt.token_ids, *new), len(prompt.token_ids)
+        number = observer.layout.samples[row]
+        sample = Sample(number, prompt.text, text, ids, known, rows, positions, prompt.id, prompt.labels)
+        sink.finish(sample)
+        if self.before is not None and self.edits:
+            self.before.finish(sample)
+
+    def _too_long(self, longest: int, error: IndexError) -> None:
+        """Raises CaptureError where the model has not so many positions, and the error again where it has."""
+        limit = getattr(self.engine.root.config, "max_position_embeddings", None)
+        if limit is None or longest <= limit:
+            raise error
+        raise CaptureError(
+            f"{longest} tokens (prompt and max_new_tokens) do not fit into the {limit} positions of "
+            f"{type(self.engine.root).__name__}: shorten the prompt, or give a smaller max_new_tokens."
+        ) from error
+
+    def _show(self, tokens_done: int) -> None:
+        if self.progress is not None:
+            self.progress(Progress(self.done, len(self.prompts), tokens_done, self.max_new_tokens))
+
+
+@contextlib.contextmanager
+def running(engine: Engine, pattern: bool = False) -> Iterator[None]:
+    """Run the model: alone where the run changes it for a while, or its engine needs that.
+
+    `pattern`: the run reads attention weights.
+    """
+    module, lock = engine.module, lock_of(engine.module)
+    if not pattern and not engine.exclusive:
+        with lock.shared():
+            if not any(part.training for part in module.modules()):
+                yield
+                return
+    with lock.exclusive(), gen.evaluating(module), contextlib.ExitStack() as eager:
+        if pattern:  # the faster implementations of attention never have its weights as a tensor
+            eager.enter_context(skeleton.eager(module))
+        yield
+
+
+def reads_attention(selectors: Sequence[Selector]) -> bool:
+    """Whether a run of these reads attention weights, for which it computes attention in another way."""
+    return any("key" in PointName.of(selector.point).definition.axes for selector in selectors)
+
+
+def device_of(engine: Engine) -> torch.device:
+    """Where token ids are fed; of a model whose weights are elsewhere, from where they are sent."""
+    device = skeleton.device_of(engine.root.get_input_embeddings())  # type: ignore[operator]
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def vocabulary_of(engine: Engine) -> int:
+    """How many token ids the model can be fed."""
+    return len(engine.root.get_input_embeddings().weight)  # type: ignore[operator]
