@@ -8,7 +8,7 @@ import torch
 OVERFLOWS = ("warn", "refuse")
 _SHOWN = 3
 
-Place = tuple[int, int]
+RowNumber = tuple[int, int]
 """(row of the batch, number of the row among the sample's)"""
 
 
@@ -51,32 +51,32 @@ class Cast:
     """Brings rows into the dtype that they are kept in, and remembers which of them became infinite there."""
 
     dtype: torch.dtype | None
-    _lost: list[tuple[torch.Tensor, Callable[[], Sequence[Place | None]]]] = field(default_factory=list)
+    _lost: list[tuple[torch.Tensor, Callable[[], Sequence[RowNumber | None]]]] = field(default_factory=list)
 
     def __call__(
         self,
         rows: torch.Tensor,
-        places: Callable[[], Sequence[Place | None]],
+        numbers: Callable[[], Sequence[RowNumber | None]],
         lead: int = 1,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`rows`: [..lead axes, ...]. `places`: of each, the lead axes flattened; None of those that are not kept."""
+        """`rows`: [..lead axes, ...]. `numbers`: of each, the lead axes flattened; None of those that are not kept."""
         if self.dtype is None or self.dtype == rows.dtype:
             return rows
         cast = rows.to(self.dtype) if out is None else out.copy_(rows)
         if torch.finfo(self.dtype).max < torch.finfo(rows.dtype).max:
             # Not looked at here: that would wait for the device.
-            self._lost.append(((rows.isfinite() & ~cast.isfinite()).flatten(lead).any(-1).flatten(), places))
+            self._lost.append(((rows.isfinite() & ~cast.isfinite()).flatten(lead).any(-1).flatten(), numbers))
         return cast
 
-    def lost(self) -> list[Place]:
+    def lost(self) -> list[RowNumber]:
         """Of all rows so far; forgets them."""
         masks, self._lost = self._lost, []
         found = [
-            place
-            for mask, places in masks
+            number
+            for mask, numbers in masks
             if mask.any()
-            for is_lost, place in zip(mask.tolist(), places(), strict=True)
-            if is_lost and place is not None
+            for is_lost, number in zip(mask.tolist(), numbers(), strict=True)
+            if is_lost and number is not None
         ]
         return sorted(found)

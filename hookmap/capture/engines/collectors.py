@@ -1,7 +1,7 @@
-"""What happens to one selector's tensor on each forward pass: its rows are copied, summed, or the last ones held.
+"""What happens to one selector's tensor on each forward pass: its rows are copied, summed, or only the last is held.
 
-Decoding brings one column a pass. Its rows go to a block that is allocated once for many passes, and the block is
-handed on whole: what a pass costs is one copy.
+Decoding brings one column per pass. Its rows go to a block that is allocated once for many passes and delivered whole,
+so that a pass costs one copy.
 """
 
 import contextlib
@@ -14,35 +14,35 @@ import torch
 
 from hookmap.capture.engines.pass_rows import PassRows
 from hookmap.capture.engines.transfer import Transfer
-from hookmap.capture.overflow import Cast, Place
+from hookmap.capture.overflow import Cast, RowNumber
 from hookmap.errors import CaptureError
 
 BLOCK_BYTES = 2**18
-"""of one selector's block; with 56 tensors of a small model some 14 MB in all"""
+"""of one selector's block; 56 tensors of a small model need some 14 MB"""
 BLOCK_PASSES = 32
 
 Deliver = Callable[[int, int, torch.Tensor], None]
-"""(row of the batch, number of the first row among the sample's, rows [n, ...] on the host)"""
+"""(row of the batch, number of the first row within its sample, rows [n, ...] on the host)"""
 
 
 class Collector(Protocol):
-    """Takes one selector's tensor on every forward pass that keeps something of it."""
+    """Takes one selector's tensor on every forward pass that keeps rows of it."""
 
     def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
-        """`tensor`: [batch, new, ...], the model's own; what is needed of it is copied now."""
+        """`tensor`: [batch, new, ...], the model's own; the rows to keep are copied now."""
 
     def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows of a sample that keeps none of such a tensor: [0, ...], on the host."""
+        """What a sample without rows has of such a tensor: [0, ...], on the host."""
 
     def finish(self, counts: Sequence[int]) -> None:
-        """The batch is done; its samples had so many rows. Hand on what is still held."""
+        """The batch is done. Deliver what is still held. `counts`: the rows of each sample."""
 
-    def lost(self) -> list[Place]:
-        """The rows that became infinite in the dtype that is kept."""
+    def lost(self) -> list[RowNumber]:
+        """The rows that became infinite in the dtype of the selection."""
 
 
 class EveryRow:
-    """Hands on each kept row."""
+    """Delivers each kept row."""
 
     def __init__(self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None) -> None:
         self._transfer, self._deliver, self._cast = transfer, deliver, Cast(dtype)
@@ -54,7 +54,7 @@ class EveryRow:
         """See `Collector`."""
         if rows.new > 1:
             self._flush()
-            gathered = self._cast(rows.gather(tensor), rows.places)
+            gathered = self._cast(rows.gather(tensor), rows.numbers)
             self._transfer.send(gathered, lambda host: self._arrived(rows, host))
             return
         if self._block is None:
@@ -75,11 +75,11 @@ class EveryRow:
         self._flush()
 
     def _arrived(self, rows: PassRows, host: torch.Tensor) -> None:
-        place = 0
+        start = 0
         for row, kept in enumerate(rows.columns):
             if kept:
-                self._deliver(row, rows.first[row], host[place : place + len(kept)])
-                place += len(kept)
+                self._deliver(row, rows.first[row], host[start : start + len(kept)])
+                start += len(kept)
 
     def _flush(self) -> None:
         if self._block is None:
@@ -88,22 +88,22 @@ class EveryRow:
         self._block, self._passes = None, []
         if self._cast.dtype is not None:
             out = _new_block(tuple(block.shape), self._cast.dtype, block.device)
-            block = self._cast(block, lambda: _places(passes, len(block)), lead=2, out=out)
+            block = self._cast(block, lambda: _numbers(passes, len(block)), lead=2, out=out)
         self._transfer.send(block, lambda host: self._block_arrived(passes, host))
 
     def _block_arrived(self, passes: Sequence[PassRows], host: torch.Tensor) -> None:
         for row in range(host.shape[0]):
-            kept = [place for place, rows in enumerate(passes) if rows.columns[row]]
+            kept = [number for number, rows in enumerate(passes) if rows.columns[row]]
             if kept:
                 whole = kept[-1] - kept[0] + 1 == len(kept)
                 own = host[row, kept[0] : kept[-1] + 1] if whole else host[row, kept]
                 if own.nbytes * host.shape[0] < host.untyped_storage().nbytes():
-                    own = own.clone()  # few rows: a view would keep the block's other places in memory
+                    own = own.clone()  # few rows: a view would keep the whole block in memory
                 self._deliver(row, passes[kept[0]].first[row], own)
 
 
 class MeanRow:
-    """One row a sample: the mean, summed in float32 in the order of the tokens."""
+    """One row per sample: the mean, summed in float32 in the order of the tokens."""
 
     def __init__(self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None) -> None:
         self._transfer, self._deliver, self._cast = transfer, deliver, Cast(dtype)
@@ -130,12 +130,12 @@ class MeanRow:
             return
         total, self._sum = self._sum, None
         numbers = torch.tensor([max(1, count) for count in counts], device=total.device)
-        means = self._cast(total / numbers.view(-1, *[1] * (total.ndim - 1)), lambda: _one_place_each(counts))
+        means = self._cast(total / numbers.view(-1, *[1] * (total.ndim - 1)), lambda: _one_number_each(counts))
         self._transfer.send(means, lambda host: _one_row_each(host, counts, self._deliver))
 
 
 class LastRow:
-    """One row a sample: the last one it had."""
+    """One row per sample: its last one."""
 
     def __init__(self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None) -> None:
         self._transfer, self._deliver, self._cast = transfer, deliver, Cast(dtype)
@@ -160,40 +160,33 @@ class LastRow:
     def finish(self, counts: Sequence[int]) -> None:
         """See `Collector`."""
         if self._last is not None:
-            last, self._last = self._cast(self._last, lambda: _one_place_each(counts)), None
+            last, self._last = self._cast(self._last, lambda: _one_number_each(counts)), None
             self._transfer.send(last, lambda host: _one_row_each(host, counts, self._deliver))
 
 
 class PatternRows:
-    """Attention weights, whose rows grow with the keys: each is laid out as long as the sample gets."""
+    """Attention weights. Their rows grow with the keys; each is padded with zeros to the final number of keys."""
 
     def __init__(
         self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None, pads: Sequence[int], keys: int
     ) -> None:
-        """`pads`: columns before each row's first token. `keys`: how long a row becomes."""
+        """`pads`: columns before each row's first token. `keys`: the final number of keys."""
         self._transfer, self._deliver, self._cast = transfer, deliver, Cast(dtype)
         self.lost = self._cast.lost
         self._pads, self._keys = pads, keys
-        self._end = 0
-        """columns that the model was fed so far"""
 
     def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
         """See `Collector`; `tensor`: [batch, new, heads, keys seen]."""
-        end = self._end
         for row, kept in enumerate(rows.columns):
             if kept:
-                places = [(row, rows.first[row] + n) for n in range(len(kept))]
-                own = self._cast(tensor[row, list(kept)], lambda places=places: places)  # type: ignore[misc]
-                placed = by_position(own, end, self._pads[row], self._keys)
+                numbers = [(row, rows.first[row] + n) for n in range(len(kept))]
+                own = self._cast(tensor[row, list(kept)], lambda numbers=numbers: numbers)  # type: ignore[misc]
+                placed = by_position(own, rows.end, self._pads[row], self._keys)
                 self._transfer.send(placed, self._to(row, rows.first[row]))
 
     def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Collector`."""
         return _nothing((*tensor.shape[2:-1], self._keys), self._cast.dtype or tensor.dtype)
-
-    def fed(self, end: int) -> None:
-        """The pass that runs ends before this column."""
-        self._end = end
 
     def finish(self, counts: Sequence[int]) -> None:
         """See `Collector`."""
@@ -205,7 +198,8 @@ class PatternRows:
 def by_position(weights: torch.Tensor, end: int, pads: int, keys: int) -> torch.Tensor:
     """Attention weights [query, heads, keys seen] -> [query, heads, keys]: key n is the sample's position n.
 
-    A cache holds the last keys (a sliding window drops the first ones), so the last key is always column `end - 1`.
+    `end`: columns that the batch was fed. A cache holds the last keys (a sliding window drops the first ones), so the
+    last key is always column `end - 1`.
     """
     first = end - weights.shape[-1] - pads
     if first + pads < 0:
@@ -220,9 +214,9 @@ def by_position(weights: torch.Tensor, end: int, pads: int, keys: int) -> torch.
 
 
 def _new_block(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory of its own, which goes back to the system with the block.
+    """Memory that is returned to the system with the block.
 
-    From the heap it would not: the cache of keys and values grows around the blocks and leaves holes where they were.
+    Heap memory would not be: the cache of keys and values grows around the blocks and leaves holes where they were.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type == "cpu" and hasattr(mmap, "MAP_ANONYMOUS") and size:
@@ -232,12 +226,12 @@ def _new_block(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _places(passes: Sequence[PassRows], batch: int) -> list[Place | None]:
-    """Of each cell of a block [batch, passes], flattened: the row that it holds, None where it is not kept."""
+def _numbers(passes: Sequence[PassRows], batch: int) -> list[RowNumber | None]:
+    """For each cell of a block [batch, passes], flattened, the number of its row; None where it is not kept."""
     return [(row, rows.first[row]) if rows.columns[row] else None for row in range(batch) for rows in passes]
 
 
-def _one_place_each(counts: Sequence[int]) -> list[Place | None]:
+def _one_number_each(counts: Sequence[int]) -> list[RowNumber | None]:
     return [(row, 0) if count else None for row, count in enumerate(counts)]
 
 

@@ -1,35 +1,36 @@
-"""Turns what an engine sees during one `generate`, or one forward pass, into rows of activations. Knows no engine.
+"""Turns what an engine shows during one `generate`, or one forward pass, into rows of activations. Knows no engine.
 
-Three things that no engine checks are checked here, on every forward pass: each selector was seen exactly once, its
-tensor is as wide as the tokens that were fed, and nothing of a pad or of a finished row is kept.
+Every forward pass is checked, because no engine checks it: each selector is seen exactly once, and its tensor is as
+wide as the tokens that were fed. Rows of padding and of finished samples are never kept.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from hookmap.activations import Activation
 from hookmap.capture.engines.collectors import Collector, EveryRow, LastRow, MeanRow, PatternRows
-from hookmap.capture.engines.pass_rows import BatchLayout, PassRows, fed_shape, token_ids
+from hookmap.capture.engines.pass_rows import BatchLayout, BatchRows, PassRows
 from hookmap.capture.engines.transfer import Transfer
 from hookmap.capture.overflow import Overflow, in_words
 from hookmap.capture.rows import DTYPES, NUMBERS, RowSelection
 from hookmap.errors import CaptureError
-from hookmap.maps.points import POINTS, PointName
+from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, Term
 
 Side = Literal["input", "output"]
 Watch = Callable[[Sequence[Any], Mapping[str, Any], Any], None]
-"""what an engine calls as a boundary is passed: args, kwargs (of an input), output (of an output)"""
+"""what an engine calls when the model passes a boundary: args, kwargs (of an input), output (of an output)"""
 
 
 class Observer:
-    """Watches one batch. An engine calls `begin_pass` and `watcher`s, the stopping rule `sampled`, the end `finish`.
+    """Watches one batch. An engine calls `begin_pass` and `watcher`s, the stopping rule `sampled`, the run `finish`.
 
-    `write` receives activations in order of position; of a forward pass only a block of rows, and the parts of
-    unfinished sums, are held.
+    `write` receives activations in order of position. The observer holds only a block of rows, and the terms of sums
+    that are not complete.
     """
 
     def __init__(
@@ -41,38 +42,33 @@ class Observer:
         selection: RowSelection | None = None,
         matching: frozenset[int] = frozenset(),
     ) -> None:
-        """`keys`: how long the rows of attention weights become, zeros behind what a query sees."""
+        """`keys`: the length of a row of attention weights, zeros after the keys that a query sees."""
         self.selectors = tuple(selectors)
         self.layout = layout
         self.selection = selection or RowSelection()
-        self.generated: list[int | None] = [None] * len(layout.samples)
-        """tokens that each row generated, end of sequence included; None while it still generates"""
-        self.passes = 0
         self.lost: tuple[Overflow, ...] = ()
-        """what became infinite in the dtype that is kept; known once the batch is finished"""
+        """rows that became infinite in the dtype of the selection; known when the batch is finished"""
+        self.every_logit = False
+        """whether somebody else reads or writes logits too, so that all of them are computed"""
+        self._batch = BatchRows(layout, self.selection, matching)
         self._write = write
         self._looks = True
-        self._wanted = [self.selection.wanted(length, matching) for length in layout.lengths]
-        self._positions: list[list[int]] = [[] for _ in layout.samples]
         self._transfer = Transfer()
         self._collectors = [self._collector(selector, keys) for selector in self.selectors]
-        self._columns: dict[tuple[int, torch.device], torch.Tensor | None] = {}
-        self._length = layout.width
-        self._fed = 0
-        self._width: int | None = None
-        """columns of the forward pass that runs, None outside one"""
-        self._rows = PassRows(0, 0, (), (), whole=True, empty=True)
-        self._done: list[int] = [-1] * len(self.selectors)
+        self._feature_indices: dict[tuple[int, torch.device], torch.Tensor | None] = {}
+        """(width of a row, device) -> the features that are kept; None for all"""
+        self._seen_in: list[int] = [-1] * len(self.selectors)
         """of each selector, the last forward pass that showed it"""
         self._left = 0
-        self._computed: Sequence[int] | None = None
-        """the columns that the pass computes logits of; None: all"""
-        self.every_logit = False
-        """whether somebody else reads or writes them, too"""
+        """selectors that the running pass has not shown yet"""
+        self._logit_columns: Sequence[int] | None = None
+        """columns that the running pass computes logits of; None for all"""
         self._calls: dict[Any, int] = {}
-        self._parts: dict[tuple[int, int], torch.Tensor] = {}
-        self._none: dict[int, torch.Tensor] = {}
-        """of each selector, no rows: [0, ...] in the dtype and width of its rows"""
+        """watched boundary -> calls in the running pass"""
+        self._terms: dict[tuple[int, int], torch.Tensor] = {}
+        """(selector, term) -> its tensor, of sums that are not complete"""
+        self._no_rows: dict[int, torch.Tensor] = {}
+        """of each selector, [0, ...] in the dtype and width of its rows"""
         self._targets: dict[tuple[str, Side], list[tuple[int, int, Term]]] = {}
         for number, selector in enumerate(self.selectors):
             for position, term in enumerate(selector.terms):
@@ -84,10 +80,14 @@ class Observer:
         return tuple(self._targets)
 
     @property
+    def generated(self) -> Sequence[int | None]:
+        """Tokens that each row generated, end of sequence included; None while it still generates."""
+        return self._batch.generated
+
+    @property
     def columns(self) -> range:
-        """The columns of the batch that the forward pass that runs is fed: all of them again, without a cache."""
-        end = self._fed + self._rows.new
-        return range(end - (self._width or 0), end)
+        """The columns of the batch that the running pass is fed: without a cache, all of them again."""
+        return self._batch.columns
 
     @property
     def looks(self) -> bool:
@@ -96,7 +96,7 @@ class Observer:
 
     @property
     def saw_all(self) -> bool:
-        """Whether the forward pass that runs has shown every selector."""
+        """Whether the running pass has shown every selector."""
         return self._left == 0
 
     def begin_pass(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -104,53 +104,28 @@ class Observer:
         if not self._looks:
             return
         self._end_pass()
-        batch, width = fed_shape(args, kwargs)
-        left = self._length - self._fed
-        if batch != len(self.layout.samples):
-            raise CaptureError(
-                f"forward pass {self.passes} was fed {batch} rows, expected {len(self.layout.samples)}: this way of "
-                "generating (beams, several sequences per prompt) has no row for each prompt. Generate without it."
-            )
-        if width <= left:  # the prompt, a part of it (chunked prefill), or the newest token
-            new = width
-        elif width == self._length and left:  # without a cache every pass is fed everything again
-            new = left
-        else:
-            raise CaptureError(
-                f"forward pass {self.passes} was fed {width} tokens, expected at most {left} (the new ones) or "
-                f"{self._length} (all of them): this way of generating (assisted, prompt lookup) takes tokens back, "
-                "so its rows are not the tokens'. Generate without it."
-            )
-        self._width, self._left = width, len(self.selectors)
-        self._rows = self._rows_of(new, token_ids(args, kwargs, new) if self.selection.reads_tokens else None)
-        for collector in self._collectors:
-            if isinstance(collector, PatternRows):
-                collector.fed(self._fed + new)
+        self._batch.begin_pass(args, kwargs)
+        self._left = len(self.selectors)
 
     def logits(self, generating: bool, scattered: bool) -> Sequence[int] | None:
-        """Columns that the pass which has begun is to compute logits of; None for all. They are all that comes then.
+        """The columns that the pass which has begun must compute logits of; None for all. Only these will be shown.
 
-        generating: the last ones are read for the next token. scattered: else all behind the first one come too.
+        generating: the logits of the last column are read for the next token. scattered: the model can compute
+        columns that are not contiguous; otherwise it computes all from the first needed one.
         """
         if self.every_logit:
             return None
-        width, rows = self._width or 0, self._rows
-        needed = set[int]()
+        width, needed = self._batch.width or 0, set[int]()
         if any(map(of_logits, self.selectors)):
-            needed = {width - rows.new + column for kept in self._logits_of(rows) for column in kept}
+            needed = {self._batch.first_new + column for kept in self._batch.last_columns() for column in kept}
         if generating or not needed:
             needed.add(width - 1)
         columns = sorted(needed) if scattered else range(min(needed), width)
-        self._computed = None if len(columns) == width else columns
-        return self._computed
-
-    def _logits_of(self, rows: PassRows) -> Iterator[Sequence[int]]:
-        """Of each row of the batch, the new columns whose logits are kept."""
-        last = self.selection.one_row and not self.selection.mean
-        return (kept[-1:] if last else kept for kept in rows.columns)
+        self._logit_columns = None if len(columns) == width else columns
+        return self._logit_columns
 
     def watcher(self, module: str, side: Side, of: Callable[[Selector], bool] | None = None) -> Watch:
-        """What to call whenever this boundary is passed: it copies what is selected, before anything writes to it.
+        """What to call when the model passes this boundary. It copies what is selected before anything writes there.
 
         `of`: only these selectors; the other ones get a watcher of their own.
         """
@@ -161,14 +136,15 @@ class Observer:
         def watch(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
             if not self._looks:
                 return
-            if self._width is None:
+            if self._batch.width is None:
                 raise CaptureError(f"{module or 'model'}.{side} was reached outside a forward pass of the model.")
             call = None
             if counts:
                 call = self._calls[boundary] = self._calls.get(boundary, -1) + 1
             for number, position, term in targets:
                 if term.call is None or term.call == call:
-                    self._see(number, position, term, args, kwargs, output)
+                    self._refuse_second(number, position, term)
+                    self._see(number, position, term, term.resolve(args, kwargs, output))
 
         return watch
 
@@ -182,178 +158,142 @@ class Observer:
             self._looks = True
 
     def sampled(self, length: int, finished: Sequence[bool]) -> None:
-        """The batch is `length` columns long now; `finished` rows got their last token."""
-        self._length = length
-        for row, done in enumerate(finished):
-            if done and self.generated[row] is None:
-                self.generated[row] = length - self.layout.width
+        """The batch is `length` columns long now; the `finished` rows have got their last token."""
+        self._batch.sampled(length, finished)
 
     def finish(self, columns: int) -> tuple[int, ...]:
-        """The run is done and its rows are `columns` long. Returns the number of tokens that each row generated.
+        """The run is over and its rows are `columns` long. Returns how many tokens each row generated.
 
-        Raises CaptureError where the forward passes were not fed all of them but the last, and where rows became
-        infinite in the dtype that is kept and that is refused.
+        Raises CaptureError where the forward passes were not fed all tokens but the last, and where rows became
+        infinite in the dtype of the selection and the selection refuses that.
         """
         self._end_pass()
-        longest = columns - self.layout.width
-        counts = tuple(longest if count is None else count for count in self.generated)
-        expected = self.layout.width + max(0, max(counts) - 1)
-        if self.passes == 0 or self._fed != expected:
-            raise CaptureError(
-                f"{self.passes} forward passes were fed {self._fed} tokens a row, expected {expected}: "
-                f"{max(counts)} tokens were generated after {self.layout.width}. "
-                "The model did not run where the capture listens."
-            )
-        kept = [len(positions) for positions in self._positions]
+        counts = self._batch.finish(columns)
         for collector in self._collectors:
-            collector.finish(kept)
+            collector.finish(self._batch.counts)
         self._transfer.finish()
-        self.lost = tuple(self._lost())
+        self.lost = tuple(self._overflows())
         if self.lost and self.selection.overflow == "refuse":
             told = in_words(self.lost, DTYPES[str(self.selection.dtype)])
             raise CaptureError(f"{told} Nothing of this batch is kept. overflow='warn' (--overflow warn) keeps them.")
-        for row, sample in enumerate(self.layout.samples):
-            if not kept[row]:  # how wide its rows would be is known all the same
-                for number, nothing in self._none.items():
-                    selector = self.selectors[number]
-                    self._write(Activation(sample, selector.point, selector.layer, 0, nothing))
+        self._write_empty_samples()
         return counts
 
-    def _lost(self) -> Iterator[Overflow]:
-        for selector, collector in zip(self.selectors, self._collectors, strict=True):
-            if self.selection.dtype is not None and (places := collector.lost()):
-                row, number = places[0]
-                positions = self._positions[row][-1:] if self.selection.one_row else self._positions[row]
-                position = None if self.selection.mean else positions[number]
-                yield Overflow(selector.point, selector.layer, len(places), self.layout.samples[row], position)
-
     def rows(self, row: int) -> tuple[int, tuple[int, ...] | Literal["mean"] | None]:
-        """Rows of one of the samples, and which tokens they are of, as `Sample.positions` says it."""
-        positions = self._positions[row]
-        if self.selection.everything:
-            return len(positions), None
-        if self.selection.mean:
-            return min(1, len(positions)), "mean" if positions else ()
-        if self.selection.one_row:
-            positions = positions[-1:]
-        return len(positions), tuple(positions)
+        """How many rows are kept of a row's sample, and of which positions, as `Sample.positions` states them."""
+        return self._batch.of_sample(row)
 
-    def _see(
-        self, number: int, position: int, term: Term, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        selector = self.selectors[number]
-        if self._done[number] == self.passes or (number, position) in self._parts:
+    def _write_empty_samples(self) -> None:
+        """A sample without rows is written too, with the width that its rows would have."""
+        for row, count in enumerate(self._batch.counts):
+            for number, no_rows in self._no_rows.items() if not count else ():
+                selector = self.selectors[number]
+                self._write(Activation(self.layout.samples[row], selector.point, selector.layer, 0, no_rows))
+
+    def _overflows(self) -> Iterator[Overflow]:
+        for selector, collector in zip(self.selectors, self._collectors, strict=True):
+            if self.selection.dtype is not None and (lost := collector.lost()):
+                row, number = lost[0]
+                _, positions = self._batch.of_sample(row)
+                position = number if positions is None else None if positions == "mean" else positions[number]
+                yield Overflow(selector.point, selector.layer, len(lost), self.layout.samples[row], position)
+
+    def _refuse_second(self, number: int, position: int, term: Term) -> None:
+        """Raises CaptureError where the running pass has shown this term before."""
+        running = self._batch.passes
+        if self._seen_in[number] == running or (number, position) in self._terms:
             raise CaptureError(
-                f"{selector}: {term.module or 'model'} was called more than once in forward pass {self.passes}, "
-                "expected once. A module that several layers share, or a layer that runs several times for this text, "
-                "has no one tensor there: choose a point on a module that runs once."
+                f"{self.selectors[number]}: {term.module or 'model'} was called more than once in forward pass "
+                f"{running}, expected once. A module that several layers share, or a layer that runs several times for "
+                "this text, has no one tensor there: choose a point on a module that runs once."
             )
-        tensor = self._new_columns(term.resolve(args, kwargs, output), term, selector)
+
+    def _see(self, number: int, position: int, term: Term, tensor: torch.Tensor) -> None:
+        """One term of a selector has passed; its sum may be complete now."""
+        selector = self.selectors[number]
+        tensor = self._new_columns(tensor, term, selector)
         if len(selector.terms) > 1:
             # Copied: what comes later in the pass may write over it.
-            self._parts[number, position] = tensor.clone() if self._keeps(number) else tensor
-            if any((number, other) not in self._parts for other in range(len(selector.terms))):
+            self._terms[number, position] = tensor.clone() if self._keeps(number) else tensor
+            if any((number, other) not in self._terms for other in range(len(selector.terms))):
                 return
-            parts = [self._parts.pop((number, other)) for other in range(len(selector.terms))]
+            parts = [self._terms.pop((number, other)) for other in range(len(selector.terms))]
             tensor = add_terms(selector.terms, parts)
         elif term.scale != 1.0:
             tensor = tensor * term.scale
-        self._done[number] = self.passes
+        self._seen_in[number] = self._batch.passes
         self._left -= 1
         if self._keeps(number):
             self._take(number, tensor)
-        elif number not in self._none:
-            self._none[number] = self._collectors[number].nothing(self._features(tensor))
-
-    def _rows_in(self, tensor: torch.Tensor) -> PassRows:
-        """Which rows of this tensor are kept: of logits, not every column may be there."""
-        rows, computed = self._rows, self._computed
-        if computed is None or tensor.shape[1] == rows.new:
-            return rows
-        place = {column - ((self._width or 0) - rows.new): number for number, column in enumerate(computed)}
-        columns = tuple([place[column] for column in kept] for kept in self._logits_of(rows))
-        whole = all(len(kept) == len(computed) for kept in columns)
-        return PassRows(rows.batch, len(computed), columns, rows.first, whole, rows.empty)
+        elif number not in self._no_rows:
+            self._no_rows[number] = self._collectors[number].nothing(self._features(tensor))
 
     def _keeps(self, number: int) -> bool:
-        """Whether something of this selector is kept of the forward pass that runs."""
-        return not self._rows.empty
+        """Whether rows of this selector are kept of the running pass."""
+        return not self._batch.kept.empty
 
     def _take(self, number: int, tensor: torch.Tensor) -> None:
         """A selector is complete; `tensor`: [batch, new, ...], the model's own."""
         collector, tensor = self._collectors[number], self._features(tensor)
-        if number not in self._none:
-            self._none[number] = collector.nothing(tensor)
+        if number not in self._no_rows:
+            self._no_rows[number] = collector.nothing(tensor)
         collector.take(self._rows_in(tensor), tensor)
+
+    def _rows_in(self, tensor: torch.Tensor) -> PassRows:
+        """The rows of this tensor that are kept: a tensor of logits may lack columns that nobody needs."""
+        kept, computed = self._batch.kept, self._logit_columns
+        if computed is None or tensor.shape[1] == kept.new:
+            return kept
+        index = {column - self._batch.first_new: number for number, column in enumerate(computed)}
+        columns = tuple([index[column] for column in columns] for columns in self._batch.last_columns())
+        return replace(kept, new=len(computed), columns=columns)
 
     def _new_columns(self, tensor: torch.Tensor, term: Term, selector: Selector) -> torch.Tensor:
         """A view of the columns that were fed for the first time: `[batch, new, ...]`."""
-        rows, width = self._rows, self._width or 0
-        tensor = term.arrange(tensor, rows.batch, width)
-        computed = self._computed
-        if computed is not None and of_logits(selector) and tensor.shape[:2] == (rows.batch, len(computed)):
+        kept, width, computed = self._batch.kept, self._batch.width or 0, self._logit_columns
+        tensor = term.arrange(tensor, kept.batch, width)
+        if computed is not None and of_logits(selector) and tensor.shape[:2] == (kept.batch, len(computed)):
             return tensor
-        if tensor.shape[0] != rows.batch or tensor.shape[1] != width:
+        if tensor.shape[0] != kept.batch or tensor.shape[1] != width:
             raise CaptureError(
-                f"{selector}: expected a tensor of [{rows.batch}, {width}, ...] "
+                f"{selector}: expected a tensor of [{kept.batch}, {width}, ...] "
                 f"(batch, tokens fed), got {list(tensor.shape)}. "
                 "The map was made for another version of this model: run `hookmap discover` again."
             )
-        return tensor if rows.new == width else tensor[:, -rows.new :]
+        return tensor if kept.new == width else tensor[:, -kept.new :]
 
     def _features(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The features of a tensor that are kept."""
         if self.selection.features is None:
             return tensor
-        where = (tensor.shape[-1], tensor.device)
-        if where not in self._columns:
-            columns = self.selection.columns(where[0])
-            self._columns[where] = None if columns is None else torch.tensor(columns, device=tensor.device)
-        columns_there = self._columns[where]
-        return tensor if columns_there is None else tensor.index_select(-1, columns_there)
+        key = (tensor.shape[-1], tensor.device)
+        if key not in self._feature_indices:
+            columns = self.selection.columns(tensor.shape[-1])
+            self._feature_indices[key] = None if columns is None else torch.tensor(columns, device=tensor.device)
+        indices = self._feature_indices[key]
+        return tensor if indices is None else tensor.index_select(-1, indices)
 
     def _end_pass(self) -> None:
-        """Raises CaptureError where the current forward pass did not show every selector."""
-        if self._width is None:
+        """Raises CaptureError where the running pass did not show every selector."""
+        if self._batch.width is None:
             return
-        width, self._width = self._width, None
+        running, width = self._batch.passes, self._batch.width
+        self._batch.end_pass()
         if self._left:
-            missing = [str(s) for number, s in enumerate(self.selectors) if self._done[number] != self.passes]
+            missing = [str(s) for number, s in enumerate(self.selectors) if self._seen_in[number] != running]
             raise CaptureError(
-                f"forward pass {self.passes} of {width} tokens did not reach {len(missing)} of "
+                f"forward pass {running} of {width} tokens did not reach {len(missing)} of "
                 f"{len(self.selectors)} selectors:\n" + "\n".join(f"  - {text}" for text in missing) + "\n"
                 "The model skipped these modules, or the map is another model's: run `hookmap verify`."
             )
         self._calls.clear()
-        self._computed = None
-        self.passes += 1
-        self._fed += self._rows.new
-
-    def _rows_of(self, new: int, tokens: list[list[int]] | None) -> PassRows:
-        """What the pass that begins keeps, and of which positions."""
-        start, columns = self._fed, []
-        first = tuple(map(len, self._positions))
-        for row, count in enumerate(self.generated):
-            pads = self.layout.pads(row)
-            begin, end = max(0, pads - start), new
-            if self.layout.right:
-                end = min(end, self.layout.lengths[row] - start)
-            # The last generated token is no row, even where the others of the batch go on and it is fed with them.
-            elif count is not None:
-                end = min(end, self.layout.width + count - 1 - start)
-            kept: Sequence[int] = range(begin, max(begin, end))
-            if not self.selection.everything:
-                wanted, own = self._wanted[row], None if tokens is None else tokens[row]
-                kept = [c for c in kept if wanted(start + c - pads, -1 if own is None else own[c])]
-            self._positions[row].extend(start + column - pads for column in kept)
-            columns.append(kept)
-        whole = all(len(kept) == new for kept in columns)
-        return PassRows(len(columns), new, tuple(columns), first, whole, empty=not any(columns))
+        self._logit_columns = None
 
     def _collector(self, selector: Selector, keys: int | None) -> Collector:
-        name = PointName.of(selector.point).base
-        dtype = None if self.selection.dtype is None or name in NUMBERS else DTYPES[self.selection.dtype]
+        name = PointName.of(selector.point)
+        dtype = None if self.selection.dtype is None or name.base in NUMBERS else DTYPES[self.selection.dtype]
         deliver = self._deliver_of(selector)
-        if "key" in POINTS[name].axes:
+        if "key" in name.definition.axes:
             pads = [self.layout.pads(row) for row in range(len(self.layout.samples))]
             return PatternRows(self._transfer, deliver, dtype, pads, keys or self.layout.width)
         kind = MeanRow if self.selection.mean else LastRow if self.selection.one_row else EveryRow
@@ -369,7 +309,7 @@ class Observer:
 
 
 def of_logits(selector: Selector) -> bool:
-    """Whether it is of the logits, which a model may be told to compute for some tokens only."""
+    """Whether it selects the logits, which a model may be told to compute for some tokens only."""
     return "d_vocab" in PointName.of(selector.point).definition.axes
 
 
