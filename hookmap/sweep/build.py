@@ -244,9 +244,17 @@ class _at_most:
 
 
 def _speaks_for_its_class(model_type: str) -> bool:
-    """Of several model types of one class, transformers' last: `gpt2` after `gpt-sw3`, `llama4_text` after `llama4`."""
+    """Of several model types of one class, the last of its own folder in transformers.
+
+    `deepseek_v3` and not `sarvam_mla`, which came later and uses the class; `llama4_text` after `llama4`.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+
     of = classes()
-    return [name for name, architecture in of.items() if architecture == of[model_type]][-1] == model_type
+    folder = getattr(transformers, of[model_type]).__module__.split(".")[2]
+    types = [name for name, architecture in of.items() if architecture == of[model_type]]
+    return [name for name in types if model_type_to_module_name(name) == folder][-1:] == [model_type]
 
 
 def _changes(found: ArchitectureMap, shipped: Path) -> tuple[str, ...]:
