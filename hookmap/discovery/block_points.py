@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -17,7 +16,7 @@ from hookmap.discovery.locate import Tap, Tapper
 from hookmap.discovery.mixing import mixing
 from hookmap.discovery.values import Exposure, Values
 from hookmap.maps.points import PointName
-from hookmap.maps.relations import OWN, can_be_checked
+from hookmap.maps.relations import OWN, Relation, Term
 from hookmap.maps.templates import BranchInfo
 
 BranchOrder = Literal["sequential", "parallel", "mixer_only", "mlp_only", "other"]
@@ -34,7 +33,7 @@ class BlockPoints:
     mlp: BranchInfo | None
     taps: dict[str, Tap] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
-    relations: list[str] = field(default_factory=list)
+    relations: list[Relation] = field(default_factory=list)
     readers: dict[str, str] = field(default_factory=dict)
     """mixer, mlp -> path template of the first module whose input is the stream that the branch reads"""
 
@@ -73,7 +72,7 @@ class _Reader:
         points.norm_placement = self._norm_placement()
         points.relations = self._relations()
         self._inside_branches()
-        points.relations = [line for line in points.relations if can_be_checked(line, points.taps)]
+        points.relations = [each for each in points.relations if each.can_be_checked(points.taps)]
         return points
 
     def _inside_branches(self) -> None:
@@ -400,13 +399,14 @@ class _Reader:
                     else f"this block's mixer is not attention: use mixer_{name}"
                 )
 
-    def _relations(self) -> list[str]:
+    def _relations(self) -> list[Relation]:
         """The additions of the block in the points' own names."""
         if not self.mixers and not self.mlps:
             return []
         names = self._names_of_states()
-        lines: list[str] = []
+        found: list[Relation] = []
         for position, step in enumerate(self.block.path):
+            total, stream = names[position + 1], names[position]
             if step.kind == "add":
                 added = [
                     f"{b.role}_out{'' if (n := self.block.role(b.role).index(b)) == 0 else f'.{n}'}"
@@ -416,16 +416,15 @@ class _Reader:
                 others = [b for b in self.block.branches if b.step == position and b.role == "other"]
                 fixed = all(self.values.is_constant(p, of_tokens=True) for b in others for p in b.parts)
                 added += [OWN if fixed else f"{OWN}_of_tokens"] * bool(others)
-                lines.append(
-                    f"{names[position + 1]} = {_times(step.source_factor)}{names[position]} + {' + '.join(added)}"
-                )
+                terms = (Term(step.source_factor, stream), *(Term(1.0, name) for name in added))
             elif step.kind == "cast":
-                lines.append(f"{names[position + 1]} = {names[position]}")
+                terms = (Term(1.0, stream),)
             elif step.kind == "scale" and step.factor is not None and self._is_summed(position, names):
-                lines.append(f"{names[position + 1]} = {_times(step.factor)}{names[position]}")
+                terms = (Term(step.factor, stream),)
             else:
-                lines.append(f"{names[position + 1]} = {step.kind}({names[position]})")
-        return _merge(lines)
+                terms = (Term(1.0, step.kind, (Term(1.0, stream),)),)
+            found.append(Relation(total, terms))
+        return _among_points(found)
 
     def _is_summed(self, position: int, names: list[str]) -> bool:
         """Whether a scaled state of the stream has a name and is a term of the next sum as it is."""
@@ -477,28 +476,25 @@ def _base(name: str) -> str:
     return PointName.of(name).base
 
 
-def _times(factor: float) -> str:
-    return "" if factor == 1.0 else f"{factor:.9g} * "
-
-
-def _merge(lines: list[str]) -> list[str]:
-    """Substitute the nameless states of a chain of additions into the next one."""
-    known: dict[str, str] = {}
-    out = []
-    for line in lines:
-        left, right = line.split(" = ", 1)
-        if left == right or line == "resid_mid = resid_mid_sum":  # a cast
+def _among_points(relations: list[Relation]) -> list[Relation]:
+    """The same relations without the nameless states of the stream: each is replaced by what it is the sum of."""
+    known: dict[str, tuple[Term, ...]] = {}
+    found = []
+    for relation in relations:
+        if str(relation) in (f"{relation.total} = {relation.total}", "resid_mid = resid_mid_sum"):  # a cast
             continue
-        for name, text in known.items():
-            right = re.sub(rf"\b{name}\b", text, right)
-        if left.startswith("state_"):
-            known[left] = right
+        relation = relation.substitute(known)
+        if relation.total.startswith("state_"):
+            known[relation.total] = relation.terms
         else:
-            out.append(f"{left} = {right}")
-    text = "\n".join(out)
-    if "resid_mid = " not in text:  # no norm between: the sum is resid_mid itself
-        text = text.replace("resid_mid_sum", "resid_mid")
-    return text.split("\n") if text else []
+            found.append(relation)
+    if any(relation.total == "resid_mid" for relation in found):
+        return found
+    renamed = {"resid_mid_sum": (Term(1.0, "resid_mid"),)}  # no norm between: the sum is resid_mid itself
+    return [
+        replace(relation.substitute(renamed), total=relation.total.replace("resid_mid_sum", "resid_mid"))
+        for relation in found
+    ]
 
 
 def _mixer_type(branches: list[Branch], values: Values, seq: int) -> BranchInfo:

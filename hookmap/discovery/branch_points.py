@@ -19,6 +19,7 @@ from hookmap.discovery.dataflow import Operation
 from hookmap.discovery.head_layout import features, heads_of, push
 from hookmap.discovery.locate import Tap, Tapper
 from hookmap.discovery.values import Exposure
+from hookmap.maps.relations import Relation, Term
 from hookmap.maps.templates import Heads
 
 ATTENTION = ("q", "k", "v", "z", "pattern")
@@ -37,7 +38,7 @@ class Found:
 
     taps: dict[str, Tap] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
-    relations: list[str] = field(default_factory=list)
+    relations: list[Relation] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -174,13 +175,13 @@ class _Wires:
                 return min(places, key=lambda e: (len(e.call.entered), e.call.path.count(".")))
         raise _Missing("no module boundary exposes it")
 
-    def applied(self, place: Exposure, ops: list[Operation], value: int, result: str, point: str) -> list[str]:
+    def applied(self, place: Exposure, ops: list[Operation], value: int, result: str, point: str) -> list[Relation]:
         """`result = down_proj(point)`, where the module at whose input the point stands gives that value."""
         given = {self.values.value(t) for t in place.call.outputs.values()}
         bare = len(place.call.entered) == 1 and place.place in (None, 0) and len(place.call.outputs) == 1
         # From the block on; whole, with its `{i}`, where the module is in a list beside the block's.
         name = self.tapper.templated(place.call.path).removeprefix(self.block.stack.path).lstrip(".")
-        return [f"{result} = {name}({point})"] if value in given and bare and ops else []
+        return [Relation(result, (Term(1.0, point),), "applied", name)] if value in given and bare and ops else []
 
     def boundary_tensor(self, place: Exposure) -> int:
         return (place.call.inputs if place.side == "input" else place.call.outputs)[place.place]
@@ -204,7 +205,7 @@ class _Attention:
         self._try("pattern", self._pattern, core)
         taps = self.found.taps
         if all(name in taps for name in ("z", "pattern", "v")) and self._is_plain(core):
-            self.found.relations.insert(0, "z = pattern @ v")
+            self.found.relations.insert(0, Relation("z", (Term(1.0, "pattern"), Term(1.0, "v")), "product"))
         return self.found
 
     def _try(self, name: str, read: Callable[..., Tap], *arguments: Any) -> None:
@@ -416,7 +417,9 @@ class _Router:
                     self.found.taps["router_logits"] = self.tapper.at(place)
                     between = {op.name for op in way if op is not products[0]}
                     if between <= _MONOTONE and "router_indices" not in self.found.unavailable:
-                        self.found.relations.append("router_indices = topk(router_logits)")
+                        self.found.relations.append(
+                            Relation("router_indices", (Term(1.0, "router_logits"),), "applied", "topk")
+                        )
                     return
         self.found.unavailable["router_logits"] = "no module boundary exposes it"
 

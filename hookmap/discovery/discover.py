@@ -199,7 +199,7 @@ def _kind(stack: Stack, number: int, reading: BlockPoints | None, values: Values
         calls=stack.runs[number],
         mixer=reading.mixer,
         mlp=reading.mlp,
-        relations=tuple(reading.relations),
+        relations=tuple(map(str, reading.relations)),
         points=_templates(reading.taps),
         unavailable=reading.unavailable,
     )

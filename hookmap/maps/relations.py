@@ -1,16 +1,20 @@
-"""The relations that a map states, as expressions. Pure.
+"""The relations among the points of a block that a map states, and their text.
 
-    resid_post = norm(0.5 * resid_mid + mlp_out)
+    resid_post = norm(0.5 * resid_mid + mlp_out)      form "sum"
+    z = pattern @ v                                   form "product"
+    mlp_out_raw = mlp.down_proj(mlp_post)             form "applied"
 
-A name is a point; `other` is what a block adds of its own, whatever the tokens are. A function says what is done to
-the stream: `norm`; `gate`, each feature times a weight; `scale`, all times one; `mix`, several streams together.
+In a sum a name is a point; `other` is what a block adds by itself, whatever the tokens are. A function says what is
+done to the stream: `norm`; `gate`, each feature times a weight; `scale`, all features times one number; `mix`, several
+streams mixed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from hookmap.maps.points import PointName
 
@@ -26,12 +30,76 @@ class Term:
     name: str
     of: tuple[Term, ...] = ()
 
+    def __str__(self) -> str:
+        factor = "" if self.factor == 1.0 else f"{self.factor:.9g} * "
+        return f"{factor}{self.name}{f'({_text(self.of)})' if self.of else ''}"
 
-def parse(relation: str) -> tuple[str, tuple[Term, ...]] | None:
-    """Left side, and the terms of the sum on the right; None where the right is another expression (`pattern @ v`)."""
-    left, _, right = relation.partition(" = ")
-    terms = _sum(right)
-    return None if terms is None else (left, terms)
+    def points(self) -> Iterator[str]:
+        """The points that this term names; inside a function, if it is one."""
+        for term in self.of:
+            yield from term.points()
+        if not self.of and self.name != OWN:
+            yield self.name
+
+
+@dataclass(frozen=True)
+class Relation:
+    """An equation that holds exactly: `total` is the sum or the product of the terms, or a function of the only one."""
+
+    total: str
+    terms: tuple[Term, ...]
+    form: Literal["sum", "product", "applied"] = "sum"
+    function: str = ""
+    """of the form "applied": `topk`, or the path of a module inside the block (from the root, if `{i}` is in it)"""
+
+    @classmethod
+    def parse(cls, text: str) -> Relation | None:
+        """None where the right side has none of the three forms."""
+        total, _, right = text.partition(" = ")
+        if (terms := _sum(right)) is not None:
+            return cls(total, terms)
+        if product := re.fullmatch(r"(\w+) @ (\w+)", right):
+            return cls(total, tuple(Term(1.0, name) for name in product.groups()), "product")
+        if applied := re.fullmatch(r"([\w.{}]+)\((\w+)\)", right):
+            return cls(total, (Term(1.0, applied[2]),), "applied", applied[1])
+        return None
+
+    def __str__(self) -> str:
+        if self.form == "product":
+            return f"{self.total} = {' @ '.join(map(str, self.terms))}"
+        right = _text(self.terms)
+        return f"{self.total} = {f'{self.function}({right})' if self.form == 'applied' else right}"
+
+    def points(self) -> set[str]:
+        """Every point that is named, on both sides."""
+        return {self.total, *(name for term in self.terms for name in term.points())}
+
+    def substitute(self, known: Mapping[str, tuple[Term, ...]]) -> Relation:
+        """The same relation, with each of these names on the right side replaced by a sum."""
+        return replace(self, terms=tuple(_substituted(self.terms, known)))
+
+    def can_be_checked(self, known: Collection[str]) -> bool:
+        """Whether each name is a known point. For what a branch adds, the branch's bare output suffices in a sum."""
+        added = {term.name for term in self.terms if self.form == "sum" and not term.of} - {self.total}
+        return all(name in known or (name in added and raw(name) in known) for name in self.points())
+
+
+def raw(point: str) -> str:
+    """The bare output of the branch that adds `point`: mixer_out.1 -> mixer_out_raw.1."""
+    return PointName.of(point).end("out_raw")
+
+
+def _text(terms: tuple[Term, ...]) -> str:
+    return " + ".join(map(str, terms))
+
+
+def _substituted(terms: tuple[Term, ...], known: Mapping[str, tuple[Term, ...]]) -> Iterator[Term]:
+    for term in terms:
+        if term.of:
+            yield replace(term, of=tuple(_substituted(term.of, known)))
+        else:
+            for new in known.get(term.name, (Term(1.0, term.name),)):
+                yield replace(new, factor=term.factor * new.factor)
 
 
 def _sum(text: str) -> tuple[Term, ...] | None:
@@ -40,7 +108,7 @@ def _sum(text: str) -> tuple[Term, ...] | None:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """The summands that stand outside of brackets."""
+    """The summands outside of brackets."""
     start = depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -56,28 +124,3 @@ def _term(text: str) -> Term | None:
         return None
     of = _sum(found[3]) if found[3] is not None else ()
     return None if of is None else Term(float(found[1] or 1), found[2], of)
-
-
-def points(terms: tuple[Term, ...]) -> Iterator[str]:
-    """The points that an expression names."""
-    for term in terms:
-        if term.of:
-            yield from points(term.of)
-        elif term.name != OWN:
-            yield term.name
-
-
-def can_be_checked(relation: str, known: Collection[str]) -> bool:
-    """Whether what it names is there: each point, or, of what a branch adds, the tensor that it is a multiple of."""
-    found = parse(relation)
-    if found is None:
-        return all(name in known for name in re.findall(r"[a-z_]+", re.sub(r"[\w.{}]+\(", "(", relation)))
-    left, terms = found
-    inner = [name for term in terms for name in points(term.of)]
-    outer = [term.name for term in terms if not term.of and term.name != OWN]
-    return left in known and all(n in known for n in inner) and all(n in known or raw(n) in known for n in outer)
-
-
-def raw(point: str) -> str:
-    """The bare output of the branch that adds `point`: mixer_out.1 -> mixer_out_raw.1."""
-    return PointName.of(point).end("out_raw")

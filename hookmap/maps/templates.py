@@ -1,10 +1,11 @@
 """What a map is made of: templates over `{i}`, the layer, and kinds of block. Knows neither the document nor torch."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+from hookmap.maps.relations import Relation
 
 
 class Frozen(BaseModel):
@@ -114,6 +115,7 @@ class BlockKind(Frozen):
     def without(self, lost: Mapping[str, str]) -> "BlockKind":
         """The same kind where these points are unavailable, with their reasons, and no relation names them."""
         points = {name: point for name, point in self.points.items() if name not in lost}
-        said = [line for line in self.relations if not lost.keys() & set(re.split(r"[^\w.]+", line))]
+        parsed = {text: Relation.parse(text) for text in self.relations}
+        kept = [text for text, relation in parsed.items() if relation is None or not lost.keys() & relation.points()]
         unavailable = {**self.unavailable, **lost}
-        return self.model_copy(update={"points": points, "unavailable": unavailable, "relations": tuple(said)})
+        return self.model_copy(update={"points": points, "unavailable": unavailable, "relations": tuple(kept)})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hookmap.loading import skeleton
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName
-from hookmap.maps.relations import parse
+from hookmap.maps.relations import Relation
 from hookmap.maps.selectors import Term
 from hookmap.maps.templates import BlockKind
 from hookmap.verification.runner import CheckedRun, Error, Key, Result
@@ -78,23 +78,27 @@ class _Inside(CheckedRun):
 
     def relations(self, kind: BlockKind) -> Iterator[Result]:
         """`mixer_out_raw = o_proj(z)`, `z = pattern @ v`, `router_indices = topk(router_logits)`, …"""
-        for relation in kind.relations:
-            left, _, right = relation.partition(" = ")
-            if right == "topk(router_logits)":
-                compute: Callable[[int], Tensor] = self._top
-            elif right == "pattern @ v":
-                compute = self._mixed
-            elif right.endswith(("(z)", "(mlp_post)")):
-                compute = self._projected(right)
-            elif parse(relation) is not None:
-                continue  # a sum: checks_relations
-            else:
-                yield "inside", kind.layers, False, f"{relation}: hookmap knows no such relation", None
+        for text in kind.relations:
+            relation = Relation.parse(text)
+            if relation is not None and relation.form == "sum":
+                continue  # see verification.relations
+            compute = None if relation is None else self._right_side(relation)
+            if relation is None or compute is None:
+                yield "inside", kind.layers, False, f"{text}: hookmap knows no such relation", None
                 continue
-            layers = [i for i in kind.layers if all((n, i) in self.values for n in (left, *_names(right)))]
-            errors = [self._difference(left, i, compute(i)) for i in layers]
+            layers = [i for i in kind.layers if all((name, i) in self.values for name in relation.points())]
+            errors = [self._difference(relation.total, i, compute(i)) for i in layers]
             right_on_all = len(layers) == len(kind.layers) and max(errors) <= self.tolerance
-            yield "inside", kind.layers, right_on_all, relation, max(errors, default=None)
+            yield "inside", kind.layers, right_on_all, text, max(errors, default=None)
+
+    def _right_side(self, relation: Relation) -> Callable[[int], Tensor] | None:
+        """How to compute it on a layer; None where hookmap knows no such relation."""
+        names = [term.name for term in relation.terms]
+        if relation.form == "product":
+            return self._mixed if names == ["pattern", "v"] else None
+        if relation.function == "topk":
+            return self._top if names == ["router_logits"] else None
+        return self._projected(relation.function, names[0]) if names[0] in ("z", "mlp_post") else None
 
     def _difference(self, point: str, layer: int, expected: Tensor) -> float:
         found = self.values[point, layer]
@@ -102,9 +106,7 @@ class _Inside(CheckedRun):
             found, expected = found.sort(-1).values, expected.sort(-1).values
         return self.error(found, expected if point == "z" else expected.reshape(found.shape))
 
-    def _projected(self, right: str) -> Callable[[int], Tensor]:
-        path, _, point = right.rstrip(")").partition("(")
-
+    def _projected(self, path: str, point: str) -> Callable[[int], Tensor]:
         def compute(layer: int) -> Tensor:
             whole = path if "{i}" in path else f"{self.map.layers_path}.{path}"
             value = self.values[point, layer]
@@ -237,12 +239,6 @@ class _Inside(CheckedRun):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _names(right: str) -> list[str]:
-    if "@" in right:
-        return right.split(" @ ")
-    return [right.rstrip(")").partition("(")[2]]
 
 
 def _turning(term: Term, head: int, place: int, length: int) -> Callable[..., Any]:

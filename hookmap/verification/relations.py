@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from hookmap.maps.relations import OWN, Term, parse, raw
+from hookmap.maps.relations import OWN, Relation, Term, raw
 from hookmap.maps.templates import BlockKind
 from hookmap.verification.runner import CheckedRun, Result
 
@@ -26,13 +26,13 @@ class Relations(CheckedRun):
     """The checks of the relations whose right side is a sum; the others are of the inside of a branch."""
 
     def checks(self, kind: BlockKind) -> Iterator[Result]:
-        for relation in kind.relations:
-            if (found := parse(relation)) is None:
+        for text in kind.relations:
+            relation = Relation.parse(text)
+            if relation is None or relation.form != "sum":
                 continue
-            left, terms = found
-            errors = [self._misfit(left, terms, layer) for layer in kind.layers]
-            plain = not any(term.of for term in terms)
-            yield "sum" if plain else "relation", kind.layers, max(errors) <= self.tolerance, relation, max(errors)
+            errors = [self._misfit(relation.total, relation.terms, layer) for layer in kind.layers]
+            plain = not any(term.of for term in relation.terms)
+            yield "sum" if plain else "relation", kind.layers, max(errors) <= self.tolerance, text, max(errors)
 
     def _misfit(self, left: str, terms: tuple[Term, ...], layer: int) -> float:
         """How far the left side is from the nearest tensor that the right side allows."""

@@ -22,6 +22,7 @@ from hookmap.capture.run import device_of, running
 from hookmap.loading.finiteness import is_stream
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName
+from hookmap.maps.relations import Relation
 from hookmap.maps.selectors import Selector, select
 from hookmap.maps.templates import BlockKind
 
@@ -257,13 +258,14 @@ class _Compared:
         """Where a sum has this branch as a term, it changed by as much as the branch."""
         layer, own = self.selector.layer, self.kind.points[self.selector.point].terms
         names = {PointName.of(name).as_mixer() for name, point in self.kind.points.items() if point.terms == own}
-        for relation in self.kind.relations:
-            total, _, right = relation.partition(" = ")
-            terms = [term for term in _terms(right) if (term, layer) in self.plain]
-            if names & set(terms) and (total, layer) in self.plain:
-                expected = sum(self._delta(term) for term in terms)
-                found = self._delta(total)
-                held = _difference(found, expected) < _tolerance(self.plain[total, layer])
+        for relation in filter(None, map(Relation.parse, self.kind.relations)):
+            if relation.form != "sum":
+                continue
+            terms = [term for term in relation.terms if not term.of and (term.name, layer) in self.plain]
+            if names & {term.name for term in terms} and (relation.total, layer) in self.plain:
+                expected = sum(term.factor * self._delta(term.name) for term in terms)
+                found = self._delta(relation.total)
+                held = _difference(found, expected) < _tolerance(self.plain[relation.total, layer])
                 return None if held else f"{relation} does not hold after writing it"
         return None if none_is_fine else "nothing shows what it is added to: no sum of this block has it as a term"
 
@@ -284,17 +286,6 @@ class _Compared:
         after, plain = (run[name, self.selector.layer] for run in (self.after, self.plain))
         same = _difference(after.float(), plain.float()) < _tolerance(plain) if not self.repeats else False
         return not (torch.equal(after, plain) or same)
-
-
-def _terms(text: str) -> list[str]:
-    """The terms of a sum that stand outside of brackets."""
-    found, depth = [""], 0
-    for part in text.split(" + "):
-        found[-1] += part if not depth else f" + {part}"
-        depth += part.count("(") - part.count(")")
-        if not depth:
-            found.append("")
-    return found[:-1]
 
 
 def _read_back(selector: Selector, found: torch.Tensor, written: torch.Tensor) -> str | None:
