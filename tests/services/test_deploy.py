@@ -29,7 +29,7 @@ from support.loopback import Loopback, free_port, loopback
 
 import hookmap
 from hookmap.services.deploy.bundle import bundle, locked, requirements
-from hookmap.services.deploy.on_host import Host, unit
+from hookmap.services.deploy.on_host.deployment import Host, unit
 from hookmap.services.deploy.over_ssh import ssh_command
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import click
 from hookmap.cli.finite import FiniteRange
 
 if TYPE_CHECKING:
-    from hookmap.services.deploy.request import Request
+    from hookmap.services.deploy.on_host.request import Request
 
 _SERVE = "hookmap.serve"
 _FOLDER = "hookmap-server"
@@ -106,7 +106,7 @@ def command(
     from hookmap.cli.configuration import Serving
     from hookmap.cli.settings import choose_model, load_settings
     from hookmap.demo import MODEL_PATH
-    from hookmap.services.deploy.request import Request
+    from hookmap.services.deploy.on_host.request import Request
 
     folder = folder.removeprefix("~/")
     again = ["hookmap", "deploy", host]
@@ -192,7 +192,7 @@ def _run(
     import json
 
     from hookmap.services.deploy.over_ssh import call, packed, ssh_command
-    from hookmap.services.deploy.request import REQUEST
+    from hookmap.services.deploy.on_host.request import REQUEST
 
     line = ssh_command(shlex.split(ssh), host, folder, python)
     document = asked.model_dump_json(indent=2)

@@ -37,7 +37,7 @@ def ssh_command(ssh: Sequence[str], host: str, folder: str, python: str | None) 
 
 def packed(content: Mapping[str, bytes]) -> bytes:
     """A tar of these files, by name, with the program that runs on the host."""
-    program = (files("hookmap.services.deploy") / "on_host.py").read_bytes()
+    program = (files("hookmap.services.deploy") / "on_host" / "deployment.py").read_bytes()
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w") as tar:
         for name, data in {**content, "on_host.py": program}.items():
