@@ -28,8 +28,11 @@ from packaging.requirements import Requirement
 from support.loopback import Loopback, free_port, loopback
 
 import hookmap
-from hookmap.services.deploy.bundle import bundle, locked, requirements
-from hookmap.services.deploy.on_host.deployment import Host, unit
+from hookmap.services.deploy.bundle import bundle, locked, program, requirements
+from hookmap.services.deploy.on_host.folder import Folder
+from hookmap.services.deploy.on_host.process import pid_of
+from hookmap.services.deploy.on_host.request import Request
+from hookmap.services.deploy.on_host.runners import unit_file
 from hookmap.services.deploy.over_ssh import ssh_command
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -209,9 +212,7 @@ def test_a_folder_with_files_of_another_kind_is_left_alone(box: Loopback) -> Non
 
 def test_two_folders_never_share_what_keeps_a_server(tmp_path: Path) -> None:
     """A unit's or a tmux server's name: stopping one would stop the other; a socket's path is short."""
-    names = {
-        Host(tmp_path / name, tmp_path, {}).unit for name in ("gpu-1", "gpu_1", "gpu 1", "x" * 200, "y" + "x" * 199)
-    }
+    names = {Folder(tmp_path / name).unit for name in ("gpu-1", "gpu_1", "gpu 1", "x" * 200, "y" + "x" * 199)}
     assert len(names) == 5 and all(len(name) < 60 for name in names)
 
 
@@ -281,7 +282,7 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
     folder = tmp_path / 'a "folder" of 100% $HOME'
     folder.mkdir()
     (folder / "run.sh").touch()
-    (tmp_path / "hookmap-test.service").write_text(unit(folder, 30))
+    (tmp_path / "hookmap-test.service").write_text(unit_file(folder, 30))
     command = ["systemd-analyze", "--user", "verify", "--man=no", str(tmp_path / "hookmap-test.service")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)})
     assert (done.returncode, [line for line in done.stderr.splitlines() if "hookmap" in line]) == (0, [])
@@ -289,15 +290,15 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
 
 def test_a_server_that_starts_is_never_taken_for_one_that_has_ended(tmp_path: Path) -> None:
     """However the moments of its start are met: the pid file is being written, the shell becomes the server."""
-    host = Host(tmp_path, tmp_path, {"port": 1, "options": ["--help"]})
-    host.make_key()
+    folder = Folder(tmp_path)
+    folder.key()
     for _ in range(20):
-        host.write_launcher(sys.executable, CHECKOUT, "any")
+        folder.write_launcher(sys.executable, CHECKOUT, "any", 1, ["--help"])
         seen = []
         with subprocess.Popen(["sh", str(tmp_path / "run.sh")]) as server:
-            while not host.pid_file.exists():
+            while not folder.pid_file.exists():
                 pass
-            while (found := host.pid()) is not None:
+            while (found := pid_of(folder)) is not None:
                 seen.append(found)
             assert server.wait(timeout=0.5) == 0, f"seen {len(seen)} times, it was said to have ended"
         assert set(seen) == {server.pid}
@@ -305,7 +306,7 @@ def test_a_server_that_starts_is_never_taken_for_one_that_has_ended(tmp_path: Pa
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck here")
 def test_shellcheck_finds_nothing_in_the_script() -> None:
-    script = CHECKOUT / "hookmap" / "deploy" / "enter.sh"
+    script = CHECKOUT / "hookmap" / "services" / "deploy" / "enter.sh"
     done = subprocess.run(["shellcheck", "-s", "sh", script], capture_output=True, text=True)
     assert done.stdout == ""
 
@@ -360,3 +361,14 @@ def test_the_name_that_clients_use_is_expected_of_the_server(tmp_path: Path) -> 
     )
     asked = json.loads(shown.stdout.partition("request.json:\n")[2])
     assert (asked["name"], asked["drain"]) == ("mine", 5), shown.output
+
+
+def test_the_program_for_the_host_needs_the_standard_library_only(tmp_path: Path) -> None:
+    (tmp_path / "on_host.pyz").write_bytes(program())
+    (tmp_path / "incoming").mkdir()
+    asked = Request("status", "hookmap deploy box", "ssh box")
+    (tmp_path / "incoming" / "request.json").write_text(asked.to_json(), encoding="utf-8")
+    command = [sys.executable, "-I", "-S", tmp_path / "on_host.pyz", tmp_path / "incoming"]  # -S: no site-packages
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert json.loads(done.stdout)["error"].startswith(f"nothing was deployed to {tmp_path.resolve()}.")

@@ -114,7 +114,7 @@ def command(
     again += ["--folder", folder] if folder != _FOLDER else []
     common: dict[str, Any] = {"again": shlex.join(again), "ssh": f"{ssh} {shlex.quote(host)}", "port": port}
     if action is not None:
-        _run(Request.model_validate({"action": action, **common}), {}, host, folder, python, ssh, dry_run, as_json, ctx)
+        _run(Request(action=action, **common), {}, host, folder, python, ssh, dry_run, as_json, ctx)
         return
     given: list[str] = ctx.meta[_SERVE]
     served = _served(given)
@@ -134,9 +134,9 @@ def command(
         "wait": wait,
         "version": sent.version,
     }
-    common |= {"model": chosen or None, "name": served["served_model_name"], "options": given}
+    common |= {"model": chosen or None, "name": served["served_model_name"], "options": tuple(given)}
     common |= {"drain": served["drain"] or Serving.model_fields["drain"].default}
-    asked = Request.model_validate({"action": "deploy", "sync": sync or "frozen", **common})
+    asked = Request(action="deploy", sync=sync or "frozen", **common)
     _run(asked, sent.files, host, folder, python, ssh, dry_run, as_json, ctx)
 
 
@@ -191,17 +191,17 @@ def _run(
 ) -> None:
     import json
 
-    from hookmap.services.deploy.over_ssh import call, packed, ssh_command
-    from hookmap.services.deploy.on_host.request import REQUEST
+    from hookmap.services.deploy.on_host.request import FILE
+    from hookmap.services.deploy.over_ssh import PROGRAM, call, packed, ssh_command
 
     line = ssh_command(shlex.split(ssh), host, folder, python)
-    document = asked.model_dump_json(indent=2)
+    document = asked.to_json()
     if dry_run:
         click.echo(shlex.join(line))
-        click.echo("\non its stdin a tar of on_host.py" + "".join(f", {n} ({len(d)} bytes)" for n, d in files.items()))
-        click.echo(f"and {REQUEST}:\n{document}")
+        click.echo(f"\non its stdin a tar of {PROGRAM}" + "".join(f", {n} ({len(d)} bytes)" for n, d in files.items()))
+        click.echo(f"and {FILE}:\n{document}")
         return
-    sent = packed({**files, REQUEST: document.encode()})
+    sent = packed({**files, FILE: document.encode()})
     found = call(line, sent, host, python, lambda text: click.echo(text, err=True))
     if as_json:
         click.echo(json.dumps(found))

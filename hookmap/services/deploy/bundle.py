@@ -1,4 +1,4 @@
-"""What travels to the host: hookmap's code, what it requires, and a lock with exact versions."""
+"""What is sent to the host: hookmap's code, its requirements, a lock with exact versions, and the program to run."""
 
 import email
 import io
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,7 @@ from hookmap.errors import DeployError
 from hookmap.maps.shipped import mappings_folder
 
 EXTRA = "server"
+ON_HOST = Path(__file__).with_name("on_host")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -30,23 +31,25 @@ class Bundle:
 
     version: str
     code: bytes
-    """a zip, laid out as a wheel is: the package with its maps, and its metadata"""
+    """a zip with the layout of a wheel: the package with its maps, and its metadata"""
     requirements: str
+    """a requirements file"""
     lock: str
-    """constraints for pip"""
+    """exact versions, as a constraints file for pip"""
 
     @property
     def files(self) -> dict[str, bytes]:
-        """By name, as `on_host.py` looks for them."""
+        """By the names that `on_host` reads."""
         texts = {"requirements.txt": self.requirements, "lock.txt": self.lock}
         return {"code.zip": self.code, **{name: text.encode() for name, text in texts.items()}}
 
 
 def bundle(release: str | None = None, lock: Path | None = None, installs: bool = True) -> Bundle:
-    """This hookmap, or the one that PyPI has as `release`. `lock`: instead of the versions installed here.
+    """Collect what is sent.
 
-    `installs`: whether the host will install anything; where it will not, no lock is needed.
-    Raises DeployError where something is not there to be sent.
+    `release`: a version on PyPI to send instead of the code that runs here. `lock`: a file of exact versions to use
+    instead of those installed here. `installs`: whether the host will install anything; if not, no lock is needed.
+    Raises DeployError where something that must be sent is missing.
     """
     code = installed_code() if release is None else released_code(release)
     with zipfile.ZipFile(io.BytesIO(code)) as archive:
@@ -60,7 +63,7 @@ def bundle(release: str | None = None, lock: Path | None = None, installs: bool 
 
 
 def installed_code() -> bytes:
-    """The code that runs here, a checkout's too. The same files give the same bytes."""
+    """The code that runs here, also from a checkout. The same files give the same bytes. Raises DeployError."""
     try:
         described = metadata.distribution("hookmap").read_text("METADATA")
     except metadata.PackageNotFoundError:
@@ -70,17 +73,31 @@ def installed_code() -> bytes:
     package = Path(__file__).resolve().parents[2]
     found = {f"hookmap/{name}": file for name, file in _files(package)}
     found |= {f"hookmap/mappings/{name}": file for name, file in _files(mappings_folder())}
+    content = {name: file.read_bytes() for name, file in sorted(found.items())}
+    return zipped(content | {f"hookmap-{__version__}.dist-info/METADATA": described.encode()})
+
+
+def program() -> bytes:
+    """The package `on_host` as a zip that `python3 on_host.pyz FOLDER` runs with the standard library alone."""
+    package = "hookmap.services.deploy.on_host"
+    parents = package.split(".")[:-1]
+    # The packages above it are empty there: they win over a hookmap that the host's Python may have.
+    content = {"/".join([*parents[:depth], "__init__.py"]): b"" for depth in range(1, len(parents) + 1)}
+    content |= {f"{package.replace('.', '/')}/{name}": file.read_bytes() for name, file in _files(ON_HOST)}
+    return zipped(content | {"__main__.py": f"from {package}.__main__ import main\n\nmain()\n".encode()})
+
+
+def zipped(content: Mapping[str, bytes]) -> bytes:
+    """These files, by name. The same files give the same bytes."""
     made = io.BytesIO()
-    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, file in sorted(found.items()):
-            archive.writestr(zipfile.ZipInfo(name, _EPOCH), file.read_bytes(), zipfile.ZIP_DEFLATED)
-        where = f"hookmap-{__version__}.dist-info/METADATA"
-        archive.writestr(zipfile.ZipInfo(where, _EPOCH), described)
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), data, zipfile.ZIP_DEFLATED)
     return made.getvalue()
 
 
 def released_code(version: str) -> bytes:
-    """The wheel that pip, as it is configured here, finds for this version."""
+    """The wheel that pip, as it is configured here, finds for this version. Raises DeployError."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", folder]
         done = subprocess.run([*command, f"hookmap=={version}"], capture_output=True, text=True, check=False)
@@ -94,7 +111,7 @@ def released_code(version: str) -> bytes:
 
 
 def requirements(told: Sequence[str]) -> list[Requirement]:
-    """Out of a package's metadata, those of the package and of its server."""
+    """Of the `Requires-Dist` lines, those that hookmap and its server need."""
     found = []
     for text in told:
         requirement = Requirement(text)
@@ -108,7 +125,7 @@ def requirements(told: Sequence[str]) -> list[Requirement]:
 
 
 def locked(wanted: Sequence[Requirement]) -> list[str]:
-    """`name==version` of all that is installed here for these, and for what these need. Raises DeployError."""
+    """`name==version` of each requirement and its dependencies, as installed here. Raises DeployError."""
     versions: dict[str, str] = {}
     missing: list[str] = []
     waiting = list(wanted)
@@ -121,7 +138,7 @@ def locked(wanted: Sequence[Requirement]) -> list[str]:
         except metadata.PackageNotFoundError:
             missing.append(name)
             continue
-        # A local version (2.13.0+cpu) is a matter of this machine; a constraint without it accepts any.
+        # A local version (2.13.0+cpu) is this machine's own; a constraint without it accepts every build.
         versions[name] = Version(found.version).public
         for extra in ("", *requirement.extras):
             if (name, extra) not in seen:
@@ -136,7 +153,7 @@ def locked(wanted: Sequence[Requirement]) -> list[str]:
 
 
 def _needed(told: Sequence[str], extra: str) -> Iterator[Requirement]:
-    """Of a package's requirements, those that hold on this machine."""
+    """Of a package's requirements, those that apply on this machine."""
     for text in told:
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):

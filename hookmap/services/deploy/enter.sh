@@ -24,4 +24,4 @@ mkdir -p -- "$1"
 work=$(mktemp -d -- "$1/incoming.XXXXXX")
 trap 'rm -rf -- "$work"; rmdir -- "$1" 2>/dev/null || :' EXIT
 tar -xf - -C "$work"
-"$python" "$work/on_host.py" "$work"
+"$python" "$work/on_host.pyz" "$work"

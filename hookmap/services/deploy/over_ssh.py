@@ -1,4 +1,4 @@
-"""One ssh connection does it all: a tar on its stdin, progress on its stderr, a result as JSON on its stdout."""
+"""One ssh connection carries everything: a tar on stdin, progress on stderr, the result as JSON on stdout."""
 
 import contextlib
 import io
@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import IO, Any
 
 from hookmap.errors import DeployError
+from hookmap.services.deploy.bundle import program
 
 _NO_SSH = 255
 _REASONS = {
@@ -20,10 +21,12 @@ _REASONS = {
     43: "{python} is older than Python 3.11: name a newer one: --python PATH",
 }
 """exit codes of enter.sh"""
+PROGRAM = "on_host.pyz"
+"""its name for enter.sh"""
 
 
 def ssh_command(ssh: Sequence[str], host: str, folder: str, python: str | None) -> list[str]:
-    """What is run here: ssh, and for the host's shell one quoted line."""
+    """The command to run here: ssh, with one quoted line for the host's shell."""
     enter = (files("hookmap.services.deploy") / "enter.sh").read_text(encoding="utf-8")
     return [
         *ssh,
@@ -37,10 +40,9 @@ def ssh_command(ssh: Sequence[str], host: str, folder: str, python: str | None) 
 
 def packed(content: Mapping[str, bytes]) -> bytes:
     """A tar of these files, by name, with the program that runs on the host."""
-    program = (files("hookmap.services.deploy") / "on_host" / "deployment.py").read_bytes()
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w") as tar:
-        for name, data in {**content, "on_host.py": program}.items():
+        for name, data in {**content, PROGRAM: program()}.items():
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(data), 0o600
             tar.addfile(entry, io.BytesIO(data))
@@ -48,7 +50,7 @@ def packed(content: Mapping[str, bytes]) -> bytes:
 
 
 def call(command: Sequence[str], sent: bytes, host: str, python: str | None, tell: Callable[[str], None]) -> Any:
-    """Run it; `tell` gets each line of progress as it comes. Raises DeployError with the host's own words."""
+    """Run the command and return the host's answer. `tell` gets each line of progress. Raises DeployError."""
     told: list[str] = []
 
     def listen(lines: IO[bytes]) -> None:
@@ -66,7 +68,7 @@ def call(command: Sequence[str], sent: bytes, host: str, python: str | None, tel
         assert process.stdin and process.stdout and process.stderr
         listener = threading.Thread(target=listen, args=(process.stderr,), daemon=True)
         listener.start()
-        with contextlib.suppress(BrokenPipeError):  # its exit code tells why
+        with contextlib.suppress(BrokenPipeError):  # the exit code says why
             process.stdin.write(sent)
             process.stdin.close()
         answer = process.stdout.read().decode(errors="replace")

@@ -1,29 +1,55 @@
-"""What `hookmap deploy` asks of the host, as JSON. It holds no secret: keys are made on the host and stay there."""
+"""What `hookmap deploy` asks of the host, sent as JSON. It holds no secret: keys are made on the host and stay there.
 
-from typing import Literal
+Both sides use this class, so it needs the standard library only; the command line has checked every value.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-REQUEST = "request.json"
+FILE = "request.json"
 
 
-class Request(BaseModel):
-    """The whole document; `on_host.py` reads it."""
+@dataclass(frozen=True)
+class Request:
+    """The whole document."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    action: Literal["deploy", "stop", "status", "key"]
-    again: str = Field(description="how this command is typed, to name the next one in a message")
-    ssh: str = Field(description="how a shell command on the host is typed")
-    port: int = Field(default=8000, ge=1, le=65535)
-    model: str | None = Field(default=None, description="a hub id, or a path on the host; null is the bundled one")
-    name: str | None = Field(default=None, description="what clients call it, where that was typed")
-    options: tuple[str, ...] = Field(default=(), description="more options of `hookmap serve`")
-    drain: int = Field(default=30, description="seconds that a server which is stopped may still answer")
-    python: str | None = Field(default=None, description="an interpreter whose packages are used; null makes a venv")
-    torch: str | None = Field(default=None, description="the requirement for PyTorch; null lets the host choose")
-    sync: Literal["frozen", "skip"] = "frozen"
+    action: str
+    """deploy, stop, status or key"""
+    again: str
+    """how this `hookmap deploy` is typed, to name the next command in a message"""
+    ssh: str
+    """how a shell command on the host is typed"""
+    port: int = 8000
+    model: str | None = None
+    """a hub id, or a path on the host; None: the bundled model"""
+    name: str | None = None
+    """what clients call the model, where that was typed"""
+    options: tuple[str, ...] = ()
+    """more options of `hookmap serve`"""
+    drain: int = 30
+    """seconds that a stopping server may still spend on its answers"""
+    python: str | None = None
+    """an interpreter whose packages are used; None: a venv is made"""
+    torch: str | None = None
+    """the requirement for PyTorch; None: the host chooses"""
+    sync: str = "frozen"
+    """frozen: install the locked versions; skip: install nothing"""
     fresh: bool = False
-    runner: Literal["auto", "systemd", "tmux", "detached"] = "auto"
-    wait: float = Field(default=600, description="seconds in which the server has to answer")
-    version: str | None = Field(default=None, description="of the hookmap that travels")
+    """whether the environment is made anew"""
+    runner: str = "auto"
+    """systemd, tmux, detached, or auto: the best one that the host has"""
+    wait: float = 600
+    """seconds within which the server has to answer"""
+    version: str | None = None
+    """of the hookmap that is sent"""
+
+    def to_json(self) -> str:
+        """The document, indented for readers."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+
+def read_request(file: Path) -> Request:
+    """The request that was sent."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    return Request(**{**fields, "options": tuple(fields["options"])})
