@@ -15,6 +15,7 @@ from hookmap.capture.engines import Engine
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.engines.observation import Observer
 from hookmap.capture.engines.pass_rows import BatchLayout
+from hookmap.capture.halving import in_parts
 from hookmap.capture.interventions.edits import Edit, Editor
 from hookmap.capture.options import Progress
 from hookmap.capture.overflow import in_words
@@ -43,9 +44,9 @@ class Run(ABC):
     progress: Callable[[Progress], None] | None
     memory: MemoryUse
     halved: list[str] = field(default_factory=list)
+    """what was done about memory that ran out, in words"""
     lost: Counter[str] = field(default_factory=Counter)
     """of each tensor, rows that became infinite in the dtype that is kept"""
-    """what was done about memory that ran out, in words"""
     done: int = 0
     max_new_tokens: int = 0
     edits: tuple[Edit, ...] = ()
@@ -68,20 +69,14 @@ class Run(ABC):
             self._show(0)
 
     def together(self, numbers: Sequence[int], sink: Sink) -> None:
-        """A batch, or parts of it one after another, once it was more than the memory."""
-        size = min(len(numbers), self._most or len(numbers))
-        for start in range(0, len(numbers), size):
-            part = numbers[start : start + size]
-            if not self._fits(part, sink):
-                self._most = len(part) // 2
-                self.together(numbers[start:], sink)
-                return
+        """Run a batch, in parts one after another where it is more than the memory."""
+        self._most = in_parts(numbers, lambda part: self._part(part, sink), self._most)
 
-    def _fits(self, numbers: Sequence[int], sink: Sink) -> bool:
-        """Run a batch, unless memory runs out, which only a batch of one prompt must not."""
+    def _part(self, numbers: Sequence[int], sink: Sink) -> Sequence[int]:
+        """Run these prompts together. Returns them where memory ran out. Raises CaptureError for one prompt alone."""
         try:
             self.batch(numbers, sink)
-            return True
+            return ()
         except torch.OutOfMemoryError as error:
             told = str(error).partition("\n")[0]
             if len(numbers) == 1:
@@ -98,7 +93,7 @@ class Run(ABC):
             torch.cuda.empty_cache()
         self.halved.append(f"out of memory with {len(numbers)} prompts at once; going on with {len(numbers) // 2}")
         log.warning("%s (%s)", self.halved[-1], told)
-        return False
+        return numbers
 
     @property
     def device(self) -> torch.device:
