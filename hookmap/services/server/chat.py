@@ -21,7 +21,7 @@ from hookmap.services.server.requests import ChatRequest, Message
 from hookmap.services.server.streaming import extras, made, summaries, usage_of
 from hookmap.services.server.text import RowText
 from hookmap.services.server.tokens import LEAST, Token
-from hookmap.services.server.tools import Call, ToolText, check_template, reads_calls, with_arguments
+from hookmap.services.server.tool_calls import Call, ToolText, check_template, reads_calls, with_arguments
 
 
 def prompt_of(asked: ChatRequest, tokenizer: Any) -> Prompt:

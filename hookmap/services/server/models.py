@@ -15,11 +15,11 @@ from hookmap.capture.padding import whole_batch_limit
 from hookmap.demo import MODEL_PATH
 from hookmap.model import HookedModel
 from hookmap.model import open as open_model
-from hookmap.services.server.batch import Room
 from hookmap.services.server.editing import Documents
 from hookmap.services.server.errors import ApiError, missing
+from hookmap.services.server.scheduler import Worker
 from hookmap.services.server.settings import Settings
-from hookmap.services.server.worker import Worker
+from hookmap.services.server.shared_run import Room
 
 log = logging.getLogger("hookmap.server")
 

@@ -16,8 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from hookmap.services.server.errors import ApiError, cancelled
 from hookmap.services.server.jobs import Event, Job, Result
+from hookmap.services.server.scheduler import Worker
 from hookmap.services.server.tokens import Token
-from hookmap.services.server.worker import Worker
 
 Made = TypeVar("Made", bound=BaseModel)
 

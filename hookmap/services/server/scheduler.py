@@ -16,12 +16,12 @@ from hookmap.capture.rows import RowSelection
 from hookmap.capture.run import device_of
 from hookmap.loading.memory import MemoryUse
 from hookmap.model import HookedModel
-from hookmap.services.server.answering import Answering, Gathered
-from hookmap.services.server.batch import Room, Together
 from hookmap.services.server.echo import Echo
 from hookmap.services.server.editing import planned
 from hookmap.services.server.errors import ApiError, cancelled, failed, unloading
 from hookmap.services.server.jobs import Event, Job, Result
+from hookmap.services.server.shared_run import Room, Together
+from hookmap.services.server.watched_run import Answering, Gathered
 
 log = logging.getLogger("hookmap.server")
 
