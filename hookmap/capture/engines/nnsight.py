@@ -12,8 +12,8 @@ import nnsight
 import torch
 from torch import nn
 
-from hookmap.capture.engines._nnsight_sink import PassingCache, adopt_edits, attach, stored_edits, tree_over
 from hookmap.capture.engines.hooks import call, logits_of_pass, module_at
+from hookmap.capture.engines.nnsight_internals import PassingCache, adopt_edits, attach, stored_edits, tree_over
 from hookmap.capture.engines.observation import Observer, Watch, of_logits
 from hookmap.capture.interventions.edits import Editor
 from hookmap.errors import InterventionError

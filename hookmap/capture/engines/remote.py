@@ -11,8 +11,8 @@ import nnsight
 import torch
 from torch import nn
 
-from hookmap.capture.engines._nnsight_sink import stored_edits, visits
 from hookmap.capture.engines.hooks import module_at
+from hookmap.capture.engines.nnsight_internals import stored_edits, visits
 from hookmap.capture.engines.observation import Observer, Side, of_logits
 from hookmap.capture.interventions.edits import Editor
 from hookmap.errors import CaptureError, InterventionError
