@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from hookmap.capture.batches import Batches, batches, generation_batches, harvest_batches
-from hookmap.capture.engines import Engine
+from hookmap.capture.engines import Engine, nnsight_engine
 from hookmap.capture.engines.hooks import HooksEngine
 from hookmap.capture.estimate import Estimate, estimate
 from hookmap.capture.interventions.documents import read_interventions
@@ -396,9 +396,7 @@ class Hooked:
         if name == "hooks":
             return self.hooks, why
         if self._nnsight is None:
-            from hookmap.capture.engines.nnsight import NNsightEngine  # imported here: it takes a second or two
-
-            self._nnsight = NNsightEngine(self.model, self.root, self._nnsight_model)
+            self._nnsight = nnsight_engine(self.model, self.root, self._nnsight_model)
         return self._nnsight, why
 
     def _d_mlp(self, selector: Selector) -> int:

@@ -1,6 +1,8 @@
 """Both engines show the same tensors, bit for bit; runs share a model where they can, and halve what does not fit."""
 
 import json
+import subprocess
+import sys
 import threading
 from functools import cache
 from pathlib import Path
@@ -15,6 +17,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.capture.engines.model_lock import ModelLock
+from hookmap.demo import MODEL_PATH
 from hookmap.model import HookedModel
 
 RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
@@ -176,6 +179,37 @@ def test_the_estimate_counts_what_one_pass_brings_at_once() -> None:
     short = hm.estimate([[1] * 1_000] * 1_000, ["logits"], max_new_tokens=0)
     assert long.bytes == short.bytes == long.held(True)
     assert short.largest == 4 * 1_000 * 97 * 4 and short.held(True) < short.bytes / 2
+
+
+WITHOUT_NNSIGHT = """
+import sys, hookmap
+from hookmap.demo import MODEL_PATH
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "nnsight":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Blocked())
+hm = hookmap.open(MODEL_PATH)
+steer = {"do": "steer", "point": "resid_pre", "vector": [1.0] * hm.map.d_model}
+hm.capture("2 + 3 =", "all", store=sys.argv[1], max_new_tokens=3, interventions=[steer])
+try:
+    hm.capture("2 + 3 =", "embed", engine="nnsight")
+except hookmap.CaptureError as error:
+    print(error)
+"""
+
+
+def test_the_default_engine_works_where_nnsight_cannot_be_imported(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_NNSIGHT, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "No module named 'nnsight'" in done.stdout and "nnsight>=0.8.1" in done.stdout
+    stored, hm = hookmap.open_store(tmp_path / "run"), hookmap.open(MODEL_PATH)
+    steer = {"do": "steer", "point": "resid_pre", "vector": [1.0] * hm.map.d_model}
+    here = hm.capture("2 + 3 =", "all", max_new_tokens=3, interventions=[steer])
+    assert stored.keys == here.keys
+    assert all(torch.equal(stored.read(0, *key), here.read(0, *key)) for key in here.keys)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Captures inside one nnsight trace, over the weights that are already there: what a user edits with nnsight applies.
+"""Captures inside one nnsight trace, over the loaded weights, so that the user's nnsight edits apply.
 
-Nothing of the caller's frame is inside the trace: the block is in a function of its own, and selectors reach it as
-data. A trace serves whatever runs meanwhile, whichever thread it is on, so a run has the model alone.
+The traced block is a function of its own, and selectors reach it as data, because nnsight compiles the block from
+source. A trace sees every forward pass, on any thread, so a run holds the model exclusively.
 """
 
 import contextlib
@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 from hookmap.capture.engines.hooks import call, logits_of_pass, module_at
-from hookmap.capture.engines.nnsight_internals import PassingCache, adopt_edits, attach, stored_edits, tree_over
+from hookmap.capture.engines.nnsight_internals import (
+    PassingCache,
+    adopt_edits,
+    attach,
+    paths_in,
+    stored_edits,
+    tree_over,
+)
 from hookmap.capture.engines.observation import Observer, Watch, of_logits
 from hookmap.capture.interventions.edits import Editor
 from hookmap.errors import InterventionError
@@ -21,7 +28,7 @@ from hookmap.loading.wrappers import generate_of, hooked_forward, runner_of
 
 
 class NNsightEngine:
-    """Captures through nnsight. Wraps `module` at the first run; the wrappers stay and do nothing outside a run."""
+    """Captures through nnsight. Wraps `module` at the first run; the wrappers stay and do nothing between runs."""
 
     name = "nnsight"
     exclusive = True
@@ -59,10 +66,10 @@ class NNsightEngine:
         if self._tree is None:
             self._tree = tree_over(self.module, self._given)
         adopt_edits(self._tree, self._given)
-        # What a user's edits do there, they do to all of them.
+        # A user's edit of the logits expects all of them.
         observer.every_logit |= self._given is not None and any(map(of_logits, observer.selectors))
 
-        # A hook: what a trace shows of an input cannot be answered.
+        # A plain hook, because a trace cannot replace the input that it shows.
         def begin(_: nn.Module, args: Any, kwargs: Any) -> Any:
             if not observer.looks:
                 return None
@@ -72,23 +79,21 @@ class NNsightEngine:
         with contextlib.ExitStack() as hooks:
             hooks.callback(self.root.register_forward_pre_hook(begin, with_kwargs=True).remove)
             hooks.enter_context(hooked_forward(self.runner, self.root))
-            return _traced(self._tree, self._cache(self._tree, observer), run)
+            return _trace(self._tree, self._cache(self._tree, observer), run)
 
     def _cache(self, tree: nnsight.NNsight, observer: Observer) -> PassingCache:
-        # By identity and not by name: a module that the tree reaches by two paths has one location, and a module
-        # may be called like something that nnsight serves (BERT's `output`).
-        paths = {id(envoy._module): envoy.path for envoy in tree.modules()}
+        paths = paths_in(tree)
         wanted: dict[tuple[str, str], list[Watch]] = {}
         for path, side in observer.boundaries:
             module = module_at(self.module, self.root, path)
             wanted.setdefault((paths[id(module)], side), []).append(observer.watcher(path, side))
 
-        def seen(path: str, side: str, value: Any) -> None:
+        def observe(path: str, side: str, value: Any) -> None:
             args, kwargs = value if side == "input" else ((), {})
             for watch in wanted.get((path, side), ()):
                 watch(args, kwargs, value)
 
-        return PassingCache({*wanted}, seen)
+        return PassingCache({*wanted}, observe)
 
 
 def _refuse(editor: Editor | None) -> None:
@@ -96,11 +101,11 @@ def _refuse(editor: Editor | None) -> None:
         raise InterventionError('interventions are written with engine="hooks": ask for it, or leave engine= out.')
 
 
-def _traced(tree: nnsight.NNsight, cache: PassingCache, run: Callable[[], Any]) -> Any:
+def _trace(tree: nnsight.NNsight, cache: PassingCache, run: Callable[[], Any]) -> Any:
     def body(_: None) -> Any:
         return run()
 
-    # nnsight recompiles this block from the source of this file: no return, yield, try or break in it.
+    # nnsight compiles this block from the source of this file: it must hold no return, yield, try or break.
     with tree.trace(None, fn=body) as tracer:
         attach(cache)
         result = nnsight.save(tracer.result)

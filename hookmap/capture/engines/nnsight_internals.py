@@ -1,7 +1,7 @@
-"""The one place that leans on nnsight's inside: a cache that passes values on, what another kept, a user's edits.
+"""Everything that uses nnsight's private classes (of 0.8), in one module that only the nnsight engines import.
 
-`tracer.cache()` keeps every value of every step until the run ends. nnsight has no public way to be shown values as
-they pass, so this subclasses its `Cache` and registers with the running trace, as `tracer.cache()` does (0.8).
+`tracer.cache()` keeps every value of every step until the run ends. nnsight has no public way to observe values as
+they pass, so this subclasses its `Cache` and registers it with the running trace, as `tracer.cache()` does.
 """
 
 import ast
@@ -16,45 +16,54 @@ from nnsight.intervention.cache import Cache
 from nnsight.intervention.interleaver import Mediator
 from torch import nn
 
-Seen = Callable[[str, str, Any], None]
+Observe = Callable[[str, str, Any], None]
 """(module path in nnsight's tree, "input" or "output", value); an input's value is (args, kwargs)"""
 
 
 class PassingCache(Cache):  # type: ignore[misc]  # nnsight is not typed
-    """Shows `seen` each of `locations`, (nnsight path, side), whenever the model passes it."""
+    """Calls `observe` whenever the model passes one of `locations`, (nnsight path, side)."""
 
-    def __init__(self, locations: set[tuple[str, str]], seen: Seen) -> None:
+    def __init__(self, locations: set[tuple[str, str]], observe: Observe) -> None:
         super().__init__(None, modules=[])
         self._locations = locations
-        self._seen = seen
+        self._observe = observe
 
     def subscriptions(self) -> dict[str, tuple[str, str]]:
         return {f"{path}.{side}": (path, side) for path, side in self._locations}
 
     def observe_selected(self, selected: tuple[str, str], value: Any) -> None:
-        self._seen(selected[0], selected[1], value)
+        self._observe(selected[0], selected[1], value)
 
 
 def attach(cache: PassingCache) -> None:
-    """Register with the trace whose block is running; call before any value is read."""
+    """Register with the running trace. Call it before the block reads any value."""
     Mediator.current("hookmap").caches.append(cache)
 
 
-def visits(cache: Any, path: str, side: str) -> list[Any]:
-    """What `tracer.cache()` kept of a module, visit by visit; an input's value is (args, kwargs).
+def calls_in(cache: Any, path: str, side: str) -> list[Any]:
+    """What `tracer.cache()` kept of each call of a module; an input's value is (args, kwargs).
 
-    nnsight's own view of a cache that came back from elsewhere finds every module but the root.
+    nnsight's own view of a cache that came back from a server does not find the root module.
     """
     return [getattr(entry, "output" if side == "output" else "inputs") for entry in cache._cache.entries[path]]
 
 
+def paths_in(tree: nnsight.Envoy) -> dict[int, str]:
+    """The id of each module -> its path in nnsight's tree.
+
+    By identity, not by name: a module that the tree reaches by two paths has one location, and a module may have the
+    name of something that nnsight serves (BERT's `output`).
+    """
+    return {id(envoy._module): envoy.path for envoy in tree.modules()}
+
+
 def tree_over(module: nn.Module, given: nnsight.Envoy | None) -> nnsight.NNsight:
-    """A tree of our own over `module`, under the same paths as the user's tree, if there is one."""
+    """A new tree over `module`, with the same paths as the user's tree, if there is one."""
     return nnsight.NNsight(module) if given is None else nnsight.NNsight(module, path=given.path)
 
 
 def adopt_edits(tree: nnsight.NNsight, given: nnsight.Envoy | None) -> None:
-    """Let the run apply what the user stored on `given` with `edit(inplace=True)`: that is the model they opened."""
+    """Make the run apply the edits that the user stored on `given` with `edit(inplace=True)`."""
     if given is not None:
         tree._edits = list(given._edits)
 
@@ -82,7 +91,7 @@ def _digest(edit: Mediator) -> str:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """That the code reads, inner functions included."""
+    """The names that the code reads, inner functions included."""
     yield from (*code.co_names, *code.co_freevars)
     for inner in code.co_consts:
         if isinstance(inner, CodeType):

@@ -1,7 +1,7 @@
-"""Captures on a model that somebody else runs: nnsight's remote execution (NDIF), or its simulation here.
+"""Captures on a model that runs on a server: nnsight's remote execution (NDIF), or its local simulation.
 
-Only names go there, and only what is saved comes back; then the run is told to the observer as if it happened now. So
-the rows of a batch are in memory at once, and a row that has ended still costs until the whole batch has.
+Only module paths are sent, and only the saved values come back. They are then replayed to the observer, pass by pass.
+So all rows of a batch are in memory at once, and a sample that has ended costs until the whole batch has ended.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hookmap.capture.engines.hooks import module_at
-from hookmap.capture.engines.nnsight_internals import stored_edits, visits
+from hookmap.capture.engines.nnsight_internals import calls_in, paths_in, stored_edits
 from hookmap.capture.engines.observation import Observer, Side, of_logits
 from hookmap.capture.interventions.edits import Editor
 from hookmap.errors import CaptureError, InterventionError
@@ -20,7 +20,7 @@ from hookmap.loading import generation as gen
 
 
 class RemoteEngine:
-    """Runs an nnsight model that has no weights here. Draws with no seed: the generators are another machine's."""
+    """Runs an nnsight model whose weights are on a server. It takes no seed: the server has generators of its own."""
 
     name = "remote"
     exclusive = True
@@ -31,7 +31,7 @@ class RemoteEngine:
         self.root = self.runner = root
         self._given = given
         self._remote = remote
-        self._paths = {id(envoy._module): envoy.path for envoy in given.modules()}
+        self._paths = paths_in(given)
 
     @property
     def stored_edits(self) -> list[str]:
@@ -39,17 +39,17 @@ class RemoteEngine:
         return stored_edits(self._given)
 
     def generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> torch.Tensor:
-        """See `Engine.generate`. Raises CaptureError where the server fails, or did not run what was asked."""
+        """See `Engine.generate`. Raises CaptureError where the server fails or did not run every module asked for."""
         _refuse(editor)
         [finished] = inputs.pop("stopping_criteria")
         parameter = gen.logits_parameter(self.root)
         if parameter is not None and any(map(of_logits, observer.selectors)):
             inputs[parameter.name] = 0  # transformers computes only the last logits of a prompt, unless told
-        sequences, seen = self._run(observer, inputs, generate=True)
+        sequences, calls = self._run(observer, inputs, generate=True)
         fed, width = 0, inputs["input_ids"].shape[1]
         ended = torch.zeros(len(sequences), dtype=torch.bool)
-        for told in _passes(seen, observer):
-            fed += told
+        for tokens in _replay(calls, observer):
+            fed += tokens
             if fed >= width:
                 ended |= finished(sequences[:, : fed + 1], None)
             if ended.all():
@@ -63,21 +63,21 @@ class RemoteEngine:
         parameter = gen.logits_parameter(self.root)
         if parameter is not None and not any(map(of_logits, observer.selectors)):
             inputs[parameter.name] = 1
-        _, seen = self._run(observer, inputs, generate=False)
-        for _ in _passes(seen, observer):
+        _, calls = self._run(observer, inputs, generate=False)
+        for _ in _replay(calls, observer):
             pass
 
-    def _run(self, observer: Observer, inputs: dict[str, Any], generate: bool) -> tuple[Any, "_Visits"]:
+    def _run(self, observer: Observer, inputs: dict[str, Any], generate: bool) -> tuple[Any, "_Calls"]:
         paths: dict[tuple[str, Side], str] = {
             (path, side): self._paths[id(module_at(self.module, self.root, path))] for path, side in observer.boundaries
         }
         fed = self._paths[id(self.root.get_input_embeddings())]  # type: ignore[operator]
-        outputs = sorted({path for (_, side), path in paths.items() if side == "output"})
-        entered = sorted({fed, *(path for (_, side), path in paths.items() if side == "input")})
+        of_outputs = sorted({path for (_, side), path in paths.items() if side == "output"})
+        of_inputs = sorted({fed, *(path for (_, side), path in paths.items() if side == "input")})
         try:
             run = _generated if generate else _passed
-            result, left, came = run(self._given, inputs, outputs, entered, self._remote)
-        except Exception as error:  # nnsight's own, the server's in words, a connection's
+            result, outputs, entered = run(self._given, inputs, of_outputs, of_inputs, self._remote)
+        except Exception as error:  # of nnsight, of the server as text, or of the connection
             why = f"{type(error).__name__}: {error}"
             if self._remote == "local":
                 raise CaptureError(f"this run failed in nnsight's simulation: {why}") from error
@@ -86,22 +86,25 @@ class RemoteEngine:
                 f"this run failed {where}: {why}\nWhat NDIF has: nnsight.ndif.status(). Another server: --address URL; "
                 "here, with the weights: --address local"
             ) from error
-        return result, _Visits(left, came, fed, paths)
+        return result, _Calls(outputs, entered, fed, paths)
 
 
-class _Visits:
-    """What each module was given and gave, each time that it was called."""
+class _Calls:
+    """The input or output of each module, call by call."""
 
-    def __init__(self, left: Any, came: Any, fed: str, paths: dict[tuple[str, Side], str]) -> None:
-        self.fed: list[torch.Tensor] = [[*args, *kwargs.values()][0] for args, kwargs in visits(came, fed, "input")]
+    def __init__(self, outputs: Any, entered: Any, fed: str, paths: dict[tuple[str, Side], str]) -> None:
+        """outputs, entered: what nnsight's caches kept. fed: the path of the module that reads the token ids."""
+        self.fed: list[torch.Tensor] = [
+            [*args, *kwargs.values()][0] for args, kwargs in calls_in(entered, fed, "input")
+        ]
         self.of = {
-            (path, side): visits(left if side == "output" else came, there, side)
+            (path, side): calls_in(outputs if side == "output" else entered, there, side)
             for (path, side), there in paths.items()
         }
 
 
-def _passes(seen: _Visits, observer: Observer) -> Iterator[int]:
-    """Tell the observer each forward pass; how many tokens each was fed."""
+def _replay(seen: _Calls, observer: Observer) -> Iterator[int]:
+    """Show the observer each forward pass; yields how many tokens it was fed."""
     count = len(seen.fed)
     for (path, side), values in seen.of.items():
         if len(values) % count:
@@ -122,19 +125,19 @@ def _refuse(editor: Editor | None) -> None:
         raise InterventionError("interventions are not written on a remote model: open it here.")
 
 
-# nnsight ships the source of these blocks: no return, yield or try inside, and nothing of this package.
+# nnsight sends the source of these blocks: they must hold no return, yield or try, and nothing of this package.
 
 
-def _generated(model: Any, inputs: dict[str, Any], outputs: list[str], entered: list[str], remote: Any) -> Any:
+def _generated(model: Any, inputs: dict[str, Any], of_outputs: list[str], of_inputs: list[str], remote: Any) -> Any:
     with model.generate(inputs, remote=remote) as tracer:
-        left = nnsight.save(tracer.cache(modules=outputs))
-        came = nnsight.save(tracer.cache(modules=entered, include_output=False, include_inputs=True))
+        outputs = nnsight.save(tracer.cache(modules=of_outputs))
+        entered = nnsight.save(tracer.cache(modules=of_inputs, include_output=False, include_inputs=True))
         result = nnsight.save(tracer.result)
-    return result, left, came
+    return result, outputs, entered
 
 
-def _passed(model: Any, inputs: dict[str, Any], outputs: list[str], entered: list[str], remote: Any) -> Any:
+def _passed(model: Any, inputs: dict[str, Any], of_outputs: list[str], of_inputs: list[str], remote: Any) -> Any:
     with model.trace(inputs, remote=remote) as tracer:
-        left = nnsight.save(tracer.cache(modules=outputs))
-        came = nnsight.save(tracer.cache(modules=entered, include_output=False, include_inputs=True))
-    return None, left, came
+        outputs = nnsight.save(tracer.cache(modules=of_outputs))
+        entered = nnsight.save(tracer.cache(modules=of_inputs, include_output=False, include_inputs=True))
+    return None, outputs, entered
