@@ -15,6 +15,7 @@ from hookmap.loading.memory import available
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector
+from hookmap.wording import counted
 
 _SMALLER = "choose fewer points or layers, positions=, every=, mean=, features=, keep_dtype=, or fewer new tokens"
 STREAMING_BYTES = 160 * 2**20
@@ -35,8 +36,8 @@ class Estimate:
     """bytes of the largest tensor that one forward pass brings, or computes for it"""
 
     def __str__(self) -> str:
-        samples = "1 sample" if self.samples == 1 else f"{self.samples} samples"
-        tensors = "1 tensor" if self.tensors == 1 else f"{self.tensors} tensors"
+        samples = counted(self.samples, "sample")
+        tensors = counted(self.tensors, "tensor")
         return f"{samples}, {tensors} of up to {self.rows} rows, up to {in_words(self.bytes)}"
 
     def twice(self) -> "Estimate":

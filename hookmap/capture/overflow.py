@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hookmap.wording import counted
+
 OVERFLOWS = ("warn", "refuse")
 _SHOWN = 3
 
@@ -30,7 +32,7 @@ class Overflow:
         return self.point if self.layer is None else f"{self.point}.{self.layer}"
 
     def __str__(self) -> str:
-        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        rows = counted(self.rows, "row")
         at = "the mean" if self.position is None else f"position {self.position}"
         return f"{self.name} ({rows}, the first {at} of sample {self.sample})"
 

@@ -15,6 +15,7 @@ from hookmap.maps.selectors import Selector
 from hookmap.stores.folder import write_store
 from hookmap.stores.interface import Store, as_html, completions, place_of
 from hookmap.stores.manifest import Manifest
+from hookmap.wording import counted
 
 
 class Capture:
@@ -121,8 +122,8 @@ class Capture:
 
     def __repr__(self) -> str:
         rows = sum(sample.rows for sample in self.samples)
-        samples = "1 sample" if len(self) == 1 else f"{len(self)} samples"
-        tensors = "1 tensor" if len(self.keys) == 1 else f"{len(self.keys)} tensors"
+        samples = counted(len(self), "sample")
+        tensors = counted(len(self.keys), "tensor")
         return f"<Capture of {samples}, {rows} rows of {tensors}: {', '.join(self.points)}>"
 
     def _repr_html_(self) -> str:

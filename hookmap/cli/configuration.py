@@ -4,7 +4,6 @@ From weak to strong: the default, hookmap.yaml (found upwards), the variable HOO
 a section, `queue` of `serve:`, is named serve.queue and HOOKMAP_SERVE_QUEUE.
 """
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from hookmap.cli.parsing import FILE_NAME, PREFIX, parse_layers
 from hookmap.loading.yaml_file import read_yaml
+from hookmap.wording import did_you_mean
 
 SCHEMA_ID = "urn:hookmap:schema:hookmap-1"
 _PATHS = ("model", "map", "tokenizer", "prompts", "eval.data")
@@ -280,8 +280,7 @@ def _under(head: str, problems: list[str]) -> list[str]:
 
 
 def _near(key: str) -> str:
-    near = difflib.get_close_matches(key, fields(), n=2)
-    return f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(fields())}"
+    return did_you_mean(key, fields(), n=2) or f"the keys are {', '.join(fields())}"
 
 
 def _rules(section: type[Section], name: str) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 0 done, 1 failed, 2 wrong usage, 130 interrupted. What a program reads goes to stdout, what a person reads to stderr.
 """
 
-import difflib
 import os
 import pkgutil
 import sys
@@ -15,6 +14,7 @@ import click
 
 from hookmap import HookmapError, __version__
 from hookmap.cli import commands
+from hookmap.wording import did_you_mean, sentence
 
 _PATHS = {"FILE", "FILE.pt", "DIR", "MODEL", "MAP", "MAP|MODEL", "STORE", "FROM", "TO"}
 """what the help calls something that may be a path"""
@@ -49,9 +49,8 @@ class _Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=2)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise click.UsageError(error.message + hint, ctx) from error
+            hint = did_you_mean(args[0], self.list_commands(ctx), n=2)
+            raise click.UsageError(error.message + sentence(hint), ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         _quiet_libraries()

@@ -7,11 +7,12 @@ from hookmap.cli.console import table
 from hookmap.maps.describe import places, written
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import layer_ranges
+from hookmap.wording import counted
 
 
 def show_map(m: ArchitectureMap, screen: Console) -> None:
     """Prints the sizes, where each point is, and why the others are not there."""
-    kinds = "1 kind of block" if len(m.kinds) == 1 else f"{len(m.kinds)} kinds of block"
+    kinds = counted(len(m.kinds), "kind of block", "kinds of block")
     heads = f", {m.num_heads} heads" if m.num_heads else ""
     screen.print(f"\n[bold]{m.architecture}[/]: {m.num_layers} layers, d_model {m.d_model}{heads}, {kinds}\n")
     points = table("point", "layers", "where")

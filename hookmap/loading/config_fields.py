@@ -1,11 +1,11 @@
 """Fields of a transformers config that a user sets when a model is opened, over those of its config.json."""
 
 import copy
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hookmap.errors import ModelError
+from hookmap.wording import did_you_mean
 
 
 def with_fields(config: Any, fields: Mapping[str, Any] | None) -> Any:
@@ -31,8 +31,7 @@ def _set(config: Any, fields: Mapping[str, Any], where: str) -> Iterator[str]:
         name, _, inner = str(key).partition(".")
         part = getattr(config, name, None) if name in known else None
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "it has no field of a name near it"
+            hint = did_you_mean(name, known) or "it has no field of a name near it"
             yield f"{where}{name}: {type(config).__name__} has no such field; {hint}"
         elif hasattr(part, "to_dict") and (inner or isinstance(value, Mapping)):
             yield from _set(part, {inner: value} if inner else value, f"{where}{name}.")

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import difflib
 import hashlib
 import inspect
 import json
@@ -16,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, St
 
 from hookmap.errors import CaptureError
 from hookmap.loading.prompts import text_of
+from hookmap.wording import did_you_mean
 
 _OF_ONE_ROW = frozenset(
     "do_sample temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff eos_token_id".split()
@@ -95,8 +95,7 @@ def check_names(given: Iterable[str], of_capture: Iterable[str] = ()) -> None:
         if name in _NOT_HERE:
             raise CaptureError(f"{name}: {_NOT_HERE[name]}.")
         if name not in known:
-            near = difflib.get_close_matches(name, [*of_capture, *known], n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "it is no field of transformers' GenerationConfig."
+            hint = did_you_mean(name, [*of_capture, *known]) or "it is no field of transformers' GenerationConfig."
             raise CaptureError(f"unknown generation setting {name!r}: {hint}")
 
 

@@ -14,6 +14,7 @@ from hookmap.maps import nnsight_names, selectors
 from hookmap.maps.contents import SCHEMA_ID, MapContents
 from hookmap.maps.describe import places
 from hookmap.maps.selectors import Selector, layer_ranges
+from hookmap.wording import counted
 
 # A number, or a word without spaces: sentences stay on lines of their own.
 _SCALAR = r'(?:-?\d+|"[^"\s]*")'
@@ -40,7 +41,7 @@ class ArchitectureMap(MapContents):
 
     def __repr__(self) -> str:
         name = f" of {self.model_id}" if self.model_id else ""
-        kinds = "1 kind of block" if len(self.kinds) == 1 else f"{len(self.kinds)} kinds of block"
+        kinds = counted(len(self.kinds), "kind of block", "kinds of block")
         size = f"{self.num_layers} layers, d_model {self.d_model}, {kinds}"
         return f"<ArchitectureMap {self.architecture}{name}: {size}, {len(self.points)} points>"
 

@@ -1,6 +1,5 @@
 """A map file -> the document, or every problem with it at once: the field, what was expected, what was found."""
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 from hookmap.errors import MapError, MapNotFoundError
 from hookmap.maps.document import ArchitectureMap, schema
 from hookmap.placeholders import gguf_told, is_gguf, is_pointer, pointers_told
+from hookmap.wording import counted, did_you_mean
 
 
 def load(path: str | Path) -> ArchitectureMap:
@@ -42,7 +42,7 @@ def parse(document: str | Mapping[str, Any], source: str = "the document") -> Ar
             return ArchitectureMap.model_validate_json(json.dumps(found))
         except ValidationError as error:  # what a schema cannot say: every layer has one kind, point names
             problems = [f"{_path(e['loc'])}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    count = counted(len(problems), "problem")
     lines = "\n".join(f"  - {problem}" for problem in problems)
     raise MapError(
         f"{source} is not a hookmap map, {count}:\n{lines}\n"
@@ -83,8 +83,7 @@ def _explain(error: Any) -> Iterable[str]:
     if error.validator == "additionalProperties":
         known = error.schema.get("properties", {})
         for key in error.instance.keys() - known.keys():
-            near = difflib.get_close_matches(key, known, n=2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(known)}"
+            hint = did_you_mean(key, known, n=2) or f"the fields are {', '.join(known)}"
             yield f"{_path([*error.absolute_path, key])}: unknown field; {hint}"
     elif error.validator == "required":
         missing = next(key for key in error.validator_value if f"'{key}' is a required" in error.message)

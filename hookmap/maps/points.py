@@ -3,10 +3,11 @@
 Names are TransformerLens's without the `hook_` prefix. This module knows names and nothing of models.
 """
 
-import difflib
 import re
 from dataclasses import dataclass
 from typing import Self
+
+from hookmap.wording import did_you_mean
 
 RESIDUAL_AXES = ("batch", "pos", "d_model")
 HEADS_AXES = ("batch", "pos", "heads", "d_head")
@@ -152,8 +153,7 @@ def parse_point(name: str) -> ParsedPoint | str:
         return ParsedPoint(point, layer)
     if text in _FALSE_FRIENDS:
         return _FALSE_FRIENDS[text]
-    near = difflib.get_close_matches(text.removeprefix("hook_"), POINTS, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the points are {', '.join(POINTS)}"
+    hint = did_you_mean(text.removeprefix("hook_"), POINTS, cutoff=0.5) or f"the points are {', '.join(POINTS)}"
     return f"unknown point {name!r}: {hint}"
 
 

@@ -16,6 +16,7 @@ from hookmap.stores.location import local
 from hookmap.stores.manifest import MANIFEST
 from hookmap.stores.shard import SHARD_FOLDER
 from hookmap.stores.table import SAMPLES, SHARDS
+from hookmap.wording import counted
 
 
 def lock(file: AppendedFile, folder: Path, option: str = "-o") -> None:
@@ -68,7 +69,7 @@ def cannot_write(folder: Path, error: OSError, kept: int) -> StoreError:
     wrong = f"cannot write to {folder}: {error.strerror or error}."
     if not (folder / MANIFEST).exists():
         return StoreError(f"{wrong} Nothing was written. Write to another folder: -o DIR")
-    samples = "1 finished sample is" if kept == 1 else f"{kept} finished samples are"
+    samples = f"{counted(kept, 'finished sample')} {'is' if kept == 1 else 'are'}"
     mend = f"Make room (df -h {folder})" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend that"
     return StoreError(
         f"{wrong} {samples} kept and can be read; what was in flight is not.\n"

@@ -1,6 +1,5 @@
 """What every store of activations answers, whatever holds the rows."""
 
-import difflib
 import itertools
 import operator
 from abc import ABC, abstractmethod
@@ -17,6 +16,7 @@ from hookmap import html
 from hookmap.activations import Activation, Key, Sample, Sink
 from hookmap.errors import SelectionError
 from hookmap.maps.points import PointName, parse_point
+from hookmap.wording import counted, did_you_mean, sentence
 
 Tokens: TypeAlias = "slice | Sequence[int] | None"
 """positions in a sample's own tokens: a slice, a range, a sequence of whole numbers, or None for all"""
@@ -115,8 +115,7 @@ class Store(ABC):
         if found:
             raise SelectionError(f"id {id!r} is of several samples here: {', '.join(map(str, found[:20]))}.")
         some = (sample.id for sample in itertools.islice(self.samples, NEAR_IDS) if sample.id is not None)
-        near = difflib.get_close_matches(id, some, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = sentence(did_you_mean(repr(id), map(repr, some), n=1))
         raise SelectionError(f"no sample of this capture has the id {id!r}.{hint}")
 
     def _with_id(self, id: str) -> list[int]:
@@ -146,8 +145,8 @@ class Store(ABC):
         return ("batch", "query", "heads", "key") if "key" in axes else axes
 
     def __repr__(self) -> str:
-        samples = "1 sample" if len(self) == 1 else f"{len(self)} samples"
-        tensors = "1 tensor" if len(self.keys) == 1 else f"{len(self.keys)} tensors"
+        samples = counted(len(self), "sample")
+        tensors = counted(len(self.keys), "tensor")
         return f"<{type(self).__name__}{self._name()} of {samples}, {tensors}: {', '.join(self.points)}>"
 
     def _name(self) -> str:
@@ -208,9 +207,8 @@ class Store(ABC):
             raise SelectionError(f"{point} is a tensor of each layer: say which. {self._held()}")
         if key[1] is not None and (parsed.point, None) in self.keys:
             raise SelectionError(f"{point} is a tensor of the whole model and has no layer. {self._held()}")
-        near = difflib.get_close_matches(parsed.point, self.points, n=1)
-        hint = f"Did you mean {near[0]}? " if near and parsed.point not in self.points else ""
-        raise SelectionError(f"this capture does not hold {point}{_of_layer(key[1])}. {hint}{self._held()}")
+        near = None if parsed.point in self.points else did_you_mean(parsed.point, self.points, n=1)
+        raise SelectionError(f"this capture does not hold {point}{_of_layer(key[1])}.{sentence(near)} {self._held()}")
 
     def keys_of(self, point: str, layer: int | None = None) -> tuple[Key, ...]:
         """The pairs of one point: of this layer, or of every layer held, in forward order. Raises SelectionError."""

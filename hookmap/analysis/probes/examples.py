@@ -19,6 +19,7 @@ from hookmap.analysis.probes.metrics import Ints, Labels
 from hookmap.datasets.files import rows_of
 from hookmap.errors import SelectionError
 from hookmap.stores.interface import Store
+from hookmap.wording import counted
 
 _SHOWN = 12
 _WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")
@@ -137,7 +138,7 @@ def _why_not(sample: Sample, known: Mapping[str, Any], label: str, question: Any
 
 
 def _samples(count: int) -> str:
-    return "1 sample" if count == 1 else f"{count} samples"
+    return counted(count, "sample")
 
 
 def _table(source: Any, columns: list[str]) -> dict[str | None, dict[str, Any]]:

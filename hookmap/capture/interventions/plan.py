@@ -30,6 +30,7 @@ from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.points import PointName, parse_point
 from hookmap.maps.selectors import Selector, layer_ranges, select
+from hookmap.wording import counted
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class _Planner:
         found = list(dict.fromkeys(self.problems))
         if found:
             kind = SelectionError if self.unselected else InterventionError
-            count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+            count = counted(len(found), "problem")
             raise kind(f"{count} with the interventions:\n" + "\n".join(found))
 
     def note(self, problem: str, unselected: bool = False) -> None:

@@ -14,6 +14,7 @@ from hookmap.cli.finite import FiniteRange
 from hookmap.cli.model_options import loading, opened
 from hookmap.cli.one_prompt import DEFAULT_PROMPT
 from hookmap.cli.prompts_file import prompt_options, read_prompts
+from hookmap.wording import counted
 
 if TYPE_CHECKING:
     from hookmap.capture.options import Progress
@@ -331,7 +332,7 @@ def _capture(
     samples = [sample for sample in done.samples if sample.sample not in there]
     fresh = sum(len(sample.token_ids) - sample.prompt_tokens for sample in samples)
     what = f"{fresh} tokens generated" if run["max_new_tokens"] else f"{sum(s.prompt_tokens for s in samples)} read"
-    count = "1 sample" if len(samples) == 1 else f"{len(samples)} samples"
+    count = counted(len(samples), "sample")
     before = f" ({len(there)} were there already)" if there else ""
     console().print(f"[dim]{count}, {what} in {perf_counter() - start:.1f} s{before}[/]")
     note = done.manifest.runs[-1]
@@ -371,5 +372,5 @@ def _say_what_is_kept(folder: Path) -> None:
     except hookmap.StoreError:
         click.echo("\nnothing is kept: no sample was finished", err=True)
         return
-    samples = "1 finished sample is" if kept == 1 else f"{kept} finished samples are"
+    samples = f"{counted(kept, 'finished sample')} {'is' if kept == 1 else 'are'}"
     click.echo(f"\n{samples} kept in {folder}; to go on: the same command with --resume -o {folder}", err=True)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookmap.wording import counted
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -69,7 +71,7 @@ def _show(found: dict[str, Any], screen: "Console") -> None:
     screen.print(
         f"samples  {found['samples']}, {found['rows']} rows of each tensor (the last generated token is never fed)"
     )
-    shards = "1 shard" if found["shards"] == 1 else f"{found['shards']} shards"
+    shards = counted(found["shards"], "shard")
     screen.print(f"size     {size(found['bytes'])} of tensors, {size(found['bytes_on_disk'])} on disk, {shards}\n")
     _show_tensors(found, screen)
     _show_texts(found, screen)

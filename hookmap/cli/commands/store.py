@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from hookmap.wording import counted
+
 _OUT = click.option("-o", "--output", required=True, metavar="DIR", help="A new folder; what is there is not touched.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 _LAYOUTS = ("pt", "numpy", "datasets", "saelens", "probelab")
@@ -40,7 +42,7 @@ def verify(folder: str, as_json: bool) -> None:
         raise hookmap.StoreError(
             f"{folder} is damaged:\n{lines}\nKeep what is sound: hookmap store repair {folder} -o NEW"
         )
-    click.echo(f"{folder} is sound: {len(store)} {'sample' if len(store) == 1 else 'samples'}", err=True)
+    click.echo(f"{folder} is sound: {counted(len(store), 'sample')}", err=True)
 
 
 @command.command()

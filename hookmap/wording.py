@@ -1,0 +1,20 @@
+"""The few turns of phrase that many messages share."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """`1 sample`, `2 samples`."""
+    return f"1 {noun}" if count == 1 else f"{count} {plural or f'{noun}s'}"
+
+
+def did_you_mean(name: str, known: Iterable[str], n: int = 3, cutoff: float = 0.6) -> str | None:
+    """`did you mean resid_mid or resid_pre?`, of the `n` known names nearest to `name`; None where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=n, cutoff=cutoff)
+    return f"did you mean {' or '.join(near)}?" if near else None
+
+
+def sentence(text: str | None) -> str:
+    """The text with a capital letter, after a space; nothing where there is no text."""
+    return f" {text[0].upper()}{text[1:]}" if text else ""
