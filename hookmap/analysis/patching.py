@@ -20,7 +20,8 @@ from hookmap.capture.interventions.plan import Plan, why_not_heads
 from hookmap.capture.rows import row_selection
 from hookmap.errors import InterventionError, SelectionError
 from hookmap.loading.prompts import Prompt, text_of
-from hookmap.maps.selectors import Selector, layer_ranges
+from hookmap.maps.describe import layers_text
+from hookmap.maps.selectors import Selector
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
@@ -134,7 +135,7 @@ def _check_written(hm: "Hooked", selectors: Sequence[Selector]) -> None:
         if (reason := hm.proofs.of(selector).reason) is not None:
             refused.setdefault(reason, []).append(-1 if selector.layer is None else selector.layer)
     if refused:
-        lines = [f"  - layers {layer_ranges(layers)}: {reason}" for reason, layers in refused.items()]
+        lines = [f"  - {layers_text(layers)}: {reason}" for reason, layers in refused.items()]
         raise InterventionError(f"{selectors[0].point} is not written:\n" + "\n".join(lines))
 
 

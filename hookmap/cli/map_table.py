@@ -4,9 +4,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from hookmap.cli.console import table
-from hookmap.maps.describe import places, written
+from hookmap.maps.describe import layer_ranges, places
 from hookmap.maps.document import ArchitectureMap
-from hookmap.maps.selectors import layer_ranges
 from hookmap.wording import counted
 
 
@@ -32,7 +31,7 @@ def show_map(m: ArchitectureMap, screen: Console) -> None:
             )
         for name, point in kind.points.items():
             if point.beside:
-                where = escape(", ".join(map(written, point.beside)))
+                where = escape(", ".join(term.text(times=" × ") for term in point.beside))
                 screen.print(f"Beside {name} its branch reads {where} (layers {layer_ranges(kind.layers)}).")
     _show_missing(m, screen)
     screen.print()

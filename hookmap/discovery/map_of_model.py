@@ -6,8 +6,8 @@ from torch import nn
 
 from hookmap.discovery.discover import discover
 from hookmap.errors import DiscoveryError, MapMismatchError
+from hookmap.maps.describe import layer_ranges, layers_text
 from hookmap.maps.document import ArchitectureMap
-from hookmap.maps.selectors import layer_ranges
 from hookmap.maps.shipped import resize
 from hookmap.maps.templates import BlockKind, Heads, PointTemplate, TermTemplate
 
@@ -97,7 +97,7 @@ def contradictions(given: ArchitectureMap, found: ArchitectureMap) -> list[str]:
     both = range(min(given.num_layers, found.num_layers))
     if again := [i for i in both if given.kind_of(i).calls != found.kind_of(i).calls]:
         said, runs = (each.kind_of(again[0]).calls for each in (given, found))
-        problems.append(f"layers {layer_ranges(again)}: the map says they run {said} times, the model runs them {runs}")
+        problems.append(f"{layers_text(again)}: the map says they run {said} times, the model runs them {runs}")
     for layer in both:
         ours, theirs = given.kind_of(layer).points, found.kind_of(layer).points
         for point in _different(ours, theirs):
@@ -120,12 +120,7 @@ def _difference(ours: Any, theirs: Any) -> str:
 
 
 def _terms(template: Any) -> str:
-    return " + ".join(
-        f"{'' if t.scale == 1 else f'{t.scale:g} * '}{t.module or 'model'}.{t.side}"
-        + ("" if t.index is None else f"[{t.index!r}]")
-        + ("" if t.heads is None else f" as {_heads(t.heads)}")
-        for t in template.terms
-    )
+    return " + ".join(t.text() + ("" if t.heads is None else f" as {_heads(t.heads)}") for t in template.terms)
 
 
 def _heads(heads: Heads) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from hookmap.maps.contents import MapContents
 from hookmap.maps.points import POINTS, PointName
-from hookmap.maps.selectors import layer_ranges
-from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
+from hookmap.maps.templates import BlockKind, Heads, PointTemplate, TermTemplate, short_path
 
 
 def explain(architecture_map: MapContents) -> str:
@@ -21,15 +20,14 @@ def explain(architecture_map: MapContents) -> str:
 
 
 def _kind(m: MapContents, kind: BlockKind) -> Iterator[str]:
-    word = "layer" if len(kind.layers) == 1 else "layers"
-    yield f"{word} {layer_ranges(kind.layers)}: {kind.name}, {m.layers_path} ({kind.block_class or 'not called'})"
+    yield f"{layers_text(kind.layers)}: {kind.name}, {m.layers_path} ({kind.block_class or 'not called'})"
     if kind.calls > 1:
         yield f"  runs {kind.calls} times in one forward pass: the points are of the first time"
     yield "  the chain of additions"
     yield from (f"    {relation}" for relation in kind.relations or ("none was found",))
     for role, branch in (("mixer", kind.mixer), ("MLP", kind.mlp)):
         if branch is not None:
-            modules = ", ".join(_short(path, m.layers_path) for path in branch.modules) or "the block itself"
+            modules = ", ".join(short_path(path, m.layers_path) for path in branch.modules) or "the block itself"
             made = f" ({branch.module_class})" if branch.module_class else ""
             yield f"  the {role} is {branch.type}: {modules}{made}"
     for name in ("resid_pre", "resid_mid_sum", "resid_mid", "resid_post"):
@@ -41,30 +39,20 @@ def _kind(m: MapContents, kind: BlockKind) -> Iterator[str]:
 def _readers(kind: BlockKind, name: str, prefix: str) -> str:
     """The module at whose input a state of the stream stands."""
     terms = kind.points[name].terms
-    return ", ".join(_short(t.module, prefix) for t in terms if t.side == "input" and t.module != prefix)
+    return ", ".join(short_path(t.module, prefix) for t in terms if t.side == "input" and t.module != prefix)
 
 
 def _points(points: dict[str, PointTemplate], prefix: str, unavailable: dict[str, str]) -> Iterator[str]:
     yield "  selectors, in the order of the forward pass"
     for names, point in same_place(points):
-        where = " + ".join(_term(term, prefix) for term in point.terms)
+        where = " + ".join(term.text(prefix) + _cut(term.heads) for term in point.terms)
         yield f"    {' = '.join(names)}: {where}{f' -- {point.evidence}' if point.evidence else ''}"
     for name, reason in unavailable.items():
         yield f"    no {name}: {reason}"
 
 
-def _term(term: TermTemplate, prefix: str) -> str:
-    scale = "" if term.scale == 1.0 else f"{term.scale:g} * "
-    place = "" if term.index is None else f"[{term.index!r}]"
-    cut = ""
-    if term.heads is not None:
-        h = term.heads
-        cut = f", features {h.start}:{h.stop} of {h.groups} groups, heads of {h.d_head}"
-    return f"{scale}{_short(term.module, prefix)}.{term.side}{place}{cut}"
-
-
-def _short(path: str, prefix: str) -> str:
-    return path.removeprefix(prefix).lstrip(".") or ("block" if prefix else "model")
+def _cut(h: Heads | None) -> str:
+    return f", features {h.start}:{h.stop} of {h.groups} groups, heads of {h.d_head}" if h else ""
 
 
 def same_place(points: Mapping[str, PointTemplate]) -> list[tuple[list[str], PointTemplate]]:
@@ -88,12 +76,22 @@ def places(m: MapContents) -> list[tuple[str, tuple[int, ...], str]]:
     return sorted(found, key=lambda row: vocabulary.index(PointName.of(row[0].split(" ")[0]).base))
 
 
-def written(term: TermTemplate) -> str:
-    """`0.5 × model.layers.{i}.mlp.output[0]`"""
-    scale = "" if term.scale == 1.0 else f"{term.scale:g} × "
-    place = "" if term.index is None else f"[{term.index!r}]"
-    return f"{scale}{term.module or 'model'}.{term.side}{place}"
-
-
 def _where(point: PointTemplate) -> str:
-    return " + ".join(map(written, point.terms))
+    return " + ".join(term.text(times=" × ") for term in point.terms)
+
+
+def layers_text(layers: Iterable[int]) -> str:
+    """`layer 3`, `layers 0–2, 5`."""
+    found = set(layers)
+    return f"{'layer' if len(found) == 1 else 'layers'} {layer_ranges(found)}"
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """(0, 1, 2, 5) -> "0–2, 5"."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)

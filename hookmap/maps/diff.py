@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
+from hookmap.maps.describe import layer_ranges, layers_text
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 
@@ -28,7 +29,7 @@ def differences(before: ArchitectureMap, after: ArchitectureMap) -> Iterator[str
     for name in old.keys() - new.keys():
         yield f"kind {name}: gone"
     for name in new.keys() - old.keys():
-        yield f"kind {name}: new, on layers {_range(new[name].layers)}"
+        yield f"kind {name}: new, on {layers_text(new[name].layers)}"
     for name in (name for name in old if name in new):
         yield from _kind(old[name], new[name])
 
@@ -66,10 +67,8 @@ def _terms(point: PointTemplate) -> str:
 
 
 def _term(term: TermTemplate) -> str:
-    scale = "" if term.scale == 1.0 else f"{term.scale:g} * "
-    index = "" if term.index is None else f"[{term.index!r}]"
     rest = _fields(term, "module", "side", "index", "scale")
-    return f"{scale}{term.module or 'model'}.{term.side}{index}" + (f" ({rest})" if rest else "")
+    return term.text() + (f" ({rest})" if rest else "")
 
 
 def _fields(part: BaseModel, *known: str) -> str:
@@ -80,11 +79,7 @@ def _fields(part: BaseModel, *known: str) -> str:
 
 def _short(name: str, value: object) -> str:
     if name == "layers":
-        return _range(value)  # type: ignore[arg-type]
+        return layer_ranges(value)  # type: ignore[arg-type]
     if name in ("mixer", "mlp"):
         return _fields(value) if isinstance(value, BaseModel) else "none"
     return str(value)
-
-
-def _range(layers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, layers)) if len(layers) < 8 else f"{layers[0]}, {layers[1]}, … {layers[-1]}"

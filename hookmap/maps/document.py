@@ -12,8 +12,8 @@ from typing import Any
 from hookmap import html
 from hookmap.maps import nnsight_names, selectors
 from hookmap.maps.contents import SCHEMA_ID, MapContents
-from hookmap.maps.describe import places
-from hookmap.maps.selectors import Selector, layer_ranges
+from hookmap.maps.describe import layer_ranges, places
+from hookmap.maps.selectors import Selector
 from hookmap.wording import counted
 
 # A number, or a word without spaces: sentences stay on lines of their own.

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from hookmap.errors import CaptureError, SelectionError
 from hookmap.maps.contents import MapContents
+from hookmap.maps.describe import layers_text
 from hookmap.maps.points import POINTS, PointName, parse_point, takes_layers
-from hookmap.maps.templates import Heads, PointTemplate
+from hookmap.maps.templates import Heads, PointTemplate, boundary
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,7 @@ class Term:
         )
 
     def __str__(self) -> str:
-        place = "" if self.index is None else f"[{self.index!r}]"
-        scale = "" if self.scale == 1.0 else f"{self.scale:g} * "
-        return f"{scale}{self.module or 'model'}.{self.side}{place}"
+        return boundary(self.module or "model", self.side, self.index, self.scale)
 
 
 @dataclass(frozen=True)
@@ -261,11 +260,10 @@ def _missing(architecture_map: MapContents, point: str, missing: list[tuple[int,
         by_reason.setdefault(reason, []).append(layer)
     lines = []
     for reason, found in by_reason.items():
-        where = f"layer {found[0]}" if len(found) == 1 else f"layers {layer_ranges(found)}"
         verb = "has" if len(found) == 1 else "have"
         stream = [p for p in architecture_map.kind_of(found[0]).points if p.startswith("resid_")]
         use = f" Use {' or '.join(stream)}." if stream else ""
-        lines.append(f"{where} of {architecture_map.architecture} {verb} no {point}: {reason}.{use}")
+        lines.append(f"{layers_text(found)} of {architecture_map.architecture} {verb} no {point}: {reason}.{use}")
     return lines
 
 
@@ -274,17 +272,6 @@ def _report(architecture_map: MapContents, problems: list[str]) -> str:
     if len(problems) == 1:
         return f"{problems[0]}\n{see}"
     return f"{len(problems)} problems with this selection:\n" + "\n".join(f"  - {p}" for p in problems) + f"\n{see}"
-
-
-def layer_ranges(layers: Iterable[int]) -> str:
-    """(0, 1, 2, 5) -> "0–2, 5"."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 def of_template(m: MapContents, point: str, layer: int | None, template: PointTemplate) -> Selector:

@@ -26,6 +26,17 @@ class Heads(Frozen):
     d_head: int = Field(ge=1, description="features of one head")
 
 
+def boundary(module: str, side: str, index: int | str | None, scale: float = 1.0, times: str = " * ") -> str:
+    """A tensor at a module's boundary, as people read it: `0.5 * model.layers.0.mlp.output[0]`."""
+    factor = "" if scale == 1.0 else f"{scale:g}{times}"
+    return f"{factor}{module}.{side}{'' if index is None else f'[{index!r}]'}"
+
+
+def short_path(path: str, prefix: str) -> str:
+    """The module's path from `prefix` on, the block's own path; from the model's root if that is empty."""
+    return path.removeprefix(prefix).lstrip(".") or ("block" if prefix else "model")
+
+
 class TermTemplate(Frozen):
     """One tensor at a module's boundary, times a constant."""
 
@@ -49,6 +60,10 @@ class TermTemplate(Frozen):
     heads: Heads | None = Field(
         default=None, description="the point is [batch, pos, heads, d_head], and these features of the last axis"
     )
+
+    def text(self, prefix: str = "", times: str = " * ") -> str:
+        """Factor, module path from `prefix` on, side and index: `0.5 * mlp.output[0]`."""
+        return boundary(short_path(self.module, prefix), self.side, self.index, self.scale, times)
 
     @model_serializer(mode="wrap")
     def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from hookmap.maps.contents import MapContents
-from hookmap.maps.describe import same_place
-from hookmap.maps.selectors import layer_ranges
-from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
+from hookmap.maps.describe import layers_text, same_place
+from hookmap.maps.templates import BlockKind, PointTemplate
 
 _LAST = 10**9
 
@@ -92,8 +91,7 @@ def _block(m: MapContents, kind: BlockKind, modules: Mapping[str, str]) -> tuple
     parts = [b.type for b in (kind.mixer, kind.mlp) if b]
     what = f"{' + '.join(parts)}, {kind.branch_order.replace('_', ' ')}, {kind.norm_placement} norm"
     what += f", runs {kind.calls} times (its points here are of the first)" if kind.calls > 1 else ""
-    word = "layer" if len(kind.layers) == 1 else "layers"
-    label = f"[bold]{word} {layer_ranges(kind.layers)}[/]: {escape(kind.block_class)}  [dim]{escape(what)}[/]"
+    label = f"[bold]{layers_text(kind.layers)}[/]: {escape(kind.block_class)}  [dim]{escape(what)}[/]"
     return label, block, kind.unavailable
 
 
@@ -103,16 +101,9 @@ def _mark(root: _Module, points: Mapping[str, PointTemplate], prefix: str) -> No
         last = point.terms[-1]
         path = last.module.removeprefix(prefix).removeprefix(".")
         module = root.child(path)
-        where = " + ".join(_term(term, prefix) for term in point.terms)
+        where = " + ".join(term.text(prefix, " × ") for term in point.terms)
         line = f"[cyan]● {escape(' = '.join(names))}[/]  [dim]{escape(where)}[/]"
         (module.before if last.side == "input" else module.after).append((point.order, line))
-
-
-def _term(term: TermTemplate, prefix: str) -> str:
-    path = term.module.removeprefix(prefix).removeprefix(".") or ("block" if prefix else "model")
-    place = "" if term.index is None else f"[{term.index!r}]"
-    scale = "" if term.scale == 1.0 else f"{term.scale:g} × "
-    return f"{scale}{path}.{term.side}{place}"
 
 
 def _grow(branch: Tree, module: _Module) -> None:

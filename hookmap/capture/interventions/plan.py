@@ -28,8 +28,9 @@ from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.errors import HookmapError, InterventionError, SelectionError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import Prompt
+from hookmap.maps.describe import layers_text
 from hookmap.maps.points import PointName, parse_point
-from hookmap.maps.selectors import Selector, layer_ranges, select
+from hookmap.maps.selectors import Selector, select
 from hookmap.wording import counted
 
 
@@ -180,7 +181,7 @@ class _Planner:
             if wrong and proof.reason is None:
                 self.note(wrong)
         for reason, layers in refused.items():
-            where = "" if layers == [-1] else f" of layer{'s'[: len(layers) > 1]} {layer_ranges(layers)}"
+            where = "" if layers == [-1] else f" of {layers_text(layers)}"
             self.note(f"{selectors[0].point}{where} is not written: {reason}.")
         return rows
 

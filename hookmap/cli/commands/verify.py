@@ -62,7 +62,7 @@ def _show(result: "Verification") -> None:
     from rich.markup import escape
 
     from hookmap.cli.console import console, table
-    from hookmap.maps.selectors import layer_ranges
+    from hookmap.maps.describe import layer_ranges
 
     screen = console()
     screen.print(f"\n[bold]{result.architecture_map.architecture}[/]  [dim]on {escape(result.on)}[/]\n")
