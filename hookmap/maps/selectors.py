@@ -142,7 +142,7 @@ def select(
     points: str | Iterable[str] | Mapping[str, Any] = "all",
     layers: str | int | Iterable[int] = "all",
 ) -> tuple[Selector, ...]:
-    """Selectors of `points` on `layers`, each once, in the order in which the forward pass reaches them.
+    """Selectors of `points` on `layers`, each once, in the order of the forward pass.
 
     `points`: names (ours, TransformerLens's or nnterp's), or "all": every point that exists, on the layers that have
     it. `layers`: 0-based, negative from the end, or "all": every layer; a named point must exist on each of them,
@@ -150,125 +150,155 @@ def select(
     A mapping gives each point layers of its own, `{"resid_post": [3, 8], "z": "all"}`; `layers` is then left out.
     Raises SelectionError with every problem at once.
     """
-    problems: list[str] = []
-    wanted: dict[tuple[str, int | None], PointTemplate] = {}
-    asked = _asked(architecture_map, points, layers, problems)
-    if not asked:
-        problems.append("no points given: name at least one, or 'all'")
-    for name, its_layers in asked:
-        if not isinstance(name, str):
-            problems.append(f"point {name!r} is not a name: give names such as 'resid_mid', or 'all'")
-            continue
-        parsed = parse_point(name)
-        if isinstance(parsed, str):
-            problems.append(parsed)
-        elif PointName.of(parsed.point).definition.per_layer:
-            own = _parse_layers(architecture_map, its_layers if parsed.layer is None else [parsed.layer], problems)
-            if not own and not problems:
-                problems.append(f"no layers given for {name}: name at least one, or 'all'")
-            missing = []
-            for layer in own:
-                reason = unavailable(architecture_map, parsed.point, layer)
-                if reason is None:
-                    wanted[parsed.point, layer] = architecture_map.kind_of(layer).points[parsed.point]
-                else:
-                    missing.append((layer, reason))
-            some = _is_all(its_layers) and parsed.layer is None and len(missing) < len(own)
-            if not some and not _is_all(points):
-                problems += _missing(architecture_map, parsed.point, missing)
-        elif reason := unavailable(architecture_map, parsed.point):
-            problems.append(f"{architecture_map.architecture} has no {parsed.point}: {reason}")
-        else:
-            wanted[parsed.point, None] = architecture_map.model_points[parsed.point]
+    m = architecture_map
+    answers = [each for request in _parse(m, points, layers) for each in _resolve(m, request)]
+    problems = list(dict.fromkeys(each for each in answers if isinstance(each, str)))
     if problems:
-        raise SelectionError(_report(architecture_map, list(dict.fromkeys(problems))))
-    made = [of_template(architecture_map, point, layer, template) for (point, layer), template in wanted.items()]
-    names_order = {name: position for position, name in enumerate(POINTS)}
-    return tuple(sorted(made, key=lambda s: (s.forward_index, names_order[PointName.of(s.point).base], s.point)))
+        raise SelectionError(_report(m, problems))
+    found = {(each.point, each.layer): each for each in answers if isinstance(each, Selector)}
+    vocabulary = {name: place for place, name in enumerate(POINTS)}
+    return tuple(
+        sorted(found.values(), key=lambda s: (s.forward_index, vocabulary[PointName.of(s.point).base], s.point))
+    )
 
 
-def _asked(architecture_map: MapContents, points: Any, layers: Any, problems: list[str]) -> list[tuple[Any, Any]]:
-    """Each point as it was given, with its layers as they were given."""
+@dataclass(frozen=True)
+class _Request:
+    """One point that exists in the vocabulary, and the layers on which it is wanted."""
+
+    point: str
+    layers: tuple[int | None, ...]
+    """(None,) for a point of the whole model"""
+    may_lack: Literal["none", "some", "all"]
+    """on how many of the layers the point may be missing: some of "all" layers, any for "all" points"""
+
+
+# In `_parse`, `_request` and `_resolve` a string is a problem.
+
+
+def _parse(m: MapContents, points: Any, layers: Any) -> Iterator[_Request | str]:
     layers = list(layers) if isinstance(layers, Iterator) else layers  # each point reads them
     if isinstance(points, Mapping):
-        found = list(points.items())
+        asked = list(points.items())
         if not _is_all(layers):
-            problems.append("points name layers of their own: leave layers out")
-        for name, own in found:
+            yield "points name layers of their own: leave layers out"
+        for name, own in asked:
             if own is not None and not _is_all(own) and isinstance(name, str) and not takes_layers(name):
-                problems.append(f"{name} says itself where it is, and takes no layers: give {{{name!r}: 'all'}}")
-        return found
-    _parse_layers(architecture_map, layers, problems)  # what is wrong with them is told beside unknown points
+                yield f"{name} says itself where it is, and takes no layers: give {{{name!r}: 'all'}}"
+    else:
+        yield from _layers(m, layers)[1]  # told even where no point is known
+        asked = [(name, layers) for name in _names(m, points)]
+    if not asked:
+        yield "no points given: name at least one, or 'all'"
+    for name, own in asked:
+        yield from _request(m, name, own, any_point=_is_all(points))
+
+
+def _names(m: MapContents, points: Any) -> list[Any]:
     if _is_all(points):
-        points = [name for name in architecture_map.points if not PointName.of(name).definition.deeper]
-    elif isinstance(points, str) or not isinstance(points, Iterable):
-        points = [points]
-    return [(name, layers) for name in points]
+        return [name for name in m.points if not PointName.of(name).definition.deeper]
+    return [points] if isinstance(points, str) or not isinstance(points, Iterable) else list(points)
 
 
-def unavailable(architecture_map: MapContents, point: str, layer: int | None = None) -> str | None:
-    """Why `point` does not exist on `layer` (or on no layer at all, where `layer` is None); None where it does."""
-    parsed = parse_point(point)
+def _request(m: MapContents, name: Any, layers: Any, any_point: bool) -> Iterator[_Request | str]:
+    if not isinstance(name, str):
+        yield f"point {name!r} is not a name: give names such as 'resid_mid', or 'all'"
+        return
+    parsed = parse_point(name)
     if isinstance(parsed, str):
-        return parsed
-    name = parsed.point
-    if not PointName.of(name).definition.per_layer:
-        if name in architecture_map.model_points:
-            return None
-        return architecture_map.model_unavailable.get(name, "the dataflow shows no such tensor")
-    layer = parsed.layer if layer is None else layer
-    if layer is None:
-        reasons = [unavailable(architecture_map, name, kind.layers[0]) for kind in architecture_map.kinds]
-        return None if None in reasons else reasons[0]
-    problems: list[str] = []
-    chosen = _parse_layers(architecture_map, [layer], problems)
-    if problems:
-        return problems[0]
-    kind = architecture_map.kind_of(chosen[0])
-    if name in kind.points:
-        return None
-    return kind.unavailable.get(name, "the dataflow shows no such tensor")
+        yield parsed
+    elif not PointName.of(parsed.point).definition.per_layer:
+        yield _Request(parsed.point, (None,), "none")
+    else:
+        wanted = layers if parsed.layer is None else [parsed.layer]
+        chosen, problems = _layers(m, wanted)
+        yield from problems
+        if chosen:
+            yield _Request(parsed.point, chosen, "all" if any_point else "some" if _is_all(wanted) else "none")
+        elif not problems:
+            yield f"no layers given for {name}: name at least one, or 'all'"
 
 
-def _parse_layers(architecture_map: MapContents, layers: Any, problems: list[str]) -> list[int]:
-    count = architecture_map.num_layers
-    if _is_all(layers):
-        return list(range(count))
-    if hasattr(layers, "tolist"):  # an array or a tensor of numbers
-        layers = layers.tolist()
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
-        layers = [layers]
-    chosen = []
-    for given in layers:
-        layer = int(given) if isinstance(given, Integral) else given
-        if isinstance(given, bool) or not isinstance(layer, int):
-            problems.append(f"layer {given!r} is not a whole number: give numbers from 0 to {count - 1}, or 'all'")
+def _layers(m: MapContents, given: Any) -> tuple[tuple[int, ...], list[str]]:
+    """Layers from 0 up, each once, and what is wrong with the others."""
+    count = m.num_layers
+    if _is_all(given):
+        return tuple(range(count)), []
+    if hasattr(given, "tolist"):  # an array or a tensor of numbers
+        given = given.tolist()
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        given = [given]
+    chosen, problems = [], []
+    for each in given:
+        layer = int(each) if isinstance(each, Integral) else each
+        if isinstance(each, bool) or not isinstance(layer, int):
+            problems.append(f"layer {each!r} is not a whole number: give numbers from 0 to {count - 1}, or 'all'")
         elif not -count <= layer < count:
             problems.append(f"layer {layer} is out of range: the model has layers 0 to {count - 1} (or -{count} to -1)")
         else:
             chosen.append(layer % count)
-    return list(dict.fromkeys(chosen))
+    return tuple(dict.fromkeys(chosen)), problems
 
 
 def _is_all(given: Any) -> bool:
     return isinstance(given, str) and given == "all"
 
 
-def _missing(architecture_map: MapContents, point: str, missing: list[tuple[int, str]]) -> list[str]:
-    by_reason: dict[str, list[int]] = {}
-    for layer, reason in missing:
-        by_reason.setdefault(reason, []).append(layer)
-    lines = []
-    for reason, found in by_reason.items():
-        verb = "has" if len(found) == 1 else "have"
-        stream = [p for p in architecture_map.kind_of(found[0]).points if p.startswith("resid_")]
+def _resolve(m: MapContents, request: _Request | str) -> Iterator[Selector | str]:
+    if isinstance(request, str):
+        yield request
+        return
+    point = request.point
+    reasons = {layer: unavailable(m, point, layer) for layer in request.layers}
+    present = [layer for layer, reason in reasons.items() if reason is None]
+    if len(present) == len(reasons) or request.may_lack == "all" or (present and request.may_lack == "some"):
+        for layer in present:
+            template = m.model_points[point] if layer is None else m.kind_of(layer).points[point]
+            yield of_template(m, point, layer, template)
+    else:
+        yield from _missing(m, point, reasons)
+
+
+def unavailable(architecture_map: MapContents, point: str, layer: int | None = None) -> str | None:
+    """Why `point` does not exist on `layer` (or on no layer at all, where `layer` is None); None where it does."""
+    m = architecture_map
+    parsed = parse_point(point)
+    if isinstance(parsed, str):
+        return parsed
+    name, layer = parsed.point, parsed.layer if layer is None else layer
+    if not PointName.of(name).definition.per_layer:
+        return _why_not(name, m.model_points, m.model_unavailable)
+    if layer is None:
+        reasons = [_why_not(name, kind.points, kind.unavailable) for kind in m.kinds]
+        return None if None in reasons else reasons[0]
+    chosen, problems = _layers(m, [layer])
+    if problems:
+        return problems[0]
+    kind = m.kind_of(chosen[0])
+    return _why_not(name, kind.points, kind.unavailable)
+
+
+def _why_not(name: str, points: Mapping[str, PointTemplate], unavailable: Mapping[str, str]) -> str | None:
+    return None if name in points else unavailable.get(name, "the dataflow shows no such tensor")
+
+
+def _missing(m: MapContents, point: str, reasons: Mapping[int | None, str | None]) -> Iterator[str]:
+    """One line for each reason, with the layers that have it."""
+    layers_of: dict[str, list[int]] = {}
+    for layer, reason in reasons.items():
+        if layer is None:
+            yield f"{m.architecture} has no {point}: {reason}"
+        elif reason is not None:
+            layers_of.setdefault(reason, []).append(layer)
+    for reason, layers in layers_of.items():
+        verb = "has" if len(layers) == 1 else "have"
+        stream = [name for name in m.kind_of(layers[0]).points if name.startswith("resid_")]
         use = f" Use {' or '.join(stream)}." if stream else ""
-        lines.append(f"{layers_text(found)} of {architecture_map.architecture} {verb} no {point}: {reason}.{use}")
-    return lines
+        yield f"{layers_text(layers)} of {m.architecture} {verb} no {point}: {reason}.{use}"
 
 
-def _report(architecture_map: MapContents, problems: list[str]) -> str:
-    see = f"See what there is: hookmap show {architecture_map.model_id or architecture_map.architecture}"
+def _report(m: MapContents, problems: list[str]) -> str:
+    see = f"See what there is: hookmap show {m.model_id or m.architecture}"
     if len(problems) == 1:
         return f"{problems[0]}\n{see}"
     return f"{len(problems)} problems with this selection:\n" + "\n".join(f"  - {p}" for p in problems) + f"\n{see}"
