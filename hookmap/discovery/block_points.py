@@ -9,7 +9,7 @@ from math import prod
 from typing import Literal
 
 from hookmap.discovery import aten
-from hookmap.discovery.blocks import Block, Branch, residual_path, stands_inside
+from hookmap.discovery.layer_list import Block, Branch, residual_path, stands_inside
 from hookmap.discovery.branch_points import ATTENTION, ROUTER, Found, attention_points, mlp_points, router_points
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.locate import Tap, Tapper

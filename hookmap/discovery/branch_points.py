@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from hookmap.discovery import aten
-from hookmap.discovery.blocks import Block, Branch
+from hookmap.discovery.layer_list import Block, Branch
 from hookmap.discovery.dataflow import Operation
 from hookmap.discovery.head_layout import features, heads_of, push
 from hookmap.discovery.locate import Tap, Tapper

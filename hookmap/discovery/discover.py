@@ -14,7 +14,7 @@ from torch import nn
 
 from hookmap._version import __version__
 from hookmap.discovery.block_points import BlockPoints, points_of_block
-from hookmap.discovery.blocks import Stack, find_stack, read_block
+from hookmap.discovery.layer_list import Stack, find_stack, read_block
 from hookmap.discovery.dataflow import Dataflow, record
 from hookmap.discovery.full_width import at_full_width
 from hookmap.discovery.locate import Tap, captured_axes

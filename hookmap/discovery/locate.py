@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from hookmap.discovery.blocks import Rows
+from hookmap.discovery.layer_list import Rows
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.values import Exposure, Step, Values
 from hookmap.maps.templates import TermTemplate

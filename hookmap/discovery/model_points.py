@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from hookmap.discovery import aten
-from hookmap.discovery.blocks import Stack
+from hookmap.discovery.layer_list import Stack
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.locate import Tap, Tapper
 from hookmap.discovery.values import Values
