@@ -9,10 +9,11 @@ from math import prod
 from typing import Literal
 
 from hookmap.discovery import aten
-from hookmap.discovery.layer_list import Block, Branch, residual_path, stands_inside
+from hookmap.discovery.block import Block, Branch
 from hookmap.discovery.branch_points import ATTENTION, ROUTER, Found, attention_points, mlp_points, router_points
 from hookmap.discovery.dataflow import ModuleCall, Operation
-from hookmap.discovery.locate import Tap, Tapper
+from hookmap.discovery.linear import linear_path, norm_input, norm_source, steps
+from hookmap.discovery.locate import Location, Locator
 from hookmap.discovery.mixing import mixing
 from hookmap.discovery.values import Exposure, Values
 from hookmap.maps.points import PointName
@@ -31,7 +32,7 @@ class BlockPoints:
     norm_placement: NormPlacement
     mixer: BranchInfo | None
     mlp: BranchInfo | None
-    taps: dict[str, Tap] = field(default_factory=dict)
+    locations: dict[str, Location] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     relations: list[Relation] = field(default_factory=list)
     readers: dict[str, str] = field(default_factory=dict)
@@ -46,8 +47,8 @@ def points_of_block(block: Block) -> BlockPoints:
 class _Reader:
     def __init__(self, block: Block) -> None:
         self.block, self.values = block, block.values
-        templates = {each.replace("{i}", str(block.number)): each for each in block.stack.lists}
-        self.tapper = Tapper(block.values, block.call, block.seq, templates, block.stack.rows)
+        templates = {each.replace("{i}", str(block.number)): each for each in block.layers.lists}
+        self.locator = Locator(block.values, block.call, block.seq, templates, block.layers.rows)
         self.mixers, self.mlps = block.role("mixer"), block.role("mlp")
         self.norms: set[str] = set()
         self.middle = block.exit
@@ -72,7 +73,7 @@ class _Reader:
         points.norm_placement = self._norm_placement()
         points.relations = self._relations()
         self._inside_branches()
-        points.relations = [each for each in points.relations if each.can_be_checked(points.taps)]
+        points.relations = [each for each in points.relations if each.can_be_checked(points.locations)]
         return points
 
     def _inside_branches(self) -> None:
@@ -84,18 +85,18 @@ class _Reader:
         }
         for number, mixer in enumerate(self.mixers):
             if "attention" in _mixer_kind(self.values, mixer.ops, self.block.seq):
-                self._take(attention_points(self.block, mixer, self.tapper), number)
+                self._take(attention_points(self.block, mixer, self.locator), number)
         for number, mlp in enumerate(self.mlps):
-            self._take(mlp_points(self.block, mlp, self.tapper), number)
-            self._take(router_points(self.block, mlp, self.tapper), number)
+            self._take(mlp_points(self.block, mlp, self.locator), number)
+            self._take(router_points(self.block, mlp, self.locator), number)
         for name, reason in absent.items():
-            if name not in self.points.taps:
+            if name not in self.points.locations:
                 self.points.unavailable.setdefault(name, reason)
 
     def _take(self, found: Found, number: int) -> None:
         suffix = f".{number}" if number else ""
-        for name, tap in found.taps.items():
-            self.points.taps[name + suffix] = tap
+        for name, location in found.locations.items():
+            self.points.locations[name + suffix] = location
         for name, reason in found.unavailable.items():
             self.points.unavailable[name + suffix] = reason
         if not number:
@@ -119,11 +120,11 @@ class _Reader:
         return "sequential" if reading else "other"
 
     def _put(self, name: str, value: int | None, prefer: str, missing: str = "no module boundary exposes it") -> None:
-        tap = None if value is None else self.tapper.tap(value, prefer)
-        if tap is None:
+        location = None if value is None else self.locator.locate(value, prefer)
+        if location is None:
             self.points.unavailable[name] = missing
         else:
-            self.points.taps[name] = tap
+            self.points.locations[name] = location
 
     def _no_addition(self) -> str:
         shape = self.values.shape(self.block.entry)
@@ -146,8 +147,8 @@ class _Reader:
             self._adds(role, suffix, branch)
         if len(branches) > 1:
             for name in names:
-                if name in self.points.taps:
-                    self.points.taps[f"{name}.0"] = self.points.taps[name]
+                if name in self.points.locations:
+                    self.points.locations[f"{name}.0"] = self.points.locations[name]
 
     def _reads(self, name: str, branch: Branch) -> None:
         """What the branch reads: the stream, followed through the pre-norm if all of the branch goes through it."""
@@ -165,26 +166,30 @@ class _Reader:
         )
         self._put(name, value, "input" if value in self.block.states else "output", missing)
         self._put_beside(name, beside)
-        if name in self.points.taps:
+        if name in self.points.locations:
             self.read_by[name] = value, branch
         if name == "mixer_in" or (name == "mlp_in" and self.points.branch_order != "parallel"):
             readers = [e.call for e in self._inside_inputs(states[-1])]
             if readers:
-                self.points.readers[branch.role] = self.tapper.templated(readers[0].path)
+                self.points.readers[branch.role] = self.locator.templated(readers[0].path)
 
     def _own_places(self) -> None:
         """What others read too is taken where it enters the branch's own module: there it is written for it alone."""
-        taps = self.points.taps
+        locations = self.points.locations
         shared = [
             name
             for name in self.read_by
-            if any(tap.terms == taps[name].terms for other, tap in taps.items() if _base(other) != _base(name))
+            if any(
+                location.terms == locations[name].terms
+                for other, location in locations.items()
+                if _base(other) != _base(name)
+            )
         ]
         for name in shared:
             own = self._own_module(*self.read_by[name])
             if own is not None:
-                tap = replace(self.tapper.at(own), beside=taps[name].beside)
-                taps.update(dict.fromkeys({name, f"{name}.0"} & taps.keys(), tap))
+                location = replace(self.locator.at(own), beside=locations[name].beside)
+                locations.update(dict.fromkeys({name, f"{name}.0"} & locations.keys(), location))
 
     def _own_module(self, value: int, branch: Branch) -> Exposure | None:
         """The one module of the branch, and of nothing else, through which all of it reads the value."""
@@ -193,7 +198,7 @@ class _Reader:
         others |= {id(self.values.producers[state]) for state in self.block.states[1:]}
         whole = [
             place
-            for place in self.tapper.places(value)
+            for place in self.locator.places(value)
             if place.side == "input"
             and all(place.call.enter < time < place.call.exit for time in reading)
             and not any(id(op) in others for op in self.values.inside(place.call))
@@ -208,10 +213,10 @@ class _Reader:
     def _put_beside(self, name: str, values: set[int]) -> None:
         """Masks and biases are of pairs of positions: no part of what a branch reads."""
         streams = [v for v in sorted(values) if self.values.shape(v).count(self.block.seq) == 1]
-        taps = [tap for v in streams if (tap := self.tapper.tap(v, "input")) is not None]
-        if taps and name in self.points.taps:
-            terms = tuple(term for tap in taps for term in tap.terms)
-            self.points.taps[name] = replace(self.points.taps[name], beside=terms)
+        locations = [location for v in streams if (location := self.locator.locate(v, "input")) is not None]
+        if locations and name in self.points.locations:
+            terms = tuple(term for location in locations for term in location.terms)
+            self.points.locations[name] = replace(self.points.locations[name], beside=terms)
 
     def _mixed_early(self, branch: Branch, value: int, beside: set[int]) -> bool:
         """Whether the others are joined to the stream before any product with weights."""
@@ -237,7 +242,7 @@ class _Reader:
         for op in sorted(ops.values(), key=lambda op: op.time):
             for value in map(values.value, op.outputs):
                 like = value not in (*raw, *block.states) and values.size(value) == values.size(block.entry)
-                if not like or self._beside(branch, value) or self.tapper.tap(value) is None:
+                if not like or self._beside(branch, value) or self.locator.locate(value) is None:
                     continue
                 if not block.mixing(values.cone(value, block.states, block.call)[0]):
                     whole = self._read_whole(value, branch)
@@ -248,7 +253,7 @@ class _Reader:
         """Where the stream is several streams: the one tensor made of them that the branch's own module reads."""
         values, block = self.values, self.block
         raw = block.raw(branch.parts[0])
-        for exposure in sorted(stands_inside(block, raw), key=lambda e: e.call.enter):  # the outermost first
+        for exposure in sorted(block.boundaries(raw, "output"), key=lambda e: e.call.enter):  # the outermost first
             for value in map(values.value, exposure.call.inputs.values()):
                 streams, rest = divmod(values.size(states[0]), values.size(value))
                 whole = streams > 1 and not rest and values.size(value) >= values.size(raw)
@@ -265,11 +270,11 @@ class _Reader:
         is in what the branch reads, and what is done in them is not.
         """
         chain = list(self._bottlenecks(value, branch))
-        normed = [v for v in chain if self.values.norm_source(v) is not None and self.tapper.tap(v) is not None]
+        normed = [v for v in chain if norm_source(self.values, v) is not None and self.locator.locate(v) is not None]
         if normed:
             self.norms.add("pre")
             value, chain = normed[-1], chain[chain.index(normed[-1]) + 1 :]
-            chain = [v for v in chain if any(step.kind in ("add", "gate", "scale") for step in self.values.steps(v))]
+            chain = [v for v in chain if any(step.kind in ("add", "gate", "scale") for step in steps(self.values, v))]
         return next((v for v in (value, *chain) if self._enters_weights(v)), value)
 
     def _bottlenecks(self, value: int, branch: Branch) -> Iterator[int]:
@@ -290,7 +295,7 @@ class _Reader:
     def _enters_weights(self, value: int) -> bool:
         calls = [e.call for e in self._inside_inputs(value)]
         return any(
-            self.values.norm_input(c) is None and any(op.name in aten.PRODUCTS for op in self.values.inside(c))
+            norm_input(self.values, c) is None and any(op.name in aten.PRODUCTS for op in self.values.inside(c))
             for c in calls
         )
 
@@ -322,31 +327,31 @@ class _Reader:
         step = self.block.path[branch.step]
         alone = sum(other.step == branch.step for other in self.block.branches) == 1
         plain = branch.factor == 1.0 and step.source_factor == 1.0
-        if name not in self.points.taps and alone and plain:
+        if name not in self.points.locations and alone and plain:
             after, before = step.result, step.source
-            if (tap := self.tapper.difference(after, before)) is not None:
+            if (location := self.locator.difference(after, before)) is not None:
                 del self.points.unavailable[name]
-                self.points.taps[name] = tap
+                self.points.locations[name] = location
 
     def _blends(self, branch: Branch) -> bool:
         """Whether the stream is taken away from what is added: a step from it towards the branch's output (Dory)."""
         before = self.block.states[: branch.step + 1]
-        paths = [residual_path(self.values, self.block.call, state, part) for part in branch.parts for state in before]
+        paths = [linear_path(self.values, self.block.call, state, part) for part in branch.parts for state in before]
         linear = [path for path in paths if path and not any(step.kind in ("norm", "mix") for step in path)]
         return any(prod(step.source_factor for step in path) < 0 for path in linear)
 
     def _put_sum(self, name: str, parts: list[int], factor: float | None) -> None:
-        taps = [self.tapper.tap(part) for part in parts]
+        locations = [self.locator.locate(part) for part in parts]
         if (
             factor is None
-            or any(tap is None for tap in taps)
-            or (factor != 1.0 and any(len(t.terms) > 1 for t in taps if t))
+            or any(location is None for location in locations)
+            or (factor != 1.0 and any(len(t.terms) > 1 for t in locations if t))
         ):
             self.points.unavailable[name] = "no module boundary exposes it, nor the tensors it is the sum of"
             return
-        found = [tap for tap in taps if tap is not None]
-        terms = tuple(t.model_copy(update={"scale": t.scale * factor}) for tap in found for t in tap.terms)
-        self.points.taps[name] = Tap(terms, max(tap.time for tap in found), found[0].evidence)
+        found = [location for location in locations if location is not None]
+        terms = tuple(t.model_copy(update={"scale": t.scale * factor}) for location in found for t in location.terms)
+        self.points.locations[name] = Location(terms, max(location.time for location in found), found[0].evidence)
 
     def _middles(self) -> None:
         """The stream after each addition but the last, as the next branch reads it."""
@@ -390,9 +395,10 @@ class _Reader:
         attention = self._is_attention()
         for name in ("in", "out_raw", "out"):
             if attention:
-                for found in [PointName.of(n) for n in self.points.taps if PointName.of(n).base == f"mixer_{name}"]:
-                    self.points.taps[found.as_attention()] = self.points.taps[str(found)]
-            if f"attn_{name}" not in self.points.taps:
+                names = map(PointName.of, list(self.points.locations))
+                for found in [each for each in names if each.base == f"mixer_{name}"]:
+                    self.points.locations[found.as_attention()] = self.points.locations[str(found)]
+            if f"attn_{name}" not in self.points.locations:
                 self.points.unavailable[f"attn_{name}"] = (
                     self.points.unavailable.get(f"mixer_{name}", "")
                     if attention or not self.mixers
@@ -449,7 +455,7 @@ class _Reader:
         modules = self._modules([op for branch in branches for op in branch.ops])
         return found.model_copy(
             update={
-                "modules": tuple(self.tapper.templated(call.path) for call in modules),
+                "modules": tuple(self.locator.templated(call.path) for call in modules),
                 "module_class": " + ".join(dict.fromkeys(type(call.module).__name__ for call in modules)) or None,
             }
         )
@@ -469,7 +475,7 @@ class _Reader:
             if inner >= 0:
                 outermost[inner] = None
         calls = [flow.calls[index] for index in outermost]
-        return [c for c in calls if self.values.norm_input(c) is None] or calls
+        return [c for c in calls if norm_input(self.values, c) is None] or calls
 
 
 def _base(name: str) -> str:

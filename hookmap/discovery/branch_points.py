@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from hookmap.discovery import aten
-from hookmap.discovery.layer_list import Block, Branch
+from hookmap.discovery.block import Block, Branch
 from hookmap.discovery.dataflow import Operation
 from hookmap.discovery.head_layout import features, heads_of, push
-from hookmap.discovery.locate import Tap, Tapper
+from hookmap.discovery.locate import Location, Locator
 from hookmap.discovery.values import Exposure
 from hookmap.maps.relations import Relation, Term
 from hookmap.maps.templates import Heads
@@ -36,7 +36,7 @@ _MONOTONE = {*aten.MOVES, "_softmax", "sigmoid", "_log_softmax", "softplus", "sq
 class Found:
     """Points of one branch, the reasons for those it lacks, and exact relations among them."""
 
-    taps: dict[str, Tap] = field(default_factory=dict)
+    locations: dict[str, Location] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     relations: list[Relation] = field(default_factory=list)
 
@@ -57,14 +57,14 @@ class _Missing(Exception):
     """Why a point is unavailable."""
 
 
-def attention_points(block: Block, branch: Branch, tapper: Tapper) -> Found:
+def attention_points(block: Block, branch: Branch, locator: Locator) -> Found:
     """q, k, v, z and pattern of a mixer."""
-    return _Attention(block, branch, tapper).read()
+    return _Attention(block, branch, locator).read()
 
 
-def mlp_points(block: Block, branch: Branch, tapper: Tapper) -> Found:
+def mlp_points(block: Block, branch: Branch, locator: Locator) -> Found:
     """mlp_post of a dense MLP."""
-    wires, found = _Wires(block, branch, tapper), Found()
+    wires, found = _Wires(block, branch, locator), Found()
     try:
         if _choice(wires) is not None:
             raise _Missing("the MLP is a mixture of experts: each token has activations in each of its experts")
@@ -72,23 +72,23 @@ def mlp_points(block: Block, branch: Branch, tapper: Tapper) -> Found:
         if len(branch.parts) > 1:
             raise _Missing("the MLP branch is a sum of several modules")
         exposure = wires.read_by(projections)
-        found.taps["mlp_post"] = tapper.at(exposure)
+        found.locations["mlp_post"] = locator.at(exposure)
         found.relations += wires.applied(exposure, projections, block.raw(branch.parts[0]), "mlp_out_raw", "mlp_post")
     except _Missing as reason:
         found.unavailable["mlp_post"] = str(reason)
     return found
 
 
-def router_points(block: Block, branch: Branch, tapper: Tapper) -> Found:
+def router_points(block: Block, branch: Branch, locator: Locator) -> Found:
     """router_logits, router_indices and router_weights of a mixture of experts."""
-    return _Router(block, branch, tapper).read()
+    return _Router(block, branch, locator).read()
 
 
 class _Wires:
     """The operations of one block, tensor by tensor: forward from one, and back to the weights."""
 
-    def __init__(self, block: Block, branch: Branch, tapper: Tapper) -> None:
-        self.block, self.branch, self.tapper, self.values = block, branch, tapper, block.values
+    def __init__(self, block: Block, branch: Branch, locator: Locator) -> None:
+        self.block, self.branch, self.locator, self.values = block, branch, locator, block.values
         self.flow, self.seq = block.values.flow, block.seq
         self.own = {id(op) for op in branch.ops}
         self.readers: dict[int, list[Operation]] = {}
@@ -149,7 +149,7 @@ class _Wires:
             raise _Missing("no projection makes it: the mixer reads the stream directly")
         places = []
         for value in dict.fromkeys(self.values.value(t) for t, _ in self.back(tensor)):
-            for place in self.tapper.places(value):
+            for place in self.locator.places(value):
                 around = all(place.call.enter < op.time < place.call.exit for op in projections)
                 if place.side == "output" and around and not self.projections(tensor, stop=value):
                     places.append(place)
@@ -168,7 +168,7 @@ class _Wires:
             varying = [v for v in self.values.operands(op) if not self.values.is_constant(v)]
             places = [
                 place
-                for place in (self.tapper.places(varying[0]) if varying else [])
+                for place in (self.locator.places(varying[0]) if varying else [])
                 if place.side == "input" and place.call.enter < op.time < place.call.exit
             ]
             if places:
@@ -180,7 +180,7 @@ class _Wires:
         given = {self.values.value(t) for t in place.call.outputs.values()}
         bare = len(place.call.entered) == 1 and place.place in (None, 0) and len(place.call.outputs) == 1
         # From the block on; whole, with its `{i}`, where the module is in a list beside the block's.
-        name = self.tapper.templated(place.call.path).removeprefix(self.block.stack.path).lstrip(".")
+        name = self.locator.templated(place.call.path).removeprefix(self.block.layers.path).lstrip(".")
         return [Relation(result, (Term(1.0, point),), "applied", name)] if value in given and bare and ops else []
 
     def boundary_tensor(self, place: Exposure) -> int:
@@ -188,9 +188,9 @@ class _Wires:
 
 
 class _Attention:
-    def __init__(self, block: Block, branch: Branch, tapper: Tapper) -> None:
-        self.wires = _Wires(block, branch, tapper)
-        self.block, self.branch, self.tapper = block, branch, tapper
+    def __init__(self, block: Block, branch: Branch, locator: Locator) -> None:
+        self.wires = _Wires(block, branch, locator)
+        self.block, self.branch, self.locator = block, branch, locator
         self.found = Found()
 
     def read(self) -> Found:
@@ -203,14 +203,14 @@ class _Attention:
             self._try(name, self._operand, tensor, name)
         self._try("z", self._heads_out, core)
         self._try("pattern", self._pattern, core)
-        taps = self.found.taps
-        if all(name in taps for name in ("z", "pattern", "v")) and self._is_plain(core):
+        locations = self.found.locations
+        if all(name in locations for name in ("z", "pattern", "v")) and self._is_plain(core):
             self.found.relations.insert(0, Relation("z", (Term(1.0, "pattern"), Term(1.0, "v")), "product"))
         return self.found
 
-    def _try(self, name: str, read: Callable[..., Tap], *arguments: Any) -> None:
+    def _try(self, name: str, read: Callable[..., Location], *arguments: Any) -> None:
         try:
-            self.found.taps[name] = read(*arguments)
+            self.found.locations[name] = read(*arguments)
         except _Missing as reason:
             self.found.unavailable[name] = str(reason)
 
@@ -265,7 +265,7 @@ class _Attention:
 
     # Points -----------------------------------------------------------------------------------------------------
 
-    def _operand(self, tensor: int, name: str) -> Tap:
+    def _operand(self, tensor: int, name: str) -> Location:
         """Back from a product's operand to the projection, and which of its features are which head's."""
         place = self.wires.written_by(tensor)
         source = self.wires.boundary_tensor(place)
@@ -277,11 +277,11 @@ class _Attention:
             heads = heads_of(first, place.shape[-1])
         if heads is None:
             raise _Missing("its heads are no even slices of the projection's output")
-        tap = self._with_heads(place, heads)
+        location = self._with_heads(place, heads)
         if name != "q" and self._is_expanded(tensor):
             # While generating, all keys and values so far are expanded again from a cache of compressed ones.
-            tap = Tap(tuple(t.model_copy(update={"rows": "last"}) for t in tap.terms), tap.time, tap.evidence)
-        return tap
+            location = location.with_terms(rows="last")
+        return location
 
     def _is_expanded(self, tensor: int) -> bool:
         """Whether the projection reads another projection's output, as in multi-head latent attention."""
@@ -293,16 +293,16 @@ class _Attention:
         op = next(iter(self.wires.readers.get(tensor, [])), None)
         return op is not None and op.name in aten.BATCHED_PRODUCTS
 
-    def _with_heads(self, place: Exposure, heads: Heads) -> Tap:
-        tap, shape = self.tapper.at(place), place.shape
+    def _with_heads(self, place: Exposure, heads: Heads) -> Location:
+        location, shape = self.locator.at(place), place.shape
         update: dict[str, object] = {"heads": heads}
         if len(shape) > 3:
             if shape[-2] != self.wires.seq or set(shape[:-2]) != {1}:
                 raise _Missing("the projection's output has axes of its own")
             update["axes"] = None  # the selector merges what stands before the positions
-        return Tap(tuple(term.model_copy(update=update) for term in tap.terms), tap.time, tap.evidence)
+        return location.with_terms(**update)
 
-    def _heads_out(self, core: _Core) -> Tap:
+    def _heads_out(self, core: _Core) -> Location:
         """On from the second product to the projection that reads the heads side by side."""
         readers = self._output_projections(core.result)
         if len(readers) != 1:
@@ -339,20 +339,19 @@ class _Attention:
                     stack += op.outputs
         return [found[time] for time in sorted(found)]
 
-    def _pattern(self, core: _Core) -> Tap:
+    def _pattern(self, core: _Core) -> Location:
         if core.pattern is None:
             raise _Missing("one fused operation computes the attention: load the model with eager attention")
-        if self.tapper.rows != "all":
+        if self.locator.rows != "all":
             raise _Missing("the model adds positions of its own, which are keys too")
         seq, values = self.wires.seq, self.block.values
         copies = [core.pattern, *(t for t, op in self.wires.back(core.pattern) if op.name in aten.MOVES | {"_softmax"})]
         for value in dict.fromkeys(map(values.value, copies)):
-            places = [p for p in self.tapper.places(value) if p.shape[-2:] == (seq, seq) and len(p.shape) == 4]
+            places = [p for p in self.locator.places(value) if p.shape[-2:] == (seq, seq) and len(p.shape) == 4]
             if places:
                 inner = min(places, key=lambda p: (p.call is self.block.call, p.call.path.count("."), p.time))
-                tap = self.tapper.at(inner)
-                axes = {"axes": ("batch", "heads", "pos", "key"), "flat": False}
-                return Tap(tuple(t.model_copy(update=axes) for t in tap.terms), tap.time, tap.evidence)
+                location = self.locator.at(inner)
+                return location.with_terms(axes=("batch", "heads", "pos", "key"), flat=False)
         raise _Missing("no module boundary exposes the attention weights")
 
     def _is_plain(self, core: _Core) -> bool:
@@ -389,8 +388,8 @@ def _choice(wires: _Wires) -> Operation | None:
 
 
 class _Router:
-    def __init__(self, block: Block, branch: Branch, tapper: Tapper) -> None:
-        self.wires, self.tapper, self.values = _Wires(block, branch, tapper), tapper, block.values
+    def __init__(self, block: Block, branch: Branch, locator: Locator) -> None:
+        self.wires, self.locator, self.values = _Wires(block, branch, locator), locator, block.values
         self.found = Found()
 
     def read(self) -> Found:
@@ -412,9 +411,9 @@ class _Router:
             return
         after = [products[0], *(op for op in way[::-1] if op.name in aten.MOVES | {"add"})]
         for value in dict.fromkeys(self.values.value(op.outputs[0]) for op in after):
-            for place in self.tapper.places(value):
+            for place in self.locator.places(value):
                 if place.shape[-1] == experts:
-                    self.found.taps["router_logits"] = self.tapper.at(place)
+                    self.found.locations["router_logits"] = self.locator.at(place)
                     between = {op.name for op in way if op is not products[0]}
                     if between <= _MONOTONE and "router_indices" not in self.found.unavailable:
                         self.found.relations.append(
@@ -428,9 +427,9 @@ class _Router:
         value = self.values.value(choice.outputs[1])
         copies = [self.values.value(t) for t, _ in self.wires.forward(choice.outputs[1], aten.MOVES)]
         for each in dict.fromkeys([value, *copies]):
-            for place in self.tapper.places(each):
+            for place in self.locator.places(each):
                 if place.shape[-1] == kept:
-                    self.found.taps["router_indices"] = self.tapper.at(place)
+                    self.found.locations["router_indices"] = self.locator.at(place)
                     return
         self.found.unavailable["router_indices"] = "no module boundary exposes it"
 
@@ -440,13 +439,13 @@ class _Router:
         best: Exposure | None = None
         last = -1
         for tensor, op in self._weighed(choice):
-            for place in self.tapper.places(self.values.value(tensor)):
+            for place in self.locator.places(self.values.value(tensor)):
                 if place.shape[-1] == shape[-1] and op.time > last:
                     best, last = place, op.time
         if best is None:
             self.found.unavailable["router_weights"] = "no module boundary exposes it"
         else:
-            self.found.taps["router_weights"] = self.tapper.at(best)
+            self.found.locations["router_weights"] = self.locator.at(best)
 
     def _weighed(self, choice: Operation) -> Iterator[tuple[int, Operation]]:
         """Tensors of numbers [tokens, k] that are made of the chosen scores, or looked up at the chosen places."""

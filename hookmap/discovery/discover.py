@@ -13,11 +13,13 @@ from typing import Any
 from torch import nn
 
 from hookmap._version import __version__
+from hookmap.discovery.block import Block
 from hookmap.discovery.block_points import BlockPoints, points_of_block
-from hookmap.discovery.layer_list import Stack, find_stack, read_block
 from hookmap.discovery.dataflow import Dataflow, record
 from hookmap.discovery.full_width import at_full_width
-from hookmap.discovery.locate import Tap, captured_axes
+from hookmap.discovery.layer_choice import find_layers
+from hookmap.discovery.layer_list import LayerList
+from hookmap.discovery.locate import Location, captured_axes
 from hookmap.discovery.model_points import read_outside
 from hookmap.discovery.values import Values
 from hookmap.errors import DiscoveryError, HookmapError, ModelError
@@ -128,16 +130,16 @@ def assemble(
 ) -> ArchitectureMap:
     """Read the dataflow of `model` and write the map down."""
     values = Values(flow)
-    stack = find_stack(values, seq)
+    layers = find_layers(values, seq)
     readings: dict[int, BlockPoints] = {}
-    for number in sorted(stack.streams):
-        readings[number] = points_of_block(read_block(values, stack, number, stack.seq))
-    kinds = _kinds(stack, readings, values)
-    outside = read_outside(values, stack, seq)
+    for number in sorted(layers.streams):
+        readings[number] = points_of_block(Block(values, layers, number))
+    kinds = _kinds(layers, readings, values)
+    outside = read_outside(values, layers, seq)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     return ArchitectureMap(
         architecture=skeleton.architecture_of(model),
-        layer_access_pattern=stack.path.replace(".{i}", "[i]"),
+        layer_access_pattern=layers.path.replace(".{i}", "[i]"),
         pre_attention_path=_first_reader(readings, "mixer"),
         pre_mlp_path=_first_reader(readings, "mlp"),
         scope="model",
@@ -147,41 +149,41 @@ def assemble(
         config_hash=skeleton.config_hash(settings) if settings else None,
         transformers_version=version("transformers"),
         hookmap_version=__version__,
-        num_layers=stack.length,
-        d_model=stack.width,
+        num_layers=layers.length,
+        d_model=layers.width,
         num_heads=_number(config, "num_attention_heads"),
         d_vocab=outside.d_vocab,
         embedding_path=outside.embedding_path,
-        layers_path=stack.path,
+        layers_path=layers.path,
         final_norm_path=outside.final_norm_path,
         lm_head_path=outside.lm_head_path,
-        model_points=_templates(outside.taps),
+        model_points=_templates(outside.locations),
         model_unavailable=outside.unavailable,
         kinds=kinds,
-        joined=stack.joined,
-        left_out=stack.left_out,
+        joined=layers.contiguous,
+        left_out=layers.uncovered_lists,
         discovered_by=how,
     )
 
 
-def _kinds(stack: Stack, readings: dict[int, BlockPoints], values: Values) -> tuple[BlockKind, ...]:
+def _kinds(layers: LayerList, readings: dict[int, BlockPoints], values: Values) -> tuple[BlockKind, ...]:
     """Blocks that read alike are one kind; layers that were never called are a kind without points."""
     groups: dict[str, tuple[list[int], BlockKind]] = {}
-    for number in range(stack.length):
-        kind = _kind(stack, number, readings.get(number), values)
+    for number in range(layers.length):
+        kind = _kind(layers, number, readings.get(number), values)
         groups.setdefault(kind.model_dump_json(), ([], kind))[0].append(number)
     made: list[BlockKind] = []
-    for layers, kind in groups.values():
+    for numbers, kind in groups.values():
         twins = sum(other.name.split("#")[0] == kind.name for other in made)
         name = f"{kind.name}#{twins + 1}" if twins else kind.name
-        made.append(kind.model_copy(update={"layers": tuple(layers), "name": name}))
+        made.append(kind.model_copy(update={"layers": tuple(numbers), "name": name}))
     return tuple(made)
 
 
-def _kind(stack: Stack, number: int, reading: BlockPoints | None, values: Values) -> BlockKind:
+def _kind(layers: LayerList, number: int, reading: BlockPoints | None, values: Values) -> BlockKind:
     if reading is None:
         reason = (
-            "this layer is never called on text alone" if number not in stack.calls else "no stream was found in it"
+            "this layer is never called on text alone" if number not in layers.calls else "no stream was found in it"
         )
         names = [name for name, point in POINTS.items() if point.per_layer]
         return BlockKind(
@@ -191,24 +193,24 @@ def _kind(stack: Stack, number: int, reading: BlockPoints | None, values: Values
     name = "+".join(branch.type for branch in (reading.mixer, reading.mlp) if branch is not None)
     return BlockKind(
         name=name or reading.branch_order,
-        block_class=type(stack.calls[number].module).__name__,
+        block_class=type(layers.calls[number].module).__name__,
         layers=(),
         branch_order=reading.branch_order,
         norm_placement=reading.norm_placement,
-        axes=captured_axes(values.shape(stack.streams[number][0]), stack.seq),
-        calls=stack.runs[number],
+        axes=captured_axes(values.shape(layers.streams[number][0]), layers.seq),
+        calls=layers.runs[number],
         mixer=reading.mixer,
         mlp=reading.mlp,
         relations=tuple(map(str, reading.relations)),
-        points=_templates(reading.taps),
+        points=_templates(reading.locations),
         unavailable=reading.unavailable,
     )
 
 
-def _templates(taps: dict[str, Tap]) -> dict[str, PointTemplate]:
-    """The taps in forward order, each with its place in it."""
-    times = sorted({tap.time for tap in taps.values()})
-    ordered = sorted(taps.items(), key=lambda item: item[1].time)
+def _templates(locations: dict[str, Location]) -> dict[str, PointTemplate]:
+    """The locations in forward order, each with its place in it."""
+    times = sorted({location.time for location in locations.values()})
+    ordered = sorted(locations.items(), key=lambda item: item[1].time)
     return {
         n: PointTemplate(terms=t.terms, order=times.index(t.time), evidence=t.evidence, beside=t.beside)
         for n, t in ordered

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from hookmap.discovery import aten
-from hookmap.discovery.layer_list import Stack
 from hookmap.discovery.dataflow import ModuleCall, Operation
-from hookmap.discovery.locate import Tap, Tapper
+from hookmap.discovery.layer_list import LayerList
+from hookmap.discovery.linear import norm_input, norm_source, steps
+from hookmap.discovery.locate import Location, Locator
 from hookmap.discovery.values import Values
 
 
@@ -17,7 +18,7 @@ from hookmap.discovery.values import Values
 class Outside:
     """What the map says of the model around its blocks."""
 
-    taps: dict[str, Tap] = field(default_factory=dict)
+    locations: dict[str, Location] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     embedding_path: str | None = None
     final_norm_path: str | None = None
@@ -25,16 +26,16 @@ class Outside:
     d_vocab: int | None = None
 
 
-def read_outside(values: Values, stack: Stack, seq: int) -> Outside:
+def read_outside(values: Values, layers: LayerList, seq: int) -> Outside:
     """Find the embedding of the token ids, the last norm and the logits."""
     root = values.flow.calls[0]
-    tapper = Tapper(values, root, seq)
+    locator = Locator(values, root, seq)
     outside = Outside()
     lookups = list(_lookups(values))
-    _embedding(values, stack, tapper, lookups, outside)
-    logits = _logits(values, tapper, root, {values.shape(values.operands(op)[0])[0] for op in lookups}, outside)
+    _embedding(values, layers, locator, lookups, outside)
+    logits = _logits(values, locator, root, {values.shape(values.operands(op)[0])[0] for op in lookups}, outside)
     ends = [values.value(t) for t in root.outputs.values()] if logits is None else [logits]
-    _final_norm(values, stack, tapper, ends, outside)
+    _final_norm(values, layers, locator, ends, outside)
     return outside
 
 
@@ -46,8 +47,8 @@ def _lookups(values: Values) -> Iterator[Operation]:
             yield op
 
 
-def _embedding(values: Values, stack: Stack, tapper: Tapper, lookups: list[Operation], outside: Outside) -> None:
-    into = _summands(values, stack.streams[min(stack.streams)][0])
+def _embedding(values: Values, layers: LayerList, locator: Locator, lookups: list[Operation], outside: Outside) -> None:
+    into = _summands(values, layers.streams[min(layers.streams)][0])
     added = [op for op in lookups if {values.value(op.outputs[0]), _looked_up(values, op)} & into]
     tables = {_around(values, op)[0].path: op for op in added or lookups}
     if len(tables) > 1 and added:
@@ -55,9 +56,9 @@ def _embedding(values: Values, stack: Stack, tapper: Tapper, lookups: list[Opera
         return
     for path, op in tables.items():
         outside.embedding_path = path
-        tap = tapper.tap(_looked_up(values, op))
-        if tap is not None:
-            outside.taps["embed"] = tap
+        location = locator.locate(_looked_up(values, op))
+        if location is not None:
+            outside.locations["embed"] = location
             return
     outside.unavailable["embed"] = "no module looks the token ids up in a table of embeddings as they are"
 
@@ -68,7 +69,7 @@ def _summands(values: Values, value: int) -> set[int]:
     while stack:
         if (top := stack.pop()) not in found:
             found.add(top)
-            for step in values.steps(top):
+            for step in steps(values, top):
                 stack += [step.source] if step.branch is None else [step.source, step.branch]
     return found
 
@@ -98,7 +99,7 @@ def _around(values: Values, op: Operation) -> list[ModuleCall]:
     return calls
 
 
-def _logits(values: Values, tapper: Tapper, root: ModuleCall, vocabulary: set[int], outside: Outside) -> int | None:
+def _logits(values: Values, locator: Locator, root: ModuleCall, vocabulary: set[int], outside: Outside) -> int | None:
     """The root's logits, and the module that computes them. Returns their value."""
     tensor = _output_of_logits(values, root, vocabulary)
     if tensor is None:
@@ -110,11 +111,11 @@ def _logits(values: Values, tapper: Tapper, root: ModuleCall, vocabulary: set[in
     if shape[0] != 1:
         outside.unavailable["logits"] = f"the model gives {shape[0]} rows of logits for each sequence"
         return logits
-    if tapper.seq not in shape[:-1]:
+    if locator.seq not in shape[:-1]:
         outside.unavailable["logits"] = f"the model gives no logits for each position: their shape is {list(shape)}"
         return logits
     # The model's own output and not the unembedding's: in half precision a cast stands between, in single none.
-    outside.taps["logits"] = tapper.at_root(value)
+    outside.locations["logits"] = locator.at_root(value)
     while (op := values.producers.get(value)) is not None:
         varying = [v for v in values.operands(op) if not values.is_constant(v)]
         if op.name in aten.PRODUCTS and len(varying) < len(op.inputs):
@@ -136,16 +137,16 @@ def _output_of_logits(values: Values, root: ModuleCall, vocabulary: set[int]) ->
     return next((tensor for tensor, shape in shapes.items() if shape and shape[-1] in vocabulary), None)
 
 
-def _final_norm(values: Values, stack: Stack, tapper: Tapper, ends: list[int], outside: Outside) -> None:
+def _final_norm(values: Values, layers: LayerList, locator: Locator, ends: list[int], outside: Outside) -> None:
     """The last norm that the stream itself passes between the last block and whatever weights come next.
 
     `ends`: the logits, or what else the model gives; a norm that does not lead there is another head's.
     """
-    last = max(stack.streams)
-    if sum(call.module is stack.calls[last].module for call in values.flow.calls) > 1:
+    last = max(layers.streams)
+    if sum(call.module is layers.calls[last].module for call in values.flow.calls) > 1:
         outside.unavailable["final_norm"] = "the blocks run several times: what is normed last is not their last output"
         return
-    leave, end = stack.streams[last][1], stack.calls[last].exit
+    leave, end = layers.streams[last][1], layers.calls[last].exit
     made = _ancestors(values, ends, end)
     leading = {value for value in made if value in values.producers and values.producers[value].time > end}
     normed, value = None, _next_norm(values, leave, end, leading)
@@ -153,9 +154,9 @@ def _final_norm(values: Values, stack: Stack, tapper: Tapper, ends: list[int], o
         normed, value = value, _next_norm(values, value, end, leading)
     if normed is None or leave in _ancestors(values, ends, end, without=normed):
         # Several streams are mixed by weights that a norm of their own makes; the last norm is behind them.
-        rows = {value for value in leading if values.size(value) == stack.seq * stack.width}
+        rows = {value for value in leading if values.size(value) == layers.seq * layers.width}
         normed = _behind_mixing(values, ends, leave, end, rows)
-    found = None if normed is None else tapper.tap(normed)
+    found = None if normed is None else locator.locate(normed)
     if found is None:
         outside.unavailable["final_norm"] = (
             "no norm stands after the last block: use resid_post of the last layer"
@@ -163,14 +164,14 @@ def _final_norm(values: Values, stack: Stack, tapper: Tapper, ends: list[int], o
             else "no module boundary exposes what the last norm gives"
         )
         return
-    outside.taps["final_norm"] = found
+    outside.locations["final_norm"] = found
     outside.final_norm_path = found.terms[0].module
 
 
 def _behind_mixing(values: Values, ends: list[int], leave: int, end: int, rows: set[int]) -> int | None:
     """The first norm, among `rows`, that all of the stream passes on its way to `ends`, and no weights before it."""
     for value in sorted(rows, key=lambda v: values.producers[v].time):
-        source = values.norm_source(value)
+        source = norm_source(values, value)
         if source in rows and leave not in _ancestors(values, ends, end, without=value):
             plain = leave in _ancestors(values, [source], end, heavy=False)
             return _next_norm(values, source, end, rows) if plain else None
@@ -200,7 +201,7 @@ def _ancestors(
 def _next_norm(values: Values, value: int, after: int, leading: set[int]) -> int | None:
     """The norm of a value, among those of `leading`."""
     for exposure in values.exposures.get(value, []):
-        if exposure.side == "input" and exposure.call.enter > after and values.norm_input(exposure.call) == value:
+        if exposure.side == "input" and exposure.call.enter > after and norm_input(values, exposure.call) == value:
             normed = values.value(next(iter(exposure.call.outputs.values())))
             if normed in leading:
                 return normed
@@ -208,5 +209,5 @@ def _next_norm(values: Values, value: int, after: int, leading: set[int]) -> int
         result = values.value(op.outputs[0]) if op.outputs else value
         if result != value and op.name in {"_to_copy", *aten.TURNS} and result in leading:
             return _next_norm(values, result, after, leading)
-    later = [v for v in leading if v != value and values.norm_source(v) == value]
+    later = [v for v in leading if v != value and norm_source(values, v) == value]
     return max(later, key=lambda v: values.producers[v].time, default=None)

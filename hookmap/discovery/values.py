@@ -6,19 +6,14 @@ Reads the graph of `dataflow` and answers questions; knows operations, not archi
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Literal
 
 from hookmap.discovery import aten
-from hookmap.discovery.dataflow import Dataflow, ModuleCall, Operation, Place, TensorRef
-
-
-def _is_root(op: Operation) -> bool:
-    """Whether it takes a square root, also as a power (Gemma 4: `pow(-0.5)`)."""
-    return op.name in aten.ROOTS or (op.name == "pow" and op.args[1:] in ((0.5,), (-0.5,)))
+from hookmap.discovery.dataflow import Dataflow, ModuleCall, Operation, Place
 
 
 @dataclass(frozen=True)
@@ -33,21 +28,6 @@ class Exposure:
     @property
     def time(self) -> int:
         return self.call.enter if self.side == "input" else self.call.exit
-
-
-@dataclass(frozen=True)
-class Step:
-    """One linear step of a value's history: value = step(source), with `branch` added where it is an addition."""
-
-    kind: Literal["add", "scale", "cast", "norm", "gate", "mix", "spread", "convolve"]
-    """mix: several streams among one another; spread: one tensor over several streams, each times its own number;
-    convolve: each feature with itself over positions"""
-    source: int
-    result: int
-    branch: int | None = None
-    factor: float | None = 1.0
-    """of the source in a scale, of the branch in an addition; None: not a constant"""
-    source_factor: float = 1.0
 
 
 class Values:
@@ -174,142 +154,6 @@ class Values:
     @cached_property
     def _token_values(self) -> frozenset[int]:
         return frozenset(self.value(t) for name, t in self.flow.inputs.items() if name == "input_ids")
-
-    # Linear history ---------------------------------------------------------------------------------------------
-
-    def steps(self, value: int) -> Iterator[Step]:
-        """Ways in which `value` is another value of its size, linearly: plus something, times a constant, normed."""
-        op = self.producers.get(value)
-        if op is None:
-            return
-        same_size = [v for v in dict.fromkeys(self.operands(op)) if v != value and self.size(v) == self.size(value)]
-        if op.name in aten.ADDITIONS:
-            yield from self._additions(value, op, same_size)
-        elif op.name in aten.MULTIPLICATIONS:
-            yield from self._products(value, op, same_size)
-            yield from self._spread(value, op)
-        elif op.name == "bmm" and len(same_size) == 1:
-            yield from self._mixtures(value, op, same_size[0])
-        elif op.name in {"_to_copy", *aten.TURNS, "expand", "slice"} and same_size:
-            yield Step("cast", same_size[0], value)
-        if (source := self.norm_source(value)) is not None:
-            yield Step("norm", source, value)
-
-    def _additions(self, value: int, op: Operation, same_size: list[int]) -> Iterator[Step]:
-        alpha = float(op.kwargs.get("alpha", 1.0))
-        signs = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[op.name]
-        refs = [self.value(a.id) if isinstance(a, TensorRef) else None for a in op.args[:2]]
-        for own, other in ((0, 1), (1, 0)):
-            source, branch = refs[own], refs[other]
-            if source in same_size and branch is not None:
-                yield Step("add", source, value, branch, signs[other], signs[own])
-            elif source in same_size:
-                yield Step("gate", source, value, factor=None)
-
-    def _products(self, value: int, op: Operation, same_size: list[int]) -> Iterator[Step]:
-        left, right = op.args[0], op.args[1]
-        for own, other in ((left, right), (right, left)):
-            if not isinstance(own, TensorRef) or self.value(own.id) not in same_size:
-                continue
-            source = self.value(own.id)
-            if isinstance(other, (int, float)):
-                yield Step("scale", source, value, factor=float(other) if op.name == "mul" else 1.0 / float(other))
-            elif isinstance(other, TensorRef) and self.is_constant(self.value(other.id), of_tokens=True):
-                yield Step("gate", source, value, factor=None)
-
-    def _mixtures(self, value: int, op: Operation, source: int) -> Iterator[Step]:
-        """Each position's streams times a small matrix of that position's own; attention's is over positions."""
-        coefficients = [t for t in op.inputs if self.value(t) != source]
-        tokens = {self.flow.tensors[t].shape[-1] for t in self.flow.inputs.values()}
-        own = coefficients and not tokens & set(self.flow.tensors[coefficients[0]].shape[1:])
-        if own and not self.is_constant(self.value(coefficients[0])):
-            yield Step("mix", source, value, factor=None)
-
-    def _spread(self, value: int, op: Operation) -> Iterator[Step]:
-        """[.., 1, d] times [.., streams, 1]."""
-        shape = self.flow.tensors[op.outputs[0]].shape
-        for tensor in op.inputs:
-            mine = self.flow.tensors[tensor].shape
-            if len(mine) == len(shape) > 3 and mine[-1] == shape[-1] > 1 == mine[-2] < shape[-2]:
-                yield Step("spread", self.value(tensor), value, factor=None)
-
-    def norm_source(self, value: int) -> int | None:
-        """The value that a normalisation made `value` of; None where no normalisation did."""
-        for exposure in self.exposures.get(value, []):
-            if exposure.side == "output" and (source := self.norm_input(exposure.call)) is not None:
-                return source
-        op = self.producers.get(value)
-        if op is not None and op.name in aten.NORMS and self.value(op.outputs[0]) == value:
-            return self.operands(op)[0]
-        return None if op is None else self._inline_norm(value, op)
-
-    def _inline_norm(self, value: int, op: Operation) -> int | None:
-        """x * rsqrt(mean(x^2) + eps), perhaps cast and times a weight, written out in a forward method."""
-        if op.name in aten.MULTIPLICATIONS and len(op.inputs) == 2:
-            a, b = self.operands(op)
-            for own, other in ((a, b), (b, a)):
-                if self.size(own) != self.size(value):
-                    continue
-                if self.is_constant(other) and self.size(other) < self.size(value):
-                    return self.norm_source(own)
-                if self.size(other) * self.shape(own)[-1] == self.size(own) and self._is_statistic(other, own):
-                    return self._uncast(own)
-        if op.name == "_to_copy":
-            return self.norm_source(self.operands(op)[0])
-        return None
-
-    def _is_statistic(self, value: int, of: int) -> bool:
-        """Whether `value` is a root of a mean of squares of `of`, and of nothing else that varies."""
-        ops: list[Operation] = []
-        stack, seen = [value], set()
-        while stack:
-            top = stack.pop()
-            if top == of or top in seen or self.is_constant(top):
-                continue
-            seen.add(top)
-            op = self.producers.get(top)
-            if op is None or op.name in aten.PRODUCTS or len(seen) > 12:
-                return False
-            ops.append(op)
-            stack += self.operands(op)
-        over_features = aten.STATISTICS & {op.name for op in ops}
-        return bool(over_features) and any(map(_is_root, ops))
-
-    def _uncast(self, value: int) -> int:
-        op = self.producers.get(value)
-        if op is not None and op.name == "_to_copy":
-            return self.operands(op)[0]
-        return value
-
-    def norm_input(self, call: ModuleCall) -> int | None:
-        """The value that a normalisation module reads; None where the module is none.
-
-        A normalisation is a module without submodules of one tensor in and one of its shape out, that takes a
-        statistic over features and multiplies by nothing but weights of their size. No class name is asked.
-        """
-        if call.index in self._norm_inputs:
-            return self._norm_inputs[call.index]
-        found = self._norm_inputs[call.index] = self._norm_input(call)
-        return found
-
-    @cached_property
-    def _norm_inputs(self) -> dict[int, int | None]:
-        return {}
-
-    def _norm_input(self, call: ModuleCall) -> int | None:
-        if call.index in self.children or len(call.outputs) != 1:
-            return None
-        (output,) = call.outputs.values()
-        shape = self.flow.tensors[output].shape
-        sources = [t for t in call.entered.values() if self.flow.tensors[t].shape == shape]
-        ops = self.inside(call)
-        names = {op.name for op in ops}
-        statistic = names & aten.NORMS or (any(map(_is_root, ops)) and len(shape) > 1)
-        if len(sources) != 1 or sources[0] == output or not statistic or names & aten.PRODUCTS or "_softmax" in names:
-            return None
-        return self.value(sources[0])
-
-    # Cones ------------------------------------------------------------------------------------------------------
 
     def cone(self, value: int, stops: Iterable[int], block: ModuleCall) -> tuple[list[Operation], set[int]]:
         """Operations of `block` on the way from any of `stops` to `value`, and the stops that are read."""

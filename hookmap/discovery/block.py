@@ -1,0 +1,200 @@
+"""One block: the path of the residual stream through it, and the branches that are added to the stream on the way.
+
+No module name is asked: a branch is a mixer because it mixes positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from hookmap.discovery import aten
+from hookmap.discovery.dataflow import ModuleCall, Operation
+from hookmap.discovery.layer_list import LayerList
+from hookmap.discovery.linear import Step, has_weights, linear_path, steps
+from hookmap.discovery.mixing import is_shift, mixing
+from hookmap.discovery.values import Exposure, Values
+
+Role = Literal["mixer", "mlp", "other"]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What one addition adds to the stream by branches of one role."""
+
+    role: Role
+    """other: it reads nothing of the stream"""
+    step: int
+    """index of its addition on the block's residual path"""
+    parts: list[int]
+    """values whose sum is added"""
+    factor: float | None
+    ops: list[Operation]
+    reads: set[int]
+    """values of the residual path that it reads"""
+    shifts: bool = False
+    """it only shifts positions, or leaves them where they are"""
+
+    def joined_with(self, other: Branch) -> Branch:
+        """Both as one branch, where one addition adds both."""
+        return replace(
+            self,
+            parts=self.parts + other.parts,
+            ops=self.ops + [op for op in other.ops if op not in self.ops],
+            reads=self.reads | other.reads,
+            shifts=self.shifts and other.shifts,
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a list, as its dataflow shows it."""
+
+    values: Values
+    layers: LayerList
+    number: int
+
+    @property
+    def call(self) -> ModuleCall:
+        return self.layers.calls[self.number]
+
+    @property
+    def entry(self) -> int:
+        """The value of the stream that enters."""
+        return self.layers.streams[self.number][0]
+
+    @property
+    def exit(self) -> int:
+        """The value of the stream that leaves."""
+        return self.layers.streams[self.number][1]
+
+    @property
+    def seq(self) -> int:
+        return self.layers.seq
+
+    @cached_property
+    def path(self) -> list[Step]:
+        """The linear steps of the stream from entry to exit; empty where there are none."""
+        return linear_path(self.values, self.call, self.entry, self.exit)
+
+    @cached_property
+    def states(self) -> list[int]:
+        """The values of the stream, from entry to exit."""
+        return [self.entry, *(step.result for step in self.path)]
+
+    @cached_property
+    def branches(self) -> list[Branch]:
+        """What is added to the stream, in the order of the additions."""
+        found = [branch for number, step in enumerate(self.path) for branch in self._branches_of(number, step)]
+        mixers = [branch for branch in found if branch.role == "mixer"]
+        if all(branch.shifts for branch in mixers):
+            return found
+        # Next to a branch that mixes more, one that takes in the position before (RWKV's channel mixing) is the MLP.
+        return [replace(each, role="mlp") if each.role == "mixer" and each.shifts else each for each in found]
+
+    def role(self, role: Role) -> list[Branch]:
+        return [branch for branch in self.branches if branch.role == role]
+
+    def mixing(self, ops: list[Operation]) -> list[Operation]:
+        """Those of `ops` that move information between positions of the stream, or between tokens."""
+        return [op for n in {self.seq, self.layers.tokens} for op in mixing(self.values, ops, n)]
+
+    def boundaries(self, value: int, side: Literal["input", "output"]) -> list[Exposure]:
+        """The inputs, or the outputs, of modules inside the block where a value stands."""
+        return [
+            e
+            for e in self.values.exposures.get(value, [])
+            if e.side == side and self.call.enter < e.call.enter and e.call.exit < self.call.exit
+        ]
+
+    # The end of a branch --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tails(self) -> dict[int, list[Step]]:
+        """Part of a branch -> the steps behind its last module with weights, such as a post-norm; outermost first."""
+        return {part: list(self._tail(part)) for branch in self.branches for part in branch.parts}
+
+    def raw(self, part: int) -> int:
+        """The part before post-norm, scale and gate."""
+        tail = self.tails[part]
+        bare = tail[-1].source if tail else part
+        while tail and not self.boundaries(bare, "output"):
+            casts = [step for step in steps(self.values, bare) if step.kind == "cast"]
+            if not casts or not self.values.made_in(casts[0].source, self.call):
+                break
+            bare = casts[0].source
+        return bare
+
+    def _tail(self, part: int) -> Iterator[Step]:
+        casts: list[Step] = []
+        while True:
+            if (short := self._convolution(part)) is not None:
+                yield from (*casts, short)
+                part, casts = short.source, []
+            if self._is_bare(part):
+                return
+            linear = [s for s in steps(self.values, part) if s.branch is None or self.values.is_constant(s.branch)]
+            if not linear or not self.values.made_in(linear[0].source, self.call):
+                return
+            casts.append(linear[0])
+            if linear[0].kind != "cast":
+                yield from casts
+                casts = []
+            part = linear[0].source
+
+    def _convolution(self, value: int) -> Step | None:
+        """The convolution of each feature alone, by a module, of what another module computed (Inkling)."""
+        for exposure in self.boundaries(value, "output"):
+            heavy = [op for op in self.values.inside(exposure.call) if op.name in aten.PRODUCTS]
+            entered = {v for t in exposure.call.entered.values() if self._is_bare(v := self.values.value(t))}
+            if heavy and all(map(self._is_depthwise, heavy)) and len(entered) == 1 and value not in entered:
+                return Step("convolve", entered.pop(), value, factor=None)
+        return None
+
+    def _is_depthwise(self, op: Operation) -> bool:
+        return op.name == "convolution" and self.values.flow.tensors[op.inputs[1]].shape[1] == 1
+
+    def _is_bare(self, value: int) -> bool:
+        """Whether a module with weights gives the value."""
+        return any(has_weights(self.values, e.call) for e in self.boundaries(value, "output"))
+
+    # The branches of an addition ------------------------------------------------------------------------------------
+
+    def _branches_of(self, number: int, step: Step) -> list[Branch]:
+        """What an addition adds: one branch of each role."""
+        if step.branch is None:
+            return []
+        found: dict[str, Branch] = {}
+        for part, (ops, reads) in self._cones(step.branch).items():
+            mixed = self._mixed(part, ops)
+            role: Role = "other" if not reads else "mixer" if mixed else "mlp"
+            branch = Branch(role, number, [part], step.factor, ops, reads, all(map(is_shift, mixed)))
+            found[role] = found[role].joined_with(branch) if role in found else branch
+        return list(found.values())
+
+    def _cones(self, value: int) -> dict[int, tuple[list[Operation], set[int]]]:
+        """Each part of a sum that is added -> its operations, and the states that it reads."""
+        cones = {part: self.values.cone(part, self.states, self.call) for part in self._parts(value)}
+        heavy = {part for part, (ops, _) in cones.items() if any(op.name in aten.PRODUCTS for op in ops)}
+        light_reads = any(reads for part, (_, reads) in cones.items() if part not in heavy)
+        if len(cones) > 1 and (len(heavy) < 2 or light_reads):  # one branch with a residual stream of its own
+            return {value: self.values.cone(value, self.states, self.call)}
+        return cones
+
+    def _parts(self, value: int) -> list[int]:
+        """The terms of a sum that no module inside the block gives as a whole; else the value itself."""
+        if self.boundaries(value, "output") or not self.values.made_in(value, self.call):
+            return [value]
+        op = self.values.producers[value]
+        sides = self.values.operands(op) if op.name == "add" else ()
+        whole = all(self.values.size(v) == self.values.size(value) and not self.values.is_constant(v) for v in sides)
+        return [part for side in sides for part in self._parts(side)] if len(sides) == 2 and whole else [value]
+
+    def _mixed(self, part: int, ops: list[Operation]) -> list[Operation]:
+        """The operations of a part that mix positions, without a short convolution of all of the branch at its end."""
+        tail = list(self._tail(part))
+        if any(step.kind == "convolve" for step in tail):
+            ops = self.values.cone(tail[-1].source, self.states, self.call)[0]
+        return self.mixing(ops)

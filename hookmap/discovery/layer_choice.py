@@ -1,0 +1,242 @@
+"""Chooses the list of blocks that a map is of, and refuses a model that one list cannot describe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from math import ceil
+
+from hookmap.discovery.dataflow import ModuleCall
+from hookmap.discovery.layer_list import LayerList, Numbered, Rows, additions, chain, numbered_modules, scattered
+from hookmap.discovery.linear import linear_path
+from hookmap.discovery.values import Values
+from hookmap.errors import DiscoveryError
+
+
+def find_layers(values: Values, seq: int) -> LayerList:
+    """The list of blocks of a model that ran on `seq` tokens: of the candidates, the one that adds most to the stream.
+
+    Raises DiscoveryError where there is none, and where one list does not describe the model.
+    """
+    groups = numbered_modules(values)
+    candidates = _candidates(values, groups, seq)
+    output = _computed_from(values, values.flow.calls[0].outputs.values())
+    best = max(candidates, key=lambda layers: _rank(values, layers))
+    if len(candidates) > 1 and best.end not in output:
+        best = _leading(values, groups, best, output)
+    for reason in _contradictions(values, best, candidates, output):
+        raise DiscoveryError(reason)
+    found = replace(best, uncovered_lists=tuple(_uncovered(values, best, groups, output)), runs=_runs(values, best))
+    return found if found.seq == seq else replace(found, tokens=seq, rows=_rows_of_tokens(values, found, seq))
+
+
+def _candidates(values: Values, groups: list[Numbered], seq: int) -> list[LayerList]:
+    """The lists that hand a stream of `seq` positions on; where there are none, of more positions."""
+    for positions in _lengths(values, groups, seq):
+        found = [layers for group in groups if (layers := chain(values, group, positions)) is not None]
+        if not found and positions == seq:
+            found = list(scattered(values, groups, seq))
+        if found:
+            return found
+    raise DiscoveryError(
+        "no list of blocks was found: expected modules numbered 0, 1, 2, … that hand a tensor "
+        "[batch, pos, d_model] from one to the next. If this is a causal language model, please report it "
+        "with its config."
+    )
+
+
+def _lengths(values: Values, groups: list[Numbered], seq: int) -> list[int]:
+    """Numbers of positions that the stream may have: the tokens', or more, where a model adds positions of its own."""
+    lengths: set[int] = set().union(*(_positions(values, group) for group in groups))
+    return [seq, *sorted(length for length in lengths if length > seq)]
+
+
+def _positions(values: Values, group: Numbered) -> set[int]:
+    """The numbers of positions of what the modules give."""
+    shapes = [values.shape(tensor) for call in group.calls.values() for tensor in call.outputs.values()]
+    return {shape[1] for shape in shapes if len(shape) == 3}
+
+
+def _rank(values: Values, layers: LayerList) -> tuple[int, int, int, int]:
+    """Blocks add to a stream; the steps of an MLP only hand a tensor on."""
+    return _adding(values, layers), len(layers.streams), -layers.path.count("."), -layers.first.enter
+
+
+def _adding(values: Values, layers: LayerList) -> int:
+    """How many of the blocks add to the stream."""
+    return sum(additions(values, layers.calls[n], stream) > 0 for n, stream in layers.streams.items())
+
+
+def _leading(values: Values, groups: list[Numbered], best: LayerList, output: set[int]) -> LayerList:
+    """The list that adds most to a stream which leads to the output, where the first choice does not lead there."""
+    linked = [layers for each in groups if (layers := chain(values, each, best.seq, linked=True)) is not None]
+    leading = [layers for layers in linked if len(layers.streams) > 1 and layers.end in output]
+    if not leading:
+        raise DiscoveryError(
+            f"the longest list of blocks, {best.path}, does not lead to the output: what it computes only chooses. "
+            "No other list hands a stream [batch, pos, d_model] on from block to block."
+        )
+
+    def total(layers: LayerList) -> int:
+        return sum(additions(values, layers.calls[n], stream) for n, stream in layers.streams.items())
+
+    return max(leading, key=lambda layers: (total(layers), *_rank(values, layers)))
+
+
+def _computed_from(values: Values, tensors: Iterable[int]) -> set[int]:
+    """All values that tensors are computed from; not those by which others are only chosen (BLT's patches)."""
+    found: set[int] = set()
+    stack = [values.value(tensor) for tensor in tensors]
+    while stack:
+        value = stack.pop()
+        if value in found or not values.flow.tensors[value].dtype.is_floating_point:
+            continue
+        found.add(value)
+        op = values.producers.get(value)
+        stack += values.operands(op) if op is not None else ()
+    return found
+
+
+# What is known of the chosen list -------------------------------------------------------------------------------------
+
+
+def _runs(values: Values, layers: LayerList) -> dict[int, int]:
+    """How often each block runs. A block that stands in the list several times runs once for each of its numbers."""
+    modules = Counter(id(call.module) for call in values.flow.calls)
+    numbers = Counter(id(call.module) for call in layers.calls.values())
+    paths = Counter(call.path for call in values.flow.calls)
+    return {
+        n: max(paths[call.path], ceil(modules[id(call.module)] / numbers[id(call.module)]))
+        for n, call in layers.calls.items()
+    }
+
+
+def _uncovered(values: Values, best: LayerList, groups: list[Numbered], output: set[int]) -> Iterator[str]:
+    """Other lists, neither inside the blocks nor around them, whose blocks add to a stream that leads to the output."""
+    blocks = best.calls.values()
+    for group in groups:
+        apart = all(a.exit < b.enter or b.exit < a.enter for a in group.calls.values() for b in blocks)
+        lengths = _positions(values, group)
+        if group.path == best.path or not apart or len(lengths) != 1:
+            continue
+        other = chain(values, group, lengths.pop())
+        if other is not None and other.end in output and _adding(values, other) == len(other.streams):
+            yield other.path
+
+
+def _rows_of_tokens(values: Values, layers: LayerList, seq: int) -> Rows:
+    """The first or the last positions of the stream, as the model cuts the tokens' out behind the blocks."""
+    end = layers.calls[max(layers.streams)].exit
+    for op in values.flow.operations:
+        if op.name == "slice" and op.time > end and len(op.args) > 2:
+            before, after = (values.shape(t)[op.args[1]] for t in (op.inputs[0], op.outputs[0]))
+            if (before, after) == (layers.seq, seq):
+                return "last" if op.args[2] else "first"
+    raise DiscoveryError(
+        f"the blocks {layers.path} have {layers.seq} positions for {seq} tokens, and nothing behind them says which "
+        "are the tokens': expected a slice of the stream."
+    )
+
+
+# Models that one list does not describe -------------------------------------------------------------------------------
+
+
+def _contradictions(values: Values, best: LayerList, candidates: list[LayerList], output: set[int]) -> Iterator[str]:
+    """Why one list of blocks does not describe the model."""
+    once = sum(call.module is best.first.module for call in values.flow.calls) == 1
+    others = [other for other in candidates if other.path != best.path and _adding(values, other)]
+    for other in others if once else []:
+        if len(other.streams) > 1 and _is_inside(other, best):
+            yield (
+                f"each block of {best.path} holds a list of blocks, such as {other.path}: a map has one list. Put all "
+                "blocks of the model into one list, or discover a part of the model."
+            )
+        elif _shares_the_stream(values, best, other, output):
+            yield (
+                f"the residual stream goes through several lists of blocks, {best.path} and {other.path}: a map has "
+                "one. Put the blocks of the model into one list, or discover a part of the model."
+            )
+    if _is_split(values, best):
+        yield (
+            f"the residual stream crosses the blocks {best.path} in two tensors, which the next block adds: no module "
+            "boundary between them exposes it. Expected blocks that hand on one tensor [batch, pos, d_model]."
+        )
+    if _asks_what_blocks_computed(values, best):
+        yield (
+            f"how often the blocks {best.path} run depends on the text: the model reads a number of what they "
+            "computed, and one forward pass shows one depth. hookmap reads models that run the same blocks for "
+            "every text: set a fixed depth in the model's config, if it has such a setting."
+        )
+
+
+def _is_inside(inner: LayerList, outer: LayerList) -> bool:
+    """Whether a list is in one block of another, with a stream of the same width."""
+    calls = inner.calls.values()
+    return inner.width == outer.width and any(
+        all(block.enter < call.enter and call.exit < block.exit for call in calls) for block in outer.calls.values()
+    )
+
+
+def _shares_the_stream(values: Values, best: LayerList, other: LayerList, output: set[int]) -> bool:
+    """Whether the stream goes through another list too: around this one, before it, behind it, or next to it."""
+    if _continues(values, best, other):
+        return True
+    if len(other.streams) == 1:  # one module, such as a head, may stand around the blocks or before them
+        return False
+    around = any(c.enter < best.first.enter and best.last.exit < c.exit for c in other.calls.values())
+    return around or other.end in output or _continues(values, other, best)
+
+
+def _continues(values: Values, before: LayerList, after: LayerList) -> bool:
+    """Whether the stream that leaves the last block of one list enters, by linear steps, the first of another."""
+    last, first = before.order[-1], after.order[0]
+    start, end = before.calls[last].exit, after.calls[first].enter
+    if start > end:
+        return False
+    between = replace(before.calls[last], enter=start, exit=end)
+    leave, entry = before.streams[last][1], after.streams[first][0]
+    return leave == entry or bool(linear_path(values, between, leave, entry))
+
+
+def _is_split(values: Values, layers: LayerList) -> bool:
+    """Whether each block adds, to the stream, another tensor that the block before it made and handed on."""
+    found = []
+    for before, here in pairwise(layers.order):
+        entered = map(values.value, layers.calls[here].entered.values())
+        handed = {value for value in entered if values.made_in(value, layers.calls[before])}
+        path = linear_path(values, layers.calls[here], *layers.streams[here])
+        found.append(any(step.branch in handed for step in path))
+    return bool(found) and all(found)
+
+
+def _asks_what_blocks_computed(values: Values, layers: LayerList) -> bool:
+    """Whether the model, between its blocks, reads a number of what they computed.
+
+    It may run a block again, or leave one out, by that number: what one text shows is not true of another.
+    """
+    paths = {call.path for call in layers.calls.values()}
+    inside = [call for call in values.flow.calls if call.path in paths]
+    start = min(call.enter for call in inside)
+    return any(
+        op.name in ("_local_scalar_dense", "equal")
+        and op.time > start
+        and not any(call.enter < op.time < call.exit for call in inside)
+        and any(_is_made_in(values, values.value(tensor), inside) for tensor in op.inputs)
+        for op in values.flow.operations
+    )
+
+
+def _is_made_in(values: Values, value: int, calls: list[ModuleCall]) -> bool:
+    """Whether a value is computed from one that was made in one of these calls."""
+    stack, seen = [value], set()
+    while stack:
+        if (top := stack.pop()) in seen:
+            continue
+        seen.add(top)
+        if any(values.made_in(top, call) for call in calls):
+            return True
+        op = values.producers.get(top)
+        stack += values.operands(op) if op is not None else ()
+    return False

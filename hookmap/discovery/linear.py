@@ -1,0 +1,202 @@
+"""Linear steps: how one value follows from another by an addition, a constant factor, a cast, a norm or a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from hookmap.discovery import aten
+from hookmap.discovery.dataflow import ModuleCall, Operation, TensorRef
+from hookmap.discovery.values import Values
+
+_CASTS = {"_to_copy", *aten.TURNS, "expand", "slice"}
+_COSTS = {"add": 0, "scale": 0, "cast": 0, "norm": 1, "gate": 2, "mix": 3}
+"""what a step costs on a path of the residual stream; steps of other kinds are on none"""
+_FAR = 10**6
+_MOST_OF_A_STATISTIC = 12
+"""values between a tensor and the statistic that a norm divides it by"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One linear step: `result` = step(`source`), with `branch` added where it is an addition."""
+
+    kind: Literal["add", "scale", "cast", "norm", "gate", "mix", "spread", "convolve"]
+    """mix: several streams are mixed with one another; spread: one tensor becomes several streams, each times a number
+    of its own; convolve: each feature is convolved over positions, alone"""
+    source: int
+    result: int
+    branch: int | None = None
+    factor: float | None = 1.0
+    """of the source in a scale, of the branch in an addition; None: not a constant"""
+    source_factor: float = 1.0
+    """of the source in an addition"""
+
+
+def steps(values: Values, value: int) -> Iterator[Step]:
+    """The linear steps whose result is `value`; there may be several, such as one for each side of an addition."""
+    op = values.producers.get(value)
+    if op is None:
+        return
+    same_size = [v for v in dict.fromkeys(values.operands(op)) if v != value and values.size(v) == values.size(value)]
+    if op.name in aten.ADDITIONS:
+        yield from _additions(values, value, op, same_size)
+    elif op.name in aten.MULTIPLICATIONS:
+        yield from _products(values, value, op, same_size)
+        yield from _spreads(values, value, op)
+    elif op.name == "bmm" and len(same_size) == 1:
+        yield from _mixtures(values, value, op, same_size[0])
+    elif op.name in _CASTS and same_size:
+        yield Step("cast", same_size[0], value)
+    if (source := norm_source(values, value)) is not None:
+        yield Step("norm", source, value)
+
+
+def _additions(values: Values, value: int, op: Operation, same_size: list[int]) -> Iterator[Step]:
+    alpha = float(op.kwargs.get("alpha", 1.0))
+    signs = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[op.name]
+    operands = [values.value(a.id) if isinstance(a, TensorRef) else None for a in op.args[:2]]
+    for own, other in ((0, 1), (1, 0)):
+        source, branch = operands[own], operands[other]
+        if source in same_size and branch is not None:
+            yield Step("add", source, value, branch, signs[other], signs[own])
+        elif source in same_size:
+            yield Step("gate", source, value, factor=None)
+
+
+def _products(values: Values, value: int, op: Operation, same_size: list[int]) -> Iterator[Step]:
+    left, right = op.args[0], op.args[1]
+    for own, other in ((left, right), (right, left)):
+        if not isinstance(own, TensorRef) or values.value(own.id) not in same_size:
+            continue
+        source = values.value(own.id)
+        if isinstance(other, (int, float)):
+            yield Step("scale", source, value, factor=float(other) if op.name == "mul" else 1.0 / float(other))
+        elif isinstance(other, TensorRef) and values.is_constant(values.value(other.id), of_tokens=True):
+            yield Step("gate", source, value, factor=None)
+
+
+def _mixtures(values: Values, value: int, op: Operation, source: int) -> Iterator[Step]:
+    """A product of each position's streams with a small matrix of that position. Attention's is over positions."""
+    coefficients = [t for t in op.inputs if values.value(t) != source]
+    tokens = {values.flow.tensors[t].shape[-1] for t in values.flow.inputs.values()}
+    own = coefficients and not tokens & set(values.flow.tensors[coefficients[0]].shape[1:])
+    if own and not values.is_constant(values.value(coefficients[0])):
+        yield Step("mix", source, value, factor=None)
+
+
+def _spreads(values: Values, value: int, op: Operation) -> Iterator[Step]:
+    """[.., 1, d] times [.., streams, 1]."""
+    shape = values.flow.tensors[op.outputs[0]].shape
+    for tensor in op.inputs:
+        mine = values.flow.tensors[tensor].shape
+        if len(mine) == len(shape) > 3 and mine[-1] == shape[-1] > 1 == mine[-2] < shape[-2]:
+            yield Step("spread", values.value(tensor), value, factor=None)
+
+
+def linear_path(values: Values, call: ModuleCall, start: int, end: int) -> list[Step]:
+    """The linear steps inside `call` from one value to another; empty where no path leads there, or both are one.
+
+    Of several paths it is the one through the fewest norms and gates, then the fewest additions.
+    """
+    best: dict[int, tuple[tuple[int, int], Step | None]] = {start: ((0, 0), None)}
+
+    def cost(value: int) -> tuple[int, int]:
+        if value not in best:
+            best[value] = ((_FAR, 0), None)
+            if values.made_in(value, call):
+                for step in (step for step in steps(values, value) if step.kind in _COSTS):
+                    obstacles, additions = cost(step.source)
+                    total = (obstacles + _COSTS[step.kind], additions + (step.kind == "add"))
+                    if total < best[value][0]:
+                        best[value] = (total, step)
+        return best[value][0]
+
+    if cost(end)[0] >= _FAR:
+        return []
+    path, value = [], end
+    while (step := best[value][1]) is not None:
+        path.append(step)
+        value = step.source
+    return path[::-1]
+
+
+# Norms --------------------------------------------------------------------------------------------------------------
+
+
+def norm_source(values: Values, value: int) -> int | None:
+    """The value that `value` is the norm of; None where it is the result of no norm."""
+    for exposure in values.exposures.get(value, []):
+        if exposure.side == "output" and (source := norm_input(values, exposure.call)) is not None:
+            return source
+    op = values.producers.get(value)
+    if op is not None and op.name in aten.NORMS and values.value(op.outputs[0]) == value:
+        return values.operands(op)[0]
+    return None if op is None else _inline_norm(values, value, op)
+
+
+def norm_input(values: Values, call: ModuleCall) -> int | None:
+    """The value that a norm module reads; None where the module is no norm.
+
+    A norm is a module without submodules that takes one tensor and gives one of its shape, computes a statistic over
+    features, and has no matrix product. Its class and its name are not asked.
+    """
+    if call.index in values.children or len(call.outputs) != 1:
+        return None
+    (output,) = call.outputs.values()
+    shape = values.flow.tensors[output].shape
+    sources = [t for t in call.entered.values() if values.flow.tensors[t].shape == shape]
+    if len(sources) != 1 or sources[0] == output:
+        return None
+    ops = values.inside(call)
+    names = {op.name for op in ops}
+    statistic = names & aten.NORMS or (any(map(_is_root, ops)) and len(shape) > 1)
+    return None if not statistic or names & aten.PRODUCTS or "_softmax" in names else values.value(sources[0])
+
+
+def has_weights(values: Values, call: ModuleCall) -> bool:
+    """Whether a module computes with matrices: it is more than a norm or a function of each number."""
+    return any(op.name in aten.PRODUCTS for op in values.inside(call)) and norm_input(values, call) is None
+
+
+def _inline_norm(values: Values, value: int, op: Operation) -> int | None:
+    """The source of a norm that a forward method writes out: x * rsqrt(mean(x^2) + eps), cast or times a weight."""
+    if op.name in aten.MULTIPLICATIONS and len(op.inputs) == 2:
+        a, b = values.operands(op)
+        for own, other in ((a, b), (b, a)):
+            if values.size(own) != values.size(value):
+                continue
+            if values.is_constant(other) and values.size(other) < values.size(value):
+                return norm_source(values, own)
+            one_per_row = values.size(other) * values.shape(own)[-1] == values.size(own)
+            if one_per_row and _is_statistic(values, other, own):
+                return _uncast(values, own)
+    return norm_source(values, values.operands(op)[0]) if op.name == "_to_copy" else None
+
+
+def _is_statistic(values: Values, value: int, of: int) -> bool:
+    """Whether `value` is a root of a mean of squares of `of`, and of nothing else that varies."""
+    ops: list[Operation] = []
+    stack, seen = [value], set()
+    while stack:
+        top = stack.pop()
+        if top == of or top in seen or values.is_constant(top):
+            continue
+        seen.add(top)
+        op = values.producers.get(top)
+        if op is None or op.name in aten.PRODUCTS or len(seen) > _MOST_OF_A_STATISTIC:
+            return False
+        ops.append(op)
+        stack += values.operands(op)
+    return any(op.name in aten.STATISTICS for op in ops) and any(map(_is_root, ops))
+
+
+def _is_root(op: Operation) -> bool:
+    """Whether it takes a square root, also as a power (Gemma 4: `pow(-0.5)`)."""
+    return op.name in aten.ROOTS or (op.name == "pow" and op.args[1:] in ((0.5,), (-0.5,)))
+
+
+def _uncast(values: Values, value: int) -> int:
+    op = values.producers.get(value)
+    return values.operands(op)[0] if op is not None and op.name == "_to_copy" else value
