@@ -31,7 +31,7 @@ def measure(model_type: str) -> None:
     import transformers
 
     from hookmap.discovery.discover import discover
-    from hookmap.loading.skeleton import build
+    from hookmap.loading.configs import build
 
     config = transformers.CONFIG_MAPPING[model_type]()
     discover(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2))  # what is loaded lazily is loaded now

@@ -51,8 +51,8 @@ def main(given: list[str]) -> None:
 def compare(model_type: str) -> dict[str, Any]:
     """One class, in a process of the pool."""
     import hookmap
+    from hookmap.loading.configs import build
     from hookmap.loading.narrow import narrow
-    from hookmap.loading.skeleton import build
     from hookmap.sweep.configs import config_of
     from hookmap.verification.verify import redraw
 

@@ -15,10 +15,10 @@ from hookmap.capture.hooked import Hooked, Layers
 from hookmap.discovery.library import given_map
 from hookmap.discovery.map_of_model import understood
 from hookmap.errors import ModelError, TokenizerError
-from hookmap.loading import skeleton
+from hookmap.loading import configs
 from hookmap.loading.checkpoints import load_model, load_tokenizer
 from hookmap.loading.config_fields import with_fields
-from hookmap.loading.generating_root import generating_root
+from hookmap.loading.modules import generating_root
 from hookmap.loading.prompts import NO_TOKENIZER
 from hookmap.maps.document import ArchitectureMap
 
@@ -100,7 +100,7 @@ def open(
     if isinstance(x, str | os.PathLike):
         source = os.fspath(x)
         with_fields(
-            skeleton.load_config(source, **loads), config
+            configs.load_config(source, **loads), config
         )  # small: what is wrong is said before weights are loaded
         if tokenizer is None:
             tokenizer, why_none = _tokenizer_or_reason(source, loads)

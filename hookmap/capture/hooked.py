@@ -23,8 +23,8 @@ from hookmap.capture.rows import Positions, RowSelection, matching_tokens, row_s
 from hookmap.capture.run import reads_attention, vocabulary_of
 from hookmap.errors import CaptureError
 from hookmap.loading.chat_template import Chat, Templating
-from hookmap.loading.generating_root import generating_root
 from hookmap.loading.generation import check_count, check_names, logits_parameter
+from hookmap.loading.modules import generating_root
 from hookmap.loading.prompts import NO_TOKENIZER, Prompt, encode, records
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName

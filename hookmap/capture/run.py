@@ -21,8 +21,8 @@ from hookmap.capture.options import Progress
 from hookmap.capture.overflow import in_words
 from hookmap.capture.rows import DTYPES, RowSelection
 from hookmap.errors import CaptureError
+from hookmap.loading import configs
 from hookmap.loading import generation as gen
-from hookmap.loading import skeleton
 from hookmap.loading.memory import MemoryUse
 from hookmap.loading.prompts import Prompt, decode
 from hookmap.maps.points import PointName
@@ -170,7 +170,7 @@ def running(engine: Engine, pattern: bool = False) -> Iterator[None]:
                 return
     with lock.exclusive(), gen.evaluating(module), contextlib.ExitStack() as eager:
         if pattern:  # the faster implementations of attention never have its weights as a tensor
-            eager.enter_context(skeleton.eager(module))
+            eager.enter_context(configs.eager(module))
         yield
 
 
@@ -181,7 +181,7 @@ def reads_attention(selectors: Sequence[Selector]) -> bool:
 
 def device_of(engine: Engine) -> torch.device:
     """Where token ids are fed; of a model whose weights are elsewhere, from where they are sent."""
-    device = skeleton.device_of(engine.root.get_input_embeddings())  # type: ignore[operator]
+    device = configs.device_of(engine.root.get_input_embeddings())  # type: ignore[operator]
     return torch.device("cpu") if device.type == "meta" else device
 
 

@@ -73,7 +73,7 @@ def opened(model: str | None, given: dict[str, Any], quiet: bool = False, *, tex
 
 def _tokenizer(model: str, options: dict[str, Any]) -> Any:
     from hookmap.loading.checkpoints import load_tokenizer
-    from hookmap.loading.skeleton import load_config, model_class
+    from hookmap.loading.configs import load_config, model_class
 
     model_class(load_config(model, options["trust_remote_code"]))  # where there is no such model, that is what is wrong
     return load_tokenizer(options["tokenizer"] or model, trust_remote_code=options["trust_remote_code"])

@@ -23,7 +23,7 @@ from hookmap.discovery.locate import Location, captured_axes
 from hookmap.discovery.model_points import read_outside
 from hookmap.discovery.values import Values
 from hookmap.errors import DiscoveryError, HookmapError, ModelError
-from hookmap.loading import skeleton
+from hookmap.loading import configs
 from hookmap.loading.quantised import plain_products
 from hookmap.loading.wrappers import check_wrapper, model_inside, named
 from hookmap.maps.document import ArchitectureMap
@@ -45,7 +45,7 @@ def discover(source: Any, *, trust_remote_code: bool = False, revision: str | No
         return found.model_copy(update={"scope": "architecture", "config_hash": None}) if published else found
     if hasattr(source, "to_dict") and hasattr(source, "model_type") and not isinstance(source, nn.Module):
         return _of_config(source, getattr(source, "_name_or_path", "") or None, trust_remote_code)
-    return _of_module(skeleton.unwrap(source))
+    return _of_module(configs.unwrap(source))
 
 
 def config_of(source: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> tuple[Any, bool]:
@@ -54,7 +54,7 @@ def config_of(source: str | Path, trust_remote_code: bool = False, revision: str
     That one serves where neither the hub nor the cache can be asked. Raises ModelError, with what was tried.
     """
     try:
-        return skeleton.load_config(source, trust_remote_code, revision), False
+        return configs.load_config(source, trust_remote_code, revision), False
     except ModelError:
         from hookmap.maps.shipped import shipped_config
 
@@ -64,11 +64,11 @@ def config_of(source: str | Path, trust_remote_code: bool = False, revision: str
 
 
 def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> ArchitectureMap:
-    seq = skeleton.sequence_length(config)
+    seq = configs.sequence_length(config)
     try:
-        skeleton.model_class(config)
-        skeleton.say_another_class(config, model_id)
-        model = skeleton.build(config, trust_remote_code=trust_remote_code)
+        configs.model_class(config)
+        configs.say_another_class(config, model_id)
+        model = configs.build(config, trust_remote_code=trust_remote_code)
         flow = _one_pass(model, config, "meta", seq)
         how = "one forward pass on the meta device, full size"
     except HookmapError:
@@ -77,7 +77,7 @@ def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> Ar
         from hookmap.loading.narrow import narrow_copy
 
         model, config_small = narrow_copy(config, trust_remote_code)
-        seq = skeleton.sequence_length(config_small)
+        seq = configs.sequence_length(config_small)
         try:
             flow = _one_pass(model, config, "cpu", seq)
         except Exception as second:
@@ -91,21 +91,21 @@ def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> Ar
 
 
 def _one_pass(model: nn.Module, config: Any, device: Any, seq: int) -> Dataflow:
-    given = skeleton.inputs(device, seq)
+    given = configs.inputs(device, seq)
     try:
-        return record(model, given, skeleton.accepted(model, given))
+        return record(model, given, configs.accepted(model, given))
     except RuntimeError:
-        if (rows := skeleton.rows_per_sequence(config)) == 1:
+        if (rows := configs.rows_per_sequence(config)) == 1:
             raise
-        return record(model, skeleton.inputs(device, seq, rows))
+        return record(model, configs.inputs(device, seq, rows))
 
 
 def _of_module(model: nn.Module) -> ArchitectureMap:
     check_wrapper(model)
     config = getattr(model, "config", None)
-    seq = skeleton.sequence_length(config, model)
-    device = skeleton.device_of(model)
-    with skeleton.eager(model), plain_products(model, device):
+    seq = configs.sequence_length(config, model)
+    device = configs.device_of(model)
+    with configs.eager(model), plain_products(model, device):
         try:
             flow = _one_pass(model, config, device, seq)
         except Exception as error:
@@ -138,7 +138,7 @@ def assemble(
     outside = read_outside(values, layers, seq)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     return ArchitectureMap(
-        architecture=skeleton.architecture_of(model),
+        architecture=configs.architecture_of(model),
         layer_access_pattern=layers.path.replace(".{i}", "[i]"),
         pre_attention_path=_first_reader(readings, "mixer"),
         pre_mlp_path=_first_reader(readings, "mlp"),
@@ -146,7 +146,7 @@ def assemble(
         model_id=model_id,
         model_type=getattr(config, "model_type", None),
         config=json.loads(json.dumps(config.to_diff_dict(), default=str)) if hasattr(config, "to_diff_dict") else {},
-        config_hash=skeleton.config_hash(settings) if settings else None,
+        config_hash=configs.config_hash(settings) if settings else None,
         transformers_version=version("transformers"),
         hookmap_version=__version__,
         num_layers=layers.length,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hookmap.errors import ModelError, TokenizerError
-from hookmap.loading import hub, skeleton
+from hookmap.loading import configs, hub
 from hookmap.loading.config_fields import with_fields
 from hookmap.placeholders import pointers, pointers_told
 
@@ -37,9 +37,9 @@ def load_model(
     over all. `config`: fields that are set over its config.json's. Raises ModelError with what was tried, and where
     the checkpoint lacks weights of the model: transformers would make them up at random.
     """
-    settings = with_fields(skeleton.load_config(source, trust_remote_code, revision), config)
-    maker = skeleton.model_class(settings)
-    skeleton.say_another_class(settings, source)
+    settings = with_fields(configs.load_config(source, trust_remote_code, revision), config)
+    maker = configs.model_class(settings)
+    configs.say_another_class(settings, source)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_device(device)

@@ -68,14 +68,14 @@ def narrow_copy(config: Any, trust_remote_code: bool = False) -> tuple[nn.Module
     """
     import torch
 
-    from hookmap.loading import skeleton
+    from hookmap.loading import configs
 
     for shallow in (False, True):
         small = narrow(config, shallow)
-        plan = skeleton.build(small, "meta", torch.float32, trust_remote_code)
+        plan = configs.build(small, "meta", torch.float32, trust_remote_code)
         needed = sum(tensor.numel() * tensor.element_size() for tensor in (*plan.parameters(), *plan.buffers()))
         if needed <= MOST_BYTES:
-            return skeleton.build(small, "cpu", torch.float32, trust_remote_code), small
+            return configs.build(small, "cpu", torch.float32, trust_remote_code), small
     largest, tensor = max(plan.named_parameters(), key=lambda item: item[1].numel())
     raise ModelError(
         f"a narrow copy of {type(plan).__name__} would take {needed / 2**30:,.1f} GiB, and at most "

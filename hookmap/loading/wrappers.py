@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hookmap.errors import CaptureError, ModelError
-from hookmap.loading import skeleton
+from hookmap.loading import configs
 
 _TOKENS = 6
 _WITHOUT = "Without the wrapper: open the model in it (of a PEFT model: model.get_base_model())."
@@ -135,12 +135,12 @@ class _Pass:
         self._outer: Any = None
         """logits"""
         self._root = root
-        given = skeleton.inputs(skeleton.device_of(runner), _TOKENS)
-        names = skeleton.accepted(runner, given)
+        given = configs.inputs(configs.device_of(runner), _TOKENS)
+        names = configs.accepted(runner, given)
         handles: list[Any] = [root.register_forward_hook(self._left)]
         try:
             handles += [each.register_forward_pre_hook(self._entered, with_kwargs=True) for each in self.calls]
-            with torch.no_grad(), skeleton.eager(runner), hooked_forward(runner, root):
+            with torch.no_grad(), configs.eager(runner), hooked_forward(runner, root):
                 output = runner(**{parameter: given[name] for name, parameter in names.items()})
             self._outer = getattr(output, "logits", None)
             self.ran = True

@@ -11,9 +11,9 @@ from hookmap.discovery.discover import discover
 from hookmap.discovery.library import given_map
 from hookmap.discovery.map_of_model import map_of, of_one_call
 from hookmap.errors import CaptureError, ModelError
-from hookmap.loading import skeleton
+from hookmap.loading import configs
 from hookmap.loading.checkpoints import load_tokenizer
-from hookmap.loading.generating_root import generating_root
+from hookmap.loading.modules import generating_root
 from hookmap.maps.document import ArchitectureMap
 from hookmap.model import HookedModel
 
@@ -72,7 +72,7 @@ def open_remote(
         tokenizer = load_tokenizer(os.fspath(tokenizer), revision=revision)
     if isinstance(x, str | os.PathLike):
         source = os.fspath(x)
-        skeleton.load_config(source, revision=revision)
+        configs.load_config(source, revision=revision)
         tokenizer = load_tokenizer(source, revision=revision) if tokenizer is None else tokenizer
         x = TransformersModel(source, task="text-generation", tokenizer=tokenizer, revision=revision)
     if not hasattr(x, "_module"):

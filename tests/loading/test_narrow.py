@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from hookmap.errors import ModelError
-from hookmap.loading import skeleton
+from hookmap.loading import configs
 from hookmap.loading.narrow import MOST_BYTES, narrow, narrow_copy
 from hookmap.verification.verify import verify
 
@@ -15,13 +15,13 @@ from hookmap.verification.verify import verify
 def _never_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Whatever is built is built on the meta device, and where it was asked for."""
     asked: list[str] = []
-    build = skeleton.build
+    build = configs.build
 
     def on_meta(config: Any, device: str = "meta", *rest: Any, **more: Any) -> Any:
         asked.append(device)
         return build(config, "meta", *rest, **more)
 
-    monkeypatch.setattr(skeleton, "build", on_meta)
+    monkeypatch.setattr(configs, "build", on_meta)
     return asked
 
 

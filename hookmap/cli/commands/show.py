@@ -66,7 +66,7 @@ def _find(model: str, trust_remote_code: bool) -> "tuple[ArchitectureMap, dict[s
     from hookmap.cli.console import working
     from hookmap.cli.offline import shipped_map
     from hookmap.discovery.discover import config_of
-    from hookmap.loading import skeleton
+    from hookmap.loading import configs
     from hookmap.maps.shipped import shipped_architectures
 
     if Path(model).is_file() or model.endswith(".json") or model in shipped_architectures():
@@ -75,7 +75,7 @@ def _find(model: str, trust_remote_code: bool) -> "tuple[ArchitectureMap, dict[s
         with working(f"reading the dataflow of {model}"):
             found = hookmap.discover(model, trust_remote_code=trust_remote_code)
             config, _ = config_of(model, trust_remote_code)
-            built = skeleton.build(config, trust_remote_code=trust_remote_code)
+            built = configs.build(config, trust_remote_code=trust_remote_code)
     except hookmap.ModelError as error:
         return shipped_map(model, error), {}
     return found, {path: type(module).__name__ for path, module in built.named_modules()}
