@@ -8,7 +8,7 @@ import torch
 
 from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
-from hookmap.loading import configs
+from hookmap.loading import modules
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
@@ -30,7 +30,7 @@ def head_outputs(hm: Hooked, run: Capture, layer: int, close: float) -> tuple[to
     for head in range(count):
         alone[head, :, head] = z[:, head]
     with torch.no_grad():
-        given = alone.flatten(-2).to(configs.device_of(project))
+        given = alone.flatten(-2).to(modules.device_of(project))
         found = project(given if not term.flat else given.flatten(0, 1))
         found = (found[0] if isinstance(found, tuple) else found).float().cpu() * scale
     found = found.reshape(count + 1, len(z), -1)

@@ -20,7 +20,7 @@ from hookmap.capture.finiteness import not_finite
 from hookmap.discovery import aten
 from hookmap.discovery.dataflow import Dataflow, ModuleCall, Operation, TensorRef, record
 from hookmap.errors import SelectionError
-from hookmap.loading import configs
+from hookmap.loading import modules
 from hookmap.maps.selectors import Selector
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def unembedding_of(hm: Hooked) -> Unembedding:
         for point in ("resid_post", "logits"):
             hm.map.selectors(point, -1)  # says why, where the model has none
         with lock_of(hm.model).exclusive():
-            unembedding = read(configs.unwrap(hm.model), last, hm.map.final_norm_path, hm.map.lm_head_path)
+            unembedding = read(modules.unwrap(hm.model), last, hm.map.final_norm_path, hm.map.lm_head_path)
         _proved[hm.model] = _prove(hm, unembedding)
     return _proved[hm.model]
 
@@ -131,9 +131,9 @@ def read(model: nn.Module, last: Selector, norm_path: str | None, head_path: str
     `last`: the selector of the last layer's resid_post. Raises SelectionError with the reason.
     """
     config = getattr(model, "config", None)
-    given = configs.inputs(configs.device_of(model), configs.sequence_length(config, model))
-    with configs.eager(model):
-        flow = record(model, given, configs.accepted(model, given))
+    given = modules.inputs(modules.device_of(model), modules.sequence_length(config, model))
+    with modules.eager(model):
+        flow = record(model, given, modules.accepted(model, given))
     end = max((_time(flow, term.module, term.side) for term in last.terms), default=-1)
     logits = flow.calls[0].outputs.get("logits")
     if logits is None or end < 0:
@@ -201,7 +201,7 @@ def _cut(steps: tuple[Step, ...], norm_path: str | None) -> Unembedding:
 
 def _run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The module on a stream that may lie elsewhere."""
-    output = module(x.to(configs.device_of(module)))
+    output = module(x.to(modules.device_of(module)))
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return found
 

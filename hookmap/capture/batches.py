@@ -15,8 +15,9 @@ from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.interventions.edits import Editor
 from hookmap.capture.run import Run
 from hookmap.errors import CaptureError
-from hookmap.loading import generation as gen
 from hookmap.loading.prompts import Prompt
+from hookmap.loading.sampling import OwnDraws, own_generator
+from hookmap.loading.stopping import Finished
 
 WINDOW = 4096
 """prompts that a harvest sorts by length at a time, so that it is no more than these out of order"""
@@ -46,7 +47,7 @@ class Generating(Run):
                     aside.enter_context(each.aside())
                 self._show(columns - layout.width)
 
-        finished = gen.Finished(self.config, self.stop, self.tokenizer, tell)
+        finished = Finished(self.config, self.stop, self.tokenizer, tell)
         with self._turn():
             inputs = self._inputs(prompts, layout, finished)
             sequences = self._generate(observer, inputs, editor)
@@ -65,13 +66,13 @@ class Generating(Run):
                 sink, observer, row, prompt, sequences[row, layout.width : layout.width + counts[row]].tolist()
             )
 
-    def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: gen.Finished) -> dict[str, Any]:
+    def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: Finished) -> dict[str, Any]:
         inputs = padded([prompt.token_ids for prompt in prompts], layout, self.config.pad_token_id, self.device)
         inputs = generating(self.engine.root, inputs, self.config, self.tokenizer)
         inputs |= {"generation_config": self.config, "stopping_criteria": [finished]}
         if self.seed is not None and self.config.do_sample:
-            own = [gen.own_generator(self.seed, number, self.device) for number in layout.samples]
-            inputs["custom_generate"] = gen.OwnDraws(own)
+            own = [own_generator(self.seed, number, self.device) for number in layout.samples]
+            inputs["custom_generate"] = OwnDraws(own)
         return inputs
 
     def _generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None) -> torch.Tensor:

@@ -22,6 +22,7 @@ from hookmap.loading import generation as gen
 from hookmap.loading.float64 import as_it_was, in_float64
 from hookmap.loading.memory import MemoryUse
 from hookmap.loading.prompts import Prompt
+from hookmap.loading.stopping import Finished
 from hookmap.loading.wrappers import generation_config_of
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import select
@@ -160,7 +161,7 @@ class _Trial:
 class _Forced(Generating):
     """Generates the same tokens in every batch, whatever the model would say: a tie does not part two runs."""
 
-    def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: gen.Finished) -> dict[str, Any]:
+    def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: Finished) -> dict[str, Any]:
         tokens = [prompt.token_ids[0] for prompt in prompts]
         return super()._inputs(prompts, layout, finished) | {"logits_processor": [_Only(tokens)]}
 

@@ -21,9 +21,9 @@ from hookmap.capture.options import Progress
 from hookmap.capture.overflow import in_words
 from hookmap.capture.rows import DTYPES, RowSelection
 from hookmap.errors import CaptureError
-from hookmap.loading import configs
-from hookmap.loading import generation as gen
+from hookmap.loading import modules
 from hookmap.loading.memory import MemoryUse
+from hookmap.loading.modules import evaluating
 from hookmap.loading.prompts import Prompt, decode
 from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector
@@ -168,9 +168,9 @@ def running(engine: Engine, pattern: bool = False) -> Iterator[None]:
             if not any(part.training for part in module.modules()):
                 yield
                 return
-    with lock.exclusive(), gen.evaluating(module), contextlib.ExitStack() as eager:
+    with lock.exclusive(), evaluating(module), contextlib.ExitStack() as eager:
         if pattern:  # the faster implementations of attention never have its weights as a tensor
-            eager.enter_context(configs.eager(module))
+            eager.enter_context(modules.eager(module))
         yield
 
 
@@ -181,7 +181,7 @@ def reads_attention(selectors: Sequence[Selector]) -> bool:
 
 def device_of(engine: Engine) -> torch.device:
     """Where token ids are fed; of a model whose weights are elsewhere, from where they are sent."""
-    device = configs.device_of(engine.root.get_input_embeddings())  # type: ignore[operator]
+    device = modules.device_of(engine.root.get_input_embeddings())  # type: ignore[operator]
     return torch.device("cpu") if device.type == "meta" else device
 
 

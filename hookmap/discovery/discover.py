@@ -23,9 +23,10 @@ from hookmap.discovery.locate import Location, captured_axes
 from hookmap.discovery.model_points import read_outside
 from hookmap.discovery.values import Values
 from hookmap.errors import DiscoveryError, HookmapError, ModelError
-from hookmap.loading import configs
+from hookmap.loading import configs, modules
+from hookmap.loading.modules import model_inside
 from hookmap.loading.quantised import plain_products
-from hookmap.loading.wrappers import check_wrapper, model_inside, named
+from hookmap.loading.wrappers import check_wrapper, named
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import POINTS
 from hookmap.maps.templates import BlockKind, PointTemplate
@@ -45,7 +46,7 @@ def discover(source: Any, *, trust_remote_code: bool = False, revision: str | No
         return found.model_copy(update={"scope": "architecture", "config_hash": None}) if published else found
     if hasattr(source, "to_dict") and hasattr(source, "model_type") and not isinstance(source, nn.Module):
         return _of_config(source, getattr(source, "_name_or_path", "") or None, trust_remote_code)
-    return _of_module(configs.unwrap(source))
+    return _of_module(modules.unwrap(source))
 
 
 def config_of(source: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> tuple[Any, bool]:
@@ -64,7 +65,7 @@ def config_of(source: str | Path, trust_remote_code: bool = False, revision: str
 
 
 def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> ArchitectureMap:
-    seq = configs.sequence_length(config)
+    seq = modules.sequence_length(config)
     try:
         configs.model_class(config)
         configs.say_another_class(config, model_id)
@@ -77,7 +78,7 @@ def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> Ar
         from hookmap.loading.narrow import narrow_copy
 
         model, config_small = narrow_copy(config, trust_remote_code)
-        seq = configs.sequence_length(config_small)
+        seq = modules.sequence_length(config_small)
         try:
             flow = _one_pass(model, config, "cpu", seq)
         except Exception as second:
@@ -91,21 +92,21 @@ def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> Ar
 
 
 def _one_pass(model: nn.Module, config: Any, device: Any, seq: int) -> Dataflow:
-    given = configs.inputs(device, seq)
+    given = modules.inputs(device, seq)
     try:
-        return record(model, given, configs.accepted(model, given))
+        return record(model, given, modules.accepted(model, given))
     except RuntimeError:
-        if (rows := configs.rows_per_sequence(config)) == 1:
+        if (rows := modules.rows_per_sequence(config)) == 1:
             raise
-        return record(model, configs.inputs(device, seq, rows))
+        return record(model, modules.inputs(device, seq, rows))
 
 
 def _of_module(model: nn.Module) -> ArchitectureMap:
     check_wrapper(model)
     config = getattr(model, "config", None)
-    seq = configs.sequence_length(config, model)
-    device = configs.device_of(model)
-    with configs.eager(model), plain_products(model, device):
+    seq = modules.sequence_length(config, model)
+    device = modules.device_of(model)
+    with modules.eager(model), plain_products(model, device):
         try:
             flow = _one_pass(model, config, device, seq)
         except Exception as error:
@@ -138,7 +139,7 @@ def assemble(
     outside = read_outside(values, layers, seq)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     return ArchitectureMap(
-        architecture=configs.architecture_of(model),
+        architecture=modules.architecture_of(model),
         layer_access_pattern=layers.path.replace(".{i}", "[i]"),
         pre_attention_path=_first_reader(readings, "mixer"),
         pre_mlp_path=_first_reader(readings, "mlp"),

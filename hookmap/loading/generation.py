@@ -1,20 +1,17 @@
-"""How a capture generates: its settings, when a row is finished, what it draws. One row for each prompt, no beams."""
+"""The settings with which a capture generates. One row for each prompt, no beams."""
 
-import contextlib
 import copy
-import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
+from transformers import GenerationConfig
 
 from hookmap.errors import CaptureError
-from hookmap.loading.prompts import text_of
 from hookmap.wording import did_you_mean
 
 _OF_ONE_ROW = frozenset(
@@ -30,10 +27,6 @@ _BY_COLUMNS = frozenset(
     "num_return_sequences cache_implementation cache_config prefill_chunk_size output_scores output_logits".split()
 )
 """settings that count from the end of the prompts, which is one column for all, or look at no token"""
-
-Told = Callable[[int, list[bool]], None]
-"""(columns of the batch now, whether each row got its last token with this one)"""
-
 _SAMPLING = ("temperature", "top_k", "top_p")
 _NOT_HERE = {
     "stop_strings": "give it as stop=, which also cuts the rows behind it",
@@ -162,165 +155,6 @@ def which_logits(columns: Sequence[int] | None, width: int) -> int | torch.Tenso
         return 0
     behind = width - columns[0]
     return behind if len(columns) == behind else torch.tensor(columns)
-
-
-class Ending:
-    """When a row is finished: at an end of sequence or a stop string, the run's or the model's own."""
-
-    def __init__(self, config: GenerationConfig, stop: Sequence[str], tokenizer: Any) -> None:
-        """Raises CaptureError for stop strings without a tokenizer."""
-        if stop and tokenizer is None:
-            raise CaptureError("stop strings need a tokenizer: hookmap.open(model, tokenizer=...)")
-        self._ends = frozenset(end_tokens(config))
-        self._stop = tuple(stop)
-        self._tokenizer = tokenizer
-        self._own = _stopping(tokenizer, config.stop_strings)
-        # A token is a byte at least, so that a stop string that has just ended is inside this many tokens.
-        self.reach = max((len(text.encode()) for text in stop), default=0) + 4
-        """newest tokens that matter"""
-
-    def own(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Which rows of token ids, [batch, columns], end with a stop string of the model's, as transformers tells."""
-        if self._own is None:
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        found: torch.Tensor = self._own(input_ids, None)
-        return found
-
-    def at(self, newest: Sequence[int]) -> bool:
-        """Whether the last of a row's newest generated tokens, `reach` of them or all, is its last."""
-        if newest[-1] in self._ends:
-            return True
-        if not self._stop:
-            return False
-        return any(stop in text for text in self._texts(list(newest)) for stop in self._stop)
-
-    def _texts(self, newest: list[int]) -> Iterator[str]:
-        """Of the newest tokens; more than one where they may begin inside a character, which has four bytes at most.
-
-        A tokenizer that writes bytes as tokens (Llama 2's) decodes none of the bytes behind half a character.
-        """
-        for first in range(4):
-            text = text_of(self._tokenizer, newest[first:])
-            yield text
-            if "\ufffd" not in text:
-                return
-
-
-def _stopping(tokenizer: Any, strings: Any) -> StopStringCriteria | None:
-    if not strings:
-        return None
-    try:
-        return StopStringCriteria(tokenizer, strings)
-    except Exception as error:  # it takes tokenizers apart, not each of which can be
-        raise CaptureError(
-            f"the model's own generation settings have stop_strings={strings!r}, and transformers cannot look for them "
-            f"with this {type(tokenizer).__name__}: {type(error).__name__}: {error}"
-        ) from error
-
-
-class Finished(StoppingCriteria):  # type: ignore[misc]  # transformers' base is not typed
-    """Ends rows at an end of sequence or a stop string, and tells which ended, after each token."""
-
-    def __init__(self, config: GenerationConfig, stop: Sequence[str], tokenizer: Any, tell: Told) -> None:
-        self._ending = Ending(config, stop, tokenizer)
-        self._tell = tell
-        self._prompt: int | None = None
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
-        columns = input_ids.shape[1]
-        if self._prompt is None:
-            self._prompt = columns - 1
-        newest = input_ids[:, max(self._prompt, columns - self._ending.reach) :].tolist()
-        own = self._ending.own(input_ids).tolist()
-        done = [its or self._ending.at(row) for its, row in zip(own, newest, strict=True)]
-        self._tell(columns, done)
-        return torch.tensor(done, device=input_ids.device)
-
-
-def own_seed(seed: int, of: int | str) -> int:
-    """The seed, of 62 bits, that one sample of a run draws with, or one request; the first sample's is the run's own.
-
-    `of`: the sample's number, 0-based, or a request's name. Nothing else decides it: no batch, and not what ran before.
-    """
-    if of == 0:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}/{of}".encode()).digest()[:8], "big") >> 2
-
-
-def own_generator(seed: int, number: int, device: torch.device) -> torch.Generator:
-    """What sample `number` draws from: the numbers of torch's own generator after `torch.manual_seed(own_seed)`."""
-    return torch.Generator(device).manual_seed(own_seed(seed, number))
-
-
-class OwnDraws:
-    """A way of generating for `generate(custom_generate=...)`: each row draws from a generator of its own.
-
-    So a row draws what it draws alone, whatever is in the batch, and torch's generators are not touched.
-    """
-
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        """One generator for each row, on the device of the token ids."""
-        self._generators = generators
-        self._ran = False
-
-    def __call__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: GenerationConfig,
-        **inputs: Any,
-    ) -> torch.Tensor:
-        """transformers' own loop, in which the drawn token is the only one that is left to take."""
-        self._ran = True
-        logits_processor.append(_Drawn(self._generators))  # behind temperature and the like
-        generation_config.do_sample = False  # `generate`'s own copy
-        sequences: torch.Tensor = model._sample(
-            input_ids, logits_processor, stopping_criteria, generation_config, **inputs
-        )
-        return sequences
-
-    @contextlib.contextmanager
-    def expected(self, module: Any) -> Iterator[None]:
-        """Raises CaptureError where the `generate` of `module` that runs inside has a loop of its own."""
-        why = (
-            f"{type(module).__name__}.generate has a loop of its own, and takes no custom_generate: it cannot draw "
-            "with a seed. Leave seed= out, generate greedily, or open the transformers model in it."
-        )
-        try:
-            yield
-        except TypeError as error:
-            if "custom_generate" in str(error):
-                raise CaptureError(why) from error
-            raise
-        if not self._ran:
-            raise CaptureError(why)
-
-
-class _Drawn(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not typed
-    """0 for the token that a row draws, -inf for all others."""
-
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        self._generators = generators
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
-        rows = zip(scores.softmax(-1), self._generators, strict=True)
-        drawn = torch.stack([torch.multinomial(row, 1, generator=own) for row, own in rows])
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """No dropout inside; every module's training flag as before outside."""
-    training = [part for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _pad_token(config: GenerationConfig, tokenizer: Any) -> int:

@@ -1,10 +1,49 @@
-"""The transformers model inside a module: the one that `generate` calls."""
+"""A torch module that holds a transformers model: what it is, where it computes, and what its `forward` is given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from hookmap.errors import ModelError
-from hookmap.loading.wrappers import model_inside
+from hookmap.errors import DiscoveryError, ModelError
+
+_SEQUENCES = (13, 11, 17, 19, 23, 29, 31, 37, 7)
+
+
+def unwrap(source: Any) -> nn.Module:
+    """The torch module inside an nnsight model or `torch.compile`'s wrapper, which answers to its paths, or itself."""
+    inner = getattr(source, "_module", None)
+    if isinstance(inner, nn.Module) and type(source).__module__.startswith("nnsight"):
+        source = inner
+    if isinstance(source, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise DiscoveryError(
+            f"a {type(source).__name__} runs copies of its model, which no hook of its own reaches: give its .module."
+        )
+    if isinstance(source, nn.Module):
+        compiled = source._modules.get("_orig_mod")
+        return source if compiled is None else compiled
+    raise DiscoveryError(
+        f"cannot discover a {type(source).__name__}: expected a hub id, a local folder, a transformers config, "
+        "a torch module or an nnsight model."
+    )
+
+
+def model_inside(module: nn.Module) -> Any:
+    """The transformers model: the module, or the first one in it; None where it holds none."""
+    from transformers import PreTrainedModel
+
+    return next((each for each in module.modules() if isinstance(each, PreTrainedModel)), None)
+
+
+def architecture_of(model: nn.Module) -> str:
+    """The class of the transformers model, also inside a wrapper (PEFT); of a module that holds none, its own."""
+    inside = model_inside(model)
+    return type(model if inside is None else inside).__name__
 
 
 def generating_root(module: nn.Module, weights: bool = True) -> nn.Module:
@@ -34,3 +73,93 @@ def generating_root(module: nn.Module, weights: bool = True) -> nn.Module:
 def _brings_weights(module: nn.Module) -> bool:
     """Whether accelerate holds its weights elsewhere, on a disk say, and brings them when it runs."""
     return getattr(module.__dict__.get("_hf_hook"), "offload", False) is True
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a forward pass computes. Weights that accelerate keeps elsewhere until needed say nothing of it."""
+    for module in model.modules():
+        device = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, not compiled, with the eager attention implementation, and afterwards as it was."""
+    training = {module: module.training for module in model.modules()}
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    attention = {key: getattr(c, "_attn_implementation", None) for key, c in configs.items()}
+    model.eval()
+    for config in configs.values():
+        if getattr(config, "_attn_implementation", None) is not None:
+            config._attn_implementation = "eager"
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for key, config in configs.items():
+            if attention[key] is not None:
+                config._attn_implementation = attention[key]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """No dropout inside; every module's training flag as before outside."""
+    training = [part for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def accepted(model: nn.Module, given: Iterable[str]) -> dict[str, str]:
+    """Which of the inputs `forward` takes, and by which name: the ids go to its first parameter if none is theirs."""
+    # Of the class: nnsight, accelerate and torch.compile put functions of their own on the object.
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    others = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {name: name for name in given if others or name in named}
+    if "input_ids" not in named and named:
+        names["input_ids"] = named[0]
+    return names
+
+
+def inputs(device: Any, seq: int, rows: int = 1) -> dict[str, Any]:
+    """What a forward pass is given: one sequence of ones, nothing masked, no cache."""
+    ids = torch.ones((rows, seq), dtype=torch.long, device=device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+
+
+def rows_per_sequence(config: Any) -> int:
+    """Rows of ids that make one sequence: several where a model of audio reads a row for each codebook (Musicgen)."""
+    return int(getattr(config, "num_codebooks", None) or 1)
+
+
+def sequence_length(config: Any, model: nn.Module | None = None) -> int:
+    """An odd length that divides no size in the config, so that the axis of positions can be told by its length.
+
+    Where there is a model, it divides no size of a weight either: a module need not have a config.
+    """
+    sizes = set(_numbers(config.to_dict() if hasattr(config, "to_dict") else {}))
+    sizes |= {size for weight in (model.parameters() if model is not None else ()) for size in weight.shape}
+    limit = getattr(config, "max_position_embeddings", None) or 10**9
+    fits = [n for n in _SEQUENCES if n <= limit] or [_SEQUENCES[0]]
+    unequal = [n for n in fits if n not in sizes]
+    return next((n for n in unequal if all(size % n for size in sizes if size)), (unequal or fits)[0])
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _numbers(item)
+    elif isinstance(value, (list, tuple)) and len(value) < 64:
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int):
+        yield value

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hookmap.errors import CaptureError, ModelError
-from hookmap.loading import configs
+from hookmap.loading.modules import accepted, device_of, eager, inputs, model_inside
 
 _TOKENS = 6
 _WITHOUT = "Without the wrapper: open the model in it (of a PEFT model: model.get_base_model())."
@@ -23,13 +23,6 @@ def runner_of(module: nn.Module) -> nn.Module:
     """What is called to run `module`: itself, or what `torch.compile` was given."""
     compiled = module._modules.get("_orig_mod")
     return module if compiled is None else compiled
-
-
-def model_inside(module: nn.Module) -> Any:
-    """The transformers model: the module, or the first one in it; None where it holds none."""
-    from transformers import PreTrainedModel
-
-    return next((each for each in module.modules() if isinstance(each, PreTrainedModel)), None)
 
 
 def named(runner: nn.Module) -> str:
@@ -135,12 +128,12 @@ class _Pass:
         self._outer: Any = None
         """logits"""
         self._root = root
-        given = configs.inputs(configs.device_of(runner), _TOKENS)
-        names = configs.accepted(runner, given)
+        given = inputs(device_of(runner), _TOKENS)
+        names = accepted(runner, given)
         handles: list[Any] = [root.register_forward_hook(self._left)]
         try:
             handles += [each.register_forward_pre_hook(self._entered, with_kwargs=True) for each in self.calls]
-            with torch.no_grad(), configs.eager(runner), hooked_forward(runner, root):
+            with torch.no_grad(), eager(runner), hooked_forward(runner, root):
                 output = runner(**{parameter: given[name] for name, parameter in names.items()})
             self._outer = getattr(output, "logits", None)
             self.ran = True

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookmap.loading import configs
+from hookmap.loading import modules
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName
 from hookmap.maps.relations import Relation
@@ -227,7 +227,7 @@ class _Inside(CheckedRun):
 
     def _run(self, hooks: dict[str, list[Any]], **more: Any) -> Any:
         given = {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids), "use_cache": False, **more}
-        kwargs = {parameter: given[name] for name, parameter in configs.accepted(self.model, given).items()}
+        kwargs = {parameter: given[name] for name, parameter in modules.accepted(self.model, given).items()}
         handles = [
             self.model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
             for path, each in hooks.items()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookmap.loading import configs
+from hookmap.loading import modules
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, Term, of_template
@@ -224,7 +224,7 @@ class _Reads(CheckedRun):
 
     def _run(self, ids: Tensor, weights: dict[str, Tensor] | None = None) -> None:
         given = {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids), "use_cache": False}
-        kwargs = {parameter: given[name] for name, parameter in configs.accepted(self.model, given).items()}
+        kwargs = {parameter: given[name] for name, parameter in modules.accepted(self.model, given).items()}
         with torch.no_grad():
             torch.func.functional_call(self.model, weights or {}, (), kwargs, tie_weights=False)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hookmap.discovery.discover import config_of, discover
 from hookmap.errors import CaptureError, HookmapError, MapMismatchError, ModelError
-from hookmap.loading import configs
+from hookmap.loading import modules
 from hookmap.loading.finiteness import in_words, is_stream
 from hookmap.loading.narrow import narrow_copy
 from hookmap.maps.document import ArchitectureMap
@@ -87,7 +87,7 @@ def verify(
     """
     config = _config(source, trust_remote_code)
     model, on = _runnable(source, config, random_weights, trust_remote_code)
-    if configs.device_of(model).type == "meta":
+    if modules.device_of(model).type == "meta":
         raise ModelError("the model is on the meta device, without weights: give its config to `verify` instead.")
     if on.startswith("random"):
         redraw(model, seed)
@@ -96,7 +96,7 @@ def verify(
     checked = found
     if on.startswith("random"):
         found, checked = _at_the_width_of(found, model)
-    with configs.eager(model):
+    with modules.eager(model):
         return Verification(found, on, tuple(_Verifier(checked, model, seed).checks()))
 
 
@@ -150,7 +150,7 @@ def redraw(model: nn.Module, seed: int = 0) -> None:
 def _runnable(source: Any, config: Any, random_weights: bool, trust_remote_code: bool) -> tuple[nn.Module, str]:
     """The model with its own weights, or, where there are none or none are wanted, a narrow copy with random ones."""
     if config is None:
-        return configs.unwrap(source), "the model's own weights"
+        return modules.unwrap(source), "the model's own weights"
     why = ""
     if isinstance(source, (str, Path)) and not random_weights:
         from hookmap.loading.checkpoints import load_model
@@ -174,7 +174,7 @@ def _config(source: Any, trust_remote_code: bool) -> Any:
 
 
 def _same_architecture(found: ArchitectureMap, model: nn.Module) -> None:
-    if found.architecture != (own := configs.architecture_of(model)):
+    if found.architecture != (own := modules.architecture_of(model)):
         raise MapMismatchError(
             f"the map is of {found.architecture}, the model is a {own}. "
             "Make its own map: hookmap discover MODEL -o FILE"
@@ -188,7 +188,7 @@ class _Verifier:
         generator = torch.Generator().manual_seed(seed)
         self.embedding = _input_embedding(found, model)
         vocab = found.d_vocab or 2 if self.embedding is None else len(next(self.embedding.parameters()))
-        device = configs.device_of(model)
+        device = modules.device_of(model)
         self.ids = torch.randint(min(5, vocab - 1), vocab, (_BATCH, _POSITIONS), generator=generator).to(device)
         self.events: list[tuple[str, str, int]] = []
         self.sequence: list[int] = []
@@ -247,7 +247,7 @@ class _Verifier:
         try:
             return self._run()
         except RuntimeError:  # a model of audio reads several rows of ids per sequence
-            rows = configs.rows_per_sequence(getattr(self.model, "config", None))
+            rows = modules.rows_per_sequence(getattr(self.model, "config", None))
             if rows == 1:
                 raise
             self.ids = self.ids.repeat_interleave(rows, 0)
@@ -284,7 +284,7 @@ class _Verifier:
             "use_cache": False,
             "output_hidden_states": True,
         }
-        kwargs = {parameter: given[name] for name, parameter in configs.accepted(self.model, given).items()}
+        kwargs = {parameter: given[name] for name, parameter in modules.accepted(self.model, given).items()}
         try:
             with torch.no_grad():
                 # Without tying: for a module with several names torch swaps the new weights in and not out again.

@@ -9,7 +9,7 @@ from support.plain_hooks import FAMILIES, LAYERS, Reference
 
 import hookmap
 from hookmap.capture.result import Capture
-from hookmap.loading.generation import own_seed
+from hookmap.loading.sampling import own_seed
 from hookmap.model import HookedModel
 
 NEW = 7

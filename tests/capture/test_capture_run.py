@@ -15,7 +15,7 @@ from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 import hookmap
 from hookmap.capture.options import Progress
-from hookmap.loading.generation import own_seed
+from hookmap.loading.sampling import own_seed
 from hookmap.model import HookedModel
 
 PROMPTS = ["to be or not", "be", "that is the question to be"]

@@ -12,7 +12,7 @@ from torch import nn
 
 import hookmap
 from hookmap.discovery.head_layout import Labels
-from hookmap.loading.configs import eager
+from hookmap.loading.modules import eager
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import parse
 from hookmap.maps.points import POINTS

@@ -12,7 +12,8 @@ from torch import nn
 
 from hookmap.discovery.discover import discover
 from hookmap.errors import DiscoveryError, ModelError
-from hookmap.loading.configs import build, inputs
+from hookmap.loading.configs import build
+from hookmap.loading.modules import inputs
 from hookmap.maps.document import ArchitectureMap
 
 # What the mixer and the MLP read, and the last norm, by hand; `plain_hooks` has the rest.

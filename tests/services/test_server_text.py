@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 pytest.importorskip("fastapi")
 
 from hookmap.demo import MODEL_PATH
-from hookmap.loading import generation as gen
+from hookmap.loading.stopping import Ending
 from hookmap.services.server.text import Cutter, Decoder, RowText
 
 SPECIAL = "<|end|>"
@@ -121,7 +121,7 @@ def test_a_row_ends_with_the_token_that_completes_a_stop_string(kind: str) -> No
     @given(TEXTS, st.text(st.sampled_from("ab the.\nUser: é日"), min_size=1, max_size=6), TEXTS)
     def holds(before: str, stop: str, after: str) -> None:
         tokens = tok(before + stop + after, add_special_tokens=False)["input_ids"]
-        ending, row = gen.Ending(GenerationConfig(), [stop], tok), RowText(tok, [stop])
+        ending, row = Ending(GenerationConfig(), [stop], tok), RowText(tok, [stop])
         for count, token in enumerate(tokens, 1):
             row.add(token)
             if ending.at(tokens[:count][-ending.reach :]):

@@ -17,7 +17,7 @@ from hookmap.capture.interventions.edits import Editor
 from hookmap.capture.interventions.writable import mode_of
 from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen
-from hookmap.loading.configs import accepted
+from hookmap.loading.modules import accepted
 from hookmap.loading.wrappers import generate_of, hooked_forward, runner_of
 from hookmap.maps.selectors import Selector
 

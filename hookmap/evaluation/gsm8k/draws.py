@@ -2,7 +2,7 @@
 
 from inspect_ai.solver import Generate, Solver, TaskState, generate, solver
 
-from hookmap.loading.generation import own_seed
+from hookmap.loading.sampling import own_seed
 
 
 @solver(name="generate_seeded")

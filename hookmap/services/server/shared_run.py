@@ -17,8 +17,9 @@ from transformers import StoppingCriteria
 from hookmap.capture.batches import generating, padded
 from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.run import device_of, running
-from hookmap.loading import generation as gen
 from hookmap.loading.memory import MemoryUse
+from hookmap.loading.sampling import OwnDraws, own_generator
+from hookmap.loading.stopping import Ending
 from hookmap.loading.wrappers import generate_of
 from hookmap.model import HookedModel
 from hookmap.services.server.errors import ApiError, cancelled, failed, is_out_of_memory
@@ -79,7 +80,7 @@ class Row:
 
     job: Job
     number: int
-    ending: gen.Ending
+    ending: Ending
     generator: torch.Generator | None = None
     """what it draws from; None: torch's own"""
     new: list[int] = field(default_factory=list)
@@ -128,10 +129,10 @@ class Together:
                 self._end(job, cancelled())
 
     def _rows_of(self, job: Job) -> Iterator[Row]:
-        ending, device = gen.Ending(job.config, job.stop, self._hm.tokenizer), device_of(self._hm.hooks)
+        ending, device = Ending(job.config, job.stop, self._hm.tokenizer), device_of(self._hm.hooks)
         seed = job.seed if job.config.do_sample else None
         for number in range(len(job.prompts)):
-            yield Row(job, number, ending, None if seed is None else gen.own_generator(seed, number, device))
+            yield Row(job, number, ending, None if seed is None else own_generator(seed, number, device))
 
     def _batch(self, rows: Sequence[Row]) -> None:
         self.end_cancelled()
@@ -167,7 +168,7 @@ class Together:
             config, inputs["logits_processor"] = beside(likely, config)
         drawing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if generators := [row.generator for row in rows if row.generator is not None]:
-            inputs["custom_generate"] = draws = gen.OwnDraws(generators)
+            inputs["custom_generate"] = draws = OwnDraws(generators)
             drawing = draws.expected(hooks.runner)
         try:
             with running(hooks), drawing:

@@ -16,8 +16,8 @@ from hookmap.analysis.unembedding import Unembedding
 from hookmap.capture.batches import Generating
 from hookmap.capture.engines.observation import Observer
 from hookmap.capture.engines.pass_rows import BatchLayout
-from hookmap.loading import generation as gen
 from hookmap.loading.prompts import Prompt
+from hookmap.loading.stopping import Finished
 from hookmap.services.server.echo import Echo
 from hookmap.services.server.errors import cancelled
 from hookmap.services.server.summaries import Summarising, Summary
@@ -60,7 +60,7 @@ class Answering(Generating):
         self.summarising = Summarising(*what, layout, sink.write, **kept)
         return self.summarising
 
-    def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: gen.Finished) -> dict[str, Any]:
+    def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: Finished) -> dict[str, Any]:
         likely = None if self.top_logprobs is None else Likely()
         inputs = super()._inputs(prompts, layout, finished)
         inputs["stopping_criteria"] = [_Followed(self, finished, layout.samples, likely)]
@@ -99,7 +99,7 @@ class Gathered:
 class _Followed(StoppingCriteria):  # type: ignore[misc]
     """After each token: ends the run that nobody waits for, and tells the tokens of rows that had not ended."""
 
-    def __init__(self, run: Answering, finished: gen.Finished, rows: tuple[int, ...], likely: Likely | None) -> None:
+    def __init__(self, run: Answering, finished: Finished, rows: tuple[int, ...], likely: Likely | None) -> None:
         self._run, self._finished, self._rows, self._likely = run, finished, rows, likely
         self._ended = [False] * len(rows)
         self._looked = 0
