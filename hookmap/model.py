@@ -11,7 +11,8 @@ from hookmap.analysis.lens import Lens, lens
 from hookmap.analysis.patching import Sweep, sweep
 from hookmap.analysis.steering import SteeringVector, make_vector
 from hookmap.capture.engines.model_lock import lock_of
-from hookmap.capture.hooked import Hooked, Layers
+from hookmap.capture.hooked import Hooked
+from hookmap.capture.options import Layers
 from hookmap.discovery.library import given_map
 from hookmap.discovery.map_of_model import understood
 from hookmap.errors import ModelError, TokenizerError

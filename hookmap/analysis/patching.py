@@ -184,7 +184,7 @@ def _check_pair(prompts: Sequence[Prompt], tokenizer: Any) -> None:
 
 
 def _places(hm: "Hooked", prompt: Prompt, positions: Any) -> list[int]:
-    chosen, length = row_selection(positions), len(prompt.token_ids)
+    chosen, length = row_selection(positions=positions), len(prompt.token_ids)
     chosen.refuse_beyond([length], 0)
     found = chosen.places(prompt.token_ids, length, hm.matching(chosen))
     if not found:

@@ -31,6 +31,16 @@ class Generating(Run):
     stop: tuple[str, ...] = ()
     seed: int | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Run.settings`."""
+        return {"generation": gen.as_json(self.config), "seed": self.seed, "stop": list(self.stop)}
+
+    @property
+    def why_no_pads(self) -> str | None:
+        """See `Run.why_no_pads`."""
+        return "a setting of this generation would count pads as tokens" if gen.counts_pads(self.config) else None
+
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
         """See `Run.batch`."""
         prompts = [self.prompts[number] for number in numbers]
@@ -92,7 +102,12 @@ class Generating(Run):
 
 @dataclass
 class Harvesting(Run):
-    """A batch is one forward pass over texts of about one length. Padded behind: no token of a text sees a pad."""
+    """A batch is one forward pass over texts of about one length, padded on the right: no token attends to a pad."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Run.settings`."""
+        return {"harvest": True}
 
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
         """See `Run.batch`."""

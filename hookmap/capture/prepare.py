@@ -1,23 +1,23 @@
-"""A capture, decided before it runs: prompts, selectors and an engine -> batches and a manifest."""
+"""Plan a capture: its run, batches, estimate and manifest; then run it into memory or a folder."""
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
 from pathlib import Path
 from typing import Any
 
-from hookmap.capture.batches import Batches, Generating, Harvesting
+from hookmap.capture.batches import Generating, Harvesting
 from hookmap.capture.engines import Engine
 from hookmap.capture.estimate import Estimate, check_room
 from hookmap.capture.interventions.plan import Plan
-from hookmap.capture.options import Progress
+from hookmap.capture.request import Request
 from hookmap.capture.result import Capture
-from hookmap.capture.rows import RowSelection, matching_tokens
+from hookmap.capture.rows import matching_tokens
 from hookmap.capture.run import Run, device_of, log, vocabulary_of
 from hookmap.errors import CaptureError, InterventionError, StoreError, TokenizerError
 from hookmap.loading import generation as gen
@@ -26,7 +26,6 @@ from hookmap.loading.prompts import Prompt
 from hookmap.loading.weights import weights_of
 from hookmap.loading.wrappers import generate_of, generation_config_of
 from hookmap.maps.document import ArchitectureMap
-from hookmap.maps.selectors import Selector
 from hookmap.stores import open_store
 from hookmap.stores.background import BackgroundWriter
 from hookmap.stores.before import BEFORE, Lacking, before_writer
@@ -35,14 +34,10 @@ from hookmap.stores.interface import Store
 from hookmap.stores.manifest import Manifest, manifest_of_run
 from hookmap.stores.memory import MemoryStore
 
-BATCH_SIZE = 8
-BATCH_TOKENS = 4096
-_COUNTED = "a setting of this generation would count pads as tokens"
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """A capture, decided and checked: what remains is to run its batches."""
+    """A capture that is planned and checked, but has not run."""
 
     run: Run
     groups: tuple[tuple[int, ...], ...]
@@ -51,9 +46,9 @@ class Prepared:
     map: ArchitectureMap
     expected: Estimate
     why: str
-    """this engine"""
+    """why this engine was chosen"""
     apart: str | None = None
-    """why prompts of different lengths run apart, where they do"""
+    """why prompts of different lengths do not share batches; None where they do"""
 
     def capture(self, store: str | os.PathLike[str] | None, resume: bool) -> Capture:
         """Run every batch, into memory or a folder. Raises what `Hooked.capture` does."""
@@ -72,18 +67,18 @@ class Prepared:
 
     @property
     def _before(self) -> bool:
-        """Whether rows from before the interventions are kept too."""
+        """Whether the rows before the interventions are stored too."""
         return "before" in self.manifest.settings
 
     def _in_memory(self) -> list[Store]:
         stores = [MemoryStore(self.manifest.keys) for _ in range(1 + self._before)]
         self.run.before = stores[1] if self._before else None
         self.run.all(self.groups, stores[0])
-        _tell(self.run)
+        _log_memory(self.run)
         return [*stores]
 
     def _note(self) -> dict[str, Any]:
-        """What the run has to tell of itself."""
+        """What the manifest says of this run."""
         run = self.run
         note: dict[str, Any] = {"engine": run.engine.name, "why": self.why, "apart": self.apart}
         note |= {"memory": dict(run.memory.figures()), "halved": run.halved}
@@ -108,98 +103,86 @@ class Prepared:
                         for writer in writers:
                             writer.note(self._note())
                 raise
-            _tell(run)
+            _log_memory(run)
             for writer in writers:
                 writer.note(self._note())
         return [open_store(store), *([open_store(Path(store) / BEFORE)] if self._before else [])]
 
 
-def prepare(
+def run_of(
+    request: Request,
     engine: Engine,
-    why: str,
-    architecture_map: ArchitectureMap,
     tokenizer: Any,
-    name: str | None,
-    prompts: tuple[Prompt, ...],
-    selectors: Sequence[Selector],
-    selection: RowSelection,
-    batches: Callable[[str | None], Batches],
-    size: Callable[[Sequence[Sequence[int]]], Estimate],
-    *,
-    max_new_tokens: int,
-    do_sample: bool,
-    seed: int | None,
-    stop: tuple[str, ...],
-    batch_size: int | None,
-    batch_tokens: int,
-    progress: Callable[[Progress], None] | None,
+    plan: Plan | None,
+    options: Mapping[str, Any],
     generation: Mapping[str, Any],
-    plan: Plan | None = None,
-    before: bool = False,
-) -> Prepared:
-    """See `Hooked.capture`. `why`: this engine. `batches`: given what of the run forbids pads, which run together.
-
-    `size`: of a run in these batches.
-    """
-    _check_interventions(engine, plan, before)
+) -> Run:
+    """The run of a request, checked. `options`: all `RunOptions`; `generation`: fields of GenerationConfig."""
+    stop = (options["stop"],) if isinstance(options["stop"], str) else tuple(options["stop"])
+    do_sample, seed = options["do_sample"], options["seed"]
+    _check_interventions(engine, plan, options["before"])
     gen.check_seed(seed)
     gen.check_stop(stop)
-    _check_vocabulary(engine, prompts)
-    device = device_of(engine)
-    memory = MemoryUse(device=device if device.type == "cuda" else None)
-    common = (
-        engine,
-        tokenizer,
-        tuple(selectors),
-        prompts,
-        selection,
-        matching_tokens(selection, tokenizer, vocabulary_of(engine)),
-    )
-    lengths = [len(prompt.token_ids) for prompt in prompts]
-    for position, times in selection.lacking(lengths, max(0, max_new_tokens - 1)).items() if selectors else ():
-        log.warning("position %d is not in %d of %d prompts: they have no row of it", position, times, len(prompts))
+    _check_vocabulary(engine, request.prompts)
+    _warn_of_lacking_positions(request)
+    common = _common(request, engine, tokenizer, options["progress"])
     run: Run
-    if max_new_tokens:
-        generate_of(engine.runner, engine.root)  # says so before anything runs, where there is none
+    if new := request.max_new_tokens:
+        generate_of(engine.runner, engine.root)  # raises where there is none, before anything runs
         own = generation_config_of(engine.runner, engine.root)
-        config = gen.settings(own, tokenizer, max_new_tokens=max_new_tokens, do_sample=do_sample, options=generation)
-        run = Generating(*common, progress, memory, max_new_tokens=max_new_tokens, config=config, stop=stop, seed=seed)
-        groups, apart = batches(_COUNTED if gen.counts_pads(config) else None)
-        settings: dict[str, Any] = {"generation": gen.as_json(config), "seed": seed, "stop": list(stop)}
-        settings["batch_size"] = batch_size or BATCH_SIZE
+        config = gen.settings(own, tokenizer, max_new_tokens=new, do_sample=do_sample, options=generation)
+        run = Generating(**common, max_new_tokens=new, config=config, stop=stop, seed=seed)
     else:
         _refuse_generation(do_sample, seed, stop, generation)
-        run = Harvesting(*common, progress, memory)
-        groups, apart = batches(None)
-        settings = {"harvest": True, "batch_tokens": batch_tokens, "batch_size": batch_size}
-    if chosen := selection.settings():
+        run = Harvesting(**common)
+    if plan is not None:
+        run.edits = plan.edits
+    return run
+
+
+def _common(request: Request, engine: Engine, tokenizer: Any, progress: Any) -> dict[str, Any]:
+    """Fields of both kinds of run."""
+    device = device_of(engine)
+    return {
+        "engine": engine,
+        "tokenizer": tokenizer,
+        "selectors": request.selectors,
+        "prompts": request.prompts,
+        "selection": request.selection,
+        "matching": matching_tokens(request.selection, tokenizer, vocabulary_of(engine)),
+        "progress": progress,
+        "memory": MemoryUse(device=device if device.type == "cuda" else None),
+    }
+
+
+def manifest_of(
+    request: Request, run: Run, architecture_map: ArchitectureMap, name: str | None, plan: Plan | None, before: bool
+) -> Manifest:
+    """The manifest of a run that has not begun. `name`: of the model, a hub id or a path."""
+    settings: dict[str, Any] = {**run.settings, **request.batch_settings}
+    if chosen := request.selection.settings():
         settings["kept"] = chosen
-    keys = [(selector.point, selector.layer) for selector in selectors]
     if plan is not None:
         settings["interventions"] = plan.settings
-        run.edits = plan.edits
-    expected = size(groups)
     if before:
         settings["before"] = True
-        expected = expected.twice()
-    manifest = manifest_of_run(
-        keys,
+    return manifest_of_run(
+        [(selector.point, selector.layer) for selector in request.selectors],
         model=name,
         architecture=architecture_map.architecture,
         architecture_map=architecture_map.model_dump(mode="json"),
-        settings={**settings, **_of_model(engine), **_of_prompts(prompts)},
+        settings={**settings, **_of_model(run.engine), **_of_prompts(request.prompts)},
     )
-    return Prepared(run, groups, manifest, architecture_map, expected, why, apart)
 
 
 def say_apart(why: str | None) -> None:
-    """Log that a run takes more batches than its size asks for."""
+    """Warn that prompts of different lengths do not share batches. `why`: None where they do."""
     if why is not None:
         log.warning("prompts of different lengths run in batches of their own: %s", why)
 
 
 def _check_interventions(engine: Engine, plan: Plan | None, before: bool) -> None:
-    """Before anything runs. Raises InterventionError."""
+    """Raises InterventionError where the engine writes nothing, or there is nothing to be before."""
     if plan is not None and engine.name != "hooks":
         raise InterventionError(
             f'interventions are written with hooks, and this run\'s engine is {engine.name}: give engine="hooks". '
@@ -209,9 +192,17 @@ def _check_interventions(engine: Engine, plan: Plan | None, before: bool) -> Non
         raise InterventionError("before=True keeps rows of a run with interventions, and there are none: leave it out.")
 
 
-def _tell(run: Run) -> None:
+def _log_memory(run: Run) -> None:
     figures = run.memory.figures()
     log.info("memory: %s", ", ".join(f"{name} {value / 1e6:.0f} MB" for name, value in figures.items()))
+
+
+def _warn_of_lacking_positions(request: Request) -> None:
+    if not request.selectors:
+        return
+    for position, times in request.selection.lacking(request.lengths, request.read_after).items():
+        of = len(request.prompts)
+        log.warning("position %d is not in %d of %d prompts: they have no row of it", position, times, of)
 
 
 def _refuse_generation(do_sample: bool, seed: int | None, stop: tuple[str, ...], options: Mapping[str, Any]) -> None:
@@ -231,7 +222,7 @@ def _check_vocabulary(engine: Engine, prompts: Sequence[Prompt]) -> None:
 
 
 def _of_model(engine: Engine) -> dict[str, Any]:
-    """What runs beside the weights' name: which engine, edits stored in the model, and the weights themselves."""
+    """The engine, the edits stored in the model, and a digest of its weights."""
     found: dict[str, Any] = {"engine": engine.name, "weights": weights_of(engine.root)}
     if edits := getattr(engine, "stored_edits", ()):
         found["edits_sha256"] = list(edits)
@@ -239,7 +230,7 @@ def _of_model(engine: Engine) -> dict[str, Any]:
 
 
 def _of_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Digests of all that a sample takes over from its prompt."""
+    """Digests of the prompts: a capture resumes only with the same ones."""
     return {
         "prompts": len(prompts),
         "prompts_sha256": _sha256([[prompt.text, prompt.token_ids] for prompt in prompts]),

@@ -1,4 +1,4 @@
-"""What of a tensor a capture keeps: which tokens, which features, in which dtype. Decided at the source. Pure.
+"""Which rows of a tensor a capture stores: of which tokens, which features, in which dtype. Pure.
 
 Positions are a sample's own: 0 is the first token of its prompt, whatever the padding of the batch. Negative ones
 count from the end of the prompt, because where a generated text ends is not known before.
@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
+from hookmap.capture.options import RowOptions, with_defaults
 from hookmap.capture.overflow import OVERFLOWS
 from hookmap.errors import SelectionError
 from hookmap.loading.prompts import known_ids, text_of
 from hookmap.maps.points import POINTS, PointName
 
-Positions = str | slice | Sequence[int]
 Wanted = Callable[[int, int], bool]
 """(position, token id) -> whether its row is kept"""
 
@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class RowSelection:
-    """What a capture keeps. Made by `row_selection`."""
+    """Which rows a capture stores. Made by `row_selection`."""
 
     positions: str | tuple[int | None, int | None, int | None] | tuple[int, ...] = "all"
     """a name out of NAMED, "text=…", a span (start, stop, step) where `span`, or single positions"""
@@ -163,29 +163,23 @@ class RowSelection:
         return list(self.features)
 
 
-def row_selection(
-    positions: Positions = "all",
-    *,
-    every: int = 1,
-    mean: bool = False,
-    features: int | Iterable[int] | None = None,
-    features_seed: int = 0,
-    dtype: "str | torch.dtype | None" = None,
-    overflow: str = "warn",
-) -> RowSelection:
-    """Read what a user gives. Raises SelectionError with every problem at once.
+def row_selection(**given: Unpack[RowOptions]) -> RowSelection:
+    """Read the options that a user gives. Raises SelectionError with every problem at once.
 
     `every` thins a stretch of tokens. Tokens that are named one by one ("last", "last_prompt", positions) all stay.
     """
+    options = with_defaults(RowOptions, given)
+    every, mean, seed, overflow = (options[name] for name in ("every", "mean", "features_seed", "overflow"))
     problems: list[str] = []
-    where, span = _positions(positions, problems)
+    where, span = _positions(options["positions"], problems)
     if not _is_whole(every) or every < 1:
         problems.append(f"every: expected a whole number, at least 1, got {every!r}")
     if mean and where == "last":
         problems.append('mean with positions="last": a mean over one row is that row; leave one of them out')
-    chosen = _features(features, problems)
-    if not _is_whole(features_seed) or not -(2**63) <= features_seed < 2**63:
-        problems.append(f"features_seed: expected a whole number of 64 bits, got {features_seed!r}")
+    chosen = _features(options["features"], problems)
+    if not _is_whole(seed) or not -(2**63) <= seed < 2**63:
+        problems.append(f"features_seed: expected a whole number of 64 bits, got {seed!r}")
+    dtype = options["keep_dtype"]
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if name is not None and (not isinstance(name, str) or name not in DTYPES):
         problems.append(f"keep_dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
@@ -194,9 +188,7 @@ def row_selection(
     if problems:
         raise SelectionError("\n".join(problems))
     single = where in ("last", "last_prompt") or (isinstance(where, tuple) and not span)
-    return RowSelection(
-        where, span, 1 if single else int(every), bool(mean), chosen, int(features_seed), name, overflow
-    )
+    return RowSelection(where, span, 1 if single else int(every), bool(mean), chosen, int(seed), name, overflow)
 
 
 def matching_tokens(chosen: RowSelection, tokenizer: Any, vocabulary: int) -> frozenset[int]:

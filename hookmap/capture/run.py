@@ -55,6 +55,16 @@ class Run(ABC):
     _most: int | None = None
     """prompts that fit together, once more did not"""
 
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What decides the samples, for the manifest: a capture resumes only with the same settings."""
+
+    @property
+    def why_no_pads(self) -> str | None:
+        """Why this run must not pad its batches; None where it may, as far as its own settings go."""
+        return None
+
     @abstractmethod
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
         """Run these prompts together and hand their rows to the sink."""

@@ -15,6 +15,7 @@ import click
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from hookmap.capture.options import field_of
 from hookmap.cli.parsing import FILE_NAME, PREFIX, parse_layers
 from hookmap.loading.yaml_file import read_yaml
 from hookmap.wording import did_you_mean
@@ -141,23 +142,21 @@ class Settings(Section):
     chat_template_kwargs: Kwargs | None = Field(None, description="what the chat template reads: enable_thinking, …")
     max_new_tokens: Annotated[int, Field(ge=0)] = Field(64, description="for each prompt; 0 only reads")
     batch_size: Count = Field(8, description="prompts that run together")
-    batch_tokens: Count = Field(4096, description="tokens that a harvest runs at once")
+    batch_tokens: Count = field_of("batch_tokens")
     positions: Names = Field("all", description="rows of which tokens: all, prompt, generated, last, 4:20, 0,-1, …")
-    every: Count = Field(1, description="only positions that it divides")
-    mean: bool = Field(False, description="one row a sample: the mean over its positions")
+    every: Count = field_of("every")
+    mean: bool = field_of("mean")
     features: Features | None = Field(None, description="how many features of a row to draw, or a list of those kept")
-    features_seed: int = Field(0, description="draws other features")
-    keep_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="of the rows kept; else the model's own"
-    )
-    overflow: Literal["warn", "refuse"] = Field("warn", description="where a finite number is infinite in keep_dtype")
+    features_seed: int = field_of("features_seed")
+    keep_dtype: Literal["float32", "bfloat16", "float16"] | None = field_of("keep_dtype")
+    overflow: Literal["warn", "refuse"] = field_of("overflow")
     engine: Literal["auto", "hooks", "nnsight", "ray", "remote"] = Field("auto", description="what watches the model")
     workers: Count = Field(1, description="with engine ray")
     address: Text | None = Field(None, description="of a Ray cluster, or auto; of an nnsight server, or local")
     temperature: Annotated[float, Field(ge=0)] | None = Field(None, description="sample at it; else greedy, as is 0")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="the likeliest tokens of this mass")
     top_k: Annotated[int, Field(ge=0)] | None = Field(None, description="this many likeliest tokens; 0: all")
-    seed: int | None = Field(None, description="makes sampling repeatable")
+    seed: int | None = field_of("seed")
     serve: Serving = Serving.model_validate({})
     eval: Evaluating = Evaluating.model_validate({})
 

@@ -107,4 +107,4 @@ def test_all_tokens_but_the_last_were_fed(passes: int, columns: int) -> None:
 
 def test_rows_of_certain_tokens_need_their_ids() -> None:
     with pytest.raises(CaptureError, match="without token ids"):
-        Run(row_selection("text=the")).feed(WIDTH, inputs_embeds=torch.zeros(2, WIDTH, 5))
+        Run(row_selection(positions="text=the")).feed(WIDTH, inputs_embeds=torch.zeros(2, WIDTH, 5))

@@ -63,7 +63,7 @@ def chosen_positions(pool: str, positions: Any) -> RowSelection | None:
     """The positions that a pool is restricted to, as a capture names them; None for all. Raises SelectionError."""
     if positions is None or pool == "each":
         return None
-    found = row_selection(positions)
+    found = row_selection(positions=positions)
     if found.reads_tokens or found.positions in ("last", "last_prompt"):
         raise SelectionError(
             f'positions {positions!r} of a pool: expected a span such as "1:", positions, "prompt" or "generated". '

@@ -118,7 +118,7 @@ class _Planner:
 
     def _positions(self, given: Any) -> RowSelection:
         try:
-            found = row_selection(given)
+            found = row_selection(positions=given)
         except SelectionError as error:
             self.note(str(error), unselected=True)
             return RowSelection()
@@ -153,7 +153,7 @@ class _Planner:
         if given is None:
             return None
         try:
-            found = row_selection(given)
+            found = row_selection(positions=given)
             if isinstance(found.positions, tuple) and all(part is None or part >= 0 for part in found.positions):
                 return found
         except SelectionError:

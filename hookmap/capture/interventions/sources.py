@@ -8,6 +8,7 @@ import torch
 
 from hookmap.capture.interventions.documents import Source
 from hookmap.capture.interventions.proofs import Proofs
+from hookmap.capture.options import EngineName
 from hookmap.capture.rows import RowSelection
 from hookmap.errors import InterventionError
 from hookmap.loading.chat_template import Templating
@@ -39,7 +40,7 @@ class Editable(Protocol):
     def matching(self, chosen: RowSelection) -> frozenset[int]:
         """The token ids that positions="text=…" means."""
 
-    def capture(self, prompts: Any, points: Any, layers: Any, max_new_tokens: int, **options: Any) -> Any:
+    def capture(self, prompts: Any, points: Any, layers: Any, max_new_tokens: int, *, engine: EngineName) -> Any:
         """See `Hooked.capture`."""
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _LARGE_BYTES = 10**9
 _LARGE_PASSES = 1000
-_NOT_ESTIMATED = ("engine", "interventions", "before", "overflow")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -275,12 +274,19 @@ def _announce(hm: "Model", prompts: list[Any], run: dict[str, Any], folder: Path
     """How large the capture gets, and how long a large one takes, before it begins."""
     from hookmap.cli.console import console
 
-    expected = hm.estimate(prompts, **{k: v for k, v in run.items() if k not in _NOT_ESTIMATED})
+    expected = hm.estimate(prompts, **_estimated(run))
     text = f"capture: {expected} -> {folder}"
     if expected.bytes > _LARGE_BYTES or expected.forward_passes > _LARGE_PASSES:
         text += f", at most about {_duration(_seconds_per_pass(hm, prompts, run) * expected.forward_passes)}"
     engine, why = hm.engine(run.get("engine", "auto"))
     console().print(f"{text}\nengine: {engine} ({why})", markup=False)
+
+
+def _estimated(run: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `capture` that `estimate` takes too."""
+    from hookmap.capture.options import EstimateOptions, of_kind
+
+    return {name: run[name] for name in ("points", "layers", "max_new_tokens")} | of_kind(EstimateOptions, run)
 
 
 def _seconds_per_pass(hm: "Model", prompts: list[Any], run: dict[str, Any]) -> float:
@@ -291,7 +297,7 @@ def _seconds_per_pass(hm: "Model", prompts: list[Any], run: dict[str, Any]) -> f
     from time import perf_counter
 
     trial = {**run, "max_new_tokens": min(2, int(run["max_new_tokens"])), "positions": [0], "every": 1, "mean": False}
-    plain = {name: value for name, value in trial.items() if name not in _NOT_ESTIMATED}
+    plain = _estimated(trial)
     together = run["batch_size"] or 8
     if not trial["max_new_tokens"]:
         together = -(-len(prompts) // hm.estimate(prompts, **plain).forward_passes)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from hookmap.capture.options import field_of
 from hookmap.errors import DataError, SelectionError
 from hookmap.loading.yaml_file import read_yaml
 
@@ -56,19 +57,17 @@ class Captures(_Part):
     points: tuple[str, ...] | dict[str, int | tuple[int, ...] | Literal["all"] | None] | Literal["all"] = "all"
     layers: tuple[int, ...] | Literal["all"] = "all"
     positions: str = Field(default="-1:", description="of which tokens; -1: is the prompt's last one and the answer")
-    every: int = Field(default=1, ge=1)
-    mean: bool = Field(default=False, description="one row a sample, the mean over its positions")
-    keep_dtype: str | None = Field(default=None, description="of the rows; the model's own unless given")
-    overflow: Literal["warn", "refuse"] = Field(
-        default="warn", description="where a finite number is infinite in keep_dtype"
-    )
+    every: int = field_of("every", ge=1)
+    mean: bool = field_of("mean")
+    keep_dtype: str | None = field_of("keep_dtype")
+    overflow: Literal["warn", "refuse"] = field_of("overflow")
 
     @model_validator(mode="after")
     def _kept(self) -> "Captures":
         from hookmap.capture.rows import row_selection  # it imports torch, which the schema does not need
 
         try:
-            row_selection(self.positions, every=self.every, mean=self.mean, dtype=self.keep_dtype)
+            row_selection(positions=self.positions, every=self.every, mean=self.mean, keep_dtype=self.keep_dtype)
         except SelectionError as error:
             raise ValueError(str(error)) from error
         return self

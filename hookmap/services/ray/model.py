@@ -10,16 +10,16 @@ import os
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 from uuid import uuid4
 
 from hookmap.capture.estimate import Estimate, check_room
 from hookmap.capture.interventions.documents import read_interventions
-from hookmap.capture.options import Progress
+from hookmap.capture.options import CaptureOptions, EstimateOptions, Layers, Points, Progress, takes
 from hookmap.capture.prepare import say_apart
 from hookmap.capture.result import Capture
 from hookmap.capture.run import log
@@ -73,30 +73,39 @@ class RayModel:
         """See `HookedModel.engine`."""
         return "ray", f"{self.workers} workers" if self.workers > 1 else "1 worker"
 
-    def estimate(self, prompts: Any, *selection: Any, **options: Any) -> Estimate:
+    @takes(EstimateOptions)
+    def estimate(
+        self,
+        prompts: Any,
+        points: Points = "all",
+        layers: Layers = "all",
+        max_new_tokens: int = 64,
+        **options: Unpack[EstimateOptions],
+    ) -> Estimate:
         """See `HookedModel.estimate`."""
-        named = _named(selection, options)
+        named = _named(points, layers, max_new_tokens, options)
         prompts = records(prompts, named.pop("prompt_column", None))
         with self._alone():
             found: Estimate = self._pool.call("the estimate", "estimate", prompts, named)
         return found
 
+    @takes(CaptureOptions)
     def capture(
         self,
         prompts: Any,
-        *selection: Any,
-        store: "str | os.PathLike[str] | None" = None,
-        resume: bool = False,
-        progress: Callable[[Progress], None] | None = None,
-        **options: Any,
+        points: Points = "all",
+        layers: Layers = "all",
+        max_new_tokens: int = 64,
+        **options: Unpack[CaptureOptions],
     ) -> Capture:
-        """`HookedModel.capture`, whose arguments see; `store` is on a disk that all machines of the cluster share.
+        """As `HookedModel.capture`; `store` is a folder on a disk that all machines of the cluster share.
 
-        What comes is byte-identical, sample by sample, to what one such machine would have written. Raises what
+        The result is byte-identical, sample by sample, to what one such machine would have written. Raises what
         `HookedModel.capture` does, and CaptureError where a batch ends every worker that tries it, or Ray is shut down.
         Captures on several threads run one after another.
         """
-        named = _named(selection, options)
+        named = _named(points, layers, max_new_tokens, options)
+        store, resume, progress = (named.pop(name, None) for name in ("store", "resume", "progress"))
         prompts = records(prompts, named.pop("prompt_column", None))
         if named.get("before"):
             raise InterventionError(
@@ -104,11 +113,11 @@ class RayModel:
             )
         if resume and store is None:
             raise CaptureError("resume=True needs the folder to go on with: give store=FOLDER.")
-        if store is not None and named.get("points", "all") == ():
+        if store is not None and points == ():
             raise StoreError("a capture folder needs at least one tensor: name points, or leave store= out.")
         if store is not None:
             with self._alone():
-                return self._capture(prompts, named, Path(store).absolute(), resume, progress)
+                return self._capture(prompts, named, Path(store).absolute(), bool(resume), progress)
         with self._alone(), tempfile.TemporaryDirectory(prefix="hookmap-") as folder:
             made = self._capture(prompts, named, Path(folder) / "capture", False, progress)
             held = MemoryStore(made.store.keys)
@@ -117,7 +126,7 @@ class RayModel:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """The workers are one run's at a time; other threads wait. Raises CaptureError inside one of this thread."""
+        """One run at a time has the workers; other threads wait. Raises CaptureError inside a run of this thread."""
         with self._turn:
             if self._taken:
                 raise CaptureError(
@@ -228,10 +237,9 @@ def open_on_ray(
     return RayModel(os.fspath(x), workers, opening, **cluster)
 
 
-def _named(selection: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `HookedModel.capture` by their names; what names a file here is read here."""
-    names = ("points", "layers", "max_new_tokens")
-    named = dict(zip(names, selection, strict=False)) | options
+def _named(points: Points, layers: Layers, max_new_tokens: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `HookedModel.capture` by their names; an interventions file is read here."""
+    named = {"points": points, "layers": layers, "max_new_tokens": max_new_tokens, **options}
     if "interventions" in named:
         named["interventions"] = read_interventions(named["interventions"])
     return named

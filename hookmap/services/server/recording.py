@@ -12,6 +12,7 @@ import safetensors.torch
 
 from hookmap.activations import Sample, Sink
 from hookmap.capture.estimate import check_room, in_words
+from hookmap.capture.options import RowOptions, options_of
 from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.selectors import Selector
@@ -53,21 +54,13 @@ def plan(
     if field.return_ == "none":
         return None
     what = _given(field, settings)
-    chosen = row_selection(
-        field.positions,
-        every=field.every,
-        mean=field.mean,
-        features=field.features,
-        features_seed=field.features_seed,
-        dtype=field.keep_dtype,
-        overflow=field.overflow,
-    )
+    rows = field.model_dump(include=set(options_of(RowOptions)))
+    chosen = row_selection(**rows)
     selectors = hm.map.selectors(**what)
     if not selectors:
         raise bad("hookmap: no point of any layer is selected.", "hookmap.points")
-    options = field.model_dump(include={"positions", "every", "mean", "features", "features_seed", "keep_dtype"})
     ids = [list(prompt.token_ids) for prompt in prompts]
-    expected = hm.estimate(ids, **what, max_new_tokens=max_new_tokens, **options)
+    expected = hm.estimate(ids, **what, max_new_tokens=max_new_tokens, **rows)
     inline, of_request = field.return_ == "inline", min(settings.request_bytes, settings.total_bytes)
     name, most = ("an answer", settings.inline_bytes) if inline else ("a request", of_request)
     if expected.bytes > most:

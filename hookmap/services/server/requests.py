@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hookmap.capture.options import field_of
 from hookmap.loading.generation import HALF
 from hookmap.services.server.errors import bad
 
@@ -35,12 +36,12 @@ class Recording(_Request):
     )
     layers: str | int | list[int] | None = Field(None, description="numbers, negative from the end, or `all`")
     positions: str | list[int] = Field("all", description="of which tokens; see docs/capture.md")
-    every: Positive = 1
-    mean: bool = False
-    features: int | list[int] | None = None
-    features_seed: Whole = 0
-    keep_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    overflow: Literal["warn", "refuse"] = Field("warn", description="where a finite number is infinite in keep_dtype")
+    every: Positive = field_of("every")
+    mean: bool = field_of("mean")
+    features: int | list[int] | None = field_of("features")
+    features_seed: Whole = field_of("features_seed")
+    keep_dtype: Literal["float32", "bfloat16", "float16"] | None = field_of("keep_dtype")
+    overflow: Literal["warn", "refuse"] = field_of("overflow")
     interventions: list[dict[str, Any]] | None = None
     return_: Literal["store", "inline", "none"] = Field("store", alias="return", description="where rows go")
     summary: SummaryRequest | None = None
