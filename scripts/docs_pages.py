@@ -17,6 +17,7 @@ import click
 
 import hookmap
 import hookmap.errors
+from hookmap.capture.options import CaptureOptions, options_of
 from hookmap.cli.main import main
 
 if TYPE_CHECKING:
@@ -111,7 +112,16 @@ def python_page() -> str:
     errors = [name for name in names if hasattr(hookmap.errors, name)]
     shown = [name for name in names if name not in errors] + [*OBJECTS] + errors
     intro = "# Python\n\nWhat `import hookmap` offers, what its functions return, and the errors that they raise.\n"
-    return "\n".join([intro, *(_entry(f"hookmap.{name}") for name in shown)])
+    return "\n".join([intro, *(_entry(f"hookmap.{name}") for name in shown), _options()])
+
+
+def _options() -> str:
+    """The options of a capture, which its signature takes as one."""
+    rows = [
+        f"| `{name}` | `{option.default!r}` | {str(option).replace('|', chr(92) + '|')} |"
+        for name, (_, option) in options_of(CaptureOptions).items()
+    ]
+    return "\n".join(["## What a capture takes\n", "| option | default | meaning |", "|---|---|---|", *rows, ""])
 
 
 def modules_page() -> str:
