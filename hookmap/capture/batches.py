@@ -15,6 +15,7 @@ from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.interventions.edits import Editor
 from hookmap.capture.run import Run
 from hookmap.errors import CaptureError
+from hookmap.loading import generation as gen
 from hookmap.loading.prompts import Prompt
 from hookmap.loading.sampling import OwnDraws, own_generator
 from hookmap.loading.stopping import Finished
