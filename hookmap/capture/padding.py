@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor
 
 from hookmap.capture.batches import Generating, Harvesting
@@ -108,7 +109,11 @@ class _Trial:
 
     def fault(self) -> str | None:
         """What is wrong with pads, in words."""
-        alone, beside = self._alone(), self._beside()
+        with _Widths() as chosen:
+            alone = self._alone()
+        if {len(prompt.token_ids) for prompt in self._short} <= chosen.widths:
+            return "its attention chooses among the keys, and pads change which of equal ones it takes"
+        beside = self._beside()
         if _distance(beside, alone) <= _SAME:
             return None
         try:
@@ -156,6 +161,23 @@ class _Trial:
         if not self._forces:
             return Generating(*common, max_new_tokens=new, config=config)
         return _Forced(*common, max_new_tokens=new, config=config)
+
+
+class _Widths(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not type it
+    """Notes how long the last axis is, of each tensor whose largest numbers are picked.
+
+    Where it is as long as each prompt, keys are picked (DeepSeek's sparse attention). Scores behind a ReLU are often
+    equal, and which of equal ones are picked depends on where they stand: too seldom for a trial of a few prompts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.widths: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable):
+            self.widths.add(args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 class _Forced(Generating):

@@ -9,7 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hookmap
 from hookmap.loading.float64 import in_float64
+from hookmap.loading.narrow import narrow
+from hookmap.loading.skeleton import build
 from hookmap.model import HookedModel
+from hookmap.verification.verify import redraw
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
@@ -109,6 +112,24 @@ def test_where_pads_change_rows_a_prompt_has_the_rows_that_it_has_alone(
             logits = hm.model(expected[:, : len(prompt) + max(0, new - 1)]).logits[0]
         assert run.tokens[number] == tuple(expected[0].tolist())
         torch.testing.assert_close(run.read(number, "logits"), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("new", [0, 3])
+def test_attention_that_chooses_keys_runs_lengths_apart(new: int) -> None:
+    """Of equal scores it takes those that stand first, and pads move them: DeepSeek-V3.2's, with few layers."""
+    config = narrow(AutoConfig.for_model("deepseek_v32", num_hidden_layers=4))
+    model = build(config, "cpu", torch.float32)
+    redraw(model)
+    hm = hookmap.open(model)
+    assert "chooses among the keys" in str(hm.pads.why_not(harvest=not new))
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, hm.vocabulary - 8, (length,), generator=draw).tolist() for length in (2, 9, 70)]
+    generation = {"min_new_tokens": new} if new else {}
+    run = hm.capture(prompts, "resid_post", max_new_tokens=new, **generation)
+    for number, prompt in enumerate(prompts):
+        alone = hm.capture([prompt], "resid_post", max_new_tokens=new, **generation)
+        assert run.tokens[number] == alone.tokens[0]
+        assert torch.equal(run.read(number, "resid_post", 3), alone.read(0, "resid_post", 3))
 
 
 def test_the_estimate_counts_the_batches_that_run() -> None:
