@@ -86,7 +86,7 @@ def _of(hm: Any, new: int) -> dict[str, Any]:
         return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     found = {"reason": reason, "got": _apart(_rows(hm, new, 8), alone)}
     if not _right(found["got"]):
-        # A choice of experts, or of keys, may be within rounding: in float64 it falls as it falls alone.
+        # A choice of experts may be within rounding: in float64 it falls as it falls alone.
         with in_float64(hm.root):
             found["float64"] = _apart(_rows(hm, new, 8), _rows(hm, new, 1))
     if reason is not None:
@@ -151,10 +151,8 @@ def tell(found: list[dict[str, Any]]) -> None:
         if any(each[way].get("reason") is not None or "failed" in each[way] for way in ways):
             print(f"| {each['type']} | {' | '.join(map(_said, (each[way] for way in ways)))} |")
     for name, way, what in close:
-        print(
-            f"\n{name}, {way}: {what['got'][0]:.1e} of a row in float32, {what['float64'][0]:.0e} in float64: a choice of "
-            "experts or keys is within rounding."
-        )
+        apart, exact = what["got"][0], what["float64"][0]
+        print(f"\n{name}, {way}: {apart:.1e} of a row, {exact:.0e} in float64: a choice of experts is within rounding.")
     print(f"\nRows or tokens that batching changed beyond last bits ({LAST_BITS:g} of a row): {len(wrong)}")
     for name, way, what in wrong:
         print(f"- {name}, {way}: {what}")
