@@ -90,6 +90,12 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert circles(PACKAGE) == []
 
 
+def test_verification_knows_discovery_in_one_place() -> None:
+    """There it finds a map where none is given; no check knows how a map was found."""
+    known = [pair for pair in edges(PACKAGE) if "verification" in pair[0] and "hookmap.discovery" in pair[1]]
+    assert {name for name, _ in known} == {"hookmap.verification.subject"}
+
+
 def test_every_module_has_a_room() -> None:
     rooms = {name.split(".")[1] for name in modules(PACKAGE) if "." in name}
     assert rooms <= {*LEAVES, *ORDER, "__main__"}

@@ -1,99 +1,112 @@
-"""Verification of the additions of a block: each relation that a map states, as arithmetic on what was captured.
+"""Checks of the additions of a block: each relation that a map states, as arithmetic on what was captured.
 
 What a relation leaves open (the weights of a norm, of a gate, of a mixture of streams) is fitted, and must fit all
 rows: of each feature, over all positions, or of each position, over all features, there are far more numbers than
-unknowns. No module of the model is asked.
+unknowns. No module of the model is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hookmap.maps.relations import OWN, Relation, Term, raw
-from hookmap.maps.templates import BlockKind
-from hookmap.verification.runner import CheckedRun, Result
+from hookmap.verification.check import Check, relative_error
+from hookmap.verification.context import Context
 
 Forms = list[Tensor]
-"""what a tensor may be: a norm is with or without the mean"""
+"""the tensors that an expression may mean: a norm is with or without the mean, and adds one epsilon or another"""
 
 
-class Relations(CheckedRun):
-    """The checks of the relations whose right side is a sum; the others are of the inside of a branch."""
-
-    def checks(self, kind: BlockKind) -> Iterator[Result]:
+def sums(run: Context) -> Iterator[Check]:
+    """Each relation whose right side is a sum; the others are about the inside of a branch."""
+    epsilons = _epsilons(run.model)
+    for kind in run.map.kinds:
+        blocks = [_Block.of(run, layer, epsilons) for layer in kind.layers]
         for text in kind.relations:
             relation = Relation.parse(text)
             if relation is None or relation.form != "sum":
                 continue
-            errors = [self._misfit(relation.total, relation.terms, layer) for layer in kind.layers]
+            error = max(_misfit(block, relation.total, relation.terms) for block in blocks)
             plain = not any(term.of for term in relation.terms)
-            yield "sum" if plain else "relation", kind.layers, max(errors) <= self.tolerance, text, max(errors)
+            yield Check("sum" if plain else "relation", kind.layers, error <= run.tolerance, text, error)
 
-    def _misfit(self, left: str, terms: tuple[Term, ...], layer: int) -> float:
-        """How far the left side is from the nearest tensor that the right side allows."""
-        try:
-            rest = self.values[left, layer].double()
-            whole = rest
-            open_terms: list[Forms] = []
-            for term in terms:
-                if not term.of and (value := self.values.get((term.name, layer))) is not None:
-                    rest = rest - term.factor * value.double()
-                elif term.name != OWN:
-                    open_terms.append(self._forms(term, layer))
-        except KeyError:
-            return float("inf")
-        if not open_terms:  # what a block adds of its own is the same for every text
-            own = rest.mean(0, keepdim=True) if any(term.name == OWN for term in terms) else 0.0
-            return self.error(whole - rest + own, whole)
-        mixed = any(term.name == "mix" for term in terms) or whole.dim() > 3
-        fit = _by_position if mixed else _by_feature
-        return min(self.error(whole - rest + fit(rest, list(each)), whole) for each in product(*open_terms))
 
-    def _forms(self, term: Term, layer: int) -> Forms:
-        if not term.of:
-            return [self.values[raw(term.name), layer].double()]
-        inside = self._inside(term.of, layer)
-        if term.name == "norm":
-            ways = product(inside, (0.0, 1.0), self._epsilons)
-            return [_normed(each, centred, epsilon) for each, centred, epsilon in ways]
+@dataclass(frozen=True)
+class _Block:
+    """The points of one layer, and what the arithmetic needs to know of its norms."""
+
+    points: Mapping[str, Tensor]
+    model: nn.Module
+    path: str
+    epsilons: tuple[float, ...]
+
+    @classmethod
+    def of(cls, run: Context, layer: int, epsilons: tuple[float, ...]) -> _Block:
+        points = {point: tensor for (point, its_layer), tensor in run.values.items() if its_layer == layer}
+        return cls(points, run.model, run.map.layers_path.replace("{i}", str(layer)), epsilons)
+
+
+def _misfit(block: _Block, left: str, terms: tuple[Term, ...]) -> float:
+    """How far the left side is from the nearest tensor that the right side allows; infinite where a point is absent."""
+    try:
+        whole = block.points[left].double()
+        known = [term for term in terms if not term.of and term.name in block.points]
+        rest = whole
+        for term in known:
+            rest = rest - term.factor * block.points[term.name].double()
+        unknown = [_forms(block, term) for term in terms if term not in known and term.name != OWN]
+    except KeyError:
+        return float("inf")
+    if not unknown:  # what a block adds of its own is the same for every text
+        own = rest.mean(0, keepdim=True) if any(term.name == OWN for term in terms) else 0.0
+        return relative_error(whole - rest + own, whole)
+    mixed = any(term.name == "mix" for term in terms) or whole.dim() > 3
+    fit = _by_position if mixed else _by_feature
+    return min(relative_error(whole - rest + fit(rest, list(forms)), whole) for forms in product(*unknown))
+
+
+def _forms(block: _Block, term: Term) -> Forms:
+    if not term.of:
+        return [block.points[raw(term.name)].double()]
+    inside = _sum_forms(block, term.of)
+    if term.name != "norm":
         return inside
+    return [_normed(*form) for form in product(inside, (0.0, 1.0), block.epsilons)]
 
-    def _inside(self, terms: tuple[Term, ...], layer: int) -> Forms:
-        """All that a sum may be to which something is done; a norm in it has the weights of one of the block's."""
-        forms: Forms = [torch.zeros(())]
-        for term in terms:
-            if term.name == OWN:
-                continue
-            if term.of:
-                found = self._forms(term, layer)
-                if term.name == "norm" and len(terms) > 1:
-                    found = [weighted for form in found for weighted in self._weighted(form, layer)]
-            else:
-                found = [self.values[term.name, layer].double()]
-            forms = [have + term.factor * new for have in forms for new in found]
-        return forms
 
-    @cached_property
-    def _epsilons(self) -> tuple[float, ...]:
-        """What the model's norms may add to a mean of squares: beside small numbers it shows."""
-        named = (item for module in self.model.modules() for item in vars(module).items())
-        found = {float(value) for name, value in named if "eps" in name and isinstance(value, int | float)}
-        return (0.0, *sorted(found))
+def _sum_forms(block: _Block, terms: tuple[Term, ...]) -> Forms:
+    """The forms of a sum inside a function. A norm in it has the weights of one of the block's modules."""
+    forms: Forms = [torch.zeros(())]
+    for term in terms:
+        if term.name == OWN:
+            continue
+        found = _forms(block, term) if term.of else [block.points[term.name].double()]
+        if term.name == "norm" and len(terms) > 1:
+            found = [weighted for form in found for weighted in _weighted(block, form)]
+        forms = [have + term.factor * new for have in forms for new in found]
+    return forms
 
-    def _weighted(self, form: Tensor, layer: int) -> Iterator[Tensor]:
-        """A norm within a norm: its weights are those of one of the block's modules."""
-        yield form
-        block = self.model.get_submodule(self.map.layers_path.replace("{i}", str(layer)))
-        for module in block.modules():
-            own = dict(module.named_parameters(recurse=False))
-            weight, bias = own.get("weight"), own.get("bias")
-            if weight is not None and tuple(weight.shape) == tuple(form.shape[-1:]):
-                yield form * weight.detach().double() + (0.0 if bias is None else bias.detach().double())
+
+def _weighted(block: _Block, form: Tensor) -> Iterator[Tensor]:
+    """A norm as it is, and with the weights of each module of the block that fit it."""
+    yield form
+    for module in block.model.get_submodule(block.path).modules():
+        own = dict(module.named_parameters(recurse=False))
+        weight, bias = own.get("weight"), own.get("bias")
+        if weight is not None and tuple(weight.shape) == tuple(form.shape[-1:]):
+            yield form * weight.detach().double() + (0.0 if bias is None else bias.detach().double())
+
+
+def _epsilons(model: nn.Module) -> tuple[float, ...]:
+    """What the model's norms may add to a mean of squares: with small numbers it shows."""
+    named = (item for module in model.modules() for item in vars(module).items())
+    found = {float(value) for name, value in named if "eps" in name and isinstance(value, int | float)}
+    return (0.0, *sorted(found))
 
 
 def _normed(value: Tensor, centred: float, epsilon: float) -> Tensor:

@@ -1,27 +1,132 @@
-"""What the checks of a map are about: a model, its map, and the points of one forward pass."""
+"""Runs a model under plain PyTorch hooks. All checks run their model here.
+
+A run reads the tensors that selectors name. A hook may change a tensor on its way, and weights may be replaced.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from hookmap.maps.document import ArchitectureMap
+from hookmap.activations import Key
+from hookmap.errors import CaptureError
+from hookmap.loading import modules
+from hookmap.maps.selectors import Selector, Term
 
-Key = tuple[str, int | None]
-Result = tuple[str, tuple[int, ...], bool, str, float | None]
-"""name, layers, passed, detail, error: the fields of a `Check`"""
-Error = Callable[[Tensor, Tensor], float]
+BATCH, POSITIONS = 2, 9
+"""the size of every input: two lengths that differ, so that the axes can be told apart"""
 
 
-@dataclass
-class CheckedRun:
-    """A group of checks has its methods on this."""
+@dataclass(frozen=True)
+class Hook:
+    """A function that runs when a module is entered ("input") or has returned ("output").
 
-    map: ArchitectureMap
-    model: nn.Module
-    ids: Tensor
-    values: dict[Key, Tensor]
-    error: Error
-    tolerance: float
+    `act(args, kwargs, output)`: `output` is None at an input. What it returns at an output replaces the output,
+    unless it is None.
+    """
+
+    module: str
+    side: Literal["input", "output"]
+    act: Callable[[Any, Any, Any], Any]
+
+
+def at(term: Term, use: Callable[[Tensor], object]) -> Hook:
+    """A hook that hands `use` the term's tensor itself, not a copy: `use` may change it in place."""
+    calls = itertools.count()
+
+    def act(args: Any, kwargs: Any, output: Any) -> None:
+        if term.call in (None, next(calls)):
+            use(term.resolve(args, kwargs, output))
+
+    return Hook(term.module, term.side, act)
+
+
+def keep(parts: dict[int, Tensor], number: int, tensor: Tensor) -> None:
+    """Store a copy of a term's tensor under the term's number."""
+    parts[number] = tensor.detach().clone()
+
+
+def forward(
+    model: nn.Module,
+    ids: Tensor,
+    hooks: Iterable[Hook] = (),
+    weights: Mapping[str, Tensor] | None = None,
+    **settings: bool,
+) -> Any:
+    """The output of one forward pass under `hooks`, with `weights` in place of the model's own of the same names."""
+    given = {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids), "use_cache": False, **settings}
+    kwargs = {parameter: given[name] for name, parameter in modules.accepted(model, given).items()}
+    with ExitStack() as stack, torch.no_grad():
+        for hook in hooks:
+            stack.callback(_register(model.get_submodule(hook.module), hook).remove)
+        # With tied weights, torch would put a replaced weight in under all its names and take it out of one.
+        return torch.func.functional_call(model, dict(weights or {}), (), kwargs, tie_weights=False)
+
+
+def observe(
+    model: nn.Module,
+    ids: Tensor,
+    selectors: Sequence[Selector],
+    hooks: Iterable[Hook] = (),
+    weights: Mapping[str, Tensor] | None = None,
+    **settings: bool,
+) -> tuple[dict[Key, Tensor], Any]:
+    """The points that `selectors` name, each [batch, pos, ...], and the output of one forward pass.
+
+    `hooks` run before the points are read. A point that the pass does not reach is left out. Raises CaptureError
+    where a selector names no tensor, or tensors that cannot be added.
+    """
+    parts: dict[Key, dict[int, Tensor]] = {_key(selector): {} for selector in selectors}
+    readers = [
+        at(term, partial(keep, parts[_key(selector)], number))
+        for selector in selectors
+        for number, term in enumerate(selector.terms)
+    ]
+    output = forward(model, ids, [*hooks, *readers], weights, **settings)
+    reached = [selector for selector in selectors if len(parts[_key(selector)]) == len(selector.terms)]
+    return {_key(selector): _total(selector, parts[_key(selector)]) for selector in reached}, output
+
+
+def other_weights(model: nn.Module, inside: Collection[str], outside: Collection[str] = ()) -> dict[str, Tensor]:
+    """Other numbers for the weights of the modules `inside`, without those of the modules `outside`."""
+
+    def below(name: str, paths: Collection[str]) -> bool:
+        return any(name.startswith(f"{path}.") for path in paths)
+
+    return {
+        name: (parameter * 1.5 + 0.01).detach()
+        for name, parameter in model.named_parameters()
+        if below(name, inside) and not below(name, outside)
+        # An offloaded weight is on the meta device here, and the module computes with another tensor.
+        if parameter.dtype.is_floating_point and not parameter.is_meta
+    }
+
+
+def _register(module: nn.Module, hook: Hook) -> RemovableHandle:
+    if hook.side == "input":
+
+        def entered(_: nn.Module, args: Any, kwargs: Any) -> None:
+            hook.act(args, kwargs, None)
+
+        return module.register_forward_pre_hook(entered, with_kwargs=True)
+    return module.register_forward_hook(lambda _, *seen: hook.act(*seen), with_kwargs=True)
+
+
+def _key(selector: Selector) -> Key:
+    return selector.point, selector.layer
+
+
+def _total(selector: Selector, parts: Mapping[int, Tensor]) -> Tensor:
+    tensors = [term.arrange(parts[n], BATCH, POSITIONS) * term.scale for n, term in enumerate(selector.terms)]
+    if len(shapes := {tuple(tensor.shape) for tensor in tensors}) > 1:
+        raise CaptureError(f"{selector} is no sum: its tensors have the shapes {sorted(map(list, shapes))}.")
+    total: Tensor = sum(tensors[1:], tensors[0])
+    return total

@@ -1,0 +1,69 @@
+"""Checks of causes: with other weights in a branch, what comes after the branch moves, and nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from hookmap.maps.templates import BlockKind
+from hookmap.verification.check import Check, relative_error
+from hookmap.verification.context import Context, branch_modules, first_and_last
+from hookmap.verification.runner import observe, other_weights
+
+
+def causes(run: Context) -> Iterator[Check]:
+    """Change the weights of one branch of one layer, and see which of the layer's points move."""
+    for kind, layer in first_and_last(run.map):
+        for role in ("mixer", "mlp"):
+            expected = _expected(kind, role)
+            weights = other_weights(run.model, branch_modules(kind, role, layer), _shared(kind, role, layer))
+            if expected and weights:
+                yield _cause(run, layer, role, expected, weights)
+
+
+def _cause(run: Context, layer: int, role: str, expected: dict[str, bool], weights: dict[str, Tensor]) -> Check:
+    seen = {point: run.selector[point, layer] for point in expected if (point, layer) in run.values}
+    after, _ = observe(run.model, run.ids, list(seen.values()), weights=weights)
+    moved = {
+        point: relative_error(after[point, layer], run.values[point, layer]) > run.tolerance
+        for point in seen
+        if (point, layer) in after
+    }
+    wrong = [f"{p} {'moved' if has else 'did not move'}" for p, has in moved.items() if has != expected[p]]
+    right = [f"{point} {'moves' if expected[point] else 'stays'}" for point in moved]
+    what = "mixer" if role == "mixer" else "MLP"
+    return Check("cause", (layer,), not wrong, f"other {what} weights in layer {layer}: " + ", ".join(wrong or right))
+
+
+def _shared(kind: BlockKind, role: str, layer: int) -> list[str]:
+    """Modules inside the branch's modules whose weights are not the branch's alone.
+
+    A pre-norm inside the branch's module (Reformer) makes what the branch reads; a module of both branches tells
+    neither from the other.
+    """
+    read = kind.points.get(f"{role}_in")
+    norms = [t.module.replace("{i}", str(layer)) for t in (read.terms if read else ()) if t.side == "output"]
+    return [*norms, *branch_modules(kind, "mlp" if role == "mixer" else "mixer", layer)]
+
+
+def _expected(kind: BlockKind, role: str) -> dict[str, bool]:
+    """Whether each point must move when the weights of a branch change."""
+    other = "mlp" if role == "mixer" else "mixer"
+    if kind.branch_order == "sequential":
+        return _expected_in_turn(kind, role)
+    if kind.branch_order == "parallel":
+        return {"resid_pre": False, f"{other}_out": False, f"{role}_out": True, "resid_post": True}
+    if kind.branch_order in ("mixer_only", "mlp_only"):
+        return {"resid_pre": False, f"{role}_in": False, f"{role}_out": True, "resid_post": True}
+    return {}
+
+
+def _expected_in_turn(kind: BlockKind, role: str) -> dict[str, bool]:
+    if "mlp_in" in kind.points and kind.points["mlp_in"].order < kind.points["resid_mid"].order:
+        moves = ("mixer_out", "resid_mid") if role == "mixer" else ("mlp_out",)  # an MLP before the mixer too
+        return {"resid_pre": False, **dict.fromkeys((*moves, "resid_post"), True)}
+    if role == "mixer":
+        return {"resid_pre": False, "mixer_out": True, "resid_mid": True, "mlp_in": True, "resid_post": True}
+    stay = dict.fromkeys(("resid_pre", "mixer_in", "mixer_out", "resid_mid"), False)
+    return {**stay, "mlp_out": True, "resid_post": True}

@@ -1,0 +1,157 @@
+"""What a check is given: a map, its model, and what one forward pass of the model showed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hookmap.activations import Key
+from hookmap.loading import modules
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.selectors import Selector, select
+from hookmap.maps.templates import BlockKind
+from hookmap.verification.check import Check, relative_error
+from hookmap.verification.runner import BATCH, POSITIONS, Hook, observe
+
+Crossing = tuple[str, Literal["input", "output"], int]
+"""a module, the side on which it was passed, and in which call of the module"""
+
+
+@dataclass(frozen=True)
+class Context:
+    """A map, its model, and the points of one forward pass. Every check is a function of this."""
+
+    map: ArchitectureMap
+    model: nn.Module
+    ids: Tensor
+    """[batch, pos]; [batch * rows, pos] where the model reads several rows of ids for one sequence"""
+    values: Mapping[Key, Tensor]
+    """the points that the pass reached, each [batch, pos, ...]"""
+    tolerance: float = 1e-4
+    selectors: tuple[Selector, ...] = ()
+    """all points of the map on all layers, in the order that the map promises"""
+    output: Any = None
+    crossings: tuple[Crossing, ...] = ()
+    """the boundaries of the modules that the map names, in the order in which they were crossed"""
+    layers_run: tuple[int, ...] = ()
+    """the layers in the order in which they ran, one entry for each time"""
+
+    @cached_property
+    def selector(self) -> dict[Key, Selector]:
+        return {(each.point, each.layer): each for each in self.selectors}
+
+    def layers_with(self, point: str) -> list[int]:
+        """The layers on which the pass reached this point, in order."""
+        return sorted(layer for name, layer in self.values if name == point and layer is not None)
+
+    def pattern(self, layer: int) -> Tensor:
+        """The attention weights, [batch, heads, query, key]: a capture has the queries first."""
+        return self.values["pattern", layer].movedim(2, 1)
+
+    def equal(self, name: str, layers: tuple[int, ...], detail: str, found: Tensor, expected: Tensor) -> Check:
+        """The check that one tensor is another."""
+        error = relative_error(found, expected)
+        return Check(name, layers, error <= self.tolerance, detail, error)
+
+
+def run_once(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Context:
+    """Run the model once on random tokens, and read every point of the map on every layer.
+
+    Raises CaptureError where the map names a tensor that is not there.
+    """
+    selectors = select(found, found.points)
+    ids = _random_ids(found, model, seed)
+    try:
+        return _observed(found, model, ids, selectors)
+    except RuntimeError:  # a model of audio reads several rows of ids for one sequence
+        rows = modules.rows_per_sequence(getattr(model, "config", None))
+        if rows == 1:
+            raise
+        return _observed(found, model, ids.repeat_interleave(rows, 0), selectors)
+
+
+def missing_modules(found: ArchitectureMap, model: nn.Module) -> list[str]:
+    """Paths that the map names and the model does not have."""
+    named = {term.module for selector in select(found, found.points) for term in selector.terms}
+    return sorted(path for path in named if module_at(model, path) is None)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at this path; None where there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def input_embedding(found: ArchitectureMap, model: nn.Module) -> nn.Module | None:
+    """The embedding that the model itself names; where it names none, the one that the map names."""
+    if hasattr(model, "get_input_embeddings"):
+        return model.get_input_embeddings()  # type: ignore[no-any-return,operator]
+    return None if found.embedding_path is None else module_at(model, found.embedding_path)
+
+
+def branch_modules(kind: BlockKind, role: str, layer: int) -> list[str]:
+    """Paths of the modules of a layer's branch; `role`: "mixer" or "mlp"."""
+    branch = kind.mixer if role == "mixer" else kind.mlp
+    return [path.replace("{i}", str(layer)) for path in (branch.modules if branch else ())]
+
+
+def first_and_last(found: ArchitectureMap) -> Iterator[tuple[BlockKind, int]]:
+    """Each kind of block with its first and its last layer."""
+    for kind in found.kinds:
+        for layer in dict.fromkeys((kind.layers[0], kind.layers[-1])):
+            yield kind, layer
+
+
+def _random_ids(found: ArchitectureMap, model: nn.Module, seed: int) -> Tensor:
+    embedding = input_embedding(found, model)
+    vocabulary = found.d_vocab or 2 if embedding is None else len(next(embedding.parameters()))
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(min(5, vocabulary - 1), vocabulary, (BATCH, POSITIONS), generator=generator)
+    return ids.to(modules.device_of(model))
+
+
+def _observed(found: ArchitectureMap, model: nn.Module, ids: Tensor, selectors: tuple[Selector, ...]) -> Context:
+    crossings: list[Crossing] = []
+    layers_run: list[int] = []
+    hooks = [*_layer_hooks(found, model, layers_run), *_crossing_hooks(selectors, crossings)]
+    values, output = observe(model, ids, selectors, hooks, output_hidden_states=True)
+    precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    tolerance = 1e-4 if precise else 4e-2
+    return Context(found, model, ids, values, tolerance, selectors, output, tuple(crossings), tuple(layers_run))
+
+
+def _crossing_hooks(selectors: tuple[Selector, ...], crossings: list[Crossing]) -> Iterator[Hook]:
+    def hook(path: str, side: Literal["input", "output"]) -> Hook:
+        calls = itertools.count()
+        return Hook(path, side, lambda *_: crossings.append((path, side, next(calls))))
+
+    for path in {term.module for selector in selectors for term in selector.terms}:
+        yield hook(path, "input")
+        yield hook(path, "output")
+
+
+def _layer_hooks(found: ArchitectureMap, model: nn.Module, layers_run: list[int]) -> Iterator[Hook]:
+    """One hook for each block's module, which may stand in the list several times: its runs take turns."""
+
+    def hook(path: str, numbers: list[int]) -> Hook:
+        turns = itertools.cycle(numbers)
+        return Hook(path, "input", lambda *_: layers_run.append(next(turns)))
+
+    numbers_of: dict[nn.Module, list[int]] = {}
+    for number in range(found.num_layers):
+        if (block := module_at(model, _block(found, number))) is not None:
+            numbers_of.setdefault(block, []).append(number)
+    for numbers in numbers_of.values():
+        yield hook(_block(found, numbers[0]), numbers)
+
+
+def _block(found: ArchitectureMap, layer: int) -> str:
+    return found.layers_path.replace("{i}", str(layer))
