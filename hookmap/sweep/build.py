@@ -1,6 +1,7 @@
 """The shipped maps: discovered at full size without weights, and verified on a narrow copy, one architecture each.
 
-`build` makes one. A sweep makes or checks many, in parallel and resuming, and says of each model type how it ended.
+`build` makes one map. `sweep` makes or checks many in parallel, goes on where it was stopped, and gives an `Entry` for
+each model type.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from hookmap.errors import DiscoveryError, HookmapError, MapError, MapNotFoundError, ModelError
+from hookmap.errors import DiscoveryError, MapError, MapNotFoundError, ModelError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import load
 
 Status = Literal["SUPPORTED", "UNAVAILABLE", "ERROR", "SILENTLY WRONG"]
 LEDGER = ".sweep.jsonl"
-"""beside the maps: one line for each model type that is done, so that a killed sweep goes on where it was"""
+"""the file in the maps' folder with one line for each finished model type: a killed sweep goes on from it"""
 _SECONDS = 900
+"""the longest that one model type may take"""
 
 
 class _Refuted(DiscoveryError):
@@ -32,7 +35,7 @@ class _Refuted(DiscoveryError):
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of block, in the words of the table."""
+    """One kind of block, as the table shows it."""
 
     name: str
     layers: int
@@ -45,10 +48,10 @@ class Kind:
 
 @dataclass(frozen=True)
 class Entry:
-    """How one model type came out.
+    """The result for one model type.
 
-    SUPPORTED: the map is there, and every point in it is proved. UNAVAILABLE: the blocks could not be read, and the
-    reason says why. ERROR: transformers itself could not build or run it, in its own words. SILENTLY WRONG: discovery
+    SUPPORTED: there is a map, and every point in it is proved. UNAVAILABLE: discovery did not understand the model, and
+    `detail` says why. ERROR: transformers itself could not build or run it, in its own words. SILENTLY WRONG: discovery
     made a map that verification refutes; it is not written.
     """
 
@@ -60,12 +63,12 @@ class Entry:
     model_missing: dict[str, str] = field(default_factory=dict)
     detail: str = ""
     changes: tuple[str, ...] = ()
-    """a check: how the map found now differs from the shipped one"""
+    """how the map found now differs from the shipped one, where the two are compared"""
     seconds: float = 0.0
 
 
 def build(config: Any, model_id: str | None = None) -> ArchitectureMap:
-    """The map of a config, with what verified it. Raises DiscoveryError where a check fails: nothing wrong is kept."""
+    """The map of a config, with the checks that it passed. Raises DiscoveryError where one fails."""
     from hookmap.discovery.discover import discover
     from hookmap.verification.verify import verify
 
@@ -87,7 +90,7 @@ def build(config: Any, model_id: str | None = None) -> ArchitectureMap:
 
 
 def build_models(folder: Path, report: Callable[[str], None] = lambda name: None) -> None:
-    """The maps of well-known models, from the shapes that they were published with, into `folder`."""
+    """Write the maps of well-known models, made from their published shapes, into `folder`."""
     from transformers import CONFIG_MAPPING
 
     from hookmap.sweep.published import PUBLISHED
@@ -95,7 +98,7 @@ def build_models(folder: Path, report: Callable[[str], None] = lambda name: None
     folder.mkdir(parents=True, exist_ok=True)
     for name, (model_type, settings) in PUBLISHED.items():
         found = build(CONFIG_MAPPING[model_type](**settings), model_id=name)
-        # A shape is less than the published config: the map claims no hash.
+        # The shape is only a part of the published config, so the map claims no hash.
         of_shape = found.model_copy(update={"scope": "architecture", "config_hash": None})
         path = folder / f"{name.replace('/', '--')}.json"
         with_earlier_proofs(of_shape, path).save(path)
@@ -103,7 +106,7 @@ def build_models(folder: Path, report: Callable[[str], None] = lambda name: None
 
 
 def with_earlier_proofs(found: ArchitectureMap, path: Path) -> ArchitectureMap:
-    """The map with the versions of transformers that the file at `path` was proved on, where it is the same map."""
+    """The map, proved also on the versions of transformers that the file at `path` names, if that is the same map."""
     from packaging.version import Version
 
     from hookmap.maps.diff import differences
@@ -131,7 +134,7 @@ def _pairs(mapping: Any) -> Iterable[tuple[str, Any]]:
 
 
 def tenth(number: int, types: Iterable[str] | None = None) -> tuple[str, ...]:
-    """Every tenth model type, in the order of their names, from the `number`-th on (0 to 9)."""
+    """Every tenth model type in alphabetical order, from the `number`-th on (0 to 9)."""
     return tuple(sorted(classes() if types is None else types))[number % 10 :: 10]
 
 
@@ -143,12 +146,14 @@ def sweep(
     report: Callable[[Entry], None] = lambda entry: None,
     record: bool = False,
 ) -> list[Entry]:
-    """Build the maps of these model types, each discovered and verified, `jobs` at a time in processes of their own.
+    """Discover and verify the maps of these model types, in `jobs` processes.
 
-    `folder`: where right maps and the ledger are written; None writes nothing. `shipped`: maps to compare with.
-    `record`: a shipped map that is found again gets the version of transformers written into it.
+    `folder`: where right maps and the ledger are written; None writes nothing. `shipped`: the folder of the maps to
+    compare with. `record`: write the version of transformers into each shipped map that is found again. `report` is
+    called with each entry as it is finished.
     """
     entries: list[Entry] = []
+    # Not ProcessPoolExecutor: with a limit of tasks per child it hangs in Python up to 3.14 (python/cpython#115634).
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=12) as pool:
         for entry in pool.imap_unordered(partial(build_type, folder=folder, shipped=shipped, record=record), types):
             entries.append(entry)
@@ -160,7 +165,7 @@ def sweep(
 
 
 def done(folder: Path) -> dict[str, Entry]:
-    """What a sweep into `folder` has finished; the last word on each model type. A line cut short by a kill is none."""
+    """The last entry of each model type that sweeps into `folder` have finished. A line cut short is left out."""
     found: dict[str, Entry] = {}
     path = folder / LEDGER
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -179,37 +184,48 @@ def _entry_of(document: dict[str, Any]) -> Entry:
 
 
 def build_type(model_type: str, folder: Path | None = None, shipped: Path | None = None, record: bool = False) -> Entry:
-    """Build one model type's map, compare it with the shipped one, and write it down if it is right."""
+    """Build one model type's map, compare it with the shipped one, and write it if it is right."""
     begun = time.monotonic()
-    architecture = classes()[model_type]
     try:
         with _at_most(_SECONDS):
             found = _build_alone(model_type)
-    except _Refuted as error:
-        return Entry(model_type, architecture, "SILENTLY WRONG", detail=str(error), seconds=time.monotonic() - begun)
-    except DiscoveryError as error:
-        # Where the model itself raised, that is transformers' word and not discovery's.
-        status: Status = "UNAVAILABLE" if error.__cause__ is None else "ERROR"
-        return Entry(model_type, architecture, status, detail=str(error), seconds=time.monotonic() - begun)
-    except (ModelError, HookmapError, TimeoutError, Exception) as error:
-        said = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
-        return Entry(model_type, architecture, "ERROR", detail=said, seconds=time.monotonic() - begun)
-    changes: tuple[str, ...] = ()
-    if _speaks_for_its_class(model_type):
-        if folder is not None:
-            path = folder / f"{found.architecture}.json"
-            with_earlier_proofs(found, path).save(path)
-        if shipped is not None:
-            changes = _changes(found, shipped)
-        if shipped is not None and record and not changes:
-            path = shipped / f"{found.architecture}.json"
-            proofs = with_earlier_proofs(found, path).proved_on
-            load(path).model_copy(update={"proved_on": proofs}).save(path)
-    return _entry(model_type, found, changes, time.monotonic() - begun)
+    except Exception as error:
+        entry = Entry(model_type, classes()[model_type], _status(error), detail=_said(error))
+    else:
+        is_shipped = _speaks_for_its_class(model_type)
+        entry = _entry(model_type, found, _filed(found, folder, shipped, record) if is_shipped else ())
+    return replace(entry, seconds=round(time.monotonic() - begun, 1))
+
+
+def _status(error: Exception) -> Status:
+    if isinstance(error, _Refuted):
+        return "SILENTLY WRONG"
+    # With a cause, the error is the model's own, raised while it ran, and discovery has no part in it.
+    return "UNAVAILABLE" if isinstance(error, DiscoveryError) and error.__cause__ is None else "ERROR"
+
+
+def _said(error: Exception) -> str:
+    ours = isinstance(error, DiscoveryError | ModelError)
+    return str(error) if ours else f"{type(error).__name__}: {error}"
+
+
+def _filed(found: ArchitectureMap, folder: Path | None, shipped: Path | None, record: bool) -> tuple[str, ...]:
+    """Write the map into `folder`, or its version of transformers into the shipped one: how it differs from that."""
+    if folder is not None:
+        path = folder / f"{found.architecture}.json"
+        with_earlier_proofs(found, path).save(path)
+    if shipped is None:
+        return ()
+    changes = _changes(found, shipped)
+    if record and not changes:
+        path = shipped / f"{found.architecture}.json"
+        proofs = with_earlier_proofs(found, path).proved_on
+        load(path).model_copy(update={"proved_on": proofs}).save(path)
+    return changes
 
 
 def _build_alone(model_type: str) -> ArchitectureMap:
-    """One thread: the sweep has a process for each core. What transformers warns of, of its own classes, is no news."""
+    """Build it in one thread, since a sweep has a process for each core, and without transformers' warnings."""
     import logging
     import warnings
 
@@ -224,23 +240,22 @@ def _build_alone(model_type: str) -> ArchitectureMap:
         return build(config_of(model_type))
 
 
-class _at_most:
-    """Raises TimeoutError in this process after so many seconds; without effect where there is no alarm (Windows)."""
+@contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError after so many seconds. Without effect where the system has no alarm (Windows)."""
 
-    def __init__(self, seconds: int) -> None:
-        self.seconds = seconds
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
 
-    def __enter__(self) -> None:
-        def stop(*_: Any) -> None:
-            raise TimeoutError(f"not done after {self.seconds} s")
-
-        if hasattr(signal, "SIGALRM"):
-            signal.signal(signal.SIGALRM, stop)
-            signal.alarm(self.seconds)
-
-    def __exit__(self, *_: Any) -> None:
-        if hasattr(signal, "SIGALRM"):
-            signal.alarm(0)
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def _speaks_for_its_class(model_type: str) -> bool:
@@ -264,7 +279,7 @@ def _changes(found: ArchitectureMap, shipped: Path) -> tuple[str, ...]:
     return tuple(differences(load(path), found)) if path.exists() else ("there is no shipped map",)
 
 
-def _entry(model_type: str, found: ArchitectureMap, changes: tuple[str, ...], seconds: float) -> Entry:
+def _entry(model_type: str, found: ArchitectureMap, changes: tuple[str, ...]) -> Entry:
     status: Status = "SUPPORTED" if any(kind.points for kind in found.kinds) else "UNAVAILABLE"
     return Entry(
         model_type,
@@ -275,7 +290,6 @@ def _entry(model_type: str, found: ArchitectureMap, changes: tuple[str, ...], se
         model_missing=dict(found.model_unavailable),
         detail=_not_covered(found) if status == "SUPPORTED" else "no point of a block was found",
         changes=changes,
-        seconds=round(seconds, 1),
     )
 
 

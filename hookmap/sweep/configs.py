@@ -1,6 +1,6 @@
-"""What transformers' defaults leave out: settings without which a default config builds no model that runs.
+"""Settings that complete the default configs of transformers which build no model that runs.
 
-Read by `hookmap maps` and the tests alone, never by discovery: a config that a person has is complete.
+Only `hookmap maps` and the tests read them. Discovery does not: a user's config is complete.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Completion:
-    """What is added to a default config, and why it must be."""
+    """The settings added to a default config, and the reason."""
 
     settings: dict[str, Any]
     why: str
     part: str = ""
-    """the part of the config that is the causal language model's, where the whole is another model's"""
+    """the attribute that holds the causal language model's config, where the whole config is another model's"""
 
 
 _HEAD_DIM = "head_dim is None by default, and the rotary embedding needs a number"
@@ -52,8 +52,8 @@ COMPLETIONS: dict[str, Completion] = {
         {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2, "first_k_dense_replace": 1},
         "the numbers of experts are None by default; the values are those of dots.llm1",
     ),
-    # No config builds the two assistants: theirs must share all caches, and Gemma 4's refuses that (5.23.0).
-    # Built, they would read another model's caches, and no token ids.
+    # No config builds the two assistants: their config must share all caches, and Gemma 4's refuses that (5.23.0).
+    # If they were built, they would read another model's caches and no token ids.
     "gemma4_assistant": Completion({"text_config": _ASSISTANT}, "its config asks that all layers share caches"),
     "gemma4_unified_assistant": Completion({"text_config": _ASSISTANT}, "an assistant has no caches of its own"),
     "hunyuan_v1_dense": Completion({"head_dim": 128}, _HEAD_DIM),

@@ -1,7 +1,7 @@
-"""Shapes of well-known models: what their shipped maps are built from. Read by `hookmap maps build --models` alone.
+"""The shapes of well-known models, from which `hookmap maps build --models` builds their shipped maps.
 
-Written down by hand, and only what decides structure and size: a map made from it claims the hash of no config, and
-`hookmap discover` on the model itself, which reads the published config, has the last word.
+They are written by hand and hold only what decides structure and size. So a map made from one claims no config's hash,
+and where `hookmap discover`, which reads the published config, finds another map, that one is right.
 """
 
 from __future__ import annotations
@@ -57,4 +57,4 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "allenai/OLMo-2-1124-7B": ("olmo2", _OLMO2_7B),
     "deepseek-ai/DeepSeek-V3": ("deepseek_v3", {}),
 }
-"""hub id -> model type, and what differs from that type's defaults"""
+"""hub id -> model type, and the settings that differ from that type's defaults"""

@@ -1,4 +1,4 @@
-"""The table of a sweep, in Markdown: one row for each class. Pure: entries in, text out."""
+"""The entries of a sweep as a Markdown table, one row for each class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ is shipped.
 | class | model types | status | kinds of block (layers): order, norms | not there, and why |
 | --- | --- | --- | --- | --- |
 """
-# Said by every block that has no such thing: no news in a table.
+# Reasons that most blocks give: they would fill the table.
 _OBVIOUS = (
     "this block has no",
     "no norm stands on the stream",
@@ -41,7 +41,7 @@ def counts(entries: Iterable[Entry]) -> str:
 
 
 def by_class(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """One entry for each class: of several model types, the worst."""
+    """One entry for each class: that of its model type with the worst status."""
     order = list(get_args(Status))
     found: dict[str, Entry] = {}
     for entry in entries:
@@ -52,7 +52,7 @@ def by_class(entries: Iterable[Entry]) -> dict[str, Entry]:
 
 
 def markdown(entries: Sequence[Entry]) -> str:
-    """The whole page."""
+    """The whole page of the documentation."""
     from importlib.metadata import version
 
     types: dict[str, list[str]] = {}
