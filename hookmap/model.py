@@ -1,4 +1,4 @@
-"""`hookmap.open`: a model, its tokenizer and its map, held against each other; one copy of the weights."""
+"""`hookmap.open`: a model with its tokenizer and its map, checked against each other; one copy of the weights."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -25,34 +25,36 @@ from hookmap.maps.document import ArchitectureMap
 
 
 class HookedModel(Hooked):
-    """A causal language model that can be captured from. Made by `hookmap.open`."""
+    """A causal language model to capture from and analyse. Made by `hookmap.open`."""
 
     def sweep(self, clean: Any, corrupted: Any, target: Any, against: Any = None, **options: Any) -> Sweep:
-        """How far each layer and position of the clean prompt's run brings back its answer in the corrupted one's.
+        """Patch each layer and position of the clean run into the corrupted one, and measure the clean answer.
 
-        target, against: the next tokens of both, as text or ids. options: point="resid_pre", layers, positions, as in
-        capture; batch_size, patches that run together; chat and its like; progress. See
+        target, against: the next tokens of the two prompts, as text or ids. options: point="resid_pre", layers and
+        positions, as in capture; batch_size, patches that run together; the chat options of capture; progress. See
         `hookmap.analysis.patching.sweep`.
         """
         return sweep(self, clean, corrupted, target, against, **options)
 
     def lens(self, source: Any, point: str = "resid_post", layers: Layers = "all", **options: Any) -> Lens:
-        """What the model would say at each layer: the stream through its final norm and unembedding.
+        """The logit lens: the residual stream at each layer, through the final norm and the unembedding.
 
-        source: one prompt, or a capture or store that holds the point; then sample= says which sample of it.
+        source: one prompt, or a capture or store that holds the point; sample= then chooses a sample of it.
         point: of the stream (resid_pre, resid_mid, resid_post) or a branch (mixer_out, mlp_out). layers: as in capture.
         options: top=5 likeliest tokens to keep; positions="all", as in capture; target=, a token's text or id, whose
-        probability and rank are told (the model's own prediction unless given); chat and its like, as in capture.
-        Raises SelectionError with the reason where the model's logits cannot be read off its stream.
+        probability and rank are told (the model's own prediction unless given); the chat options of capture.
+        Raises SelectionError with the reason where the model's logits cannot be computed from its residual stream.
         """
         return lens(self, source, point, layers, **options)
 
     def attribute(self, prompt: Any, target: Any = None, against: Any = None, **options: Any) -> Attribution:
-        """How much each branch of each layer adds to a logit, or to the difference of two. Its parts sum to the logit.
+        """Direct logit attribution: what each branch of each layer adds to a logit, or to a difference of two.
+
+        The parts sum to the logit.
 
         target, against: tokens, as text or ids; target is the model's own prediction unless given.
-        options: positions="last", as in capture; heads=True splits attention into its heads; chat and its like.
-        Raises SelectionError with the reason where the stream is no plain sum of branches.
+        options: positions="last" and the chat options, as in capture; heads=True splits attention into its heads.
+        Raises SelectionError with the reason where the residual stream is not a plain sum of branches.
         """
         return attribute(self, prompt, target, against, **options)
 
@@ -64,11 +66,11 @@ class HookedModel(Hooked):
         layers: Layers = "all",
         **options: Any,
     ) -> SteeringVector:
-        """For each layer, a direction from what the model has after `negative` to what it has after `positive`.
+        """For each layer, the direction from the activations of `negative` to those of `positive`.
 
         positive, negative: prompts, paired in order. options: method="mean_difference" or "pca"; positions="last", as
-        in capture, several are averaged; chat and its like, batch_size, batch_tokens.
-        Raises SelectionError where the pairs do not match, or have no direction.
+        in capture, several are averaged; the chat options of capture, batch_size, batch_tokens.
+        Raises SelectionError where the prompts do not pair up, or their activations do not differ.
         """
         return make_vector(self, positive, negative, point, layers, **options)
 
@@ -88,9 +90,9 @@ def open(
 
     x: a hub id, a local folder, a loaded torch module, or an nnsight model (its module and its stored edits are used).
     tokenizer: a tokenizer, or where to load it from; x's own where x has one, and needed for prompts that are text.
-    map: a map, a map file or an architecture's name; where none is given, what discovery finds on the loaded model.
+    map: a map, a map file or an architecture's name; unless given, discovery makes one of the loaded model.
     dtype: "auto" is the checkpoint's own. device: None is a GPU where there is one; both are for hub ids and folders.
-    config: fields set over those of its config.json, {"sliding_window": 64}; also for hub ids and folders.
+    config: fields that replace those of its config.json, {"sliding_window": 64}; for hub ids and folders.
     Raises ModelError, TokenizerError, DiscoveryError, and MapMismatchError where the given map contradicts the model.
     """
     given = given_map(map)
@@ -100,9 +102,7 @@ def open(
         tokenizer = load_tokenizer(os.fspath(tokenizer), **loads)
     if isinstance(x, str | os.PathLike):
         source = os.fspath(x)
-        with_fields(
-            configs.load_config(source, **loads), config
-        )  # small: what is wrong is said before weights are loaded
+        with_fields(configs.load_config(source, **loads), config)  # raises before weights are loaded
         if tokenizer is None:
             tokenizer, why_none = _tokenizer_or_reason(source, loads)
         module = load_model(source, dtype=dtype, device=device, config=config, **loads)
@@ -116,7 +116,7 @@ def open(
     name = os.fspath(x) if isinstance(x, str | os.PathLike) else architecture_map.model_id
     nnsight_model = None if isinstance(x, str | os.PathLike | nn.Module) else x
     opened = HookedModel(module, tokenizer, architecture_map, name, why_none, nnsight_model)
-    if not read:  # whether a layer runs again is seen at the end of a pass alone
+    if not read:  # only a whole pass shows whether a layer runs again
         opened.hooks.ends_early = False
     return opened
 
@@ -128,7 +128,7 @@ def _module_of(x: Any) -> nn.Module:
     inner = getattr(x, "_module", None)
     if isinstance(inner, nn.Module) and type(x).__module__.startswith("nnsight"):
         if any(p.is_meta for p in inner.parameters()) and hasattr(x, "dispatch"):
-            x.dispatch()  # nnsight loads the weights at the first run
+            x.dispatch()  # nnsight loads the weights only at the first run
         module: nn.Module = x._module
         return module
     raise ModelError(
@@ -137,7 +137,7 @@ def _module_of(x: Any) -> nn.Module:
 
 
 def _tokenizer_or_reason(source: str, loads: dict[str, Any]) -> tuple[Any, str]:
-    """Without a tokenizer token ids can still be captured: text is refused when it comes, with the reason."""
+    """The tokenizer, or None and the reason, which is raised once a prompt is text: token ids need no tokenizer."""
     try:
         return load_tokenizer(source, **loads), NO_TOKENIZER
     except TokenizerError as error:

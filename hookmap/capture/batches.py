@@ -21,12 +21,12 @@ from hookmap.loading.sampling import OwnDraws, own_generator
 from hookmap.loading.stopping import Finished
 
 WINDOW = 4096
-"""prompts that a harvest sorts by length at a time, so that it is no more than these out of order"""
+"""prompts that a harvest sorts by length at a time, which bounds how far it leaves their order"""
 
 
 @dataclass
 class Generating(Run):
-    """A batch is one `generate`: text, tokens and every tensor come out of the same forward passes."""
+    """A batch is one call of `generate`: texts, tokens and tensors come from the same forward passes."""
 
     config: GenerationConfig = field(default_factory=GenerationConfig)
     stop: tuple[str, ...] = ()
@@ -91,9 +91,9 @@ class Generating(Run):
         try:
             with draws.expected(self.engine.module) if draws else contextlib.nullcontext():
                 return self.engine.generate(observer, inputs, editor)
-        except ValueError as error:  # settings that transformers looks at only now, such as temperature=0
+        except ValueError as error:  # settings that transformers checks only now, such as temperature=0
             said = f"transformers does not generate with these settings: {error}"
-            if " Cache " in said:  # such as that of a model without attention
+            if " Cache " in said:  # a model without attention, for example
                 said += " Its cache is what fails here: use_cache=False generates without one."
             raise CaptureError(said) from error
         except IndexError as error:
@@ -131,7 +131,7 @@ class Harvesting(Run):
 
 
 def padded(rows: Sequence[Sequence[int]], layout: BatchLayout, pad: int, device: torch.device) -> dict[str, Any]:
-    """`input_ids` and `attention_mask`, [batch, width], of these token ids."""
+    """`input_ids` and `attention_mask`, [batch, width], for these token ids."""
     ids = torch.full((len(rows), layout.width), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(rows):
@@ -142,7 +142,7 @@ def padded(rows: Sequence[Sequence[int]], layout: BatchLayout, pad: int, device:
 
 
 def generating(root: Any, inputs: dict[str, Any], config: GenerationConfig, tokenizer: Any) -> dict[str, Any]:
-    """What `generate` is given for these inputs: transformers refuses what the model does not use."""
+    """Arguments of `generate` for these inputs. transformers refuses arguments that the model does not use."""
     used = {name for each in (root.prepare_inputs_for_generation, root.forward) for name in signature(each).parameters}
     given = {name: value for name, value in inputs.items() if name == "input_ids" or name in used}
     if config.stop_strings:
@@ -151,13 +151,13 @@ def generating(root: Any, inputs: dict[str, Any], config: GenerationConfig, toke
 
 
 def without_loss(root: Any) -> dict[str, bool]:
-    """A config may ask for the loss of the routers, which counts pads in no way that works; a capture reads none."""
+    """Switch off the loss of the routers, which some configs ask for: it counts pads as tokens, and is not captured."""
     configs = (root.config, root.config.get_text_config())
     return {"output_router_logits": False} if any(getattr(c, "output_router_logits", False) for c in configs) else {}
 
 
 def generation_batches(lengths: Sequence[int], size: int, may_pad: bool = True) -> Iterator[tuple[int, ...]]:
-    """Numbers of the prompts that run together: neighbours; of one length, where the model may not be padded."""
+    """Indices of the prompts that run together: neighbours, and where may_pad is False of one length."""
     groups: dict[int, list[int]] = {}
     for number, length in enumerate(lengths):
         groups.setdefault(0 if may_pad else length, []).append(number)
@@ -169,9 +169,9 @@ def generation_batches(lengths: Sequence[int], size: int, may_pad: bool = True) 
 def harvest_batches(
     lengths: Sequence[int], tokens: int, size: int | None = None, may_pad: bool = True
 ) -> Iterator[tuple[int, ...]]:
-    """Numbers of the texts that run together: of about one length, `tokens` at most with their pads.
+    """Indices of the texts that run together: of about one length, with at most `tokens` tokens, pads included.
 
-    A text that is longer than `tokens` runs alone. `size`: texts at most. may_pad: else they are of exactly one length.
+    A text longer than `tokens` runs alone. `size`: the most texts of a batch. may_pad=False: all are of one length.
     """
     for start in range(0, len(lengths), WINDOW):
         batch: list[int] = []
@@ -186,13 +186,13 @@ def harvest_batches(
 
 
 Batches = tuple[tuple[tuple[int, ...], ...], str | None]
-"""numbers of the prompts that run together; why those of different lengths run apart, where they do"""
+"""indices of the prompts of each batch; why prompts of different lengths do not share one, None where they do"""
 
 
 def batches(
     lengths: Sequence[int], make: Callable[[bool], Iterator[tuple[int, ...]]], why_apart: Callable[[], str | None]
 ) -> Batches:
-    """`make`: the batches, padded or not. `why_apart`: asked only where a batch would have pads."""
+    """Choose batches with or without pads. `make`: makes them; `why_apart`: called only where one would have pads."""
     padded = tuple(make(True))
     if all(len({lengths[number] for number in batch}) == 1 for batch in padded):
         return padded, None

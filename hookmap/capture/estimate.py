@@ -1,4 +1,4 @@
-"""How large a capture gets, before it begins, and whether there is room for it."""
+"""Estimate the size of a capture before it runs, and check that there is room for it."""
 
 import os
 import shutil
@@ -19,12 +19,12 @@ from hookmap.wording import counted
 
 _SMALLER = "choose fewer points or layers, positions=, every=, mean=, features=, keep_dtype=, or fewer new tokens"
 STREAMING_BYTES = 160 * 2**20
-"""what a run that streams to a folder holds at most besides the model: blocks, two shards, the queue of the writer"""
+"""upper bound of what a streaming run holds besides the model: blocks, two shards, the queue of the writer"""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """How large a capture gets at most: an earlier end of sequence makes it smaller."""
+    """The largest size a capture can have. It is smaller where a sequence ends before max_new_tokens."""
 
     samples: int
     rows: int
@@ -33,7 +33,7 @@ class Estimate:
     bytes: int
     forward_passes: int
     largest: int = 0
-    """bytes of the largest tensor that one forward pass brings, or computes for it"""
+    """bytes of the largest tensor of one forward pass, captured or computed for the capture"""
 
     def __str__(self) -> str:
         samples = counted(self.samples, "sample")
@@ -41,12 +41,12 @@ class Estimate:
         return f"{samples}, {tensors} of up to {self.rows} rows, up to {in_words(self.bytes)}"
 
     def twice(self) -> "Estimate":
-        """With the same rows as they were before interventions."""
+        """The size with the rows before the interventions stored too."""
         return replace(self, tensors=2 * self.tensors, bytes=2 * self.bytes, largest=2 * self.largest)
 
     def held(self, streaming: bool) -> int:
-        """Bytes of memory that the rows take at most while the run lasts."""
-        # The rows of a long prompt come at once, and a copy of them waits for the writer.
+        """Upper bound of the bytes of memory that the rows take during the run."""
+        # One forward pass yields all rows of a prompt, and a copy of them waits for the writer.
         if streaming:
             return max(min(self.bytes, STREAMING_BYTES + 2 * self.largest), self.largest)
         return max(self.bytes, self.largest)
@@ -63,10 +63,10 @@ def estimate(
     selection: RowSelection | None = None,
     every_logit: bool = False,
 ) -> Estimate:
-    """Pure. `lengths`: tokens of each prompt; `itemsize`: bytes of one number in the model's dtype.
+    """The size of a capture. `lengths`: tokens of each prompt; `itemsize`: bytes of one number of the model's dtype.
 
-    `batches`: numbers of the prompts that run together. `d_mlp`: width of `mlp_post`, which no map knows.
-    `every_logit`: the model computes the logits of all tokens, whatever is kept of them.
+    `batches`: indices of the prompts that run together. `d_mlp`: width of `mlp_post`, which maps do not have.
+    `every_logit`: whether the model computes the logits of all tokens, even where few are stored.
     """
     selection = selection or RowSelection()
     selection.refuse(selector.point for selector in selectors)
@@ -86,7 +86,7 @@ def estimate(
 def check_room(expected: Estimate, store: "str | os.PathLike[str] | None", resume: bool = False) -> None:
     """Raises CaptureError where the rows do not fit into memory, StoreError where they do not fit on the disk.
 
-    `resume`: what is in the folder already needs no room again.
+    `resume`: bytes that the folder holds already are not counted again.
     """
     needs, free = expected.held(store is not None), available()
     if needs > free:
@@ -117,7 +117,7 @@ def in_words(size: float) -> str:
 
 
 def _rows(selection: RowSelection, prompt: int, tokens: int) -> int:
-    """Rows of one sample, at most."""
+    """Upper bound of the rows of one sample."""
     if selection.everything:
         return tokens
     if selection.one_row:
@@ -129,7 +129,7 @@ def _rows(selection: RowSelection, prompt: int, tokens: int) -> int:
 
 
 def _itemsize(selector: Selector, selection: RowSelection, itemsize: int) -> int:
-    """Bytes of one number of a point, at most. Routers compute in float32 in many models."""
+    """Upper bound of the bytes of one number of a point. Routers of many models compute in float32."""
     name = PointName.of(selector.point).base
     if name in NUMBERS:
         return torch.int64.itemsize
@@ -159,6 +159,6 @@ def _width(
 
 
 def _chosen(selection: RowSelection, width: int) -> int:
-    """Features kept of a row of so many. Raises SelectionError where it has not so many."""
+    """How many of the `width` features are stored. Raises SelectionError where more are asked for."""
     columns = selection.columns(width)
     return width if columns is None else len(columns)

@@ -1,4 +1,4 @@
-"""A stream that is not finite is named before anything is computed of it: where first, and what helps."""
+"""Refuse to compute from values that are not finite: say where they first appear, and what helps."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from hookmap.stores.ledger import tensor_name
 
 
 class Opened(Protocol):
-    """What is run again of an opened model."""
+    """What an opened model needs to run a prompt again."""
 
     @property
     def map(self) -> ArchitectureMap: ...
@@ -28,16 +28,16 @@ class Opened(Protocol):
 
 
 def why_not_finite(engine: Engine, architecture_map: ArchitectureMap, ids: Sequence[int]) -> str | None:
-    """Where the stream of a prompt is not finite first, and what helps; None where it is finite.
+    """Where the residual stream of a prompt is first not finite, and what helps; None where all of it is finite.
 
-    Runs the prompt once more. For callers whose turn it is to run the model.
+    Runs the prompt once more. The caller holds the lock of the model.
     """
     first = _first(engine, architecture_map, ids)
     return None if first is None else in_words(*first, engine.module)
 
 
 def not_finite(hm: Opened, ids: Sequence[int], what: str) -> CaptureError:
-    """The error for `what`, which would be computed of the stream of this prompt."""
+    """The error to raise instead of computing `what` from the residual stream of this prompt."""
     with running(hm.hooks):
         found = why_not_finite(hm.hooks, hm.map, ids)
     return CaptureError(f"no {what}: {found or 'its numbers are not finite, and in a second run they were'}.")
@@ -46,7 +46,7 @@ def not_finite(hm: Opened, ids: Sequence[int], what: str) -> CaptureError:
 def check_rows(
     rows: torch.Tensor, run: Any, sample: Sample, key: Key, positions: Sequence[int | None], what: str
 ) -> None:
-    """`rows` of a capture or store, of these positions. Raises CaptureError where they are not finite."""
+    """Raises CaptureError where `rows` of a capture or store, at these positions, are not finite."""
     bad = ~rows.flatten(1).isfinite().all(1)
     if not bool(bad.any()):
         return
@@ -59,7 +59,7 @@ def check_rows(
 
 
 def kept_in(run: Any) -> str:
-    """What helps against rows of a capture or store that are not finite."""
+    """Advice for rows of a capture or store that are not finite."""
     settings = getattr(getattr(run, "manifest", None), "settings", {})
     if (dtype := settings.get("kept", {}).get("dtype")) is not None:
         return f"Its rows were kept in {dtype}: capture again with keep_dtype of a wider range, such as bfloat16."
@@ -69,7 +69,7 @@ def kept_in(run: Any) -> str:
 def _first(
     engine: Engine, architecture_map: ArchitectureMap, ids: Sequence[int]
 ) -> tuple[str, int, torch.dtype] | None:
-    """The first tensor of the stream with a row that is not finite, in forward order: name, position, dtype."""
+    """The first tensor of the residual stream, in forward order, that is not finite: name, position, dtype."""
     selectors = select(architecture_map, [name for name in architecture_map.points if is_stream(name)], "all")
     found: dict[Key, tuple[str, int, torch.dtype]] = {}
 

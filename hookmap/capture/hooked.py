@@ -1,4 +1,4 @@
-"""A model that can be captured from: its module, tokenizer and map, and what a run of it needs."""
+"""A model to capture from: its module, tokenizer, map and engines."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -45,20 +45,20 @@ from hookmap.maps.selectors import Selector
 
 
 class Hooked:
-    """What captures and analyses need of a model. `hookmap.open` makes the `HookedModel` that adds the analyses."""
+    """A model as captures and analyses need it. `HookedModel`, which `hookmap.open` returns, adds the analyses."""
 
     map: ArchitectureMap
     """where each point is in this model"""
     model: nn.Module
     """the module itself: no copy, no hooks on it"""
     tokenizer: Any
-    """its tokenizer, or None where none was given with a module"""
+    """the tokenizer; None where a module was opened without one"""
     root: nn.Module
-    """the transformers model: the module, or the one inside its wrappers (PEFT), whose `generate` runs around it"""
+    """the transformers model: the module, or the one inside its wrappers (PEFT)"""
     hooks: HooksEngine
-    """the engine of plain hooks"""
+    """the engine that uses plain hooks"""
     has_weights = True
-    """whether the weights are here"""
+    """whether the weights are on this machine"""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Hooked:
         why_no_tokenizer: str = NO_TOKENIZER,
         nnsight_model: Any = None,
     ) -> None:
-        """For callers there is `hookmap.open`, which also holds the map against the model. `name`: hub id or path."""
+        """Use `hookmap.open`, which also checks the map against the model. `name`: hub id or path."""
         self.map = architecture_map
         self._why_no_tokenizer = why_no_tokenizer
         self.name = name
@@ -141,10 +141,10 @@ class Hooked:
         max_new_tokens: int = 64,
         **options: Any,
     ) -> Capture:
-        """Generate from `prompts` with interventions, and keep what `capture` names: {"points": …, "layers": …, …}.
+        """Generate from `prompts` with interventions, and store what `capture` names: {"points": …, "layers": …, …}.
 
-        Without a `capture` the run has texts and tokens only. `capture` takes what says which rows are kept, `options`
-        everything else that `Hooked.capture` takes, which see.
+        Without `capture` the result has texts and tokens only. `capture` holds the arguments of `Hooked.capture` that
+        select rows, `options` all its other arguments.
         """
         if not isinstance(capture, Mapping | None):
             raise CaptureError(f'capture: expected what it keeps, {{"points": …, "layers": …}}, got {capture!r:.80}.')
@@ -152,27 +152,27 @@ class Hooked:
         return self.capture(prompts, max_new_tokens=max_new_tokens, interventions=interventions, **chosen, **options)
 
     def matching(self, chosen: RowSelection) -> frozenset[int]:
-        """The token ids that positions="text=…" means. Raises SelectionError."""
+        """The token ids that positions="text=…" selects. Raises SelectionError."""
         return matching_tokens(chosen, self.tokenizer, self.vocabulary)
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids the model can be fed."""
+        """The size of the model's vocabulary."""
         return vocabulary_of(self.hooks)
 
     @cached_property
     def pads(self) -> Pads:
-        """What was shown about padding this model's batches: captures ask it where prompts differ in length."""
+        """Whether padding changes this model's rows: tested when a capture has prompts of different lengths."""
         return Pads(self.hooks, self.map, self.tokenizer)
 
     @property
     def why_no_pads(self) -> str | None:
-        """Why prompts of different lengths must not share a generation; None where it was shown that they may."""
+        """Why prompts of different lengths must not share a batch of a generation; None where they may."""
         return self.pads.why_not(harvest=False)
 
     @cached_property
     def proofs(self) -> Proofs:
-        """What was shown about writing the points of this model."""
+        """Proofs that writes to this model's points have their effect."""
         return Proofs(self.hooks, self.map)
 
     @takes(EstimateOptions)
@@ -212,7 +212,7 @@ class Hooked:
         return plan(self, found, request.prompts, request.max_new_tokens, request.templating) if found else None
 
     def _batches(self, request: Request, why_no_pads: str | None = None) -> Batches:
-        """The batches of a run. `why_no_pads`: what of the run itself forbids pads."""
+        """The batches of a run. `why_no_pads`: why the run itself must not have pads."""
 
         def why() -> str | None:
             return why_no_pads or self._why_apart(request)
@@ -242,12 +242,12 @@ class Hooked:
         )
 
     def engine(self, name: EngineName = "auto") -> tuple[str, str]:
-        """Which engine a capture takes, and why."""
+        """The engine that a capture uses, and why."""
         engine, why = self._engine_of(name)
         return engine.name, why
 
     def _engine_of(self, name: str) -> tuple[Engine, str]:
-        """The engine that runs, and why that one. Raises CaptureError for a name that is none."""
+        """The engine that runs, and why. Raises CaptureError for an unknown name."""
         if name not in ("auto", "hooks", "nnsight"):
             raise CaptureError(f"engine: expected auto, hooks or nnsight, got {name!r}.")
         why = "as asked"
@@ -262,7 +262,7 @@ class Hooked:
         return self._nnsight, why
 
     def _d_mlp(self, selector: Selector) -> int:
-        """What a down projection reads: its weights are [d_mlp, d_model], or the other way round."""
+        """The input width of a down projection, whose weights are [d_mlp, d_model] or transposed."""
         parameters = self.model.get_submodule(selector.module).parameters()
         return max((p.numel() for p in parameters), default=0) // self.map.d_model
 
@@ -275,7 +275,7 @@ class Hooked:
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[Prompt, ...]:
-        """Prompts as the model reads them when nothing is generated; see `capture`. Raises TokenizerError."""
+        """Encode prompts as a harvest reads them; see `capture`. Raises TokenizerError."""
         how = Templating(chat, add_generation_prompt, continue_final_message, chat_template_kwargs)
         return self._encode(prompts, how)
 

@@ -1,4 +1,4 @@
-"""Rows that became infinite because they are kept in a dtype of a smaller range. Pure."""
+"""Rows that became infinite because keep_dtype has a smaller range than the model's dtype. Pure."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,19 +16,19 @@ RowNumber = tuple[int, int]
 
 @dataclass(frozen=True)
 class Overflow:
-    """What of one tensor was lost."""
+    """The rows of one tensor that overflowed."""
 
     point: str
     layer: int | None
     rows: int
     sample: int
-    """of the first of them"""
+    """sample of the first of them"""
     position: int | None
-    """None of a mean"""
+    """position of the first of them; None for a mean"""
 
     @property
     def name(self) -> str:
-        """Of the tensor, as a manifest has it: `resid_post.8`."""
+        """Name of the tensor in a manifest: `resid_post.8`."""
         return self.point if self.layer is None else f"{self.point}.{self.layer}"
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class Overflow:
 
 
 def in_words(lost: Sequence[Overflow], dtype: torch.dtype) -> str:
-    """What was lost, where first, and what helps."""
+    """What overflowed, where it did first, and what helps."""
     named = "; ".join(map(str, lost[:_SHOWN])) + (f"; and {more} more tensors" if (more := len(lost[_SHOWN:])) else "")
     name = str(dtype).removeprefix("torch.")
     wider = "bfloat16, which has float32's range" if dtype == torch.float16 else "float32"

@@ -1,7 +1,8 @@
-"""May prompts of different lengths share a batch? Shown on the model itself: a padded row says what it says alone.
+"""Test on the model whether prompts of different lengths may share a batch: padding must not change their rows.
 
-Two random prompts run alone and beside a longer one, as a capture runs them, and the stream that the logits are read
-from is compared. Rounding is told from a fault by computing both in float64, where rounding is some 1e-15.
+Two random prompts run alone and in one batch with a longer one, as a capture runs them, and the tensor that the logits
+are computed from is compared. Where they differ, both run in float64, whose rounding is about 1e-15: a difference that
+remains is a fault, not rounding.
 """
 
 import re
@@ -30,28 +31,28 @@ from hookmap.maps.selectors import select
 from hookmap.stores.memory import MemoryStore
 
 _LENGTHS = (3, 40)
-"""tokens of the prompts that get pads"""
+"""tokens of the prompts that are padded"""
 _LONGEST = 150
-"""of the one beside them; it reaches behind the chunks that some mixers compute in, where they are not longer than"""
+"""tokens of the prompt that runs with them, unless a mixer computes in longer chunks, of up to _LONGEST_CHUNK"""
 _LONGEST_CHUNK = 512
 _CHUNK = re.compile(r"chunk_?(size|length)|block_?size|window")
 _SPECIAL = re.compile(r"token_(id|index)s?$")
 _STEPS = 3
 _SAME = 1e-5
-"""distance of rows, over their own size, that needs no second look: rounding in float32"""
+"""relative distance of rows that is accepted without a run in float64: rounding in float32"""
 _SAME_IN_FLOAT64 = 1e-7
 _NOISE = 8
-"""how often the distance that rounding makes anyway is still rounding"""
+"""a distance of up to so many times the measured rounding is taken for rounding"""
 
 Rows = Sequence[torch.Tensor]
 """of each prompt, [pos, d_model]"""
 
 
 class Pads:
-    """What was shown about padding the batches of one opened model, once it is asked for."""
+    """Results of the padding tests of one opened model, each run when first asked for."""
 
     def __init__(self, engine: Engine, architecture_map: ArchitectureMap, tokenizer: Any, forces: bool = True) -> None:
-        """`forces`: whether a run can be told which tokens to generate; else none behind the prompts are tried."""
+        """`forces`: whether a run can be made to generate given tokens; otherwise only the prompts are compared."""
         self._engine, self._map, self._tokenizer, self._forces = engine, architecture_map, tokenizer, forces
         self._found: dict[tuple[bool, bool], str | None] = {}
         self._lock = threading.Lock()
@@ -59,8 +60,8 @@ class Pads:
     def why_not(self, *, harvest: bool, pattern: bool = False) -> str | None:
         """Why prompts of different lengths must not share a batch; None where it was shown that they may.
 
-        Of a generation, padded on the left, or of a harvest, padded behind. pattern: of a run that keeps attention
-        weights, for which the model computes its attention in another way. Runs a few tokens when first asked.
+        A generation is padded on the left, a harvest on the right. pattern: whether the run captures attention weights,
+        which needs the eager attention implementation. The first call of each kind runs a few tokens.
         """
         with self._lock:
             if (harvest, pattern) not in self._found:
@@ -73,15 +74,15 @@ class Pads:
         try:
             with lock_of(self._engine.module).exclusive(), running(self._engine, pattern):
                 return _Trial(self._engine, self._map, self._tokenizer, harvest, self._forces).fault()
-        except Exception as error:  # a model's own code raises what it likes
+        except Exception as error:  # the model's own code may raise anything
             said = " ".join(str(error).split())[:120]
             return f"a padded batch could not be tried ({type(error).__name__}: {said})"
 
 
 def whole_batch_limit(config: Any) -> int | None:
-    """How long a sequence may get before it changes those beside it, pads or not; None: as long as it likes.
+    """The sequence length beyond which a row changes the other rows of its batch; None where no length does.
 
-    Some rotary embeddings change their frequencies for a whole batch, once one of its rows is long.
+    Some rotary embeddings change their frequencies for the whole batch when one row is long.
     """
     text = config.get_text_config()
     found = getattr(text, "rope_parameters", None) or {}
@@ -97,7 +98,7 @@ def whole_batch_limit(config: Any) -> int | None:
 
 
 class _Trial:
-    """Short prompts alone, and the same ones beside a longer one."""
+    """Compares short prompts that run alone with the same prompts in a batch with a longer one."""
 
     def __init__(
         self, engine: Engine, architecture_map: ArchitectureMap, tokenizer: Any, harvest: bool, forces: bool = True
@@ -108,7 +109,7 @@ class _Trial:
         *self._short, self._long = _prompts(engine)
 
     def fault(self) -> str | None:
-        """What is wrong with pads, in words."""
+        """How padding changes the rows, in words; None where it does not."""
         with _Widths() as chosen:
             alone = self._alone()
         if {len(prompt.token_ids) for prompt in self._short} <= chosen.widths:
@@ -119,7 +120,7 @@ class _Trial:
         try:
             with in_float64(self._engine.root):
                 exact, exact_beside = self._alone(), self._beside()
-        except Exception:  # an operation that has no float64: a batch without pads says what rounding does
+        except Exception:  # an operation has no float64: measure the rounding by a batch without pads
             return _beyond(_distance(beside, alone), _distance(self._twins(), alone), alone[0].dtype)
         seen = _distance(exact_beside, exact)
         if not seen <= _SAME_IN_FLOAT64:
@@ -142,7 +143,7 @@ class _Trial:
         store, run = MemoryStore([key]), self._run(prompts)
         device = device_of(self._engine)
         cuda = range(torch.cuda.device_count()) if device.type == "cuda" else ()
-        # Some models draw while they compute, and keep what they computed last.
+        # Some models draw random numbers in forward, and hold state from their last run.
         with as_it_was(self._engine.module), torch.random.fork_rng(devices=list(cuda)):
             torch.manual_seed(0)
             for group in groups:
@@ -181,7 +182,7 @@ class _Widths(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does
 
 
 class _Forced(Generating):
-    """Generates the same tokens in every batch, whatever the model would say: a tie does not part two runs."""
+    """Generates the same tokens in every batch, so that a near tie of two logits cannot make two runs differ."""
 
     def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: Finished) -> dict[str, Any]:
         tokens = [prompt.token_ids[0] for prompt in prompts]
@@ -199,7 +200,7 @@ class _Only(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not
 
 
 def _prompts(engine: Engine) -> list[Prompt]:
-    """Random tokens, no special ones: two short prompts and a long one."""
+    """Two short prompts and a long one, of random tokens without special ones."""
     config: Any = engine.root.config
     settings = list(_settings(config.to_dict()))
     chunks = [n for name, n in settings if _CHUNK.search(name) and n <= _LONGEST_CHUNK]
@@ -214,7 +215,7 @@ def _prompts(engine: Engine) -> list[Prompt]:
 
 
 def _settings(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """Every whole number of a config, and what it is called."""
+    """Name and value of every integer in a config."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _settings(item, str(key))
@@ -226,7 +227,7 @@ def _settings(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
 
 
 def _distance(found: Rows, expected: Rows) -> float:
-    """The largest relative distance of a row, each feature over its own size: a few are far larger than the others."""
+    """The largest relative distance of a row. Each feature is scaled by its own size: a few features are far larger."""
     a, b = (torch.cat([rows.flatten(1) for rows in each]).double() for each in (found, expected))
     size = b.square().mean(0).sqrt().clamp_min(1e-30)
     return float((((a - b) / size).norm(dim=-1) / (b / size).norm(dim=-1).clamp_min(1e-30)).max())

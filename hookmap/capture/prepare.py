@@ -51,7 +51,7 @@ class Prepared:
     """why prompts of different lengths do not share batches; None where they do"""
 
     def capture(self, store: str | os.PathLike[str] | None, resume: bool) -> Capture:
-        """Run every batch, into memory or a folder. Raises what `Hooked.capture` does."""
+        """Run every batch, into memory or into a folder. Raises what `Hooked.capture` raises."""
         if resume and store is None:
             raise CaptureError("resume=True needs the folder to go on with: give store=FOLDER.")
         check_room(self.expected, store, resume)
@@ -98,7 +98,7 @@ class Prepared:
             try:
                 run.all(self.groups, Lacking(writers[0], writers[0].finished), finished)
             except BaseException:
-                if run.lost:  # its finished samples stay, and the manifest has to say what they lost
+                if run.lost:  # the finished samples stay, and the manifest must name the rows that overflowed
                     with contextlib.suppress(StoreError):
                         for writer in writers:
                             writer.note(self._note())

@@ -1,4 +1,4 @@
-"""What a capture gives: its texts, tokens and tensors, in memory or in a folder."""
+"""The result of a capture: its texts, tokens and tensors, in memory or in a folder."""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from hookmap.wording import counted
 
 
 class Capture:
-    """A run: its texts, its tokens, and a tensor for each point and layer, read from memory or from its folder."""
+    """A finished run: its texts, its tokens, and a tensor for each point and layer, in memory or in its folder."""
 
     def __init__(
         self, store: Store, selectors: Sequence[Selector], architecture_map: ArchitectureMap, manifest: Manifest
@@ -29,21 +29,21 @@ class Capture:
         self.map = architecture_map
         self.manifest = manifest
         self.before: Capture | None = None
-        """the same rows as they were right before the interventions, where they were asked for"""
+        """the same rows right before the interventions, where before=True asked for them"""
 
     @property
     def samples(self) -> Sequence[Sample]:
-        """One for each prompt, in their order."""
+        """One sample for each prompt, in the order of the prompts."""
         return self.store.samples
 
     @property
     def texts(self) -> list[str]:
-        """What was generated for each prompt, without the prompt and without special tokens."""
+        """The text generated for each prompt, without the prompt and special tokens."""
         return self.store.texts
 
     @property
     def tokens(self) -> list[tuple[int, ...]]:
-        """The token ids of each prompt and what was generated after it."""
+        """The token ids of each prompt and of the text generated after it."""
         return self.store.tokens
 
     @property
@@ -53,16 +53,16 @@ class Capture:
 
     @property
     def points(self) -> tuple[str, ...]:
-        """Names of the points captured, each once, in forward order."""
+        """Names of the captured points, each once, in forward order."""
         return self.store.points
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers captured, ascending."""
+        """Captured layers, ascending."""
         return self.store.layers
 
     def steps(self, sample: int = 0) -> tuple[int, ...]:
-        """For each row of a sample, the step that made it: 0 for the prompt's rows, n for the n-th generated token."""
+        """For each row of a sample, the step that made it: 0 for rows of the prompt, n for the n-th generated token."""
         found = self.store.sample(sample)
         if found.positions == "mean":
             raise SelectionError(f"sample {sample} is one mean over positions: its row has no step.")
@@ -74,7 +74,7 @@ class Capture:
 
         `run["pattern", 8]` is [batch, heads, query, key], or a list of [heads, query, key].
         `run["blocks.8.hook_resid_mid"]` and `run["logits"]` are understood too, and negative layers count from the
-        end. Raises SelectionError where it was not captured.
+        end. Raises SelectionError for a tensor that was not captured.
         """
         key = self.key(*place_of(where))
         found = self.store[key]
@@ -107,7 +107,7 @@ class Capture:
         return self.store.sample(number)
 
     def axes(self, point: str, layer: int | None, ndim: int) -> tuple[str, ...]:
-        """Names of the axes of `self[point, layer]`, which has `ndim`; of several streams those that the map says."""
+        """Names of the `ndim` axes of `self[point, layer]`. Where a model has several streams, the map names them."""
         axes = PointName.of(point).definition.axes
         several = axes == RESIDUAL_AXES and layer is not None and ndim != len(axes)
         return self.map.kind_of(layer).axes if several and layer is not None else axes
@@ -133,7 +133,7 @@ class Capture:
         return completions(self.keys)
 
     def key(self, point: str, layer: int | None = None) -> Key:
-        """The pair that these names (ours, TransformerLens's or nnterp's) mean. Raises SelectionError."""
+        """The (point, layer) of a name of ours, TransformerLens or nnterp. Raises SelectionError."""
         parsed = parse_point(point)
         if isinstance(parsed, str):
             raise SelectionError(parsed)
@@ -144,5 +144,5 @@ class Capture:
 
 
 def _end(sample: Sample) -> int:
-    """One more than the last position kept: no query of the sample sees a key behind it."""
+    """One more than the last stored position: no query of the sample attends to a later key."""
     return max((p for p in sample.positions or () if isinstance(p, int)), default=-1) + 1

@@ -1,7 +1,7 @@
 """Which rows of a tensor a capture stores: of which tokens, which features, in which dtype. Pure.
 
-Positions are a sample's own: 0 is the first token of its prompt, whatever the padding of the batch. Negative ones
-count from the end of the prompt, because where a generated text ends is not known before.
+Positions count within a sample: 0 is the first token of its prompt, whatever the padding of the batch. Negative ones
+count from the end of the prompt, because the end of the generated text is not known in advance.
 """
 
 import re
@@ -20,7 +20,7 @@ from hookmap.loading.prompts import known_ids, text_of
 from hookmap.maps.points import POINTS, PointName
 
 Wanted = Callable[[int, int], bool]
-"""(position, token id) -> whether its row is kept"""
+"""(position, token id) -> whether its row is stored"""
 
 NAMED = ("all", "prompt", "generated", "last", "last_prompt")
 _GRAMMAR = (
@@ -29,7 +29,7 @@ _GRAMMAR = (
 )
 _SPAN = re.compile(r"(-?\d{1,18})?:(-?\d{1,18})?(?::(\d{1,18}))?")
 NUMBERS = ("router_indices",)
-"""points whose values count and name: they keep their dtype, and have no mean"""
+"""points whose values are indices: their dtype never changes, and a mean of them has no meaning"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,37 +38,37 @@ class RowSelection:
     """Which rows a capture stores. Made by `row_selection`."""
 
     positions: str | tuple[int | None, int | None, int | None] | tuple[int, ...] = "all"
-    """a name out of NAMED, "text=…", a span (start, stop, step) where `span`, or single positions"""
+    """one of NAMED, "text=…", a span (start, stop, step) if `span`, or single positions"""
     span: bool = False
     every: int = 1
-    """of a stretch of tokens, only positions that this divides; 1 where `positions` names single ones"""
+    """only positions that are multiples of it; 1 where `positions` names single ones"""
     mean: bool = False
     """one row for each sample: the mean over its positions, summed in float32"""
     features: int | tuple[int, ...] | None = None
-    """indices into a row's last axis, or how many to draw of them"""
+    """indices into the last axis of a row, or how many of them to draw"""
     features_seed: int = 0
     dtype: str | None = None
-    """the model's own where None"""
+    """None: the model's own"""
     overflow: str = "warn"
-    """what is done where a finite number is infinite in that dtype: one of OVERFLOWS"""
+    """what to do where a finite number is infinite in that dtype: one of OVERFLOWS"""
 
     @property
     def everything(self) -> bool:
-        """Whether each token that is fed has a row."""
+        """Whether every token that the model reads has a row."""
         return self.positions == "all" and self.every == 1 and not self.mean
 
     @property
     def one_row(self) -> bool:
-        """Whether each sample has one row only, known when it ends."""
+        """Whether each sample has a single row, known only when the sample ends."""
         return self.mean or self.positions == "last"
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether a row is kept for what its token is."""
+        """Whether the selection depends on token ids."""
         return isinstance(self.positions, str) and self.positions.startswith("text=")
 
     def wanted(self, prompt_tokens: int, matching: frozenset[int] = frozenset()) -> Wanted:
-        """Which tokens of a sample with a prompt of so many are kept. `matching`: see `matching_tokens`."""
+        """Which tokens of a sample are stored. `prompt_tokens`: of its prompt; `matching`: see `matching_tokens`."""
         chosen, every = self._chosen(prompt_tokens, matching), self.every
         if every == 1:
             return chosen
@@ -95,7 +95,7 @@ class RowSelection:
         return lambda position, token: position in single
 
     def places(self, token_ids: Sequence[int], prompt_tokens: int, matching: frozenset[int] = frozenset()) -> list[int]:
-        """Those of these tokens that are kept: single ones in the order they were given in, others ascending."""
+        """Positions of the tokens that are stored: single ones in the order given, others ascending."""
         wanted = self.wanted(prompt_tokens, matching)
         order: Iterable[int] = range(len(token_ids))
         if self.singles:
@@ -104,18 +104,18 @@ class RowSelection:
 
     @property
     def singles(self) -> tuple[int, ...]:
-        """Single positions, in the order they were given in; empty where something else was given."""
+        """Single positions, in the order given; empty where something else was given."""
         if isinstance(self.positions, str) or self.span:
             return ()
         return tuple(position for position in self.positions if position is not None)
 
     def lacking(self, lengths: Sequence[int], more: int) -> dict[int, int]:
-        """Single position -> how many of the prompts of so many tokens never have it. `more`: tokens read behind."""
+        """Single position -> how many samples lack it. `lengths`: of the prompts; `more`: tokens read after them."""
         found = {p: sum(not 0 <= _place(p, n) < n + more for n in lengths) for p in self.singles}
         return {position: times for position, times in found.items() if times}
 
     def refuse_beyond(self, lengths: Sequence[int], more: int) -> None:
-        """Raises SelectionError for a single position that no prompt has, as `lacking` counts."""
+        """Raises SelectionError for a single position that no sample has; see `lacking`."""
         nowhere = [position for position, times in self.lacking(lengths, more).items() if times == len(lengths)]
         if nowhere:
             there = f"the longest prompt has {max(lengths)} tokens" + (
@@ -127,7 +127,7 @@ class RowSelection:
             )
 
     def settings(self) -> dict[str, Any]:
-        """As JSON for a manifest, only what is not the default."""
+        """The selection as JSON for a manifest, without defaults."""
         found: dict[str, Any] = {}
         if self.positions != "all":
             found["positions"] = _written(self.positions, self.span)
@@ -141,7 +141,7 @@ class RowSelection:
         return found
 
     def refuse(self, points: Iterable[str]) -> None:
-        """Raises SelectionError for points of which this selection means nothing."""
+        """Raises SelectionError for points that this selection cannot be applied to."""
         for point in points:
             name = PointName.of(point).base
             if "key" in POINTS[name].axes and (self.one_row or self.features is not None):
@@ -150,7 +150,7 @@ class RowSelection:
                 raise SelectionError(f"{point} are numbers of experts: there is no mean of them.")
 
     def columns(self, width: int) -> list[int] | None:
-        """The features kept of a row of `width`; None for all. Raises SelectionError where it has not so many."""
+        """The features stored of a row of `width`; None for all. Raises SelectionError where the row has fewer."""
         if self.features is None:
             return None
         if isinstance(self.features, int):
@@ -166,7 +166,7 @@ class RowSelection:
 def row_selection(**given: Unpack[RowOptions]) -> RowSelection:
     """Read the options that a user gives. Raises SelectionError with every problem at once.
 
-    `every` thins a stretch of tokens. Tokens that are named one by one ("last", "last_prompt", positions) all stay.
+    `every` applies to ranges of tokens, not to tokens named one by one ("last", "last_prompt", positions).
     """
     options = with_defaults(RowOptions, given)
     every, mean, seed, overflow = (options[name] for name in ("every", "mean", "features_seed", "overflow"))
@@ -192,7 +192,7 @@ def row_selection(**given: Unpack[RowOptions]) -> RowSelection:
 
 
 def matching_tokens(chosen: RowSelection, tokenizer: Any, vocabulary: int) -> frozenset[int]:
-    """The token ids whose own text contains what `positions="text=…"` says. Raises SelectionError where none does."""
+    """The token ids whose text contains that of `positions="text=…"`. Raises SelectionError where there is none."""
     if not chosen.reads_tokens:
         return frozenset()
     text = str(chosen.positions).removeprefix("text=")
@@ -260,7 +260,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _place(position: int, prompt: int) -> int:
-    """Negative ones count from the end of the prompt, and may lie before it."""
+    """The position counted from 0. A negative one counts from the end of the prompt, and may lie before its start."""
     return prompt + position if position < 0 else position
 
 

@@ -1,4 +1,4 @@
-"""One capture as it runs: turns of the model, memory that runs out, what is told of it."""
+"""A capture as it runs: one batch after another, in smaller parts where memory runs out."""
 
 import contextlib
 import logging
@@ -33,7 +33,7 @@ log = logging.getLogger("hookmap")
 
 @dataclass
 class Run(ABC):
-    """One capture. A subclass says what a batch is."""
+    """One capture. A subclass defines what a batch is."""
 
     engine: Engine
     tokenizer: Any
@@ -44,16 +44,16 @@ class Run(ABC):
     progress: Callable[[Progress], None] | None
     memory: MemoryUse
     halved: list[str] = field(default_factory=list)
-    """what was done about memory that ran out, in words"""
+    """each time that memory ran out, and what was done, in words"""
     lost: Counter[str] = field(default_factory=Counter)
-    """of each tensor, rows that became infinite in the dtype that is kept"""
+    """rows of each tensor that became infinite in keep_dtype"""
     done: int = 0
     max_new_tokens: int = 0
     edits: tuple[Edit, ...] = ()
     before: Sink | None = None
-    """takes the rows as they were before the edits"""
+    """sink of the rows before the edits"""
     _most: int | None = None
-    """prompts that fit together, once more did not"""
+    """how many prompts fit into memory together, once a larger batch did not"""
 
     @property
     @abstractmethod
@@ -70,7 +70,7 @@ class Run(ABC):
         """Run these prompts together and hand their rows to the sink."""
 
     def all(self, groups: Sequence[Sequence[int]], sink: Sink, finished: Set[int] = frozenset()) -> None:
-        """Each batch that is not finished yet, whole: what a sample is may depend on who runs with it."""
+        """Run each batch with an unfinished sample, as a whole: a sample may depend on the others of its batch."""
         for group in groups:
             if any(number not in finished for number in group):
                 self.together(group, sink)
@@ -107,7 +107,7 @@ class Run(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids are fed."""
+        """The device of the token ids."""
         return device_of(self.engine)
 
     def _editor(self, observer: Observer) -> Editor | None:
@@ -117,13 +117,13 @@ class Run(ABC):
         return Editor(self.edits, observer, before)
 
     def _end(self, editor: Editor | None, columns: int) -> None:
-        """What `_observer`'s caller does at the end, of the rows before the edits."""
+        """Finish the rows before the edits."""
         if editor is not None and editor.before is not None:
             editor.before.finish(columns)
             self._count(editor.before, "before/")
 
     def _count(self, observer: Observer, where: str = "") -> None:
-        """What was lost of a finished batch; told the first time."""
+        """Count the rows of a finished batch that overflowed; warn the first time."""
         if observer.lost and not self.lost:
             told = in_words(observer.lost, DTYPES[str(self.selection.dtype)])
             log.warning("%s These are stored as infinities; the manifest counts all of them.", told)
@@ -136,7 +136,7 @@ class Run(ABC):
 
     @property
     def _keys(self) -> int:
-        """How long rows of attention weights become."""
+        """Length of the longest row of attention weights."""
         return max(len(prompt.token_ids) for prompt in self.prompts) + max(0, self.max_new_tokens - 1)
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
@@ -152,7 +152,7 @@ class Run(ABC):
             self.before.finish(sample)
 
     def _too_long(self, longest: int, error: IndexError) -> None:
-        """Raises CaptureError where the model has not so many positions, and the error again where it has."""
+        """Raises CaptureError where the model has fewer positions, and the given error otherwise."""
         limit = getattr(self.engine.root.config, "max_position_embeddings", None)
         if limit is None or longest <= limit:
             raise error
@@ -168,9 +168,9 @@ class Run(ABC):
 
 @contextlib.contextmanager
 def running(engine: Engine, pattern: bool = False) -> Iterator[None]:
-    """Run the model: alone where the run changes it for a while, or its engine needs that.
+    """Hold the model's lock during a run: exclusively where the run changes the model, or its engine needs it.
 
-    `pattern`: the run reads attention weights.
+    `pattern`: whether the run captures attention weights.
     """
     module, lock = engine.module, lock_of(engine.module)
     if not pattern and not engine.exclusive:
@@ -179,22 +179,22 @@ def running(engine: Engine, pattern: bool = False) -> Iterator[None]:
                 yield
                 return
     with lock.exclusive(), evaluating(module), contextlib.ExitStack() as eager:
-        if pattern:  # the faster implementations of attention never have its weights as a tensor
+        if pattern:  # only eager attention computes the weights as a tensor
             eager.enter_context(modules.eager(module))
         yield
 
 
 def reads_attention(selectors: Sequence[Selector]) -> bool:
-    """Whether a run of these reads attention weights, for which it computes attention in another way."""
+    """Whether one of these reads attention weights, which needs the eager attention implementation."""
     return any("key" in PointName.of(selector.point).definition.axes for selector in selectors)
 
 
 def device_of(engine: Engine) -> torch.device:
-    """Where token ids are fed; of a model whose weights are elsewhere, from where they are sent."""
+    """The device of the token ids. CPU for a model whose weights are on another machine."""
     device = modules.device_of(engine.root.get_input_embeddings())  # type: ignore[operator]
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def vocabulary_of(engine: Engine) -> int:
-    """How many token ids the model can be fed."""
+    """The size of the model's vocabulary, by its embedding."""
     return len(engine.root.get_input_embeddings().weight)  # type: ignore[operator]

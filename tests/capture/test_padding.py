@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hookmap
+from hookmap.loading.configs import build
 from hookmap.loading.float64 import in_float64
 from hookmap.loading.narrow import narrow
-from hookmap.loading.skeleton import build
 from hookmap.model import HookedModel
 from hookmap.verification.verify import redraw
 
