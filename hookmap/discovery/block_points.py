@@ -9,8 +9,8 @@ from math import prod
 from typing import Literal
 
 from hookmap.discovery import aten
+from hookmap.discovery.attention import ATTENTION, ROUTER, Found, attention_points, mlp_points, router_points
 from hookmap.discovery.block import Block, Branch
-from hookmap.discovery.branch_points import ATTENTION, ROUTER, Found, attention_points, mlp_points, router_points
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.linear import linear_path, norm_input, norm_source, steps
 from hookmap.discovery.locate import Location, Locator
