@@ -1,0 +1,104 @@
+"""The residual stream inside one block: its states between the additions, and the additions as relations. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from hookmap.discovery.block import Block
+from hookmap.discovery.linear import Step
+from hookmap.maps.relations import OWN, Relation, Term
+
+_Sum = tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Middle:
+    """The stream between two additions."""
+
+    summed: int
+    """the result of the addition"""
+    read: int
+    """the state that the next branch reads"""
+    is_changed: bool
+    """whether more than a cast stands between the two"""
+
+
+def middles(block: Block) -> list[Middle]:
+    """The stream after the addition of each branch but the last."""
+    adds = sorted({branch.step for branch in block.branches if branch.role != "other"})
+    return [_between(block, add, following) for add, following in pairwise(adds)]
+
+
+def _between(block: Block, add: int, following: int) -> Middle:
+    readers = [branch for branch in block.branches if branch.step >= following]
+    states = block.states[add + 1 : following + 1]
+    read = [state for state in states if any(state in branch.reads for branch in readers)] or states
+    steps = block.path[add + 1 : block.states.index(read[-1])]
+    return Middle(states[0], read[-1], any(step.kind != "cast" for step in steps))
+
+
+def first_middle(block: Block) -> Middle:
+    """The stream after the first mixer's addition, in a block where an MLP reads it."""
+    mixer = block.role("mixer")[0]
+    summed = block.path[mixer.step].result
+    return next(middle for middle in middles(block) if middle.summed == summed)
+
+
+def additions(block: Block, middle: Middle | None) -> list[Relation]:
+    """Each state of the stream that has a name, as made of the named state before it and of what branches add."""
+    if all(branch.role == "other" for branch in block.branches):
+        return []
+    names = _names_of_states(block, middle)
+    terms: _Sum = (Term(1.0, names[block.entry]),)
+    found: list[Relation] = []
+    for position, step in enumerate(block.path):
+        terms = _after(block, position, step, terms, step.source in names)
+        itself = (Term(1.0, names.get(step.result, "")),)
+        if step.result in names and terms != itself:
+            found.append(Relation(names[step.result], terms))
+            terms = itself
+    return found
+
+
+def _names_of_states(block: Block, middle: Middle | None) -> dict[int, str]:
+    names = {block.entry: "resid_pre"}
+    if middle is not None:
+        names[middle.summed] = "resid_mid_sum" if middle.is_changed else "resid_mid"
+        names[middle.read] = "resid_mid"
+    return names | {block.exit: "resid_post"}
+
+
+def _after(block: Block, position: int, step: Step, terms: _Sum, is_named: bool) -> _Sum:
+    """The stream after one step, where `terms` is the stream before it."""
+    if step.kind == "cast":
+        return terms
+    if step.kind == "add":
+        return _times(step.source_factor, terms) + tuple(Term(1.0, name) for name in _added(block, position))
+    if step.kind == "scale" and step.factor is not None and is_named and _is_summed(block, position):
+        return _times(step.factor, terms)
+    return (Term(1.0, step.kind, terms),)
+
+
+def _is_summed(block: Block, position: int) -> bool:
+    """Whether the state after a step is a term of the next addition as it is."""
+    following = block.path[position + 1 :]
+    return bool(following) and following[0].kind == "add" and following[0].source_factor == 1.0
+
+
+def _added(block: Block, position: int) -> Iterator[str]:
+    """The names of what the addition at `position` adds; one name for all that reads nothing of the stream."""
+    here = [branch for branch in block.branches if branch.step == position]
+    for branch in here:
+        if branch.role != "other":
+            number = block.role(branch.role).index(branch)
+            yield f"{branch.role}_out" + (f".{number}" if number else "")
+    own = [part for branch in here if branch.role == "other" for part in branch.parts]
+    if own:
+        is_fixed = all(block.values.is_constant(part, of_tokens=True) for part in own)
+        yield OWN if is_fixed else f"{OWN}_of_tokens"
+
+
+def _times(factor: float, terms: _Sum) -> _Sum:
+    return tuple(replace(term, factor=factor * term.factor) for term in terms)

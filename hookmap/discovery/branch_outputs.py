@@ -1,0 +1,59 @@
+"""What a branch adds to the stream, and its bare output before post-norm, scale or gate. Pure."""
+
+from __future__ import annotations
+
+from math import prod
+
+from hookmap.discovery.block import Block, Branch
+from hookmap.discovery.linear import linear_path
+from hookmap.discovery.locate import Location, Locator
+
+_NOWHERE = "no module boundary exposes it, nor the tensors it is the sum of"
+
+
+def has_post_norm(block: Block, branch: Branch) -> bool:
+    """Whether the branch's output passes a norm before it is added."""
+    return any(step.kind == "norm" for part in branch.parts for step in block.tails[part])
+
+
+def locate_raw_output(block: Block, branch: Branch, locator: Locator) -> Location | str:
+    """Where the branch's bare output is; or why it is nowhere."""
+    return _sum([block.raw(part) for part in branch.parts], 1.0, locator)
+
+
+def locate_output(block: Block, branch: Branch, locator: Locator) -> Location | str:
+    """Where that which the branch adds is; or why it is nowhere."""
+    if _blends(block, branch):
+        what = "MLP" if branch.role == "mlp" else branch.role
+        return (
+            f"the block blends the {what}'s output with the stream: what it adds holds some of the stream, and "
+            "no tensor is what the branch adds alone"
+        )
+    found = _sum(branch.parts, branch.factor, locator)
+    if isinstance(found, str) and _is_added_alone(block, branch):
+        step = block.path[branch.step]
+        return locator.difference(step.result, step.source) or found
+    return found
+
+
+def _sum(parts: list[int], factor: float | None, locator: Locator) -> Location | str:
+    found = [place for part in parts if (place := locator.locate(part)) is not None]
+    rounds_otherwise = factor != 1.0 and any(len(place.terms) > 1 for place in found)
+    if factor is None or len(found) < len(parts) or rounds_otherwise:
+        return _NOWHERE
+    terms = tuple(t.model_copy(update={"scale": t.scale * factor}) for place in found for t in place.terms)
+    return Location(terms, max(place.time for place in found), found[0].evidence)
+
+
+def _is_added_alone(block: Block, branch: Branch) -> bool:
+    """Whether the addition is stream + branch: nothing else is added in it, and neither side is scaled."""
+    alone = sum(other.step == branch.step for other in block.branches) == 1
+    return alone and branch.factor == 1.0 == block.path[branch.step].source_factor
+
+
+def _blends(block: Block, branch: Branch) -> bool:
+    """Whether the stream is subtracted in what is added: a linear path from it, with a negative factor (Dory)."""
+    before = block.states[: branch.step + 1]
+    paths = [linear_path(block.values, block.call, state, part) for part in branch.parts for state in before]
+    linear = [path for path in paths if path and not any(step.kind in ("norm", "mix") for step in path)]
+    return any(prod(step.source_factor for step in path) < 0 for path in linear)
