@@ -21,17 +21,8 @@ from hookmap.stores.manifest import Counts, Manifest, read_manifest
 from hookmap.stores.numbers import NumberSet
 from hookmap.stores.reader import CaptureStore
 from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, read_header, shard_name
-from hookmap.stores.table import (
-    SAMPLES,
-    SHARDS,
-    Committed,
-    Entry,
-    Table,
-    decode_entry,
-    decode_shard,
-    is_intact,
-    left_of,
-)
+from hookmap.stores.table import SAMPLES, SHARDS, Entry, Table, decode_entry, decode_shard, is_intact
+from hookmap.stores.table_index import Committed, left_of
 
 ROWS = 256
 """rows of each tensor that a copy holds at a time"""

@@ -24,17 +24,8 @@ from hookmap.stores.ledger import Ledger
 from hookmap.stores.manifest import MANIFEST, Counts, Manifest, read_manifest, write_manifest
 from hookmap.stores.numbers import NumberSet
 from hookmap.stores.shard import SHARD_FOLDER, is_shard, sha256_of, shard_name
-from hookmap.stores.table import (
-    SAMPLES,
-    SHARDS,
-    Committed,
-    Entry,
-    altered_line,
-    encode_group,
-    encode_shards,
-    read_shards,
-    scan,
-)
+from hookmap.stores.table import SAMPLES, SHARDS, Entry, altered_line, encode_group, encode_shards, read_shards
+from hookmap.stores.table_index import Committed, scan
 
 
 class FolderWriter(GroupWriter, Closing):

@@ -9,7 +9,8 @@ from hookmap.stores.location import Location, sizes
 from hookmap.stores.manifest import Manifest, read_manifest
 from hookmap.stores.numbers import NumberSet
 from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, read_header, sha256_of, shard_name
-from hookmap.stores.table import SAMPLES, SHARDS, Committed, Entry, decode_entry, read_shards, scan
+from hookmap.stores.table import SAMPLES, SHARDS, Entry, decode_entry, read_shards
+from hookmap.stores.table_index import Committed, scan
 
 
 def problems_of(folder: Location) -> Iterator[str]:

@@ -1,8 +1,6 @@
-"""The two tables of a capture, JSON Lines: samples and shards. Lines are only ever added.
+"""The two tables of a capture, JSON Lines: samples and shards. Lines are only ever appended.
 
-Samples that were open together are committed together: each line says how many lines of its group are `left`, and a
-group without its last line does not count. So a torn end of the table is no special case, and a resumed run starts
-again with the whole batch, whose numbers depend on who was in it (padding, shapes of the matrix products).
+Which lines count, and where each begins: table_index.
 """
 
 import bisect
@@ -12,35 +10,24 @@ import re
 import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from hookmap.activations import Sample
 from hookmap.errors import StoreError
 from hookmap.stores.location import Location, reading
 from hookmap.stores.shard import ShardInfo
+from hookmap.stores.table_index import Committed, Vector, blocks, broken_line, left_of, scan
 from hookmap.strict_json import read_json
-
-Vector: TypeAlias = npt.NDArray[Any]
 
 SAMPLES = "samples.jsonl"
 SHARDS = "shards.jsonl"
 
 OPTIONAL = ("positions", "id", "labels")
 """fields of a sample that stand in its line only where there is something to say"""
-
-# A line begins with these, so that a table is indexed without parsing texts and tokens.
-_START = re.compile(rb'\{"sample": (\d+), "left": (\d+), "shards": (\d+), "rows": (\d+), ')
-_NAMES = (b'{"sample": ', b', "left": ', b', "shards": ', b', "rows": ', b", ")
-_DIGITS = 18
-"""of a number at most: what an int64 holds"""
-_LONGEST = sum(map(len, _NAMES)) + 4 * _DIGITS
-_BLOCK = 4 * 2**20
-"""bytes of the table that are looked at together: memory is flat, and a call of numpy's is for many lines"""
 
 _CHECKSUM = b', "crc32": '
 
@@ -68,20 +55,6 @@ class Entry:
 
     sample: Sample
     spans: tuple[Span, ...]
-
-
-@dataclass
-class Committed:
-    """What of the table of samples counts: the groups that are whole."""
-
-    numbers: "array[int]" = field(default_factory=lambda: array("q"))
-    """of the samples, as they stand in the table"""
-    offsets: "array[int]" = field(default_factory=lambda: array("q"))
-    """of their lines, in bytes"""
-    size: int = 0
-    """bytes of the table that count"""
-    shards: int = 0
-    rows: int = 0
 
 
 def encode_group(entries: Sequence[Entry], shards: int) -> bytes:
@@ -121,99 +94,6 @@ def altered_line(path: Location, size: int) -> int | None:
             if is_intact(line) is False:
                 return number
     return None
-
-
-def scan(path: Location, known: Committed | None = None) -> Committed:
-    """The groups of the table that are whole, from `known` on. Raises StoreError where a line inside is broken."""
-    committed = Committed() if known is None else known
-    missing = StoreError(f"{path} is missing: expected the table of samples. Copy the whole folder again.")
-    with reading(path, missing):
-        for block in _blocks(path, committed.size):
-            starts, (numbers, left, shards, rows), right = _starts_of_lines(block)
-            if not right.all():
-                line = len(committed.numbers) + int(np.argmin(right)) + 1
-                raise broken_line(path, line, "it does not begin as one")
-            ends = np.flatnonzero(left == 0)
-            if not len(ends):
-                block.keep(0)
-                continue
-            last = int(ends[-1])
-            whole = int(starts[last + 1]) if last + 1 < len(starts) else len(block.lines)
-            committed.numbers.frombytes(numbers[: last + 1].tobytes())
-            committed.offsets.frombytes((starts[: last + 1] + block.offset).tobytes())
-            committed.size = block.offset + whole
-            committed.shards = max(committed.shards, int(shards[: last + 1].max()))
-            committed.rows += int(rows[: last + 1].sum())
-            block.keep(whole)
-    return committed
-
-
-@dataclass
-class _Block:
-    """Whole lines of the table, one after the other."""
-
-    lines: bytes
-    offset: int
-    """of the first, in bytes"""
-    used: int
-
-    def keep(self, used: int) -> None:
-        """Only the first `used` bytes are done with: the rest comes again, with more behind it."""
-        self.used = used
-
-
-def _blocks(path: Location, offset: int) -> Iterator[_Block]:
-    """The table from `offset` on; a torn line at its end is left out."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        rest = b""
-        while data := file.read(max(_BLOCK, len(rest))):  # a group that is larger than a block is not read for ever
-            data = rest + data
-            end = data.rfind(b"\n") + 1
-            block = _Block(data[:end], offset, end)
-            if end:
-                yield block
-            rest, offset = data[block.used :], offset + block.used
-
-
-def _starts_of_lines(block: _Block) -> "tuple[Vector, tuple[Vector, Vector, Vector, Vector], Vector]":
-    """Of each line where it begins, its first four numbers, and whether it begins as a line does.
-
-    All lines at once, each at its own place, since a table has millions.
-    """
-    data = np.frombuffer(block.lines + bytes(_LONGEST), np.uint8)
-    ends = np.flatnonzero(data == ord("\n"))
-    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])
-    at, right = starts.copy(), np.ones(len(starts), bool)
-    numbers = []
-    for place, name in enumerate(_NAMES):
-        for byte in name:
-            right &= data[at] == byte
-            at += 1
-        if place < 4:
-            number, digits = _numbers_at(data, at)
-            numbers.append(number)
-            right &= digits
-    return starts, (numbers[0], numbers[1], numbers[2], numbers[3]), right
-
-
-def _numbers_at(data: "Vector", at: "Vector") -> "tuple[Vector, Vector]":
-    """The number that stands at each place, and whether one does; `at` moves behind it."""
-    value = np.zeros(len(at), np.int64)
-    going = found = data[at] - ord("0") < 10  # bytes: what is under "0" wraps around
-    for _ in range(_DIGITS):
-        if not going.any():
-            break
-        value = np.where(going, value * 10 + data[at] - ord("0"), value)
-        at += going
-        going = going & (data[at] - ord("0") < 10)
-    return value, found & ~going
-
-
-def left_of(line: bytes) -> int | None:
-    """How many lines of its group are left after this one; None where it does not begin as a line does."""
-    start = _START.match(line)
-    return int(start[2]) if start else None
 
 
 def decode_entry(line: bytes, path: Location, number: int) -> Entry:
@@ -274,13 +154,6 @@ def _labels(value: Any) -> Mapping[str, Any] | None:
     return value
 
 
-def broken_line(path: Location, number: int, found: str) -> StoreError:
-    return StoreError(
-        f"{path}, line {number} is broken: expected a line as docs/store.md says, found {found}.\n"
-        f"See every problem of this capture: hookmap inspect {path.parent} --verify"
-    )
-
-
 class Table(Sequence[Sample]):
     """The finished samples by number, each read from disk when it is asked for."""
 
@@ -332,7 +205,7 @@ class Table(Sequence[Sample]):
         """Of the first id in each line; one inside the labels is found to be none when the line is read."""
         offsets = np.frombuffer(self.committed.offsets, np.int64)
         hashes = np.zeros(len(offsets), np.int64)
-        for block in _blocks(self.path, 0):
+        for block in blocks(self.path, 0):
             ends = np.flatnonzero(np.frombuffer(block.lines, np.uint8) == ord("\n"))
             starts = np.concatenate([np.zeros(1, np.int64), ends + 1])
             found = [(match.start(), hash(_plain(match[1]))) for match in _ID.finditer(block.lines)]

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from hookmap.activations import Sample
 from hookmap.errors import StoreError
-from hookmap.stores import table
-from hookmap.stores.table import Entry, Span, Table, encode_group, scan
+from hookmap.stores import table_index
+from hookmap.stores.table import Entry, Span, Table, encode_group
+from hookmap.stores.table_index import scan
 
 TEXTS = st.sampled_from(["", "plain", 'say "id": "a"', "\\", 'é "\n"id": "b', '"id": "'])
 IDS = st.sampled_from([None, "", "a", "b", 'q"uote', "back\\slash", "é", '"id": "a"'])
@@ -62,7 +63,7 @@ def test_a_scan_finds_what_reading_line_by_line_finds(
     whole = lines([[sample(number, data.draw(TEXTS)) for number in group] for group in groups])
     text = whole[: max(0, len(whole) - torn)]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table, "_BLOCK", block)
+        patch.setattr(table_index, "BLOCK_BYTES", block)
         path = Path(folder, "samples.jsonl")
         path.write_bytes(text)
         found = scan(path)
@@ -97,7 +98,7 @@ def test_samples_are_found_by_number_and_by_id_whatever_their_texts_say(
     order.shuffle(mixed)  # type: ignore[attr-defined]
     torn = lines([[sample(99, id="a")]])[:-1]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table, "_BLOCK", block)
+        patch.setattr(table_index, "BLOCK_BYTES", block)
         path = Path(folder, "samples.jsonl")
         path.write_bytes(lines([[each] for each in mixed]) + torn)
         found = Table(path)
