@@ -27,7 +27,7 @@ class Activation:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and what came of it."""
+    """One prompt and what the run made of it."""
 
     sample: int
     prompt: str

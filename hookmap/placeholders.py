@@ -9,7 +9,7 @@ _POINTER_BYTES = 1024
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether this is the text that stands in a Git repository for a file of Git LFS."""
+    """Whether this is a Git LFS pointer instead of the file's content."""
     try:
         if path.stat().st_size >= _POINTER_BYTES:
             return False
@@ -26,7 +26,7 @@ def pointers(folder: Path, patterns: Iterable[str] = ("*",)) -> list[str]:
 
 
 def pointers_told(folder: Path, names: list[str]) -> str:
-    """What is wrong with these files, and the command that mends it."""
+    """What is wrong with these files, and the command that fetches them."""
     shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
     are = "is a Git LFS pointer, not the file" if len(names) == 1 else "are Git LFS pointers, not the files"
     return f"{shown} {are}: Git has not fetched the contents. Type: git -C {folder} lfs pull"

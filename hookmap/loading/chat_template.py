@@ -25,16 +25,16 @@ class Templating:
     chat: Chat = "auto"
     """see `hookmap.loading.prompts.encode`"""
     add_generation_prompt: bool | None = None
-    """whether the assistant's turn begins behind the messages; None: see `ending`"""
+    """whether the assistant's turn begins after the messages; None: see `ending`"""
     continue_final_message: bool | None = None
     """whether the last message is left open, so that it goes on; None: see `ending`"""
     chat_template_kwargs: Mapping[str, Any] | None = None
-    """what the template reads besides: enable_thinking, tools, documents, …"""
+    """other variables of the template: enable_thinking, tools, documents, …"""
     generates: bool = False
-    """whether text is generated behind the prompt; else it is only read"""
+    """whether text is generated after the prompt; else it is only read"""
 
     def ending(self, messages: Sequence[Mapping[str, Any]]) -> tuple[bool, bool]:
-        """Whether the assistant's turn begins behind these messages, and whether the last of them goes on.
+        """Whether the assistant's turn begins after these messages, and whether the last of them goes on.
 
         Unless something else is said: an assistant's last message stays as it is where the prompt is only read, and
         goes on where text is generated; behind any other the assistant's turn begins. Raises TokenizerError.

@@ -129,7 +129,7 @@ def _refuse_another_reading(config: Any) -> None:
 
 
 def other_class(config: Any) -> tuple[tuple[str, ...], str]:
-    """The classes that a config says its checkpoint is of, and the one that is built, where that is none of them."""
+    """The classes that a config names, where the class that is built is none of them, and the class that is built."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     named = tuple(getattr(config, "architectures", None) or ())

@@ -111,7 +111,7 @@ def check_stop(stop: Sequence[Any]) -> None:
 
 
 def as_json(config: GenerationConfig) -> dict[str, Any]:
-    """What decides the samples: a run with other settings cannot go on with a folder."""
+    """The settings that decide the samples: a run with others cannot resume a folder."""
     found = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
@@ -131,7 +131,7 @@ def of_one_row(config: GenerationConfig) -> dict[str, Any] | None:
 
 
 def end_tokens(config: GenerationConfig) -> tuple[int, ...]:
-    """The tokens that end a sequence; none is possible."""
+    """The tokens that end a sequence; may be empty."""
     ends = config.eos_token_id
     if ends is None:
         return ()

@@ -76,7 +76,7 @@ def _brings_weights(module: nn.Module) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a forward pass computes. Weights that accelerate keeps elsewhere until needed say nothing of it."""
+    """Where a forward pass computes, also where accelerate keeps the weights elsewhere until they are needed."""
     for module in model.modules():
         device = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)
         if device is not None:
@@ -86,7 +86,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, not compiled, with the eager attention implementation, and afterwards as it was."""
+    """The model in evaluation mode, uncompiled, with eager attention; restored afterwards."""
     training = {module: module.training for module in model.modules()}
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     attention = {key: getattr(c, "_attn_implementation", None) for key, c in configs.items()}
@@ -119,7 +119,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def accepted(model: nn.Module, given: Iterable[str]) -> dict[str, str]:
-    """Which of the inputs `forward` takes, and by which name: the ids go to its first parameter if none is theirs."""
+    """Input -> the parameter of `forward` that takes it; the ids go to the first one where none is called input_ids."""
     # Of the class: nnsight, accelerate and torch.compile put functions of their own on the object.
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -131,20 +131,20 @@ def accepted(model: nn.Module, given: Iterable[str]) -> dict[str, str]:
 
 
 def inputs(device: Any, seq: int, rows: int = 1) -> dict[str, Any]:
-    """What a forward pass is given: one sequence of ones, nothing masked, no cache."""
+    """Arguments of a forward pass: one sequence of ones, nothing masked, no cache."""
     ids = torch.ones((rows, seq), dtype=torch.long, device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
 
 def rows_per_sequence(config: Any) -> int:
-    """Rows of ids that make one sequence: several where a model of audio reads a row for each codebook (Musicgen)."""
+    """Rows of ids in one sequence: several where an audio model reads a row for each codebook (Musicgen)."""
     return int(getattr(config, "num_codebooks", None) or 1)
 
 
 def sequence_length(config: Any, model: nn.Module | None = None) -> int:
-    """An odd length that divides no size in the config, so that the axis of positions can be told by its length.
+    """An odd length that divides no size in the config, so that the length identifies the axis of positions.
 
-    Where there is a model, it divides no size of a weight either: a module need not have a config.
+    With a model, it divides no size of a weight either: a module may have no config.
     """
     sizes = set(_numbers(config.to_dict() if hasattr(config, "to_dict") else {}))
     sizes |= {size for weight in (model.parameters() if model is not None else ()) for size in weight.shape}

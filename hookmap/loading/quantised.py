@@ -1,4 +1,4 @@
-"""Quantised linear layers while discovery reads them: a plain product with weights stands in for each.
+"""Quantised linear layers during discovery: a plain product with weights replaces each.
 
 What a quantised layer does inside is its library's own operation, which says nothing of a product. The modules and
 their paths are those of the unquantised model, and so is the map.

@@ -30,14 +30,14 @@ class Ending:
         """newest tokens that matter"""
 
     def own(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Which rows of token ids, [batch, columns], end with a stop string of the model's, as transformers tells."""
+        """Which rows of token ids, [batch, columns], end with a stop string of the model, as transformers decides."""
         if self._own is None:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         found: torch.Tensor = self._own(input_ids, None)
         return found
 
     def at(self, newest: Sequence[int]) -> bool:
-        """Whether the last of a row's newest generated tokens, `reach` of them or all, is its last."""
+        """Whether a row is finished. `newest`: its last `reach` generated tokens, or all of them."""
         if newest[-1] in self._ends:
             return True
         if not self._stop:
@@ -69,7 +69,7 @@ def _stopping(tokenizer: Any, strings: Any) -> StopStringCriteria | None:
 
 
 class Finished(StoppingCriteria):  # type: ignore[misc]  # transformers' base is not typed
-    """Ends rows at an end of sequence or a stop string, and tells which ended, after each token."""
+    """Ends rows at an end of sequence or a stop string, and reports after each token which rows ended."""
 
     def __init__(self, config: GenerationConfig, stop: Sequence[str], tokenizer: Any, tell: Told) -> None:
         self._ending = Ending(config, stop, tokenizer)

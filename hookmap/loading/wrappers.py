@@ -34,7 +34,7 @@ def named(runner: nn.Module) -> str:
 
 
 def generation_config_of(runner: nn.Module, root: nn.Module) -> Any:
-    """How the object generates unless told otherwise: a wrapper may have settings of its own."""
+    """The object's default generation settings: a wrapper may have its own."""
     own = getattr(runner, "generation_config", None)
     return root.generation_config if own is None else own
 

@@ -98,7 +98,7 @@ class _Drawing:
         )
 
     def _after(self, role: str) -> str | None:
-        """What stands between the bare module and the sum: a norm, or a constant."""
+        """What is between the bare module and the sum: a norm, or a constant."""
         raw, out = (self.kind.points.get(f"{role}_{name}") for name in ("out_raw", "out"))
         if raw is None or out is None or raw.terms == out.terms:
             return None

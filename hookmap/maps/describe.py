@@ -37,7 +37,7 @@ def _kind(m: MapContents, kind: BlockKind) -> Iterator[str]:
 
 
 def _readers(kind: BlockKind, name: str, prefix: str) -> str:
-    """The module at whose input a state of the stream stands."""
+    """The modules whose input is this state of the stream."""
     terms = kind.points[name].terms
     return ", ".join(short_path(t.module, prefix) for t in terms if t.side == "input" and t.module != prefix)
 

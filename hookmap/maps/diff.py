@@ -10,7 +10,7 @@ from hookmap.maps.describe import layer_ranges, layers_text
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 
-# Where a point is and what a block is made of; who made the map, when and with what proof is no difference.
+# Where points are and what blocks consist of; the map's origin, date and proofs are not compared.
 _HEAD = (
     "architecture", "layers_path", "num_layers", "d_model", "num_heads", "d_vocab", "pre_attention_path",
     "pre_mlp_path", "embedding_path", "final_norm_path", "lm_head_path", "joined", "left_out",
@@ -72,7 +72,7 @@ def _term(term: TermTemplate) -> str:
 
 
 def _fields(part: BaseModel, *known: str) -> str:
-    """What else it says that is not the default."""
+    """Its other fields that differ from their defaults."""
     said = part.model_dump(exclude=set(known), exclude_defaults=True)
     return ", ".join(f"{name} {value}" for name, value in said.items())
 

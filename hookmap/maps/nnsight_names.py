@@ -11,7 +11,7 @@ from hookmap.maps.templates import PointTemplate
 
 
 def rename(architecture_map: MapContents) -> dict[str, list[str]]:
-    """Module path, relative to the block (or to the root) -> the points that stand at its boundary, whole.
+    """Module path, relative to the block (or to the root) -> the points that are exactly its input or output.
 
     Left out: a point that is a sum, a scaled or reordered tensor or a part of one; one of the block's own boundary
     (`resid_pre` is `layers[i].input`); and a name that would mean another module or side in another kind of block.
@@ -35,7 +35,7 @@ def rename(architecture_map: MapContents) -> dict[str, list[str]]:
 
 
 def _whole(template: PointTemplate) -> tuple[str, str] | None:
-    """Module and side, where the point is exactly what stands there."""
+    """Module and side, where the point is exactly that tensor."""
     term = template.terms[0]
     usual = term.scale == 1.0 and not term.flat and term.axes is None and term.heads is None and term.rows == "all"
     if len(template.terms) > 1 or not usual or term.call is not None:

@@ -22,7 +22,7 @@ class Point:
     per_layer: bool = True
     axes: tuple[str, ...] = RESIDUAL_AXES
     deeper: bool = False
-    """inside a branch: not among "all", as it must be named"""
+    """inside a branch: "all" leaves it out, it must be named"""
 
 
 _ALL = (
@@ -158,7 +158,7 @@ def parse_point(name: str) -> ParsedPoint | str:
 
 
 def takes_layers(name: str) -> bool:
-    """Whether layers are given beside this name: not of a point of the whole model, or where it holds one itself."""
+    """Whether layers are given with this name: not for a point of the whole model, nor if the name holds a layer."""
     parsed = parse_point(name)
     return isinstance(parsed, str) or (parsed.layer is None and PointName.of(parsed.point).definition.per_layer)
 

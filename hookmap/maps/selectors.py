@@ -186,7 +186,7 @@ def _parse(m: MapContents, points: Any, layers: Any) -> Iterator[_Request | str]
             if own is not None and not _is_all(own) and isinstance(name, str) and not takes_layers(name):
                 yield f"{name} says itself where it is, and takes no layers: give {{{name!r}: 'all'}}"
     else:
-        yield from _layers(m, layers)[1]  # told even where no point is known
+        yield from _layers(m, layers)[1]  # reported even where no point is known
         asked = [(name, layers) for name in _names(m, points)]
     if not asked:
         yield "no points given: name at least one, or 'all'"
@@ -317,7 +317,7 @@ def of_template(m: MapContents, point: str, layer: int | None, template: PointTe
 
 
 def _forward_index(m: MapContents, point: str, layer: int | None, order: int) -> int:
-    """Block points stand between the embedding and the final norm, each block in a span of its own."""
+    """Block points come between the embedding and the final norm, each block in its own range of numbers."""
     span = 1 + max(t.order for kind in m.kinds for t in (*kind.points.values(), *m.model_points.values()))
     if layer is not None:
         return (layer + 1) * span + order

@@ -137,7 +137,7 @@ def _first(config: Mapping[str, Any], fields: tuple[str, ...]) -> int | None:
 
 
 def shipped_near(*names: str) -> str:
-    """The shipped maps whose names are near, whoever the owner, or how to list all, as a sentence."""
+    """A sentence that names the shipped maps with similar names, of any owner, or the command that lists all."""
     shipped = (*shipped_architectures(), *shipped_models())
     bare = {each: each.rpartition("/")[2].lower() for each in shipped}
     near: dict[str, None] = {}

@@ -53,7 +53,7 @@ class BackgroundWriter(Closing):
 
     # An interrupt may fall between any two lines of the caller. So the two sides share no lock that it could leave
     # shut, only what C makes atomic: a queue, a reference to a mark, and a bell, which is a lock that the thread opens.
-    # That the thread has ended is a mark too: Python 3.11 takes a thread for dead whose `join` was interrupted.
+    # The end of the thread is also signalled: Python 3.11 reports a thread as dead after an interrupted `join`.
 
     def __init__(self, writer: "FolderWriter", in_flight: int = IN_FLIGHT) -> None:
         """`in_flight`: bytes of rows that may wait; a piece that is larger waits alone."""

@@ -17,7 +17,7 @@ BEFORE = "before"
 
 
 class Lacking:
-    """A sink that hands on the samples which the folder behind it does not hold: a batch always runs whole."""
+    """A sink that passes on the samples that its folder does not hold yet: a batch always runs as a whole."""
 
     def __init__(self, writer: Sink, held: Set[int]) -> None:
         self._writer, self._held = writer, held

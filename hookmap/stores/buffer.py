@@ -1,4 +1,4 @@
-"""Rows that are not in a shard yet, and when there are enough of them. Pure: no file.
+"""Rows that are not in a shard yet, and when there are enough for one. Pure: touches no file.
 
 Rows of a batch arrive step by step, sample by sample, tensor by tensor. A cut lays each sample's rows side by side.
 """
@@ -13,11 +13,11 @@ from hookmap.stores.shard import Block
 from hookmap.stores.table import Span
 
 HARD = 2
-"""a shard is cut inside a forward pass only at so many times `shard_bytes`"""
+"""a shard is cut inside a forward pass only at this many times `shard_bytes`"""
 
 
 class Buffer:
-    """The rows of one shard to be. When it is full depends only on what was written to it."""
+    """The rows of the next shard. When it is full depends only on what was written to it."""
 
     def __init__(self, keys: Sequence[Key], shard_tokens: int, shard_bytes: int) -> None:
         self._keys = keys
@@ -36,14 +36,14 @@ class Buffer:
         return self._bytes > 0
 
     def full_before(self, activation: Activation) -> bool:
-        """Whether to cut before taking this: enough is held, and a new forward pass begins with it."""
+        """Whether to cut before taking these rows: the buffer is full, and they begin a new forward pass."""
         if (activation.sample, activation.point, activation.layer) not in self._pass:
             return False
         return self._bytes >= self._shard_bytes or max(self._rows.values(), default=0) >= self._shard_tokens
 
     @property
     def overfull(self) -> bool:
-        """Whether to cut now: one forward pass alone (a long prompt, a large batch) is more than a shard should be."""
+        """Whether to cut now: one forward pass (a long prompt, a large batch) exceeds the size of a shard."""
         return self._bytes >= HARD * self._shard_bytes
 
     def add(self, activation: Activation) -> None:
@@ -75,7 +75,7 @@ class Buffer:
         return blocks
 
     def spans(self, shard: int) -> dict[int, list[Span]]:
-        """Where each sample's rows will be in the shard: one span per run of tensors in which they lie alike."""
+        """Where each sample's rows will be in the shard: one span for each run of tensors that place them equally."""
         spans: dict[int, list[Span]] = {}
         for place, key in enumerate(self._keys):
             row, found = 0, self._pieces.get(key, {})

@@ -32,21 +32,21 @@ _PROMPTS = ("prompts", "prompts_sha256", "ids_sha256", "labels_sha256")
 
 @dataclass(frozen=True)
 class Repaired:
-    """What came of a repair."""
+    """The result of a repair."""
 
     kept: int
     """samples"""
     lost: dict[str, str] = field(default_factory=dict)
     """why each other sample, or line of the table, is not kept"""
     missing: int = 0
-    """samples that the manifest counts, and no line of the table tells of"""
+    """samples that the manifest counts and the table lacks"""
     changed: list[str] = field(default_factory=list)
     """how the tables are not as the manifest says"""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What came of a merge."""
+    """The result of a merge."""
 
     samples: int
     duplicates: list[str] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Merged:
     renumbered: bool = False
     """whether the captures used the same numbers for different samples, and all got new ones"""
     renamed: list[str] = field(default_factory=list)
-    """one line for each sample whose id was another sample's before, and is another one now"""
+    """one line for each sample whose id was taken, with its new id"""
 
 
 def copy_group(store: Store, samples: Sequence[tuple[int, Sample]], writer: FolderWriter) -> None:
@@ -129,7 +129,7 @@ def _sound_lines(folder: Location, manifest: Manifest, lost: dict[str, str], tru
 
 
 def _finished_lines(path: Location, finished: bool) -> Iterator[tuple[int, bytes]]:
-    """Lines up to the last that ends a group: what is behind it was never finished, unless all of it was."""
+    """Lines up to the last one that ends a group: later lines were never finished, unless all of them were."""
     waiting: list[tuple[int, bytes]] = []
     offset = 0
     missing = StoreError(f"{path} is missing: without it nothing says which rows are of which sample.")

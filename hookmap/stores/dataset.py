@@ -24,7 +24,7 @@ _Rows: TypeAlias = dict[str, Any]
 
 
 class _Run(NamedTuple):
-    """Rows of one sample that lie side by side in one shard."""
+    """Contiguous rows of one sample in one shard."""
 
     sample: int
     start: int
@@ -152,7 +152,7 @@ class RowDataset(IterableDataset[_Rows]):
         return shards
 
     def _read(self, shards: Sequence[int]) -> Iterator[_Rows]:
-        """The rows of each shard, as far as they lie side by side in one piece."""
+        """The contiguous runs of rows in each shard."""
         for shard in shards:
             runs: list[_Run] = []
             for run in self._shards[shard]:
@@ -233,7 +233,7 @@ def _swap(held: _Rows, piece: _Rows, places: torch.Tensor) -> _Rows:
 
 
 def _batches(pieces: Iterator[_Rows], size: int) -> Iterator[_Rows]:
-    """The same rows, cut anew: every batch has `size` of them, the last one what is left."""
+    """The same rows in batches of `size`; the last has the remainder."""
     left: _Rows | None = None
     for piece in pieces:
         for part in _split(piece, size - (_count(left) if left else 0), size):

@@ -55,7 +55,7 @@ def write_all(file: BinaryIO, data: "bytes | memoryview") -> None:
 
 
 class AppendedFile:
-    """A file that only grows, by whole pieces: up to `size` they are whole, whatever an error left behind that."""
+    """A file that grows by whole pieces: the first `size` bytes are complete, whatever an error left after them."""
 
     def __init__(self, path: Path) -> None:
         """Open an existing file; its present bytes count until `cut` says otherwise."""
@@ -63,7 +63,7 @@ class AppendedFile:
         self.size = os.fstat(self._file.fileno()).st_size
 
     def cut(self, size: int) -> None:
-        """Drop what is behind the first `size` bytes."""
+        """Truncate the file after the first `size` bytes."""
         self._file.truncate(size)
         self.size = size
 

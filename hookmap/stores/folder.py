@@ -186,7 +186,7 @@ class FolderWriter(GroupWriter, Closing):
             self._forget()
 
     def _recover(self) -> None:
-        """Go back to the last whole group. The disk says which that is: an interrupt can leave memory behind it."""
+        """Go back to the last complete group on disk: after an interrupt, memory may not know it yet."""
         self._forget()
         self._committed = scan(self.folder / SAMPLES)
         self._samples.cut(self._committed.size)

@@ -1,4 +1,4 @@
-"""Rows -> shards and the lines of samples: what becomes finished together, a group. Who writes the tables is another.
+"""Rows -> shards and groups, the samples that become finished together. Writing the tables is left to subclasses.
 
 A folder's own writer gives shards their final names; a worker gives them names of its own, under which nothing counts,
 and its group is adopted later (`FolderWriter.adopt`).
@@ -30,7 +30,7 @@ class Group:
 
 
 class GroupWriter(ABC):
-    """A sink that cuts rows into shards, and hands on each group that is whole."""
+    """A sink that cuts rows into shards and commits each complete group."""
 
     def __init__(self, folder: Path, ledger: Ledger, shard_tokens: int, shard_bytes: int) -> None:
         """`folder`: of the capture."""
@@ -41,11 +41,11 @@ class GroupWriter(ABC):
 
     @abstractmethod
     def _name(self, shard: int) -> str:
-        """Of the `shard`-th file of the group that is being written."""
+        """File name of shard number `shard` of the group that is being written."""
 
     @abstractmethod
     def _commit(self, group: Group) -> None:
-        """Its shards are durable: make it finished, and forget it."""
+        """Make the samples finished and clear the group; its shards are durable already."""
 
     def write(self, activation: Activation) -> None:
         """Take rows. Raises CaptureError where they are not the next ones."""
@@ -102,7 +102,7 @@ class PartWriter(GroupWriter):
         """`folder`: of the capture, which has a writer somewhere."""
         super().__init__(folder, Ledger(tuple(keys)), shard_tokens, shard_bytes)
         self.groups: list[Group] = []
-        """those that are whole"""
+        """complete ones"""
         self._own = uuid4().hex
 
     def _name(self, shard: int) -> str:

@@ -1,4 +1,4 @@
-"""What every store of activations answers, whatever holds the rows."""
+"""The interface of every store of activations, in memory or on disk."""
 
 import itertools
 import operator
@@ -22,31 +22,31 @@ Tokens: TypeAlias = "slice | Sequence[int] | None"
 """positions in a sample's own tokens: a slice, a range, a sequence of whole numbers, or None for all"""
 
 NEAR_IDS = 1000
-"""samples among whose ids a misspelt one is looked for: it takes milliseconds, not minutes"""
+"""samples whose ids are compared with a misspelt one: that takes milliseconds"""
 
 NORM_ROWS = 256
-"""rows that `norms` holds at a time"""
+"""rows that `norms` reads at a time"""
 
 
 @dataclass(frozen=True)
 class RowNorms:
-    """L2 norms of the rows of one tensor. Of those that are finite; nan where there is none."""
+    """L2 norms of the finite rows of one tensor; nan where no row is finite."""
 
     rows: int
-    """that are finite"""
+    """finite rows"""
     mean: float
     median: float
     largest: float
     share: float
-    """of the largest, in the sum of all"""
+    """the largest norm as a share of the sum of all norms"""
     not_finite: int
-    """rows with an infinity or nan in them"""
+    """rows that hold an infinity or nan"""
     first_not_finite: tuple[int, int | None] | None
-    """(sample, position) of the first of those; the position is None of a mean"""
+    """(sample, position) of the first such row; the position of a mean is None"""
 
 
 class Store(ABC):
-    """Finished samples and their rows. A subclass says which, and reads rows; the rest follows from that."""
+    """Finished samples and their rows. A subclass lists them and reads rows; everything else is defined here."""
 
     @property
     @abstractmethod
@@ -150,7 +150,7 @@ class Store(ABC):
         return f"<{type(self).__name__}{self._name()} of {samples}, {tensors}: {', '.join(self.points)}>"
 
     def _name(self) -> str:
-        """What tells this store from others, after a space, or nothing."""
+        """What identifies this store in its `repr`, after a space; empty by default."""
         return ""
 
     def _repr_html_(self) -> str:
@@ -234,7 +234,7 @@ def _of_layer(layer: int | None) -> str:
 
 
 def place_of(where: Any) -> tuple[str, int | None]:
-    """What stands between the brackets of `run[...]`: a point, or a point and a layer. Raises SelectionError."""
+    """Point and layer from the key of `run[...]`. Raises SelectionError."""
     point, layer = where if isinstance(where, tuple) and len(where) == 2 else (where, None)
     if not isinstance(point, str) or not isinstance(layer, Integral | None):
         raise SelectionError(f'expected ["point"] or ["point", layer] such as ["resid_mid", 8], got {where!r}.')
@@ -250,26 +250,39 @@ def rows_of(tokens: Tokens, sample: Sample) -> Sequence[int]:
         return range(sample.rows)
     if sample.positions == "mean":
         raise SelectionError(f"sample {sample.sample} is one mean over positions: read it without tokens.")
-    kept = sample.positions
     if isinstance(tokens, slice):
-        wanted = range(*tokens.indices(sample.rows if kept is None else len(sample.token_ids)))
-        return wanted if kept is None else [row for row, position in enumerate(kept) if position in wanted]
+        return _rows_in(tokens, sample)
     if not isinstance(tokens, Sequence) or isinstance(tokens, str | bytes):
         raise SelectionError(f"tokens must be a slice, a range, a sequence of positions or None, not {tokens!r}")
-    rows = range(sample.rows) if kept is None else {position: row for row, position in enumerate(kept)}
-    ends = [*tokens[:1], *tokens[-1:]] if isinstance(tokens, range) and kept is None else tokens
-    wrong = [p for p in ends if isinstance(p, bool) or not hasattr(p, "__index__") or operator.index(p) not in rows]
-    if wrong:
+    return _rows_at(tokens, sample)
+
+
+def _rows_in(tokens: slice, sample: Sample) -> Sequence[int]:
+    if not isinstance(sample.positions, tuple):
+        return range(*tokens.indices(sample.rows))
+    wanted = range(*tokens.indices(len(sample.token_ids)))
+    return [row for row, position in enumerate(sample.positions) if position in wanted]
+
+
+def _rows_at(tokens: Sequence[int], sample: Sample) -> Sequence[int]:
+    kept = sample.positions if isinstance(sample.positions, tuple) else None
+    row_of = range(sample.rows) if kept is None else {position: row for row, position in enumerate(kept)}
+    span = kept is None and isinstance(tokens, range)  # its ends suffice
+    asked = [*tokens[:1], *tokens[-1:]] if span else tokens
+    if wrong := [p for p in asked if not _is_whole(p) or operator.index(p) not in row_of]:
         held = f"rows 0 to {sample.rows - 1} (the last generated token is never fed to the model)"
         if kept is not None:
-            held = f"rows of the positions {', '.join(map(str, kept[:20]))}{', …' if len(kept) > 20 else ''}"
-        raise SelectionError(
-            f"positions {', '.join(map(repr, wrong[:5]))}{', …' if len(wrong) > 5 else ''} are not in sample "
-            f"{sample.sample}: it has {held}."
-        )
-    if kept is None:
-        return tokens if isinstance(tokens, range) else [operator.index(p) for p in tokens]
-    return [rows[operator.index(p)] for p in tokens]
+            held = f"rows of the positions {_first(kept, 20)}"
+        raise SelectionError(f"positions {_first(wrong, 5)} are not in sample {sample.sample}: it has {held}.")
+    return tokens if span else [row_of[operator.index(p)] for p in tokens]
+
+
+def _is_whole(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _first(values: Sequence[Any], count: int) -> str:
+    return f"{', '.join(map(repr, values[:count]))}{', …' if len(values) > count else ''}"
 
 
 def join(rows: Sequence[int], parts: Iterable[torch.Tensor]) -> "torch.Tensor | list[torch.Tensor]":
@@ -316,5 +329,5 @@ def as_html(title: str, keys: Sequence[Key], samples: Sequence[Sample]) -> str:
 
 
 def completions(keys: Iterable[Key]) -> list[Any]:
-    """What may stand between the brackets of `run[...]`: the pairs, and alone the points of the whole model."""
+    """The keys that `run[...]` takes: (point, layer) pairs, and the bare names of points of the whole model."""
     return [point if layer is None else (point, layer) for point, layer in keys]

@@ -1,4 +1,4 @@
-"""What a sink knows of the rows it took: it refuses what would be stored wrong in silence."""
+"""What a sink knows about the rows it took; it refuses rows that would silently be stored wrong."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from hookmap.stores.numbers import NumberSet
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What one row of one tensor is."""
+    """Shape and dtype of one row of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -27,7 +27,7 @@ def tensor_name(key: Key) -> str:
 
 @dataclass
 class Ledger:
-    """Rows taken so far of each open sample, and the one dtype and shape that each tensor has."""
+    """Rows taken so far for each open sample, and the dtype and shape of each tensor."""
 
     keys: tuple[Key, ...]
     specs: dict[Key, RowSpec] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Ledger:
         self.finished.add(sample.sample)
 
     def adopt(self, specs: Mapping[Key, RowSpec], samples: Sequence[int]) -> None:
-        """Note samples that another ledger saw whole. Raises CaptureError where they do not fit to what is here."""
+        """Note samples that another ledger checked. Raises CaptureError where they contradict this one."""
         if twice := [sample for sample in samples if sample in self.finished]:
             raise CaptureError(f"samples {twice} are finished twice.")
         for key, spec in specs.items():

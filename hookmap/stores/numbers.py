@@ -1,4 +1,4 @@
-"""A set of whole numbers that remembers stretches: ten million samples in a row are one of them."""
+"""A set of whole numbers, kept as ranges: ten million consecutive samples are one range."""
 
 import bisect
 from collections.abc import Iterable, Iterator, MutableSet, Sequence
@@ -7,15 +7,15 @@ import numpy as np
 
 
 class NumberSet(MutableSet[int]):
-    """As a set of ints. Memory grows with the gaps between the numbers, not with the numbers."""
+    """Behaves as a set of ints. Memory grows with the gaps between the numbers, not with their count."""
 
     def __init__(self, numbers: "Iterable[int]" = ()) -> None:
-        """An array of them, in any order, is taken at once: ten million in a second."""
+        """An array, in any order, is added in one step: ten million numbers in a second."""
         found = np.asarray(numbers) if isinstance(numbers, Sequence) else np.fromiter(numbers, np.int64)
         if (found[1:] <= found[:-1]).any():
             found = np.unique(found)
         breaks = np.flatnonzero(found[1:] - found[:-1] != 1)
-        # Two lists: of the first number of each stretch, and of the one behind its last.
+        # Two lists: the first number of each range, and the number after its last.
         self._starts: list[int] = found[np.concatenate([[0], breaks + 1])].tolist() if len(found) else []
         self._stops: list[int] = (found[np.concatenate([breaks, [-1]])] + 1).tolist() if len(found) else []
 
@@ -38,8 +38,8 @@ class NumberSet(MutableSet[int]):
         return f"NumberSet({shown}{', …' if len(self._starts) > 8 else ''})"
 
     def add(self, value: int) -> None:
-        """A number that touches stretches joins them."""
-        place = bisect.bisect_right(self._starts, value)  # of the first stretch behind it
+        """A number between two ranges joins them."""
+        place = bisect.bisect_right(self._starts, value)  # of the first range after it
         if place and value < self._stops[place - 1]:
             return
         before = place > 0 and self._stops[place - 1] == value
@@ -56,7 +56,7 @@ class NumberSet(MutableSet[int]):
             self._stops.insert(place, value + 1)
 
     def discard(self, value: int) -> None:
-        """A number inside a stretch leaves two."""
+        """Removing a number inside a range splits it."""
         if value not in self:
             return
         place = bisect.bisect_right(self._starts, value) - 1

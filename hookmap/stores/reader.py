@@ -1,4 +1,4 @@
-"""Reads a capture folder, finished or still being written: a header, and just the bytes of the rows that are wanted."""
+"""Reads a capture folder, finished or still being written: shard headers, and only the bytes of the rows asked for."""
 
 import math
 import os
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from hookmap.stores.dataset import RowDataset
 
 NORM_SAMPLES = 10_000
-"""samples whose tensors `describe` reads without being told to"""
+"""samples whose tensors `describe` reads by default"""
 
 HEADERS = 256
-"""shard headers that a reader keeps"""
+"""shard headers that a reader keeps in memory"""
 
 
 class CaptureStore(Store):
     """A capture folder as it stood when it was opened: samples finished later are seen by opening it again."""
 
     def __init__(self, path: "str | os.PathLike[str] | Location", opened: tuple[Manifest, Table] | None = None) -> None:
-        """Reads the manifest and the table's line starts, where `opened` does not give them. Raises StoreError."""
+        """Reads the manifest and indexes the table, unless `opened` gives both. Raises StoreError."""
         self.path = location(path)
         self.manifest, self._table = self._open() if opened is None else opened
         self._specs = self.manifest.specs
@@ -41,7 +41,7 @@ class CaptureStore(Store):
         self._entry = lru_cache(64)(self._read_entry)
 
     def _open(self) -> tuple[Manifest, Table]:
-        """The manifest and the table. Twice where they contradict each other: a writer may have gone on in between."""
+        """The manifest and the table, read again where they disagree: a writer may have added samples in between."""
         for _ in range(2):
             manifest = read_manifest(self.path)
             table = Table(self.path / SAMPLES)
@@ -60,7 +60,7 @@ class CaptureStore(Store):
 
     @property
     def finished(self) -> bool:
-        """Whether the run that wrote it came to its end."""
+        """Whether the run that wrote it finished."""
         return self.manifest.finished
 
     @property
@@ -95,7 +95,7 @@ class CaptureStore(Store):
         return ((entry.sample.sample, entry.spans) for entry in self._table.entries())
 
     def shard_rows(self, shard: int, key: Key, row: int, rows: int) -> torch.Tensor:
-        """Rows of one tensor as they lie in one shard, whosesoever they are, [rows, *row]. Raises StoreError."""
+        """Contiguous rows of one tensor in one shard, across sample boundaries: [rows, *row]. Raises StoreError."""
         spec, what = self.manifest.tensors[self._places[key]], self._specs[key]
         stored = self._stored(shard, spec)
         if row + rows > stored.shape[0]:
@@ -128,7 +128,7 @@ class CaptureStore(Store):
         return f" {self.path}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CaptureStore, (self.path,)  # a process of its own opens the folder itself
+        return CaptureStore, (self.path,)  # another process opens the folder itself
 
     def verify(self) -> list[str]:
         """Every problem of the folder, one line each; empty where it is sound. Reads all of it."""
@@ -253,7 +253,7 @@ class CaptureStore(Store):
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Stretches first..stop-1 of consecutive rows, in order."""
+    """Runs first..stop-1 of consecutive rows, in order."""
     if isinstance(rows, range) and rows.step == 1:
         yield rows.start, rows.stop
         return
@@ -267,7 +267,7 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _overflow(manifest: Manifest) -> dict[str, int]:
-    """Of each tensor, rows that the runs which wrote it say became infinite in the dtype that is kept."""
+    """For each tensor, how many rows overflowed in the stored dtype, as the runs that wrote them recorded."""
     found: Counter[str] = Counter()
     for run in manifest.runs:
         found.update(run.get("overflow", {}).get("rows", {}))

@@ -1,4 +1,4 @@
-"""One shard: a safetensors file, written whole, read by its header and just the bytes that are wanted.
+"""One shard: a safetensors file, written as a whole; read by its header and only the bytes asked for.
 
 The `safetensors` package serialises from memory and hands out views of a mapped file; this module writes tensor by
 tensor and reads ranges, in the documented format (https://huggingface.co/docs/safetensors):
@@ -66,7 +66,7 @@ class Block:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the list of shards says of one shard."""
+    """One line of the table of shards."""
 
     shard: int
     bytes: int
@@ -75,7 +75,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a shard, as its header says."""
+    """One tensor in a shard, as the header describes it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -102,7 +102,7 @@ def is_shard(name: str) -> bool:
 
 
 def write_shard(path: Path, shard: int, blocks: Sequence[Block]) -> ShardInfo:
-    """Write one shard to `path`, whole or not at all. Holds one tensor of it beside the pieces. Raises OSError."""
+    """Write one shard to `path`, whole or not at all; needs memory for one more of its tensors. Raises OSError."""
     header = encode_header(blocks, {"format": "pt"})
 
     def write(file: BinaryIO) -> ShardInfo:
@@ -119,7 +119,7 @@ def write_shard(path: Path, shard: int, blocks: Sequence[Block]) -> ShardInfo:
 
 
 def encode_header(blocks: Sequence[Block], metadata: Mapping[str, str] | None = None) -> bytes:
-    """What stands before the tensors' bytes."""
+    """The bytes before the tensors."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for block in blocks:

@@ -27,7 +27,7 @@ SAMPLES = "samples.jsonl"
 SHARDS = "shards.jsonl"
 
 OPTIONAL = ("positions", "id", "labels")
-"""fields of a sample that stand in its line only where there is something to say"""
+"""fields of a sample that its line has only where they are set"""
 
 _CHECKSUM = b', "crc32": '
 
@@ -35,17 +35,17 @@ _ID = re.compile(rb'"id": ("(?:[^"\\\n]|\\.)*")')
 
 
 class Span(NamedTuple):
-    """Where rows of one sample are: in one shard, alike in a run of consecutive tensors."""
+    """Where rows of one sample are: in one shard, at the same place in a run of consecutive tensors."""
 
     shard: int
     first: int
-    """place, in the manifest's list of tensors, of the first tensor that this is said of"""
+    """index, in the manifest's list of tensors, of the first tensor of the run"""
     end: int
-    """place after the last"""
+    """index after the last"""
     row: int
     """the first of the rows, in the shard's tensor"""
     start: int
-    """which row of the sample that is"""
+    """which row of the sample this is"""
     rows: int
 
 
@@ -80,13 +80,13 @@ def encode_group(entries: Sequence[Entry], shards: int) -> bytes:
 
 
 def is_intact(line: bytes) -> bool | None:
-    """Whether a line of the table of samples is as it was written; None where it does not say its checksum."""
+    """Whether a line of the table of samples is as it was written; None where it has no checksum."""
     body, mark, rest = line.rpartition(_CHECKSUM)
     return rest == b"%d}\n" % zlib.crc32(body) if mark else None
 
 
 def altered_line(path: Location, size: int) -> int | None:
-    """The first line among the first `size` bytes of the table that is not as it was written, from 1; None: none."""
+    """Number, from 1, of the first altered line in the first `size` bytes of the table; None where none is."""
     with reading(path), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if (size := size - len(line)) < 0:
@@ -119,7 +119,7 @@ def decode_entry(line: bytes, path: Location, number: int) -> Entry:
 
 
 def _plain(text: bytes) -> str:
-    """What a string of JSON says; most hold nothing that is escaped."""
+    """The value of a JSON string; most have no escapes."""
     value = json.loads(text) if b"\\" in text else text[1:-1].decode()
     return str(value)
 
@@ -155,15 +155,15 @@ def _labels(value: Any) -> Mapping[str, Any] | None:
 
 
 class Table(Sequence[Sample]):
-    """The finished samples by number, each read from disk when it is asked for."""
+    """The finished samples by number, each read from disk on access."""
 
     def __init__(self, path: Location, committed: Committed | None = None) -> None:
-        """`committed`: which lines count, where that is known already."""
+        """`committed`: the index of the table, if it is known already."""
         self.path = path
         self.committed = scan(path) if committed is None else committed
         numbers = np.frombuffer(self.committed.numbers, np.int64)
         self.numbers, self._order = self.committed.numbers, None
-        if (numbers[1:] < numbers[:-1]).any():  # batches that ended in another order, a merge
+        if (numbers[1:] < numbers[:-1]).any():  # batches that ended out of order, or a merge
             order = np.argsort(numbers, kind="stable")
             self._order = array("q", order.tobytes())
             self.numbers = array("q", numbers[order].tobytes())
@@ -195,14 +195,14 @@ class Table(Sequence[Sample]):
         return self._entry(self._line(place))
 
     def with_id(self, id: str) -> list[int]:
-        """Numbers of the samples that the data set calls so. The first call reads the table once."""
+        """Numbers of the samples with this id in the data set. The first call reads the table once."""
         lines = np.flatnonzero(self._hashes == hash(id)).tolist()
         found = (self._entry(line).sample for line in lines)
         return sorted(sample.sample for sample in found if sample.id == id)
 
     @cached_property
     def _hashes(self) -> Vector:
-        """Of the first id in each line; one inside the labels is found to be none when the line is read."""
+        """Hash of the first id in each line. It may be one inside the labels: `with_id` reads the line and compares."""
         offsets = np.frombuffer(self.committed.offsets, np.int64)
         hashes = np.zeros(len(offsets), np.int64)
         for block in blocks(self.path, 0):
@@ -213,7 +213,7 @@ class Table(Sequence[Sample]):
             begins = starts[np.searchsorted(starts, places, "right") - 1] + block.offset
             lines = np.searchsorted(offsets, begins)
             counts = lines < len(offsets)
-            counts[counts] = offsets[lines[counts]] == begins[counts]  # or it stands in a line that does not
+            counts[counts] = offsets[lines[counts]] == begins[counts]  # or the id is in a line that does not count
             hashes[lines[counts]] = values[counts]
         return hashes
 
@@ -221,7 +221,7 @@ class Table(Sequence[Sample]):
         return place if self._order is None else self._order[place]
 
     def groups(self) -> Iterator[list[int]]:
-        """The numbers of samples that were committed together, as they stand in the table."""
+        """The numbers of samples that were committed together, in the order of the table."""
         group: list[int] = []
         before = 0
         with reading(self.path), self.path.open("rb") as file:
@@ -261,7 +261,7 @@ def read_shards(path: Location, count: int) -> Iterator[tuple[ShardInfo, int]]:
 
 
 def decode_shard(line: bytes, path: Location, number: int) -> ShardInfo:
-    """One line of the table of shards, which is of shard `number`. Raises StoreError where it is not."""
+    """One line of the table of shards. Raises StoreError where it is not about shard `number`."""
     try:
         found = read_json(line)
         info = ShardInfo(_whole(found["shard"]), _whole(found["bytes"]), _text(found["sha256"]))

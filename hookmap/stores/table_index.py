@@ -34,7 +34,7 @@ class Committed:
     """The lines of the table of samples that count: those of complete groups."""
 
     numbers: "array[int]" = field(default_factory=lambda: array("q"))
-    """of the samples, as they stand in the table"""
+    """of the samples, in the order of the table"""
     offsets: "array[int]" = field(default_factory=lambda: array("q"))
     """of their lines, in bytes"""
     size: int = 0
