@@ -8,7 +8,6 @@ a number for each choice. Without activations `capture` is null.
 import asyncio
 import json
 import queue
-import re
 import shutil
 import threading
 from collections.abc import Mapping
@@ -36,6 +35,7 @@ from hookmap.activations import Sample
 from hookmap.errors import CaptureError, TokenizerError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import Prompt, templated
+from hookmap.services.server.tool_calls import WrittenCall, split_calls
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
@@ -46,7 +46,6 @@ BATCH_SIZE = 8
 METADATA = "hookmap"
 _QUIET = 0.05
 """seconds without a new request after which a batch that is not full runs"""
-_TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -238,18 +237,17 @@ def parse_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
 
     A call that is no such JSON comes back with the reason, which the model is told.
     """
-    calls = []
-    for number, body in enumerate(_TOOL_CALL.findall(text)):
-        try:
-            found = json.loads(body)
-            name, arguments = found["name"], found.get("arguments", {})
-            if not isinstance(name, str) or not isinstance(arguments, dict):
-                raise ValueError("expected a name and an object of arguments")
-            calls.append(ToolCall(id=f"call_{number}", function=name, arguments=arguments))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            why = f'expected {{"name": …, "arguments": {{…}}}}: {error}'
-            calls.append(ToolCall(id=f"call_{number}", function="unknown", arguments={}, parse_error=why))
-    return _TOOL_CALL.sub("", text).strip() if calls else text, calls
+    rest, written = split_calls(text)
+    calls = [_tool_call(f"call_{number}", call) for number, call in enumerate(written)]
+    return rest.strip() if calls else text, calls
+
+
+def _tool_call(id: str, call: WrittenCall) -> ToolCall:
+    if call.problem is None and isinstance(call.arguments, dict):
+        return ToolCall(id=id, function=call.name, arguments=call.arguments)
+    problem = call.problem or "the arguments are text"
+    why = f'expected {{"name": …, "arguments": {{…}}}}: {problem}'
+    return ToolCall(id=id, function="unknown", arguments={}, parse_error=why)
 
 
 def remove_captures(folder: Path) -> None:

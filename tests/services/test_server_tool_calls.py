@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("fastapi")
 
+from hookmap.services.server.chat import check_template, with_arguments
 from hookmap.services.server.errors import ApiError
-from hookmap.services.server.tool_calls import ToolText, check_template, reads_calls, with_arguments
+from hookmap.services.server.tool_calls import ToolText, reads_calls
 
 TWO = (
     'Let me see. <tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "ü"}}\n</tool_call>\n'

@@ -1,8 +1,9 @@
 """POST /v1/chat/completions: messages -> a prompt, and the answer as OpenAI writes it."""
 
 import inspect
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,11 +22,11 @@ from hookmap.services.server.requests import ChatRequest, Message
 from hookmap.services.server.streaming import extras, made, summaries, usage_of
 from hookmap.services.server.text import RowText
 from hookmap.services.server.tokens import LEAST, Token
-from hookmap.services.server.tool_calls import Call, ToolText, check_template, reads_calls, with_arguments
+from hookmap.services.server.tool_calls import Call, ToolText, reads_calls, template_of
 
 
 def prompt_of(asked: ChatRequest, tokenizer: Any) -> Prompt:
-    """The messages through the model's chat template. Raises TokenizerError, ApiError."""
+    """The prompt that the model's chat template makes of the messages. Raises TokenizerError, ApiError."""
     tools = [] if asked.tool_choice == "none" else asked.tools or []
     check_template(tools, tokenizer)
     options = dict(asked.chat_template_kwargs or {})
@@ -41,7 +42,7 @@ def prompt_of(asked: ChatRequest, tokenizer: Any) -> Prompt:
 
 
 def _message(message: Message) -> dict[str, Any]:
-    """As templates read it: text is one string, and a developer is a system."""
+    """A message as chat templates take it: its text one string, the role `developer` as `system`. Raises ApiError."""
     content = message.content
     if message.images or message.audio:
         raise bad("messages: this server reads text only.", "messages")
@@ -57,12 +58,34 @@ def _message(message: Message) -> dict[str, Any]:
     return found
 
 
-class _Row:
-    """One choice, as its text comes."""
+def check_template(tools: Sequence[Any], tokenizer: Any) -> None:
+    """Raises ApiError where the chat template takes no tools: it would drop them silently."""
+    if tools and "tools" not in template_of(tokenizer):
+        raise bad("tools: this model's chat template takes none.", "tools")
+
+
+def with_arguments(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls of an earlier answer as chat templates take them: arguments as an object, not as JSON. Raises ApiError."""
+    found = []
+    for call in calls:
+        function = call.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise bad("messages: expected tool_calls with function.name and function.arguments.", "messages")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except (ValueError, RecursionError):
+                raise bad("messages: function.arguments of a tool call is not JSON.", "messages") from None
+        found.append({**call, "function": {**function, "arguments": arguments}})
+    return found
+
+
+class _ChoiceText:
+    """The text and the tool calls of one choice, as its tokens come."""
 
     def __init__(self, tokenizer: Any, job: Job, tools: bool) -> None:
-        self._tokenizer, self._job, self._tools = tokenizer, job, tools
-        self._ends = end_tokens(job.config)
+        self._most, self._ends = job.max_new_tokens, end_tokens(job.config)
         self.text, self.calls = RowText(tokenizer, job.stop), ToolText(tools)
 
     def add(self, token: int) -> str:
@@ -75,7 +98,7 @@ class _Row:
 
     def reason(self, tokens: tuple[int, ...]) -> str:
         """Why it ended: `stop`, or `length`."""
-        ended = self.text.stopped or (tokens and tokens[-1] in self._ends) or len(tokens) < self._job.max_new_tokens
+        ended = self.text.stopped or (tokens and tokens[-1] in self._ends) or len(tokens) < self._most
         return "stop" if ended else "length"
 
 
@@ -84,18 +107,18 @@ class ChatWire:
 
     def __init__(self, asked: ChatRequest, job: Job, model: str, tokenizer: Any) -> None:
         tools = bool(asked.tools) and asked.tool_choice != "none" and reads_calls(tokenizer)
-        self._rows = [_Row(tokenizer, job, tools) for _ in job.prompts]
+        self._rows = [_ChoiceText(tokenizer, job, tools) for _ in job.prompts]
         self._job, self._tokenizer, self._logprobs = job, tokenizer, bool(asked.logprobs)
         self._usage = bool(asked.stream_options and asked.stream_options.include_usage)
         self._head: dict[str, Any] = {"id": f"chatcmpl-{job.id}", "created": int(time.time()), "model": model}
 
     def opening(self) -> Iterator[ChatCompletionChunk]:
-        """Each choice's role."""
+        """The role of each choice."""
         for row in range(len(self._rows)):
             yield self._chunk(row, ChoiceDelta(role="assistant", content=""))
 
     def piece(self, token: Token) -> ChatCompletionChunk | None:
-        """The text that a token makes certain; with logprobs or a summary each token has a chunk."""
+        """A chunk with the text that this token completes; with logprobs or a summary every token has a chunk."""
         text = self._rows[token.row].add(token.id)
         logprobs = ChoiceLogprobs(content=[self._told(token)], refusal=None) if self._logprobs else None
         more = summaries(self._job, [token], partial(text_of, self._tokenizer))
@@ -105,7 +128,7 @@ class ChatWire:
         return chunk.model_copy(update=more)
 
     def closing(self, result: Result) -> Iterator[ChatCompletionChunk]:
-        """The rest of each choice and why it ended, then usage. What was kept stands in the last chunk."""
+        """The rest of each choice and why it ended, then usage. The last chunk says what was recorded."""
         chunks = []
         for number, row in enumerate(self._rows):
             text, calls = row.end()
@@ -123,7 +146,7 @@ class ChatWire:
         yield from chunks
 
     def whole(self, result: Result, tokens: list[Token]) -> ChatCompletion:
-        """Every choice."""
+        """The answer with every choice."""
         choices = [self._choice(number, result, tokens) for number in range(len(self._rows))]
         more = {**summaries(self._job, tokens, partial(text_of, self._tokenizer)), **extras(result)}
         usage = usage_of(self._job, result)

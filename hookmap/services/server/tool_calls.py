@@ -1,26 +1,52 @@
-"""Tools: what the chat template is given, and the calls in an answer, where the template's way of writing is known.
+"""Tool calls in a model's text: `<tool_call>{"name": …, "arguments": …}</tool_call>`, as Hermes and Qwen write them.
 
-Known is the one of Hermes and Qwen: `<tool_call>{"name": …, "arguments": …}</tool_call>`. Elsewhere, and where a call
-is not JSON, the text stays text.
+Imports nothing of the web server: the evaluations read calls with it, too.
 """
 
 import json
 import re
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hookmap.services.server.errors import bad
 from hookmap.services.server.text import beginning_at_end
 
 _OPEN = "<tool_call>"
-_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_WHOLE = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_WHOLE_OR_LAST = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class WrittenCall:
+    """One call as the model wrote it."""
+
+    name: str
+    arguments: dict[str, Any] | str
+    """an object, or text that should be its JSON"""
+    problem: str | None = None
+    """why it is no call; its name and arguments are empty then"""
+
+
+def split_calls(text: str, cut_off: bool = False) -> tuple[str, tuple[WrittenCall, ...]]:
+    """The text outside of calls, and the calls. `cut_off`: also a last call without its closing tag."""
+    pattern = _WHOLE_OR_LAST if cut_off else _WHOLE
+    return pattern.sub("", text), tuple(_read(body) for body in pattern.findall(text))
+
+
+def _read(body: str) -> WrittenCall:
+    try:
+        found = json.loads(body)
+        name, arguments = found["name"], found.get("arguments", {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return WrittenCall("", {}, str(error))
+    if not isinstance(name, str) or not isinstance(arguments, dict | str):
+        return WrittenCall("", {}, "expected a name and an object of arguments")
+    return WrittenCall(name, arguments)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call that the model asks for."""
+    """A call of an answer, as OpenAI sends it."""
 
     id: str
     name: str
@@ -29,14 +55,17 @@ class Call:
 
 
 class ToolText:
-    """Lets an answer's text through up to its first call, and reads the calls when it has ended."""
+    """Sends an answer's text up to its first call, and reads the calls when the answer has ended.
+
+    Where one of the calls cannot be read, all of them stay text.
+    """
 
     def __init__(self, reads_calls: bool) -> None:
         self._reads = reads_calls
         self._held = ""
 
     def add(self, text: str) -> str:
-        """The text that is no call for certain."""
+        """The text that is certainly no call."""
         if not self._reads:
             return text
         self._held += text
@@ -47,59 +76,26 @@ class ToolText:
 
     def end(self) -> tuple[str, tuple[Call, ...]]:
         """The rest of the text, and the calls."""
-        if calls := _calls(self._held):
-            return "", calls
-        return self._held, ()
+        _, found = split_calls(self._held, cut_off=True)
+        if not found or any(call.problem for call in found):
+            return self._held, ()
+        return "", tuple(_as_sent(call) for call in found)
 
 
-def _calls(text: str) -> tuple[Call, ...]:
-    """All calls of a text that begins with one; none where one of them is not understood."""
-    found = []
-    for body in _CALL.findall(text):
-        try:
-            call = json.loads(body)
-            arguments = call.get("arguments", {})
-            name = call["name"]
-        except (ValueError, KeyError, AttributeError, RecursionError):
-            return ()
-        if not isinstance(name, str) or not isinstance(arguments, dict | str):
-            return ()
-        written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        found.append(Call(f"call_{secrets.token_hex(12)}", name, written))
-    return tuple(found)
+def _as_sent(call: WrittenCall) -> Call:
+    arguments = call.arguments
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return Call(f"call_{secrets.token_hex(12)}", call.name, written)
 
 
 def template_of(tokenizer: Any) -> str:
-    """The text of the chat template that tools are given to."""
+    """The text of the chat template that is given the tools."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("tool_use", template.get("default"))
     return template or ""
 
 
-def check_template(tools: Sequence[Any], tokenizer: Any) -> None:
-    """Raises ApiError where the template takes no tools: they would be dropped without a word."""
-    if tools and "tools" not in template_of(tokenizer):
-        raise bad("tools: this model's chat template takes none.", "tools")
-
-
 def reads_calls(tokenizer: Any) -> bool:
-    """Whether calls in this model's answers are understood."""
+    """Whether this model's chat template writes calls in the form that is read here."""
     return _OPEN in template_of(tokenizer)
-
-
-def with_arguments(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Calls of an earlier answer as templates read them: arguments as an object, not as its JSON."""
-    found = []
-    for call in calls:
-        function = call.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise bad("messages: expected tool_calls with function.name and function.arguments.", "messages")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError):
-                raise bad("messages: function.arguments of a tool call is not JSON.", "messages") from None
-        found.append({**call, "function": {**function, "arguments": arguments}})
-    return found
