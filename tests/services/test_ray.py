@@ -27,7 +27,7 @@ from hookmap.errors import (
     StoreError,
 )
 from hookmap.services.ray.pool import check_listens
-from hookmap.services.ray.worker import Job, Worker
+from hookmap.services.ray.worker import RunningCapture, Worker
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.groups import Group
@@ -258,9 +258,9 @@ def test_what_cannot_be_run_on_workers_is_told_before_any_starts(hm: Any, tmp_pa
 
 
 def test_a_machine_that_does_not_share_the_disk_is_told(tmp_path: Path) -> None:
-    job = Job("1", CHOSEN, str(tmp_path / "elsewhere"), "shards/.driver-0.tmp")
+    capture = RunningCapture("1", CHOSEN, str(tmp_path / "elsewhere"), "shards/.driver-0.tmp")
     with pytest.raises(StoreError, match="all machines share"):
-        Worker(str(MODEL_PATH), {}).run(job, (), [0], [0])
+        Worker(str(MODEL_PATH), {}).run(capture, (), [0], [0])
 
 
 def test_only_parts_are_adopted(alone: hookmap.Capture, tmp_path: Path) -> None:

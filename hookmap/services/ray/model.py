@@ -1,7 +1,8 @@
-"""`hookmap.open_on_ray`: captures as of one model, run by many workers into one folder.
+"""`hookmap.open_on_ray`: captures run by many workers into one folder, with the result of one model.
 
-The driver loads no weights. It asks a worker to plan, hands out batches, and alone writes the folder's tables; workers
-write shards. So a sample is finished where the folder says so, whoever dies, and `resume` goes on from there.
+The driver loads no weights. It asks a worker for the plan, hands out the batches, and alone writes the folder's tables;
+the workers write its shards. A sample is finished when the tables say so, and `resume` continues from there even where
+a worker or the driver died.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from hookmap.loading.generation import check_count
 from hookmap.loading.prompts import Prompt, encode, records
 from hookmap.maps.document import ArchitectureMap
 from hookmap.services.ray.pool import Pool, Task
-from hookmap.services.ray.worker import Job, Plan, Ran
+from hookmap.services.ray.worker import BatchResult, CapturePlan, RunningCapture
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.memory import MemoryStore
@@ -39,7 +40,7 @@ from hookmap.stores.shard import SHARD_FOLDER
 
 
 class RayModel:
-    """A model that many workers hold. Made by `hookmap.open_on_ray`; `close` it, or use it in a `with` statement."""
+    """A model held by many workers, made by `hookmap.open_on_ray`. `close` it, or use it in a `with` statement."""
 
     def __init__(self, source: str, workers: int, opening: dict[str, Any], **cluster: Any) -> None:
         """See `open_on_ray`."""
@@ -47,11 +48,11 @@ class RayModel:
         self.workers = workers
         self._opening = opening
         self._pool = Pool(source, opening, workers, **cluster)
-        self._turn, self._taken = threading.RLock(), False
+        self._lock, self._capturing = threading.RLock(), False
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's own, or the one that was named."""
+        """The model's own tokenizer, or the one that was given."""
         given = self._opening.get("tokenizer")
         if given is not None and not isinstance(given, str | os.PathLike):
             return given
@@ -62,7 +63,7 @@ class RayModel:
     def map(self) -> ArchitectureMap:
         """Where each point is in this model."""
         with self._alone():
-            plan: Plan = self._pool.call("the map", "plan", [[0]], {"points": (), "max_new_tokens": 0})
+            plan: CapturePlan = self._pool.call("the map", "plan", [[0]], {"points": (), "max_new_tokens": 0})
         return plan.map
 
     def encode(self, prompts: Any, chat: Chat = "auto", **template: Any) -> tuple[Prompt, ...]:
@@ -98,11 +99,11 @@ class RayModel:
         max_new_tokens: int = 64,
         **options: Unpack[CaptureOptions],
     ) -> Capture:
-        """As `HookedModel.capture`; `store` is a folder on a disk that all machines of the cluster share.
+        """See `HookedModel.capture`; `store` is on a disk that all machines of the cluster share.
 
-        The result is byte-identical, sample by sample, to what one such machine would have written. Raises what
-        `HookedModel.capture` does, and CaptureError where a batch ends every worker that tries it, or Ray is shut down.
-        Captures on several threads run one after another.
+        Each sample is byte-identical to what one such machine would have written. Captures of several threads run one
+        after another. Raises what `HookedModel.capture` does, and CaptureError where every worker that tries a batch
+        dies, or Ray is shut down.
         """
         named = _named(points, layers, max_new_tokens, options)
         store, resume, progress = (named.pop(name, None) for name in ("store", "resume", "progress"))
@@ -126,18 +127,18 @@ class RayModel:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """One run at a time has the workers; other threads wait. Raises CaptureError inside a run of this thread."""
-        with self._turn:
-            if self._taken:
+        """The workers serve one call at a time; other threads wait. Raises CaptureError for a call inside another."""
+        with self._lock:
+            if self._capturing:
                 raise CaptureError(
                     "the workers are in the middle of a capture that called this, from its progress. Run it when that "
                     "capture has ended, or open the model on Ray once more."
                 )
-            self._taken = True
+            self._capturing = True
             try:
                 yield
             finally:
-                self._taken = False
+                self._capturing = False
 
     def _capture(
         self,
@@ -147,51 +148,45 @@ class RayModel:
         resume: bool,
         progress: Callable[[Progress], None] | None,
     ) -> Capture:
-        plan: Plan = self._pool.call("the plan", "plan", self._pool.put(prompts), options)
+        plan: CapturePlan = self._pool.call("the plan", "plan", self._pool.put(prompts), options)
         check_room(plan.expected, folder, resume)
         say_apart(plan.apart)
-        memory, halved, lost, infinite = 0, list[str](), len(self._pool.lost), Counter[str]()
+        told, deaths = _Told(), len(self._pool.deaths)
         writing = FolderWriter.resume if resume else FolderWriter.create
         with contextlib.ExitStack() as ends:
             writer = ends.enter_context(writing(folder, plan.manifest))
             done = len(writer.finished)
-            # Closed here, not when it is collected: until then its tasks would be taken for those of the next run.
-            coming = contextlib.closing(self._pool.each(self._tasks(plan, options, folder, writer.finished)))
-            for task, ran in ends.enter_context(coming):
-                assert isinstance(ran, Ran)
-                for group in ran.groups:
+            # Closed here, not when it is collected: until then its tasks would be taken for those of the next capture.
+            results = contextlib.closing(self._pool.each(self._tasks(plan, options, folder, writer.finished)))
+            for task, result in ends.enter_context(results):
+                assert isinstance(result, BatchResult)
+                for group in result.groups:
                     writer.adopt(group)
-                memory, done = max(memory, ran.memory), done + len(task.arguments[-1])
-                halved += ran.halved
-                infinite.update(ran.lost)
+                told.add(result)
+                done += len(task.arguments[-1])
                 if progress is not None:
                     progress(Progress(done, len(plan.prompts), 0, 0))
             engine, why = self.engine()
-            note = {"engine": engine, "why": why, "memory": {"peak": memory}, "halved": halved}
-            if infinite:
-                dtype = str(options["keep_dtype"]).removeprefix("torch.")
-                note["overflow"] = {"dtype": dtype, "rows": dict(infinite)}
-                rows = ", ".join(f"{count} rows of {name}" for name, count in infinite.items())
-                log.warning("keep_dtype=%s: finite numbers are infinite in it, in %s. Keep a wider one.", dtype, rows)
-            writer.note(note | {"apart": plan.apart, "lost": self._pool.lost[lost:]})
+            note = {"engine": engine, "why": why, **told.note(options.get("keep_dtype"))}
+            writer.note(note | {"apart": plan.apart, "lost": self._pool.deaths[deaths:]})
         written = open_store(folder)
         return Capture(written, plan.selectors, plan.map, written.manifest)
 
-    def _tasks(self, plan: Plan, options: dict[str, Any], folder: Path, finished: Set[int]) -> Iterator[Task]:
-        """The batches that are not finished, as on one machine."""
+    def _tasks(self, plan: CapturePlan, options: dict[str, Any], folder: Path, finished: Set[int]) -> Iterator[Task]:
+        """The batches with samples that are not finished; each runs whole, as on one machine."""
         mark = f"{SHARD_FOLDER}/.driver-{uuid4().hex}.tmp"
         try:
             (folder / mark).touch()
         except OSError as error:
             raise StoreError(f"cannot write to {folder}: {error.strerror}. Write to another folder: -o DIR") from error
-        encoded, job = self._pool.put(plan.prompts), Job(uuid4().hex, options, str(folder), mark)
-        for group in plan.groups:
-            if left := [number for number in group if number not in finished]:
-                yield Task(f"the batch of samples {left[0]} to {left[-1]}", "run", (job, encoded, group, left))
+        encoded, capture = self._pool.put(plan.prompts), RunningCapture(uuid4().hex, options, str(folder), mark)
+        for batch in plan.batches:
+            if left := [number for number in batch if number not in finished]:
+                yield Task(f"the batch of samples {left[0]} to {left[-1]}", "run", (capture, encoded, batch, left))
 
     def close(self) -> None:
-        """End the workers, when a capture of another thread has ended."""
-        with self._turn:
+        """End the workers, once the captures of other threads have ended."""
+        with self._lock:
             self._pool.close()
 
     def __enter__(self) -> "RayModel":
@@ -204,6 +199,28 @@ class RayModel:
 
     def __repr__(self) -> str:
         return f"<RayModel {self.name}, {self.engine()[1]}>"
+
+
+class _Told:
+    """What the workers say of a capture, gathered for its manifest."""
+
+    def __init__(self) -> None:
+        self._memory, self._halved, self._infinite = 0, list[str](), Counter[str]()
+
+    def add(self, result: BatchResult) -> None:
+        self._memory = max(self._memory, result.memory)
+        self._halved += result.halved
+        self._infinite.update(result.lost)
+
+    def note(self, dtype: Any) -> dict[str, Any]:
+        """As JSON; warns of rows that became infinite in `dtype`, the one that is kept."""
+        found: dict[str, Any] = {"memory": {"peak": self._memory}, "halved": self._halved}
+        if self._infinite:
+            name = str(dtype).removeprefix("torch.")
+            rows = ", ".join(f"{count} rows of {tensor}" for tensor, count in self._infinite.items())
+            log.warning("keep_dtype=%s: finite numbers are infinite in it, in %s. Keep a wider one.", name, rows)
+            found["overflow"] = {"dtype": name, "rows": dict(self._infinite)}
+        return found
 
 
 def open_on_ray(
@@ -238,7 +255,7 @@ def open_on_ray(
 
 
 def _named(points: Points, layers: Layers, max_new_tokens: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `HookedModel.capture` by their names; an interventions file is read here."""
+    """The arguments of `HookedModel.capture` by their names. A file of interventions is read here, on the driver."""
     named = {"points": points, "layers": layers, "max_new_tokens": max_new_tokens, **options}
     if "interventions" in named:
         named["interventions"] = read_interventions(named["interventions"])

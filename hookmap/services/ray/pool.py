@@ -1,4 +1,4 @@
-"""Workers on Ray: tasks go to whoever is idle; a worker that dies is replaced, and what it did is done again."""
+"""Workers on Ray. A task goes to an idle worker; a worker that dies is replaced, and its task runs again."""
 
 import contextlib
 import logging
@@ -15,11 +15,11 @@ from hookmap.services.ray.worker import Opened, Worker
 log = logging.getLogger("hookmap")
 
 ATTEMPTS = 3
-"""workers that a task may end, or that may end before they have loaded the model"""
+"""workers that may die of one task, or before they have loaded the model"""
 REACHED = 10.0
 """seconds in which a cluster's port has to answer"""
 WAITING = 30.0
-"""seconds of silence after which a person is told what is waited for"""
+"""seconds without news after which the log says what is waited for"""
 
 
 @dataclass
@@ -30,13 +30,13 @@ class Task:
     """for messages"""
     method: str
     arguments: tuple[Any, ...]
-    """anything large as a reference in a list, which Ray does not follow"""
-    ended: list[str] = field(default_factory=list)
+    """large ones as a reference in a list: Ray does not resolve it, `_Actor` does"""
+    deaths: list[str] = field(default_factory=list)
     """why each worker that had it died"""
 
 
 class Pool:
-    """So many workers, each with a model. For one thread at a time."""
+    """A fixed number of workers, each with a model. For one thread at a time."""
 
     def __init__(
         self,
@@ -54,37 +54,37 @@ class Pool:
         self._actor = self._ray.remote(_Actor).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD"
         )
-        self._made_of = (source, dict(opening), os.getcwd())
-        self.lost: list[str] = []
+        self._actor_arguments = (source, dict(opening), os.getcwd())
+        self.deaths: list[str] = []
         """why workers died"""
         self.opened: list[Opened] = []
-        self._unborn = 0
+        self._failed_starts = 0
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         self._running: dict[Any, tuple[Any, Task | None]] = {}
-        # a task that nobody waits for any more is None
+        """by reference: the worker, and its task; None where nobody waits for the task any more"""
         for _ in range(workers):
             self._start()
 
     def put(self, value: Any) -> list[Any]:
         """A reference that each worker fetches once. Raises CaptureError where no worker is left."""
         self._check_left()
-        return [self._asked(self._ray.put, value)]
+        return [self._ask(self._ray.put, value)]
 
     def call(self, name: str, method: str, *arguments: Any) -> Any:
-        """One task. Raises what it raises."""
+        """Run one task. Raises what it raises."""
         [(_, found)] = self.each([Task(name, method, arguments)])
         return found
 
     def each(self, tasks: Iterable[Task]) -> Generator[tuple[Task, Any], None, None]:
-        """Run the tasks, as workers get idle; what came of each, as it comes. Raises what a task raises."""
+        """Run the tasks as workers become idle; yields each with its result as it ends. Raises what a task raises."""
         try:
             yield from self._each(iter(tasks))
-        finally:  # what still runs belongs to nobody
+        finally:  # nobody waits for what still runs
             self._running = {reference: (actor, None) for reference, (actor, _) in self._running.items()}
 
     def close(self) -> None:
-        """End the workers, and a cluster of one's own."""
+        """End the workers, and the cluster if it was started here."""
         for actor in [*self._idle, *self._starting.values(), *(actor for actor, _ in self._running.values())]:
             self._kill(actor)
         self._idle, self._starting, self._running = [], {}, {}
@@ -96,39 +96,44 @@ class Pool:
         while True:
             while self._idle and (task := again.popleft() if again else next(coming, None)):
                 actor = self._idle.pop()
-                self._running[self._asked(actor.call.remote, task.method, *task.arguments)] = (actor, task)
+                self._running[self._ask(actor.call.remote, task.method, *task.arguments)] = (actor, task)
             busy = any(task for _, task in self._running.values())
             if not busy and (self._idle or not (again or _more(coming, again))):
                 return
             self._check_left()
-            done, _ = self._asked(self._ray.wait, [*self._running, *self._starting], timeout=WAITING)
+            done, _ = self._ask(self._ray.wait, [*self._running, *self._starting], timeout=WAITING)
             if not done:
                 self._say_what_is_waited_for()
             for reference in done:
                 if reference in self._starting:
-                    self._born(reference)
-                    continue
-                actor, task = self._running.pop(reference)
-                try:
-                    found = self._result(reference)
-                except _Died as died:
-                    self._replace(actor, str(died))
-                    if task is not None:
-                        task.ended.append(str(died))
-                        if len(task.ended) == ATTEMPTS:
-                            raise _ended(task) from None
-                        again.append(task)
-                except HookmapError:
-                    self._idle.append(actor)
-                    if task is not None:
-                        raise
+                    self._started(reference)
                 else:
-                    self._idle.append(actor)
-                    if task is not None:
-                        yield task, found
+                    yield from self._ended(reference, again)
 
-    def _asked(self, ask: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """What Ray says. Raises CaptureError where it is gone: it was shut down, here or on another thread."""
+    def _ended(self, reference: Any, again: "deque[Task]") -> Iterator[tuple[Task, Any]]:
+        """The task of this call and its result. A task whose worker died comes to `again`. Raises what it raised."""
+        actor, task = self._running.pop(reference)
+        try:
+            found = self._result(reference)
+        except _WorkerDied as died:
+            self._replace(actor, str(died))
+            if task is not None:
+                task.deaths.append(str(died))
+                if len(task.deaths) == ATTEMPTS:
+                    raise _given_up(task) from None
+                again.append(task)
+            return
+        except HookmapError:
+            self._idle.append(actor)
+            if task is not None:
+                raise
+            return
+        self._idle.append(actor)
+        if task is not None:
+            yield task, found
+
+    def _ask(self, ask: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call Ray. Raises CaptureError where it is gone: it was shut down, here or on another thread."""
         why = ""
         try:
             if self._ray.is_initialized():  # else Ray would start a cluster without these workers
@@ -143,52 +148,52 @@ class Pool:
         )
 
     def _start(self) -> None:
-        actor = self._asked(self._actor.remote, *self._made_of)
-        self._starting[self._asked(actor.call.remote, "open")] = actor
+        actor = self._ask(self._actor.remote, *self._actor_arguments)
+        self._starting[self._ask(actor.call.remote, "open")] = actor
 
-    def _born(self, reference: Any) -> None:
+    def _started(self, reference: Any) -> None:
         actor = self._starting.pop(reference)
         try:
             opened = self._result(reference)
-        except _Died as died:
-            self._unborn += 1
-            if self._unborn == ATTEMPTS:
+        except _WorkerDied as died:
+            self._failed_starts += 1
+            if self._failed_starts == ATTEMPTS:
                 raise CaptureError(
                     f"{ATTEMPTS} workers died before they had loaded the model; the last: {died}"
                 ) from None
             self._replace(actor, str(died))
             return
-        self._unborn = 0
+        self._failed_starts = 0
         self.opened.append(opened)
         self._check_alike(opened)
         self._idle.append(actor)
 
     def _replace(self, actor: Any, why: str) -> None:
         log.warning("a worker died and is replaced: %s", why)
-        self.lost.append(why)
+        self.deaths.append(why)
         self._kill(actor)
         self._start()
 
     def _kill(self, actor: Any) -> None:
         with contextlib.suppress(Exception):  # it may be dead, and Ray may be gone
-            self._asked(self._ray.kill, actor)
+            self._ask(self._ray.kill, actor)
 
     def _result(self, reference: Any) -> Any:
-        """Raises what the task raised, and _Died where its worker did."""
+        """The result of a call. Raises what the task raised, and _WorkerDied."""
         from ray.exceptions import RayError, RayTaskError
 
         try:
-            return self._asked(self._ray.get, reference)
+            return self._ask(self._ray.get, reference)
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, HookmapError):
                 raise type(cause)(*cause.args) from None
             raise CaptureError(f"a worker failed: {type(cause).__name__}: {cause}") from error
         except RayError as error:
-            raise _Died(_first_line(error)) from None
+            raise _WorkerDied(_first_line(error)) from None
 
     def _check_left(self) -> None:
-        """Without it, a pool that was closed, or whose workers could not load the model, would be waited for."""
+        """Raises CaptureError where no worker is left: waiting for one would never end."""
         if not (self._idle or self._starting or self._running):
             raise CaptureError("no worker is left: they were closed, or could not start. Open the model on Ray again.")
 
@@ -218,15 +223,15 @@ class Pool:
             log.warning("waiting for %d workers to start; free on the cluster: %s", len(self._starting), free)
 
 
-class _Died(Exception):
-    """A worker, or what it made, is gone."""
+class _WorkerDied(Exception):
+    """A worker, or a result that it held, is gone."""
 
 
 class _Actor:
     """A `Worker`, as Ray calls it."""
 
     def __init__(self, source: str, opening: Mapping[str, Any], folder: str) -> None:
-        """`folder`: where the driver is, from which paths are; a machine that does not share it stays where it is."""
+        """`folder`: the driver's working directory, for relative paths; a machine without it stays in its own."""
         with contextlib.suppress(OSError):
             os.chdir(folder)
         self._worker = Worker(source, opening)
@@ -236,7 +241,7 @@ class _Actor:
         return getattr(self._worker, method)(*(self._value(argument) for argument in arguments))
 
     def _value(self, argument: Any) -> Any:
-        """What a reference in a list refers to; the last one is kept."""
+        """The value of a reference in a list; the last one is kept."""
         import ray
 
         if not (isinstance(argument, list) and len(argument) == 1 and isinstance(argument[0], ray.ObjectRef)):
@@ -247,7 +252,7 @@ class _Actor:
 
 
 def connected(address: str | None, workers: int, cpus: float) -> tuple[Any, bool]:
-    """Ray with a cluster: the one this process is part of, or the one at `address`, or a new one; whether it is new."""
+    """Ray, connected to the cluster of this process, of `address`, or a new one; and whether it connected now."""
     try:
         import ray
     except ImportError as error:
@@ -273,7 +278,7 @@ def connected(address: str | None, workers: int, cpus: float) -> tuple[Any, bool
 
 
 def check_listens(address: str | None) -> None:
-    """Raises CaptureError where nobody listens: Ray would try for minutes."""
+    """Raises CaptureError where nothing listens at the address: Ray would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
         return
@@ -284,15 +289,15 @@ def check_listens(address: str | None) -> None:
 
 
 def _more(coming: Iterator[Task], again: "deque[Task]") -> bool:
-    """Whether there is another task; it waits in `again`."""
+    """Whether there is another task; it is put into `again`."""
     task = next(coming, None)
     if task is not None:
         again.append(task)
     return task is not None
 
 
-def _ended(task: Task) -> CaptureError:
-    reasons = "\n".join(f"  - {why}" for why in task.ended)
+def _given_up(task: Task) -> CaptureError:
+    reasons = "\n".join(f"  - {why}" for why in task.deaths)
     return CaptureError(
         f"{task.name} ended {ATTEMPTS} workers, and is not tried again:\n{reasons}\n"
         "If memory ran out, give a smaller --batch-size, or fewer --workers on a machine."

@@ -1,4 +1,4 @@
-"""What a worker does: it holds a model, plans a capture, runs batches into a shared folder. Knows no Ray."""
+"""A worker: it holds a model, plans a capture, and runs batches into a shared folder. It does not know Ray."""
 
 import socket
 from collections.abc import Mapping, Sequence
@@ -21,72 +21,75 @@ from hookmap.stores.manifest import Manifest, versions
 
 @dataclass(frozen=True)
 class Opened:
-    """A worker whose model is loaded."""
+    """What a worker says when its model is loaded."""
 
     machine: str
     versions: Mapping[str, str]
-    """of the libraries that decide what the numbers are"""
+    """of the libraries that the numbers depend on"""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A capture as every worker will see it."""
+class CapturePlan:
+    """A capture as a worker has planned it: the driver hands out its batches."""
 
     prompts: tuple[Prompt, ...]
     selectors: tuple[Selector, ...]
-    groups: tuple[tuple[int, ...], ...]
+    batches: tuple[tuple[int, ...], ...]
+    """numbers of the prompts that run together"""
     manifest: Manifest
     map: ArchitectureMap
     expected: Estimate
     apart: str | None
-    """why prompts of different lengths run apart, where they do"""
+    """why prompts of different lengths run in different batches, where they do"""
 
 
 @dataclass(frozen=True)
-class Job:
-    """A capture that runs: what each call of a worker brings along."""
+class RunningCapture:
+    """The capture that a batch belongs to, sent with every batch."""
 
-    key: str
-    """another one for each capture"""
+    id: str
+    """unique to the capture: a worker prepares each capture once"""
     options: Mapping[str, Any]
-    """of `HookedModel.capture`, besides the prompts"""
+    """the arguments of `HookedModel.capture` besides the prompts"""
     folder: str
     mark: str
-    """a file in the folder's shards: whoever sees it sees the driver's disk"""
+    """a file in the folder: a worker that finds it sees the driver's disk"""
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What came of one batch."""
+class BatchResult:
+    """What a worker says when a batch has run."""
 
     groups: tuple[Group, ...]
+    """the samples that were written, for the folder's tables"""
     halved: tuple[str, ...]
+    """what was done about memory that ran out, in words"""
     memory: int
-    """bytes of the worker's process at its highest"""
+    """the peak of the worker's process, in bytes"""
     lost: Mapping[str, int] = field(default_factory=dict)
-    """of each tensor, rows that became infinite in the dtype that is kept"""
+    """by tensor, the number of rows that became infinite in the dtype that is kept"""
 
 
 class Worker:
-    """One model, and the capture that it works on."""
+    """One model, and the capture that it has prepared last."""
 
     def __init__(self, source: str, opening: Mapping[str, Any]) -> None:
-        """`source`: a hub id or a folder; `opening`: what `hookmap.open` takes besides. Loads nothing yet."""
+        """`source`: a hub id or a folder. `opening`: the other arguments of `hookmap.open`. Loads nothing yet."""
         self._source, self._opening = source, opening
         self._model: HookedModel | None = None
-        self._key = ""
-        self._prepared: Prepared | None = None
+        self._prepared: tuple[str, Prepared] | None = None
+        """the capture's id, and the capture"""
 
     def open(self) -> Opened:
         """Load the model. Raises what `hookmap.open` does."""
         self._model = open(self._source, **self._opening)
         return Opened(socket.gethostname(), versions())
 
-    def plan(self, prompts: Any, options: Mapping[str, Any]) -> Plan:
-        """Decide a capture; runs no batch of it. Raises what `HookedModel.capture` does."""
+    def plan(self, prompts: Any, options: Mapping[str, Any]) -> CapturePlan:
+        """Validate and plan a capture without running it. Raises what `HookedModel.capture` does."""
         prepared = self._hooked.prepare(prompts, **options)
         run = prepared.run
-        return Plan(
+        return CapturePlan(
             tuple(run.prompts),
             run.selectors,
             prepared.groups,
@@ -100,26 +103,29 @@ class Worker:
         """See `HookedModel.estimate`."""
         return self._hooked.estimate(prompts, **options)
 
-    def run(self, job: Job, prompts: Sequence[Prompt], numbers: Sequence[int], wanted: Sequence[int]) -> Ran:
-        """Run these prompts together; the rows of those `wanted` come to the job's folder.
+    def run(
+        self, capture: RunningCapture, prompts: Sequence[Prompt], batch: Sequence[int], wanted: Sequence[int]
+    ) -> BatchResult:
+        """Run the prompts of a batch together, and write the rows of those `wanted` to the capture's folder.
 
-        Raises as `plan` does, and StoreError.
+        `prompts`: all of the capture; `batch` and `wanted` are numbers among them. Raises what `plan` does, and
+        StoreError where the folder is not on a shared disk.
         """
-        folder = Path(job.folder)
-        if not (folder / job.mark).exists():
+        folder = Path(capture.folder)
+        if not (folder / capture.mark).exists():
             raise StoreError(
                 f"{folder} is not the capture's folder on {socket.gethostname()}: a worker writes its shards there "
                 "itself. Write to a disk that all machines share: -o DIR"
             )
-        if self._prepared is None or self._key != job.key:
-            self._prepared, self._key = self._hooked.prepare(tuple(prompts), **job.options), job.key
-        run, manifest = self._prepared.run, self._prepared.manifest
+        if self._prepared is None or self._prepared[0] != capture.id:
+            self._prepared = capture.id, self._hooked.prepare(tuple(prompts), **capture.options)
+        run, manifest = self._prepared[1].run, self._prepared[1].manifest
         writer = PartWriter(folder, manifest.keys, manifest.shard_tokens, manifest.shard_bytes)
         told, lost = len(run.halved), run.lost.copy()
-        run.together(numbers, Lacking(writer, {*numbers} - {*wanted}))
+        run.together(batch, Lacking(writer, {*batch} - {*wanted}))
         run.memory.look()
         memory = max(run.memory.peak, used())
-        return Ran(tuple(writer.groups), tuple(run.halved[told:]), memory, dict(run.lost - lost))
+        return BatchResult(tuple(writer.groups), tuple(run.halved[told:]), memory, dict(run.lost - lost))
 
     @property
     def _hooked(self) -> HookedModel:
