@@ -209,7 +209,7 @@ def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
     hook = demo().model.register_forward_pre_hook(lambda *_: (free.wait(240), None)[1])
     try:
         with serving(tmp_path, queue=1) as served, ThreadPoolExecutor(2) as people:
-            worker = served.models.all[0].worker
+            worker = served.models.all[0].scheduler
             waiting = []
             for state in ("running", "waiting"):
                 waiting.append(people.submit(served.chat, max_tokens=1))

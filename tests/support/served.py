@@ -57,7 +57,7 @@ class Served:
     def idle(self, seconds: float = 120.0) -> None:
         """Returns when no model works and nothing waits."""
         end = time.monotonic() + seconds
-        while any(loaded.worker.running or loaded.worker.waiting for loaded in self.models.all):
+        while any(loaded.scheduler.running or loaded.scheduler.waiting for loaded in self.models.all):
             assert time.monotonic() < end, "the server does not become idle"
             time.sleep(0.01)
 

@@ -1,7 +1,7 @@
 """`hookmap serve`: an OpenAI-compatible API that also records activations. Start in `app.py`, which names every route.
 
-A request goes: `requests` (its fields) -> `chat` or `completions` (a prompt, an answer) -> `admission` (budgets) ->
-`worker` (its turn) -> `answering` (the model runs) -> `text` (what may be sent) -> `streaming` or one answer.
+The way of a request: `requests` (its fields) -> `chat` or `completions` (its prompt) -> `admission` (limits; a job) ->
+`scheduler` (its turn) -> `shared_run` or `watched_run` (the model runs) -> `text` (what may be sent) -> `streaming`.
 """
 
 from hookmap.errors import HookmapError

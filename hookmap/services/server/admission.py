@@ -1,25 +1,28 @@
-"""May this request run? Its settings, its budgets and the job that the model's thread gets. Nothing runs here."""
+"""Turns a request into a job for the scheduler, or refuses it: its settings and its limits. Nothing runs here."""
 
 from collections.abc import Sequence
 from typing import Any
+
+from transformers import GenerationConfig
 
 from hookmap.capture.interventions.documents import fingerprint
 from hookmap.loading import generation as gen
 from hookmap.loading.prompts import Prompt
 from hookmap.loading.wrappers import generation_config_of
+from hookmap.model import HookedModel
 from hookmap.services.server.echo import check_room
 from hookmap.services.server.editing import Documents, read
 from hookmap.services.server.errors import ApiError, bad
-from hookmap.services.server.jobs import Job, Keeper
+from hookmap.services.server.jobs import Job
 from hookmap.services.server.models import Loaded
-from hookmap.services.server.recording import ToAnswer, ToStore, plan
-from hookmap.services.server.requests import Sampling
+from hookmap.services.server.recording import InlineRecorder, RecordingPlan, SessionRecorder, plan
+from hookmap.services.server.requests import Recording, Sampling
 from hookmap.services.server.sessions import Sessions
 from hookmap.services.server.settings import Settings
 from hookmap.services.server.summaries import summary_of
 
 LEAST_TEMPERATURE = 0.01
-"""as in vLLM: a smaller one overflows"""
+"""a smaller one overflows; vLLM's limit"""
 
 
 def admit(
@@ -27,93 +30,86 @@ def admit(
     id: str,
     model: Loaded,
     prompts: Sequence[Prompt],
-    max_tokens: int | None,
-    top_logprobs: int | None,
     settings: Settings,
     sessions: Sessions,
     defaults: Documents = (),
 ) -> Job:
-    """The job of a request for `n` rows of each prompt. `defaults`: interventions, where it brings none.
+    """The job of a request: `n` rows of each prompt. `defaults`: interventions for a request that gives none.
 
-    Raises ApiError: 400 and 413 with the figures.
+    Raises ApiError, 400 or 413 with the figures, and SelectionError.
     """
     asked.refused()
-    n = asked.n or 1
-    if (rows := n * len(prompts)) > settings.max_choices:
-        raise bad(f"{rows} choices (n × prompts) were asked for, and {settings.max_choices} is the most.", "n")
-    _check_tokens(prompts, model.hm.vocabulary)
+    choices, hm = asked.n or 1, model.hm
+    check_choices(choices * len(prompts), settings.max_choices)
+    check_tokens(prompts, hm.vocabulary)
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    new = 1 if asked.reads_only else new_tokens(longest, max_tokens, model.context, settings)
-    if asked.reads_only:
-        _check_context(longest, 0, model.context)
+    limit = tokens_to_generate(asked, longest, model.context, settings.max_new_tokens)
     if asked.reads_prompt:
-        check_room(model.hm, n * longest, settings.request_bytes)
-    settled = generation_config_of(model.hm.hooks.runner, model.hm.root)
-    options = sampling_options(asked, settled)
-    config = gen.settings(
-        settled,
-        model.hm.tokenizer,
-        max_new_tokens=new,
-        do_sample="temperature" in options,
-        options=options,
+        check_room(hm, choices * longest, settings.request_bytes)
+    config = generation_config(asked, hm, limit)
+    field = asked.hookmap or Recording.model_validate({})
+    interventions = read(defaults if field.interventions is None else field.interventions, hm, sessions)
+    job = Job(
+        id=id,
+        prompts=tuple(prompt for prompt in prompts for _ in range(choices)),
+        choices=choices,
+        config=config,
+        max_new_tokens=limit,
+        stop=asked.stops,
+        seed=asked.seed,
+        interventions=interventions,
+        top_logprobs=asked.logprob_count,
+        summary=summary_of(field.summary, hm.map) if field.summary else None,
+        echo=asked.reads_prompt,
+        reads_only=asked.reads_only,
     )
-    each = tuple(prompt for prompt in prompts for _ in range(n))
-    own = asked.hookmap.interventions if asked.hookmap is not None else None
-    changes = read(defaults if own is None else own, model.hm, sessions)
-    summary = None
-    if asked.hookmap is not None and asked.hookmap.summary is not None:
-        summary = summary_of(asked.hookmap.summary, model.hm.map)
-    what = plan(asked, model.hm, settings, each, new)
-    keeper: Keeper | None = None
-    if what is not None and what.inline:
-        keeper = ToAnswer(what)
-    elif what is not None:
-        told: dict[str, Any] = {
-            "generation": gen.as_json(config),
-            "seed": asked.seed,
-            "stop": list(asked.stops),
-            "batch_size": n,
-        }
-        told |= {"request": id, "prompts": rows}
-        told |= {"interventions": fingerprint(changes)} if changes else {}
-        keeper = ToStore(what, sessions, model.hm, model.name, told)
-    if asked.reads_prompt and any(change.point == "logits" for change in changes):
+    if (what := plan(asked, hm, settings, job.prompts, limit)) is not None:
+        job.recorder = InlineRecorder(what) if what.inline else session_recorder(what, job, model, sessions)
+    if job.echo and any(change.point == "logits" for change in interventions):
         raise bad(
             "echo: logprobs of a prompt are told before an intervention on logits; leave one of them out.", "echo"
         )
-    return Job(
-        id,
-        each,
-        n,
-        config,
-        new,
-        asked.stops,
-        asked.seed,
-        keeper,
-        changes,
-        top_logprobs,
-        summary,
-        asked.reads_prompt,
-        asked.reads_only,
-    )
+    return job
 
 
-def new_tokens(prompt: int, asked: int | None, context: int | None, settings: Settings) -> int:
-    """How many tokens may be generated after a prompt of so many. Raises ApiError."""
-    most = settings.max_new_tokens
-    if asked == 0:
-        raise bad(
-            "max_tokens: expected at least 1, got 0; only completions with echo read without writing.", "max_tokens"
-        )
-    if asked is not None and asked > most:
-        raise bad(f"max_tokens: {asked} were asked for, and this server generates at most {most}.", "max_tokens")
-    _check_context(prompt, asked or 1, context)
-    if asked is not None:
-        return asked
-    return most if context is None else min(most, context - prompt)
+def session_recorder(what: RecordingPlan, job: Job, model: Loaded, sessions: Sessions) -> SessionRecorder:
+    """A recorder whose session says how the request was answered."""
+    answered: dict[str, Any] = {
+        "generation": gen.as_json(job.config),
+        "seed": job.seed,
+        "stop": list(job.stop),
+        "batch_size": job.choices,
+        "request": job.id,
+        "prompts": len(job.prompts),
+    }
+    if job.interventions:
+        answered["interventions"] = fingerprint(job.interventions)
+    return SessionRecorder(what, sessions, model.hm, model.name, answered)
 
 
-def _check_context(prompt: int, new: int, context: int | None) -> None:
+def generation_config(asked: Sampling, hm: HookedModel, limit: int) -> GenerationConfig:
+    """The settings of this generation of at most `limit` tokens. Raises CaptureError."""
+    own = generation_config_of(hm.hooks.runner, hm.root)
+    options = sampling_options(asked, own)
+    drawn = "temperature" in options
+    return gen.settings(own, hm.tokenizer, max_new_tokens=limit, do_sample=drawn, options=options)
+
+
+def check_choices(rows: int, most: int) -> None:
+    """Raises ApiError for too many rows."""
+    if rows > most:
+        raise bad(f"{rows} choices (n × prompts) were asked for, and {most} is the most.", "n")
+
+
+def check_tokens(prompts: Sequence[Prompt], size: int) -> None:
+    """Raises ApiError for token ids outside of the vocabulary."""
+    for prompt in prompts:
+        if wrong := [token for token in prompt.token_ids if not 0 <= token < size]:
+            raise ApiError(400, f"token ids {wrong[:5]}: the model's vocabulary is 0 to {size - 1}.", param="prompt")
+
+
+def check_context(prompt: int, new: int, context: int | None) -> None:
+    """Raises ApiError where so many tokens do not fit into the model."""
     if context is not None and prompt + new > context:
         raise bad(
             f"This model's maximum context length is {context} tokens. However, you requested {prompt + new} "
@@ -123,8 +119,26 @@ def _check_context(prompt: int, new: int, context: int | None) -> None:
         )
 
 
+def tokens_to_generate(asked: Sampling, prompt: int, context: int | None, most: int) -> int:
+    """How many tokens may be generated after a prompt of so many. `most`: the server's limit. Raises ApiError."""
+    if asked.reads_only:
+        check_context(prompt, 0, context)
+        return 1
+    limit = asked.token_limit
+    if limit == 0:
+        raise bad(
+            "max_tokens: expected at least 1, got 0; only completions with echo read without writing.", "max_tokens"
+        )
+    if limit is not None and limit > most:
+        raise bad(f"max_tokens: {limit} were asked for, and this server generates at most {most}.", "max_tokens")
+    check_context(prompt, limit or 1, context)
+    if limit is not None:
+        return limit
+    return most if context is None else min(most, context - prompt)
+
+
 def sampling_options(asked: Sampling, own: Any) -> dict[str, Any]:
-    """Fields of GenerationConfig, as vLLM fills them: the request's, else the model's own, else no restriction.
+    """Fields of GenerationConfig, filled as vLLM does: from the request, else from the model, else no restriction.
 
     Temperature 0 is greedy. `own`: the model's generation settings.
     """
@@ -144,9 +158,3 @@ def sampling_options(asked: Sampling, own: Any) -> dict[str, Any]:
 
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
-
-
-def _check_tokens(prompts: Sequence[Prompt], size: int) -> None:
-    for prompt in prompts:
-        if wrong := [token for token in prompt.token_ids if not 0 <= token < size]:
-            raise ApiError(400, f"token ids {wrong[:5]}: the model's vocabulary is 0 to {size - 1}.", param="prompt")

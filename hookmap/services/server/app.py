@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import io
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -16,22 +16,24 @@ from starlette.types import Scope
 
 from hookmap._version import __version__
 from hookmap.errors import SelectionError
+from hookmap.loading.prompts import Prompt
 from hookmap.maps.tree import tree
 from hookmap.services.server import errors, page
 from hookmap.services.server.admission import admit
 from hookmap.services.server.chat import ChatWire, prompt_of
-from hookmap.services.server.completions import MAX_TOKENS, CompletionWire, TextCompletion, prompts_of
+from hookmap.services.server.completions import CompletionWire, TextCompletion, prompts_of
 from hookmap.services.server.downloads import download_of
 from hookmap.services.server.editing import described as described_edits
 from hookmap.services.server.editing import planned, read
 from hookmap.services.server.errors import ApiError, bad
 from hookmap.services.server.guard import Guard
+from hookmap.services.server.jobs import Job
 from hookmap.services.server.metrics import Metrics
 from hookmap.services.server.models import Loaded, Models
 from hookmap.services.server.ranges import DOCUMENTED as RANGED
 from hookmap.services.server.ranges import ranged
 from hookmap.services.server.recording import described
-from hookmap.services.server.requests import ChatRequest, CompletionRequest
+from hookmap.services.server.requests import ChatRequest, CompletionRequest, Sampling
 from hookmap.services.server.sessions import Sessions
 from hookmap.services.server.settings import Settings
 from hookmap.services.server.streaming import answer
@@ -129,35 +131,27 @@ def _answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sessions) -> None:
     encoding = asyncio.Lock()  # tokenizers are not made for several threads at once
 
-    def common(model: Loaded) -> tuple[Any, ...]:
-        return settings, sessions, models.interventions_of(model)
+    async def job_of(asked: Sampling, request: Request, model: Loaded, prompts: Callable[[], Sequence[Prompt]]) -> Job:
+        id, defaults = request.scope["request_id"], models.interventions_of(model)
+        async with encoding:
+            encoded = await asyncio.to_thread(prompts)
+            return await asyncio.to_thread(admit, asked, id, model, encoded, settings, sessions, defaults)
 
     @app.post("/v1/chat/completions", responses=_answers(ChatCompletion))
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """An answer to messages, in one piece or as a stream; the `hookmap` field keeps and edits activations."""
         model = models.get(asked.model)
-        most = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-        tops = (asked.top_logprobs or 0) if asked.logprobs else None
-        async with encoding:
-            prompt = await asyncio.to_thread(prompt_of, asked, model.hm.tokenizer)
-            job = await asyncio.to_thread(
-                admit, asked, request.scope["request_id"], model, [prompt], most, tops, *common(model)
-            )
+        job = await job_of(asked, request, model, lambda: [prompt_of(asked, model.hm.tokenizer)])
         wire = ChatWire(asked, job, model.name, model.hm.tokenizer)
-        return await answer(request, model.worker, job, wire, bool(asked.stream))
+        return await answer(request, model.scheduler, job, wire, bool(asked.stream))
 
     @app.post("/v1/completions", responses=_answers(TextCompletion))
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         """What follows each prompt, in one piece or as a stream; the `hookmap` field keeps and edits activations."""
         model = models.get(asked.model)
-        most = MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
-        async with encoding:
-            prompts = await asyncio.to_thread(prompts_of, asked, model.hm.tokenizer)
-            job = await asyncio.to_thread(
-                admit, asked, request.scope["request_id"], model, prompts, most, asked.logprobs, *common(model)
-            )
+        job = await job_of(asked, request, model, lambda: prompts_of(asked, model.hm.tokenizer))
         wire = CompletionWire(asked, job, model.name, model.hm.tokenizer)
-        return await answer(request, model.worker, job, wire, bool(asked.stream))
+        return await answer(request, model.scheduler, job, wire, bool(asked.stream))
 
 
 def _sessions(app: FastAPI, sessions: Sessions) -> None:

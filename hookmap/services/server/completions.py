@@ -17,32 +17,29 @@ from hookmap.services.server.streaming import extras, made, summaries, usage_of
 from hookmap.services.server.text import RowText
 from hookmap.services.server.tokens import LEAST, Token
 
-MAX_TOKENS = 16
-"""OpenAI's, where the request does not say"""
-
 
 def prompts_of(asked: CompletionRequest, tokenizer: Any) -> tuple[Prompt, ...]:
-    """As they are, with the tokenizer's own special tokens. Raises TokenizerError, ApiError."""
+    """The prompts of a request, with the tokenizer's own special tokens. Raises TokenizerError, ApiError."""
     if not asked.prompt:
         raise bad("prompt: expected a text, token ids, or a list of such; got nothing.", "prompt")
     return encode(asked.prompt, tokenizer, chat=False)
 
 
-class Scores(Logprobs):
-    """As OpenAI and vLLM send them: the first token of an echo has null, which OpenAI's type leaves out."""
+class NullableLogprobs(Logprobs):
+    """Logprobs that may contain null, for the first token of an echo, as OpenAI and vLLM send them."""
 
     token_logprobs: list[float | None] | None = None  # type: ignore[assignment]
     top_logprobs: list[dict[str, float] | None] | None = None  # type: ignore[assignment]
 
 
 class TextChoice(CompletionChoice):
-    """With such scores."""
+    """A choice whose logprobs may contain null, as OpenAI and vLLM send them."""
 
-    logprobs: Scores | None = None
+    logprobs: NullableLogprobs | None = None
 
 
 class TextCompletion(Completion):
-    """With such choices."""
+    """A completion whose logprobs may contain null."""
 
     choices: list[TextChoice]  # type: ignore[assignment]
 
@@ -60,12 +57,12 @@ class CompletionWire:
         self._head: dict[str, Any] = {"id": f"cmpl-{job.id}", "created": int(time.time()), "model": model}
 
     def opening(self) -> Iterator[TextCompletion]:
-        """The prompt of each choice, where it is asked for."""
+        """The prompt of each choice, where an echo is asked for."""
         for number, prompt in enumerate(self._echoed):
             yield self._chunk(number, prompt)
 
     def piece(self, token: Token) -> TextCompletion | None:
-        """The text that a token makes certain; with logprobs or a summary each token has a chunk."""
+        """A chunk with the text that this token completes; with logprobs or a summary every token has a chunk."""
         text = "" if token.prompt else self._texts[token.row].add(token.id)
         more = summaries(self._job, [token], partial(text_of, self._tokenizer))
         if not text and not self._logprobs and not more:
@@ -74,7 +71,7 @@ class CompletionWire:
         return chunk.model_copy(update=more)
 
     def closing(self, result: Result) -> Iterator[TextCompletion]:
-        """The rest of each choice and why it ended, then usage. What was kept stands in the last chunk."""
+        """The rest of each choice and why it ended, then usage. The last chunk says what was recorded."""
         chunks = []
         for number, text in enumerate(self._texts):
             rest = text.end()
@@ -86,7 +83,7 @@ class CompletionWire:
         yield from chunks
 
     def whole(self, result: Result, tokens: list[Token]) -> TextCompletion:
-        """Every choice, prompt after prompt."""
+        """The answer with every choice, prompt after prompt."""
         choices = []
         for number, row in enumerate(self._texts):
             text = row.whole(result.new[number])
@@ -119,7 +116,7 @@ class CompletionWire:
         ended = self._texts[number].stopped or new[-1] in self._ends or len(new) < self._job.max_new_tokens
         return "stop" if ended else "length"
 
-    def _told(self, tokens: list[Token]) -> Scores:
+    def _told(self, tokens: list[Token]) -> NullableLogprobs:
         decode = partial(text_of, self._tokenizer)
         texts, offsets = [decode([token.id]) for token in tokens], []
         for token, text in zip(tokens, texts, strict=True):
@@ -130,4 +127,4 @@ class CompletionWire:
         for token, text, logprob in zip(tokens, texts, logprobs, strict=True):
             likeliest = {decode([id]): max(LEAST, value) for id, value in reversed(token.top)}
             tops.append(None if logprob is None else likeliest | {text: logprob})
-        return Scores(tokens=texts, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)
+        return NullableLogprobs(tokens=texts, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)

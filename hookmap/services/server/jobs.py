@@ -1,4 +1,4 @@
-"""What the model's thread is given, and what it gives back."""
+"""What the scheduler is given, and what it gives back."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,35 +19,37 @@ from hookmap.services.server.summaries import Summary
 from hookmap.services.server.tokens import Token
 
 
-class Keeper(Protocol):
-    """Where the rows of one request go."""
+class Recorder(Protocol):
+    """Records the activations of one request."""
 
     selectors: tuple[Selector, ...]
     selection: RowSelection
     matching: frozenset[int]
-    """the tokens that are kept for their text"""
+    """token ids whose rows are kept because of their text"""
 
     def begin(self) -> Sink:
-        """The run begins: rows may come. Raises ApiError where there is no room."""
+        """The sink for the rows, when the run begins. Raises ApiError where there is no room."""
 
     def end(self, samples: Sequence[Sample], lost: Mapping[str, int]) -> dict[str, Any]:
-        """All rows came. Returns what the answer says of them. `lost`: see `Run.lost`."""
+        """Finish when all rows have come. Returns what the answer says of them. `lost`: see `Run.lost`."""
 
     def drop(self) -> None:
-        """The run failed: forget what came."""
+        """Forget the rows of a run that failed."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a job."""
+    """How a job ended, where it did not fail."""
 
     new: tuple[tuple[int, ...], ...]
-    """the tokens of each row, end of sequence included"""
+    """the generated tokens of each row, end of sequence included"""
     meta: dict[str, Any] | None = None
-    """what the answer says of its activations"""
+    """what the answer says of recorded activations"""
 
 
 Event = list[Token] | Result | ApiError
+Ended = Callable[["Job", Event], None]
+"""is told a job and its last event"""
 
 
 @dataclass(eq=False)
@@ -57,41 +59,42 @@ class Job:
     id: str
     prompts: tuple[Prompt, ...]
     """one for each row"""
-    together: int
-    """rows of one prompt: they always run together, without pads"""
+    choices: int
+    """rows of each prompt; they always run together, without pads"""
     config: GenerationConfig
     max_new_tokens: int
     stop: tuple[str, ...]
     seed: int | None
-    keeper: Keeper | None = None
+    recorder: Recorder | None = None
     interventions: tuple[Intervention, ...] = ()
     top_logprobs: int | None = None
     summary: Summary | None = None
     echo: bool = False
-    """whether the logprobs of the prompts are told"""
+    """whether the prompts' own logprobs are told"""
     reads_only: bool = False
-    """one token is generated, because a run does, and nothing is told of it"""
+    """whether the prompt is only read: one token is generated, because a run must, and is neither told nor recorded"""
     emit: Callable[[Event], None] = field(default=lambda event: None)
-    """called in the model's thread: each step's tokens, then a Result or an ApiError"""
+    """called in the scheduler's thread: with the tokens of each step, then with a Result or an ApiError"""
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def tell(self, event: Event) -> None:
-        """Hand an event to who waits for it."""
+        """Hand an event to the route that waits for it."""
         try:
             self.emit(event)
-        except RuntimeError:  # the event loop that waited for it is gone
+        except RuntimeError:  # its event loop is gone
             self.cancelled.set()
 
     @property
     def plain(self) -> bool:
-        """Whether it reads, keeps and changes nothing."""
-        return not (self.keeper or self.interventions or self.summary or self.echo or self.reads_only)
+        """Whether it generates only: reads, records and changes no activation."""
+        return not (self.recorder or self.interventions or self.summary or self.echo or self.reads_only)
 
     @cached_property
     def shares(self) -> dict[str, Any] | None:
-        """Settings that it has in common with every job that it may share a batch with. None: it runs alone.
+        """Settings that jobs of one batch have in common. None: it runs alone.
 
-        A seed says what is drawn for these rows, and a captured tensor is that of the prompt alone.
+        A seed promises the same draws again, and a recorded tensor is that of the prompt alone: pads would change both
+        in the last bits.
         """
         if not self.plain or self.seed is not None:
             return None

@@ -1,4 +1,4 @@
-"""What /metrics says, as Prometheus reads it."""
+"""The text of /metrics, in the format of Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -27,7 +27,7 @@ class Metrics:
 
 
 class _Now(Collector):
-    """What is so at the moment of asking."""
+    """Gauges that are read at the moment of asking."""
 
     def __init__(self, models: Models, sessions: Sessions) -> None:
         self._models, self._sessions = models, sessions
@@ -36,8 +36,8 @@ class _Now(Collector):
         waiting = GaugeMetricFamily("hookmap_requests_waiting", "Requests in the queue.", labels=["model"])
         running = GaugeMetricFamily("hookmap_requests_running", "Requests that the model works on.", labels=["model"])
         for loaded in self._models.all:
-            waiting.add_metric([loaded.name], loaded.worker.waiting)
-            running.add_metric([loaded.name], loaded.worker.running)
+            waiting.add_metric([loaded.name], loaded.scheduler.waiting)
+            running.add_metric([loaded.name], loaded.scheduler.running)
         sessions = self._sessions.all()
         count = GaugeMetricFamily("hookmap_sessions", "Sessions held.", value=len(sessions))
         size = GaugeMetricFamily("hookmap_sessions_bytes", "Bytes of them.", value=sum(s.bytes for s in sessions))

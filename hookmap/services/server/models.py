@@ -1,4 +1,4 @@
-"""The models that are loaded, each once: one copy of the weights, one thread."""
+"""The loaded models: for each, one copy of the weights and one thread."""
 
 import gc
 import logging
@@ -15,25 +15,25 @@ from hookmap.capture.padding import whole_batch_limit
 from hookmap.demo import MODEL_PATH
 from hookmap.model import HookedModel
 from hookmap.model import open as open_model
+from hookmap.services.server.batch_limits import BatchLimits
 from hookmap.services.server.editing import Documents
 from hookmap.services.server.errors import ApiError, missing
-from hookmap.services.server.scheduler import Worker
+from hookmap.services.server.scheduler import Scheduler
 from hookmap.services.server.settings import Settings
-from hookmap.services.server.shared_run import Room
 
 log = logging.getLogger("hookmap.server")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One model that answers."""
+    """A model that is being served."""
 
     name: str
     hm: HookedModel
-    worker: Worker
+    scheduler: Scheduler
     created: int
     context: int | None
-    """tokens that fit, prompt and completion; None: no limit is known"""
+    """the most tokens of a prompt and its completion; None: no limit is known"""
 
 
 class Models:
@@ -43,7 +43,7 @@ class Models:
         self._settings = settings
         self._loaded: dict[str, Loaded] = {}
         self.interventions: dict[str, Documents] = {}
-        """of requests that bring none, by the model's name"""
+        """used for requests that give none, by the model's name"""
         self._names: dict[str, str] = {}
         self._changing = threading.Lock()
 
@@ -63,7 +63,7 @@ class Models:
         return found
 
     def interventions_of(self, loaded: Loaded) -> Documents:
-        """Those of its requests that bring none."""
+        """The interventions of requests that give none."""
         return self.interventions.get(loaded.name, ())
 
     def add(self, name: str, hm: HookedModel) -> Loaded:
@@ -75,13 +75,14 @@ class Models:
         if batch > 1:
             log.info("%s: plain requests share batches%s", name, f" where of one length: {why}" if why else "")
         padded = 0 if why else whole_batch_limit(hm.root.config) or sys.maxsize
-        room = Room(batch, self._settings.batch_tokens, context, padded)
-        loaded = Loaded(name, hm, Worker(name, hm, self._settings.queue, room), int(time.time()), context)
+        limits = BatchLimits(batch, self._settings.batch_tokens, context, padded)
+        scheduler = Scheduler(name, hm, self._settings.queue, limits)
+        loaded = Loaded(name, hm, scheduler, int(time.time()), context)
         self._loaded[name] = loaded
         return loaded
 
     def load(self, source: str) -> Loaded:
-        """Open a model that is allowed, unless it is loaded. Raises ApiError, ModelError.
+        """Open an allowed model, unless it is loaded already. Raises ApiError, ModelError.
 
         `source`: as `--allow` names it, or what clients call it.
         """
@@ -95,15 +96,15 @@ class Models:
             return self.add(name, open_model(allowed, **self._settings.loads))
 
     def called(self, source: str, name: str | None = None) -> str:
-        """What clients call a model of this source; `name`: from now on."""
+        """What clients call a model of this source. `name`: what they call it from now on."""
         if name is not None:
             self._names[source] = name
         return self._names.get(source) or name_of(source)
 
     def unload(self, name: str) -> None:
-        """Let a model's waiting requests run, then free its weights. Raises ApiError 404."""
+        """Let the waiting requests of a model run, then free its weights. Raises ApiError 404."""
         with self._changing:
-            self.get(name).worker.close(self._settings.drain)
+            self.get(name).scheduler.close(self._settings.drain)
             del self._loaded[name]
             self.interventions.pop(name, None)
         gc.collect()
@@ -111,9 +112,9 @@ class Models:
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """End every model's thread; what still waits is cancelled."""
+        """End the thread of every model; requests that still wait are cancelled."""
         for loaded in self.all:
-            loaded.worker.close(0.0)
+            loaded.scheduler.close(0.0)
 
 
 def name_of(source: str) -> str:
@@ -125,7 +126,7 @@ def name_of(source: str) -> str:
 
 
 def context_of(hm: HookedModel) -> int | None:
-    """Tokens that fit into the model."""
+    """The most tokens that the model takes; None: no limit is known."""
     config: Any = hm.root.config
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     told = getattr(hm.tokenizer, "model_max_length", None)

@@ -1,4 +1,4 @@
-"""What a request keeps: to a session's folder, or to be sent in the answer. And what the answer says of it."""
+"""Recording a request: what it keeps, into a session's folder or the answer itself, and what the answer says of it."""
 
 import base64
 import math
@@ -31,8 +31,8 @@ from hookmap.stores.memory import MemoryStore
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is kept of one request."""
+class RecordingPlan:
+    """What one request records."""
 
     selectors: tuple[Selector, ...]
     selection: RowSelection
@@ -44,8 +44,8 @@ class Plan:
 
 def plan(
     asked: Sampling, hm: HookedModel, settings: Settings, prompts: Sequence[Prompt], max_new_tokens: int
-) -> Plan | None:
-    """What the request keeps, None where nothing. Raises SelectionError, and ApiError 413 where it is too much."""
+) -> RecordingPlan | None:
+    """What the request records, None for nothing. Raises SelectionError, and ApiError 413 where it is too much."""
     field = asked.hookmap
     if field is None:
         if not asked.store_activations:
@@ -74,7 +74,7 @@ def plan(
         )
     if inline:
         check_room(expected, None)
-    return Plan(selectors, chosen, hm.matching(chosen), inline, expected.bytes)
+    return RecordingPlan(selectors, chosen, hm.matching(chosen), inline, expected.bytes)
 
 
 def _given(field: Recording, settings: Settings) -> dict[str, Any]:
@@ -87,11 +87,13 @@ def _given(field: Recording, settings: Settings) -> dict[str, Any]:
     return {"points": points, "layers": list(layers) if isinstance(layers, tuple) else layers}
 
 
-class ToStore:
-    """A Keeper that writes a session."""
+class SessionRecorder:
+    """A Recorder that writes a session's folder."""
 
-    def __init__(self, plan: Plan, sessions: Sessions, hm: HookedModel, model: str, settings: Mapping[str, Any]):
-        """`model`: its served name; `settings`: what the manifest says of the run."""
+    def __init__(
+        self, plan: RecordingPlan, sessions: Sessions, hm: HookedModel, model: str, settings: Mapping[str, Any]
+    ):
+        """`model`: its served name. `settings`: what the manifest says of the run."""
         self.selectors, self.selection, self.matching = plan.selectors, plan.selection, plan.matching
         self._plan, self._sessions, self._model = plan, sessions, model
         self._hm, self._settings = hm, settings
@@ -113,7 +115,7 @@ class ToStore:
         return self._writer
 
     def end(self, samples: Sequence[Sample], lost: Mapping[str, int]) -> dict[str, Any]:
-        """Close the session; it can be read from now on."""
+        """Close the session, which can be read from now on."""
         assert self._writer is not None and self._session is not None
         self._writer.note({"engine": "hooks", "why": "served", **_overflow(self.selection, lost)})
         self._writer.close(finished=True)
@@ -130,30 +132,30 @@ class ToStore:
             self._sessions.drop(self._session)
 
 
-class ToAnswer:
-    """A Keeper whose rows the answer carries."""
+class InlineRecorder:
+    """A Recorder whose rows are sent in the answer."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: RecordingPlan) -> None:
         self.selectors, self.selection, self.matching = plan.selectors, plan.selection, plan.matching
         self._store = MemoryStore((selector.point, selector.layer) for selector in plan.selectors)
 
     def begin(self) -> Sink:
-        """Memory."""
+        """A store in memory."""
         return self._store
 
     def end(self, samples: Sequence[Sample], lost: Mapping[str, int]) -> dict[str, Any]:
-        """With base64 of one safetensors document for each choice."""
+        """The answer's metadata, with a safetensors document in base64 for each choice."""
         meta = described(self._store, None) | _overflow(self.selection, lost)
         for sample, told in zip(samples, meta["samples"], strict=True):
             told["safetensors"] = base64.b64encode(as_safetensors(self._store, sample.sample)).decode("ascii")
         return {"session_id": None, "return": "inline", **meta}
 
     def drop(self) -> None:
-        """Nothing is left."""
+        """Memory is freed with the job."""
 
 
 def _overflow(selection: RowSelection, lost: Mapping[str, int]) -> dict[str, Any]:
-    """What is said of rows that became infinite in the dtype kept; nothing where none did."""
+    """Which rows became infinite in the dtype that is kept; {} where none did."""
     return {"overflow": {"dtype": selection.dtype, "rows": dict(lost)}} if lost else {}
 
 

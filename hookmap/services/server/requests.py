@@ -1,7 +1,7 @@
 """The fields of a request. An unknown field is refused: a misspelt one would silently change nothing.
 
-Fields of OpenAI's that change no answer here are taken and ignored; those that would change it and are not done are
-refused where they ask for something (`refused`).
+OpenAI's fields that change no answer here are ignored. Those that would change it, and are not supported, are refused
+where they ask for something (`refused`).
 """
 
 from typing import Annotated, Any, Literal
@@ -12,6 +12,9 @@ from hookmap.capture.options import field_of
 from hookmap.loading.generation import HALF
 from hookmap.services.server.errors import bad
 
+MAX_TOKENS = 16
+"""of a completion, unless the request says: OpenAI's default"""
+
 Positive = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 
@@ -21,7 +24,7 @@ class _Request(BaseModel):
 
 
 class SummaryRequest(_Request):
-    """`summary` of the `hookmap` field: figures of each generated token, which come with it."""
+    """`summary` of the `hookmap` field: figures that are sent with each generated token."""
 
     point: str
     of: Literal["norm", "lens"] = Field("norm", description="of the row: its length, or the lens's likeliest token")
@@ -55,7 +58,7 @@ class StreamOptions(_Request):
 
 
 class Sampling(_Request):
-    """What both routes take."""
+    """The fields of both routes."""
 
     model: str | None = Field(None, description="the loaded model; the first one where left out")
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
@@ -78,13 +81,23 @@ class Sampling(_Request):
     user: Any = None
 
     @property
+    def token_limit(self) -> int | None:
+        """The most tokens that may be generated; None: as many as fit."""
+        return self.max_tokens
+
+    @property
+    def logprob_count(self) -> int | None:
+        """How many of the likeliest tokens are told with each token; None: no logprobs."""
+        return None
+
+    @property
     def reads_prompt(self) -> bool:
         """Whether logprobs of the prompt are asked for."""
         return False
 
     @property
     def reads_only(self) -> bool:
-        """Whether no token is wanted behind the prompt."""
+        """Whether nothing is to be generated after the prompt."""
         return False
 
     @property
@@ -92,7 +105,7 @@ class Sampling(_Request):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def refused(self) -> None:
-        """Raises ApiError for what is asked and not done."""
+        """Raises ApiError for what is asked and not supported."""
         for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
             if getattr(self, name):
                 raise bad(f"{name} is not done by this server: leave it out, or see repetition_penalty.", name)
@@ -159,6 +172,14 @@ class ChatRequest(Sampling):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
 
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def logprob_count(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
     def refused(self) -> None:
         super().refused()
         if self.response_format and self.response_format.get("type") != "text":
@@ -187,6 +208,14 @@ class CompletionRequest(Sampling):
     echo: bool | None = Field(None, description="the prompt before the completion, with its logprobs where asked")
     suffix: str | None = None
     best_of: Positive | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        return MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def logprob_count(self) -> int | None:
+        return self.logprobs
 
     @property
     def reads_prompt(self) -> bool:

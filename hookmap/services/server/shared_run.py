@@ -1,13 +1,11 @@
-"""Plain requests through the model's own `generate`, with no hook set: one alone, or several that waited, in one batch.
+"""Plain requests through the model's own `generate`, without hooks: one alone, or several in one batch.
 
-Each row keeps its own stop strings, limit and logprobs, and its request is answered when its last row has ended.
+Each row has its own stop strings, limit and logprobs. A request is answered when its last row has ended.
 """
 
 import contextlib
 import copy
-import itertools
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,66 +14,24 @@ from transformers import StoppingCriteria
 
 from hookmap.capture.batches import generating, padded
 from hookmap.capture.engines.pass_rows import BatchLayout
+from hookmap.capture.halving import in_parts
 from hookmap.capture.run import device_of, running
 from hookmap.loading.memory import MemoryUse
 from hookmap.loading.sampling import OwnDraws, own_generator
 from hookmap.loading.stopping import Ending
 from hookmap.loading.wrappers import generate_of
 from hookmap.model import HookedModel
+from hookmap.services.server.batch_limits import BatchLimits
 from hookmap.services.server.errors import ApiError, cancelled, failed, is_out_of_memory
-from hookmap.services.server.jobs import Event, Job, Result
+from hookmap.services.server.jobs import Ended, Job, Result
 from hookmap.services.server.tokens import Likely, Token, beside, told
 
-log = logging.getLogger("hookmap.server")
-
-Ended = Callable[[Job, Event], None]
-"""takes a job and its last event, as soon as there is one"""
-
-
-@dataclass(frozen=True)
-class Room:
-    """Who may share a batch."""
-
-    rows: int
-    tokens: int
-    """of a batch and its pads, with all that may be generated"""
-    columns: int | None = None
-    """of a batch: the model's positions, because rows that have ended are led on; None: no limit is known"""
-    padded: int = 0
-    """columns up to which prompts of different lengths may share one"""
-
-    def beside(self, first: Job, waiting: Iterable[Job]) -> list[Job]:
-        """The jobs among those that wait that run together with the first one, in their order."""
-        found = [first]
-        for job in waiting:
-            if first.shares is not None and job.shares == first.shares:
-                prompts = [prompt for each in (*found, job) for prompt in each.prompts]
-                if self._holds([len(prompt.token_ids) for prompt in prompts], (*found, job)):
-                    found.append(job)
-        return found[1:]
-
-    def batches(self, rows: Sequence["Row"]) -> Iterator[list["Row"]]:
-        """The rows of one prompt run together whatever their number, those of several prompts where they may."""
-        batch: list[Row] = []
-        for _, group in itertools.groupby(rows, lambda row: (id(row.job), row.number // row.job.together)):
-            same = list(group)
-            every = [*batch, *same]
-            holds = self._holds([len(row.tokens) for row in every], [row.job for row in every])
-            if batch and (same[0].job.shares is None or not holds):
-                yield batch
-                every = same
-            batch = every
-        yield batch
-
-    def _holds(self, lengths: Sequence[int], jobs: Iterable[Job]) -> bool:
-        columns = max(lengths) + max(job.max_new_tokens for job in jobs)
-        if len(lengths) > self.rows or (columns > self.padded and len(set(lengths)) > 1):
-            return False
-        return len(lengths) * columns <= self.tokens and (self.columns is None or columns <= self.columns)
+_LOOK = 64
+"""steps between looks at the memory in use"""
 
 
 @dataclass(eq=False)
-class Row:
+class Choice:
     """One choice of one request, as it grows."""
 
     job: Job
@@ -88,86 +44,85 @@ class Row:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The prompt's, and those that came."""
+        """The prompt's tokens and the generated ones."""
         return (*self.job.prompts[self.number].token_ids, *self.new)
 
     @property
     def left(self) -> int:
-        """Tokens that may still come."""
+        """Tokens that may still be generated."""
         return self.job.max_new_tokens - len(self.new)
 
-    def add(self, token: int, last: bool = False) -> None:
-        """The next one, which may be known to be the last."""
+    def add(self, token: int, last: bool) -> None:
+        """Append a token. `last`: it ends the choice, whatever the stop strings and the limit say."""
         self.new.append(token)
         self.ended = last or self.left == 0 or self.ending.at(self.new[-self.ending.reach :])
 
 
-class Together:
-    """Runs jobs that may share batches."""
+class SharedRun:
+    """Runs plain jobs that may share batches. `ended` is told of each job as soon as it has ended."""
 
     def __init__(self, hm: HookedModel, jobs: Sequence[Job], memory: MemoryUse, ended: Ended) -> None:
         self._hm, self._memory, self._ended = hm, memory, ended
-        self._rows: dict[Job, list[Row]] = {job: list(self._rows_of(job)) for job in jobs}
-        """of jobs that have not ended"""
+        self._open = {job: list(_choices(job, hm)) for job in jobs}
+        """the choices of jobs that have not ended"""
 
-    def run(self, room: Room) -> None:
-        """Run them all; whatever goes wrong is told to those whom it concerns."""
-        every = [row for rows in self._rows.values() for row in rows]
-        for batch in room.batches(every):
-            self._batch(batch)
+    def run(self, limits: BatchLimits) -> None:
+        """Run them all. An error is told to the jobs that it concerns; the others run."""
+        batches = [[self._open[job][number] for job, number in rows] for rows in limits.batches(list(self._open))]
+        for batch in batches:
+            in_parts(batch, self._run_part)
 
-    def end_complete(self) -> None:
-        """Answer the jobs whose rows have all ended."""
-        for job, rows in list(self._rows.items()):
-            if all(row.ended for row in rows):
-                self._end(job, Result(tuple(tuple(row.new) for row in rows)))
+    def after_step(self, choices: Sequence[Choice], tokens: list[int], last: list[bool], likely: Likely | None) -> None:
+        """Give each choice its newest token, and tell it. `last`: see `Choice.add`."""
+        self._end_cancelled()
+        new: dict[Job, list[Token]] = {}
+        for place, (choice, token) in enumerate(zip(choices, tokens, strict=True)):
+            if not choice.ended:
+                choice.add(token, last[place])
+                told_token = told(likely, place, choice.number, token, choice.job.top_logprobs)
+                new.setdefault(choice.job, []).append(told_token)
+        for job, each in new.items():
+            job.tell(each)
+        if not all(choice.ended for choice in choices):  # the last jobs are answered when the model is free again
+            self._end_complete()
 
-    def end_cancelled(self) -> None:
-        """Let go the jobs that nobody waits for."""
-        for job in list(self._rows):
-            if job.cancelled.is_set():
-                self._end(job, cancelled())
+    def look(self) -> None:
+        """Note the memory in use."""
+        self._memory.look()
 
-    def _rows_of(self, job: Job) -> Iterator[Row]:
-        ending, device = Ending(job.config, job.stop, self._hm.tokenizer), device_of(self._hm.hooks)
-        seed = job.seed if job.config.do_sample else None
-        for number in range(len(job.prompts)):
-            yield Row(job, number, ending, None if seed is None else own_generator(seed, number, device))
-
-    def _batch(self, rows: Sequence[Row]) -> None:
-        self.end_cancelled()
-        rows = [row for row in rows if not row.ended]
-        if not rows:
-            return
-        error = self._generate(rows)
-        self.end_complete()
+    def _run_part(self, choices: Sequence[Choice]) -> Sequence[Choice]:
+        """Run these choices together. Returns those to be run again in smaller parts."""
+        self._end_cancelled()
+        choices = [choice for choice in choices if not choice.ended]
+        if not choices:
+            return ()
+        error = self._generate(choices)
+        self._end_complete()
         if error is None:
-            return
-        left = [row for row in rows if not row.ended]
-        halves = is_out_of_memory(error) and len(left) > 1
-        answer = failed(error, [job.id for job in dict.fromkeys(row.job for row in left)], again=halves)
-        if halves:
-            self._batch(left[: len(left) // 2])
-            self._batch(left[len(left) // 2 :])
-            return
-        for job in dict.fromkeys(row.job for row in left):
+            return ()
+        choices = [choice for choice in choices if not choice.ended]
+        jobs = list(dict.fromkeys(choice.job for choice in choices))
+        again = is_out_of_memory(error) and len(choices) > 1
+        answer = failed(error, [job.id for job in jobs], again=again)
+        if again:
+            return choices
+        for job in jobs:
             self._end(job, answer)
+        return ()
 
-    def _generate(self, rows: Sequence[Row]) -> BaseException | None:
-        """Until all rows have ended; rows that came some way before go on from there."""
-        job, hooks = rows[0].job, self._hm.hooks
-        device = device_of(hooks)
-        layout = BatchLayout(tuple(range(len(rows))), tuple(len(row.tokens) for row in rows))
-        config = copy.copy(job.config)
-        config.max_new_tokens = max(row.left for row in rows)
-        likely = Likely() if any(row.job.top_logprobs is not None for row in rows) else None
-        inputs = padded([row.tokens for row in rows], layout, config.pad_token_id, device)
+    def _generate(self, choices: Sequence[Choice]) -> BaseException | None:
+        """Generate until all of them have ended. Choices that already have tokens continue after these."""
+        hooks, config = self._hm.hooks, copy.copy(choices[0].job.config)
+        config.max_new_tokens = max(choice.left for choice in choices)
+        layout = BatchLayout(tuple(range(len(choices))), tuple(len(choice.tokens) for choice in choices))
+        likely = Likely() if any(choice.job.top_logprobs is not None for choice in choices) else None
+        inputs = padded([choice.tokens for choice in choices], layout, config.pad_token_id, device_of(hooks))
         inputs = generating(hooks.root, inputs, config, self._hm.tokenizer)
-        inputs["stopping_criteria"] = [_Step(self, rows, likely)]
+        inputs["stopping_criteria"] = [_AfterStep(self, choices, likely)]
         if likely is not None:
             config, inputs["logits_processor"] = beside(likely, config)
         drawing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if generators := [row.generator for row in rows if row.generator is not None]:
+        if generators := [choice.generator for choice in choices if choice.generator is not None]:
             inputs["custom_generate"] = draws = OwnDraws(generators)
             drawing = draws.expected(hooks.runner)
         try:
@@ -177,37 +132,42 @@ class Together:
             return error
         return None
 
-    def look(self) -> None:
-        """At the memory in use."""
-        self._memory.look()
+    def _end_complete(self) -> None:
+        """Answer the jobs whose choices have all ended."""
+        for job, choices in list(self._open.items()):
+            if all(choice.ended for choice in choices):
+                self._end(job, Result(tuple(tuple(choice.new) for choice in choices)))
+
+    def _end_cancelled(self) -> None:
+        """End the jobs whose clients have left."""
+        for job in list(self._open):
+            if job.cancelled.is_set():
+                self._end(job, cancelled())
 
     def _end(self, job: Job, event: Result | ApiError) -> None:
-        for row in self._rows.pop(job):
-            row.ended = True
+        for choice in self._open.pop(job):
+            choice.ended = True
         self._ended(job, event)
 
 
-class _Step(StoppingCriteria):  # type: ignore[misc]  # transformers' base is not typed
-    """After each step: gives every row its token, and says which rows have ended."""
+class _AfterStep(StoppingCriteria):  # type: ignore[misc]  # transformers' base is not typed
+    """`SharedRun.after_step`, as transformers calls it; says which rows have ended."""
 
-    def __init__(self, run: Together, rows: Sequence[Row], likely: Likely | None = None) -> None:
-        self._run, self._rows, self._likely = run, rows, likely
+    def __init__(self, run: SharedRun, choices: Sequence[Choice], likely: Likely | None) -> None:
+        self._run, self._choices, self._likely = run, choices, likely
         self._steps = 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
-        self._run.end_cancelled()
-        came: dict[Job, list[Token]] = {}
-        last = self._rows[0].ending.own(input_ids).tolist()  # rows of unlike settings do not run together
-        for place, (row, id) in enumerate(zip(self._rows, input_ids[:, -1].tolist(), strict=True)):
-            if not row.ended:
-                row.add(id, last[place])
-                came.setdefault(row.job, []).append(told(self._likely, place, row.number, id, row.job.top_logprobs))
-        for job, tokens in came.items():
-            job.tell(tokens)
-        ended = [row.ended for row in self._rows]
-        if not all(ended):  # those who end with the batch are answered when the model is free again
-            self._run.end_complete()
-        if self._steps % 64 == 0:
+        last = self._choices[0].ending.own(input_ids).tolist()  # jobs of one batch have the same settings
+        self._run.after_step(self._choices, input_ids[:, -1].tolist(), last, self._likely)
+        if self._steps % _LOOK == 0:
             self._run.look()
         self._steps += 1
-        return torch.tensor(ended, device=input_ids.device)
+        return torch.tensor([choice.ended for choice in self._choices], device=input_ids.device)
+
+
+def _choices(job: Job, hm: HookedModel) -> Iterator[Choice]:
+    ending, device = Ending(job.config, job.stop, hm.tokenizer), device_of(hm.hooks)
+    seed = job.seed if job.config.do_sample else None
+    for number in range(len(job.prompts)):
+        yield Choice(job, number, ending, None if seed is None else own_generator(seed, number, device))

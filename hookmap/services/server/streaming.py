@@ -1,6 +1,6 @@
 """From a job's events to an HTTP answer: one JSON document, or a stream of chunks that ends with [DONE].
 
-Whoever leaves cancels the job. Before the first token nothing is sent, so that what goes wrong until then has a status.
+A client that leaves cancels its job. Nothing is sent before the first token, so that an earlier error has a status.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from hookmap.services.server.errors import ApiError, cancelled
 from hookmap.services.server.jobs import Event, Job, Result
-from hookmap.services.server.scheduler import Worker
+from hookmap.services.server.scheduler import Scheduler
 from hookmap.services.server.tokens import Token
 
 Made = TypeVar("Made", bound=BaseModel)
@@ -29,16 +29,16 @@ class Wire(Protocol):
         """The chunks before the first token."""
 
     def piece(self, token: Token) -> BaseModel | None:
-        """The chunk that a token makes, if any."""
+        """The chunk for a token, if it makes one."""
 
     def closing(self, result: Result) -> Iterator[BaseModel]:
-        """The chunks behind the last token."""
+        """The chunks after the last token."""
 
     def whole(self, result: Result, tokens: list[Token]) -> BaseModel:
-        """The answer in one piece. `tokens`: all that were told."""
+        """The answer in one piece. `tokens`: all that the job told."""
 
 
-async def answer(request: Request, worker: Worker, job: Job, wire: Wire, streams: bool) -> Response:
+async def answer(request: Request, scheduler: Scheduler, job: Job, wire: Wire, streams: bool) -> Response:
     """Run the job and answer. Raises ApiError."""
     events: asyncio.Queue[Event] = asyncio.Queue()
     loop, wants_tokens = asyncio.get_running_loop(), _wants_tokens(job, streams)
@@ -48,7 +48,7 @@ async def answer(request: Request, worker: Worker, job: Job, wire: Wire, streams
             loop.call_soon_threadsafe(events.put_nowait, event)
 
     job.emit = emit
-    worker.submit(job)
+    scheduler.submit(job)
     tokens: list[Token] = []
     try:
         event = await _event(events, request)
@@ -104,7 +104,7 @@ async def _chunks(event: Event, events: "asyncio.Queue[Event]", wire: Wire) -> A
 
 
 def made(kind: type[Made], **fields: Any) -> Made:
-    """A part of a chunk, its fields taken as they are: openai's own way to make one looks at each, for every token."""
+    """A part of a chunk, not validated: openai's own constructor looks at every field, for every token."""
     return BaseModel.model_construct.__func__(kind, **fields)  # type: ignore[attr-defined,no-any-return]
 
 
@@ -113,10 +113,10 @@ def _written(chunk: BaseModel) -> str:
 
 
 class _Stream(StreamingResponse):
-    """Cancels its job however it ends, also before its first chunk.
+    """A stream of server-sent events that cancels its job however it ends, also before its first chunk.
 
-    Not sse-starlette's: it replaces uvicorn's handling of signals when it is imported, and, unless told, ends streams
-    at SIGTERM that are to be answered.
+    sse-starlette would not do: when imported it replaces uvicorn's handling of signals, and by default it ends streams
+    at SIGTERM that should be answered to their end.
     """
 
     def __init__(self, job: Job, chunks: AsyncIterator[str]) -> None:
@@ -132,7 +132,7 @@ class _Stream(StreamingResponse):
 
 
 def summaries(job: Job, tokens: Sequence[Token], decode: Callable[[list[int]], str]) -> dict[str, Any]:
-    """`activations_summary` of a chunk, or of a whole answer: an entry for each token; nothing where none is wanted."""
+    """`activations_summary` of a chunk or a whole answer, with an entry for each token; {} where none was asked for."""
     if job.summary is None:
         return {}
     told = [job.summary.told(t.row, decode([t.id]), t.figures, decode) for t in tokens if t.figures is not None]
@@ -140,14 +140,14 @@ def summaries(job: Job, tokens: Sequence[Token], decode: Callable[[list[int]], s
 
 
 def extras(result: Result) -> dict[str, Any]:
-    """The fields of an answer that OpenAI's have not: none for a request that keeps nothing."""
+    """The fields of an answer that are not OpenAI's; {} for a request that records nothing."""
     if result.meta is None:
         return {}
     return {"session_id": result.meta["session_id"], "activations_meta": result.meta}
 
 
 def usage_of(job: Job, result: Result) -> CompletionUsage:
-    """Tokens of each prompt once, and of every choice."""
-    prompt = sum(len(prompt.token_ids) for prompt in job.prompts[:: job.together])
+    """The tokens of each prompt, counted once, and of every choice."""
+    prompt = sum(len(prompt.token_ids) for prompt in job.prompts[:: job.choices])
     completion = sum(map(len, result.new))
     return CompletionUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)

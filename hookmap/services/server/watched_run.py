@@ -1,6 +1,6 @@
-"""One request that keeps or changes activations: the run of a capture, told token by token.
+"""One request that reads, records or changes activations: a capture whose tokens are told as they come.
 
-It ends when nobody waits for it. Requests that do neither are in `batch`.
+It ends when its client leaves. All other requests are in `shared_run`.
 """
 
 import contextlib
@@ -16,33 +16,76 @@ from hookmap.analysis.unembedding import Unembedding
 from hookmap.capture.batches import Generating
 from hookmap.capture.engines.observation import Observer
 from hookmap.capture.engines.pass_rows import BatchLayout
+from hookmap.capture.rows import RowSelection
+from hookmap.loading.memory import MemoryUse
 from hookmap.loading.prompts import Prompt
 from hookmap.loading.stopping import Finished
+from hookmap.model import HookedModel
 from hookmap.services.server.echo import Echo
+from hookmap.services.server.editing import planned
 from hookmap.services.server.errors import cancelled
+from hookmap.services.server.jobs import Job, Result
 from hookmap.services.server.summaries import Summarising, Summary
 from hookmap.services.server.tokens import Likely, Token, beside, told
 
 
+def run_watched(hm: HookedModel, job: Job, memory: MemoryUse) -> Result:
+    """Run a job alone. Raises ApiError, and whatever the model raises."""
+    recorder = job.recorder
+    run = WatchedRun(
+        hm.hooks,
+        hm.tokenizer,
+        recorder.selectors if recorder else (),
+        job.prompts,
+        recorder.selection if recorder else RowSelection(),
+        recorder.matching if recorder else frozenset(),
+        None,
+        memory,
+        max_new_tokens=job.max_new_tokens,
+        config=job.config,
+        stop=job.stop,
+        seed=job.seed,
+        tell=job.tell,
+        cancelled=job.cancelled.is_set,
+        top_logprobs=job.top_logprobs,
+        summary=job.summary,
+        unembedding=job.summary.reading(hm) if job.summary else None,
+        echo=Echo(job.top_logprobs or 0) if job.echo else None,
+        reads_only=job.reads_only,
+    )
+    if job.interventions:  # planned here: the model may have to run on other prompts for it
+        run.edits = planned(hm, job.interventions, job.prompts, job.max_new_tokens).edits
+    try:
+        sink = Gathered(recorder.begin() if recorder else None, job.reads_only)
+        for first in range(0, len(job.prompts), job.choices):
+            run.batch(range(first, min(first + job.choices, len(job.prompts))), sink)
+        new = tuple(sample.token_ids[sample.prompt_tokens :] for sample in sink.samples)
+        return Result(new, recorder.end(sink.samples, run.lost) if recorder else None)
+    except BaseException:
+        if recorder:
+            recorder.drop()
+        raise
+
+
 @dataclass
-class Answering(Generating):
-    """A `Generating` that tells each token of each row."""
+class WatchedRun(Generating):
+    """A capture that tells each token of each row."""
 
     tell: Callable[[list[Token]], None] = field(default=lambda tokens: None)
     cancelled: Callable[[], bool] = field(default=lambda: False)
     top_logprobs: int | None = None
-    """how many likeliest tokens are told with each token; None: no logprobs"""
+    """how many of the likeliest tokens are told with each token; None: no logprobs"""
     summary: Summary | None = None
     unembedding: Unembedding | None = None
-    """what the summary's lens reads with"""
+    """what the summary's lens applies"""
     summarising: Summarising | None = None
-    """of the batch that runs"""
+    """the summary of the batch that runs"""
     echo: Echo | None = None
     reads_only: bool = False
-    """of a run of one token: it is neither told nor kept"""
+    """whether the prompt is only read: one token is generated, and neither told nor recorded"""
 
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
-        """See `Run.batch`; with an echo, of one prompt's rows."""
+        """See `Run.batch`; with an echo, the rows of one prompt."""
         prompt = self.prompts[numbers[0]].token_ids
         with self.echo.listening(self.engine.root, prompt) if self.echo else contextlib.nullcontext():
             super().batch(numbers, sink)
@@ -63,16 +106,16 @@ class Answering(Generating):
     def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: Finished) -> dict[str, Any]:
         likely = None if self.top_logprobs is None else Likely()
         inputs = super()._inputs(prompts, layout, finished)
-        inputs["stopping_criteria"] = [_Followed(self, finished, layout.samples, likely)]
+        inputs["stopping_criteria"] = [_AfterStep(self, finished, layout.samples, likely)]
         if likely is not None:
             inputs["generation_config"], inputs["logits_processor"] = beside(likely, self.config)
         return inputs
 
 
 class Gathered:
-    """A sink that keeps the samples, and passes everything on to another where there is one.
+    """A sink that remembers the samples, and passes everything on to another sink if there is one.
 
-    `reads_only`: without what was generated, of which there are no rows.
+    `reads_only`: the samples are cut to their prompts; what was generated has no rows.
     """
 
     def __init__(self, sink: Sink | None = None, reads_only: bool = False) -> None:
@@ -96,10 +139,10 @@ class Gathered:
         """See Sink."""
 
 
-class _Followed(StoppingCriteria):  # type: ignore[misc]
-    """After each token: ends the run that nobody waits for, and tells the tokens of rows that had not ended."""
+class _AfterStep(StoppingCriteria):  # type: ignore[misc]
+    """After each step: ends the run whose client has left, and tells the tokens of rows that had not ended."""
 
-    def __init__(self, run: Answering, finished: Finished, rows: tuple[int, ...], likely: Likely | None) -> None:
+    def __init__(self, run: WatchedRun, finished: Finished, rows: tuple[int, ...], likely: Likely | None) -> None:
         self._run, self._finished, self._rows, self._likely = run, finished, rows, likely
         self._ended = [False] * len(rows)
         self._looked = 0
