@@ -1,4 +1,4 @@
-"""`hookmap.open_remote`: a model that somebody else holds (NDIF, through nnsight), captured from by the same names."""
+"""`hookmap.open_remote`: captures from a model on somebody else's server (NDIF, through nnsight)."""
 
 import os
 from typing import Any
@@ -19,12 +19,12 @@ from hookmap.model import HookedModel
 
 
 class RemoteModel(HookedModel):
-    """A `HookedModel` without weights here: captures run elsewhere, and what computes with weights is refused."""
+    """A `HookedModel` whose weights are elsewhere: captures run there; whatever needs the weights here is refused."""
 
     has_weights = False
 
     def __init__(self, given: Any, remote: bool | str, tokenizer: Any, found: ArchitectureMap, name: str) -> None:
-        """See `open_remote`. `given`: an nnsight model that was not dispatched."""
+        """See `open_remote`. `given`: an nnsight model without weights (not dispatched)."""
         super().__init__(given._module, tokenizer, found, name, nnsight_model=given)
         self._remote = RemoteEngine(self.model, self.root, given, remote)
         where = {True: "as nnsight is set up", "local": "nnsight's simulation"}.get(remote, str(remote))
@@ -57,7 +57,7 @@ def open_remote(
     tokenizer: Any = None,
     revision: str | None = None,
 ) -> RemoteModel:
-    """A model to capture from that runs elsewhere; its skeleton is here, its weights are not.
+    """Open a model that runs on another server, to capture from it. Only its modules are built here, without weights.
 
     x: a hub id, a folder, or an nnsight model that was not dispatched. remote: True is NDIF, as nnsight's own settings
     name it (`nnsight.CONFIG.set_default_api_key`); a URL is another server's; "local" runs here what would be sent.

@@ -45,7 +45,7 @@ _SWEEP = 60.0
 
 
 class Named(BaseModel):
-    """The body of /models/load and /models/unload."""
+    """The body of POST /models/load and /models/unload."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str
@@ -98,7 +98,7 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Whether the server is up, its version, the loaded models; needs no key."""
+        """Whether the server is up, its version and the loaded models; needs no key."""
         return {"status": "ok", "version": __version__, "models": [loaded.name for loaded in models.all]}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -1,4 +1,4 @@
-"""Rows of a session as a safetensors file that is made while it is sent: one piece of it is in memory at a time."""
+"""Rows of a session as a safetensors file that is written while it is sent: one piece is in memory at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from hookmap.stores.ledger import tensor_name
 from hookmap.stores.shard import Block, bytes_of, encode_header
 
 PIECE = 4 * 2**20
-"""bytes of rows that are in memory at once; a row at least"""
+"""bytes of rows that are in memory at once; at least one row"""
 
 
 @dataclass(frozen=True)
 class Download:
-    """One tensor of one sample. Made by `download_of`."""
+    """One tensor of one sample as a file; made by `download_of`."""
 
     store: Store
     sample: int
@@ -26,7 +26,7 @@ class Download:
 
     @property
     def size(self) -> int:
-        """Of the whole file."""
+        """Bytes of the whole file."""
         return len(self.head) + len(self.rows) * self.row_bytes
 
     def between(self, start: int, end: int) -> Iterator[bytes]:
@@ -48,7 +48,7 @@ class Download:
 
 
 def download_of(store: Store, sample: int, point: str, layer: int | None, tokens: Tokens) -> Download:
-    """These tokens' rows. Raises SelectionError for what the store does not hold."""
+    """The file of these tokens' rows. Raises SelectionError for what the store does not hold."""
     key = store.key(point, layer)
     rows = rows_of(tokens, store.sample(sample))
     row = store.rows_at(sample, key, range(0))

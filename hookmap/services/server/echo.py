@@ -1,4 +1,4 @@
-"""Logprobs of a prompt's own tokens, read in the forward pass that is fed the prompt: `echo` tells them."""
+"""`echo`: the logprobs of the prompt's own tokens, read in the forward pass over the prompt."""
 
 import contextlib
 import threading
@@ -15,11 +15,11 @@ from hookmap.services.server.errors import ApiError
 from hookmap.services.server.tokens import Token
 
 _CHUNK = 64
-"""positions whose distributions are computed together: each is as wide as the vocabulary"""
+"""positions whose distributions are computed at once: each is as large as the vocabulary"""
 
 
 def check_room(hm: HookedModel, tokens: int, most: int) -> None:
-    """Raises ApiError 413 where the logits of so many tokens, which are there at once, are more than `most` bytes."""
+    """Raises ApiError 413 where the logits of so many tokens take more than `most` bytes; all are held at once."""
     held = tokens * hm.vocabulary * next(hm.root.parameters()).itemsize
     if held > most:
         raise ApiError(
@@ -33,7 +33,7 @@ def check_room(hm: HookedModel, tokens: int, most: int) -> None:
 
 
 class Echo:
-    """Reads one prompt after the other. `count`: of the likeliest tokens that are told with each."""
+    """Reads one prompt after the other. `count`: how many of the likeliest tokens are told with each token."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -41,7 +41,7 @@ class Echo:
 
     @contextlib.contextmanager
     def listening(self, root: nn.Module, prompt: Sequence[int]) -> Iterator[None]:
-        """Inside, the model is fed this prompt, and gives the logits of all of it."""
+        """Inside this context the model must be fed this prompt, and give the logits of all of its tokens."""
         me = threading.get_ident()
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -57,7 +57,7 @@ class Echo:
             handle.remove()
 
     def tokens(self, row: int) -> list[Token]:
-        """Those of the prompt, for one of its choices; the first has no logprob."""
+        """The prompt's tokens, for one of its choices. The first has no logprob."""
         return [Token(row, each.id, each.logprob, each.top, prompt=True) for each in self._read]
 
     def _tokens(self, prompt: Sequence[int], logits: torch.Tensor) -> list[Token]:

@@ -1,4 +1,4 @@
-"""Interventions that come by a request: held against the model, and no path of a client's choice is opened for them."""
+"""Interventions of a request: checked against the model. No path that a client names is opened for them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ Documents = Sequence[dict[str, Any]]
 
 
 def read(given: Documents, hm: HookedModel, sessions: Sessions) -> tuple[Intervention, ...]:
-    """The interventions, with the points and layers that this model has. Raises ApiError.
+    """Parse interventions, and check their points and layers against the model. Raises ApiError.
 
     `source: {store: ID}` names a session; files are refused.
     """
@@ -31,7 +31,7 @@ def read(given: Documents, hm: HookedModel, sessions: Sessions) -> tuple[Interve
 
 
 def planned(hm: HookedModel, given: Sequence[Intervention], prompts: Sequence[Prompt], max_new_tokens: int) -> Plan:
-    """What they write on these prompts. The model may run for it. Raises ApiError."""
+    """Plan what they write on these prompts. The model may have to run for it. Raises ApiError."""
     try:
         return plan(hm, given, prompts, max_new_tokens, Templating(generates=max_new_tokens > 0))
     except HookmapError as error:
@@ -39,7 +39,7 @@ def planned(hm: HookedModel, given: Sequence[Intervention], prompts: Sequence[Pr
 
 
 def described(given: Documents) -> list[dict[str, Any]]:
-    """As JSON, with every field."""
+    """Interventions as JSON, with every field."""
     return [each.model_dump(mode="json") for each in read_interventions(list(given))]
 
 

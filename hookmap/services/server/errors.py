@@ -18,12 +18,12 @@ from hookmap.errors import HookmapError, StoreError
 log = logging.getLogger("hookmap.server")
 
 _NO_NUMBERS = "probability tensor contains either"
-"""torch's word for a distribution of NaN that is drawn from"""
+"""in torch's message when a distribution with NaN is drawn from"""
 _SEE = re.compile("See what there is: hookmap show .*")
 
 
 class ApiError(HookmapError):
-    """What a client is told, and the status."""
+    """An error for the client: its HTTP status, and OpenAI's fields."""
 
     def __init__(
         self,
@@ -47,12 +47,12 @@ class ApiError(HookmapError):
         return {"error": {"message": told, "type": kind_of(self.status), "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """The whole answer."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
 class Told(BaseModel):
-    """An error, as JSON."""
+    """An error as JSON."""
 
     message: str
     type: str
@@ -61,7 +61,7 @@ class Told(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is none."""
+    """The body of every answer with an error status."""
 
     error: Told
 
@@ -70,7 +70,7 @@ DOCUMENTED: Mapping[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request cannot be done as it is."},
     "5XX": {"model": ErrorBody, "description": "The server cannot do it now; 503 says when to try again."},
 }
-"""of every route, in its OpenAPI document"""
+"""the error answers of every route, in its OpenAPI document"""
 
 
 def kind_of(status: int) -> str:
@@ -80,34 +80,34 @@ def kind_of(status: int) -> str:
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the request asks for what cannot be."""
+    """400: the request cannot be answered as it is."""
     return ApiError(400, message, param=param, code=code)
 
 
 def missing(message: str, code: str = "not_found") -> ApiError:
-    """404."""
+    """404: there is no such thing."""
     return ApiError(404, message, code=code)
 
 
 def cancelled() -> ApiError:
-    """499: nobody waits for the answer any more."""
+    """499: the client has left."""
     return ApiError(499, "the client closed the connection.", code="cancelled")
 
 
 def unloading() -> ApiError:
-    """503: the model goes."""
+    """503: the model is being unloaded."""
     return ApiError(503, "this model is being unloaded.", code="model_unloading")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller request would do."""
+    """Whether memory ran out, so that a smaller request may succeed."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in _first_line(error)
 
 
 def failed(error: BaseException, ids: Iterable[str], again: bool = False) -> ApiError:
-    """What the clients of these requests are told of a run that failed; the log has the reason. Frees what it held.
+    """The error for the clients of these requests, whose run failed. Logs the reason, and frees the run's memory.
 
-    `again`: nobody is told yet, a smaller batch is tried.
+    `again`: the rows run again in smaller batches, so that no client is told yet.
     """
     told, names = of_exception(error), ", ".join(ids)
     if again:
@@ -124,7 +124,7 @@ def failed(error: BaseException, ids: Iterable[str], again: bool = False) -> Api
 
 
 def of_exception(error: BaseException) -> ApiError:
-    """What a client is told of something that went wrong while its request ran."""
+    """The error for a client whose request failed with this exception."""
     if isinstance(error, ApiError):
         return error
     if is_out_of_memory(error):
@@ -155,7 +155,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Every error of a route leaves as `ApiError` does."""
+    """Answer every exception of a route in the form of `ApiError`."""
 
     @app.exception_handler(ApiError)
     async def api(_: Request, error: ApiError) -> JSONResponse:
@@ -194,7 +194,7 @@ def install(app: FastAPI) -> None:
 
 
 def _place(problem: Mapping[str, Any]) -> str:
-    """`messages.0.content` of pydantic's ("body", "messages", 0, "content"); nothing where there are no fields yet."""
+    """`messages.0.content` for pydantic's ("body", "messages", 0, "content"); "" where the body is not JSON."""
     where = () if problem["type"] == "json_invalid" else problem["loc"]
     return ".".join(str(part) for part in where[1:] if not str(part)[:1].isupper())
 

@@ -1,4 +1,4 @@
-"""Before any route: the names it may be called by, the key, the size of the body; and an id for every answer."""
+"""Checks every request before its route: the server's name, the key, the body's size. Gives each answer an id."""
 
 import hashlib
 import hmac
@@ -16,13 +16,13 @@ from hookmap.services.server.page import FILES
 from hookmap.services.server.settings import LOOPBACK, Settings
 
 OPEN = ("/health", *FILES)
-"""without a key: the page holds nothing of the model, and asks for the key"""
+"""paths that need no key: the page contains nothing of the model, and asks for the key itself"""
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _ADMIN = ("/models/load", "/models/unload")
 
 
 class Guard:
-    """ASGI middleware. `done`: told the scope, the status and the seconds of each request."""
+    """ASGI middleware. `done` is called with the scope, the status and the seconds of each request."""
 
     def __init__(self, app: ASGIApp, settings: Settings, done: Callable[[Scope, int, float], None]) -> None:
         self._app, self._settings, self._done = app, settings, done
@@ -61,7 +61,7 @@ class Guard:
             self._done(scope, status, time.perf_counter() - start)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        """Raises ApiError."""
+        """Raises ApiError for a wrong host, a wrong key and a body that is too large."""
         settings = self._settings
         host = re.sub(r":\d+$", "", headers.get("host", "")).strip("[]").lower()
         # A page elsewhere may give its own name to this address (DNS rebinding), and then reads the answers.

@@ -1,4 +1,4 @@
-"""The page at /: three files of the package. What it shows it asks of the API, as any client does."""
+"""The page at /: three files of the package. The page gets what it shows from the API, as any client does."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ RULES = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""what a browser lets the page do: ask this server, and run and show nothing else"""
+"""the browser lets the page ask this server, and load nothing from elsewhere"""
 FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -18,7 +18,7 @@ FILES = {
 
 
 def install(app: FastAPI) -> None:
-    """Serve them."""
+    """Add the routes of the page."""
     for path, (name, kind) in FILES.items():
         _serve(app, path, Path(__file__).with_name(name).read_bytes(), kind)
 

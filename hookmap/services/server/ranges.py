@@ -1,4 +1,4 @@
-"""A download, of which a client may ask for a part (RFC 9110, one range)."""
+"""Answers a download, or the one range of it that a client asks for (RFC 9110)."""
 
 import hashlib
 import itertools
@@ -22,10 +22,11 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
 
 
 def ranged(file: Download, headers: Mapping[str, str], name: str, which: str) -> Response:
-    """All of the file, or the part that the request's `Range` names; 416 where there is no such part.
+    """The whole file, or the part that the request's `Range` names; 416 where there is no such part.
 
-    `which`: says which bytes these are, for ever. A range in another unit or of absurd size, several ranges, and one
-    for other data (`If-Range`) get all of it, as the RFC allows. Raises StoreError where the first piece is not read.
+    `which`: identifies the bytes, for the ETag. A range in another unit or of absurd size, several ranges, and a range
+    of other data (`If-Range`) get the whole file, as the RFC allows. Raises StoreError where the first piece cannot be
+    read.
     """
     tag = f'"{hashlib.sha256(which.encode()).hexdigest()[:32]}"'
     told = {"Accept-Ranges": "bytes", "ETag": tag, "Content-Disposition": f'attachment; filename="{_plain(name)}"'}

@@ -1,4 +1,4 @@
-"""Starts the server: the model is opened, then the port, then nothing but requests until it is told to stop."""
+"""Starts the server: opens the model, then the port, and answers requests until it is told to stop."""
 
 import logging
 import socket
@@ -14,10 +14,10 @@ from hookmap.services.server.settings import Settings
 
 
 def serve(source: str | None, settings: Settings, name: str | None = None) -> None:
-    """Serve a model until SIGTERM or Ctrl-C; requests that run then are answered first, for `settings.drain` seconds.
+    """Serve a model until SIGTERM or Ctrl-C. Requests that still run then have `settings.drain` seconds to end.
 
-    `name`: what clients call it. With no source, models are loaded by request only.
-    Raises ModelError, SelectionError where the default points are none, StoreError, HookmapError for a taken port.
+    `name`: what clients call the model. Without a source, models are loaded by requests only.
+    Raises ModelError, StoreError, SelectionError for unknown default points, HookmapError for a taken port.
     """
     _refuse_taken(settings.host, settings.port)
     _log_to_stderr()
@@ -39,7 +39,7 @@ def serve(source: str | None, settings: Settings, name: str | None = None) -> No
 
 
 def _refuse_taken(host: str, port: int) -> None:
-    """Before the model is loaded: whether this address can be listened at."""
+    """Raises HookmapError where the server cannot listen at this address; checked before the model is loaded."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
@@ -50,7 +50,7 @@ def _refuse_taken(host: str, port: int) -> None:
 
 
 def _log_to_stderr() -> None:
-    """Uvicorn's lines and ours, one for each request, in one form."""
+    """Log uvicorn's lines and hookmap's in one format."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in ("hookmap", "uvicorn"):

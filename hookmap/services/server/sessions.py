@@ -1,6 +1,6 @@
-"""The sessions: capture folders under one root, one for each recorded request, with a cap on bytes and on age.
+"""Sessions: capture folders under one root, one for each recorded request, with limits on their bytes and age.
 
-A session's folder is found by looking its id up among those that the server made: no path is ever built from a request.
+A session is found by looking its id up among those that the server made: no path is built from a request.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class Session:
     created: float
     """seconds since 1970"""
     bytes: int
-    """on disk; while it is written, what it may become"""
+    """on disk; while the session is written, the most that it may take"""
     finished: bool = False
 
     def described(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Sessions:
     """Makes, finds and removes sessions. Every method may be called from any thread."""
 
     def __init__(self, root: Path, total_bytes: int, max_age: float, clock: Callable[[], float] = time.time) -> None:
-        """Finds the finished sessions of an earlier server; what it left unfinished is removed.
+        """Finds the finished sessions of an earlier server, and removes those that it left unfinished.
 
         Raises StoreError where another server uses the folder.
         """
@@ -71,13 +71,13 @@ class Sessions:
         self.sweep()
 
     def close(self) -> None:
-        """Give the folder up to another server."""
+        """Release the folder for another server."""
         self._own.close()
 
     def begin(self, model: str | None, expected: int) -> tuple[Session, Path]:
-        """A new session of at most `expected` bytes and its folder, which is not there yet.
+        """A new session of at most `expected` bytes, and the path of its folder, which does not exist yet.
 
-        The oldest finished sessions go where there is no room for it. Raises ApiError where that is not enough.
+        Removes the oldest finished sessions to make room. Raises ApiError where that is not enough.
         """
         with self._lock:
             used = sum(session.bytes for session in self._sessions.values() if not session.finished)
@@ -95,24 +95,24 @@ class Sessions:
             return session, self._root / session.id
 
     def end(self, session: Session) -> None:
-        """Its folder is written."""
+        """Mark a session as finished: its folder is complete."""
         with self._lock:
             session.bytes, session.finished = _size(self._root / session.id), True
             self.sweep()
 
     def drop(self, session: Session) -> None:
-        """Forget a session that did not come to its end, and what it wrote."""
+        """Remove a session that failed, and what it wrote."""
         with self._lock:
             self._remove(session)
 
     def all(self) -> list[Session]:
-        """Oldest first."""
+        """All sessions, oldest first."""
         with self._lock:
             self.sweep()
             return sorted(self._sessions.values(), key=lambda session: session.created)
 
     def get(self, id: str) -> Session:
-        """Raises ApiError where there is none."""
+        """The session with this id. Raises ApiError where there is none."""
         with self._lock:
             self.sweep()
             session = self._sessions.get(id)
@@ -123,7 +123,7 @@ class Sessions:
         return session
 
     def folder(self, id: str) -> Path:
-        """Of a finished session. Raises ApiError."""
+        """The folder of a finished session. Raises ApiError."""
         session = self.get(id)
         if not session.finished:
             raise ApiError(409, f"session {session.id} is still being written.", code="session_running")
@@ -131,7 +131,7 @@ class Sessions:
 
     @contextlib.contextmanager
     def reading(self, id: str) -> Iterator[CaptureStore]:
-        """The rows of a finished session. Raises ApiError, also where it is deleted meanwhile."""
+        """Open a finished session's store. Raises ApiError, also where the session is deleted meanwhile."""
         folder = self.folder(id)
         try:
             yield open_store(folder)
@@ -148,9 +148,9 @@ class Sessions:
             self._remove(session)
 
     def sweep(self, coming: int = 0) -> None:
-        """Remove what is too old, and the oldest while all of them and `coming` bytes are too large.
+        """Remove finished sessions that are too old, and the oldest ones until `coming` more bytes fit.
 
-        The newest makes room for others only: its manifest may take it over the cap, and its answer has just named it.
+        The newest is removed only for a coming one: its manifest may exceed the limit, and an answer just named it.
         """
         with self._lock:
             finished = sorted((s for s in self._sessions.values() if s.finished), key=lambda s: s.created)

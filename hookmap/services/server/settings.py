@@ -1,4 +1,4 @@
-"""What a server is started with."""
+"""The settings of a server."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ class Settings:
     """Every limit of a server; `hookmap serve` has an option for each."""
 
     root: Path
-    """the folder of the sessions; nothing is read or written outside it"""
+    """the folder of the sessions; requests read and write nothing outside it"""
     host: str = "127.0.0.1"
     port: int = 8000
     key: str | None = None
@@ -21,35 +21,35 @@ class Settings:
     admin_key: str | None = None
     """the bearer key that loads and unloads models; None: nobody may"""
     hosts: tuple[str, ...] = ()
-    """names of this server that a request may say besides the loopback's; on other addresses any may be said"""
+    """host names that requests may use besides the loopback's; checked only when listening on the loopback"""
     allow: tuple[str, ...] = ()
-    """models that may be loaded"""
+    """models that requests may load"""
     points: str | tuple[str, ...] | Mapping[str, Any] = ("resid_post",)
-    """what `store_activations: true` keeps, and a `hookmap` field that names no points"""
+    """what is recorded for `store_activations: true`, and for a `hookmap` field that names no points"""
     layers: str | tuple[int, ...] = "all"
     queue: int = 64
     """requests that may wait for a model"""
     batch: int = 8
-    """rows of plain requests that run together; 1: each request runs alone"""
+    """rows of plain requests that may share a batch; 1: each request runs alone"""
     batch_tokens: int = 32768
-    """of such a batch: rows times the longest prompt and what may be generated"""
+    """the most tokens of such a batch: its rows times the longest prompt and completion"""
     max_new_tokens: int = 4096
-    """that a request may ask for, and what it gets where it does not say, as far as the context goes"""
+    """the most that a request may ask for, and what it gets by default where its context has room"""
     max_choices: int = 16
-    """`n` times the prompts of one request"""
+    """the most rows of one request: `n` times its prompts"""
     body_bytes: int = 4 * 2**20
     request_bytes: int = 2 * 2**30
-    """activations of one request, at most"""
+    """the most activations of one request"""
     inline_bytes: int = 16 * 2**20
-    """activations that an answer may carry itself"""
+    """the most activations that are sent in an answer"""
     total_bytes: int = 20 * 2**30
-    """of all sessions; the oldest finished go first"""
+    """the most bytes of all sessions; the oldest finished ones are removed first"""
     max_age: float = 7 * 24 * 3600.0
-    """seconds that a finished session stays"""
+    """seconds for which a finished session is kept"""
     drain: float = 30.0
-    """seconds that running requests get when the server is told to stop"""
+    """seconds for which requests may go on when the server is told to stop"""
     loads: dict[str, Any] = field(default_factory=dict)
-    """how models are opened: dtype, device, map, tokenizer"""
+    """options of `hookmap.open` for every model: dtype, device, map, tokenizer"""
 
     @property
     def local(self) -> bool:

@@ -1,4 +1,4 @@
-"""One walk through a running server: health, load, structure, chat, capture, sessions, delete. Needs no package."""
+"""Tries every part of a running server: health, load, structure, chat, capture, sessions, delete. Needs no package."""
 
 import http.client
 import json
@@ -16,7 +16,7 @@ _TOKENS = 8
 
 
 class FailedError(Exception):
-    """A step did not show what it should. `code`: that of the server's error, where it told one."""
+    """A step failed. `code`: of the server's error, where it sent one."""
 
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -40,15 +40,15 @@ class Smoke:
     url: str
     key: str | None = None
     model: str | None = None
-    """to be loaded and asked; the server's first one where None"""
+    """the model to load and ask; None: the server's first one"""
     timeout: float = 120.0
     _session: str = ""
     _chats: bool = True
-    """whether the model has a chat template; else it completes texts"""
+    """whether the model has a chat template; without one it completes texts"""
     _answer: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> Iterator[Step]:
-        """Every step, as it is done; the first that fails is the last."""
+        """Run and yield every step, up to the first that fails."""
         steps: list[tuple[str, Callable[[], str]]] = [
             ("health", self._health),
             ("load", self._load),
@@ -156,7 +156,7 @@ class Smoke:
         return self._json("POST", *self._asked(**more))
 
     def _asked(self, **more: Any) -> tuple[str, dict[str, Any]]:
-        """The path and the body of a question."""
+        """The path and the body of a request for text."""
         body = {"model": self.model, "max_tokens": _TOKENS, "temperature": 0, **more}
         if self._chats:
             return "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": _QUESTION}]}
@@ -190,7 +190,7 @@ class Smoke:
 
 
 def _told(body: bytes) -> tuple[str, str | None]:
-    """The message and the code of the server's error; the first line of what is none."""
+    """The message and the code of the server's error, or the first line of another body."""
     try:
         error = json.loads(body)["error"]
         return str(error["message"]), error["code"]

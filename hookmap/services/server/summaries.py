@@ -1,7 +1,7 @@
-"""Figures of each generated token, one for each layer, as it comes: what a heat map that fills in is drawn from.
+"""Figures of each generated token, one for each layer, sent with the token: for a heat map that is drawn as it comes.
 
-They are of the row that the token was predicted from, that of the last token which the model had read then. So each
-generated token has figures, the last one too, and they are known when the token is.
+A figure describes the row that the token was predicted from: that of the last token the model had read. So every
+generated token has figures, also the last one, and they are known when the token is.
 """
 
 import math
@@ -28,26 +28,26 @@ PARAM = "hookmap.summary"
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one token."""
+    """The figures of one token."""
 
     position: int
-    """of the row, in the sample; 0 is the prompt's first token"""
+    """the row's position in the sample; 0 is the prompt's first token"""
     values: tuple[float, ...]
-    """one for each layer: the row's length, or the probability of the lens's likeliest token"""
+    """for each layer the row's norm, or the probability of the lens's likeliest token"""
     tokens: tuple[int, ...] = ()
-    """one for each layer: the lens's likeliest token"""
+    """for each layer the lens's likeliest token"""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a request wants figures of."""
+    """The figures that a request asks for."""
 
     of: str
     selectors: tuple[Selector, ...]
-    """of one point, one for each layer"""
+    """one point, at each layer"""
 
     def reading(self, hm: HookedModel) -> Unembedding | None:
-        """What the lens reads with; proved at its first use, for which the model runs. Raises ApiError."""
+        """What the lens applies. It is verified at its first use, for which the model runs. Raises ApiError."""
         if self.of != "lens":
             return None
         try:
@@ -56,7 +56,7 @@ class Summary:
             raise bad(str(error), PARAM, type(error).__name__) from error
 
     def told(self, choice: int, token: str, figures: Figures, decode: Callable[[list[int]], str]) -> dict[str, Any]:
-        """As JSON."""
+        """The figures of a token as JSON."""
         words = {"tokens": [decode([id]) for id in figures.tokens]} if self.of == "lens" else {}
         return {
             "choice": choice,
@@ -71,14 +71,14 @@ class Summary:
 
 
 def offered(architecture_map: ArchitectureMap) -> dict[str, list[str]]:
-    """The points of a model that each kind of figure can be of."""
+    """For each kind of figure, the points of a model that have it."""
     names = dict.fromkeys(name for kind in architecture_map.kinds for name in kind.points)
     norm = [name for name in names if _refusal(name, "norm") is None]
     return {"norm": norm, "lens": [name for name in norm if _refusal(name, "lens") is None]}
 
 
 def summary_of(asked: SummaryRequest, architecture_map: ArchitectureMap) -> Summary:
-    """Held against the map. Raises ApiError."""
+    """Check a request's summary against the map. Raises ApiError."""
     try:
         selectors = architecture_map.selectors([asked.point], asked.layers)
     except HookmapError as error:
@@ -91,7 +91,7 @@ def summary_of(asked: SummaryRequest, architecture_map: ArchitectureMap) -> Summ
 
 
 def _refusal(point: str, of: str) -> str | None:
-    """Why there is no such figure of a point; None where there is."""
+    """Why a point has no such figure; None where it has."""
     name = PointName.of(point).base
     if not POINTS[name].per_layer:
         return f"{point} is not of a layer."
@@ -103,7 +103,7 @@ def _refusal(point: str, of: str) -> str | None:
 
 
 class Summarising(Observer):
-    """An observer that also holds, of every forward pass, the summary's rows of the newest token."""
+    """An observer that also remembers the summary's rows of the newest token in each forward pass."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Summarising(Observer):
         *args: Any,
         **options: Any,
     ) -> None:
-        """`selectors` and what follows: those of `Observer`."""
+        """`selectors` and the arguments after it: see `Observer`."""
         super().__init__((*selectors, *summary.selectors), *args, **options)
         self._first, self._unembedding = len(selectors), unembedding
         self._newest: dict[int, torch.Tensor] = {}
@@ -130,7 +130,7 @@ class Summarising(Observer):
         self._newest[number] = row.clone() if self._unembedding is not None else row.flatten(1).float().norm(dim=1)
 
     def figures(self, length: int) -> list[Figures]:
-        """Of each row of the batch, when it has become `length` columns long."""
+        """The figures of each row of the batch, once it is `length` columns long."""
         with self.aside(), torch.no_grad():
             newest = [self._newest[number] for number in sorted(self._newest)]
             stacked = torch.stack([each.to(newest[-1].device) for each in newest], dim=1)

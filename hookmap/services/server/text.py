@@ -1,4 +1,4 @@
-"""Token after token -> the text that may be sent: no half characters, no special tokens, never a stop string."""
+"""Turns tokens into the text that may be sent: no half characters, no special tokens, never a stop string."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,22 +6,22 @@ from typing import Any
 from hookmap.loading.prompts import decode
 
 _HALF = "\ufffd"
-"""what a tokenizer decodes bytes to that are not a whole character yet"""
+"""a tokenizer decodes the bytes of an incomplete character to it"""
 
 
 class Decoder:
-    """The text of one row, as it grows. What `add` returned, and then `end`, is the text of all tokens."""
+    """Decodes one row as it grows. All that `add` returned, followed by `end`, is the text of all tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._told = 0
-        """tokens whose text was returned"""
+        """the number of tokens whose text was returned"""
         self._start = 0
-        """where decoding begins: early enough that what stands before a token (a space) is decided as in the whole"""
+        """where decoding begins: early enough that a token's leading space is decided as in the whole text"""
 
     def add(self, token: int) -> str:
-        """The text that is certain now and was not before."""
+        """The text that this token completes."""
         self._ids.append(token)
         before, now = self._texts()
         if len(now) <= len(before) or now.endswith(_HALF):
@@ -30,7 +30,7 @@ class Decoder:
         return now[len(before) :]
 
     def end(self) -> str:
-        """The rest: half characters that never became whole."""
+        """The rest: characters that were never completed."""
         before, now = self._texts()
         self._told = len(self._ids)
         return now[len(before) :]
@@ -41,7 +41,7 @@ class Decoder:
 
 
 class Cutter:
-    """Ends a text before the first stop string, and holds back what may become one."""
+    """Cuts a text before the first stop string, and holds back what may become one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
@@ -49,7 +49,7 @@ class Cutter:
         self.stopped = False
 
     def add(self, text: str) -> str:
-        """The text that may be sent now. After a stop string there is none."""
+        """The text that may be sent now; none after a stop string."""
         if self.stopped or not self._stop:
             return "" if self.stopped else text
         self._held += text
@@ -63,7 +63,7 @@ class Cutter:
         return sent
 
     def end(self) -> str:
-        """What was held back and became no stop string."""
+        """The text that was held back and did not become a stop string."""
         sent, self._held = self._held, ""
         return sent
 
@@ -76,25 +76,25 @@ class RowText:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was met."""
+        """Whether a stop string has been found."""
         return self._cutter.stopped
 
     def add(self, token: int) -> str:
-        """The text that this token makes certain."""
+        """The text that may be sent after this token."""
         return "" if self.stopped else self._cutter.add(self._decoder.add(token))
 
     def end(self) -> str:
-        """The rest of the text, when the row has ended."""
+        """The rest of the text, once the row has ended."""
         if self.stopped:
             return ""
         last = self._cutter.add(self._decoder.end())
         return last if self.stopped else last + self._cutter.end()
 
     def whole(self, tokens: Sequence[int]) -> str:
-        """The text of all tokens at once, the same that they make one by one."""
+        """The text of all tokens at once; the same as one by one."""
         return "".join([*(self.add(token) for token in tokens), self.end()])
 
 
 def beginning_at_end(text: str, of: str) -> int:
-    """How many characters at the end of `text` may begin `of`, without being all of it."""
+    """The length of the longest proper beginning of `of` with which `text` ends."""
     return next((size for size in range(min(len(of) - 1, len(text)), 0, -1) if text.endswith(of[:size])), 0)

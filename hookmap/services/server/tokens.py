@@ -1,4 +1,4 @@
-"""Generated tokens as they are told, with the logprobs of the model's own distribution where they are asked for."""
+"""Tokens as an answer tells them, with the logprobs of the model's own distribution where asked for."""
 
 import copy
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLog
 from hookmap.services.server.summaries import Figures
 
 LEAST = -9999.0
-"""logprob of what cannot come, as in vLLM: JSON has no -inf. `max(LEAST, x)` in this order is LEAST for NaN, too"""
+"""stands for -inf, which JSON has not; vLLM's value. `max(LEAST, x)`, in this order, is LEAST for NaN, too"""
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,17 @@ class Token:
     row: int
     id: int
     logprob: float | None = None
-    """of the model's own distribution, before temperature, top_p and penalties"""
+    """in the model's own distribution, before temperature, top_p and penalties"""
     top: tuple[tuple[int, float], ...] = ()
-    """the likeliest tokens there, and their logprobs"""
+    """the likeliest tokens at this place, and their logprobs"""
     figures: Figures | None = None
-    """where the request wants a summary"""
+    """where the request asked for a summary"""
     prompt: bool = False
-    """whether it is one of the prompt, which an echo tells"""
+    """whether it is a token of the prompt, told by an echo"""
 
 
 class Likely(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not typed
-    """Looks at the distribution before temperature and the like: transformers puts those behind it."""
+    """Remembers the distribution before temperature and the like, which transformers applies after this processor."""
 
     def __init__(self) -> None:
         self._logprobs = torch.empty(0)
@@ -39,16 +39,16 @@ class Likely(LogitsProcessor):  # type: ignore[misc]  # transformers' base is no
         return scores
 
     def token(self, place: int, row: int, chosen: int, count: int) -> Token:
-        """What was chosen in this place of the batch, with its logprob and the `count` likeliest tokens'."""
+        """The token chosen for this row of the batch, with its logprob and those of the `count` likeliest tokens."""
         own = self._logprobs[place]
         values, ids = own.topk(min(count, len(own)))
         return Token(row, chosen, float(own[chosen]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def beside(likely: Likely, config: GenerationConfig) -> tuple[GenerationConfig, list[LogitsProcessor]]:
-    """Settings and processors with which the same tokens are drawn, and `likely` stands before the repetition penalty.
+    """Settings and processors that draw the same tokens, with `likely` before the repetition penalty.
 
-    transformers puts the penalty that the settings name before the processors that it is given.
+    transformers would apply the settings' own penalty before the processors that it is given.
     """
     penalty = config.repetition_penalty
     if penalty in (None, 1.0):
@@ -59,5 +59,5 @@ def beside(likely: Likely, config: GenerationConfig) -> tuple[GenerationConfig, 
 
 
 def told(likely: Likely | None, place: int, row: int, chosen: int, count: int | None) -> Token:
-    """The newest token in a place of the batch. `count`: of the likeliest tokens; None: no logprobs."""
+    """The newest token of the row at `place` of the batch. `count`: of the likeliest tokens; None: no logprobs."""
     return Token(row, chosen) if likely is None or count is None else likely.token(place, row, chosen, count)
