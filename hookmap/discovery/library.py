@@ -1,7 +1,7 @@
-"""Finds the map for a model: read from its dataflow where its config can be had, else one that ships with hookmap.
+"""Finds the map for what a user names: a file, a model or an architecture.
 
-A shipped map is a claim about some versions of transformers, which it names. It answers where nothing else can: for an
-architecture's name.
+A model's map is read from its dataflow, under the transformers that is installed. A shipped map is proved on the
+versions of transformers that it names; it is used where only an architecture's name is given.
 """
 
 import logging
@@ -21,9 +21,9 @@ log = logging.getLogger("hookmap")
 def load_map(x: str | Path) -> ArchitectureMap:
     """The map for `x`, without weights.
 
-    `x`: a map file, an architecture's name (`Qwen3ForCausalLM`), a model folder, or a hub id. Of a folder and a hub id
-    it is what `discover` reads from the dataflow of the transformers that is installed; a hub id's config comes from
-    the local cache, or from the hub, or else from the shipped map of that model. Of an architecture's name it is the
+    `x`: a map file, an architecture's name (`Qwen3ForCausalLM`), a model folder, or a hub id. For a folder and a hub
+    id it is what `discover` reads from the dataflow under the installed transformers; a hub id's config comes from the
+    local cache, else from the hub, else from the shipped map of that model. For an architecture's name it is the
     shipped map, with a warning where it is not proved on the installed transformers. Raises MapNotFoundError with what
     was tried, MapError where the file is broken, DiscoveryError where the dataflow is not understood.
     """
@@ -47,7 +47,7 @@ def load_map(x: str | Path) -> ArchitectureMap:
 
 
 def _claimed(shipped: ArchitectureMap) -> ArchitectureMap:
-    """The shipped map; a warning says where it was not proved on the transformers that is here."""
+    """The shipped map, with a warning where it is not proved on the installed transformers."""
     here = version("transformers")
     if here not in shipped.proved_on:
         log.warning(
@@ -59,7 +59,7 @@ def _claimed(shipped: ArchitectureMap) -> ArchitectureMap:
 
 
 def given_map(map: "ArchitectureMap | str | os.PathLike[str] | None") -> "ArchitectureMap | None":
-    """A map as a caller may give it: itself, or what `load_map` takes. Raises as that one."""
+    """The map that a caller gave: an ArchitectureMap as it is, or what `load_map` takes. Raises as `load_map` does."""
     return load_map(os.fspath(map)) if isinstance(map, str | os.PathLike) else map
 
 

@@ -1,4 +1,4 @@
-"""The maps that ship with hookmap: of architectures and of single models, and the same at another size."""
+"""The maps that ship with hookmap, of architectures and of single models; and such a map at another size."""
 
 import difflib
 import json
@@ -36,7 +36,7 @@ def shipped_models() -> tuple[str, ...]:
 
 
 def shipped_config(name: str) -> Any:
-    """The shape that a model was published with, as a transformers config; None where no shipped map holds it."""
+    """A config with the shape of a published model, from its shipped map; None where it has none."""
     if name not in shipped_models():
         return None
     from transformers import CONFIG_MAPPING
@@ -47,7 +47,10 @@ def shipped_config(name: str) -> Any:
 
 
 def likely_map(model: str) -> ArchitectureMap | None:
-    """The shipped map of a folder's or the local cache's model at its size: a quick hint, which proves nothing."""
+    """The shipped map of a model in a folder or the local cache, at the model's size; None where there is none.
+
+    A guess for quick answers: nothing is proved on the model.
+    """
     try:
         config = _read_config(Path(model)) if Path(model).is_dir() else _cached_config(model)
         names = config.get("architectures") or []
@@ -68,9 +71,10 @@ def resize(
     d_vocab: int | None = None,
     model_id: str | None = None,
 ) -> ArchitectureMap:
-    """The same architecture at another size. Pure. Raises MapMismatchError where the size decides more than sizes.
+    """The same architecture at another size. Raises MapMismatchError where another size may change more than sizes.
 
-    Points whose selectors say how heads lie in a tensor (`q`, `k`, `v`, `z`) are left out: that depends on the size.
+    Points whose selectors say where each head is in a tensor (`q`, `k`, `v`, `z`) are left out: that depends on the
+    size.
     """
     name = architecture_map.architecture
     if num_layers != architecture_map.num_layers:
