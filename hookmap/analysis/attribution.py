@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookmap.analysis.head_outputs import head_outputs
-from hookmap.analysis.lens import token_id, token_text, where
+from hookmap.analysis.tokens import row_positions, token_id, token_text
 from hookmap.analysis.unembedding import Unembedding, apply, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import not_finite
@@ -131,7 +131,7 @@ def _read(
     heads: bool,
 ) -> Attribution:
     sample, close = run.samples[0], unembedding.tolerance
-    rows, last = where(sample), run.read(0, "resid_post", hm.map.num_layers - 1)
+    rows, last = row_positions(sample), run.read(0, "resid_post", hm.map.num_layers - 1)
     labels, parts = _parts(hm, run, names, heads, close)
     left, largest = last.float() - parts.sum(0), float(last.float().abs().max())
     allowed = _rounding(parts, last.dtype)
@@ -147,7 +147,7 @@ def _read(
         labels, parts = [*labels, ROUNDING], torch.cat([parts, left[None]])
     logits = apply(unembedding.before_cap, last[None])[0]
     aim = logits.argmax(-1).cpu() if target is None else torch.full((len(rows),), token_id(hm, target))
-    other = None if against is None else token_id(hm, against)
+    other = None if against is None else token_id(hm, against, "against")
 
     normed, shift = _frozen_norm(hm, unembedding, last, parts)
     reads, zero = _reads(hm, unembedding, shift, aim, other)

@@ -10,12 +10,12 @@ import torch
 
 from hookmap.activations import Sample
 from hookmap.analysis.grid import Grid
+from hookmap.analysis.tokens import row_positions, token_id, token_text
 from hookmap.analysis.unembedding import Unembedding, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import check_rows, not_finite
 from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
-from hookmap.loading.prompts import text_of
 from hookmap.maps.points import PointName, parse_point
 from hookmap.maps.selectors import Selector
 from hookmap.stores.interface import Store
@@ -128,16 +128,22 @@ def lens(
             chat_template_kwargs=chat_template_kwargs,
         )
         sample = 0
-    held = [key[1] for key in run.keys if key[0] == name and key[1] is not None]
-    chosen = held if isinstance(layers, str) else _layers_of(hm.map.selectors(name, layers))
-    if missing := [layer for layer in chosen if layer not in held] or not held:
-        raise SelectionError(f"the capture holds no {name} of layers {missing if held else 'any'}: it holds {held}.")
-    told = next((s for s in run.samples if s.sample == sample), None)
-    if told is None:
+    found = next((each for each in run.samples if each.sample == sample), None)
+    chosen = _chosen_layers(hm, run, name, layers)
+    if found is None:
         raise SelectionError(f"the capture has no sample {sample}: it has {len(run.samples)}.")
     with lock_of(hm.model).shared():
         aim = None if target is None else token_id(hm, target)
-        return _read(hm, unembedding, run, told, name, tuple(chosen), top, aim, live)
+        return _Reading(hm, unembedding, run, found, name, chosen, live).lens(top, aim)
+
+
+def _chosen_layers(hm: Hooked, run: Capture | Store, point: str, layers: Any) -> tuple[int, ...]:
+    """The layers of a point to read. Raises SelectionError where the capture does not hold one."""
+    held = [layer for name, layer in run.keys if name == point and layer is not None]
+    chosen = held if isinstance(layers, str) else _layers_of(hm.map.selectors(point, layers))
+    if missing := [layer for layer in chosen if layer not in held] or not held:
+        raise SelectionError(f"the capture holds no {point} of layers {missing if held else 'any'}: it holds {held}.")
+    return tuple(chosen)
 
 
 def _layers_of(selectors: Iterable[Selector]) -> list[int]:
@@ -163,90 +169,78 @@ def _refuse_several(source: Any) -> None:
         )
 
 
-def token_id(hm: Hooked, target: int | str) -> int:
-    """The id of one token. Raises SelectionError where the model has none such, or the text is of several tokens."""
-    if isinstance(target, int) and 0 <= target < (hm.map.d_vocab or 0):
-        return target
-    if isinstance(target, int) or hm.tokenizer is None:
-        raise SelectionError(
-            f"target {target!r}: expected a token id from 0 to {(hm.map.d_vocab or 0) - 1}, or, with a tokenizer, text."
+@dataclass(frozen=True)
+class _Reading:
+    """A lens on the rows of one sample."""
+
+    hm: Hooked
+    unembedding: Unembedding
+    run: Capture | Store
+    sample: Sample
+    point: str
+    layers: tuple[int, ...]
+    live: bool
+    """whether the sample was captured for this lens just now"""
+
+    def lens(self, top: int, target: int | None) -> Lens:
+        """`target`: a token id, or None for the model's own prediction at each position."""
+        positions, targets = row_positions(self.sample), []
+        figures: list[dict[str, torch.Tensor]] = []
+        for chunk in _chunks(positions):
+            final = self._final_logits(chunk)
+            aim = self._aim(chunk, target, final)
+            targets.append(aim.cpu())
+            for layer in self.layers:
+                logits = self._logits((self.point, layer), chunk)
+                figures.append(_figures(logits, final, aim, min(top, logits.shape[-1])))
+        ids = torch.cat(targets)
+        stacked = {name: _stack([each[name] for each in figures], len(self.layers)) for name in figures[0]}
+        return Lens(
+            self.point,
+            self.layers,
+            positions,
+            self._texts(self.sample.token_ids[position] for position in positions),
+            top_tokens=tuple(tuple(map(self._texts, row)) for row in stacked["top_ids"].tolist()),
+            target_ids=ids,
+            target_tokens=self._texts(ids.tolist()),
+            predicted=target is None,
+            **stacked,
         )
-    ids = hm.tokenizer(target, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise SelectionError(f"target {target!r} is {len(ids)} tokens ({ids}): give a text of one token, or an id.")
-    return int(ids[0])
 
+    def _final_logits(self, positions: tuple[int, ...]) -> torch.Tensor | None:
+        """The model's own logits; None where the capture does not hold the last layer's stream."""
+        last = ("resid_post", self.hm.map.num_layers - 1)
+        return self._logits(last, positions) if last in self.run.keys else None
 
-def token_text(hm: Hooked, token: int) -> str:
-    """The text of one token, its number where there is no tokenizer."""
-    return str(token) if hm.tokenizer is None else text_of(hm.tokenizer, [token])
-
-
-def where(sample: Sample) -> tuple[int, ...]:
-    """The token index of each row of a sample. Raises SelectionError where its row is a mean."""
-    if sample.positions == "mean":
-        raise SelectionError(f"sample {sample.sample} is a mean over positions: a lens needs rows of tokens.")
-    return tuple(range(sample.rows)) if sample.positions is None else tuple(sample.positions)
-
-
-def _read(
-    hm: Hooked,
-    unembedding: Unembedding,
-    run: Capture | Store,
-    told: Sample,
-    point: str,
-    layers: tuple[int, ...],
-    top: int,
-    target: int | None,
-    live: bool,
-) -> Lens:
-    rows, last = where(told), ("resid_post", hm.map.num_layers - 1)
-
-    def stream(key: tuple[str, int], chunk: tuple[int, ...]) -> torch.Tensor:
-        """Logits of these positions. Raises CaptureError where their rows are not finite."""
-        found = run.read(told.sample, *key, chunk)
-        if not bool(found.isfinite().all()):
-            if live:
-                raise not_finite(hm, told.token_ids, "lens")
-            for each in dict.fromkeys([*((point, layer) for layer in layers), key]):  # the first of them is told
-                check_rows(run.read(told.sample, *each, rows), run, told, each, rows, "lens")
-        return unembedding(found[None].to(unembedding.dtype))[0].float()
-
-    parts: list[dict[str, torch.Tensor]] = []
-    targets: list[torch.Tensor] = []
-    for chunk in _chunks(rows):
-        final = stream(last, chunk) if last in run.keys else None
+    def _aim(self, positions: tuple[int, ...], target: int | None, final: torch.Tensor | None) -> torch.Tensor:
+        """The target of each position, [positions]."""
         if target is not None:
-            aim = torch.full((len(chunk),), target)
-        elif final is not None:
-            aim = final.argmax(-1)
-        else:
-            raise SelectionError(
-                "the capture has no resid_post of the last layer, which says what the model predicts: "
-                "name a target, or capture it too."
-            )
-        targets.append(aim.cpu())
-        for layer in layers:
-            found = stream((point, layer), chunk)
-            parts.append(_figures(found, final, aim, min(top, found.shape[-1])))
-    ids = torch.cat(targets)
-    stacked = {name: _stack([part[name] for part in parts], len(layers)) for name in parts[0]}
-    words = tuple(
-        tuple(tuple(token_text(hm, token) for token in tokens) for tokens in row) for row in stacked["top_ids"].tolist()
-    )
-    texts = tuple(token_text(hm, told.token_ids[row]) for row in rows)
-    aimed = tuple(token_text(hm, token) for token in ids.tolist())
-    return Lens(
-        point,
-        layers,
-        rows,
-        texts,
-        top_tokens=words,
-        target_ids=ids,
-        target_tokens=aimed,
-        predicted=target is None,
-        **stacked,
-    )
+            return torch.full((len(positions),), target)
+        if final is not None:
+            return final.argmax(-1)
+        raise SelectionError(
+            "the capture has no resid_post of the last layer, which says what the model predicts: "
+            "name a target, or capture it too."
+        )
+
+    def _logits(self, key: tuple[str, int], positions: tuple[int, ...]) -> torch.Tensor:
+        """float32 [positions, d_vocab]. Raises CaptureError or SelectionError where the rows are not finite."""
+        rows = self.run.read(self.sample.sample, *key, positions)
+        if not bool(rows.isfinite().all()):
+            self._refuse_not_finite(key)
+        return self.unembedding(rows[None].to(self.unembedding.dtype))[0].float()
+
+    def _refuse_not_finite(self, key: tuple[str, int]) -> None:
+        """Raises the error that names the first tensor of the lens that is not finite."""
+        if self.live:
+            raise not_finite(self.hm, self.sample.token_ids, "lens")
+        positions = row_positions(self.sample)
+        for each in dict.fromkeys([*((self.point, layer) for layer in self.layers), key]):
+            rows = self.run.read(self.sample.sample, *each, positions)
+            check_rows(rows, self.run, self.sample, each, positions, "lens")
+
+    def _texts(self, ids: Iterable[int]) -> tuple[str, ...]:
+        return tuple(token_text(self.hm, token) for token in ids)
 
 
 def _chunks(positions: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

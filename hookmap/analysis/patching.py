@@ -1,7 +1,7 @@
-"""Activation patching: which layer and position carries what makes two prompts differ.
+"""Activation patching: which layer and position carry the difference between two prompts.
 
-One tensor at one token of the clean prompt is put into the run of the corrupted prompt, and a metric of the next token
-says how far the answer comes back; once for each layer and position, many of them in one batch.
+The clean prompt's tensor at one token is written into the run of the corrupted prompt, and a metric of the next token
+says how far the clean answer returns. This is done for each layer and position, many of them in one batch.
 """
 
 import json
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookmap.analysis.grid import Grid
+from hookmap.analysis.tokens import token_id, token_text
 from hookmap.capture.finiteness import not_finite
 from hookmap.capture.interventions.edits import Edit
 from hookmap.capture.interventions.operations import Patched
-from hookmap.capture.interventions.plan import Plan, why_not_heads
+from hookmap.capture.interventions.plan import EditPlan, why_not_heads
 from hookmap.capture.rows import row_selection
 from hookmap.errors import InterventionError, SelectionError
-from hookmap.loading.prompts import Prompt, text_of
+from hookmap.loading.prompts import Prompt
 from hookmap.maps.describe import layers_text
 from hookmap.maps.selectors import Selector
 
@@ -27,34 +28,34 @@ if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
 
 Metric = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""logits of the next token [n, d_vocab] -> float32 [n], and how much each moves at most, where logits
-change relative to their sizes: times their rounding, that of the metric, [n]"""
+"""logits of the next token [n, d_vocab] -> its values, float32 [n], and their sensitivity [n]: how much a value changes
+at most for a given relative change of the logits, so that sensitivity * rounding is the metric's own rounding"""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep found."""
+    """The result of a sweep."""
 
     grid: Grid
-    """the metric of the corrupted prompt with one tensor patched"""
+    """the metric of the corrupted prompt with one tensor patched, [layers, positions]"""
     clean: float
     """the metric of the clean prompt"""
     corrupted: float
-    """and of the corrupted one, without a patch"""
+    """the metric of the corrupted prompt without a patch"""
     noise: float = 0.0
-    """how far two runs that say the same may be apart: the rounding of the logits, and what a batch does to them"""
+    """how far the metric may differ between equal runs: by the rounding of the logits, and by the batch size"""
 
     @property
     def above_noise(self) -> torch.Tensor:
-        """[layers, positions], bool: whether the patch moves the metric from corrupted by more than the noise.
+        """[layers, positions], bool: whether the patch moves the metric from `corrupted` by more than the noise.
 
-        Where it does not, the effect cannot be told from 0; where the metric is no number, it is False too.
+        Where it is False, the effect cannot be told from 0. It is False too where the metric is nan.
         """
         return (self.grid.values - self.corrupted).abs() > self.noise
 
     @property
     def effect(self) -> Grid:
-        """How far the patch goes from corrupted (0) to clean (1)."""
+        """How far the patch moves the metric from corrupted (0) to clean (1)."""
         values = (self.grid.values - self.corrupted) / (self.clean - self.corrupted)
         return replace(self.grid, values=values, metric=f"effect on the {self.grid.metric}: 0 corrupted, 1 clean")
 
@@ -87,14 +88,14 @@ def sweep(
 ) -> Sweep:
     """Patch `point` from `clean` into `corrupted`, each layer and position in turn.
 
-    clean, corrupted: one prompt each, of equally many tokens. target: the clean prompt's next token, a token id or a
-    text of one token; against: the corrupted one's. With both the metric is the difference of their logits, target -
-    against; with a target alone its probability. positions: as in a capture, columns in the order given. heads: of a
-    point with heads, such as z, only these are patched, together. batch_size: patches that run together.
-    progress: called with the patches done, and how many there are.
+    clean, corrupted: one prompt each, with the same number of tokens. target: the next token of the clean prompt, as a
+    token id or a text of one token; against: that of the corrupted prompt. With both, the metric is the difference of
+    their logits, target - against; with a target alone, its probability. positions: as for a capture; the columns of
+    the grid, in the order given. heads: of a point with heads, such as z, patch only these, together. batch_size:
+    patches that run together. progress: called with the number of patches done and of all patches.
 
     Raises SelectionError, TokenizerError, CaptureError where a prompt's stream is not finite, and InterventionError
-    where the prompts do not pair or the metric is the same for both, but for its noise.
+    where the prompts do not pair or the metric of both is the same within its noise.
     """
     template: dict[str, Any] = {
         "add_generation_prompt": add_generation_prompt,
@@ -106,30 +107,41 @@ def sweep(
     metric, name = _metric(hm, target, against)
     selectors = hm.map.selectors([point], layers)
     _check_written(hm, selectors)
-    if heads is not None:
-        heads = tuple(heads)
-        for selector in selectors:
-            if wrong := why_not_heads(heads, selector.point, hm.proofs.of(selector).row):
-                raise InterventionError(wrong)
-    places = _places(hm, prompts[1], positions)
+    chosen = None if heads is None else _chosen_heads(hm, selectors, heads)
+    columns = _columns(hm, prompts[1], positions)
     rows = hm.capture(list(prompts[0].token_ids), [point], layers, max_new_tokens=0, engine="hooks")
-    base, noise = _base(hm, prompts, metric, min(batch_size, len(places)), name)
+    base, noise = _base(hm, prompts, metric, min(batch_size, len(columns)), name)
     values = []
     for number, selector in enumerate(selectors):
-        cells = {sample: {place: place} for sample, place in enumerate(places)}
-        clean_rows = rows.read(0, selector.point, selector.layer)
-        patched = Patched(clean_rows if heads is None else clean_rows[:, list(heads)], cells.__getitem__)
-        plan = Plan((Edit(selector, patched, heads=heads, only=patched),), [])
-        values.append(metric(_logits(hm, [prompts[1]] * len(places), plan, batch_size))[0])
+        plan = _patches(selector, rows.read(0, selector.point, selector.layer), columns, chosen)
+        values.append(metric(_logits(hm, [prompts[1]] * len(columns), plan, batch_size))[0])
         if progress is not None:
-            progress((number + 1) * len(places), len(selectors) * len(places))
-    tokens = tuple(_text(hm, prompts[1].token_ids[place]) for place in places)
+            progress((number + 1) * len(columns), len(selectors) * len(columns))
+    tokens = tuple(token_text(hm, prompts[1].token_ids[column]) for column in columns)
     numbers = tuple(-1 if s.layer is None else s.layer for s in selectors)
-    return Sweep(Grid(torch.stack(values), numbers, tuple(places), tokens, name, selectors[0].point), *base, noise)
+    return Sweep(Grid(torch.stack(values), numbers, tuple(columns), tokens, name, selectors[0].point), *base, noise)
+
+
+def _patches(
+    selector: Selector, clean: torch.Tensor, positions: Sequence[int], heads: tuple[int, ...] | None
+) -> EditPlan:
+    """Sample n of a batch gets the clean row at the n-th of these positions. `clean`: [tokens, ...]."""
+    row_of = {sample: {position: position} for sample, position in enumerate(positions)}
+    patched = Patched(clean if heads is None else clean[:, list(heads)], row_of.__getitem__)
+    return EditPlan((Edit(selector, patched, heads=heads, only=patched),), [])
+
+
+def _chosen_heads(hm: "Hooked", selectors: Sequence[Selector], heads: Sequence[int]) -> tuple[int, ...]:
+    """Raises InterventionError where a layer does not have these heads."""
+    chosen = tuple(heads)
+    for selector in selectors:
+        if wrong := why_not_heads(chosen, selector.point, hm.proofs.of(selector).row):
+            raise InterventionError(wrong)
+    return chosen
 
 
 def _check_written(hm: "Hooked", selectors: Sequence[Selector]) -> None:
-    """Raises InterventionError where a point of some layers is not written, with each reason once."""
+    """Raises InterventionError where the point must not be written in some layers, with each reason once."""
     refused: dict[str, list[int]] = {}
     for selector in selectors:
         if (reason := hm.proofs.of(selector).reason) is not None:
@@ -142,7 +154,9 @@ def _check_written(hm: "Hooked", selectors: Sequence[Selector]) -> None:
 def _base(
     hm: "Hooked", prompts: Sequence[Prompt], metric: Metric, together: int, name: str
 ) -> tuple[tuple[float, float], float]:
-    """The metrics of clean and corrupted, and their noise. Raises CaptureError, InterventionError."""
+    """The metrics of clean and corrupted, and their noise. `together`: prompts of a batch. Raises CaptureError and
+    InterventionError.
+    """
     alone = [_logits(hm, [prompt], None, 1) for prompt in prompts]
     for prompt, logits in zip(prompts, alone, strict=True):
         if not bool(metric(logits)[0].isfinite().all()):
@@ -183,7 +197,8 @@ def _check_pair(prompts: Sequence[Prompt], tokenizer: Any) -> None:
         raise InterventionError("the clean and the corrupted prompt are the same.")
 
 
-def _places(hm: "Hooked", prompt: Prompt, positions: Any) -> list[int]:
+def _columns(hm: "Hooked", prompt: Prompt, positions: Any) -> list[int]:
+    """The positions of the prompt that are patched, in the order given. Raises SelectionError where there are none."""
     chosen, length = row_selection(positions=positions), len(prompt.token_ids)
     chosen.refuse_beyond([length], 0)
     found = chosen.places(prompt.token_ids, length, hm.matching(chosen))
@@ -192,8 +207,8 @@ def _places(hm: "Hooked", prompt: Prompt, positions: Any) -> list[int]:
     return found[-1:] if chosen.positions == "last" else found
 
 
-def _logits(hm: "Hooked", prompts: Sequence[Prompt], plan: Plan | None, batch_size: int) -> torch.Tensor:
-    """Of the token after each prompt, [n, d_vocab], in the dtype that they were computed in."""
+def _logits(hm: "Hooked", prompts: Sequence[Prompt], plan: EditPlan | None, batch_size: int) -> torch.Tensor:
+    """The logits of the token after each prompt, [n, d_vocab], in the dtype that they were computed in."""
     run = hm.capture(
         [list(prompt.token_ids) for prompt in prompts],
         ["logits"],
@@ -205,12 +220,12 @@ def _logits(hm: "Hooked", prompts: Sequence[Prompt], plan: Plan | None, batch_si
         interventions=plan or (),
     )
     found = run["logits"]
-    assert isinstance(found, torch.Tensor)  # a row of each
+    assert isinstance(found, torch.Tensor)  # every prompt has one row
     return found[:, 0]
 
 
 def _eps(hm: "Hooked", logits: torch.Tensor) -> float:
-    """The relative spacing of the numbers that the logits were computed in: models widen what a narrow head gave."""
+    """The machine epsilon of the dtype that the logits were computed in: models may cast them to a wider one later."""
     head = hm.root.get_output_embeddings()  # type: ignore[operator]
     weight = getattr(head, "weight", logits)
     dtypes = {logits.dtype, weight.dtype if weight.is_floating_point() else logits.dtype}
@@ -218,7 +233,7 @@ def _eps(hm: "Hooked", logits: torch.Tensor) -> float:
 
 
 def _metric(hm: "Hooked", target: str | int, against: str | int | None) -> tuple[Metric, str]:
-    right, right_name = _token(hm, target)
+    right, right_name = token_id(hm, target), _name(hm, target)
     if against is None:
 
         def probability(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,7 +242,7 @@ def _metric(hm: "Hooked", target: str | int, against: str | int | None) -> tuple
             return found, 2 * found * (1 - found) * most
 
         return probability, f"probability of {right_name}"
-    other, other_name = _token(hm, against)
+    other, other_name = token_id(hm, against, "against"), _name(hm, against)
 
     def difference(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         one, two = logits[:, right].float(), logits[:, other].float()
@@ -236,17 +251,8 @@ def _metric(hm: "Hooked", target: str | int, against: str | int | None) -> tuple
     return difference, f"logit of {right_name} minus logit of {other_name}"
 
 
-def _token(hm: "Hooked", given: str | int) -> tuple[int, str]:
-    if isinstance(given, int):
-        return hm.encode([[given]], False)[0].token_ids[0], repr(_text(hm, given) or given)
-    ids = [] if hm.tokenizer is None else hm.tokenizer(given, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise InterventionError(
-            f"target {given!r} is {len(ids)} tokens here: give a text of one token, or a token id "
-            "(with the space before it, where the tokenizer has it so)."
-        )
-    return ids[0], repr(given)
-
-
-def _text(hm: "Hooked", token: int) -> str:
-    return "" if hm.tokenizer is None else text_of(hm.tokenizer, [token])
+def _name(hm: "Hooked", token: str | int) -> str:
+    """A token for people: its text in quotes; its id where it has none."""
+    if isinstance(token, int):
+        token = ("" if hm.tokenizer is None else token_text(hm, token)) or token
+    return repr(token)

@@ -11,7 +11,7 @@ from hookmap.capture.engines import Engine, nnsight_engine
 from hookmap.capture.engines.hooks import HooksEngine
 from hookmap.capture.estimate import Estimate, estimate
 from hookmap.capture.interventions.documents import read_interventions
-from hookmap.capture.interventions.plan import Plan, plan
+from hookmap.capture.interventions.plan import EditPlan, plan_edits
 from hookmap.capture.interventions.proofs import Proofs
 from hookmap.capture.options import (
     BATCH_SIZE,
@@ -205,11 +205,11 @@ class Hooked:
         check_count("batch_tokens", batch_tokens)
         return Request(encoded, how, selectors, selection, max_new_tokens, batch_size, batch_tokens)
 
-    def _plan(self, interventions: Any, request: Request) -> Plan | None:
-        if isinstance(interventions, Plan):
+    def _plan(self, interventions: Any, request: Request) -> EditPlan | None:
+        if isinstance(interventions, EditPlan):
             return interventions
         found = read_interventions(interventions)
-        return plan(self, found, request.prompts, request.max_new_tokens, request.templating) if found else None
+        return plan_edits(self, found, request.prompts, request.max_new_tokens, request.templating) if found else None
 
     def _batches(self, request: Request, why_no_pads: str | None = None) -> Batches:
         """The batches of a run. `why_no_pads`: why the run itself must not have pads."""

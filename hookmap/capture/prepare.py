@@ -14,7 +14,7 @@ from typing import Any
 from hookmap.capture.batches import Generating, Harvesting
 from hookmap.capture.engines import Engine
 from hookmap.capture.estimate import Estimate, check_room
-from hookmap.capture.interventions.plan import Plan
+from hookmap.capture.interventions.plan import EditPlan
 from hookmap.capture.request import Request
 from hookmap.capture.result import Capture
 from hookmap.capture.rows import matching_tokens
@@ -113,7 +113,7 @@ def run_of(
     request: Request,
     engine: Engine,
     tokenizer: Any,
-    plan: Plan | None,
+    plan: EditPlan | None,
     options: Mapping[str, Any],
     generation: Mapping[str, Any],
 ) -> Run:
@@ -156,7 +156,7 @@ def _common(request: Request, engine: Engine, tokenizer: Any, progress: Any) -> 
 
 
 def manifest_of(
-    request: Request, run: Run, architecture_map: ArchitectureMap, name: str | None, plan: Plan | None, before: bool
+    request: Request, run: Run, architecture_map: ArchitectureMap, name: str | None, plan: EditPlan | None, before: bool
 ) -> Manifest:
     """The manifest of a run that has not begun. `name`: of the model, a hub id or a path."""
     settings: dict[str, Any] = {**run.settings, **request.batch_settings}
@@ -181,7 +181,7 @@ def say_apart(why: str | None) -> None:
         log.warning("prompts of different lengths run in batches of their own: %s", why)
 
 
-def _check_interventions(engine: Engine, plan: Plan | None, before: bool) -> None:
+def _check_interventions(engine: Engine, plan: EditPlan | None, before: bool) -> None:
     """Raises InterventionError where the engine writes nothing, or there is nothing to be before."""
     if plan is not None and engine.name != "hooks":
         raise InterventionError(

@@ -120,7 +120,7 @@ def test_what_cannot_be_swept_is_refused() -> None:
             sweep(hm, clean, corrupted, 7, 9, **options)  # type: ignore[arg-type]
     with pytest.raises(hookmap.SelectionError, match="'generated': none of the 5 tokens"):
         sweep(hm, CLEAN, CORRUPTED, 7, 9, positions="generated")
-    with pytest.raises(hookmap.InterventionError, match="'12' is 2 tokens here"):
+    with pytest.raises(hookmap.SelectionError, match="target '12' is 2 tokens"):
         sweep(demo(), asked(4), asked(5), "12")
     with pytest.raises(hookmap.InterventionError, match="nothing to bring back"):
         sweep(hm, CLEAN, CORRUPTED, 7, 7)

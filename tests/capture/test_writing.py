@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import hookmap
 from hookmap.capture.engines.hooks import HooksEngine
 from hookmap.capture.interventions.proofs import Proofs
-from hookmap.capture.interventions.writable import Place, passed_on
+from hookmap.capture.interventions.writable import BoundaryTensor, passed_on
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Term
 from hookmap.maps.templates import Heads
@@ -191,7 +191,7 @@ def test_only_the_cells_are_written_however_the_tensor_lies(term: Term, shape: t
     """What is read there afterwards is the new value at the cells, and every other number is as it was."""
     tensor = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
     kept, cells = tensor.clone(), ([0, 1, 1], [2, 0, 1])
-    _, _, written = Place(term, "replace").write(((), {}, tensor), (2, 3), cells, lambda rows: -rows - 1, "x")
+    _, _, written = BoundaryTensor(term, "replace").write(((), {}, tensor), (2, 3), cells, lambda rows: -rows - 1, "x")
     assert torch.equal(tensor, kept)
     before, after = (term.arrange(term.resolve((), {}, t), 2, 3) for t in (tensor, written))
     expected = before.clone()
@@ -203,16 +203,18 @@ def test_only_the_cells_are_written_however_the_tensor_lies(term: Term, shape: t
 def test_in_place_is_seen_by_whoever_holds_the_tensor_and_a_replacement_is_not() -> None:
     tensor = torch.ones(1, 2, 3)
     holder = tensor.view(2, 3)
-    Place(Term("m", "input", 0), "replace").write(((tensor,), {}, None), (1, 2), ([0], [1]), torch.zeros_like, "x")
+    BoundaryTensor(Term("m", "input", 0), "replace").write(
+        ((tensor,), {}, None), (1, 2), ([0], [1]), torch.zeros_like, "x"
+    )
     assert (holder == 1).all()
     given = ((tensor,), {}, None)
-    passed = Place(Term("m", "input", 0), "in place").write(given, (1, 2), ([0], [1]), torch.zeros_like, "x")
+    passed = BoundaryTensor(Term("m", "input", 0), "in place").write(given, (1, 2), ([0], [1]), torch.zeros_like, "x")
     assert passed is given and holder.tolist() == [[1, 1, 1], [0, 0, 0]]
 
 
 def test_a_scaled_term_gets_the_value_divided_and_keeps_what_stays() -> None:
     tensor = torch.rand(1, 4, 3)
-    place = Place(Term("m", "output", None, scale=0.22), "replace")
+    place = BoundaryTensor(Term("m", "output", None, scale=0.22), "replace")
     _, _, same = place.write(((), {}, tensor), (1, 4), ([0] * 4, [0, 1, 2, 3]), lambda rows: rows, "x")
     assert torch.equal(same, tensor)
     _, _, moved = place.write(((), {}, tensor), (1, 4), ([0], [1]), lambda rows: rows + 1, "x")
@@ -220,14 +222,14 @@ def test_a_scaled_term_gets_the_value_divided_and_keeps_what_stays() -> None:
 
 
 def test_a_tensor_of_another_shape_is_refused() -> None:
-    place = Place(Term("m", "output", None), "replace")
+    place = BoundaryTensor(Term("m", "output", None), "replace")
     with pytest.raises(hookmap.InterventionError, match=r"expected a tensor of \[1, 4, ...\].*got \[1, 1, 3\]"):
         place.write(((), {}, torch.zeros(1, 1, 3)), (1, 4), ([0], [0]), lambda rows: rows, "x")
 
 
 @pytest.mark.parametrize("mode", ["replace", "in place"])
 def test_two_axes_that_are_not_side_by_side_in_memory_are_written_in_a_copy_where_that_does(mode: Any) -> None:
-    place = Place(Term("m", "output", None, heads=Heads(groups=1, start=0, stop=8, d_head=2)), mode)
+    place = BoundaryTensor(Term("m", "output", None, heads=Heads(groups=1, start=0, stop=8, d_head=2)), mode)
     tensor = torch.zeros(3, 2, 4, 8).transpose(0, 1)
     write = partial(place.write, ((), {}, tensor), (6, 4), ([1], [2]), lambda rows: rows + 1, "x")
     if mode == "in place":

@@ -1,7 +1,7 @@
-"""Which cells of a forward pass an edit changes, pass by pass, and what an engine calls to change them.
+"""Which cells of a forward pass an edit changes, and what an engine calls to change them.
 
-A token is edited whenever the model is fed it: without a cache, where every pass is fed everything again, each time.
-Pads, and what is fed after a row has finished, are left alone.
+A token is edited whenever the model is fed it. (Without a cache, every pass is fed everything again.) Padding, and
+tokens that are fed after a sample has ended, are not edited.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -12,62 +12,81 @@ import torch
 
 from hookmap.capture.engines.observation import Observer, of_logits
 from hookmap.capture.engines.pass_rows import token_ids
-from hookmap.capture.interventions.writable import Cells, Given, Place, mode_of
+from hookmap.capture.interventions.writable import BoundaryTensor, Cells, ModuleIO, mode_of
 from hookmap.capture.rows import RowSelection
 from hookmap.errors import InterventionError
 from hookmap.maps.selectors import Selector
 
-Where = Sequence[tuple[int, int]]
-"""(number of the sample in the run, position) of each row"""
+TokenPositions = Sequence[tuple[int, int]]
+"""for each row, the number of its sample in the run and its position"""
 
 
-class Changing(Protocol):
-    """What is done to rows of a point."""
+class RowOperation(Protocol):
+    """Computes new rows of a point."""
 
-    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
-        """`rows`: [n, ...] in the model's dtype -> new ones. `means`: of each row's prompt, [n, ...], where asked."""
+    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
+        """`rows`: [n, ...] in the model's dtype. `means`: [n, ...], of each row's prompt, if the edit asks for them."""
+
+
+@dataclass(frozen=True)
+class EditedTokens:
+    """The tokens that an edit writes: those that both the positions and the generation steps select."""
+
+    positions: RowSelection = field(default_factory=RowSelection)
+    steps: RowSelection | None = None
+    """generation steps, 0 for the prompt and n for the n-th new token, written as positions; None for all"""
+    matching: frozenset[int] = frozenset()
+    """the token ids that `positions="text=…"` selects"""
+
+    def in_steps(self, position: int, prompt_tokens: int) -> bool:
+        """Whether the steps select the token at this position."""
+        step = max(0, position - prompt_tokens + 1)
+        return self.steps is None or self.steps.wanted(0)(step, -1)
+
+    def select(self, position: int, token: int, prompt_tokens: int) -> bool:
+        """Whether this token is written."""
+        chosen = self.positions.wanted(prompt_tokens, self.matching)(position, token)
+        return chosen and self.in_steps(position, prompt_tokens)
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One change of one point of one layer."""
+    """One operation on one point of one layer."""
 
     selector: Selector
-    change: Changing
-    positions: RowSelection = field(default_factory=RowSelection)
-    steps: RowSelection | None = None
-    """generation steps as positions; None for all"""
-    matching: frozenset[int] = frozenset()
-    """token ids that `positions` "text=…" means"""
+    operation: RowOperation
+    tokens: EditedTokens = field(default_factory=EditedTokens)
     heads: tuple[int, ...] | None = None
+    """None for all"""
     only: Container[tuple[int, int]] | None = None
-    """(sample, position) pairs, where these and not `positions` say what is written"""
+    """(sample, position) pairs that are written, in place of `tokens.positions`"""
     means: bool = False
-    """whether `change` reads the mean over each prompt"""
+    """whether the operation reads the mean over each prompt"""
 
     @property
-    def place(self) -> Place:
-        return Place(self.selector.terms[0], mode_of(self.selector))
+    def target(self) -> BoundaryTensor:
+        return BoundaryTensor(self.selector.terms[0], mode_of(self.selector))
 
 
 class Editor:
     """Applies edits during one batch. An engine calls `begin_pass`, and `write` at each of the `boundaries`."""
 
     def __init__(self, edits: Sequence[Edit], observer: Observer, before: Observer | None = None) -> None:
-        """`observer`: of the same batch; it knows whose tokens are in which columns. `before`: sees the old values."""
+        """`observer`: of the same batch; it knows which tokens are in which columns. `before`: sees the old values."""
         self.before = before
         self._observer = observer
-        # In one place a write of the stream comes first: what a branch reads of it is read after.
+        # At one boundary the stream is written first, because a branch reads it.
         self._edits = sorted(enumerate(edits), key=lambda e: e[1].selector.forward_index)
-        self._places: dict[tuple[str, str, str], list[tuple[int, Edit]]] = {}
+        self._targets: dict[tuple[str, str, str], list[tuple[int, Edit]]] = {}
         for number, edit in self._edits:
-            place = edit.place
-            self._places.setdefault((place.term.module, place.term.side, place.mode), []).append((number, edit))
+            target = edit.target
+            self._targets.setdefault((target.term.module, target.term.side, target.mode), []).append((number, edit))
         for each in (observer, before):
             if each is not None:
                 each.every_logit |= any(of_logits(edit.selector) for edit in edits)
         self._means: dict[tuple[int, int], torch.Tensor] = {}
         self._tokens: list[list[int]] | None = None
+        """ids of the tokens that the running pass is fed, if an edit selects by them"""
         self._cells: dict[Any, tuple[Cells, list[tuple[int, int]]]] = {}
         self._calls: dict[tuple[str, str, str], int] = {}
         self._begun = False
@@ -79,8 +98,8 @@ class Editor:
         return tuple(dict.fromkeys((term.module, term.side) for term in terms))
 
     def writes(self, module: str, side: str, mode: str) -> bool:
-        """Whether something at this boundary is written so."""
-        return (module, side, mode) in self._places
+        """Whether an edit writes at this boundary in this mode."""
+        return (module, side, mode) in self._targets
 
     def begin_pass(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The model is called with these arguments; the observer knows it already."""
@@ -88,32 +107,32 @@ class Editor:
         self._cells.clear()
         self._calls.clear()
         self._begun = True
-        reads = any(edit.positions.reads_tokens for _, edit in self._edits)
+        reads = any(edit.tokens.positions.reads_tokens for _, edit in self._edits)
         self._tokens = token_ids(args, kwargs, len(self._observer.columns)) if reads else None
 
     def finish(self) -> None:
-        """The forward pass is over. Raises InterventionError where it did not come by what it was to write."""
-        if self._begun and (missed := [where for where in self._places if where not in self._calls]):
-            places = ", ".join(f"{module or 'model'}.{side}" for module, side, _ in missed)
+        """The forward pass is over. Raises InterventionError where it did not reach a boundary that is written."""
+        if self._begun and (missed := [target for target in self._targets if target not in self._calls]):
+            names = ", ".join(f"{module or 'model'}.{side}" for module, side, _ in missed)
             raise InterventionError(
-                f"a forward pass did not reach {places}, which was to be written: the model skipped these modules."
+                f"a forward pass did not reach {names}, which was to be written: the model skipped these modules."
             )
 
-    def write(self, module: str, side: str, mode: str, given: Given) -> Given:
-        """What is passed on at this boundary. Raises InterventionError."""
-        where = (module, side, mode)
-        call = self._calls[where] = self._calls.get(where, -1) + 1
-        for number, edit in self._places[where]:
+    def write(self, module: str, side: str, mode: str, given: ModuleIO) -> ModuleIO:
+        """What the module passes on at this boundary. Raises InterventionError."""
+        target = (module, side, mode)
+        call = self._calls[target] = self._calls.get(target, -1) + 1
+        for number, edit in self._targets[target]:
             if call and edit.selector.terms[0].call is None:
                 raise InterventionError(f"{edit.selector}: {module} was called more than once in one forward pass.")
             if edit.selector.terms[0].call in (None, call):
                 given = self._write(number, edit, given)
         return given
 
-    def _write(self, number: int, edit: Edit, given: Given) -> Given:
+    def _write(self, number: int, edit: Edit, given: ModuleIO) -> ModuleIO:
         cells, where = self._chosen(edit)
         shape = (len(self._observer.layout.samples), len(self._observer.columns))
-        means = self._means_of(number, edit.place, given, cells[0], shape) if edit.means else None
+        means = self._means_of(number, edit.target, given, cells[0], shape) if edit.means else None
         if not where:
             return given
 
@@ -126,64 +145,63 @@ class Editor:
                 )
             return changed
 
-        return edit.place.write(given, shape, cells, change, str(edit.selector))
+        return edit.target.write(given, shape, cells, change, str(edit.selector))
 
     def _chosen(self, edit: Edit) -> tuple[Cells, list[tuple[int, int]]]:
-        key = (edit.positions, edit.steps, edit.matching, None if edit.only is None else id(edit.only))
+        """The cells of this pass that the edit writes, and the sample and position of each."""
+        key = (edit.tokens, None if edit.only is None else id(edit.only))
         if key not in self._cells:
             rows, columns, where = [], [], []
             for row in range(len(self._observer.layout.samples)):
-                for column, position, step in self._tokens_of(row):
+                for column, position in self._positions_of(row):
                     token = -1 if self._tokens is None else self._tokens[row][column]
-                    if self._wanted(edit, row, position, step, token):
+                    if self._selects(edit, row, position, token):
                         rows.append(row)
                         columns.append(column)
                         where.append((self._observer.layout.samples[row], position))
             self._cells[key] = (rows, columns), where
         return self._cells[key]
 
-    def _wanted(self, edit: Edit, row: int, position: int, step: int, token: int) -> bool:
-        if edit.steps is not None and not edit.steps.wanted(0)(step, -1):
-            return False
+    def _selects(self, edit: Edit, row: int, position: int, token: int) -> bool:
+        sample, length = self._observer.layout.samples[row], self._observer.layout.lengths[row]
         if edit.only is not None:
-            return (self._observer.layout.samples[row], position) in edit.only
-        return edit.positions.wanted(self._observer.layout.lengths[row], edit.matching)(position, token)
+            return edit.tokens.in_steps(position, length) and (sample, position) in edit.only
+        return edit.tokens.select(position, token, length)
 
-    def _tokens_of(self, row: int) -> list[tuple[int, int, int]]:
-        """(column of the pass, position, step) of each token of a row that counts."""
+    def _positions_of(self, row: int) -> list[tuple[int, int]]:
+        """The (column of the pass, position) of each token of a row; padding has none."""
         layout, count = self._observer.layout, self._observer.generated[row]
         length, pads = layout.lengths[row], layout.pads(row)
         # The last generated token is fed only where the others of the batch go on.
         end = length if layout.right else float("inf") if count is None else length + max(0, count - 1)
-        found = []
-        for column, absolute in enumerate(self._observer.columns):
-            position = absolute - pads
-            if 0 <= position < end:
-                found.append((column, position, max(0, position - length + 1)))
-        return found
+        found = ((column, absolute - pads) for column, absolute in enumerate(self._observer.columns))
+        return [(column, position) for column, position in found if 0 <= position < end]
 
     def _means_of(
-        self, number: int, place: Place, given: Given, rows: list[int], shape: tuple[int, int]
+        self, number: int, target: BoundaryTensor, given: ModuleIO, rows: list[int], shape: tuple[int, int]
     ) -> torch.Tensor | None:
-        """The mean of each row's prompt, computed in the pass that is fed it."""
+        """The mean over the prompt of each of these rows, computed in the pass that is fed the prompt."""
         begins = self._observer.columns.start == 0
         for row in range(shape[0]) if begins else sorted(set(rows)):
             if not begins and (number, row) in self._means:
                 continue
-            prompt = [column for column, _, step in self._tokens_of(row) if step == 0]
-            if len(prompt) != self._observer.layout.lengths[row]:
+            length = self._observer.layout.lengths[row]
+            prompt = [column for column, position in self._positions_of(row) if position < length]
+            if len(prompt) != length:
                 raise InterventionError(
                     "the mean over a prompt is asked for, and the model is fed the prompt in pieces: "
                     "generate without prefill_chunk_size, or give the mean as a vector."
                 )
-            self._means[number, row] = place.read(given, shape, ([row] * len(prompt), prompt)).float().mean(0)
+            self._means[number, row] = target.read(given, shape, ([row] * len(prompt), prompt)).float().mean(0)
         return torch.stack([self._means[number, row] for row in rows]) if rows else None
 
 
-def _on_heads(edit: Edit, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+def _on_heads(edit: Edit, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
     if edit.heads is None:
-        return edit.change(rows, where, means)
+        return edit.operation(rows, where, means)
     chosen = list(edit.heads)
     changed = rows.clone()
-    changed[:, chosen] = edit.change(rows[:, chosen], where, None if means is None else means[:, chosen]).to(rows.dtype)
+    changed[:, chosen] = edit.operation(rows[:, chosen], where, None if means is None else means[:, chosen]).to(
+        rows.dtype
+    )
     return changed

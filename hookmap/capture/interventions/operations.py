@@ -1,4 +1,4 @@
-"""What an intervention does to rows of a point: plain functions of [n, ...] tensors. Computed in float32 at least."""
+"""What interventions do to rows of a point: functions of [n, ...] tensors, computed in float32 or float64."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hookmap.capture.interventions.edits import Changing, Where
+from hookmap.capture.interventions.edits import RowOperation, TokenPositions
+from hookmap.errors import InterventionError
 
 
 def _wide(rows: torch.Tensor) -> torch.Tensor:
@@ -21,7 +22,7 @@ class Steered:
     strength: float
     keep_norm: bool
 
-    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
         moved = rows + (self.strength * self.vector).to(rows.device, rows.dtype)
         if not self.keep_norm:
             return moved
@@ -32,11 +33,11 @@ class Steered:
 
 @dataclass(frozen=True)
 class Filled:
-    """One row for all: zeros, or a vector."""
+    """The same row for all tokens: zeros, or a vector."""
 
     value: torch.Tensor | None
 
-    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
         if self.value is None:
             return torch.zeros_like(rows)
         return self.value.to(rows.device, rows.dtype).expand_as(rows)
@@ -45,37 +46,37 @@ class Filled:
 class Averaged:
     """The mean over each prompt."""
 
-    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
         assert means is not None  # such an edit asks for them
         return means.to(rows.dtype)
 
 
 @dataclass(frozen=True)
 class Resampled:
-    """Rows drawn from those of a source; the draw of a token does not depend on its batch or on the cache."""
+    """Rows drawn from those of a source. The draw depends on a token's sample, its position and the seed."""
 
     pool: torch.Tensor
     seed: int
 
-    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
         drawn = [random.Random(f"{self.seed}:{sample}:{at}").randrange(len(self.pool)) for sample, at in where]
         return self.pool[drawn].to(rows.device, rows.dtype)
 
 
 @dataclass(frozen=True)
 class Patched:
-    """Rows of another run, each at its place."""
+    """Rows of another run, each for one token."""
 
     rows: torch.Tensor
     row_of: Callable[[int], Mapping[int, int]]
-    """number of a sample -> position -> which row"""
+    """sample -> position -> index into `rows`"""
 
-    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
         chosen = [self.row_of(sample)[position] for sample, position in where]
         return self.rows[chosen].to(rows.device, rows.dtype)
 
     def __contains__(self, cell: object) -> bool:
-        """Whether a (sample, position) has a row here: an edit may be told to write `only` such."""
+        """Whether a (sample, position) has a row here; for `Edit.only`."""
         return isinstance(cell, tuple) and cell[1] in self.row_of(cell[0])
 
 
@@ -85,7 +86,7 @@ class ProjectedOut:
 
     direction: torch.Tensor
 
-    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
         wide, unit = _wide(rows), self.direction.to(rows.device)
         return (wide - (wide * unit).sum(-1, keepdim=True) * unit).to(rows.dtype)
 
@@ -96,20 +97,20 @@ class Scaled:
 
     factor: float
 
-    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
         return rows * self.factor
 
 
 @dataclass(frozen=True)
 class Clamped:
-    """A feature, or the part along a direction of length 1, held between `least` and `most`."""
+    """One feature, or the component along a direction of length 1, limited to the range `least` to `most`."""
 
     feature: int | None
     direction: torch.Tensor | None
     least: float | None
     most: float | None
 
-    def __call__(self, rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
         if self.direction is None:
             held = rows.clone()
             held[..., self.feature] = _wide(held[..., self.feature]).clamp(self.least, self.most).to(rows.dtype)
@@ -120,12 +121,27 @@ class Clamped:
         return torch.where(moved == 0, rows, (wide + moved * unit).to(rows.dtype))
 
 
-def brought(change: Changing) -> torch.Tensor:
-    """The numbers that a change brings along, in float64: what it writes, or adds."""
-    if isinstance(change, Steered):
-        return change.vector.double() * change.strength
-    if isinstance(change, Clamped):
-        return torch.tensor([end for end in (change.least, change.most) if end is not None], dtype=torch.float64)
-    found = {Filled: "value", Resampled: "pool", Patched: "rows"}.get(type(change))
-    rows = None if found is None else getattr(change, found)
+def check_range(operation: RowOperation, dtype: torch.dtype) -> None:
+    """Raises InterventionError where the operation writes or adds numbers that `dtype`, the model's, cannot hold."""
+    numbers = _constants(operation)
+    if not bool(numbers.isfinite().all()):
+        raise InterventionError(
+            "it would write an infinity or nan: the rows of its source are not finite. See which: hookmap inspect, and "
+            "capture or open the model in a dtype of a wider range (--dtype bfloat16)."
+        )
+    if not bool(numbers.to(dtype).isfinite().all()):
+        raise InterventionError(
+            f"it writes numbers up to {float(numbers.abs().max()):.3g}, and {dtype} of this point goes up to "
+            f"{torch.finfo(dtype).max:.3g}. Give smaller ones, or open the model in a wider dtype."
+        )
+
+
+def _constants(operation: RowOperation) -> torch.Tensor:
+    """The numbers that an operation writes or adds, whatever the rows are; float64."""
+    if isinstance(operation, Steered):
+        return operation.vector.double() * operation.strength
+    if isinstance(operation, Clamped):
+        return torch.tensor([end for end in (operation.least, operation.most) if end is not None], dtype=torch.float64)
+    found = {Filled: "value", Resampled: "pool", Patched: "rows"}.get(type(operation))
+    rows = None if found is None else getattr(operation, found)
     return torch.zeros(1, dtype=torch.float64) if rows is None else rows.double()

@@ -1,7 +1,6 @@
-"""Interventions held against a model, its map and the prompts -> edits that an engine applies. All problems at once."""
+"""Checks interventions against a model, its map and the prompts, and makes the edits that an engine applies."""
 
 import difflib
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hookmap.capture.interventions import operations as changes
+from hookmap.capture.interventions import operations
 from hookmap.capture.interventions.documents import (
     Ablate,
     Clamp,
@@ -18,12 +17,13 @@ from hookmap.capture.interventions.documents import (
     Patch,
     ProjectOut,
     Scale,
+    Source,
     Steer,
     fingerprint,
 )
-from hookmap.capture.interventions.edits import Changing, Edit
-from hookmap.capture.interventions.sources import Editable, Read, Sources
-from hookmap.capture.interventions.vectors import read_vector
+from hookmap.capture.interventions.edits import Edit, EditedTokens, RowOperation
+from hookmap.capture.interventions.sources import Editable, Sources, rows_of_heads
+from hookmap.capture.interventions.vectors import row_vector, unit_vector
 from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.errors import HookmapError, InterventionError, SelectionError
 from hookmap.loading.chat_template import Templating
@@ -35,64 +35,71 @@ from hookmap.wording import counted
 
 
 @dataclass(frozen=True)
-class Plan:
+class EditPlan:
     """What a run writes."""
 
     edits: tuple[Edit, ...]
     settings: list[dict[str, Any]]
-    """the interventions as a manifest records them"""
+    """the interventions, as the manifest records them"""
 
 
-def plan(
+def plan_edits(
     hm: "Editable",
     interventions: Sequence[Intervention],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     how: Templating,
-) -> Plan:
-    """Raises SelectionError for points, layers and positions that are not there, InterventionError for the rest."""
+) -> EditPlan:
+    """The edits of these interventions on these prompts. `how`: whether prompts go through the chat template.
+
+    Raises one error with all problems: SelectionError where points, layers or positions are among them, else
+    InterventionError.
+    """
     planner = _Planner(hm, prompts, max_new_tokens, Sources(hm, how))
     edits: list[Edit] = []
     for number, intervention in enumerate(interventions):
         planner.name = f"intervention {number} ({intervention.do} {intervention.point})"
         edits += planner.edits(intervention)
     planner.raise_problems()
-    return Plan(tuple(edits), fingerprint(interventions))
+    return EditPlan(tuple(edits), fingerprint(interventions))
 
 
 @dataclass
 class _Planner:
     hm: "Editable"
     prompts: Sequence[Prompt]
+    """empty where they are not known yet"""
     max_new_tokens: int
     sources: Sources
     name: str = ""
+    """of the intervention at hand"""
     problems: list[str] = field(default_factory=list)
     unselected: bool = False
+    """whether a problem is that something is not there to be selected"""
 
     def edits(self, given: Intervention) -> list[Edit]:
-        """Of one intervention, on each of its layers; empty where there is a problem."""
+        """The edits of one intervention, one for each of its layers; none where there is a problem."""
         before = len(self.problems)
         selectors = self._selectors(given)
-        positions, steps = self._positions(given.positions), self._steps(given.steps)
-        self._check_reach(positions, steps)
-        matching = self._matching(positions)
+        tokens = self._tokens(given)
         rows = self._rows(given, selectors)
         if len(self.problems) > before:
             return []
         made = []
         for selector, row in zip(selectors, rows, strict=True):
             with _Problems(self):
-                change = self._change(given, selector, row, positions, steps, matching)
-                _check_range(change, self.hm.proofs.of(selector).dtype)
-                means = isinstance(change, changes.Averaged)
-                # A token that is generated may be what `text=` means: a patch writes the tokens that were paired.
-                only = change if isinstance(change, changes.Patched) else None
-                made.append(Edit(selector, change, positions, steps, matching, given.heads, only, means))
+                made.append(self._edit(given, selector, row, tokens))
         return made
 
+    def _edit(self, given: Intervention, selector: Selector, row: tuple[int, ...], tokens: EditedTokens) -> Edit:
+        operation = self._operation(given, selector, row, tokens)
+        operations.check_range(operation, self.hm.proofs.of(selector).dtype)
+        # A patch writes the tokens that were paired: a generated token may match `text=` too.
+        only = operation if isinstance(operation, operations.Patched) else None
+        return Edit(selector, operation, tokens, given.heads, only, isinstance(operation, operations.Averaged))
+
     def raise_problems(self) -> None:
-        """Raises what was found, if anything was."""
+        """Raises one error with all problems, if there are any."""
         found = list(dict.fromkeys(self.problems))
         if found:
             kind = SelectionError if self.unselected else InterventionError
@@ -116,6 +123,11 @@ class _Planner:
             self.note(str(error).partition("\nSee what there is")[0] + hint, unselected=True)
             return ()
 
+    def _tokens(self, given: Intervention) -> EditedTokens:
+        positions, steps = self._positions(given.positions), self._steps(given.steps)
+        self._check_reach(EditedTokens(positions, steps))
+        return EditedTokens(positions, steps, self._matching(positions))
+
     def _positions(self, given: Any) -> RowSelection:
         try:
             found = row_selection(positions=given)
@@ -129,15 +141,15 @@ class _Planner:
             )
         return found
 
-    def _check_reach(self, positions: RowSelection, steps: RowSelection | None) -> None:
-        """Notes single positions and steps that no prompt comes to: nothing would be written there."""
+    def _check_reach(self, tokens: EditedTokens) -> None:
+        """Notes single positions and steps that no prompt reaches: nothing would be written there."""
         if not self.prompts:  # they are not known yet
             return
         try:
-            positions.refuse_beyond([len(prompt.token_ids) for prompt in self.prompts], self._more)
+            tokens.positions.refuse_beyond([len(prompt.token_ids) for prompt in self.prompts], self._more)
         except SelectionError as error:
             self.note(str(error), unselected=True)
-        if steps is not None and (never := [step for step in steps.singles if step > self._more]):
+        if tokens.steps is not None and (never := [step for step in tokens.steps.singles if step > self._more]):
             self.note(
                 f"steps {', '.join(map(str, never))}: the last is {self._more} with max_new_tokens="
                 f"{self.max_new_tokens}, as the last new token is not read.",
@@ -146,7 +158,7 @@ class _Planner:
 
     @property
     def _more(self) -> int:
-        """Tokens that are read behind a prompt, at most."""
+        """How many generated tokens the model reads, at most."""
         return max(0, self.max_new_tokens - 1)
 
     def _steps(self, given: Any) -> RowSelection | None:
@@ -169,7 +181,7 @@ class _Planner:
             return frozenset()
 
     def _rows(self, given: Intervention, selectors: Sequence[Selector]) -> list[tuple[int, ...]]:
-        """Shape of one row on each layer, of the chosen heads."""
+        """The shape of a row of the chosen heads in each layer. Notes layers in which the point must not be written."""
         refused: dict[str, list[int]] = {}
         rows = []
         for selector in selectors:
@@ -185,61 +197,57 @@ class _Planner:
             self.note(f"{selectors[0].point}{where} is not written: {reason}.")
         return rows
 
-    def _change(
-        self,
-        given: Intervention,
-        selector: Selector,
-        row: tuple[int, ...],
-        positions: RowSelection,
-        steps: RowSelection | None,
-        matching: frozenset[int],
-    ) -> Changing:
+    def _operation(
+        self, given: Intervention, selector: Selector, row: tuple[int, ...], tokens: EditedTokens
+    ) -> RowOperation:
+        """`row`: the shape of a row of the chosen heads."""
         if isinstance(given, Steer):
-            return changes.Steered(_fitting(given.vector, row), given.strength, given.keep_norm)
+            return operations.Steered(row_vector(given.vector, row), given.strength, given.keep_norm)
         if isinstance(given, ProjectOut):
-            return changes.ProjectedOut(_unit(given.direction, row))
+            return operations.ProjectedOut(unit_vector(given.direction, row))
         if isinstance(given, Scale):
-            return changes.Scaled(given.factor)
+            return operations.Scaled(given.factor)
         if isinstance(given, Clamp):
-            least, most = (given.min, given.max) if given.value is None else (given.value, given.value)
-            if given.feature is not None and given.feature >= row[-1]:
-                raise InterventionError(f"feature {given.feature} is not there: a row has 0 to {row[-1] - 1}.")
-            direction = None if given.direction is None else _unit(given.direction, row)
-            return changes.Clamped(given.feature, direction, least, most)
+            return _clamped(given, row)
         if isinstance(given, Patch):
-            own = self._positions(given.source.positions) if given.source.positions is not None else positions
-            read = self.sources.read(given.source, selector, own, self._matching(own))
-            rows = _of_heads(_same_row(read.rows, selector, row, given.heads), given.heads)
-            row_of = self._pairs(read, positions, steps, matching)
-            return changes.Patched(rows, row_of)
+            rows = self._source_rows(given, given.source, tokens.positions, selector, row)
+            return operations.Patched(rows, self._pairs(len(rows), tokens))
         return self._ablation(given, selector, row)
 
-    def _ablation(self, given: Ablate, selector: Selector, row: tuple[int, ...]) -> Changing:
+    def _ablation(self, given: Ablate, selector: Selector, row: tuple[int, ...]) -> RowOperation:
         if given.vector is not None:
-            return changes.Filled(_fitting(given.vector, row))
+            return operations.Filled(row_vector(given.vector, row))
         if given.source is None:
-            return changes.Filled(None) if given.to == "zero" else changes.Averaged()
-        own = self._positions("all" if given.source.positions is None else given.source.positions)
-        read = self.sources.read(given.source, selector, own, self._matching(own))
-        rows = _of_heads(_same_row(read.rows, selector, row, given.heads), given.heads)
-        return changes.Resampled(rows, given.seed) if given.to == "resample" else changes.Filled(rows.float().mean(0))
+            return operations.Filled(None) if given.to == "zero" else operations.Averaged()
+        rows = self._source_rows(given, given.source, row_selection(), selector, row)
+        if given.to == "resample":
+            return operations.Resampled(rows, given.seed)
+        return operations.Filled(rows.float().mean(0))
 
-    def _pairs(
-        self, read: Read, positions: RowSelection, steps: RowSelection | None, matching: frozenset[int]
-    ) -> Callable[[int], Mapping[int, int]]:
-        """Position of a sample -> row of the source. Raises InterventionError where a prompt does not pair."""
+    def _source_rows(
+        self, given: Intervention, source: Source, default: RowSelection, selector: Selector, row: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Rows of the source at its own positions, or at the `default` ones."""
+        positions = default if source.positions is None else self._positions(source.positions)
+        rows = self.sources.read(source, selector, positions, self._matching(positions))
+        return rows_of_heads(rows, selector, row, given.heads)
+
+    def _pairs(self, count: int, tokens: EditedTokens) -> Callable[[int], Mapping[int, int]]:
+        """sample -> position -> row of a source that has `count` of them.
+
+        Raises InterventionError where a prompt does not have one token for each row.
+        """
 
         @cache
         def row_of(sample: int) -> Mapping[int, int]:
-            targets = self._targets(self.prompts[sample], positions, steps, matching)
-            count = len(read.rows)
+            targets = self._targets(self.prompts[sample], tokens)
             if count == 1:
                 return dict.fromkeys(targets, 0)
             if twice := [position for position, times in Counter(targets).items() if times > 1]:
                 raise InterventionError(
-                    f"positions {', '.join(map(str, positions.singles))}: two of them are token {twice[0]} of prompt "
-                    f"{sample}, whose {len(self.prompts[sample].token_ids)} tokens negative ones count back from. "
-                    "Name each token once."
+                    f"positions {', '.join(map(str, tokens.positions.singles))}: two of them are token {twice[0]} of "
+                    f"prompt {sample}, whose {len(self.prompts[sample].token_ids)} tokens negative ones count back "
+                    "from. Name each token once."
                 )
             if len(targets) != count:
                 raise InterventionError(
@@ -252,17 +260,23 @@ class _Planner:
             row_of(sample)
         return row_of
 
-    def _targets(
-        self, prompt: Prompt, positions: RowSelection, steps: RowSelection | None, matching: frozenset[int]
-    ) -> list[int]:
-        """Positions of a prompt, and of what may come behind it, in the order that `RowSelection.places` says."""
+    def _targets(self, prompt: Prompt, tokens: EditedTokens) -> list[int]:
+        """Positions of a prompt, and of the tokens it may generate, in the order that `RowSelection.places` gives."""
         length = len(prompt.token_ids)
-        places = positions.places([*prompt.token_ids, *[-1] * self._more], length, matching)
-        return [p for p in places if steps is None or steps.wanted(0)(max(0, p - length + 1), -1)]
+        found = tokens.positions.places([*prompt.token_ids, *[-1] * self._more], length, tokens.matching)
+        return [position for position in found if tokens.in_steps(position, length)]
+
+
+def _clamped(given: Clamp, row: tuple[int, ...]) -> operations.Clamped:
+    least, most = (given.min, given.max) if given.value is None else (given.value, given.value)
+    if given.feature is not None and given.feature >= row[-1]:
+        raise InterventionError(f"feature {given.feature} is not there: a row has 0 to {row[-1] - 1}.")
+    direction = None if given.direction is None else unit_vector(given.direction, row)
+    return operations.Clamped(given.feature, direction, least, most)
 
 
 def why_not_heads(heads: tuple[int, ...], point: str, row: tuple[int, ...]) -> str | None:
-    """Why these are no heads of a point with such rows; None where they are."""
+    """Why these heads cannot be chosen of a point with such rows; None where they can."""
     if "heads" not in PointName.of(point).definition.axes:
         return f"heads {list(heads)}: {point} has no heads."
     if not heads:
@@ -275,7 +289,7 @@ def why_not_heads(heads: tuple[int, ...], point: str, row: tuple[int, ...]) -> s
 
 
 class _Problems:
-    """Notes what hookmap raises inside as a problem of the intervention at hand."""
+    """Notes an error of hookmap's, raised inside, as a problem of the intervention at hand."""
 
     def __init__(self, planner: _Planner) -> None:
         self._planner = planner
@@ -288,53 +302,3 @@ class _Problems:
             self._planner.note(str(error))
             return True
         return False
-
-
-def _fitting(given: Any, row: tuple[int, ...]) -> torch.Tensor:
-    """The vector in the shape of a row, or of a row's last axis."""
-    vector = read_vector(given)
-    if tuple(vector.shape) in (row, row[-1:]):
-        return vector
-    if vector.ndim == 1 and vector.numel() == math.prod(row):
-        return vector.reshape(row)
-    raise InterventionError(f"a vector of {list(vector.shape)}: expected {list(row)}, a row there.")
-
-
-def _unit(given: Any, row: tuple[int, ...]) -> torch.Tensor:
-    vector = _fitting(given, row)
-    length = vector.norm(dim=-1, keepdim=True)
-    if not bool(((length > 0) & length.isfinite()).all()):  # squares of small and of large numbers leave float32
-        vector = vector.double()
-        length = vector.norm(dim=-1, keepdim=True)
-    if not bool((length > 0).all()):
-        raise InterventionError("a direction of length 0: expected one that points somewhere.")
-    unit: torch.Tensor = vector / length
-    return unit.float()
-
-
-def _check_range(change: Changing, dtype: torch.dtype) -> None:
-    """Raises InterventionError where what is written leaves the numbers that the model computes in."""
-    numbers = changes.brought(change)
-    if not bool(numbers.isfinite().all()):
-        raise InterventionError(
-            "it would write an infinity or nan: the rows of its source are not finite. See which: hookmap inspect, and "
-            "capture or open the model in a dtype of a wider range (--dtype bfloat16)."
-        )
-    if not bool(numbers.to(dtype).isfinite().all()):
-        raise InterventionError(
-            f"it writes numbers up to {float(numbers.abs().max()):.3g}, and {dtype} of this point goes up to "
-            f"{torch.finfo(dtype).max:.3g}. Give smaller ones, or open the model in a wider dtype."
-        )
-
-
-def _same_row(
-    rows: torch.Tensor, selector: Selector, row: tuple[int, ...], heads: tuple[int, ...] | None
-) -> torch.Tensor:
-    found = tuple(rows.shape[1:])
-    if found != row and (heads is None or found[1:] != row[1:] or max(heads) >= found[0]):
-        raise InterventionError(f"the source's rows of {selector.point} are {list(found)}: expected {list(row)}.")
-    return rows
-
-
-def _of_heads(rows: torch.Tensor, heads: tuple[int, ...] | None) -> torch.Tensor:
-    return rows if heads is None else rows[:, list(heads)]

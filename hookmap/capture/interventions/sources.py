@@ -1,7 +1,6 @@
-"""Rows that an intervention takes from elsewhere: another prompt's run, or a stored capture. Each is read once."""
+"""Rows that an intervention takes from another prompt's run or from a stored capture. Each source is read once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,14 +16,6 @@ from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector
 from hookmap.stores import open_store
 from hookmap.stores.interface import Store
-
-
-@dataclass(frozen=True)
-class Read:
-    """Chosen rows of a source, on the host."""
-
-    rows: torch.Tensor
-    """[n, ...] in the order that was asked for: that of single positions, else that of its tokens"""
 
 
 class Editable(Protocol):
@@ -45,26 +36,31 @@ class Editable(Protocol):
 
 
 class Sources:
-    """Reads sources for one plan."""
+    """Reads the sources of one plan."""
 
     def __init__(self, hm: "Editable", how: Templating) -> None:
-        """`how`: prompts go through the chat template, as those of the run."""
+        """`how`: whether prompts go through the chat template, as for the prompts of the run."""
         self._hm, self._how = hm, how
         self._stores: dict[str, Store] = {}
         self._runs: dict[tuple[str, str, int | None], Store] = {}
 
-    def read(self, source: Source, selector: Selector, positions: RowSelection, matching: frozenset[int]) -> Read:
-        """Rows of a point at these positions. Raises InterventionError, StoreError or SelectionError."""
+    def read(
+        self, source: Source, selector: Selector, positions: RowSelection, matching: frozenset[int]
+    ) -> torch.Tensor:
+        """The rows [n, ...] of a point at these positions, in the order asked for. They are on the CPU.
+
+        Raises InterventionError, StoreError or SelectionError.
+        """
         number = 0 if source.store is None else source.sample
         store = self._run(source, selector) if source.store is None else self._store(source.store)
         sample = store.sample(number)
         rows = store.read(number, selector.point, selector.layer)
         if sample.positions == "mean":
-            return Read(rows)
+            return rows
         held: Sequence[int] = range(sample.rows) if sample.positions is None else sample.positions
         row_of = {position: row for row, position in enumerate(held)}
-        places = positions.places(sample.token_ids, sample.prompt_tokens, matching)
-        chosen = [row_of[position] for position in places if position in row_of]
+        wanted = positions.places(sample.token_ids, sample.prompt_tokens, matching)
+        chosen = [row_of[position] for position in wanted if position in row_of]
         if positions.positions == "last":
             chosen = chosen[-1:]
         if not chosen or len(chosen) < len(positions.singles):
@@ -73,7 +69,7 @@ class Sources:
                 f"the source has no row at {'each of ' if chosen else ''}{asked}: it holds {_few(held)} of a prompt of "
                 f"{sample.prompt_tokens} tokens."
             )
-        return Read(rows[chosen])
+        return rows[chosen]
 
     def _store(self, path: str) -> Store:
         if path not in self._stores:
@@ -91,7 +87,7 @@ class Sources:
         if key not in self._runs:
             prompt: Any = source.prompt if isinstance(source.prompt, str) else list(source.prompt or ())
             layers = "all" if selector.layer is None else [selector.layer]
-            # All layers at once: an intervention on several would else read the prompt once for each.
+            # All layers at once, because an intervention on several would read the prompt once for each.
             points = [selector.point]
             if selector.layer is not None:
                 layers = [s.layer for s in self._hm.map.selectors(points) if s.layer is not None]
@@ -99,6 +95,16 @@ class Sources:
             run = self._hm.capture(encoded, points, layers, max_new_tokens=0, engine="hooks")
             self._runs |= {(key[0], *held): run.store for held in run.keys}
         return self._runs[key]
+
+
+def rows_of_heads(
+    rows: torch.Tensor, selector: Selector, row: tuple[int, ...], heads: tuple[int, ...] | None
+) -> torch.Tensor:
+    """The heads of a source's rows. Raises InterventionError where the rows have another shape than `row`."""
+    found = tuple(rows.shape[1:])
+    if found != row and (heads is None or found[1:] != row[1:] or max(heads) >= found[0]):
+        raise InterventionError(f"the source's rows of {selector.point} are {list(found)}: expected {list(row)}.")
+    return rows if heads is None else rows[:, list(heads)]
 
 
 def _few(positions: Sequence[int]) -> str:

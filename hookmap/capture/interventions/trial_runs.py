@@ -10,7 +10,7 @@ from hookmap.capture.engines import Engine
 from hookmap.capture.engines.observation import Observer
 from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.finiteness import why_not_finite
-from hookmap.capture.interventions.edits import Edit, Editor, Where
+from hookmap.capture.interventions.edits import Edit, Editor, TokenPositions
 from hookmap.capture.run import device_of
 from hookmap.loading.finiteness import is_stream
 from hookmap.maps.document import ArchitectureMap
@@ -102,7 +102,7 @@ def noise(like: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def _write(selector: Selector, value: torch.Tensor) -> Edit:
-    def operation(rows: torch.Tensor, where: Where, means: torch.Tensor | None) -> torch.Tensor:
+    def operation(rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
         return value.to(rows.device)[[position for _, position in where]]
 
     return Edit(selector, operation)

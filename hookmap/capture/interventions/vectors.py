@@ -1,6 +1,7 @@
-"""Vectors as a user names them -> tensors. Reads safetensors only; nothing is ever unpickled."""
+"""Reads the vectors that interventions name, as numbers or safetensors files. Nothing is ever unpickled."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,34 @@ from hookmap.placeholders import is_pointer, pointers_told
 
 
 def read_vector(given: Any) -> torch.Tensor:
-    """float32, [d] or [heads, d_head]. Raises InterventionError where the file, the key or a number is not there."""
+    """float32, [d] or [heads, d_head]. Raises InterventionError where the file or the key is missing, and for nan."""
     vector = _from_file(given) if isinstance(given, VectorFile) else _from_numbers(given)
     if not vector.numel() or not torch.isfinite(vector).all():
         raise InterventionError(f"a vector of {vector.numel()} numbers that are not all finite: expected finite ones.")
     return vector
+
+
+def row_vector(given: Any, row: tuple[int, ...]) -> torch.Tensor:
+    """The vector in the shape of a row, or of a row's last axis. Raises InterventionError for another size."""
+    vector = read_vector(given)
+    if tuple(vector.shape) in (row, row[-1:]):
+        return vector
+    if vector.ndim == 1 and vector.numel() == math.prod(row):
+        return vector.reshape(row)
+    raise InterventionError(f"a vector of {list(vector.shape)}: expected {list(row)}, a row there.")
+
+
+def unit_vector(given: Any, row: tuple[int, ...]) -> torch.Tensor:
+    """The vector divided by its length, float32. Raises InterventionError where the length is 0."""
+    vector = row_vector(given, row)
+    length = vector.norm(dim=-1, keepdim=True)
+    if not bool(((length > 0) & length.isfinite()).all()):  # the squares left the range of float32
+        vector = vector.double()
+        length = vector.norm(dim=-1, keepdim=True)
+    if not bool((length > 0).all()):
+        raise InterventionError("a direction of length 0: expected one that points somewhere.")
+    unit: torch.Tensor = vector / length
+    return unit.float()
 
 
 def _from_numbers(given: Any) -> torch.Tensor:

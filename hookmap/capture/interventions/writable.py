@@ -18,7 +18,7 @@ from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.selectors import Selector, Term
 
 Mode = Literal["replace", "in place"]
-Given = tuple[Sequence[Any], Mapping[str, Any], Any]
+ModuleIO = tuple[Sequence[Any], Mapping[str, Any], Any]
 """args, kwargs (of an input), output (of an output)"""
 Cells = tuple[list[int], list[int]]
 """(rows of the batch, columns of the forward pass), pairwise"""
@@ -45,13 +45,13 @@ def mode_of(selector: Selector) -> Mode:
 
 
 @dataclass(frozen=True)
-class Place:
+class BoundaryTensor:
     """A tensor at a boundary, as [batch, width, ...] of the tokens that are fed."""
 
     term: Term
     mode: Mode
 
-    def read(self, given: Given, shape: tuple[int, int], cells: Cells) -> torch.Tensor:
+    def read(self, given: ModuleIO, shape: tuple[int, int], cells: Cells) -> torch.Tensor:
         """The point's values at the cells, [cells, ...], a copy."""
         tensor = self.term.arrange(self.term.resolve(*given), *shape)
         rows: torch.Tensor = tensor.detach()[tuple(torch.tensor(part, device=tensor.device) for part in cells)]
@@ -59,12 +59,12 @@ class Place:
 
     def write(
         self,
-        given: Given,
+        given: ModuleIO,
         shape: tuple[int, int],
         cells: Cells,
         change: Change,
         what: str,
-    ) -> Given:
+    ) -> ModuleIO:
         """Args, kwargs and output with the point changed at the cells. `shape`: rows of the batch, columns fed.
 
         Other cells keep their bits, and so does a value that `change` leaves as it is. Of a term with a constant scale
@@ -114,7 +114,7 @@ class Place:
         return torch.where(new == old, raw, new / scale)
 
 
-def passed_on(term: Term, given: Given, tensor: torch.Tensor) -> Given:
+def passed_on(term: Term, given: ModuleIO, tensor: torch.Tensor) -> ModuleIO:
     """Args, kwargs and output with `tensor` at the term's place; the containers are copies of the same kind."""
     args, kwargs, output = given
     if term.side == "output":

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hookmap.capture.interventions.documents import Intervention, Source, VectorFile, read_interventions
-from hookmap.capture.interventions.plan import Plan, plan
+from hookmap.capture.interventions.plan import EditPlan, plan_edits
 from hookmap.errors import HookmapError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import Prompt
@@ -30,10 +30,10 @@ def read(given: Documents, hm: HookedModel, sessions: Sessions) -> tuple[Interve
     return found
 
 
-def planned(hm: HookedModel, given: Sequence[Intervention], prompts: Sequence[Prompt], max_new_tokens: int) -> Plan:
+def planned(hm: HookedModel, given: Sequence[Intervention], prompts: Sequence[Prompt], max_new_tokens: int) -> EditPlan:
     """Plan what they write on these prompts. The model may have to run for it. Raises ApiError."""
     try:
-        return plan(hm, given, prompts, max_new_tokens, Templating(generates=max_new_tokens > 0))
+        return plan_edits(hm, given, prompts, max_new_tokens, Templating(generates=max_new_tokens > 0))
     except HookmapError as error:
         raise _refused(error) from error
 
