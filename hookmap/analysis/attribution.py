@@ -36,12 +36,12 @@ _BRANCHES = ("mixer_out", "mlp_out")
 
 @dataclass(frozen=True)
 class Attribution:
-    """The summands of a logit. Tensors are float32, on the CPU."""
+    """The parts that a logit is the sum of. Tensors are float32, on the CPU."""
 
     parts: tuple[str, ...]
     """in forward order: `resid_pre[0]` (embedding, positions, scale), `mixer_out[0]`, `mlp_out[0]`, …, `bias`
 
-    Of a stream that is narrower than float32 there is `rounding` before the bias: what its additions rounded away.
+    If the stream's dtype is narrower than float32, `rounding` precedes the bias: what its additions rounded away.
     """
     positions: tuple[int, ...]
     tokens: tuple[str, ...]
@@ -53,7 +53,7 @@ class Attribution:
     target: tuple[str, ...]
     """the token of each position whose logit it is"""
     against: str | None
-    """the token whose logit is taken off, or None"""
+    """the token whose logit is subtracted, or None"""
     before_soft_cap: bool
 
     def as_json(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def attribute(
 
 
 def _summands(hm: Hooked) -> list[tuple[str, int]]:
-    """What the stream is the sum of: (point, layer), in forward order. Raises SelectionError where it is none."""
+    """The summands of the stream, (point, layer), in forward order. Raises SelectionError where it is not a sum."""
     found, problems = [("resid_pre", 0)], []
     for kind in hm.map.kinds:
         layers = f"layers {', '.join(map(str, kind.layers))}" if len(kind.layers) < hm.map.num_layers else "the blocks"
@@ -131,22 +131,10 @@ def _read(
     heads: bool,
 ) -> Attribution:
     sample, close = run.samples[0], unembedding.tolerance
-    rows, last = row_positions(sample), run.read(0, "resid_post", hm.map.num_layers - 1)
-    labels, parts = _parts(hm, run, names, heads, close)
-    left, largest = last.float() - parts.sum(0), float(last.float().abs().max())
-    allowed = _rounding(parts, last.dtype)
-    apart = float((left.abs() - allowed).max()) / largest
-    if not apart <= close:
-        raise _refused(
-            hm,
-            f"the stream is not the sum of what the branches add: {apart:.2g} of its largest is left, besides the "
-            f"rounding of {_named(last.dtype)} ({float(allowed.max()) / largest:.2g} at most)",
-        )
-    if last.dtype != torch.float32:
-        _tell_rounding(left, parts, labels, rows, last, close)
-        labels, parts = [*labels, ROUNDING], torch.cat([parts, left[None]])
+    positions, last = row_positions(sample), run.read(0, "resid_post", hm.map.num_layers - 1)
+    labels, parts = _exact_parts(hm, last, *_parts(hm, run, names, heads, close), positions, close)
     logits = apply(unembedding.before_cap, last[None])[0]
-    aim = logits.argmax(-1).cpu() if target is None else torch.full((len(rows),), token_id(hm, target))
+    aim = logits.argmax(-1).cpu() if target is None else torch.full((len(positions),), token_id(hm, target))
     other = None if against is None else token_id(hm, against, "against")
 
     normed, shift = _frozen_norm(hm, unembedding, last, parts)
@@ -156,14 +144,47 @@ def _read(
     wrong = float((values.sum(0) - logit).abs().max() / logits.float().abs().max())
     if not wrong <= 4 * close:
         raise _refused(hm, f"what stands behind the final norm is not linear: the sum misses the logit by {wrong:.2g}")
-    texts = tuple(token_text(hm, sample.token_ids[row]) for row in rows)
-    told = None if other is None else token_text(hm, other)
-    aims = tuple(token_text(hm, token) for token in aim.tolist())
-    return Attribution((*labels, BIAS), rows, texts, values, logit, aims, told, bool(unembedding.cap))
+    return Attribution(
+        (*labels, BIAS),
+        positions,
+        tuple(token_text(hm, sample.token_ids[position]) for position in positions),
+        values,
+        logit,
+        target=tuple(token_text(hm, token) for token in aim.tolist()),
+        against=None if other is None else token_text(hm, other),
+        before_soft_cap=bool(unembedding.cap),
+    )
+
+
+def _exact_parts(
+    hm: Hooked,
+    last: torch.Tensor,
+    labels: list[str],
+    parts: torch.Tensor,
+    positions: tuple[int, ...],
+    close: float,
+) -> tuple[list[str], torch.Tensor]:
+    """Parts whose sum is exactly the stream `last`: for a dtype narrower than float32, with the rounding as a part.
+
+    Raises SelectionError where more than rounding is missing.
+    """
+    left, largest = last.float() - parts.sum(0), float(last.float().abs().max())
+    allowed = _rounding(parts, last.dtype)
+    apart = float((left.abs() - allowed).max()) / largest
+    if not apart <= close:
+        raise _refused(
+            hm,
+            f"the stream is not the sum of what the branches add: {apart:.2g} of its largest is left, besides the "
+            f"rounding of {_named(last.dtype)} ({float(allowed.max()) / largest:.2g} at most)",
+        )
+    if last.dtype == torch.float32:
+        return labels, parts
+    _tell_rounding(left, parts, labels, positions, last, close)
+    return [*labels, ROUNDING], torch.cat([parts, left[None]])
 
 
 def _picked(logits: torch.Tensor, aim: torch.Tensor, other: int | None) -> torch.Tensor:
-    """[pos, d_vocab] -> [pos]: the logit of each position's token, less that of the other one."""
+    """[pos, d_vocab] -> [pos]: the logit of each position's token, minus that of the other token."""
     at = logits.gather(-1, aim[:, None])[:, 0]
     return at if other is None else at - logits[:, other]
 
@@ -171,10 +192,10 @@ def _picked(logits: torch.Tensor, aim: torch.Tensor, other: int | None) -> torch
 def _reads(
     hm: Hooked, unembedding: Unembedding, like: torch.Tensor, aim: torch.Tensor, other: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a logit (difference) reads of the normed stream, [pos, d_model], and what it is where that is 0, [pos].
+    """The gradient of the logit (difference) by the normed stream, [pos, d_model], and its value at stream 0, [pos].
 
-    The gradient of what is linear: so the parts are multiplied in float32, however narrow the model is. It is taken at
-    0, where nothing that bends passes for linear.
+    Steps after the norm are linear, so these two determine them, and parts can be multiplied in float32 in a narrower
+    model, too. The gradient is taken at 0; a step that is not linear is then found, as the sum misses the logit.
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = torch.zeros(len(aim), like.shape[-1], dtype=unembedding.dtype, device=like.device, requires_grad=True)
@@ -193,10 +214,10 @@ def _reads(
 
 
 def _rounding(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[pos, d_model]: what the additions of the stream may have rounded away, at most, in its dtype.
+    """[pos, d_model]: the most that the additions of the stream may have rounded away in its dtype.
 
-    Each addition rounds by half a unit of the stream as it was then, which may have been far larger than it is at the
-    end. Twice that: what a branch adds may be a sum itself.
+    Each addition rounds by up to half a unit in the last place of the stream at that layer, which may be far larger
+    than at the end. Twice that is allowed, because the output of a branch may be a sum itself.
     """
     return torch.finfo(dtype).eps * (parts.cumsum(0).abs().sum(0) + parts.abs().sum(0))
 
@@ -204,7 +225,7 @@ def _rounding(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _tell_rounding(
     left: torch.Tensor, parts: torch.Tensor, labels: list[str], rows: tuple[int, ...], last: torch.Tensor, close: float
 ) -> None:
-    """Warns where rounding is a part that counts: where the stream was far larger on its way than it is at the end."""
+    """Warns where rounding is not negligible: where the stream was far larger in between than it is at the end."""
     share = left.abs().amax(1) / last.float().abs().amax(1)
     worst = int(share.argmax())
     if float(share[worst]) <= close:
@@ -232,7 +253,7 @@ def _named(dtype: torch.dtype) -> str:
 def _parts(
     hm: Hooked, run: Capture, names: list[tuple[str, int]], heads: bool, close: float
 ) -> tuple[list[str], torch.Tensor]:
-    """Labels, and tensors [parts, pos, d_model], float32."""
+    """The labels of the parts, and the parts, float32 [parts, pos, d_model]."""
     labels, parts = [], []
     for point, layer in names:
         label = f"{point}[{layer}]"
@@ -254,17 +275,17 @@ def _parts(
 def _frozen_norm(
     hm: Hooked, unembedding: Unembedding, last: torch.Tensor, parts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The parts [parts, pos, d] normed with the statistic of the whole stream, and the norm's bias [d]; float32.
+    """The parts [parts, pos, d] under the norm, with the whole stream's statistic, and the norm's bias [d]; float32.
 
     A layer norm is weight * (x - mean) / statistic + bias, an RMS norm the same without the mean and mostly without
-    the bias. Which of them a module is, and its weight and bias, are read from what it does to three vectors.
+    the bias. Which of them a module is, and its weight and bias, are determined from its outputs for three vectors.
     """
     stream = apply(unembedding.before, last[None])[0]
     parts = torch.stack([apply(unembedding.before, part[None])[0] for part in parts])
     if unembedding.norm is None:
         return parts.float().cpu(), torch.zeros_like(stream[0]).float().cpu()
     norm = unembedding.norm
-    # Alternating ones have mean 0 and square 1; so large, the norm's epsilon is nothing beside them.
+    # Alternating signs have mean 0 and mean square 1; at this size the norm's epsilon is negligible.
     signs = torch.ones_like(stream[0])
     signs[1::2] = -1
     given = torch.stack([torch.zeros_like(signs), 64 * signs, 64 * torch.ones_like(signs)])

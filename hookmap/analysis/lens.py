@@ -1,4 +1,4 @@
-"""The logit lens: what the model would say if the stream at a layer went through its final norm and unembedding."""
+"""The logit lens: what the model would predict if the stream of a layer went through its final norm and unembedding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Metric = Literal["probability", "rank", "worst_rank", "top_probability", "entropy", "kl"]
 METRICS: tuple[str, ...] = get_args(Metric)
 STREAM_POINTS = ("resid_pre", "resid_mid_sum", "resid_mid", "resid_post", "mixer_out", "attn_out", "mlp_out")
-"""the points whose tensor is the stream, or is added to it"""
+"""points whose tensor is the stream or is added to it"""
 
 _CHUNK = 64
 _MEANING = {
@@ -41,7 +41,7 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Lens:
-    """What the lens says at each layer and position of one sample. Tensors are on the CPU, [layers, positions, ..]."""
+    """The lens's predictions for one sample. Tensors are on the CPU, [layers, positions, ..] unless stated."""
 
     point: str
     layers: tuple[int, ...]
@@ -50,29 +50,29 @@ class Lens:
     tokens: tuple[str, ...]
     """the text of each column's token"""
     top_ids: torch.Tensor
-    """[layers, positions, top]: the likeliest token ids, the likeliest first"""
+    """[layers, positions, top]: the likeliest token ids, in descending order of probability"""
     top_probabilities: torch.Tensor
     """[layers, positions, top]"""
     top_tokens: tuple[tuple[tuple[str, ...], ...], ...]
     """their texts, nested in the same way"""
     target_ids: torch.Tensor
-    """[positions]: the token that `probability` and `rank` are of: the model's own prediction unless one was named"""
+    """[positions]: the token that `probability` and `rank` are of; the model's prediction unless one was named"""
     target_tokens: tuple[str, ...]
     predicted: bool
     """whether the target is the model's own prediction"""
     probability: torch.Tensor
     """of the target"""
     rank: torch.Tensor
-    """of the target, int64: one more than the tokens whose logit is larger; 1 is the likeliest"""
+    """of the target, int64: 1 plus the number of tokens with a larger logit; 1 is the likeliest"""
     worst_rank: torch.Tensor
-    """of the target, int64: all tokens whose logit is at least as large; more than `rank` where others tie with it"""
+    """of the target, int64: the number of tokens with a logit at least as large; above `rank` at a tie"""
     entropy: torch.Tensor
     """of the lens's distribution, in nats"""
     kl: torch.Tensor
-    """KL(model's output ‖ lens), in nats; not a number where the last layer's resid_post was not captured"""
+    """KL(model's output ‖ lens), in nats; nan where the last layer's resid_post was not captured"""
 
     def grid(self, metric: Metric = "probability") -> Grid:
-        """One number for each layer and position. Raises SelectionError for a metric that is none."""
+        """One number for each layer and position. Raises SelectionError for an unknown metric."""
         if metric not in METRICS:
             raise SelectionError(f"lens metric {metric!r}: expected one of {', '.join(METRICS)}.")
         values = self.top_probabilities[..., 0] if metric == "top_probability" else getattr(self, metric)
@@ -82,11 +82,11 @@ class Lens:
 
     @property
     def words(self) -> tuple[tuple[str, ...], ...]:
-        """The likeliest token at each layer and position, for the cells of a picture."""
+        """The likeliest token at each layer and position, for the cells of a heat map."""
         return tuple(tuple(top[0] for top in row) for row in self.top_tokens)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON data; `null` where a number is not there."""
+        """Plain JSON data; `null` for nan."""
         lists = {name: getattr(self, name).tolist() for name in ("top_ids", "top_probabilities", "target_ids")}
         lists |= {name: getattr(self, name).tolist() for name in ("probability", "rank", "worst_rank", "entropy")}
         kl = [[None if value != value else value for value in row] for row in self.kl.tolist()]
@@ -244,18 +244,18 @@ class _Reading:
 
 
 def _chunks(positions: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Positions that go through the unembedding together: its output is as wide as the vocabulary."""
+    """Positions that go through the unembedding together; few, as its output is as wide as the vocabulary."""
     for start in range(0, len(positions), _CHUNK):
         yield positions[start : start + _CHUNK]
 
 
 def _stack(parts: Sequence[torch.Tensor], layers: int) -> torch.Tensor:
-    """Chunks of each layer, layer after layer within a chunk -> [layers, positions, ..]."""
+    """Concatenate chunks, which come layer after layer within a chunk, to [layers, positions, ..]."""
     return torch.stack([torch.cat(list(parts[layer::layers])) for layer in range(layers)])
 
 
 def _figures(logits: torch.Tensor, final: torch.Tensor | None, aim: torch.Tensor, top: int) -> dict[str, torch.Tensor]:
-    """Of logits [pos, d_vocab], float32; `final`: the model's own."""
+    """What a lens tells of logits [pos, d_vocab], float32. `final`: the model's own logits."""
     found, aims = logits.log_softmax(-1), aim.to(logits.device)[:, None]
     kl = torch.full((len(found),), float("nan"))
     if final is not None:
@@ -266,7 +266,7 @@ def _figures(logits: torch.Tensor, final: torch.Tensor | None, aim: torch.Tensor
         "top_ids": best.indices,
         "top_probabilities": best.values.exp(),
         "probability": found.gather(-1, aims)[:, 0].exp(),
-        # Of the logits: less of the sum of all, small differences between them would round away.
+        # Compared as logits: the log of the softmax would round small differences away.
         "rank": (logits > at).sum(-1) + 1,
         "worst_rank": (logits >= at).sum(-1),
         "entropy": -(found.exp() * found).nan_to_num(0).sum(-1),

@@ -1,8 +1,8 @@
-"""What a model does between the stream behind its last block and its logits, as steps that run on any stream.
+"""The computation from the residual stream after the last block to the logits, as steps that run on any stream.
 
-Read from the dataflow of the model itself: modules (final norm, unembedding, what else stands there), casts, constant
-factors and the tanh of a soft-cap, in their order. Nothing is guessed: a computation of another form is refused with
-the reason, and the steps are proved on the opened model, whose own logits they must give.
+The steps are read from the model's own dataflow, in order: modules (such as the final norm and the unembedding), casts,
+constant factors and the tanh of a soft-cap. Any other computation is refused with the reason. The steps are proved on
+the opened model: they must give its own logits.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step: a module, or an operation with a number."""
+class UnembeddingStep:
+    """A module, or one operation on a tensor."""
 
     name: str
-    """path of the module; or `mul`, `div`, `tanh`, `cast`"""
+    """the path of the module; or `mul`, `div`, `tanh` or `cast`"""
     module: nn.Module | None = None
     number: float | None = None
     dtype: torch.dtype | None = None
@@ -61,32 +61,32 @@ class Step:
 
 @dataclass(frozen=True)
 class Unembedding:
-    """The steps from the stream to the logits, cut where attributions need it."""
+    """The steps from the stream to the logits, in the four parts that attributions need."""
 
-    before: tuple[Step, ...]
+    before: tuple[UnembeddingStep, ...]
     """up to the final norm"""
-    norm: Step | None
+    norm: UnembeddingStep | None
     """the final norm; None where the model has none"""
-    after: tuple[Step, ...]
-    """up to the unembedding and its constant factor: linear in most models"""
-    cap: tuple[Step, ...]
+    after: tuple[UnembeddingStep, ...]
+    """up to the unembedding and its constant factor; linear in most models"""
+    cap: tuple[UnembeddingStep, ...]
     """the soft-cap and what follows it; empty where there is none"""
     dtype: torch.dtype = torch.float32
-    """of the stream as the model has it"""
+    """of the model's stream"""
 
     @property
-    def before_cap(self) -> tuple[Step, ...]:
+    def before_cap(self) -> tuple[UnembeddingStep, ...]:
         """All steps up to the soft-cap."""
         return (*self.before, *((self.norm,) if self.norm else ()), *self.after)
 
     @property
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[UnembeddingStep, ...]:
         """All steps, in order."""
         return (*self.before_cap, *self.cap)
 
     @property
     def tolerance(self) -> float:
-        """How far two computations of the same logits may be apart, as a share of the largest."""
+        """How much two computations of the same logits may differ, relative to the largest logit."""
         weights = (p.dtype for s in self.steps if s.module is not None for p in s.module.parameters())
         return max(_TOLERANCE.get(dtype, 4e-2) for dtype in (self.dtype, *weights) if dtype.is_floating_point)
 
@@ -98,8 +98,8 @@ class Unembedding:
         return " → ".join(map(str, self.steps))
 
 
-def apply(steps: Sequence[Step], x: torch.Tensor) -> torch.Tensor:
-    """The steps one after the other, without gradients."""
+def apply(steps: Sequence[UnembeddingStep], x: torch.Tensor) -> torch.Tensor:
+    """Run the steps one after the other, without gradients."""
     with torch.no_grad():
         for step in steps:
             x = step(x)
@@ -110,7 +110,7 @@ _proved: weakref.WeakKeyDictionary[nn.Module, Unembedding] = weakref.WeakKeyDict
 
 
 def unembedding_of(hm: Hooked) -> Unembedding:
-    """The steps of an opened model, read and proved once.
+    """The steps of an opened model. They are read and proved once.
 
     Raises SelectionError with the reason where they cannot be read, or do not give the model's own logits, and
     CaptureError where the stream is not finite.
@@ -118,7 +118,7 @@ def unembedding_of(hm: Hooked) -> Unembedding:
     if hm.model not in _proved:
         last = hm.map.selectors("resid_post", -1)[-1]
         for point in ("resid_post", "logits"):
-            hm.map.selectors(point, -1)  # says why, where the model has none
+            hm.map.selectors(point, -1)  # raises the reason where the model has none
         with lock_of(hm.model).exclusive():
             unembedding = read(modules.unwrap(hm.model), last, hm.map.final_norm_path, hm.map.lm_head_path)
         _proved[hm.model] = _prove(hm, unembedding)
@@ -141,7 +141,7 @@ def read(model: nn.Module, last: Selector, norm_path: str | None, head_path: str
     try:
         return _cut(tuple(_walk(model, flow, logits, end, {norm_path, head_path} - {None})), norm_path)
     except SelectionError as error:
-        try:  # a head that computes more inside, around the named modules, is one step as a whole
+        try:  # a head that computes more than its named modules is taken as one step
             return _cut(tuple(_walk(model, flow, logits, end, set())), norm_path)
         except SelectionError:
             raise error from None
@@ -151,15 +151,15 @@ def _time(flow: Dataflow, path: str, side: str) -> int:
     return max((c.enter if side == "input" else c.exit for c in flow.calls if c.path == path), default=-1)
 
 
-def _walk(model: nn.Module, flow: Dataflow, tensor: int, end: int, named: set[Any]) -> list[Step]:
-    """From the logits backwards to what was there when the last block was done."""
-    steps: list[Step] = []
+def _walk(model: nn.Module, flow: Dataflow, tensor: int, end: int, named: set[Any]) -> list[UnembeddingStep]:
+    """The steps from the end of the last block to the logits, found backwards from the logits."""
+    steps: list[UnembeddingStep] = []
     while (op := flow.producer(tensor)) is not None and op.time > end:
         if (call := _module(flow, tensor, end, named)) is not None:
             entered = [t for t in call.entered.values() if flow.tensors[t].dtype.is_floating_point]
             if len(entered) != 1:
                 raise _refused(model, f"{call.path} reads {len(entered)} tensors")
-            steps.append(Step(call.path, module=call.module))
+            steps.append(UnembeddingStep(call.path, module=call.module))
             tensor = entered[0]
             continue
         step, tensor = _step(model, op)
@@ -168,7 +168,7 @@ def _walk(model: nn.Module, flow: Dataflow, tensor: int, end: int, named: set[An
 
 
 def _module(flow: Dataflow, tensor: int, end: int, named: set[Any]) -> ModuleCall | None:
-    """The outermost module that gives this tensor, holds no named module inside, and ran behind the last block."""
+    """The outermost module that returns this tensor, contains no named module, and ran after the last block."""
     for call in flow.calls:
         inside = any(path != call.path and path.startswith(f"{call.path}.") for path in named)
         if call.enter > end and tensor in call.outputs.values() and call.path and not inside:
@@ -176,21 +176,21 @@ def _module(flow: Dataflow, tensor: int, end: int, named: set[Any]) -> ModuleCal
     return None
 
 
-def _step(model: nn.Module, op: Operation) -> tuple[Step | None, int]:
-    """One operation as a step, and the tensor that it reads."""
+def _step(model: nn.Module, op: Operation) -> tuple[UnembeddingStep | None, int]:
+    """One operation as a step (None where it changes only the shape), and the tensor that it reads."""
     first = op.args[0] if op.args else None
     if op.name in _SAME:
         return None, op.inputs[-1 if op.name == "alias_update" else 0]
     if isinstance(first, TensorRef) and op.name == "_to_copy":
-        return Step("cast", dtype=op.kwargs.get("dtype")) if op.kwargs.get("dtype") else None, first.id
+        return UnembeddingStep("cast", dtype=op.kwargs.get("dtype")) if op.kwargs.get("dtype") else None, first.id
     if isinstance(first, TensorRef) and op.name == "tanh":
-        return Step("tanh"), first.id
+        return UnembeddingStep("tanh"), first.id
     if isinstance(first, TensorRef) and op.name in ("mul", "div") and isinstance(op.args[1], (int, float)):
-        return Step(op.name, number=float(op.args[1])), first.id
+        return UnembeddingStep(op.name, number=float(op.args[1])), first.id
     raise _refused(model, f"`{op.name}` of {len(op.inputs)} tensors stands between the last block and the logits")
 
 
-def _cut(steps: tuple[Step, ...], norm_path: str | None) -> Unembedding:
+def _cut(steps: tuple[UnembeddingStep, ...], norm_path: str | None) -> Unembedding:
     norm = next((n for n, step in enumerate(steps) if step.module is not None and step.name == norm_path), None)
     before, rest = ((), steps) if norm is None else (steps[:norm], steps[norm + 1 :])
     cap = next((n for n, step in enumerate(rest) if step.name == "tanh"), len(rest))
@@ -200,14 +200,14 @@ def _cut(steps: tuple[Step, ...], norm_path: str | None) -> Unembedding:
 
 
 def _run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The module on a stream that may lie elsewhere."""
+    """Run the module on a stream that may be on another device."""
     output = module(x.to(modules.device_of(module)))
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return found
 
 
 def _prove(hm: Hooked, unembedding: Unembedding) -> Unembedding:
-    """The model's own logits must come out: of the whole sequence, and of each position alone."""
+    """Check that the steps give the model's own logits, for the whole sequence and for each position alone."""
     size = hm.map.d_vocab or _PROOF_TOKENS
     tokens = [(1 + 37 * n) % size for n in range(_PROOF_TOKENS)]
     run = hm.capture([tokens], points=["resid_post", "logits"], layers=[-1], max_new_tokens=0)
@@ -228,7 +228,7 @@ def _prove(hm: Hooked, unembedding: Unembedding) -> Unembedding:
 
 
 def _with_norm(unembedding: Unembedding, stream: torch.Tensor) -> Unembedding:
-    """Where the map names no final norm, the first module is one if it does not care how large the stream is."""
+    """Where the map names no final norm, the first module is it if its output does not depend on the stream's scale."""
     first = unembedding.after[0] if len(unembedding.after) > 1 else None
     if unembedding.norm is not None or first is None or first.module is None:
         return unembedding
