@@ -1,4 +1,4 @@
-"""Grids, attributions and attention as charts: PNG, SVG, or one HTML file that needs nothing else.
+"""Grids, attributions and attention as charts: PNG, SVG, or one self-contained HTML file.
 
 The charts are Altair's; they are drawn offline. Both packages come with `pip install "hookmap[viz]"`.
 """
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".html")
 MISSING = 'pictures need Altair and vl-convert: pip install "hookmap[viz]"'
 _LABEL, _CELL = 12, 6
-"""characters of a token that fit at an axis, and at most into a cell"""
+"""the most characters of a token that are shown at an axis, and in a cell"""
 _VISIBLE = {" ": "␣", "\n": "↵", "\t": "→", "\r": "←", "": "∅"}
 
 
 def heat_map(
     grid: Grid, words: Sequence[Sequence[str]] | None = None, *, title: str | None = None, log: bool = False
 ) -> Any:
-    """Layers upwards, positions to the right, as an Altair chart.
+    """An Altair chart of a grid, with layers upwards and positions to the right.
 
-    words: what is written in the cells, [layers, positions]. log: a logarithmic scale of colours, dark where small.
-    Numbers of both signs are red and blue around zero. Raises CaptureError where Altair is not installed.
+    words: texts in the cells, [layers, positions]. log: a logarithmic colour scale, dark where the value is small.
+    Values of both signs are red and blue around zero. Raises CaptureError where Altair is not installed.
     """
     alt = load_altair()
     values, cell = grid.values.tolist(), _cell(words)
@@ -69,7 +69,7 @@ def heat_map(
 
 
 def bars(attribution: Attribution, column: int = -1) -> Any:
-    """What each part adds to the logit at one position (the last unless given), as an Altair chart."""
+    """An Altair chart of what each part adds to the logit at one position, the last unless given."""
     alt = load_altair()
     values = attribution.values[:, column].tolist()
     rows = [
@@ -96,10 +96,10 @@ def bars(attribution: Attribution, column: int = -1) -> Any:
 def attention(
     pattern: torch.Tensor, tokens: Sequence[str], *, heads: Sequence[int] | None = None, title: str = "attention"
 ) -> Any:
-    """Attention weights [heads, query, key] as one small heat map for each head, as an Altair chart.
+    """An Altair chart of attention weights [heads, query, key]: one small heat map for each head.
 
-    heads: which of them to draw; or, of a slice such as `pattern[4:6]`, the numbers of its heads, as many as it has.
-    They stand in the order of their numbers. Raises CaptureError for heads that are not there.
+    heads: the heads to draw; for a slice such as `pattern[4:6]`, the number of each head in it. They are drawn in
+    ascending order. Raises CaptureError for heads that are not there.
     """
     alt = load_altair()
     if pattern.ndim != 3 or pattern.shape[1:] != (len(tokens), len(tokens)):
@@ -122,7 +122,7 @@ def attention(
         for k, v in enumerate(keys[: q + 1] if causal else keys)
     ]
     side = max(120, 12 * len(tokens))
-    names = [f"head {name}" for name, _ in drawn]  # as texts they would stand 0, 1, 10, 11, 2
+    names = [f"head {name}" for name, _ in drawn]  # sorted as texts they would be 0, 1, 10, 11, 2
     chart = (
         alt.Chart(alt.Data(values=rows))
         .mark_rect()
@@ -139,7 +139,7 @@ def attention(
 
 
 def _heads(count: int, heads: Sequence[int] | None) -> list[tuple[int, int]]:
-    """(number, place in the pattern) of each head that is drawn, by number. Raises CaptureError."""
+    """(number, index in the pattern) of each head that is drawn, by number. Raises CaptureError."""
     if heads is None:
         return [(n, n) for n in range(count)]
     named = list(heads)
@@ -161,10 +161,10 @@ def _heads(count: int, heads: Sequence[int] | None) -> list[tuple[int, int]]:
 def bands(
     rows: Sequence[Mapping[str, Any]], lines: Mapping[str, float], *, value: str = "auroc", title: str = ""
 ) -> Any:
-    """A number by layer, a line for each point with its interval as a band, as an Altair chart.
+    """An Altair chart of a number by layer: a line for each point, with its interval as a band.
 
-    rows: with `point`, `layer`, the number under the name `value`, `low` and `high`. lines: other numbers to compare
-    with, by their names, as dashed lines across.
+    rows: dicts with `point`, `layer`, `low`, `high`, and the number under the key `value`. lines: name -> a number to
+    compare with, drawn as a dashed line.
     """
     alt = load_altair()
     base = alt.Chart(alt.Data(values=list(rows))).encode(
@@ -188,7 +188,7 @@ def bands(
 
 
 def save_picture(chart: Any, path: str | Path) -> Path:
-    """Write a chart; the name's ending says as what. Raises StoreError for another ending, or where it cannot."""
+    """Write a chart to a .png, .svg or .html file. Raises StoreError for another ending, or where writing fails."""
     target = Path(path)
     if target.suffix.lower() not in FORMATS:
         raise StoreError(f"{target}: a picture ends in {', '.join(FORMATS)}, got {target.suffix or 'no ending'!r}.")
@@ -209,20 +209,20 @@ def save_picture(chart: Any, path: str | Path) -> Path:
 
 
 def printable(token: str, limit: int | None = None) -> str:
-    """A token as a person reads it: spaces and line ends as signs, what has no sign as its code."""
+    """A token with visible characters: signs for spaces and line ends, codes for unprintable characters."""
     shown = "".join(_VISIBLE.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in token) or _VISIBLE[""]
     return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 class _InAScript(json.JSONEncoder):
-    """A chart's data stands in a script of the page: no token's text may end it."""
+    """JSON for a script element of the page, which no token's text may end."""
 
     def encode(self, o: Any) -> str:
         return super().encode(o).replace("<", "\\u003c")
 
 
 def load_altair() -> Any:
-    """The package. Raises CaptureError where it, or what makes files of its charts, is not installed."""
+    """Altair. Raises CaptureError where it, or vl-convert, is not installed."""
     try:
         import altair
         import vl_convert  # noqa: F401
@@ -232,25 +232,25 @@ def load_altair() -> Any:
 
 
 def _token_axis(tokens: Sequence[str]) -> Any:
-    """An axis of columns labelled with their tokens: two columns of one token stay two."""
+    """An axis whose columns are labelled with tokens; columns with the same token stay apart."""
     labels = json.dumps([printable(token, _LABEL) for token in tokens])
     angle = 0 if all(len(printable(token)) <= 2 for token in tokens) else -60
     return load_altair().Axis(labelExpr=f"{labels}[datum.value]", labelAngle=angle, labelOverlap=False)
 
 
 def _short(value: float) -> float | None:
-    """To five digits: more say nothing in a picture. None for what is no number."""
+    """The value to five digits, which suffice in a picture; None for nan and infinities."""
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def _cell(words: Sequence[Sequence[str]] | None) -> int:
-    """Characters that nearly all words fit in: one long word does not make every column wide."""
+    """The width of a cell in characters, in which nearly all words fit."""
     lengths = sorted(len(printable(word)) for row in words or () for word in row)
     return max(3, min(_CELL, lengths[int(0.95 * (len(lengths) - 1))])) if lengths else 0
 
 
 def _colours(grid: Grid, log: bool) -> tuple[dict[str, Any], str]:
-    """The scale, and where its colours are so dark that words on them are white."""
+    """The colour scale, and the condition under which words on it are white."""
     known = grid.values[grid.values.isfinite()]
     low, high = (float(known.min()), float(known.max())) if known.numel() else (0.0, 1.0)
     if log:
@@ -267,7 +267,7 @@ def _colours(grid: Grid, log: bool) -> tuple[dict[str, Any], str]:
 
 
 def finished(chart: Any, title: str, width: int, height: int) -> Any:
-    """A chart as all of hookmap's look."""
+    """A chart with its title, size and hookmap's style."""
     return chart.properties(title=title, width=width, height=height, background="white").configure_axis(
         labelFontSize=11, titleFontSize=12, grid=False
     )

@@ -1,8 +1,8 @@
-"""Steering vectors as llama.cpp's control vectors: the GGUF files that llama.cpp loads and repeng writes.
+"""Steering vectors as control vectors: GGUF files that llama.cpp loads and repeng writes.
 
-`direction.N`, float32 [d_model], is added to what leaves block N (0-based): resid_post of layer N. llama.cpp has none
-for block 0. The file's architecture is `controlvector`, `controlvector.model_hint` names the kind of model, and
-`controlvector.layer_count` is the number of directions, as repeng writes it.
+`direction.N`, float32 [d_model], is added to the output of block N (0-based): resid_post of layer N. llama.cpp has no
+direction for block 0. The file's architecture is `controlvector`, `controlvector.model_hint` names the type of model,
+and `controlvector.layer_count` is the number of directions, as repeng writes it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _OWN = ("method", "model")
 
 
 def write_gguf(vector: SteeringVector, path: str | Path, model_hint: str | None = None) -> Path:
-    """Write a control vector. model_hint: the model's type unless given; llama.cpp shows it and checks nothing.
+    """Write a control vector. model_hint: the model's type unless given; llama.cpp only displays it.
 
-    Raises StoreError for another point than resid_post, for layer 0, and where the file cannot be written.
+    Raises StoreError for points other than resid_post, for layer 0, and where the file cannot be written.
     """
     target, about = Path(path), vector.about
     if about.point != POINT:
@@ -59,7 +59,7 @@ def write_gguf(vector: SteeringVector, path: str | Path, model_hint: str | None 
 
 
 def read_gguf(path: str | Path) -> SteeringVector:
-    """The control vector in a GGUF file. Raises StoreError where it is none, with what was found."""
+    """Read the control vector in a GGUF file. Raises StoreError, with what was found, for another file."""
     if not Path(path).is_file():
         raise StoreError(f"{path}: there is no such file.")
     try:
@@ -91,12 +91,12 @@ def read_gguf(path: str | Path) -> SteeringVector:
 
 
 def open_vector(path: str | Path) -> SteeringVector:
-    """Of a .gguf file, else of a .safetensors one. Raises what `read_gguf` and `load_vector` do."""
+    """Read a .gguf or a .safetensors file. Raises what `read_gguf` and `load_vector` raise."""
     return read_gguf(path) if Path(path).suffix == ".gguf" else load_vector(path)
 
 
 def _text(field: Any) -> str | None:
-    """A field's value where it is a text."""
+    """A field's value if it is a text."""
     value = field.contents()
     return value if isinstance(value, str) else None
 

@@ -1,4 +1,4 @@
-"""A number for each layer and position, as lenses and patching sweeps find them: what tables and heat maps are made of.
+"""One number for each layer and position, as lenses and patching sweeps give them, for tables and heat maps.
 
 Imports no torch until asked to save or load.
 """
@@ -27,11 +27,11 @@ class Grid:
     tokens: tuple[str, ...]
     """the text of each column's token"""
     metric: str
-    """what the numbers are, in words"""
+    """what the values are, in words"""
     point: str
 
     def __post_init__(self) -> None:
-        """Raises CaptureError where labels and values differ in number."""
+        """Raises CaptureError where the labels do not fit the values' shape."""
         labels = (len(self.layers), len(self.positions))
         if tuple(self.values.shape) != labels or len(self.tokens) != len(self.positions):
             raise CaptureError(
@@ -40,7 +40,7 @@ class Grid:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Writes PATH.safetensors (values and labels) and PATH.csv (layer, position, token, value). Gives the first."""
+        """Write PATH.safetensors (values, labels) and PATH.csv (layer, position, token, value); returns the first."""
         from safetensors.torch import save_file
 
         base = Path(path).with_suffix("")
@@ -58,7 +58,7 @@ class Grid:
 
 
 def load_grid(path: str | Path) -> Grid:
-    """What `Grid.save` wrote. Raises StoreError where the file is none of these."""
+    """Read a file of `Grid.save`. Raises StoreError where it is another file."""
     from safetensors import SafetensorError, safe_open
 
     try:

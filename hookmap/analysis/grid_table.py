@@ -19,9 +19,9 @@ def grid_table(
     columns: int | None = None,
     told: Sequence[Sequence[bool]] | None = None,
 ) -> Table:
-    """words: written in the cells instead of numbers. columns: the last so many, where not all fit.
+    """words: texts in the cells, in place of numbers. columns: only this many, the last ones, are shown.
 
-    told: whether a number says something, [layers, positions]; the others stand in brackets.
+    told: [layers, positions]; numbers are in brackets where it is False.
     """
     first = max(0, len(grid.positions) - columns) if columns else 0
     known = grid.values[grid.values.isfinite()]
@@ -42,7 +42,7 @@ def grid_table(
 
 
 def _style(share: float) -> str:
-    """Light where the value is small, dark where it is large; plain where there is none."""
+    """Light where the value is small, dark where it is large; no style for nan."""
     if not math.isfinite(share):
         return ""
     mixed = (round(a + (b - a) * share) for a, b in zip(_LIGHT, _DARK, strict=True))

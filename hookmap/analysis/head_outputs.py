@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def head_outputs(hm: Hooked, run: Capture, layer: int, close: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a capture of z and mixer_out: [heads, pos, d_model], and what is left of mixer_out: a bias, [pos, d_model].
+    """From a capture of z and mixer_out: [heads, pos, d_model], and the rest of mixer_out, a bias, [pos, d_model].
 
-    `close`: how far the sum may be off, as a share of the largest. Raises SelectionError where heads and bias are
-    not all that the mixer adds.
+    `close`: how much the sum may be off, relative to the largest value. Raises SelectionError where the mixer adds more
+    than heads and a bias.
     """
     (z_at,), (out_at,) = hm.map.selectors("z", layer), hm.map.selectors("mixer_out", layer)
     term, z, whole = z_at.terms[0], run.read(0, "z", layer), run.read(0, "mixer_out", layer).float()
@@ -26,7 +26,7 @@ def head_outputs(hm: Hooked, run: Capture, layer: int, close: float) -> tuple[to
         raise _refused(hm, layer, "its output projection does not read the heads side by side")
     project, scale = hm.model.get_submodule(term.module), out_at.scale
     count = z.shape[1]
-    alone = torch.zeros(count + 1, *z.shape, dtype=z.dtype)  # the last one is of no head: the bias
+    alone = torch.zeros(count + 1, *z.shape, dtype=z.dtype)  # the last one has no head: it gives the bias
     for head in range(count):
         alone[head, :, head] = z[:, head]
     with torch.no_grad():

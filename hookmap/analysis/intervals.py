@@ -1,6 +1,6 @@
-"""95 % intervals that hold at small numbers and never have width 0. Pure: numbers in, (low, high) out.
+"""95 % intervals that are valid for small samples and never have width 0. Pure: numbers in, (low, high) out.
 
-How often each covers is simulated in docs/coverage.md. SciPy comes with `hookmap[eval]`, and is imported when used.
+Their coverage is simulated in docs/coverage.md. SciPy comes with `hookmap[eval]`, and is imported when used.
 """
 
 import math
@@ -16,9 +16,9 @@ Interval = tuple[float, float]
 
 
 def proportion_interval(successes: int, total: int, level: float = LEVEL) -> Interval:
-    """Clopper and Pearson's exact interval of a share, such as an accuracy; (0, 1) of nothing.
+    """Clopper and Pearson's exact interval of a proportion, such as an accuracy; (0, 1) for no trials.
 
-    8 of 8 give (0.631, 1). It covers at least `level`, whatever the share is. Raises ValueError for impossible counts.
+    8 of 8 give (0.631, 1). It covers every proportion with at least `level`. Raises ValueError for impossible counts.
     """
     if not 0 <= successes <= total:
         raise ValueError(f"expected 0 <= successes <= total, got {successes} of {total}")
@@ -81,7 +81,7 @@ def _auroc_variance(auroc: float, positives: float, negatives: float) -> float:
 
 @cache
 def _student(share: float, freedom: int) -> float:
-    """Its quantile, which costs more than all else: reports ask for the same again and again."""
+    """A quantile of Student's t. Cached, because it is slow and reports ask for the same ones again."""
     return float(_scipy("stats").t.ppf(share, freedom))
 
 

@@ -1,9 +1,9 @@
-"""Steering vectors from contrast pairs, and the file that keeps them.
+"""Steering vectors from contrast pairs, and their file format.
 
-A vector of a layer is a direction in the space of one point: from where the model is after the negative texts to where
-it is after the positive ones. Two methods:
+A layer's vector is a direction in the space of one point, from its rows for the negative texts to those for the
+positive texts. Two methods:
 
-- `mean_difference`: the mean over pairs of positive minus negative. Its length is that of the contrast.
+- `mean_difference`: the mean over pairs of positive minus negative. Its length is that of the difference.
 - `pca`: the first principal component of the rows around each pair's midpoint, of length 1. Its sign is that of the
   mean difference: adding it moves towards the positive texts. (repeng calls it `pca_center`.)
 """
@@ -33,18 +33,18 @@ _METADATA = "hookmap.steering"
 
 
 class About(BaseModel):
-    """What a vector is of; the metadata of its file, as JSON under `hookmap.analysis.steering`."""
+    """What a vector was made from. It is JSON in the metadata of the file, under `hookmap.steering`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
-    point: str = Field(description="the point that the vectors are of, and are to be added to")
-    method: str = Field(description="mean_difference or pca, or what another tool's file says")
+    point: str = Field(description="the point whose space the vectors are in, and to which they are added")
+    method: str = Field(description="mean_difference or pca, or what the file of another tool says")
     model: str | None = Field(default=None, description="hub id or path of the model")
-    model_type: str | None = Field(default=None, description="of its config, such as qwen3")
+    model_type: str | None = Field(default=None, description="the config's, such as qwen3")
     architecture: str | None = None
-    pairs: int | None = Field(default=None, ge=1, description="contrast pairs that they were made from")
-    positions: str | None = Field(default=None, description="of which tokens; several are averaged")
+    pairs: int | None = Field(default=None, ge=1, description="number of contrast pairs")
+    positions: str | None = Field(default=None, description="tokens whose rows were used; several are averaged")
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,7 +68,7 @@ class SteeringVector:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Ascending."""
+        """The layers that have a direction, ascending."""
         return tuple(sorted(self.directions))
 
     def __getitem__(self, layer: int) -> torch.Tensor:
@@ -82,7 +82,7 @@ class SteeringVector:
         return f"<SteeringVector of {self.about.point} of {self.about.architecture or 'a model'}, layers {layers}>"
 
     def interventions(self, strength: float = 1.0, layers: Sequence[int] | None = None, **where: Any) -> list[Any]:
-        """Documents that steer by these directions, one for each layer: for `interventions=` or a YAML file."""
+        """Documents that add these directions, one for each layer, for `interventions=` or a YAML file."""
         return [
             {"do": "steer", "point": self.about.point, "layers": [n], "vector": self[n].tolist(), "strength": strength}
             | where
@@ -106,7 +106,7 @@ class SteeringVector:
 
 
 def load_vector(path: str | Path) -> SteeringVector:
-    """What `SteeringVector.save` wrote. Raises StoreError where the file is none of these, or broken."""
+    """Read a file of `SteeringVector.save`. Raises StoreError where it is another file, or broken."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -136,7 +136,7 @@ def load_vector(path: str | Path) -> SteeringVector:
 
 
 def from_file(path: str | Path, about: About, directions: Mapping[int, torch.Tensor]) -> SteeringVector:
-    """What a file holds. Raises StoreError that names it where its directions are none."""
+    """The vector that a file holds. Raises StoreError with the file's name where the directions are wrong."""
     try:
         return SteeringVector(about, directions)
     except StoreError as error:
@@ -196,10 +196,10 @@ def mean_difference(positive: torch.Tensor, negative: torch.Tensor) -> torch.Ten
 def principal_direction(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     """The first principal component of the rows around each pair's midpoint, [pairs, d] each -> float32 [d], length 1.
 
-    It points from the negative rows to the positive ones: its product with their mean difference is not negative;
-    where that is 0 the largest of its numbers is positive. Raises SelectionError where no pair differs.
+    Its sign is such that its product with the mean difference, positive minus negative, is not negative; where that
+    product is 0, its entry of the largest magnitude is positive. Raises SelectionError where no pair differs.
     """
-    halves = (positive.double() - negative.double()) / 2  # the rows around a midpoint are this and its negative
+    halves = (positive.double() - negative.double()) / 2  # the two rows around a midpoint are this and its negative
     if not bool(halves.any()):
         raise SelectionError("the texts of each pair leave the same rows: they have no direction. Give other pairs.")
     direction: torch.Tensor = torch.linalg.svd(halves, full_matrices=False).Vh[0]

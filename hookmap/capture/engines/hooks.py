@@ -1,6 +1,6 @@
-"""Plain PyTorch hooks, there during a run and gone after it. The leanest way to watch: nothing is wrapped.
+"""Captures through plain PyTorch hooks, which are registered for a run and removed after it. Nothing is wrapped.
 
-A hook looks at nothing but its own thread's run, so that captures on several threads share one model without a lock.
+A hook ignores the passes of other threads, so that captures on several threads can share one model.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from hookmap.maps.selectors import Selector
 
 
 class _SawAllError(Exception):
-    """Ends a forward pass of which nothing more is needed."""
+    """Ends a forward pass when the observer has seen everything that it needs."""
 
 
 class HooksEngine:
@@ -36,9 +36,9 @@ class HooksEngine:
         self.module = module
         self.root = root
         self.runner = runner_of(module)
-        # PEFT's wrappers change the model inside while they run.
+        # PEFT's wrappers change the inner model while they run.
         self.exclusive = self.runner is not root
-        # accelerate moves weights back after a module's forward: a pass that ends early would leave them.
+        # accelerate moves weights back after a module's forward, which a pass that ends early would skip.
         self.ends_early = not any(hasattr(part, "_hf_hook") for part in module.modules())
 
     def generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> torch.Tensor:
@@ -47,7 +47,7 @@ class HooksEngine:
             return generate_of(self.runner, self.root)(**inputs)
 
     def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
-        """See `Engine.forward`; the pass ends where the last selector is complete."""
+        """See `Engine.forward`; the pass ends when the last selector is complete."""
         watching = self._watching(observer, editor, ends_early=self.ends_early)
         with hooked_forward(self.runner, self.root), watching, contextlib.suppress(_SawAllError), torch.no_grad():
             call(self.runner, inputs)
@@ -81,7 +81,7 @@ class HooksEngine:
             edited = () if editor is None else editor.boundaries
             for path, side in dict.fromkeys((*observer.boundaries, *edited)):
                 module = module_at(self.module, self.root, path)
-                # The order of the hooks is that of the calls: what each sees is what those before it passed on.
+                # Hooks run in the order of registration: each sees what the ones before it passed on.
                 calls: list[_Call] = []
                 if (path, side) in edited and editor is not None:
                     if before is not None and (path, side) in before.boundaries:
@@ -102,9 +102,9 @@ class HooksEngine:
 def _edits(
     editor: Editor, observer: Observer, path: str, side: Side, then_end: Callable[[Watch], Watch]
 ) -> Iterator["_Call"]:
-    """The edits of one boundary with the watchers among them: the stream is seen before a branch's input is replaced.
+    """The edits and watchers of one boundary, in order: the stream is seen before a branch's input is replaced.
 
-    A norm's input, or an MLP's, may be the stream and what the branch reads: one tensor, two points.
+    One tensor may be two points: the input of a norm, or of an MLP, may be the stream and also what the branch reads.
     """
     watched = (path, side) in observer.boundaries
     for mode in ("in place", "replace"):
@@ -134,7 +134,7 @@ _Call = Callable[[Sequence[Any], Mapping[str, Any], Any], Any]
 def _on_input(call: _Call) -> Any:
     me, thread = threading.get_ident(), threading.get_ident
 
-    # PyTorch notes apart that a hook takes kwargs: while this is put on or taken off, others call it without them.
+    # PyTorch stores separately that a hook takes kwargs: while another thread adds or removes it, they may be missing.
     def hook(_: nn.Module, args: Any, kwargs: Any = None) -> Any:
         if thread() != me:
             return None
@@ -157,16 +157,16 @@ def _on_output(call: _Call) -> Any:
 
 
 def call(runner: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """One forward pass with those of the inputs that `runner` takes, by its own names for them."""
+    """Run one forward pass with the inputs that `runner` accepts, under its own parameter names."""
     runner(**{parameter: inputs[name] for name, parameter in accepted(runner, inputs).items()})
 
 
 def logits_of_pass(
     root: nn.Module, generating: bool, observer: Observer, before: Observer | None = None
 ) -> dict[str, Any]:
-    """The argument with which the pass that has begun computes the logits that are kept, and no more: they are large.
+    """The argument that makes the pass which has begun compute only the logits that are kept, because logits are large.
 
-    Given to the model itself: its own `prepare_inputs_for_generation` may set another.
+    It is passed to the model itself, whose `prepare_inputs_for_generation` may have set another value.
     """
     parameter = gen.logits_parameter(root)
     if parameter is None:
@@ -179,7 +179,7 @@ def logits_of_pass(
 
 
 def module_at(module: nn.Module, root: nn.Module, path: str) -> nn.Module:
-    """The module that a selector names. Raises CaptureError where there is none."""
+    """The module at a selector's path. Raises CaptureError where there is none."""
     if not path:
         return root
     try:

@@ -1,4 +1,4 @@
-"""From the device to the host without waiting: pinned memory and a stream of its own on a GPU, nothing on the CPU."""
+"""Copies tensors to the host without blocking: through pinned memory and a separate stream on a GPU."""
 
 from collections import deque
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 IN_FLIGHT = 64 * 2**20
-"""bytes that may be on their way before the oldest are waited for"""
+"""bytes that may be in flight before the oldest copy is waited for"""
 
 
 class Transfer:
-    """Hands tensors on as they are on the host, in the order in which they were sent."""
+    """Delivers tensors on the host, in the order in which they were sent."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Any, torch.Tensor, Callable[[torch.Tensor], None]]] = deque()
@@ -19,7 +19,7 @@ class Transfer:
         self._streams: dict[torch.device, Any] = {}
 
     def send(self, tensor: torch.Tensor, arrived: Callable[[torch.Tensor], None]) -> None:
-        """`tensor` is nobody else's; `arrived` gets it on the host: now, or at a later `send` or `finish`."""
+        """Copy `tensor`, held by nobody else. `arrived` gets it on the host now, or at a later `send` or `finish`."""
         if tensor.device.type == "cpu":
             arrived(tensor)
         elif tensor.device.type != "cuda":
@@ -28,7 +28,7 @@ class Transfer:
             self._send_from_gpu(tensor, arrived)
 
     def finish(self) -> None:
-        """Everything that was sent has arrived."""
+        """Wait until everything that was sent has arrived."""
         while self._waiting:
             self._arrive()
 
@@ -43,7 +43,7 @@ class Transfer:
             host.copy_(tensor, non_blocking=True)
             there = torch.cuda.Event()  # type: ignore[no-untyped-call]
             there.record(stream)
-        tensor.record_stream(stream)  # else its memory is given away before the copy is done
+        tensor.record_stream(stream)  # otherwise its memory is reused before the copy is done
         self._waiting.append((there, host, arrived))
         self._bytes += host.nbytes
         while self._waiting and (self._bytes > IN_FLIGHT or self._waiting[0][0].query()):

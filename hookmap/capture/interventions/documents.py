@@ -1,4 +1,4 @@
-"""Interventions as data: what is written where, as frozen documents that JSON and YAML hold. Runs nothing.
+"""Interventions as data: frozen documents, also in JSON and YAML, that say what is written where. Runs nothing.
 
 - {do: steer, point: resid_post, layers: [8], vector: {file: v.safetensors, key: happy}, strength: 4}
 - {do: patch, point: resid_pre, layers: 4, positions: "text=7", source: {prompt: "Tom has 2 apples."}}
@@ -25,7 +25,7 @@ class _Frozen(BaseModel):
 
 
 def _plain(value: Any) -> Any:
-    """Tensors and arrays as numbers."""
+    """Tensors and arrays as lists of numbers."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -47,11 +47,11 @@ class VectorFile(_Frozen):
 
 
 Vector: TypeAlias = Annotated[VectorFile | tuple[float, ...] | tuple[tuple[float, ...], ...], BeforeValidator(_plain)]
-"""numbers, a tensor (kept as numbers) or a file; of heads [d_head], the same for each of them, or [heads, d_head]"""
+"""numbers, a tensor (stored as numbers) or a file; for heads [d_head], the same for each, or [heads, d_head]"""
 
 
 class Source(_Frozen):
-    """Where values come from: another prompt's run, or a sample of a stored capture."""
+    """The source of values: another prompt's run, or a sample of a stored capture."""
 
     prompt: str | tuple[int, ...] | tuple[dict[str, Any], ...] | None = Field(
         default=None, description="a text, token ids, or chat messages; it is read once, without interventions"
@@ -59,7 +59,7 @@ class Source(_Frozen):
     store: str | None = Field(default=None, description="a capture folder that holds this point and layer")
     sample: int = Field(default=0, ge=0, description="which sample of the store")
     positions: Positions | None = Field(
-        default=None, description="which of its tokens, in order; the same ones as of the target unless given"
+        default=None, description="which of its tokens, in order; the positions of the intervention unless given"
     )
 
     @model_validator(mode="after")
@@ -88,17 +88,17 @@ class Steer(_Intervention):
     do: Literal["steer"] = "steer"
     vector: Vector
     strength: float = Field(default=1.0, allow_inf_nan=False)
-    keep_norm: bool = Field(default=False, description="the row is brought back to the length that it had")
+    keep_norm: bool = Field(default=False, description="scale the row back to its norm from before")
 
 
 class Ablate(_Intervention):
-    """Takes away what the rows say: zeros, a mean, or rows of another run in their place."""
+    """Replaces the rows by zeros, by a mean, or by rows of another run."""
 
     do: Literal["ablate"] = "ablate"
     to: Literal["zero", "mean", "resample"] = "zero"
-    vector: Vector | None = Field(default=None, description="mean: this one, instead of the mean over each prompt")
+    vector: Vector | None = Field(default=None, description="mean: this vector, instead of the mean over each prompt")
     source: Source | None = Field(default=None, description="mean: over its rows; resample: rows drawn from it")
-    seed: int = Field(default=0, description="resample: draws other rows")
+    seed: int = Field(default=0, description="resample: another seed draws other rows")
 
     @model_validator(mode="after")
     def _fitting(self) -> "Ablate":
@@ -112,7 +112,7 @@ class Ablate(_Intervention):
 
 
 class Patch(_Intervention):
-    """Puts in the rows of another run. Tokens are paired in order; one source token serves all."""
+    """Replaces the rows by those of another run. Tokens are paired in order; a single source token serves all."""
 
     do: Literal["patch"] = "patch"
     positions: Positions = "prompt"
@@ -120,21 +120,21 @@ class Patch(_Intervention):
 
 
 class ProjectOut(_Intervention):
-    """Takes away the part along a direction."""
+    """Removes the component along a direction."""
 
     do: Literal["project_out"] = "project_out"
     direction: Vector
 
 
 class Scale(_Intervention):
-    """Multiplies."""
+    """Multiplies the rows by a factor."""
 
     do: Literal["scale"] = "scale"
     factor: float = Field(ge=-_LARGEST, le=_LARGEST)
 
 
 class Clamp(_Intervention):
-    """Holds a feature, or the part along a direction, between two values or at one."""
+    """Limits a feature, or the component along a direction, to a range, or sets it to a value."""
 
     do: Literal["clamp"] = "clamp"
     feature: int | None = Field(default=None, ge=0, description="index into the last axis")
@@ -161,7 +161,7 @@ _LIST: TypeAdapter[tuple[Intervention, ...]] = TypeAdapter(tuple[Intervention, .
 
 
 def read_interventions(given: Any) -> "tuple[Intervention, ...]":
-    """Interventions, or documents of them. Raises InterventionError with every problem at once."""
+    """Validate interventions, or documents of them. Raises InterventionError with every problem at once."""
     if isinstance(given, str | os.PathLike):
         return load_interventions(given)
     items = [given] if isinstance(given, dict | BaseModel) else list(given) if isinstance(given, Iterable) else given
@@ -175,7 +175,7 @@ def read_interventions(given: Any) -> "tuple[Intervention, ...]":
 def load_interventions(path: str | os.PathLike[str]) -> "tuple[Intervention, ...]":
     """The interventions of a JSON or YAML file: a list of them. Files in it are relative to its folder.
 
-    Raises InterventionError where it cannot be read or is none.
+    Raises InterventionError where the file cannot be read or holds something else.
     """
     file = Path(path)
     try:
@@ -190,16 +190,16 @@ def load_interventions(path: str | os.PathLike[str]) -> "tuple[Intervention, ...
         found = read_interventions(document)
     except InterventionError as error:
         raise InterventionError(f"{file}: {error}") from error
-    return tuple(_LIST.validate_python([_beside(item.model_dump(), file.parent) for item in found]))
+    return tuple(_LIST.validate_python([_relative_to(item.model_dump(), file.parent) for item in found]))
 
 
 def dump_interventions(interventions: "Iterable[Intervention]") -> str:
-    """As JSON that `load_interventions` reads."""
+    """JSON that `load_interventions` reads."""
     return json.dumps([item.model_dump(mode="json", exclude_defaults=False) for item in interventions], indent=2)
 
 
 def fingerprint(interventions: "Iterable[Intervention]") -> list[dict[str, Any]]:
-    """For a manifest: what decides the run; vectors, and files of them, by the SHA-256 of their numbers."""
+    """What a manifest records: all that decides the run, with vectors and vector files as SHA-256 of their contents."""
     return [_hashed(item.model_dump(mode="json", exclude_none=True)) for item in interventions]
 
 
@@ -216,8 +216,8 @@ def _hashed(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def _beside(document: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The same, with its files relative to this folder."""
+def _relative_to(document: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same document, with its files relative to this folder."""
     for name in ("vector", "direction"):
         if isinstance(document.get(name), dict):
             document[name] = {**document[name], "file": str(folder / document[name]["file"])}

@@ -1,9 +1,8 @@
-"""How a point is written: what a hook passes on in place of what it was given. Knows tensors, and nothing of models.
+"""How a point is written: what a hook passes on in place of what it got. Knows tensors, not models.
 
-Watching a boundary is not writing a point. What enters or leaves a branch or a block is *replaced*: the hook passes
-another tensor on, and whoever else holds the old one keeps it. The stream in the middle of a block is seen where a norm
-reads it, and the norm is not its only reader: it is written *in place*, into the one
-tensor that all later readers share.
+What enters or leaves a branch or a block is *replaced*: the hook passes another tensor on, and other holders of the old
+tensor keep it. The stream in the middle of a block is seen where a norm reads it, but the norm is not its only reader.
+It is written *in place*, into the one tensor that all later readers share.
 """
 
 import copy
@@ -19,40 +18,40 @@ from hookmap.maps.selectors import Selector, Term
 
 Mode = Literal["replace", "in place"]
 ModuleIO = tuple[Sequence[Any], Mapping[str, Any], Any]
-"""args, kwargs (of an input), output (of an output)"""
+"""what a module gets or returns at a boundary: args, kwargs (of an input), output (of an output)"""
 Cells = tuple[list[int], list[int]]
 """(rows of the batch, columns of the forward pass), pairwise"""
 Change = Callable[[torch.Tensor], torch.Tensor]
-"""the point's values at the cells, [cells, ...], to the new ones"""
+"""from the point's values at the cells, [cells, ...], to the new ones"""
 
 
 def refusal(selector: Selector) -> str | None:
-    """Why a point of this shape can never be written; None where it can. What can is still proved: see `proofs`."""
+    """Why such a point can never be written; None where it may be possible. Then it must be proved: see `proofs`."""
     name = PointName.of(selector.point).base
     if "key" in POINTS[name].axes:
         return "the model has used the attention weights before any module shows them: write z or v"
     if name == "router_indices":
         return "the experts chosen are numbers of experts, not values: write router_weights or mlp_in"
     if len(selector.terms) > 1:
-        return f"no one tensor of the model holds it, it is {' + '.join(map(str, selector.terms))}"
+        return f"no single tensor of the model holds it, it is {' + '.join(map(str, selector.terms))}"
     return None
 
 
 def mode_of(selector: Selector) -> Mode:
-    """How this point is written."""
+    """Whether this point is replaced or written in place."""
     inside = selector.point.startswith("resid_mid") and selector.side == "input"
     return "in place" if inside else "replace"
 
 
 @dataclass(frozen=True)
 class BoundaryTensor:
-    """A tensor at a boundary, as [batch, width, ...] of the tokens that are fed."""
+    """The tensor of one term at a module boundary, seen as [batch, width, ...] of the tokens that are fed."""
 
     term: Term
     mode: Mode
 
     def read(self, given: ModuleIO, shape: tuple[int, int], cells: Cells) -> torch.Tensor:
-        """The point's values at the cells, [cells, ...], a copy."""
+        """A copy of the point's values at the cells, [cells, ...]."""
         tensor = self.term.arrange(self.term.resolve(*given), *shape)
         rows: torch.Tensor = tensor.detach()[tuple(torch.tensor(part, device=tensor.device) for part in cells)]
         return rows if self.term.scale == 1.0 else rows * self.term.scale
@@ -67,9 +66,9 @@ class BoundaryTensor:
     ) -> ModuleIO:
         """Args, kwargs and output with the point changed at the cells. `shape`: rows of the batch, columns fed.
 
-        Other cells keep their bits, and so does a value that `change` leaves as it is. Of a term with a constant scale
-        the tensor becomes value / scale, so that the model's own multiplication may round the last bit.
-        Raises InterventionError where the tensor is not of this shape.
+        Other cells keep their bits, and so do values that `change` returns unchanged. For a term with a constant scale
+        the tensor becomes value / scale, and the model's own multiplication may round the last bit.
+        Raises InterventionError where the tensor is not of this shape. `what`: the point, for the message.
         """
         bare = replace(self.term, heads=None)
         tensor = bare.resolve(*given)
@@ -115,7 +114,7 @@ class BoundaryTensor:
 
 
 def passed_on(term: Term, given: ModuleIO, tensor: torch.Tensor) -> ModuleIO:
-    """Args, kwargs and output with `tensor` at the term's place; the containers are copies of the same kind."""
+    """Args, kwargs and output with `tensor` in place of the term's; containers are copied, with their types."""
     args, kwargs, output = given
     if term.side == "output":
         return args, kwargs, tensor if term.index is None else _with(output, term.index, tensor)
@@ -124,15 +123,15 @@ def passed_on(term: Term, given: ModuleIO, tensor: torch.Tensor) -> ModuleIO:
     return _with(tuple(args), term.index or 0, tensor), kwargs, output
 
 
-def _with(container: Any, place: int | str, tensor: torch.Tensor) -> Any:
+def _with(container: Any, index: int | str, tensor: torch.Tensor) -> Any:
     if isinstance(container, tuple):
-        items = [tensor if number == place else item for number, item in enumerate(container)]
+        items = [tensor if number == index else item for number, item in enumerate(container)]
         return type(container)(*items) if hasattr(container, "_fields") else type(container)(items)
     made = copy.copy(container)
     if isinstance(container, Mapping):
-        made[list(container)[place] if isinstance(place, int) else place] = tensor
+        made[list(container)[index] if isinstance(index, int) else index] = tensor
     elif is_dataclass(container):
-        object.__setattr__(made, str(place), tensor)
+        object.__setattr__(made, str(index), tensor)
     else:
-        made[place] = tensor
+        made[index] = tensor
     return made
