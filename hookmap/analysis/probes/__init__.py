@@ -1,13 +1,14 @@
-"""Linear probes on a capture: is something that is known of each sample written in a tensor, and where?
+"""Linear probes on a capture: whether, and where, a tensor encodes something that is known of each sample.
 
-    examples.py    which samples, how labels are read, which samples are one question
-    pooling.py     a capture's rows -> one matrix [samples, features] at a time
-    fitting.py     a matrix and labels, and shuffles of them -> directions and biases
+    examples.py    samples, their labels, and which of them belong to one question
+    pooling.py     reads a capture's rows into matrices [samples, features], one at a time
+    fitting.py     fits directions and biases to a matrix and labels
     metrics.py     pure: AUROC, recall at few false positives, calibration
-    folds.py       grouped cross-validation, shuffles, and layers chosen on the training part only
-    controls.py    what lengths, words and the model's own certainty know of the label
-    run.py         all of it, one tensor in memory at a time -> a report
-    report.py      the report's document and its files; saved.py keeps the probes
+    folds.py       grouped cross-validation, shuffles, and the choice of a layer on training data only
+    controls.py    baselines: lengths, words and the model's own log-probability
+    saved.py       the probes' file
+    run.py         the whole procedure, one tensor in memory at a time
+    report.py      the report and its files
 
 Needs scikit-learn: `pip install "hookmap[eval]"`.
 """

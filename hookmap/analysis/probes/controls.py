@@ -1,8 +1,8 @@
-"""What is known of the label without looking inside the model. A probe that is no better found nothing.
+"""Predictions of the label without looking inside the model. A probe that is not better found nothing.
 
-Each control is a logistic regression on what the sample shows, cross-validated in the same folds as the probe, on
-scaled features. Words are not to lose by their treatment: as the layer of a probe is, the strength of their control,
-and whether it counts pairs of words, is chosen within the training part.
+Each control is a logistic regression on scaled features of the text, cross-validated in the same folds as the probe.
+For a fair comparison, the regularisation of the bag of words, and whether it counts pairs of words, are chosen within
+the training part, as the layer of a probe is.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,30 +25,30 @@ MOST_WORDS = 5000
 STRENGTHS = (0.01, STRENGTH, 1.0)
 """C of the logistic regression of words"""
 FEW = 10**6
-"""numbers up to which counts are a matrix as any tensor's; it is fitted sooner than a sparse one"""
+"""counts of up to this many numbers are a dense matrix, which is fitted faster than a sparse one"""
 LONGEST = (1, 2)
-"""words in a row that are counted as one"""
+"""lengths of n-grams: up to single words, up to pairs"""
 _ROWS = 256
 
 
 @dataclass(frozen=True)
 class Control:
-    """One thing to be better than."""
+    """One baseline."""
 
     name: str
     auroc: float | None
-    """out of fold; None where it cannot be told"""
+    """out of fold; None where it cannot be computed"""
     why: str | None = None
     """why not"""
 
     @property
     def sees_answer(self) -> bool:
-        """Whether it looks at what was generated."""
+        """Whether it uses the generated text."""
         return "prompt" not in self.name
 
 
 def controls(store: Store, numbers: Sequence[int], labels: Labels, folds: Ints) -> tuple[Control, ...]:
-    """Prompt length, answer length, words of the prompt and of the answer, and the model's own log-probability."""
+    """The baselines: prompt length, answer length, words of prompt and answer, the model's log-probability."""
 
     def samples() -> Iterator[Sample]:
         return (store.sample(number) for number in numbers)
@@ -77,7 +77,7 @@ def _column(values: Iterator[float]) -> list[tuple[Floats, float]]:
 
 
 def _words(texts: Iterator[str]) -> Iterator[tuple[Any, float]]:
-    """How often each word is in each text, sparse; the commonest of all texts, labels unseen. With each strength."""
+    """Counts of the commonest words in each text, with each strength of regularisation. The labels are not used."""
     from sklearn.feature_extraction.text import CountVectorizer
 
     held = list(texts)
@@ -96,7 +96,7 @@ def _words(texts: Iterator[str]) -> Iterator[tuple[Any, float]]:
 
 
 def _logprob(store: Store, sample: Sample) -> float:
-    """Mean log-probability of the answer's tokens: a label of that name, else out of the logits of the capture."""
+    """Mean log-probability of the answer's tokens: from a label of that name, else from the logits of the capture."""
     given = as_number((sample.labels or {}).get("logprob"))
     if given is not None:
         return given

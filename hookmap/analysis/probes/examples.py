@@ -1,7 +1,7 @@
-"""Which samples of a capture a probe learns from: the label of each, and which of them are one question.
+"""The samples of a capture that a probe learns from: their labels, and which of them belong to one question.
 
-One rule of reading, for labels, for what is asked of them and for groups, whatever file they come from (`as_value`).
-What is left out is counted with its reason.
+Labels, the positive value and groups are all read by one rule (`as_value`), whatever file they come from.
+Samples that are left out are counted by reason.
 """
 
 import hashlib
@@ -33,21 +33,21 @@ class Examples:
     """of the samples, in the store"""
     labels: Labels
     groups: Ints
-    """which question each is of, 0-based; samples of one question are never on both sides of a split"""
+    """the question of each sample, 0-based; samples of one question are never on both sides of a split"""
     left_out: Mapping[str, int]
     """reason -> samples"""
     label: str
-    """what is positive, in words"""
+    """the condition of a positive sample, in words"""
     strangers: int = 0
-    """rows of the table that are of no sample"""
+    """rows of the table without a sample"""
 
 
 def as_value(given: Any) -> Any:
-    """What a label says: True or False, a number, a text, or None where it says nothing.
+    """The value of a label: True or False, a number, a text, or None where it has none.
 
-    Nothing: None, not-a-number, pandas's NA, a text that is blank or says `nan` or `null`. Texts lose blanks at their
-    ends; `true` and `false` are truth values and numerals numbers, for a CSV file has nothing but texts. Values are
-    compared as Python does: 3 is 3.0, and 1 is True.
+    None stands for None, nan, pandas's NA, and a text that is blank, `nan` or `null`. Texts are stripped; `true` and
+    `false` become booleans and numerals numbers, because a CSV file holds only texts. Values are compared as in
+    Python: 3 is 3.0, and 1 is True.
     """
     if hasattr(given, "item") and getattr(given, "size", 1) == 1:  # NumPy's
         given = given.item()
@@ -69,7 +69,7 @@ def as_value(given: Any) -> Any:
 
 
 def as_number(given: Any) -> float | None:
-    """The finite number that a label is, else None."""
+    """The label if it is a finite number, else None."""
     value = as_value(given)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -92,8 +92,8 @@ def read_examples(
     """The samples of `store` that have the label.
 
     label: a column of the samples' labels, or of `table`: a file (JSON Lines, CSV, …) or records with `id`.
-    It is true or false, 0 or 1; else positive: the value that is, or above: numbers over this are.
-    group: the column that says which samples are one question; else those of one prompt are. limit: samples at most.
+    It is true or false, 0 or 1; else give positive, the positive value, or above: larger numbers are positive.
+    group: the column that names each sample's question; else samples of one prompt share one. limit: most samples.
     Raises SelectionError, also where two rows of the table contradict each other, and DataError.
     """
     if positive is not None and above is not None:
@@ -142,7 +142,7 @@ def _samples(count: int) -> str:
 
 
 def _table(source: Any, columns: list[str]) -> dict[str | None, dict[str, Any]]:
-    """The rows by id. An id may come again, and a blank be filled, but not with another value of `columns`."""
+    """The rows by id. A later row of an id may fill blanks, but must not contradict an earlier one in `columns`."""
     where, rows = rows_of(source)
     found: dict[str | None, dict[str, Any]] = {}
     apart: list[str] = []
@@ -163,12 +163,12 @@ def _table(source: Any, columns: list[str]) -> dict[str | None, dict[str, Any]]:
 
 
 def _id(given: Any) -> str:
-    """A data frame with gaps makes 3.0 of 3."""
+    """An id as text; 3.0 is 3, because a data frame with gaps makes floats of integers."""
     return str(int(given)) if isinstance(given, float) and given.is_integer() else str(given)
 
 
 def _ids(store: Store, table: Mapping[str | None, Any]) -> set[str | None]:
-    """The samples' ids. Raises SelectionError where one in the table is of samples with different prompts."""
+    """The ids of the samples. Raises SelectionError where an id of the table has samples with different prompts."""
     prompts: dict[str | None, str] = {}
     for sample in store.samples if table else ():
         if sample.id is None:
@@ -182,7 +182,7 @@ def _ids(store: Store, table: Mapping[str | None, Any]) -> set[str | None]:
 
 
 def _prompt(sample: Sample) -> str:
-    """Its name as a question: the tokens' digest, for prompts may be long."""
+    """A digest of the prompt's tokens, which identifies the question."""
     return hashlib.sha256(repr(sample.token_ids[: sample.prompt_tokens]).encode()).hexdigest()
 
 

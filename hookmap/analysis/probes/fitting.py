@@ -1,11 +1,11 @@
-"""A matrix and labels -> linear probes: a score is x · weights + bias.
+"""Fits linear probes to a matrix and labels: a score is x · weights + bias.
 
 - `logistic`: logistic regression on standardised features, L2 with C = 0.1.
 - `ridge`: least squares to ±1 on standardised features, L2 of 0.1 for each sample.
 - `mean_difference`: the mean of the positives minus that of the negatives, in the tensor's own space.
 
-Many labellings of the same samples are fitted together, for shuffled labels cost most of a report's time. Scores become
-logits by Platt's scaling, on samples that the probe was not fitted on.
+Many labellings of the same samples are fitted together, because shuffled labels take most of a report's time. Platt
+scaling, on samples that the probe was not fitted on, turns scores into logits.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,12 +24,12 @@ MISSING = 'probes need scikit-learn: pip install "hookmap[eval]"'
 STRENGTH = 0.1
 """C of the logistic regression"""
 ROUNDING = 8 * float(np.finfo(np.float32).eps)
-"""Standard deviations below this share of the mean are rounding: activations are float32 at best."""
+"""standard deviations below this share of the mean are rounding errors, as activations are float32 at best"""
 _STEPS = 500
 _CLOSE = 2e-6
 _LEAST_SLOPE = 1e-3
 _AT_ONCE = 2_000_000
-"""scores that are fitted together, 16 MB"""
+"""scores that are fitted together, 16 MB of them"""
 _ROWS = 256
 
 
@@ -43,9 +43,9 @@ class Fitted:
 
 
 def directions(matrix: Any, labels: Labels, method: str, strength: float = STRENGTH) -> tuple[Floats, Floats]:
-    """A probe of each labelling, not calibrated yet: weights [features, labellings] and biases [labellings].
+    """An uncalibrated probe for each labelling: weights [features, labellings] and biases [labellings].
 
-    matrix: [samples, features], dense, or sparse for a logistic regression, which is scaled then and not centred.
+    matrix: [samples, features], dense, or sparse for a logistic regression, which then scales but does not centre it.
     labels: [labellings, samples]. A labelling of one class has weights of 0.
     """
     told = labels.any(axis=1) & ~labels.all(axis=1)
@@ -62,10 +62,10 @@ def directions(matrix: Any, labels: Labels, method: str, strength: float = STREN
 
 
 def moments(matrix: Any) -> tuple[Floats, Floats]:
-    """Mean and standard deviation of each feature in float64, the latter 0 where it is no more than rounding.
+    """Mean and standard deviation of each feature in float64; a deviation is 0 where it is only rounding.
 
-    That is scikit-learn's rule for constant features at float32's precision, and where no feature varies by more than
-    rounding beside the tensor's own size, none varies at all.
+    This is scikit-learn's rule for constant features at float32's precision. Besides, all are 0 where no feature varies
+    by more than rounding relative to the size of the whole tensor.
     """
     mean = np.asarray(sum(part.sum(axis=0) for _, part in _parts(matrix)) / len(matrix))
     variance = np.asarray(sum(((part - mean) ** 2).sum(axis=0) for _, part in _parts(matrix)) / len(matrix))
@@ -77,9 +77,9 @@ def moments(matrix: Any) -> tuple[Floats, Floats]:
 
 
 def platt(scores: Floats, labels: Labels) -> tuple[float, float]:
-    """Factor and shift that make logits of scores, those of samples that the probe was not fitted on (Platt 1999).
+    """Factor and shift that turn scores into logits (Platt 1999). The probe must not be fitted on these samples.
 
-    A probe that tells less than nothing there does not turn round: its factor is next to 0, and its direction stays.
+    The factor of a probe that is worse than chance here is next to 0, but positive, so that its direction stays.
     """
     share = (labels.sum() + 1) / (len(labels) + 2)
     spread, middle = float(scores.std()), float(scores.mean())
@@ -97,13 +97,13 @@ def platt(scores: Floats, labels: Labels) -> tuple[float, float]:
 
 
 def _parts(matrix: Any) -> Iterator[tuple[slice, Any]]:
-    """Rows in float64, a few at a time: a copy of the whole would be twice its size."""
+    """Rows in float64, a few at a time, because a copy of the whole would need twice its memory."""
     for start in range(0, len(matrix), _ROWS):
         yield slice(start, start + _ROWS), matrix[start : start + _ROWS].astype(np.float64)
 
 
 def _centres(matrix: Any, labels: Labels) -> tuple[Floats, Floats]:
-    """The means of all labellings are one product of the matrix with shares of each sample in each mean."""
+    """The class means of all labellings, as one product of the matrix with each sample's share in each mean."""
     sides = labels.sum(axis=1)
     shares = np.concatenate([labels.T / sides, ~labels.T / (labels.shape[1] - sides)], axis=1)
     means = sum(part.T @ shares[rows] for rows, part in _parts(matrix))
@@ -131,12 +131,12 @@ def _descend(
 ) -> tuple[Floats, Floats]:
     """Minimise loss(x @ w + b, targets) + penalty / 2 |w|² for every column of targets, [samples, labellings].
 
-    slope: of the loss; curvature: its most. Newton's steps with that curvature everywhere need one factorisation for
+    slope: of the loss; curvature: its upper bound. Newton's steps with that curvature need one factorisation for
     all columns and all steps (Böhning & Lindsay 1988), of the smaller of x'x and xx'. x: centred, float32.
     """
     from scipy.linalg import cho_factor
 
-    wide = x.shape[1] > x.shape[0]  # then w = x' u, with a number of u for each sample
+    wide = x.shape[1] > x.shape[0]  # then w = x' u, with one entry of u per sample
     gram = (x @ x.T if wide else x.T @ x).astype(np.float64)
     hessian = curvature * gram
     hessian[np.diag_indices_from(hessian)] += penalty
@@ -173,7 +173,7 @@ def _steps(
         if moved < _CLOSE * (1 + float(np.abs(new_scores).max())):
             break
         pace, old = (1.0, 1.0) if moved > last else ((1 + np.sqrt(1 + 4 * pace**2)) / 2, pace)
-        push = (old - 1) / pace  # Nesterov's momentum, begun anew where it overshoots
+        push = (old - 1) / pace  # Nesterov's momentum, restarted where it overshoots
         after = (new, new_shift, new_scores)
         at, shift, scores = (a + push * (a - b) for a, b in zip(after, before, strict=True))
         before = after

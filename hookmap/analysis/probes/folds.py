@@ -1,4 +1,4 @@
-"""Cross-validation in which all samples of a question are on one side, and the choice among tensors inside it."""
+"""Cross-validation that keeps all samples of a question in one fold, and the choice among tensors inside it."""
 
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
@@ -11,24 +11,24 @@ from hookmap.analysis.probes.metrics import Floats, Ints, Labels, won_pairs
 from hookmap.errors import SelectionError
 
 LEAST_FOLDS = 3
-"""one to test on, one to choose on, one to learn from"""
-Place = TypeVar("Place")
+"""one to test, one to choose, one to train"""
+Candidate = TypeVar("Candidate")
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a cross-validation says: a probe for each fold, and one for each two folds, left out."""
+    """The results of a cross-validation that leaves out each fold, and each pair of folds."""
 
     scores: Floats
-    """[samples, folds] of the first labelling: by the probe that saw neither the sample's own fold nor this one"""
+    """[samples, folds], of the first labelling: by the probe trained without this fold and the sample's own"""
     won: Floats
-    """[labellings, folds, folds]: pairs won within the first fold by the probe that saw neither"""
+    """[labellings, folds, folds]: pairs won within the first fold by the probe trained without both"""
     pairs: Floats
     """[labellings, folds]: all pairs within each fold"""
 
     @property
     def outer(self) -> Floats:
-        """[labellings, folds]: pairs won within each fold by the probe of all others."""
+        """[labellings, folds]: pairs won within each fold by the probe trained on all others."""
         return np.asarray(np.diagonal(self.won, axis1=1, axis2=2))
 
     @property
@@ -39,7 +39,7 @@ class HeldOut:
         return np.asarray(np.divide(rest, pairs, out=np.zeros_like(rest), where=pairs > 0))
 
     def of_own(self, folds: Ints) -> Floats:
-        """[samples]: each scored by the probe that was fitted on all other folds."""
+        """[samples]: each scored by the probe trained on all other folds."""
         return np.asarray(self.scores[np.arange(len(folds)), folds])
 
 
@@ -50,7 +50,7 @@ def pooled(won: Floats, pairs: Floats) -> Floats:
 
 
 def grouped_folds(labels: Labels, groups: Ints, folds: int, seed: int) -> Ints:
-    """The fold of each sample; a group is in one. Shares of positives are as even as the groups allow.
+    """The fold of each sample. A group is in one fold; the shares of positives are as even as the groups allow.
 
     Raises SelectionError where there are too few groups with positives, or with negatives.
     """
@@ -78,7 +78,7 @@ def grouped_folds(labels: Labels, groups: Ints, folds: int, seed: int) -> Ints:
 
 
 def held_out(matrix: Any, labels: Labels, folds: Ints, method: str, strength: float = STRENGTH) -> HeldOut:
-    """Fit without each fold, and without each two folds: the second is of a choice, the first of the test.
+    """Fit without each fold, for the test, and without each pair of folds, for the choice within the training part.
 
     labels: [labellings, samples], all fitted together. Raises SelectionError without scikit-learn.
     """
@@ -97,11 +97,11 @@ def held_out(matrix: Any, labels: Labels, folds: Ints, method: str, strength: fl
 
 
 def shuffle(labels: Labels, groups: Ints, chance: np.random.Generator) -> Labels:
-    """The labels, dealt anew: a question gets those of another as a whole, in an order of chance.
+    """The labels permuted among questions: a question gets all labels of another, in random order.
 
-    So what the shuffled labels can tell varies as much by chance as what the real ones can: samples of one question
-    are alike, and dealt one by one they would be taken for evidence of their own. Where questions have more samples
-    than others and labels differ within them, what is left of one question's goes to the next.
+    Samples of one question are alike. Permuted one by one they would count as independent, and shuffled labels would
+    vary less by chance than the real ones. Where questions differ in size and labels differ within them, the labels
+    that are left over go to the next question.
     """
     count = int(groups.max()) + 1
     firsts = np.zeros(count, dtype=bool)
@@ -115,10 +115,9 @@ def shuffle(labels: Labels, groups: Ints, chance: np.random.Generator) -> Labels
 
 
 def shuffles(labels: Labels, groups: Ints, folds: Ints, count: int, seed: int) -> Labels:
-    """[1 + count, samples]: the labels, then `count` deals of them among the questions of each fold.
+    """[1 + count, samples]: the labels, then `count` shuffles of them among the questions of each fold.
 
-    Within folds, for the folds were made so that each has its share of positives: a deal has the same folds as the
-    labels themselves, and is as good as they are where they say nothing.
+    Within folds, because the folds are stratified by the labels: so each shuffle has the same shares of positives.
     """
     chance = np.random.default_rng(seed)
     found = np.repeat(labels[None], 1 + count, axis=0)
@@ -130,27 +129,27 @@ def shuffles(labels: Labels, groups: Ints, folds: Ints, count: int, seed: int) -
     return found
 
 
-class Choice(Generic[Place]):
-    """In each fold the place whose probe did best *within the training part*; places come one after another.
+class Choice(Generic[Candidate]):
+    """Chooses for each fold the candidate whose probe does best *within the training part*; candidates come in turn.
 
-    The test part of a fold has no say in the choice, so the AUROC of what comes out is not that of the best of many.
-    Each labelling has a choice of its own; places and scores are those of the first.
+    The test part of a fold has no influence on the choice, so the resulting AUROC is not biased by it. Each labelling
+    has its own choice; `places` and scores are those of the first.
     """
 
     def __init__(self, labels: Labels, folds: Ints) -> None:
         """labels: [labellings, samples]. folds: of each sample."""
         count = int(folds.max()) + 1
         self._labels, self._folds = labels[0], folds
-        self.best: Place | None = None
-        """with the best mean of its inner AUROCs: where the probe that is kept is fitted, on all samples"""
-        self.places: dict[int, Place] = {}
-        """of each fold"""
+        self.best: Candidate | None = None
+        """the candidate with the best mean of inner AUROCs, whose probe on all samples is the one to use"""
+        self.places: dict[int, Candidate] = {}
+        """fold -> its chosen candidate"""
         self._scores = np.zeros((len(folds), count))
         self._won, self._pairs = np.zeros((len(labels), count)), np.zeros((len(labels), count))
         self._inner, self._mean = np.full((len(labels), count), -1.0), -1.0
 
-    def take(self, place: Place, found: HeldOut) -> None:
-        """The next place. Of equal ones the first is chosen."""
+    def take(self, place: Candidate, found: HeldOut) -> None:
+        """Consider the next candidate. Of equally good ones the first is chosen."""
         inner = found.inner
         better = inner > self._inner
         self._inner[better], self._won[better], self._pairs = inner[better], found.outer[better], found.pairs
@@ -166,7 +165,7 @@ class Choice(Generic[Place]):
         return pooled(self._won, self._pairs)
 
     def logits(self) -> Floats:
-        """[samples]: what the chosen probe of its fold says of each, scaled on what the training part held out."""
+        """[samples]: the logit from the probe chosen for the sample's fold, scaled on scores held out in training."""
         found = np.zeros(len(self._folds))
         for fold in np.unique(self._folds):
             test = self._folds == fold

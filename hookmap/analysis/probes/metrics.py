@@ -1,4 +1,4 @@
-"""How well scores tell positives from negatives. Pure: arrays in, numbers out.
+"""How well scores separate positives from negatives. Pure: arrays in, numbers out.
 
 Scores of cross-validation come from several probes, one for each fold. AUROC compares only scores of one fold: all
 pairs of a positive and a negative within it, over all folds (`strata`).
@@ -18,18 +18,18 @@ FALSE_POSITIVES = 0.01
 
 @dataclass(frozen=True)
 class Bin:
-    """Samples to which a probe gave about the same probability."""
+    """Samples with about the same predicted probability."""
 
     samples: int
     probability: float
-    """the mean of what the probe said"""
+    """mean prediction"""
     positives: float
-    """the share of them that are positive"""
+    """share of positive samples"""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Whether a probability of 0.7 comes true in 7 of 10 samples."""
+    """How well predicted probabilities agree with the share of positives."""
 
     brier: float
     """mean squared error of the probabilities: 0 is perfect; always saying the share of positives p gives p(1 - p)"""
@@ -57,9 +57,9 @@ def won_pairs(labels: Labels, scores: Floats) -> tuple[Floats, Floats]:
 
 
 def independent(labels: Labels, groups: Ints) -> tuple[float, float]:
-    """As how many positives and negatives the samples count, those of a question being one: Kish's effective numbers.
+    """The effective numbers (Kish) of independent positives and negatives, where samples of one question are alike.
 
-    Questions that have as many each count once each; where some have most of the samples, they count for less.
+    Questions of equal size count once each; fewer are effective where some have most of the samples.
     """
     counts = (np.bincount(groups[labels == kind]).astype(np.float64) for kind in (True, False))
     positives, negatives = (float(count.sum() ** 2 / (count**2).sum()) for count in counts)
@@ -67,7 +67,7 @@ def independent(labels: Labels, groups: Ints) -> tuple[float, float]:
 
 
 def recall_at(labels: Labels, scores: Floats, false_positives: float = FALSE_POSITIVES) -> float:
-    """The share of positives above the lowest threshold that lets no more than this share of the negatives through.
+    """Recall at the lowest threshold that at most this share of the negatives exceeds.
 
     With fewer than 100 negatives and 1 %, none may pass. nan without positives or negatives.
     """
@@ -81,7 +81,7 @@ def recall_at(labels: Labels, scores: Floats, false_positives: float = FALSE_POS
 
 
 def calibration(labels: Labels, probabilities: Floats, bins: int = 10) -> Calibration:
-    """Probabilities in bins of equal width, held against what came true."""
+    """Predicted probabilities, in bins of equal width, compared with the share of positives."""
     place = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
     found = tuple(
         Bin(int(inside.sum()), float(probabilities[inside].mean()), float(labels[inside].mean()))

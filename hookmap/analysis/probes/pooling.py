@@ -1,6 +1,6 @@
-"""Rows of a capture -> one matrix [samples, features] at a time, read sample by sample.
+"""Reads rows of a capture, sample by sample, into one matrix [samples, features] at a time.
 
-What is held at once is bounded: a matrix and what a fit makes of it, or, of single positions, as many matrices as fit.
+Memory is bounded: it holds one matrix and what a fit makes of it; of single positions, as many matrices as fit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,39 +28,39 @@ POOLS = {
     "each": "each position by itself, counted from the end of the prompt (-1 is its last token, 0 the first answered)",
 }
 COPIES = 6
-"""of a matrix, while a probe is fitted: itself, its training part, that standardised, and up to three of the solver"""
+"""of a matrix while a probe is fitted: itself, its training part, that standardised, and up to three in the solver"""
 _ROWS = 256
 Matrix = NDArray[np.float32]
 FAR = 10
-"""times the median row, from which on the longest row is said to rule a mean"""
+"""a row norm of this many times the median one dominates a mean"""
 
 
 @dataclass
 class RowLengths:
-    """How unlike in length the rows are that each sample's mean is of: an attention sink is 100 times the others."""
+    """Compares the norms of the rows in each mean: an attention sink has 100 times the norm of the others."""
 
     shares: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
 
     def add(self, norms: torch.Tensor) -> None:
-        """The L2 norms of one sample's rows, [n]; a single row says nothing."""
+        """Add the L2 norms of one sample's rows, [n]; a single row is ignored."""
         if len(norms) > 1 and (middle := float(norms.median())) > 0:
             self.shares.append(float(norms.max() / norms.sum()))
             self.times.append(float(norms.max()) / middle)
 
     @property
     def share(self) -> float | None:
-        """Of the longest row, in the sum of the lengths of all: the mean over samples."""
+        """The largest norm as a share of the sum of norms, mean over samples."""
         return float(np.mean(self.shares)) if self.shares else None
 
     @property
     def ratio(self) -> float | None:
-        """How many times as long as the median row the longest is: the median over samples."""
+        """The largest norm divided by the median one, median over samples."""
         return float(np.median(self.times)) if self.times else None
 
 
 def chosen_positions(pool: str, positions: Any) -> RowSelection | None:
-    """The positions that a pool is restricted to, as a capture names them; None for all. Raises SelectionError."""
+    """The positions that a pool is restricted to; None for all. Raises SelectionError."""
     if positions is None or pool == "each":
         return None
     found = row_selection(positions=positions)
@@ -72,10 +72,10 @@ def chosen_positions(pool: str, positions: Any) -> RowSelection | None:
     return found
 
 
-def places(samples: Sequence[Sample], pool: str, positions: Any = None) -> tuple[int | None, ...]:
-    """Which positions are probed: (None,) where a sample is one row, else the positions that every sample has.
+def probed_positions(samples: Sequence[Sample], pool: str, positions: Any = None) -> tuple[int | None, ...]:
+    """The positions to probe: those that every sample has with pool="each", else (None,).
 
-    positions: of these, with pool="each", a slice such as slice(-8, 4). Raises SelectionError.
+    positions: with pool="each", only this slice of them, such as slice(-8, 4). Raises SelectionError.
     """
     if pool not in POOLS:
         raise SelectionError(f"pool {pool!r}: expected one of {', '.join(POOLS)}.")
@@ -107,9 +107,10 @@ def matrices(
     chosen: RowSelection | None = None,
     lengths: RowLengths | None = None,
 ) -> Iterator[tuple[int | None, Matrix]]:
-    """For each place a matrix, float32 [samples, features]. Raises SelectionError where it does not fit `memory`.
+    """For each position (None for a pool) a float32 matrix [samples, features].
 
-    `chosen`: the positions that a pool is of. `lengths`: told of the rows of each mean.
+    `chosen`: the positions that a pool is restricted to. `lengths`: gets the row norms of each mean.
+    Raises SelectionError where a matrix does not fit `memory`.
     """
     if "key" in PointName.of(key[0]).definition.axes:
         raise SelectionError(f"{key[0]} is as wide as its sample is long: a probe needs rows of one width.")
@@ -139,7 +140,7 @@ def _pooled(
     lengths: RowLengths | None,
 ) -> Matrix:
     found = np.empty((len(numbers), width), dtype=np.float32)
-    for place, number in enumerate(numbers):
+    for index, number in enumerate(numbers):
         rows = _rows(store.sample(number), pool, chosen)
         total, norms = np.zeros(width, dtype=np.float64), []
         for start in range(0, len(rows), _ROWS):
@@ -148,7 +149,7 @@ def _pooled(
             norms.append(read.norm(dim=1))
         if not np.isfinite(total).all():
             raise _not_finite(store, key, number, rows)
-        found[place] = total / len(rows)
+        found[index] = total / len(rows)
         if lengths is not None:
             lengths.add(torch.cat(norms))
     return found
@@ -158,14 +159,14 @@ def _at(
     store: Store, key: Key, numbers: Sequence[int], wanted: Sequence[int], width: int
 ) -> Iterator[tuple[int, Matrix]]:
     found = np.empty((len(wanted), len(numbers), width), dtype=np.float32)
-    for place, number in enumerate(numbers):
+    for index, number in enumerate(numbers):
         sample = store.sample(number)
         rows = store.read(number, *key, [position + sample.prompt_tokens for position in wanted])
         if not bool(rows.isfinite().all()):
             raise _not_finite(store, key, number, range(sample.rows))
-        found[:, place] = _flat(rows).numpy()
-    for place, position in enumerate(wanted):
-        yield position, found[place].copy()  # who keeps one would keep them all, while the next are read
+        found[:, index] = _flat(rows).numpy()
+    for index, position in enumerate(wanted):
+        yield position, found[index].copy()  # a view would keep all positions in memory
 
 
 def _not_finite(store: Store, key: Key, number: int, rows: Sequence[int]) -> SelectionError:
@@ -180,7 +181,7 @@ def _not_finite(store: Store, key: Key, number: int, rows: Sequence[int]) -> Sel
 
 
 def _rows(sample: Sample, pool: str, chosen: RowSelection | None) -> Sequence[int]:
-    """Rows of a sample that are averaged. Raises SelectionError where the capture holds none of them."""
+    """The rows of a sample that the pool averages. Raises SelectionError where the capture holds none of them."""
     positions = sample.positions
     if positions == "mean" and chosen is not None:
         raise SelectionError(

@@ -1,4 +1,4 @@
-"""What a probing found, as a document, and the folder that keeps it: JSON, pictures, the probes themselves."""
+"""The report of a probing, and its folder: JSON, charts and the probes themselves."""
 
 import math
 from pathlib import Path
@@ -17,71 +17,73 @@ class _Document(BaseModel):
 
 
 class Score(_Document):
-    """How well out-of-fold scores tell the label."""
+    """How well out-of-fold scores predict the label."""
 
     auroc: float | None = Field(description="0.5 is chance, 1 is perfect")
-    low: float | None = Field(description="95 % interval, each question counting once")
+    low: float | None = Field(description="95 % interval, with each question counted once")
     high: float | None
 
 
 class Tested(Score):
-    """A score beside those of shuffled labels, which went through all the same."""
+    """A score, compared with those of shuffled labels that went through the same procedure."""
 
     shuffled: float | None = Field(default=None, description="mean AUROC of the shuffles")
     selectivity: float | None = Field(default=None, description="auroc - shuffled")
-    p: float | None = Field(default=None, description="the share of shuffles that are as good, this one among them")
+    p: float | None = Field(
+        default=None, description="share of shuffles that are as good, counting the result itself as one"
+    )
 
 
-class Place(_Document):
-    """One tensor, and one position where each is probed by itself."""
+class Candidate(_Document):
+    """One tensor; with pool=each, one position of it."""
 
     point: str
     layer: int | None = None
     position: int | None = Field(default=None, description="counted from the end of the prompt: -1 is its last token")
 
 
-class OfPlace(Place, Tested):
-    """The probe of one place, cross-validated; p is corrected for all places: the best place of a shuffle counts."""
+class CandidateScore(Candidate, Tested):
+    """The cross-validated probe of one candidate; p is corrected for their number, by the best of each shuffle."""
 
     why: str | None = Field(default=None, description="why it cannot be probed")
 
     largest_share: float | None = Field(
-        default=None, description="of means: the longest row's share of the sum of the rows' lengths, mean over samples"
+        default=None, description="of means: the largest row norm's share of the sum of norms, mean over samples"
     )
     largest_ratio: float | None = Field(
         default=None,
-        description="of means: how many times as long as the median row the longest is, median over samples",
+        description="of means: the largest row norm divided by the median one, median over samples",
     )
 
 
 class CalibrationBin(_Document):
-    """Samples to which the probe gave about the same probability."""
+    """Samples with about the same predicted probability."""
 
     samples: int
-    probability: float = Field(description="mean of what the probe said")
-    positives: float = Field(description="the share that is positive")
+    probability: float = Field(description="mean prediction")
+    positives: float = Field(description="share of positive samples")
 
 
 class Chosen(Tested):
-    """The probe whose place was chosen within the training part of each fold: the honest one number."""
+    """The probe that is chosen within the training part of each fold: an unbiased score."""
 
-    places: tuple[Place, ...] = Field(description="the choice of each fold")
+    places: tuple[Candidate, ...] = Field(description="the choice of each fold")
     recall_at_1_percent: float | None = Field(description="recall where at most 1 % of the negatives pass")
     brier: float = Field(description="mean squared error of the probabilities")
     calibration_error: float
     calibration: tuple[CalibrationBin, ...]
 
 
-class OfControl(Score):
-    """What is known without looking inside the model."""
+class ControlScore(Score):
+    """A prediction that does not look inside the model."""
 
     name: str
-    sees_answer: bool = Field(description="it looks at the answer, which a probe of the prompt's rows does not")
-    why: str | None = Field(default=None, description="why it cannot be told")
+    sees_answer: bool = Field(description="it uses the answer, which a probe of the prompt's rows does not")
+    why: str | None = Field(default=None, description="why it has no score")
 
 
 class Report(_Document):
-    """Everything about one probing."""
+    """The results of one probing."""
 
     format_version: Literal[2] = 2
     store: str
@@ -89,25 +91,25 @@ class Report(_Document):
     label: str
     method: str
     pool: str
-    positions: str | None = Field(default=None, description="that the pool is of; all unless given")
+    positions: str | None = Field(default=None, description="that the pool is restricted to; all unless given")
     folds: int
-    shuffles: int = Field(description="of the labels, each fitted and chosen as the labels themselves")
-    seconds: float = Field(description="that fits of the labels and of all shuffles took")
+    shuffles: int = Field(description="of the labels; each goes through the same fits and choice")
+    seconds: float = Field(description="spent on fits for the labels and all shuffles")
     seed: int
     samples: int
     positives: int
     questions: int
     left_out: int = Field(description="samples")
     why_left_out: dict[str, int] = Field(description="reason -> samples")
-    strangers: int = Field(description="ids of the table of labels that no sample has")
+    strangers: int = Field(description="ids in the table of labels that no sample has")
     chosen: Chosen
-    best: Place = Field(description="the best mean of inner AUROCs: where a probe for use is taken from")
-    controls: tuple[OfControl, ...]
-    places: tuple[OfPlace, ...]
+    best: Candidate = Field(description="the candidate with the best mean of inner AUROCs; its probe is the one to use")
+    controls: tuple[ControlScore, ...]
+    places: tuple[CandidateScore, ...]
 
     @property
     def sink(self) -> str | None:
-        """The warning that one row rules the means; None where none does."""
+        """A warning where one row dominates the means; None where none does."""
         far = [place for place in self.places if (place.largest_ratio or 0) > FAR]
         if not far:
             return None
@@ -120,20 +122,20 @@ class Report(_Document):
         )
 
     @property
-    def best_control(self) -> OfControl | None:
-        """The control with the highest AUROC, of those that see no more than the probe does."""
+    def best_control(self) -> ControlScore | None:
+        """The control with the highest AUROC, of those that use no more than the probe does."""
         early = self.pool in ("last_prompt", "mean_prompt")
         told = [c for c in self.controls if c.auroc is not None and not (early and c.sees_answer)]
         return max(told, key=lambda control: control.auroc or 0.0, default=None)
 
 
 def number(value: float) -> float | None:
-    """JSON has no not-a-number."""
+    """The value; None for nan, which JSON does not have."""
     return None if math.isnan(value) else float(value)
 
 
 def save_report(report: Report, folder: Path) -> list[Path]:
-    """Writes report.json and, where pictures can be drawn, them as PNG and HTML. Raises StoreError."""
+    """Write report.json and, where Altair is installed, charts as PNG and HTML. Raises StoreError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         written = [folder / REPORT]
@@ -145,13 +147,13 @@ def save_report(report: Report, folder: Path) -> list[Path]:
 
         for name, chart in _charts(report).items():
             written += [save_picture(chart, folder / f"{name}{ending}") for ending in (".png", ".html")]
-    except CaptureError:  # without the packages that draw: the numbers are all in the JSON
+    except CaptureError:  # without the packages for charts: the JSON has all numbers
         pass
     return written
 
 
 def _charts(report: Report) -> dict[str, Any]:
-    """AUROC by layer; where each position is probed, a heat map for each point."""
+    """A chart of AUROC by layer; with pool=each, a heat map for each point."""
     from hookmap.analysis.charts import bands, heat_map
 
     title = f"{report.label}: {report.method}, {report.pool}"

@@ -1,4 +1,4 @@
-"""A capture and a label -> a report and probes. One tensor is in memory at a time."""
+"""Makes a report and probes from a capture and a label. One tensor is in memory at a time."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ from hookmap.analysis.probes.examples import read_examples
 from hookmap.analysis.probes.fitting import METHODS, Fitted, directions, moments, platt
 from hookmap.analysis.probes.folds import Choice, grouped_folds, held_out, pooled, shuffles
 from hookmap.analysis.probes.metrics import Floats, Ints, Labels, calibration, independent, recall_at
-from hookmap.analysis.probes.pooling import RowLengths, chosen_positions, matrices, places
+from hookmap.analysis.probes.pooling import RowLengths, chosen_positions, matrices, probed_positions
 from hookmap.analysis.probes.report import Report, number
 from hookmap.analysis.probes.saved import About, Probes
 from hookmap.capture.result import Capture
@@ -30,22 +30,22 @@ log = logging.getLogger("hookmap")
 MEMORY = 2 * 10**9
 SHUFFLES = 100
 NOTHING_VARIES = "no feature varies over the samples"
-_Place = tuple[str, int | None, int | None]
+_Candidate = tuple[str, int | None, int | None]
 """point, layer, position"""
 
 
 @dataclass(frozen=True)
 class Probing:
-    """What `probe` found."""
+    """The result of `probe`."""
 
     report: Report
     probes: Probes
-    """of each tensor, fitted on all samples; where each position is probed, of the best position"""
+    """one for each tensor, fitted on all samples; with pool="each", at the best position"""
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write report, pictures, probes, and for each point with layers a steering vector. Raises StoreError.
+        """Write the report, charts, probes, and a steering vector for each point with layers. Raises StoreError.
 
-        Where nothing varies there is no probe: `why` of the report's place says so.
+        A tensor in which no feature varies has no probe; `why` in the report's `places` says so.
         """
         target = Path(folder)
         written = documents.save_report(self.report, target)
@@ -75,18 +75,18 @@ def probe(
     memory: int = MEMORY,
     progress: Callable[[int, int], None] | None = None,
 ) -> Probing:
-    """Cross-validate a linear probe of `label` on each tensor of a capture, and choose among them honestly.
+    """Cross-validate a linear probe of `label` on each tensor of a capture, and choose one within the training folds.
 
     store: a capture in memory or on disk. label, labels, positive, above, group, limit: see `examples.read_examples`;
     labels is its table. points, layers: of those that the capture holds.
     method: logistic, ridge or mean_difference. folds: 3 at least. shuffles: of the labels; p is at least 1 in
     shuffles + 1.
-    pool: which rows of a sample: last, last_prompt, mean, mean_prompt, mean_answer, or each position by itself.
-    positions: the rows that a pool is of, as a capture names them: "1:" leaves the first token out, which is often an
-    attention sink, 100 times as long as the others. With pool="each" a slice, slice(-8, 4), counted from the end of the
-    prompt.
-    memory: bytes that matrices may take. progress: called with tensors done and all of them.
-    Raises SelectionError for what the capture does not have, or where no feature varies, DataError for a broken table.
+    pool: which rows of a sample: last, last_prompt, mean, mean_prompt, mean_answer, or each position separately.
+    positions: restricts the pool to these positions, named as for a capture. "1:" leaves out the first token, which is
+    often an attention sink with 100 times the norm of the others. With pool="each", a slice such as slice(-8, 4),
+    counted from the end of the prompt.
+    memory: bytes that matrices may take. progress: called with the number of tensors done and of all tensors.
+    Raises SelectionError for what the capture does not have, or where no feature varies; DataError for a broken table.
     """
     if method not in METHODS:
         raise SelectionError(f"method {method!r}: expected one of {', '.join(METHODS)}.")
@@ -96,14 +96,14 @@ def probe(
     depth, store = (store.map.num_layers, store.store) if isinstance(store, Capture) else (store.num_layers, store)
     keys = _keys(store, points, layers, depth)
     examples = read_examples(store, label, table=labels, positive=positive, above=above, group=group, limit=limit)
-    wanted = places([store.sample(n) for n in examples.numbers], pool, positions)
+    wanted = probed_positions([store.sample(n) for n in examples.numbers], pool, positions)
     chosen = chosen_positions(pool, positions)
     trial = Trial(examples.labels, examples.groups, folds, shuffles, seed, method)
     fitted: dict[Key, Fitted] = {}
-    unlike: dict[Key, RowLengths] = {}
+    row_lengths: dict[Key, RowLengths] = {}
     for done, key in enumerate(keys):
-        unlike[key] = RowLengths()
-        for position, matrix in matrices(store, key, examples.numbers, pool, wanted, memory, chosen, unlike[key]):
+        row_lengths[key] = RowLengths()
+        for position, matrix in matrices(store, key, examples.numbers, pool, wanted, memory, chosen, row_lengths[key]):
             if trial.take((*key, position), matrix) and pool != "each":
                 fitted[key] = trial.fit((*key, position), matrix)
         if progress is not None:
@@ -111,10 +111,10 @@ def probe(
     best = trial.choice.best
     if best is None:
         raise SelectionError(f"there is nothing to probe: {NOTHING_VARIES} (probed: {len(trial.found)} tensors).")
-    for key in keys if pool == "each" else ():  # where it is best is known at the end
+    for key in keys if pool == "each" else ():  # the best position is known only now
         for _, matrix in matrices(store, key, examples.numbers, pool, [best[2]], memory):
-            if (place := (*key, best[2])) in trial.told:
-                fitted[key] = trial.fit(place, matrix)
+            if (candidate := (*key, best[2])) in trial.validated:
+                fitted[key] = trial.fit(candidate, matrix)
     report = Report(
         store=str(getattr(store, "path", "memory")),
         model=model,
@@ -133,9 +133,9 @@ def probe(
         why_left_out=dict(examples.left_out),
         strangers=examples.strangers,
         chosen=_chosen(trial),
-        best=_place(best),
+        best=_document(best),
         controls=_controls(store, examples.numbers, trial),
-        places=tuple(_of_place(place, trial, unlike[place[:2]]) for place in trial.found),
+        places=tuple(_candidate_score(each, trial, row_lengths[each[:2]]) for each in trial.found),
     )
     if report.sink is not None:
         log.warning("%s", report.sink)
@@ -143,72 +143,72 @@ def probe(
 
 
 def _written(positions: Any) -> str | None:
-    """As it would be typed."""
+    """The positions as a user would type them."""
     if isinstance(positions, slice):
         return ":".join("" if end is None else str(end) for end in (positions.start, positions.stop))
     return None if positions is None else str(positions)
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What the cross-validation of one place says."""
+class _CrossValidated:
+    """The cross-validation of one candidate."""
 
     aurocs: Floats
-    """[1 + shuffles], of the labels first"""
+    """[1 + shuffles]; the first is that of the labels"""
     scores: Floats
-    """[samples], each by the probe that was not fitted on it"""
+    """[samples], each from the probe that was not fitted on the sample"""
 
 
 class Trial:
-    """The labels and their shuffles, before which all places pass."""
+    """The labels and their shuffles, on which every candidate is tried."""
 
     def __init__(self, labels: Labels, groups: Ints, folds: int, count: int, seed: int, method: str) -> None:
         self.labels, self._method = labels, method
         self.folds = grouped_folds(labels, groups, folds, seed)
         self._all = shuffles(labels, groups, self.folds, count, seed)
         self._counts = independent(labels, groups)
-        self.choice = Choice[_Place](self._all, self.folds)
-        self.found: list[_Place] = []
-        """all places, in their order"""
-        self.told: dict[_Place, _Told] = {}
-        """those where something varies"""
+        self.choice = Choice[_Candidate](self._all, self.folds)
+        self.found: list[_Candidate] = []
+        """all candidates, in order"""
+        self.validated: dict[_Candidate, _CrossValidated] = {}
+        """those in which a feature varies"""
         self.seconds = 0.0
-        """of fits"""
+        """spent on fits"""
 
-    def take(self, place: _Place, matrix: Any) -> bool:
-        """The next place. Whether any feature varies there."""
+    def take(self, candidate: _Candidate, matrix: Any) -> bool:
+        """Cross-validate the next candidate. Returns whether any feature varies in it."""
         begun = time.perf_counter()
-        self.found.append(place)
+        self.found.append(candidate)
         if varies := bool(moments(matrix)[1].any()):
             found = held_out(matrix, self._all, self.folds, self._method)
-            self.choice.take(place, found)
-            self.told[place] = _Told(pooled(found.outer, found.pairs), found.of_own(self.folds))
+            self.choice.take(candidate, found)
+            self.validated[candidate] = _CrossValidated(pooled(found.outer, found.pairs), found.of_own(self.folds))
         self.seconds += time.perf_counter() - begun
         return varies
 
-    def fit(self, place: _Place, matrix: Any) -> Fitted:
-        """The probe for use, of all samples; its logits are scaled on what was held out."""
+    def fit(self, candidate: _Candidate, matrix: Any) -> Fitted:
+        """The probe fitted on all samples; its logits are scaled on held-out scores."""
         weights, biases = directions(matrix, self.labels[None], self._method)
-        factor, shift = platt(self.told[place].scores, self.labels)
+        factor, shift = platt(self.validated[candidate].scores, self.labels)
         return Fitted(weights[:, 0] * factor, float(biases[0]) * factor + shift)
 
     def score(self, auroc: float) -> dict[str, Any]:
-        """With its interval."""
+        """The AUROC with its interval."""
         return auroc_score(auroc, self._counts, int(self.folds.max()) + 1)
 
     def tested(self, auroc: float, by_chance: Floats, most: Floats) -> dict[str, Any]:
-        """Held against shuffled labels. by_chance: the same, shuffled; most: what is to be beaten, of each shuffle."""
+        """The comparison with shuffled labels. by_chance: the AUROC of each shuffle. most: those that p counts."""
         mean = float(np.nanmean(by_chance))
         return {"shuffled": mean, "selectivity": auroc - mean, "p": p_value(auroc, most)}
 
     @property
     def most(self) -> Floats:
-        """[shuffles]: the best AUROC of all places. Held against it, each place is corrected for their number."""
-        return np.asarray(np.max([told.aurocs[1:] for told in self.told.values()], axis=0))
+        """[shuffles]: the best AUROC of all candidates, which corrects p for the number of candidates."""
+        return np.asarray(np.max([each.aurocs[1:] for each in self.validated.values()], axis=0))
 
 
 def auroc_score(auroc: float, counts: tuple[float, float], folds: int) -> dict[str, float | None]:
-    """With its interval. Probes of several folds share training data, for which Nadeau and Bengio (2003) allow.
+    """The AUROC with its interval, corrected for folds that share training data (Nadeau and Bengio 2003).
 
     counts: independent positives and negatives.
     """
@@ -219,7 +219,7 @@ def auroc_score(auroc: float, counts: tuple[float, float], folds: int) -> dict[s
 
 
 def p_value(found: float, by_chance: Floats) -> float:
-    """How often chance is as good, what was found being one of its draws (Phipson & Smyth 2010)."""
+    """The share of shuffles that are as good, counting the result itself as one (Phipson & Smyth 2010)."""
     return float((by_chance >= found - 1e-9).sum() + 1) / (len(by_chance) + 1)
 
 
@@ -229,8 +229,8 @@ def _keys(
     layers: str | int | Sequence[int],
     depth: int | None,
 ) -> list[Key]:
-    """depth: the model's layers, from which negative ones count. Raises SelectionError for what is not held."""
-    if isinstance(points, Mapping):  # layers of its own for each
+    """The tensors to probe. depth: the number of layers, from which negative ones count. Raises SelectionError."""
+    if isinstance(points, Mapping):  # each point with its own layers
         if layers != "all":
             raise SelectionError("points name layers of their own: leave layers out.")
         return list(dict.fromkeys(key for name, own in points.items() for key in _keys(store, [name], own, depth)))
@@ -241,7 +241,7 @@ def _keys(
     found: list[Key] = []
     for name in names:
         if ("all" if points == "all" else name) == "all" and (name, None) in store.keys:
-            if name != "logits":  # as wide as the vocabulary: a probe of it is asked for by its name
+            if name != "logits":  # as wide as the vocabulary: probed only if named
                 found.append((name, None))
         elif chosen is None:
             found += store.keys_of(name)
@@ -252,18 +252,18 @@ def _keys(
     return list(dict.fromkeys(found))
 
 
-def _place(place: _Place) -> documents.Place:
-    point, layer, position = place
-    return documents.Place(point=point, layer=layer, position=position)
+def _document(candidate: _Candidate) -> documents.Candidate:
+    point, layer, position = candidate
+    return documents.Candidate(point=point, layer=layer, position=position)
 
 
-def _of_place(place: _Place, trial: Trial, lengths: RowLengths) -> documents.OfPlace:
+def _candidate_score(candidate: _Candidate, trial: Trial, lengths: RowLengths) -> documents.CandidateScore:
     where: dict[str, Any] = {"largest_share": lengths.share, "largest_ratio": lengths.ratio}
-    where |= _place(place).model_dump()
-    if place not in trial.told:
-        return documents.OfPlace(**where, auroc=None, low=None, high=None, why=NOTHING_VARIES)
-    own, *by_chance = trial.told[place].aurocs.tolist()
-    return documents.OfPlace(**where, **trial.score(own), **trial.tested(own, np.array(by_chance), trial.most))
+    where |= _document(candidate).model_dump()
+    if candidate not in trial.validated:
+        return documents.CandidateScore(**where, auroc=None, low=None, high=None, why=NOTHING_VARIES)
+    own, *by_chance = trial.validated[candidate].aurocs.tolist()
+    return documents.CandidateScore(**where, **trial.score(own), **trial.tested(own, np.array(by_chance), trial.most))
 
 
 def _chosen(trial: Trial) -> documents.Chosen:
@@ -273,7 +273,7 @@ def _chosen(trial: Trial) -> documents.Chosen:
     return documents.Chosen(
         **trial.score(own),
         **trial.tested(own, by_chance, by_chance),
-        places=tuple(map(_place, trial.choice.places.values())),
+        places=tuple(map(_document, trial.choice.places.values())),
         recall_at_1_percent=number(recall_at(trial.labels, logits)),
         brier=calibrated.brier,
         calibration_error=calibrated.error,
@@ -281,9 +281,9 @@ def _chosen(trial: Trial) -> documents.Chosen:
     )
 
 
-def _controls(store: Store, numbers: Sequence[int], trial: Trial) -> tuple[documents.OfControl, ...]:
+def _controls(store: Store, numbers: Sequence[int], trial: Trial) -> tuple[documents.ControlScore, ...]:
     return tuple(
-        documents.OfControl(
+        documents.ControlScore(
             name=control.name,
             why=control.why,
             sees_answer=control.sees_answer,
@@ -293,7 +293,7 @@ def _controls(store: Store, numbers: Sequence[int], trial: Trial) -> tuple[docum
     )
 
 
-def _probes(fitted: Mapping[Key, Fitted], best: _Place, report: Report) -> Probes:
+def _probes(fitted: Mapping[Key, Fitted], best: _Candidate, report: Report) -> Probes:
     about = About(
         label=report.label,
         method=report.method,

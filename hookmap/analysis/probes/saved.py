@@ -1,4 +1,4 @@
-"""Probes in a safetensors file: to score other rows with, and to steer along."""
+"""Probes and their safetensors file: they score other rows, and give steering vectors."""
 
 import json
 from collections.abc import Mapping
@@ -19,18 +19,18 @@ _METADATA = "hookmap.probes"
 
 
 class About(BaseModel):
-    """What the probes are of; the metadata of their file, as JSON under `hookmap.analysis.probes`."""
+    """What the probes were made from. It is JSON in the metadata of their file, under `hookmap.probes`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
-    label: str = Field(description="what is positive, in words")
+    label: str = Field(description="the condition of a positive sample, in words")
     method: str
     pool: str = Field(description="which rows of a sample they were fitted on")
-    positions: str | None = Field(default=None, description="that the pool was of; all unless given")
+    positions: str | None = Field(default=None, description="that the pool was restricted to; all unless given")
     position: int | None = Field(default=None, description="of pool=each, counted from the end of the prompt")
     model: str | None = None
-    samples: int = Field(ge=1, description="that they were fitted on: all, none held out")
+    samples: int = Field(ge=1, description="number of samples that they were fitted on: all")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Probes:
         return rows.flatten(1).float() @ self.weights[point, layer] + self.biases[point, layer]
 
     def vector(self, point: str) -> steering.SteeringVector:
-        """The directions of one point, each of length 1 and towards the label, to be added to the stream.
+        """A steering vector from the weights of one point, scaled to length 1 in each layer; it points to the label.
 
         Raises SelectionError where no probe is of this point's layers, StoreError where one has no direction.
         """
@@ -75,7 +75,7 @@ class Probes:
 
 
 def load_probes(path: str | Path) -> Probes:
-    """What `Probes.save` wrote. Raises StoreError where the file is none of these."""
+    """Read a file of `Probes.save`. Raises StoreError where it is another file."""
     from safetensors import SafetensorError, safe_open
 
     if is_pointer(Path(path)):
