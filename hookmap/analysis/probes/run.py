@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hookmap.activations import Key
 from hookmap.analysis.intervals import auroc_interval
 from hookmap.analysis.probes import report as documents
 from hookmap.analysis.probes.controls import controls
-from hookmap.analysis.probes.examples import read_examples
+from hookmap.analysis.probes.examples import Examples, read_examples
 from hookmap.analysis.probes.fitting import METHODS, Fitted, directions, moments, platt
 from hookmap.analysis.probes.folds import Choice, grouped_folds, held_out, pooled, shuffles
 from hookmap.analysis.probes.metrics import Floats, Ints, Labels, calibration, independent, recall_at
@@ -99,11 +100,11 @@ def probe(
     wanted = probed_positions([store.sample(n) for n in examples.numbers], pool, positions)
     chosen = chosen_positions(pool, positions)
     trial = Trial(examples.labels, examples.groups, folds, shuffles, seed, method)
+    read = partial(matrices, store, numbers=examples.numbers, pool=pool, memory=memory)
+    lengths = {key: RowLengths() for key in keys}
     fitted: dict[Key, Fitted] = {}
-    row_lengths: dict[Key, RowLengths] = {}
     for done, key in enumerate(keys):
-        row_lengths[key] = RowLengths()
-        for position, matrix in matrices(store, key, examples.numbers, pool, wanted, memory, chosen, row_lengths[key]):
+        for position, matrix in read(key, wanted=wanted, chosen=chosen, lengths=lengths[key]):
             if trial.take((*key, position), matrix) and pool != "each":
                 fitted[key] = trial.fit((*key, position), matrix)
         if progress is not None:
@@ -112,20 +113,28 @@ def probe(
     if best is None:
         raise SelectionError(f"there is nothing to probe: {NOTHING_VARIES} (probed: {len(trial.found)} tensors).")
     for key in keys if pool == "each" else ():  # the best position is known only now
-        for _, matrix in matrices(store, key, examples.numbers, pool, [best[2]], memory):
+        for _, matrix in read(key, wanted=[best[2]]):
             if (candidate := (*key, best[2])) in trial.validated:
                 fitted[key] = trial.fit(candidate, matrix)
-    report = Report(
+    settings = {"pool": pool, "positions": _written(positions), "folds": folds, "shuffles": shuffles, "seed": seed}
+    report = _report(store, examples, trial, lengths, best, model=model, method=method, **settings)
+    if report.sink is not None:
+        log.warning("%s", report.sink)
+    return Probing(report, _probes(fitted, best, report))
+
+
+def _report(
+    store: Store,
+    examples: Examples,
+    trial: "Trial",
+    lengths: Mapping[Key, RowLengths],
+    best: _Candidate,
+    **settings: Any,
+) -> Report:
+    return Report(
         store=str(getattr(store, "path", "memory")),
-        model=model,
         label=examples.label,
-        method=method,
-        pool=pool,
-        positions=_written(positions),
-        folds=folds,
-        shuffles=shuffles,
         seconds=round(trial.seconds, 1),
-        seed=seed,
         samples=len(examples.numbers),
         positives=int(examples.labels.sum()),
         questions=int(examples.groups.max()) + 1,
@@ -135,11 +144,9 @@ def probe(
         chosen=_chosen(trial),
         best=_document(best),
         controls=_controls(store, examples.numbers, trial),
-        places=tuple(_candidate_score(each, trial, row_lengths[each[:2]]) for each in trial.found),
+        places=tuple(_candidate_score(each, trial, lengths[each[:2]]) for each in trial.found),
+        **settings,
     )
-    if report.sink is not None:
-        log.warning("%s", report.sink)
-    return Probing(report, _probes(fitted, best, report))
 
 
 def _written(positions: Any) -> str | None:

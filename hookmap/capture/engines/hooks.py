@@ -56,47 +56,54 @@ class HooksEngine:
     def _watching(
         self, observer: Observer, editor: Editor | None, ends_early: bool = False, generating: bool = False
     ) -> Iterator[None]:
-        before = None if editor is None else editor.before
-
-        def begin(args: Any, kwargs: Any, _: Any) -> Any:
-            if not observer.looks:
-                return None
-            observer.begin_pass(args, kwargs)
-            if before is not None:
-                before.begin_pass(args, kwargs)
-            if editor is not None:
-                editor.begin_pass(args, kwargs)
-            return args, {**kwargs, **logits_of_pass(self.root, generating, observer, before)}, None
-
-        def then_end(watch: Watch) -> Watch:
-            def watch_and_end(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
-                watch(args, kwargs, output)
-                if observer.saw_all and observer.looks:
-                    raise _SawAllError
-
-            return watch_and_end if ends_early else watch
-
         with contextlib.ExitStack() as hooks:
-            hooks.callback(self.root.register_forward_pre_hook(_on_input(begin), with_kwargs=True).remove)
+            hooks.callback(_register(self.root, "input", partial(self._begin, observer, editor, generating)))
             edited = () if editor is None else editor.boundaries
             for path, side in dict.fromkeys((*observer.boundaries, *edited)):
                 module = module_at(self.module, self.root, path)
                 # Hooks run in the order of registration: each sees what the ones before it passed on.
-                calls: list[_Call] = []
-                if (path, side) in edited and editor is not None:
-                    if before is not None and (path, side) in before.boundaries:
-                        calls.append(before.watcher(path, side))
-                    calls += _edits(editor, observer, path, side, then_end)
-                elif before is not None:
-                    calls += [before.watcher(path, side), then_end(observer.watcher(path, side))]
-                else:
-                    calls.append(then_end(observer.watcher(path, side)))
-                for call in calls:
-                    if side == "input":
-                        hooks.callback(module.register_forward_pre_hook(_on_input(call), with_kwargs=True).remove)
-                    else:
-                        hooks.callback(module.register_forward_hook(_on_output(call)).remove)
+                for call in _calls_at(path, side, observer, editor, ends_early):
+                    hooks.callback(_register(module, side, call))
             yield
+
+    def _begin(
+        self, observer: Observer, editor: Editor | None, generating: bool, args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        """The model is called with these arguments; what it gets in their place."""
+        if not observer.looks:
+            return None
+        before = None if editor is None else editor.before
+        for each in (observer, before, editor):
+            if each is not None:
+                each.begin_pass(args, kwargs)
+        return args, {**kwargs, **logits_of_pass(self.root, generating, observer, before)}, output
+
+
+def _calls_at(path: str, side: Side, observer: Observer, editor: Editor | None, ends_early: bool) -> Iterator["_Call"]:
+    """What is called at one boundary, in order: the watcher of old values, and the edits with their watchers."""
+    then_end = partial(_then_end, observer) if ends_early else _as_it_is
+    before = None if editor is None else editor.before
+    if before is not None and (path, side) in before.boundaries:
+        yield before.watcher(path, side)
+    if editor is not None and (path, side) in editor.boundaries:
+        yield from _edits(editor, observer, path, side, then_end)
+    else:
+        yield then_end(observer.watcher(path, side))
+
+
+def _then_end(observer: Observer, watch: Watch) -> Watch:
+    """The watcher, which ends the pass when the observer has seen all selectors."""
+
+    def watch_and_end(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        watch(args, kwargs, output)
+        if observer.saw_all and observer.looks:
+            raise _SawAllError
+
+    return watch_and_end
+
+
+def _as_it_is(watch: Watch) -> Watch:
+    return watch
 
 
 def _edits(
@@ -129,6 +136,13 @@ def _written(
 
 
 _Call = Callable[[Sequence[Any], Mapping[str, Any], Any], Any]
+
+
+def _register(module: nn.Module, side: Side, call: _Call) -> Callable[[], None]:
+    """Register a hook at a boundary. Returns what removes it."""
+    if side == "input":
+        return module.register_forward_pre_hook(_on_input(call), with_kwargs=True).remove
+    return module.register_forward_hook(_on_output(call)).remove
 
 
 def _on_input(call: _Call) -> Any:
