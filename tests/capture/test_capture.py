@@ -1,25 +1,17 @@
 """A capture is what plain PyTorch hooks see in a plain `model.generate`, bit for bit, and the tokens are the same."""
 
-from functools import cache
-
 import pytest
 import torch
 from support import plain_hooks
+from support.opened import RAGGED, opened
 from support.plain_hooks import FAMILIES, LAYERS, Reference
 
 import hookmap
 from hookmap.capture.result import Capture
 from hookmap.loading.sampling import own_seed
-from hookmap.model import HookedModel
 
 NEW = 7
 SINGLE = [[5, 17, 3, 60, 22, 9]]
-RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
-
-
-@cache
-def opened(name: str) -> HookedModel:
-    return hookmap.open(plain_hooks.build(name))
 
 
 def same(run: Capture, reference: Reference, name: str, prompts: list[list[int]], ends: frozenset[int] = frozenset()):

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,13 @@ import nnsight
 import pytest
 import torch
 from support import plain_hooks
+from support.opened import RAGGED, opened
 from support.plain_hooks import FAMILIES
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.capture.engines.model_lock import ModelLock
 from hookmap.demo import MODEL_PATH
-from hookmap.model import HookedModel
-
-RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
-
-
-@cache
-def opened(name: str) -> HookedModel:
-    return hookmap.open(plain_hooks.build(name))
 
 
 @pytest.mark.filterwarnings("ignore:Module .* has a submodule named 'output'")  # nnsight's, of BERT

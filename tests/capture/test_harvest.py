@@ -1,6 +1,5 @@
 """max_new_tokens=0: one forward pass over given texts, equal to plain hooks, and no longer than it needs."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import plain_hooks
+from support.opened import RAGGED, opened
 from support.plain_hooks import FAMILIES, LAYERS
 
 import hookmap
 from hookmap.capture.batches import harvest_batches
-from hookmap.model import HookedModel
-
-RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
-
-
-@cache
-def opened(name: str) -> HookedModel:
-    return hookmap.open(plain_hooks.build(name))
 
 
 def by_hand(model: Any, family: plain_hooks.Family, point: str, layer: int, texts: list[list[int]]) -> torch.Tensor:

@@ -5,7 +5,6 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import plain_hooks
+from support.opened import RAGGED, opened
 from support.plain_hooks import FAMILIES, LAYERS
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.capture.interventions.documents import Steer, dump_interventions, load_interventions, read_interventions
-from hookmap.model import HookedModel
 
-RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
 LENGTHS = [len(ids) for ids in RAGGED]
 WIDTH = max(LENGTHS)
 NEW = 5
@@ -32,11 +30,6 @@ SOURCE = [60, 61, 62, 63]
 Rows = torch.Tensor
 Change = Callable[[Rows, list[int]], Rows]
 """(rows of one sample [n, d], their positions) -> new rows"""
-
-
-@cache
-def opened(name: str) -> HookedModel:
-    return hookmap.open(plain_hooks.build(name), tokenizer=tiny_tokenizer())
 
 
 def written_by_hand(model: Any, name: str, point: str, layer: int, change: Change) -> Iterator[None]:

@@ -22,7 +22,7 @@ RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81], [5
 WISH: dict[str, Any] = {"points": ["resid_mid", "resid_post"], "layers": [1, 2], "max_new_tokens": 9, "batch_size": 3}
 
 
-def opened(dtype: torch.dtype = torch.float32) -> HookedModel:
+def fresh(dtype: torch.dtype = torch.float32) -> HookedModel:
     return hookmap.open(plain_hooks.build("llama", dtype), tokenizer=tiny_tokenizer())
 
 
@@ -42,7 +42,7 @@ SAMPLED = {"do_sample": True, "seed": 4, "temperature": 2.0}
 @pytest.mark.parametrize("lost", [0, 1, 4])
 def test_a_repaired_capture_is_resumed_into_what_it_was(tmp_path: Path, how: dict[str, Any], lost: int) -> None:
     """One sample of a batch is lost: run alone it got another text, or other last bits."""
-    hm, wish = opened(torch.bfloat16), {**WISH, **how}
+    hm, wish = fresh(torch.bfloat16), {**WISH, **how}
     hm.capture(RAGGED, **wish, store=tmp_path / "c")
     whole = hookmap.open_store(tmp_path / "c")
     table = (tmp_path / "c" / "samples.jsonl").read_text().splitlines(keepends=True)
@@ -96,7 +96,7 @@ OTHERS: dict[str, tuple[Callable[[HookedModel], Any] | None, Any, dict[str, Any]
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_run_over_other_things_is_refused_by_name(tmp_path: Path, name: str) -> None:
     change, prompts, how, named = OTHERS[name]
-    hm = opened()
+    hm = fresh()
     interrupted(hm, records("a", 1), tmp_path / "c")
     before = tree(tmp_path / "c")
     if change:
@@ -107,10 +107,10 @@ def test_a_run_over_other_things_is_refused_by_name(tmp_path: Path, name: str) -
 
 
 def test_the_same_run_goes_on(tmp_path: Path) -> None:
-    hm = opened()
+    hm = fresh()
     hm.capture(records("a", 1), **WISH, store=tmp_path / "whole")
     interrupted(hm, records("a", 1), tmp_path / "c")
-    opened().capture(records("a", 1), **WISH, store=tmp_path / "c", resume=True)
+    fresh().capture(records("a", 1), **WISH, store=tmp_path / "c", resume=True)
     one, other = tree(tmp_path / "whole"), tree(tmp_path / "c")
     assert {**one, "manifest.json": b""} == {**other, "manifest.json": b""}
 
@@ -136,7 +136,7 @@ def test_edits_stored_in_an_nnsight_model_are_held_against_the_folder(tmp_path: 
 
 
 def test_the_fingerprint_is_of_the_weights_and_of_nothing_else() -> None:
-    hm, again = opened(), opened()
+    hm, again = fresh(), fresh()
     first = weights_of(hm.root)
     hm.capture(RAGGED, **WISH)
     assert first is not None and weights_of(hm.root) == first == weights_of(again.root)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support import plain_hooks
+from support.opened import RAGGED
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
@@ -14,7 +15,6 @@ from hookmap.capture.rows import row_selection
 from hookmap.model import HookedModel
 from hookmap.stores.memory import MemoryStore
 
-RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
 NEW = 40
 POINTS = ["resid_pre", "resid_mid", "q"]
 Rows = list[int]

@@ -2,12 +2,13 @@
 
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from support import plain_hooks
+from support.opened import opened
 from support.plain_hooks import FAMILIES
 from transformers import AutoModelForCausalLM, XLNetConfig
 from transformers.modeling_outputs import BaseModelOutput
@@ -19,17 +20,11 @@ from hookmap.capture.interventions.writable import BoundaryTensor, passed_on
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Term
 from hookmap.maps.templates import Heads
-from hookmap.model import HookedModel
 
 ALWAYS = {"pattern", "router_logits", "router_indices"}
 
 
 _OUT = {"side": "output", "index": None}
-
-
-@cache
-def opened(name: str) -> HookedModel:
-    return hookmap.open(plain_hooks.build(name))
 
 
 def reason(proofs: Proofs, found: ArchitectureMap, point: str, layer: int = 0) -> str | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from support import plain_hooks
+from support.opened import RAGGED
 from torch import nn
 
 import hookmap
@@ -359,8 +360,6 @@ def test_nnterps_attention_probabilities_are_the_pattern() -> None:
 
 
 # Capturing --------------------------------------------------------------------------------------------------------
-
-RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The server as OpenAI's clients meet it: openai-python where it has a way, plain HTTP where it has none."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,6 @@ from support.served import MESSAGES, NAME, QUESTION, Served, serving
 
 from hookmap.demo import MODEL_PATH
 from hookmap.loading.prompts import encode
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("sessions")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as found:
-        yield found
 
 
 def generated(served: Served, **options: Any) -> tuple[list[str], list[list[int]]]:

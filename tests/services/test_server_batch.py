@@ -26,12 +26,6 @@ PROMPTS = ["Tom has 3 apples.", "2 and 3?", "Ann buys 4 pens. She buys 5 more. H
 STEER = {"do": "steer", "point": "resid_post", "layers": [4], "vector": [3.0] * 64, "strength": 2.0}
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("sessions")) as found:
-        yield found
-
-
 @contextlib.contextmanager
 def watched(before: Callable[[int, int], None]) -> Iterator[list[tuple[int, int]]]:
     """The (rows, width) of each forward pass; `before` is told them, and may wait or raise."""

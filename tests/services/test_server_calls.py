@@ -59,12 +59,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def client(served: Served) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as found:
-        yield found
-
-
 def right(message: Any) -> None:
     assert message.content == "Let me see. "
     calls = [(call.type, call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls]

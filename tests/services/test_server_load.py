@@ -31,12 +31,6 @@ WIDE = 400
 """tokens of a prompt that does not fit into memory here"""
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("sessions")) as found:
-        yield found
-
-
 def asked(number: int) -> dict[str, Any]:
     """One of the mixed requests: streamed or not, plain, kept in a session, or in the answer."""
     body: dict[str, Any] = {

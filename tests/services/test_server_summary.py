@@ -2,21 +2,14 @@
 
 import base64
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from support.served import MESSAGES, Served, serving
+from support.served import MESSAGES, Served
 
 from hookmap.services.server.summaries import offered
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("sessions")) as found:
-        yield found
 
 
 def figures(served: Served, summary: dict[str, Any], **body: Any) -> list[dict[str, Any]]:

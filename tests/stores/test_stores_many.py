@@ -3,20 +3,18 @@
 import random
 import shutil
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import plain_hooks
+from support.opened import opened
 from support.store_runs import Run, resid
-from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.capture.rows import DTYPES, row_selection
 from hookmap.errors import HookmapError
-from hookmap.model import HookedModel
 from hookmap.stores import open_store
 from hookmap.stores.copying import repair
 from hookmap.stores.folder import FolderWriter
@@ -25,11 +23,6 @@ from hookmap.stores.folder import FolderWriter
 
 BE = 4
 """the token whose text is "be" """
-
-
-@lru_cache
-def opened(family: str) -> HookedModel:
-    return hookmap.open(plain_hooks.build(family), tokenizer=tiny_tokenizer())
 
 
 def a_selection(chance: random.Random, shortest: int) -> tuple[Any, Callable[[int, int, list[int]], list[int]]]:

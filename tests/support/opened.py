@@ -1,0 +1,18 @@
+"""The families' models as hookmap opens them."""
+
+from functools import cache
+
+from support import plain_hooks
+from support.tiny_tokenizer import tiny_tokenizer
+
+import hookmap
+from hookmap.model import HookedModel
+
+RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
+"""prompts of different lengths, as token ids"""
+
+
+@cache
+def opened(family: str) -> HookedModel:
+    """The family's model, opened once in each test process. A test that changes a model opens its own."""
+    return hookmap.open(plain_hooks.build(family), tokenizer=tiny_tokenizer())
