@@ -1,12 +1,13 @@
 """The options that say how prompts go through the chat template: one rule for every command, that of Python."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import click
 
-_OPTIONS = (
+from hookmap.cli.option_groups import option_group
+
+chat_options = option_group(
     click.option(
         "--chat/--no-chat",
         default=None,
@@ -26,14 +27,8 @@ _OPTIONS = (
         "--chat-template-kwargs", metavar="JSON", help="What the template reads: '{\"enable_thinking\": false}'."
     ),
 )
+"""how prompts go through the chat template; `templating` reads them"""
 _NAMES = ("chat", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-
-
-def chat_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of the chat template, for `templating`."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
 
 
 def templating(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,13 @@ import click
 import hookmap
 from hookmap.cli.finite import FiniteRange
 from hookmap.cli.model_options import chosen
+from hookmap.cli.option_groups import option_group
 
 if TYPE_CHECKING:
     from hookmap.services.nnsight_server import RemoteModel
     from hookmap.services.ray.model import RayModel
 
-_CLUSTER = (
+clustered = option_group(
     click.option("--workers", type=click.IntRange(min=1), metavar="N", help="With --engine ray.  [default: 1]"),
     click.option(
         "--address", metavar="ADDRESS", help="Of a running Ray cluster, or auto; of an nnsight server, or local."
@@ -21,13 +22,7 @@ _CLUSTER = (
     click.option("--cpus-per-worker", type=FiniteRange(min=0, min_open=True), metavar="C", help="[default: 1]"),
     click.option("--gpus-per-worker", type=FiniteRange(min=0), metavar="G", help="[default: 1 where there are]"),
 )
-
-
-def clustered(command: Any) -> Any:
-    """Adds the options that `cluster_of` takes."""
-    for option in reversed(_CLUSTER):
-        command = option(command)
-    return command
+"""where a run elsewhere is; `cluster_of` reads them"""
 
 
 def cluster_of(engine: str, given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any] | None:

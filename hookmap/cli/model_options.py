@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import hookmap
+from hookmap.cli.option_groups import option_group
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
@@ -14,7 +15,7 @@ trust_remote_code = click.option(
     "--trust-remote-code/--no-trust-remote-code", default=None, help="Run the modelling code that the model brings."
 )
 
-_LOADING = (
+loading = option_group(
     click.option("--tokenizer", metavar="MODEL", help="A folder or a hub id.  [default: the model's own]"),
     click.option("--map", "map_", metavar="MAP", help="A map file, instead of discovering one."),
     click.option(
@@ -32,6 +33,7 @@ _LOADING = (
     ),
     trust_remote_code,
 )
+"""which model and how it is loaded; `opened` reads them"""
 
 
 def _fields(given: tuple[str, ...]) -> dict[str, Any] | None:
@@ -46,13 +48,6 @@ def _fields(given: tuple[str, ...]) -> dict[str, Any] | None:
         except ValueError:
             found[field] = value
     return found or None
-
-
-def loading(command: Any) -> Any:
-    """Adds the options that `opened` takes."""
-    for option in reversed(_LOADING):
-        command = option(command)
-    return command
 
 
 def trusted(typed: bool | None, settings: dict[str, Any]) -> bool:

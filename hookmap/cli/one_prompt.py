@@ -6,6 +6,7 @@ import click
 
 from hookmap.cli.chat_options import chat_options, of_default_prompt, templating
 from hookmap.cli.model_options import loading
+from hookmap.cli.option_groups import option_group
 from hookmap.cli.settings import load_settings
 
 if TYPE_CHECKING:
@@ -15,18 +16,13 @@ DEFAULT_PROMPT = "Tom has 3 apples. He buys 4 more. How many apples does Tom hav
 DEFAULT_ANSWER = "Tom has 3+4=<<3+4="
 
 
-def options(command: Any) -> Any:
-    """Adds the options of the model and those that `tokens` takes."""
-    command = loading(chat_options(command))
-    for option in reversed(_PROMPT):
-        command = option(command)
-    return command
-
-
-_PROMPT = (
+options = option_group(
     click.option("--prompt", metavar="TEXT", help="What the model reads."),
     click.option("--answer", metavar="TEXT", help="What it is taken to have answered so far; follows the prompt."),
+    loading,
+    chat_options,
 )
+"""the prompt, and how the model is loaded; `tokens` reads them"""
 
 
 def tokens(hm: "HookedModel", given: dict[str, Any]) -> list[int]:

@@ -1,11 +1,13 @@
 """The options that say which prompts a command runs."""
 
-from collections.abc import Callable
 from typing import Any
 
 import click
 
-_OPTIONS = (
+from hookmap.cli.option_groups import option_group
+from hookmap.cli.settings import typed_or_set
+
+prompt_options = option_group(
     click.option("--prompt", "texts", metavar="TEXT", multiple=True, help="A prompt; may be given several times."),
     click.option(
         "--prompts",
@@ -20,29 +22,36 @@ _OPTIONS = (
     click.option("--skip", type=click.IntRange(min=0), default=0, metavar="N", help="Leave the first N records out."),
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="No more records than these."),
 )
+"""which prompts; `chosen_prompts` reads them"""
 
 
-def prompt_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of its prompts, for `read_prompts`."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+def chosen_prompts(given: dict[str, Any], settings: dict[str, Any]) -> list[Any] | None:
+    """The prompts that were typed, else those of the file that was typed or that the settings name, else None.
 
-
-def read_prompts(
-    file: str,
-    prompt_column: str | None,
-    id_column: str | None,
-    labels: tuple[str, ...],
-    skip: int,
-    limit: int | None,
-) -> list[Any]:
-    """The prompts of a data set. Raises click.UsageError with every wrong record at once."""
+    `given` loses the options. Raises click.UsageError, with every wrong record of a file at once.
+    """
+    texts, typed = given.pop("texts"), given.pop("prompts")
+    columns = typed_or_set(given, settings, "prompt_column", "id_column")
+    part = {name: given.pop(name) for name in ("labels", "skip", "limit")}
+    if texts and typed:
+        raise click.UsageError("--prompt or --prompts, not both: which of them is meant?")
+    if texts:
+        return list(texts)
+    file = typed or settings.get("prompts")
+    if not file:
+        return None
     from hookmap.datasets.records import load_prompts
     from hookmap.errors import DataError
 
-    chosen: Any = "all" if labels == ("all",) else labels
+    labels: Any = "all" if part["labels"] == ("all",) else part["labels"]
     try:
-        return list(load_prompts(file, prompt=prompt_column, id=id_column, labels=chosen, skip=skip, limit=limit))
+        return list(
+            load_prompts(
+                file,
+                prompt=columns.get("prompt_column"),
+                id=columns.get("id_column"),
+                **{**part, "labels": labels},
+            )
+        )
     except DataError as error:
         raise click.UsageError(str(error)) from error

@@ -23,9 +23,14 @@ def load_settings(start: Path | None = None) -> dict[str, Any]:
     return {key: setting.value for key, setting in find(start).items() if setting.source != "default"}
 
 
-def filled(settings: dict[str, Any], **typed: Any) -> dict[str, Any]:
-    """What was typed, and of what was not (None) what the settings say; None where they say nothing."""
-    return {name: settings.get(name) if value is None else value for name, value in typed.items()}
+def typed_or_set(given: dict[str, Any], settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    """These options as they were typed, else as the settings say; those that neither gives are left out.
+
+    `given`, the options of the command, loses them.
+    """
+    typed = {name: given.pop(name) for name in names}
+    found = {name: settings.get(name) if value in (None, "") else value for name, value in typed.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def choose_model(typed: str | None, settings: dict[str, Any]) -> str:

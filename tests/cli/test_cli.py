@@ -256,7 +256,7 @@ def test_a_large_capture_is_timed_on_what_runs_together_and_keeps_nothing_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The trial once held every row of the first prompts in memory, and timed eight texts for a batch of many."""
-    monkeypatch.setattr("hookmap.cli.commands.capture._LARGE_BYTES", 0)
+    monkeypatch.setattr("hookmap.cli.capture_run.LARGE_BYTES", 0)
     prompts = [part for n in range(20) for part in ("--prompt", f"{n}+{n}=")]
     for tokens, harvest in (("0", True), ("3", False)):
         done = run("capture", "--points", "pattern,embed", "--layers", "3", "--max-new-tokens", tokens,

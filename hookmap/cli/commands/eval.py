@@ -49,8 +49,6 @@ def gsm8k(
     model: str | None,
     points: str | None,
     layers: str | None,
-    temperature: float | None,
-    seed: int | None,
     chat_template_kwargs: str | None,
     engine: str | None,
     output: str,
@@ -69,14 +67,14 @@ def gsm8k(
     """
     from hookmap.cli.configuration import Evaluating, read_section
     from hookmap.cli.console import console, working
-    from hookmap.cli.settings import choose_model, chosen_tensors, filled, load_settings, refuse_unknown
+    from hookmap.cli.settings import choose_model, chosen_tensors, load_settings, refuse_unknown, typed_or_set
     from hookmap.demo import MODEL_PATH
     from hookmap.errors import CaptureError
 
     settings = load_settings()
     asked = read_section(Evaluating, "eval", settings, given)
     names, of_layers = chosen_tensors(settings, points, layers)
-    drawn = filled(settings, temperature=temperature, seed=seed)
+    drawn = typed_or_set(given, settings, "temperature", "seed")
     chosen = choose_model(model, settings)
     demo = chosen in ("demo", str(MODEL_PATH))
     data = asked.data or ("demo" if demo else "hf://openai/gsm8k:test")
@@ -91,8 +89,7 @@ def gsm8k(
         template = read_kwargs(chat_template_kwargs)
     engine = engine or settings.get("engine", "hooks")
     cluster = cluster_options.cluster_of("ray" if engine == "ray" else "hooks", given, settings)
-    opening = {name.rstrip("_"): value for name, value in given.items()}
-    opening = {name: value for name, value in filled(settings, **opening).items() if value is not None}
+    opening = typed_or_set({"map": given.pop("map_"), **given}, settings, "map", *given)
     if template:
         opening["chat_template_kwargs"] = template
     if cluster is not None:
