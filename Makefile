@@ -1,5 +1,6 @@
 # make demo   sets up .venv, then discovers, captures and inspects the bundled demo model, offline
 # make test   sets up .venv with the test tools, then runs every check
+# make test-fast      the tests that are not marked slow, in the environment that is there
 # make test-maps      what `make test` begins with: the shipped maps of well-known families
 # make test-oldest    the core tests on the oldest transformers that is allowed, in .venv-oldest
 # make test-newest    the core tests on the newest version of everything, in .venv-newest; prints how maps differ there
@@ -24,7 +25,7 @@ CHECK_MAPS = maps check $(FAMILIES) --jobs $(WORKERS)
 CORE_TESTS := tests/discovery/test_discovery.py tests/capture/test_engines.py tests/loading/test_multimodal.py
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test test-maps test-oldest test-newest lock test-peers test-clients setup check docs format schema clean
+.PHONY: demo test test-fast test-maps test-oldest test-newest lock test-peers test-clients setup check docs format schema clean
 
 demo: .venv/.ready
 	@rm -rf demo-output
@@ -40,6 +41,9 @@ check:
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-fast: .venv/.ready-for-tests
+	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not many"
 
 test-maps: .venv/.ready-for-tests
 	$(OFFLINE) $(BIN)/hookmap $(CHECK_MAPS)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from support.coming_from import ASKED, CHECKOUT, differing, script
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_blocks_of_nnsight_and_of_hookmap_give_the_same_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -44,6 +44,7 @@ def test_the_experiment_page_shows_the_bundled_example() -> None:
     assert example == (CHECKOUT / "hookmap" / "demo" / "emotions.yaml").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_pictures_of_the_lens_page_are_of_todays_numbers() -> None:
     sys.path.insert(0, str(CHECKOUT / "scripts"))
     try:
@@ -135,6 +136,7 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+@pytest.mark.slow
 def test_the_site_builds_offline_and_strictly_and_asks_no_other_machine(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason='pip install "hookmap[docs]"')
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "NO_MKDOCS_2_WARNING": "1"}

@@ -11,6 +11,8 @@ import click
 import pytest
 from support.pages import CHECKOUT, Session, agree, blocks, parse
 
+pytestmark = pytest.mark.slow
+
 FOUND = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in FOUND}
 RUN_ELSEWHERE = {"coming-from.md"}  # the same names in four programs, a script of each: tests/test_coming_from.py

@@ -20,6 +20,8 @@ from hookmap.analysis.grid import Grid
 from hookmap.analysis.grid_table import grid_table
 from hookmap.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 EVIL = "</script><script>alert(1)</script>"
 
 

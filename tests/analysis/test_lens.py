@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import plain_hooks
+from support.opened import EACH_FAMILY
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
@@ -36,7 +37,7 @@ def logits_of(hm: HookedModel, tokens: list[int]) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", plain_hooks.FAMILIES)
+@pytest.mark.parametrize("name", EACH_FAMILY)
 def test_the_lens_at_the_last_layer_is_the_models_own_logits_to_the_bit(name: str) -> None:
     hm = opened(name)
     run = hm.capture([TOKENS], ["resid_post"], -1, max_new_tokens=0)

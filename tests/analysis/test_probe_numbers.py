@@ -23,6 +23,8 @@ pytest.importorskip("sklearn", reason='pip install "hookmap[eval]"')
 
 from hookmap.analysis.probes.run import Trial, p_value, probe
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("logistic", "ridge", "mean_difference")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import plain_hooks
-from support.opened import RAGGED, opened
+from support.opened import EACH_FAMILY, RAGGED, opened
 from support.plain_hooks import FAMILIES, LAYERS, Reference
 
 import hookmap
@@ -32,7 +32,7 @@ def same(run: Capture, reference: Reference, name: str, prompts: list[list[int]]
                 assert torch.equal(got, expected), (point, layer, (got - expected).abs().max())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH_FAMILY)
 def test_single_prompt(name: str) -> None:
     hm, points = opened(name), list(FAMILIES[name].points)
     reference = plain_hooks.generate(hm.model, FAMILIES[name], SINGLE, max_new_tokens=NEW, do_sample=False)
@@ -42,7 +42,7 @@ def test_single_prompt(name: str) -> None:
     same(run, reference, name, SINGLE)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH_FAMILY)
 def test_padded_batch(name: str) -> None:
     hm, points = opened(name), list(FAMILIES[name].points)
     reference = plain_hooks.generate(hm.model, FAMILIES[name], RAGGED, max_new_tokens=NEW, do_sample=False)
@@ -50,7 +50,7 @@ def test_padded_batch(name: str) -> None:
     same(run, reference, name, RAGGED)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH_FAMILY)
 def test_early_end_of_sequence_in_a_batch(name: str) -> None:
     """A row that ends early keeps its rows up to the last token that was fed, and nothing of the junk behind it."""
     hm, points = opened(name), list(FAMILIES[name].points)
@@ -64,7 +64,7 @@ def test_early_end_of_sequence_in_a_batch(name: str) -> None:
     same(run, reference, name, RAGGED, frozenset(ends))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH_FAMILY)
 def test_sampled_with_a_seed(name: str) -> None:
     """Each prompt draws what plain `generate` of it alone draws; the tensors are those of the batch."""
     hm, points = opened(name), list(FAMILIES[name].points)
@@ -88,7 +88,7 @@ def test_sampled_with_a_seed(name: str) -> None:
     same(run, reference, name, RAGGED)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH_FAMILY)
 def test_a_batch_shows_what_each_prompt_alone_shows(name: str) -> None:
     """Padding changes the arithmetic in the last bits only."""
     hm, points = opened(name), list(FAMILIES[name].points)

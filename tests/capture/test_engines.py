@@ -11,7 +11,7 @@ import nnsight
 import pytest
 import torch
 from support import plain_hooks
-from support.opened import RAGGED, opened
+from support.opened import EACH_FAMILY, RAGGED, opened
 from support.plain_hooks import FAMILIES
 from support.tiny_tokenizer import tiny_tokenizer
 
@@ -22,7 +22,7 @@ from hookmap.demo import MODEL_PATH
 
 @pytest.mark.filterwarnings("ignore:Module .* has a submodule named 'output'")  # nnsight's, of BERT
 @pytest.mark.parametrize("new", [4, 0])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EACH_FAMILY)
 def test_the_engines_are_bit_identical(name: str, new: int) -> None:
     runs = [opened(name).capture(RAGGED, "all", max_new_tokens=new, engine=engine) for engine in ("hooks", "nnsight")]
     assert runs[0].tokens == runs[1].tokens and runs[0].keys == runs[1].keys

@@ -26,7 +26,7 @@ from hookmap.maps.parsing import parse
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_folder")]
 
 
 def run(*args: str) -> Result:

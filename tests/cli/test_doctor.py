@@ -14,6 +14,8 @@ import pytest
 
 from hookmap.cli import doctor
 
+pytestmark = pytest.mark.slow
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 

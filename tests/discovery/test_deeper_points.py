@@ -19,6 +19,8 @@ from hookmap.maps.parsing import parse
 from hookmap.maps.points import POINTS
 from hookmap.verification.verify import redraw, verify
 
+pytestmark = pytest.mark.slow
+
 HEADS, D_HEAD = 4, 8
 _IDS = torch.tensor([[5, 17, 3, 44, 9, 60, 31, 8, 12], [11, 2, 71, 6, 90, 4, 23, 50, 7]])
 _TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from support import plain_hooks
+from support.opened import EACH_FAMILY
 from torch import nn
 
 from hookmap.discovery.discover import discover
@@ -107,7 +108,7 @@ def _by_hand(name: str) -> dict[tuple[str, int], list[plain_hooks.Place]]:
     return places
 
 
-@pytest.mark.parametrize("name", plain_hooks.FAMILIES)
+@pytest.mark.parametrize("name", EACH_FAMILY)
 def test_every_point_is_where_a_person_would_hook_it(name: str) -> None:
     model = plain_hooks.build(name)
     found = discover(model)
@@ -130,7 +131,7 @@ def test_every_point_is_where_a_person_would_hook_it(name: str) -> None:
         assert torch.equal(selected[point, None], hooked[point]), point
 
 
-@pytest.mark.parametrize("name", plain_hooks.FAMILIES)
+@pytest.mark.parametrize("name", EACH_FAMILY)
 def test_the_map_without_weights_is_the_map_with_them(name: str) -> None:
     """The meta pass of the config and the pass of the loaded model read the same structure."""
     model = plain_hooks.build(name)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from support.invented import D, Ladder, Rung, Think, check, note
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
 
 
 # Branches ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from hookmap.errors import DiscoveryError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.verification.verify import Verification, redraw, verify
 
+pytestmark = pytest.mark.slow
+
 D, V = 24, 50
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
 
 
 # Norms ------------------------------------------------------------------------------------------------------------

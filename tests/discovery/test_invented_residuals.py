@@ -16,7 +16,7 @@ from hookmap.discovery.discover import discover
 from hookmap.errors import DiscoveryError
 from hookmap.verification.verify import verify
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
 
 
 # Residuals --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import parse
 from hookmap.verification.verify import verify
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
 
 
 class Whole(Ladder):

@@ -30,6 +30,8 @@ from hookmap.evaluation.experiments.report import compared
 from hookmap.evaluation.experiments.separation import geometry, probed
 from hookmap.evaluation.gsm8k.answers import SCORERS
 
+pytestmark = pytest.mark.slow
+
 PREFIXES = [{"name": "neutral", "text": "Here."}, {"name": "again", "text": "Here."}, {"name": "sad", "text": "Sad."}]
 SMALL: dict[str, Any] = {
     "prefixes": PREFIXES,

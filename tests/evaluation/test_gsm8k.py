@@ -20,6 +20,8 @@ from hookmap.evaluation.gsm8k.answers import SCORERS, same
 from hookmap.evaluation.gsm8k.calculator import calculate
 from hookmap.evaluation.gsm8k.problems import read_questions
 
+pytestmark = pytest.mark.slow
+
 # Answers labelled by hand: what strict, flexible and inspect_evals should read. None: there is no such answer.
 AWKWARD: list[tuple[str, Any, Any, Any]] = [
     ("She makes 9*2=18.\n#### 18", 18, 18, None),

@@ -16,6 +16,8 @@ from support.served import demo, serving
 
 import hookmap
 
+pytestmark = pytest.mark.slow
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 

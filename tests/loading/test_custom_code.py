@@ -13,6 +13,8 @@ from torch import Tensor
 import hookmap
 from hookmap.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -25,6 +25,8 @@ from hookmap.loading.config_fields import with_fields
 from hookmap.maps.diff import differences
 from hookmap.verification.verify import verify
 
+pytestmark = pytest.mark.slow
+
 NEW = 4
 IDS = [[5, 17, 3, 60, 22, 9]]
 ARCHITECTURES = ["llama", "gpt2", "qwen3_moe"]

@@ -15,6 +15,8 @@ import hookmap
 from hookmap.errors import HookmapError
 from hookmap.verification.verify import verify
 
+pytestmark = pytest.mark.slow
+
 NEW = 4
 TEXT = "to be or not to be"
 

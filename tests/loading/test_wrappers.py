@@ -20,6 +20,7 @@ from torch import nn
 import hookmap
 
 pytestmark = [
+    pytest.mark.slow,
     # PEFT reads a name that transformers 5.23 has renamed, and warns of what tiny random models have no use for.
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),

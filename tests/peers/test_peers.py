@@ -18,6 +18,8 @@ from support.plain_hooks import FAMILIES
 from support.tiny_tokenizer import tiny_tokenizer
 from truth import truth
 
+pytestmark = pytest.mark.slow
+
 if not any(peer.python.exists() for peer in PEERS.values()):
     pytest.skip("no peer is installed: make test-peers", allow_module_level=True)
 

@@ -35,6 +35,8 @@ from hookmap.services.deploy.on_host.request import Request
 from hookmap.services.deploy.on_host.runners import unit_file
 from hookmap.services.deploy.over_ssh import ssh_command
 
+pytestmark = pytest.mark.slow
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 HERE = ("--python", sys.executable)
 

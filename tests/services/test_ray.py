@@ -34,6 +34,8 @@ from hookmap.stores.groups import Group
 
 ray = pytest.importorskip("ray", reason='captures on Ray: pip install "hookmap[scale]"')
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [f"Tom has {number} apples. He buys 4 more. How many apples does Tom have?" for number in range(12)]
 CHOSEN: dict[str, Any] = {"points": ["resid_mid", "resid_pre"], "layers": [8], "max_new_tokens": 12, "batch_size": 2}
 SAMPLED = CHOSEN | {"do_sample": True, "temperature": 2.0, "seed": 3}

@@ -17,6 +17,8 @@ import hookmap
 from hookmap.demo import MODEL_PATH
 from hookmap.errors import CaptureError, ModelError
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["Tom has 3 apples. He buys 4 more. How many apples does Tom have?", "Hi", "A"]
 RUNS: list[dict[str, Any]] = [
     {"points": ["resid_pre", "resid_mid", "z", "logits"], "layers": [8, 12], "max_new_tokens": 40},

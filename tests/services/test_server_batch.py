@@ -20,6 +20,8 @@ from hookmap.loading.generation import settings
 from hookmap.loading.prompts import Prompt
 from hookmap.services.server.jobs import Job
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["Tom has 3 apples.", "2 and 3?", "Ann buys 4 pens. She buys 5 more. How many?", "x"]
 
 

@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from support.scripted import scripted
 from support.served import NAME, Served, serving
 
+pytestmark = pytest.mark.slow
+
 ASK: list[Any] = [{"role": "user", "content": "What are 3 and 4, and what time is it?"}]
 CALLS = (
     'Let me see. <tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call>\n'

@@ -27,6 +27,8 @@ from hookmap.services.server.downloads import download_of
 from hookmap.services.server.errors import ApiError
 from hookmap.services.server.sessions import Sessions
 
+pytestmark = pytest.mark.slow
+
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     """Another server, which tells nobody what it is asked."""

@@ -27,6 +27,8 @@ from support.served import MESSAGES, Served, demo, serving
 
 import hookmap
 
+pytestmark = pytest.mark.slow
+
 WIDE = 400
 """tokens of a prompt that does not fit into memory here"""
 

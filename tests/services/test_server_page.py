@@ -11,7 +11,10 @@ from support.browser import browsing, chromium
 from support.served import MESSAGES, NAME, QUESTION, Served, demo, serving
 
 pytest.importorskip("playwright", reason="the page is tested in a browser: pip install playwright")
-pytestmark = pytest.mark.skipif(chromium() is None, reason="the page is tested in Chromium, and there is none")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(chromium() is None, reason="the page is tested in Chromium, and there is none"),
+]
 
 
 @pytest.fixture(scope="module")

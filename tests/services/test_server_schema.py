@@ -20,6 +20,8 @@ from support.served import Served, serving
 schemathesis = pytest.importorskip("schemathesis", reason="requests are made by schemathesis")
 from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 log = logging.getLogger("hookmap.tests")
 EXAMPLES = int(os.environ.get("HOOKMAP_EXAMPLES", "8"))
 """for each route; HOOKMAP_EXAMPLES=1000 looks longer"""

@@ -22,6 +22,8 @@ from hookmap.stores import open_store
 from hookmap.stores.background import BackgroundWriter
 from hookmap.stores.folder import FolderWriter
 
+pytestmark = pytest.mark.slow
+
 RUN = Run(resid(), [[(0, 3, 7), (1, 5, 6)], [(2, 2, 30)], [(3, 1, 4)]], shard_tokens=12)
 
 

@@ -30,6 +30,8 @@ from hookmap.stores import open_store
 from hookmap.stores.background import BackgroundWriter
 from hookmap.stores.folder import FolderWriter
 
+pytestmark = pytest.mark.slow
+
 RUN = demo_run()
 STORES = str(Path(hookmap.stores.__file__).parent)
 

@@ -19,6 +19,8 @@ from hookmap.stores import open_store
 from hookmap.stores.copying import repair
 from hookmap.stores.folder import FolderWriter
 
+pytestmark = pytest.mark.slow
+
 # --- captures --------------------------------------------------------------------------------------------------------
 
 BE = 4

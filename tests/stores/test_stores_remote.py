@@ -13,6 +13,8 @@ from support.store_runs import Run, resid, write_or_resume
 import hookmap
 from hookmap.errors import StoreError
 
+pytestmark = pytest.mark.slow
+
 RUN = Run(resid(width=256), [[(0, 3, 7), (1, 5, 6)], [(2, 2, 30)]], shard_tokens=12)
 
 

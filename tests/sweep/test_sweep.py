@@ -22,6 +22,8 @@ from hookmap.sweep.configs import COMPLETIONS, config_of
 from hookmap.sweep.table import by_class, counts, markdown
 from hookmap.verification.verify import verify
 
+pytestmark = pytest.mark.slow
+
 
 def _proved(model_type: str, **settings: Any) -> ArchitectureMap:
     """The map of a narrow copy, every point of it verified."""

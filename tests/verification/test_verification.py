@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import plain_hooks
+from support.opened import EACH_FAMILY
 
 from hookmap.discovery.discover import discover
 from hookmap.errors import MapMismatchError, ModelError
@@ -25,7 +26,7 @@ def _failed(verification: Verification) -> set[str]:
     return {check.name for check in verification.checks if not check.passed}
 
 
-@pytest.mark.parametrize("name", plain_hooks.FAMILIES)
+@pytest.mark.parametrize("name", EACH_FAMILY)
 def test_a_right_map_passes(name: str) -> None:
     model = plain_hooks.build(name)
     redraw(model)
