@@ -1,4 +1,4 @@
-"""Runs a capture for a person: what it will write and how long that takes, progress bars, and what came of it."""
+"""Run a capture for a person: announce its size and time, show progress, and summarise the result, on stderr."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ LARGE_PASSES = 1000
 
 
 def announce(hm: "Model", prompts: list[Any], run: dict[str, Any], folder: Path) -> None:
-    """How large the capture gets, and how long a large one takes, before it begins."""
+    """Say how large the capture will be and, of a large one, how long it will take."""
     from hookmap.cli.console import console
 
     expected = hm.estimate(prompts, **_estimated(run))
@@ -41,7 +41,7 @@ def _estimated(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _seconds_per_pass(hm: "Model", prompts: list[Any], run: dict[str, Any]) -> float:
-    """Measured on as many prompts as run together, for two tokens; a row each is kept, in memory.
+    """Time a capture of one batch for two tokens, which keeps one row a prompt in memory.
 
     The first of the two runs warms up.
     """
@@ -74,7 +74,7 @@ def run_capture(
     folder: Path,
     resume: bool,
 ) -> None:
-    """Captures into the folder, with progress bars on stderr, and says what came of it."""
+    """Capture into the folder, with progress bars, and summarise what was written."""
     from time import perf_counter
 
     from hookmap.cli.console import console, size

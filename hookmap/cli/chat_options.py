@@ -1,4 +1,4 @@
-"""The options that say how prompts go through the chat template: one rule for every command, that of Python."""
+"""The options of the chat template. They have the same defaults in every command, and in Python."""
 
 import json
 from typing import Any
@@ -32,7 +32,7 @@ _NAMES = ("chat", "add_generation_prompt", "continue_final_message", "chat_templ
 
 
 def templating(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """What was typed, which `given` loses, else what the settings say, as `HookedModel.capture` takes it.
+    """The options as typed, else as in the settings, as `HookedModel.capture` takes them. `given` loses them.
 
     Raises click.BadParameter.
     """
@@ -44,12 +44,12 @@ def templating(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
 
 
 def taken(given: dict[str, Any]) -> dict[str, Any]:
-    """The options of the chat template as they were typed, which `given` loses."""
+    """The options as they were typed. `given` loses them."""
     return {name: given.pop(name) for name in _NAMES}
 
 
 def read_kwargs(text: str) -> dict[str, Any]:
-    """A JSON object. Raises click.BadParameter."""
+    """Parse a JSON object. Raises click.BadParameter."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -63,11 +63,11 @@ def read_kwargs(text: str) -> dict[str, Any]:
 
 
 def of_default_prompt(tokenizer: Any, how: dict[str, Any]) -> dict[str, Any]:
-    """The default prompt is a question to a chat model: it goes through the template where there is one."""
+    """The options for the default prompt: it is a question, so it goes through the chat template if there is one."""
     return how if "chat" in how or not getattr(tokenizer, "chat_template", None) else {**how, "chat": True}
 
 
 def tell(tokenizer: Any, how: dict[str, Any], texts: bool) -> None:
-    """On stderr, of a chat model that is asked to go on with plain text: how it is asked as a user asks it."""
+    """If a chat model is to continue plain texts, say on stderr how to send them as a user's message."""
     if texts and "chat" not in how and getattr(tokenizer, "chat_template", None):
         click.echo("note: texts are read as they are; --chat sends each as a user's message", err=True)

@@ -1,4 +1,4 @@
-"""What commands that can run elsewhere share: the options that say where, and the model, opened there."""
+"""Options of commands that can run on Ray or on an nnsight server, and the opening of a model there."""
 
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,9 @@ clustered = option_group(
 
 
 def cluster_of(engine: str, given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Where a run elsewhere is, out of the options of the command, which lose it. None where it is here.
+    """Where a run on Ray or on a server is; None if it runs here. `given`, the options of the command, loses these.
 
-    What the settings say besides is taken where the engine has a use for it, and no wrong usage where it has none.
+    An option that the engine has no use for is wrong usage; such a setting is ignored.
     """
     names = ("workers", "address", "cpus_per_worker", "gpus_per_worker")
     found = {name: value for name in names if (value := given.pop(name)) is not None}
@@ -41,7 +41,7 @@ def cluster_of(engine: str, given: dict[str, Any], settings: dict[str, Any]) -> 
 def opened_elsewhere(
     model: str | None, given: dict[str, Any], engine: str, cluster: dict[str, Any], until: ExitStack
 ) -> "RayModel | RemoteModel":
-    """The model that was named, or the one of the settings, held by workers until `until` ends, or by a server."""
+    """Open the model that was named, or the one of the settings, on Ray workers until `until` ends, or on a server."""
     from hookmap.cli.console import working
 
     model, options = chosen(model, given)

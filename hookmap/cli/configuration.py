@@ -1,7 +1,11 @@
 """Every setting that a file or the environment may give: one document, its schema, and where each value came from.
 
-From weak to strong: the default, hookmap.yaml (found upwards), the variable HOOKMAP_<KEY>, and what is typed. A key of
-a section, `queue` of `serve:`, is named serve.queue and HOOKMAP_SERVE_QUEUE.
+From weak to strong: the default, hookmap.yaml (in the working directory or the nearest folder above it), the variable
+HOOKMAP_<KEY>, and the option that was typed. A key of a section, `queue` of `serve:`, is serve.queue and
+HOOKMAP_SERVE_QUEUE.
+
+Not pydantic-settings: it merges its sources before it validates, so an error names no source and a wrong value of the
+file is hidden behind a variable, and it stops at the first variable that it cannot parse. All of that is told here.
 """
 
 import json
@@ -22,25 +26,25 @@ from hookmap.wording import did_you_mean
 
 SCHEMA_ID = "urn:hookmap:schema:hookmap-1"
 _PATHS = ("model", "map", "tokenizer", "prompts", "eval.data")
-"""relative to the file's folder where they are there: a hub id looks like a path too"""
+"""read relative to the file's folder if such a path exists; else they are taken as written, as a hub id is"""
 _FOLDERS = ("serve.sessions",)
-"""made where they are not"""
+"""always read relative to the file's folder; made if they do not exist"""
 
 
 def _typed(value: "int | str | list[int | str]") -> str:
-    """A YAML list or one value, as it would be typed: `8,12,16`."""
+    """A YAML list or a single value in the form of an option: `8,12,16`."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _typed_points(value: "int | str | list[int | str] | dict[str, int | str | list[int | str] | None]") -> str:
-    """Layers by point as --points takes them: `resid_post@3,5,z@all`."""
+    """Layers by point in the form of --points: `resid_post@3,5,z@all`."""
     if not isinstance(value, dict):
         return _typed(value)
     return ",".join(f"{name}@{'all' if layers is None else _typed(layers)}" for name, layers in value.items())
 
 
 def _typed_features(value: "int | str | list[int]") -> str:
-    """As --features takes them: `64` draws so many, `3,` is a list of one."""
+    """In the form of --features: `64` is a number of features to draw, `3,` a list of one feature."""
     return f"{_typed(list(value))}," if isinstance(value, list) else str(value)
 
 
@@ -53,12 +57,12 @@ def _layers(value: str) -> str:
 
 
 def _several(value: object) -> object:
-    """One text is a list of what stands between its commas, as it would be typed."""
+    """A text is split at its commas."""
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
 def _object(value: object) -> object:
-    """Of a variable, which is text: a JSON object."""
+    """A variable is text: read it as JSON."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -80,13 +84,13 @@ Kwargs = Annotated[dict[str, Any], BeforeValidator(_object, json_schema_input_ty
 
 
 class Section(BaseModel):
-    """Keys are the names of options, and mean what those mean."""
+    """Each key has the name and the meaning of an option."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Serving(Section):
-    """What `hookmap serve` takes besides points, layers and how the model is opened. Keys of access are no settings."""
+    """Options of `hookmap serve`, without points, layers, those that load the model, and the access keys."""
 
     host: Text = Field("127.0.0.1", description="where to listen; 0.0.0.0 for every address")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="0 takes a free one")
@@ -106,7 +110,7 @@ class Serving(Section):
 
 
 class Evaluating(Section):
-    """What `hookmap eval` takes besides what is kept, how answers are drawn, and how the model is opened."""
+    """Options of `hookmap eval`, without those of captures, of sampling and of loading the model."""
 
     data: Text | None = Field(None, description="a file, hf://NAME:SPLIT, demo; else the hub's")
     samples: Count | None = Field(None, description="the first so many; else all, of demo 100")
@@ -118,7 +122,7 @@ class Evaluating(Section):
 
 
 class Settings(Section):
-    """What hookmap.yaml may say."""
+    """The keys of hookmap.yaml."""
 
     model_config = ConfigDict(title=FILE_NAME)
 
@@ -165,7 +169,7 @@ SECTIONS: dict[str, type[Section]] = {"serve": Serving, "eval": Evaluating}
 
 
 def fields() -> dict[str, FieldInfo]:
-    """Each setting by its key; those of a section as `serve.queue`."""
+    """The field of each key, in the document's order; keys of a section as `serve.queue`."""
     return {key: field for key, field in Settings.model_fields.items() if key not in SECTIONS} | {
         f"{name}.{key}": field for name, section in SECTIONS.items() for key, field in section.model_fields.items()
     }
@@ -195,12 +199,15 @@ def find(start: Path | None = None) -> dict[str, Setting]:
         raise click.UsageError("\n".join(problems))
     found = {key: Setting(field.default, "default") for key, field in fields().items()}
     if file is not None:
-        found |= {key: Setting(_beside(file, key, value), str(file)) for key, value in values.items()}
+        found |= {key: Setting(_relative_to(file, key, value), str(file)) for key, value in values.items()}
     return found | {key: Setting(value, _variable(key)) for key, value in typed.items()}
 
 
 def read_section(section: type[Of], name: str, settings: dict[str, Any], given: dict[str, Any]) -> Of:
-    """What was typed, which `given` loses; else what the settings say under this name; else the defaults."""
+    """The section `name`: each key as it was typed, else as the settings have it, else its default.
+
+    `given`, the options of the command, loses the section's keys.
+    """
     said = {key: settings[f"{name}.{key}"] for key in section.model_fields if f"{name}.{key}" in settings}
     typed = {key: given.pop(key) for key in section.model_fields}
     lists = {key: list(value) for key, value in typed.items() if isinstance(value, tuple)}
@@ -249,7 +256,7 @@ def _read(document: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """The same of the variables. An empty one is one that is not set."""
+    """The values that variables give, and what is wrong with them. An empty variable counts as not set."""
     given = {key: environment[name] for key in fields() if environment.get(name := _variable(key))}
     read, wrong = _validated(given, Settings.model_validate_strings)
     return read, [f"{_variable(key)}: expected {_expected(key)}, found {given[key]!r}" for key in wrong]
@@ -260,7 +267,7 @@ def _variable(key: str) -> str:
 
 
 def _validated(values: Mapping[str, Any], read: Callable[[Any], Settings]) -> tuple[dict[str, Any], list[str]]:
-    """The values of these keys as the document's types have them, or none and the keys of those that are wrong."""
+    """The values of these keys, converted to the document's types; or no values, and the keys whose value is wrong."""
     document: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
@@ -283,13 +290,13 @@ def _near(key: str) -> str:
 
 
 def _rules(section: type[Section], name: str) -> list[dict[str, Any]]:
-    """What JSON Schema says of a field; any of them may hold."""
+    """The alternatives that the JSON Schema of a field allows."""
     rule = section.model_json_schema()["properties"][name]
     return [each for each in rule.get("anyOf", [rule]) if each.get("type") != "null"]
 
 
 def _expected(key: str) -> str:
-    """What a person would have to write there, in a few words."""
+    """What the key takes, in a few words."""
     section, _, name = key.rpartition(".")
     said = _rules(SECTIONS.get(section, Settings), name)
     if not any(each["type"] == "array" for each in said):
@@ -320,7 +327,7 @@ def _words(rule: Mapping[str, Any]) -> str:
     return ", ".join([names[rule["type"]], *said])
 
 
-def _beside(file: Path, key: str, value: Any) -> Any:
-    """Paths of the file are relative to its folder."""
-    beside = key in _FOLDERS or (key in _PATHS and (file.parent / value).exists())
-    return str(file.parent / value) if beside else value
+def _relative_to(file: Path, key: str, value: Any) -> Any:
+    """The value, a path being relative to the file's folder."""
+    is_relative = key in _FOLDERS or (key in _PATHS and (file.parent / value).exists())
+    return str(file.parent / value) if is_relative else value

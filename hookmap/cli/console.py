@@ -1,4 +1,4 @@
-"""What a person reads: notes, tables, spinners and progress bars, on stderr."""
+"""Notes, tables, spinners and progress bars for a person, on stderr."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +19,14 @@ from rich.table import Table
 
 
 def console(stderr: bool = True) -> Console:
-    """A terminal has its own width; a file or a pipe gets lines that are wide enough for any table here."""
+    """A console of the terminal's width; in a file or a pipe, wide enough for any table here."""
     made = Console(stderr=stderr, highlight=False)
     return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=140)
 
 
 @contextmanager
 def working(what: str, quiet: bool = False, spinner: bool = True) -> Iterator[None]:
-    """A spinner while the block runs, then how long it took; no spinner where the work has bars of its own."""
+    """Show a spinner while the block runs, then how long it took. `spinner=False`: the work has its own bars."""
     screen, start = console(), perf_counter()
     if quiet:
         yield
@@ -41,7 +41,7 @@ def working(what: str, quiet: bool = False, spinner: bool = True) -> Iterator[No
 
 
 def progress() -> Progress:
-    """A bar for work whose length is known. Gone when done; the summary stays. None where stderr is no terminal."""
+    """Progress bars that vanish when the work is done. Nothing is shown if stderr is no terminal."""
     screen = console()
     return Progress(
         SpinnerColumn(),
@@ -58,7 +58,7 @@ def progress() -> Progress:
 
 
 def table(*columns: str) -> Table:
-    """A plain table; columns whose name starts with `>` are numbers, set to the right."""
+    """A plain table; a column whose name starts with `>` is aligned to the right."""
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     for column in columns:
         made.add_column(
@@ -68,7 +68,7 @@ def table(*columns: str) -> Table:
 
 
 def size(count: float) -> str:
-    """12_345_678 bytes -> "12.3 MB"."""
+    """Bytes in words: 12_345_678 is "12.3 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"

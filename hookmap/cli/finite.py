@@ -1,4 +1,4 @@
-"""Numbers of the command line, of which nan and inf are none: no comparison refuses nan, and inf is no size."""
+"""Finite numbers as options. click.FloatRange lets nan through, since every comparison with it is false, and inf."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import click
 
 
 class FiniteRange(click.FloatRange):
-    """`click.FloatRange` of finite numbers."""
+    """`click.FloatRange` that refuses nan and infinity."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         found = super().convert(value, param, ctx)

@@ -1,6 +1,6 @@
-"""The entry of the command line: finds the commands, and turns every error into a message and an exit code.
+"""The entry point of the command line: finds the commands, and turns errors into messages and exit codes.
 
-0 done, 1 failed, 2 wrong usage, 130 interrupted. What a program reads goes to stdout, what a person reads to stderr.
+0 done, 1 failed, 2 wrong usage, 130 interrupted. Output for programs goes to stdout, output for people to stderr.
 """
 
 import os
@@ -17,11 +17,11 @@ from hookmap.cli import commands
 from hookmap.wording import did_you_mean, sentence
 
 _PATHS = {"FILE", "FILE.pt", "DIR", "MODEL", "MAP", "MAP|MODEL", "STORE", "FROM", "TO"}
-"""what the help calls something that may be a path"""
+"""names in the help of arguments and options that may be paths"""
 
 
 class _Commands(click.Group):
-    """The commands are the files of `hookmap/cli/commands`; nothing else lists them."""
+    """Each file of `hookmap/cli/commands` is a command; there is no other list of them."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -74,7 +74,7 @@ class _Commands(click.Group):
 
 
 def _complete_paths(command: click.Command) -> None:
-    """Shells complete what may be a file or a folder; nothing is checked here, a MODEL may be a hub id."""
+    """Let shells complete paths. The paths are not checked here: a MODEL may be a hub id."""
     for param in command.params:
         if param.type is click.STRING and (param.metavar or param.human_readable_name).strip("[].") in _PATHS:
             param.type = click.Path(readable=False)
@@ -90,7 +90,7 @@ def _fail(ctx: click.Context, message: str, error: Exception) -> None:
 
 
 def _write_anything() -> None:
-    """Our tables and JSON hold more than ASCII: UTF-8 in files and pipes, `?` where a terminal has no such sign."""
+    """Tables and JSON are not all ASCII: write UTF-8 to files and pipes, and `?` for what a terminal cannot show."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and not (stream.encoding or "").lower().startswith("utf"):
             if stream.isatty() or "PYTHONIOENCODING" in os.environ:
@@ -102,7 +102,7 @@ def _write_anything() -> None:
 
 
 def _quiet_libraries() -> None:
-    """The libraries below log advice for their own users; a person here reads our notes. Set these to hear them."""
+    """Silence transformers' and huggingface_hub's advice for their own users, unless these variables are set."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():

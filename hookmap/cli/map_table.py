@@ -1,4 +1,4 @@
-"""A map as a person reads it: one table of points for each kind of block."""
+"""A map as a table of its points, for a person."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,7 +10,7 @@ from hookmap.wording import counted
 
 
 def show_map(m: ArchitectureMap, screen: Console) -> None:
-    """Prints the sizes, where each point is, and why the others are not there."""
+    """Print the model's sizes, where each point is, and why other points are unavailable."""
     kinds = counted(len(m.kinds), "kind of block", "kinds of block")
     heads = f", {m.num_heads} heads" if m.num_heads else ""
     screen.print(f"\n[bold]{m.architecture}[/]: {m.num_layers} layers, d_model {m.d_model}{heads}, {kinds}\n")

@@ -1,4 +1,4 @@
-"""What commands that load a model share: the options that say which and how, and the model, opened."""
+"""Options of commands that load a model, and the opening of that model."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ loading = option_group(
 
 
 def _fields(given: tuple[str, ...]) -> dict[str, Any] | None:
-    """`FIELD=VALUE`, the value as JSON where it is some, else as text. Raises click.BadParameter."""
+    """Parse each `FIELD=VALUE`: the value as JSON if it is valid JSON, else as text. Raises click.BadParameter."""
     found: dict[str, Any] = {}
     for each in given:
         field, is_there, value = each.partition("=")
@@ -51,12 +51,12 @@ def _fields(given: tuple[str, ...]) -> dict[str, Any] | None:
 
 
 def trusted(typed: bool | None, settings: dict[str, Any]) -> bool:
-    """Whether a model's own code may run: what was typed, else what the settings say, else not."""
+    """Whether a model's own code may run: as typed, else as in the settings, else no."""
     return bool(settings.get("trust_remote_code") if typed is None else typed)
 
 
 def opened(model: str | None, given: dict[str, Any], quiet: bool = False, *, texts: bool = True) -> "HookedModel":
-    """The model that was named, or the one of the settings. For `texts` it has to have a tokenizer."""
+    """Open the model that was named, or the one of the settings. `texts`: whether it needs a tokenizer."""
     from hookmap.cli.console import working
 
     model, options = chosen(model, given, quiet)
@@ -75,7 +75,7 @@ def _tokenizer(model: str, options: dict[str, Any]) -> Any:
 
 
 def chosen(model: str | None, given: dict[str, Any], quiet: bool = False) -> tuple[str, dict[str, Any]]:
-    """Which model, and what `hookmap.open` takes besides."""
+    """The model's name, and the other arguments of `hookmap.open`."""
     from hookmap.cli.console import working
     from hookmap.cli.settings import choose_model, load_settings
 
@@ -87,7 +87,7 @@ def chosen(model: str | None, given: dict[str, Any], quiet: bool = False) -> tup
 
 
 def loads(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """How `hookmap.open` opens it: what was typed, else what the settings say."""
+    """The arguments of `hookmap.open`: as typed, else as in the settings."""
     return {
         "map": given["map_"] or settings.get("map"),
         "tokenizer": given["tokenizer"] or settings.get("tokenizer"),

@@ -1,4 +1,4 @@
-"""What stands in for a model whose config cannot be read: the map that ships with hookmap."""
+"""If a model's config cannot be read, the shipped map of its architecture stands in."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from hookmap.maps.shipped import shipped_architectures, shipped_near
 
 
 def shipped_map(model: str, error: hookmap.ModelError) -> ArchitectureMap:
-    """The shipped map of an architecture's name, and a note on stderr that it is one. Else raises ModelError."""
+    """The shipped map of the architecture `model`, with a note on stderr. Raises ModelError if none ships."""
     if Path(model).exists():
         raise error
     if model not in shipped_architectures():

@@ -1,4 +1,4 @@
-"""What commands about one prompt share: the prompt, and what is taken to be answered so far."""
+"""Options of commands about one prompt: the prompt, and an answer that follows it."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ options = option_group(
 
 
 def tokens(hm: "HookedModel", given: dict[str, Any]) -> list[int]:
-    """The prompt's token ids, and the answer's behind them."""
+    """The token ids of the prompt, followed by those of the answer."""
     how = templating(given, load_settings())
     prompt, answer = given["prompt"], given["answer"]
     if not prompt:
@@ -39,7 +39,7 @@ def tokens(hm: "HookedModel", given: dict[str, Any]) -> list[int]:
 
 
 def check_pictures(files: tuple[str | None, ...]) -> None:
-    """Before a model is loaded: whether charts can be drawn, where one is asked for. Raises CaptureError."""
+    """If a chart is asked for, check that Altair is installed, before a model is loaded. Raises CaptureError."""
     if any(files):
         from hookmap.analysis.charts import load_altair
 

@@ -1,4 +1,4 @@
-"""What stands in an option, a variable or a line of hookmap.yaml -> its value."""
+"""Parse texts of options, of variables and of hookmap.yaml."""
 
 import re
 
@@ -6,17 +6,17 @@ import click
 
 FILE_NAME = "hookmap.yaml"
 PREFIX = "HOOKMAP_"
-"""of the variable of each key: HOOKMAP_BATCH_SIZE"""
+"""each key is a variable, too: HOOKMAP_BATCH_SIZE"""
 _LAYERS = re.compile(r"(-?\d+)(?:[-–](-?\d+))?")
 
 
 def parse_list(text: str) -> str | list[str]:
-    """`resid_pre,resid_mid` -> both names; `all` stays."""
+    """Split `resid_pre,resid_mid` at its commas; `all` stays a text."""
     return text if text == "all" else [item.strip() for item in text.split(",") if item.strip()]
 
 
 def _points_with_layers(text: str) -> dict[str, str | None]:
-    """Each point of `resid_post@3,5,z@8,logits`, and its layers as they were typed."""
+    """The points of `resid_post@3,5,z@8,logits`, each with its layers as they were typed."""
     found: dict[str, str | None] = {}
     last = ""
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -34,7 +34,7 @@ def _points_with_layers(text: str) -> dict[str, str | None]:
 
 
 def parse_layers(text: str) -> str | list[int]:
-    """`8,12,16`, `0-3`, `-1`, `all`, and any of them together. Raises click.BadParameter."""
+    """Parse `8,12,16`, `0-3`, `-1`, a list of these, or `all`. Raises click.BadParameter."""
     if text.strip() == "all":
         return "all"
     layers: list[int] = []

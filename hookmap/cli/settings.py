@@ -1,4 +1,4 @@
-"""Where a command gets what was not typed: HOOKMAP_<KEY>, hookmap.yaml (found upwards), the bundled demo model."""
+"""Values of options that were not typed: from HOOKMAP_<KEY>, from hookmap.yaml, or the bundled demo model."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def load_settings(start: Path | None = None) -> dict[str, Any]:
-    """What the environment and the nearest hookmap.yaml at or above `start` (the working directory) say, by key.
+    """The settings that the environment or the nearest hookmap.yaml at or above `start` (the working directory) gives.
 
     Paths of the file are relative to its folder. Raises click.UsageError with everything that is wrong at once.
     """
@@ -34,7 +34,7 @@ def typed_or_set(given: dict[str, Any], settings: dict[str, Any], *names: str) -
 
 
 def choose_model(typed: str | None, settings: dict[str, Any]) -> str:
-    """The model of this run; stderr says which where it was not typed."""
+    """The model of this run. If it was not typed, stderr says which model it is and what named it."""
     if typed:
         return typed
     if "model" in settings:
@@ -51,7 +51,7 @@ def choose_model(typed: str | None, settings: dict[str, Any]) -> str:
 def chosen_tensors(
     settings: dict[str, Any], points: str | None, layers: str | None, default: str | None = None
 ) -> tuple[Any, Any]:
-    """Points and layers as `HookedModel.capture` takes them: what was typed, else the settings', else `default`.
+    """Points and layers as `HookedModel.capture` takes them: as typed, else as in the settings, else `default`.
 
     `resid_post@3,5,z@8-10,logits`: each point has layers of its own; one without any has those of --layers.
     (None, …) where there are no points. Raises click.UsageError, click.BadParameter.
@@ -72,9 +72,9 @@ def chosen_tensors(
 def refuse_unknown(
     points: str | Sequence[str] | Mapping[str, Any] = (), layers: Any = "all", model: str | None = None, **keeps: Any
 ) -> None:
-    """Before weights are loaded, which may take minutes: what no model has, or `model` has not.
+    """Refuse points, layers and rows that no model has, or that `model` has not, before its weights are loaded.
 
-    keeps: as `hookmap.capture.rows.row_selection` takes it. Raises SelectionError with all of it.
+    keeps: as `hookmap.capture.rows.row_selection` takes it. Raises SelectionError with all problems.
     """
     from hookmap.capture.rows import row_selection
     from hookmap.errors import SelectionError
@@ -94,7 +94,7 @@ def refuse_unknown(
 
 
 def _missing(model: str | None, points: str | Sequence[str] | Mapping[str, Any], layers: Any, sure: bool) -> str | None:
-    """What the model's map says that it has not. Unless that is `sure`, the shipped map is asked first: it is quick."""
+    """What the model's map lacks of these, or None. Unless it lacks some for `sure`, the shipped map is asked first."""
     import hookmap
     from hookmap.maps.shipped import likely_map
 

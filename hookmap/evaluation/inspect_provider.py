@@ -1,8 +1,8 @@
-"""inspect_ai's model provider `hookmap/MODEL`: in this process, one copy of the weights, requests in batches.
+"""The model provider `hookmap/MODEL` for inspect_ai: it runs a model in this process, requests in batches.
 
-Each batch is one generation, whose activations stream to a capture folder of their own; where a request's are stands
-in the metadata of its output, under `hookmap`: {"capture": folder, "samples": numbers, "tokens": generated},
-a number for each choice. Without activations `capture` is null.
+Each batch is one generation, and its activations stream to a capture folder of its own. The metadata of a request's
+output say where its activations are, under `hookmap`: {"capture": folder, "samples": [...], "tokens": [...]}, with one
+sample and one count of generated tokens for each choice. Without activations `capture` is null.
 """
 
 import asyncio
@@ -45,12 +45,12 @@ MAX_TOKENS = 512
 BATCH_SIZE = 8
 METADATA = "hookmap"
 _QUIET = 0.05
-"""seconds without a new request after which a batch that is not full runs"""
+"""seconds without a new request after which a batch runs although it is not full"""
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What came of a request."""
+    """The result of a request."""
 
     samples: tuple[Sample, ...]
     capture: str | None
@@ -63,14 +63,14 @@ class _Answer:
 class _Request:
     prompt: Prompt
     rows: int
-    """answers that are wanted"""
+    """number of answers asked for"""
     settings: str
-    """of the generation, as JSON; requests of one batch have the same"""
+    """settings of the generation, as JSON; all requests of a batch have the same"""
     answer: "Future[_Answer]"
 
 
 class HookmapAPI(ModelAPI):
-    """A model of this process, or with `workers` of so many others.
+    """A model in this process or, with `workers`, in that many others.
 
     Model arguments: points, layers, keep (`positions`, `mean`, … of `HookedModel.capture`), captures (a folder),
     batch_size (in all; the config's max_connections unless given), chat_template_kwargs (enable_thinking, …), and
@@ -105,7 +105,7 @@ class HookmapAPI(ModelAPI):
 
     @cached_property
     def hooked(self) -> "HookedModel | RayModel":
-        """The model, opened when it is first asked for: inspect makes providers only to look at their names, too.
+        """The model, opened at first use: inspect also makes providers only to look at their names.
 
         Raises what `hookmap.open` does, and SelectionError for the points.
         """
@@ -152,7 +152,7 @@ class HookmapAPI(ModelAPI):
         )
 
     def max_connections(self) -> int:
-        """Requests at once: a batch."""
+        """The size of a batch."""
         return self._batch_size
 
     def _encode(self, input: list[ChatMessage], tools: list[ToolInfo]) -> Prompt:
@@ -167,7 +167,7 @@ class HookmapAPI(ModelAPI):
         return templated(messages, 0, tokenizer, how)
 
     def _serve(self) -> None:
-        """The one thread that runs the model."""
+        """Run batches for ever; this is the only thread that runs the model."""
         held: list[_Request] = []
         while True:
             held = held or [self._requests.get()]
@@ -182,13 +182,13 @@ class HookmapAPI(ModelAPI):
                 for request, answer in zip(batch, self._run(batch), strict=True):
                     if not request.answer.cancelled():
                         request.answer.set_result(answer)
-            except BaseException as error:  # it belongs to those who wait; the thread goes on
+            except BaseException as error:  # raised in the waiting requests; this thread goes on
                 for request in batch:
                     if not request.answer.done():
                         request.answer.set_exception(error)
 
     def _batch(self, held: list[_Request]) -> list[_Request]:
-        """The first, and those that can run beside it: with its settings, as long as there is room."""
+        """The first request, and those with the same settings, as far as they fit; a seeded one runs alone."""
         batch, rows = [held[0]], held[0].rows
         for request in held[1:]:
             alone = json.loads(request.settings)["seed"] is not None
@@ -218,7 +218,7 @@ class HookmapAPI(ModelAPI):
         return [_Answer(tuple(islice(samples, request.rows)), name, ends) for request in batch]
 
     def _new_folder(self) -> Path | None:
-        """A name that no batch has had, of this run or of one that was killed."""
+        """A folder that no batch of this run, or of a killed one, has used."""
         if self._captures is None:
             return None
         self._captures.mkdir(parents=True, exist_ok=True)
@@ -251,12 +251,12 @@ def _tool_call(id: str, call: WrittenCall) -> ToolCall:
 
 
 def remove_captures(folder: Path) -> None:
-    """The folders of batches, once what they hold is elsewhere."""
+    """Remove the folders of batches, once their rows are copied."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _settings(config: GenerateConfig) -> dict[str, Any]:
-    """What inspect asks for, as `HookedModel.capture` takes it. Without a temperature, or with 0, it is greedy."""
+    """inspect's settings as arguments of `HookedModel.capture`. Without a temperature, or with 0, it is greedy."""
     drawn = {name: getattr(config, name) for name in ("temperature", "top_p", "top_k")}
     drawn = {name: value for name, value in drawn.items() if value is not None}
     if not drawn.get("temperature"):
@@ -267,7 +267,7 @@ def _settings(config: GenerateConfig) -> dict[str, Any]:
 
 
 def _is_cut(sample: Sample, config: GenerateConfig, ends: tuple[int, ...]) -> bool:
-    """Whether an answer has all tokens that it may have, and does not end with them."""
+    """Whether an answer stopped at the limit of tokens, not at its end."""
     made = sample.token_ids[sample.prompt_tokens :]
     ended = made[-1] in ends or any(stop in sample.text for stop in config.stop_seqs or ())
     return len(made) >= (config.max_tokens or MAX_TOKENS) and not ended

@@ -1,7 +1,7 @@
-"""What a few words before a question do: to the answers, and to the activations. One YAML file, four stages.
+"""How a few words before a question change the answers and the activations. One YAML file, four stages.
 
     document.py    the file: model, prefixes, samples, sampling, captures, rewards, report; validated
-    rewards.py     pure: what an answer is worth, each reward from what it needs to see
+    rewards.py     pure: the rewards of an answer
     questions.py   every question after every prefix
     generating.py  the answers, as one inspect_ai task, with activations
     scoring.py     rewards as an inspect_ai scorer -> answers.jsonl and a scored log

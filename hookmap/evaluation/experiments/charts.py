@@ -8,7 +8,7 @@ from hookmap.evaluation.experiments.report import SIGNIFICANT, Comparison, OfTen
 
 
 def charts(report: Report) -> dict[str, Any]:
-    """File name without its ending -> Altair chart. Raises CaptureError where Altair is not installed."""
+    """Altair charts by file name without suffix. Raises CaptureError if Altair is not installed."""
     found = {"differences": differences(report.comparisons, report.neutral, report.questions, report.cut)}
     for pool, point in dict.fromkeys((t.pool, t.point) for t in report.tensors):
         tensors = [t for t in report.tensors if (t.pool, t.point) == (pool, point)]
@@ -23,7 +23,7 @@ def charts(report: Report) -> dict[str, Any]:
 
 
 def differences(comparisons: Sequence[Comparison], neutral: str, questions: int, cut: str = "") -> Any:
-    """A dot and its interval for each prefix, beside each other for each reward. cut: what is said of cut answers."""
+    """One panel a reward, with a dot and an interval for each prefix. cut: a note about truncated answers."""
     alt = load_altair()
     rewards = list(dict.fromkeys(one.reward for one in comparisons))
     panels = []
@@ -75,7 +75,7 @@ def _by_layer(tensors: Sequence[OfTensor], title: str) -> Any:
 
 
 def _cosines(tensors: Sequence[OfTensor], title: str) -> Any:
-    """Layers to the right, pairs downwards."""
+    """A heat map: layers from left to right, pairs of prefixes from top to bottom."""
     alt = load_altair()
     rows = [
         {"layer": t.layer, "pair": f"{c.one} · {c.other}", "cosine": c.cosine}

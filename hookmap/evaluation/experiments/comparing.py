@@ -1,6 +1,6 @@
-"""Paired tests over questions. Pure: arrays in, numbers out.
+"""Paired tests over questions. Pure functions of arrays.
 
-The same questions are asked after both prefixes, so that how hard a question is falls out of the difference.
+The same questions are asked after both prefixes, so that their difficulty cancels in the difference.
 """
 
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from hookmap.analysis.probes.metrics import Floats
 
 RESAMPLES = 10_000
 _EXACT = 16
-"""questions that differ, up to which all signs are gone through"""
+"""the test is exact up to this many questions that differ"""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A number after one prefix minus the same after another, over questions."""
+    """A quantity after one prefix minus the same after another, over questions."""
 
     mean: float
     low: float
-    """95 % interval of the mean over questions; nan of one question alone"""
+    """95 % interval of the mean over questions; nan for a single question"""
     high: float
     p: float
-    """two-sided, of the hypothesis that the sign of each question's difference is a coin's"""
+    """two-sided; under the null hypothesis the sign of each question's difference is a fair coin"""
     test: str
     better: int
     """questions on which the first is higher"""

@@ -1,4 +1,4 @@
-"""The stages: configure, generate, score, report. Each writes its result whole; what is there is not done again."""
+"""The stages configure, generate, score and report. Each writes its result whole, and is skipped if that exists."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ CONFIG, GENERATED, ANSWERS, REPORT, PAGE = (
 )
 _RESULT = dict(zip(STAGES, (CONFIG, GENERATED, ANSWERS, REPORT), strict=True))
 _OWN: dict[Stage, tuple[str, ...]] = {"score": ("rewards", "report"), "report": ("report",)}
-"""what of the file may have changed where a stage is done again"""
+"""the parts of the file that may have changed if a stage is run again"""
 Told = Callable[[str, int, int], None]
 """(what is counted, done, of how many)"""
 
@@ -33,10 +33,10 @@ def run(
     again: Stage | None = None,
     tell: Told | None = None,
 ) -> Report | None:
-    """Go through the stages of the file, or one of them; a stage that is done is left. Returns the report, if made.
+    """Run the stages of the file, or one of them; finished stages are skipped. Returns the report if it exists.
 
-    again: score or report: this one and those after it are done anew, by rewards or report settings that changed.
-    Raises StoreError where the folder is of another experiment or a stage before is missing, and what stages raise.
+    again: score or report; this stage and the later ones run again, with changed settings of rewards or of the report.
+    Raises StoreError if the folder belongs to another experiment or an earlier stage is missing, and what stages raise.
     """
     target = Path(folder)
     _hold_against(target, experiment, again)
@@ -51,7 +51,7 @@ def run(
 
 
 def _configure(experiment: Experiment, folder: Path, tell: Told | None) -> None:
-    """What can be wrong without running the model is said here: questions, points, layers."""
+    """Check questions, points and layers: all that can be checked without running the model."""
     if experiment.captures is not None:
         from hookmap.demo import MODEL_PATH
         from hookmap.discovery.discover import discover
@@ -98,7 +98,7 @@ _STAGES: Mapping[Stage, Callable[[Experiment, Path, Told | None], None]] = {
 
 
 def _draw(report: Report, folder: Path) -> None:
-    """PNG of each chart and the page; the page alone, without pictures, where nothing can be drawn."""
+    """Write the page, and a PNG of each chart; without a drawing library only the page."""
     from hookmap.evaluation.experiments.page import page
 
     pictures: dict[str, str] = {}
@@ -130,7 +130,7 @@ def _config(experiment: Experiment) -> str:
 
 
 def _hold_against(folder: Path, experiment: Experiment, again: Stage | None) -> None:
-    """Raises StoreError with everything that changed since the folder was configured."""
+    """Compare with the folder's config. Raises StoreError with everything that changed."""
     if again is not None and again not in _OWN:
         raise StoreError(f"again: expected one of {', '.join(_OWN)}, got {again!r}: what was generated stays.")
     if not (folder / CONFIG).is_file():
@@ -165,7 +165,7 @@ def _need(folder: Path, stage: Stage) -> None:
 
 
 def _forget(folder: Path, stage: Stage) -> None:
-    """What the stage and those after it wrote; what they need last goes first, so that a kill leaves no half."""
+    """Remove the results of this stage and the later ones, the last first, so that a kill leaves a valid folder."""
     for each in reversed(STAGES[STAGES.index(stage) :]):
         (folder / _RESULT[each]).unlink(missing_ok=True)
     shutil.rmtree(folder / PROBES, ignore_errors=True)

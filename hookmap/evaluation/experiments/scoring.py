@@ -1,4 +1,4 @@
-"""Rewards as an inspect_ai scorer: a scored log for its viewer, and a line for each answer."""
+"""Rewards as an inspect_ai scorer: writes a scored log for its viewer, and a line for each answer."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ _EACH = "answers"
 
 @scorer(metrics={"*": [mean(), stderr()]}, name="rewards")
 def rewards_scorer(most: int, weights: dict[str, Any]) -> Scorer:
-    """Each reward, a mean over the answers of a sample. most: tokens that an answer may have."""
+    """The mean of each reward over the answers of a sample. most: the limit of tokens of an answer."""
 
     async def score(state: TaskState, target: Target) -> Score:
         tokens = (state.output.metadata or {})[METADATA]["tokens"]
@@ -39,7 +39,7 @@ def score_answers(experiment: Experiment, folder: Path, log_name: str) -> int:
 
     log = read_eval_log(str(folder / LOGS / log_name))
     rewards = rewards_scorer(experiment.sampling.max_tokens, experiment.rewards.model_dump())
-    scored = score(log, rewards, action="overwrite", display="none", model="none")  # else it is loaded for it
+    scored = score(log, rewards, action="overwrite", display="none", model="none")  # or inspect loads the model
     (folder / SCORED).mkdir(exist_ok=True)
     for old in (folder / SCORED).glob("*.eval"):
         old.unlink()

@@ -1,7 +1,7 @@
 """Where in the layers the activations after two prefixes differ: probes, directions of mean differences, norms.
 
-A probe that tells two prefixes apart may read nothing but their words. What it finds is to be held against a prefix
-that says nothing of the kind, and against one that is the neutral one again.
+A probe that separates two prefixes may read nothing but their words. Compare its score with that of a prefix on
+another subject, and with that of a copy of the neutral prefix.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from hookmap.stores.interface import Store
 
 @dataclass(frozen=True)
 class Geometry:
-    """The means of one tensor, one pool."""
+    """Means of one tensor, pooled one way."""
 
     point: str
     layer: int | None
@@ -36,7 +36,7 @@ class Geometry:
 
 
 def geometry(store: Store, names: Sequence[str], neutral: str, how: Reporting) -> Iterator[Geometry]:
-    """For each pool, point and layer of the capture. One matrix is in memory at a time."""
+    """The geometry of each pool, point and layer of the capture. One matrix is in memory at a time."""
     numbers = [sample.sample for sample in store.samples]
     prefix = np.array([(store.sample(number).labels or {})["prefix"] for number in numbers])
     memory = int(how.memory * 10**9)
@@ -60,7 +60,7 @@ def probed(
     how: Reporting,
     progress: Callable[[int, int], None] | None = None,
 ) -> Probing:
-    """Probes of "this prefix, not neutral", cross-validated by question. Raises SelectionError for too few."""
+    """Probes that separate the prefix from neutral, cross-validated by question. Raises SelectionError for too few."""
     label = f"prefix {name}"
     table = [
         {"id": sample.id, label: labels["prefix"] == name, "question": labels["question"]}

@@ -1,12 +1,12 @@
-"""The number that an answer gives, by the three rules of the literature. Pure: text in, number out.
+"""The number in an answer, by three rules of the literature. Pure functions from text to number.
 
-- `strict`: what follows `####`, GSM8K's own form, as lm-evaluation-harness's strict-match reads it. The last one.
-- `flexible`: the last number of the text, as its flexible-extract does.
-- `inspect_evals`: what follows `ANSWER:` on the last line that says so, as inspect_evals' GSM8K asks for it.
+- `strict`: the number after the last `####`, GSM8K's own form, as in lm-evaluation-harness's strict-match.
+- `flexible`: the last number of the text, as in its flexible-extract.
+- `inspect_evals`: the number after the last `ANSWER:`, as in inspect_evals' GSM8K.
 
 Numbers compare by value: 1,200 is 1200.00 is $1200, 1.2e3, 1.2 × 10^3. Fractions are numbers: 3/4, 2 1/2, ½. A percent
-sign or a unit behind a number is no part of it. What `strict` and `inspect_evals` could only guess (12,5, 5-6, 5:30,
-3+4=7, 5 or 6, 2^{10}, 0x12) is no answer. `is_form` reads the same numbers.
+sign or a unit after a number is not part of it. Where `strict` and `inspect_evals` would have to guess (12,5, 5-6,
+5:30, 3+4=7, 5 or 6, 2^{10}, 0x12), there is no answer. `is_form` reads the same numbers.
 """
 
 import re
@@ -46,18 +46,18 @@ _PLAIN = str.maketrans({"\u2044": "/", "\u202f": ",", "\u2009": ",", "\u00a0": "
 
 
 def strict(text: str) -> Fraction | None:
-    """The number behind the last `####`; None where there is none, or no number right behind it."""
+    """The number right after the last `####`, or None."""
     return _behind(_MARKS["strict"] + r"([^\n#]*)", text)
 
 
 def flexible(text: str) -> Fraction | None:
-    """The last number of the text, a LaTeX fraction being one."""
+    """The last number of the text, or None. A LaTeX fraction is a number."""
     found = numbers(text)
     return found[-1] if found else None
 
 
 def inspect_evals(text: str) -> Fraction | None:
-    """The number behind the last `ANSWER:`, in capitals or not; None where there is none."""
+    """The number right after the last `ANSWER:`, in any case, or None."""
     return _behind(_MARKS["inspect_evals"] + r"([^\n]*)", text)
 
 
@@ -69,9 +69,9 @@ SCORERS: dict[str, Callable[[str], Fraction | None]] = {
 
 
 def is_form(line: str, scorer: str) -> bool:
-    """Whether a line is what the rule asks for and nothing else: its mark, then a number that the rule reads.
+    """Whether a line has the form that the rule asks for and nothing else: its mark, then a number.
 
-    Of `flexible`, whose form is any, whether there is a number.
+    `flexible` asks for no form: whether the line holds a number.
     """
     if scorer == "flexible":
         return flexible(line) is not None
@@ -92,9 +92,9 @@ def _behind(pattern: str, text: str) -> Fraction | None:
 
 
 def _read(text: str) -> tuple[Fraction, str] | None:
-    """The number that a short text begins with, but for brackets, currency and the like, and what stands around it.
+    """The number at the start of a short text, after brackets, currency and the like, and the text around it.
 
-    None where it is unclear.
+    None if the number is unclear.
     """
     plain = _SPACED.sub(lambda m: m[1] + m[2].replace(" ", ","), _plain(text).strip())
     plain = re.sub(r"^- (?=[$\d])", "-", plain)
@@ -109,7 +109,7 @@ def _read(text: str) -> tuple[Fraction, str] | None:
 
 
 def _plain(text: str) -> str:
-    """Without LaTeX: boxes opened, fractions and powers as decimals exact enough to compare, ornaments gone."""
+    """The text without LaTeX and decoration: boxes opened, fractions and powers as decimals of 10 places."""
     text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]), _UNIT_POWER.sub("", text))
     text = _GROUPS.sub(",", text)
     text = text.translate(_PLAIN).replace("{,}", ",").replace("\\$", "$").replace("\\%", "%")
@@ -121,7 +121,7 @@ def _plain(text: str) -> str:
 
 
 def _quotient(found: re.Match[str]) -> str:
-    """3/4, and 2 1/2 where what follows is less than 1."""
+    """A fraction as a decimal: 3/4, and 2 1/2 if the fraction is less than 1."""
     sign, whole, above, below = found.groups()
     over, under = _value(above), _value(below)
     if over is None or not under:
@@ -132,7 +132,7 @@ def _quotient(found: re.Match[str]) -> str:
 
 
 def _value(text: str) -> Fraction | None:
-    if len(text) > _LONGEST:  # what repeats itself is no answer
+    if len(text) > _LONGEST:  # a model that repeats digits
         return None
     try:
         return Fraction(Decimal(re.sub(r"[,$\s]", "", text)))

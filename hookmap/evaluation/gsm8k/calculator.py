@@ -48,7 +48,7 @@ def calculate(expression: str) -> str:
 
 
 def _without_percents(text: str) -> str:
-    """Numbers and brackets with a percent sign as hundredths. Raises ValueError where a sign may be a remainder's."""
+    """Replace percentages by divisions by 100. Raises ValueError if a sign may also be a remainder."""
     found, *pieces = text.split("%")
     kinds = set()
     for number, piece in enumerate(pieces):
@@ -64,7 +64,7 @@ def _without_percents(text: str) -> str:
 
 
 def _is_percent(before: str, behind: str, last: bool) -> bool | None:
-    """Whether the % between two texts is a percent sign; None: it is not clear."""
+    """Whether the % between two texts is a percent sign; None if it may also be a remainder."""
     attached, behind_it = not before[-1:].isspace(), behind.lstrip()
     if not behind_it:
         return True if last else None
@@ -76,13 +76,13 @@ def _is_percent(before: str, behind: str, last: bool) -> bool | None:
 
 
 def _hundredth(text: str) -> str:
-    """The text, the number or bracket at its end divided by 100. Raises ValueError where it ends with neither."""
+    """Divide the number or bracket at the text's end by 100. Raises ValueError if it ends with neither."""
     start = found.start() if (found := _NUMBER_AT_END.search(text)) else _opening(text)
     return f"{text[:start]}({text[start:]}/100)"
 
 
 def _opening(text: str) -> int:
-    """Where the bracket begins that ends a text."""
+    """The index where the bracket at the text's end opens."""
     depth = 0
     for place in range(len(text) - 1, -1, -1):
         depth += {")": 1, "(": -1}.get(text[place], 0)
@@ -115,7 +115,7 @@ def _combined(kind: ast.operator, left: Fraction, right: Fraction) -> Fraction:
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
-    """Whole powers only; how large the result gets is known before it is worked out."""
+    """A whole power. Its size is checked before it is computed."""
     if exponent.denominator != 1:
         raise ValueError("only whole powers are understood")
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())

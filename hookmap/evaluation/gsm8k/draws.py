@@ -1,4 +1,4 @@
-"""Sampled answers that repeat: each request draws with a seed of its own, whatever else runs beside it."""
+"""Reproducible sampling: each request has its own seed, so that it does not depend on what else is in its batch."""
 
 from inspect_ai.solver import Generate, Solver, TaskState, generate, solver
 
@@ -14,5 +14,5 @@ def _seeded(seed: int) -> Solver:
 
 
 def generating(seed: int | None) -> Solver:
-    """inspect's `generate`, with a seed a sample where there is one for the run."""
+    """inspect's `generate`; if the run has a seed, each sample gets one derived from it."""
     return generate() if seed is None else _seeded(seed)

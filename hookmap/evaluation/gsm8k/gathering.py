@@ -1,4 +1,4 @@
-"""One capture out of those of the batches, with the caller's names and labels. Goes on after a kill."""
+"""Copy the captures of all batches into one, with ids and labels. Resumes after a kill."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from hookmap.stores.reader import CaptureStore
 
 @dataclass(frozen=True)
 class Taken:
-    """One sample of a batch's capture, and what it becomes."""
+    """A sample of a batch's capture, with its new number, id and labels."""
 
     capture: str
     """the batch's folder"""
@@ -26,14 +26,14 @@ class Taken:
 
 
 def is_gathered(target: Path) -> bool:
-    """Whether the one capture is there, finished."""
+    """Whether the target capture exists and is finished."""
     return (target / MANIFEST).is_file() and open_store(target).finished
 
 
 def gather(batches: Path, target: Path, taken: Sequence[Taken], settings: Mapping[str, Any]) -> None:
     """Copy every row of `taken` into the capture `target`, tensors as they are. Raises StoreError.
 
-    settings: what the manifest says of the run.
+    settings: of the run, for the manifest.
     """
     stores: dict[str, CaptureStore] = {}
     for one in taken:

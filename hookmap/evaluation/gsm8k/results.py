@@ -1,4 +1,4 @@
-"""The results folder, made of inspect's log and the captures of the batches. It can be made again at any time.
+"""The results folder, made from inspect's log and the batches' captures. It can be made again at any time.
 
 summary.json            accuracy by each scorer, with its 95 % interval; counts; what was cut off; settings
 dataset.jsonl           a line for each sample: id, question, target, text, correct, truncated, tokens
@@ -23,11 +23,11 @@ SUMMARY, DATASET, SAMPLES, TRAJECTORIES = "summary.json", "dataset.jsonl", "samp
 ACTIVATIONS, BATCHES, LOGS = "activations", "batches", "inspect"
 METADATA = "hookmap"
 MOST_TRUNCATED = 0.1
-"""share of the answers, above which it is warned of"""
+"""the share of answers above which a warning is given"""
 
 
 def write_results(folder: Path, log: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything but the log itself, which is there. Returns the summary. Raises StoreError.
+    """Write everything but the log, which exists. Returns the summary. Raises StoreError.
 
     log: inspect's EvalLog, with its samples. settings: of the run; its `scorer` says what `correct` is.
     """
@@ -72,7 +72,7 @@ def _row(sample: Any, scorer: str) -> dict[str, Any]:
 
 
 def _calls(sample: Any) -> list[dict[str, int | None]]:
-    """What each call of the model read and wrote, in order; None where the model does not say."""
+    """Token counts of each call of the model, in order; None if the model reports none."""
     outputs = [event.output for event in sample.events or () if event.event == "model" and not event.error]
     return [
         {
@@ -89,12 +89,12 @@ def _total(calls: Sequence[Mapping[str, int | None]], name: str) -> int | None:
 
 
 def is_truncated(choice: Any) -> bool:
-    """Whether a choice of an inspect output ended because no more tokens were allowed."""
+    """Whether a choice of an inspect output stopped at the limit of tokens."""
     return choice.stop_reason in ("max_tokens", "model_length")
 
 
 def truncation_warning(truncated: int, answers: int, most: int | None, where: str = "") -> str | None:
-    """In words, where more than a tenth was cut off; `where`: what the answers are of."""
+    """A warning if more than a tenth of the answers was cut off, else None. `where` names the group of answers."""
     if truncated <= MOST_TRUNCATED * answers:
         return None
     limit = "" if most is None else f" at {most} tokens"
@@ -143,7 +143,7 @@ def _summary(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> 
 
 
 def _taken(samples: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> list[Taken]:
-    """Of each sample its last generation, which read all of it."""
+    """The last generation of each sample: its prompt is the whole conversation."""
     found = []
     for number, (sample, row) in enumerate(zip(samples, rows, strict=True)):
         if where := place_of(sample):
@@ -155,13 +155,13 @@ def _taken(samples: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> list[Ta
 
 
 def place_of(sample: Any) -> dict[str, Any] | None:
-    """Where the activations of a sample of the log are, as the provider says; None where it kept none."""
+    """Where the provider put a sample's activations; None if it kept none."""
     found = (sample.output.metadata or {}).get(METADATA)
     return found if isinstance(found, dict) and found.get("capture") is not None else None
 
 
 def served_place(sample: Any) -> dict[str, Any] | None:
-    """The session of `hookmap serve` that holds the last generation; None where the server kept none.
+    """The session of `hookmap serve` that holds the last generation; None if the server kept none.
 
     inspect's OpenAI provider leaves fields that it does not know out of the output; the call in the log has them.
     """
@@ -178,7 +178,7 @@ def lines(rows: Any) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """A whole file, or none. Raises StoreError."""
+    """Write a file whole or not at all. Raises StoreError."""
     try:
         write_whole(path, lambda file: write_all(file, text.encode("utf-8")))
     except OSError as error:

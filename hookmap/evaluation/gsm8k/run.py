@@ -1,4 +1,4 @@
-"""Run GSM8K, or go on with it after a kill: what inspect's log has finished is not done again."""
+"""Run GSM8K, or resume it after a kill: samples that inspect's log has finished are not run again."""
 
 import json
 from pathlib import Path
@@ -70,9 +70,9 @@ def evaluate(
 def finished_log(
     task: Any, folder: Path, model: str, arguments: dict[str, Any], *, parallel: int, display: str, **config: Any
 ) -> Any:
-    """inspect's EvalLog of the task, run or gone on with, in `folder`. Raises CaptureError where samples failed.
+    """Run or resume the task in `folder`. Returns inspect's EvalLog. Raises CaptureError if samples failed.
 
-    arguments: of the model. config: of the generation, None where the model's own holds.
+    arguments: of the model. config: of the generation; None means the model's own.
     """
     from inspect_ai import eval_set
     from inspect_ai.log import read_eval_log
