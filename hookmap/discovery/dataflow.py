@@ -1,8 +1,8 @@
-"""One forward pass -> a graph of tensors, operations and module calls. Knows nothing of language models.
+"""Records one forward pass as a graph of tensors, operations and module calls. Knows nothing of language models.
 
-A `TorchDispatchMode` sees every operation below autograd; hooks on every module say between which operations it ran
-and which tensors crossed its boundary. On the meta device no weight exists and no arithmetic is done, so a model of
-any size is read in seconds.
+A `TorchDispatchMode` sees every operation below autograd; hooks on every module record when it ran and which tensors
+crossed its boundary. On the meta device no weight exists and no arithmetic is done, so a model of any size is read in
+seconds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 Place = int | str | None
-"""Where a tensor stands at a boundary: position, name, or None where it is the whole output."""
+"""Where a tensor stands in the arguments or the output of a module: position, name, or None for the whole output."""
 
-# Above this a tensor with data is not kept alive (a dequantised weight, say); its identity ends with it.
+# A larger tensor with data (a dequantised weight, say) is not kept alive: its number is forgotten when it dies.
 _KEEP_ALIVE_BYTES = 64 * 2**20
 
 
@@ -85,8 +85,6 @@ class Dataflow:
     calls: list[ModuleCall] = field(default_factory=list)
     inputs: dict[str, int] = field(default_factory=dict)
     """the model's own inputs, such as `input_ids`"""
-    parameters: dict[int, str] = field(default_factory=dict)
-    """tensor -> name of the parameter or buffer that it is"""
 
     def producer(self, tensor: int) -> Operation | None:
         index = self.tensors[tensor].producer
@@ -151,7 +149,7 @@ def _list_as_slice(index: Any) -> Any:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives every tensor value a number and writes the graph down."""
+    """Gives every value of every tensor a number, and records the graph."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -167,9 +165,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._turns: dict[str, itertools.count[int]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             self._paths.setdefault(id(module), []).append(path)
-        self._parameter_names = {
-            id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        }
 
     def identify(self, tensor: torch.Tensor) -> int:
         """The number of this tensor's present value."""
@@ -182,12 +177,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if id(tensor) not in self._ids:
             self._keep(tensor)
         self._ids[id(tensor)] = number
-        if name := self._parameter_names.get(id(tensor)):
-            self.flow.parameters[number] = name
         return number
 
     def _keep(self, tensor: torch.Tensor) -> None:
-        """Python numbers of dead objects come back: keep the object alive, or forget it when it dies."""
+        """Keeps the tensor alive, or forgets it when it dies: Python uses the `id` of a dead object again."""
         large = tensor.device.type != "meta" and tensor.numel() * tensor.element_size() > _KEEP_ALIVE_BYTES
         if large:
             key, ids = id(tensor), self._ids
@@ -216,7 +209,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flow.operations.append(Operation(name, refs[0], refs[1], tuple(inputs), outputs, self._tick(), call))
 
     def _renew_aliases(self, written: torch.Tensor) -> None:
-        """Every live view of the same memory has a new value too."""
+        """Gives every other live view of the same memory a new value, too."""
         storage = _storage(written)
         source = self.identify(written)
         for other in self._by_storage.get(storage, []) if storage is not None else []:
@@ -230,7 +223,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._clock
 
     def _path(self, module: nn.Module) -> str:
-        """A shared module has several paths: the one below the caller is meant, of several such the next in turn."""
+        """The path of this call; of a shared module's paths, the one inside the caller, or each of several in turn."""
         paths = self._paths[id(module)]
         if self._stack and len(paths) > 1:
             parent = self.flow.calls[self._stack[-1]].path
@@ -265,7 +258,7 @@ def _storage(tensor: torch.Tensor) -> int | None:
 
 
 def _meta_scalar(tensor: torch.Tensor) -> bool | int | float:
-    """What `.item()` answers where there is no data: a one, which leaves most masks and counters on their usual way."""
+    """What `.item()` returns where there is no data: one, with which most masks and counters do as usual."""
     if tensor.dtype is torch.bool:
         return True
     return 1.0 if tensor.dtype.is_floating_point else 1

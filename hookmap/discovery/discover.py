@@ -1,6 +1,6 @@
-"""Model -> map: run one forward pass without weights, read the dataflow, name what is found.
+"""`discover`: the map of a model, from the dataflow of one forward pass without weights.
 
-discover(x): x -> module -> dataflow -> values -> blocks -> points -> kinds -> ArchitectureMap
+module -> dataflow -> values -> layer list -> blocks -> points -> kinds -> ArchitectureMap
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def discover(source: Any, *, trust_remote_code: bool = False, revision: str | No
 
 
 def config_of(source: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> tuple[Any, bool]:
-    """The transformers config of a hub id or a folder, and whether it is no more than the shape in a shipped map.
+    """The transformers config of a hub id or a folder, and whether it is only the shape in a shipped map.
 
-    That one serves where neither the hub nor the cache can be asked. Raises ModelError, with what was tried.
+    A shipped map's shape is used where neither the hub nor the cache has the config. Raises ModelError, with what was
+    tried.
     """
     try:
         return configs.load_config(source, trust_remote_code, revision), False
@@ -74,7 +75,7 @@ def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> Ar
         how = "one forward pass on the meta device, full size"
     except HookmapError:
         raise
-    except Exception as error:  # what a model does with data that is not there has no common type
+    except Exception as error:  # what a model raises where tensors have no data has no common type
         from hookmap.loading.narrow import narrow_copy
 
         model, config_small = narrow_copy(config, trust_remote_code)
@@ -129,7 +130,7 @@ def _of_module(model: nn.Module) -> ArchitectureMap:
 def assemble(
     model: nn.Module, flow: Dataflow, seq: int, config: Any, model_id: str | None, how: str
 ) -> ArchitectureMap:
-    """Read the dataflow of `model` and write the map down."""
+    """The map of `model`, read from its dataflow."""
     values = Values(flow)
     layers = find_layers(values, seq)
     readings: dict[int, BlockPoints] = {}
@@ -168,7 +169,7 @@ def assemble(
 
 
 def _kinds(layers: LayerList, readings: dict[int, BlockPoints], values: Values) -> tuple[BlockKind, ...]:
-    """Blocks that read alike are one kind; layers that were never called are a kind without points."""
+    """Blocks whose points are the same are one kind; layers that were never called are a kind without points."""
     groups: dict[str, tuple[list[int], BlockKind]] = {}
     for number in range(layers.length):
         kind = _kind(layers, number, readings.get(number), values)
@@ -209,7 +210,7 @@ def _kind(layers: LayerList, number: int, reading: BlockPoints | None, values: V
 
 
 def _templates(locations: dict[str, Location]) -> dict[str, PointTemplate]:
-    """The locations in forward order, each with its place in it."""
+    """The locations in the order of the forward pass, each with its number in that order."""
     times = sorted({location.time for location in locations.values()})
     ordered = sorted(locations.items(), key=lambda item: item[1].time)
     return {

@@ -1,7 +1,7 @@
-"""A map that was read from a narrow copy -> the map of the full width. Pure.
+"""Turns a map that was read from a narrow copy into the map of the model at full width.
 
-Where a point is does not depend on width; how many features its heads have, and a constant that may be made of the
-width, do: what a copy cannot say is unavailable.
+Where a point is does not depend on the width. The size of its heads does, and so may a constant factor: such points
+are unavailable.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def at_full_width(found: ArchitectureMap, config: Any, small: Any) -> Architectu
 
 
 def _size(found: int, own: Any, copy: Any, names: tuple[str, ...]) -> int:
-    """Several streams side by side are several times as wide as the field says."""
+    """The full size for `found`, which is a multiple of the config's where there are several streams."""
     for name in names:
         narrow, full = getattr(copy, name, None), getattr(own, name, None)
         if isinstance(narrow, int) and isinstance(full, int) and narrow and found % narrow == 0:

@@ -1,8 +1,8 @@
-"""Which features of a projection are whose: numbers are pushed through the recorded views, splits and transposes.
+"""Which features of a projection belong to which head: labels follow the recorded views, splits and transposes.
 
-Each number of the projection's output gets its own place in the last axis as a label. The operations that the model
-applied to the tensor are applied to the labels; where one computes (a rotary embedding, a norm), the result has the
-range of labels that it is made of. What cannot be followed is given up, never guessed.
+Each number of the projection's output is labelled with its feature. The operations that the model applied to the tensor
+are applied to the labels. Where an operation computes (a rotary embedding, a norm), its result has the range of labels
+that it is computed from. Labels that cannot be followed are given up, never guessed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NOTHING = 2**40
 
 @dataclass(frozen=True)
 class Labels:
-    """The lowest and the highest label of what each number of a tensor is made of."""
+    """For each number of a tensor, the lowest and the highest label of the numbers that it is computed from."""
 
     low: Tensor
     high: Tensor
@@ -36,7 +36,7 @@ class Labels:
 
 
 def features(shape: tuple[int, ...]) -> Tensor:
-    """Each number's place in the last axis."""
+    """The feature of each number: its index in the last axis."""
     return torch.arange(shape[-1]).expand(shape)
 
 
@@ -44,7 +44,7 @@ def push(values: Values, block: ModuleCall, source: int, labels: Tensor, target:
     """The labels of tensor `target`, where tensor `source` has `labels`; None where they cannot be followed."""
     known = {source: Labels(labels, labels)}
     lost: set[int] = set()
-    statistics: set[int] = set()  # one number for many features, as a norm divides by: it moves none of them
+    statistics: set[int] = set()  # one number for many features, such as a norm divides by: it has no label
     for op in _between(values, block, source, target):
         reached = {t for t in op.inputs if t in known or t in lost or t in statistics}
         if not reached:
@@ -63,7 +63,7 @@ def push(values: Values, block: ModuleCall, source: int, labels: Tensor, target:
 
 
 def _between(values: Values, block: ModuleCall, source: int, target: int) -> list[Operation]:
-    """The block's operations that `target` is made by, back to `source`, in their order."""
+    """The block's operations that compute `target` from `source`, in their order."""
     found: dict[int, Operation] = {}
     stack, seen = [target], {source}
     while stack:
@@ -107,7 +107,7 @@ def _apply(values: Values, op: Operation, known: dict[int, Labels]) -> list[Labe
 
 
 def _of(values: Values, tensor: int, known: dict[int, Labels]) -> Labels | None:
-    """A tensor's labels; of a constant (a key that is no token's), labels that no feature has."""
+    """A tensor's labels. A constant (a key that belongs to no token) has labels that no feature has."""
     if tensor in known or not values.is_constant(values.value(tensor)):
         return known.get(tensor)
     shape = values.flow.tensors[tensor].shape
@@ -115,9 +115,9 @@ def _of(values: Values, tensor: int, known: dict[int, Labels]) -> Labels | None:
 
 
 def heads_of(labels: Labels, width: int) -> Heads | None:
-    """Where the heads `[heads, pos, d_head]` of a product's operand lie in a last axis of `width` features.
+    """Where the heads `[heads, pos, d_head]` of a product's operand are in a last axis of `width` features.
 
-    Heads that several query heads share come once. None where they are not slices of one width in even groups.
+    A head that several query heads share counts once. None where the heads are not slices of one width in even groups.
     """
     heads, _, size = labels.low.shape
     low, high = labels.low.reshape(heads, -1).amin(1), labels.high.reshape(heads, -1).amax(1)

@@ -1,4 +1,4 @@
-"""The map of a loaded model: what its dataflow shows, or a given map, held against that."""
+"""The map of a loaded model: the one that its dataflow shows, or a given one, checked against it."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from hookmap.maps.templates import BlockKind, Heads, PointTemplate, TermTemplate
 
 
 def map_of(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:
-    """The given map where it tells the truth on this module; without one, what its dataflow shows.
+    """The given map, if it is true of this module; without one, the map that its dataflow shows.
 
     root: the transformers model in it. Raises DiscoveryError, and MapMismatchError with every contradiction.
     """
@@ -21,13 +21,13 @@ def map_of(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) ->
 
 
 def understood(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) -> tuple[ArchitectureMap, bool]:
-    """As `map_of`, and whether discovery reads the model: where it does not, a map by hand is taken at its word."""
+    """As `map_of`, and whether discovery understands the model; where it does not, a given map cannot be checked."""
     found, read = _checked(module, root, given)
     return of_one_call(found), read
 
 
 def of_one_call(found: ArchitectureMap) -> ArchitectureMap:
-    """The map without the points of layers that run several times: a capture could not say which call it gives."""
+    """The map without the points of layers that run several times: a capture cannot tell their calls apart."""
     return found.model_copy(update={"kinds": tuple(map(_of_one_call, found.kinds))})
 
 
@@ -42,7 +42,7 @@ def _checked(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) 
     found: ArchitectureMap | None = None
     try:
         found = discover(module)
-    except DiscoveryError:  # a map by hand is how a model gets captured that discovery does not understand
+    except DiscoveryError:  # with a map by hand, a model can be captured that discovery does not understand
         problems = [
             *_wrong_architecture(given, type(root).__name__),
             *_missing_modules(given, module),
@@ -61,7 +61,7 @@ def _checked(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) 
 
 
 def _at_size_of(given: ArchitectureMap, found: ArchitectureMap) -> ArchitectureMap:
-    """The given map with the model's own sizes, and its heads as they lie in the model."""
+    """The given map with the model's own sizes, and its heads as they are in the model."""
     sized = given
     if (given.num_layers, given.d_model) != (found.num_layers, found.d_model):
         sizes = {"num_heads": found.num_heads, "d_vocab": found.d_vocab, "model_id": found.model_id}
@@ -84,7 +84,7 @@ def _bare(point: PointTemplate) -> list[TermTemplate]:
 
 
 def contradictions(given: ArchitectureMap, found: ArchitectureMap) -> list[str]:
-    """What `given` says otherwise than `found`, the model's own map. A point left out is no contradiction."""
+    """Where `given` differs from `found`, the model's own map. A point that `given` leaves out is no contradiction."""
     problems = _wrong_architecture(given, found.architecture)
     if given.scope == "model" and given.config_hash != found.config_hash:
         hashes = [(each.config_hash or "none")[:12] for each in (given, found)]

@@ -1,8 +1,8 @@
 """Which operations of a branch move information between positions.
 
-The place of each tensor along the sequence is followed: a piece of it (a slice, one position of a loop) begins where
-it was cut out. Pieces that are joined again where they came from move nothing, nor do tensors of one place that are
-computed with one another; all else mixes positions.
+Follows where along the sequence each tensor begins: a piece (a slice, one position of a loop) begins where it was cut
+out. Pieces that are joined again in their old places mix nothing, and neither does a computation with tensors that
+begin at the same place. Everything else mixes positions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hookmap.discovery.values import Values
 
 
 def mixing(values: Values, ops: list[Operation], seq: int) -> list[Operation]:
-    """The operations that treat the axis of `seq` positions other than pointwise."""
+    """Those of `ops` that do not compute each of the `seq` positions alone, in their order."""
     starts: dict[int, int | None] = {}
     found: list[Operation] = []
     last: int | None = None
@@ -42,12 +42,12 @@ def mixing(values: Values, ops: list[Operation], seq: int) -> list[Operation]:
 
 
 def is_shift(op: Operation) -> bool:
-    """Whether a mixing operation only moves the sequence along, as a token shift does."""
+    """Whether an operation that mixes positions only shifts the sequence, as a token shift does."""
     return op.name in aten.SHIFTS
 
 
 def _results(values: Values, op: Operation, given: list[int | None], seq: int) -> list[int | None] | None:
-    """Where each output begins; None where the operation sets positions beside others."""
+    """Where each output begins; None where the operation combines different positions."""
     count = len(op.outputs)
     present = {start for start in given if start is not None}
     if not present or op.name in aten.REORDERS:
@@ -64,7 +64,7 @@ def _results(values: Values, op: Operation, given: list[int | None], seq: int) -
 
 
 def _of_constant(values: Values, value: int, seq: int) -> int | None:
-    """Where a piece of an empty tensor is, that a piece of the sequence may be written to."""
+    """Where a piece of a new tensor begins. A piece of the sequence may be written to it."""
     op = values.producers.get(value)
     if op is None or op.name not in aten.CUTS or _length(values, op, _axis(op)) != seq:
         return None
@@ -72,7 +72,7 @@ def _of_constant(values: Values, value: int, seq: int) -> int | None:
 
 
 def _axis(op: Operation) -> int:
-    """The axis that an operation cuts or joins along; its first where it is not written down."""
+    """The axis that an operation cuts or joins along: the first, where its arguments do not say."""
     place = 1 + aten.CUTS.get(op.name, 0)
     axis = op.args[place] if len(op.args) > place else op.kwargs.get("dim", 0)
     return axis if isinstance(axis, int) else 0
@@ -106,19 +106,19 @@ def _joined(values: Values, op: Operation, given: list[int | None], seq: int) ->
 
 
 def _along(values: Values, tensor: int, axis: int) -> int:
-    """The length of an axis; an empty cache, which has no axes, is joined to anything."""
+    """The length of an axis. An empty cache has no axes and can be joined to anything."""
     shape = values.flow.tensors[tensor].shape
     return 0 if shape == (0,) else shape[axis]
 
 
 def _moves(values: Values, op: Operation, seq: int) -> bool:
-    """Whether a pad stands before the positions."""
+    """Whether the padding before the positions shifts them."""
     shape, pads = values.flow.tensors[op.inputs[0]].shape, op.args[1]
     return any(shape[-1 - n // 2] == seq and pads[n] != 0 for n in range(0, len(pads), 2))
 
 
 def _lengthened(values: Values, op: Operation, seq: int) -> set[int]:
-    """The new length, where an operation sets more entries beside the positions (compressed keys, a prefix)."""
+    """The new length, where an operation joins more entries to the positions (compressed keys, a prefix)."""
     if op.name != "cat":
         return set()
     axis = _axis(op)
@@ -127,14 +127,14 @@ def _lengthened(values: Values, op: Operation, seq: int) -> set[int]:
 
 
 def _contracts(values: Values, op: Operation, lengths: set[int]) -> bool:
-    """Whether a product of two computed tensors sums over positions and what was set beside them."""
+    """Whether a product of two activations sums over positions and the entries that were joined to them."""
     if op.name not in aten.BATCHED_PRODUCTS or any(map(values.is_constant, values.operands(op)[-2:])):
         return False
     return values.flow.tensors[op.inputs[-2]].shape[-1] in lengths
 
 
 def _treats(values: Values, op: Operation, seq: int) -> bool:
-    """Whether one operation on the whole sequence mixes it: a [pos, pos] product, a convolution, a sum over it."""
+    """Whether one operation mixes the whole sequence: a [pos, pos] product, a convolution, a sum over positions."""
     tensors = values.flow.tensors
     result = tensors[op.outputs[0]].shape
     sources = [tensors[t].shape for t in op.inputs]
@@ -167,7 +167,7 @@ def _axes(op: Operation, count: int) -> list[int]:
 
 
 def _permutes(values: Values, index: Any, length: int, seq: int) -> bool:
-    """Whether positions are picked by numbers that no data decides."""
+    """Whether positions are picked in an order that does not depend on the tokens."""
     return isinstance(index, TensorRef) and length == seq and values.is_constant(values.value(index.id))
 
 

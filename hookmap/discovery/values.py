@@ -1,6 +1,7 @@
-"""The dataflow as values: which tensors are one value in other shapes, who makes it, who reads it, who exposes it.
+"""The dataflow as values: a value is all tensors that hold the same numbers, whatever their shape.
 
-Reads the graph of `dataflow` and answers questions; knows operations, not architectures.
+Answers which operation computes a value, which read it, and at which module boundaries it stands. Knows operations,
+not architectures.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Exposure:
 
 
 class Values:
-    """Values (numbers of equivalence classes of tensors) of one dataflow."""
+    """The values of one dataflow. A value is the number of one of its tensors, which stands for all of them."""
 
     def __init__(self, flow: Dataflow) -> None:
         self.flow = flow
@@ -53,7 +54,7 @@ class Values:
         a, b = self.flow.tensors[source], self.flow.tensors[op.outputs[0]]
         named = op.name in aten.SAME or op.name == "alias_update"
         if op.name == "constant_pad_nd" and any(op.args[1]):
-            return False  # as long as before, and shifted
+            return False  # it has as many numbers as before, and they are shifted
         return named and a.dtype == b.dtype and prod(a.shape) == prod(b.shape)
 
     def value(self, tensor: int) -> int:
@@ -118,14 +119,13 @@ class Values:
         return () if op.name in aten.ONLY_SHAPE else tuple(map(self.value, op.inputs))
 
     def is_constant(self, value: int, of_tokens: bool = False) -> bool:
-        """Whether the value depends on no input of the model: a weight, or made of weights.
+        """Whether the value depends on no input of the model: it is a weight, or computed from weights.
 
-        `of_tokens`: on no token; it may depend on the attention mask.
+        `of_tokens`: whether it depends on no token. It may depend on the attention mask.
         """
-        return self._depends(value, self._token_values if of_tokens else self._input_values) is False
+        return not self._depends(value, self._dependence[of_tokens])
 
-    def _depends(self, value: int, inputs: frozenset[int]) -> bool:
-        cache = self._dependence.setdefault(inputs, {})
+    def _depends(self, value: int, cache: dict[int, bool]) -> bool:
         stack = [value]
         while stack:
             top = stack[-1]
@@ -134,7 +134,7 @@ class Values:
                 continue
             op = self.producers.get(top)
             if op is None:
-                cache[top] = top in inputs
+                cache[top] = False
                 continue
             waiting = [v for v in self.operands(op) if v not in cache and v != top]
             if waiting:
@@ -144,19 +144,16 @@ class Values:
         return cache[value]
 
     @cached_property
-    def _dependence(self) -> dict[frozenset[int], dict[int, bool]]:
-        return {}
-
-    @cached_property
-    def _input_values(self) -> frozenset[int]:
-        return frozenset(self.value(tensor) for tensor in self.flow.inputs.values())
-
-    @cached_property
-    def _token_values(self) -> frozenset[int]:
-        return frozenset(self.value(t) for name, t in self.flow.inputs.items() if name == "input_ids")
+    def _dependence(self) -> dict[bool, dict[int, bool]]:
+        """Of tokens alone, or of any input -> what is known so far: value -> whether it depends on them."""
+        inputs = self.flow.inputs.items()
+        return {
+            of_tokens: {self.value(t): True for name, t in inputs if name == "input_ids" or not of_tokens}
+            for of_tokens in (True, False)
+        }
 
     def cone(self, value: int, stops: Iterable[int], block: ModuleCall) -> tuple[list[Operation], set[int]]:
-        """Operations of `block` on the way from any of `stops` to `value`, and the stops that are read."""
+        """The operations inside `block` that compute `value` from any of `stops`, and the stops that they read."""
         limits, reads = set(stops), set()
         order: list[Operation] = []
         reaches: dict[int, bool] = {}
@@ -178,7 +175,7 @@ class Values:
         return order, reads
 
     def sources(self, value: int, stops: Iterable[int], call: ModuleCall) -> set[int]:
-        """What entered `call`, and depends on the tokens, that `value` is computed from without passing `stops`."""
+        """The values that enter `call` and depend on the tokens, and that `value` is computed from without `stops`."""
         found: set[int] = set()
         seen, stack = {*stops}, [value]
         while stack:
