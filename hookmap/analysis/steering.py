@@ -33,7 +33,7 @@ _METADATA = "hookmap.steering"
 
 
 class About(BaseModel):
-    """What a vector was made from. It is JSON in the metadata of the file, under `hookmap.steering`."""
+    """What a vector was made from; JSON in the metadata of its file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -19,7 +19,7 @@ _METADATA = "hookmap.probes"
 
 
 class About(BaseModel):
-    """What the probes were made from. It is JSON in the metadata of their file, under `hookmap.probes`."""
+    """What the probes were made from; JSON in the metadata of their file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
