@@ -19,11 +19,11 @@ from hookmap.placeholders import is_pointer, pointers_told
 from hookmap.strict_json import read_json
 
 FORMATS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
-_LONGEST_CELL = 2**31 - 1  # the csv module refuses cells above 128 KiB unless told; a C long on every system
+_LONGEST_CELL = 2**31 - 1  # the csv module's own limit is 128 KiB; this is the largest C long on every system
 
 
 def rows_of(source: Any) -> tuple[str, Iterator[tuple[str, Any]]]:
-    """What to call the source, and its rows, each with its place in it. Raises DataError."""
+    """The name of the source for messages, and its rows, each with its place. Raises DataError."""
     if isinstance(source, str) and source.startswith("hf://"):
         return source, _numbered(_from_hub(source.removeprefix("hf://")), "row")
     if isinstance(source, Mapping):  # a datasets.DatasetDict is one
@@ -59,7 +59,7 @@ def columns_of(source: Any) -> list[Any] | None:
 
 
 def _table_rows(table: Any) -> Iterable[Mapping[Any, Any]]:
-    """A missing cell is None."""
+    """A missing cell becomes None."""
     if hasattr(table, "iterrows"):
         found: Iterable[Mapping[Any, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")
     else:
@@ -174,7 +174,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _check_names(path: Path | str, names: Sequence[str]) -> None:
-    """Of two columns of one name, a row would silently keep the last."""
+    """Refuses two columns of one name: a row would silently keep the last."""
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise DataError(f"{path}: expected each column once, found {', '.join(map(repr, twice))} more than once")
 
@@ -184,7 +184,7 @@ def _from_hub(name: str) -> Iterable[Any]:
     library = _hugging_face()
     try:
         found: Iterable[Any] = library.load_dataset(name, split=split or "train")
-    except Exception as error:  # it raises what its many readers raise
+    except Exception as error:  # its many readers raise errors of their own
         raise DataError(f"hf://{name}: {error}") from error
     return found
 

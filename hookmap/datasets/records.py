@@ -19,8 +19,8 @@ from hookmap.datasets.files import columns_of, rows_of
 from hookmap.errors import DataError
 
 FIELDS = ("prompt", "messages", "question", "text", "token_ids", "input_ids")
-"""columns that are taken for the prompt, the first that a record has, where none is named"""
-_NEVER_TEXT = ("messages", "token_ids", "input_ids")  # a table of text has them as the text of a list
+"""columns that may hold the prompt, where none is named: the first that a record has"""
+_NEVER_TEXT = ("messages", "token_ids", "input_ids")  # in a text table these hold the text of a list
 _AS_TEXT = (date, time, timedelta, Decimal, UUID, PurePath)
 _SHOWN = 10
 
@@ -32,12 +32,12 @@ class PromptRecord:
     prompt: Any
     """a text, a list of chat messages, or a list of token ids"""
     id: str | None = None
-    """its name in the data set, the same whenever it is read; None where it has none, and its number is its name"""
+    """its name in the data set, the same at each reading; None where it has none and is known by its number"""
     labels: Mapping[str, Any] | None = None
     """other columns, as plain JSON data"""
 
     def __post_init__(self) -> None:
-        """What the table of samples can hold, also of a record that was made by hand."""
+        """Checks that the table of samples can hold it, also a record made by hand."""
         try:
             own = None if self.id is None else _name(self.id, "id")
             labels = None if self.labels is None else {_whole(str(k)): _label(v, k) for k, v in self.labels.items()}
@@ -163,7 +163,7 @@ def _label(value: Any, column: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: nothing for not-a-number, and the text of a date and its like.
+    """The value as plain JSON: null for not-a-number, text for dates and the like.
 
     Raises TypeError for the rest: the text of a set or of an image is another one in every run.
     """

@@ -1,4 +1,4 @@
-"""A model computed in float64 for a moment, over the weights that are there: what still differs is not rounding."""
+"""Runs a model in float64 on its own weights: differences that remain are not rounding."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ _LARGE = 2**22
 
 @contextlib.contextmanager
 def in_float64(root: nn.Module) -> Iterator[None]:
-    """Inside, whatever this thread computes with floating point is float64; each weight is widened as it is used.
+    """Inside, this thread computes all floating point in float64; each weight is converted as it is used.
 
     `root` is as before afterwards. Hold its turn alone. Raises ModelError where the weights are elsewhere, or where
     accelerate brings them while it runs: it would bring them wide.
@@ -34,7 +34,7 @@ def in_float64(root: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_it_was(root: nn.Module) -> Iterator[None]:
-    """What a forward pass leaves on the modules (rotary frequencies, caches of positions) is gone afterwards."""
+    """Removes afterwards what a forward pass leaves on the modules (rotary frequencies, caches of positions)."""
     before = [(part, dict(vars(part)), dict(part._buffers)) for part in root.modules()]
     every = (each for _, _, buffers in before for each in buffers.values() if each is not None)
     values = [(each, each.clone()) for each in every if _may_change(each)]
@@ -58,10 +58,10 @@ def _may_change(buffer: torch.Tensor) -> bool:
 
 
 class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not type it
-    """Widens what each operation is given."""
+    """Converts the arguments of each operation to float64."""
 
     def __init__(self, tables: list[torch.Tensor]) -> None:
-        """`tables`: the weights as long as the vocabulary. They are large, and each row of them stands alone."""
+        """`tables`: the weights with a row for each token id. They are large, and their rows are independent."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._tables = {table.untyped_storage().data_ptr() for table in tables}
 

@@ -22,13 +22,13 @@ _NO_NETWORK = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"
 
 
 def source_arguments(source: str | Path) -> dict[str, Any]:
-    """What `from_pretrained` is to be given so that it does not wait for a hub that is not there."""
+    """Arguments for `from_pretrained` with which it does not wait for an unreachable hub."""
     return {"local_files_only": True} if Path(source).exists() or not reachable() else {}
 
 
 @lru_cache(maxsize=1)
 def reachable() -> bool:
-    """Whether the hub's host has an address, or is behind a proxy, and offline mode is not set; asked once."""
+    """Whether the hub's host resolves, or a proxy is set, and offline mode is off; checked once."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -122,7 +122,7 @@ def explain(error: BaseException, source: str | Path) -> str:
 
 
 def _inside(source: str | Path) -> str:
-    """For `runs/modle`, which may mean a folder: what is in `runs`, where that is here."""
+    """For `runs/modle`, which may be a misspelt folder: what `runs` holds, if it exists."""
     folder = Path(source).parent
     if folder == Path() or not folder.is_dir():
         return ""

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much a run takes."""
+"""How much memory is free, and how much a run takes."""
 
 import os
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available(cgroup: Path = _CGROUP) -> int:
-    """Bytes that this process may still take: the machine's, or what is left of its container's limit."""
+    """Bytes that this process may still allocate: the machine's free memory, or the rest of its container's limit."""
     free = int(psutil.virtual_memory().available)
     try:
         limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
         if limit != "max":
             held = int((cgroup / "memory.current").read_text(encoding="ascii"))
             counts = dict(line.split() for line in (cgroup / "memory.stat").read_text(encoding="ascii").splitlines())
-            # Pages of files count as held, and are given back when something needs the room.
+            # Cached pages of files count as used, and are freed when memory is needed.
             files = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
             free = min(free, int(limit) - held + files)
     except (OSError, ValueError):
@@ -34,12 +34,12 @@ def used() -> int:
 
 @dataclass
 class MemoryUse:
-    """Of one run: bytes before, after and at the highest of the moments it was looked at."""
+    """Bytes before and after a run, and the most of all measurements during it."""
 
     before: int = field(default_factory=used)
     peak: int = 0
     device: torch.device | None = None
-    """a GPU whose memory is looked at too"""
+    """a GPU whose memory is measured too"""
     device_before: int = 0
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class MemoryUse:
             self.device_before = torch.cuda.memory_allocated(self.device)
 
     def look(self) -> int:
-        """Bytes now. Once a batch, and not once a token: it takes some ten microseconds."""
+        """Measures now. For each batch, not for each token: it takes some ten microseconds."""
         now = used()
         self.peak = max(self.peak, now)
         return now

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 VOCAB = 512
 MOST_BYTES = 4 * 2**30
-"""what the weights of a copy may take, in float32"""
+"""the most that the weights of a copy may take, in float32"""
 
 # First match decides. A value is a ceiling: a field that is smaller already stays.
 _CEILINGS: tuple[tuple[str, int], ...] = (
@@ -96,7 +96,7 @@ def narrow(config: Any, shallow: bool = False) -> Any:
 
 
 def _narrow(config: Any, original: Any, text: Any = None) -> None:
-    """`text`: the part whose depth stays, where that of the others does not."""
+    """`text`: this part keeps its depth; other parts do not."""
     names = getattr(config, "attribute_map", {})
     settings, before = vars(config), vars(original)
     for name, value in list(settings.items()):
@@ -126,7 +126,7 @@ def _cut_depth(part: Any) -> None:
 
 
 def _narrow_layers(config: Any, original: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The settings that differ from layer to layer, cut like those of the whole model."""
+    """Settings of single layers, made narrow like those of the whole model."""
     spec = original._heterogeneity_spec
     for layer, overrides in spec.per_layer_overrides.items():
         cut = {name: _field(name, value) for name, value in overrides.items()}
@@ -156,7 +156,7 @@ def _token(value: Any) -> Any:
 
 
 def _relations(settings: dict[str, Any], before: dict[str, Any]) -> None:
-    """Sizes that agreed with one another before the cut agree after it."""
+    """Restores the relations between sizes that held before they were reduced."""
     heads, shared = _heads(settings)
     if heads and shared:
         same = len(set(_heads(before))) == 1

@@ -1,4 +1,4 @@
-"""What a user may give as prompts -> token ids. Nothing is padded here, and the tokenizer is left as it was."""
+"""Prompts in any form that a user may give -> token ids. Pads nothing, and does not change the tokenizer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ class Prompt:
     """One prompt as the model reads it."""
 
     text: str
-    """with the chat template filled in; "" where only token ids were given"""
+    """after the chat template; "" where only token ids were given"""
     token_ids: tuple[int, ...]
     id: str | None = None
     labels: Mapping[str, Any] | None = None
@@ -57,7 +57,7 @@ def encode(
 
 
 def is_one(prompts: Any) -> bool:
-    """Whether it is one prompt, and no list of them: a text, messages, token ids, a record."""
+    """Whether it is one prompt, not a list of prompts: a text, messages, token ids or a record."""
     if isinstance(prompts, str | PromptRecord | Prompt):
         return True
     return isinstance(prompts, Sequence) and bool(prompts) and _is_part(prompts[0])
@@ -107,7 +107,7 @@ def _listed(value: Any) -> Any:
 
 
 def _ids_of_text(text: str, number: int, tokenizer: Any) -> tuple[int, ...]:
-    """With the special tokens that the tokenizer adds, unless the text has brought its own: none is there twice."""
+    """Token ids with the tokenizer's special tokens; none is added that the text has already."""
     begin = getattr(tokenizer, "bos_token", None)
     if begin and text.startswith(begin):
         ids = _token_ids(text, number, tokenizer, add_special_tokens=False)

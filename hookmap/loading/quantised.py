@@ -15,7 +15,7 @@ _PLAIN = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @contextmanager
 def plain_products(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Each quantised linear layer of `model` gives `x @ 0` of the right shape, and afterwards is as it was."""
+    """Each quantised linear layer of `model` computes `x @ 0` of the right shape; restored afterwards."""
     devices = {device, *(parameter.device for parameter in model.parameters())}
     layers = [module for module in model.modules() if _is_quantised(module)]
     before = [layer.__dict__.get("forward") for layer in layers]
@@ -40,7 +40,7 @@ def _is_quantised(module: nn.Module) -> bool:
 
 
 def _product(rows: int, columns: int, devices: set[torch.device]) -> Callable[[Tensor], Tensor]:
-    """The weights are one zero, read many times; they stand before the pass, as weights do in its dataflow."""
+    """The weights are a single zero, expanded. They exist before the pass, as weights do in its dataflow."""
     weights = {
         (dtype, device): torch.zeros((), dtype=dtype, device=device).expand(rows, columns)
         for dtype in _PLAIN

@@ -1,4 +1,4 @@
-"""A fingerprint of a model's weights: cheap, and another one where a tensor was replaced, scaled or cast."""
+"""A cheap fingerprint of a model's weights; it changes where a tensor is replaced, scaled or cast."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 VALUES = 64
-"""numbers, at most, that are looked at in each tensor, evenly spaced over it"""
+"""the most numbers that are read of each tensor, evenly spaced"""
 
 
 def weights_of(module: nn.Module) -> dict[str, Any] | None:
