@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from hookmap.discovery import aten
@@ -14,29 +14,48 @@ from hookmap.discovery.locate import Location, Locator
 from hookmap.discovery.values import Values
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outside:
     """What the map says of the model around its blocks."""
 
-    locations: dict[str, Location] = field(default_factory=dict)
-    unavailable: dict[str, str] = field(default_factory=dict)
-    embedding_path: str | None = None
-    final_norm_path: str | None = None
-    lm_head_path: str | None = None
+    locations: dict[str, Location]
+    unavailable: dict[str, str]
+    embedding_path: str | None
+    final_norm_path: str | None
+    lm_head_path: str | None
+    d_vocab: int | None
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """The model's logits."""
+
+    place: Location | str
+    """where they are, or why they are unavailable"""
+    value: int | None = None
+    """None where no output of the model is logits"""
     d_vocab: int | None = None
+    lm_head_path: str | None = None
 
 
 def read_outside(values: Values, layers: LayerList, seq: int) -> Outside:
     """Find the embedding of the token ids, the last norm and the logits."""
     root = values.flow.calls[0]
     locator = Locator(values, root, seq)
-    outside = Outside()
     lookups = list(_lookups(values))
-    _embedding(values, layers, locator, lookups, outside)
-    logits = _logits(values, locator, root, {values.shape(values.operands(op)[0])[0] for op in lookups}, outside)
-    ends = [values.value(t) for t in root.outputs.values()] if logits is None else [logits]
-    _final_norm(values, layers, locator, ends, outside)
-    return outside
+    embed, embedding_path = _embedding(values, layers, locator, lookups)
+    logits = _logits(values, locator, root, {values.shape(values.operands(op)[0])[0] for op in lookups})
+    ends = [values.value(t) for t in root.outputs.values()] if logits.value is None else [logits.value]
+    final_norm = _final_norm(values, layers, locator, ends)
+    places = {"embed": embed, "logits": logits.place, "final_norm": final_norm}
+    return Outside(
+        locations={name: place for name, place in places.items() if isinstance(place, Location)},
+        unavailable={name: reason for name, reason in places.items() if isinstance(reason, str)},
+        embedding_path=embedding_path,
+        final_norm_path=None if isinstance(final_norm, str) else final_norm.terms[0].module,
+        lm_head_path=logits.lm_head_path,
+        d_vocab=logits.d_vocab,
+    )
 
 
 def _lookups(values: Values) -> Iterator[Operation]:
@@ -47,20 +66,21 @@ def _lookups(values: Values) -> Iterator[Operation]:
             yield op
 
 
-def _embedding(values: Values, layers: LayerList, locator: Locator, lookups: list[Operation], outside: Outside) -> None:
+def _embedding(
+    values: Values, layers: LayerList, locator: Locator, lookups: list[Operation]
+) -> tuple[Location | str, str | None]:
+    """Where the embedding of the token ids is, or why it is unavailable; and the path of its module."""
     into = _summands(values, layers.streams[min(layers.streams)][0])
     added = [op for op in lookups if {values.value(op.outputs[0]), _looked_up(values, op)} & into]
     tables = {_around(values, op)[0].path: op for op in added or lookups}
     if len(tables) > 1 and added:
-        outside.unavailable["embed"] = f"several tables are looked up, and they are summed: {', '.join(tables)}"
-        return
+        return f"several tables are looked up, and they are summed: {', '.join(tables)}", None
     for path, op in tables.items():
-        outside.embedding_path = path
         location = locator.locate(_looked_up(values, op))
         if location is not None:
-            outside.locations["embed"] = location
-            return
-    outside.unavailable["embed"] = "no module looks the token ids up in a table of embeddings as they are"
+            return location, path
+    missing = "no module looks the token ids up in a table of embeddings as they are"
+    return missing, next(reversed(tables), None)
 
 
 def _summands(values: Values, value: int) -> set[int]:
@@ -99,33 +119,32 @@ def _around(values: Values, op: Operation) -> list[ModuleCall]:
     return calls
 
 
-def _logits(values: Values, locator: Locator, root: ModuleCall, vocabulary: set[int], outside: Outside) -> int | None:
-    """The root's logits, and the module that computes them. Returns their value."""
+def _logits(values: Values, locator: Locator, root: ModuleCall, vocabulary: set[int]) -> _Logits:
+    """The root's logits, and the module that computes them."""
     tensor = _output_of_logits(values, root, vocabulary)
     if tensor is None:
-        outside.unavailable["logits"] = "none of the model's outputs is called logits or is as wide as its vocabulary"
-        return None
-    logits = value = values.value(tensor)
-    shape = values.flow.tensors[tensor].shape
-    outside.d_vocab = shape[-1]
+        return _Logits("none of the model's outputs is called logits or is as wide as its vocabulary")
+    value, shape = values.value(tensor), values.flow.tensors[tensor].shape
     if shape[0] != 1:
-        outside.unavailable["logits"] = f"the model gives {shape[0]} rows of logits for each sequence"
-        return logits
+        return _Logits(f"the model gives {shape[0]} rows of logits for each sequence", value, shape[-1])
     if locator.seq not in shape[:-1]:
-        outside.unavailable["logits"] = f"the model gives no logits for each position: their shape is {list(shape)}"
-        return logits
-    # The model's own output and not the unembedding's: in half precision a cast stands between, in single none.
-    outside.locations["logits"] = locator.at_root(value)
+        missing = f"the model gives no logits for each position: their shape is {list(shape)}"
+        return _Logits(missing, value, shape[-1])
+    # The model's own output, and not the unembedding's: in half precision a cast stands between the two.
+    return _Logits(locator.at_root(value), value, shape[-1], _unembedding(values, root, value))
+
+
+def _unembedding(values: Values, root: ModuleCall, value: int) -> str | None:
+    """The path of the module that computes the last product with weights; None where it is the model itself."""
     while (op := values.producers.get(value)) is not None:
         varying = [v for v in values.operands(op) if not values.is_constant(v)]
         if op.name in aten.PRODUCTS and len(varying) < len(op.inputs):
             calls = _around(values, op)
-            outside.lm_head_path = calls[0].path if calls and calls[0] is not root else None
-            break
+            return calls[0].path if calls and calls[0] is not root else None
         if not varying:
-            break
+            return None
         value = varying[0]
-    return logits
+    return None
 
 
 def _output_of_logits(values: Values, root: ModuleCall, vocabulary: set[int]) -> int | None:
@@ -137,15 +156,14 @@ def _output_of_logits(values: Values, root: ModuleCall, vocabulary: set[int]) ->
     return next((tensor for tensor, shape in shapes.items() if shape and shape[-1] in vocabulary), None)
 
 
-def _final_norm(values: Values, layers: LayerList, locator: Locator, ends: list[int], outside: Outside) -> None:
+def _final_norm(values: Values, layers: LayerList, locator: Locator, ends: list[int]) -> Location | str:
     """The last norm that the stream itself passes between the last block and whatever weights come next.
 
     `ends`: the logits, or what else the model gives; a norm that does not lead there is another head's.
     """
     last = max(layers.streams)
     if sum(call.module is layers.calls[last].module for call in values.flow.calls) > 1:
-        outside.unavailable["final_norm"] = "the blocks run several times: what is normed last is not their last output"
-        return
+        return "the blocks run several times: what is normed last is not their last output"
     leave, end = layers.streams[last][1], layers.calls[last].exit
     made = _ancestors(values, ends, end)
     leading = {value for value in made if value in values.producers and values.producers[value].time > end}
@@ -156,16 +174,9 @@ def _final_norm(values: Values, layers: LayerList, locator: Locator, ends: list[
         # Several streams are mixed by weights that a norm of their own makes; the last norm is behind them.
         rows = {value for value in leading if values.size(value) == layers.seq * layers.width}
         normed = _behind_mixing(values, ends, leave, end, rows)
-    found = None if normed is None else locator.locate(normed)
-    if found is None:
-        outside.unavailable["final_norm"] = (
-            "no norm stands after the last block: use resid_post of the last layer"
-            if normed is None
-            else "no module boundary exposes what the last norm gives"
-        )
-        return
-    outside.locations["final_norm"] = found
-    outside.final_norm_path = found.terms[0].module
+    if normed is None:
+        return "no norm stands after the last block: use resid_post of the last layer"
+    return locator.locate(normed) or "no module boundary exposes what the last norm gives"
 
 
 def _behind_mixing(values: Values, ends: list[int], leave: int, end: int, rows: set[int]) -> int | None:
