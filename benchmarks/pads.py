@@ -86,9 +86,13 @@ def _of(hm: Any, new: int) -> dict[str, Any]:
         return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     found = {"reason": reason, "got": _apart(_rows(hm, new, 8), alone)}
     if not _right(found["got"]):
-        # A choice of experts may be within rounding: in float64 it falls as it falls alone.
-        with in_float64(hm.root):
-            found["float64"] = _apart(_rows(hm, new, 8), _rows(hm, new, 1))
+        # A choice of experts may be within rounding: in float64 it falls as it falls alone. Where the model does not
+        # run in float64, two like prompts side by side, without a pad, say what rounding does.
+        try:
+            with in_float64(hm.root):
+                found["float64"] = _apart(_rows(hm, new, 8), _rows(hm, new, 1))
+        except RuntimeError:
+            found["twins"] = _apart(_rows(hm, new, 2, twins=True), alone)
     if reason is not None:
         hm.pads._found[not new, False] = None  # pad all the same
         try:
@@ -99,14 +103,16 @@ def _of(hm: Any, new: int) -> dict[str, Any]:
     return found
 
 
-def _rows(hm: Any, new: int, together: int) -> tuple[Any, dict[Any, torch.Tensor]]:
-    """Tokens, and each layer's stream, of each prompt."""
+def _rows(hm: Any, new: int, together: int, twins: bool = False) -> tuple[Any, dict[Any, torch.Tensor]]:
+    """Tokens, and each layer's stream, of each prompt. twins: of each prompt beside itself."""
     draw = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, hm.vocabulary - 8, (length,), generator=draw).tolist() for length in LENGTHS]
     generation = {"min_new_tokens": new} if new else {}
-    run = hm.capture(prompts, ["resid_post"], max_new_tokens=new, batch_size=together, **generation)
-    rows = {(n, key): run.read(n, *key).flatten(1).double() for n in range(len(prompts)) for key in run.keys}
-    return run.tokens, rows
+    every = [prompt for prompt in prompts for _ in range(1 + twins)]
+    run = hm.capture(every, ["resid_post"], max_new_tokens=new, batch_size=together, **generation)
+    numbers = range(0, len(every), 1 + twins)
+    rows = {(n, key): run.read(m, *key).flatten(1).double() for n, m in enumerate(numbers) for key in run.keys}
+    return run.tokens[:: 1 + twins], rows
 
 
 def _apart(found: Any, alone: Any) -> list[Any]:
@@ -140,7 +146,7 @@ def tell(found: list[dict[str, Any]]) -> None:
     ways = ("generation", "harvest")
     captured = [(each["type"], way, each[way]) for each in ran for way in ways if "failed" not in each[way]]
     together = [sum(way == of and what["reason"] is None for _, of, what in captured) for way in ways]
-    close = [each for each in captured if not _right(each[2]["got"]) and _right(each[2].get("float64", [1.0, False]))]
+    close = [each for each in captured if not _right(each[2]["got"]) and _rounded(each[2])]
     wrong = [each for each in captured if not _right(each[2]["got"]) and each not in close]
     print(
         f"{len(ran)} of {len(found)} classes ran. Prompts of unlike lengths share a batch on {together[0]} of them "
@@ -151,8 +157,12 @@ def tell(found: list[dict[str, Any]]) -> None:
         if any(each[way].get("reason") is not None or "failed" in each[way] for way in ways):
             print(f"| {each['type']} | {' | '.join(map(_said, (each[way] for way in ways)))} |")
     for name, way, what in close:
-        apart, exact = what["got"][0], what["float64"][0]
-        print(f"\n{name}, {way}: {apart:.1e} of a row, {exact:.0e} in float64: a choice of experts is within rounding.")
+        by = (
+            f"{what['float64'][0]:.0e} in float64"
+            if "float64" in what
+            else f"{what['twins'][0]:.1e} beside itself, unpadded"
+        )
+        print(f"\n{name}, {way}: rounding moves a row by {what['got'][0]:.1e} ({by}).")
     print(f"\nRows or tokens that batching changed beyond last bits ({LAST_BITS:g} of a row): {len(wrong)}")
     for name, way, what in wrong:
         print(f"- {name}, {way}: {what}")
@@ -169,6 +179,13 @@ def _right(got: list[Any]) -> bool:
     return bool(got[0] <= LAST_BITS and got[1])
 
 
+def _rounded(way: dict[str, Any]) -> bool:
+    """Whether what was seen is rounding: it is gone in float64, or a like prompt beside it does as much."""
+    if "float64" in way:
+        return _right(way["float64"])
+    return bool(way["got"][1] and way["got"][0] <= 8 * way["twins"][0])
+
+
 def _said(way: dict[str, Any]) -> str:
     if "failed" in way:
         return "cannot be captured"
@@ -181,6 +198,8 @@ def _said(way: dict[str, Any]) -> str:
     if way["reason"].startswith("its forward"):
         return f"apart: {way['reason'].removeprefix('its ')}"
     distance, same = way["padded"]
+    if not distance:  # another rule keeps lengths apart as well
+        return f"apart: {way['reason']}"
     return f"apart: pads would change rows by {distance:.0e}" + ("" if same else ", and tokens")
 
 
