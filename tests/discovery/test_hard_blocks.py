@@ -148,5 +148,5 @@ def test_a_middle_that_no_module_sees_is_the_sum_that_the_block_computes(dtype: 
             for at in range(plain_hooks.LAYERS):
                 expected = reference.point(summed, "resid_mid", at)[number, 4 - len(ids) :]
                 assert torch.equal(run.read(number, "resid_mid", at), expected)
-    with pytest.raises(hookmap.InterventionError, match=r"resid_mid.*no one tensor of the model holds it"):
+    with pytest.raises(hookmap.InterventionError, match=r"resid_mid.*no single tensor of the model holds it"):
         hm.generate(ragged, [{"do": "scale", "point": "resid_mid", "layers": 1, "factor": 2.0}], None, 2)

@@ -38,7 +38,7 @@ FENCE = re.compile(
 )
 NUMBER = r"\d+\.\d+(?:e[-+]\d+)?"
 # What each run has of its own: times, memory, versions, ids, the spaces that line a table up.
-VARIES = (r"\d[\d.]* s\b", r"\d[\d.]* MB", r"\d[\d.]* kB on disk", r"\d+\.\d+\.\d+\w*", r"\b[0-9a-f]{12,}\b", r"\s+")
+VARIES = (r"\d[\d.]* s\b", r"\d[\d.]* [MG]B", r"\d[\d.]* kB on disk", r"\d+\.\d+\.\d+\w*", r"\b[0-9a-f]{12,}\b", r"\s+")
 PIECE = re.compile("(" + "|".join(("…", *VARIES, NUMBER)) + ")")
 
 
