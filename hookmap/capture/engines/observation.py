@@ -258,7 +258,8 @@ class Observer:
             raise CaptureError(
                 f"{selector}: expected a tensor of [{kept.batch}, {width}, ...] "
                 f"(batch, tokens fed), got {list(tensor.shape)}. "
-                "The map was made for another version of this model: run `hookmap discover` again."
+                "Either the model computes other tokens than it is fed (its own padding, or a cache of its own: try "
+                "use_cache=False), or the map was made for another version of it: run `hookmap discover` again."
             )
         return tensor if kept.new == width else tensor[:, -kept.new :]
 
