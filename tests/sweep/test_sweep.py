@@ -91,6 +91,17 @@ def test_a_class_speaks_in_the_config_that_it_was_made_for() -> None:
         assert others and [of for of in (model_type, *others) if _speaks_for_its_class(of)] == [model_type]
 
 
+@pytest.mark.parametrize(
+    "name", ["Dots1ForCausalLM", "Glm4MoeForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM"]
+)
+def test_a_map_says_how_many_experts_a_token_uses(name: str) -> None:
+    """As the config does. Dots 1 and GLM-4 first choose groups of experts by their two best."""
+    shipped = load(mappings_folder() / f"{name}.json")
+    wanted = config_of(shipped.model_type).num_experts_per_tok
+    found = {kind.mlp.experts_per_token for kind in shipped.kinds if kind.mlp is not None and kind.mlp.type == "moe"}
+    assert found == {wanted}
+
+
 def test_the_oldest_transformers_is_the_one_that_is_allowed() -> None:
     project = (mappings_folder().parent / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"transformers>={_OLDEST},<6"' in project
