@@ -1,7 +1,6 @@
 """What every test needs: no network, and few threads (two workers share the cores)."""
 
 import atexit
-import contextlib
 import os
 import shutil
 import tempfile
@@ -15,10 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# PEFT's BOFT imports setuptools, which refuses to be imported behind distutils, and does not import where a warning is
-# an error: so before any test.
-with contextlib.suppress(ImportError):
-    import setuptools  # noqa: F401
 # Where transformers copies the code that a model brings.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hookmap-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
