@@ -76,7 +76,7 @@ def attribute(
     continue_final_message: bool | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Attribution:
-    """See `Hooked.attribute`."""
+    """See `HookedModel.attribute`."""
     unembedding = unembedding_of(hm)
     names = _summands(hm)
     ends = [f"blocks.{hm.map.num_layers - 1}.hook_resid_post", "blocks.0.hook_resid_pre"]

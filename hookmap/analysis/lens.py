@@ -109,7 +109,7 @@ def lens(
     continue_final_message: bool | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Lens:
-    """See `Hooked.lens`."""
+    """See `HookedModel.lens`."""
     name = _stream_point(point)
     unembedding = unembedding_of(hm)
     run, live = source, not isinstance(source, (Capture, Store))

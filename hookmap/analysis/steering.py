@@ -154,7 +154,7 @@ def make_vector(
     positions: Any = "last",
     **options: Any,
 ) -> SteeringVector:
-    """See `Hooked.steering_vector`."""
+    """See `HookedModel.steering_vector`."""
     parsed = parse_point(point)
     if isinstance(parsed, str) or method not in get_args(Method):
         raise SelectionError(
