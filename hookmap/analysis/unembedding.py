@@ -132,7 +132,7 @@ def read(model: nn.Module, last: Selector, norm_path: str | None, head_path: str
     """
     config = getattr(model, "config", None)
     given = modules.inputs(modules.device_of(model), modules.sequence_length(config, model))
-    with modules.eager(model):
+    with modules.eager(model), modules.plain_experts(model):
         flow = record(model, given, modules.accepted(model, given))
     end = max((_time(flow, term.module, term.side) for term in last.terms), default=-1)
     logits = flow.calls[0].outputs.get("logits")

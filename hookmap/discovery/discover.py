@@ -107,7 +107,7 @@ def _of_module(model: nn.Module) -> ArchitectureMap:
     config = getattr(model, "config", None)
     seq = modules.sequence_length(config, model)
     device = modules.device_of(model)
-    with modules.eager(model), plain_products(model, device):
+    with modules.eager(model), modules.plain_experts(model), plain_products(model, device):
         try:
             flow = _one_pass(model, config, device, seq)
         except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import nn
 from hookmap.errors import DiscoveryError, ModelError
 
 _SEQUENCES = (13, 11, 17, 19, 23, 29, 31, 37, 7)
+_PLAIN_EXPERTS = ("eager", "grouped_mm", "batched_mm")
+"""transformers' ways to compute experts that are PyTorch's own operations"""
 
 
 def unwrap(source: Any) -> nn.Module:
@@ -88,21 +90,49 @@ def device_of(model: nn.Module) -> torch.device:
 def eager(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, uncompiled, with eager attention; restored afterwards."""
     training = {module: module.training for module in model.modules()}
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    attention = {key: getattr(c, "_attn_implementation", None) for key, c in configs.items()}
     model.eval()
-    for config in configs.values():
-        if getattr(config, "_attn_implementation", None) is not None:
-            config._attn_implementation = "eager"
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with _set(model, "_attn_implementation", lambda _: "eager"), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in training.items():
             module.training = mode
-        for key, config in configs.items():
-            if attention[key] is not None:
-                config._attn_implementation = attention[key]
+
+
+@contextmanager
+def plain_experts(model: nn.Module) -> Iterator[None]:
+    """Experts computed by PyTorch where a library's kernel computes them, which no dataflow shows; restored afterwards."""
+    with _set(model, "_experts_implementation", lambda own: own if own in _PLAIN_EXPERTS else "eager"):
+        yield
+
+
+@contextmanager
+def _set(model: nn.Module, name: str, value: Callable[[str], str]) -> Iterator[None]:
+    """A setting of each config in the model that has it; restored afterwards."""
+    configs = _configs(model)
+    before = [getattr(config, name, None) for config in configs]
+    for config, own in zip(configs, before, strict=True):
+        if own is not None:
+            setattr(config, name, value(own))
+    try:
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            if own is not None:
+                setattr(config, name, own)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs of the model and its modules, and those inside them. Outer first: setting one sets those inside."""
+    found: dict[int, Any] = {}
+    stack = [c for m in reversed(list(model.modules())) if (c := getattr(m, "config", None)) is not None]
+    while stack:
+        config = stack.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            inner = (getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())
+            stack += [each for each in inner if each is not None]
+    return list(found.values())
 
 
 @contextmanager

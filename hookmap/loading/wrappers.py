@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hookmap.errors import CaptureError, ModelError
-from hookmap.loading.modules import accepted, device_of, eager, inputs, model_inside
+from hookmap.loading.modules import accepted, device_of, eager, inputs, model_inside, plain_experts
 
 _TOKENS = 6
 _WITHOUT = "Without the wrapper: open the model in it (of a PEFT model: model.get_base_model())."
@@ -133,7 +133,7 @@ class _Pass:
         handles: list[Any] = [root.register_forward_hook(self._left)]
         try:
             handles += [each.register_forward_pre_hook(self._entered, with_kwargs=True) for each in self.calls]
-            with torch.no_grad(), eager(runner), hooked_forward(runner, root):
+            with torch.no_grad(), eager(runner), plain_experts(runner), hooked_forward(runner, root):
                 output = runner(**{parameter: given[name] for name, parameter in names.items()})
             self._outer = getattr(output, "logits", None)
             self.ran = True

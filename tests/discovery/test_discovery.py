@@ -16,6 +16,7 @@ from hookmap.errors import DiscoveryError, ModelError
 from hookmap.loading.configs import build
 from hookmap.loading.modules import inputs
 from hookmap.maps.document import ArchitectureMap
+from hookmap.verification.verify import verify
 
 # What the mixer and the MLP read, and the last norm, by hand; `plain_hooks` has the rest.
 _IN = {
@@ -235,6 +236,17 @@ def test_a_loaded_model_is_left_as_it_was() -> None:
     assert model.training and model.config._attn_implementation == "sdpa"
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("experts", ("eager", "batched_mm", "deepgemm", "sonicmoe"))
+def test_experts_that_a_library_computes_are_read_as_pytorch_computes_them(experts: str) -> None:
+    """Neither library is here: transformers' own forward raises with them."""
+    model = plain_hooks.build("mixtral")
+    expected = discover(model)
+    model.set_experts_implementation(experts)
+    assert discover(model).kinds == expected.kinds
+    assert verify(model, architecture_map=expected).passed
+    assert model.get_experts_implementation() == {"": experts}
 
 
 def test_a_module_that_is_no_language_model_is_refused() -> None:
