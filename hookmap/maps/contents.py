@@ -1,10 +1,12 @@
 """What a map says, field by field."""
 
+import itertools
 from typing import Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hookmap.maps.points import POINTS, PointName
+from hookmap.maps.runs import layers_of
 from hookmap.maps.templates import BlockKind, Frozen, PointTemplate
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -35,6 +37,13 @@ class MapContents(Frozen):
 
     embedding_path: str | None
     layers_path: str = Field(description="path template of one block: `model.layers.{i}`")
+    layer_names: tuple[str, ...] = Field(
+        default=(), description="what `{i}` is for each layer, where that is not its number: `coda.0`, `block_a`"
+    )
+    runs: str = Field(
+        default="",
+        description="the order in which layers run, `0-1, 3 x (2-3), 4-5`; empty: each once, as they are numbered",
+    )
     final_norm_path: str | None
     lm_head_path: str | None
 
@@ -43,6 +52,10 @@ class MapContents(Frozen):
     kinds: tuple[BlockKind, ...] = Field(min_length=1)
     joined: bool = Field(
         default=True, description="false where the model adds to the stream between one block and the next"
+    )
+    between: dict[str, str] = Field(
+        default_factory=dict,
+        description="`3 -> 2`: what enters layer 2 when it runs after layer 3, where that is not what layer 3 gave",
     )
     left_out: tuple[str, ...] = Field(
         default=(), description="other lists of blocks that the output is computed through: no point is of them"
@@ -58,7 +71,7 @@ class MapContents(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        usual: dict[str, Any] = {"joined": True, "left_out": ()}
+        usual: dict[str, Any] = {"layer_names": (), "runs": "", "joined": True, "between": {}, "left_out": ()}
         return {key: value for key, value in handler(self).items() if key not in usual or value not in (usual[key], [])}
 
     @model_validator(mode="after")
@@ -66,11 +79,29 @@ class MapContents(Frozen):
         found = sorted(layer for kind in self.kinds for layer in kind.layers)
         if found != list(range(self.num_layers)):
             raise ValueError(f"the kinds' layers must cover 0..{self.num_layers - 1} once each, found {found}")
+        if len(self.layer_names) not in (0, self.num_layers):
+            raise ValueError(f"layer_names must name all {self.num_layers} layers, found {len(self.layer_names)}")
         for kind in self.kinds:
+            ran = sorted({layers_of(self.runs).count(layer) for layer in kind.layers})
+            if self.runs and kind.points and ran != [kind.calls]:
+                raise ValueError(f"kind {kind.name!r} says that it runs {kind.calls} times, runs says {ran}")
             for name in (*kind.points, *kind.unavailable):
                 if PointName.of(name).base not in POINTS:
                     raise ValueError(f"kind {kind.name!r} has the unknown point {name!r}")
         return self
+
+    @property
+    def order(self) -> tuple[tuple[int, int], ...]:
+        """(layer, run) in the order of the forward pass, both 0-based; one entry for each time that a layer runs."""
+        calls = {layer: kind.calls for kind in self.kinds for layer in kind.layers}
+        rounds = range(max(calls.values()))
+        layers = layers_of(self.runs) or tuple(i for r in rounds for i in range(self.num_layers) if calls[i] > r)
+        counts = {layer: itertools.count() for layer in calls}
+        return tuple((layer, next(counts[layer])) for layer in layers)
+
+    def at_layer(self, template: str, layer: int) -> str:
+        """A path template at one layer: `model.layers.{i}.mlp` -> `model.layers.3.mlp`."""
+        return template.replace("{i}", self.layer_names[layer] if self.layer_names else str(layer))
 
     def kind_of(self, layer: int) -> BlockKind:
         """The kind of block that `layer` (0-based) is."""

@@ -13,7 +13,8 @@ from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 # Where points are and what blocks consist of; the map's origin, date and proofs are not compared.
 _HEAD = (
     "architecture", "layers_path", "num_layers", "d_model", "num_heads", "d_vocab", "pre_attention_path",
-    "pre_mlp_path", "embedding_path", "final_norm_path", "lm_head_path", "joined", "left_out",
+    "pre_mlp_path", "embedding_path", "final_norm_path", "lm_head_path", "layer_names", "runs", "joined", "between",
+    "left_out",
 )  # fmt: skip
 _OF_KIND = ("layers", "block_class", "branch_order", "norm_placement", "axes", "calls", "mixer", "mlp", "relations")
 

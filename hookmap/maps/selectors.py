@@ -304,21 +304,23 @@ def _report(m: MapContents, problems: list[str]) -> str:
     return f"{len(problems)} problems with this selection:\n" + "\n".join(f"  - {p}" for p in problems) + f"\n{see}"
 
 
-def of_template(m: MapContents, point: str, layer: int | None, template: PointTemplate) -> Selector:
-    """The selector of one template on one layer; None for points of the whole model."""
+def of_template(m: MapContents, point: str, layer: int | None, template: PointTemplate, run: int = 0) -> Selector:
+    """The selector of one template on one layer, in one of its runs; None for points of the whole model."""
+    runs = 1 if layer is None else m.kind_of(layer).calls
 
     def path(text: str) -> str:
-        return text if layer is None else text.replace("{i}", str(layer))
+        return text if layer is None else m.at_layer(text, layer)
 
     terms = tuple(
-        Term(path(t.module), t.side, t.index, t.scale, t.flat, t.axes, t.rows, t.call, t.heads) for t in template.terms
+        Term(path(t.module), t.side, t.index, t.scale, t.flat, t.axes, t.rows, t.call_in(run, runs), t.heads)
+        for t in template.terms
     )
-    return Selector(point, layer, terms, _forward_index(m, point, layer, template.order))
+    return Selector(point, layer, terms, _forward_index(m, point, layer, template.order, run))
 
 
-def _forward_index(m: MapContents, point: str, layer: int | None, order: int) -> int:
-    """Block points come between the embedding and the final norm, each block in its own range of numbers."""
+def _forward_index(m: MapContents, point: str, layer: int | None, order: int, run: int = 0) -> int:
+    """Block points come between the embedding and the final norm, each run of a block in its own range of numbers."""
     span = 1 + max(t.order for kind in m.kinds for t in (*kind.points.values(), *m.model_points.values()))
     if layer is not None:
-        return (layer + 1) * span + order
-    return order if point == "embed" else (m.num_layers + 1) * span + order
+        return (m.order.index((layer, run)) + 1) * span + order
+    return order if point == "embed" else (len(m.order) + 1) * span + order

@@ -85,6 +85,12 @@ def resize(
                 f"layers; which of {num_layers} layers is of which kind cannot be told from it. "
                 f"Run: hookmap discover {model_id or 'MODEL'}"
             )
+        if architecture_map.runs or architecture_map.layer_names:
+            raise MapMismatchError(
+                f"the shipped map of {name} runs its layers in the order {architecture_map.runs or 'of their names'}; "
+                f"which of {num_layers} layers run how often cannot be told from it. "
+                f"Run: hookmap discover {model_id or 'MODEL'}"
+            )
         scales = {term.scale for kind in architecture_map.kinds for p in kind.points.values() for term in p.terms}
         if scales - {1.0, -1.0}:
             raise MapMismatchError(

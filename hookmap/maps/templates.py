@@ -54,12 +54,23 @@ class TermTemplate(Frozen):
         default="all", description="which of its positions are the tokens', where the tensor has more"
     )
     call: int | None = Field(
-        default=None, ge=0, description="which call of the module in one forward pass, where it is called several times"
+        default=None,
+        ge=0,
+        description="which call of the module in its block's first run, where others are before or behind",
+    )
+    calls_per_run: int = Field(
+        default=1, ge=1, description="how many calls of the module lie between one run of its block and the next"
     )
 
     heads: Heads | None = Field(
         default=None, description="the point is [batch, pos, heads, d_head], and these features of the last axis"
     )
+
+    def call_in(self, run: int, runs: int = 1) -> int | None:
+        """Which call of the module in one forward pass: in the block's run `run`, 0-based, of `runs`; None: the one."""
+        if self.call is None:
+            return run if runs > 1 else None
+        return self.call + run * self.calls_per_run
 
     def text(self, prefix: str = "", times: str = " * ") -> str:
         """Factor, module path from `prefix` on, side and index: `0.5 * mlp.output[0]`."""
@@ -67,7 +78,7 @@ class TermTemplate(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        usual = {"axes": None, "rows": "all", "call": None, "heads": None}
+        usual = {"axes": None, "rows": "all", "call": None, "calls_per_run": 1, "heads": None}
         return {key: value for key, value in handler(self).items() if key not in usual or value != usual[key]}
 
 
@@ -113,7 +124,9 @@ class BlockKind(Frozen):
         description="axes of the residual stream as captured; several streams are kept whole, with an axis `stream`",
     )
     calls: int = Field(
-        default=1, ge=1, description="how often each of these layers runs in one forward pass; its points are of one"
+        default=1,
+        ge=1,
+        description="how often each of these layers runs in one forward pass; its points are of each run",
     )
     mixer: BranchInfo | None = None
     mlp: BranchInfo | None = None

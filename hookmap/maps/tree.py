@@ -74,7 +74,7 @@ def _title(m: MapContents) -> str:
 
 def _block(m: MapContents, kind: BlockKind, modules: Mapping[str, str]) -> tuple[str, _Module, Mapping[str, str]]:
     """Label, modules and unavailable points of one kind of block; its first layer stands for all of them."""
-    prefix = m.layers_path.replace("{i}", str(kind.layers[0]))
+    prefix = m.at_layer(m.layers_path, kind.layers[0])
     block = _Module()
     for path, class_name in modules.items():
         if path.startswith(f"{prefix}."):

@@ -17,7 +17,9 @@ def causes(run: Context) -> Iterator[Check]:
     for kind, layer in first_and_last(run.map):
         for role in ("mixer", "mlp"):
             expected = _expected(kind, role)
-            weights = other_weights(run.model, branch_modules(kind, role, layer), _shared(kind, role, layer))
+            weights = other_weights(
+                run.model, branch_modules(run.map, kind, role, layer), _shared(run, kind, role, layer)
+            )
             if expected and weights:
                 yield _cause(run, layer, role, expected, weights)
 
@@ -36,15 +38,15 @@ def _cause(run: Context, layer: int, role: str, expected: dict[str, bool], weigh
     return Check("cause", (layer,), not wrong, f"other {what} weights in layer {layer}: " + ", ".join(wrong or right))
 
 
-def _shared(kind: BlockKind, role: str, layer: int) -> list[str]:
+def _shared(run: Context, kind: BlockKind, role: str, layer: int) -> list[str]:
     """Modules inside the branch's modules whose weights are not the branch's alone.
 
     A pre-norm inside the branch's module (Reformer) makes what the branch reads; a module of both branches tells
     neither from the other.
     """
     read = kind.points.get(f"{role}_in")
-    norms = [t.module.replace("{i}", str(layer)) for t in (read.terms if read else ()) if t.side == "output"]
-    return [*norms, *branch_modules(kind, "mlp" if role == "mixer" else "mixer", layer)]
+    norms = [run.map.at_layer(t.module, layer) for t in (read.terms if read else ()) if t.side == "output"]
+    return [*norms, *branch_modules(run.map, kind, "mlp" if role == "mixer" else "mixer", layer)]
 
 
 def _expected(kind: BlockKind, role: str) -> dict[str, bool]:

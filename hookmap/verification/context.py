@@ -97,10 +97,10 @@ def input_embedding(found: ArchitectureMap, model: nn.Module) -> nn.Module | Non
     return None if found.embedding_path is None else module_at(model, found.embedding_path)
 
 
-def branch_modules(kind: BlockKind, role: str, layer: int) -> list[str]:
+def branch_modules(found: ArchitectureMap, kind: BlockKind, role: str, layer: int) -> list[str]:
     """Paths of the modules of a layer's branch; `role`: "mixer" or "mlp"."""
     branch = kind.mixer if role == "mixer" else kind.mlp
-    return [path.replace("{i}", str(layer)) for path in (branch.modules if branch else ())]
+    return [found.at_layer(path, layer) for path in (branch.modules if branch else ())]
 
 
 def first_and_last(found: ArchitectureMap) -> Iterator[tuple[BlockKind, int]]:
@@ -154,4 +154,4 @@ def _layer_hooks(found: ArchitectureMap, model: nn.Module, layers_run: list[int]
 
 
 def _block(found: ArchitectureMap, layer: int) -> str:
-    return found.layers_path.replace("{i}", str(layer))
+    return found.at_layer(found.layers_path, layer)

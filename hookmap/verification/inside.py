@@ -45,8 +45,8 @@ def _is_bare(run: Context, kind: BlockKind, point: str) -> bool:
         return False
     if len(terms) > 1:
         return bare is None or added is None or _is_multiple(added, bare, run.tolerance)
-    role, path = "mlp" if point.startswith("mlp") else "mixer", terms[0].module.replace("{i}", str(layer))
-    own = any(f"{path}.".startswith(f"{root}.") for root in branch_modules(kind, role, layer))
+    role, path = "mlp" if point.startswith("mlp") else "mixer", run.map.at_layer(terms[0].module, layer)
+    own = any(f"{path}.".startswith(f"{root}.") for root in branch_modules(run.map, kind, role, layer))
     return own and terms[0].side == "output" and (bare is None or read is None or bare.shape == read.shape)
 
 
@@ -96,7 +96,7 @@ def _error(run: Context, point: str, layer: int, expected: Tensor) -> float:
 
 def _projected(run: Context, path: str, point: str, layer: int) -> Tensor:
     whole = path if "{i}" in path else f"{run.map.layers_path}.{path}"
-    module = run.model.get_submodule(whole.replace("{i}", str(layer)))
+    module = run.model.get_submodule(run.map.at_layer(whole, layer))
     with torch.no_grad():
         returned = module(run.values[point, layer].flatten(2))
     output: Tensor = returned[0] if isinstance(returned, tuple) else returned

@@ -48,7 +48,7 @@ class _Block:
     @classmethod
     def of(cls, run: Context, layer: int, epsilons: tuple[float, ...]) -> _Block:
         points = {point: tensor for (point, its_layer), tensor in run.values.items() if its_layer == layer}
-        return cls(points, run.model, run.map.layers_path.replace("{i}", str(layer)), epsilons)
+        return cls(points, run.model, run.map.at_layer(run.map.layers_path, layer), epsilons)
 
 
 def _misfit(block: _Block, left: str, terms: tuple[Term, ...]) -> float:
