@@ -7,7 +7,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.runs import layers_of
-from hookmap.maps.templates import BlockKind, Frozen, PointTemplate
+from hookmap.maps.templates import BlockKind, Frozen, PointTemplate, at_name
 
 SCHEMA_VERSION: Literal[1] = 1
 SCHEMA_ID = "urn:hookmap:schema:architecture-map-1"
@@ -101,7 +101,7 @@ class MapContents(Frozen):
 
     def at_layer(self, template: str, layer: int) -> str:
         """A path template at one layer: `model.layers.{i}.mlp` -> `model.layers.3.mlp`."""
-        return template.replace("{i}", self.layer_names[layer] if self.layer_names else str(layer))
+        return at_name(template, self.layer_names[layer] if self.layer_names else str(layer))
 
     def kind_of(self, layer: int) -> BlockKind:
         """The kind of block that `layer` (0-based) is."""

@@ -7,14 +7,15 @@ nnsight renames modules: whether the point is the module's `.input` or its `.out
 """
 
 from hookmap.maps.contents import MapContents
-from hookmap.maps.templates import PointTemplate
+from hookmap.maps.templates import PointTemplate, is_template
 
 
 def rename(architecture_map: MapContents) -> dict[str, list[str]]:
     """Module path, relative to the block (or to the root) -> the points that are exactly its input or output.
 
     Left out: a point that is a sum, a scaled or reordered tensor or a part of one; one of the block's own boundary
-    (`resid_pre` is `layers[i].input`); and a name that would mean another module or side in another kind of block.
+    (`resid_pre` is `layers[i].input`), or of a module in a list beside the block's; and a name that would mean another
+    module or side in another kind of block.
     """
     m = architecture_map
     places: dict[str, set[tuple[str, str]]] = {}
@@ -22,7 +23,8 @@ def rename(architecture_map: MapContents) -> dict[str, list[str]]:
         for point, template in kind.points.items():
             place = _whole(template)
             inner = place[0].removeprefix(m.layers_path).lstrip(".") if place else ""
-            places.setdefault(point, set()).add((inner, place[1]) if place and inner else ("", ""))
+            own = place and inner and not is_template(inner)
+            places.setdefault(point, set()).add((inner, place[1]) if place and own else ("", ""))
     for point, template in m.model_points.items():
         place = _whole(template)
         places[point] = {place if place else ("", "")}

@@ -1,11 +1,14 @@
 """What a map is made of: templates over `{i}`, the layer, and kinds of block. Knows neither the document nor torch."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from hookmap.maps.relations import Relation
+
+_PLACEHOLDER = re.compile(r"\{i(\+\d+)?\}")
 
 
 class Frozen(BaseModel):
@@ -24,6 +27,16 @@ class Heads(Frozen):
     start: int = Field(default=0, ge=0, description="first feature in each group")
     stop: int = Field(ge=1, description="the feature behind the last one in each group")
     d_head: int = Field(ge=1, description="features of one head")
+
+
+def at_name(template: str, name: str) -> str:
+    """The path of one layer: its name for `{i}`; where it is a number, the number k further on for `{i+k}`."""
+    return _PLACEHOLDER.sub(lambda match: str(int(name) + int(match[1])) if match[1] else name, template)
+
+
+def is_template(path: str) -> bool:
+    """Whether the path differs from layer to layer."""
+    return _PLACEHOLDER.search(path) is not None
 
 
 def boundary(module: str, side: str, index: int | str | None, scale: float = 1.0, times: str = " * ") -> str:

@@ -50,12 +50,15 @@ def tree(architecture_map: MapContents, modules: Mapping[str, str] | None = None
     named = (m.embedding_path, layer_list, m.final_norm_path, m.lm_head_path)
     modules = modules or {path: "" for path in named if path}
     root = _Module()
+    blocks = tuple(f"{m.at_layer(m.layers_path, layer)}." for layer in range(m.num_layers))
     for path, class_name in modules.items():
-        if not path.startswith(f"{layer_list}."):
+        if f"{path}.".startswith(blocks):
+            root.child(layer_list or m.layers_path)  # in the place of the first block
+        else:
             root.child(path).class_name = class_name
     _mark(root, m.model_points, prefix="")
     _collapse_numbered(root)
-    root.child(layer_list).kinds = [_block(m, kind, modules) for kind in m.kinds]
+    root.child(layer_list or m.layers_path).kinds = [_block(m, kind, modules) for kind in m.kinds]
     top = Tree(_title(m), guide_style="dim")
     _grow(top, root)
     _missing(top, m.model_unavailable)
@@ -111,11 +114,15 @@ def _grow(branch: Tree, module: _Module) -> None:
     for _, line in sorted(module.before):
         branch.add(line)
     for child in module.children.values():
-        if child.kinds:
+        if child.kinds:  # the list may hold more than blocks: an embedding before them, a norm behind
+            others = {name: other for name, other in child.children.items() if other.order() < _LAST}
+            first = {name: other for name, other in others.items() if other.order() == 0}
+            _grow(branch, _Module(children=first))
             for label, block, unavailable in child.kinds:
                 layers = branch.add(label)
                 _grow(layers, block)
                 _missing(layers, unavailable)
+            _grow(branch, _Module(children={name: other for name, other in others.items() if name not in first}))
             continue
         class_name = f"  [dim]{escape(child.class_name)}[/]" if child.class_name else ""
         for _, line in sorted(child.before):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hookmap.maps.points import PointName
 from hookmap.maps.relations import Relation
-from hookmap.maps.templates import BlockKind
+from hookmap.maps.templates import BlockKind, is_template
 from hookmap.verification.check import Check, relative_error
 from hookmap.verification.context import Context, branch_modules
 
@@ -95,7 +95,7 @@ def _error(run: Context, point: str, layer: int, expected: Tensor) -> float:
 
 
 def _projected(run: Context, path: str, point: str, layer: int) -> Tensor:
-    whole = path if "{i}" in path else f"{run.map.layers_path}.{path}"
+    whole = path if is_template(path) else f"{run.map.layers_path}.{path}"
     module = run.model.get_submodule(run.map.at_layer(whole, layer))
     with torch.no_grad():
         returned = module(run.values[point, layer].flatten(2))
