@@ -31,9 +31,9 @@ class ArchitectureMap(MapContents):
         """Why `point` does not exist on `layer`, or None where it does."""
         return selectors.unavailable(self, point, layer)
 
-    def selectors(self, points: Any = "all", layers: Any = "all") -> tuple[Selector, ...]:
+    def selectors(self, points: Any = "all", layers: Any = "all", calls: Any = "all") -> tuple[Selector, ...]:
         """Forward-ordered selectors; `{"resid_post": [3], "z": [8]}` too; see `hookmap.maps.selectors.select`."""
-        return selectors.select(self, points, layers)
+        return selectors.select(self, points, layers, calls)
 
     def rename(self) -> dict[str, list[str]]:
         """The points that are one module's boundary as nnsight's `rename=`; see `hookmap.maps.nnsight_names.rename`."""

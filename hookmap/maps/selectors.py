@@ -10,6 +10,7 @@ from numbers import Integral
 from typing import Any, Literal
 
 from hookmap.errors import CaptureError, SelectionError
+from hookmap.maps.calls import WantedRuns, listed, wanted_runs
 from hookmap.maps.contents import MapContents
 from hookmap.maps.describe import layers_text
 from hookmap.maps.points import POINTS, PointName, parse_point, takes_layers
@@ -36,6 +37,8 @@ class Term:
     """which call of the module in one forward pass, 0-based, where it is called several times"""
     heads: Heads | None = None
     """which features of the tensor's last axis are the point's heads"""
+    calls: int | None = None
+    """how often the module is called in one forward pass, of a layer that runs several times, where the map says it"""
 
     def resolve(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
         """The unscaled tensor, given what a plain PyTorch forward hook of `module` sees.
@@ -109,6 +112,13 @@ class Selector:
     terms: tuple[Term, ...]
     forward_index: int
     """a selector with a smaller number is complete earlier in the forward pass"""
+    call: int | None = None
+    """which run of the layer in one forward pass, 0-based; None where it runs once"""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """(point, layer), or (point, layer, call) of a layer that runs several times."""
+        return (self.point, self.layer) if self.call is None else (self.point, self.layer, self.call)
 
     @property
     def module(self) -> str:
@@ -134,13 +144,15 @@ class Selector:
 
     def __str__(self) -> str:
         where = " + ".join(map(str, self.terms))
-        return f"{self.point}{'' if self.layer is None else f'[{self.layer}]'} = {where}"
+        name = self.point + ("" if self.layer is None else f"[{', '.join(map(str, self.key[1:]))}]")
+        return f"{name} = {where}"
 
 
 def select(
     architecture_map: MapContents,
     points: str | Iterable[str] | Mapping[str, Any] = "all",
     layers: str | int | Iterable[int] = "all",
+    calls: str | int | Iterable[int] = "all",
 ) -> tuple[Selector, ...]:
     """Selectors of `points` on `layers`, each once, in the order of the forward pass.
 
@@ -148,14 +160,18 @@ def select(
     it. `layers`: 0-based, negative from the end, or "all": every layer; a named point must exist on each of them,
     save that a model of several kinds of block skips, under "all", the layers without it.
     A mapping gives each point layers of its own, `{"resid_post": [3, 8], "z": "all"}`; `layers` is then left out.
+    `calls`: which runs of layers that run several times in one forward pass: "all", "last", or numbers, 0-based,
+    negative from the end. A layer that runs once has call 0. A named layer must run that often; "all" layers leaves out
+    those that do not, as long as one does.
     Raises SelectionError with every problem at once.
     """
     m = architecture_map
-    answers = [each for request in _parse(m, points, layers) for each in _resolve(m, request)]
-    problems = list(dict.fromkeys(each for each in answers if isinstance(each, str)))
+    wanted = wanted_runs(m, calls)
+    answers = [each for request in _parse(m, points, layers) for each in _resolve(m, request, wanted)]
+    problems = list(dict.fromkeys(each for each in (*wanted.problems, *answers) if isinstance(each, str)))
     if problems:
         raise SelectionError(_report(m, problems))
-    found = {(each.point, each.layer): each for each in answers if isinstance(each, Selector)}
+    found = {each.key: each for each in answers if isinstance(each, Selector)}
     vocabulary = {name: place for place, name in enumerate(POINTS)}
     return tuple(
         sorted(found.values(), key=lambda s: (s.forward_index, vocabulary[PointName.of(s.point).base], s.point))
@@ -224,12 +240,8 @@ def _layers(m: MapContents, given: Any) -> tuple[tuple[int, ...], list[str]]:
     count = m.num_layers
     if _is_all(given):
         return tuple(range(count)), []
-    if hasattr(given, "tolist"):  # an array or a tensor of numbers
-        given = given.tolist()
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        given = [given]
     chosen, problems = [], []
-    for each in given:
+    for each in listed(given):
         layer = int(each) if isinstance(each, Integral) else each
         if isinstance(each, bool) or not isinstance(layer, int):
             problems.append(f"layer {each!r} is not a whole number: give numbers from 0 to {count - 1}, or 'all'")
@@ -244,7 +256,7 @@ def _is_all(given: Any) -> bool:
     return isinstance(given, str) and given == "all"
 
 
-def _resolve(m: MapContents, request: _Request | str) -> Iterator[Selector | str]:
+def _resolve(m: MapContents, request: _Request | str, calls: WantedRuns) -> Iterator[Selector | str]:
     if isinstance(request, str):
         yield request
         return
@@ -252,11 +264,31 @@ def _resolve(m: MapContents, request: _Request | str) -> Iterator[Selector | str
     reasons = {layer: unavailable(m, point, layer) for layer in request.layers}
     present = [layer for layer, reason in reasons.items() if reason is None]
     if len(present) == len(reasons) or request.may_lack == "all" or (present and request.may_lack == "some"):
-        for layer in present:
-            template = m.model_points[point] if layer is None else m.kind_of(layer).points[point]
-            yield of_template(m, point, layer, template)
+        yield from _of_runs(m, request, present, calls)
     else:
         yield from _missing(m, point, reasons)
+
+
+def _of_runs(
+    m: MapContents, request: _Request, layers: list[int | None], calls: WantedRuns
+) -> Iterator[Selector | str]:
+    """The selectors of one point on layers that have it, at the wanted runs."""
+    lacking: dict[tuple[int, int], list[int]] = {}
+    found = []
+    for layer in layers:
+        if layer is None:
+            found.append(of_template(m, request.point, None, m.model_points[request.point]))
+            continue
+        kind = m.kind_of(layer)
+        runs, without = calls.of(kind.calls)
+        found += [of_template(m, request.point, layer, kind.points[request.point], run) for run in runs]
+        for number in without:
+            lacking.setdefault((number, kind.calls), []).append(layer)
+    if not calls.problems and (not found or request.may_lack == "none"):
+        for (number, often), those in lacking.items():
+            verb, times = "runs" if len(those) == 1 else "run", "once" if often == 1 else f"{often} times"
+            yield f"{layers_text(those)} of {m.architecture} {verb} {times} in one forward pass: no call {number}"
+    yield from found
 
 
 def unavailable(architecture_map: MapContents, point: str, layer: int | None = None) -> str | None:
@@ -312,10 +344,14 @@ def of_template(m: MapContents, point: str, layer: int | None, template: PointTe
         return text if layer is None else m.at_layer(text, layer)
 
     terms = tuple(
-        Term(path(t.module), t.side, t.index, t.scale, t.flat, t.axes, t.rows, t.call_in(run, runs), t.heads)
+        Term(
+            path(t.module), t.side, t.index, t.scale, t.flat, t.axes, t.rows, t.call_in(run, runs), t.heads,
+            calls=runs if runs > 1 and t.call is None else None,
+        )
         for t in template.terms
-    )
-    return Selector(point, layer, terms, _forward_index(m, point, layer, template.order, run))
+    )  # fmt: skip
+    index = _forward_index(m, point, layer, template.order, run)
+    return Selector(point, layer, terms, index, run if runs > 1 else None)
 
 
 def _forward_index(m: MapContents, point: str, layer: int | None, order: int, run: int = 0) -> int:

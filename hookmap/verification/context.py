@@ -65,7 +65,7 @@ def run_once(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Context
 
     Raises CaptureError where the map names a tensor that is not there.
     """
-    selectors = select(found, found.points)
+    selectors = select(found, found.points, calls=0)
     ids = _random_ids(found, model, seed)
     try:
         return _observed(found, model, ids, selectors)
@@ -78,7 +78,7 @@ def run_once(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Context
 
 def missing_modules(found: ArchitectureMap, model: nn.Module) -> list[str]:
     """Paths that the map names and the model does not have."""
-    named = {term.module for selector in select(found, found.points) for term in selector.terms}
+    named = {term.module for selector in select(found, found.points, calls=0) for term in selector.terms}
     return sorted(path for path in named if module_at(model, path) is None)
 
 

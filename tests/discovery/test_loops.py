@@ -85,9 +85,9 @@ def runs(model: nn.Module, layer: int, path: str = "rungs.{i}") -> list[tuple[Te
     return seen
 
 
-def selected(model: nn.Module, found: ArchitectureMap, point: str, layer: int) -> Tensor:
-    """What the map's selector gives to a plain hook: of the call that it names."""
-    (selector,) = found.selectors(point, layer)
+def selected(model: nn.Module, found: ArchitectureMap, point: str, layer: int, run: int = 0) -> Tensor:
+    """What the map's selector of one run gives to a plain hook: of the call that it names."""
+    (selector,) = found.selectors(point, layer, calls=run)
     (term,), calls, kept = selector.terms, itertools.count(), []
 
     def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -103,7 +103,7 @@ def selected(model: nn.Module, found: ArchitectureMap, point: str, layer: int) -
 
 
 @pytest.mark.parametrize(("kind", "looped"), [(Whole, (0, 1, 2)), (Middle, (1, 2))])
-def test_a_map_says_which_layers_run_several_times_and_means_the_first(
+def test_a_map_says_which_layers_run_several_times_and_selects_each_run(
     kind: type[Ladder], looped: tuple[int, ...]
 ) -> None:
     model = kind().eval()
@@ -111,9 +111,9 @@ def test_a_map_says_which_layers_run_several_times_and_means_the_first(
     for layer in range(found.num_layers):
         seen = runs(model, layer)
         assert found.kind_of(layer).calls == len(seen) == (3 if layer in looped else 1)
-        assert selected(model, found, "resid_pre", layer).equal(seen[0][0])
-        assert selected(model, found, "resid_post", layer).equal(seen[0][1])
-        assert all((t.call == 0) == (layer in looped) for p in found.kind_of(layer).points.values() for t in p.terms)
+        for run, (entered, left) in enumerate(seen):
+            assert selected(model, found, "resid_pre", layer, run).equal(entered)
+            assert selected(model, found, "resid_post", layer, run).equal(left)
     result = verify(model, architecture_map=found)
     assert result.passed, [each for each in result.checks if not each.passed]
     assert parse(found.to_json()) == found

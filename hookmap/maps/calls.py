@@ -1,0 +1,60 @@
+"""Which runs are meant of layers that run several times in one forward pass. Pure."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from hookmap.maps.contents import MapContents
+from hookmap.maps.describe import layers_text
+
+
+@dataclass(frozen=True)
+class WantedRuns:
+    """Which runs are wanted of a layer that may run several times."""
+
+    numbers: tuple[int, ...] | None
+    """0-based, negative from the end; None: all of them"""
+    problems: tuple[str, ...]
+
+    def of(self, runs: int) -> tuple[list[int], list[int]]:
+        """The runs of a layer that runs so often, and the wanted numbers that it does not have."""
+        if self.numbers is None:
+            return list(range(runs)), []
+        here = [number for number in self.numbers if -runs <= number < runs]
+        return list(dict.fromkeys(number % runs for number in here)), [n for n in self.numbers if n not in here]
+
+
+def wanted_runs(m: MapContents, given: Any) -> WantedRuns:
+    most = max(kind.calls for kind in m.kinds)
+    if isinstance(given, str):
+        if given in ("all", "last"):
+            return WantedRuns(None if given == "all" else (-1,), ())
+        return WantedRuns(None, (f"calls {given!r}: give 'all', 'last', or numbers from 0 to {most - 1}",))
+    numbers, problems = list[int](), list[str]()
+    for each in listed(given):
+        number = int(each) if isinstance(each, Integral) else each
+        if isinstance(each, bool) or not isinstance(number, int):
+            problems.append(f"call {each!r} is not a whole number: give numbers from 0 to {most - 1}, 'all' or 'last'")
+        elif not -most <= number < most:
+            problems.append(f"call {number} is out of range: {_most(m, most)}")
+        else:
+            numbers.append(number)
+    if not numbers and not problems:
+        problems.append("no calls given: name at least one, or 'all'")
+    return WantedRuns(tuple(dict.fromkeys(numbers)), tuple(problems))
+
+
+def _most(m: MapContents, most: int) -> str:
+    if most == 1:
+        return f"each layer of {m.architecture} runs once in one forward pass, which is call 0"
+    often = [layer for kind in m.kinds if kind.calls == most for layer in kind.layers]
+    verb = "runs" if len(often) == 1 else "run"
+    return f"{layers_text(often)} {verb} {most} times in one forward pass, calls 0 to {most - 1} (or -{most} to -1)"
+
+
+def listed(given: Any) -> list[Any]:
+    """One value, an array or tensor of values, or any iterable, as a list."""
+    if hasattr(given, "tolist"):
+        given = given.tolist()
+    return [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
