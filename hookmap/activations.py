@@ -45,6 +45,10 @@ class Sample:
     """the caller's own name of the sample, the same in every run over the same data"""
     labels: Mapping[str, Any] | None = None
     """what the data set says of the sample besides its prompt, as plain JSON data"""
+    image_positions: tuple[int, ...] | None = None
+    """which of `token_ids` stand for parts of an image, ascending; None where the prompt has no image"""
+    pictures: tuple[Mapping[str, str], ...] | None = None
+    """of each image, in order: its sha256, and the name of its file where it has one"""
 
 
 class Sink(Protocol):

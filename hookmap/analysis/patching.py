@@ -201,7 +201,8 @@ def _columns(hm: "Hooked", prompt: Prompt, positions: Any) -> list[int]:
     """The positions of the prompt that are patched, in the order given. Raises SelectionError where there are none."""
     chosen, length = row_selection(positions=positions), len(prompt.token_ids)
     chosen.refuse_beyond([length], 0)
-    found = chosen.places(prompt.token_ids, length, hm.matching(chosen))
+    chosen.refuse_no_image([prompt.image_positions])
+    found = chosen.places(prompt.token_ids, length, hm.matching(chosen), prompt.image_positions)
     if not found:
         raise SelectionError(f"positions {positions!r}: none of the {length} tokens of the prompt is one of them.")
     return found[-1:] if chosen.positions == "last" else found

@@ -16,6 +16,7 @@ from hookmap.capture.interventions.edits import Editor
 from hookmap.capture.run import Run
 from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen
+from hookmap.loading.further_inputs import joined
 from hookmap.loading.prompts import Prompt
 from hookmap.loading.sampling import OwnDraws, own_generator
 from hookmap.loading.stopping import Finished
@@ -45,7 +46,7 @@ class Generating(Run):
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
         """See `Run.batch`."""
         prompts = [self.prompts[number] for number in numbers]
-        layout = BatchLayout(tuple(numbers), tuple(len(prompt.token_ids) for prompt in prompts))
+        layout = layout_of(numbers, prompts)
         observer = self._observer(layout, sink)
         editor = self._editor(observer)
 
@@ -78,7 +79,7 @@ class Generating(Run):
             )
 
     def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: Finished) -> dict[str, Any]:
-        inputs = padded([prompt.token_ids for prompt in prompts], layout, self.config.pad_token_id, self.device)
+        inputs = fed(self, prompts, layout, self.config.pad_token_id)
         inputs = generating(self.engine.root, inputs, self.config, self.tokenizer)
         inputs |= {"generation_config": self.config, "stopping_criteria": [finished]}
         if self.seed is not None and self.config.do_sample:
@@ -113,10 +114,10 @@ class Harvesting(Run):
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
         """See `Run.batch`."""
         prompts = [self.prompts[number] for number in numbers]
-        layout = BatchLayout(tuple(numbers), tuple(len(prompt.token_ids) for prompt in prompts), right=True)
+        layout = layout_of(numbers, prompts, right=True)
         observer = self._observer(layout, sink)
         editor = self._editor(observer)
-        inputs = padded([prompt.token_ids for prompt in prompts], layout, 0, self.device)
+        inputs = fed(self, prompts, layout, 0)
         inputs |= {"use_cache": False, **without_loss(self.engine.root)}
         with self._turn():
             try:
@@ -128,6 +129,21 @@ class Harvesting(Run):
         self._end(editor, layout.width)
         for row, prompt in enumerate(prompts):
             self._finish(sink, observer, row, prompt, [])
+
+
+def layout_of(numbers: Sequence[int], prompts: Sequence[Prompt], right: bool = False) -> BatchLayout:
+    """The layout of a batch of these prompts, whose numbers in the run are `numbers`."""
+    lengths = tuple(len(prompt.token_ids) for prompt in prompts)
+    images = tuple(frozenset(prompt.image_positions) for prompt in prompts)
+    return BatchLayout(tuple(numbers), lengths, right, images if any(images) else ())
+
+
+def fed(run: Run, prompts: Sequence[Prompt], layout: BatchLayout, pad: int) -> dict[str, Any]:
+    """What a batch of these prompts feeds the model: token ids, their mask, and the further inputs of its samples."""
+    before = [layout.pads(row) for row in range(len(prompts))]
+    inputs = padded([prompt.token_ids for prompt in prompts], layout, pad, run.device)
+    dtype = next(run.engine.root.parameters()).dtype
+    return inputs | joined([prompt.inputs for prompt in prompts], layout.lengths, before, run.device, dtype)
 
 
 def padded(rows: Sequence[Sequence[int]], layout: BatchLayout, pad: int, device: torch.device) -> dict[str, Any]:
@@ -143,11 +159,16 @@ def padded(rows: Sequence[Sequence[int]], layout: BatchLayout, pad: int, device:
 
 def generating(root: Any, inputs: dict[str, Any], config: GenerationConfig, tokenizer: Any) -> dict[str, Any]:
     """Arguments of `generate` for these inputs. transformers refuses arguments that the model does not use."""
-    used = {name for each in (root.prepare_inputs_for_generation, root.forward) for name in signature(each).parameters}
-    given = {name: value for name, value in inputs.items() if name == "input_ids" or name in used}
+    used = {"input_ids", *read_by(root)}
+    given = {name: value for name, value in inputs.items() if name in used}
     if config.stop_strings:
         given["tokenizer"] = tokenizer
     return given | without_loss(root)
+
+
+def read_by(root: Any) -> set[str]:
+    """Names of the inputs that a model takes."""
+    return {name for each in (root.prepare_inputs_for_generation, root.forward) for name in signature(each).parameters}
 
 
 def without_loss(root: Any) -> dict[str, bool]:
@@ -186,7 +207,7 @@ def harvest_batches(
 
 
 Batches = tuple[tuple[tuple[int, ...], ...], str | None]
-"""indices of the prompts of each batch; why prompts of different lengths do not share one, None where they do"""
+"""indices of the prompts of each batch; why prompts do not share one, None where they do"""
 
 
 def batches(

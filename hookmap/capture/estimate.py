@@ -122,7 +122,7 @@ def _rows(selection: RowSelection, prompt: int, tokens: int) -> int:
         return tokens
     if selection.one_row:
         return 1
-    if selection.reads_tokens:  # each token may match
+    if selection.reads_tokens or selection.reads_images:  # each token may match
         return -(-tokens // selection.every)
     wanted = selection.wanted(prompt)
     return sum(wanted(position, -1) for position in range(tokens))

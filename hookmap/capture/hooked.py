@@ -217,7 +217,11 @@ class Hooked:
         def why() -> str | None:
             return why_no_pads or self._why_apart(request)
 
-        return request.batches(why)
+        def why_not_joined(prompts: Sequence[Prompt]) -> str | None:
+            return self.pads.why_not(harvest=not request.max_new_tokens, pattern=pattern, examples=prompts)
+
+        pattern = reads_attention(request.selectors)
+        return request.batches(why, why_not_joined)
 
     def _why_apart(self, request: Request) -> str | None:
         """Why prompts of different lengths must not share a batch; None where they may."""
@@ -229,6 +233,7 @@ class Hooked:
     def _estimate(self, request: Request, groups: Sequence[Sequence[int]]) -> Estimate:
         if request.selectors:
             request.selection.refuse_beyond(request.lengths, request.read_after)
+            request.selection.refuse_no_image(prompt.image_positions for prompt in request.prompts)
         return estimate(
             self.map,
             request.selectors,

@@ -22,6 +22,7 @@ from hookmap.capture.rows import RowSelection
 from hookmap.capture.run import Run, device_of, running, vocabulary_of
 from hookmap.loading import generation as gen
 from hookmap.loading.float64 import as_it_was, in_float64
+from hookmap.loading.further_inputs import signature
 from hookmap.loading.memory import MemoryUse
 from hookmap.loading.prompts import Prompt
 from hookmap.loading.stopping import Finished
@@ -54,26 +55,28 @@ class Pads:
     def __init__(self, engine: Engine, architecture_map: ArchitectureMap, tokenizer: Any, forces: bool = True) -> None:
         """`forces`: whether a run can be made to generate given tokens; otherwise only the prompts are compared."""
         self._engine, self._map, self._tokenizer, self._forces = engine, architecture_map, tokenizer, forces
-        self._found: dict[tuple[bool, bool], str | None] = {}
+        self._found: dict[tuple[bool, bool, frozenset[str]], str | None] = {}
         self._lock = threading.Lock()
 
-    def why_not(self, *, harvest: bool, pattern: bool = False) -> str | None:
+    def why_not(self, *, harvest: bool, pattern: bool = False, examples: Sequence[Prompt] = ()) -> str | None:
         """Why prompts of different lengths must not share a batch; None where it was shown that they may.
 
         A generation is padded on the left, a harvest on the right. pattern: whether the run captures attention weights,
         which needs the eager attention implementation. The first call of each kind runs a few tokens.
+        examples: prompts with further inputs, of the same names; the shortest and the longest are tried, as themselves.
         """
+        key = (harvest, pattern, signature(examples[0].inputs if examples else None))
         with self._lock:
-            if (harvest, pattern) not in self._found:
-                self._found[harvest, pattern] = self._tried(harvest, pattern)
-            return self._found[harvest, pattern]
+            if key not in self._found:
+                self._found[key] = self._tried(harvest, pattern, examples)
+            return self._found[key]
 
-    def _tried(self, harvest: bool, pattern: bool) -> str | None:
+    def _tried(self, harvest: bool, pattern: bool, examples: Sequence[Prompt]) -> str | None:
         if not harvest and not gen.takes(self._engine.root, "attention_mask"):
             return "its forward takes no attention mask"
         try:
             with lock_of(self._engine.module).exclusive(), running(self._engine, pattern):
-                return _Trial(self._engine, self._map, self._tokenizer, harvest, self._forces).fault()
+                return _Trial(self._engine, self._map, self._tokenizer, harvest, self._forces, examples).fault()
         except Exception as error:  # the model's own code may raise anything
             said = " ".join(str(error).split())[:120]
             return f"a padded batch could not be tried ({type(error).__name__}: {said})"
@@ -101,12 +104,18 @@ class _Trial:
     """Compares short prompts that run alone with the same prompts in a batch with a longer one."""
 
     def __init__(
-        self, engine: Engine, architecture_map: ArchitectureMap, tokenizer: Any, harvest: bool, forces: bool = True
+        self,
+        engine: Engine,
+        architecture_map: ArchitectureMap,
+        tokenizer: Any,
+        harvest: bool,
+        forces: bool = True,
+        examples: Sequence[Prompt] = (),
     ) -> None:
         self._engine, self._tokenizer, self._harvest, self._forces = engine, tokenizer, harvest, forces
         read = "final_norm" if "final_norm" in architecture_map.model_points else "resid_post"
         self._selector = select(architecture_map, [read], [architecture_map.num_layers - 1])[0]
-        *self._short, self._long = _prompts(engine)
+        *self._short, self._long = _apart(examples) if examples else _prompts(engine)
 
     def fault(self) -> str | None:
         """How padding changes the rows, in words; None where it does not."""
@@ -197,6 +206,12 @@ class _Only(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not
         found = torch.full_like(scores, -float("inf"))
         found[range(len(self._tokens)), list(self._tokens)] = 0.0
         return found
+
+
+def _apart(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The shortest and the longest, and the shortest again to run with them."""
+    ordered = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
+    return [ordered[0], ordered[-1], ordered[0]]
 
 
 def _prompts(engine: Engine) -> list[Prompt]:

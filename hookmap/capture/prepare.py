@@ -11,7 +11,7 @@ from operator import and_
 from pathlib import Path
 from typing import Any
 
-from hookmap.capture.batches import Generating, Harvesting
+from hookmap.capture.batches import Generating, Harvesting, read_by
 from hookmap.capture.engines import Engine
 from hookmap.capture.estimate import Estimate, check_room
 from hookmap.capture.interventions.plan import EditPlan
@@ -21,6 +21,7 @@ from hookmap.capture.rows import matching_tokens
 from hookmap.capture.run import Run, device_of, log, vocabulary_of
 from hookmap.errors import CaptureError, InterventionError, StoreError, TokenizerError
 from hookmap.loading import generation as gen
+from hookmap.loading.further_inputs import signature
 from hookmap.loading.memory import MemoryUse
 from hookmap.loading.prompts import Prompt
 from hookmap.loading.weights import weights_of
@@ -124,6 +125,7 @@ def run_of(
     gen.check_seed(seed)
     gen.check_stop(stop)
     _check_vocabulary(engine, request.prompts)
+    _check_further_inputs(engine, request.prompts)
     _warn_of_lacking_positions(request)
     common = _common(request, engine, tokenizer, options["progress"])
     run: Run
@@ -221,6 +223,16 @@ def _check_vocabulary(engine: Engine, prompts: Sequence[Prompt]) -> None:
             )
 
 
+def _check_further_inputs(engine: Engine, prompts: Sequence[Prompt]) -> None:
+    """Raises CaptureError for a field that the model would not read: it would be dropped in silence."""
+    names = {name for prompt in prompts for name in signature(prompt.inputs)}
+    if unread := sorted(names - read_by(engine.root)):
+        raise CaptureError(
+            f"{type(engine.root).__name__} reads no {', '.join(unread)}: the prompts are made for another model. "
+            "Give them as this one reads them."
+        )
+
+
 def _of_model(engine: Engine) -> dict[str, Any]:
     """The engine, the edits stored in the model, and a digest of its weights."""
     found: dict[str, Any] = {"engine": engine.name, "weights": weights_of(engine.root)}
@@ -233,10 +245,15 @@ def _of_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Digests of the prompts: a capture resumes only with the same ones."""
     return {
         "prompts": len(prompts),
-        "prompts_sha256": _sha256([[prompt.text, prompt.token_ids] for prompt in prompts]),
+        "prompts_sha256": _sha256([_content(prompt) for prompt in prompts]),
         "ids_sha256": _sha256([prompt.id for prompt in prompts]),
         "labels_sha256": _sha256([prompt.labels and dict(prompt.labels) for prompt in prompts]),
     }
+
+
+def _content(prompt: Prompt) -> list[Any]:
+    further = [] if prompt.inputs is None else [prompt.inputs.digest]
+    return [prompt.text, prompt.token_ids, *further]
 
 
 def _sha256(plain: Any) -> str:

@@ -1,14 +1,15 @@
 """A capture as it is asked for: read and checked, before an engine is chosen. Pure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from hookmap.capture.batches import Batches, batches, generation_batches, harvest_batches
 from hookmap.capture.options import BATCH_SIZE
 from hookmap.capture.rows import RowSelection
 from hookmap.loading.chat_template import Templating
+from hookmap.loading.further_inputs import signature
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.selectors import Selector
 
@@ -44,13 +45,36 @@ class Request:
             return {"batch_size": self.batch_size or BATCH_SIZE}
         return {"batch_tokens": self.batch_tokens, "batch_size": self.batch_size}
 
-    def batches(self, why_no_pads: Callable[[], str | None]) -> Batches:
-        """Which prompts run together. `why_no_pads`: asked only where a batch would have pads."""
+    def batches(
+        self, why_no_pads: Callable[[], str | None], why_not_joined: Callable[[Sequence[Prompt]], str | None]
+    ) -> Batches:
+        """Which prompts run together: only those whose further inputs have the same names.
+
+        `why_no_pads`: asked only where a batch would have pads. `why_not_joined`: why these prompts, whose further
+        inputs have the same names, must run alone; asked only where several would share a batch.
+        """
+        found: list[tuple[int, ...]] = []
+        reasons: list[str] = []
+        for numbers in self._alike():
+            further = self.prompts[numbers[0]].inputs is not None
+            lengths = [self.lengths[number] for number in numbers]
+            groups, why = batches(lengths, partial(self._made, lengths), why_no_pads)
+            if further and why is None and any(len(group) > 1 for group in groups):
+                why = why_not_joined([self.prompts[number] for number in numbers])
+            if further and why is not None:
+                groups = tuple((place,) for place in range(len(numbers)))
+            found += [tuple(numbers[place] for place in group) for group in groups]
+            reasons += [] if why is None else [why]
+        return tuple(found), "; ".join(dict.fromkeys(reasons)) or None
+
+    def _alike(self) -> list[list[int]]:
+        """The numbers of prompts whose further inputs have the same names."""
+        found: dict[frozenset[str], list[int]] = {}
+        for number, prompt in enumerate(self.prompts):
+            found.setdefault(signature(prompt.inputs), []).append(number)
+        return list(found.values())
+
+    def _made(self, lengths: Sequence[int], pads: bool) -> Iterator[tuple[int, ...]]:
         if self.max_new_tokens:
-            size = self.batch_size or BATCH_SIZE
-            return batches(self.lengths, lambda pads: generation_batches(self.lengths, size, pads), why_no_pads)
-        return batches(
-            self.lengths,
-            lambda pads: harvest_batches(self.lengths, self.batch_tokens, self.batch_size, pads),
-            why_no_pads,
-        )
+            return generation_batches(lengths, self.batch_size or BATCH_SIZE, pads)
+        return harvest_batches(lengths, self.batch_tokens, self.batch_size, pads)

@@ -22,10 +22,11 @@ from hookmap.maps.points import POINTS, PointName
 Wanted = Callable[[int, int], bool]
 """(position, token id) -> whether its row is stored"""
 
-NAMED = ("all", "prompt", "generated", "last", "last_prompt")
+NAMED = ("all", "prompt", "generated", "last", "last_prompt", "image", "text")
 _GRAMMAR = (
     'expected "all", "prompt", "generated", "last" (of the whole sample), "last_prompt", a span such as "4:20" or '
-    '"-5:", positions such as "0,3,-1", or "text=…" (tokens whose text contains it)'
+    '"-5:", positions such as "0,3,-1", "image" (tokens that stand for an image), "text" (the others), or "text=…" '
+    "(tokens whose text contains it)"
 )
 _SPAN = re.compile(r"(-?\d{1,18})?:(-?\d{1,18})?(?::(\d{1,18}))?")
 NUMBERS = ("router_indices",)
@@ -67,14 +68,22 @@ class RowSelection:
         """Whether the selection depends on token ids."""
         return isinstance(self.positions, str) and self.positions.startswith("text=")
 
-    def wanted(self, prompt_tokens: int, matching: frozenset[int] = frozenset()) -> Wanted:
-        """Which tokens of a sample are stored. `prompt_tokens`: of its prompt; `matching`: see `matching_tokens`."""
-        chosen, every = self._chosen(prompt_tokens, matching), self.every
+    @property
+    def reads_images(self) -> bool:
+        """Whether the selection depends on which tokens stand for an image."""
+        return self.positions in ("image", "text")
+
+    def wanted(self, prompt_tokens: int, matching: frozenset[int] = frozenset(), images: Iterable[int] = ()) -> Wanted:
+        """Which tokens of a sample are stored.
+
+        `prompt_tokens`: of its prompt; `matching`: see `matching_tokens`; `images`: positions that stand for an image.
+        """
+        chosen, every = self._chosen(prompt_tokens, matching, frozenset(images)), self.every
         if every == 1:
             return chosen
         return lambda position, token: position % every == 0 and chosen(position, token)
 
-    def _chosen(self, prompt: int, matching: frozenset[int]) -> Wanted:
+    def _chosen(self, prompt: int, matching: frozenset[int], images: frozenset[int]) -> Wanted:
         where = self.positions
         if where in ("all", "last"):
             return lambda position, token: True
@@ -84,6 +93,8 @@ class RowSelection:
             return lambda position, token: position >= prompt
         if where == "last_prompt":
             return lambda position, token: position == prompt - 1
+        if self.reads_images:
+            return lambda position, token: (position in images) == (where == "image")
         if isinstance(where, str):
             return lambda position, token: token in matching
         if self.span:
@@ -94,9 +105,15 @@ class RowSelection:
         single = frozenset(_place(p, prompt) for p in self.singles)
         return lambda position, token: position in single
 
-    def places(self, token_ids: Sequence[int], prompt_tokens: int, matching: frozenset[int] = frozenset()) -> list[int]:
+    def places(
+        self,
+        token_ids: Sequence[int],
+        prompt_tokens: int,
+        matching: frozenset[int] = frozenset(),
+        images: Iterable[int] = (),
+    ) -> list[int]:
         """Positions of the tokens that are stored: single ones in the order given, others ascending."""
-        wanted = self.wanted(prompt_tokens, matching)
+        wanted = self.wanted(prompt_tokens, matching, images)
         order: Iterable[int] = range(len(token_ids))
         if self.singles:
             order = [p for p in (_place(p, prompt_tokens) for p in self.singles) if 0 <= p < len(token_ids)]
@@ -124,6 +141,13 @@ class RowSelection:
             raise SelectionError(
                 f"positions {', '.join(map(str, nowhere))}: no prompt has them: {there}. "
                 f"Give positions from {-max(lengths)} to {max(lengths) + more - 1}."
+            )
+
+    def refuse_no_image(self, images: Iterable[Sequence[int]]) -> None:
+        """Raises SelectionError where image tokens are selected and no prompt has any. `images`: of each prompt."""
+        if self.positions == "image" and not any(images):
+            raise SelectionError(
+                'positions "image": no prompt has an image. Give one in a message: {"type": "image", "path": FILE}.'
             )
 
     def settings(self) -> dict[str, Any]:

@@ -146,7 +146,8 @@ class Run(ABC):
         rows, positions = observer.rows(row)
         text, ids, known = decode(new, self.tokenizer), (*prompt.token_ids, *new), len(prompt.token_ids)
         number = observer.layout.samples[row]
-        sample = Sample(number, prompt.text, text, ids, known, rows, positions, prompt.id, prompt.labels)
+        pictured = (prompt.image_positions, prompt.pictures or None) if prompt.inputs is not None else (None, None)
+        sample = Sample(number, prompt.text, text, ids, known, rows, positions, prompt.id, prompt.labels, *pictured)
         sink.finish(sample)
         if self.before is not None and self.edits:
             self.before.finish(sample)

@@ -34,22 +34,36 @@ def in_float64(root: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_it_was(root: nn.Module) -> Iterator[None]:
-    """Removes afterwards what a forward pass leaves on the modules (rotary frequencies, caches of positions)."""
-    before = [(part, dict(vars(part)), dict(part._buffers)) for part in root.modules()]
-    every = (each for _, _, buffers in before for each in buffers.values() if each is not None)
+    """Removes afterwards what a forward pass leaves on the modules: rotary frequencies, caches of positions, hooks.
+
+    transformers hooks a vision tower in its first pass and marks it: without the mark it would hook it again.
+    """
+    before = [(part, dict(vars(part))) for part in root.modules()]
+    tables = [(table, dict(table)) for _, attributes in before for table in _tables(attributes)]
+    every = (each for part, _ in before for each in part._buffers.values() if each is not None)
     values = [(each, each.clone()) for each in every if _may_change(each)]
     try:
         yield
     finally:
-        for part, attributes, buffers in before:
+        for part, attributes in before:
             vars(part).clear()
             vars(part).update(attributes)
-            part._buffers.clear()
-            part._buffers.update(buffers)
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)
         with torch.no_grad():
             for buffer, value in values:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def _tables(attributes: dict[str, Any]) -> Iterator[dict[Any, Any]]:
+    """The dicts of a module that a forward pass may write into: its buffers and its hooks."""
+    return (
+        value
+        for name, value in attributes.items()
+        if name == "_buffers" or ("_hooks" in name and isinstance(value, dict))
+    )
 
 
 def _may_change(buffer: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ from hookmap.datasets.files import columns_of
 from hookmap.datasets.records import PromptRecord, load_prompts
 from hookmap.errors import DataError, TokenizerError
 from hookmap.loading.chat_template import Chat, Templating, fill
+from hookmap.loading.further_inputs import FurtherInputs
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,12 @@ class Prompt:
     token_ids: tuple[int, ...]
     id: str | None = None
     labels: Mapping[str, Any] | None = None
+    inputs: FurtherInputs | None = None
+    """what the model reads besides the token ids"""
+    image_positions: tuple[int, ...] = ()
+    """which tokens stand for parts of an image"""
+    pictures: tuple[Mapping[str, str], ...] = ()
+    """of each image, in order: its sha256, and the name of its file where it has one"""
 
 
 NO_TOKENIZER = "the model was given without a tokenizer. Give one: hookmap.open(model, tokenizer=...)"

@@ -26,7 +26,7 @@ from hookmap.strict_json import read_json
 SAMPLES = "samples.jsonl"
 SHARDS = "shards.jsonl"
 
-OPTIONAL = ("positions", "id", "labels")
+OPTIONAL = ("positions", "id", "labels", "image_positions", "pictures")
 """fields of a sample that its line has only where they are set"""
 
 _CHECKSUM = b', "crc32": '
@@ -112,6 +112,8 @@ def decode_entry(line: bytes, path: Location, number: int) -> Entry:
             positions=_positions(found),
             id=None if found.get("id") is None else _text(found["id"]),
             labels=_labels(found.get("labels")),
+            image_positions=_image_positions(found),
+            pictures=_pictures(found.get("pictures")),
         )
         return Entry(sample, tuple(Span(*map(_whole, span)) for span in found["spans"]))
     except (ValueError, KeyError, TypeError) as error:
@@ -146,6 +148,25 @@ def _positions(found: Mapping[str, Any]) -> tuple[int, ...] | Literal["mean"] | 
     if len(positions) != found["rows"] or any(a >= b for a, b in itertools.pairwise(positions)):
         raise ValueError(f"expected {found['rows']} ascending positions, found {len(positions)}: {positions[:5]}")
     return positions
+
+
+def _image_positions(found: Mapping[str, Any]) -> tuple[int, ...] | None:
+    value = found.get("image_positions")
+    if value is None:
+        return None
+    positions = tuple(map(_whole, value))
+    inside = not positions or positions[-1] < found["prompt_tokens"]
+    if not inside or any(a >= b for a, b in itertools.pairwise(positions)):
+        raise ValueError(f"expected ascending image_positions inside the prompt, found {positions[:5]}")
+    return positions
+
+
+def _pictures(value: Any) -> tuple[Mapping[str, str], ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or any(not isinstance(each, dict) or "sha256" not in each for each in value):
+        raise ValueError(f"expected pictures with a sha256, found {value!r:.80}")
+    return tuple({name: _text(text) for name, text in each.items()} for each in value)
 
 
 def _labels(value: Any) -> Mapping[str, Any] | None:

@@ -21,6 +21,8 @@ class BatchLayout:
     """tokens of each row's prompt, without padding"""
     right: bool = False
     """padding follows the prompts instead of preceding them"""
+    images: tuple[frozenset[int], ...] = ()
+    """for each row, the positions whose tokens stand for parts of an image; empty where no row has such"""
 
     @property
     def width(self) -> int:
@@ -97,7 +99,9 @@ class BatchRows:
         """of the running forward pass"""
         self._columns = layout.width
         self._positions: list[list[int]] = [[] for _ in layout.samples]
-        self._wanted = [selection.wanted(length, matching) for length in layout.lengths]
+        images = layout.images or [frozenset[int]()] * len(layout.lengths)
+        chosen = zip(layout.lengths, images, strict=True)
+        self._wanted = [selection.wanted(length, matching, image) for length, image in chosen]
 
     @property
     def columns(self) -> range:

@@ -43,9 +43,9 @@ class EditedTokens:
         step = max(0, position - prompt_tokens + 1)
         return self.steps is None or self.steps.wanted(0)(step, -1)
 
-    def select(self, position: int, token: int, prompt_tokens: int) -> bool:
-        """Whether this token is written."""
-        chosen = self.positions.wanted(prompt_tokens, self.matching)(position, token)
+    def select(self, position: int, token: int, prompt_tokens: int, images: frozenset[int] = frozenset()) -> bool:
+        """Whether this token is written. `images`: positions that stand for an image."""
+        chosen = self.positions.wanted(prompt_tokens, self.matching, images)(position, token)
         return chosen and self.in_steps(position, prompt_tokens)
 
 
@@ -166,7 +166,8 @@ class Editor:
         sample, length = self._observer.layout.samples[row], self._observer.layout.lengths[row]
         if edit.only is not None:
             return edit.tokens.in_steps(position, length) and (sample, position) in edit.only
-        return edit.tokens.select(position, token, length)
+        images = self._observer.layout.images
+        return edit.tokens.select(position, token, length, images[row] if images else frozenset())
 
     def _positions_of(self, row: int) -> list[tuple[int, int]]:
         """The (column of the pass, position) of each token of a row; padding has none."""

@@ -147,6 +147,7 @@ class _Planner:
             return
         try:
             tokens.positions.refuse_beyond([len(prompt.token_ids) for prompt in self.prompts], self._more)
+            tokens.positions.refuse_no_image(prompt.image_positions for prompt in self.prompts)
         except SelectionError as error:
             self.note(str(error), unselected=True)
         if tokens.steps is not None and (never := [step for step in tokens.steps.singles if step > self._more]):
@@ -263,7 +264,8 @@ class _Planner:
     def _targets(self, prompt: Prompt, tokens: EditedTokens) -> list[int]:
         """Positions of a prompt, and of the tokens it may generate, in the order that `RowSelection.places` gives."""
         length = len(prompt.token_ids)
-        found = tokens.positions.places([*prompt.token_ids, *[-1] * self._more], length, tokens.matching)
+        every = [*prompt.token_ids, *[-1] * self._more]
+        found = tokens.positions.places(every, length, tokens.matching, prompt.image_positions)
         return [position for position in found if tokens.in_steps(position, length)]
 
 
