@@ -19,7 +19,7 @@ from hookmap.errors import ModelError, TokenizerError
 from hookmap.loading import configs
 from hookmap.loading.checkpoints import load_model, load_tokenizer
 from hookmap.loading.config_fields import with_fields
-from hookmap.loading.modules import generating_root
+from hookmap.loading.modules import model_root
 from hookmap.loading.prompts import NO_TOKENIZER
 from hookmap.maps.document import ArchitectureMap
 
@@ -110,7 +110,7 @@ def open(
         if config:
             raise ModelError("config= is for hub ids and folders. Set it on the module: module.config.FIELD = VALUE")
         module, tokenizer = _module_of(x), tokenizer if tokenizer is not None else _tokenizer_of(x)
-    root = generating_root(module)
+    root = model_root(module)
     with lock_of(module).exclusive():
         architecture_map, read = understood(module, root, given)
     name = os.fspath(x) if isinstance(x, str | os.PathLike) else architecture_map.model_id

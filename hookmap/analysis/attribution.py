@@ -31,7 +31,7 @@ log = logging.getLogger("hookmap")
 
 BIAS = "bias"
 ROUNDING = "rounding"
-_BRANCHES = ("mixer_out", "mlp_out")
+_BRANCHES = ("mixer_out", "cross_attn_out", "mlp_out")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from hookmap.capture.run import reads_attention, vocabulary_of
 from hookmap.errors import CaptureError
 from hookmap.loading.chat_template import Chat, Templating
 from hookmap.loading.generation import check_count, check_names, logits_parameter
-from hookmap.loading.modules import generating_root
+from hookmap.loading.modules import model_root
 from hookmap.loading.prompts import NO_TOKENIZER, Prompt, encode, records
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName
@@ -75,7 +75,7 @@ class Hooked:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
-        self.root = generating_root(model, self.has_weights)
+        self.root = model_root(model, self.has_weights)
         self._nnsight_model = nnsight_model
         self.hooks = HooksEngine(model, self.root)
         self._nnsight: Engine | None = None

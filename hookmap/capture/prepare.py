@@ -23,6 +23,7 @@ from hookmap.errors import CaptureError, InterventionError, StoreError, Tokenize
 from hookmap.loading import generation as gen
 from hookmap.loading.further_inputs import signature
 from hookmap.loading.memory import MemoryUse
+from hookmap.loading.modules import why_it_generates_nothing
 from hookmap.loading.prompts import Prompt
 from hookmap.loading.weights import weights_of
 from hookmap.loading.wrappers import generate_of, generation_config_of
@@ -130,6 +131,8 @@ def run_of(
     common = _common(request, engine, tokenizer, options["progress"])
     run: Run
     if new := request.max_new_tokens:
+        if (why := why_it_generates_nothing(engine.root)) is not None:
+            raise CaptureError(f"{why}. Read texts without generating: max_new_tokens=0.")
         generate_of(engine.runner, engine.root)  # raises where there is none, before anything runs
         own = generation_config_of(engine.runner, engine.root)
         config = gen.settings(own, tokenizer, max_new_tokens=new, do_sample=do_sample, options=generation)

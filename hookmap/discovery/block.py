@@ -17,7 +17,7 @@ from hookmap.discovery.linear import Step, has_weights, linear_path, steps
 from hookmap.discovery.mixing import is_shift, mixing
 from hookmap.discovery.values import Exposure, Values
 
-Role = Literal["mixer", "mlp", "other"]
+Role = Literal["mixer", "cross_attn", "mlp", "other"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,15 @@ class Block:
         """Whether a module with weights gives the value."""
         return any(has_weights(self.values, e.call) for e in self.boundaries(value, "output"))
 
+    def _across(self, ops: list[Operation]) -> bool:
+        """Whether a branch attends to keys that are not made of the stream, such as an encoder's positions."""
+        if not any(op.name in aten.SOFTMAXES or aten.is_fused_attention(op.name) for op in ops):
+            return False
+        of_stream = {*self.states, *(self.values.value(t) for op in ops for t in op.outputs)}
+        products = [op for op in ops if op.name in aten.BATCHED_PRODUCTS or aten.is_fused_attention(op.name)]
+        others = {v for op in products for v in self.values.operands(op)} - of_stream
+        return any(not self.values.is_constant(value, of_tokens=True) for value in others)
+
     # The branches of an addition ------------------------------------------------------------------------------------
 
     def _branches_of(self, number: int, step: Step) -> list[Branch]:
@@ -169,7 +178,7 @@ class Block:
         found: dict[str, Branch] = {}
         for part, (ops, reads) in self._cones(step.branch).items():
             mixed = self._mixed(part, ops)
-            role: Role = "other" if not reads else "mixer" if mixed else "mlp"
+            role: Role = "other" if not reads else "mixer" if mixed else "cross_attn" if self._across(ops) else "mlp"
             branch = Branch(role, number, [part], step.factor, ops, reads, all(map(is_shift, mixed)))
             found[role] = found[role].joined_with(branch) if role in found else branch
         return list(found.values())

@@ -10,7 +10,14 @@ from hookmap.discovery.attention import ATTENTION, attention_points
 from hookmap.discovery.block import Block, Branch, Role
 from hookmap.discovery.block_stream import Middle, additions, first_middle, middles
 from hookmap.discovery.branch_inputs import BranchInput, input_of, locate_input, own_module, states_read
-from hookmap.discovery.branch_kinds import BranchKinds, BranchOrder, kinds_of, mixer_info, mlp_info
+from hookmap.discovery.branch_kinds import (
+    BranchKinds,
+    BranchOrder,
+    cross_attention_info,
+    kinds_of,
+    mixer_info,
+    mlp_info,
+)
 from hookmap.discovery.branch_outputs import has_post_norm, locate_output, locate_raw_output
 from hookmap.discovery.experts import ROUTER, mlp_points
 from hookmap.discovery.locate import Location, Locator
@@ -19,7 +26,7 @@ from hookmap.maps.points import PointName
 from hookmap.maps.relations import Relation
 from hookmap.maps.templates import BranchInfo
 
-_ROLES: tuple[Role, ...] = ("mixer", "mlp")
+_ROLES: tuple[Role, ...] = ("mixer", "cross_attn", "mlp")
 NormPlacement = Literal["pre", "post", "sandwich", "none", "other"]
 Inputs = Mapping[str, tuple[Branch, BranchInput]]
 """mixer_in, mlp_in, and mixer_in.1 for a second mixer -> the branch and what it reads"""
@@ -33,6 +40,7 @@ class BlockPoints:
     norm_placement: NormPlacement
     mixer: BranchInfo | None
     mlp: BranchInfo | None
+    cross_attn: BranchInfo | None = None
     locations: dict[str, Location] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     relations: list[Relation] = field(default_factory=list)
@@ -49,6 +57,7 @@ def points_of_block(block: Block) -> BlockPoints:
         "resid_pre": _place(block.entry, "input", locator),
         **_branches(block, "mixer", inputs, locator),
         **_middles(block, kinds, middle, locator),
+        **(_branches(block, "cross_attn", inputs, locator) if block.role("cross_attn") else {}),
         **_branches(block, "mlp", inputs, locator),
         "resid_post": _place(block.exit, "output", locator),
     }
@@ -63,6 +72,7 @@ def points_of_block(block: Block) -> BlockPoints:
         norm_placement=_norm_placement(block, inputs),
         mixer=mixer_info(block, kinds, locator.templated),
         mlp=mlp_info(block, kinds, locator.templated),
+        cross_attn=cross_attention_info(block, locator.templated),
         locations=found,
         unavailable={name: reason for name, reason in places.items() if isinstance(reason, str)},
         relations=[each for each in relations if each.can_be_checked(found)],

@@ -97,6 +97,11 @@ def mixer_info(block: Block, kinds: BranchKinds, templated: Callable[[str], str]
     return _with_modules(info, block, block.role("mixer"), templated)
 
 
+def cross_attention_info(block: Block, templated: Callable[[str], str]) -> BranchInfo | None:
+    """What the map says of the block's cross-attention; None where it has none."""
+    return _with_modules(BranchInfo(type="attention"), block, block.role("cross_attn"), templated)
+
+
 def mlp_info(block: Block, kinds: BranchKinds, templated: Callable[[str], str]) -> BranchInfo | None:
     """What the map says of the block's MLPs; None where it has none."""
     sizes = [_experts(block, choice) for choice in kinds.choices if choice is not None]

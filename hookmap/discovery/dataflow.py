@@ -85,6 +85,8 @@ class Dataflow:
     calls: list[ModuleCall] = field(default_factory=list)
     inputs: dict[str, int] = field(default_factory=dict)
     """the model's own inputs, such as `input_ids`"""
+    tokens: str = "input_ids"
+    """the input that holds the token of each position of the stream: of an encoder-decoder, the decoder's"""
 
     def producer(self, tensor: int) -> Operation | None:
         index = self.tensors[tensor].producer

@@ -24,6 +24,7 @@ from hookmap.discovery.model_points import read_outside
 from hookmap.discovery.values import Values
 from hookmap.errors import DiscoveryError, HookmapError, ModelError
 from hookmap.loading import configs, modules
+from hookmap.loading.encoder_decoder import tokens_argument, with_source
 from hookmap.loading.modules import model_inside
 from hookmap.loading.quantised import plain_products
 from hookmap.loading.wrappers import check_wrapper, named
@@ -93,9 +94,11 @@ def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> Ar
 
 
 def _one_pass(model: nn.Module, config: Any, device: Any, seq: int) -> Dataflow:
-    given = modules.inputs(device, seq)
+    given = with_source(model, modules.inputs(device, seq))
     try:
-        return record(model, given, modules.accepted(model, given))
+        flow = record(model, given, modules.accepted(model, given))
+        flow.tokens = tokens_argument(model)
+        return flow
     except RuntimeError:
         if (rows := modules.rows_per_sequence(config)) == 1:
             raise
@@ -203,6 +206,7 @@ def _kind(layers: LayerList, number: int, reading: BlockPoints | None, values: V
         calls=layers.runs[number],
         mixer=reading.mixer,
         mlp=reading.mlp,
+        cross_attn=reading.cross_attn,
         relations=tuple(map(str, reading.relations)),
         points=_templates(reading.locations),
         unavailable=reading.unavailable,

@@ -28,7 +28,9 @@ def find_layers(values: Values, seq: int) -> LayerList:
         best = _leading(values, groups, best, output)
     for reason in _contradictions(values, best, candidates, output):
         raise DiscoveryError(reason)
-    found = replace(best, uncovered_lists=tuple(_uncovered(values, best, groups, output)), runs=_runs(values, best))
+    found = replace(
+        best, uncovered_lists=_outermost(list(_uncovered(values, best, groups, output))), runs=_runs(values, best)
+    )
     return found if found.seq == seq else replace(found, tokens=seq, rows=_rows_of_tokens(values, found, seq))
 
 
@@ -36,6 +38,7 @@ def _candidates(values: Values, groups: list[Numbered], seq: int) -> list[LayerL
     """The lists that hand a stream of `seq` positions on; where there are none, of more positions."""
     for positions in _lengths(values, groups, seq):
         found = [layers for group in groups if (layers := chain(values, group, positions)) is not None]
+        found = [layers for layers in found if not any(_are_its_branches(values, layers, each) for each in found)]
         if not found and positions == seq:
             found = list(scattered(values, groups, seq))
         if found:
@@ -45,6 +48,13 @@ def _candidates(values: Values, groups: list[Numbered], seq: int) -> list[LayerL
         "[batch, pos, d_model] from one to the next. If this is a causal language model, please report it "
         "with its config."
     )
+
+
+def _are_its_branches(values: Values, inner: LayerList, outer: LayerList) -> bool:
+    """Whether a list is the branches of one block: modules of different classes, each of which adds once (T5)."""
+    classes = {type(call.module) for call in inner.calls.values()}
+    once = all(additions(values, inner.calls[n], stream) == 1 for n, stream in inner.streams.items())
+    return once and len(classes) == len(inner.calls) > 1 and inner is not outer and _is_inside(inner, outer)
 
 
 def _lengths(values: Values, groups: list[Numbered], seq: int) -> list[int]:
@@ -113,7 +123,7 @@ def _runs(values: Values, layers: LayerList) -> dict[int, int]:
     }
 
 
-def _uncovered(values: Values, best: LayerList, groups: list[Numbered], output: set[int]) -> Iterator[str]:
+def _uncovered(values: Values, best: LayerList, groups: list[Numbered], output: set[int]) -> Iterator[LayerList]:
     """Other lists, neither inside the blocks nor around them, whose blocks add to a stream that leads to the output."""
     blocks = best.calls.values()
     for group in groups:
@@ -123,7 +133,12 @@ def _uncovered(values: Values, best: LayerList, groups: list[Numbered], output: 
             continue
         other = chain(values, group, lengths.pop())
         if other is not None and other.end in output and _adding(values, other) == len(other.streams):
-            yield other.path
+            yield other
+
+
+def _outermost(lists: list[LayerList]) -> tuple[str, ...]:
+    """The templates of those that are in no block of another."""
+    return tuple(each.path for each in lists if not any(_is_inside(each, other) for other in lists))
 
 
 def _rows_of_tokens(values: Values, layers: LayerList, seq: int) -> Rows:

@@ -60,7 +60,7 @@ def read_outside(values: Values, layers: LayerList, seq: int) -> Outside:
 
 def _lookups(values: Values) -> Iterator[Operation]:
     """The operations, inside a module, that look the token ids up in a table."""
-    ids = values.value(values.flow.inputs["input_ids"])
+    ids = values.value(values.flow.inputs[values.flow.tokens])
     for op in values.flow.operations:
         if op.name == "embedding" and ids in map(partial(_uncast, values), values.operands(op)[1:]) and op.call >= 0:
             yield op
@@ -129,7 +129,7 @@ def _logits(values: Values, locator: Locator, root: ModuleCall, vocabulary: set[
         return _Logits(f"the model gives {shape[0]} rows of logits for each sequence", value, shape[-1])
     if locator.seq not in shape[:-1]:
         missing = f"the model gives no logits for each position: their shape is {list(shape)}"
-        return _Logits(missing, value, shape[-1])
+        return _Logits(missing, value)
     # The model's own output, and not the unembedding's: in half precision a cast stands between the two.
     return _Logits(locator.at_root(value), value, shape[-1], _unembedding(values, root, value))
 

@@ -145,10 +145,13 @@ class Values:
 
     @cached_property
     def _dependence(self) -> dict[bool, dict[int, bool]]:
-        """Of tokens alone, or of any input -> what is known so far: value -> whether it depends on them."""
+        """Of what is read alone, or of any input -> what is known so far: value -> whether it depends on them.
+
+        What is read is the tokens, and what an encoder reads; not masks.
+        """
         inputs = self.flow.inputs.items()
         return {
-            of_tokens: {self.value(t): True for name, t in inputs if name == "input_ids" or not of_tokens}
+            of_tokens: {self.value(t): True for name, t in inputs if not of_tokens or "mask" not in name}
             for of_tokens in (True, False)
         }
 

@@ -48,7 +48,7 @@ def build(
     maker = model_class(config)
     try:
         config = type(config).from_dict(config.to_dict()) if hasattr(config, "to_dict") else config
-        if hasattr(config, "is_decoder"):
+        if hasattr(config, "is_decoder") and _is_causal(maker):
             config.is_decoder = True
         with torch.device(device), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -68,30 +68,67 @@ def build(
 def model_class(config: Any) -> Any:
     """The class of transformers that builds and loads the language model of a config.
 
-    A causal language model; or the whole of one that reads images or sounds too, where there is no other, or where
-    the config says that the checkpoint is of the whole. A decoder's config that AutoModel knows only as a part of
-    another model's (Musicgen) names its class itself. Raises ModelError where the config is of neither, or where it
-    names a class that reads text otherwise: an encoder-decoder, or one that sees both sides of a masked token.
+    The class that the config names, where transformers has it and it is of this config. Else a causal language model;
+    or the whole of one that reads images or sounds too, where there is no other; or an encoder-decoder; or a masked
+    language model. A decoder's config that AutoModel knows only as a part of another model's (Musicgen) names its class
+    itself. Raises ModelError where the config is of none.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
 
     kind = type(config)
+    if (named := _class_named(config)) is not None:
+        return named
     if _is_whole(config):
-        return AutoModelForMultimodalLM
+        return transformers.AutoModelForMultimodalLM
     if found := _class_of_decoder(config):
         return found
     own_code = getattr(config, "auto_map", None) or {}
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and not {"AutoModelForCausalLM", "AutoModel"} & set(own_code):
-        reads = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "no causal language model"
-        name = ", ".join(getattr(config, "architectures", None) or ()) or kind.__name__
-        raise ModelError(
-            f"{name} ({getattr(config, 'model_type', '?')}) is {reads}: transformers has no causal language model of "
-            "this kind, and hookmap reads those alone. Give one, such as AutoModelForCausalLM loads; what hookmap "
-            "knows of: hookmap maps list"
-        )
-    _refuse_another_reading(config)
-    return AutoModelForCausalLM
+    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING or {"AutoModelForCausalLM", "AutoModel"} & set(own_code):
+        return transformers.AutoModelForCausalLM
+    for mapping, maker in (
+        (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, transformers.AutoModelForSeq2SeqLM),
+        (auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, transformers.AutoModelForSpeechSeq2Seq),
+        (auto.MODEL_FOR_MASKED_LM_MAPPING, transformers.AutoModelForMaskedLM),
+    ):
+        if kind in mapping:
+            return maker
+    name = ", ".join(getattr(config, "architectures", None) or ()) or kind.__name__
+    raise ModelError(
+        f"{name} ({getattr(config, 'model_type', '?')}) is no language model: transformers has no class of this kind "
+        "that reads token ids, causal, encoder-decoder or masked, and hookmap reads those alone. What hookmap knows "
+        "of: hookmap maps list"
+    )
+
+
+def _class_named(config: Any) -> Any:
+    """The class of transformers that the config names, where AutoModel would give another; else None."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    kind = type(config)
+    if getattr(config, "auto_map", None):
+        return None
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):
+        if kind in mapping and mapping[kind].__name__ in (getattr(config, "architectures", None) or ()):
+            return None
+    for name in getattr(config, "architectures", None) or ():
+        found: Any = getattr(transformers, name, None)
+        if (
+            isinstance(found, type)
+            and issubclass(found, transformers.PreTrainedModel)
+            and getattr(found, "config_class", None) is kind
+        ):
+            return found
+    return None
+
+
+def _is_causal(maker: Any) -> bool:
+    """Whether what builds the model builds a causal language model, whose config may have to say so (BERT's)."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return maker is AutoModelForCausalLM or maker.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def _is_whole(config: Any) -> bool:
@@ -105,36 +142,13 @@ def _is_whole(config: Any) -> bool:
     return kind not in MODEL_FOR_CAUSAL_LM_MAPPING or MODEL_FOR_MULTIMODAL_LM_MAPPING[kind].__name__ in named
 
 
-def _refuse_another_reading(config: Any) -> None:
-    from transformers.models.auto import modeling_auto as auto
-
-    named, built = other_class(config)
-    names = {
-        "an encoder-decoder": (
-            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-            auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-        ),
-        "a masked language model, which sees the tokens on both sides": (
-            auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-            auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
-        ),
-    }
-    for reading, mappings in names.items():
-        if any(name in mapping.values() for name in named for mapping in mappings):
-            raise ModelError(
-                f"the config is of {', '.join(named)}, {reading}; hookmap would build {built}, another model. If that "
-                f"one is meant, load it yourself: hookmap.open({built}.from_pretrained(...)); of a config, set "
-                f'config.architectures = ["{built}"]'
-            )
-
-
 def other_class(config: Any) -> tuple[tuple[str, ...], str]:
     """The classes that a config names, where the class that is built is none of them, and the class that is built."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     named = tuple(getattr(config, "architectures", None) or ())
     own_code = getattr(config, "auto_map", None)
-    if own_code or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or _is_whole(config):
+    if own_code or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or _is_whole(config) or _class_named(config):
         return (), ""
     built: str = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
     return ((), built) if built in named else (named, built)

@@ -48,16 +48,11 @@ def architecture_of(model: nn.Module) -> str:
     return type(model if inside is None else inside).__name__
 
 
-def generating_root(module: nn.Module, weights: bool = True) -> nn.Module:
+def model_root(module: nn.Module, weights: bool = True) -> nn.Module:
     """The transformers model that is watched: the module, or the one that wrappers (PEFT) hold."""
     root = model_inside(module)
     if root is None:
-        raise ModelError(f"{type(module).__name__} holds no transformers model: expected one with `generate`.")
-    if root.config.is_encoder_decoder or not root.can_generate():
-        kind = "an encoder-decoder" if root.config.is_encoder_decoder else "not a generating model"
-        raise ModelError(
-            f"{type(root).__name__} is {kind}: expected a causal language model, such as AutoModelForCausalLM loads."
-        )
+        raise ModelError(f"{type(module).__name__} holds no transformers model, such as AutoModelForCausalLM loads.")
     if weights and any(
         p.is_meta for module in root.modules() if not _brings_weights(module) for p in module.parameters(False)
     ):
@@ -70,6 +65,13 @@ def generating_root(module: nn.Module, weights: bool = True) -> nn.Module:
         )
     found: nn.Module = root
     return found
+
+
+def why_it_generates_nothing(root: nn.Module) -> str | None:
+    """Why a model of transformers continues no text; None where it does."""
+    if root.can_generate():  # type: ignore[operator]
+        return None
+    return f"{type(root).__name__} generates no text: transformers gives it no `generate`"
 
 
 def _brings_weights(module: nn.Module) -> bool:
@@ -155,7 +157,7 @@ def accepted(model: nn.Module, given: Iterable[str]) -> dict[str, str]:
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     others = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {name: name for name in given if others or name in named}
-    if "input_ids" not in named and named:
+    if "input_ids" in given and "input_ids" not in named and named:
         names["input_ids"] = named[0]
     return names
 

@@ -23,7 +23,11 @@ class Point:
     axes: tuple[str, ...] = RESIDUAL_AXES
     deeper: bool = False
     """inside a branch: "all" leaves it out, it must be named"""
+    absent: str = "the dataflow shows no such tensor"
+    """the reason where a map has neither the point nor a reason of its own"""
 
+
+_NO_CROSS = "this block has no attention to an encoder's positions"
 
 _ALL = (
     Point("embed", "the token embedding's output, before scaling and positions", per_layer=False),
@@ -46,6 +50,11 @@ _ALL = (
     Point("attn_out", "mixer_out, where the mixer is attention"),
     Point("resid_mid_sum", "in post-norm blocks: the stream after the mixer's contribution, before the norm on it"),
     Point("resid_mid", "the residual stream after the mixer's contribution, as the MLP branch reads it"),
+    Point(
+        "cross_attn_in", "what a decoder's cross-attention reads of the stream: after its pre-norm", absent=_NO_CROSS
+    ),
+    Point("cross_attn_out_raw", "the bare cross-attention's output, before post-norm, scale or gate", absent=_NO_CROSS),
+    Point("cross_attn_out", "exactly what the cross-attention adds to the residual stream", absent=_NO_CROSS),
     Point("mlp_in", "what the MLP reads: after its pre-norm"),
     Point("mlp_post", "what the down projection reads: after the gate", axes=("batch", "pos", "d_mlp"), deeper=True),
     Point("router_logits", "the router's score of each expert", axes=("batch", "pos", "experts"), deeper=True),
@@ -117,9 +126,14 @@ class PointName:
         """The name of another point of the same branch: `mlp_in` for `mlp_out.1` gives `mlp_in.1`."""
         return f"{base}.{self.number}" if self.number else base
 
+    @property
+    def branch(self) -> str:
+        """`cross_attn` of `cross_attn_out_raw`: the branch that it is an end of; any other base unchanged."""
+        return re.sub(r"_(in|out_raw|out)$", "", self.base)
+
     def end(self, name: str) -> str:
         """The `in`, `out_raw` or `out` of the same branch: `out_raw` for `mlp_out.1` gives `mlp_out_raw.1`."""
-        return self.numbered(f"{self.base.partition('_')[0]}_{name}")
+        return self.numbered(f"{self.branch}_{name}")
 
     def as_mixer(self) -> str:
         """`mixer_out` for `attn_out`; any other name unchanged."""

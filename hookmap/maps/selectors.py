@@ -311,7 +311,7 @@ def unavailable(architecture_map: MapContents, point: str, layer: int | None = N
 
 
 def _why_not(name: str, points: Mapping[str, PointTemplate], unavailable: Mapping[str, str]) -> str | None:
-    return None if name in points else unavailable.get(name, "the dataflow shows no such tensor")
+    return None if name in points else unavailable.get(name, PointName.of(name).definition.absent)
 
 
 def _missing(m: MapContents, point: str, reasons: Mapping[int | None, str | None]) -> Iterator[str]:

@@ -124,6 +124,10 @@ class BranchInfo(Frozen):
     shared_experts: int | None = Field(default=None, description="MoE: experts that every token uses")
 
 
+_USUAL = (("calls", 1), ("cross_attn", None))
+"""fields of a kind of block that its document leaves out"""
+
+
 class BlockKind(Frozen):
     """One kind of block; a hybrid model has several."""
 
@@ -143,6 +147,9 @@ class BlockKind(Frozen):
     )
     mixer: BranchInfo | None = None
     mlp: BranchInfo | None = None
+    cross_attn: BranchInfo | None = Field(
+        default=None, description="a decoder's branch that attends to the positions of an encoder"
+    )
     relations: tuple[str, ...] = Field(
         default=(), description="exact relations among this kind's points, e.g. `resid_mid = resid_pre + mixer_out`"
     )
@@ -151,7 +158,7 @@ class BlockKind(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if (key, value) != ("calls", 1)}
+        return {key: value for key, value in handler(self).items() if (key, value) not in _USUAL}
 
     def without(self, lost: Mapping[str, str]) -> "BlockKind":
         """The same kind where these points are unavailable, with their reasons, and no relation names them."""

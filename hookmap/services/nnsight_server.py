@@ -13,7 +13,7 @@ from hookmap.discovery.map_of_model import map_of, of_one_call
 from hookmap.errors import CaptureError, ModelError
 from hookmap.loading import configs
 from hookmap.loading.checkpoints import load_tokenizer
-from hookmap.loading.modules import generating_root
+from hookmap.loading.modules import model_root
 from hookmap.maps.document import ArchitectureMap
 from hookmap.model import HookedModel
 
@@ -79,7 +79,7 @@ def open_remote(
         raise ModelError(f"cannot open a {type(x).__name__} remotely: expected a hub id, a folder or an nnsight model.")
     given = given_map(map)
     module = x._module
-    root = generating_root(module, weights=False)
+    root = model_root(module, weights=False)
     found = of_one_call(discover(root.config)) if given is None else map_of(module, root, given)
     own = x.tokenizer if tokenizer is None else tokenizer
     return RemoteModel(x, remote, own, found, getattr(x, "repo_id", None) or found.model_id or type(module).__name__)

@@ -11,11 +11,13 @@ from hookmap.verification.check import Check, relative_error
 from hookmap.verification.context import Context, branch_modules, first_and_last
 from hookmap.verification.runner import observe, other_weights
 
+_ROLES = ("mixer", "cross_attn", "mlp")
+
 
 def causes(run: Context) -> Iterator[Check]:
     """Change the weights of one branch of one layer, and see which of the layer's points move."""
     for kind, layer in first_and_last(run.map):
-        for role in ("mixer", "mlp"):
+        for role in _ROLES:
             expected = _expected(kind, role)
             weights = other_weights(
                 run.model, branch_modules(run.map, kind, role, layer), _shared(run, kind, role, layer)
@@ -34,7 +36,7 @@ def _cause(run: Context, layer: int, role: str, expected: dict[str, bool], weigh
     }
     wrong = [f"{p} {'moved' if has else 'did not move'}" for p, has in moved.items() if has != expected[p]]
     right = [f"{point} {'moves' if expected[point] else 'stays'}" for point in moved]
-    what = "mixer" if role == "mixer" else "MLP"
+    what = {"mlp": "MLP", "cross_attn": "cross-attention"}.get(role, role)
     return Check("cause", (layer,), not wrong, f"other {what} weights in layer {layer}: " + ", ".join(wrong or right))
 
 
@@ -46,12 +48,17 @@ def _shared(run: Context, kind: BlockKind, role: str, layer: int) -> list[str]:
     """
     read = kind.points.get(f"{role}_in")
     norms = [run.map.at_layer(t.module, layer) for t in (read.terms if read else ()) if t.side == "output"]
-    return [*norms, *branch_modules(run.map, kind, "mlp" if role == "mixer" else "mixer", layer)]
+    return [
+        *norms,
+        *(path for other in _ROLES if other != role for path in branch_modules(run.map, kind, other, layer)),
+    ]
 
 
 def _expected(kind: BlockKind, role: str) -> dict[str, bool]:
     """Whether each point must move when the weights of a branch change."""
     other = "mlp" if role == "mixer" else "mixer"
+    if role == "cross_attn" and (kind.cross_attn is None or kind.branch_order != "sequential"):
+        return {}
     if kind.branch_order == "sequential":
         return _expected_in_turn(kind, role)
     if kind.branch_order == "parallel":
@@ -68,4 +75,8 @@ def _expected_in_turn(kind: BlockKind, role: str) -> dict[str, bool]:
     if role == "mixer":
         return {"resid_pre": False, "mixer_out": True, "resid_mid": True, "mlp_in": True, "resid_post": True}
     stay = dict.fromkeys(("resid_pre", "mixer_in", "mixer_out", "resid_mid"), False)
+    if role == "cross_attn":
+        return {**stay, **dict.fromkeys(("cross_attn_out", "resid_mid.1", "mlp_in", "resid_post"), True)}
+    if kind.cross_attn is not None:
+        stay |= dict.fromkeys(("cross_attn_in", "cross_attn_out", "resid_mid.1"), False)
     return {**stay, "mlp_out": True, "resid_post": True}

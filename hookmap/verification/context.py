@@ -15,7 +15,7 @@ from hookmap.activations import Key
 from hookmap.loading import modules
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector, select
-from hookmap.maps.templates import BlockKind
+from hookmap.maps.templates import BlockKind, BranchInfo
 from hookmap.verification.check import Check, relative_error
 from hookmap.verification.runner import BATCH, POSITIONS, Hook, observe
 
@@ -98,8 +98,8 @@ def input_embedding(found: ArchitectureMap, model: nn.Module) -> nn.Module | Non
 
 
 def branch_modules(found: ArchitectureMap, kind: BlockKind, role: str, layer: int) -> list[str]:
-    """Paths of the modules of a layer's branch; `role`: "mixer" or "mlp"."""
-    branch = kind.mixer if role == "mixer" else kind.mlp
+    """Paths of the modules of a layer's branch; `role`: "mixer", "cross_attn" or "mlp"."""
+    branch: BranchInfo | None = getattr(kind, role)
     return [found.at_layer(path, layer) for path in (branch.modules if branch else ())]
 
 

@@ -15,7 +15,8 @@ from hookmap.verification.check import Check, relative_error
 from hookmap.verification.context import Context, branch_modules
 
 _ONE_TENSOR = (
-    "mixer_in", "mlp_in", "q", "k", "v", "z", "pattern", "mlp_post", "router_logits", "router_indices", "router_weights"
+    "mixer_in", "cross_attn_in", "mlp_in", "q", "k", "v", "z", "pattern", "mlp_post",
+    "router_logits", "router_indices", "router_weights",
 )  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def _is_bare(run: Context, kind: BlockKind, point: str) -> bool:
         return False
     if len(terms) > 1:
         return bare is None or added is None or _is_multiple(added, bare, run.tolerance)
-    role, path = "mlp" if point.startswith("mlp") else "mixer", run.map.at_layer(terms[0].module, layer)
+    role, path = PointName.of(PointName.of(point).as_mixer()).branch, run.map.at_layer(terms[0].module, layer)
     own = any(f"{path}.".startswith(f"{root}.") for root in branch_modules(run.map, kind, role, layer))
     return own and terms[0].side == "output" and (bare is None or read is None or bare.shape == read.shape)
 

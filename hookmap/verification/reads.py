@@ -79,7 +79,7 @@ def _pairs(kind: BlockKind) -> Iterator[tuple[str, str]]:
     """What each branch reads -> its bare output, or what it adds where no boundary exposes that."""
     for point in kind.points:
         name = PointName.of(point)
-        if name.base not in ("mixer_in", "mlp_in") or name.number == "0":
+        if name.base not in ("mixer_in", "cross_attn_in", "mlp_in") or name.number == "0":
             continue
         raw, out = name.end("out_raw"), name.end("out")
         if raw in kind.points or out in kind.points:
@@ -89,7 +89,7 @@ def _pairs(kind: BlockKind) -> Iterator[tuple[str, str]]:
 def _branch(run: Context, kind: BlockKind, point: str, output: str, layer: int) -> _Branch:
     template = kind.points[point]
     beside = of_template(run.map, point, layer, template.model_copy(update={"terms": template.beside})).terms
-    modules = tuple(branch_modules(run.map, kind, "mixer" if point.startswith("mixer") else "mlp", layer))
+    modules = tuple(branch_modules(run.map, kind, PointName.of(point).branch, layer))
     terms, made = run.selector[point, layer].terms, run.selector[output, layer]
     return _Branch(point, output, layer, terms, beside, made, modules)
 
@@ -209,7 +209,10 @@ def _writing(tensors: Mapping[int, Tensor]) -> Write:
 
 
 def _positions(run: Context, branch: _Branch) -> Check:
-    """Other numbers at one position: an MLP moves there, or at the next too (a token shift); a mixer behind it."""
+    """Other numbers at one position: an MLP moves there, or at the next too (a token shift); a mixer behind it.
+
+    Cross-attention moves there alone: its keys are another's positions.
+    """
     place = POSITIONS // 3
 
     def write(number: int, tensor: Tensor) -> None:
@@ -222,6 +225,8 @@ def _positions(run: Context, branch: _Branch) -> Check:
     moved = (change > run.tolerance * before.square().mean().sqrt()).nonzero().flatten().tolist()
     if branch.point.startswith("mlp"):
         right = moved in ([place], [place, place + 1])
+    elif branch.point.startswith("cross_attn"):
+        right = moved == [place]
     else:
         right = bool(moved) and moved[-1] > place
     detail = f"{branch.point} changed at position {place} moves {branch.output} at {moved}"

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from hookmap.activations import Key
 from hookmap.errors import CaptureError
 from hookmap.loading import modules
+from hookmap.loading.encoder_decoder import with_source
 from hookmap.maps.selectors import Selector, Term
 
 BATCH, POSITIONS = 2, 9
@@ -63,6 +64,7 @@ def forward(
 ) -> Any:
     """The output of one forward pass under `hooks`, with `weights` in place of the model's own of the same names."""
     given = {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids), "use_cache": False, **settings}
+    given = with_source(model, given, torch.Generator().manual_seed(0))
     kwargs = {parameter: given[name] for name, parameter in modules.accepted(model, given).items()}
     with ExitStack() as stack, torch.no_grad():
         for hook in hooks:

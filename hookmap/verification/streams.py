@@ -174,11 +174,16 @@ def _norm_of_last(run: Context, norm: str, last: Tensor, found: Tensor) -> tuple
 
 
 def second_names(run: Context) -> Iterator[Check]:
-    """`attn_in` is `mixer_in` where the mixer is attention; `resid_mid` is `mlp_in` where no norm is between."""
+    """`attn_in` is `mixer_in` of attention; `resid_mid` is what the next branch reads, where no norm is between."""
     names = {point: first for point, _ in run.values if (first := PointName.of(point).as_mixer()) != point}
-    unnormed = {layer for kind in run.map.kinds if kind.norm_placement == "post" for layer in kind.layers}
-    for point, first in (*sorted(names.items()), ("resid_mid", "mlp_in")):
-        layers = [i for name, i in run.values if i is not None and name == point and (point in names or i in unnormed)]
+    post = [kind for kind in run.map.kinds if kind.norm_placement == "post"]
+    two = {layer for kind in post if kind.cross_attn is None for layer in kind.layers}
+    three = {layer for kind in post if kind.cross_attn is not None for layer in kind.layers}
+    every = set(range(run.map.num_layers))
+    pairs = [(point, first, every) for point, first in sorted(names.items())]
+    pairs += [("resid_mid", "mlp_in", two), ("resid_mid", "cross_attn_in", three), ("resid_mid.1", "mlp_in", three)]
+    for point, first, among in pairs:
+        layers = [layer for name, layer in run.values if name == point and layer in among]
         errors = [relative_error(run.values.get((first, layer)), run.values[point, layer]) for layer in layers]
         if errors:
             yield Check("name", tuple(layers), max(errors) <= run.tolerance, f"{point} = {first}", max(errors))

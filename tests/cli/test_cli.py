@@ -423,14 +423,13 @@ def test_a_folder_that_may_not_be_written_is_said_before_a_model_is_loaded(tmp_p
     assert f"cannot write to new/run: no permission in {tmp_path}" in message and "nobody" not in message
 
 
-def test_an_encoder_decoder_is_said_to_be_one(tmp_path: Path) -> None:
-    from transformers import T5Config
+def test_a_model_of_images_is_said_to_be_no_language_model(tmp_path: Path) -> None:
+    from transformers import ViTConfig
 
-    T5Config(d_model=16, num_layers=1).save_pretrained(tmp_path / "t5")
+    ViTConfig(hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path / "vit")
     for command in (("discover",), ("capture", "--points", "resid_mid")):
-        message = failed(*command, str(tmp_path / "t5"))
-        assert "(t5) is an encoder-decoder" in message and "AutoModelForCausalLM" in message
-        assert "Unrecognized configuration class" not in message
+        message = failed(*command, str(tmp_path / "vit"))
+        assert "(vit) is no language model" in message and "Unrecognized configuration class" not in message
 
 
 def test_a_folder_that_is_not_there_is_told_with_those_beside_it() -> None:

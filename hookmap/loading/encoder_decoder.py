@@ -1,0 +1,140 @@
+"""Encoder-decoders: which argument holds the decoder's tokens, and what an encoder can be given where no prompt is.
+
+The decoder is what hookmap maps: its tokens are the rows. The encoder's input is one more argument of the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from hookmap.errors import ModelError
+from hookmap.loading.modules import model_inside
+
+TOKENS, DECODER_TOKENS = "input_ids", "decoder_input_ids"
+_FEATURES = ("num_mel_bins", "feature_projection_input_dim", "n_mels", "input_feat_per_channel", "hidden_size")
+"""fields of a config that say how many numbers an encoder of sounds reads of each frame"""
+_FRAMES, _SAMPLES = 64, 4000
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model's decoder reads tokens of its own, beside what its encoder reads."""
+    inside = model_inside(model)
+    if inside is None or not getattr(inside.config, "is_encoder_decoder", False):
+        return False
+    return DECODER_TOKENS in inspect.signature(type(inside).forward).parameters
+
+
+def tokens_argument(model: nn.Module) -> str:
+    """The argument of the model that holds the tokens whose rows a map is of."""
+    return DECODER_TOKENS if is_encoder_decoder(model) else TOKENS
+
+
+def encoder_argument(model: nn.Module) -> str:
+    """The argument that an encoder-decoder's encoder reads: `input_ids`, `input_features`, `pixel_values`, …"""
+    inside = model_inside(model)
+    main = str(inside.main_input_name)
+    parameters = list(inspect.signature(type(inside).forward).parameters)
+    return main if main in parameters else parameters[1]
+
+
+def start_token(model: nn.Module) -> int:
+    """The token that the decoder begins with. Raises ModelError where the model names none."""
+    inside = model_inside(model)
+    text = inside.config.get_text_config(decoder=True)
+    for each in (getattr(inside, "generation_config", None), inside.config, text):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            found = getattr(each, name, None)
+            if isinstance(found, list):
+                found = found[0] if found else None
+            if found is not None:
+                return int(found)
+    raise ModelError(
+        f"{type(inside).__name__} names no token that its decoder begins with: set "
+        "model.generation_config.decoder_start_token_id, or give decoder_token_ids with each prompt."
+    )
+
+
+def with_source(model: nn.Module, inputs: dict[str, Any], draw: torch.Generator | None = None) -> dict[str, Any]:
+    """The arguments of a pass over `inputs["input_ids"]`; an encoder-decoder's encoder is given something to read.
+
+    For passes that have no prompt: the tokens are the decoder's then. `draw`: what it reads is random; else all ones.
+    """
+    if not is_encoder_decoder(model):
+        return inputs
+    ids = inputs[TOKENS]
+    given = {name: value for name, value in inputs.items() if name not in (TOKENS, "attention_mask")}
+    return {DECODER_TOKENS: ids, **given, **source(model, len(ids), ids.shape[1], ids.device, draw)}
+
+
+def source(
+    model: nn.Module, rows: int, tokens: int, device: torch.device, draw: torch.Generator | None = None
+) -> dict[str, Any]:
+    """Something for an encoder to read, another number of positions than `tokens`.
+
+    Raises ModelError where it reads what hookmap cannot make.
+    """
+    name = encoder_argument(model)
+    if name == TOKENS:
+        size = _vocabulary(model)
+        ids = torch.ones((rows, tokens + 2), dtype=torch.long)
+        if draw is not None:
+            ids = torch.randint(min(5, size - 1), size, ids.shape, generator=draw)
+        return {TOKENS: ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    tried: list[str] = []
+    for shape in _shapes(model, name):
+        values = torch.ones((rows, *shape)) if draw is None else torch.randn((rows, *shape), generator=draw)
+        parameter = next(model.parameters())
+        given = {name: values.to(device=device, dtype=parameter.dtype)}
+        if (said := _refusal(model, given)) is None:
+            return given
+        tried.append(f"{list(shape)}: {said}")
+    raise ModelError(
+        f"the encoder of {type(model_inside(model)).__name__} reads {name}, of which hookmap could make none that it "
+        f"takes: {'; '.join(tried) or 'no shape follows from its config'}"
+    )
+
+
+def _vocabulary(model: nn.Module) -> int:
+    embedding = model_inside(model).get_encoder().get_input_embeddings()
+    return len(embedding.weight)
+
+
+def _refusal(model: nn.Module, given: dict[str, Any]) -> str | None:
+    """What the encoder says of an input; None where it takes it."""
+    try:
+        with torch.no_grad():
+            model_inside(model).get_encoder()(**given)
+    except Exception as error:  # the model's own code
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+    return None
+
+
+def _shapes(model: nn.Module, name: str) -> Iterator[tuple[int, ...]]:
+    """Shapes that an encoder of sounds or of images may read, without the batch."""
+    configs = _configs(model_inside(model).config)
+    if name == "pixel_values":
+        for config in configs:
+            size = getattr(config, "image_size", None)
+            if size is not None:
+                yield (getattr(config, "num_channels", 3), *(size if isinstance(size, (list, tuple)) else (size, size)))
+    elif name == "input_features":
+        frames = [n for each in configs if (n := getattr(each, "max_source_positions", None))]
+        for field in _FEATURES:
+            for width in {n for each in configs if isinstance(n := getattr(each, field, None), int)}:
+                yield from ((width, 2 * most) for most in frames if most <= 1500)
+                yield (_FRAMES, width)
+                yield (width, _FRAMES)
+    elif name in ("input_values", "inputs"):
+        yield (_SAMPLES,)
+        yield (4 * _SAMPLES,)
+
+
+def _configs(config: Any) -> list[Any]:
+    """A config and all that are in it."""
+    inner = [value for value in vars(config).values() if hasattr(value, "to_dict")]
+    return [config, *(each for part in inner for each in _configs(part))]
