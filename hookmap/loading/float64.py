@@ -23,13 +23,18 @@ def in_float64(root: nn.Module) -> Iterator[None]:
     `root` is as before afterwards. Hold its turn alone. Raises ModelError where the weights are elsewhere, or where
     accelerate brings them while it runs: it would bring them wide.
     """
-    if any(hasattr(part, "_hf_hook") for part in root.modules()) or any(p.is_meta for p in root.parameters()):
+    if not can_be_float64(root):
         raise ModelError("its weights are not here, or come while it runs: no float64")
     embedding: Any = root.get_input_embeddings()  # type: ignore[operator]
     unembedding: Any = root.get_output_embeddings()  # type: ignore[operator]
     tables = [part.weight for part in (embedding, unembedding) if hasattr(part, "weight")]
     with as_it_was(root), torch.no_grad(), _Float64(tables):
         yield
+
+
+def can_be_float64(root: nn.Module) -> bool:
+    """Whether the weights are here: not on the meta device, and not brought by accelerate while the model runs."""
+    return not (any(hasattr(part, "_hf_hook") for part in root.modules()) or any(p.is_meta for p in root.parameters()))
 
 
 @contextlib.contextmanager

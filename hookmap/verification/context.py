@@ -123,8 +123,8 @@ def _observed(found: ArchitectureMap, model: nn.Module, ids: Tensor, selectors: 
     layers_run: list[int] = []
     hooks = [*_layer_hooks(found, model, layers_run), *_crossing_hooks(selectors, crossings)]
     values, output = observe(model, ids, selectors, hooks, output_hidden_states=True)
-    precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    tolerance = 1e-4 if precise else 4e-2
+    dtypes = {value.dtype for value in values.values() if value.is_floating_point()}
+    tolerance = 1e-4 if dtypes <= {torch.float32, torch.float64} else 4e-2
     return Context(found, model, ids, values, tolerance, selectors, output, tuple(crossings), tuple(layers_run))
 
 

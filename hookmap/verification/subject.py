@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hookmap.discovery.discover import config_of, discover
 from hookmap.errors import MapMismatchError, ModelError
 from hookmap.loading import modules
+from hookmap.loading.float64 import can_be_float64, in_float64
 from hookmap.loading.narrow import narrow_copy
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.templates import BlockKind, PointTemplate
@@ -41,6 +44,14 @@ def runnable(source: Any, config: Any, random_weights: bool, trust_remote_code: 
             why = f" ({str(error).splitlines()[0]})"
     model, _ = narrow_copy(config, trust_remote_code)
     return model, f"random weights, narrow width, full depth{why}"
+
+
+def precisely(model: nn.Module) -> AbstractContextManager[None]:
+    """In float64 where the weights are bfloat16 or float16: their rounding hides a wrong tensor, or looks like one."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    root = modules.model_inside(model)
+    narrow = dtypes & {torch.bfloat16, torch.float16} and all(dtype.is_floating_point for dtype in dtypes)
+    return in_float64(root) if narrow and root is not None and can_be_float64(root) else nullcontext()
 
 
 def discovered(source: Any, trust_remote_code: bool = False) -> ArchitectureMap:

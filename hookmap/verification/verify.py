@@ -70,7 +70,7 @@ def verify(
     found = architecture_map or subject.discovered(source if config is None else config, trust_remote_code)
     subject.check_architecture(found, model)
     found, checked = subject.for_narrow_copy(found, model) if is_copy else (found, found)
-    with modules.eager(model), modules.plain_experts(model):
+    with modules.eager(model), modules.plain_experts(model), subject.precisely(model):
         return Verification(found, on, tuple(checks_of(checked, model, seed)))
 
 

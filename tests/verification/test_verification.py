@@ -37,6 +37,15 @@ def test_a_right_map_passes(name: str) -> None:
     assert ("final_norm" in names) == ("final_norm" in result.architecture_map.points)
 
 
+def test_a_model_in_bfloat16_is_verified_without_its_rounding() -> None:
+    """Rounding hid a wrong tensor of a percent, and large activations of a trained model made a right map fail."""
+    model = plain_hooks.build("llama").to(torch.bfloat16)
+    result = verify(model)
+    assert result.passed
+    assert max(check.error or 0.0 for check in result.checks) < 1e-9
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
 # Each wrong place has the right shape: only numbers can tell.
 @pytest.mark.parametrize(
     ("point", "term", "check"),
