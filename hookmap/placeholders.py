@@ -1,4 +1,4 @@
-"""Files that are there and are not what their names say: Git LFS pointers, and formats that are not read."""
+"""Files that are not what their names say: Git LFS pointers, and GGUF files under other names."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,21 +32,13 @@ def pointers_told(folder: Path, names: list[str]) -> str:
     return f"{shown} {are}: Git has not fetched the contents. Type: git -C {folder} lfs pull"
 
 
-def is_gguf(path: Path) -> bool:
+def is_gguf(file: str | Path) -> bool:
     """Whether this is a GGUF file: by its name, or its first bytes."""
+    path = Path(file)
     if path.suffix.lower() == ".gguf":
         return True
     try:
-        with path.open("rb") as file:
-            return file.read(4) == b"GGUF"
+        with path.open("rb") as opened:
+            return opened.read(4) == b"GGUF"
     except OSError:
         return False
-
-
-def gguf_told(path: Path) -> str:
-    """That no model is read from a GGUF file, and what can be given instead."""
-    return (
-        f"{path} is a GGUF file, and hookmap reads no models from those. Give the folder or the hub id of the model "
-        f'that it was made from; or load it with transformers, from_pretrained("{path.parent}", '
-        f'gguf_file="{path.name}"), and give the module: hookmap.open(module, tokenizer=...)'
-    )

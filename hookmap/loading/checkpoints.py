@@ -11,7 +11,7 @@ from torch import nn
 from hookmap.errors import ModelError, TokenizerError
 from hookmap.loading import configs, hub
 from hookmap.loading.config_fields import with_fields
-from hookmap.placeholders import pointers, pointers_told
+from hookmap.placeholders import is_gguf, pointers, pointers_told
 
 log = logging.getLogger("hookmap")
 
@@ -43,10 +43,13 @@ def load_model(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_device(device)
+    where, arguments = hub.for_transformers(source)
+    if "gguf_file" in arguments:
+        arguments |= _dequantised(source)
     try:
         with hub.quiet():
             model, found = maker.from_pretrained(
-                source,
+                where,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told below, with the sizes
                 dtype=dtype,
@@ -54,7 +57,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 revision=revision,
                 **({"config": settings} if config else {}),
-                **hub.source_arguments(source),
+                **arguments,
             )
     except Exception as error:  # as above
         raise ModelError(f"cannot load the model {str(source)!r}: {hub.explain(error, source)}") from error
@@ -76,8 +79,19 @@ def load_model(
             "task needs; if they are of the blocks, config.json is another model's, and every tensor is wrong.",
             source, type(model).__name__, len(unused), ", ".join(unused[:4]), ", …" if len(unused) > 4 else "",
         )  # fmt: skip
+    if "gguf_file" in arguments:
+        model.config._name_or_path = str(source)  # transformers writes the folder that the file is in
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def _dequantised(source: str | Path) -> dict[str, Any]:
+    """Arguments with which transformers unpacks the weights of a GGUF file: hooks see plain modules then."""
+    import transformers
+
+    log.warning("%s: the weights of a GGUF file are dequantised; it takes the memory of the whole model.", source)
+    packed = getattr(transformers, "GgufConfig", None)  # before it came, transformers always unpacked them
+    return {} if packed is None else {"quantization_config": packed(dequantize=True)}
 
 
 def _check_device(device: Any) -> None:
@@ -99,7 +113,10 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revis
     from transformers import AutoTokenizer
 
     folder = Path(source)
-    if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+    if is_gguf(folder) and folder.is_file() and _holds_tokenizer(folder.parent):
+        source = folder = folder.parent  # the tokenizer that the model came with; transformers would mix the two
+    where, arguments = hub.for_transformers(source)
+    if folder.is_dir() and not _holds_tokenizer(folder):
         raise TokenizerError(f"{folder} holds no tokenizer (tokenizer.json or the like). {_GIVE_ONE}")
     names = pointers(folder, _TOKENIZER_TEXTS) if folder.is_dir() else []
     if "tokenizer.json" not in names and (folder / "tokenizer.json").is_file():  # beside it, no *.model is read
@@ -109,9 +126,13 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revis
     try:
         with hub.quiet():
             return AutoTokenizer.from_pretrained(
-                source, trust_remote_code=trust_remote_code, revision=revision, **hub.source_arguments(source)
+                where, trust_remote_code=trust_remote_code, revision=revision, **arguments
             )
     except Exception as error:  # as above: missing files, missing libraries, a gate
         raise TokenizerError(
             f"cannot load the tokenizer of {str(source)!r}: {hub.explain(error, source)}\n{_GIVE_ONE}"
         ) from error
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))

@@ -33,10 +33,12 @@ def load_config(source: str | Path, trust_remote_code: bool = False, revision: s
     from transformers import AutoConfig
 
     hub.check_source(source)
-    arguments = {"trust_remote_code": trust_remote_code, "revision": revision, **hub.source_arguments(source)}
+    where, arguments = hub.for_transformers(source)
     try:
         with hub.quiet():
-            return AutoConfig.from_pretrained(source, **arguments)
+            return AutoConfig.from_pretrained(
+                where, trust_remote_code=trust_remote_code, revision=revision, **arguments
+            )
     except Exception as error:  # a missing file, a gate, a broken file, code that is not trusted: each its own class
         raise ModelError(f"cannot load the model {str(source)!r}: {hub.explain(error, source)}") from error
 

@@ -16,14 +16,23 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hookmap.errors import ModelError
-from hookmap.placeholders import gguf_told, is_gguf, pointers, pointers_told
+from hookmap.placeholders import is_gguf, pointers, pointers_told
 
 _NO_NETWORK = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectionError"}
 
 
-def source_arguments(source: str | Path) -> dict[str, Any]:
-    """Arguments for `from_pretrained` with which it does not wait for an unreachable hub."""
-    return {"local_files_only": True} if Path(source).exists() or not reachable() else {}
+def for_transformers(source: str | Path) -> tuple[str | Path, dict[str, Any]]:
+    """What `from_pretrained` is given for `source`: a folder or a hub id, and arguments.
+
+    With them it does not wait for an unreachable hub, and reads a GGUF file: a local one, or `owner/name/FILE.gguf`.
+    """
+    offline = {"local_files_only": True} if Path(source).exists() or not reachable() else {}
+    if not is_gguf(source):
+        return source, offline
+    if Path(source).exists():
+        return Path(source).parent, {"gguf_file": Path(source).name, **offline}
+    owner, name, file = str(source).split("/", 2)
+    return f"{owner}/{name}", {"gguf_file": file, **offline}
 
 
 @lru_cache(maxsize=1)
@@ -45,9 +54,14 @@ def reachable() -> bool:
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether `source` can only mean a repository: `name` or `owner/name`, and no folder of that name is there."""
+    """Whether `source` can only mean a repository, `name` or `owner/name`, or a GGUF file in one, `owner/name/FILE`.
+
+    No folder or file of that name is there.
+    """
     text = str(source)
-    return text.count("/") <= 1 and not text.startswith((".", "~", os.sep)) and not Path(text).exists()
+    parts = text.count("/") + 1
+    fits = parts >= 3 if is_gguf(text) else parts <= 2
+    return fits and not text.startswith((".", "~", os.sep)) and not Path(text).exists()
 
 
 def check_source(source: str | Path) -> None:
@@ -63,14 +77,21 @@ def check_source(source: str | Path) -> None:
                     f'hookmap.open(peft.AutoPeftModelForCausalLM.from_pretrained("{folder}"), tokenizer=...)'
                 )
             if files := sorted(folder.glob("*.gguf")):
-                raise ModelError(gguf_told(files[0]))
+                found = ", ".join(file.name for file in files[:8]) + (", …" if len(files) > 8 else "")
+                raise ModelError(f"{folder} holds GGUF files ({found}) and no config.json. Give one file: {files[0]}")
             inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
             raise ModelError(
                 f"{folder} is no model folder: expected a config.json in it, found {inside}. "
                 "Give a folder that save_pretrained wrote."
             )
-    elif is_gguf(folder):
-        raise ModelError(gguf_told(folder) if folder.is_file() else f"there is no file {source}.")
+    elif is_gguf(source):
+        if not folder.is_file() and not is_hub_id(source):
+            raise ModelError(f"there is no file {source}. Give a GGUF file, or one on the hub: owner/name/FILE.gguf")
+        if folder.is_file() and folder.suffix != ".gguf":
+            raise ModelError(
+                f"{folder} is a GGUF file, and transformers reads those only under names that end in .gguf. "
+                f"Give it one: ln -s {folder.resolve()} {folder.name}.gguf"
+            )
     elif folder.is_file():  # transformers would take any JSON with a model_type, such as a map, for a config
         raise ModelError(f"{folder} is a file: expected a model folder or a hub id. A map: hookmap show {folder}")
     elif not is_hub_id(source):
@@ -104,6 +125,8 @@ def explain(error: BaseException, source: str | Path) -> str:
             "its weights are a pickle that holds more than tensors, and unpickling that would run whatever code is in "
             "it. It is not loaded. Give a folder with safetensors files, as save_pretrained writes them."
         )
+    if is_gguf(source) and "gguf" in said.lower() and "ImportError" in names:
+        return 'reading GGUF files needs the gguf package: pip install "hookmap[gguf]"'
     if Path(source).is_dir() and (lacking := pointers(Path(source))):
         return pointers_told(Path(source), lacking)
     if not is_hub_id(source):

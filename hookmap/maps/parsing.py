@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from hookmap.errors import MapError, MapNotFoundError
 from hookmap.maps.document import ArchitectureMap, schema
-from hookmap.placeholders import gguf_told, is_gguf, is_pointer, pointers_told
+from hookmap.placeholders import is_gguf, is_pointer, pointers_told
 from hookmap.wording import counted, did_you_mean
 
 
@@ -18,7 +18,7 @@ def load(path: str | Path) -> ArchitectureMap:
     """The map in the file `path`. Raises MapNotFoundError or MapError, see `parse`."""
     file = Path(path)
     if is_gguf(file) and file.is_file():
-        raise MapError(gguf_told(file))
+        raise MapError(f"{file} is a GGUF file, a model. Its map: hookmap discover {file}")
     if is_pointer(file):
         raise MapError(pointers_told(file.parent, [file.name]))
     try:

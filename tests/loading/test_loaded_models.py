@@ -456,14 +456,6 @@ def test_other_git_lfs_pointers_are_named(tmp_path: Path) -> None:
         load_vector(tmp_path / "vector.safetensors")
 
 
-@pytest.mark.parametrize("ask", [hookmap.open, hookmap.discover, hookmap.load_map])
-def test_a_gguf_file_is_named_and_not_taken_for_a_map(ask: Any, tmp_path: Path) -> None:
-    for name in ("model.gguf", "no_ending"):
-        (tmp_path / name).write_bytes(b"GGUF\x03\x00\x00\x00")
-        with pytest.raises(hookmap.HookmapError, match=rf"{name} is a GGUF file, and hookmap reads no models"):
-            ask(tmp_path / name)
-
-
 def test_a_folder_that_holds_an_adapter_alone_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(hookmap.ModelError, match=r"holds a PEFT adapter, and no model.*AutoPeftModelForCausalLM"):
