@@ -5,6 +5,7 @@
 # make test-oldest    the core tests on the oldest transformers that is allowed, in .venv-oldest
 # make test-newest    the core tests on the newest version of everything, in .venv-newest; prints how maps differ there
 # make lock           writes constraints.txt anew, the versions that all other targets install
+# make real           fetches a really trained model (93 MB, once), and runs the tests on it
 # make test-peers     compares with TransformerLens and nnterp, each in an environment of its own (docs/comparison.md)
 # make test-clients   openai, litellm, inspect_ai and lm-eval against `hookmap serve`, each in its own environment
 # make docs          builds the documentation as a site in site/, offline; a broken link or name fails
@@ -25,7 +26,7 @@ CHECK_MAPS = maps check $(FAMILIES) --jobs $(WORKERS)
 CORE_TESTS := tests/discovery/test_discovery.py tests/capture/test_engines.py tests/loading/test_multimodal.py
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: demo test test-fast test-maps test-oldest test-newest lock test-peers test-clients setup check docs format schema clean
+.PHONY: demo real test test-fast test-maps test-oldest test-newest lock test-peers test-clients setup check docs format schema clean
 
 demo: .venv/.ready
 	@rm -rf demo-output
@@ -43,7 +44,7 @@ check:
 	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: .venv/.ready-for-tests
-	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not many"
+	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not many and not real"
 
 test-maps: .venv/.ready-for-tests
 	$(OFFLINE) $(BIN)/hookmap $(CHECK_MAPS)
@@ -57,6 +58,11 @@ test-newest:
 	$(PYTHON) scripts/setup.py --newest
 	$(OFFLINE) .venv-newest/bin/python -m pytest -W default -n $(WORKERS) $(CORE_TESTS)
 	$(OFFLINE) .venv-newest/bin/hookmap $(CHECK_MAPS) --allow-drift
+
+# The model is kept in ~/.cache/hookmap; HOOKMAP_REAL_MODEL names another one.
+real: .venv/.ready-for-tests
+	source="$$($(BIN)/python scripts/real_model.py)" && \
+	  $(OFFLINE) HOOKMAP_REAL_MODEL="$$source" $(BIN)/python -m pytest -m real tests/real
 
 lock:
 	$(PYTHON) scripts/setup.py --lock

@@ -1,0 +1,141 @@
+"""What hookmap shows, on a model that was really trained: SmolLM2-135M-Instruct. `make real` runs these tests.
+
+Each is held against plain hooks around transformers' own `generate`, or against what such a model is known to do.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hookmap
+
+pytestmark = pytest.mark.real
+
+CHAT = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
+CLEAN, CORRUPTED = "The capital of France is", "The capital of Italy is"
+
+
+@pytest.fixture(scope="module")
+def source() -> str:
+    if "HOOKMAP_REAL_MODEL" not in os.environ:
+        pytest.skip("no real model here: run `make real`")
+    return os.environ["HOOKMAP_REAL_MODEL"]
+
+
+@pytest.fixture(scope="module")
+def hm(source: str) -> Any:
+    return hookmap.open(source, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def exact(source: str) -> Iterator[Any]:
+    """In float32: the model's own rounding is out of the way."""
+    return hookmap.open(source, device="cpu", dtype=torch.float32)
+
+
+def test_rows_are_those_of_plain_hooks_around_generate(hm: Any) -> None:
+    run = hm.capture([CHAT], points=["resid_pre", "resid_mid", "mixer_out", "mlp_out"], layers=[0, 15, 29],
+                     max_new_tokens=8)  # fmt: skip
+    seen: dict[tuple[str, int], list[torch.Tensor]] = {}
+    model, handles = hm.model, []
+    for layer in (0, 15, 29):
+        block = model.model.layers[layer]
+
+        def keep(point: str, layer: int = layer) -> Any:
+            return lambda module, args, output=None: seen.setdefault((point, layer), []).append(
+                args[0] if point.startswith("resid") else output[0] if isinstance(output, tuple) else output
+            )
+
+        handles += [block.self_attn.register_forward_hook(keep("mixer_out"))]
+        handles += [block.mlp.register_forward_hook(keep("mlp_out"))]
+        handles += [block.post_attention_layernorm.register_forward_pre_hook(keep("resid_mid"))]
+        handles += [block.input_layernorm.register_forward_pre_hook(keep("resid_pre"))]
+    ids = hm.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.generate(**ids, max_new_tokens=8, do_sample=False)
+    for handle in handles:
+        handle.remove()
+    assert tokens[0].tolist() == list(run.tokens[0])[: tokens.shape[1]]
+    assert "Paris" in run.texts[0]
+    for (point, layer), rows in seen.items():
+        want = torch.cat(rows, 1)
+        assert torch.equal(run[point, layer][:, : want.shape[1]], want), (point, layer)
+
+
+def test_the_map_is_the_shipped_one_and_every_check_passes(source: str, hm: Any) -> None:
+    assert {s.point: s.terms for s in hookmap.load_map("LlamaForCausalLM").selectors("all", 0)} == {
+        s.point: s.terms for s in hm.map.selectors("all", 0)
+    }
+    result = hookmap.verify(source)
+    assert result.passed, [check for check in result.checks if not check.passed]
+
+
+def test_a_batch_gives_the_rows_of_each_prompt_alone(exact: Any) -> None:
+    prompts = ["The sky is", "In 1969, the first man who walked on the moon was", "2 + 2 ="]
+    together = exact.capture(prompts, points="resid_post", layers=[14, 29], max_new_tokens=6, batch_size=3)
+    for number, prompt in enumerate(prompts):
+        alone = exact.capture(prompt, points="resid_post", layers=[14, 29], max_new_tokens=6)
+        assert alone.texts[0] == together.texts[number]
+        for layer in (14, 29):
+            rows = together["resid_post", layer][number]
+            torch.testing.assert_close(rows, alone["resid_post", layer][0], rtol=1e-4, atol=2e-2)
+
+
+def test_the_lens_sees_the_answer_come_up(exact: Any) -> None:
+    ids = exact.tokenizer(CLEAN, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = exact.model(ids).logits[0, -1]
+    lens = exact.lens(CLEAN)
+    assert lens.top_ids[-1, -1, 0] == logits.argmax()
+    paris = exact.lens(CLEAN, target=" Paris")
+    ranks = paris.rank[:, -1]
+    assert ranks[-1] == 1 + (logits > logits[paris.target_ids[-1]]).sum()
+    assert ranks[0] > 1000
+    assert ranks[-1] <= 3
+
+
+def test_the_parts_of_a_logit_add_up(exact: Any) -> None:
+    ids = exact.tokenizer(CLEAN, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = exact.model(ids).logits[0, -1]
+    right, wrong = (exact.tokenizer(word)["input_ids"][0] for word in (" Paris", " Rome"))
+    parts = exact.attribute(CLEAN, target=" Paris", against=" Rome")
+    assert parts.values[:, -1].sum() == pytest.approx(float(logits[right] - logits[wrong]), abs=1e-2)
+
+
+def test_patching_finds_where_the_country_is_read_and_where_the_answer_stands(exact: Any) -> None:
+    """Early, the country's token holds what decides; in the end, the last token does."""
+    sweep = exact.sweep(CLEAN, CORRUPTED, " Paris", against=" Rome", point="resid_post", layers=[2, 27])
+    effect = sweep.effect.values
+    country = sweep.effect.tokens.index(" Italy") if " Italy" in sweep.effect.tokens else 3
+    assert effect[0, country] > 0.8
+    assert abs(effect[0, -1]) < 0.2
+    assert effect[1, -1] > 0.8
+    assert abs(effect[1, country]) < 0.2
+
+
+def test_a_capture_on_disk_is_the_one_in_memory(hm: Any, tmp_path: Path) -> None:
+    choice: dict[str, Any] = {"points": ["resid_post", "z"], "layers": [3, 20], "max_new_tokens": 4}
+    here = hm.capture([CHAT], **choice)
+    hm.capture([CHAT], **choice, store=tmp_path / "run")
+    kept = hookmap.open_store(tmp_path / "run")
+    assert kept.texts == here.texts
+    for key in here.keys:
+        assert kept[key].dtype == torch.bfloat16
+        assert torch.equal(kept[key], here[key])
+
+
+def test_its_gguf_file_is_the_same_model(source: str, hm: Any) -> None:
+    files = sorted(Path(source).glob("gguf/*.gguf"))
+    if not files:
+        pytest.skip("this real model did not come as GGUF")
+    opened = hookmap.open(files[0], device="cpu", dtype=torch.bfloat16)
+    theirs = dict(hm.model.named_parameters())
+    for name, weight in opened.model.named_parameters():
+        assert torch.equal(weight, theirs[name]), name
+    ours, folder = (each.capture([CHAT], points="resid_post", layers=29, max_new_tokens=6) for each in (opened, hm))
+    assert ours.texts == folder.texts
+    assert torch.equal(ours["resid_post", 29], folder["resid_post", 29])
