@@ -103,7 +103,7 @@ def eager(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_experts(model: nn.Module) -> Iterator[None]:
-    """Experts computed by PyTorch where a library's kernel computes them, which no dataflow shows; restored afterwards."""
+    """Experts run in PyTorch where they would in a kernel, which no dataflow shows; restored afterwards."""
     with _set(model, "_experts_implementation", lambda own: own if own in _PLAIN_EXPERTS else "eager"):
         yield
 
