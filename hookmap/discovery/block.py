@@ -50,25 +50,26 @@ class Branch:
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a list, as its dataflow shows it."""
+    """One run of a block of a list, as its dataflow shows it."""
 
     values: Values
     layers: LayerList
     number: int
+    run: int = 0
 
     @property
     def call(self) -> ModuleCall:
-        return self.layers.calls[self.number]
+        return self.layers.calls[self.number, self.run]
 
     @property
     def entry(self) -> int:
         """The value of the stream that enters."""
-        return self.layers.streams[self.number][0]
+        return self.layers.streams[self.number, self.run][0]
 
     @property
     def exit(self) -> int:
         """The value of the stream that leaves."""
-        return self.layers.streams[self.number][1]
+        return self.layers.streams[self.number, self.run][1]
 
     @property
     def seq(self) -> int:

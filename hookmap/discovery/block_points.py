@@ -81,7 +81,7 @@ def points_of_block(block: Block) -> BlockPoints:
 
 
 def _locator(block: Block) -> Locator:
-    templates = {each.replace("{i}", str(block.number)): each for each in block.layers.lists}
+    templates = {each.replace("{i}", block.layers.name(block.number)): each for each in block.layers.lists}
     return Locator(block.values, block.call, block.seq, templates, block.layers.rows)
 
 

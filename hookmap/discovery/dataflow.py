@@ -225,12 +225,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._clock
 
     def _path(self, module: nn.Module) -> str:
-        """The path of this call; of a shared module's paths, the one inside the caller, or each of several in turn."""
+        """The path of this call; of a shared module's paths, one inside the caller and numbered, or several in turn."""
         paths = self._paths[id(module)]
         if self._stack and len(paths) > 1:
             parent = self.flow.calls[self._stack[-1]].path
             inside = [path for path in paths if not parent or path.startswith(parent + ".")]
             paths = inside or paths
+            paths = [path for path in paths if path.rpartition(".")[2].isdecimal()] or paths
         turn = self._turns.setdefault(paths[0], itertools.count()) if len(paths) > 1 else itertools.count()
         return paths[next(turn) % len(paths)]
 

@@ -16,6 +16,7 @@ from hookmap._version import __version__
 from hookmap.discovery.block import Block
 from hookmap.discovery.block_points import BlockPoints, points_of_block
 from hookmap.discovery.dataflow import Dataflow, record
+from hookmap.discovery.each_run import points_of_runs
 from hookmap.discovery.full_width import at_full_width
 from hookmap.discovery.layer_choice import find_layers
 from hookmap.discovery.layer_list import LayerList
@@ -30,6 +31,7 @@ from hookmap.loading.quantised import plain_products
 from hookmap.loading.wrappers import check_wrapper, named
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import POINTS
+from hookmap.maps.runs import text_of
 from hookmap.maps.templates import BlockKind, PointTemplate
 
 
@@ -137,8 +139,11 @@ def assemble(
     values = Values(flow)
     layers = find_layers(values, seq)
     readings: dict[int, BlockPoints] = {}
-    for number in sorted(layers.streams):
-        readings[number] = points_of_block(Block(values, layers, number))
+    for number in sorted({number for number, _ in layers.streams}):
+        times = range(layers.times(number))
+        if all((number, run) in layers.streams for run in times):
+            runs = [points_of_block(Block(values, layers, number, run)) for run in times]
+            readings[number] = points_of_runs(values, layers, number, runs)
     kinds = _kinds(layers, readings, values)
     outside = read_outside(values, layers, seq)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
@@ -160,6 +165,8 @@ def assemble(
         d_vocab=outside.d_vocab,
         embedding_path=outside.embedding_path,
         layers_path=layers.path,
+        layer_names=layers.names,
+        runs=_order(layers),
         final_norm_path=outside.final_norm_path,
         lm_head_path=outside.lm_head_path,
         model_points=_templates(outside.locations),
@@ -169,6 +176,13 @@ def assemble(
         left_out=layers.uncovered_lists,
         discovered_by=how,
     )
+
+
+def _order(layers: LayerList) -> str:
+    """The order in which the blocks run; nothing where each runs once, as they are numbered."""
+    order = sorted(layers.calls, key=lambda run: layers.calls[run].enter)
+    numbers = [number for number, _ in order]
+    return "" if numbers == sorted(set(numbers)) else text_of(numbers)
 
 
 def _kinds(layers: LayerList, readings: dict[int, BlockPoints], values: Values) -> tuple[BlockKind, ...]:
@@ -187,9 +201,7 @@ def _kinds(layers: LayerList, readings: dict[int, BlockPoints], values: Values) 
 
 def _kind(layers: LayerList, number: int, reading: BlockPoints | None, values: Values) -> BlockKind:
     if reading is None:
-        reason = (
-            "this layer is never called on text alone" if number not in layers.calls else "no stream was found in it"
-        )
+        reason = "no stream was found in it" if layers.times(number) else "this layer is never called on text alone"
         names = [name for name, point in POINTS.items() if point.per_layer]
         return BlockKind(
             name="not_called", block_class="", layers=(), branch_order="other", norm_placement="other",
@@ -198,12 +210,12 @@ def _kind(layers: LayerList, number: int, reading: BlockPoints | None, values: V
     name = "+".join(branch.type for branch in (reading.mixer, reading.mlp) if branch is not None)
     return BlockKind(
         name=name or reading.branch_order,
-        block_class=type(layers.calls[number].module).__name__,
+        block_class=type(layers.calls[number, 0].module).__name__,
         layers=(),
         branch_order=reading.branch_order,
         norm_placement=reading.norm_placement,
-        axes=captured_axes(values.shape(layers.streams[number][0]), layers.seq),
-        calls=layers.runs[number],
+        axes=captured_axes(values.shape(layers.streams[number, 0][0]), layers.seq),
+        calls=layers.times(number),
         mixer=reading.mixer,
         mlp=reading.mlp,
         cross_attn=reading.cross_attn,

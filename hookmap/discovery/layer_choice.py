@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
-from math import ceil
 
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.layer_list import LayerList, Numbered, Rows, additions, chain, numbered_modules, scattered
@@ -28,9 +26,7 @@ def find_layers(values: Values, seq: int) -> LayerList:
         best = _leading(values, groups, best, output)
     for reason in _contradictions(values, best, candidates, output):
         raise DiscoveryError(reason)
-    found = replace(
-        best, uncovered_lists=_outermost(list(_uncovered(values, best, groups, output))), runs=_runs(values, best)
-    )
+    found = replace(best, uncovered_lists=_outermost(list(_uncovered(values, best, groups, output))))
     return found if found.seq == seq else replace(found, tokens=seq, rows=_rows_of_tokens(values, found, seq))
 
 
@@ -71,12 +67,18 @@ def _positions(values: Values, group: Numbered) -> set[int]:
 
 def _rank(values: Values, layers: LayerList) -> tuple[int, int, int, int]:
     """Blocks add to a stream; the steps of an MLP only hand a tensor on."""
-    return _adding(values, layers), len(layers.streams), -layers.path.count("."), -layers.first.enter
+    return (
+        _adding(values, layers),
+        len({number for number, _ in layers.streams}),
+        -layers.path.count("."),
+        -layers.first.enter,
+    )
 
 
 def _adding(values: Values, layers: LayerList) -> int:
-    """How many of the blocks add to the stream."""
-    return sum(additions(values, layers.calls[n], stream) > 0 for n, stream in layers.streams.items())
+    """How many of the blocks add to the stream, in their first run."""
+    first = [(layers.calls[run], stream) for run, stream in layers.streams.items() if run[1] == 0]
+    return sum(additions(values, call, stream) > 0 for call, stream in first)
 
 
 def _leading(values: Values, groups: list[Numbered], best: LayerList, output: set[int]) -> LayerList:
@@ -90,7 +92,7 @@ def _leading(values: Values, groups: list[Numbered], best: LayerList, output: se
         )
 
     def total(layers: LayerList) -> int:
-        return sum(additions(values, layers.calls[n], stream) for n, stream in layers.streams.items())
+        return sum(additions(values, layers.calls[run], stream) for run, stream in layers.streams.items())
 
     return max(leading, key=lambda layers: (total(layers), *_rank(values, layers)))
 
@@ -112,17 +114,6 @@ def _computed_from(values: Values, tensors: Iterable[int]) -> set[int]:
 # What is known of the chosen list -------------------------------------------------------------------------------------
 
 
-def _runs(values: Values, layers: LayerList) -> dict[int, int]:
-    """How often each block runs. A block that stands in the list several times runs once for each of its numbers."""
-    modules = Counter(id(call.module) for call in values.flow.calls)
-    numbers = Counter(id(call.module) for call in layers.calls.values())
-    paths = Counter(call.path for call in values.flow.calls)
-    return {
-        n: max(paths[call.path], ceil(modules[id(call.module)] / numbers[id(call.module)]))
-        for n, call in layers.calls.items()
-    }
-
-
 def _uncovered(values: Values, best: LayerList, groups: list[Numbered], output: set[int]) -> Iterator[LayerList]:
     """Other lists, neither inside the blocks nor around them, whose blocks add to a stream that leads to the output."""
     blocks = best.calls.values()
@@ -132,7 +123,7 @@ def _uncovered(values: Values, best: LayerList, groups: list[Numbered], output: 
         if group.path == best.path or not apart or len(lengths) != 1:
             continue
         other = chain(values, group, lengths.pop())
-        if other is not None and other.end in output and _adding(values, other) == len(other.streams):
+        if other is not None and other.end in output and _adding(values, other) == len(other.numbers):
             yield other
 
 
@@ -143,7 +134,7 @@ def _outermost(lists: list[LayerList]) -> tuple[str, ...]:
 
 def _rows_of_tokens(values: Values, layers: LayerList, seq: int) -> Rows:
     """The first or the last positions of the stream, as the model cuts the tokens' out behind the blocks."""
-    end = layers.calls[max(layers.streams)].exit
+    end = layers.last.exit
     for op in values.flow.operations:
         if op.name == "slice" and op.time > end and len(op.args) > 2:
             before, after = (values.shape(t)[op.args[1]] for t in (op.inputs[0], op.outputs[0]))

@@ -2,13 +2,14 @@
 
 A candidate is a group of modules whose paths differ in one number, each of which hands a tensor [.., pos, d] to the
 next. Among the candidates the one whose blocks add to the stream is chosen. No other part of a module's name is asked.
+A block may run several times in one forward pass: everything is known of each run.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -17,8 +18,12 @@ from hookmap.discovery.linear import linear_path
 from hookmap.discovery.values import Values
 
 Rows = Literal["all", "first", "last"]
+Run = tuple[int, int]
+"""the number of a block, and which of its runs in one forward pass, from 0"""
 Stream = tuple[int, int]
 """the value of the residual stream that enters a block, and the one that leaves it"""
+_Handed = dict[tuple[Run, Run], dict[Place, int]]
+"""two runs, one behind the other -> place in the arguments of the second -> the value that the first hands it"""
 
 
 @dataclass(frozen=True)
@@ -27,17 +32,22 @@ class Numbered:
 
     path: str
     """template over `{i}`"""
-    calls: dict[int, ModuleCall]
-    """number -> the first call of the module; a number that is missing was never called"""
+    calls: dict[Run, ModuleCall]
+    """each call of each module; a number that is missing was never called"""
 
     @property
     def length(self) -> int:
-        return max(self.calls) + 1
+        return max(number for number, _ in self.calls) + 1
 
     @property
-    def order(self) -> list[int]:
-        """The numbers, in the order of the calls."""
-        return sorted(self.calls, key=lambda number: self.calls[number].enter)
+    def order(self) -> list[Run]:
+        """The runs, in the order of the calls."""
+        return sorted(self.calls, key=lambda run: self.calls[run].enter)
+
+    @property
+    def numbers(self) -> set[int]:
+        """The numbers that were called."""
+        return {number for number, _ in self.calls}
 
 
 @dataclass(frozen=True)
@@ -46,11 +56,10 @@ class LayerList:
 
     path: str
     """template over `{i}`"""
-    calls: dict[int, ModuleCall]
-    """block number -> its first call; a number that is missing was never called"""
+    calls: dict[Run, ModuleCall]
+    """each run of each block; a number that is missing was never called"""
     length: int
-    streams: dict[int, Stream]
-    """block number -> its stream, of the first call"""
+    streams: dict[Run, Stream]
     width: int
     seq: int
     """positions of the stream, usually as many as tokens"""
@@ -61,15 +70,28 @@ class LayerList:
     """templates of all lists that the modules of a block are in; more than `path` where a block is no module"""
     contiguous: bool = True
     """the stream that leaves a block enters the next unchanged; not so where the model adds to it between them (BLT)"""
+    names: tuple[str, ...] = ()
+    """what `{i}` is for each block, where that is not its number"""
     uncovered_lists: tuple[str, ...] = ()
     """templates of other lists of blocks that the output is computed through"""
-    runs: dict[int, int] = field(default_factory=dict)
-    """block number -> how often the block runs in one forward pass"""
 
     @property
-    def order(self) -> list[int]:
-        """The numbers of the blocks with a stream, in the order of their calls."""
-        return sorted(self.streams, key=lambda number: self.calls[number].enter)
+    def order(self) -> list[Run]:
+        """The runs with a stream, in the order of their calls."""
+        return sorted(self.streams, key=lambda run: self.calls[run].enter)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The blocks with a stream."""
+        return sorted({number for number, _ in self.streams})
+
+    def name(self, number: int) -> str:
+        """What `{i}` is for a block."""
+        return self.names[number] if self.names else str(number)
+
+    def times(self, number: int) -> int:
+        """How often a block runs in one forward pass."""
+        return sum(block == number for block, _ in self.calls)
 
     @property
     def first(self) -> ModuleCall:
@@ -81,17 +103,20 @@ class LayerList:
 
     @property
     def end(self) -> int:
-        """The value of the stream that leaves the block of the highest number."""
-        return self.streams[max(self.streams)][1]
+        """The value of the stream that leaves the block that runs last."""
+        return self.streams[self.order[-1]][1]
 
 
 def numbered_modules(values: Values) -> list[Numbered]:
     """All groups of modules whose paths end in a number and differ in no other part."""
-    found: dict[str, dict[int, ModuleCall]] = {}
+    found: dict[str, dict[Run, ModuleCall]] = {}
+    times: Counter[str] = Counter()
     for call in values.flow.calls:
         parent, _, last = call.path.rpartition(".")
         if last.isdecimal():
-            found.setdefault(f"{parent}.{{i}}" if parent else "{i}", {}).setdefault(int(last), call)
+            run = int(last), times[call.path]
+            found.setdefault(f"{parent}.{{i}}" if parent else "{i}", {})[run] = call
+            times[call.path] += 1
     return [Numbered(path, calls) for path, calls in found.items()]
 
 
@@ -103,14 +128,14 @@ def chain(values: Values, modules: Numbered, seq: int, linked: bool = False) -> 
 
     `linked`: what leaves a block may be added to, or scaled, before it enters the next.
     """
-    if len(modules.calls) == 1 and modules.length > 1:
+    if len(modules.numbers) == 1 and modules.length > 1:
         return None
     handed = {
         (here, after): _handed(values, modules.calls[here], modules.calls[after], seq, linked)
         for here, after in pairwise(modules.order)
     }
-    links = sum(map(bool, handed.values()))
-    if handed and links < max(1, len(handed) // 2):
+    onward = [places for (here, after), places in handed.items() if here[0] < after[0]]  # not where a round begins
+    if onward and sum(map(bool, onward)) < max(1, len(onward) // 2):
         return None
     streams = dict(_streams(values, modules, seq, handed))
     if not streams:
@@ -142,33 +167,29 @@ def _wide(values: Values, tensors: Mapping[Place, int], seq: int) -> dict[Place,
     return {p: values.value(t) for p, t in tensors.items() if len(shapes[p]) >= 3 and seq in shapes[p][:-1]}
 
 
-def _streams(
-    values: Values, modules: Numbered, seq: int, handed: dict[tuple[int, int], dict[Place, int]]
-) -> Iterator[tuple[int, Stream]]:
-    """Number -> stream, of each module that a stream enters and leaves."""
+def _streams(values: Values, modules: Numbered, seq: int, handed: _Handed) -> Iterator[tuple[Run, Stream]]:
+    """The stream of each run that a stream enters and leaves."""
     votes = _votes(values, modules, seq, handed)
-    entries: dict[int, list[Place]] = {}
-    exits: dict[int, int] = {}
+    entries: dict[Run, list[Place]] = {}
+    exits: dict[Run, int] = {}
     for (here, after), places in handed.items():
         if places:
             exits[here] = places[max(places, key=lambda place: votes[place])]
             entries[after] = [place for place, value in places.items() if value == exits[here]]
     usual = next(iter(entries.values()), [0])[:1]
-    for number in modules.order:
-        call = modules.calls[number]
+    for run in modules.order:
+        call = modules.calls[run]
         entering = _wide(values, call.entered, seq)
-        at_place = (entering[place] for place in entries.get(number, usual) if place in entering)
+        at_place = (entering[place] for place in entries.get(run, usual) if place in entering)
         entry = next(at_place, next(iter(entering.values()), None))
         if entry is None:
             continue
-        leave = exits[number] if number in exits else _leaving(values, call, seq, entry)
+        leave = exits[run] if run in exits else _leaving(values, call, seq, entry)
         if leave is not None:
-            yield number, (entry, leave)
+            yield run, (entry, leave)
 
 
-def _votes(
-    values: Values, modules: Numbered, seq: int, handed: dict[tuple[int, int], dict[Place, int]]
-) -> Counter[Place]:
+def _votes(values: Values, modules: Numbered, seq: int, handed: _Handed) -> Counter[Place]:
     """How much speaks for each place in the arguments as that of the stream.
 
     Where several tensors cross the blocks, the stream is the one that is added to. Of two that are added to (a
@@ -210,24 +231,24 @@ def scattered(values: Values, groups: list[Numbered], seq: int) -> Iterator[Laye
     A block begins where the first of them is entered, and ends where that list is entered the next time.
     """
     for modules in groups:
-        calls, length = modules.calls, modules.length
-        if 0 not in calls or length < 2 or len(calls) != length:
+        calls, length, order = modules.calls, modules.length, modules.order
+        if length < 2 or len(modules.numbers) != length:
             continue
-        parent = values.flow.calls[calls[0].parent or 0]
-        siblings = [each for each in groups if each.length == length and _is_child(each, calls[0].parent)]
-        if len(siblings) < 2 or calls[0].enter != min(each.calls[0].enter for each in siblings):
+        parent = values.flow.calls[calls[0, 0].parent or 0]
+        siblings = [each for each in groups if each.length == length and _is_child(each, calls[0, 0].parent)]
+        if len(siblings) < 2 or calls[0, 0].enter != min(each.calls[0, 0].enter for each in siblings):
             continue
-        entries = [next(iter(_wide(values, calls[n].entered, seq).values()), None) for n in range(length)]
+        entries = [next(iter(_wide(values, calls[run].entered, seq).values()), None) for run in order]
         leave = next(map(values.value, parent.outputs.values()), None)
         states = [value for value in (*entries, leave) if value is not None]
-        if len(states) <= length:
+        if len(states) <= len(order):
             continue
-        ends = [*(calls[n].enter for n in range(1, length)), parent.exit]
+        ends = [*(calls[run].enter for run in order[1:]), parent.exit]
         spans = {
-            n: ModuleCall(parent.index, calls[n].path, parent.module, parent.parent, calls[n].enter - 1, ends[n])
-            for n in range(length)
+            run: ModuleCall(parent.index, calls[run].path, parent.module, parent.parent, calls[run].enter - 1, end)
+            for run, end in zip(order, ends, strict=True)
         }
-        streams = dict(enumerate(pairwise(states)))
+        streams = dict(zip(order, pairwise(states), strict=True))
         width = values.shape(states[-1])[-1]
         yield LayerList(
             modules.path, spans, length, streams, width, seq, seq, lists=tuple(each.path for each in siblings)
@@ -235,4 +256,4 @@ def scattered(values: Values, groups: list[Numbered], seq: int) -> Iterator[Laye
 
 
 def _is_child(modules: Numbered, parent: int | None) -> bool:
-    return 0 in modules.calls and modules.calls[0].parent == parent
+    return (0, 0) in modules.calls and modules.calls[0, 0].parent == parent

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 
@@ -63,7 +62,7 @@ class Locator:
     def at(self, exposure: Exposure) -> Location:
         """The location of one boundary."""
         index = exposure.place
-        call, per_run = self._which_call(exposure.call)
+        calls = self.calls_of[id(exposure.call.module)]
         term = TermTemplate(
             module=self.templated(exposure.call.path),
             side=exposure.side,
@@ -71,25 +70,11 @@ class Locator:
             flat=_is_flat(exposure),
             axes=unusual_axes(exposure.shape, self.seq),
             rows=self.rows,
-            call=call,
-            calls_per_run=per_run,
+            call=calls.index(exposure.call) if len(calls) > 1 else None,
         )
         name = type(exposure.call.module).__name__
         what = "enters" if exposure.side == "input" else "leaves"
         return Location((term,), exposure.time, f"the tensor that {what} {name}")
-
-    def _which_call(self, call: ModuleCall) -> tuple[int | None, int]:
-        """Which call of its module it is, and how many calls later is that of the block's next run.
-
-        None: each run of the block calls the module once, and nothing else does.
-        """
-        calls = self.calls_of[id(call.module)]
-        runs = [each for each in self.calls_of[id(self.within.module)] if each.path == self.within.path]
-        inside = [[n for n, each in enumerate(calls) if run.enter <= each.enter <= run.exit] for run in runs]
-        if len(calls) == len(runs) and all(len(each) == 1 for each in inside):
-            return None, 1
-        steps = {after[0] - before[0] for before, after in pairwise(inside) if before and after}
-        return (calls.index(call) if len(calls) > 1 else None), steps.pop() if len(steps) == 1 else 1
 
     def difference(self, after: int, before: int) -> Location | None:
         """after - before, where each has a boundary of its own; exact up to the rounding of the model's addition."""

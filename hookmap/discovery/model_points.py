@@ -70,7 +70,7 @@ def _embedding(
     values: Values, layers: LayerList, locator: Locator, lookups: list[Operation]
 ) -> tuple[Location | str, str | None]:
     """Where the embedding of the token ids is, or why it is unavailable; and the path of its module."""
-    into = _summands(values, layers.streams[min(layers.streams)][0])
+    into = _summands(values, layers.streams[layers.order[0]][0])
     added = [op for op in lookups if {values.value(op.outputs[0]), _looked_up(values, op)} & into]
     tables = {_around(values, op)[0].path: op for op in added or lookups}
     if len(tables) > 1 and added:
@@ -161,10 +161,7 @@ def _final_norm(values: Values, layers: LayerList, locator: Locator, ends: list[
 
     `ends`: the logits, or what else the model gives; a norm that does not lead there is another head's.
     """
-    last = max(layers.streams)
-    if sum(call.module is layers.calls[last].module for call in values.flow.calls) > 1:
-        return "the blocks run several times: what is normed last is not their last output"
-    leave, end = layers.streams[last][1], layers.calls[last].exit
+    leave, end = layers.end, layers.calls[layers.order[-1]].exit
     made = _ancestors(values, ends, end)
     leading = {value for value in made if value in values.producers and values.producers[value].time > end}
     normed, value = None, _next_norm(values, leave, end, leading)

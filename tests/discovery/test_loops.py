@@ -102,18 +102,22 @@ def selected(model: nn.Module, found: ArchitectureMap, point: str, layer: int, r
     return tensor  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("kind", "looped"), [(Whole, (0, 1, 2)), (Middle, (1, 2))])
-def test_a_map_says_which_layers_run_several_times_and_selects_each_run(
-    kind: type[Ladder], looped: tuple[int, ...]
+@pytest.mark.parametrize(
+    ("kind", "looped", "order"), [(Whole, (0, 1, 2), "3 x (0-2)"), (Middle, (1, 2), "0, 3 x (1-2), 3-4")]
+)
+def test_a_map_says_which_layers_run_several_times_and_means_each_run(
+    kind: type[Ladder], looped: tuple[int, ...], order: str
 ) -> None:
     model = kind().eval()
     found = discover(model)
+    assert found.runs == order
     for layer in range(found.num_layers):
         seen = runs(model, layer)
         assert found.kind_of(layer).calls == len(seen) == (3 if layer in looped else 1)
-        for run, (entered, left) in enumerate(seen):
-            assert selected(model, found, "resid_pre", layer, run).equal(entered)
-            assert selected(model, found, "resid_post", layer, run).equal(left)
+        for run, (before, after) in enumerate(seen):
+            assert selected(model, found, "resid_pre", layer, run).equal(before)
+            assert selected(model, found, "resid_post", layer, run).equal(after)
+        assert all(t.call is None for p in found.kind_of(layer).points.values() for t in p.terms)
     result = verify(model, architecture_map=found)
     assert result.passed, [each for each in result.checks if not each.passed]
     assert parse(found.to_json()) == found
