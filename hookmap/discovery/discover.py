@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from hookmap._version import __version__
+from hookmap.discovery.between import between
 from hookmap.discovery.block import Block
 from hookmap.discovery.block_points import BlockPoints, points_of_block
 from hookmap.discovery.dataflow import Dataflow, record
@@ -144,7 +145,7 @@ def assemble(
         if all((number, run) in layers.streams for run in times):
             runs = [points_of_block(Block(values, layers, number, run)) for run in times]
             readings[number] = points_of_runs(values, layers, number, runs)
-    kinds = _kinds(layers, readings, values)
+    kinds, parts = _kinds(layers, readings, values), between(values, layers)
     outside = read_outside(values, layers, seq)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     return ArchitectureMap(
@@ -172,7 +173,8 @@ def assemble(
         model_points=_templates(outside.locations),
         model_unavailable=outside.unavailable,
         kinds=kinds,
-        joined=layers.contiguous,
+        joined=not parts,
+        between=parts,
         left_out=layers.uncovered_lists,
         discovered_by=how,
     )

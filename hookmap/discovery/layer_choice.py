@@ -69,7 +69,7 @@ def _rank(values: Values, layers: LayerList) -> tuple[int, int, int, int]:
     """Blocks add to a stream; the steps of an MLP only hand a tensor on."""
     return (
         _adding(values, layers),
-        len({number for number, _ in layers.streams}),
+        len(layers.numbers),
         -layers.path.count("."),
         -layers.first.enter,
     )

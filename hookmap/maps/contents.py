@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hookmap.maps.points import POINTS, PointName
-from hookmap.maps.runs import layers_of
+from hookmap.maps.runs import layers_of, pairs_of
 from hookmap.maps.templates import BlockKind, Frozen, PointTemplate, at_name
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -55,7 +55,8 @@ class MapContents(Frozen):
     )
     between: dict[str, str] = Field(
         default_factory=dict,
-        description="`3 -> 2`: what enters layer 2 when it runs after layer 3, where that is not what layer 3 gave",
+        description="`3 -> 2`: what enters layer 2 when it runs after layer 3, where that is not what layer 3 gave; "
+        "`0-2 -> 1-3`: the same of each layer {i} and the next",
     )
     left_out: tuple[str, ...] = Field(
         default=(), description="other lists of blocks that the output is computed through: no point is of them"
@@ -95,9 +96,13 @@ class MapContents(Frozen):
         """(layer, run) in the order of the forward pass, both 0-based; one entry for each time that a layer runs."""
         calls = {layer: kind.calls for kind in self.kinds for layer in kind.layers}
         rounds = range(max(calls.values()))
-        layers = layers_of(self.runs) or tuple(i for r in rounds for i in range(self.num_layers) if calls[i] > r)
-        counts = {layer: itertools.count() for layer in calls}
+        layers = layers_of(self.runs) or tuple(i for r in rounds for i in sorted(calls) if calls[i] > r)
+        counts = {layer: itertools.count() for layer in layers}
         return tuple((layer, next(counts[layer])) for layer in layers)
+
+    def is_joined(self, before: int, here: int) -> bool:
+        """Whether what layer `before` gives enters layer `here`, which runs behind it, or a constant times it."""
+        return self.joined if not self.between else (before, here) not in pairs_of(tuple(self.between))
 
     def at_layer(self, template: str, layer: int) -> str:
         """A path template at one layer: `model.layers.{i}.mlp` -> `model.layers.3.mlp`."""

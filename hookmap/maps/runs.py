@@ -22,6 +22,16 @@ def layers_of(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=256)
+def pairs_of(texts: tuple[str, ...]) -> frozenset[tuple[int, int]]:
+    """(`3 -> 2`, `0-1 -> 1-2`) -> {(3, 2), (0, 1), (1, 2)}. Raises ValueError."""
+    found: set[tuple[int, int]] = set()
+    for text in texts:
+        before, _, here = text.partition(" -> ")
+        found |= set(zip(layers_of(before), layers_of(here), strict=True))
+    return frozenset(found)
+
+
 def _items(text: str, place: int) -> tuple[list[int], int]:
     """What stands at a place, up to the end or the bracket that closes it; and where that is."""
     found: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from hookmap.verification.context import Context, missing_modules, run_once
 CHECKS: tuple[Callable[[Context], Iterator[Check]], ...] = (
     streams.shapes,
     streams.order,
+    streams.runs,
     streams.hidden_states,
     streams.embed,
     streams.logits,
@@ -32,6 +34,10 @@ CHECKS: tuple[Callable[[Context], Iterator[Check]], ...] = (
     reads.reads,
     causes.causes,
 )
+EACH_RUN = (relations.sums, streams.second_names, inside.branches, heads.patterns, heads.attentions)
+"""those that are made of each run of the layers that run several times"""
+LAST_RUN = (heads.one_head, reads.reads)
+"""those that run the model: of the first run, and of the last"""
 
 
 def checks_of(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Iterator[Check]:
@@ -54,18 +60,34 @@ def checks_of(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Iterat
     try:
         for check in CHECKS:
             yield from check(run)
+        for number in range(1, max(kind.calls for kind in found.kinds)):
+            yield from _of_run(run.in_run(number))
     except Exception as error:  # a wrong map's tensors fail in sums, products and hooks as each of them does
         said = str(error).partition("\n")[0]
         yield Check("fit", (), False, f"what the map names does not fit together: {said}")
 
 
+def _of_run(run: Context) -> Iterator[Check]:
+    """The checks of a later run of the layers that run several times."""
+    ending = [kind for kind in run.map.kinds if kind.calls == run.number + 1]
+    for check in EACH_RUN:
+        yield from (_named(each, run.number) for each in check(run))
+    last = replace(run, map=run.map.model_copy(update={"kinds": tuple(ending)}))
+    for check in LAST_RUN if ending else ():
+        yield from (_named(each, run.number) for each in check(last))
+
+
+def _named(check: Check, number: int) -> Check:
+    return replace(check, detail=f"{check.detail}, in run {number}")
+
+
 def _not_finite(run: Context) -> Check | None:
     """With an infinity in the stream, each check would fail for a reason that is not its own."""
-    for key in ((selector.point, selector.layer) for selector in run.selectors):
-        if key not in run.values or not is_stream(key[0]):
+    for selector, tensor in run.every.items():
+        if not is_stream(selector.point):
             continue
-        bad = ~run.values[key].flatten(2).isfinite().all(-1)  # [batch, pos]
+        bad = ~tensor.flatten(2).isfinite().all(-1)  # [batch, pos]
         if bool(bad.any()):
-            said = in_words(tensor_name(key), int(bad.any(0).nonzero()[0]), run.values[key].dtype, run.model)
-            return Check("finite", () if key[1] is None else (key[1],), False, said)
+            said = in_words(tensor_name(selector.key), int(bad.any(0).nonzero()[0]), tensor.dtype, run.model)
+            return Check("finite", () if selector.layer is None else (selector.layer,), False, said)
     return None

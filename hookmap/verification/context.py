@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector, select
 from hookmap.maps.templates import BlockKind, BranchInfo
 from hookmap.verification.check import Check, relative_error
-from hookmap.verification.runner import BATCH, POSITIONS, Hook, observe
+from hookmap.verification.runner import BATCH, POSITIONS, Hook, observe_runs
 
 Crossing = tuple[str, Literal["input", "output"], int]
 """a module, the side on which it was passed, and in which call of the module"""
@@ -25,7 +25,10 @@ Crossing = tuple[str, Literal["input", "output"], int]
 
 @dataclass(frozen=True)
 class Context:
-    """A map, its model, and the points of one forward pass. Every check is a function of this."""
+    """A map, its model, and the points of one forward pass. Every check is a function of this.
+
+    Where layers run several times, it is of their first run, and `in_run` gives the same of another one.
+    """
 
     map: ArchitectureMap
     model: nn.Module
@@ -41,10 +44,37 @@ class Context:
     """the boundaries of the modules that the map names, in the order in which they were crossed"""
     layers_run: tuple[int, ...] = ()
     """the layers in the order in which they ran, one entry for each time"""
+    number: int = 0
+    """which run of each layer it is of"""
+    every: Mapping[Selector, Tensor] = field(default_factory=dict)
+    """the points of all runs of all layers"""
+
+    def in_run(self, number: int) -> Context:
+        """The same of another run, with the layers that run so often."""
+        kinds = tuple(kind for kind in self.map.kinds if kind.calls > number)
+        layers = {layer for kind in kinds for layer in kind.layers}
+        return replace(
+            self,
+            map=self.map.model_copy(update={"kinds": kinds}),
+            values=_of_run(self.every, number, layers),
+            selectors=tuple(each for each in self.selectors if each.layer in layers),
+            number=number,
+        )
+
+    @cached_property
+    def states(self) -> Mapping[tuple[str, int, int], Tensor]:
+        """(point, layer, run) -> the tensor, of all points of blocks."""
+        return {(s.point, s.layer, s.call or 0): tensor for s, tensor in self.every.items() if s.layer is not None}
+
+    @cached_property
+    def visits(self) -> list[tuple[int, int]]:
+        """(layer, run) in the order in which they ran."""
+        counts: dict[int, itertools.count[int]] = {}
+        return [(layer, next(counts.setdefault(layer, itertools.count()))) for layer in self.layers_run]
 
     @cached_property
     def selector(self) -> dict[Key, Selector]:
-        return {(each.point, each.layer): each for each in self.selectors}
+        return {(each.point, each.layer): each for each in self.selectors if (each.call or 0) == self.number}
 
     def layers_with(self, point: str) -> list[int]:
         """The layers on which the pass reached this point, in order."""
@@ -65,7 +95,7 @@ def run_once(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Context
 
     Raises CaptureError where the map names a tensor that is not there.
     """
-    selectors = select(found, found.points, calls=0)
+    selectors = select(found, found.points)
     ids = _random_ids(found, model, seed)
     try:
         return _observed(found, model, ids, selectors)
@@ -122,10 +152,18 @@ def _observed(found: ArchitectureMap, model: nn.Module, ids: Tensor, selectors: 
     crossings: list[Crossing] = []
     layers_run: list[int] = []
     hooks = [*_layer_hooks(found, model, layers_run), *_crossing_hooks(selectors, crossings)]
-    values, output = observe(model, ids, selectors, hooks, output_hidden_states=True)
+    every, output = observe_runs(model, ids, selectors, hooks, output_hidden_states=True)
+    values = _of_run(every, 0, {*range(found.num_layers), None})
     dtypes = {value.dtype for value in values.values() if value.is_floating_point()}
     tolerance = 1e-4 if dtypes <= {torch.float32, torch.float64} else 4e-2
-    return Context(found, model, ids, values, tolerance, selectors, output, tuple(crossings), tuple(layers_run))
+    return Context(
+        found, model, ids, values, tolerance, selectors, output, tuple(crossings), tuple(layers_run), every=every
+    )
+
+
+def _of_run(every: Mapping[Selector, Tensor], number: int, layers: Collection[int | None]) -> dict[Key, Tensor]:
+    own = {s: tensor for s, tensor in every.items() if (s.call or 0) == number and s.layer in layers}
+    return {(s.point, s.layer): tensor for s, tensor in own.items()}
 
 
 def _crossing_hooks(selectors: tuple[Selector, ...], crossings: list[Crossing]) -> Iterator[Hook]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +37,9 @@ def attentions(run: Context) -> Iterator[Check]:
     """`pattern` is what Hugging Face returns as `attentions`."""
     layers = run.layers_with("pattern")
     returned = _returned_attentions(run) if layers else []
-    if len(returned) == run.map.num_layers:
+    if run.number < len(returned) == len(run.visits) > 0:
+        returned = [returned[run.visits.index((layer, run.number))] for layer in layers]
+    elif len(returned) == run.map.num_layers:
         returned = [returned[layer] for layer in layers]
     if not layers or len(returned) != len(layers) or any(each.shape[-1] != POSITIONS for each in returned):
         return
@@ -98,9 +101,12 @@ def _see(run: Context, point: str, layer: int, place: int, places: list[int]) ->
 
 
 def _turning(term: Term, head: int, place: int) -> Hook:
-    """A hook that turns the sign of one head's features at one position in a module's output."""
+    """A hook that turns the sign of one head's features at one position in a module's output, in the term's call."""
+    calls = itertools.count()
 
     def act(args: Any, kwargs: Any, output: Any) -> Any:
+        if term.call not in (None, next(calls)):
+            return None
         tensor = output if term.index is None else output[term.index]
         features = torch.arange(tensor.shape[-1], device=tensor.device)
         mine = Term(term.module, "output", None, heads=term.heads).resolve((), {}, features)[head]

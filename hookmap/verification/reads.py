@@ -88,7 +88,8 @@ def _pairs(kind: BlockKind) -> Iterator[tuple[str, str]]:
 
 def _branch(run: Context, kind: BlockKind, point: str, output: str, layer: int) -> _Branch:
     template = kind.points[point]
-    beside = of_template(run.map, point, layer, template.model_copy(update={"terms": template.beside})).terms
+    read = template.model_copy(update={"terms": template.beside})
+    beside = of_template(run.map, point, layer, read, run.number).terms
     modules = tuple(branch_modules(run.map, kind, PointName.of(point).branch, layer))
     terms, made = run.selector[point, layer].terms, run.selector[output, layer]
     return _Branch(point, output, layer, terms, beside, made, modules)

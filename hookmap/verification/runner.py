@@ -86,15 +86,28 @@ def observe(
     `hooks` run before the points are read. A point that the pass does not reach is left out. Raises CaptureError
     where a selector names no tensor, or tensors that cannot be added.
     """
-    parts: dict[Key, dict[int, Tensor]] = {_key(selector): {} for selector in selectors}
+    found, output = observe_runs(model, ids, selectors, hooks, weights, **settings)
+    return {(selector.point, selector.layer): tensor for selector, tensor in found.items()}, output
+
+
+def observe_runs(
+    model: nn.Module,
+    ids: Tensor,
+    selectors: Sequence[Selector],
+    hooks: Iterable[Hook] = (),
+    weights: Mapping[str, Tensor] | None = None,
+    **settings: bool,
+) -> tuple[dict[Selector, Tensor], Any]:
+    """As `observe`, where selectors may name several runs of one layer."""
+    parts: dict[Selector, dict[int, Tensor]] = {selector: {} for selector in selectors}
     readers = [
-        at(term, partial(keep, parts[_key(selector)], number))
+        at(term, partial(keep, parts[selector], number))
         for selector in selectors
         for number, term in enumerate(selector.terms)
     ]
     output = forward(model, ids, [*hooks, *readers], weights, **settings)
-    reached = [selector for selector in selectors if len(parts[_key(selector)]) == len(selector.terms)]
-    return {_key(selector): _total(selector, parts[_key(selector)]) for selector in reached}, output
+    reached = [selector for selector in selectors if len(parts[selector]) == len(selector.terms)]
+    return {selector: _total(selector, parts[selector]) for selector in reached}, output
 
 
 def other_weights(model: nn.Module, inside: Collection[str], outside: Collection[str] = ()) -> dict[str, Tensor]:
@@ -120,10 +133,6 @@ def _register(module: nn.Module, hook: Hook) -> RemovableHandle:
 
         return module.register_forward_pre_hook(entered, with_kwargs=True)
     return module.register_forward_hook(lambda _, *seen: hook.act(*seen), with_kwargs=True)
-
-
-def _key(selector: Selector) -> Key:
-    return selector.point, selector.layer
 
 
 def _total(selector: Selector, parts: Mapping[int, Tensor]) -> Tensor:

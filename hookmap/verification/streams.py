@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from hookmap.activations import Key
 from hookmap.maps.points import PointName
+from hookmap.maps.runs import text_of
 from hookmap.verification.check import Check, relative_error
 from hookmap.verification.context import Context, input_embedding
 from hookmap.verification.runner import BATCH, POSITIONS
@@ -16,14 +17,14 @@ from hookmap.verification.runner import BATCH, POSITIONS
 
 def shapes(run: Context) -> Iterator[Check]:
     """Every point was reached and is [batch, pos, ...]; the stream has one width."""
-    wrong = [f"{s} was not reached" for s in run.selectors if (s.point, s.layer) not in run.values]
-    for (point, layer), tensor in run.values.items():
+    wrong = [f"{s} was not reached" for s in run.selectors if s not in run.every]
+    for s, tensor in run.every.items():
         if tuple(tensor.shape[:2]) != (BATCH, POSITIONS):
-            wrong.append(f"{point}[{layer}] has shape {list(tensor.shape)}, expected [{BATCH}, {POSITIONS}, …]")
-    widths = {tensor.shape[-1] for (point, _), tensor in run.values.items() if point.startswith("resid_")}
+            wrong.append(f"{s.point}[{s.layer}] has shape {list(tensor.shape)}, expected [{BATCH}, {POSITIONS}, …]")
+    widths = {tensor.shape[-1] for s, tensor in run.every.items() if s.point.startswith("resid_")}
     if len(widths) > 1:
         wrong.append(f"the residual stream has several widths: {sorted(widths)}")
-    yield Check("shapes", (), not wrong, "; ".join(wrong[:5]) or f"{len(run.values)} tensors are [batch, pos, d]")
+    yield Check("shapes", (), not wrong, "; ".join(wrong[:5]) or f"{len(run.every)} tensors are [batch, pos, d]")
 
 
 def order(run: Context) -> Iterator[Check]:
@@ -32,12 +33,23 @@ def order(run: Context) -> Iterator[Check]:
     wrong, last, last_name = [], -1, ""
     for selector in run.selectors:
         here = max(place.get((term.module, term.side, term.call or 0), -1) for term in selector.terms)
-        name = f"{selector.point}[{selector.layer}]"
+        name = f"{selector.point}{list(selector.key[1:])}"
         if here < last:
             wrong.append(f"{name} comes before {last_name}")
         last, last_name = max(last, here), name
     detail = "; ".join(wrong[:5]) or f"{len(run.selectors)} selectors are in the order of the forward pass"
     yield Check("order", (), not wrong, detail)
+
+
+def runs(run: Context) -> Iterator[Check]:
+    """The layers run as often as the map says, and in its order; nothing is said where each runs once."""
+    known = {layer for kind in run.map.kinds if kind.points for layer in kind.layers}
+    expected = [layer for layer, _ in run.map.order if layer in known]
+    found = [layer for layer in run.layers_run if layer in known]
+    if found != expected or len(expected) > len(known):
+        detail = f"the layers run in the order {text_of(found)}"
+        said = "" if found == expected else f", the map says {text_of(expected)}"
+        yield Check("runs", (), found == expected, detail + said)
 
 
 def hidden_states(run: Context) -> Iterator[Check]:
@@ -56,42 +68,44 @@ def hidden_states(run: Context) -> Iterator[Check]:
 
 
 def _layer_by_layer(run: Context, states: list[Tensor], layers: list[int]) -> Check:
-    """Compare each layer with the state that was recorded when it ran.
+    """Compare each run of each layer with the state that was recorded then.
 
     A layer that is not called records nothing, and one that runs twice records twice: the k-th state is of the k-th
     run.
     """
-    places = {layer: run.layers_run.index(layer) for layer in layers if layer in run.layers_run}
-    recorded = {layer: states[place] for layer, place in places.items() if place < len(states)}
+    recorded = {visit: state for visit, state in zip(run.visits, states, strict=False) if visit[0] in layers}
     before = [
-        min(relative_error(run.values.get(key), state) for key in _entering(run, layer))
-        for layer, state in recorded.items()
+        min(relative_error(each, state) for each in _entering(run, place))
+        for place, state in zip(map(run.visits.index, recorded), recorded.values(), strict=True)
     ]
-    following = dict(zip(layers, [*layers[1:], None], strict=True))
+    following = dict(zip(recorded, [*list(recorded)[1:], None], strict=True))
     after = [
-        relative_error(run.values.get(("resid_pre", following[i]), run.values.get(("resid_post", i))), state)
-        for i, state in recorded.items()
+        relative_error(run.states.get(_after(visit, following[visit])), state) for visit, state in recorded.items()
     ]
     recorded_after = max(before) > run.tolerance and max(after) <= run.tolerance
     errors, point = (after, "resid_pre[i + 1]") if recorded_after else (before, "resid_pre[i]")
-    wrong = [layer for layer, error in zip(recorded, errors, strict=True) if error > run.tolerance]
+    wrong = [layer for (layer, _), error in zip(recorded, errors, strict=True) if error > run.tolerance]
     detail = f"{point} differs from hidden_states[i] on layers {wrong}" if wrong else f"{point} = hidden_states[i]"
     if recorded_after:
         detail += " (this model records them after the block)"
     return Check("hidden_states", tuple(layers), not wrong, detail, max(errors))
 
 
-def _entering(run: Context, layer: int) -> list[Key]:
-    """The points that may be what a layer was given, in its first run.
+def _after(visit: tuple[int, int], following: tuple[int, int] | None) -> tuple[str, int, int]:
+    """What a layer leaves: what the next one is given, or its own output, of the last."""
+    return ("resid_post", *visit) if following is None else ("resid_pre", *following)
 
-    Where a loop begins or ends, the model may add something between the blocks: what the block before it left counts,
-    too.
+
+def _entering(run: Context, place: int) -> list[Tensor | None]:
+    """The states that may be recorded when the layer at this place of the order runs.
+
+    Where the model adds something to the stream between the blocks, what the block before it left counts, too.
     """
-    place = run.layers_run.index(layer)
-    last = run.layers_run[place - 1] if place else layer
-    calls = run.map.kind_of(layer).calls, run.map.kind_of(last).calls
-    loop = calls[0] != calls[1] and last not in run.layers_run[: place - 1]
-    return [("resid_pre", layer), *([("resid_post", last)] if loop else [])]
+    here = run.visits[place]
+    found = [run.states.get(("resid_pre", *here))]
+    if place and not run.map.is_joined((before := run.visits[place - 1])[0], here[0]):
+        found.append(run.states.get(("resid_post", *before)))
+    return found
 
 
 def _among(run: Context, states: list[Tensor], layers: list[int]) -> Check:
@@ -127,23 +141,26 @@ def logits(run: Context) -> Iterator[Check]:
 def hand_over(run: Context) -> Iterator[Check]:
     """What a block leaves is what the next block gets, or a constant times it; unless the map says otherwise."""
     handed = {
-        layer: (run.values["resid_post", layer], run.values["resid_pre", layer + 1])
-        for layer in range(run.map.num_layers - 1)
-        if ("resid_post", layer) in run.values and ("resid_pre", layer + 1) in run.values
-        # The points are of a layer's first run, and the layer after a loop gets what the loop's last round left.
-        if run.map.kind_of(layer).calls == run.map.kind_of(layer + 1).calls
+        (before, here): (run.states["resid_post", *before], run.states["resid_pre", *here])
+        for before, here in pairwise(run.visits)
+        if ("resid_post", *before) in run.states and ("resid_pre", *here) in run.states
     }
-    if not handed:
-        return
-    factors = {layer: _factor(left, got) for layer, (left, got) in handed.items()}
-    errors = [relative_error(left * factors[layer], got) for layer, (left, got) in handed.items()]
-    if not run.map.joined:
+    apart = {
+        pair: relative_error(left, got)
+        for pair, (left, got) in handed.items()
+        if not run.map.is_joined(pair[0][0], pair[1][0])
+    }
+    if apart:
+        layers = tuple(dict.fromkeys(before[0] for before, _ in apart))
         detail = "the model adds to the stream between blocks: resid_pre[i + 1] is not resid_post[i]"
-        yield Check("hand-over", tuple(handed), min(errors) > run.tolerance, detail)
-        return
-    multiples = sorted({f"{factor:g} times" for factor in factors.values() if factor != 1.0})
-    detail = "resid_pre[i + 1] = resid_post[i]" + (f", or {', '.join(multiples)} it" if multiples else "")
-    yield Check("hand-over", tuple(handed), max(errors) <= run.tolerance, detail, max(errors))
+        yield Check("hand-over", layers, min(apart.values()) > run.tolerance, detail)
+    factors = {pair: _factor(left, got) for pair, (left, got) in handed.items() if pair not in apart}
+    joined = {pair: relative_error(handed[pair][0] * factor, handed[pair][1]) for pair, factor in factors.items()}
+    if joined:
+        layers = tuple(dict.fromkeys(before[0] for before, _ in joined))
+        multiples = sorted({f"{factor:g} times" for factor in factors.values() if factor != 1.0})
+        detail = "resid_pre[i + 1] = resid_post[i]" + (f", or {', '.join(multiples)} it" if multiples else "")
+        yield Check("hand-over", layers, max(joined.values()) <= run.tolerance, detail, max(joined.values()))
 
 
 def final_norm(run: Context) -> Iterator[Check]:
@@ -153,7 +170,7 @@ def final_norm(run: Context) -> Iterator[Check]:
     states = getattr(run.output, "hidden_states", None)
     error = relative_error(found, _batch_first(states[-1])) if states else float("inf")
     detail = "final_norm = hidden_states[-1]"
-    last = run.values.get(("resid_post", run.map.num_layers - 1))
+    last = run.states.get(("resid_post", *run.visits[-1])) if run.visits else None
     unnormed = last is not None and relative_error(last, found) <= run.tolerance
     if last is not None and run.map.final_norm_path and (error > run.tolerance or unnormed):
         detail, expected = _norm_of_last(run, run.map.final_norm_path, last, found)

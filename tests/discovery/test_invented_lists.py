@@ -196,7 +196,10 @@ def test_a_stream_that_is_added_to_between_blocks_is_mapped_and_said() -> None:
     result = verify(tower, architecture_map=found)
     assert not _failed(result)
     assert any(check.name == "hand-over" and "adds to the stream between" in check.detail for check in result.checks)
-    assert "hand-over" in _failed(verify(tower, architecture_map=found.model_copy(update={"joined": True})))[0]
+    assert (
+        "hand-over"
+        in _failed(verify(tower, architecture_map=found.model_copy(update={"joined": True, "between": {}})))[0]
+    )
 
 
 # More than the stream ------------------------------------------------------------------------------------------------
