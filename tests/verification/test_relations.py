@@ -106,7 +106,7 @@ class _Norms(nn.Module):
 def _held(relation: str, kind: BlockKind, values: dict[str, Tensor]) -> bool:
     """What the checks say of a relation, with these numbers as the points of layer 0."""
     one = kind.model_copy(update={"relations": (relation,), "layers": (0,)})
-    document: Any = type("Map", (), {"layers_path": "block.{i}", "kinds": (one,)})()
+    document: Any = type("Map", (), {"layers_path": "block.{i}", "kinds": (one,), "at_layer": lambda *_: "block.0"})()
     points: Any = {(name, 0): value for name, value in values.items()}
     (check,) = relations.sums(Context(document, _Norms(), torch.zeros(B, S), points))
     assert check.detail == relation
