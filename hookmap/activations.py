@@ -49,6 +49,8 @@ class Sample:
     """which of `token_ids` stand for parts of an image, ascending; None where the prompt has no image"""
     pictures: tuple[Mapping[str, str], ...] | None = None
     """of each image, in order: its sha256, and the name of its file where it has one"""
+    encoder_token_ids: tuple[int, ...] | None = None
+    """of an encoder-decoder: what its encoder read of the prompt. `token_ids` are the decoder's then, and have rows"""
 
 
 class Sink(Protocol):

@@ -1,8 +1,8 @@
 """The computation from the residual stream after the last block to the logits, as steps that run on any stream.
 
 The steps are read from the model's own dataflow, in order: modules (such as the final norm and the unembedding), casts,
-constant factors and the tanh of a soft-cap. Any other computation is refused with the reason. The steps are proved on
-the opened model: they must give its own logits.
+constant factors, a bias that is added, and the tanh of a soft-cap. Any other computation is refused with the reason.
+The steps are proved on the opened model: they must give its own logits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from hookmap.discovery import aten
 from hookmap.discovery.dataflow import Dataflow, ModuleCall, Operation, TensorRef, record
 from hookmap.errors import SelectionError
 from hookmap.loading import modules
+from hookmap.loading.encoder_decoder import is_encoder_decoder, with_source
+from hookmap.loading.encoder_prompts import trial_prompt
 from hookmap.maps.selectors import Selector
 
 if TYPE_CHECKING:
@@ -36,10 +38,11 @@ class UnembeddingStep:
     """A module, or one operation on a tensor."""
 
     name: str
-    """the path of the module; or `mul`, `div`, `tanh` or `cast`"""
+    """the path of the module; or `mul`, `div`, `tanh` or `cast`; or `+` and the path of a bias"""
     module: nn.Module | None = None
     number: float | None = None
     dtype: torch.dtype | None = None
+    bias: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.module is not None:
@@ -48,6 +51,8 @@ class UnembeddingStep:
             return x.to(self.dtype)
         if self.name == "tanh":
             return torch.tanh(x)
+        if self.bias is not None:
+            return x + self.bias.to(x.device)
         assert self.number is not None
         return x * self.number if self.name == "mul" else x / self.number
 
@@ -131,7 +136,7 @@ def read(model: nn.Module, last: Selector, norm_path: str | None, head_path: str
     `last`: the selector of the last layer's resid_post. Raises SelectionError with the reason.
     """
     config = getattr(model, "config", None)
-    given = modules.inputs(modules.device_of(model), modules.sequence_length(config, model))
+    given = with_source(model, modules.inputs(modules.device_of(model), modules.sequence_length(config, model)))
     with modules.eager(model), modules.plain_experts(model):
         flow = record(model, given, modules.accepted(model, given))
     end = max((_time(flow, term.module, term.side) for term in last.terms), default=-1)
@@ -162,7 +167,7 @@ def _walk(model: nn.Module, flow: Dataflow, tensor: int, end: int, named: set[An
             steps.append(UnembeddingStep(call.path, module=call.module))
             tensor = entered[0]
             continue
-        step, tensor = _step(model, op)
+        step, tensor = _step(model, flow, op)
         steps += [step] if step is not None else []
     return steps[::-1]
 
@@ -176,7 +181,7 @@ def _module(flow: Dataflow, tensor: int, end: int, named: set[Any]) -> ModuleCal
     return None
 
 
-def _step(model: nn.Module, op: Operation) -> tuple[UnembeddingStep | None, int]:
+def _step(model: nn.Module, flow: Dataflow, op: Operation) -> tuple[UnembeddingStep | None, int]:
     """One operation as a step (None where it changes only the shape), and the tensor that it reads."""
     first = op.args[0] if op.args else None
     if op.name in _SAME:
@@ -187,7 +192,20 @@ def _step(model: nn.Module, op: Operation) -> tuple[UnembeddingStep | None, int]
         return UnembeddingStep("tanh"), first.id
     if isinstance(first, TensorRef) and op.name in ("mul", "div") and isinstance(op.args[1], (int, float)):
         return UnembeddingStep(op.name, number=float(op.args[1])), first.id
+    if op.name == "add" and len(op.inputs) == 2 and (bias := _bias(model, flow, op.inputs[1])) is not None:
+        return bias, op.inputs[0]
     raise _refused(model, f"`{op.name}` of {len(op.inputs)} tensors stands between the last block and the logits")
+
+
+def _bias(model: nn.Module, flow: Dataflow, tensor: int) -> UnembeddingStep | None:
+    """The one parameter or buffer of a tensor's shape, where no operation makes the tensor (BART's final bias)."""
+    info = flow.tensors[tensor]
+    shape, own = info.shape, {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    fits = [(name, each) for name, each in own.items() if tuple(each.shape) == shape]
+    if info.producer is not None or len(fits) != 1:
+        return None
+    (name, bias), *_ = fits
+    return UnembeddingStep(f"+ {name}", bias=bias.detach())
 
 
 def _cut(steps: tuple[UnembeddingStep, ...], norm_path: str | None) -> Unembedding:
@@ -210,7 +228,8 @@ def _prove(hm: Hooked, unembedding: Unembedding) -> Unembedding:
     """Check that the steps give the model's own logits, for the whole sequence and for each position alone."""
     size = hm.map.d_vocab or _PROOF_TOKENS
     tokens = [(1 + 37 * n) % size for n in range(_PROOF_TOKENS)]
-    run = hm.capture([tokens], points=["resid_post", "logits"], layers=[-1], max_new_tokens=0)
+    prompt: Any = trial_prompt(hm.root, tokens) if is_encoder_decoder(hm.root) else tokens
+    run = hm.capture([prompt], points=["resid_post", "logits"], layers=[-1], max_new_tokens=0)
     stream, logits = run.read(0, "resid_post", -1), run.read(0, "logits").float()
     if not bool(stream.isfinite().all()) or bool(logits.isnan().any()):
         raise not_finite(hm, tokens, "lens")

@@ -16,6 +16,7 @@ from hookmap.capture.interventions.edits import Editor
 from hookmap.capture.run import Run
 from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen
+from hookmap.loading.encoder_decoder import DECODER_TOKENS, TOKENS, is_encoder_decoder, tokens_argument
 from hookmap.loading.further_inputs import joined
 from hookmap.loading.prompts import Prompt
 from hookmap.loading.sampling import OwnDraws, own_generator
@@ -63,7 +64,7 @@ class Generating(Run):
         with self._turn():
             inputs = self._inputs(prompts, layout, finished)
             sequences = self._generate(observer, inputs, editor)
-        if not torch.equal(sequences[:, : layout.width].cpu(), inputs["input_ids"].cpu()):
+        if not torch.equal(sequences[:, : layout.width].cpu(), inputs[tokens_argument(self.engine.root)].cpu()):
             raise CaptureError(
                 f"{type(self.engine.runner).__name__}.generate ran on other tokens than the prompt's: its rows are not "
                 "the prompt's. Give the prompt as the model reads it, and generate without what changes it."
@@ -98,7 +99,7 @@ class Generating(Run):
                 said += " Its cache is what fails here: use_cache=False generates without one."
             raise CaptureError(said) from error
         except IndexError as error:
-            self._too_long(inputs["input_ids"].shape[1] + self.max_new_tokens, error)
+            self._too_long(observer.layout.width + self.max_new_tokens, error)
             raise
 
 
@@ -142,6 +143,8 @@ def fed(run: Run, prompts: Sequence[Prompt], layout: BatchLayout, pad: int) -> d
     """What a batch of these prompts feeds the model: token ids, their mask, and the further inputs of its samples."""
     before = [layout.pads(row) for row in range(len(prompts))]
     inputs = padded([prompt.token_ids for prompt in prompts], layout, pad, run.device)
+    if is_encoder_decoder(run.engine.root):  # the rest is the encoder's; the decoder's tokens are never padded
+        inputs = {DECODER_TOKENS: inputs[TOKENS]}
     dtype = next(run.engine.root.parameters()).dtype
     return inputs | joined([prompt.inputs for prompt in prompts], layout.lengths, before, run.device, dtype)
 
@@ -168,7 +171,8 @@ def generating(root: Any, inputs: dict[str, Any], config: GenerationConfig, toke
 
 def read_by(root: Any) -> set[str]:
     """Names of the inputs that a model takes."""
-    return {name for each in (root.prepare_inputs_for_generation, root.forward) for name in signature(each).parameters}
+    taking = [root.forward, *([root.prepare_inputs_for_generation] if root.can_generate() else [])]
+    return {name for each in taking for name in signature(each).parameters}
 
 
 def without_loss(root: Any) -> dict[str, bool]:

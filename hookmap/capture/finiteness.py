@@ -12,6 +12,7 @@ from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.run import device_of, running
 from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen
+from hookmap.loading.encoder_decoder import with_source
 from hookmap.loading.finiteness import in_words, is_stream
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import select
@@ -86,6 +87,7 @@ def _first(
         inputs["attention_mask"] = torch.ones_like(given)
     if gen.takes(engine.root, "use_cache"):
         inputs["use_cache"] = False
+    inputs = with_source(engine.root, inputs, torch.Generator().manual_seed(0))
     observer = Observer(selectors, BatchLayout((0,), (len(ids),), right=True), take)
     engine.forward(observer, inputs, None)
     observer.finish(len(ids))

@@ -36,6 +36,8 @@ from hookmap.capture.rows import RowSelection, matching_tokens, row_selection
 from hookmap.capture.run import reads_attention, vocabulary_of
 from hookmap.errors import CaptureError
 from hookmap.loading.chat_template import Chat, Templating
+from hookmap.loading.encoder_decoder import is_encoder_decoder
+from hookmap.loading.encoder_prompts import encode_apart
 from hookmap.loading.generation import check_count, check_names, logits_parameter
 from hookmap.loading.modules import model_root
 from hookmap.loading.prompts import NO_TOKENIZER, Prompt, encode, records
@@ -285,6 +287,8 @@ class Hooked:
         return self._encode(prompts, how)
 
     def _encode(self, prompts: Any, how: Templating) -> tuple[Prompt, ...]:
+        if is_encoder_decoder(self.root):
+            return encode_apart(prompts, self.root, self.tokenizer, how, why_none=self._why_no_tokenizer)
         return encode(prompts, self.tokenizer, how, why_none=self._why_no_tokenizer)
 
     def __repr__(self) -> str:

@@ -21,6 +21,8 @@ from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.rows import RowSelection
 from hookmap.capture.run import Run, device_of, running, vocabulary_of
 from hookmap.loading import generation as gen
+from hookmap.loading.encoder_decoder import is_encoder_decoder
+from hookmap.loading.encoder_prompts import as_decoder_reads
 from hookmap.loading.float64 import as_it_was, in_float64
 from hookmap.loading.further_inputs import signature
 from hookmap.loading.memory import MemoryUse
@@ -121,7 +123,7 @@ class _Trial:
         """How padding changes the rows, in words; None where it does not."""
         with _Widths() as chosen:
             alone = self._alone()
-        if {len(prompt.token_ids) for prompt in self._short} <= chosen.widths:
+        if {len(prompt.encoder_token_ids or prompt.token_ids) for prompt in self._short} <= chosen.widths:
             return "its attention chooses among the keys, and pads change which of equal ones it takes"
         beside = self._beside()
         if _distance(beside, alone) <= _SAME:
@@ -210,7 +212,7 @@ class _Only(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not
 
 def _apart(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The shortest and the longest, and the shortest again to run with them."""
-    ordered = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
+    ordered = sorted(prompts, key=lambda prompt: prompt.size)
     return [ordered[0], ordered[-1], ordered[0]]
 
 
@@ -226,7 +228,8 @@ def _prompts(engine: Engine) -> list[Prompt]:
     draw = torch.Generator().manual_seed(0)
     lengths = sorted({*(min(length, longest // 2) for length in _LENGTHS), longest})
     drawn = [torch.randint(len(plain), (length,), generator=draw).tolist() for length in lengths]
-    return [Prompt("", tuple(plain[n] for n in numbers)) for numbers in drawn]
+    prompts = [Prompt("", tuple(plain[n] for n in numbers)) for numbers in drawn]
+    return [as_decoder_reads(each, engine.root) for each in prompts] if is_encoder_decoder(engine.root) else prompts
 
 
 def _settings(value: Any, name: str = "") -> Iterator[tuple[str, int]]:

@@ -57,7 +57,7 @@ class Request:
         reasons: list[str] = []
         for numbers in self._alike():
             further = self.prompts[numbers[0]].inputs is not None
-            lengths = [self.lengths[number] for number in numbers]
+            lengths = [self.prompts[number].size for number in numbers]
             groups, why = batches(lengths, partial(self._made, lengths), why_no_pads)
             if further and why is None and any(len(group) > 1 for group in groups):
                 why = why_not_joined([self.prompts[number] for number in numbers])
@@ -68,10 +68,11 @@ class Request:
         return tuple(found), "; ".join(dict.fromkeys(reasons)) or None
 
     def _alike(self) -> list[list[int]]:
-        """The numbers of prompts whose further inputs have the same names."""
-        found: dict[frozenset[str], list[int]] = {}
+        """The numbers of prompts whose further inputs have the same names, and the same sizes where they must."""
+        found: dict[tuple[frozenset[str], tuple[int, ...]], list[int]] = {}
         for number, prompt in enumerate(self.prompts):
-            found.setdefault(signature(prompt.inputs), []).append(number)
+            alike = () if prompt.inputs is None else prompt.inputs.alike
+            found.setdefault((signature(prompt.inputs), alike), []).append(number)
         return list(found.values())
 
     def _made(self, lengths: Sequence[int], pads: bool) -> Iterator[tuple[int, ...]]:

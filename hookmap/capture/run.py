@@ -147,7 +147,8 @@ class Run(ABC):
         text, ids, known = decode(new, self.tokenizer), (*prompt.token_ids, *new), len(prompt.token_ids)
         number = observer.layout.samples[row]
         pictured = (prompt.image_positions, prompt.pictures or None) if prompt.inputs is not None else (None, None)
-        sample = Sample(number, prompt.text, text, ids, known, rows, positions, prompt.id, prompt.labels, *pictured)
+        own = (prompt.id, prompt.labels, *pictured, prompt.encoder_token_ids)
+        sample = Sample(number, prompt.text, text, ids, known, rows, positions, *own)
         sink.finish(sample)
         if self.before is not None and self.edits:
             self.before.finish(sample)

@@ -23,6 +23,10 @@ class FurtherInputs:
     """makes them; called when a batch with the sample runs, so that a large data set's are not all in memory"""
     digest: str
     """of their content: a capture resumes only with the same"""
+    encoder_tokens: int = 0
+    """tokens that an encoder reads; those of one batch are padded to the longest"""
+    alike: tuple[int, ...] = ()
+    """sizes that samples of one batch have in common: those that are not padded"""
 
     @classmethod
     def of(cls, fields: Fields) -> "FurtherInputs":

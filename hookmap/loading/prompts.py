@@ -28,6 +28,13 @@ class Prompt:
     """which tokens stand for parts of an image"""
     pictures: tuple[Mapping[str, str], ...] = ()
     """of each image, in order: its sha256, and the name of its file where it has one"""
+    encoder_token_ids: tuple[int, ...] | None = None
+    """of an encoder-decoder: the text's, which the encoder reads; `token_ids` are the decoder's then"""
+
+    @property
+    def size(self) -> int:
+        """Tokens that the model reads of it: an encoder-decoder reads those of its encoder, too."""
+        return len(self.token_ids) + (self.inputs.encoder_tokens if self.inputs else 0)
 
 
 NO_TOKENIZER = "the model was given without a tokenizer. Give one: hookmap.open(model, tokenizer=...)"

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hookmap.errors import CaptureError, ModelError
+from hookmap.loading.encoder_decoder import is_encoder_decoder, with_source
 from hookmap.loading.modules import accepted, device_of, eager, inputs, model_inside, plain_experts
 
 _TOKENS = 6
@@ -40,7 +41,15 @@ def generation_config_of(runner: nn.Module, root: nn.Module) -> Any:
 
 
 def generate_of(runner: nn.Module, root: nn.Module) -> Callable[..., torch.Tensor]:
-    """The object's own `generate`. Raises CaptureError where it has none: the model's would leave its forward out."""
+    """The object's own `generate`. Raises CaptureError where it has none: the model's would leave its forward out.
+
+    Of an encoder-decoder it is transformers' for all models: Whisper's own detects a language, cuts long sounds into
+    pieces, and does not return the tokens that the decoder began with.
+    """
+    from transformers import GenerationMixin
+
+    if runner is root and is_encoder_decoder(root):
+        return functools.partial(GenerationMixin.generate, root)
     own = getattr(runner, "generate", None)
     if callable(own):
         found: Callable[..., torch.Tensor] = own
@@ -128,7 +137,7 @@ class _Pass:
         self._outer: Any = None
         """logits"""
         self._root = root
-        given = inputs(device_of(runner), _TOKENS)
+        given = with_source(runner, inputs(device_of(runner), _TOKENS))
         names = accepted(runner, given)
         handles: list[Any] = [root.register_forward_hook(self._left)]
         try:

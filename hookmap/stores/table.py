@@ -26,7 +26,7 @@ from hookmap.strict_json import read_json
 SAMPLES = "samples.jsonl"
 SHARDS = "shards.jsonl"
 
-OPTIONAL = ("positions", "id", "labels", "image_positions", "pictures")
+OPTIONAL = ("positions", "id", "labels", "image_positions", "pictures", "encoder_token_ids")
 """fields of a sample that its line has only where they are set"""
 
 _CHECKSUM = b', "crc32": '
@@ -114,6 +114,7 @@ def decode_entry(line: bytes, path: Location, number: int) -> Entry:
             labels=_labels(found.get("labels")),
             image_positions=_image_positions(found),
             pictures=_pictures(found.get("pictures")),
+            encoder_token_ids=None if (ids := found.get("encoder_token_ids")) is None else tuple(map(_whole, ids)),
         )
         return Entry(sample, tuple(Span(*map(_whole, span)) for span in found["spans"]))
     except (ValueError, KeyError, TypeError) as error:

@@ -211,7 +211,7 @@ class BatchRows:
 
 def token_ids(args: Sequence[Any], kwargs: Mapping[str, Any], new: int) -> list[list[int]]:
     """The last `new` tokens that a forward pass is fed, row by row. Raises CaptureError where it has no ids."""
-    ids = kwargs.get("input_ids")
+    ids = kwargs.get("decoder_input_ids", kwargs.get("input_ids"))
     ids = args[0] if ids is None and args else ids
     if ids is None or ids.ndim != 2:
         raise CaptureError("rows are kept for what their token is, and the model was called without token ids.")
@@ -221,7 +221,7 @@ def token_ids(args: Sequence[Any], kwargs: Mapping[str, Any], new: int) -> list[
 
 def _fed_shape(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
     """(rows, columns) that a forward pass is fed."""
-    for name in ("input_ids", "inputs_embeds"):
+    for name in ("decoder_input_ids", "input_ids", "inputs_embeds"):
         value = kwargs.get(name)
         if value is not None:
             return int(value.shape[0]), int(value.shape[1])

@@ -20,13 +20,15 @@ from hookmap.maps.templates import BlockKind
 
 BRANCHES = {
     "mixer": ("mixer_in", "q", "k", "v", "z", "mixer_out_raw", "mixer_out"),
+    "cross_attn": ("cross_attn_in", "cross_attn_out_raw", "cross_attn_out"),
     "mlp": ("mlp_in", "mlp_post", "router_logits", "router_indices", "router_weights", "mlp_out_raw", "mlp_out"),
 }
 """branch -> its points, from what it reads to what it adds"""
-OUTS = ("mixer_out_raw", "mixer_out", "mlp_out_raw", "mlp_out")
+OUTS = tuple(point for points in BRANCHES.values() for point in points[-2:])
 _DETERMINES = {
     "mixer_in": "mixer_out_raw",
     "z": "mixer_out_raw",
+    "cross_attn_in": "cross_attn_out_raw",
     "mlp_in": "mlp_out_raw",
     "mlp_post": "mlp_out_raw",
     "resid_pre": "resid_post",
@@ -194,7 +196,8 @@ def _inside(kind: BlockKind, selector: Selector) -> Expectation:
     name = PointName.of(selector.point)
     if name.base in _DETERMINES and (determined := name.numbered(_DETERMINES[name.base])) in kind.points:
         return AsUpstream((determined, selector.layer))
-    output = name.numbered("mixer_out_raw" if name.base in BRANCHES["mixer"] else "mlp_out_raw")
+    branch = next(branch for branch, points in BRANCHES.items() if name.base in points)
+    output = name.numbered(f"{branch}_out_raw")
     return Changed((output if output in kind.points else "resid_post", selector.layer))
 
 

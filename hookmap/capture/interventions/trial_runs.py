@@ -12,6 +12,7 @@ from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.finiteness import why_not_finite
 from hookmap.capture.interventions.edits import Edit, Editor, TokenPositions
 from hookmap.capture.run import device_of
+from hookmap.loading.encoder_decoder import with_source
 from hookmap.loading.finiteness import is_stream
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector, select
@@ -63,6 +64,7 @@ class TrialRuns:
         """One forward pass in which these points get these values."""
         ids = self._tokens()
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        inputs = with_source(self._engine.root, inputs, torch.Generator().manual_seed(0))
         rows: dict[Key, list[torch.Tensor]] = {}
 
         def take(activation: Activation) -> None:
