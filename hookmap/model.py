@@ -1,7 +1,8 @@
 """`hookmap.open`: a model with its tokenizer and its map, checked against each other; one copy of the weights."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from hookmap.discovery.library import given_map
 from hookmap.discovery.map_of_model import understood
 from hookmap.errors import ModelError, TokenizerError
 from hookmap.loading import configs
-from hookmap.loading.checkpoints import load_model, load_tokenizer
+from hookmap.loading.checkpoints import load_model, load_processor, load_tokenizer
 from hookmap.loading.config_fields import with_fields
 from hookmap.loading.modules import model_root
 from hookmap.loading.prompts import NO_TOKENIZER
@@ -84,12 +85,15 @@ def open(
     trust_remote_code: bool = False,
     revision: str | None = None,
     tokenizer: Any = None,
+    processor: Any = None,
     config: Mapping[str, Any] | None = None,
 ) -> HookedModel:
     """A model to capture from.
 
     x: a hub id, a local folder, a loaded torch module, or an nnsight model (its module and its stored edits are used).
     tokenizer: a tokenizer, or where to load it from; x's own where x has one, and needed for prompts that are text.
+    processor: makes inputs of texts and images, or where to load it from; x's own where x has one. AutoProcessor loads
+    it, when the first prompt with an image comes.
     map: a map, a map file or an architecture's name; unless given, discovery makes one of the loaded model.
     dtype: "auto" is the checkpoint's own. device: None is a GPU where there is one; both are for hub ids and folders.
     config: fields that replace those of its config.json, {"sliding_window": 64}; for hub ids and folders.
@@ -100,8 +104,12 @@ def open(
     loads: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(os.fspath(tokenizer), **loads)
-    if isinstance(x, str | os.PathLike):
-        source = os.fspath(x)
+    at = os.fspath(x) if isinstance(x, str | os.PathLike) else None
+    makes = _processor_of(at if processor is None else processor, loads)
+    if tokenizer is None and processor is not None and at is None:
+        tokenizer = makes().tokenizer  # type: ignore[misc]  # there is one
+    if at is not None:
+        source = at
         with_fields(configs.load_config(source, **loads), config)  # raises before weights are loaded
         if tokenizer is None:
             tokenizer, why_none = _tokenizer_or_reason(source, loads)
@@ -113,12 +121,21 @@ def open(
     root = model_root(module)
     with lock_of(module).exclusive():
         architecture_map, read = understood(module, root, given)
-    name = os.fspath(x) if isinstance(x, str | os.PathLike) else architecture_map.model_id
+    name = architecture_map.model_id if at is None else at
     nnsight_model = None if isinstance(x, str | os.PathLike | nn.Module) else x
-    opened = HookedModel(module, tokenizer, architecture_map, name, why_none, nnsight_model)
+    opened = HookedModel(module, tokenizer, architecture_map, name, why_none, nnsight_model, makes)
     if not read:  # only a whole pass shows whether a layer runs again
         opened.hooks.ends_early = False
     return opened
+
+
+def _processor_of(given: Any, loads: dict[str, Any]) -> Callable[[], Any] | None:
+    """Gives the processor: the one given, or one that is loaded from there. None where there is nothing to load."""
+    if given is None:
+        return None
+    if isinstance(given, str | os.PathLike):
+        return partial(load_processor, os.fspath(given), **loads)
+    return lambda: given
 
 
 def _module_of(x: Any) -> nn.Module:

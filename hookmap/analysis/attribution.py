@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookmap.analysis.head_outputs import head_outputs
-from hookmap.analysis.tokens import row_positions, token_id, token_text
+from hookmap.analysis.tokens import row_positions, token_id, token_text, token_texts
 from hookmap.analysis.unembedding import Unembedding, apply, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import not_finite
@@ -83,21 +83,18 @@ def attribute(
     points = list(dict.fromkeys(name for name, _ in names))
     if heads:
         points += ["z"]  # raises SelectionError where no layer has heads
-    run = hm.capture(
+    encoded = hm.encode(
         prompt,
-        [*points, *ends],
-        "all",
-        max_new_tokens=0,
-        positions=positions,
-        chat=chat,
+        chat,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
         chat_template_kwargs=chat_template_kwargs,
     )
-    if len(run) != 1:
-        raise SelectionError(f"an attribution is of one prompt, got {len(run)}: call it for each.")
+    if len(encoded) != 1:
+        raise SelectionError(f"an attribution is of one prompt, got {len(encoded)}: call it for each.")
+    run = hm.capture(encoded, [*points, *ends], "all", max_new_tokens=0, positions=positions)
     if not all(bool(run.read(0, *key).isfinite().all()) for key in run.keys):
-        raise not_finite(hm, run.tokens[0], "direct logit attribution")
+        raise not_finite(hm, encoded[0], "direct logit attribution")
     with lock_of(hm.model).shared():
         return _read(hm, unembedding, run, names, target, against, heads)
 
@@ -147,7 +144,7 @@ def _read(
     return Attribution(
         (*labels, BIAS),
         positions,
-        tuple(token_text(hm, sample.token_ids[position]) for position in positions),
+        token_texts(hm, sample.token_ids, positions, sample.image_positions or ()),
         values,
         logit,
         target=tuple(token_text(hm, token) for token in aim.tolist()),

@@ -10,12 +10,13 @@ import torch
 
 from hookmap.activations import Sample
 from hookmap.analysis.grid import Grid
-from hookmap.analysis.tokens import row_positions, token_id, token_text
+from hookmap.analysis.tokens import row_positions, token_id, token_text, token_texts
 from hookmap.analysis.unembedding import Unembedding, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import check_rows, not_finite
 from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
+from hookmap.loading.prompts import Prompt
 from hookmap.maps.points import PointName, parse_point
 from hookmap.maps.selectors import Selector
 from hookmap.stores.interface import Store
@@ -112,29 +113,30 @@ def lens(
     """See `HookedModel.lens`."""
     name = _stream_point(point)
     unembedding = unembedding_of(hm)
-    run, live = source, not isinstance(source, (Capture, Store))
-    if live:
-        _refuse_several(source)
+    run, prompt = source, None
+    if not isinstance(source, (Capture, Store)):
         last = f"blocks.{hm.map.num_layers - 1}.hook_resid_post"
-        run = hm.capture(
+        encoded = hm.encode(
             source,
-            [name, last],
-            layers,
-            max_new_tokens=0,
-            positions=positions,
-            chat=chat,
+            chat,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,
         )
-        sample = 0
+        if len(encoded) != 1:
+            raise SelectionError(
+                f"a lens is of one prompt, got {len(encoded)}: capture them, run = hm.capture(prompts, 'resid_post', "
+                "max_new_tokens=0), and give the run: hm.lens(run, sample=3)."
+            )
+        prompt = encoded[0]
+        run, sample = hm.capture(prompt, [name, last], layers, max_new_tokens=0, positions=positions), 0
     found = next((each for each in run.samples if each.sample == sample), None)
     chosen = _chosen_layers(hm, run, name, layers)
     if found is None:
         raise SelectionError(f"the capture has no sample {sample}: it has {len(run.samples)}.")
     with lock_of(hm.model).shared():
         aim = None if target is None else token_id(hm, target)
-        return _Reading(hm, unembedding, run, found, name, chosen, live).lens(top, aim)
+        return _Reading(hm, unembedding, run, found, name, chosen, prompt).lens(top, aim)
 
 
 def _chosen_layers(hm: Hooked, run: Capture | Store, point: str, layers: Any) -> tuple[int, ...]:
@@ -161,14 +163,6 @@ def _stream_point(point: str) -> str:
     return parsed.point
 
 
-def _refuse_several(source: Any) -> None:
-    if isinstance(source, (list, tuple)) and len(source) > 1 and isinstance(source[0], (str, list, tuple)):
-        raise SelectionError(
-            f"a lens is of one prompt, got {len(source)}: capture them, run = hm.capture(prompts, 'resid_post', "
-            "max_new_tokens=0), and give the run: hm.lens(run, sample=3)."
-        )
-
-
 @dataclass(frozen=True)
 class _Reading:
     """A lens on the rows of one sample."""
@@ -179,8 +173,8 @@ class _Reading:
     sample: Sample
     point: str
     layers: tuple[int, ...]
-    live: bool
-    """whether the sample was captured for this lens just now"""
+    prompt: Prompt | None
+    """of the sample, where it was captured for this lens just now"""
 
     def lens(self, top: int, target: int | None) -> Lens:
         """`target`: a token id, or None for the model's own prediction at each position."""
@@ -199,7 +193,7 @@ class _Reading:
             self.point,
             self.layers,
             positions,
-            self._texts(self.sample.token_ids[position] for position in positions),
+            token_texts(self.hm, self.sample.token_ids, positions, self.sample.image_positions or ()),
             top_tokens=tuple(tuple(map(self._texts, row)) for row in stacked["top_ids"].tolist()),
             target_ids=ids,
             target_tokens=self._texts(ids.tolist()),
@@ -232,8 +226,8 @@ class _Reading:
 
     def _refuse_not_finite(self, key: tuple[str, int]) -> None:
         """Raises the error that names the first tensor of the lens that is not finite."""
-        if self.live:
-            raise not_finite(self.hm, self.sample.token_ids, "lens")
+        if self.prompt is not None:
+            raise not_finite(self.hm, self.prompt, "lens")
         positions = row_positions(self.sample)
         for each in dict.fromkeys([*((self.point, layer) for layer in self.layers), key]):
             rows = self.run.read(self.sample.sample, *each, positions)

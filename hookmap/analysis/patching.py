@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookmap.analysis.grid import Grid
-from hookmap.analysis.tokens import token_id, token_text
+from hookmap.analysis.tokens import token_id, token_text, token_texts
 from hookmap.capture.finiteness import not_finite
 from hookmap.capture.interventions.edits import Edit
 from hookmap.capture.interventions.operations import Patched
@@ -109,7 +109,7 @@ def sweep(
     _check_written(hm, selectors)
     chosen = None if heads is None else _chosen_heads(hm, selectors, heads)
     columns = _columns(hm, prompts[1], positions)
-    rows = hm.capture(list(prompts[0].token_ids), [point], layers, max_new_tokens=0, engine="hooks")
+    rows = hm.capture(prompts[0], [point], layers, max_new_tokens=0, engine="hooks")
     base, noise = _base(hm, prompts, metric, min(batch_size, len(columns)), name)
     values = []
     for number, selector in enumerate(selectors):
@@ -117,7 +117,7 @@ def sweep(
         values.append(metric(_logits(hm, [prompts[1]] * len(columns), plan, batch_size))[0])
         if progress is not None:
             progress((number + 1) * len(columns), len(selectors) * len(columns))
-    tokens = tuple(token_text(hm, prompts[1].token_ids[column]) for column in columns)
+    tokens = token_texts(hm, prompts[1].token_ids, columns, prompts[1].image_positions)
     numbers = tuple(-1 if s.layer is None else s.layer for s in selectors)
     return Sweep(Grid(torch.stack(values), numbers, tuple(columns), tokens, name, selectors[0].point), *base, noise)
 
@@ -160,7 +160,7 @@ def _base(
     alone = [_logits(hm, [prompt], None, 1) for prompt in prompts]
     for prompt, logits in zip(prompts, alone, strict=True):
         if not bool(metric(logits)[0].isfinite().all()):
-            raise not_finite(hm, prompt.token_ids, "sweep")
+            raise not_finite(hm, prompt, "sweep")
     eps = _eps(hm, alone[0])
     (clean, clean_moves), (corrupted, corrupted_moves) = ([float(part) for part in metric(each)] for each in alone)
     batched = metric(_logits(hm, [prompts[1]] * together, None, together))[0]
@@ -193,7 +193,7 @@ def _check_pair(prompts: Sequence[Prompt], tokenizer: Any) -> None:
             f"the clean prompt has {lengths[0]} tokens and the corrupted one {lengths[1]}: a position must mean the "
             "same in both. Change the prompts so that they are equally long."
         )
-    if prompts[0].token_ids == prompts[1].token_ids:
+    if prompts[0].token_ids == prompts[1].token_ids and prompts[0].inputs == prompts[1].inputs:
         raise InterventionError("the clean and the corrupted prompt are the same.")
 
 
@@ -211,7 +211,7 @@ def _columns(hm: "Hooked", prompt: Prompt, positions: Any) -> list[int]:
 def _logits(hm: "Hooked", prompts: Sequence[Prompt], plan: EditPlan | None, batch_size: int) -> torch.Tensor:
     """The logits of the token after each prompt, [n, d_vocab], in the dtype that they were computed in."""
     run = hm.capture(
-        [list(prompt.token_ids) for prompt in prompts],
+        list(prompts),
         ["logits"],
         max_new_tokens=0,
         positions="last_prompt",

@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hookmap.capture.finiteness import not_finite
+from hookmap.capture.options import TemplateOptions, of_kind
 from hookmap.errors import SelectionError, StoreError
 from hookmap.loading.prompts import is_one
 from hookmap.maps.points import parse_point
@@ -164,7 +165,8 @@ def make_vector(
     if one[0] != one[1] or one[0] in ("one prompt", "0"):
         raise SelectionError(f"contrast pairs are two lists of prompts of one length: got {one[0]} and {one[1]}.")
     rows = {"max_new_tokens": 0, "positions": positions, "mean": positions != "last"}
-    run = hm.capture([*positive, *negative], parsed.point, layers, **rows, **options)
+    encoded = hm.encode([*positive, *negative], **of_kind(TemplateOptions, options))
+    run = hm.capture(encoded, parsed.point, layers, **rows, **options)
     find: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     find = mean_difference if method == "mean_difference" else principal_direction
     directions = {}
@@ -174,7 +176,7 @@ def make_vector(
         each = torch.stack([run.read(sample, parsed.point, layer)[0] for sample in range(len(run))])
         if (bad := ~each.isfinite().all(1)).any():
             sample = int(bad.nonzero()[0])
-            raise not_finite(hm, run.tokens[sample], f"steering vector (prompt {sample}, layer {layer})")
+            raise not_finite(hm, encoded[sample], f"steering vector (prompt {sample}, layer {layer})")
         directions[layer] = find(each[: len(positive)], each[len(positive) :])
     about = About(
         point=parsed.point,

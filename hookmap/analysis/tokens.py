@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from hookmap.activations import Sample
@@ -36,6 +37,15 @@ def token_id(hm: Hooked, token: int | str, name: str = "target") -> int:
 def token_text(hm: Hooked, token: int) -> str:
     """The text of a token; its id where there is no tokenizer."""
     return str(token) if hm.tokenizer is None else text_of(hm.tokenizer, [token])
+
+
+IMAGE = "[image]"
+
+
+def token_texts(hm: Hooked, ids: Sequence[int], positions: Iterable[int], images: Iterable[int]) -> tuple[str, ...]:
+    """The texts of the tokens at these positions; `[image]` where one stands for a part of an image."""
+    seen = frozenset(images)
+    return tuple(IMAGE if position in seen else token_text(hm, ids[position]) for position in positions)
 
 
 def row_positions(sample: Sample) -> tuple[int, ...]:

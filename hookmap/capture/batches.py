@@ -1,7 +1,7 @@
 """Batches of prompts through the model: generating, or harvesting one forward pass over given texts."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -94,6 +94,7 @@ class Generating(Run):
             with draws.expected(self.engine.module) if draws else contextlib.nullcontext():
                 return self.engine.generate(observer, inputs, editor)
         except ValueError as error:  # settings that transformers checks only now, such as temperature=0
+            _refused_inputs(inputs, error)
             said = f"transformers does not generate with these settings: {error}"
             if " Cache " in said:  # a model without attention, for example
                 said += " Its cache is what fails here: use_cache=False generates without one."
@@ -125,6 +126,9 @@ class Harvesting(Run):
                 self.engine.forward(observer, inputs, editor)
             except IndexError as error:
                 self._too_long(layout.width, error)
+            except ValueError as error:
+                _refused_inputs(inputs, error)
+                raise
         observer.finish(layout.width)
         self._count(observer)
         self._end(editor, layout.width)
@@ -137,6 +141,12 @@ def layout_of(numbers: Sequence[int], prompts: Sequence[Prompt], right: bool = F
     lengths = tuple(len(prompt.token_ids) for prompt in prompts)
     images = tuple(frozenset(prompt.image_positions) for prompt in prompts)
     return BatchLayout(tuple(numbers), lengths, right, images if any(images) else ())
+
+
+def _refused_inputs(inputs: Mapping[str, Any], error: ValueError) -> None:
+    """Raises CaptureError where the model says that images and their tokens do not agree."""
+    if "image" in str(error).lower() and any("pixel" in name or "image" in name for name in inputs):
+        raise CaptureError(f"the model refuses the prompts' images: {error}") from error
 
 
 def fed(run: Run, prompts: Sequence[Prompt], layout: BatchLayout, pad: int) -> dict[str, Any]:

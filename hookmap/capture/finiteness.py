@@ -14,6 +14,8 @@ from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen
 from hookmap.loading.encoder_decoder import with_source
 from hookmap.loading.finiteness import in_words, is_stream
+from hookmap.loading.further_inputs import joined
+from hookmap.loading.prompts import Prompt
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import select
 from hookmap.stores.ledger import tensor_name
@@ -28,19 +30,20 @@ class Opened(Protocol):
     def hooks(self) -> Engine: ...
 
 
-def why_not_finite(engine: Engine, architecture_map: ArchitectureMap, ids: Sequence[int]) -> str | None:
+def why_not_finite(engine: Engine, architecture_map: ArchitectureMap, prompt: Prompt | Sequence[int]) -> str | None:
     """Where the residual stream of a prompt is first not finite, and what helps; None where all of it is finite.
 
     Runs the prompt once more. The caller holds the lock of the model.
     """
-    first = _first(engine, architecture_map, ids)
+    prompt = prompt if isinstance(prompt, Prompt) else Prompt("", tuple(prompt))
+    first = _first(engine, architecture_map, prompt)
     return None if first is None else in_words(*first, engine.module)
 
 
-def not_finite(hm: Opened, ids: Sequence[int], what: str) -> CaptureError:
+def not_finite(hm: Opened, prompt: Prompt | Sequence[int], what: str) -> CaptureError:
     """The error to raise instead of computing `what` from the residual stream of this prompt."""
     with running(hm.hooks):
-        found = why_not_finite(hm.hooks, hm.map, ids)
+        found = why_not_finite(hm.hooks, hm.map, prompt)
     return CaptureError(f"no {what}: {found or 'its numbers are not finite, and in a second run they were'}.")
 
 
@@ -67,9 +70,7 @@ def kept_in(run: Any) -> str:
     return "Capture again with the model in a dtype of a wider range (--dtype bfloat16), or leave such positions out."
 
 
-def _first(
-    engine: Engine, architecture_map: ArchitectureMap, ids: Sequence[int]
-) -> tuple[str, int, torch.dtype] | None:
+def _first(engine: Engine, architecture_map: ArchitectureMap, prompt: Prompt) -> tuple[str, int, torch.dtype] | None:
     """The first tensor of the residual stream, in forward order, that is not finite: name, position, dtype."""
     selectors = select(architecture_map, [name for name in architecture_map.points if is_stream(name)], "all")
     found: dict[Key, tuple[str, int, torch.dtype]] = {}
@@ -81,14 +82,16 @@ def _first(
             position = activation.start + int(bad.nonzero()[0])
             found[key] = (tensor_name(key), position, activation.tensor.dtype)
 
-    given = torch.tensor([list(ids)], device=device_of(engine))
+    length, device = len(prompt.token_ids), device_of(engine)
+    given = torch.tensor([list(prompt.token_ids)], device=device)
     inputs: dict[str, Any] = {"input_ids": given}
+    inputs |= joined([prompt.inputs], [length], [0], device, next(engine.root.parameters()).dtype)
     if gen.takes(engine.root, "attention_mask"):
         inputs["attention_mask"] = torch.ones_like(given)
     if gen.takes(engine.root, "use_cache"):
         inputs["use_cache"] = False
     inputs = with_source(engine.root, inputs, torch.Generator().manual_seed(0))
-    observer = Observer(selectors, BatchLayout((0,), (len(ids),), right=True), take)
+    observer = Observer(selectors, BatchLayout((0,), (length,), right=True), take)
     engine.forward(observer, inputs, None)
-    observer.finish(len(ids))
+    observer.finish(length)
     return next((found[key] for s in selectors if (key := (s.point, s.layer)) in found), None)

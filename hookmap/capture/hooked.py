@@ -1,6 +1,6 @@
 """A model to capture from: its module, tokenizer, map and engines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Unpack
 
@@ -39,6 +39,7 @@ from hookmap.loading.chat_template import Chat, Templating
 from hookmap.loading.encoder_decoder import is_encoder_decoder
 from hookmap.loading.encoder_prompts import encode_apart
 from hookmap.loading.generation import check_count, check_names, logits_parameter
+from hookmap.loading.image_reader import ImageReader
 from hookmap.loading.modules import model_root
 from hookmap.loading.prompts import NO_TOKENIZER, Prompt, encode, records
 from hookmap.maps.document import ArchitectureMap
@@ -70,8 +71,12 @@ class Hooked:
         name: str | None = None,
         why_no_tokenizer: str = NO_TOKENIZER,
         nnsight_model: Any = None,
+        processor: Callable[[], Any] | None = None,
     ) -> None:
-        """Use `hookmap.open`, which also checks the map against the model. `name`: hub id or path."""
+        """Use `hookmap.open`, which also checks the map against the model.
+
+        `name`: hub id or path; `processor`: loads what makes inputs of texts and images.
+        """
         self.map = architecture_map
         self._why_no_tokenizer = why_no_tokenizer
         self.name = name
@@ -81,6 +86,8 @@ class Hooked:
         self._nnsight_model = nnsight_model
         self.hooks = HooksEngine(model, self.root)
         self._nnsight: Engine | None = None
+        self.reader = ImageReader(processor, self.root)
+        """makes prompts with images"""
 
     @takes(CaptureOptions)
     def capture(
@@ -289,7 +296,7 @@ class Hooked:
     def _encode(self, prompts: Any, how: Templating) -> tuple[Prompt, ...]:
         if is_encoder_decoder(self.root):
             return encode_apart(prompts, self.root, self.tokenizer, how, why_none=self._why_no_tokenizer)
-        return encode(prompts, self.tokenizer, how, why_none=self._why_no_tokenizer)
+        return encode(prompts, self.tokenizer, how, why_none=self._why_no_tokenizer, reader=self.reader)
 
     def __repr__(self) -> str:
         return f"<Hooked {self.map.architecture}, {self.map.num_layers} layers, d_model {self.map.d_model}>"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hookmap.errors import TokenizerError
+from hookmap.loading.pictures import is_image
 
 Chat = bool | Literal["auto"]
 
@@ -55,28 +56,66 @@ class Templating:
 
 def fill(messages: Sequence[Mapping[str, Any]], number: int, tokenizer: Any, how: Templating) -> str:
     """The text of prompt `number`. Raises TokenizerError where there is no template, or it does not read all of it."""
+    return str(_applied(messages, number, tokenizer, how, False, {"tokenize": False}))
+
+
+def fill_with_images(
+    messages: Sequence[Mapping[str, Any]], number: int, processor: Any, how: Templating, images: Sequence[Any] | None
+) -> Any:
+    """Prompt `number`, whose messages have images, through a processor's template: its text, or the model's inputs.
+
+    `images`: of all messages, in order; without them the text is made. Raises TokenizerError, as `fill`.
+    """
+    if images is None:
+        return str(_applied(messages, number, processor, how, True, {"tokenize": False}))
+    rest = iter(images)
+    whole = [
+        {**message, "content": [{"type": "image", "image": next(rest)} if is_image(part) else part for part in content]}
+        if not isinstance(content := message.get("content"), str) and isinstance(content, Sequence)
+        else message
+        for message in messages
+    ]
+    return _applied(
+        whole, number, processor, how, True, {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    )
+
+
+def _applied(
+    messages: Sequence[Mapping[str, Any]],
+    number: int,
+    tokenizer: Any,
+    how: Templating,
+    images: bool,
+    form: Mapping[str, Any],
+) -> Any:
+    """What `apply_chat_template` makes. `images`: whether messages may have them; `form`: of what is made."""
     template = _template(tokenizer)
     if not template:
         raise TokenizerError(
-            f"prompt {number} needs a chat template, and this tokenizer ({type(tokenizer).__name__}) has none. "
-            "Give plain text (without chat), or set tokenizer.chat_template."
+            f"prompt {number} needs a chat template, and this {type(tokenizer).__name__} has none. "
+            + (
+                'Give {"text": …, "images": […]} in place of messages.'
+                if images
+                else "Give plain text (without chat), "
+            )
+            + ("" if images else "or set tokenizer.chat_template.")
         )
     options = dict(how.chat_template_kwargs or {})
     _check_options(options, template, tokenizer)
     for place, message in enumerate(messages):
-        _check_content(message, f"prompt {number}, message {place}")
+        _check_content(message, f"prompt {number}, message {place}", images)
     begins, goes_on = how.ending(messages)
     try:
-        text = tokenizer.apply_chat_template(
-            _as_read(messages, template, tokenizer),
-            tokenize=False,
+        return tokenizer.apply_chat_template(
+            _as_read(messages, template, tokenizer, images),
             add_generation_prompt=begins,
             continue_final_message=goes_on,
+            **form,
             **options,
         )
     except Exception as error:  # a template is a program of the model's author, and raises what it likes
-        raise TokenizerError(f"the chat template refuses prompt {number}: {error}") from error
-    return str(text)
+        reader = type(tokenizer).__name__ if form["tokenize"] else "the chat template"
+        raise TokenizerError(f"{reader} refuses prompt {number}: {error}") from error
 
 
 def _template(tokenizer: Any) -> str:
@@ -99,18 +138,18 @@ def _check_options(options: Mapping[str, Any], template: str, tokenizer: Any) ->
         )
 
 
-def _check_content(message: Mapping[str, Any], where: str) -> None:
-    """Raises TokenizerError for what is no text: its placeholder would be read as if it were all."""
+def _check_content(message: Mapping[str, Any], where: str, images: bool) -> None:
+    """Raises TokenizerError for what is neither text nor image: its placeholder would be read as if it were all."""
     content = message.get("content")
     found = [_kind(name) for name in _BESIDE if message.get(name)]
     if not isinstance(content, str) and isinstance(content, Sequence):
-        found += [_kind_of(part) for part in content if not _is_text(part)]
+        found += [_kind_of(part) for part in content if not (_is_text(part) or (images and is_image(part)))]
     elif isinstance(content, Mapping) and "type" in content:
         found.append(_kind_of(content))
     if found:
         raise TokenizerError(
-            f"{where} has {' and '.join(dict.fromkeys(found))}: hookmap reads text only, and would take a placeholder "
-            "for it. Give the text alone."
+            f"{where} has {' and '.join(dict.fromkeys(found))}: hookmap reads text, and images as parts of content, "
+            '{"type": "image", "path": FILE}; the model would take a placeholder for it. Leave it out.'
         )
     if "content" not in message and not message.get("tool_calls"):
         raise TokenizerError(f"{where} has no content: expected {{'role': …, 'content': …}}, got {sorted(message)}.")
@@ -134,11 +173,13 @@ def _kind(name: str) -> str:
     return next((told for kind, told in _KINDS.items() if kind in name), "")
 
 
-def _as_read(messages: Sequence[Mapping[str, Any]], template: str, tokenizer: Any) -> list[dict[str, Any]]:
-    """The messages with texts as strings or as parts, whichever the template reads."""
+def _as_read(
+    messages: Sequence[Mapping[str, Any]], template: str, tokenizer: Any, images: bool
+) -> list[dict[str, Any]]:
+    """The messages with texts as strings or as parts, whichever the template reads; with `images`, lists as parts."""
     contents = [message.get("content") for message in messages]
     listed = any(isinstance(content, Sequence) and not isinstance(content, str) for content in contents)
-    parts = (listed or "type" in template) and _reads(tokenizer, [{"type": "text", "text": _PROBE}])
+    parts = images or ((listed or "type" in template) and _reads(tokenizer, [{"type": "text", "text": _PROBE}]))
     strings = not parts or _reads(tokenizer, _PROBE)
     return [{**message, **_content(message, parts, strings)} for message in messages]
 
@@ -149,8 +190,15 @@ def _content(message: Mapping[str, Any], parts: bool, strings: bool) -> dict[str
         return {} if strings else {"content": [{"type": "text", "text": content}]}
     if not isinstance(content, Sequence):
         return {}
-    texts = [part if isinstance(part, str) else str(part["text"]) for part in content]
-    return {"content": [{"type": "text", "text": text} for text in texts] if parts else "\n".join(texts)}
+    if parts:
+        return {"content": [_part(part) for part in content]}
+    return {"content": "\n".join(part if isinstance(part, str) else str(part["text"]) for part in content)}
+
+
+def _part(part: Any) -> dict[str, Any]:
+    if is_image(part):
+        return {"type": "image", **({"image": part["image"]} if "image" in part else {})}
+    return {"type": "text", "text": part if isinstance(part, str) else str(part["text"])}
 
 
 def _reads(tokenizer: Any, content: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,34 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, revis
 
 def _holds_tokenizer(folder: Path) -> bool:
     return any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
+
+
+def load_processor(source: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """What makes a model's inputs of texts and images. Raises TokenizerError with what was tried."""
+    if find_spec("PIL") is None:
+        raise TokenizerError('images need Pillow: pip install "hookmap[vision]"')
+    from transformers import AutoProcessor
+
+    where, arguments = hub.for_transformers(source)
+    try:
+        with hub.quiet():
+            found = AutoProcessor.from_pretrained(
+                where, trust_remote_code=trust_remote_code, revision=revision, **arguments
+            )
+    except Exception as error:  # as above
+        said = " ".join(str(error).split())
+        if "torchvision" in said.lower() and find_spec("torchvision") is None:
+            raise TokenizerError(
+                f"cannot load the processor of {str(source)!r}: it needs torchvision, which is not installed. Install "
+                "the one of your torch: pip install torchvision"
+            ) from error
+        raise TokenizerError(
+            f"cannot load the processor of {str(source)!r}: {hub.explain(error, source)}\n"
+            "Give one: hookmap.open(model, processor=...)"
+        ) from error
+    if getattr(found, "image_processor", None) is None:
+        raise TokenizerError(
+            f"{source} holds no processor of images: the model reads text only, or its processor is elsewhere. "
+            "Give text alone; or hookmap.open(model, processor=...)"
+        )
+    return found

@@ -28,11 +28,20 @@ class FurtherInputs:
     alike: tuple[int, ...] = ()
     """sizes that samples of one batch have in common: those that are not padded"""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets the fields themselves."""
+        held = dict(self.make())
+        return _held, (self.names, held, self.digest, self.encoder_tokens, self.alike)
+
     @classmethod
     def of(cls, fields: Fields) -> "FurtherInputs":
         """Those that are in memory."""
         held = dict(fields)
         return cls(frozenset(held), lambda: held, digest_of(held))
+
+
+def _held(names: frozenset[str], fields: Fields, *rest: Any) -> FurtherInputs:
+    return FurtherInputs(names, lambda: fields, *rest)
 
 
 def digest_of(fields: Fields) -> str:

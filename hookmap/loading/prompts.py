@@ -6,11 +6,15 @@ from io import IOBase
 from numbers import Integral
 from typing import Any
 
+import torch
+
 from hookmap.datasets.files import columns_of
 from hookmap.datasets.records import PromptRecord, load_prompts
 from hookmap.errors import DataError, TokenizerError
 from hookmap.loading.chat_template import Chat, Templating, fill
 from hookmap.loading.further_inputs import FurtherInputs
+from hookmap.loading.image_reader import ImageReader, has_images
+from hookmap.loading.pictures import Limits
 
 
 @dataclass(frozen=True)
@@ -37,19 +41,28 @@ class Prompt:
         return len(self.token_ids) + (self.inputs.encoder_tokens if self.inputs else 0)
 
 
+ANY = Limits()
 NO_TOKENIZER = "the model was given without a tokenizer. Give one: hookmap.open(model, tokenizer=...)"
 
 
 def encode(
-    prompts: Any, tokenizer: Any, chat: Chat | Templating = "auto", *, why_none: str = NO_TOKENIZER
+    prompts: Any,
+    tokenizer: Any,
+    chat: Chat | Templating = "auto",
+    *,
+    why_none: str = NO_TOKENIZER,
+    reader: ImageReader | None = None,
 ) -> tuple[Prompt, ...]:
     """One or several prompts, each a string, a list of chat messages, a list of token ids, or a record of a data set.
+
+    With images: messages with parts {"type": "image", "path": FILE}; {"text": …, "images": […]}, as the processor reads
+    it without a chat template; or what a processor made of one prompt, {"input_ids": …, "pixel_values": …, …}.
 
     A string is read as it is, with the tokenizer's own special tokens, unless it begins with the text of the one that
     begins a sequence; messages go through the chat template, which writes its own. `chat`: True makes each string the
     one message of a user; False refuses messages; or all of how they go through the template.
-    `why_none`: the reason, where there is no tokenizer. Raises TokenizerError with what is missing, and DataError for
-    a table of which no column is named.
+    `why_none`: the reason, where there is no tokenizer. `reader`: makes prompts with images. Raises
+    TokenizerError with what is missing, and DataError for a table of which no column is named.
     """
     how = chat if isinstance(chat, Templating) else Templating(chat)
     if not isinstance(how.chat, bool) and how.chat != "auto":
@@ -64,7 +77,7 @@ def encode(
         prompts = [prompts]
     if isinstance(prompts, Mapping | bytes | set | frozenset | IOBase) or not isinstance(prompts, Iterable):
         raise _not_a_prompt(prompts, 0)
-    encoded = tuple(_encode(prompt, number, tokenizer, how, why_none) for number, prompt in enumerate(prompts))
+    encoded = tuple(_encode(prompt, number, tokenizer, how, why_none, reader) for number, prompt in enumerate(prompts))
     if not encoded:
         raise TokenizerError("no prompts given: expected a string, a list of strings, or chat messages, got none.")
     return encoded
@@ -72,9 +85,14 @@ def encode(
 
 def is_one(prompts: Any) -> bool:
     """Whether it is one prompt, not a list of prompts: a text, messages, token ids or a record."""
-    if isinstance(prompts, str | PromptRecord | Prompt):
+    if isinstance(prompts, str | PromptRecord | Prompt) or is_sample(prompts):
         return True
     return isinstance(prompts, Sequence) and bool(prompts) and _is_part(prompts[0])
+
+
+def is_sample(value: Any) -> bool:
+    """Whether it is one prompt with its images, or with the model's other inputs."""
+    return isinstance(value, Mapping) and "role" not in value and ("input_ids" in value or "images" in value)
 
 
 def records(prompts: Any, column: str | None) -> Any:
@@ -105,7 +123,7 @@ def known_ids(tokenizer: Any) -> set[int]:
 
 def _is_part(value: Any) -> bool:
     """Whether a list of such values is one prompt: messages or token ids."""
-    return isinstance(value, Mapping) or _is_token(value)
+    return (isinstance(value, Mapping) and not is_sample(value)) or _is_token(value)
 
 
 def _is_token(value: Any) -> bool:
@@ -141,18 +159,22 @@ def _token_ids(text: str, number: int, tokenizer: Any, **options: Any) -> tuple[
     return tuple(tokenizer(text, **options)["input_ids"])
 
 
-def _encode(prompt: Any, number: int, tokenizer: Any, how: Templating, why_none: str) -> Prompt:
+def _encode(
+    prompt: Any, number: int, tokenizer: Any, how: Templating, why_none: str, reader: ImageReader | None
+) -> Prompt:
     if isinstance(prompt, Prompt):
         return _checked(prompt, number)
     if isinstance(prompt, PromptRecord):
-        own = _encode(prompt.prompt, number, tokenizer, how, why_none)
+        own = _encode(prompt.prompt, number, tokenizer, how, why_none, reader)
         return replace(own, id=prompt.id, labels=prompt.labels)
+    if is_sample(prompt):
+        return _checked(_of_sample(prompt, number, how, reader), number)
     prompt = _listed(prompt)
     if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes):
         raise _not_a_prompt(prompt, number)
     if not isinstance(prompt, str) and all(_is_token(part) for part in prompt):
         return _checked(Prompt("", tuple(map(int, prompt))), number)
-    if tokenizer is None:
+    if tokenizer is None and (isinstance(prompt, str) or not has_images(prompt)):
         raise TokenizerError(f"prompt {number} is text: {why_none}\nOr give lists of token ids as prompts.")
     if isinstance(prompt, str) and how.chat is not True:
         return _checked(Prompt(prompt, _ids_of_text(prompt, number, tokenizer)), number)
@@ -163,14 +185,68 @@ def _encode(prompt: Any, number: int, tokenizer: Any, how: Templating, why_none:
         raise TokenizerError(
             f"prompt {number} is a list of chat messages, and chat=False was given. Leave chat out (chat='auto')."
         )
-    return _checked(templated(messages, number, tokenizer, how), number)
+    return _checked(templated(messages, number, tokenizer, how, reader), number)
 
 
-def templated(messages: list[Any], number: int, tokenizer: Any, how: Templating) -> Prompt:
-    """Chat messages as the model reads them. Raises TokenizerError as `hookmap.loading.chat_template.fill` does."""
+def templated(
+    messages: list[Any],
+    number: int,
+    tokenizer: Any,
+    how: Templating,
+    reader: ImageReader | None = None,
+    limits: Limits = ANY,
+) -> Prompt:
+    """Chat messages as the model reads them. `limits`: which images are read.
+
+    Raises TokenizerError as `hookmap.loading.chat_template.fill` does.
+    """
+    if has_images(messages):
+        read = _reader(reader, number).messages(messages, number, how, limits)
+        return Prompt(read.text, read.token_ids, None, None, read.inputs, read.image_positions, read.pictures)
     text = fill(messages, number, tokenizer, how)
     # The template writes the special tokens itself.
     return Prompt(text, _token_ids(text, number, tokenizer, add_special_tokens=False))
+
+
+def _of_sample(sample: Mapping[str, Any], number: int, how: Templating, reader: ImageReader | None) -> Prompt:
+    """A prompt with images and without messages, or what a processor made of one. Raises TokenizerError."""
+    if "input_ids" in sample:
+        return _of_fields(sample, number, reader)
+    text, images = sample.get("text"), sample["images"]
+    images = images if isinstance(images, list | tuple) else [images]
+    if not isinstance(text, str) or not images or sample.keys() - {"text", "images"}:
+        raise TokenizerError(
+            f'prompt {number}: expected {{"text": …, "images": [FILE, …]}}, got {", ".join(map(str, sample))}.'
+        )
+    if how.chat is True:
+        parts = [{"type": "image", "image": image} for image in images]
+        message = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+        return templated([message], number, None, how, reader)
+    read = _reader(reader, number).text(text, images, number, ANY)
+    return Prompt(read.text, read.token_ids, None, None, read.inputs, read.image_positions, read.pictures)
+
+
+def _of_fields(sample: Mapping[str, Any], number: int, reader: ImageReader | None) -> Prompt:
+    """What a processor made of one prompt. A pad may not be among its tokens."""
+    fields = {str(name): torch.as_tensor(value) for name, value in sample.items() if value is not None}
+    ids, mask = fields.pop("input_ids"), fields.pop("attention_mask", None)
+    if ids.ndim != 2 or len(ids) != 1 or ids.is_floating_point() or (mask is not None and not bool(mask.all())):
+        raise TokenizerError(
+            f"prompt {number}: expected the inputs of one prompt without pads, input_ids [1, tokens], got "
+            f"{list(ids.shape)}. Give each prompt by itself: hookmap makes the batches."
+        )
+    token_ids = tuple(ids[0].tolist())
+    places = reader.places(token_ids) if reader is not None and fields else ()
+    return Prompt("", token_ids, inputs=FurtherInputs.of(fields) if fields else None, image_positions=places)
+
+
+def _reader(reader: ImageReader | None, number: int) -> ImageReader:
+    if reader is None:
+        raise TokenizerError(
+            f"prompt {number} has an image, and only text is read here. Give the text alone; or what the model's "
+            "processor makes of both, as a mapping."
+        )
+    return reader
 
 
 def _checked(prompt: Prompt, number: int) -> Prompt:

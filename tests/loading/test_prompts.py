@@ -176,7 +176,7 @@ def part(kind: str, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("message", "told"),
     [
-        (part("image"), "prompt 0, message 0 has an image: hookmap reads text only"),
+        (part("image"), "prompt 0, message 0 has an image, and LlamaForCausalLM reads text only"),
         (part("image_url", image_url={"url": "x"}), "an image"),
         (part("video", video="x.mp4"), "a video"),
         (part("input_audio", input_audio={}), "audio"),

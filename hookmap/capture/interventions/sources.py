@@ -11,6 +11,7 @@ from hookmap.capture.options import EngineName
 from hookmap.capture.rows import RowSelection
 from hookmap.errors import InterventionError
 from hookmap.loading.chat_template import Templating
+from hookmap.loading.image_reader import ImageReader
 from hookmap.loading.prompts import encode
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector
@@ -27,6 +28,8 @@ class Editable(Protocol):
     def proofs(self) -> Proofs: ...
     @property
     def tokenizer(self) -> Any: ...
+    @property
+    def reader(self) -> ImageReader: ...
 
     def matching(self, chosen: RowSelection) -> frozenset[int]:
         """The token ids that positions="text=…" means."""
@@ -91,7 +94,7 @@ class Sources:
             points = [selector.point]
             if selector.layer is not None:
                 layers = [s.layer for s in self._hm.map.selectors(points) if s.layer is not None]
-            encoded = encode(prompt, self._hm.tokenizer, self._how)
+            encoded = encode(prompt, self._hm.tokenizer, self._how, reader=self._hm.reader)
             run = self._hm.capture(encoded, points, layers, max_new_tokens=0, engine="hooks")
             self._runs |= {(key[0], *held): run.store for held in run.keys}
         return self._runs[key]
