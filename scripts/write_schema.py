@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hookmap.cli import configuration
 from hookmap.evaluation.experiments import document
-from hookmap.maps import document as architecture_map
+from hookmap.maps import json_schema as architecture_map
 from hookmap.maps.shipped import mappings_folder
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -175,7 +175,7 @@ def manifest_of(
         [(selector.point, selector.layer) for selector in request.selectors],
         model=name,
         architecture=architecture_map.architecture,
-        architecture_map=architecture_map.model_dump(mode="json"),
+        architecture_map=architecture_map.to_document(),
         settings={**settings, **_of_model(run.engine), **_of_prompts(request.prompts)},
     )
 

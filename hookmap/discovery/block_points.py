@@ -22,7 +22,7 @@ from hookmap.discovery.branch_outputs import has_post_norm, locate_output, locat
 from hookmap.discovery.experts import ROUTER, mlp_points
 from hookmap.discovery.locate import Location, Locator
 from hookmap.discovery.wiring import Found, Places, Wiring
-from hookmap.maps.points import PointName
+from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.relations import Relation
 from hookmap.maps.templates import BranchInfo
 
@@ -183,7 +183,7 @@ def _middles(block: Block, kinds: BranchKinds, middle: Middle | None, locator: L
     if middle.is_changed:
         places["resid_mid_sum"] = _place(middle.summed, "input", locator)
     else:
-        places["resid_mid_sum"] = "nothing is done to the sum: it is resid_mid"
+        places["resid_mid_sum"] = POINTS["resid_mid_sum"].absent
     several = middles(block)
     if len(several) > 1:
         places |= {f"resid_mid.{n}": _place(each.read, "input", locator) for n, each in enumerate(several)}

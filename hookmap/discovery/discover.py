@@ -5,7 +5,6 @@ module -> dataflow -> values -> layer list -> blocks -> points -> kinds -> Archi
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -156,7 +155,7 @@ def assemble(
         scope="model",
         model_id=model_id,
         model_type=getattr(config, "model_type", None),
-        config=json.loads(json.dumps(config.to_diff_dict(), default=str)) if hasattr(config, "to_diff_dict") else {},
+        config=configs.own_settings(config) if hasattr(config, "to_diff_dict") else {},
         config_hash=configs.config_hash(settings) if settings else None,
         transformers_version=version("transformers"),
         hookmap_version=__version__,

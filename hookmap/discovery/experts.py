@@ -9,6 +9,7 @@ from hookmap.discovery import aten
 from hookmap.discovery.dataflow import Operation
 from hookmap.discovery.locate import Location
 from hookmap.discovery.wiring import Found, Missing, Wiring, attempt
+from hookmap.maps.points import POINTS
 from hookmap.maps.relations import Relation, Term
 
 ROUTER = ("router_logits", "router_indices", "router_weights")
@@ -22,7 +23,7 @@ def mlp_points(wiring: Wiring, choice: Operation | None) -> Found:
 
 
 def _dense(wiring: Wiring) -> Found:
-    no_router = dict.fromkeys(ROUTER, "this block has no mixture of experts")
+    no_router = {name: POINTS[name].absent for name in ROUTER}
     raw = wiring.block.raw(wiring.branch.parts[0])
     try:
         projections = wiring.projections(wiring.tensor_of(raw))

@@ -174,6 +174,35 @@ def _class_of_decoder(config: Any) -> Any:
     return next((each for each in found if each is not None and each.config_class is type(config)), None)
 
 
+def own_settings(config: Any) -> dict[str, Any]:
+    """What a config says beyond the defaults of its class, as JSON data that its class reads back as the same config.
+
+    All that it says where there are no such defaults. The model type and the version of transformers are left out.
+    """
+    said, whole = _plain(config.to_diff_dict()), _structural(_plain(config.to_dict()))
+    try:
+        with hub.quiet():
+            found = _beyond(said, _plain(type(config)().to_dict()))
+            again = _structural(_plain(type(config).from_dict(found).to_dict()))
+    except Exception:  # a class without defaults, or that cannot do without some: each raises an error of its own
+        again = {}
+    found = found if again == whole else said
+    return {key: value for key, value in found.items() if key not in ("transformers_version", "model_type")}
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return data
+
+
+def _beyond(said: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    differing = {key: value for key, value in said.items() if key not in usual or value != usual[key]}
+    return {
+        key: _beyond(value, usual[key]) if isinstance(value, dict) and isinstance(usual.get(key), dict) else value
+        for key, value in differing.items()
+    }
+
+
 def config_hash(config: dict[str, Any]) -> str:
     """sha256 of what in a config decides the structure, as `config.to_dict()` gives it."""
     text = json.dumps(_structural(config), sort_keys=True, default=str)

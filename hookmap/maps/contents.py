@@ -3,34 +3,32 @@
 import itertools
 from typing import Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.runs import layers_of, pairs_of
 from hookmap.maps.templates import BlockKind, Frozen, PointTemplate, at_name
 
-SCHEMA_VERSION: Literal[1] = 1
-SCHEMA_ID = "urn:hookmap:schema:architecture-map-1"
+SCHEMA_VERSION = 2
+
+
+class Proof(Frozen):
+    """Versions of transformers in which discovery finds this map, and the checks that it passes there."""
+
+    transformers: tuple[str, ...] = Field(default=(), description="oldest first")
+    on: str = Field(default="", description="what was run: weights, width, depth")
+    checks: dict[str, int] = Field(default_factory=dict, description="the check -> how many statements it proved")
 
 
 class MapContents(Frozen):
-    """Every field of a map, and what follows from the fields alone."""
+    """Every field of a map, in the order of its document; and what follows from the fields alone."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
     architecture: str
     layer_access_pattern: str = Field(description="the layer list, indexed: `model.layers[i]`")
     pre_attention_path: str | None = Field(description="template of the module that reads `resid_pre`: the pre-norm")
     pre_mlp_path: str | None = Field(description="template of the module whose input is `resid_mid`, or null")
 
-    scope: Literal["architecture", "model"] = Field(description="`model`: only for the config with this hash")
-    model_id: str | None = None
-    model_type: str | None = None
-    config: dict[str, Any] = Field(default_factory=dict, description="the config's difference from its defaults")
-    config_hash: str | None = None
-    transformers_version: str
-    hookmap_version: str
-
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=100_000)
     d_model: int = Field(ge=1)
     num_heads: int | None = None
     d_vocab: int | None = None
@@ -44,12 +42,6 @@ class MapContents(Frozen):
         default="",
         description="the order in which layers run, `0-1, 3 x (2-3), 4-5`; empty: each once, as they are numbered",
     )
-    final_norm_path: str | None
-    lm_head_path: str | None
-
-    model_points: dict[str, PointTemplate] = Field(description="points of the whole model: embed, final_norm, logits")
-    model_unavailable: dict[str, str] = Field(default_factory=dict)
-    kinds: tuple[BlockKind, ...] = Field(min_length=1)
     joined: bool = Field(
         default=True, description="false where the model adds to the stream between one block and the next"
     )
@@ -61,19 +53,24 @@ class MapContents(Frozen):
     left_out: tuple[str, ...] = Field(
         default=(), description="other lists of blocks that the output is computed through: no point is of them"
     )
+    final_norm_path: str | None
+    lm_head_path: str | None
+
+    model_points: dict[str, PointTemplate] = Field(description="points of the whole model: embed, final_norm, logits")
+    model_unavailable: dict[str, str] = Field(default_factory=dict, description="as in a kind")
+    kinds: tuple[BlockKind, ...] = Field(min_length=1)
+
+    scope: Literal["architecture", "model"] = Field(description="`model`: only for the config with this hash")
+    model_id: str | None = None
+    model_type: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict, description="the config's difference from its defaults")
+    config_hash: str | None = None
+    transformers_version: str
+    hookmap_version: str
     discovered_by: str = Field(
         default="", description="what ran: the model on meta, a narrow copy, or the model itself"
     )
-    verified_by: tuple[str, ...] = Field(default=(), description="the checks that this map passed, and on what")
-    proved_on: tuple[str, ...] = Field(
-        default=(),
-        description="versions of transformers, oldest first, in which discovery finds this map and its checks pass",
-    )
-
-    @model_serializer(mode="wrap")
-    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        usual: dict[str, Any] = {"layer_names": (), "runs": "", "joined": True, "between": {}, "left_out": ()}
-        return {key: value for key, value in handler(self).items() if key not in usual or value not in (usual[key], [])}
+    proofs: tuple[Proof, ...] = Field(default=(), description="what verified the map, and where")
 
     @model_validator(mode="after")
     def _every_layer_has_one_kind(self) -> Self:
@@ -82,6 +79,9 @@ class MapContents(Frozen):
             raise ValueError(f"the kinds' layers must cover 0..{self.num_layers - 1} once each, found {found}")
         if len(self.layer_names) not in (0, self.num_layers):
             raise ValueError(f"layer_names must name all {self.num_layers} layers, found {len(self.layer_names)}")
+        names = [kind.name for kind in self.kinds]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"each kind has a name of its own, found twice: {', '.join(twice)}")
         for kind in self.kinds:
             ran = sorted({layers_of(self.runs).count(layer) for layer in kind.layers})
             if self.runs and kind.points and ran != [kind.calls]:
@@ -90,6 +90,13 @@ class MapContents(Frozen):
                 if PointName.of(name).base not in POINTS:
                     raise ValueError(f"kind {kind.name!r} has the unknown point {name!r}")
         return self
+
+    @property
+    def proved_on(self) -> tuple[str, ...]:
+        """The versions of transformers in which discovery finds this map and its checks pass, oldest first."""
+        from packaging.version import Version
+
+        return tuple(sorted({version for proof in self.proofs for version in proof.transformers}, key=Version))
 
     @property
     def order(self) -> tuple[tuple[int, int], ...]:

@@ -4,24 +4,17 @@ A map holds kinds of blocks and path templates over `{i}`, never one row per lay
 size of an architecture. It knows nothing of torch.
 """
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
 from hookmap import html
 from hookmap.maps import nnsight_names, selectors
-from hookmap.maps.contents import SCHEMA_ID, MapContents
+from hookmap.maps.contents import MapContents
 from hookmap.maps.describe import layer_ranges, places
+from hookmap.maps.json_text import json_text
 from hookmap.maps.selectors import Selector
+from hookmap.maps.writing import written
 from hookmap.wording import counted
-
-# A number, or a word without spaces: sentences stay on lines of their own.
-_SCALAR = r'(?:-?\d+|"[^"\s]*")'
-
-
-def _on_one_line(match: re.Match[str]) -> str:
-    return "[" + re.sub(r"\s+", " ", match[1]) + "]"
 
 
 class ArchitectureMap(MapContents):
@@ -51,18 +44,15 @@ class ArchitectureMap(MapContents):
         rows = [(names, layer_ranges(layers), where) for names, layers, where in places(self)]
         return html.page(repr(self), html.table(("point", "layers", "where"), rows))
 
+    def to_document(self) -> dict[str, Any]:
+        """The document as plain JSON data: schema 2, whose grammar is `hookmap.maps.grammar`."""
+        return written(self)
+
     def to_json(self) -> str:
-        """The document as JSON; lists of numbers and of words on one line."""
-        text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
-        return re.sub(rf"\[\s*({_SCALAR}(?:,\s*{_SCALAR})*)\s*\]", _on_one_line, text) + "\n"
+        """The document as JSON text; what fits on a line stands on one."""
+        return json_text(self.to_document()) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the document to `path`, with the folders that it is in."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(self.to_json(), encoding="utf-8")
-
-
-def schema() -> dict[str, Any]:
-    """The JSON Schema of a map; `mappings/architecture-map.schema.json` is this, and a test holds it so."""
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_ID}
-    return {**head, **ArchitectureMap.model_json_schema()}

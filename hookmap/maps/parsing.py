@@ -1,6 +1,7 @@
 """A map file -> the document, or every problem with it at once: the field, what was expected, what was found."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from hookmap.errors import MapError, MapNotFoundError
-from hookmap.maps.document import ArchitectureMap, schema
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.grammar import SELECTOR, why_no_selector
+from hookmap.maps.json_schema import schema, schema_1
+from hookmap.maps.reading import read_map
 from hookmap.placeholders import is_gguf, is_pointer, pointers_told
 from hookmap.wording import counted, did_you_mean
 
@@ -36,10 +40,15 @@ def parse(document: str | Mapping[str, Any], source: str = "the document") -> Ar
     Raises MapError with every problem at once: the field, what was expected, and what was found.
     """
     found = _parse_json(document if isinstance(document, str) else json.dumps(dict(document)), source)
-    problems = _schema_problems(found)
+    old = isinstance(found, dict) and found.get("schema_version") == 1
+    problems = _schema_problems(found, old)
+    if not problems and not old and list(found) in (sorted(found), sorted(found, key=lambda key: (len(key), key))):
+        problems = ["its keys have been sorted, and the rows of points stand in the order of the forward pass"]
+    if not problems:
+        fields, problems = (_of_schema_1(found), []) if old else read_map(found)
     if not problems:
         try:
-            return ArchitectureMap.model_validate_json(json.dumps(found))
+            return ArchitectureMap.model_validate(fields)
         except ValidationError as error:  # what a schema cannot say: every layer has one kind, point names
             problems = [f"{_path(e['loc'])}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
     count = counted(len(problems), "problem")
@@ -65,16 +74,26 @@ def _parse_json(text: str, source: str) -> Any:
         ) from error
 
 
+def _of_schema_1(document: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a file of schema 1, whose proofs were sentences: `shapes: 579 tensors are [batch, pos, d]`."""
+    fields = {key: value for key, value in document.items() if key != "schema_version"}
+    sentences, versions = fields.pop("verified_by", []), fields.pop("proved_on", [])
+    on = next((text.removeprefix("on ") for text in sentences if text.startswith("on ")), "")
+    checks = Counter(text.partition(":")[0] for text in sentences if not text.startswith("on "))
+    proof = {"transformers": versions, "on": on, "checks": dict(checks)}
+    return {**fields, "proofs": [proof] if sentences or versions else []}
+
+
 @cache
-def _validator() -> Any:
+def _validator(old: bool) -> Any:
     from jsonschema import Draft202012Validator
 
-    return Draft202012Validator(schema())
+    return Draft202012Validator(schema_1() if old else schema())
 
 
-def _schema_problems(document: Any) -> list[str]:
-    """Every violation of the published schema, as `field: expected ..., found ...`."""
-    errors = _validator().iter_errors(document)
+def _schema_problems(document: Any, old: bool) -> list[str]:
+    """Every violation of the document's schema, as `field: expected ..., found ...`."""
+    errors = _validator(old).iter_errors(document)
     return [line for error in sorted(errors, key=lambda e: list(map(str, e.absolute_path))) for line in _explain(error)]
 
 
@@ -89,8 +108,26 @@ def _explain(error: Any) -> Iterable[str]:
         missing = next(key for key in error.validator_value if f"'{key}' is a required" in error.message)
         expected = error.schema["properties"][missing]
         yield f"{_path([*error.absolute_path, missing])}: expected {_expected(expected)}, found nothing: it is missing"
+    elif error.validator == "anyOf" and (meant := _meant(error)):
+        for each in meant:
+            yield from _explain(each)
     else:
-        yield f"{where}: expected {_expected(error.schema)}, found {_shorten(error.instance)}"
+        why = f": {why_no_selector(error.instance)}" if error.schema.get("pattern") == SELECTOR else ""
+        yield f"{where}: expected {_expected(error.schema)}, found {_shorten(error.instance)}{why}"
+
+
+def _meant(error: Any) -> list[Any]:
+    """The violations of the first alternative that is of the value's type."""
+    by_rule: dict[int, list[Any]] = {}
+    for each in error.context:
+        by_rule.setdefault(each.relative_schema_path[0], []).append(each)
+    return next((found for found in by_rule.values() if not any(_of_another_type(each) for each in found)), [])
+
+
+def _of_another_type(error: Any) -> bool:
+    if error.validator == "anyOf":
+        return not _meant(error) and not error.relative_path
+    return error.validator == "type" and not error.relative_path
 
 
 def _expected(rule: Mapping[str, Any]) -> str:
@@ -102,7 +139,11 @@ def _expected(rule: Mapping[str, Any]) -> str:
     if "anyOf" in rule:
         return " or ".join(map(_expected, rule["anyOf"]))
     if "$ref" in rule:
-        return f"an object ({rule['$ref'].rpartition('/')[2]})"
+        name = rule["$ref"].rpartition("/")[2]
+        rule = schema()["$defs"].get(name, {})
+        return _expected(rule) if "pattern" in rule else f"an object ({name})"
+    if "pattern" in rule:
+        return str(rule["title"])
     names = {"string": "a string", "integer": "a whole number", "number": "a number", "array": "a list"}
     names |= {"object": "an object", "boolean": "true or false", "null": "null"}
     text = names.get(rule.get("type", ""), "another value")

@@ -28,7 +28,7 @@ class Point:
 
 
 _NO_CROSS = "this block has no attention to an encoder's positions"
-
+_NO_EXPERTS = "this block has no mixture of experts"
 _ALL = (
     Point("embed", "the token embedding's output, before scaling and positions", per_layer=False),
     Point("resid_pre", "the residual stream that enters the block, before any normalisation"),
@@ -48,7 +48,11 @@ _ALL = (
     Point("z", "the heads' outputs, as the output projection reads them", axes=HEADS_AXES, deeper=True),
     Point("attn_out_raw", "mixer_out_raw, where the mixer is attention"),
     Point("attn_out", "mixer_out, where the mixer is attention"),
-    Point("resid_mid_sum", "in post-norm blocks: the stream after the mixer's contribution, before the norm on it"),
+    Point(
+        "resid_mid_sum",
+        "in post-norm blocks: the stream after the mixer's contribution, before the norm on it",
+        absent="nothing is done to the sum: it is resid_mid",
+    ),
     Point("resid_mid", "the residual stream after the mixer's contribution, as the MLP branch reads it"),
     Point(
         "cross_attn_in", "what a decoder's cross-attention reads of the stream: after its pre-norm", absent=_NO_CROSS
@@ -57,9 +61,27 @@ _ALL = (
     Point("cross_attn_out", "exactly what the cross-attention adds to the residual stream", absent=_NO_CROSS),
     Point("mlp_in", "what the MLP reads: after its pre-norm"),
     Point("mlp_post", "what the down projection reads: after the gate", axes=("batch", "pos", "d_mlp"), deeper=True),
-    Point("router_logits", "the router's score of each expert", axes=("batch", "pos", "experts"), deeper=True),
-    Point("router_indices", "the experts chosen for each token", axes=("batch", "pos", "k"), deeper=True),
-    Point("router_weights", "the weights of the chosen experts' outputs", axes=("batch", "pos", "k"), deeper=True),
+    Point(
+        "router_logits",
+        "the router's score of each expert",
+        axes=("batch", "pos", "experts"),
+        deeper=True,
+        absent=_NO_EXPERTS,
+    ),
+    Point(
+        "router_indices",
+        "the experts chosen for each token",
+        axes=("batch", "pos", "k"),
+        deeper=True,
+        absent=_NO_EXPERTS,
+    ),
+    Point(
+        "router_weights",
+        "the weights of the chosen experts' outputs",
+        axes=("batch", "pos", "k"),
+        deeper=True,
+        absent=_NO_EXPERTS,
+    ),
     Point("mlp_out_raw", "the bare MLP's output, before post-norm or scale"),
     Point("mlp_out", "exactly what the MLP branch adds to the residual stream"),
     Point("resid_post", "the residual stream that leaves the block"),
@@ -145,6 +167,12 @@ class PointName:
 
     def _renamed(self, old: str, new: str) -> str:
         return self.numbered(new + self.base.removeprefix(old) if self.base.startswith(old) else self.base)
+
+
+def why_absent(name: str) -> str:
+    """Why a block does not have this point, where its map says nothing of it; "" for a name that is none."""
+    point = POINTS.get(PointName.of(name).base)
+    return point.absent if point else ""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def resize(
     reason = f"where its heads lie depends on the size: hookmap discover {model_id or 'MODEL'}"
     resized = tuple(_without_heads(kind, reason) for kind in architecture_map.kinds)
     # The new size has not been verified, and is no longer the config that the hash is of.
-    own = {"model_id": model_id, "scope": "architecture", "config_hash": None, "verified_by": (), "proved_on": ()}
+    own = {"model_id": model_id, "scope": "architecture", "config_hash": None, "proofs": ()}
     return architecture_map.model_copy(update={"kinds": resized, **sizes, **own})
 
 

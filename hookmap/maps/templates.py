@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from hookmap.maps.points import why_absent
 from hookmap.maps.relations import Relation
 
 _PLACEHOLDER = re.compile(r"\{i(\+\d+)?\}")
@@ -89,11 +90,6 @@ class TermTemplate(Frozen):
         """Factor, module path from `prefix` on, side and index: `0.5 * mlp.output[0]`."""
         return boundary(short_path(self.module, prefix), self.side, self.index, self.scale, times)
 
-    @model_serializer(mode="wrap")
-    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        usual = {"axes": None, "rows": "all", "call": None, "calls_per_run": 1, "heads": None}
-        return {key: value for key, value in handler(self).items() if key not in usual or value != usual[key]}
-
 
 class PointTemplate(Frozen):
     """Where a point is: the sum over its terms of scale * tensor, and its place in the forward order."""
@@ -105,10 +101,6 @@ class PointTemplate(Frozen):
         default=(),
         description="of `mixer_in`, `mlp_in`: what else of the tokens the branch reads (Gemma 4's embeddings)",
     )
-
-    @model_serializer(mode="wrap")
-    def _without_nothing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key != "beside" or value}
 
 
 class BranchInfo(Frozen):
@@ -124,16 +116,12 @@ class BranchInfo(Frozen):
     shared_experts: int | None = Field(default=None, description="MoE: experts that every token uses")
 
 
-_USUAL = (("calls", 1), ("cross_attn", None))
-"""fields of a kind of block that its document leaves out"""
-
-
 class BlockKind(Frozen):
     """One kind of block; a hybrid model has several."""
 
     name: str
-    block_class: str
     layers: tuple[int, ...]
+    block_class: str
     branch_order: Literal["sequential", "parallel", "mixer_only", "mlp_only", "other"]
     norm_placement: Literal["pre", "post", "sandwich", "none", "other"]
     axes: tuple[str, ...] = Field(
@@ -154,11 +142,14 @@ class BlockKind(Frozen):
         default=(), description="exact relations among this kind's points, e.g. `resid_mid = resid_pre + mixer_out`"
     )
     points: dict[str, PointTemplate]
-    unavailable: dict[str, str] = Field(default_factory=dict, description="point -> the reason why it is not there")
+    unavailable: dict[str, str] = Field(
+        default_factory=dict, description="point -> the reason why it is not there, if not the usual one"
+    )
 
-    @model_serializer(mode="wrap")
-    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if (key, value) not in _USUAL}
+    @field_validator("unavailable")
+    @classmethod
+    def _without_what_goes_without_saying(cls, reasons: dict[str, str]) -> dict[str, str]:
+        return {name: reason for name, reason in reasons.items() if reason != why_absent(name)}
 
     def without(self, lost: Mapping[str, str]) -> "BlockKind":
         """The same kind where these points are unavailable, with their reasons, and no relation names them."""

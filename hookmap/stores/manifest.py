@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hookmap.activations import Key
-from hookmap.errors import StoreError
+from hookmap.errors import MapError, StoreError
 from hookmap.stores.durable import write_all, write_whole
 from hookmap.stores.ledger import RowSpec, tensor_name
 from hookmap.stores.location import Location, RemotePath, local, reading
@@ -25,7 +25,7 @@ SHARD_TOKENS = 256
 SHARD_BYTES = 16 * 2**20
 
 # What a run under another version of a library may change in its map without being another run.
-_PASSING = frozenset({"transformers_version", "hookmap_version", "discovered_by", "verified_by", "proved_on"})
+_PASSING = frozenset({"config", "transformers_version", "hookmap_version", "discovered_by", "proofs"})
 
 
 class _Frozen(BaseModel):
@@ -137,7 +137,7 @@ class Manifest(_Frozen):
             lines += _difference("tensors", [t.name for t in self.tensors], [t.name for t in run.tensors])
         lines += _differences("settings", self.settings, run.settings)
         if self.map is not None and run.map is not None:
-            lines += _differences("map", self.map, run.map, but=_PASSING)
+            lines += _differences("map", _as_written_today(self.map), _as_written_today(run.map), but=_PASSING)
         return lines
 
 
@@ -153,7 +153,7 @@ def manifest_of_run(
 ) -> Manifest:
     """The manifest of a run that is about to begin.
 
-    `keys`: (point, layer) in forward order; `architecture_map`: the map as plain data (`model_dump(mode="json")`);
+    `keys`: (point, layer) in forward order; `architecture_map`: the map as plain data (its `to_document()`);
     `settings`: plain JSON data, everything that decides what the samples are, compared when the run is resumed.
     """
     if len(set(keys)) != len(keys):
@@ -211,6 +211,16 @@ def read_manifest(folder: Location) -> Manifest:
             for p in error.errors()
         )
         raise StoreError(f"{path} is broken:\n{problems}\nCopy the whole folder again.") from error
+
+
+def _as_written_today(architecture_map: dict[str, Any]) -> dict[str, Any]:
+    """The map of a manifest, whatever schema it was written in; as it is, where that is unknown."""
+    from hookmap.maps.parsing import parse
+
+    try:
+        return parse(architecture_map).to_document()
+    except MapError:
+        return architecture_map
 
 
 def _points_and_layers(keys: Sequence[Key]) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hookmap.errors import DiscoveryError, MapError, MapNotFoundError, ModelError
+from hookmap.maps.contents import Proof
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import load
 
@@ -78,13 +80,13 @@ def build(config: Any, model_id: str | None = None) -> ArchitectureMap:
         failed = "; ".join(check.detail for check in result.checks if not check.passed)
         raise _Refuted(f"the map of {found.architecture} does not verify: {failed}")
     found = result.architecture_map
-    checks = dict.fromkeys(f"{check.name}: {check.detail.split(' in layer')[0]}" for check in result.checks)
+    said = dict.fromkeys((check.name, check.detail.split(" in layer")[0]) for check in result.checks)
+    checks = Counter(name for name, _ in said)
     return found.model_copy(
         update={
             "scope": "model" if model_id else "architecture",
             "model_id": model_id,
-            "verified_by": (f"on {result.on}", *checks),
-            "proved_on": (version("transformers"),),
+            "proofs": (Proof(transformers=(version("transformers"),), on=result.on, checks=dict(checks)),),
         }
     )
 
@@ -115,8 +117,16 @@ def with_earlier_proofs(found: ArchitectureMap, path: Path) -> ArchitectureMap:
         before = load(path)
     except (MapError, MapNotFoundError):
         return found
-    versions = {*found.proved_on, *(() if list(differences(before, found)) else before.proved_on)}
-    return found.model_copy(update={"proved_on": tuple(sorted(versions, key=Version))})
+    if list(differences(before, found)):
+        return found
+    of_version = {version: proof for proof in (*before.proofs, *found.proofs) for version in proof.transformers}
+    versions: dict[str, list[str]] = {}
+    for name in sorted(of_version, key=Version):
+        versions.setdefault(of_version[name].model_dump_json(exclude={"transformers"}), []).append(name)
+    proofs = tuple(
+        of_version[names[0]].model_copy(update={"transformers": tuple(names)}) for names in versions.values()
+    )
+    return found.model_copy(update={"proofs": proofs})
 
 
 def classes() -> dict[str, str]:
@@ -219,8 +229,8 @@ def _filed(found: ArchitectureMap, folder: Path | None, shipped: Path | None, re
     changes = _changes(found, shipped)
     if record and not changes:
         path = shipped / f"{found.architecture}.json"
-        proofs = with_earlier_proofs(found, path).proved_on
-        load(path).model_copy(update={"proved_on": proofs}).save(path)
+        proofs = with_earlier_proofs(found, path).proofs
+        load(path).model_copy(update={"proofs": proofs}).save(path)
     return changes
 
 

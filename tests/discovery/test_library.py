@@ -15,6 +15,7 @@ import hookmap
 from hookmap.discovery import library
 from hookmap.discovery.library import load_map
 from hookmap.errors import MapError, MapMismatchError, MapNotFoundError
+from hookmap.maps.contents import Proof
 from hookmap.maps.parsing import load, parse
 from hookmap.maps.shipped import mappings_folder, resize, shipped_architectures, shipped_models
 
@@ -79,7 +80,9 @@ def test_where_only_a_file_can_answer_and_it_is_not_proved_here_it_says_so(
     proved = load(mappings_folder() / "GPT2LMHeadModel.json")
     assert ("may be wrong" in caplog.text) == (version("transformers") not in proved.proved_on)
     caplog.clear()
-    proved.model_copy(update={"proved_on": ("5.0.1", "5.1.0")}).save(tmp_path / "GPT2LMHeadModel.json")
+    proved.model_copy(update={"proofs": (Proof(transformers=("5.0.1", "5.1.0")),)}).save(
+        tmp_path / "GPT2LMHeadModel.json"
+    )
     monkeypatch.setattr(library, "mappings_folder", lambda: tmp_path)
     assert load_map("GPT2LMHeadModel").proved_on == ("5.0.1", "5.1.0")
     (said,) = caplog.messages
@@ -122,7 +125,7 @@ def test_a_scale_that_may_depend_on_the_depth_is_never_guessed() -> None:
 def test_a_resized_map_claims_no_verification_and_no_config() -> None:
     document = {**uniform(), "verified_by": ["order"], "config_hash": "abc", "model_id": "a/b"}
     found = resize(parse(document), 9, 16, model_id="c/d")
-    assert (found.verified_by, found.config_hash, found.model_id) == ((), None, "c/d")
+    assert (found.proofs, found.config_hash, found.model_id) == ((), None, "c/d")
 
 
 def test_a_map_file_is_loaded(tmp_path: Path) -> None:

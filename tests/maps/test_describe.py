@@ -22,7 +22,6 @@ def test_the_evidence_names_additions_branches_and_readers() -> None:
         "the mixer is attention: self_attn",
         "resid_mid is read by post_attention_layernorm",
         "k: self_attn.k_proj.output, features 0:16 of 1 groups, heads of 8",
-        "no router_logits: this block has no mixture of experts",
         "final_norm: model.norm.output",
     ):
         assert part in text, part

@@ -70,7 +70,7 @@ def test_every_shipped_map_is_small_proved_and_says_on_what(name: str) -> None:
     path = mappings_folder() / f"{name}.json"
     shipped = load(path)
     assert shipped.architecture == name and shipped.scope == "architecture"
-    assert shipped.transformers_version and len(shipped.verified_by) > 3
+    assert shipped.transformers_version and len(shipped.proofs[0].checks) > 3
     assert path.stat().st_size < 25_000 * len(shipped.kinds)  # BEAM scales every layer by a number of its own
     assert all(kind.points or kind.unavailable for kind in shipped.kinds)
 
@@ -110,7 +110,8 @@ def test_the_oldest_transformers_is_the_one_that_is_allowed() -> None:
 def test_a_check_records_the_version_and_keeps_the_earlier_ones(tmp_path: Path) -> None:
     path = tmp_path / "GPT2LMHeadModel.json"
     shipped = load(mappings_folder() / path.name)
-    shipped.model_copy(update={"proved_on": ("5.9.0", "5.22.2")}).save(path)
+    earlier = shipped.proofs[0].model_copy(update={"transformers": ("5.9.0", "5.22.2")})
+    shipped.model_copy(update={"proofs": (earlier,)}).save(path)
     assert build_type("gpt2", shipped=tmp_path).status == "SUPPORTED"
     assert load(path).proved_on == ("5.9.0", "5.22.2"), "nothing is written unless it is asked for"
     build_type("gpt2", shipped=tmp_path, record=True)

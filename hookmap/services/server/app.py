@@ -285,6 +285,6 @@ def _structure(loaded: Loaded) -> dict[str, Any]:
         "points": list(dict.fromkeys(selector.point for selector in here.selectors())),
         "layers": here.num_layers,
         "summary": offered(here),
-        "map": here.model_dump(mode="json"),
+        "map": here.to_document(),
         "tree": drawn.getvalue(),
     }

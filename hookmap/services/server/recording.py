@@ -108,7 +108,7 @@ class SessionRecorder:
             [(selector.point, selector.layer) for selector in self.selectors],
             model=self._model,
             architecture=self._hm.map.architecture,
-            architecture_map=self._hm.map.model_dump(mode="json"),
+            architecture_map=self._hm.map.to_document(),
             settings={**self._settings, **({"kept": chosen} if (chosen := self.selection.settings()) else {})},
         )
         self._writer = BackgroundWriter(FolderWriter.create(self._folder, manifest))

@@ -1,0 +1,183 @@
+"""The small languages of a map's document: selectors, layers, and lists that repeat themselves. Text <-> values.
+
+    0.5 * model.layers.{i}.mlp.output[0]     a selector: [FACTOR * ][MODULE.]input|output[INDEX]
+    0-33 except 5-29 by 6                    layers: numbers and ranges, `by` a step, `except` others
+    [{"5 times": ["a"]}, "b"]                a list: a, a, a, a, a, b
+
+A selector without a module is of the model itself. FACTOR is a number, or `{a}`, the layer's constant `a`. INDEX is a
+position, or a name in single quotes. A MODULE with blanks, quotes, stars or brackets in its path stands in such quotes,
+too. Inside them, a backslash stands before a quote and before a backslash.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+_NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
+_CONSTANT = r"\{[a-hj-z][0-9]*\}"
+_QUOTED = r"'(?:[^'\\]|\\['\\])*'"
+_MODULE = rf"[^\s'\"*\[\]]+|{_QUOTED}"
+SELECTOR = rf"^(?:({_NUMBER}|{_CONSTANT}) \* )?(?:({_MODULE})\.)?(input|output)(?:\[(-?[0-9]+|{_QUOTED})\])?$"
+_RANGE = r"[0-9]+(?:-[0-9]+(?: by [1-9][0-9]*)?)?"
+LAYERS = rf"^{_RANGE}(?:, {_RANGE})*(?: except {_RANGE}(?:, {_RANGE})*)?$"
+CONSTANTS = "abcdefghjklmnopqrstuvwxyz"
+"""names of constants; `{i}` is the layer"""
+_LONGEST = 100_000
+"""elements of a list that repeats itself, so that a short text cannot fill the memory"""
+
+
+def selector_text(module: str, side: str, index: int | str | None, factor: float | str = 1.0) -> str:
+    """The selector of one tensor; `factor` is a number, or a constant's name in braces."""
+    times = "" if factor == 1.0 else f"{factor if isinstance(factor, str) else number_text(factor)} * "
+    path = module if not module or (re.fullmatch(_MODULE, module) and module[0] != "'") else _quoted(module)
+    at = "" if index is None else f"[{_quoted(index) if isinstance(index, str) else index}]"
+    return f"{times}{path}{'.' if path else ''}{side}{at}"
+
+
+def read_selector(text: str) -> tuple[str, str, int | str | None, float | str]:
+    """Module, side, index and factor. Raises ValueError with what is wrong."""
+    found = re.match(SELECTOR, text)
+    if found is None or text.endswith("\n"):
+        raise ValueError(why_no_selector(text))
+    times, module, side, at = found.groups()
+    index = None if at is None else _unquoted(at) if at[0] == "'" else int(at)
+    factor = 1.0 if times is None else times if times[0] == "{" else float(times)
+    return _unquoted(module) if module and module[0] == "'" else module or "", side, index, factor
+
+
+def why_no_selector(text: str) -> str:
+    """What is wrong with a text that is no selector."""
+    factor, times, rest = text.rpartition(" * ")
+    if " + " in text:
+        return "a sum is a list of selectors"
+    if times and not re.fullmatch(f"{_NUMBER}|{_CONSTANT}", factor):
+        return f"the factor is a number, found {factor}"
+    if not re.search(r"(?:^|\.)(?:input|output)(?:\[|$)", rest):
+        return "it ends with .input or .output, and a place there such as [0] where it has one"
+    if not re.search(rf"(?:input|output)(?:\[(?:-?[0-9]+|{_QUOTED})\])?$", rest):
+        return "the place is a number or a name in single quotes: [0], ['logits']"
+    return "a module's path with blanks, quotes, stars or brackets stands in single quotes"
+
+
+def _quoted(text: str) -> str:
+    return "'" + re.sub(r"(['\\])", r"\\\1", text) + "'"
+
+
+def _unquoted(text: str) -> str:
+    return re.sub(r"\\(['\\])", r"\1", text[1:-1])
+
+
+def number_text(value: float) -> str:
+    """The shortest decimal number that is read back as the same float: 0.5, -1."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def layers_pattern(layers: Sequence[int]) -> str:
+    """Ascending layers as the shortest of: ranges, ranges with steps, and a range with exceptions."""
+    whole = range(layers[0], layers[-1] + 1)
+    others = sorted(set(whole) - set(layers))
+    found = [_runs(layers), _steps(layers)]
+    if others:
+        found += [f"{_range(whole)} except {text}" for text in (_runs(others), _steps(others))]
+    return min(found, key=len)
+
+
+def _runs(layers: Sequence[int]) -> str:
+    starts = [n for n in layers if n - 1 not in layers]
+    ends = [n for n in layers if n + 1 not in layers]
+    return ", ".join(_range(range(start, end + 1)) for start, end in zip(starts, ends, strict=True))
+
+
+def _steps(layers: Sequence[int]) -> str:
+    """Of the layers that are left, the longest progression from the first of them on, again and again."""
+    left, found = set(layers), []
+    while left:
+        first, last = min(left), max(left)
+        chosen = max((_progression(first, step, left) for step in range(1, last - first + 2)), key=len)
+        left -= set(chosen)
+        found.append(_range(chosen))
+    return ", ".join(found)
+
+
+def _progression(first: int, step: int, among: set[int]) -> range:
+    end = first
+    while end + step in among:
+        end += step
+    return range(first, end + 1, step)
+
+
+def _range(layers: range) -> str:
+    if len(layers) == 1:
+        return str(layers[0])
+    return f"{layers[0]}-{layers[-1]}" + (f" by {layers.step}" if layers.step > 1 else "")
+
+
+def read_layers(pattern: str, count: int) -> list[int]:
+    """The layers of a pattern, ascending. Raises ValueError where one is not below `count`, or a range has no layer."""
+    chosen, _, excepted = pattern.partition(" except ")
+    without = set(_layers(excepted, count)) if excepted else set()
+    return sorted(layer for layer in _layers(chosen, count) if layer not in without)
+
+
+def _layers(pattern: str, count: int) -> Iterator[int]:
+    for part in pattern.split(", "):
+        ends, _, step = part.partition(" by ")
+        first, _, last = ends.partition("-")
+        start, end = int(first), int(last or first)
+        if end < start:
+            raise ValueError(f"the range {part} has no layer")
+        if end >= count:
+            raise ValueError(f"layer {end} is not one of 0 to {count - 1}")
+        yield from range(start, end + 1, int(step or 1))
+
+
+def folded(value: Any) -> Any:
+    """JSON data in which long lists are written with their repetitions."""
+    if isinstance(value, dict):
+        return {key: folded(item) for key, item in value.items()}
+    return list(_folded(value)) if isinstance(value, list) and len(value) > 8 else value
+
+
+def _folded(items: list[Any]) -> Iterator[Any]:
+    texts = [json.dumps(item) for item in items]  # in Python, 1 equals true
+    at = 0
+    while at < len(items):
+        period, times = max(_repetitions(texts, at), key=lambda found: found[0] * (found[1] - 1))
+        if period * times < 4 or times == 1:
+            yield items[at]
+            at += 1
+        else:
+            yield {f"{times} times": list(_folded(items[at : at + period]))}
+            at += period * times
+
+
+def _repetitions(texts: list[str], at: int) -> Iterator[tuple[int, int]]:
+    """How often the next 1, 2, … of them stand there one behind the other."""
+    for period in range(1, max(2, min(64, (len(texts) - at) // 2) + 1)):
+        times = 1
+        while texts[at + times * period : at + (times + 1) * period] == texts[at : at + period]:
+            times += 1
+        yield period, times
+
+
+def unfolded(value: Any) -> Any:
+    """What `folded` was given. Raises ValueError where a list would be too long."""
+    if isinstance(value, dict):
+        return {key: unfolded(item) for key, item in value.items()}
+    return _unfolded(value) if isinstance(value, list) else value
+
+
+def _unfolded(items: list[Any]) -> list[Any]:
+    found: list[Any] = []
+    for item in items:
+        key = next(iter(item)) if isinstance(item, dict) and len(item) == 1 else ""
+        repeated = re.fullmatch(r"([1-9][0-9]{0,5}) times", key)
+        if repeated and isinstance(item[key], list):
+            part = _unfolded(item[key])
+            if len(found) + int(repeated[1]) * len(part) > _LONGEST:
+                raise ValueError(f"{key}: a list may have {_LONGEST} elements")
+            found += part * int(repeated[1])
+        else:
+            found.append(unfolded(item))
+    return found
