@@ -47,7 +47,14 @@ TOP_K = {"topk", "sort"}
 # Norms.
 NORMS = {"native_layer_norm", "_fused_rms_norm"}
 STATISTICS = {"mean", "sum", "var", "std", "linalg_vector_norm"}
+EXTREMES = {"amax", "amin", "max", "min"}
 ROOTS = {"rsqrt", "sqrt", "std", "linalg_vector_norm"}
+
+LIGHT = {
+    *POINTWISE, *MOVES, *JOINS, *NORMS, *STATISTICS, *EXTREMES, *ROOTS,
+    "alias_update", "copy", "constant_pad_nd", "roll", "lerp", "addcmul",
+}  # fmt: skip
+"""operators that multiply with no matrix"""
 
 # Positions.
 SHIFTS = {*CUTS, *JOINS, "constant_pad_nd", "roll", "copy"}
@@ -61,13 +68,17 @@ ALONG_AXES = {
     **dict.fromkeys(("sum", "mean", "prod", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean"), 1),
     **dict.fromkeys(("any", "all", "median", "logsumexp", "_softmax", "_log_softmax", "flip", "unfold"), 1),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "_logcumsumexp"), 1),
-    **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r", "index_select", "gather"), 1),
+    **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r"), 1),
     **dict.fromkeys(("linalg_vector_norm", "norm", "roll", "renorm"), 2),
 }
 """operators along axes -> which argument names the axes; where none does, all axes are meant"""
+ALONG_AN_INDEX = {"index_select", "gather", "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy"}
+"""operators that read or write in the order of an index along one axis: the tensor, the axis, the index"""
+DECAYS = {"exp", "softplus", "cumsum"}
+"""how a scan forgets"""
 RECURRENT = {"mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"}
 
 
 def is_fused_attention(name: str) -> bool:
     """Whether one operator computes a whole attention, such as `_scaled_dot_product_flash_attention`."""
-    return name.startswith("_scaled_dot_product")
+    return name.startswith("_scaled_dot_product") or name == "_native_multi_head_attention"

@@ -18,7 +18,7 @@ from hookmap.discovery.dataflow import Operation
 from hookmap.discovery.head_layout import features, heads_of, push
 from hookmap.discovery.locate import Location
 from hookmap.discovery.values import Exposure
-from hookmap.discovery.wiring import Found, Missing, Places, Wiring, attempt
+from hookmap.discovery.wiring import Found, Missing, Places, Wiring, attempt, is_product
 from hookmap.maps.relations import Relation, Term
 from hookmap.maps.templates import Heads
 
@@ -147,7 +147,8 @@ def _operand(wiring: Wiring, tensor: int, name: str) -> Location:
 def _is_expanded(wiring: Wiring, tensor: int) -> bool:
     """Whether the projection reads another projection's output, as in multi-head latent attention."""
     reads = [t for op in wiring.projections(tensor) for t in op.inputs]
-    return any(wiring.projections(t) for t in reads)
+    behind = [op for t in reads for _, op in wiring.back(t) if is_product(op) and id(op) in wiring.own]
+    return any(op.name != "convolution" or wiring.shape(op.inputs[1])[-1] == 1 for op in behind)
 
 
 def _are_keys_across(wiring: Wiring, tensor: int) -> bool:

@@ -8,16 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Literal
 
 from hookmap.discovery import aten
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.layer_list import LayerList
-from hookmap.discovery.linear import Step, has_weights, linear_path, steps
+from hookmap.discovery.linear import Step, has_weights, linear_path, steps, summands
 from hookmap.discovery.mixing import is_shift, mixing
 from hookmap.discovery.values import Exposure, Values
 
 Role = Literal["mixer", "cross_attn", "mlp", "other"]
+ROLES: tuple[Role, ...] = ("mixer", "cross_attn", "mlp")
+"""those whose branches have points"""
+_MUCH = 8
+"""times as much work, of two branches that are not alike"""
+_Cone = tuple[list[int], list[Operation], set[int]]
 
 
 @dataclass(frozen=True)
@@ -25,27 +31,50 @@ class Branch:
     """What one addition adds to the stream by branches of one role."""
 
     role: Role
-    """other: it reads nothing of the stream"""
+    """other: it reads nothing of the stream, or multiplies it with no matrix"""
     step: int
     """index of its addition on the block's residual path"""
-    parts: list[int]
+    added: list[int]
     """values whose sum is added"""
+    parts: list[int]
+    """what is added, without the stream in it (`x + rate * (branch - x)`): values that the branch computes"""
     factor: float | None
+    """of what is added; None: not a constant"""
+    gate: int | None
+    """weights that what is added is multiplied by, too"""
     ops: list[Operation]
     reads: set[int]
     """values of the residual path that it reads"""
     shifts: bool = False
     """it only shifts positions, or leaves them where they are"""
+    short: bool = False
+    """it does no more than that, and convolve each feature alone"""
 
     def joined_with(self, other: Branch) -> Branch:
         """Both as one branch, where one addition adds both."""
         return replace(
             self,
+            added=self.added + other.added,
             parts=self.parts + other.parts,
             ops=self.ops + [op for op in other.ops if op not in self.ops],
             reads=self.reads | other.reads,
             shifts=self.shifts and other.shifts,
+            short=self.short and other.short,
         )
+
+
+def has_matrix(ops: list[Operation]) -> bool:
+    """Whether they multiply with a matrix, as far as the names of operators tell."""
+    return any(op.name not in aten.LIGHT for op in ops)
+
+
+def _is_wide(branch: Branch) -> bool:
+    """Whether it multiplies with matrices, and mixes by a short convolution only."""
+    return branch.short and any(op.name in aten.MATRIX_PRODUCTS for op in branch.ops)
+
+
+def _without_mixing(branch: Branch) -> Branch:
+    return replace(branch, role="mlp" if has_matrix(branch.ops) else "other")
 
 
 @dataclass(frozen=True)
@@ -93,10 +122,46 @@ class Block:
         if all(branch.shifts for branch in mixers):
             return found
         # Next to a branch that mixes more, one that takes in the position before (RWKV's channel mixing) is the MLP.
-        return [replace(each, role="mlp") if each.role == "mixer" and each.shifts else each for each in found]
+        found = [_without_mixing(each) if each.role == "mixer" and each.shifts else each for each in found]
+        if any(branch.role == "mlp" for branch in found) or all(branch.short for branch in mixers):
+            return found
+        # And so is one with a short convolution before its weights, where nothing else is.
+        return [_without_mixing(each) if each.role == "mixer" and _is_wide(each) else each for each in found]
 
     def role(self, role: Role) -> list[Branch]:
         return [branch for branch in self.branches if branch.role == role]
+
+    def main(self, role: Role) -> list[Branch]:
+        """The branches of a role that do most of its work: attentions, and none that is much lighter than another.
+
+        An adapter beside an MLP, or a short convolution before an attention, is none of them.
+        """
+        found = self.role(role)
+        kept = [branch for branch in found if role == "mixer" and self.is_attention(branch)] or found
+        work = [self._work(branch) for branch in kept]
+        return [branch for branch, own in zip(kept, work, strict=True) if own * _MUCH >= max(work)]
+
+    def numbered(self, role: Role) -> list[tuple[str, Branch]]:
+        """The branches of a role in their order, each with the suffix of its points: none for the first main one."""
+        main = self.main(role)
+        return [("" if each is main[0] else f".{number}", each) for number, each in enumerate(self.role(role))]
+
+    def is_attention(self, branch: Branch) -> bool:
+        """Whether a branch weighs positions by a softmax over them."""
+        return any(aten.is_fused_attention(op.name) or self._is_softmax_over_keys(op) for op in branch.ops)
+
+    def _is_softmax_over_keys(self, op: Operation) -> bool:
+        """A softmax over positions, or over positions and further keys beside them (sinks, compressed keys)."""
+        if op.name != "_softmax":
+            return False
+        shape, seq = self.values.flow.tensors[op.outputs[0]].shape, self.seq
+        return shape.count(seq) >= 2 or (len(shape) > 3 and shape[-2] == seq < shape[-1])
+
+    def _work(self, branch: Branch) -> int:
+        """How many multiplications the products of a branch take, for one sequence."""
+        shape = {op.time: [self.values.flow.tensors[t].shape for t in (*op.inputs, *op.outputs)] for op in branch.ops}
+        products = [shape[op.time] for op in branch.ops if op.name in aten.PRODUCTS]
+        return sum(prod(each[-1]) * (each[-3 if len(each) > 2 else 0] or (1,))[-1] for each in products)
 
     def mixing(self, ops: list[Operation]) -> list[Operation]:
         """Those of `ops` that move information between positions of the stream, or between tokens."""
@@ -157,6 +222,9 @@ class Block:
     def _is_depthwise(self, op: Operation) -> bool:
         return op.name == "convolution" and self.values.flow.tensors[op.inputs[1]].shape[1] == 1
 
+    def _is_short(self, op: Operation) -> bool:
+        return is_shift(op) or (op.name == "convolution" and self._is_depthwise(op))
+
     def _is_bare(self, value: int) -> bool:
         """Whether a module with weights gives the value."""
         return any(has_weights(self.values, e.call) for e in self.boundaries(value, "output"))
@@ -177,21 +245,33 @@ class Block:
         if step.branch is None:
             return []
         found: dict[str, Branch] = {}
-        for part, (ops, reads) in self._cones(step.branch).items():
-            mixed = self._mixed(part, ops)
-            role: Role = "other" if not reads else "mixer" if mixed else "cross_attn" if self._across(ops) else "mlp"
-            branch = Branch(role, number, [part], step.factor, ops, reads, all(map(is_shift, mixed)))
+        for added, (parts, ops, reads) in self._cones(step.branch).items():
+            mixed = [op for part in parts for op in self._mixed(part, ops)]
+            role: Role = "mixer" if mixed else "cross_attn" if self._across(ops) else "mlp"
+            if not reads or (role == "mlp" and not has_matrix(ops)):
+                role = "other"
+            shifts = all(map(is_shift, mixed))
+            short = all(map(self._is_short, mixed)) and not any(op.name in aten.DECAYS for op in ops)
+            branch = Branch(role, number, [added], parts, step.factor, step.gate, ops, reads, shifts, short)
             found[role] = found[role].joined_with(branch) if role in found else branch
         return list(found.values())
 
-    def _cones(self, value: int) -> dict[int, tuple[list[Operation], set[int]]]:
-        """Each part of a sum that is added -> its operations, and the states that it reads."""
-        cones = {part: self.values.cone(part, self.states, self.call) for part in self._parts(value)}
-        heavy = {part for part, (ops, _) in cones.items() if any(op.name in aten.PRODUCTS for op in ops)}
-        light_reads = any(reads for part, (_, reads) in cones.items() if part not in heavy)
+    def _cones(self, value: int) -> dict[int, _Cone]:
+        """Each part of a sum that is added -> what of it is not the stream, with its operations and what it reads."""
+        cones = {part: self._cone(part) for part in self._parts(value)}
+        heavy = {part for part, (_, ops, _) in cones.items() if any(op.name in aten.PRODUCTS for op in ops)}
+        light_reads = any(reads for part, (_, _, reads) in cones.items() if part not in heavy)
         if len(cones) > 1 and (len(heavy) < 2 or light_reads):  # one branch with a residual stream of its own
-            return {value: self.values.cone(value, self.states, self.call)}
+            return {value: self._cone(value)}
         return cones
+
+    def _cone(self, added: int) -> _Cone:
+        terms = [term.value for term in summands(self.values, self.call, added, self.states)]
+        # Blended with the stream itself: what the branch computes is the rest.
+        parts = [value for value in terms if value not in self.states] if set(terms) & set(self.states) else [added]
+        cones = [self.values.cone(part, self.states, self.call) for part in parts]
+        ops = {op.time: op for part_ops, _ in cones for op in part_ops}
+        return parts, list(ops.values()), set().union(*(reads for _, reads in cones))
 
     def _parts(self, value: int) -> list[int]:
         """The terms of a sum that no module inside the block gives as a whole; else the value itself."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from hookmap.discovery.attention import ATTENTION, attention_points
-from hookmap.discovery.block import Block, Branch, Role
+from hookmap.discovery.block import ROLES, Block, Branch, Role
 from hookmap.discovery.block_stream import Middle, additions, first_middle, middles
 from hookmap.discovery.branch_inputs import BranchInput, input_of, locate_input, own_module, states_read
 from hookmap.discovery.branch_kinds import (
@@ -26,7 +26,6 @@ from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.relations import Relation
 from hookmap.maps.templates import BranchInfo
 
-_ROLES: tuple[Role, ...] = ("mixer", "cross_attn", "mlp")
 NormPlacement = Literal["pre", "post", "sandwich", "none", "other"]
 Inputs = Mapping[str, tuple[Branch, BranchInput]]
 """mixer_in, mlp_in, and mixer_in.1 for a second mixer -> the branch and what it reads"""
@@ -92,23 +91,18 @@ def _place(value: int, prefer: str, locator: Locator) -> Location | str:
 # What the branches read and add ---------------------------------------------------------------------------------
 
 
-def _numbered(block: Block, role: Role) -> list[tuple[str, Branch]]:
-    """The branches of a role, each with the suffix of its points: none for the first, then .1, .2, …"""
-    return [(f".{number}" if number else "", branch) for number, branch in enumerate(block.role(role))]
-
-
 def _inputs(block: Block, locator: Locator) -> Inputs:
     return {
         f"{role}_in{suffix}": (branch, input_of(block, branch, locator))
-        for role in _ROLES
-        for suffix, branch in _numbered(block, role)
+        for role in ROLES
+        for suffix, branch in block.numbered(role)
     }
 
 
 def _branches(block: Block, role: Role, inputs: Inputs, locator: Locator) -> Places:
     """Input, bare output and output of each branch of a role."""
     names = (f"{role}_in", f"{role}_out_raw", f"{role}_out")
-    branches = _numbered(block, role)
+    branches = block.numbered(role)
     if not branches:
         return dict.fromkeys(names, _why_no_branch(block, role))
     places: Places = {}
@@ -117,7 +111,8 @@ def _branches(block: Block, role: Role, inputs: Inputs, locator: Locator) -> Pla
         places[names[1] + suffix] = locate_raw_output(block, branch, locator)
         places[names[2] + suffix] = locate_output(block, branch, locator)
     if len(branches) > 1:
-        places |= {f"{name}.0": places[name] for name in names if isinstance(places[name], Location)}
+        own = [suffix for suffix, _ in branches].index("")
+        places |= {f"{name}.{own}": places[name] for name in names if isinstance(places[name], Location)}
     return places
 
 
@@ -142,7 +137,7 @@ def _own_inputs(block: Block, inputs: Inputs, places: Places, locator: Locator) 
             continue
         if (own := own_module(block, branch, each.value, locator)) is not None:
             placed = replace(locator.at(own), beside=place.beside)
-            found |= dict.fromkeys({name, f"{name}.0"} & places.keys(), placed)
+            found |= {other: placed for other, its in places.items() if its is place}
     return found
 
 
@@ -155,8 +150,8 @@ def _is_shared(name: str, place: Location, places: Places) -> bool:
 def _readers(block: Block, kinds: BranchKinds, locator: Locator) -> dict[str, str]:
     """For each role, the first module that the stream enters on its way into the first branch."""
     found: dict[str, str] = {}
-    for role in _ROLES:
-        for branch in block.role(role)[:1]:
+    for role in ROLES:
+        for branch in block.main(role)[:1]:
             entered = block.boundaries(states_read(block, branch)[-1], "input")
             if entered and not (role == "mlp" and kinds.order == "parallel"):
                 found[role] = locator.templated(entered[0].call.path)
@@ -205,23 +200,22 @@ def _why_no_middle(block: Block, kinds: BranchKinds) -> str:
 
 
 def _attention_names(kinds: BranchKinds, places: Places) -> Places:
-    """attn_in, attn_out_raw and attn_out: the mixer's points, where one of the mixers is attention."""
+    """attn_in, attn_out_raw and attn_out: the mixer's points, where it is attention."""
     names = ("mixer_in", "mixer_out_raw", "mixer_out")
     if kinds.mixers and not kinds.has_attention:
         reason = "this block's mixer is not attention: use {}"
         return {PointName.of(name).as_attention(): reason.format(name) for name in names}
-    return {
-        PointName.of(key).as_attention(): place
-        for name in names
-        for key, place in places.items()
-        if key == name or (PointName.of(key).base == name and isinstance(place, Location))
-    }
+    found = {PointName.of(name).as_attention(): places[name] for name in names}
+    for number, kind in enumerate(kinds.mixers):
+        numbered = {f"{name}.{number}" for name in names} & places.keys() if kind == "attention" else ()
+        found |= {PointName.of(name).as_attention(): places[name] for name in sorted(numbered)}
+    return {name: place for name, place in found.items() if "." not in name or isinstance(place, Location)}
 
 
 def _inside(block: Block, kinds: BranchKinds, locator: Locator) -> Found:
     """q, k, v, z and pattern; mlp_post; the router. The points of a role's second branch are numbered 1."""
-    mixers = zip(_numbered(block, "mixer"), kinds.mixers, strict=True)
-    mlps = zip(_numbered(block, "mlp"), kinds.choices, strict=True)
+    mixers = zip(block.numbered("mixer"), kinds.mixers, strict=True)
+    mlps = zip(block.numbered("mlp"), kinds.choices, strict=True)
     found = [(n, attention_points(Wiring(block, each, locator))) for (n, each), kind in mixers if kind == "attention"]
     found += [(n, mlp_points(Wiring(block, each, locator), choice)) for (n, each), choice in mlps]
     places = {name + suffix: place for suffix, each in found for name, place in each.places.items()}

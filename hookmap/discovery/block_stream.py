@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from hookmap.discovery.block import Block
+from hookmap.discovery.block import ROLES, Block
 from hookmap.discovery.linear import Step
 from hookmap.maps.relations import OWN, Relation, Term
 
@@ -35,15 +35,22 @@ def _between(block: Block, add: int, following: int) -> Middle:
     readers = [branch for branch in block.branches if branch.step >= following]
     states = block.states[add + 1 : following + 1]
     read = [state for state in states if any(state in branch.reads for branch in readers)] or states
-    steps = block.path[add + 1 : block.states.index(read[-1])]
-    return Middle(states[0], read[-1], any(step.kind != "cast" for step in steps))
+    return _middle(block, add, read[-1])
 
 
 def first_middle(block: Block) -> Middle:
-    """The stream after the first mixer's addition, in a block where an MLP reads it."""
-    mixer = block.role("mixer")[0]
-    summed = block.path[mixer.step].result
-    return next(middle for middle in middles(block) if middle.summed == summed)
+    """The stream after the first main mixer's addition, as the next main branch reads it that is no mixer."""
+    mixer = block.main("mixer")[0]
+    after = block.states[mixer.step + 1 :]
+    later = sorted(block.main("cross_attn") + block.main("mlp"), key=lambda branch: branch.step)
+    reader = next(branch for branch in later if branch.reads & set(after))
+    read = [state for state in after[: reader.step - mixer.step] if state in reader.reads][-1]
+    return _middle(block, mixer.step, read)
+
+
+def _middle(block: Block, add: int, read: int) -> Middle:
+    steps = block.path[add + 1 : block.states.index(read)]
+    return Middle(block.states[add + 1], read, any(step.kind != "cast" for step in steps))
 
 
 def additions(block: Block, middle: Middle | None) -> list[Relation]:
@@ -75,7 +82,8 @@ def _after(block: Block, position: int, step: Step, terms: _Sum, is_named: bool)
     if step.kind == "cast":
         return terms
     if step.kind == "add":
-        return _times(step.source_factor, terms) + tuple(Term(1.0, name) for name in _added(block, position))
+        kept = (Term(1.0, "gate", terms),) if step.source_factor is None else _times(step.source_factor, terms)
+        return kept + tuple(Term(1.0, name) for name in _added(block, position))
     if step.kind == "scale" and step.factor is not None and is_named and _is_summed(block, position):
         return _times(step.factor, terms)
     return (Term(1.0, step.kind, terms),)
@@ -89,12 +97,9 @@ def _is_summed(block: Block, position: int) -> bool:
 
 def _added(block: Block, position: int) -> Iterator[str]:
     """The names of what the addition at `position` adds; one name for all that reads nothing of the stream."""
-    here = [branch for branch in block.branches if branch.step == position]
-    for branch in here:
-        if branch.role != "other":
-            number = block.role(branch.role).index(branch)
-            yield f"{branch.role}_out" + (f".{number}" if number else "")
-    own = [part for branch in here if branch.role == "other" for part in branch.parts]
+    for role in ROLES:
+        yield from (f"{role}_out{suffix}" for suffix, branch in block.numbered(role) if branch.step == position)
+    own = [part for branch in block.role("other") if branch.step == position for part in branch.added]
     if own:
         is_fixed = all(block.values.is_constant(part, of_tokens=True) for part in own)
         yield OWN if is_fixed else f"{OWN}_of_tokens"

@@ -17,7 +17,6 @@ from hookmap.discovery.mixing import mixing
 from hookmap.maps.templates import BranchInfo
 
 BranchOrder = Literal["sequential", "parallel", "mixer_only", "mlp_only", "other"]
-_DECAYS = {"exp", "softplus", "cumsum"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def kinds_of(block: Block) -> BranchKinds:
 
 
 def _order(block: Block) -> BranchOrder:
-    mixers, mlps = block.role("mixer"), block.role("mlp")
+    mixers, mlps = block.main("mixer"), block.main("mlp")
     if not mixers or not mlps:
         return "mixer_only" if mixers else "mlp_only" if mlps else "other"
     mixer = mixers[0]
@@ -58,20 +57,12 @@ def _reads_output(block: Block, later: Branch, earlier: Branch) -> bool:
 
 
 def _mixer_kind(block: Block, mixer: Branch) -> str:
-    if any(aten.is_fused_attention(op.name) or _is_softmax_over_keys(block, op) for op in mixer.ops):
+    if block.is_attention(mixer):
         return "attention"
     mixed = {op.name for op in mixing(block.values, mixer.ops, block.seq)}
     # A scan in chunks pads the positions, and only its short convolution is seen to mix. Its decay tells it apart.
-    decays = any(op.name in _DECAYS for op in mixer.ops)
+    decays = any(op.name in aten.DECAYS for op in mixer.ops)
     return "convolution" if mixed <= {"convolution"} and not decays else "recurrent"
-
-
-def _is_softmax_over_keys(block: Block, op: Operation) -> bool:
-    """A softmax over positions, or over positions and further keys beside them (sinks, compressed keys)."""
-    if op.name != "_softmax":
-        return False
-    shape, seq = block.values.flow.tensors[op.outputs[0]].shape, block.seq
-    return shape.count(seq) >= 2 or (len(shape) > 3 and shape[-2] == seq < shape[-1])
 
 
 def _choice_of_experts(block: Block, mlp: Branch) -> Operation | None:
@@ -94,7 +85,7 @@ def _experts(block: Block, choice: Operation) -> tuple[int, int]:
 def mixer_info(block: Block, kinds: BranchKinds, templated: Callable[[str], str]) -> BranchInfo | None:
     """What the map says of the block's mixers; None where it has none."""
     info = BranchInfo(type="+".join(dict.fromkeys(kinds.mixers)))
-    return _with_modules(info, block, block.role("mixer"), templated)
+    return _with_modules(info, block, block.main("mixer"), templated)
 
 
 def cross_attention_info(block: Block, templated: Callable[[str], str]) -> BranchInfo | None:
@@ -110,7 +101,7 @@ def mlp_info(block: Block, kinds: BranchKinds, templated: Callable[[str], str]) 
     else:
         experts, chosen = max(sizes, key=lambda size: size[0])
         info = BranchInfo(type="moe", experts=experts, experts_per_token=chosen)
-    return _with_modules(info, block, block.role("mlp"), templated)
+    return _with_modules(info, block, block.main("mlp"), templated)
 
 
 def _with_modules(

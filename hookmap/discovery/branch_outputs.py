@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
-
 from hookmap.discovery.block import Block, Branch
-from hookmap.discovery.linear import linear_path
 from hookmap.discovery.locate import Location, Locator
 
 _NOWHERE = "no module boundary exposes it, nor the tensors it is the sum of"
@@ -23,14 +20,14 @@ def locate_raw_output(block: Block, branch: Branch, locator: Locator) -> Locatio
 
 def locate_output(block: Block, branch: Branch, locator: Locator) -> Location | str:
     """Where that which the branch adds is; or why it is nowhere."""
-    if _blends(block, branch):
-        what = "MLP" if branch.role == "mlp" else branch.role
-        return (
-            f"the block blends the {what}'s output with the stream: what it adds holds some of the stream, and "
-            "no tensor is what the branch adds alone"
-        )
-    found = _sum(branch.parts, branch.factor, locator)
-    if isinstance(found, str) and _is_added_alone(block, branch):
+    found = _sum(branch.added, branch.factor, locator) if branch.gate is None else _NOWHERE
+    if isinstance(found, Location):
+        return found
+    if branch.factor is not None:
+        place = locator.combination(branch.added, branch.factor, branch.gate, block.states)
+        if place is not None:
+            return place
+    if _is_added_alone(block, branch):
         step = block.path[branch.step]
         return locator.difference(step.result, step.source) or found
     return found
@@ -46,14 +43,6 @@ def _sum(parts: list[int], factor: float | None, locator: Locator) -> Location |
 
 
 def _is_added_alone(block: Block, branch: Branch) -> bool:
-    """Whether the addition is stream + branch: nothing else is added in it, and neither side is scaled."""
+    """Whether nothing else is added in the addition, and the stream is not scaled in it."""
     alone = sum(other.step == branch.step for other in block.branches) == 1
-    return alone and branch.factor == 1.0 == block.path[branch.step].source_factor
-
-
-def _blends(block: Block, branch: Branch) -> bool:
-    """Whether the stream is subtracted in what is added: a linear path from it, with a negative factor (Dory)."""
-    before = block.states[: branch.step + 1]
-    paths = [linear_path(block.values, block.call, state, part) for part in branch.parts for state in before]
-    linear = [path for path in paths if path and not any(step.kind in ("norm", "mix") for step in path)]
-    return any(prod(step.source_factor for step in path) < 0 for path in linear)
+    return alone and block.path[branch.step].source_factor == 1.0

@@ -87,6 +87,8 @@ class Dataflow:
     """the model's own inputs, such as `input_ids`"""
     tokens: str = "input_ids"
     """the input that holds the token of each position of the stream: of an encoder-decoder, the decoder's"""
+    parameters: dict[int, str] = field(default_factory=dict)
+    """tensor -> path of the parameter or buffer that it is"""
 
     def producer(self, tensor: int) -> Operation | None:
         index = self.tensors[tensor].producer
@@ -164,6 +166,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._by_storage: dict[int, list[torch.Tensor]] = {}
         self._stack: list[int] = []
         self._paths: dict[int, list[str]] = {}
+        named = itertools.chain(model.named_parameters(), model.named_buffers())
+        self._parameters = {id(tensor): path for path, tensor in named}
         self._turns: dict[str, itertools.count[int]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             self._paths.setdefault(id(module), []).append(path)
@@ -178,6 +182,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flow.tensors.append(TensorInfo(tuple(tensor.shape), tensor.dtype, producer))
         if id(tensor) not in self._ids:
             self._keep(tensor)
+        if producer is None and id(tensor) in self._parameters:
+            self.flow.parameters[number] = self._parameters[id(tensor)]
         self._ids[id(tensor)] = number
         return number
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from hookmap.discovery import aten
@@ -30,8 +31,10 @@ class Step:
     branch: int | None = None
     factor: float | None = 1.0
     """of the source in a scale, of the branch in an addition; None: not a constant"""
-    source_factor: float = 1.0
-    """of the source in an addition"""
+    source_factor: float | None = 1.0
+    """of the source in an addition; None: not a constant"""
+    gate: int | None = None
+    """the weights that the source of a gate, or the branch of an addition, is multiplied by, beside its factor"""
 
 
 def steps(values: Values, value: int) -> Iterator[Step]:
@@ -39,9 +42,13 @@ def steps(values: Values, value: int) -> Iterator[Step]:
     op = values.producers.get(value)
     if op is None:
         return
-    same_size = [v for v in dict.fromkeys(values.operands(op)) if v != value and values.size(v) == values.size(value)]
+    same_size = _same_size(values, value, op)
     if op.name in aten.ADDITIONS:
         yield from _additions(values, value, op, same_size)
+    elif op.name == "lerp":
+        yield from _interpolations(values, value, op, same_size)
+    elif op.name == "addcmul":
+        yield from _gated_additions(values, value, op, same_size)
     elif op.name in aten.MULTIPLICATIONS:
         yield from _products(values, value, op, same_size)
         yield from _spreads(values, value, op)
@@ -51,6 +58,10 @@ def steps(values: Values, value: int) -> Iterator[Step]:
         yield Step("cast", same_size[0], value)
     if (source := norm_source(values, value)) is not None:
         yield Step("norm", source, value)
+
+
+def _same_size(values: Values, value: int, op: Operation) -> list[int]:
+    return [v for v in dict.fromkeys(values.operands(op)) if v != value and values.size(v) == values.size(value)]
 
 
 def _additions(values: Values, value: int, op: Operation, same_size: list[int]) -> Iterator[Step]:
@@ -65,6 +76,29 @@ def _additions(values: Values, value: int, op: Operation, same_size: list[int]) 
             yield Step("gate", source, value, factor=None)
 
 
+def _interpolations(values: Values, value: int, op: Operation, same_size: list[int]) -> Iterator[Step]:
+    """(1 - weight) * start + weight * end."""
+    start, end = (values.value(each.id) for each in op.args[:2])
+    if not {start, end} <= set(same_size):
+        return
+    weight = op.args[2]
+    if isinstance(weight, TensorRef):
+        if values.is_constant(values.value(weight.id), of_tokens=True):
+            yield Step("add", start, value, end, source_factor=None, gate=values.value(weight.id))
+            yield Step("add", end, value, start, factor=None, source_factor=None)
+    else:
+        yield Step("add", start, value, end, float(weight), 1.0 - float(weight))
+        yield Step("add", end, value, start, 1.0 - float(weight), float(weight))
+
+
+def _gated_additions(values: Values, value: int, op: Operation, same_size: list[int]) -> Iterator[Step]:
+    """source + factor * branch * gate, in one operation."""
+    source, *product = (values.value(each.id) for each in op.args[:3])
+    for branch, gate in (product, product[::-1]):
+        if source in same_size and branch in same_size and values.is_constant(gate, of_tokens=True):
+            yield Step("add", source, value, branch, float(op.kwargs.get("value", 1.0)), gate=gate)
+
+
 def _products(values: Values, value: int, op: Operation, same_size: list[int]) -> Iterator[Step]:
     left, right = op.args[0], op.args[1]
     for own, other in ((left, right), (right, left)):
@@ -73,8 +107,10 @@ def _products(values: Values, value: int, op: Operation, same_size: list[int]) -
         source = values.value(own.id)
         if isinstance(other, (int, float)):
             yield Step("scale", source, value, factor=float(other) if op.name == "mul" else 1.0 / float(other))
-        elif isinstance(other, TensorRef) and values.is_constant(values.value(other.id), of_tokens=True):
-            yield Step("gate", source, value, factor=None)
+        elif isinstance(other, TensorRef) and values.is_constant(gate := values.value(other.id), of_tokens=True):
+            divides = op.name == "div"
+            if not (divides and own is right):
+                yield Step("gate", source, value, factor=None, gate=None if divides else gate)
 
 
 def _mixtures(values: Values, value: int, op: Operation, source: int) -> Iterator[Step]:
@@ -120,6 +156,40 @@ def linear_path(values: Values, call: ModuleCall, start: int, end: int) -> list[
         path.append(step)
         value = step.source
     return path[::-1]
+
+
+@dataclass(frozen=True)
+class Summand:
+    """factor * gates * value, one of the values whose sum another value is."""
+
+    value: int
+    factor: float = 1.0
+    gates: tuple[int, ...] = ()
+    """weights that it is multiplied by, feature by feature"""
+
+
+def summands(values: Values, call: ModuleCall, value: int, stops: Collection[int]) -> list[Summand]:
+    """What `value` is the sum of: the additions, factors and casts inside `call` undone, back to any of `stops`."""
+    if value in stops or not values.made_in(value, call):
+        return [Summand(value)]
+    for step in steps(values, value):
+        if step.kind not in ("add", "scale", "cast", "gate"):
+            continue
+        scale = step.factor if step.kind == "scale" else step.source_factor
+        factors = (scale, step.factor if step.kind == "add" else 1.0)
+        if None in factors or (step.kind == "gate" and step.gate is None):
+            continue
+        own = (step.gate,) if step.kind == "gate" and step.gate is not None else ()
+        found = [_times(each, factors[0], own) for each in summands(values, call, step.source, stops)]
+        if step.branch is not None:
+            gates = () if step.gate is None else (step.gate,)
+            found += [_times(each, factors[1], gates) for each in summands(values, call, step.branch, stops)]
+        return found
+    return [Summand(value)]
+
+
+def _times(summand: Summand, factor: float | None, gates: tuple[int, ...]) -> Summand:
+    return Summand(summand.value, summand.factor * (factor or 0.0), summand.gates + gates)
 
 
 # Norms --------------------------------------------------------------------------------------------------------------
@@ -169,14 +239,38 @@ def _inline_norm(values: Values, value: int, op: Operation) -> int | None:
                 continue
             if values.is_constant(other) and values.size(other) < values.size(value):
                 return norm_source(values, own)
-            one_per_row = values.size(other) * values.shape(own)[-1] == values.size(own)
-            if one_per_row and _is_statistic(values, other, own):
-                return _uncast(values, own)
+            statistic = _unspread(values, other)
+            if not _is_for_each_row(values, statistic, own):
+                continue
+            multiples = (s.source for s in _multiples(values, own))  # the weights may come first
+            for source in (own, *multiples):
+                if _is_statistic(values, statistic, source):
+                    return _uncast(values, source)
     return norm_source(values, values.operands(op)[0]) if op.name == "_to_copy" else None
 
 
+def _multiples(values: Values, value: int) -> Iterator[Step]:
+    """The steps whose result is `value`, where it is a multiple of another."""
+    op = values.producers.get(value)
+    if op is not None and op.name in aten.MULTIPLICATIONS:
+        yield from _products(values, value, op, _same_size(values, value, op))
+
+
+def _unspread(values: Values, value: int) -> int:
+    """The statistics before they are repeated for each feature, as `F.normalize` does it."""
+    op = values.producers.get(value)
+    return values.operands(op)[0] if op is not None and op.name in aten.REPEATS else value
+
+
+def _is_for_each_row(values: Values, value: int, of: int) -> bool:
+    """Whether there is one number for each position, or one for each group of its features."""
+    shape = values.shape(of)
+    rows = prod(shape[:2]) if len(shape) > 2 else shape[0]
+    return values.size(value) < values.size(of) and values.size(value) % rows == 0
+
+
 def _is_statistic(values: Values, value: int, of: int) -> bool:
-    """Whether `value` is a root of a mean of squares of `of`, and of nothing else that varies."""
+    """Whether `value` is a root of a mean of squares of `of`, or a size of its numbers, and of nothing else."""
     ops: list[Operation] = []
     stack, seen = [value], set()
     while stack:
@@ -189,7 +283,9 @@ def _is_statistic(values: Values, value: int, of: int) -> bool:
             return False
         ops.append(op)
         stack += values.operands(op)
-    return any(op.name in aten.STATISTICS for op in ops) and any(map(_is_root, ops))
+    names = {op.name for op in ops}
+    sizes = "abs" in names and names & {*aten.STATISTICS, *aten.EXTREMES}
+    return bool(sizes) or (bool(names & aten.STATISTICS) and any(map(_is_root, ops)))
 
 
 def _is_root(op: Operation) -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 
 import torch
 
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.layer_list import Rows
-from hookmap.discovery.linear import Step, steps
+from hookmap.discovery.linear import Step, Summand, steps, summands
 from hookmap.discovery.values import Exposure, Values
 from hookmap.maps.templates import TermTemplate
+
+_MOST_TERMS = 3
+"""of a sum that is exact up to rounding only"""
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,50 @@ class Locator:
     def difference(self, after: int, before: int) -> Location | None:
         """after - before, where each has a boundary of its own; exact up to the rounding of the model's addition."""
         a, b = self.locate(after), self.locate(before)
-        if a is None or b is None or any(t.flat for t in (*a.terms, *b.terms)) or len(a.terms) + len(b.terms) > 3:
+        if a is None or b is None or len(terms := a.terms + b.terms) > _MOST_TERMS or any(t.flat for t in terms):
             return None
         evidence = "difference of the stream after and before the addition"
         return Location(a.terms + _scaled(b, -1.0).terms, max(a.time, b.time), evidence)
+
+    def combination(
+        self, values: Collection[int], factor: float, gate: int | None, states: Collection[int]
+    ) -> Location | None:
+        """factor * gate * the sum of the values: a sum of boundaries times constants, exact up to rounding.
+
+        `states`: the stream, which may be in the sum, too.
+        """
+        gates = () if gate is None else (gate,)
+        parts = [each for value in values for each in summands(self.values, self.within, value, states)]
+        parts = [replace(each, factor=factor * each.factor, gates=gates + each.gates) for each in parts]
+        found = [(each, self.locate(each.value, "input" if each.value in states else "output")) for each in parts]
+        if any(place is None for _, place in found):
+            return None
+        scaled = [_scaled(place, each.factor) for each, place in found if place is not None]
+        gated = [self._gated(place, each) for (each, _), place in zip(found, scaled, strict=True)]
+        terms = tuple(term for place in gated if place is not None for term in place.terms)
+        if None in gated or not terms or len(terms) > _MOST_TERMS or (len(terms) > 1 and any(t.flat for t in terms)):
+            return None
+        what = "the sum of these tensors" if len(terms) > 1 else scaled[0].evidence
+        return Location(terms, max(place.time for place in scaled), f"{what}, times what the block multiplies them by")
+
+    def _gated(self, place: Location, summand: Summand) -> Location | None:
+        """The location times the one parameter that multiplies it: a number, or one for each feature."""
+        if not summand.gates:
+            return place
+        weight, shape = self._parameter(summand.gates[0]), self.values.shape(summand.gates[0])
+        size = prod(shape)
+        spread = size == (shape[-1] if shape else 1) in (1, self.values.shape(summand.value)[-1])
+        if len(summand.gates) > 1 or weight is None or not spread or any(t.weight for t in place.terms):
+            return None
+        return place.with_terms(weight=weight)
+
+    def _parameter(self, value: int) -> str | None:
+        """The template of the path of the parameter that holds the value, also as a cast that only widens it."""
+        op = self.values.producers.get(value)
+        if op is not None and op.name == "_to_copy" and self._widens(self.values.operands(op)[0], value):
+            value = self.values.operands(op)[0]
+        path = self.values.parameters.get(value)
+        return None if path is None else self.templated(path)
 
     def templated(self, path: str) -> str:
         """The path with this block's number as `{i}`."""
@@ -156,8 +201,11 @@ class Locator:
 
     def _is_exact(self, step: Step) -> bool:
         """Whether a cast only widens: the numbers are the same."""
-        before, after = (self.values.flow.tensors[v].dtype for v in (step.source, step.result))
-        return self.values.producers[step.result].name == "_to_copy" and torch.promote_types(before, after) == after
+        return self.values.producers[step.result].name == "_to_copy" and self._widens(step.source, step.result)
+
+    def _widens(self, source: int, result: int) -> bool:
+        before, after = (self.values.flow.tensors[v].dtype for v in (source, result))
+        return torch.promote_types(before, after) == after
 
 
 def _scaled(location: Location, factor: float) -> Location:

@@ -110,6 +110,11 @@ class Values:
     def _times(self) -> list[int]:
         return [op.time for op in self.flow.operations]
 
+    @cached_property
+    def parameters(self) -> dict[int, str]:
+        """value -> path of the parameter that holds it"""
+        return {self.value(tensor): path for tensor, path in self.flow.parameters.items()}
+
     def made_in(self, value: int, call: ModuleCall) -> bool:
         op = self.producers.get(value)
         return op is not None and call.enter < op.time < call.exit

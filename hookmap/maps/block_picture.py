@@ -102,6 +102,8 @@ class _Drawing:
         raw, out = (self.kind.points.get(f"{role}_{name}") for name in ("out_raw", "out"))
         if raw is None or out is None or raw.terms == out.terms:
             return None
+        if any(term.weight for term in out.terms):
+            return "× weight"
         factor = out.terms[0].scale
         return f"× {factor:g}" if factor != 1.0 else "norm"
 

@@ -39,7 +39,14 @@ def rename(architecture_map: MapContents) -> dict[str, list[str]]:
 def _whole(template: PointTemplate) -> tuple[str, str] | None:
     """Module and side, where the point is exactly that tensor."""
     term = template.terms[0]
-    usual = term.scale == 1.0 and not term.flat and term.axes is None and term.heads is None and term.rows == "all"
+    usual = (
+        term.scale == 1.0
+        and term.weight is None
+        and not term.flat
+        and term.axes is None
+        and term.heads is None
+        and term.rows == "all"
+    )
     if len(template.terms) > 1 or not usual or term.call is not None:
         return None
     return (term.module, term.side) if term.index in (None, 0) else None

@@ -19,7 +19,10 @@ from hookmap.maps.templates import Heads, PointTemplate, boundary
 
 @dataclass(frozen=True)
 class Term:
-    """One tensor at one module's boundary, times a constant."""
+    """One tensor at one module's boundary, times a constant, and times a parameter of the model where `weight` is set.
+
+    The term's share of the point is `times(tensor, parameter)`, of the arranged tensor.
+    """
 
     module: str
     """path from the model's root, "" for the root"""
@@ -37,6 +40,8 @@ class Term:
     """which call of the module in one forward pass, 0-based, where it is called several times"""
     heads: Heads | None = None
     """which features of the tensor's last axis are the point's heads"""
+    weight: str | None = None
+    """path of the parameter that the model multiplies it by: a number, or one for each feature"""
     calls: int | None = None
     """how often the module is called in one forward pass, of a layer that runs several times, where the map says it"""
 
@@ -75,6 +80,14 @@ class Term:
             tensor = tensor[:, :width] if self.rows == "first" else tensor[:, -width:]
         return tensor
 
+    def times(self, tensor: Any, parameter: Any = None) -> Any:
+        """`scale * tensor`, and times the parameter of `weight`, whose value in the model is `parameter`."""
+        if self.weight is not None:
+            if parameter is None:
+                raise CaptureError(f"{self}: the value of {self.weight} is needed, a parameter of the model.")
+            tensor = tensor * parameter.detach().to(tensor.device)
+        return tensor if self.scale == 1.0 else tensor * self.scale
+
     def _tensor(self, value: Any) -> Any:
         if not hasattr(value, "shape"):
             raise self._wrong(type(value).__name__)
@@ -99,7 +112,7 @@ class Term:
         )
 
     def __str__(self) -> str:
-        return boundary(self.module or "model", self.side, self.index, self.scale)
+        return boundary(self.module or "model", self.side, self.index, self.scale, weight=self.weight)
 
 
 @dataclass(frozen=True)
@@ -346,6 +359,7 @@ def of_template(m: MapContents, point: str, layer: int | None, template: PointTe
     terms = tuple(
         Term(
             path(t.module), t.side, t.index, t.scale, t.flat, t.axes, t.rows, t.call_in(run, runs), t.heads,
+            weight=None if t.weight is None else path(t.weight),
             calls=runs if runs > 1 and t.call is None else None,
         )
         for t in template.terms

@@ -40,9 +40,11 @@ def is_template(path: str) -> bool:
     return _PLACEHOLDER.search(path) is not None
 
 
-def boundary(module: str, side: str, index: int | str | None, scale: float = 1.0, times: str = " * ") -> str:
+def boundary(
+    module: str, side: str, index: int | str | None, scale: float = 1.0, times: str = " * ", weight: str | None = None
+) -> str:
     """A tensor at a module's boundary, as people read it: `0.5 * model.layers.0.mlp.output[0]`."""
-    factor = "" if scale == 1.0 else f"{scale:g}{times}"
+    factor = ("" if scale == 1.0 else f"{scale:g}{times}") + ("" if weight is None else f"{weight}{times}")
     return f"{factor}{module}.{side}{'' if index is None else f'[{index!r}]'}"
 
 
@@ -52,7 +54,7 @@ def short_path(path: str, prefix: str) -> str:
 
 
 class TermTemplate(Frozen):
-    """One tensor at a module's boundary, times a constant."""
+    """One tensor at a module's boundary, times a constant, and times a parameter of the model."""
 
     module: str = Field(description="module path from the model's root; `{i}` is the layer; empty for the root itself")
     side: Literal["input", "output"]
@@ -60,6 +62,11 @@ class TermTemplate(Frozen):
         default=None, description="position or name in the arguments or the output; null where the output is the tensor"
     )
     scale: float = Field(default=1.0, description="the constant that the model multiplies it by, outside modules")
+    weight: str | None = Field(
+        default=None,
+        description="path of the parameter that the model multiplies it by, outside modules: a number, or one for each "
+        "feature; a capture reads it in the model",
+    )
     flat: bool = Field(default=False, description="the module sees [batch * pos, ...]; a capture unflattens it")
     axes: tuple[str, ...] | None = Field(
         default=None, description="its axes there, where they are not (batch, pos, ...); a capture reorders them"
@@ -88,7 +95,8 @@ class TermTemplate(Frozen):
 
     def text(self, prefix: str = "", times: str = " * ") -> str:
         """Factor, module path from `prefix` on, side and index: `0.5 * mlp.output[0]`."""
-        return boundary(short_path(self.module, prefix), self.side, self.index, self.scale, times)
+        weight = None if self.weight is None else short_path(self.weight, prefix)
+        return boundary(short_path(self.module, prefix), self.side, self.index, self.scale, times, weight)
 
 
 class PointTemplate(Frozen):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hookmap.activations import Key
 from hookmap.loading import modules
 from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, select
 from hookmap.maps.templates import BlockKind, BranchInfo
 from hookmap.verification.check import Check, relative_error
@@ -131,6 +132,14 @@ def branch_modules(found: ArchitectureMap, kind: BlockKind, role: str, layer: in
     """Paths of the modules of a layer's branch; `role`: "mixer", "cross_attn" or "mlp"."""
     branch: BranchInfo | None = getattr(kind, role)
     return [found.at_layer(path, layer) for path in (branch.modules if branch else ())]
+
+
+def modules_of(run: Context, kind: BlockKind, output: str, layer: int) -> list[str]:
+    """Paths of the modules of the branch with this output; of a branch beside its role's main ones, what gives it."""
+    modules = branch_modules(run.map, kind, PointName.of(PointName.of(output).as_mixer()).branch, layer)
+    made = [term.module for term in run.selector[output, layer].terms if term.side == "output"]
+    beside = "." in output and not any(f"{path}.".startswith(f"{root}.") for path in made for root in modules)
+    return made if beside else modules
 
 
 def first_and_last(found: ArchitectureMap) -> Iterator[tuple[BlockKind, int]]:

@@ -12,7 +12,7 @@ from hookmap.maps.points import PointName
 from hookmap.maps.relations import Relation
 from hookmap.maps.templates import BlockKind, is_template
 from hookmap.verification.check import Check, relative_error
-from hookmap.verification.context import Context, branch_modules
+from hookmap.verification.context import Context, modules_of
 
 _ONE_TENSOR = (
     "mixer_in", "cross_attn_in", "mlp_in", "q", "k", "v", "z", "pattern", "mlp_post",
@@ -26,7 +26,7 @@ def bare(run: Context) -> Iterator[Check]:
     for kind in run.map.kinds:
         for point, template in kind.points.items():
             name, terms = PointName.of(PointName.of(point).as_mixer()).base, template.terms
-            if name in _ONE_TENSOR and (len(terms) > 1 or terms[0].scale != 1):
+            if name in _ONE_TENSOR and (len(terms) > 1 or terms[0].scale != 1 or terms[0].weight):
                 wrong.append(f"{point} is a sum or has a factor")
             elif name.endswith("_raw") and not _is_bare(run, kind, point):
                 wrong.append(f"{point} is not what its branch returns")
@@ -42,12 +42,12 @@ def _is_bare(run: Context, kind: BlockKind, point: str) -> bool:
     terms, layer = kind.points[point].terms, kind.layers[0]
     ends = (PointName.of(point).end(name) for name in ("out_raw", "out", "in"))
     bare, added, read = (run.values.get((name, layer)) for name in ends)
-    if any(term.scale != 1 for term in terms) or len(set(terms)) < len(terms):
+    if any(term.scale != 1 or term.weight for term in terms) or len(set(terms)) < len(terms):
         return False
     if len(terms) > 1:
         return bare is None or added is None or _is_multiple(added, bare, run.tolerance)
-    role, path = PointName.of(PointName.of(point).as_mixer()).branch, run.map.at_layer(terms[0].module, layer)
-    own = any(f"{path}.".startswith(f"{root}.") for root in branch_modules(run.map, kind, role, layer))
+    path = run.map.at_layer(terms[0].module, layer)
+    own = any(f"{path}.".startswith(f"{root}.") for root in modules_of(run, kind, point, layer))
     return own and terms[0].side == "output" and (bare is None or read is None or bare.shape == read.shape)
 
 

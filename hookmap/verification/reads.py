@@ -20,9 +20,11 @@ from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, Term, of_template
 from hookmap.maps.templates import BlockKind
 from hookmap.verification.check import Check, relative_error
-from hookmap.verification.context import Context, branch_modules
+from hookmap.verification.context import Context, modules_of
 from hookmap.verification.runner import BATCH, POSITIONS, Hook, at, forward, keep, observe, other_weights
 
+_SHORT = 4
+"""positions that a short convolution of an MLP sees"""
 Write = Callable[[int, Tensor], object]
 """changes the tensor of one term in place, given the term's number"""
 
@@ -79,19 +81,25 @@ def _pairs(kind: BlockKind) -> Iterator[tuple[str, str]]:
     """What each branch reads -> its bare output, or what it adds where no boundary exposes that."""
     for point in kind.points:
         name = PointName.of(point)
-        if name.base not in ("mixer_in", "cross_attn_in", "mlp_in") or name.number == "0":
+        if name.base not in ("mixer_in", "cross_attn_in", "mlp_in"):
             continue
-        raw, out = name.end("out_raw"), name.end("out")
-        if raw in kind.points or out in kind.points:
-            yield point, raw if raw in kind.points else out
+        output = next((each for end in ("out_raw", "out") if (each := name.end(end)) in kind.points), None)
+        if output is not None and not (name.number and all(_is_second_name(kind, each) for each in (point, output))):
+            yield point, output
+
+
+def _is_second_name(kind: BlockKind, point: str) -> bool:
+    """Whether it is the number of a branch whose points have names without a number, too."""
+    usual = kind.points.get(PointName.of(point).base)
+    return usual is not None and kind.points[point].terms == usual.terms
 
 
 def _branch(run: Context, kind: BlockKind, point: str, output: str, layer: int) -> _Branch:
     template = kind.points[point]
     read = template.model_copy(update={"terms": template.beside})
     beside = of_template(run.map, point, layer, read, run.number).terms
-    modules = tuple(branch_modules(run.map, kind, PointName.of(point).branch, layer))
     terms, made = run.selector[point, layer].terms, run.selector[output, layer]
+    modules = tuple(modules_of(run, kind, output, layer))
     return _Branch(point, output, layer, terms, beside, made, modules)
 
 
@@ -210,28 +218,37 @@ def _writing(tensors: Mapping[int, Tensor]) -> Write:
 
 
 def _positions(run: Context, branch: _Branch) -> Check:
-    """Other numbers at one position: an MLP moves there, or at the next too (a token shift); a mixer behind it.
+    """Other numbers at one position: an MLP moves there, or shortly behind it too (a token shift); a mixer elsewhere.
 
-    Cross-attention moves there alone: its keys are another's positions.
+    Of a mixer that reads little but the first position, that one is changed. Cross-attention moves there alone: its
+    keys are another's positions.
     """
     place = POSITIONS // 3
+    moved = _moved_by(run, branch, place)
+    if branch.point.startswith("mlp"):
+        right = moved in [list(range(place, place + count)) for count in range(1, _SHORT + 1)]
+    elif branch.point.startswith("cross_attn"):
+        right = moved == [place]
+    else:
+        if set(moved) <= {place}:
+            place, moved = 0, _moved_by(run, branch, 0)
+        right = bool(moved) and moved[-1] > place
+    detail = f"{branch.point} changed at position {place} moves {branch.output} at {moved}"
+    return Check("positions", (branch.layer,), right, detail)
+
+
+def _moved_by(run: Context, branch: _Branch, place: int) -> list[int]:
+    """The positions at which the branch's output moves where what it reads is other at one."""
 
     def write(number: int, tensor: Tensor) -> None:
         if number < len(branch.terms):
             rows = branch.terms[number].arrange(tensor, BATCH, POSITIONS)
-            rows[:, place] = rows[:, place].flip(-1)
+            rows[:, place] = rows[:, place].flip(-1) * 1.5
 
     before = run.values[branch.key].float()
     change = (_output_under(run, branch, write).float() - before).abs().flatten(2).amax((0, 2))
-    moved = (change > run.tolerance * before.square().mean().sqrt()).nonzero().flatten().tolist()
-    if branch.point.startswith("mlp"):
-        right = moved in ([place], [place, place + 1])
-    elif branch.point.startswith("cross_attn"):
-        right = moved == [place]
-    else:
-        right = bool(moved) and moved[-1] > place
-    detail = f"{branch.point} changed at position {place} moves {branch.output} at {moved}"
-    return Check("positions", (branch.layer,), right, detail)
+    moved: list[int] = (change > run.tolerance * before.square().mean().sqrt()).nonzero().flatten().tolist()
+    return moved
 
 
 def _output_under(run: Context, branch: _Branch, write: Write, weights: dict[str, Tensor] | None = None) -> Tensor:

@@ -6,6 +6,7 @@ A run reads the tensors that selectors name. A hook may change a tensor on its w
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def observe_runs(
     ]
     output = forward(model, ids, [*hooks, *readers], weights, **settings)
     reached = [selector for selector in selectors if len(parts[selector]) == len(selector.terms)]
-    return {selector: _total(selector, parts[selector]) for selector in reached}, output
+    return {selector: _total(model, selector, parts[selector]) for selector in reached}, output
 
 
 def other_weights(model: nn.Module, inside: Collection[str], outside: Collection[str] = ()) -> dict[str, Tensor]:
@@ -135,8 +136,10 @@ def _register(module: nn.Module, hook: Hook) -> RemovableHandle:
     return module.register_forward_hook(lambda _, *seen: hook.act(*seen), with_kwargs=True)
 
 
-def _total(selector: Selector, parts: Mapping[int, Tensor]) -> Tensor:
-    tensors = [term.arrange(parts[n], BATCH, POSITIONS) * term.scale for n, term in enumerate(selector.terms)]
+def _total(model: nn.Module, selector: Selector, parts: Mapping[int, Tensor]) -> Tensor:
+    weights = [None if t.weight is None else operator.attrgetter(t.weight)(model) for t in selector.terms]
+    arranged = [term.arrange(parts[n], BATCH, POSITIONS) for n, term in enumerate(selector.terms)]
+    tensors = [t.times(tensor, weight) for t, tensor, weight in zip(selector.terms, arranged, weights, strict=True)]
     if len(shapes := {tuple(tensor.shape) for tensor in tensors}) > 1:
         raise CaptureError(f"{selector} is no sum: its tensors have the shapes {sorted(map(list, shapes))}.")
     total: Tensor = sum(tensors[1:], tensors[0])

@@ -7,7 +7,9 @@ be those tensors, and a point that the tape has and the map has not must be refu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover
+from hookmap.maps.selectors import Term
 from hookmap.verification.verify import verify
 
 D, V, DEPTH = 24, 50, 3
@@ -32,6 +35,17 @@ def note(layer: int | None, **tensors: Tensor) -> None:
         _tape.update({(name, layer): tensor.detach().clone() for name, tensor in tensors.items()})
 
 
+@contextmanager
+def taped() -> Iterator[dict[tuple[str, int | None], Tensor]]:
+    """The tape that a model writes on inside."""
+    global _tape
+    _tape = tape = {}
+    try:
+        yield tape
+    finally:
+        _tape = None
+
+
 def listening() -> bool:
     """Whether somebody does."""
     return _tape is not None
@@ -39,7 +53,6 @@ def listening() -> bool:
 
 def check(model: nn.Module, missing: dict[str, str] | None = None) -> Any:
     """The map says what the tape says; it lacks exactly the points of `missing`, each for a reason that matches."""
-    global _tape
     missing = missing or {}
     model.eval()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -58,23 +71,23 @@ def check(model: nn.Module, missing: dict[str, str] | None = None) -> Any:
                     parts[selector, number] = term.arrange(tensor, *IDS.shape)
 
             handles.append(model.get_submodule(term.module).register_forward_hook(hook, with_kwargs=True))
-    _tape = {}
-    with torch.no_grad():
+    with torch.no_grad(), taped() as expected:
         model(IDS)
     for handle in handles:
         handle.remove()
-    expected, _tape = _tape, None
     selected = {
-        (s.point, s.layer): sum(parts[s, n] * t.scale for n, t in enumerate(s.terms)) for s in found.selectors()
+        (s.point, s.layer): sum(t.times(parts[s, n], _parameter(model, t)) for n, t in enumerate(s.terms))
+        for s in found.selectors()
     }
+    bare = {(s.point, s.layer) for s in found.selectors() if [(t.scale, t.weight) for t in s.terms] == [(1.0, None)]}
     wrong = []
-    for point in CORE:
+    for point in dict.fromkeys((*CORE, *(point for point, _ in expected))):
         for layer in [None] if point in ("embed", "final_norm", "logits") else range(found.num_layers):
             reason = found.unavailable(point, layer)
             if (point, layer) in selected:
                 if (point, layer) not in expected:
                     wrong.append(f"{point}[{layer}] is offered, but is no such thing")
-                elif not torch.allclose(selected[point, layer].float(), expected[point, layer].float(), atol=1e-5):
+                elif not _same(selected[point, layer], expected[point, layer], (point, layer) in bare):
                     wrong.append(f"{point}[{layer}] is another tensor")
             elif (point, layer) in expected and point not in missing:
                 wrong.append(f"{point}[{layer}] is refused: {reason}")
@@ -86,6 +99,15 @@ def check(model: nn.Module, missing: dict[str, str] | None = None) -> Any:
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return found
+
+
+def _same(found: Tensor, wanted: Tensor, exactly: bool) -> bool:
+    """A sum may round otherwise than the model, and a product with a factor."""
+    return torch.equal(found, wanted) if exactly else torch.allclose(found.float(), wanted.float(), atol=1e-5)
+
+
+def _parameter(model: nn.Module, term: Term) -> Tensor | None:
+    return None if term.weight is None else attrgetter(term.weight)(model)
 
 
 class Mix(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hookmap.capture.engines.observation import Observer, Side, Watch
+from hookmap.capture.engines.observation import Observer, Side, Watch, parameters_of
 from hookmap.capture.interventions.edits import Editor
 from hookmap.capture.interventions.writable import mode_of
 from hookmap.errors import CaptureError
@@ -56,6 +56,9 @@ class HooksEngine:
     def _watching(
         self, observer: Observer, editor: Editor | None, ends_early: bool = False, generating: bool = False
     ) -> Iterator[None]:
+        for each in (observer, None if editor is None else editor.before):
+            if each is not None:
+                each.parameter_at = parameters_of(self.module)
         with contextlib.ExitStack() as hooks:
             hooks.callback(_register(self.root, "input", partial(self._begin, observer, editor, generating)))
             edited = () if editor is None else editor.boundaries

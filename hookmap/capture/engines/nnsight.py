@@ -21,7 +21,7 @@ from hookmap.capture.engines.nnsight_internals import (
     stored_edits,
     tree_over,
 )
-from hookmap.capture.engines.observation import Observer, Watch, of_logits
+from hookmap.capture.engines.observation import Observer, Watch, of_logits, parameters_of
 from hookmap.capture.interventions.edits import Editor
 from hookmap.errors import InterventionError
 from hookmap.loading.wrappers import generate_of, hooked_forward, runner_of
@@ -67,6 +67,7 @@ class NNsightEngine:
             self._tree = tree_over(self.module, self._given)
         adopt_edits(self._tree, self._given)
         # A user's edit of the logits expects all of them.
+        observer.parameter_at = parameters_of(self.module)
         observer.every_logit |= self._given is not None and any(map(of_logits, observer.selectors))
 
         # A plain hook, because a trace cannot replace the input that it shows.

@@ -48,6 +48,8 @@ class Observer:
         self.selection = selection or RowSelection()
         self.lost: tuple[Overflow, ...] = ()
         """rows that became infinite in the dtype of the selection; known when the batch is finished"""
+        self.parameter_at: Callable[[str], torch.Tensor] = _no_parameters
+        """the value of a parameter of the model, by its path; the engine that has the model sets it"""
         self.every_logit = False
         """whether somebody else reads or writes logits too, so that all of them are computed"""
         self._batch = BatchRows(layout, self.selection, matching)
@@ -218,15 +220,26 @@ class Observer:
             if any((number, other) not in self._terms for other in range(len(selector.terms))):
                 return
             parts = [self._terms.pop((number, other)) for other in range(len(selector.terms))]
-            tensor = add_terms(selector.terms, parts)
-        elif term.scale != 1.0:
-            tensor = tensor * term.scale
+            tensor = self._sum(selector.terms, parts)
+        else:
+            tensor = term.times(tensor, self._parameter(term))
         self._seen_in[number] = self._batch.passes
         self._left -= 1
         if self._keeps(number):
             self._take(number, tensor)
         elif number not in self._no_rows:
             self._no_rows[number] = self._collectors[number].nothing(self._features(tensor))
+
+    def _sum(self, terms: Sequence[Term], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sum in the order of the terms and in the tensors' own dtype: as the model adds them."""
+        scaled = [term.times(tensor, self._parameter(term)) for term, tensor in zip(terms, tensors, strict=True)]
+        total: torch.Tensor = scaled[0]
+        for each in scaled[1:]:
+            total = total + each.to(total.device)
+        return total
+
+    def _parameter(self, term: Term) -> torch.Tensor | None:
+        return None if term.weight is None else self.parameter_at(term.weight)
 
     def _keeps(self, number: int) -> bool:
         """Whether rows of this selector are kept of the running pass."""
@@ -314,11 +327,27 @@ def of_logits(selector: Selector) -> bool:
     return "d_vocab" in PointName.of(selector.point).definition.axes
 
 
-def add_terms(terms: Sequence[Term], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of scale * tensor, in the order of the terms and in the tensors' own dtype: as the model adds them."""
-    total: torch.Tensor | None = None
-    for term, tensor in zip(terms, tensors, strict=True):
-        scaled = tensor if term.scale == 1.0 else tensor * term.scale
-        total = scaled if total is None else total + scaled.to(total.device)
-    assert total is not None  # a selector has a term at least
-    return total
+def _no_parameters(path: str) -> torch.Tensor:
+    raise CaptureError(
+        f"{path} is a parameter that a branch is multiplied by, and the weights of this model are not here: open the "
+        "model where its weights are, or choose another point."
+    )
+
+
+def parameters_of(model: torch.nn.Module) -> Callable[[str], torch.Tensor]:
+    """What looks a parameter or a buffer up by its path; it raises CaptureError where there is none with data."""
+
+    def parameter_at(path: str) -> torch.Tensor:
+        owner, _, name = path.rpartition(".")
+        try:
+            found = getattr(model.get_submodule(owner), name)
+        except AttributeError as error:
+            raise CaptureError(
+                f"{type(model).__name__} has no parameter {path!r}: the map is another model's: run `hookmap discover`."
+            ) from error
+        if found.is_meta:  # accelerate keeps it elsewhere until its module runs
+            _no_parameters(path)
+        tensor: torch.Tensor = found
+        return tensor
+
+    return parameter_at

@@ -32,6 +32,8 @@ def refusal(selector: Selector) -> str | None:
         return "the model has used the attention weights before any module shows them: write z or v"
     if name == "router_indices":
         return "the experts chosen are numbers of experts, not values: write router_weights or mlp_in"
+    if (weight := selector.terms[0].weight) is not None:
+        return f"the model multiplies it by its parameter {weight}, and no module holds the product"
     if len(selector.terms) > 1:
         return f"no single tensor of the model holds it, it is {' + '.join(map(str, selector.terms))}"
     return None

@@ -1,0 +1,85 @@
+"""Invented architectures: streams that are no plain sums, and blocks with more than an attention and an MLP."""
+
+from __future__ import annotations
+
+import pytest
+from support import invented_streams as streams
+from support.invented import Ladder, check
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        streams.Step, streams.StepBack, streams.StepOfEach, streams.StepLearned, streams.StepComputed,
+        streams.Interpolated, streams.InterpolatedOfEach,
+    ],
+)  # fmt: skip
+def test_a_step_towards_the_branch_adds_some_of_the_stream(block: type[streams.Joined]) -> None:
+    check(Ladder(block))
+
+
+def test_a_step_is_a_sum_of_two_boundaries() -> None:
+    (kind,) = check(Ladder(streams.Step)).kinds
+    assert [t.text() for t in kind.points["mixer_out"].terms] == [
+        "0.3 * rungs.{i}.blend.output", "-0.3 * rungs.{i}.input[0]"
+    ]  # fmt: skip
+    assert kind.relations[:2] == ("resid_mid = resid_pre + mixer_out", "resid_post = resid_mid + mlp_out")
+
+
+@pytest.mark.parametrize(
+    "block", [streams.Kept, streams.KeptOfEach, streams.Weighted, streams.InOneOperation, streams.Side]
+)
+def test_factors_are_learned(block: type[streams.Joined]) -> None:
+    check(Ladder(block))
+
+
+def test_a_term_names_the_parameter_that_multiplies_it() -> None:
+    (kind,) = check(Ladder(streams.Weighted)).kinds
+    assert [t.text() for t in kind.points["mixer_out"].terms] == ["0.5 * rungs.{i}.rates * rungs.{i}.blend.output"]
+
+
+@pytest.mark.parametrize(
+    "block", [streams.Sphere, streams.SphereByLength, streams.SphereBySize, streams.SphereOfGroups]
+)
+def test_norms_on_the_stream_are_written_out(block: type[streams.Sphere]) -> None:
+    found = check(Ladder(block), dict.fromkeys(("mixer_out", "mlp_out"), "no module boundary exposes it"))
+    assert found.kinds[0].branch_order == "sequential" and found.kinds[0].norm_placement == "post"
+
+
+def test_norms_on_the_stream_are_modules() -> None:
+    check(Ladder(streams.SphereOfModules))
+
+
+@pytest.mark.parametrize("block", [streams.WithFirst, streams.WithFirstByConstants])
+def test_the_first_stream_is_mixed_in_again(block: type[streams.WithFirst]) -> None:
+    check(streams.First(block))
+
+
+def test_rows_of_another_table_are_added() -> None:
+    check(streams.Tables())
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        streams.Squashed, streams.SquashedByWeights, streams.Normed, streams.Smeared, streams.SquashedBetween,
+        streams.SquashedBehind,
+    ],
+)  # fmt: skip
+def test_what_multiplies_with_no_matrix_is_no_mlp(block: type[streams.Joined]) -> None:
+    (kind,) = check(Ladder(block)).kinds
+    assert "mlp_out.0" not in kind.points and kind.mlp.modules == ("rungs.{i}.think",)
+
+
+@pytest.mark.parametrize("block", [streams.Canon, streams.CanonInside])
+def test_a_short_convolution_is_not_the_mixer_beside_an_attention(block: type[streams.Canon]) -> None:
+    (kind,) = check(Ladder(block)).kinds
+    assert kind.points["attn_out"].terms == kind.points["mixer_out"].terms
+    assert not {"attn_out.0", "attn_out.2"} & kind.points.keys()
+
+
+@pytest.mark.parametrize("block", [streams.Adapted, streams.AdaptedBetween, streams.AdaptedBeside])
+def test_the_mlp_is_the_one_that_does_most_of_the_work(block: type[streams.Adapted]) -> None:
+    check(Ladder(block))

@@ -1,0 +1,49 @@
+"""Invented blocks as a model of transformers: with a config, and `generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from support import invented_streams
+from support.invented import Ladder, taped
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class LadderConfig(PretrainedConfig):
+    model_type = "invented_ladder"
+
+    def __init__(self, block: str = "Joined", num_hidden_layers: int = 3, **kwargs: Any) -> None:
+        self.block, self.num_hidden_layers = block, num_hidden_layers
+        super().__init__(**kwargs)
+
+
+class LadderForCausalLM(PreTrainedModel, GenerationMixin):
+    """A ladder of invented blocks that generates, without a cache."""
+
+    config_class = LadderConfig
+
+    def __init__(self, config: LadderConfig) -> None:
+        super().__init__(config)
+        self.ladder = Ladder(getattr(invented_streams, config.block), config.num_hidden_layers)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the blocks have drawn them."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.ladder.lookup
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids}
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(logits=self.ladder(input_ids))
+
+    def says(self, ids: Tensor) -> dict[tuple[str, int | None], Tensor]:
+        """What the blocks write of themselves."""
+        with torch.no_grad(), taped() as tape:
+            self(ids)
+        return tape
