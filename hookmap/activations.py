@@ -7,8 +7,21 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
-Key = tuple[str, int | None]
-"""(point, layer); the layer is None for points of the whole model: embed, final_norm, logits"""
+Key = tuple[str, int | None] | tuple[str, int, int]
+"""(point, layer), or (point, layer, call) of a layer that runs several times in one forward pass, the call 0-based.
+
+The layer is None for points of the whole model: embed, final_norm, logits.
+"""
+
+
+def key_of(point: str, layer: int | None, call: int | None = None) -> Key:
+    """The key of these; `call`: None where the layer runs once."""
+    return (point, layer) if layer is None or call is None else (point, layer, call)
+
+
+def call_of(key: Key) -> int | None:
+    """The call in a key; None where the layer runs once."""
+    return key[2] if len(key) == 3 else None
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,12 @@ class Activation:
     """which row of the sample the first one is, 0-based; row n is of token n, unless the run selects positions"""
     tensor: "torch.Tensor"
     """[tokens, d], in the model's own dtype, a copy that nobody else writes to"""
+    call: int | None = None
+    """which run of the layer in one forward pass; None where it runs once"""
+
+    @property
+    def key(self) -> Key:
+        return key_of(self.point, self.layer, self.call)
 
 
 @dataclass(frozen=True)
@@ -57,7 +76,7 @@ class Sink(Protocol):
     """What takes activations as they come: memory, or a folder of shards."""
 
     def write(self, activation: Activation) -> None:
-        """Take rows; they come in order of `start` within a sample, points and layers interleaved."""
+        """Take rows; they come in order of `start` within a sample, tensors interleaved."""
 
     def finish(self, sample: Sample) -> None:
         """All rows of this sample are written."""

@@ -18,3 +18,8 @@ def did_you_mean(name: str, known: Iterable[str], n: int = 3, cutoff: float = 0.
 def sentence(text: str | None) -> str:
     """The text with a capital letter, after a space; nothing where there is no text."""
     return f" {text[0].upper()}{text[1:]}" if text else ""
+
+
+def in_call(call: int | None) -> str:
+    """`, call 2`: behind a name of what a layer that runs several times has in each of its runs."""
+    return "" if call is None else f", call {call}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hookmap.activations import Key, call_of, key_of
 from hookmap.analysis.head_outputs import head_outputs
 from hookmap.analysis.tokens import row_positions, token_id, token_text, token_texts
 from hookmap.analysis.unembedding import Unembedding, apply, unembedding_of
@@ -22,6 +23,7 @@ from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import not_finite
 from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
+from hookmap.maps.calls import last_run
 from hookmap.maps.points import PointName
 
 if TYPE_CHECKING:
@@ -79,8 +81,8 @@ def attribute(
     """See `HookedModel.attribute`."""
     unembedding = unembedding_of(hm)
     names = _summands(hm)
-    ends = [f"blocks.{hm.map.num_layers - 1}.hook_resid_post", "blocks.0.hook_resid_pre"]
-    points = list(dict.fromkeys(name for name, _ in names))
+    ends = [f"blocks.{last_run(hm.map)[0]}.hook_resid_post", "blocks.0.hook_resid_pre"]
+    points = list(dict.fromkeys(key[0] for key in names[1:]))
     if heads:
         points += ["z"]  # raises SelectionError where no layer has heads
     encoded = hm.encode(
@@ -99,9 +101,13 @@ def attribute(
         return _read(hm, unembedding, run, names, target, against, heads)
 
 
-def _summands(hm: Hooked) -> list[tuple[str, int]]:
-    """The summands of the stream, (point, layer), in forward order. Raises SelectionError where it is not a sum."""
-    found, problems = [("resid_pre", 0)], []
+def _summands(hm: Hooked) -> list[Key]:
+    """The summands of the stream, of each run of each layer, in forward order.
+
+    Raises SelectionError where it is no sum.
+    """
+    first = key_of("resid_pre", 0, None if hm.map.kind_of(0).calls == 1 else 0)
+    found, problems = [first], []
     for kind in hm.map.kinds:
         layers = f"layers {', '.join(map(str, kind.layers))}" if len(kind.layers) < hm.map.num_layers else "the blocks"
         if "stream" in kind.axes:
@@ -114,7 +120,7 @@ def _summands(hm: Hooked) -> list[tuple[str, int]]:
     if problems:
         raise _refused(hm, "; ".join(problems))
     for selector in hm.map.selectors([p for p in hm.map.points if PointName.of(p).base in _BRANCHES], "all"):
-        found.append((selector.point, selector.layer or 0))
+        found.append(selector.key)
     return found
 
 
@@ -122,13 +128,13 @@ def _read(
     hm: Hooked,
     unembedding: Unembedding,
     run: Capture,
-    names: list[tuple[str, int]],
+    names: list[Key],
     target: int | str | None,
     against: int | str | None,
     heads: bool,
 ) -> Attribution:
     sample, close = run.samples[0], unembedding.tolerance
-    positions, last = row_positions(sample), run.read(0, "resid_post", hm.map.num_layers - 1)
+    positions, last = row_positions(sample), run.read(0, "resid_post", *last_run(hm.map))
     labels, parts = _exact_parts(hm, last, *_parts(hm, run, names, heads, close), positions, close)
     logits = apply(unembedding.before_cap, last[None])[0]
     aim = logits.argmax(-1).cpu() if target is None else torch.full((len(positions),), token_id(hm, target))
@@ -247,15 +253,13 @@ def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _parts(
-    hm: Hooked, run: Capture, names: list[tuple[str, int]], heads: bool, close: float
-) -> tuple[list[str], torch.Tensor]:
+def _parts(hm: Hooked, run: Capture, names: list[Key], heads: bool, close: float) -> tuple[list[str], torch.Tensor]:
     """The labels of the parts, and the parts, float32 [parts, pos, d_model]."""
     labels, parts = [], []
-    for point, layer in names:
-        label = f"{point}[{layer}]"
-        if heads and point == "mixer_out" and ("z", layer) in run.keys:
-            own, rest = head_outputs(hm, run, layer, close)
+    for key in names:
+        label = f"{key[0]}[{', '.join(map(str, key[1:]))}]"
+        if heads and key[0] == "mixer_out" and key_of("z", key[1], call_of(key)) in run.keys:
+            own, rest = head_outputs(hm, run, key, close)
             labels += [f"{label} head {n}" for n in range(len(own))]
             parts += [*own]
             if not bool(rest.abs().max() > close * own.abs().max()):
@@ -265,7 +269,7 @@ def _parts(
             parts.append(rest)
         else:
             labels.append(label)
-            parts.append(run.read(0, point, layer).float())
+            parts.append(run.read(0, *key).float())
     return labels, torch.stack(parts)
 
 

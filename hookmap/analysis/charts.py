@@ -39,7 +39,7 @@ def heat_map(
     values, cell = grid.values.tolist(), _cell(words)
     rows = [
         {
-            "layer": layer,
+            "layer": name,
             "column": column,
             "position": position,
             "token": printable(token),
@@ -47,14 +47,14 @@ def heat_map(
             "word": "" if words is None else printable(words[row][column]),
             "cell": "" if words is None else printable(words[row][column], cell),
         }
-        for row, layer in enumerate(grid.layers)
+        for row, name in enumerate(grid.rows if grid.calls else grid.layers)
         for column, (position, token) in enumerate(zip(grid.positions, grid.tokens, strict=True))
     ]
     colour, dark = _colours(grid, log)
     width = 18 if words is None else 7 * cell + 8
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X("column:O", title="position", axis=_token_axis(grid.tokens)),
-        y=alt.Y("layer:O", sort="descending", title=f"{grid.point}, layer"),
+        y=alt.Y("layer:O", sort=[*grid.rows[::-1]] if grid.calls else "descending", title=f"{grid.point}, layer"),
         tooltip=[alt.Tooltip(f"{n}:N", title=n) for n in ("layer", "position", "token", *(["word"] if words else []))]
         + [alt.Tooltip("value:Q", title=grid.metric, format=".4~g")],
     )

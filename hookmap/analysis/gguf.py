@@ -34,6 +34,11 @@ def write_gguf(vector: SteeringVector, path: str | Path, model_hint: str | None 
             f"{target}: a control vector is added to what leaves a block, {POINT}; this vector is of {about.point}. "
             f"Make one of {POINT}, or keep this as .safetensors."
         )
+    if about.call is not None:
+        raise StoreError(
+            f"{target}: llama.cpp adds a control vector each time that a layer runs; this vector is of call "
+            f"{about.call} alone. Keep it as .safetensors."
+        )
     if 0 in vector.directions:
         raise StoreError(
             f"{target}: llama.cpp has no direction for block 0, and does not load a file that names one. Make the "

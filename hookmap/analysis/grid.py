@@ -29,6 +29,17 @@ class Grid:
     metric: str
     """what the values are, in words"""
     point: str
+    calls: tuple[int | None, ...] = ()
+    """which run of its layer each row is of, None where it runs once; empty where all do"""
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """What each row is called: `8`, or `8 call 2`."""
+        calls = self.calls or (None,) * len(self.layers)
+        return tuple(
+            str(layer) if call is None else f"{layer} call {call}"
+            for layer, call in zip(self.layers, calls, strict=True)
+        )
 
     def __post_init__(self) -> None:
         """Raises CaptureError where the labels do not fit the values' shape."""
@@ -40,20 +51,25 @@ class Grid:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write PATH.safetensors (values, labels) and PATH.csv (layer, position, token, value); returns the first."""
+        """Write PATH.safetensors (values, labels) and PATH.csv (layer, position, token, value); returns the first.
+
+        Where layers run several times, the table has a column `call` too.
+        """
         from safetensors.torch import save_file
 
         base = Path(path).with_suffix("")
         labels = {name: getattr(self, name) for name in ("layers", "positions", "tokens", "metric", "point")}
+        labels |= {"calls": self.calls} if self.calls else {}
         base.parent.mkdir(parents=True, exist_ok=True)
         values = base.with_suffix(".safetensors")
         save_file({"values": self.values.contiguous()}, values, metadata={"hookmap.grid": json.dumps(labels)})
         with base.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
-            table.writerow(["layer", "position", "token", "value"])
-            for layer, row in zip(self.layers, self.values.tolist(), strict=True):
+            table.writerow(["layer", *(["call"] if self.calls else []), "position", "token", "value"])
+            for number, row in enumerate(self.values.tolist()):
+                where = [self.layers[number], *([self.calls[number]] if self.calls else [])]
                 for position, token, value in zip(self.positions, self.tokens, row, strict=True):
-                    table.writerow([layer, position, token, value])
+                    table.writerow([*where, position, token, value])
         return values
 
 
@@ -68,4 +84,4 @@ def load_grid(path: str | Path) -> Grid:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise StoreError(f"{path}: no grid that hookmap wrote ({type(error).__name__}: {error}).") from error
     lists = {name: tuple(labels[name]) for name in ("layers", "positions", "tokens")}
-    return Grid(values, metric=labels["metric"], point=labels["point"], **lists)
+    return Grid(values, metric=labels["metric"], point=labels["point"], **lists, calls=tuple(labels.get("calls", ())))

@@ -31,7 +31,7 @@ def grid_table(
     for position, token in list(zip(grid.positions, grid.tokens, strict=True))[first:]:
         table.add_column(Text(f" {position} \n {printable(token, _WIDE)} "), justify="center", no_wrap=True)
     for row in range(len(grid.layers) - 1, -1, -1):
-        cells = [Text(f"{grid.layers[row]} ")]
+        cells = [Text(f"{grid.rows[row]} ")]
         for column in range(first, len(grid.positions)):
             value = float(grid.values[row, column])
             number = f"{value:.2g}" if told is None or told[row][column] else f"({value:.1g})"

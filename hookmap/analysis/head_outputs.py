@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hookmap.activations import Key, call_of
 from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
 from hookmap.loading import modules
@@ -14,14 +15,17 @@ if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
 
 
-def head_outputs(hm: Hooked, run: Capture, layer: int, close: float) -> tuple[torch.Tensor, torch.Tensor]:
+def head_outputs(hm: Hooked, run: Capture, key: Key, close: float) -> tuple[torch.Tensor, torch.Tensor]:
     """From a capture of z and mixer_out: [heads, pos, d_model], and the rest of mixer_out, a bias, [pos, d_model].
 
+    `key`: of mixer_out, in one layer and one of its runs.
     `close`: how much the sum may be off, relative to the largest value. Raises SelectionError where the mixer adds more
     than heads and a bias.
     """
-    (z_at,), (out_at,) = hm.map.selectors("z", layer), hm.map.selectors("mixer_out", layer)
-    term, z, whole = z_at.terms[0], run.read(0, "z", layer), run.read(0, "mixer_out", layer).float()
+    layer, call = key[1], call_of(key)
+    assert layer is not None
+    (z_at,), (out_at,) = hm.map.selectors("z", layer, call or 0), hm.map.selectors("mixer_out", layer, call or 0)
+    term, z, whole = z_at.terms[0], run.read(0, "z", layer, call), run.read(0, *key).float()
     if len(z_at.terms) > 1 or term.side != "input" or term.heads is None or term.heads.start or term.heads.groups > 1:
         raise _refused(hm, layer, "its output projection does not read the heads side by side")
     project, scale = hm.model.get_submodule(term.module), out_at.scale

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from hookmap.activations import Sample
+from hookmap.activations import Key, Sample, call_of, key_of
 from hookmap.analysis.grid import Grid
 from hookmap.analysis.tokens import row_positions, token_id, token_text, token_texts
 from hookmap.analysis.unembedding import Unembedding, unembedding_of
@@ -17,9 +17,10 @@ from hookmap.capture.finiteness import check_rows, not_finite
 from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
 from hookmap.loading.prompts import Prompt
+from hookmap.maps.calls import last_run, listed
 from hookmap.maps.points import PointName, parse_point
-from hookmap.maps.selectors import Selector
 from hookmap.stores.interface import Store
+from hookmap.stores.ledger import tensor_name
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
@@ -71,6 +72,8 @@ class Lens:
     """of the lens's distribution, in nats"""
     kl: torch.Tensor
     """KL(model's output ‖ lens), in nats; nan where the last layer's resid_post was not captured"""
+    calls: tuple[int | None, ...] = ()
+    """which run of its layer each row is of, None where it runs once; empty where all do"""
 
     def grid(self, metric: Metric = "probability") -> Grid:
         """One number for each layer and position. Raises SelectionError for an unknown metric."""
@@ -79,7 +82,7 @@ class Lens:
         values = self.top_probabilities[..., 0] if metric == "top_probability" else getattr(self, metric)
         aim = "the model's prediction" if self.predicted else f"{self.target_tokens[0]!r}"
         meaning = _MEANING[metric].format(aim)
-        return Grid(values.float(), self.layers, self.positions, self.tokens, meaning, self.point)
+        return Grid(values.float(), self.layers, self.positions, self.tokens, meaning, self.point, self.calls)
 
     @property
     def words(self) -> tuple[tuple[str, ...], ...]:
@@ -92,7 +95,8 @@ class Lens:
         lists |= {name: getattr(self, name).tolist() for name in ("probability", "rank", "worst_rank", "entropy")}
         kl = [[None if value != value else value for value in row] for row in self.kl.tolist()]
         names = ("point", "layers", "positions", "tokens", "top_tokens", "target_tokens", "predicted")
-        return {**{name: getattr(self, name) for name in names}, **lists, "kl": kl}
+        calls = {"calls": self.calls} if self.calls else {}
+        return {**{name: getattr(self, name) for name in names}, **calls, **lists, "kl": kl}
 
 
 def lens(
@@ -101,6 +105,7 @@ def lens(
     point: str = "resid_post",
     layers: Any = "all",
     *,
+    calls: Any = "all",
     top: int = 5,
     positions: Any = "all",
     target: int | str | None = None,
@@ -115,7 +120,7 @@ def lens(
     unembedding = unembedding_of(hm)
     run, prompt = source, None
     if not isinstance(source, (Capture, Store)):
-        last = f"blocks.{hm.map.num_layers - 1}.hook_resid_post"
+        last = f"blocks.{last_run(hm.map)[0]}.hook_resid_post"
         encoded = hm.encode(
             source,
             chat,
@@ -129,9 +134,10 @@ def lens(
                 "max_new_tokens=0), and give the run: hm.lens(run, sample=3)."
             )
         prompt = encoded[0]
-        run, sample = hm.capture(prompt, [name, last], layers, max_new_tokens=0, positions=positions), 0
+        runs = calls if isinstance(calls, str) else [*listed(calls), -1]  # the last run says what is predicted
+        run, sample = hm.capture(prompt, [name, last], layers, 0, calls=runs, positions=positions), 0
     found = next((each for each in run.samples if each.sample == sample), None)
-    chosen = _chosen_layers(hm, run, name, layers)
+    chosen = _chosen(hm, run, name, layers, calls)
     if found is None:
         raise SelectionError(f"the capture has no sample {sample}: it has {len(run.samples)}.")
     with lock_of(hm.model).shared():
@@ -139,17 +145,16 @@ def lens(
         return _Reading(hm, unembedding, run, found, name, chosen, prompt).lens(top, aim)
 
 
-def _chosen_layers(hm: Hooked, run: Capture | Store, point: str, layers: Any) -> tuple[int, ...]:
-    """The layers of a point to read. Raises SelectionError where the capture does not hold one."""
-    held = [layer for name, layer in run.keys if name == point and layer is not None]
-    chosen = held if isinstance(layers, str) else _layers_of(hm.map.selectors(point, layers))
-    if missing := [layer for layer in chosen if layer not in held] or not held:
-        raise SelectionError(f"the capture holds no {point} of layers {missing if held else 'any'}: it holds {held}.")
-    return tuple(chosen)
-
-
-def _layers_of(selectors: Iterable[Selector]) -> list[int]:
-    return sorted({selector.layer for selector in selectors if selector.layer is not None})
+def _chosen(hm: Hooked, run: Capture | Store, point: str, layers: Any, calls: Any) -> tuple[Key, ...]:
+    """The tensors of a point to read. Raises SelectionError where the capture does not hold one."""
+    held = [key for key in run.keys if key[0] == point and key[1] is not None]
+    whole = isinstance(layers, str) and isinstance(calls, str) and calls == "all"
+    wanted = held if whole else [selector.key for selector in hm.map.selectors(point, layers, calls)]
+    chosen = [key for key in wanted if key in held] if isinstance(layers, str) else wanted
+    if (missing := [key for key in chosen if key not in held]) or not chosen:
+        those = ", ".join(map(tensor_name, missing or wanted)) if held else f"{point} of any layer"
+        raise SelectionError(f"the capture holds no {those}: it holds {', '.join(map(tensor_name, held or run.keys))}.")
+    return tuple(sorted(chosen, key=list(run.keys).index))
 
 
 def _stream_point(point: str) -> str:
@@ -172,7 +177,8 @@ class _Reading:
     run: Capture | Store
     sample: Sample
     point: str
-    layers: tuple[int, ...]
+    keys: tuple[Key, ...]
+    """what is read, a row of the lens each"""
     prompt: Prompt | None
     """of the sample, where it was captured for this lens just now"""
 
@@ -184,26 +190,27 @@ class _Reading:
             final = self._final_logits(chunk)
             aim = self._aim(chunk, target, final)
             targets.append(aim.cpu())
-            for layer in self.layers:
-                logits = self._logits((self.point, layer), chunk)
+            for key in self.keys:
+                logits = self._logits(key, chunk)
                 figures.append(_figures(logits, final, aim, min(top, logits.shape[-1])))
         ids = torch.cat(targets)
-        stacked = {name: _stack([each[name] for each in figures], len(self.layers)) for name in figures[0]}
+        stacked = {name: _stack([each[name] for each in figures], len(self.keys)) for name in figures[0]}
         return Lens(
             self.point,
-            self.layers,
+            tuple(key[1] for key in self.keys if key[1] is not None),
             positions,
             token_texts(self.hm, self.sample.token_ids, positions, self.sample.image_positions or ()),
             top_tokens=tuple(tuple(map(self._texts, row)) for row in stacked["top_ids"].tolist()),
             target_ids=ids,
             target_tokens=self._texts(ids.tolist()),
             predicted=target is None,
+            calls=tuple(map(call_of, self.keys)) if any(len(key) == 3 for key in self.keys) else (),
             **stacked,
         )
 
     def _final_logits(self, positions: tuple[int, ...]) -> torch.Tensor | None:
         """The model's own logits; None where the capture does not hold the last layer's stream."""
-        last = ("resid_post", self.hm.map.num_layers - 1)
+        last = key_of("resid_post", *last_run(self.hm.map))
         return self._logits(last, positions) if last in self.run.keys else None
 
     def _aim(self, positions: tuple[int, ...], target: int | None, final: torch.Tensor | None) -> torch.Tensor:
@@ -217,20 +224,20 @@ class _Reading:
             "name a target, or capture it too."
         )
 
-    def _logits(self, key: tuple[str, int], positions: tuple[int, ...]) -> torch.Tensor:
+    def _logits(self, key: Key, positions: tuple[int, ...]) -> torch.Tensor:
         """float32 [positions, d_vocab]. Raises CaptureError or SelectionError where the rows are not finite."""
-        rows = self.run.read(self.sample.sample, *key, positions)
+        rows = self.run.read(self.sample.sample, key[0], key[1], call_of(key), positions)
         if not bool(rows.isfinite().all()):
             self._refuse_not_finite(key)
         return self.unembedding(rows[None].to(self.unembedding.dtype))[0].float()
 
-    def _refuse_not_finite(self, key: tuple[str, int]) -> None:
+    def _refuse_not_finite(self, key: Key) -> None:
         """Raises the error that names the first tensor of the lens that is not finite."""
         if self.prompt is not None:
             raise not_finite(self.hm, self.prompt, "lens")
         positions = row_positions(self.sample)
-        for each in dict.fromkeys([*((self.point, layer) for layer in self.layers), key]):
-            rows = self.run.read(self.sample.sample, *each, positions)
+        for each in dict.fromkeys([*self.keys, key]):
+            rows = self.run.read(self.sample.sample, each[0], each[1], call_of(each), positions)
             check_rows(rows, self.run, self.sample, each, positions, "lens")
 
     def _texts(self, ids: Iterable[int]) -> tuple[str, ...]:

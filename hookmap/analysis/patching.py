@@ -77,6 +77,7 @@ def sweep(
     *,
     point: str = "resid_pre",
     layers: Any = "all",
+    calls: Any = "all",
     positions: Any = "all",
     heads: Sequence[int] | None = None,
     batch_size: int = 32,
@@ -87,6 +88,8 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
 ) -> Sweep:
     """Patch `point` from `clean` into `corrupted`, each layer and position in turn.
+
+    A layer that runs several times in one forward pass is patched in each of its runs in turn, or in those of `calls`.
 
     clean, corrupted: one prompt each, with the same number of tokens. target: the next token of the clean prompt, as a
     token id or a text of one token; against: that of the corrupted prompt. With both, the metric is the difference of
@@ -105,21 +108,23 @@ def sweep(
     prompts = [_one(hm.encode(given, chat, **template)) for given in (clean, corrupted)]
     _check_pair(prompts, hm.tokenizer)
     metric, name = _metric(hm, target, against)
-    selectors = hm.map.selectors([point], layers)
+    selectors = hm.map.selectors([point], layers, calls)
     _check_written(hm, selectors)
     chosen = None if heads is None else _chosen_heads(hm, selectors, heads)
     columns = _columns(hm, prompts[1], positions)
-    rows = hm.capture(prompts[0], [point], layers, max_new_tokens=0, engine="hooks")
+    rows = hm.capture(prompts[0], [point], layers, calls=calls, max_new_tokens=0, engine="hooks")
     base, noise = _base(hm, prompts, metric, min(batch_size, len(columns)), name)
     values = []
     for number, selector in enumerate(selectors):
-        plan = _patches(selector, rows.read(0, selector.point, selector.layer), columns, chosen)
+        plan = _patches(selector, rows.read(0, *selector.key), columns, chosen)
         values.append(metric(_logits(hm, [prompts[1]] * len(columns), plan, batch_size))[0])
         if progress is not None:
             progress((number + 1) * len(columns), len(selectors) * len(columns))
     tokens = token_texts(hm, prompts[1].token_ids, columns, prompts[1].image_positions)
     numbers = tuple(-1 if s.layer is None else s.layer for s in selectors)
-    return Sweep(Grid(torch.stack(values), numbers, tuple(columns), tokens, name, selectors[0].point), *base, noise)
+    runs = tuple(s.call for s in selectors) if any(s.call is not None for s in selectors) else ()
+    grid = Grid(torch.stack(values), numbers, tuple(columns), tokens, name, selectors[0].point, runs)
+    return Sweep(grid, *base, noise)
 
 
 def _patches(

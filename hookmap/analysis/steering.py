@@ -11,6 +11,7 @@ positive texts. Two methods:
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ from hookmap.capture.finiteness import not_finite
 from hookmap.capture.options import TemplateOptions, of_kind
 from hookmap.errors import SelectionError, StoreError
 from hookmap.loading.prompts import is_one
+from hookmap.maps.calls import listed
+from hookmap.maps.describe import layers_text
 from hookmap.maps.points import parse_point
+from hookmap.maps.selectors import Selector
 from hookmap.placeholders import is_pointer, pointers_told
 
 if TYPE_CHECKING:
@@ -46,6 +50,9 @@ class About(BaseModel):
     architecture: str | None = None
     pairs: int | None = Field(default=None, ge=1, description="number of contrast pairs")
     positions: str | None = Field(default=None, description="tokens whose rows were used; several are averaged")
+    call: int | Literal["last"] | None = Field(
+        default=None, description="which run of layers that run several times; to this one it is added"
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,6 +93,7 @@ class SteeringVector:
         """Documents that add these directions, one for each layer, for `interventions=` or a YAML file."""
         return [
             {"do": "steer", "point": self.about.point, "layers": [n], "vector": self[n].tolist(), "strength": strength}
+            | ({} if self.about.call is None else {"calls": self.about.call})
             | where
             for n in (self.layers if layers is None else layers)
         ]
@@ -153,6 +161,7 @@ def make_vector(
     *,
     method: Method = "mean_difference",
     positions: Any = "last",
+    calls: Any = "all",
     **options: Any,
 ) -> SteeringVector:
     """See `HookedModel.steering_vector`."""
@@ -165,15 +174,23 @@ def make_vector(
     if one[0] != one[1] or one[0] in ("one prompt", "0"):
         raise SelectionError(f"contrast pairs are two lists of prompts of one length: got {one[0]} and {one[1]}.")
     rows = {"max_new_tokens": 0, "positions": positions, "mean": positions != "last"}
+    chosen = hm.map.selectors(parsed.point, layers, calls)
+    times = Counter(selector.layer for selector in chosen if selector.layer is not None)
+    if several := [layer for layer, count in times.items() if count > 1]:
+        raise SelectionError(
+            f"{layers_text(several)}: a vector has one direction for each layer, and they run several times in one "
+            'forward pass. Choose a run: calls="last" (--calls last), or a number.'
+        )
     encoded = hm.encode([*positive, *negative], **of_kind(TemplateOptions, options))
-    run = hm.capture(encoded, parsed.point, layers, **rows, **options)
+    run = hm.capture(encoded, parsed.point, layers, calls=calls, **rows, **options)
     find: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     find = mean_difference if method == "mean_difference" else principal_direction
     directions = {}
-    for _, layer in run.keys:
+    for key in run.keys:
+        layer = key[1]
         if layer is None:
             raise SelectionError(f"{parsed.point} is of the whole model: a steering vector is of layers.")
-        each = torch.stack([run.read(sample, parsed.point, layer)[0] for sample in range(len(run))])
+        each = torch.stack([run.read(sample, *key)[0] for sample in range(len(run))])
         if (bad := ~each.isfinite().all(1)).any():
             sample = int(bad.nonzero()[0])
             raise not_finite(hm, encoded[sample], f"steering vector (prompt {sample}, layer {layer})")
@@ -186,8 +203,16 @@ def make_vector(
         architecture=hm.map.architecture,
         pairs=len(positive),
         positions=positions if isinstance(positions, str) else str(positions),
+        call=_call(chosen, calls),
     )
     return SteeringVector(about, directions)
+
+
+def _call(selectors: Sequence[Selector], calls: Any) -> int | Literal["last"] | None:
+    """Which run the directions are of; None where the layers run once."""
+    if all(selector.call is None for selector in selectors):
+        return None
+    return "last" if isinstance(calls, str) else int(listed(calls)[0])
 
 
 def mean_difference(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:

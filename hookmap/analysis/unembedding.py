@@ -23,6 +23,7 @@ from hookmap.errors import SelectionError
 from hookmap.loading import modules
 from hookmap.loading.encoder_decoder import is_encoder_decoder, with_source
 from hookmap.loading.encoder_prompts import trial_prompt
+from hookmap.maps.calls import last_run
 from hookmap.maps.selectors import Selector
 
 if TYPE_CHECKING:
@@ -121,9 +122,8 @@ def unembedding_of(hm: Hooked) -> Unembedding:
     CaptureError where the stream is not finite.
     """
     if hm.model not in _proved:
-        last = hm.map.selectors("resid_post", -1)[-1]
-        for point in ("resid_post", "logits"):
-            hm.map.selectors(point, -1)  # raises the reason where the model has none
+        last = hm.map.selectors("resid_post", last_run(hm.map)[0], "last")[-1]
+        hm.map.selectors("logits")  # raises the reason where the model has none
         with lock_of(hm.model).exclusive():
             unembedding = read(modules.unwrap(hm.model), last, hm.map.final_norm_path, hm.map.lm_head_path)
         _proved[hm.model] = _prove(hm, unembedding)
@@ -229,8 +229,9 @@ def _prove(hm: Hooked, unembedding: Unembedding) -> Unembedding:
     size = hm.map.d_vocab or _PROOF_TOKENS
     tokens = [(1 + 37 * n) % size for n in range(_PROOF_TOKENS)]
     prompt: Any = trial_prompt(hm.root, tokens) if is_encoder_decoder(hm.root) else tokens
-    run = hm.capture([prompt], points=["resid_post", "logits"], layers=[-1], max_new_tokens=0)
-    stream, logits = run.read(0, "resid_post", -1), run.read(0, "logits").float()
+    where = last_run(hm.map)
+    run = hm.capture([prompt], ["resid_post", "logits"], [where[0]], max_new_tokens=0, calls="last")
+    stream, logits = run.read(0, "resid_post", *where), run.read(0, "logits").float()
     if not bool(stream.isfinite().all()) or bool(logits.isnan().any()):
         raise not_finite(hm, tokens, "lens")
     unembedding = replace(unembedding, dtype=stream.dtype)

@@ -131,6 +131,8 @@ class Harvesting(Run):
                 raise
         observer.finish(layout.width)
         self._count(observer)
+        if editor is not None and editor.counts:
+            editor.finish()
         self._end(editor, layout.width)
         for row, prompt in enumerate(prompts):
             self._finish(sink, observer, row, prompt, [])

@@ -76,7 +76,7 @@ def _first(engine: Engine, architecture_map: ArchitectureMap, prompt: Prompt) ->
     found: dict[Key, tuple[str, int, torch.dtype]] = {}
 
     def take(activation: Activation) -> None:
-        key = (activation.point, activation.layer)
+        key = activation.key
         bad = ~activation.tensor.flatten(1).isfinite().all(1)
         if key not in found and bool(bad.any()):
             position = activation.start + int(bad.nonzero()[0])
@@ -94,4 +94,4 @@ def _first(engine: Engine, architecture_map: ArchitectureMap, prompt: Prompt) ->
     observer = Observer(selectors, BatchLayout((0,), (length,), right=True), take)
     engine.forward(observer, inputs, None)
     observer.finish(length)
-    return next((found[key] for s in selectors if (key := (s.point, s.layer)) in found), None)
+    return next((found[s.key] for s in selectors if s.key in found), None)

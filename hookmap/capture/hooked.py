@@ -105,7 +105,8 @@ class Hooked:
 
         prompts: a string, chat messages or token ids, or a list of such; or a table or data set, with prompt_column.
         points, layers: see `hookmap.maps.selectors.select`; in any order; points={"resid_post": [3], "z": [8]} gives
-        each point its own layers. With `pattern`, the model runs with eager attention.
+        each point its own layers. A layer that runs several times in one forward pass has a tensor of each run; see
+        `calls`. With `pattern`, the model runs with eager attention.
 
         Pads are in no result, and prompts of different lengths share a batch only where this model was shown to give
         the same rows with pads (`pads`). A batch that is too large for a GPU's memory is halved.
@@ -207,7 +208,7 @@ class Hooked:
         how = Templating(**of_kind(TemplateOptions, options), generates=bool(max_new_tokens))
         encoded = self._encode(records(prompts, options["prompt_column"]), how)
         selection = row_selection(**of_kind(RowOptions, options))
-        selectors = self.map.selectors(points, layers) if points != () else ()
+        selectors = self.map.selectors(points, layers, options["calls"]) if points != () else ()
         batch_size, batch_tokens = options["batch_size"], options["batch_tokens"]
         check_count("max_new_tokens", max_new_tokens, least=0)
         check_count("batch_size", BATCH_SIZE if batch_size is None else batch_size)

@@ -20,6 +20,7 @@ BATCH_TOKENS = 4096
 Points = str | Iterable[str] | Mapping[str, Any]
 """names, or layers of its own for each: {"resid_post": [3, 8], "z": "all"}"""
 Layers = str | int | Iterable[int]
+Calls = str | int | Iterable[int]
 Positions = str | slice | Sequence[int]
 EngineName = Literal["auto", "hooks", "nnsight"]
 
@@ -115,6 +116,15 @@ class TemplateOptions(TypedDict, total=False):
 class EstimateOptions(RowOptions, TemplateOptions, total=False):
     """What decides how large a capture is."""
 
+    calls: Annotated[
+        Calls,
+        Option(
+            "all",
+            'which runs of layers that run several times in one forward pass: "all", "last", or numbers, 0-based, '
+            "negative from the end",
+            "each is stored under its number",
+        ),
+    ]
     prompt_column: Annotated[str | None, Option(None, "column of a table or data set that holds the prompt")]
     batch_size: Annotated[
         int | None,

@@ -18,18 +18,13 @@ RowNumber = tuple[int, int]
 class Overflow:
     """The rows of one tensor that overflowed."""
 
-    point: str
-    layer: int | None
+    name: str
+    """the tensor's, as in a manifest: `resid_post.8`"""
     rows: int
     sample: int
     """sample of the first of them"""
     position: int | None
     """position of the first of them; None for a mean"""
-
-    @property
-    def name(self) -> str:
-        """Name of the tensor in a manifest: `resid_post.8`."""
-        return self.point if self.layer is None else f"{self.point}.{self.layer}"
 
     def __str__(self) -> str:
         rows = counted(self.rows, "row")

@@ -116,7 +116,7 @@ class _Trial:
     ) -> None:
         self._engine, self._tokenizer, self._harvest, self._forces = engine, tokenizer, harvest, forces
         read = "final_norm" if "final_norm" in architecture_map.model_points else "resid_post"
-        self._selector = select(architecture_map, [read], [architecture_map.num_layers - 1])[0]
+        self._selector = select(architecture_map, [read], [architecture_map.num_layers - 1], "last")[0]
         *self._short, self._long = _apart(examples) if examples else _prompts(engine)
 
     def fault(self) -> str | None:
@@ -150,7 +150,7 @@ class _Trial:
         return self._rows([*self._short, *self._short], [[n, n + count] for n in range(count)])[:count]
 
     def _rows(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[int]]) -> Rows:
-        key = (self._selector.point, self._selector.layer)
+        key = self._selector.key
         store, run = MemoryStore([key]), self._run(prompts)
         device = device_of(self._engine)
         cuda = range(torch.cuda.device_count()) if device.type == "cuda" else ()

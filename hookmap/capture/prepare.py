@@ -172,7 +172,7 @@ def manifest_of(
     if before:
         settings["before"] = True
     return manifest_of_run(
-        [(selector.point, selector.layer) for selector in request.selectors],
+        [selector.key for selector in request.selectors],
         model=name,
         architecture=architecture_map.architecture,
         architecture_map=architecture_map.to_document(),

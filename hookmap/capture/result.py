@@ -2,18 +2,19 @@
 
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hookmap.activations import Key, Sample
+from hookmap.activations import Key, Sample, call_of, key_of
 from hookmap.errors import SelectionError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import RESIDUAL_AXES, PointName, parse_point
 from hookmap.maps.selectors import Selector
 from hookmap.stores.folder import write_store
-from hookmap.stores.interface import Store, as_html, completions, place_of
+from hookmap.stores.interface import Store, Tokens, as_html, completions, place_of
 from hookmap.stores.manifest import Manifest
 from hookmap.wording import counted
 
@@ -48,7 +49,7 @@ class Capture:
 
     @property
     def keys(self) -> tuple[Key, ...]:
-        """The (point, layer) pairs captured, in forward order."""
+        """(point, layer) of each tensor, in forward order; (point, layer, call) of layers that run several times."""
         return self.store.keys
 
     @property
@@ -69,8 +70,10 @@ class Capture:
         positions = range(found.rows) if found.positions is None else found.positions
         return tuple(max(0, position - found.prompt_tokens + 1) for position in positions)
 
-    def __getitem__(self, where: str | tuple[str, int | None]) -> torch.Tensor | list[torch.Tensor]:
+    def __getitem__(self, where: str | Key) -> torch.Tensor | list[torch.Tensor]:
         """`run["resid_mid", 8]`: [batch, pos, d] where all samples have as many rows, else a list of [pos, d].
+
+        `run["resid_mid", 8, 2]` is of the layer's call 2, where it runs several times in one forward pass.
 
         `run["pattern", 8]` is [batch, heads, query, key], or a list of [heads, query, key].
         `run["blocks.8.hook_resid_mid"]` and `run["logits"]` are understood too, and negative layers count from the
@@ -86,21 +89,43 @@ class Capture:
         return found[..., : max(ends)].movedim(2, 1)
 
     def read(
-        self, sample: int, point: str, layer: int | None = None, tokens: slice | Sequence[int] | None = None
+        self,
+        sample: int,
+        point: str,
+        layer: int | None = None,
+        call: "int | Tokens" = None,
+        tokens: Tokens = None,
     ) -> torch.Tensor:
-        """Rows of one sample, [pos, d], without reading the others; of `pattern` [query, heads, key], zeros behind."""
-        return self.store.read(sample, *self.key(point, layer), tokens)
+        """Rows of one sample, [pos, d], without reading the others; of `pattern` [query, heads, key], zeros behind.
 
-    def to_xarray(self, point: str, layer: int | None = None, sample: int | None = None) -> Any:
+        `call`: of a layer that runs several times; tokens may stand in its place.
+        """
+        if not isinstance(call, Integral | None):
+            call, tokens = None, call
+        key = self.key(point, layer, call)
+        return self.store.read(sample, key[0], key[1], call_of(key), tokens)
+
+    def to_xarray(
+        self, point: str, layer: int | None = None, sample: int | None = None, call: int | None = None
+    ) -> Any:
         """`run.to_xarray("resid_mid", 8)`: a DataArray with the axes batch, pos, d_model (`z`: batch, pos, heads, …).
 
         Without `layer`, every layer captured, with the axis layer in front; with `sample`, that one alone, without
-        batch. The coordinates are samples' numbers, layers and tokens' positions. bfloat16 becomes float32, exactly.
+        batch. Of a layer that runs several times, `call` is one of its runs; without it the axis call is in front. Of
+        all layers that is the axis run, with the coordinates layer and call. The other coordinates are samples'
+        numbers and tokens' positions. bfloat16 becomes float32, exactly.
         Raises SelectionError where samples have different numbers of rows, CaptureError without xarray.
         """
         from hookmap.stores.xarray import to_xarray
 
-        return to_xarray(self, point, layer, sample)
+        return to_xarray(self, point, layer, sample, call)
+
+    def keys_of(self, point: str, layer: int | None = None, call: int | None = None) -> tuple[Key, ...]:
+        """The keys of one point: of this layer and call, or of every layer and call captured. Raises SelectionError."""
+        if call is not None:
+            key = self.key(point, layer, call)
+            return (self.store.key(key[0], key[1], call_of(key)),)
+        return self.store.keys_of(*self._named(point, layer))
 
     def sample(self, number: int) -> Sample:
         """The sample with this number. Raises SelectionError where there is none."""
@@ -132,8 +157,21 @@ class Capture:
     def _ipython_key_completions_(self) -> list[Any]:
         return completions(self.keys)
 
-    def key(self, point: str, layer: int | None = None) -> Key:
-        """The (point, layer) of a name of ours, TransformerLens or nnterp. Raises SelectionError."""
+    def key(self, point: str, layer: int | None = None, call: int | None = None) -> Key:
+        """The key of a name of ours, TransformerLens or nnterp, as `keys` has it where it was captured.
+
+        Negative layers and calls count from the end. Raises SelectionError.
+        """
+        point, layer = self._named(point, layer)
+        if layer is None or not 0 <= layer < self.map.num_layers:
+            return key_of(point, layer, call)
+        runs = self.map.kind_of(layer).calls
+        if runs == 1:
+            return key_of(point, layer, None if call in (0, -1) else call)
+        return key_of(point, layer, call + runs if call is not None and -runs <= call < 0 else call)
+
+    def _named(self, point: str, layer: int | None) -> tuple[str, int | None]:
+        """The point that this name means, and the layer, which it may hold, from 0 up."""
         parsed = parse_point(point)
         if isinstance(parsed, str):
             raise SelectionError(parsed)

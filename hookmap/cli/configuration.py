@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from hookmap.capture.options import field_of
-from hookmap.cli.parsing import FILE_NAME, PREFIX, parse_layers
+from hookmap.cli.parsing import FILE_NAME, PREFIX, parse_calls, parse_layers
 from hookmap.loading.yaml_file import read_yaml
 from hookmap.wording import did_you_mean
 
@@ -51,6 +51,14 @@ def _typed_features(value: "int | str | list[int]") -> str:
 def _layers(value: str) -> str:
     try:
         parse_layers(value)
+    except click.BadParameter as error:
+        raise ValueError(error.message) from error
+    return value
+
+
+def _calls(value: str) -> str:
+    try:
+        parse_calls(value)
     except click.BadParameter as error:
         raise ValueError(error.message) from error
     return value
@@ -137,6 +145,9 @@ class Settings(Section):
         None, description="which tensors: a list, layers by point, or all; of serve, resid_post"
     )
     layers: Annotated[Names, AfterValidator(_layers)] = Field("all", description="a list, a range such as 0-3, or all")
+    calls: Annotated[Names, AfterValidator(_calls)] = Field(
+        "all", description="runs of layers that run several times: a list, a range, last or all"
+    )
     prompts: Text | None = Field(None, description="a data set of prompts: a file, a folder, or hf://NAME:SPLIT")
     prompt_column: Text | None = Field(None, description="where the prompt is; else prompt, messages, question, …")
     id_column: Text | None = Field(None, description="the samples' own names; else id, where there is one")
@@ -309,6 +320,8 @@ def _expected(key: str) -> str:
         )
     if key == "layers":
         return "a list, or one text such as '8,12,16', '0-3', '-1' or 'all'"
+    if key == "calls":
+        return "a list, or one text such as '0,2', '0-3', 'last' or 'all'"
     return "a text or a list of texts" if section else "a list, or one text such as '8,12,16' or 'all'"
 
 

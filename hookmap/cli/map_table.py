@@ -26,8 +26,8 @@ def show_map(m: ArchitectureMap, screen: Console) -> None:
     for kind in m.kinds:
         if kind.calls > 1:
             screen.print(
-                f"Layers {layer_ranges(kind.layers)} run {kind.calls} times in one forward pass: their points here are "
-                "of the first time, and a capture refuses them."
+                f"Layers {layer_ranges(kind.layers)} run {kind.calls} times in one forward pass, calls 0 to "
+                f"{kind.calls - 1}: each point is there in each of them."
             )
         for name, point in kind.points.items():
             if point.beside:

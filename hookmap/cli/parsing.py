@@ -35,17 +35,26 @@ def _points_with_layers(text: str) -> dict[str, str | None]:
 
 def parse_layers(text: str) -> str | list[int]:
     """Parse `8,12,16`, `0-3`, `-1`, a list of these, or `all`. Raises click.BadParameter."""
-    if text.strip() == "all":
-        return "all"
-    layers: list[int] = []
+    return "all" if text.strip() == "all" else _numbers(text, "layer", "8,12,16 or 0-3 or -1 or all")
+
+
+def parse_calls(text: str) -> str | list[int]:
+    """The same of `--calls`, which may be `last` too."""
+    words = text.strip()
+    return words if words in ("all", "last") else _numbers(text, "call", "0,2 or 0-3 or all or last")
+
+
+def _numbers(text: str, what: str, write: str) -> list[int]:
+    option = f"--{what}s"
+    found: list[int] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         match = _LAYERS.fullmatch(item)
         if match is None:
-            raise click.BadParameter(f"{item!r} is no layer: write 8,12,16 or 0-3 or -1 or all", param_hint="--layers")
+            raise click.BadParameter(f"{item!r} is no {what}: write {write}", param_hint=option)
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
-            raise click.BadParameter(f"{item!r} counts down: write {last}-{first}", param_hint="--layers")
-        layers += range(first, last + 1)
-    if not layers:
-        raise click.BadParameter("no layer given: write 8,12,16 or 0-3 or -1 or all", param_hint="--layers")
-    return layers
+            raise click.BadParameter(f"{item!r} counts down: write {last}-{first}", param_hint=option)
+        found += range(first, last + 1)
+    if not found:
+        raise click.BadParameter(f"no {what} given: write {write}", param_hint=option)
+    return found

@@ -7,6 +7,9 @@ import click
 from hookmap.cli.option_groups import option_group
 from hookmap.cli.settings import typed_or_set
 
+calls_option = click.option(
+    "--calls", metavar="CALLS", help="Which runs of layers that run several times: 0,2 or last or all.  [default: all]"
+)
 row_options = option_group(
     click.option(
         "--positions",

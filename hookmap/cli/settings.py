@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookmap.cli.parsing import FILE_NAME, PREFIX, _points_with_layers, parse_layers, parse_list
+from hookmap.cli.parsing import FILE_NAME, PREFIX, _points_with_layers, parse_calls, parse_layers, parse_list
 
 if TYPE_CHECKING:
     from hookmap.maps.document import ArchitectureMap
@@ -69,10 +69,19 @@ def chosen_tensors(
     return {name: left[name] if own is None else parse_layers(own) for name, own in found.items()}, "all"
 
 
+def chosen_calls(settings: dict[str, Any], typed: str | None) -> str | list[int]:
+    """The runs of layers that run several times: as typed, else as in the settings. Raises click.BadParameter."""
+    return parse_calls(str(settings.get("calls", "all")) if typed is None else typed)
+
+
 def refuse_unknown(
-    points: str | Sequence[str] | Mapping[str, Any] = (), layers: Any = "all", model: str | None = None, **keeps: Any
+    points: str | Sequence[str] | Mapping[str, Any] = (),
+    layers: Any = "all",
+    model: str | None = None,
+    calls: Any = "all",
+    **keeps: Any,
 ) -> None:
-    """Refuse points, layers and rows that no model has, or that `model` has not, before its weights are loaded.
+    """Refuse points, layers, calls and rows that no model has, or that `model` has not, before its weights are loaded.
 
     keeps: as `hookmap.capture.rows.row_selection` takes it. Raises SelectionError with all problems.
     """
@@ -87,31 +96,31 @@ def refuse_unknown(
         problems.append(str(error))
     names = [] if points == "all" else [points] if isinstance(points, str) else points
     unknown = [said for name in names if isinstance(said := parse_point(name), str)]
-    if said := _missing(model, points, layers, sure=bool(unknown)) or "\n".join(unknown):
+    if said := _missing(model, (points, layers, calls), sure=bool(unknown)) or "\n".join(unknown):
         problems.append(said)
     if problems:
         raise SelectionError("\n".join(problems))
 
 
-def _missing(model: str | None, points: str | Sequence[str] | Mapping[str, Any], layers: Any, sure: bool) -> str | None:
+def _missing(model: str | None, asked: tuple[Any, Any, Any], sure: bool) -> str | None:
     """What the model's map lacks of these, or None. Unless it lacks some for `sure`, the shipped map is asked first."""
     import hookmap
     from hookmap.maps.shipped import likely_map
 
     try:
         likely = None if sure or model is None else likely_map(model)
-        if model is not None and (sure or (likely is not None and _lacks(likely, points, layers))):
-            return _lacks(hookmap.discover(model), points, layers)
+        if model is not None and (sure or (likely is not None and _lacks(likely, asked))):
+            return _lacks(hookmap.discover(model), asked)
     except hookmap.HookmapError:  # of the model, which is told when it is opened, or there is no shipped map
         pass
     return None
 
 
-def _lacks(found: "ArchitectureMap", points: str | Sequence[str] | Mapping[str, Any], layers: Any) -> str | None:
+def _lacks(found: "ArchitectureMap", asked: tuple[Any, Any, Any]) -> str | None:
     from hookmap.errors import SelectionError
 
     try:
-        found.selectors(points, layers)
+        found.selectors(*asked)
     except SelectionError as error:
         return str(error)
     return None

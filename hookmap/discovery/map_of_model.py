@@ -9,7 +9,7 @@ from hookmap.errors import DiscoveryError, MapMismatchError
 from hookmap.maps.describe import layer_ranges, layers_text
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.shipped import resize
-from hookmap.maps.templates import BlockKind, Heads, PointTemplate, TermTemplate
+from hookmap.maps.templates import Heads, PointTemplate, TermTemplate
 
 
 def map_of(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) -> ArchitectureMap:
@@ -22,21 +22,6 @@ def map_of(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) ->
 
 def understood(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) -> tuple[ArchitectureMap, bool]:
     """As `map_of`, and whether discovery understands the model; where it does not, a given map cannot be checked."""
-    found, read = _checked(module, root, given)
-    return of_one_call(found), read
-
-
-def of_one_call(found: ArchitectureMap) -> ArchitectureMap:
-    """The map without the points of layers that run several times: a capture cannot tell their calls apart."""
-    return found.model_copy(update={"kinds": tuple(map(_of_one_call, found.kinds))})
-
-
-def _of_one_call(kind: BlockKind) -> BlockKind:
-    reason = f"this layer runs {kind.calls} times in one forward pass, and a capture cannot say which of them it gives"
-    return kind if kind.calls == 1 else kind.without(dict.fromkeys((*kind.points, *kind.unavailable), reason))
-
-
-def _checked(module: nn.Module, root: nn.Module, given: ArchitectureMap | None) -> tuple[ArchitectureMap, bool]:
     if given is None:
         return discover(module), True
     found: ArchitectureMap | None = None

@@ -72,7 +72,7 @@ class _Request:
 class HookmapAPI(ModelAPI):
     """A model in this process or, with `workers`, in that many others.
 
-    Model arguments: points, layers, keep (`positions`, `mean`, … of `HookedModel.capture`), captures (a folder),
+    Model arguments: points, layers, calls, keep (`positions`, `mean`, … of `HookedModel.capture`), captures (a folder),
     batch_size (in all; the config's max_connections unless given), chat_template_kwargs (enable_thinking, …), and
     hookmap.open's, or hookmap.open_on_ray's.
     A request with a seed runs by itself, all its answers together, so that they repeat to the last bit.
@@ -86,6 +86,7 @@ class HookmapAPI(ModelAPI):
         config: GenerateConfig = GenerateConfig(),  # noqa: B008 - inspect's own signature; the config is frozen
         points: Any = (),
         layers: Any = "all",
+        calls: Any = "all",
         keep: Mapping[str, Any] | None = None,
         captures: str | None = None,
         batch_size: int | None = None,
@@ -98,7 +99,7 @@ class HookmapAPI(ModelAPI):
             raise CaptureError("points are kept in a folder: give captures=FOLDER.")
         self._opening, self._workers = opening, opening.get("workers", 1)
         self._template = dict(chat_template_kwargs or {})
-        self._points, self._layers, self._keep = points or (), layers, dict(keep or {})
+        self._points, self._layers, self._calls, self._keep = points or (), layers, calls, dict(keep or {})
         self._batch_size = batch_size or config.max_connections or BATCH_SIZE
         self._captures = Path(captures) if captures and points else None
         self._requests: queue.Queue[_Request] = queue.Queue()
@@ -118,7 +119,7 @@ class HookmapAPI(ModelAPI):
             MODEL_PATH if self.model_name == "demo" else self.model_name, **self._opening
         )
         if self._points:
-            opened.map.selectors(self._points, self._layers)
+            opened.map.selectors(self._points, self._layers, self._calls)
         threading.Thread(target=self._serve, name="hookmap-batches", daemon=True).start()
         return opened
 
@@ -206,6 +207,7 @@ class HookmapAPI(ModelAPI):
             rows,
             points=self._points,
             layers=self._layers,
+            calls=self._calls,
             batch_size=-(-together // self._workers),
             store=folder,
             **self._keep,

@@ -9,6 +9,13 @@ from hookmap.maps.contents import MapContents
 from hookmap.maps.describe import layers_text
 
 
+def last_run(m: MapContents) -> tuple[int, int | None]:
+    """The layer that runs last, and in which of its runs; None where it runs once."""
+    layer = m.order[-1][0] if m.runs else m.num_layers - 1
+    runs = m.kind_of(layer).calls
+    return layer, None if runs == 1 else runs - 1
+
+
 @dataclass(frozen=True)
 class WantedRuns:
     """Which runs are wanted of a layer that may run several times."""

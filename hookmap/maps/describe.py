@@ -22,7 +22,7 @@ def explain(architecture_map: MapContents) -> str:
 def _kind(m: MapContents, kind: BlockKind) -> Iterator[str]:
     yield f"{layers_text(kind.layers)}: {kind.name}, {m.layers_path} ({kind.block_class or 'not called'})"
     if kind.calls > 1:
-        yield f"  runs {kind.calls} times in one forward pass: the points are of the first time"
+        yield f"  runs {kind.calls} times in one forward pass: each point is there in each of them"
     yield "  the chain of additions"
     yield from (f"    {relation}" for relation in kind.relations or ("none was found",))
     for role, branch in (("mixer", kind.mixer), ("MLP", kind.mlp)):

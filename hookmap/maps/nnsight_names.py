@@ -21,7 +21,7 @@ def rename(architecture_map: MapContents) -> dict[str, list[str]]:
     places: dict[str, set[tuple[str, str]]] = {}
     for kind in m.kinds:
         for point, template in kind.points.items():
-            place = _whole(template)
+            place = _whole(template) if kind.calls == 1 else None  # nnsight's name is of one call
             inner = place[0].removeprefix(m.layers_path).lstrip(".") if place else ""
             own = place and inner and not is_template(inner)
             places.setdefault(point, set()).add((inner, place[1]) if place and own else ("", ""))

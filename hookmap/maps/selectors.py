@@ -9,6 +9,7 @@ from dataclasses import dataclass, is_dataclass
 from numbers import Integral
 from typing import Any, Literal
 
+from hookmap.activations import Key, key_of
 from hookmap.errors import CaptureError, SelectionError
 from hookmap.maps.calls import WantedRuns, listed, wanted_runs
 from hookmap.maps.contents import MapContents
@@ -129,9 +130,9 @@ class Selector:
     """which run of the layer in one forward pass, 0-based; None where it runs once"""
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> Key:
         """(point, layer), or (point, layer, call) of a layer that runs several times."""
-        return (self.point, self.layer) if self.call is None else (self.point, self.layer, self.call)
+        return key_of(self.point, self.layer, self.call)
 
     @property
     def module(self) -> str:

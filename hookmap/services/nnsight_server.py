@@ -9,7 +9,7 @@ from hookmap.capture.padding import Pads
 from hookmap.capture.prepare import Prepared
 from hookmap.discovery.discover import discover
 from hookmap.discovery.library import given_map
-from hookmap.discovery.map_of_model import map_of, of_one_call
+from hookmap.discovery.map_of_model import map_of
 from hookmap.errors import CaptureError, ModelError
 from hookmap.loading import configs
 from hookmap.loading.checkpoints import load_tokenizer
@@ -80,6 +80,6 @@ def open_remote(
     given = given_map(map)
     module = x._module
     root = model_root(module, weights=False)
-    found = of_one_call(discover(root.config)) if given is None else map_of(module, root, given)
+    found = discover(root.config) if given is None else map_of(module, root, given)
     own = x.tokenizer if tokenizer is None else tokenizer
     return RemoteModel(x, remote, own, found, getattr(x, "repo_id", None) or found.model_id or type(module).__name__)

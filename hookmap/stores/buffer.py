@@ -23,7 +23,7 @@ class Buffer:
         self._keys = keys
         self._shard_tokens = shard_tokens
         self._shard_bytes = shard_bytes
-        self._pass: set[tuple[int, str, int | None]] = set()  # what the forward pass in progress has brought
+        self._pass: set[tuple[int, Key]] = set()  # what the forward pass in progress has brought
         self.clear()
 
     def clear(self) -> None:
@@ -37,7 +37,7 @@ class Buffer:
 
     def full_before(self, activation: Activation) -> bool:
         """Whether to cut before taking these rows: the buffer is full, and they begin a new forward pass."""
-        if (activation.sample, activation.point, activation.layer) not in self._pass:
+        if (activation.sample, activation.key) not in self._pass:
             return False
         return self._bytes >= self._shard_bytes or max(self._rows.values(), default=0) >= self._shard_tokens
 
@@ -48,7 +48,8 @@ class Buffer:
 
     def add(self, activation: Activation) -> None:
         """Take rows."""
-        part = (activation.sample, activation.point, activation.layer)
+        key = activation.key
+        part = (activation.sample, key)
         if part in self._pass:
             self._pass.clear()
         self._pass.add(part)
@@ -60,7 +61,6 @@ class Buffer:
             return
         if tensor.untyped_storage().nbytes() > size:
             tensor = tensor.clone()  # a view would keep what it is a view of in memory
-        key = part[1:]
         self._pieces.setdefault(key, {}).setdefault(activation.sample, []).append((activation.start, tensor))
         self._rows[key] = self._rows.get(key, 0) + rows
         self._bytes += size

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from hookmap.activations import Activation, Sample
+from hookmap.activations import Activation, Sample, call_of
 from hookmap.errors import StoreError
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.integrity import altered_tables, count_problems, entry_problems, shard_problems
@@ -64,7 +64,8 @@ def copy_group(store: Store, samples: Sequence[tuple[int, Sample]], writer: Fold
         for start in range(0, sample.rows, step):
             rows = range(start, min(start + step, sample.rows))
             for key in store.keys:
-                writer.write(Activation(sample.sample, *key, start, store.rows_at(number, key, rows)))
+                tensor = store.rows_at(number, key, rows)
+                writer.write(Activation(sample.sample, key[0], key[1], start, tensor, call_of(key)))
     for _, sample in samples:
         writer.finish(sample)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hookmap.activations import Key, Sample
+from hookmap.activations import Key, Sample, call_of
 from hookmap.errors import StoreError
 from hookmap.maps.points import transformer_lens_name
 from hookmap.stores.copying import ROWS
@@ -44,16 +44,18 @@ def export(
     *,
     point: str | None = None,
     layer: int | None = None,
+    call: int | None = None,
     context: int | None = None,
 ) -> list[str]:
     """Write `store` to the new folder `out`. Returns notes: what the layout could not take.
 
-    `layout`: a name in LAYOUTS; `point`, `layer`: only these tensors; `context`: rows of a sequence, for `saelens`.
+    `layout`: a name in LAYOUTS; `point`, `layer`, `call`: only these tensors; `context`: rows of each of SAELens's
+    sequences.
     Raises StoreError where the layout cannot hold this capture, SelectionError for tensors that it does not have.
     """
     if layout not in LAYOUTS:
         raise StoreError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}.")
-    keys = _keys(store, point, layer)
+    keys = _keys(store, point, layer, call)
     if not keys or not len(store):
         raise StoreError(f"nothing to export: {'no such tensor' if not keys else 'no finished sample'}.")
     folder = local(os.path.abspath(local(out)))
@@ -78,13 +80,18 @@ def export(
     return notes
 
 
-def _keys(store: Store, point: str | None, layer: int | None) -> tuple[Key, ...]:
-    """The tensors to export. `layer` alone: of every point that has one."""
-    if point is not None:
-        return store.keys_of(point, layer)
+def _keys(store: Store, point: str | None, layer: int | None, call: int | None) -> tuple[Key, ...]:
+    """The tensors to export. `layer` alone: of every point that has one; `call` alone: of every layer that has it."""
+    if point is not None and (call is None or layer is not None):
+        return store.keys_of(point, layer, call)
     if layer is not None and layer < 0 and store.num_layers is not None:
         layer += store.num_layers
-    return tuple(key for key in store.keys if layer is None or key[1] == layer)
+    return tuple(
+        key
+        for key in (store.keys if point is None else store.keys_of(point))
+        if layer is None or key[1] == layer
+        if call is None or (call_of(key) or 0) == call
+    )
 
 
 def _pt(wanted: Wanted, folder: Path) -> list[str]:
@@ -155,7 +162,7 @@ def _saelens(wanted: Wanted, folder: Path) -> list[str]:
         )
     datasets = _import_datasets()
     (key,), context, store = wanted.keys, wanted.context, wanted.store
-    name = transformer_lens_name(*key)
+    name = transformer_lens_name(key[0], key[1])
     if name is None:
         raise StoreError(f"TransformerLens, whose names SAELens uses, has no name for {tensor_name(key)}.")
     example = _as_numpy(store.read(store.samples[0].sample, *key)[:1])
@@ -179,9 +186,11 @@ def _saelens(wanted: Wanted, folder: Path) -> list[str]:
 
 def _probelab(wanted: Wanted, folder: Path) -> list[str]:
     """As probelab.storage.save_memmap writes it: layer_N.bin, bfloat16 [rows, d], of one point; all rows detected."""
-    points = sorted({point for point, _ in wanted.keys})
-    if len(points) != 1 or any(layer is None for _, layer in wanted.keys):
+    points, layers = sorted({key[0] for key in wanted.keys}), [key[1] for key in wanted.keys]
+    if len(points) != 1 or None in layers:
         raise StoreError(f"probelab holds the layers of one point: got {', '.join(points)}. Choose one: --point P")
+    if len(set(layers)) < len(layers):
+        raise StoreError("probelab holds one tensor of each layer, and layers run several times. Choose: --call N")
     notes: list[str] = []
     width = 0
     for key in wanted.keys:
@@ -200,7 +209,7 @@ def _probelab(wanted: Wanted, folder: Path) -> list[str]:
         "total_tokens": int(offsets[-1]),
         "n_layers": len(wanted.keys),
         "hidden_dim": width,
-        "layers": [layer for _, layer in wanted.keys],
+        "layers": layers,
         "n_samples": len(offsets) - 1,
         "metadata": {"point": points[0]},
     }

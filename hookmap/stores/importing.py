@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hookmap.activations import Activation, Key, Sample
+from hookmap.activations import Activation, Key, Sample, call_of, key_of
 from hookmap.errors import StoreError
 from hookmap.maps.points import POINTS, PointName, parse_point
 from hookmap.stores.folder import FolderWriter
@@ -19,6 +19,7 @@ from hookmap.stores.manifest import manifest_of_run
 
 _LAYER_FIRST = re.compile(r"^(?:layers?[._]?)?(\d+)[./](.+)$")
 _LAYER_LAST = re.compile(r"^(.+)[./](\d+)$")
+_CALL = re.compile(r"^(.+)\.call(\d+)$")
 _LAYER = re.compile(r"^(?:layers?[._]?)?(\d+)$")
 _ACCEPTED = (
     'expected a dict of tensors with keys "resid_mid.8", "layer_8.resid_mid", "blocks.8.hook_resid_mid" or '
@@ -55,12 +56,12 @@ def import_pt(
     if len({tuple(found) for found in lengths.values()}) > 1:
         lines = "\n".join(f"  - {key[0]}, layer {key[1]}: rows {found[:8]}" for key, found in lengths.items())
         raise StoreError(f"{file}: its tensors have different numbers of rows:\n{lines}")
-    keys = sorted(samples, key=lambda key: (-1 if key[1] is None else key[1], list(POINTS).index(_base(key[0]))))
+    keys = sorted(samples, key=_place)
     rows = lengths[keys[0]]
     with FolderWriter.create(out, manifest_of_run(keys, model=model, settings={"imported": Path(file).name})) as writer:
         for number, count in enumerate(rows):
             for key in keys:
-                writer.write(Activation(number, *key, 0, samples[key][number]))
+                writer.write(Activation(number, key[0], key[1], 0, samples[key][number], call_of(key)))
             writer.finish(Sample(number, "", "", (), 0, count))
     return len(rows), [name for name in left_out if name != "offsets"]
 
@@ -98,6 +99,8 @@ def _entries(found: Mapping[Any, Any], outer: Any, path: str) -> Iterator[tuple[
 
 def _key(name: Any) -> Key | None:
     """The tensor that a name in the file means, or None."""
+    if isinstance(name, tuple) and len(name) == 3 and type(name[2]) is int and (of := _key(name[:2])):
+        return key_of(of[0], of[1], name[2])
     if isinstance(name, tuple) and len(name) == 2:
         for point, layer in (name, name[::-1]):
             number = layer if type(layer) is int else _layer(layer)
@@ -106,6 +109,9 @@ def _key(name: Any) -> Key | None:
         return None
     if not isinstance(name, str):
         return None
+    if match := _CALL.match(name):
+        of = _key(match[1])
+        return None if of is None or of[1] is None else key_of(of[0], of[1], int(match[2]))
     if match := _LAYER_FIRST.match(name):
         return _pair(match[2], int(match[1]))
     if (match := _LAYER_LAST.match(name)) and (key := _pair(match[1], int(match[2]))):
@@ -124,6 +130,11 @@ def _pair(point: str, layer: int | None) -> Key | None:
         return None
     layer = parsed.layer if layer is None else layer
     return (parsed.point, layer) if POINTS[_base(parsed.point)].per_layer == (layer is not None) else None
+
+
+def _place(key: Key) -> tuple[int, int, int]:
+    """Layers in order, each with its points in order, of one run after the other."""
+    return -1 if key[1] is None else key[1], call_of(key) or 0, list(POINTS).index(_base(key[0]))
 
 
 def _base(point: str) -> str:

@@ -7,13 +7,13 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
 
 from hookmap import html
-from hookmap.activations import Activation, Key, Sample, Sink
+from hookmap.activations import Activation, Key, Sample, Sink, call_of, key_of
 from hookmap.errors import SelectionError
 from hookmap.maps.points import PointName, parse_point
 from hookmap.wording import counted, did_you_mean, sentence
@@ -51,7 +51,7 @@ class Store(ABC):
     @property
     @abstractmethod
     def keys(self) -> tuple[Key, ...]:
-        """The (point, layer) pairs that this store holds, in forward order."""
+        """(point, layer) of each tensor, in forward order; (point, layer, call) of layers that run several times."""
 
     @property
     @abstractmethod
@@ -71,15 +71,19 @@ class Store(ABC):
         """Layers of the model, where the store knows them: then negative layers count from the end."""
         return None
 
+    def runs_of(self, layer: int) -> int | None:
+        """How often a layer runs in one forward pass, where the store knows it: then negative calls count from it."""
+        return None
+
     @property
     def points(self) -> tuple[str, ...]:
         """Names of the points held, each once, in forward order."""
-        return tuple(dict.fromkeys(point for point, _ in self.keys))
+        return tuple(dict.fromkeys(key[0] for key in self.keys))
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers held, ascending."""
-        return tuple(sorted({layer for _, layer in self.keys if layer is not None}))
+        return tuple(sorted({key[1] for key in self.keys if key[1] is not None}))
 
     @property
     def texts(self) -> list[str]:
@@ -98,14 +102,24 @@ class Store(ABC):
     def __bool__(self) -> bool:
         return True  # a store without samples is still a store
 
-    def read(self, sample: int, point: str, layer: int | None = None, tokens: Tokens = None) -> torch.Tensor:
-        """Rows of one sample, [tokens, d], in the model's own dtype.
+    def read(
+        self,
+        sample: int,
+        point: str,
+        layer: int | None = None,
+        call: "int | Tokens" = None,
+        tokens: Tokens = None,
+    ) -> torch.Tensor:
+        """Rows of one sample, [tokens, d], in the model's own dtype: `read(3, "resid_mid", 8, tokens=[0, 4])`.
 
+        `call`: of a layer that runs several times; tokens may stand in its place.
         A slice is cut at the sample's end, as Python's are; other positions must be inside the sample.
         Raises SelectionError for a sample, point, layer or position that this store does not have.
         """
+        if not isinstance(call, Integral | None):
+            call, tokens = None, call
         found = self.sample(sample)
-        return self._rows(sample, self.key(point, layer), rows_of(tokens, found))
+        return self._rows(sample, self.key(point, layer, call), rows_of(tokens, found))
 
     def by_id(self, id: str) -> Sample:
         """The finished sample that the data set calls so. Raises SelectionError where there is none, or several."""
@@ -125,7 +139,7 @@ class Store(ABC):
         """These rows of one sample (rows, not positions, and all inside it), [len(rows), *row]."""
         return self._rows(sample, key, rows)
 
-    def __getitem__(self, where: "str | tuple[str, int | None]") -> "torch.Tensor | list[torch.Tensor]":
+    def __getitem__(self, where: "str | Key") -> "torch.Tensor | list[torch.Tensor]":
         """All rows of all samples: [batch, pos, d] where every sample has as many rows, else a list of [pos, d]."""
         key = self.key(*place_of(where))
         return join(
@@ -133,11 +147,13 @@ class Store(ABC):
             (self._rows(sample.sample, key, range(sample.rows)) for sample in self.samples),
         )
 
-    def to_xarray(self, point: str, layer: int | None = None, sample: int | None = None) -> Any:
+    def to_xarray(
+        self, point: str, layer: int | None = None, sample: int | None = None, call: int | None = None
+    ) -> Any:
         """See `Capture.to_xarray`; `pattern` has the axes batch, query, heads, key here, as it is stored."""
         from hookmap.stores.xarray import to_xarray
 
-        return to_xarray(self, point, layer, sample)
+        return to_xarray(self, point, layer, sample, call)
 
     def axes(self, point: str, layer: int | None, ndim: int) -> tuple[str, ...]:
         """Names of the axes of `self[point, layer]`, which has `ndim`; of `pattern` as it is stored, a row a query."""
@@ -165,18 +181,19 @@ class Store(ABC):
     def write_to(self, sink: Sink) -> None:
         """Hand every sample to a sink, one whole after the other."""
         for sample in self.samples:
-            for point, layer in self.keys:
-                sink.write(Activation(sample.sample, point, layer, 0, self.read(sample.sample, point, layer)))
+            for key in self.keys:
+                rows = self.rows_at(sample.sample, key, range(sample.rows))
+                sink.write(Activation(sample.sample, key[0], key[1], 0, rows, call_of(key)))
             sink.finish(sample)
 
-    def norms(self, point: str, layer: int | None = None) -> float:
+    def norms(self, point: str, layer: int | None = None, call: int | None = None) -> float:
         """Mean L2 norm of the rows of one tensor over all samples; nan where there are none, or one is not finite."""
-        found = self.row_norms(point, layer)
+        found = self.row_norms(point, layer, call)
         return float("nan") if found.not_finite else found.mean
 
-    def row_norms(self, point: str, layer: int | None = None) -> RowNorms:
+    def row_norms(self, point: str, layer: int | None = None, call: int | None = None) -> RowNorms:
         """L2 norms of the rows of one tensor over all samples. Memory is 8 bytes a row, and NORM_ROWS rows."""
-        key, lengths, not_finite, first = self.key(point, layer), array("d"), 0, None
+        key, lengths, not_finite, first = self.key(point, layer, call), array("d"), 0, None
         for sample in self.samples:
             for start in range(0, sample.rows, NORM_ROWS):
                 rows = self._rows(sample.sample, key, range(start, min(start + NORM_ROWS, sample.rows))).flatten(1)
@@ -190,32 +207,67 @@ class Store(ABC):
         share = largest / (mean * len(found)) if mean > 0 else float("nan")
         return RowNorms(len(lengths), mean, float(np.median(found)), largest, share, not_finite, first)
 
-    def key(self, point: str, layer: int | None = None) -> Key:
-        """The pair that these names (ours, TransformerLens's or nnterp's) mean. Raises SelectionError."""
+    def key(self, point: str, layer: int | None = None, call: int | None = None) -> Key:
+        """The key that these names (ours, TransformerLens's or nnterp's) mean. Raises SelectionError.
+
+        `call`: of a layer that runs several times, negative from the end; a layer that runs once has call 0.
+        """
         parsed = parse_point(point)
         if isinstance(parsed, str):
             raise SelectionError(f"{parsed}. {self._held()}")
         layer = parsed.layer if layer is None else layer
         if not isinstance(layer, Integral | None):
             raise SelectionError(f"layer {layer!r} is not a whole number. {self._held()}")
+        if not isinstance(call, Integral | None):
+            raise SelectionError(f"call {call!r} is not a whole number. {self._held()}")
         if layer is not None and layer < 0 and self.num_layers is not None:
             layer += self.num_layers
-        key = (parsed.point, layer)
-        if key in self.keys:
-            return key
-        if key[1] is None and PointName.of(parsed.point).definition.per_layer and parsed.point in self.points:
-            raise SelectionError(f"{point} is a tensor of each layer: say which. {self._held()}")
-        if key[1] is not None and (parsed.point, None) in self.keys:
-            raise SelectionError(f"{point} is a tensor of the whole model and has no layer. {self._held()}")
-        near = None if parsed.point in self.points else did_you_mean(parsed.point, self.points, n=1)
-        raise SelectionError(f"this capture does not hold {point}{_of_layer(key[1])}.{sentence(near)} {self._held()}")
+        return self._of_call(parsed.point, layer, call) or self._refuse(point, parsed.point, layer)
 
-    def keys_of(self, point: str, layer: int | None = None) -> tuple[Key, ...]:
-        """The pairs of one point: of this layer, or of every layer held, in forward order. Raises SelectionError."""
+    def _of_call(self, point: str, layer: int | None, call: int | None) -> Key | None:
+        """The key where this point and layer are held; None where not. Raises SelectionError for another call."""
+        if (point, layer) in self.keys:
+            if call in (None, 0, -1):
+                return point, layer
+            raise SelectionError(f"{point}{_of_layer(layer)} has no call {call}: it is there once in a forward pass.")
+        held = [key[2] for key in self.keys if len(key) == 3 and key[:2] == (point, layer)]
+        if not held or layer is None:
+            return None
+        if call is not None and call < 0:
+            call += self.runs_of(layer) or 0
+        if call in held:
+            return key_of(point, layer, call)
+        calls = f"this capture holds {'call' if len(held) == 1 else 'calls'} {', '.join(map(str, held))}"
+        if call is None:
+            say = f'say which, as in ["{point}", {layer}, {held[-1]}]'
+            raise SelectionError(
+                f"layer {layer} runs several times in one forward pass, and {calls} of {point}: {say}."
+            )
+        raise SelectionError(f"call {call} of {point}{_of_layer(layer)} is not held: {calls}.")
+
+    def _refuse(self, given: str, point: str, layer: int | None) -> NoReturn:
+        if layer is None and PointName.of(point).definition.per_layer and point in self.points:
+            raise SelectionError(f"{given} is a tensor of each layer: say which. {self._held()}")
+        if layer is not None and (point, None) in self.keys:
+            raise SelectionError(f"{given} is a tensor of the whole model and has no layer. {self._held()}")
+        near = None if point in self.points else did_you_mean(point, self.points, n=1)
+        raise SelectionError(f"this capture does not hold {given}{_of_layer(layer)}.{sentence(near)} {self._held()}")
+
+    def keys_of(self, point: str, layer: int | None = None, call: int | None = None) -> tuple[Key, ...]:
+        """The keys of one point: of this layer and call, or of every layer and call held, in forward order.
+
+        Raises SelectionError.
+        """
         parsed = parse_point(point)
-        if layer is not None or isinstance(parsed, str) or parsed.layer is not None:
-            return (self.key(point, layer),)
-        return tuple(key for key in self.keys if key[0] == parsed.point) or (self.key(point),)
+        if isinstance(parsed, str):
+            raise SelectionError(f"{parsed}. {self._held()}")
+        layer = parsed.layer if layer is None else layer
+        if call is not None:
+            return (self.key(point, layer, call),)
+        if layer is not None and layer < 0 and self.num_layers is not None:
+            layer += self.num_layers
+        found = tuple(k for k in self.keys if k[0] == parsed.point and (layer is None or k[1] == layer))
+        return found or (self.key(point, layer),)
 
     def _held(self) -> str:
         layers = ", ".join(map(str, self.layers))
@@ -233,12 +285,16 @@ def _of_layer(layer: int | None) -> str:
     return "" if layer is None else f" of layer {layer}"
 
 
-def place_of(where: Any) -> tuple[str, int | None]:
-    """Point and layer from the key of `run[...]`. Raises SelectionError."""
-    point, layer = where if isinstance(where, tuple) and len(where) == 2 else (where, None)
-    if not isinstance(point, str) or not isinstance(layer, Integral | None):
-        raise SelectionError(f'expected ["point"] or ["point", layer] such as ["resid_mid", 8], got {where!r}.')
-    return point, None if layer is None else int(layer)
+def place_of(where: Any) -> tuple[str, int | None, int | None]:
+    """Point, layer and call from the key of `run[...]`. Raises SelectionError."""
+    point, layer, call = (
+        (*where, None, None)[:3] if isinstance(where, tuple) and len(where) in (2, 3) else (where, None, None)
+    )
+    if not isinstance(point, str) or not isinstance(layer, Integral | None) or not isinstance(call, Integral | None):
+        raise SelectionError(
+            f'expected ["point"], ["point", layer] such as ["resid_mid", 8], or ["point", layer, call], got {where!r}.'
+        )
+    return point, None if layer is None else int(layer), None if call is None else int(call)
 
 
 def rows_of(tokens: Tokens, sample: Sample) -> Sequence[int]:
@@ -317,8 +373,9 @@ SHOWN_SAMPLES = 5
 def as_html(title: str, keys: Sequence[Key], samples: Sequence[Sample]) -> str:
     """The tensors by point, and the first samples."""
     body = []
-    for point in dict.fromkeys(point for point, _ in keys):
-        body.append((point, ", ".join(str(layer) for name, layer in keys if name == point and layer is not None)))
+    for point in dict.fromkeys(key[0] for key in keys):
+        layers = dict.fromkeys(key[1] for key in keys if key[0] == point and key[1] is not None)
+        body.append((point, ", ".join(_with_calls(layer, keys, point) for layer in layers)))
     shown: list[tuple[Any, ...]] = [
         (s.sample, s.rows, html.short(s.prompt), html.short(s.text)) for s in samples[:SHOWN_SAMPLES]
     ]
@@ -329,5 +386,11 @@ def as_html(title: str, keys: Sequence[Key], samples: Sequence[Sample]) -> str:
 
 
 def completions(keys: Iterable[Key]) -> list[Any]:
-    """The keys that `run[...]` takes: (point, layer) pairs, and the bare names of points of the whole model."""
-    return [point if layer is None else (point, layer) for point, layer in keys]
+    """The keys that `run[...]` takes; of points of the whole model the bare names."""
+    return [key[0] if key[1] is None else key for key in keys]
+
+
+def _with_calls(layer: int, keys: Sequence[Key], point: str) -> str:
+    """`8`, or `8 (calls 0, 1)` of a layer that runs several times."""
+    calls = [str(key[2]) for key in keys if len(key) == 3 and key[:2] == (point, layer)]
+    return f"{layer} (calls {', '.join(calls)})" if calls else str(layer)

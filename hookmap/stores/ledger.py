@@ -20,9 +20,10 @@ class RowSpec:
 
 
 def tensor_name(key: Key) -> str:
-    """`resid_mid.8`, or `logits` for a tensor of the whole model."""
-    point, layer = key
-    return point if layer is None else f"{point}.{layer}"
+    """`resid_mid.8`; `resid_mid.8.call2` of a layer that runs several times; `logits` for one of the whole model."""
+    if len(key) == 3:
+        return f"{key[0]}.{key[1]}.call{key[2]}"
+    return key[0] if key[1] is None else f"{key[0]}.{key[1]}"
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Ledger:
 
     def take(self, activation: Activation) -> None:
         """Note rows. Raises CaptureError where they are not the next rows of a tensor that is expected."""
-        key = (activation.point, activation.layer)
+        key = activation.key
         taken = self.open.get(activation.sample)
         if taken is None:
             if activation.sample in self.finished:

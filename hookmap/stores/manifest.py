@@ -7,9 +7,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from hookmap.activations import Key
+from hookmap.activations import Key, call_of, key_of
 from hookmap.errors import MapError, StoreError
 from hookmap.stores.durable import write_all, write_whole
 from hookmap.stores.ledger import RowSpec, tensor_name
@@ -19,7 +27,8 @@ from hookmap.strict_json import read_json
 
 MANIFEST = "manifest.json"
 FORMAT: Final = "hookmap-capture"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSIONS: Final = (1, 2)
+"""2: a tensor is of one call of a layer that runs several times"""
 
 SHARD_TOKENS = 256
 SHARD_BYTES = 16 * 2**20
@@ -38,6 +47,7 @@ class TensorSpec(_Frozen):
     name: str = Field(description="its name in the shards: `resid_mid.8`, `logits`")
     point: str
     layer: int | None
+    call: int | None = Field(default=None, ge=0, description="which run of a layer that runs several times; else null")
     dtype: str | None = Field(default=None, description="safetensors' name; null until the first samples are finished")
     row_shape: tuple[int, ...] | None = Field(default=None, description="of one row: [d]; null as `dtype` is")
 
@@ -49,9 +59,17 @@ class TensorSpec(_Frozen):
             raise ValueError(f"expected dtype and row_shape, or neither, found {self.dtype} and {self.row_shape}")
         if any(size < 0 for size in self.row_shape or ()):
             raise ValueError(f"expected a row_shape of numbers from 0 on, found {list(self.row_shape or ())}")
-        if self.name != (own := tensor_name((self.point, self.layer))):
+        if self.name != (own := tensor_name(self.key)):
             raise ValueError(f"expected the name {own}, of its point and layer, found {self.name}")
         return self
+
+    @property
+    def key(self) -> Key:
+        return key_of(self.point, self.layer, self.call)
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if (key, value) != ("call", None)}
 
 
 class Counts(_Frozen):
@@ -67,7 +85,7 @@ class Manifest(_Frozen):
     """The whole document."""
 
     format: Literal["hookmap-capture"] = FORMAT
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = 1
     finished: bool = Field(default=False, description="false while it is written, and after a kill until it is resumed")
     model: str | None = Field(description="hub id or path, as the run was given it")
     architecture: str | None
@@ -108,13 +126,13 @@ class Manifest(_Frozen):
 
     @property
     def keys(self) -> tuple[Key, ...]:
-        return tuple((spec.point, spec.layer) for spec in self.tensors)
+        return tuple(spec.key for spec in self.tensors)
 
     @property
     def specs(self) -> dict[Key, RowSpec]:
         """What one row of each tensor is, as far as it is known."""
         return {
-            (spec.point, spec.layer): RowSpec(DTYPES[spec.dtype], spec.row_shape)
+            spec.key: RowSpec(DTYPES[spec.dtype], spec.row_shape)
             for spec in self.tensors
             if spec.dtype is not None and spec.row_shape is not None
         }
@@ -123,7 +141,7 @@ class Manifest(_Frozen):
         """The same, with what is known of each tensor's rows."""
         tensors = []
         for spec in self.tensors:
-            found = specs.get((spec.point, spec.layer))
+            found = specs.get(spec.key)
             update = {"dtype": NAMES[found.dtype], "row_shape": found.shape} if found else {}
             tensors.append(spec.model_copy(update=update))
         return self.model_copy(update={"tensors": tuple(tensors)})
@@ -153,18 +171,19 @@ def manifest_of_run(
 ) -> Manifest:
     """The manifest of a run that is about to begin.
 
-    `keys`: (point, layer) in forward order; `architecture_map`: the map as plain data (its `to_document()`);
+    `keys`: of the tensors, in forward order; `architecture_map`: the map as plain data (its `to_document()`);
     `settings`: plain JSON data, everything that decides what the samples are, compared when the run is resumed.
     """
     if len(set(keys)) != len(keys):
         raise StoreError(f"a capture needs tensors, each once, got {list(keys)}.")
     points, layers = _points_and_layers(keys)
     return Manifest(
+        format_version=1 if all(call_of(key) is None for key in keys) else 2,
         model=model,
         architecture=architecture,
         points=points,
         layers=layers,
-        tensors=tuple(TensorSpec(name=tensor_name(key), point=key[0], layer=key[1]) for key in keys),
+        tensors=tuple(TensorSpec(name=tensor_name(key), point=key[0], layer=key[1], call=call_of(key)) for key in keys),
         settings=_plain(settings or {}),
         shard_tokens=shard_tokens,
         shard_bytes=shard_bytes,
@@ -196,10 +215,11 @@ def read_manifest(folder: Location) -> Manifest:
         raise StoreError(
             f"{path} is no capture's manifest: expected format {FORMAT!r}, found {what}. {_MAKE.format(folder)}"
         )
-    if found.get("format_version") != FORMAT_VERSION:
+    if found.get("format_version") not in FORMAT_VERSIONS:
         raise StoreError(
-            f"{path}: expected format_version {FORMAT_VERSION}, found {found.get('format_version')!r}: another version "
-            "of hookmap wrote it. Read it with that one, or update: pip install -U hookmap"
+            f"{path}: expected format_version {' or '.join(map(str, FORMAT_VERSIONS))}, found "
+            f"{found.get('format_version')!r}: another version of hookmap wrote it. Read it with that one, or update: "
+            "pip install -U hookmap"
         )
     try:
         return Manifest.model_validate(found)
@@ -226,8 +246,8 @@ def _as_written_today(architecture_map: dict[str, Any]) -> dict[str, Any]:
 def _points_and_layers(keys: Sequence[Key]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """In forward order; ascending."""
     return (
-        tuple(dict.fromkeys(point for point, _ in keys)),
-        tuple(sorted({layer for _, layer in keys if layer is not None})),
+        tuple(dict.fromkeys(key[0] for key in keys)),
+        tuple(sorted({key[1] for key in keys if key[1] is not None})),
     )
 
 

@@ -13,7 +13,7 @@ class MemoryStore(Store):
     """Takes activations (`write`, `finish`) and holds every row; a sample can be read once it is finished."""
 
     def __init__(self, keys: Iterable[Key]) -> None:
-        """`keys`: the (point, layer) pairs to expect, in forward order."""
+        """`keys`: of the tensors to expect, in forward order."""
         self._ledger = Ledger(tuple(keys))
         self._pieces: dict[tuple[int, Key], list[torch.Tensor]] = {}
         self._samples: dict[int, Sample] = {}
@@ -21,8 +21,7 @@ class MemoryStore(Store):
     def write(self, activation: Activation) -> None:
         """Take rows. Raises CaptureError where they are not the next rows of a tensor that is expected."""
         self._ledger.take(activation)
-        key = (activation.point, activation.layer)
-        self._pieces.setdefault((activation.sample, key), []).append(activation.tensor.detach().cpu())
+        self._pieces.setdefault((activation.sample, activation.key), []).append(activation.tensor.detach().cpu())
 
     def finish(self, sample: Sample) -> None:
         """All rows of this sample are written. Raises CaptureError where they are not."""
@@ -41,7 +40,7 @@ class MemoryStore(Store):
 
     @property
     def keys(self) -> tuple[Key, ...]:
-        """The (point, layer) pairs that this store holds, in forward order."""
+        """The keys of the tensors that this store holds, in forward order."""
         return self._ledger.keys
 
     @property

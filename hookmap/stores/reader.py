@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookmap.activations import Key, Sample
-from hookmap.errors import SelectionError, StoreError
+from hookmap.errors import MapError, SelectionError, StoreError
 from hookmap.stores.integrity import problems_of
 from hookmap.stores.interface import Store, unknown_sample
 from hookmap.stores.location import Location, location, sizes
@@ -65,7 +65,7 @@ class CaptureStore(Store):
 
     @property
     def keys(self) -> tuple[Key, ...]:
-        """The (point, layer) pairs that this store holds, in forward order."""
+        """The keys of the tensors that this store holds, in forward order."""
         return self.manifest.keys
 
     @property
@@ -73,6 +73,15 @@ class CaptureStore(Store):
         """Layers of the model, as the map in the manifest says."""
         found = (self.manifest.map or {}).get("num_layers")
         return found if isinstance(found, int) else None
+
+    def runs_of(self, layer: int) -> int | None:
+        """How often a layer runs in one forward pass, as the map in the manifest says; see `Store.runs_of`."""
+        from hookmap.maps.parsing import parse
+
+        try:
+            return None if self.manifest.map is None else parse(self.manifest.map).kind_of(layer).calls
+        except MapError:
+            return None
 
     @property
     def samples(self) -> Sequence[Sample]:
@@ -169,12 +178,13 @@ class CaptureStore(Store):
             "name": spec.name,
             "point": spec.point,
             "layer": spec.layer,
+            **({} if spec.call is None else {"call": spec.call}),
             "dtype": spec.dtype,
             "shape": [rows, *(spec.row_shape or ())],
             "bytes": rows * _row_bytes(spec),
         }
         if norms:
-            norms_found = self.row_norms(spec.point, spec.layer)
+            norms_found = self.row_norms(*spec.key)
             named = {"mean_norm": "mean", "median_norm": "median", "largest_norm": "largest", "largest_share": "share"}
             for name, attribute in named.items():
                 value = getattr(norms_found, attribute)

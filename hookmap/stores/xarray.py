@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hookmap.activations import Key, Sample
+from hookmap.activations import Key, Sample, call_of
 from hookmap.errors import CaptureError, SelectionError
 from hookmap.maps.points import parse_point
 
@@ -24,37 +24,44 @@ class Run(Protocol):
     def sample(self, number: int) -> Sample:
         """One sample."""
 
-    def key(self, point: str, layer: int | None = None) -> Key:
+    def key(self, point: str, layer: int | None = None, call: int | None = None) -> Key:
         """The tensor that these names mean."""
+
+    def keys_of(self, point: str, layer: int | None = None, call: int | None = None) -> tuple[Key, ...]:
+        """The tensors of one point: of each layer and call that is not named."""
 
     def axes(self, point: str, layer: int | None, ndim: int) -> tuple[str, ...]:
         """Names of the axes of `run[point, layer]`, which has `ndim`."""
 
-    def __getitem__(self, where: tuple[str, int | None]) -> torch.Tensor | list[torch.Tensor]:
+    def __getitem__(self, where: Key) -> torch.Tensor | list[torch.Tensor]:
         """[batch, pos, ...], or a list of [pos, ...]."""
 
 
 MISSING = "conversion to xarray needs it: pip install xarray"
 
 
-def to_xarray(run: Run, point: str, layer: int | None, sample: int | None) -> Any:
+def to_xarray(run: Run, point: str, layer: int | None, sample: int | None, call: int | None = None) -> Any:
     """See `Capture.to_xarray`."""
     try:
         import xarray
     except ImportError as error:
         raise CaptureError(f"{MISSING}\n({error})") from error
+    keys = run.keys_of(point, layer, call)
     parsed = parse_point(point)
-    name = point if isinstance(parsed, str) else parsed.point
-    of_each = [one for held, one in run.keys if held == name and one is not None]
-    if not of_each or layer is not None or isinstance(parsed, str) or parsed.layer is not None:
-        return _array(xarray, run, point, layer, sample)
-    arrays = [_array(xarray, run, name, one, sample) for one in of_each]
-    return xarray.concat(arrays, dim=xarray.Variable("layer", of_each), combine_attrs="drop_conflicts")
+    in_name = None if isinstance(parsed, str) else parsed.layer
+    one_layer, several = layer is not None or in_name is not None, any(len(key) == 3 for key in keys)
+    arrays = [_array(xarray, run, key, sample) for key in keys]
+    if keys[0][1] is None or call is not None or (one_layer and not several):
+        return arrays[0]
+    layers, calls = [key[1] for key in keys], [call_of(key) or 0 for key in keys]
+    axis, labels = ("call", calls) if one_layer else ("run", range(len(keys))) if several else ("layer", layers)
+    found = xarray.concat(arrays, dim=xarray.Variable(axis, list(labels)), combine_attrs="drop_conflicts")
+    return found.assign_coords(layer=("run", layers), call=("run", calls)) if axis == "run" else found
 
 
-def _array(xarray: Any, run: Run, point: str, layer: int | None, sample: int | None) -> Any:
-    found = run[point, layer]
-    name, number = run.key(point, layer)
+def _array(xarray: Any, run: Run, key: Key, sample: int | None) -> Any:
+    found = run[key]
+    name, number = key[:2]
     if isinstance(found, list) and sample is None:
         rows = sorted({each.rows for each in run.samples})
         raise SelectionError(

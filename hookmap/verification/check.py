@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+Key = tuple[str, int | None]
+"""(point, layer): of a layer that runs several times, the first of its runs is checked"""
+
 
 @dataclass(frozen=True)
 class Check:

@@ -11,13 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hookmap.activations import Key
 from hookmap.loading import modules
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, select
 from hookmap.maps.templates import BlockKind, BranchInfo
-from hookmap.verification.check import Check, relative_error
+from hookmap.verification.check import Check, Key, relative_error
 from hookmap.verification.runner import BATCH, POSITIONS, Hook, observe_runs
 
 Crossing = tuple[str, Literal["input", "output"], int]

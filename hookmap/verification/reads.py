@@ -15,11 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from hookmap.activations import Key
 from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, Term, of_template
 from hookmap.maps.templates import BlockKind
-from hookmap.verification.check import Check, relative_error
+from hookmap.verification.check import Check, Key, relative_error
 from hookmap.verification.context import Context, modules_of
 from hookmap.verification.runner import BATCH, POSITIONS, Hook, at, forward, keep, observe, other_weights
 

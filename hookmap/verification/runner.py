@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hookmap.activations import Key
 from hookmap.errors import CaptureError
 from hookmap.loading import modules
 from hookmap.loading.encoder_decoder import with_source
 from hookmap.maps.selectors import Selector, Term
+from hookmap.verification.check import Key
 
 BATCH, POSITIONS = 2, 9
 """the size of every input: two lengths that differ, so that the axes can be told apart"""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import hookmap
 from hookmap.discovery.discover import discover
 from hookmap.discovery.map_of_model import map_of
-from hookmap.errors import DiscoveryError, MapMismatchError, SelectionError
+from hookmap.errors import DiscoveryError, MapMismatchError
 from hookmap.loading.narrow import narrow
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import parse
@@ -124,20 +124,13 @@ def test_a_map_says_which_layers_run_several_times_and_means_each_run(
 
 
 @pytest.mark.parametrize(("kind", "looped"), [(Whole, (0, 1, 2)), (Middle, (1, 2))])
-def test_an_opened_model_refuses_them_with_the_reason_and_offers_the_others(
-    kind: type[Ladder], looped: tuple[int, ...]
-) -> None:
+def test_an_opened_model_has_every_run_under_its_number(kind: type[Ladder], looped: tuple[int, ...]) -> None:
     model = kind().eval()
     opened = map_of(model, model, None)
     for layer in range(opened.num_layers):
-        if layer in looped:
-            with pytest.raises(
-                SelectionError, match=r"runs 3 times in one forward pass, and a capture cannot say which"
-            ):
-                opened.selectors("resid_mid", layer)
-        else:
-            assert selected(model, opened, "resid_post", layer).equal(runs(model, layer)[0][1])
-    assert {s.layer for s in opened.selectors() if s.layer is not None} == set(range(opened.num_layers)) - set(looped)
+        found = [selector.call for selector in opened.selectors("resid_mid", layer)]
+        assert found == ([0, 1, 2] if layer in looped else [None])
+        assert selected(model, opened, "resid_post", layer, -1).equal(runs(model, layer)[-1][1])
 
 
 def test_a_map_that_says_nothing_of_the_loop_is_refused() -> None:
@@ -186,18 +179,15 @@ class Twice(nn.ModuleList):
         return [*found, *found] if isinstance(index, slice) else found
 
 
-def test_a_capture_of_a_looped_model_refuses_and_the_rest_is_as_it_was() -> None:
+def test_a_capture_of_a_looped_model_gives_each_run_and_the_rest_is_as_it_was() -> None:
     model = plain_hooks.build("llama")
     model.model.layers = Twice(model.model.layers)
     hm = hookmap.open(model)
-    for points, layers in (("resid_mid", 1), (["resid_pre", "mlp_out"], "all"), ("q", [0])):
-        with pytest.raises(SelectionError, match="runs 2 times in one forward pass"):
-            hm.capture([[5, 6, 7]], points, layers, max_new_tokens=0)
-    run = hm.capture([[5, 6, 7]], ["embed", "logits"], max_new_tokens=0)
+    run = hm.capture([[5, 6, 7]], ["embed", "q", "logits"], layers=[0], max_new_tokens=0)
+    assert run.keys == (("embed", None), ("q", 0, 0), ("q", 0, 1), ("logits", None))
     with torch.no_grad():
         expected = model(torch.tensor([[5, 6, 7]]), use_cache=False).logits
     assert torch.allclose(run["logits"], expected, atol=1e-5)
-    assert hm.capture([[5, 6, 7]], max_new_tokens=0).keys, "all that there is"
 
 
 def test_a_map_by_hand_of_a_depth_by_text_is_not_believed_where_a_layer_runs_again() -> None:
@@ -237,13 +227,12 @@ def test_dory_runs_its_middle_layers_twice() -> None:
     assert result.passed, [each for each in result.checks if not each.passed]
     model = transformers.DoryForCausalLM(config).eval()
     hm = hookmap.open(model)
-    with pytest.raises(SelectionError, match="layer 2 of DoryForCausalLM has no resid_post: this layer runs 2 times"):
-        hm.capture([[5, 6, 7]], "resid_post", [2], max_new_tokens=4)
-    run = hm.capture([[5, 6, 7, 8]], "resid_post", [1, 5], max_new_tokens=0)
-    for layer in (1, 5):
+    run = hm.capture([[5, 6, 7, 8]], "resid_post", max_new_tokens=0)
+    for layer in range(6):
         kept: list[Tensor] = []
         handle = model.model.layers[layer].register_forward_hook(lambda _, args, out, kept=kept: kept.append(out))
         with torch.no_grad():
             model(torch.tensor([[5, 6, 7, 8]]))
         handle.remove()
-        assert torch.allclose(run["resid_post", layer], kept[0], atol=1e-5)
+        for call, tensor in enumerate(kept):
+            assert torch.allclose(run["resid_post", layer, call], tensor, atol=1e-5)

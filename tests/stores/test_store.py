@@ -243,7 +243,8 @@ class TestEveryStore:
             (lambda store: store["residmid", 0], "did you mean resid_mid"),
             (lambda store: store.read(0, "resid_pre", 0, [7]), "positions 7 are not in sample 0: it has rows 0 to 6"),
             (lambda store: store.read(0, "resid_pre", 0, range(-2, 3)), "positions -2 are not in sample 0"),
-            (lambda store: store.read(0, "resid_pre", 0, 3), "tokens must be a slice"),
+            (lambda store: store.read(0, "resid_pre", 0, tokens=3), "tokens must be a slice"),
+            (lambda store: store.read(0, "resid_pre", 0, 3), "resid_pre of layer 0 has no call 3"),
             (lambda store: store.read(0, "resid_pre", "0"), "layer '0' is not a whole number"),
         ],
     )
@@ -481,8 +482,8 @@ class TestDamage:
             (_edit("manifest.json", lambda text: text[:100]), r"manifest\.json is broken: expected JSON"),
             (_edit("manifest.json", lambda text: b"[]"), "expected format 'hookmap-capture', found a list"),
             (
-                _edit("manifest.json", lambda text: text.replace(b'"format_version": 1', b'"format_version": 2')),
-                "expected format_version 1, found 2.*pip install -U hookmap",
+                _edit("manifest.json", lambda text: text.replace(b'"format_version": 1', b'"format_version": 3')),
+                "expected format_version 1 or 2, found 3.*pip install -U hookmap",
             ),
             (_edit("manifest.json", lambda text: text.replace(b'"BF16"', b'"BF17"')), "tensors.0.*BF17"),
             (_edit("manifest.json", lambda text: text.replace(b'"layers"', b'"leyers"')), "(?s)layers.*leyers"),

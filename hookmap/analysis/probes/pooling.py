@@ -16,7 +16,7 @@ from hookmap.capture.finiteness import kept_in
 from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.errors import SelectionError
 from hookmap.maps.points import PointName
-from hookmap.stores.interface import Store, position_of
+from hookmap.stores.interface import Store, position_of, rows_of
 from hookmap.stores.ledger import tensor_name
 
 POOLS = {
@@ -161,7 +161,7 @@ def _at(
     found = np.empty((len(wanted), len(numbers), width), dtype=np.float32)
     for index, number in enumerate(numbers):
         sample = store.sample(number)
-        rows = store.read(number, *key, [position + sample.prompt_tokens for position in wanted])
+        rows = store.rows_at(number, key, rows_of([position + sample.prompt_tokens for position in wanted], sample))
         if not bool(rows.isfinite().all()):
             raise _not_finite(store, key, number, range(sample.rows))
         found[:, index] = _flat(rows).numpy()

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hookmap.analysis.probes.pooling import FAR
 from hookmap.errors import CaptureError, StoreError
+from hookmap.wording import in_call
 
 REPORT, PROBES = "report.json", "probes.safetensors"
 
@@ -39,6 +40,7 @@ class Candidate(_Document):
 
     point: str
     layer: int | None = None
+    call: int | None = Field(default=None, description="which run of a layer that runs several times")
     position: int | None = Field(default=None, description="counted from the end of the prompt: -1 is its last token")
 
 
@@ -114,7 +116,7 @@ class Report(_Document):
         if not far:
             return None
         worst = max(far, key=lambda place: place.largest_ratio or 0)
-        name = worst.point if worst.layer is None else f"{worst.point} {worst.layer}"
+        name = worst.point if worst.layer is None else f"{worst.point} {worst.layer}{in_call(worst.call)}"
         return (
             f"one row rules the means of {len(far)} of {len(self.places)} tensors: of {name} it is "
             f"{worst.largest_ratio:.0f} times as long as the median row and {worst.largest_share:.0%} of the sum of "
@@ -158,19 +160,28 @@ def _charts(report: Report) -> dict[str, Any]:
 
     title = f"{report.label}: {report.method}, {report.pool}"
     if report.pool != "each":
-        rows = [place.model_dump() for place in report.places if place.layer is not None and place.auroc is not None]
+        rows = [
+            {**place.model_dump(), "point": place.point + in_call(place.call)}
+            for place in report.places
+            if place.layer is not None and place.auroc is not None
+        ]
         lines = {c.name: c.auroc for c in report.controls if c.auroc is not None}
         return {"auroc": bands(rows, lines, value="auroc", title=title)} if rows else {}
-    points = dict.fromkeys(place.point for place in report.places if place.layer is not None)
-    return {f"auroc-{point}": heat_map(_grid(report, point), title=f"{title} · {point}") for point in points}
+    points = dict.fromkeys((place.point, place.call) for place in report.places if place.layer is not None)
+    return {
+        f"auroc-{point}{'' if call is None else f'-call{call}'}": heat_map(
+            _grid(report, point, call), title=f"{title} · {point}{in_call(call)}"
+        )
+        for point, call in points
+    }
 
 
-def _grid(report: Report, point: str) -> Any:
+def _grid(report: Report, point: str, call: int | None) -> Any:
     import torch
 
     from hookmap.analysis.grid import Grid
 
-    mine = [place for place in report.places if place.point == point]
+    mine = [place for place in report.places if (place.point, place.call) == (point, call)]
     layers = sorted({place.layer for place in mine if place.layer is not None})
     positions = sorted({place.position for place in mine if place.position is not None})
     values = torch.full((len(layers), len(positions)), float("nan"))

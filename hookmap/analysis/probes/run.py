@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hookmap.activations import Key
+from hookmap.activations import Key, call_of
 from hookmap.analysis.intervals import auroc_interval
 from hookmap.analysis.probes import report as documents
 from hookmap.analysis.probes.controls import controls
@@ -31,8 +31,8 @@ log = logging.getLogger("hookmap")
 MEMORY = 2 * 10**9
 SHUFFLES = 100
 NOTHING_VARIES = "no feature varies over the samples"
-_Candidate = tuple[str, int | None, int | None]
-"""point, layer, position"""
+_Candidate = tuple[Key, int | None]
+"""tensor, position"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Probing:
         target = Path(folder)
         written = documents.save_report(self.report, target)
         written.append(self.probes.save(target / documents.PROBES))
-        for point in dict.fromkeys(name for name, layer in self.probes.weights if layer is not None):
+        for point in dict.fromkeys(key[0] for key in self.probes.weights if key[1] is not None):
             written.append(self.probes.vector(point).save(target / f"vector-{point}.safetensors"))
         return written
 
@@ -105,16 +105,16 @@ def probe(
     fitted: dict[Key, Fitted] = {}
     for done, key in enumerate(keys):
         for position, matrix in read(key, wanted=wanted, chosen=chosen, lengths=lengths[key]):
-            if trial.take((*key, position), matrix) and pool != "each":
-                fitted[key] = trial.fit((*key, position), matrix)
+            if trial.take((key, position), matrix) and pool != "each":
+                fitted[key] = trial.fit((key, position), matrix)
         if progress is not None:
             progress(done + 1, len(keys))
     best = trial.choice.best
     if best is None:
         raise SelectionError(f"there is nothing to probe: {NOTHING_VARIES} (probed: {len(trial.found)} tensors).")
     for key in keys if pool == "each" else ():  # the best position is known only now
-        for _, matrix in read(key, wanted=[best[2]]):
-            if (candidate := (*key, best[2])) in trial.validated:
+        for _, matrix in read(key, wanted=[best[1]]):
+            if (candidate := (key, best[1])) in trial.validated:
                 fitted[key] = trial.fit(candidate, matrix)
     settings = {"pool": pool, "positions": _written(positions), "folds": folds, "shuffles": shuffles, "seed": seed}
     report = _report(store, examples, trial, lengths, best, model=model, method=method, **settings)
@@ -144,7 +144,7 @@ def _report(
         chosen=_chosen(trial),
         best=_document(best),
         controls=_controls(store, examples.numbers, trial),
-        places=tuple(_candidate_score(each, trial, lengths[each[:2]]) for each in trial.found),
+        places=tuple(_candidate_score(each, trial, lengths[each[0]]) for each in trial.found),
         **settings,
     )
 
@@ -253,15 +253,16 @@ def _keys(
         elif chosen is None:
             found += store.keys_of(name)
         else:
-            found += [store.key(name, layer + (depth or 0) if layer < 0 else layer) for layer in chosen]
+            for layer in chosen:
+                found += store.keys_of(name, layer + (depth or 0) if layer < 0 else layer)
     if not found:
         raise SelectionError("no tensor to probe: name points that the capture holds, see `hookmap inspect`.")
     return list(dict.fromkeys(found))
 
 
 def _document(candidate: _Candidate) -> documents.Candidate:
-    point, layer, position = candidate
-    return documents.Candidate(point=point, layer=layer, position=position)
+    key, position = candidate
+    return documents.Candidate(point=key[0], layer=key[1], call=call_of(key), position=position)
 
 
 def _candidate_score(candidate: _Candidate, trial: Trial, lengths: RowLengths) -> documents.CandidateScore:
@@ -306,7 +307,7 @@ def _probes(fitted: Mapping[Key, Fitted], best: _Candidate, report: Report) -> P
         method=report.method,
         pool=report.pool,
         positions=report.positions,
-        position=best[2],
+        position=best[1],
         model=report.model,
         samples=report.samples,
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hookmap.activations import Key
+from hookmap.activations import Key, call_of, key_of
 from hookmap.analysis import steering
 from hookmap.errors import SelectionError, StoreError
 from hookmap.placeholders import is_pointer, pointers_told
@@ -42,19 +42,25 @@ class Probes:
     """float32 [features]"""
     biases: Mapping[Key, float]
 
-    def logits(self, rows: torch.Tensor, point: str, layer: int | None = None) -> torch.Tensor:
+    def logits(self, rows: torch.Tensor, point: str, layer: int | None = None, call: int | None = None) -> torch.Tensor:
         """[rows, features] -> float32 [rows]. Raises SelectionError where there is no probe of this tensor."""
-        if (point, layer) not in self.weights:
+        if (key := key_of(point, layer, call)) not in self.weights:
             held = ", ".join(map(tensor_name, self.weights))
-            raise SelectionError(f"no probe of {tensor_name((point, layer))}: there are probes of {held}.")
-        return rows.flatten(1).float() @ self.weights[point, layer] + self.biases[point, layer]
+            raise SelectionError(f"no probe of {tensor_name(key)}: there are probes of {held}.")
+        return rows.flatten(1).float() @ self.weights[key] + self.biases[key]
 
-    def vector(self, point: str) -> steering.SteeringVector:
+    def vector(self, point: str, call: int | None = None) -> steering.SteeringVector:
         """A steering vector from the weights of one point, scaled to length 1 in each layer; it points to the label.
 
+        `call`: of layers that run several times; None where they run once.
         Raises SelectionError where no probe is of this point's layers, StoreError where one has no direction.
         """
-        found = {layer: w for (name, layer), w in self.weights.items() if name == point and layer is not None}
+        found = {
+            key[1]: w
+            for key, w in self.weights.items()
+            if key[0] == point and key[1] is not None
+            if call_of(key) == call
+        }
         if not found:
             raise SelectionError(f"no probe of a layer of {point}.")
         about = steering.About(point=point, method=f"probe:{self.about.method}", model=self.about.model)
@@ -84,7 +90,7 @@ def load_probes(path: str | Path) -> Probes:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, Any] = file.metadata() or {}
             about = About.model_validate_json(metadata[_METADATA])
-            keys: list[Key] = [(str(point), layer) for point, layer in json.loads(metadata["keys"])]
+            keys = [key_of(*each) for each in json.loads(metadata["keys"])]
             weights = {key: file.get_tensor(f"{tensor_name(key)}.weight") for key in keys}
             biases = {key: float(file.get_tensor(f"{tensor_name(key)}.bias")) for key in keys}
     except (OSError, SafetensorError, KeyError, ValueError, ValidationError) as error:

@@ -48,7 +48,8 @@ class HooksEngine:
 
     def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
         """See `Engine.forward`; the pass ends when the last selector is complete."""
-        watching = self._watching(observer, editor, ends_early=self.ends_early)
+        early = self.ends_early and not (editor is not None and editor.counts)
+        watching = self._watching(observer, editor, ends_early=early)
         with hooked_forward(self.runner, self.root), watching, contextlib.suppress(_SawAllError), torch.no_grad():
             call(self.runner, inputs)
 

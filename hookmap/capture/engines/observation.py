@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from hookmap.activations import Activation
+from hookmap.activations import Activation, call_of
 from hookmap.capture.engines.collectors import Collector, EveryRow, LastRow, MeanRow, PatternRows
 from hookmap.capture.engines.pass_rows import BatchLayout, BatchRows, PassRows
 from hookmap.capture.engines.transfer import Transfer
@@ -20,6 +20,7 @@ from hookmap.capture.rows import DTYPES, NUMBERS, RowSelection
 from hookmap.errors import CaptureError
 from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, Term
+from hookmap.stores.ledger import tensor_name
 
 Side = Literal["input", "output"]
 Watch = Callable[[Sequence[Any], Mapping[str, Any], Any], None]
@@ -66,7 +67,9 @@ class Observer:
         self._logit_columns: Sequence[int] | None = None
         """columns that the running pass computes logits of; None for all"""
         self._calls: dict[Any, int] = {}
-        """watched boundary -> calls in the running pass"""
+        """watched boundary -> which call of it the running pass is in"""
+        self._expected: dict[tuple[str, Side], int] = {}
+        """boundary -> how often a pass crosses it, where layers run several times"""
         self._terms: dict[tuple[int, int], torch.Tensor] = {}
         """(selector, term) -> its tensor, of sums that are not complete"""
         self._no_rows: dict[int, torch.Tensor] = {}
@@ -75,6 +78,8 @@ class Observer:
         for number, selector in enumerate(self.selectors):
             for position, term in enumerate(selector.terms):
                 self._targets.setdefault((term.module, term.side), []).append((number, position, term))
+                if term.calls is not None:
+                    self._expected[term.module, term.side] = term.calls
 
     @property
     def boundaries(self) -> tuple[tuple[str, Side], ...]:
@@ -98,8 +103,8 @@ class Observer:
 
     @property
     def saw_all(self) -> bool:
-        """Whether the running pass has shown every selector."""
-        return self._left == 0
+        """Whether the running pass has shown every selector, and need not be watched to its end."""
+        return self._left == 0 and not self._expected  # that a layer runs once more is seen at the end only
 
     def begin_pass(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """The model is called with these arguments. Raises CaptureError where they are not the next tokens."""
@@ -189,8 +194,8 @@ class Observer:
         """A sample without rows is written too, with the width that its rows would have."""
         for row, count in enumerate(self._batch.counts):
             for number, no_rows in self._no_rows.items() if not count else ():
-                selector = self.selectors[number]
-                self._write(Activation(self.layout.samples[row], selector.point, selector.layer, 0, no_rows))
+                key, sample = self.selectors[number].key, self.layout.samples[row]
+                self._write(Activation(sample, key[0], key[1], 0, no_rows, call_of(key)))
 
     def _overflows(self) -> Iterator[Overflow]:
         for selector, collector in zip(self.selectors, self._collectors, strict=True):
@@ -198,7 +203,7 @@ class Observer:
                 row, number = lost[0]
                 _, positions = self._batch.of_sample(row)
                 position = number if positions is None else None if positions == "mean" else positions[number]
-                yield Overflow(selector.point, selector.layer, len(lost), self.layout.samples[row], position)
+                yield Overflow(tensor_name(selector.key), len(lost), self.layout.samples[row], position)
 
     def _refuse_second(self, number: int, position: int, term: Term) -> None:
         """Raises CaptureError where the running pass has shown this term before."""
@@ -300,6 +305,13 @@ class Observer:
                 f"{len(self.selectors)} selectors:\n" + "\n".join(f"  - {text}" for text in missing) + "\n"
                 "The model skipped these modules, or the map is another model's: run `hookmap verify`."
             )
+        for (module, side, _), last in self._calls.items():
+            if (expected := self._expected.get((module, side))) not in (None, last + 1):
+                raise CaptureError(
+                    f"{module or 'model'} was called {last + 1} times in forward pass {running}, expected {expected}: "
+                    "this layer runs more often for this text than the map says, so its last run is another one. "
+                    "Name points of layers that run as often for every text."
+                )
         self._calls.clear()
         self._logit_columns = None
 
@@ -315,9 +327,10 @@ class Observer:
 
     def _deliver_of(self, selector: Selector) -> Callable[[int, int, torch.Tensor], None]:
         samples, write, point, layer = self.layout.samples, self._write, selector.point, selector.layer
+        run = selector.call
 
         def deliver(row: int, first: int, rows: torch.Tensor) -> None:
-            write(Activation(samples[row], point, layer, first, rows))
+            write(Activation(samples[row], point, layer, first, rows, run))
 
         return deliver
 

@@ -36,6 +36,7 @@ def _numbers(value: Any) -> Any:
 
 Numbers: TypeAlias = Annotated[tuple[int, ...], BeforeValidator(_numbers)]
 Layers: TypeAlias = Annotated[Literal["all"] | Numbers, BeforeValidator(_numbers)]
+Calls: TypeAlias = Annotated[Literal["all", "last"] | Numbers, BeforeValidator(_numbers)]
 Positions: TypeAlias = Annotated[str | tuple[int, ...], BeforeValidator(_numbers)]
 
 
@@ -72,6 +73,9 @@ class Source(_Frozen):
 class _Intervention(_Frozen):
     point: str = Field(description="a point's name; TransformerLens's and nnterp's are understood")
     layers: Layers = "all"
+    calls: Calls = Field(
+        default="all", description='of layers that run several times in one forward pass: "all", "last", or numbers'
+    )
     positions: Positions = Field(
         default="all",
         description='which tokens: "all", "prompt", "generated", "last_prompt", a span "4:20", positions, or "text=…"',
@@ -204,6 +208,8 @@ def fingerprint(interventions: "Iterable[Intervention]") -> list[dict[str, Any]]
 
 
 def _hashed(document: dict[str, Any]) -> dict[str, Any]:
+    if document["calls"] == "all":
+        del document["calls"]  # a capture that was begun before there were calls goes on
     for name in ("vector", "direction"):
         if name not in document:
             continue

@@ -90,6 +90,8 @@ class Editor:
         self._cells: dict[Any, tuple[Cells, list[tuple[int, int]]]] = {}
         self._calls: dict[tuple[str, str, str], int] = {}
         self._begun = False
+        self.counts = any(edit.selector.call is not None for edit in edits)
+        """whether a layer that is written runs several times: a pass is watched to its end then"""
 
     @property
     def boundaries(self) -> tuple[tuple[str, Literal["input", "output"]], ...]:
@@ -117,6 +119,15 @@ class Editor:
             raise InterventionError(
                 f"a forward pass did not reach {names}, which was to be written: the model skipped these modules."
             )
+        for target, edits in self._targets.items() if self._begun else ():
+            for term in (edit.target.term for _, edit in edits):
+                seen = self._calls[target] + 1
+                if seen <= (term.call or 0) or term.calls not in (None, seen):
+                    raise InterventionError(
+                        f"{term} was called {seen} times in a forward pass, and "
+                        f"{'more' if term.calls is None else term.calls} were expected: this layer does not run as "
+                        "often for every text. Write to layers that do."
+                    )
 
     def write(self, module: str, side: str, mode: str, given: ModuleIO) -> ModuleIO:
         """What the module passes on at this boundary. Raises InterventionError."""

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from hookmap.activations import Key
+from hookmap.activations import Key, key_of
 from hookmap.capture.interventions.trial_runs import Values
 from hookmap.maps.points import PointName
 from hookmap.maps.relations import Relation, Term
@@ -60,7 +60,7 @@ class Trial:
 
     def delta(self, name: str) -> torch.Tensor:
         """How much writing the point changed another point of its layer."""
-        key = (name, self.selector.layer)
+        key = beside(self.selector, name)
         return self.written[key].float() - self.plain[key].float()
 
 
@@ -143,7 +143,7 @@ class SumHolds:
 
     def failure(self, trial: Trial) -> str | None:
         expected = sum(term.factor * trial.delta(term.name) for term in self.terms)
-        allowed = tolerance(trial.plain[self.relation.total, trial.selector.layer])
+        allowed = tolerance(trial.plain[beside(trial.selector, self.relation.total)])
         holds = difference(trial.delta(self.relation.total), expected) < allowed
         return None if holds else f"{self.relation} does not hold after writing it"
 
@@ -156,19 +156,24 @@ class NoSum:
         return "nothing shows what it is added to: no sum of this block has it as a term"
 
 
+def beside(selector: Selector, name: str) -> Key:
+    """The key of another point of the same layer, in the same run of it."""
+    return key_of(name, selector.layer, selector.call)
+
+
 def expectations(kind: BlockKind, selector: Selector, shown: Collection[Key], isolated: bool) -> Iterator[Expectation]:
     """What must hold after this point was written.
 
     shown: the tensors that the runs show. isolated: the upstream run changes only what the point's branch reads.
     """
-    key = (selector.point, selector.layer)
+    key = selector.key
     yield Reached(key)
     yield ReadBack(key)
     name = PointName.of(selector.point)
     if name.base == "resid_post":
-        yield from (AsUpstream(other) for other in shown if other[1] != selector.layer)
+        yield from (AsUpstream(other) for other in shown if other[1:] != key[1:])
     elif name.base.startswith("resid_"):
-        yield AsUpstream((_DETERMINES[name.base], selector.layer))
+        yield AsUpstream(beside(selector, _DETERMINES[name.base]))
     else:
         yield from _independent(kind, selector)
         if name.base in OUTS:
@@ -188,17 +193,17 @@ def _independent(kind: BlockKind, selector: Selector) -> Iterator[Expectation]:
         contains_it = len(template.terms) > 1 and set(template.terms) & set(own.terms)
         before = template.order <= own.order and not same_value and not contains_it
         if (before or parallel) and not name.startswith("pattern"):
-            yield Unchanged((name, selector.layer), template.terms == own.terms)
+            yield Unchanged(beside(selector, name), template.terms == own.terms)
 
 
 def _inside(kind: BlockKind, selector: Selector) -> Expectation:
     """What a point inside a branch determines, or at least changes: the branch's output."""
     name = PointName.of(selector.point)
     if name.base in _DETERMINES and (determined := name.numbered(_DETERMINES[name.base])) in kind.points:
-        return AsUpstream((determined, selector.layer))
+        return AsUpstream(beside(selector, determined))
     branch = next(branch for branch, points in BRANCHES.items() if name.base in points)
     output = name.numbered(f"{branch}_out_raw")
-    return Changed((output if output in kind.points else "resid_post", selector.layer))
+    return Changed(beside(selector, output if output in kind.points else "resid_post"))
 
 
 def _added(kind: BlockKind, selector: Selector, shown: Collection[Key], isolated: bool) -> Iterator[Expectation]:
@@ -206,27 +211,27 @@ def _added(kind: BlockKind, selector: Selector, shown: Collection[Key], isolated
     raw, own = selector.point, kind.points[selector.point].terms
     is_raw = PointName.of(raw).base.endswith("_raw")
     if isolated:
-        yield AsUpstream(("resid_post", selector.layer))
+        yield AsUpstream(beside(selector, "resid_post"))
         if is_raw:
             return
     out = PointName.of(raw).end("out")
     if is_raw and out in kind.points and kind.points[out].terms != own:
-        yield AsUpstream((out, selector.layer))  # only the branch's norm stands between them
+        yield AsUpstream(beside(selector, out))  # only the branch's norm stands between them
         return
     names = {PointName.of(name).as_mixer() for name, point in kind.points.items() if point.terms == own}
-    found = next(_sums(kind, names, selector.layer, shown), None)
+    found = next(_sums(kind, names, selector, shown), None)
     if found is not None:
         yield found
     elif not isolated:
         yield NoSum()
 
 
-def _sums(kind: BlockKind, names: set[str], layer: int | None, shown: Collection[Key]) -> Iterator[SumHolds]:
+def _sums(kind: BlockKind, names: set[str], selector: Selector, shown: Collection[Key]) -> Iterator[SumHolds]:
     """The sums of the block with one of these points as a term."""
     for relation in filter(None, map(Relation.parse, kind.relations)):
-        terms = tuple(term for term in relation.terms if not term.of and (term.name, layer) in shown)
+        terms = tuple(term for term in relation.terms if not term.of and beside(selector, term.name) in shown)
         named = names & {term.name for term in terms}
-        if relation.form == "sum" and named and (relation.total, layer) in shown:
+        if relation.form == "sum" and named and beside(selector, relation.total) in shown:
             yield SumHolds(relation, terms)
 
 

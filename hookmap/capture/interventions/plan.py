@@ -113,7 +113,7 @@ class _Planner:
 
     def _selectors(self, given: Intervention) -> tuple[Selector, ...]:
         try:
-            return select(self.hm.map, [given.point], given.layers)
+            return select(self.hm.map, [given.point], given.layers, given.calls)
         except SelectionError as error:
             parsed = parse_point(given.point)
             near = []

@@ -2,7 +2,8 @@
 
 The stream is changed where the block reads it (run `upstream`), and what the point holds there is written into a run
 without that change (`written`). What depends only on this point must then be as in `upstream`, bit for bit; what does
-not depend on it must be as in `plain`; and the block's sums must hold. One trial for each point and kind of block.
+not depend on it must be as in `plain`; and the block's sums must hold. One trial for each point and kind of block, and
+each of its runs where it has several.
 """
 
 import threading
@@ -11,7 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from hookmap.capture.engines import Engine
-from hookmap.capture.interventions.expectations import BRANCHES, OUTS, Trial, expectations, not_read_back, same
+from hookmap.capture.interventions.expectations import (
+    BRANCHES,
+    OUTS,
+    Trial,
+    beside,
+    expectations,
+    not_read_back,
+    same,
+)
 from hookmap.capture.interventions.trial_runs import TrialRuns, noise
 from hookmap.capture.interventions.writable import refusal
 from hookmap.capture.run import running
@@ -20,13 +29,13 @@ from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector
 from hookmap.maps.templates import BlockKind
 
-_FOLLOWS = {"embed": ("resid_pre", 0), "final_norm": ("logits", None)}
+_FOLLOWS = {"embed": "resid_pre", "final_norm": "logits"}
 """point of the whole model -> what is computed from it"""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """The result of the trial of a point in one kind of block."""
+    """The result of the trial of a point in one kind of block, in one of its runs."""
 
     reason: str | None
     """why it must not be written; None where writing it is proved"""
@@ -40,20 +49,20 @@ class Proofs:
 
     def __init__(self, engine: Engine, architecture_map: ArchitectureMap) -> None:
         self._engine, self._map = engine, architecture_map
-        self._found: dict[tuple[str, str], Proof] = {}
-        self._runs: dict[str, TrialRuns] = {}
+        self._found: dict[tuple[str, str, int | None], Proof] = {}
+        self._runs: dict[tuple[str, int | None], TrialRuns] = {}
         self._lock = threading.RLock()
 
     def of(self, selector: Selector) -> Proof:
         """Whether this point may be written in this kind of block."""
         kind = None if selector.layer is None else self._map.kind_of(selector.layer)
         with self._lock, running(self._engine):
-            return self._proof(PointName.of(selector.point).as_mixer(), kind)
+            return self._proof(PointName.of(selector.point).as_mixer(), kind, selector.call)
 
-    def _proof(self, point: str, kind: BlockKind | None) -> Proof:
-        key = (point, "" if kind is None else kind.name)
+    def _proof(self, point: str, kind: BlockKind | None, call: int | None) -> Proof:
+        key = (point, "" if kind is None else kind.name, call)
         if key not in self._found:
-            runs = self._runs.setdefault(key[1], TrialRuns(self._engine, self._map, kind))
+            runs = self._runs.setdefault(key[1:], TrialRuns(self._engine, self._map, kind, call))
             selector = runs.selector(point)
             reason = refusal(selector)
             try:
@@ -66,15 +75,15 @@ class Proofs:
     def _tried(self, runs: TrialRuns, selector: Selector, kind: BlockKind | None) -> Proof:
         if (reason := runs.why_not_finite()) is not None:
             return Proof(reason)
-        value = runs.plain[selector.point, selector.layer]
+        value = runs.plain[selector.key]
         failure = _of_model(runs, selector) if kind is None else self._of_block(runs, selector, kind)
         return Proof(failure, tuple(value.shape[1:]), value.dtype)
 
     def _of_block(self, runs: TrialRuns, selector: Selector, kind: BlockKind) -> str | None:
         """What is wrong with writing a point of a block."""
-        reads = self._isolates(selector.point, kind)
+        reads = self._isolates(selector.point, kind, selector.call)
         upstream = runs.upstream if reads is None else runs.patched[reads]
-        written = runs.run({selector: upstream[selector.point, selector.layer]})
+        written = runs.run({selector: upstream[selector.key]})
         runs.patched[selector.point] = written
         trial = Trial(selector, runs.plain, upstream, written, runs.repeats)
         for expectation in expectations(kind, selector, runs.plain.keys(), isolated=reads is not None):
@@ -82,23 +91,23 @@ class Proofs:
                 return failure
         return _leak(runs, selector, kind)
 
-    def _isolates(self, point: str, kind: BlockKind) -> str | None:
+    def _isolates(self, point: str, kind: BlockKind, call: int | None) -> str | None:
         """What the point's branch reads, if it is proved that writing it changes nothing else."""
         name = PointName.of(point)
         for branch, points in BRANCHES.items():
             reads = name.numbered(f"{branch}_in")
             if name.base in points[1:] and reads in kind.points:
-                return reads if self._proof(reads, kind).reason is None else None
+                return reads if self._proof(reads, kind, call).reason is None else None
         return None
 
 
 def _of_model(runs: TrialRuns, selector: Selector) -> str | None:
     """What is wrong with writing a point of the whole model."""
-    key = (selector.point, selector.layer)
+    key = selector.key
     value = runs.plain[key] + noise(runs.plain[key], 1)
     written = runs.run({selector: value})
-    follows = _FOLLOWS.get(selector.point)
-    if follows is not None and follows in written and torch.equal(written[follows], runs.plain[follows]):
+    follows = next((k for k in written if k[0] == _FOLLOWS.get(selector.point)), None)
+    if follows is not None and torch.equal(written[follows], runs.plain[follows]):
         return f"nothing behind it changed ({follows[0]})"
     return not_read_back(selector, written[key], value)
 
@@ -111,10 +120,10 @@ def _leak(runs: TrialRuns, selector: Selector, kind: BlockKind) -> str | None:
     if branch is None or out not in kind.points or refusal(back := runs.selector(out)):
         return None  # where the output is a sum, the block's relations were held against it
     written = {
-        selector: runs.upstream[selector.point, selector.layer],
-        back: runs.plain[back.point, back.layer],
+        selector: runs.upstream[selector.key],
+        back: runs.plain[back.key],
     }
-    key, exact = ("resid_post", selector.layer), runs.repeats and back.terms[0].scale == 1.0
+    key, exact = beside(selector, "resid_post"), runs.repeats and back.terms[0].scale == 1.0
     if same(runs.run(written)[key], runs.plain[key], exact):
         return None
     return f"it is read outside of the branch too: resid_post changes even with {out} put back"

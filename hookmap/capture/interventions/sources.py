@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hookmap.activations import Key
 from hookmap.capture.interventions.documents import Source
 from hookmap.capture.interventions.proofs import Proofs
 from hookmap.capture.options import EngineName
@@ -45,7 +46,7 @@ class Sources:
         """`how`: whether prompts go through the chat template, as for the prompts of the run."""
         self._hm, self._how = hm, how
         self._stores: dict[str, Store] = {}
-        self._runs: dict[tuple[str, str, int | None], Store] = {}
+        self._runs: dict[tuple[str, Key], Store] = {}
 
     def read(
         self, source: Source, selector: Selector, positions: RowSelection, matching: frozenset[int]
@@ -57,7 +58,7 @@ class Sources:
         number = 0 if source.store is None else source.sample
         store = self._run(source, selector) if source.store is None else self._store(source.store)
         sample = store.sample(number)
-        rows = store.read(number, selector.point, selector.layer)
+        rows = store.read(number, *selector.key)
         if sample.positions == "mean":
             return rows
         held: Sequence[int] = range(sample.rows) if sample.positions is None else sample.positions
@@ -86,7 +87,7 @@ class Sources:
         return self._stores[path]
 
     def _run(self, source: Source, selector: Selector) -> Store:
-        key = (repr(source.prompt), selector.point, selector.layer)
+        key = (repr(source.prompt), selector.key)
         if key not in self._runs:
             prompt: Any = source.prompt if isinstance(source.prompt, str) else list(source.prompt or ())
             layers = "all" if selector.layer is None else [selector.layer]
@@ -96,7 +97,7 @@ class Sources:
                 layers = [s.layer for s in self._hm.map.selectors(points) if s.layer is not None]
             encoded = encode(prompt, self._hm.tokenizer, self._how, reader=self._hm.reader)
             run = self._hm.capture(encoded, points, layers, max_new_tokens=0, engine="hooks")
-            self._runs |= {(key[0], *held): run.store for held in run.keys}
+            self._runs |= {(key[0], held): run.store for held in run.keys}
         return self._runs[key]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -19,16 +20,20 @@ from hookmap.maps.selectors import Selector, select
 from hookmap.maps.templates import BlockKind
 
 TOKENS = 6
+Run = tuple[int, int]
+"""(layer, call)"""
 Values = dict[Key, torch.Tensor]
-"""(point, layer) -> [TOKENS, ...]"""
+"""key -> [TOKENS, ...]"""
 
 
 class TrialRuns:
-    """Runs that show the points of one layer and of what follows it; or those of the whole model."""
+    """Runs that show the points of one run of a layer and of what follows it; or those of the whole model."""
 
-    def __init__(self, engine: Engine, architecture_map: ArchitectureMap, kind: BlockKind | None) -> None:
-        """`kind`: whose first layer is watched, one that another layer follows if there is such a one."""
-        self._engine, self._map, self._kind = engine, architecture_map, kind
+    def __init__(
+        self, engine: Engine, architecture_map: ArchitectureMap, kind: BlockKind | None, call: int | None = None
+    ) -> None:
+        """`kind`: whose first layer is watched, one that another layer follows if there is such a one; in this call."""
+        self._engine, self._map, self._kind, self._call = engine, architecture_map, kind, call or 0
         self.patched: dict[str, Values] = {}
         """point -> the run in which it alone was written, with its value of `upstream`"""
 
@@ -41,7 +46,7 @@ class TrialRuns:
     def upstream(self) -> Values:
         """The run in which the stream that enters the block is changed."""
         stream = self.selector("resid_pre")
-        old = self.plain[stream.point, stream.layer]
+        old = self.plain[stream.key]
         return self.run({stream: old + noise(old, 0)})
 
     @cached_property
@@ -52,13 +57,13 @@ class TrialRuns:
 
     def why_not_finite(self) -> str | None:
         """Why nothing can be proved where the plain run's stream is not finite; None where it is."""
-        if all(bool(rows.isfinite().all()) for (name, _), rows in self.plain.items() if is_stream(name)):
+        if all(bool(rows.isfinite().all()) for key, rows in self.plain.items() if is_stream(key[0])):
             return None
         return why_not_finite(self._engine, self._map, self._tokens()[0].tolist())
 
     def selector(self, point: str) -> Selector:
         """The point in the watched layer."""
-        return select(self._map, [point], "all" if self._kind is None else [self._layer(self._kind)])[0]
+        return select(self._map, [point], *self._places())[0]
 
     def run(self, written: Mapping[Selector, torch.Tensor]) -> Values:
         """One forward pass in which these points get these values."""
@@ -68,7 +73,7 @@ class TrialRuns:
         rows: dict[Key, list[torch.Tensor]] = {}
 
         def take(activation: Activation) -> None:
-            rows.setdefault((activation.point, activation.layer), []).append(activation.tensor)
+            rows.setdefault(activation.key, []).append(activation.tensor)
 
         observer = Observer(self._watched(), BatchLayout((0,), (TOKENS,), right=True), take)
         edits = [_write(selector, value) for selector, value in written.items()]
@@ -80,15 +85,26 @@ class TrialRuns:
         """The points of the layer, and where what it writes arrives: the next layer's stream, or the final norm."""
         model_points = list(self._map.model_points)
         if self._kind is None:
-            return select(self._map, [*model_points, "resid_pre"], [0])
-        layer = self._layer(self._kind)
-        own = select(self._map, [p for p in self._kind.points if not p.startswith("pattern")], [layer])
-        if layer + 1 < self._map.num_layers:
-            return (*own, *select(self._map, ["resid_pre", "resid_post"], [layer + 1]))
+            return select(self._map, [*model_points, "resid_pre"], [0], [0])
+        own = select(self._map, [p for p in self._kind.points if not p.startswith("pattern")], *self._places())
+        if (after := self._after()) is not None:
+            layer, call = after
+            return (*own, *select(self._map, ["resid_pre", "resid_post"], [layer], [call]))
         return (*own, *(select(self._map, ["final_norm"]) if "final_norm" in model_points else ()))
 
+    def _places(self) -> tuple[Any, Any]:
+        """Layers and calls that are watched."""
+        return ("all", "all") if self._kind is None else ([self._layer(self._kind)], [self._call])
+
+    def _after(self) -> Run | None:
+        """The run of a layer that comes next, if one does."""
+        assert self._kind is not None
+        order = self._map.order
+        return next(iter(order[order.index((self._layer(self._kind), self._call)) + 1 :]), None)
+
     def _layer(self, kind: BlockKind) -> int:
-        return next((layer for layer in kind.layers if layer + 1 < self._map.num_layers), kind.layers[0])
+        last = self._map.order[-1]
+        return next((layer for layer in kind.layers if (layer, self._call) != last), kind.layers[0])
 
     def _tokens(self) -> torch.Tensor:
         count = len(self._engine.root.get_input_embeddings().weight)  # type: ignore[operator]

@@ -13,12 +13,13 @@ from hookmap.cli.model_options import loading, opened
 from hookmap.cli.one_prompt import DEFAULT_PROMPT
 from hookmap.cli.option_groups import option_group
 from hookmap.cli.prompts_file import chosen_prompts, prompt_options
-from hookmap.cli.row_options import dtype_options, kept_dtype, row_options, row_selection
+from hookmap.cli.row_options import calls_option, dtype_options, kept_dtype, row_options, row_selection
 from hookmap.cli.sampling_options import sampling, sampling_options
 
 _TENSORS = option_group(
     click.option("--points", metavar="NAMES", help="Which tensors: resid_pre,resid_mid or resid_post@3,5,z@8 or all."),
     click.option("--layers", metavar="LAYERS", help="Of which layers: 8,12,16 or 0-3 or -1 or all.  [default: all]"),
+    calls_option,
 )
 _FOLDER = option_group(
     click.option("-o", "--output", metavar="DIR", help="The capture folder.  [default: a new one in captures/]"),
@@ -83,11 +84,19 @@ def command(model: str | None, output: str | None, resume: bool, **given: Any) -
     The folder's name goes to stdout. Read it with `hookmap inspect DIR`, or in Python with hookmap.open_store(DIR).
     """
     from hookmap.cli.capture_run import announce, run_capture
-    from hookmap.cli.settings import choose_model, chosen_tensors, load_settings, refuse_unknown, typed_or_set
+    from hookmap.cli.settings import (
+        choose_model,
+        chosen_calls,
+        chosen_tensors,
+        load_settings,
+        refuse_unknown,
+        typed_or_set,
+    )
 
     settings = load_settings()
     how = templating(given, settings)
     points, layers = chosen_tensors(settings, given.pop("points"), given.pop("layers"))
+    calls = chosen_calls(settings, given.pop("calls"))
     if not points:
         raise click.UsageError("which points? For example: --points resid_pre,resid_mid. All of them: hookmap show")
     own = chosen_prompts(given, settings)
@@ -102,14 +111,14 @@ def command(model: str | None, output: str | None, resume: bool, **given: Any) -
     folder = _folder(output, resume)
     _check_folder(folder, resume)
     model = choose_model(model, settings)
-    refuse_unknown(points, layers, model, **rows)
+    refuse_unknown(points, layers, model, calls, **rows)
 
     with ExitStack() as stack:
         if cluster is None:
             hm: Any = opened(model, given, texts=any(map(_is_text, prompts)))
         else:
             hm = opened_elsewhere(model, given, engine, cluster, stack)
-        run = {"points": points, "layers": layers, **batches, **kept, **written}
+        run = {"points": points, "layers": layers, "calls": calls, **batches, **kept, **written}
         run |= of_default_prompt(hm.tokenizer, how) if own is None else how
         if cluster is None:
             run["engine"] = engine

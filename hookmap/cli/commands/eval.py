@@ -9,6 +9,7 @@ import click
 from hookmap.cli import cluster_options, model_options
 from hookmap.cli.chat_options import read_kwargs
 from hookmap.cli.finite import FiniteRange
+from hookmap.cli.row_options import calls_option
 
 
 @click.group()
@@ -35,6 +36,7 @@ def command() -> None:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="[default: 512]")
 @click.option("--points", metavar="NAMES", help="Keep these tensors: resid_post,mlp_out.  [default: none]")
 @click.option("--layers", metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.  [default: all]")
+@calls_option
 @click.option("--temperature", type=FiniteRange(min=0), metavar="T", help="Greedy if not given, or 0.")
 @click.option("--seed", type=int, metavar="N", help="Of sampling.")
 @click.option("--chat-template-kwargs", metavar="JSON", help="What the template reads: '{\"enable_thinking\": false}'.")
@@ -49,6 +51,7 @@ def gsm8k(
     model: str | None,
     points: str | None,
     layers: str | None,
+    calls: str | None,
     chat_template_kwargs: str | None,
     engine: str | None,
     output: str,
@@ -67,13 +70,21 @@ def gsm8k(
     """
     from hookmap.cli.configuration import Evaluating, read_section
     from hookmap.cli.console import console, working
-    from hookmap.cli.settings import choose_model, chosen_tensors, load_settings, refuse_unknown, typed_or_set
+    from hookmap.cli.settings import (
+        choose_model,
+        chosen_calls,
+        chosen_tensors,
+        load_settings,
+        refuse_unknown,
+        typed_or_set,
+    )
     from hookmap.demo import MODEL_PATH
     from hookmap.errors import CaptureError
 
     settings = load_settings()
     asked = read_section(Evaluating, "eval", settings, given)
     names, of_layers = chosen_tensors(settings, points, layers)
+    of_calls = chosen_calls(settings, calls)
     drawn = typed_or_set(given, settings, "temperature", "seed")
     chosen = choose_model(model, settings)
     demo = chosen in ("demo", str(MODEL_PATH))
@@ -106,6 +117,7 @@ def gsm8k(
             parallel=asked.parallel,
             points=names or (),
             layers=of_layers,
+            calls=of_calls,
             max_tokens=asked.max_new_tokens,
             **drawn,
             opening=opening,

@@ -83,8 +83,18 @@ def _show_tensors(found: dict[str, Any], screen: "Console") -> None:
 
     tensors = found["tensors"]
     bad = any(tensor.get("not_finite") for tensor in tensors)
+    several = any("call" in tensor for tensor in tensors)
     rows = table(
-        "point", ">layer", "dtype", "shape", ">size", ">mean norm", ">median", *([">not finite"] if bad else []), ""
+        "point",
+        ">layer",
+        *([">call"] if several else []),
+        "dtype",
+        "shape",
+        ">size",
+        ">mean norm",
+        ">median",
+        *([">not finite"] if bad else []),
+        "",
     )
     largest: dict[str, float] = {}
     for tensor in tensors:
@@ -96,6 +106,7 @@ def _show_tensors(found: dict[str, Any], screen: "Console") -> None:
         rows.add_row(
             f"[cyan]{tensor['point']}[/]",
             "" if tensor["layer"] is None else str(tensor["layer"]),
+            *([str(tensor.get("call", ""))] if several else []),
             tensor["dtype"] or "",
             " × ".join(map(str, tensor["shape"])),
             size(tensor["bytes"]),

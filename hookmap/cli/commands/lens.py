@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from hookmap.cli import model_options, one_prompt
+from hookmap.cli.row_options import calls_option
 
 
 @click.command()
@@ -13,6 +14,7 @@ from hookmap.cli import model_options, one_prompt
 @one_prompt.options
 @click.option("--point", default="resid_post", show_default=True, metavar="NAME", help="Of the stream, or a branch.")
 @click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
+@calls_option
 @click.option(
     "--positions", default="-16:", show_default=True, metavar="WHERE", help="Of the tokens, as in hookmap capture."
 )
@@ -32,6 +34,7 @@ def command(
     model: str | None,
     point: str,
     layers: str,
+    calls: str | None,
     positions: str,
     target: str | None,
     top: int,
@@ -52,14 +55,15 @@ def command(
 
     The table goes to stderr, the JSON to stdout.
     """
-    from hookmap.cli.parsing import parse_layers
+    from hookmap.cli.parsing import parse_calls, parse_layers
     from hookmap.cli.settings import refuse_unknown
 
-    chosen = parse_layers(layers)
-    refuse_unknown(point, chosen, model, positions=positions)
+    chosen, of_calls = parse_layers(layers), parse_calls(calls or "all")
+    refuse_unknown(point, chosen, model, of_calls, positions=positions)
     one_prompt.check_pictures((png, html))
     hm = model_options.opened(model, given, quiet=as_json)
-    found = hm.lens(one_prompt.tokens(hm, given), point, chosen, positions=positions, target=target, top=top)
+    how: dict[str, Any] = {"calls": of_calls, "positions": positions, "target": target, "top": top}
+    found = hm.lens(one_prompt.tokens(hm, given), point, chosen, **how)
     grid = found.grid(metric)
 
     def chart() -> Any:

@@ -7,6 +7,7 @@ import click
 
 from hookmap.cli import model_options, one_prompt
 from hookmap.cli.chat_options import chat_options, taken
+from hookmap.cli.row_options import calls_option
 
 if TYPE_CHECKING:
     from hookmap.analysis.patching import Sweep
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--answer", metavar="TEXT", help="What both are taken to have answered so far; follows the prompts.")
 @click.option("--point", default="resid_pre", show_default=True, metavar="NAME", help="Which tensor is patched.")
 @click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
+@calls_option
 @click.option("--positions", default="prompt", show_default=True, metavar="WHERE", help="Which tokens, as in capture.")
 @click.option("--sweep", is_flag=True, help="Each layer and position alone: how far does it bring the answer back?")
 @click.option("--target", metavar="TOKEN", help="Sweep: the clean prompt's next token.")
@@ -38,6 +40,7 @@ def command(
     answer: str | None,
     point: str,
     layers: str,
+    calls: str | None,
     positions: str,
     sweep: bool,
     target: str | None,
@@ -61,7 +64,7 @@ def command(
 
     Texts, and the name of the file that -o wrote, go to stdout; the table goes to stderr.
     """
-    from hookmap.cli.parsing import parse_layers
+    from hookmap.cli.parsing import parse_calls, parse_layers
     from hookmap.cli.settings import refuse_unknown
 
     if sweep and not target:
@@ -69,7 +72,8 @@ def command(
     if not sweep and (target or against or output or png or html):
         raise click.UsageError("--target, --against, -o, --png and --html are of a sweep: add --sweep")
     where: dict[str, Any] = {"point": point, "layers": parse_layers(layers), "positions": positions}
-    refuse_unknown(point, where["layers"], model, positions=positions)
+    where |= {"calls": parse_calls(calls or "all")}
+    refuse_unknown(point, where["layers"], model, where["calls"], positions=positions)
     one_prompt.check_pictures((png, html))
     typed = taken(given)
     hm = model_options.opened(model, given, quiet=False)

@@ -156,8 +156,10 @@ def _show(report: "Report") -> None:
 
 
 def _name(place: Any) -> str:
+    from hookmap.wording import in_call
+
     at = "" if place.position is None else f" at {place.position}"
-    return f"{place.point}{'' if place.layer is None else f' {place.layer}'}{at}"
+    return f"{place.point}{'' if place.layer is None else f' {place.layer}'}{in_call(place.call)}{at}"
 
 
 def _interval(score: Any) -> str:

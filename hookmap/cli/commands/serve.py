@@ -8,6 +8,7 @@ import click
 
 from hookmap.cli import model_options
 from hookmap.cli.finite import FiniteRange
+from hookmap.cli.row_options import calls_option
 
 _GIB = 2**30
 
@@ -36,6 +37,7 @@ def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None
 @click.option("--allowed-host", metavar="NAME", multiple=True, help="A name of this server besides localhost.")
 @click.option("--points", metavar="NAMES", help="What store_activations: true keeps.  [default: resid_post]")
 @click.option("--layers", metavar="LAYERS", help="Of which layers: 8,12,16 or 0-3 or all.  [default: all]")
+@calls_option
 @click.option("--sessions", metavar="DIR", help="The folder of the sessions.  [default: sessions]")
 @click.option(
     "--max-bytes",
@@ -95,6 +97,7 @@ def command(
     admin_key: str | None,
     points: str | None,
     layers: str | None,
+    calls: str | None,
     **given: Any,
 ) -> None:
     """Serve MODEL as OpenAI's API is, and record activations.
@@ -110,18 +113,19 @@ def command(
     """
     from hookmap.cli.configuration import Serving, read_section
     from hookmap.cli.console import working
-    from hookmap.cli.settings import choose_model, chosen_tensors, load_settings, refuse_unknown
+    from hookmap.cli.settings import choose_model, chosen_calls, chosen_tensors, load_settings, refuse_unknown
     from hookmap.services.server import check_installed
 
     check_installed()
     settings = load_settings()
     chosen, of_layers = chosen_tensors(settings, points, layers, default="resid_post")
+    of_calls = chosen_calls(settings, calls)
     serving = read_section(Serving, "serve", settings, given)
     model = choose_model(model, settings)
     with working("importing torch and transformers"):
         from hookmap.services.server.run import serve
         from hookmap.services.server.settings import Settings
-    refuse_unknown(chosen, of_layers, model)
+    refuse_unknown(chosen, of_layers, model, of_calls)
     limits = Settings(
         root=Path(serving.sessions),
         host=serving.host,
@@ -132,6 +136,7 @@ def command(
         allow=(*serving.allow, model),
         points=tuple(chosen) if isinstance(chosen, list) else chosen,
         layers=of_layers if isinstance(of_layers, str) else tuple(of_layers),
+        calls=of_calls if isinstance(of_calls, str) else tuple(of_calls),
         queue=serving.queue,
         batch=serving.batch,
         batch_tokens=serving.batch_tokens,

@@ -7,11 +7,12 @@ import click
 
 from hookmap.cli import model_options, one_prompt
 from hookmap.cli.chat_options import chat_options, of_default_prompt, tell, templating
+from hookmap.cli.row_options import calls_option
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
 
-_OF_VECTOR = ("key", "point", "layers", "strength", "keep_norm", "positions", "steps")
+_OF_VECTOR = ("key", "point", "layers", "calls", "strength", "keep_norm", "positions", "steps")
 
 
 @click.command()
@@ -21,6 +22,7 @@ _OF_VECTOR = ("key", "point", "layers", "strength", "keep_norm", "positions", "s
 @click.option("--key", metavar="NAME", help="A tensor of the file, for all layers.  [default: each layer its own]")
 @click.option("--point", metavar="NAME", help="Where it is added.  [default: the file's own, or resid_post]")
 @click.option("--layers", metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.  [default: all that it has]")
+@calls_option
 @click.option("--strength", type=float, default=1.0, show_default=True, help="The vector is multiplied by it.")
 @click.option("--keep-norm", is_flag=True, help="Bring each row back to the length that it had.")
 @click.option("--positions", default="all", show_default=True, metavar="WHERE", help="Which tokens, as in capture.")
@@ -36,6 +38,7 @@ def command(
     key: str | None,
     point: str | None,
     layers: str | None,
+    calls: str | None,
     strength: float,
     keep_norm: bool,
     positions: str,
@@ -54,7 +57,7 @@ def command(
 
     Both texts go to stdout.
     """
-    from hookmap.cli.parsing import parse_layers
+    from hookmap.cli.parsing import parse_calls, parse_layers
     from hookmap.cli.settings import load_settings, refuse_unknown
 
     if (vector is None) == (intervene is None):
@@ -64,6 +67,7 @@ def command(
         raise click.UsageError(f"{told}: of --vector. The file of --intervene says all of it itself.")
     chosen = None if layers is None else parse_layers(layers)
     where: dict[str, Any] = {"positions": positions, "steps": steps, "keep_norm": keep_norm}
+    where |= {} if calls is None else {"calls": parse_calls(calls)}
     if intervene:
         from hookmap.capture.interventions.documents import load_interventions
 

@@ -110,9 +110,10 @@ def merge(folders: tuple[str, ...], same_ids: Any, output: str, as_json: bool) -
 @click.option("--to", "layout", required=True, type=click.Choice(_LAYOUTS), help="The layout.")
 @click.option("--point", metavar="POINT", help="Only this point.")
 @click.option("--layer", type=int, metavar="N", help="Only this layer.")
+@click.option("--call", type=click.IntRange(min=0), metavar="N", help="Only this run of layers that run several times.")
 @click.option("--context", type=click.IntRange(min=1), metavar="ROWS", help="For saelens: rows of each sequence.")
 @_OUT
-def export(folder: str, layout: str, point: str | None, layer: int | None, context: int | None, output: str) -> None:
+def export(folder: str, layout: str, output: str, **chosen: Any) -> None:
     """Write a capture in the layout of another program into a new folder.
 
     \b
@@ -128,7 +129,7 @@ def export(folder: str, layout: str, point: str | None, layer: int | None, conte
 
     store = hookmap.open_store(folder)
     with working(f"writing {output}"):
-        notes = export(store, layout, output, point=point, layer=layer, context=context)
+        notes = export(store, layout, output, **chosen)
     for note in notes:
         click.echo(f"note: {note}", err=True)
     click.echo(output)

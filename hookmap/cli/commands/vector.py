@@ -30,6 +30,7 @@ def command() -> None:
 @click.option("-o", "--output", metavar="FILE", required=True, help="A .safetensors or .gguf file.")
 @click.option("--point", default="resid_post", show_default=True, metavar="NAME", help="What the vector is added to.")
 @click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
+@click.option("--calls", metavar="CALL", help="Which run of layers that run several times: last, or a number.")
 @click.option("--method", type=click.Choice(["mean_difference", "pca"]), default="mean_difference", show_default=True)
 @click.option("--positions", default="last", show_default=True, metavar="WHERE", help="Several are averaged.")
 @chat_options
@@ -40,6 +41,7 @@ def make(
     output: str,
     point: str,
     layers: str,
+    calls: str | None,
     method: Any,
     positions: str,
     **given: Any,
@@ -49,16 +51,17 @@ def make(
     Each line of FILE is a pair of prompts: texts, chat messages or token ids. The vector points from the negative ones
     to the positive ones. The file's name goes to stdout.
     """
-    from hookmap.cli.parsing import parse_layers
+    from hookmap.cli.parsing import parse_calls, parse_layers
     from hookmap.cli.settings import load_settings, refuse_unknown
 
-    chosen = parse_layers(layers)
+    chosen, of_calls = parse_layers(layers), parse_calls(calls or "all")
     positive, negative = _pairs(pairs)
     _check_ending(output)
-    refuse_unknown(point, chosen, model, positions=positions)
+    refuse_unknown(point, chosen, model, of_calls, positions=positions)
     how = templating(given, load_settings())
     hm = model_options.opened(model, given, quiet=False)
-    made = hm.steering_vector(positive, negative, point, chosen, method=method, positions=positions, **how)
+    how |= {"method": method, "positions": positions, "calls": of_calls}
+    made = hm.steering_vector(positive, negative, point, chosen, **how)
     _write(made, output)
     click.echo(output)
 

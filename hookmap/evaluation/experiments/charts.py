@@ -5,6 +5,7 @@ from typing import Any
 
 from hookmap.analysis.charts import bands, finished, load_altair
 from hookmap.evaluation.experiments.report import SIGNIFICANT, Comparison, OfTensor, Report
+from hookmap.wording import in_call
 
 
 def charts(report: Report) -> dict[str, Any]:
@@ -55,12 +56,16 @@ def _probe_rows(report: Report, pool: str, point: str) -> Iterator[dict[str, Any
     for one in report.separations:
         for place in one.layers if one.pool == pool else ():
             if place.point == point and place.auroc is not None:
-                yield {**place.model_dump(), "point": one.prefix}
+                yield {**place.model_dump(), "point": one.prefix + in_call(place.call)}
 
 
 def _by_layer(tensors: Sequence[OfTensor], title: str) -> Any:
     alt = load_altair()
-    rows = [{"prefix": name, "layer": t.layer, "moved": value} for t in tensors for name, value in t.moved.items()]
+    rows = [
+        {"prefix": name + in_call(t.call), "layer": t.layer, "moved": value}
+        for t in tensors
+        for name, value in t.moved.items()
+    ]
     drawn = (
         alt.Chart(alt.Data(values=rows))
         .mark_line(point=True)
@@ -78,7 +83,7 @@ def _cosines(tensors: Sequence[OfTensor], title: str) -> Any:
     """A heat map: layers from left to right, pairs of prefixes from top to bottom."""
     alt = load_altair()
     rows = [
-        {"layer": t.layer, "pair": f"{c.one} · {c.other}", "cosine": c.cosine}
+        {"layer": t.layer, "pair": f"{c.one} · {c.other}{in_call(t.call)}", "cosine": c.cosine}
         for t in tensors
         for c in t.cosines
         if c.cosine is not None

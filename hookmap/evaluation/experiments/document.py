@@ -56,6 +56,7 @@ class Captures(_Part):
 
     points: tuple[str, ...] | dict[str, int | tuple[int, ...] | Literal["all"] | None] | Literal["all"] = "all"
     layers: tuple[int, ...] | Literal["all"] = "all"
+    calls: tuple[int, ...] | Literal["all", "last"] = field_of("calls")
     positions: str = Field(default="-1:", description="of which tokens; -1: is the prompt's last one and the answer")
     every: int = field_of("every", ge=1)
     mean: bool = field_of("mean")

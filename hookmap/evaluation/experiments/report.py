@@ -54,6 +54,7 @@ class OfLayer(_Document):
 
     point: str
     layer: int | None
+    call: int | None = Field(default=None, description="which run of a layer that runs several times")
     auroc: float | None
     low: float | None
     high: float | None
@@ -88,6 +89,7 @@ class OfTensor(_Document):
 
     point: str
     layer: int | None
+    call: int | None = Field(default=None, description="which run of a layer that runs several times")
     pool: str
     norms: dict[str, float] = Field(description="mean L2 norm by prefix")
     moved: dict[str, float] = Field(description="norm of the mean's difference from neutral's, over neutral's norm")
@@ -270,7 +272,7 @@ def _kept(path: Path) -> ProbeReport | None:
 def _separation(name: str, pool: str, found: ProbeReport) -> Separation:
     chosen, best = found.chosen, found.best_control
     layers = tuple(
-        OfLayer(**place.model_dump(include={"point", "layer", "auroc", "low", "high", "shuffled"}))
+        OfLayer(**place.model_dump(include={"point", "layer", "call", "auroc", "low", "high", "shuffled"}))
         for place in found.places
     )
     return Separation(
@@ -293,5 +295,11 @@ def _of_tensor(found: Geometry) -> OfTensor:
         for (one, other), value in found.cosines.items()
     )
     return OfTensor(
-        point=found.point, layer=found.layer, pool=found.pool, norms=found.norms, moved=found.moved, cosines=cosines
+        point=found.point,
+        layer=found.layer,
+        call=found.call,
+        pool=found.pool,
+        norms=found.norms,
+        moved=found.moved,
+        cosines=cosines,
     )

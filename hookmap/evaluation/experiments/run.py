@@ -58,7 +58,7 @@ def _configure(experiment: Experiment, folder: Path, tell: Told | None) -> None:
 
         model = MODEL_PATH if experiment.model == "demo" else experiment.model
         chosen = experiment.captures
-        found = discover(model).selectors(chosen.points, chosen.layers)
+        found = discover(model).selectors(chosen.points, chosen.layers, chosen.calls)
         if all(selector.layer is None for selector in found):
             raise SelectionError("captures.points: name a point of a layer, such as resid_post.")
     if folder.is_dir() and any(folder.iterdir()):

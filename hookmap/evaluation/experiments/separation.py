@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hookmap.activations import Key
+from hookmap.activations import Key, call_of
 from hookmap.analysis.probes.metrics import Floats
 from hookmap.analysis.probes.pooling import chosen_positions, matrices
 from hookmap.analysis.probes.run import Probing, probe
@@ -33,6 +33,8 @@ class Geometry:
     """of each prefix but neutral: norm of (its mean minus neutral's), relative to neutral's norm"""
     cosines: dict[tuple[str, str], float]
     """of two prefixes' mean differences from neutral; nan where one did not move at all"""
+    call: int | None = None
+    """which run of a layer that runs several times; None where it runs once"""
 
 
 def geometry(store: Store, names: Sequence[str], neutral: str, how: Reporting) -> Iterator[Geometry]:
@@ -42,14 +44,14 @@ def geometry(store: Store, names: Sequence[str], neutral: str, how: Reporting) -
     memory = int(how.memory * 10**9)
     for pool in how.pools:
         chosen = chosen_positions(pool, how.positions)
-        for point, layer in _layered(store):
-            ((_, matrix),) = matrices(store, (point, layer), numbers, pool, [None], memory, chosen)
+        for key in _layered(store):
+            ((_, matrix),) = matrices(store, key, numbers, pool, [None], memory, chosen)
             means = {name: matrix[prefix == name].mean(axis=0, dtype=np.float64) for name in names}
             norms = {name: float(np.linalg.norm(matrix[prefix == name], axis=1).mean()) for name in names}
             apart = {name: means[name] - means[neutral] for name in names if name != neutral}
             moved = {name: float(np.linalg.norm(delta)) / (norms[neutral] or 1.0) for name, delta in apart.items()}
             pairs = {pair: _cosine(apart[pair[0]], apart[pair[1]]) for pair in combinations(apart, 2)}
-            yield Geometry(point, layer, pool, norms, moved, pairs)
+            yield Geometry(key[0], key[1], pool, norms, moved, pairs, call_of(key))
 
 
 def probed(
@@ -67,7 +69,7 @@ def probed(
         for sample in store.samples
         if (labels := dict(sample.labels or {}))["prefix"] in (name, neutral)
     ]
-    points = sorted({point for point, _ in _layered(store)}, key=store.points.index)
+    points = sorted({key[0] for key in _layered(store)}, key=store.points.index)
     return probe(
         store,
         label,

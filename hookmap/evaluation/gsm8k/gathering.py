@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hookmap.activations import Activation
+from hookmap.activations import Activation, call_of
 from hookmap.errors import StoreError
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter
@@ -58,7 +58,7 @@ def gather(batches: Path, target: Path, taken: Sequence[Taken], settings: Mappin
 
 def _copy(store: CaptureStore, one: Taken, writer: FolderWriter) -> None:
     old = store.sample(one.sample)
-    for point, layer in store.keys:
-        rows = store.rows_at(one.sample, (point, layer), range(old.rows))
-        writer.write(Activation(one.number, point, layer, 0, rows))
+    for key in store.keys:
+        rows = store.rows_at(one.sample, key, range(old.rows))
+        writer.write(Activation(one.number, key[0], key[1], 0, rows, call_of(key)))
     writer.finish(replace(old, sample=one.number, id=one.id, labels=one.labels))

@@ -183,13 +183,14 @@ def _sessions(app: FastAPI, sessions: Sessions) -> None:
         request: Request,
         point: str,
         layer: int | None = None,
+        call: int | None = None,
         choice: int = Query(0, ge=0, le=2**31),
         start: int | None = Query(None, ge=-(2**31), le=2**31),
         stop: int | None = Query(None, ge=-(2**31), le=2**31),
     ) -> Response:
         """Rows of one tensor, those of the tokens start to stop - 1, as safetensors; HTTP ranges are understood."""
         tokens = None if start is None and stop is None else slice(start, stop)
-        return await asyncio.to_thread(_download, sessions, id, point, layer, choice, tokens, request.headers)
+        return await asyncio.to_thread(_download, sessions, id, (point, layer, call), choice, tokens, request.headers)
 
 
 def _described(sessions: Sessions, id: str) -> dict[str, Any]:
@@ -204,15 +205,15 @@ def _described(sessions: Sessions, id: str) -> dict[str, Any]:
 def _download(
     sessions: Sessions,
     id: str,
-    point: str,
-    layer: int | None,
+    where: tuple[str, int | None, int | None],
     choice: int,
     tokens: slice | None,
     headers: Mapping[str, str],
 ) -> Response:
     try:
         with sessions.reading(id) as store:
-            file = download_of(store, choice, point, layer, tokens)
+            point, layer, call = where
+            file = download_of(store, choice, point, layer, tokens, call)
             name = f"{id}.{choice}.{tensor_name(file.key)}.safetensors"
             return ranged(file, headers, name, f"{name} {tokens}")
     except SelectionError as error:

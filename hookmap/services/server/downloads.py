@@ -47,9 +47,11 @@ class Download:
                 return
 
 
-def download_of(store: Store, sample: int, point: str, layer: int | None, tokens: Tokens) -> Download:
+def download_of(
+    store: Store, sample: int, point: str, layer: int | None, tokens: Tokens, call: int | None = None
+) -> Download:
     """The file of these tokens' rows. Raises SelectionError for what the store does not hold."""
-    key = store.key(point, layer)
+    key = store.key(point, layer, call)
     rows = rows_of(tokens, store.sample(sample))
     row = store.rows_at(sample, key, range(0))
     block = Block(tensor_name(key), len(rows), [row])

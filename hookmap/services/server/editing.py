@@ -24,7 +24,7 @@ def read(given: Documents, hm: HookedModel, sessions: Sessions) -> tuple[Interve
     try:
         found = tuple(_within(each, sessions) for each in read_interventions(list(given)))
         for each in found:
-            hm.map.selectors([each.point], each.layers if isinstance(each.layers, str) else list(each.layers))
+            hm.map.selectors([each.point], each.layers, each.calls)
     except HookmapError as error:
         raise _refused(error) from error
     return found

@@ -169,9 +169,14 @@ function column(map, told) {
 
 function rows(map, told) {  // the last layer on top, as the stream goes up
   map.head = make("tr", {}, make("th", {scope: "col"}, "layer"));
-  map.rows = told.layers.map(layer => make("tr", {}, make("th", {scope: "row"}, String(layer))));
+  map.rows = told.layers.map((_, place) => make("tr", {}, make("th", {scope: "row"}, layer(told, place))));
   at("map").replaceChildren(make("thead", {}, map.head), make("tbody", {}, ...map.rows.toReversed()));
   at("map").map = map;
+}
+
+function layer(told, place) {  // with the run, of one that runs several times for each token
+  const call = told.calls?.[place] ?? null;
+  return told.layers[place] + (call === null ? "" : ` call ${call}`);
 }
 
 function colours(map) {  // probabilities are from 0 to 1, norms as far as they go, on a logarithmic scale
@@ -193,7 +198,7 @@ function point(map, place, number) {  // the cell that is read
   const figure = told.of === "lens"
     ? `the lens says ${JSON.stringify(told.tokens[place])}, probability ${value?.toPrecision(3)}`
     : `norm ${value?.toPrecision(4)}`;
-  const where = `${told.point}, layer ${told.layers[place]}, where ${JSON.stringify(told.token)} was predicted (row ${told.position})`;
+  const where = `${told.point}, layer ${layer(told, place)}, where ${JSON.stringify(told.token)} was predicted (row ${told.position})`;
   at("cell").textContent = `${where}: ${figure}`;
 }
 

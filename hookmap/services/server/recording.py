@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 import safetensors.torch
 
-from hookmap.activations import Sample, Sink
+from hookmap.activations import Sample, Sink, call_of
 from hookmap.capture.estimate import check_room, in_words
 from hookmap.capture.options import RowOptions, options_of
 from hookmap.capture.rows import RowSelection, row_selection
@@ -84,7 +84,9 @@ def _given(field: Recording, settings: Settings) -> dict[str, Any]:
         layers = "all"  # it names them itself
     if isinstance(points, Mapping) and field.points is None and field.layers is not None:
         points = list(points)  # the server's own points on the layers of the request
-    return {"points": points, "layers": list(layers) if isinstance(layers, tuple) else layers}
+    calls = settings.calls if field.calls is None else field.calls
+    listed = [list(each) if isinstance(each, tuple) else each for each in (layers, calls)]
+    return {"points": points, "layers": listed[0], "calls": listed[1]}
 
 
 class SessionRecorder:
@@ -105,7 +107,7 @@ class SessionRecorder:
         """Make the session."""
         self._session, self._folder = self._sessions.begin(self._model, self._plan.bytes)
         manifest = manifest_of_run(
-            [(selector.point, selector.layer) for selector in self.selectors],
+            [selector.key for selector in self.selectors],
             model=self._model,
             architecture=self._hm.map.architecture,
             architecture_map=self._hm.map.to_document(),
@@ -137,7 +139,7 @@ class InlineRecorder:
 
     def __init__(self, plan: RecordingPlan) -> None:
         self.selectors, self.selection, self.matching = plan.selectors, plan.selection, plan.matching
-        self._store = MemoryStore((selector.point, selector.layer) for selector in plan.selectors)
+        self._store = MemoryStore(selector.key for selector in plan.selectors)
 
     def begin(self) -> Sink:
         """A store in memory."""
@@ -180,16 +182,17 @@ def described(store: Store, where: str | None) -> dict[str, Any]:
     ]
     tensors = []
     for sample in store.samples:
-        for point, layer in store.keys:
-            no_rows = None if sample.positions == "mean" else range(0)  # a mean is one row
-            empty = store.read(sample.sample, point, layer, no_rows)
+        for key in store.keys:
+            no_rows = range(1 if sample.positions == "mean" else 0)
+            empty = store.rows_at(sample.sample, key, no_rows)
             shape = [sample.rows, *empty.shape[1:]]
-            query = {"point": point, "layer": layer, "choice": sample.sample}
+            query = {"point": key[0], "layer": key[1], "call": call_of(key), "choice": sample.sample}
             link = urlencode({name: value for name, value in query.items() if value is not None})
             tensors.append(
                 {
-                    "point": point,
-                    "layer": layer,
+                    "point": key[0],
+                    "layer": key[1],
+                    **({} if call_of(key) is None else {"call": call_of(key)}),
                     "choice": sample.sample,
                     "shape": shape,
                     "dtype": str(empty.dtype).removeprefix("torch."),

@@ -29,6 +29,7 @@ class SummaryRequest(_Request):
     point: str
     of: Literal["norm", "lens"] = Field("norm", description="of the row: its length, or the lens's likeliest token")
     layers: str | int | list[int] = Field("all", description="numbers, negative from the end, or `all`")
+    calls: str | int | list[int] = field_of("calls")
 
 
 class Recording(_Request):
@@ -38,6 +39,7 @@ class Recording(_Request):
         None, description="names of points, or an object of layers by point; the server's own where left out"
     )
     layers: str | int | list[int] | None = Field(None, description="numbers, negative from the end, or `all`")
+    calls: str | int | list[int] | None = Field(None, description="runs of layers that run several times, or `last`")
     positions: str | list[int] = Field("all", description="of which tokens; see docs/capture.md")
     every: Positive = field_of("every")
     mean: bool = field_of("mean")

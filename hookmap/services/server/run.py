@@ -25,7 +25,7 @@ def serve(source: str | None, settings: Settings, name: str | None = None) -> No
     models = Models(settings)
     if source is not None:
         hm = open_model(source, **settings.loads)
-        hm.map.selectors(settings.points, settings.layers)  # wrong names are told now
+        hm.map.selectors(settings.points, settings.layers, settings.calls)  # wrong names are told now
         models.add(models.called(source, name), hm)
     config = uvicorn.Config(
         make_app(settings, models, sessions),

@@ -27,6 +27,7 @@ class Settings:
     points: str | tuple[str, ...] | Mapping[str, Any] = ("resid_post",)
     """what is recorded for `store_activations: true`, and for a `hookmap` field that names no points"""
     layers: str | tuple[int, ...] = "all"
+    calls: str | tuple[int, ...] = "all"
     queue: int = 64
     """requests that may wait for a model"""
     batch: int = 8

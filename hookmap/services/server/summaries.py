@@ -57,6 +57,7 @@ class Summary:
 
     def told(self, choice: int, token: str, figures: Figures, decode: Callable[[list[int]], str]) -> dict[str, Any]:
         """The figures of a token as JSON."""
+        calls = [selector.call for selector in self.selectors]
         words = {"tokens": [decode([id]) for id in figures.tokens]} if self.of == "lens" else {}
         return {
             "choice": choice,
@@ -65,6 +66,7 @@ class Summary:
             "point": self.selectors[0].point,
             "of": self.of,
             "layers": [selector.layer for selector in self.selectors],
+            **({"calls": calls} if any(call is not None for call in calls) else {}),
             "values": [value if math.isfinite(value) else None for value in figures.values],
             **words,
         }
@@ -80,14 +82,14 @@ def offered(architecture_map: ArchitectureMap) -> dict[str, list[str]]:
 def summary_of(asked: SummaryRequest, architecture_map: ArchitectureMap) -> Summary:
     """Check a request's summary against the map. Raises ApiError."""
     try:
-        selectors = architecture_map.selectors([asked.point], asked.layers)
+        selectors = architecture_map.selectors([asked.point], asked.layers, asked.calls)
     except HookmapError as error:
         raise bad(str(error), PARAM, type(error).__name__) from error
     if not selectors:
         raise bad(f"summary: no layer of {asked.layers!r} has {asked.point}.", f"{PARAM}.layers")
     if why := _refusal(selectors[0].point, asked.of):
         raise bad(f"summary: {why}", f"{PARAM}.point")
-    return Summary(asked.of, tuple(sorted(selectors, key=lambda selector: selector.layer or 0)))
+    return Summary(asked.of, selectors)
 
 
 def _refusal(point: str, of: str) -> str | None:
