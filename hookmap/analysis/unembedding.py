@@ -20,7 +20,7 @@ from hookmap.capture.finiteness import not_finite
 from hookmap.discovery import aten
 from hookmap.discovery.dataflow import Dataflow, ModuleCall, Operation, TensorRef, record
 from hookmap.errors import SelectionError
-from hookmap.loading import modules
+from hookmap.loading import modules, other_inputs
 from hookmap.loading.encoder_decoder import is_encoder_decoder, with_source
 from hookmap.loading.encoder_prompts import trial_prompt
 from hookmap.maps.calls import last_run
@@ -137,6 +137,7 @@ def read(model: nn.Module, last: Selector, norm_path: str | None, head_path: str
     """
     config = getattr(model, "config", None)
     given = with_source(model, modules.inputs(modules.device_of(model), modules.sequence_length(config, model)))
+    given |= other_inputs.chosen(model, given)
     with modules.eager(model), modules.plain_experts(model):
         flow = record(model, given, modules.accepted(model, given))
     end = max((_time(flow, term.module, term.side) for term in last.terms), default=-1)

@@ -24,7 +24,7 @@ from hookmap.discovery.locate import Location, captured_axes
 from hookmap.discovery.model_points import read_outside
 from hookmap.discovery.values import Values
 from hookmap.errors import DiscoveryError, HookmapError, ModelError
-from hookmap.loading import configs, modules
+from hookmap.loading import configs, modules, other_inputs
 from hookmap.loading.encoder_decoder import tokens_argument, with_source
 from hookmap.loading.modules import model_inside
 from hookmap.loading.quantised import plain_products
@@ -97,8 +97,13 @@ def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> Ar
 
 def _one_pass(model: nn.Module, config: Any, device: Any, seq: int) -> Dataflow:
     given = with_source(model, modules.inputs(device, seq))
+
+    def run(others: dict[str, Any]) -> Dataflow:
+        every = {**given, **others}
+        return record(model, every, modules.accepted(model, every))
+
     try:
-        flow = record(model, given, modules.accepted(model, given))
+        flow = other_inputs.ran(model, given, run)
         flow.tokens = tokens_argument(model)
         return flow
     except RuntimeError:

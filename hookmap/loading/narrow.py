@@ -6,9 +6,10 @@ words that transformers uses in their names; what is not a width, a count of hea
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ _PRODUCTS = (
     ("n_mamba_heads", "mamba_headdim", ("mamba_expand", "hidden_size")),
     ("mamba_n_heads", "mamba_d_head", ("mamba_d_ssm",)),
 )
+_SECTIONS = "mrope_section"
 _TOKEN = re.compile(r"token_id$|token_index$")
 # Of a part that reads images or sounds, when a copy is still too large: in some, each layer is wider than the last.
 _DEPTH = re.compile(r"^(num_hidden_layers|num_layers|n_layers?|depth|encoder_layers|decoder_layers)$")
@@ -71,8 +73,7 @@ def narrow_copy(config: Any, trust_remote_code: bool = False) -> tuple[nn.Module
     from hookmap.loading import configs
 
     for shallow in (False, True):
-        small = narrow(config, shallow)
-        plan = configs.build(small, "meta", torch.float32, trust_remote_code)
+        small, plan = _planned(config, shallow, trust_remote_code)
         needed = sum(tensor.numel() * tensor.element_size() for tensor in (*plan.parameters(), *plan.buffers()))
         if needed <= MOST_BYTES:
             return configs.build(small, "cpu", torch.float32, trust_remote_code), small
@@ -84,26 +85,66 @@ def narrow_copy(config: Any, trust_remote_code: bool = False) -> tuple[nn.Module
     )
 
 
-def narrow(config: Any, shallow: bool = False) -> Any:
+def _planned(config: Any, shallow: bool, trust_remote_code: bool) -> tuple[Any, nn.Module]:
+    """A narrow config that builds, and its model without weights.
+
+    Where the whole cannot be narrow, because its config asks for a relation that is not known here, one field or one
+    part keeps its size.
+    """
+    import torch
+
+    from hookmap.loading import configs
+
+    def build(kept: frozenset[str]) -> tuple[Any, nn.Module]:
+        small = narrow(config, shallow, kept)
+        return small, configs.build(small, "meta", torch.float32, trust_remote_code)
+
+    try:
+        return build(frozenset())
+    except ModelError:
+        for name in _changed(config, narrow(config, shallow)):
+            with contextlib.suppress(ModelError):
+                return build(frozenset({name}))
+        raise
+
+
+def _changed(config: Any, small: Any) -> list[str]:
+    """What differs in a narrow copy, by name: the vocabulary first, then other fields, then parts."""
+    fields: dict[str, None] = {}
+    parts: dict[str, None] = {}
+    stack = [(config, small)]
+    while stack:
+        before, after = stack.pop()
+        for name, value in vars(before).items():
+            if name.startswith("_") or value == (other := getattr(after, name, value)):
+                continue
+            (parts if hasattr(value, "to_dict") else fields)[name] = None
+            if hasattr(value, "to_dict"):
+                stack.append((value, other))
+    return [*sorted(fields, key=lambda name: name != "vocab_size"), *parts]
+
+
+def narrow(config: Any, shallow: bool = False, kept: Collection[str] = ()) -> Any:
     """A copy of a transformers config at narrow width; depth and the pattern of layers stay.
 
-    `shallow`: of the parts beside the text model, such as a vision tower, two layers are left.
+    `shallow`: of the parts beside the text model, such as a vision tower, two layers are left. `kept`: names of fields
+    and parts that stay as they are.
     """
     made = copy.deepcopy(config)
     text = made.get_text_config(decoder=True) if hasattr(made, "get_text_config") else made
-    _narrow(made, config, text if shallow else None)
+    _narrow(made, config, kept, text if shallow else None)
     return made
 
 
-def _narrow(config: Any, original: Any, text: Any = None) -> None:
+def _narrow(config: Any, original: Any, kept: Collection[str], text: Any = None) -> None:
     """`text`: this part keeps its depth; other parts do not."""
     names = getattr(config, "attribute_map", {})
     settings, before = vars(config), vars(original)
     for name, value in list(settings.items()):
-        if name.startswith("_") or name in names:
+        if name.startswith("_") or name in names or name in kept:
             continue
         if hasattr(value, "to_dict"):
-            _narrow(value, before[name], text)
+            _narrow(value, before[name], kept, text)
             if text is not None and value is not text:
                 _cut_depth(value)
         elif isinstance(value, dict) and name.endswith("config"):
@@ -111,6 +152,7 @@ def _narrow(config: Any, original: Any, text: Any = None) -> None:
         else:
             settings[name] = _field(name, value)
     _relations(settings, before)
+    _sections(config)
     if getattr(config, "is_heterogeneous", False):
         config.per_layer_config = dict(_narrow_layers(config, original))
 
@@ -179,6 +221,28 @@ def _relations(settings: dict[str, Any], before: dict[str, Any]) -> None:
         sizes = [size for name in (count, width, *whole) if isinstance(size := before.get(name), int)]
         if len(sizes) == 2 + len(whole) and sizes[0] * sizes[1] == prod(sizes[2:]):
             settings[width] = prod(settings[name] for name in whole) // settings[count]
+
+
+def _sections(config: Any) -> None:
+    """Rotary sections (time, height, width) that together are half of the rotated width, as in a whole model.
+
+    Written also where the config has none, and its class has sections of its own for the full width.
+    """
+    rope = vars(config).get("rope_parameters")
+    reads = _SECTIONS in (getattr(config, "ignore_keys_at_rope_validation", None) or ())
+    for each in (rope, *rope.values()) if isinstance(rope, dict) else ():
+        if isinstance(each, dict) and (_SECTIONS in each or (reads and "rope_type" in each)):
+            half = _rotated(config, each) // 2
+            side = round(half * 3 / 8)
+            each[_SECTIONS] = [side, side, half - 2 * side]
+
+
+def _rotated(config: Any, rope: dict[str, Any]) -> int:
+    """How many features of a head are rotated."""
+    if width := getattr(config, "qk_rope_head_dim", None):
+        return int(width)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(width * (rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0))
 
 
 def _heads(settings: dict[str, Any]) -> tuple[int | None, int | None]:

@@ -73,10 +73,89 @@ COMPLETIONS: dict[str, Completion] = {
 }
 
 
-def config_of(model_type: str) -> Any:
-    """The config of a model type that the sweep builds: the default, completed where the default builds nothing."""
-    from transformers import CONFIG_MAPPING
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_HALF_ROTATED = {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}}
+_VISION_START = Completion({"vision_start_token_id": 151_652}, "the forward pass reads vision_start_token_id")
 
-    completion = COMPLETIONS.get(model_type)
+# Of the classes that read images or sounds too.
+MULTIMODAL_COMPLETIONS: dict[str, Completion] = {
+    "aya_vision": Completion(
+        {
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "image_size": 364,
+                "patch_size": 14,
+                "vision_use_head": False,
+            }
+        },
+        "14 heads do not divide the tower's width; the values are those of Aya Vision 8B",
+    ),
+    "blip-2": Completion({"image_token_index": 50_265}, "the forward pass compares each token with image_token_index"),
+    "chameleon": Completion({"vocabulary_map": {"<image>": 8711, "IMGIMGAZ": 4}}, "vocabulary_map is None by default"),
+    "cohere_compass": Completion(
+        {"text_config": {"rope_parameters": {"full_attention": _ROPE}}}, "rope_parameters must name each layer type"
+    ),
+    "deepseek_ocr2": Completion(
+        {
+            "text_config": {
+                "mlp_layer_types": ["dense"] + ["sparse"] * 11,
+                "num_hidden_layers": 12,
+                "num_experts_per_tok": 6,
+                "hidden_size": 1280,
+                "num_attention_heads": 10,
+                "intermediate_size": 6848,
+                "moe_intermediate_size": 896,
+            }
+        },
+        "mlp_layer_types and num_experts_per_tok are None by default; the values are those of DeepSeek-OCR",
+    ),
+    "diffusion_gemma": Completion(
+        {"text_config": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}},
+        "the numbers of experts are None by default; the values are those of Gemma 4's",
+    ),
+    "emu3": Completion(
+        {"vocabulary_map": {"<image>": 151_859, "<|extra_200|>": 151_846, "<|visual token 000000|>": 151_854}},
+        "vocabulary_map is None by default",
+    ),
+    "glm46v": Completion({"text_config": _HALF_ROTATED}, "the default sections are of heads that are rotated half"),
+    "glm4v": Completion({"text_config": _HALF_ROTATED}, "the default sections are of heads that are rotated half"),
+    "glm4v_moe": Completion(
+        {"text_config": {**_HALF_ROTATED, "head_dim": 128}}, "the default sections are of heads that are rotated half"
+    ),
+    "glmga": Completion({"text_config": _HALF_ROTATED}, "the default sections are of heads that are rotated half"),
+    "granite4_vision": Completion(
+        {"deepstack_layer_map": [[-2, 0]], "downsample_rate": "1/2"}, "deepstack_layer_map is None by default"
+    ),
+    "hunyuan_vl": Completion({"text_config": {"head_dim": 128}}, _HEAD_DIM),
+    "instructblip": Completion({"image_token_index": 32_000}, "it compares each token with image_token_index"),
+    "instructblipvideo": Completion({"video_token_index": 32_000}, "it compares each token with video_token_index"),
+    "qwen2_5_omni_thinker": _VISION_START,
+    "qwen3_omni_moe_thinker": _VISION_START,
+    "qwen4_exp": COMPLETIONS["qwen4_exp"],
+    "step3p7": Completion({"text_config": {"sliding_window": 512}}, "sliding_window is None by default"),
+}
+
+
+def config_of(model_type: str, multimodal: bool = False) -> Any:
+    """The config of a model type that the sweep builds: the default, completed where the default builds nothing.
+
+    `multimodal`: of the whole of a model that reads images or sounds too.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+    completion = (MULTIMODAL_COMPLETIONS if multimodal else COMPLETIONS).get(model_type)
     config = CONFIG_MAPPING[model_type](**(completion.settings if completion else {}))
+    if multimodal:
+        config.architectures = [first(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[model_type])]
     return getattr(config, completion.part) if completion and completion.part else config
+
+
+def first(classes: Any) -> str:
+    """The class of a model type, in transformers' mappings one name or several."""
+    found: str = classes if isinstance(classes, str) else classes[0]
+    return found

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hookmap.loading import modules
+from hookmap.loading import modules, other_inputs
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, select
@@ -98,7 +98,7 @@ def run_once(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Context
     selectors = select(found, found.points)
     ids = _random_ids(found, model, seed)
     try:
-        return _observed(found, model, ids, selectors)
+        return other_inputs.ran(model, {"input_ids": ids}, lambda _: _observed(found, model, ids, selectors))
     except RuntimeError:  # a model of audio reads several rows of ids for one sequence
         rows = modules.rows_per_sequence(getattr(model, "config", None))
         if rows == 1:

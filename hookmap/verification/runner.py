@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hookmap.errors import CaptureError
-from hookmap.loading import modules
+from hookmap.loading import modules, other_inputs
 from hookmap.loading.encoder_decoder import with_source
 from hookmap.maps.selectors import Selector, Term
 from hookmap.verification.check import Key
@@ -66,6 +66,7 @@ def forward(
     """The output of one forward pass under `hooks`, with `weights` in place of the model's own of the same names."""
     given = {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids), "use_cache": False, **settings}
     given = with_source(model, given, torch.Generator().manual_seed(0))
+    given |= other_inputs.chosen(model, given)
     kwargs = {parameter: given[name] for name, parameter in modules.accepted(model, given).items()}
     with ExitStack() as stack, torch.no_grad():
         for hook in hooks:

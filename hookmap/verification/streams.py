@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hookmap.loading import other_inputs
 from hookmap.maps.points import PointName
 from hookmap.maps.runs import text_of
 from hookmap.verification.check import Check, relative_error
@@ -61,6 +62,9 @@ def hidden_states(run: Context) -> Iterator[Check]:
         yield Check("hidden_states", (), not layers, "the model returns no hidden states to compare with")
         return
     states = [_batch_first(state) for state in run.output.hidden_states]
+    if other_inputs.demands_more(run.model) and all(state.shape[1] != POSITIONS for state in states):
+        yield Check("hidden_states", (), True, "the model records the hidden states of its picture, not of its tokens")
+        return
     if run.map.left_out and len(states) > run.map.num_layers + 1:
         yield _among(run, states, layers)
     else:
