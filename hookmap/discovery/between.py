@@ -83,6 +83,9 @@ class _Words:
             number, run = self.names[value]
             said = "" if self.layers.times(number) == 1 or (number, run) == self.before else f", run {run}"
             return f"resid_post[{number}{said}]"
+        op, ids = self.values.producers.get(value), self.values.value(self.values.flow.inputs[self.values.flow.tokens])
+        if op is not None and op.name == "embedding" and ids in self.values.operands(op):
+            return "embed"
         first = self.layers.order[0]
         return f"resid_pre[{first[0]}]" if value == self.layers.streams[first][0] else None
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from hookmap.discovery.dataflow import ModuleCall
+from hookmap.discovery.joined_lists import joined
 from hookmap.discovery.layer_list import LayerList, Numbered, Rows, additions, chain, numbered_modules, scattered
 from hookmap.discovery.linear import linear_path
 from hookmap.discovery.values import Values
@@ -38,7 +39,7 @@ def _candidates(values: Values, groups: list[Numbered], seq: int) -> list[LayerL
         if not found and positions == seq:
             found = list(scattered(values, groups, seq))
         if found:
-            return found
+            return [*found, *joined(values, found)]
     raise DiscoveryError(
         "no list of blocks was found: expected modules numbered 0, 1, 2, … that hand a tensor "
         "[batch, pos, d_model] from one to the next. If this is a causal language model, please report it "
@@ -50,7 +51,7 @@ def _are_its_branches(values: Values, inner: LayerList, outer: LayerList) -> boo
     """Whether a list is the branches of one block: modules of different classes, each of which adds once (T5)."""
     classes = {type(call.module) for call in inner.calls.values()}
     once = all(additions(values, inner.calls[n], stream) == 1 for n, stream in inner.streams.items())
-    return once and len(classes) == len(inner.calls) > 1 and inner is not outer and _is_inside(inner, outer)
+    return once and len(classes) == len(inner.numbers) > 1 and inner is not outer and _is_inside(inner, outer)
 
 
 def _lengths(values: Values, groups: list[Numbered], seq: int) -> list[int]:
@@ -151,10 +152,10 @@ def _rows_of_tokens(values: Values, layers: LayerList, seq: int) -> Rows:
 
 def _contradictions(values: Values, best: LayerList, candidates: list[LayerList], output: set[int]) -> Iterator[str]:
     """Why one list of blocks does not describe the model."""
-    once = sum(call.module is best.first.module for call in values.flow.calls) == 1
-    others = [other for other in candidates if other.path != best.path and _adding(values, other)]
-    for other in others if once else []:
-        if len(other.streams) > 1 and _is_inside(other, best):
+    own = set(map(id, best.calls.values()))
+    others = [other for other in candidates if own.isdisjoint(map(id, other.calls.values())) and _adding(values, other)]
+    for other in (each for each in others if not _only_holds(each, best)):
+        if len(other.numbers) > 1 and _is_inside(other, best):
             yield (
                 f"each block of {best.path} holds a list of blocks, such as {other.path}: a map has one list. Put all "
                 "blocks of the model into one list, or discover a part of the model."
@@ -178,18 +179,27 @@ def _contradictions(values: Values, best: LayerList, candidates: list[LayerList]
 
 
 def _is_inside(inner: LayerList, outer: LayerList) -> bool:
-    """Whether a list is in one block of another, with a stream of the same width."""
-    calls = inner.calls.values()
-    return inner.width == outer.width and any(
-        all(block.enter < call.enter and call.exit < block.exit for call in calls) for block in outer.calls.values()
+    """Whether a list is in the blocks of another, with a stream of the same width."""
+    return inner.width == outer.width and all(
+        any(block.enter < call.enter and call.exit < block.exit for block in outer.calls.values())
+        for call in inner.calls.values()
     )
+
+
+def _only_holds(outer: LayerList, best: LayerList) -> bool:
+    """Whether each block of a list is around blocks of the best one, which are all in one of its blocks."""
+    around = [
+        [call for call in best.calls.values() if block.enter < call.enter and call.exit < block.exit]
+        for block in outer.calls.values()
+    ]
+    return all(around) and sum(map(len, around)) == len(best.calls)
 
 
 def _shares_the_stream(values: Values, best: LayerList, other: LayerList, output: set[int]) -> bool:
     """Whether the stream goes through another list too: around this one, before it, behind it, or next to it."""
     if _continues(values, best, other):
         return True
-    if len(other.streams) == 1:  # one module, such as a head, may stand around the blocks or before them
+    if len(other.numbers) == 1:  # one module, such as a head, may stand around the blocks or before them
         return False
     around = any(c.enter < best.first.enter and best.last.exit < c.exit for c in other.calls.values())
     return around or other.end in output or _continues(values, other, best)

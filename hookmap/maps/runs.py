@@ -6,10 +6,12 @@ A layer is written once for each time that it runs; `3 x (...)` is what runs thr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _TOKEN = re.compile(r"\s*(?:(\d+)\s*x\s*\(|(\d+)(?:\s*-\s*(\d+))?|([),]))")
 
 
@@ -52,16 +54,36 @@ def _items(text: str, place: int) -> tuple[list[int], int]:
 
 def text_of(layers: Sequence[int]) -> str:
     """The inverse of `layers_of`: the shortest text that shows what is repeated."""
-    times = {layer: layers.count(layer) for layer in set(layers)}
-    return ", ".join(_folded(list(_ranges(layers, times))))
+    return _joined(_folded(list(_ranges(layers))))
 
 
-def _ranges(layers: Sequence[int], times: Mapping[int, int]) -> Iterator[str]:
-    """Ranges of layers that follow one another and run equally often: (0, 1, 2, 1, 2) -> 0, 1-2, 1-2."""
-    numbered = enumerate(layers)
-    for _, group in groupby(numbered, key=lambda item: (item[1] - item[0], times[item[1]])):
-        members = [layer for _, layer in group]
-        yield str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}"
+def _ranges(layers: Sequence[int]) -> Iterator[str]:
+    """Ranges of layers that follow one another, run equally often and for the same time: 0, 1-2, 1-2."""
+    often, so_far = Counter(layers), Counter[int]()
+    parts = []
+    for place, layer in enumerate(layers):
+        parts.append((layer - place, often[layer], so_far[layer], layer))
+        so_far[layer] += 1
+    for _, group in groupby(parts, key=lambda part: part[:3]):
+        members = [part[-1] for part in group]
+        yield _range(members[0], members[-1])
+
+
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _joined(parts: Iterable[str]) -> str:
+    """The parts behind one another; ranges that follow one another as one: 0, 1-2 -> 0-2."""
+    found: list[str] = []
+    for part in parts:
+        ends = [_RANGE.fullmatch(each) for each in (*found[-1:], part)]
+        numbers = [int(end) for match in ends if match is not None for end in (match[1], match[2] or match[1])]
+        if len(numbers) == 4 and numbers[2] == numbers[1] + 1:
+            found[-1] = _range(numbers[0], numbers[3])
+        else:
+            found.append(part)
+    return ", ".join(found)
 
 
 def _folded(parts: list[str]) -> Iterator[str]:
@@ -74,7 +96,7 @@ def _folded(parts: list[str]) -> Iterator[str]:
             default=(1, 1),
         )
         if times > 1:
-            yield f"{times} x ({', '.join(_folded(parts[place : place + size]))})"
+            yield f"{times} x ({_joined(_folded(parts[place : place + size]))})"
         else:
             size = 1
             yield parts[place]

@@ -26,17 +26,19 @@ CORE = (
     "embed", "resid_pre", "mixer_in", "mixer_out", "resid_mid", "mlp_in", "mlp_out", "resid_post", "final_norm",
     "logits",
 )  # fmt: skip
-_tape: dict[tuple[str, int | None], Tensor] | None = None
+_tape: dict[tuple[str, int | None], list[Tensor]] | None = None
+"""(point, layer) -> the tensor of each run of the layer"""
 
 
 def note(layer: int | None, **tensors: Tensor) -> None:
     """What a model says of itself, while somebody listens."""
     if _tape is not None:
-        _tape.update({(name, layer): tensor.detach().clone() for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            _tape.setdefault((name, layer), []).append(tensor.detach().clone())
 
 
 @contextmanager
-def taped() -> Iterator[dict[tuple[str, int | None], Tensor]]:
+def taped() -> Iterator[dict[tuple[str, int | None], list[Tensor]]]:
     """The tape that a model writes on inside."""
     global _tape
     _tape = tape = {}
@@ -52,7 +54,8 @@ def listening() -> bool:
 
 
 def check(model: nn.Module, missing: dict[str, str] | None = None) -> Any:
-    """The map says what the tape says; it lacks exactly the points of `missing`, each for a reason that matches."""
+    """The map says what the tape says, of each run of each layer; it lacks exactly the points of `missing`, each for a
+    reason that matches."""
     missing = missing or {}
     model.eval()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -75,10 +78,10 @@ def check(model: nn.Module, missing: dict[str, str] | None = None) -> Any:
         model(IDS)
     for handle in handles:
         handle.remove()
-    selected = {
-        (s.point, s.layer): sum(t.times(parts[s, n], _parameter(model, t)) for n, t in enumerate(s.terms))
-        for s in found.selectors()
-    }
+    selected: dict[tuple[str, int | None], list[Any]] = {}
+    for s in found.selectors():
+        runs = selected.setdefault((s.point, s.layer), [])
+        runs.append(sum(t.times(parts[s, n], _parameter(model, t)) for n, t in enumerate(s.terms)))
     bare = {(s.point, s.layer) for s in found.selectors() if [(t.scale, t.weight) for t in s.terms] == [(1.0, None)]}
     wrong = []
     for point in dict.fromkeys((*CORE, *(point for point, _ in expected))):
@@ -87,8 +90,11 @@ def check(model: nn.Module, missing: dict[str, str] | None = None) -> Any:
             if (point, layer) in selected:
                 if (point, layer) not in expected:
                     wrong.append(f"{point}[{layer}] is offered, but is no such thing")
-                elif not _same(selected[point, layer], expected[point, layer], (point, layer) in bare):
-                    wrong.append(f"{point}[{layer}] is another tensor")
+                elif len(selected[point, layer]) != len(expected[point, layer]):
+                    wrong.append(f"{point}[{layer}] is offered {len(selected[point, layer])} times")
+                pairs = enumerate(zip(selected[point, layer], expected.get((point, layer), []), strict=False))
+                far = [run for run, (own, theirs) in pairs if not _same(own, theirs, (point, layer) in bare)]
+                wrong += [f"{point}[{layer}] is another tensor in run {run}" for run in far]
             elif (point, layer) in expected and point not in missing:
                 wrong.append(f"{point}[{layer}] is refused: {reason}")
             if point in missing and not re.search(missing[point], reason or "(it is there)"):

@@ -1,0 +1,49 @@
+"""Invented architectures that run blocks several times: each run of each layer is the right tensor, or refused."""
+
+from __future__ import annotations
+
+import pytest
+from support import invented_loops as loops
+from support.invented import check
+from torch import nn
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "order", "between"),
+    [
+        (loops.Whole, "3 x (0-2)", {}),
+        (
+            loops.FedBack,
+            "0, 3 x (1-2), 3-4",
+            {
+                "0 -> 1": "still(resid_post[0]) + still(resid_post[0])",
+                "2 -> 1": "still(resid_post[2]) + still(resid_post[0])",
+            },
+        ),
+        (
+            loops.Adapted,
+            "0-1, 3 x (2-3), 4",
+            {
+                "1 -> 2": "adapter(cat(weights, resid_post[1]))",
+                "3 -> 2": "adapter(cat(resid_post[3], resid_post[1]))",
+            },
+        ),
+        (loops.Nested, "2 x (3 x (0-1), 2-3)", None),
+        (loops.Universal, "4 x (0)", {"0 -> 0": "resid_post[0] + weights"}),
+        (loops.Uneven, "2 x (0-2), 0-1", {}),
+        (loops.TwiceInARun, "3 x (0-2)", {"2 -> 0": "resid_post[2] + embed * 0.5"}),
+        (loops.Reminded, "3 x (0-2)", {}),
+        (loops.Halting, "3 x (0-2)", None),
+        (loops.Averaged, "3 x (0-2)", {}),
+        (loops.Cycled, "2 x (0-3)", {}),
+        (loops.Named, "0, 3 x (1), 2", {}),
+        (loops.Groups, "2 x (0-1), 2 x (2-3)", {}),
+    ],
+)
+def test_each_run_of_each_layer_is_right(kind: type[nn.Module], order: str, between: dict[str, str] | None) -> None:
+    found = check(kind())
+    assert found.runs == order
+    assert between is None or found.between == between
+    assert found.joined == (not found.between)
