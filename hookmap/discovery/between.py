@@ -31,6 +31,14 @@ def between(values: Values, layers: LayerList) -> dict[str, str]:
     return dict(_together({pair: "; or ".join(texts) for pair, texts in found.items()}))
 
 
+def before_norm(values: Values, layers: LayerList, normed: int | None) -> dict[str, str]:
+    """`3 -> final_norm`: what the last norm reads, where it is a sum or a mean of more than the last block gives."""
+    last = layers.order[-1]
+    if normed is None or normed == layers.end or values.size(normed) != values.size(layers.end):
+        return {}
+    return {f"{last[0]} -> final_norm": _Words(values, layers).of(normed, last)}
+
+
 def apart(values: Values, layers: LayerList) -> Iterator[tuple[Run, Run]]:
     """Runs, one behind the other, where what enters the second is not what leaves the first, or a multiple of it."""
     order = sorted(layers.calls, key=lambda run: layers.calls[run].enter)

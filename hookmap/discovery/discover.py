@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from hookmap._version import __version__
-from hookmap.discovery.between import between
+from hookmap.discovery.between import before_norm, between
 from hookmap.discovery.block import Block
 from hookmap.discovery.block_points import BlockPoints, points_of_block
 from hookmap.discovery.dataflow import Dataflow, record
@@ -149,8 +149,9 @@ def assemble(
         if all((number, run) in layers.streams for run in times):
             runs = [points_of_block(Block(values, layers, number, run)) for run in times]
             readings[number] = points_of_runs(values, layers, number, runs)
-    kinds, parts = _kinds(layers, readings, values), between(values, layers)
+    kinds = _kinds(layers, readings, values)
     outside = read_outside(values, layers, seq)
+    parts = between(values, layers)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     return ArchitectureMap(
         architecture=modules.architecture_of(model),
@@ -178,7 +179,7 @@ def assemble(
         model_unavailable=outside.unavailable,
         kinds=kinds,
         joined=not parts,
-        between=parts,
+        between=parts | before_norm(values, layers, outside.normed),
         left_out=layers.uncovered_lists,
         discovered_by=how,
     )

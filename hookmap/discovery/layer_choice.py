@@ -25,7 +25,7 @@ def find_layers(values: Values, seq: int) -> LayerList:
     best = max(candidates, key=lambda layers: _rank(values, layers))
     if len(candidates) > 1 and best.end not in output:
         best = _leading(values, groups, best, output)
-    for reason in _contradictions(values, best, candidates, output):
+    for reason in _contradictions(values, best, candidates):
         raise DiscoveryError(reason)
     found = replace(best, uncovered_lists=_outermost(list(_uncovered(values, best, groups, output))))
     return found if found.seq == seq else replace(found, tokens=seq, rows=_rows_of_tokens(values, found, seq))
@@ -150,7 +150,7 @@ def _rows_of_tokens(values: Values, layers: LayerList, seq: int) -> Rows:
 # Models that one list does not describe -------------------------------------------------------------------------------
 
 
-def _contradictions(values: Values, best: LayerList, candidates: list[LayerList], output: set[int]) -> Iterator[str]:
+def _contradictions(values: Values, best: LayerList, candidates: list[LayerList]) -> Iterator[str]:
     """Why one list of blocks does not describe the model."""
     own = set(map(id, best.calls.values()))
     others = [other for other in candidates if own.isdisjoint(map(id, other.calls.values())) and _adding(values, other)]
@@ -160,7 +160,7 @@ def _contradictions(values: Values, best: LayerList, candidates: list[LayerList]
                 f"each block of {best.path} holds a list of blocks, such as {other.path}: a map has one list. Put all "
                 "blocks of the model into one list, or discover a part of the model."
             )
-        elif _shares_the_stream(values, best, other, output):
+        elif _shares_the_stream(values, best, other):
             yield (
                 f"the residual stream goes through several lists of blocks, {best.path} and {other.path}: a map has "
                 "one. Put the blocks of the model into one list, or discover a part of the model."
@@ -175,6 +175,12 @@ def _contradictions(values: Values, best: LayerList, candidates: list[LayerList]
             f"how often the blocks {best.path} run depends on the text: the model reads a number of what they "
             "computed, and one forward pass shows one depth. hookmap reads models that run the same blocks for "
             "every text: set a fixed depth in the model's config, if it has such a setting."
+        )
+    elif _asks_what_tokens_are(values, best):
+        yield (
+            f"how often the blocks {best.path} run depends on the text, or may: they run several times, and the model "
+            "reads a number of the tokens before them. hookmap reads models that run the same blocks for every text: "
+            "set a fixed depth in the model's config, if it has such a setting."
         )
 
 
@@ -195,14 +201,14 @@ def _only_holds(outer: LayerList, best: LayerList) -> bool:
     return all(around) and sum(map(len, around)) == len(best.calls)
 
 
-def _shares_the_stream(values: Values, best: LayerList, other: LayerList, output: set[int]) -> bool:
-    """Whether the stream goes through another list too: around this one, before it, behind it, or next to it."""
+def _shares_the_stream(values: Values, best: LayerList, other: LayerList) -> bool:
+    """Whether the stream goes through another list too: around this one, before it, or behind it."""
     if _continues(values, best, other):
         return True
     if len(other.numbers) == 1:  # one module, such as a head, may stand around the blocks or before them
         return False
     around = any(c.enter < best.first.enter and best.last.exit < c.exit for c in other.calls.values())
-    return around or other.end in output or _continues(values, other, best)
+    return around or _continues(values, other, best)
 
 
 def _continues(values: Values, before: LayerList, after: LayerList) -> bool:
@@ -225,6 +231,18 @@ def _is_split(values: Values, layers: LayerList) -> bool:
         path = linear_path(values, layers.calls[here], *layers.streams[here])
         found.append(any(step.branch in handed for step in path))
     return bool(found) and all(found)
+
+
+def _asks_what_tokens_are(values: Values, layers: LayerList) -> bool:
+    """Whether the model, before blocks that run several times, reads a number that the tokens decide."""
+    if len(layers.calls) == len({number for number, _ in layers.calls}):
+        return False
+    return any(
+        op.name in ("_local_scalar_dense", "equal")
+        and op.time < layers.first.enter
+        and any(not values.is_constant(values.value(tensor), of_tokens=True) for tensor in op.inputs)
+        for op in values.flow.operations
+    )
 
 
 def _asks_what_blocks_computed(values: Values, layers: LayerList) -> bool:

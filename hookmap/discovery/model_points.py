@@ -24,6 +24,8 @@ class Outside:
     final_norm_path: str | None
     lm_head_path: str | None
     d_vocab: int | None
+    normed: int | None
+    """the value that the last norm reads; None where there is none"""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def read_outside(values: Values, layers: LayerList, seq: int) -> Outside:
     embed, embedding_path = _embedding(values, layers, locator, lookups)
     logits = _logits(values, locator, root, {values.shape(values.operands(op)[0])[0] for op in lookups})
     ends = [values.value(t) for t in root.outputs.values()] if logits.value is None else [logits.value]
-    final_norm = _final_norm(values, layers, locator, ends)
+    norm, normed = _final_norm(values, layers, ends)
+    final_norm = _place_of_norm(locator, norm)
     places = {"embed": embed, "logits": logits.place, "final_norm": final_norm}
     return Outside(
         locations={name: place for name, place in places.items() if isinstance(place, Location)},
@@ -55,6 +58,7 @@ def read_outside(values: Values, layers: LayerList, seq: int) -> Outside:
         final_norm_path=None if isinstance(final_norm, str) else final_norm.terms[0].module,
         lm_head_path=logits.lm_head_path,
         d_vocab=logits.d_vocab,
+        normed=normed,
     )
 
 
@@ -156,8 +160,14 @@ def _output_of_logits(values: Values, root: ModuleCall, vocabulary: set[int]) ->
     return next((tensor for tensor, shape in shapes.items() if shape and shape[-1] in vocabulary), None)
 
 
-def _final_norm(values: Values, layers: LayerList, locator: Locator, ends: list[int]) -> Location | str:
-    """The last norm that the stream itself passes between the last block and whatever weights come next.
+def _place_of_norm(locator: Locator, norm: int | None) -> Location | str:
+    if norm is None:
+        return "no norm stands after the last block: use resid_post of the last layer"
+    return locator.locate(norm) or "no module boundary exposes what the last norm gives"
+
+
+def _final_norm(values: Values, layers: LayerList, ends: list[int]) -> tuple[int | None, int | None]:
+    """The last norm that the stream itself passes between the last block and whatever weights come next; what it reads.
 
     `ends`: the logits, or what else the model gives; a norm that does not lead there is another head's.
     """
@@ -171,9 +181,8 @@ def _final_norm(values: Values, layers: LayerList, locator: Locator, ends: list[
         # Several streams are mixed by weights that a norm of their own makes; the last norm is behind them.
         rows = {value for value in leading if values.size(value) == layers.seq * layers.width}
         normed = _behind_mixing(values, ends, leave, end, rows)
-    if normed is None:
-        return "no norm stands after the last block: use resid_post of the last layer"
-    return locator.locate(normed) or "no module boundary exposes what the last norm gives"
+        return normed, None if normed is None else norm_source(values, normed)
+    return normed, leave
 
 
 def _behind_mixing(values: Values, ends: list[int], leave: int, end: int, rows: set[int]) -> int | None:

@@ -48,7 +48,7 @@ class MapContents(Frozen):
     between: dict[str, str] = Field(
         default_factory=dict,
         description="`3 -> 2`: what enters layer 2 when it runs after layer 3, where that is not what layer 3 gave; "
-        "`0-2 -> 1-3`: the same of each layer {i} and the next",
+        "`0-2 -> 1-3`: the same of each layer {i} and the next; `3 -> final_norm`: what the last norm reads",
     )
     left_out: tuple[str, ...] = Field(
         default=(), description="other lists of blocks that the output is computed through: no point is of them"
@@ -109,7 +109,8 @@ class MapContents(Frozen):
 
     def is_joined(self, before: int, here: int) -> bool:
         """Whether what layer `before` gives enters layer `here`, which runs behind it, or a constant times it."""
-        return self.joined if not self.between else (before, here) not in pairs_of(tuple(self.between))
+        known = pairs_of(tuple(self.between))
+        return (before, here) not in known if known else self.joined
 
     def at_layer(self, template: str, layer: int) -> str:
         """A path template at one layer: `model.layers.{i}.mlp` -> `model.layers.3.mlp`."""

@@ -26,10 +26,12 @@ def layers_of(text: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def pairs_of(texts: tuple[str, ...]) -> frozenset[tuple[int, int]]:
-    """(`3 -> 2`, `0-1 -> 1-2`) -> {(3, 2), (0, 1), (1, 2)}. Raises ValueError."""
+    """(`3 -> 2`, `0-1 -> 1-2`) -> {(3, 2), (0, 1), (1, 2)}; without `3 -> final_norm`. Raises ValueError."""
     found: set[tuple[int, int]] = set()
     for text in texts:
         before, _, here = text.partition(" -> ")
+        if here == "final_norm":
+            continue
         found |= set(zip(layers_of(before), layers_of(here), strict=True))
     return frozenset(found)
 

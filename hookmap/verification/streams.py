@@ -179,6 +179,10 @@ def final_norm(run: Context) -> Iterator[Check]:
     if last is not None and run.map.final_norm_path and (error > run.tolerance or unnormed):
         detail, expected = _norm_of_last(run, run.map.final_norm_path, last, found)
         error = relative_error(found, expected)
+        if (before := run.map.between.get(f"{run.visits[-1][0]} -> final_norm")) is not None:
+            detail = f"final_norm is not of resid_post[-1] alone, but of {before}"
+            yield Check("final_norm", (), error > run.tolerance and not unnormed, detail)
+            return
     yield Check("final_norm", (), error <= run.tolerance, detail, error)
 
 

@@ -102,13 +102,30 @@ def _moved(found: ArchitectureMap, point: str, **term: object) -> ArchitectureMa
 
 
 @pytest.mark.parametrize(
+    ("body", "between"),
+    [
+        (lambda: [Floor(3), Floor(3)], {}),
+        (lambda: [Floor(2), Floor(5)], {}),
+        (lambda: [Floor(5, nn.Linear(D, D)), Floor(2)], {"4 -> 5": "body.0.end(resid_post[4])"}),
+        (
+            lambda: [Floor(3, nn.Linear(D, D)), Floor(3, nn.Linear(D, D))],
+            {"2 -> 3": "body.0.end(resid_post[2])"},
+        ),
+        (lambda: [Floor(2), Floor(2), Floor(2)], {}),
+    ],
+)
+def test_nested_lists_are_numbered_as_one(body: Callable[[], list[Floor]], between: dict[str, str]) -> None:
+    tower = _made(lambda: Tower(nn.ModuleList(body())))
+    found = discover(tower)
+    blocks = [(f"body.{a}.rungs.{b}", block) for a, f in enumerate(tower.body) for b, block in enumerate(f.rungs)]  # type: ignore[union-attr,arg-type]
+    assert [found.at_layer(found.layers_path, layer) for layer in range(found.num_layers)] == [p for p, _ in blocks]
+    assert (found.runs, found.between) == ("", between)
+    assert not _failed(verify(tower, architecture_map=found))
+
+
+@pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (lambda: [Floor(3), Floor(3)], "several lists"),
-        (lambda: [Floor(2), Floor(5)], "several lists"),
-        (lambda: [Floor(5, nn.Linear(D, D)), Floor(2)], "several lists"),
-        (lambda: [Floor(3, nn.Linear(D, D)), Floor(3, nn.Linear(D, D))], "several lists"),
-        (lambda: [Floor(2), Floor(2), Floor(2)], "holds a list of blocks"),
         (lambda: [Around(3), Around(3), Around(3), Around(3)], "holds a list of blocks"),
         (lambda: [Around(5), Around(5)], "several lists"),
     ],
@@ -152,17 +169,17 @@ def test_a_block_that_stands_in_the_list_several_times_is_a_layer_each_time(orde
 
 
 class Loop(Tower):
-    """Two lists that feed each other, in two rounds: HRM's way."""
+    """Two lists that feed each other, in two rounds, by way of attention."""
 
     def __init__(self) -> None:
         super().__init__(nn.ModuleList(Rung() for _ in range(3)))
-        self.high = Floor(3)
+        self.high, self.mix = Floor(3), Glance()
 
     def climb(self, x: Tensor) -> Tensor:
-        above, below = x, torch.zeros_like(x)
+        above = x
         for _ in range(2):
-            below = super().climb(above + below + x)
-            above = self.high(above + below)
+            below = super().climb(x + self.mix(above))
+            above = self.high(self.mix(below))
         return above
 
 

@@ -7,6 +7,9 @@ from support import invented_loops as loops
 from support.invented import check
 from torch import nn
 
+from hookmap.discovery.discover import discover
+from hookmap.errors import DiscoveryError
+
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
 
 
@@ -36,7 +39,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
         (loops.TwiceInARun, "3 x (0-2)", {"2 -> 0": "resid_post[2] + embed * 0.5"}),
         (loops.Reminded, "3 x (0-2)", {}),
         (loops.Halting, "3 x (0-2)", None),
-        (loops.Averaged, "3 x (0-2)", {}),
+        (
+            loops.Averaged,
+            "3 x (0-2)",
+            {"2 -> final_norm": "mean(stack(resid_post[2, run 0], resid_post[2, run 1], resid_post[2]))"},
+        ),
         (loops.Cycled, "2 x (0-3)", {}),
         (loops.Named, "0, 3 x (1), 2", {}),
         (loops.Groups, "2 x (0-1), 2 x (2-3)", {}),
@@ -46,4 +53,10 @@ def test_each_run_of_each_layer_is_right(kind: type[nn.Module], order: str, betw
     found = check(kind())
     assert found.runs == order
     assert between is None or found.between == between
-    assert found.joined == (not found.between)
+    assert found.joined == (not set(found.between) - {"2 -> final_norm"})
+
+
+@pytest.mark.parametrize("kind", [loops.UntilSure, loops.ByTheText])
+def test_a_depth_that_depends_on_the_text_is_refused(kind: type[nn.Module]) -> None:
+    with pytest.raises(DiscoveryError, match=r"how often the blocks rungs.\{i\} run depends on the text"):
+        discover(kind().eval())

@@ -230,16 +230,16 @@ def layers_of(values: Values) -> LayerList:
 def test_modules_that_differ_in_a_number_are_one_group() -> None:
     values = read(model_of(*(new_block() for _ in range(3))))
     groups = {group.path: group.order for group in numbered_modules(values)}
-    assert groups["blocks.{i}"] == [0, 1, 2]
-    assert groups["blocks.1.mlp.{i}"] == [0, 1, 2]
+    assert groups["blocks.{i}"] == [(0, 0), (1, 0), (2, 0)]
+    assert groups["blocks.1.mlp.{i}"] == [(0, 0), (1, 0), (2, 0)]
     assert len(groups) == 4
 
 
 def test_the_stream_leaves_a_block_and_enters_the_next() -> None:
     layers = layers_of(read(model_of(*(new_block() for _ in range(3)))))
     assert (layers.path, layers.length, layers.width, layers.contiguous) == ("blocks.{i}", 3, D, True)
-    assert [layers.streams[n][1] for n in (0, 1)] == [layers.streams[n][0] for n in (1, 2)]
-    assert layers.runs == {0: 1, 1: 1, 2: 1}
+    assert [layers.streams[n, 0][1] for n in (0, 1)] == [layers.streams[n, 0][0] for n in (1, 2)]
+    assert layers.order == [(0, 0), (1, 0), (2, 0)]
 
 
 def test_a_chain_is_linked_where_the_model_adds_between_blocks() -> None:
@@ -275,8 +275,8 @@ def test_of_two_tensors_that_cross_the_blocks_the_stream_is_the_one_that_is_adde
 
     values = read(model_of(Pair(), Pair(), Pair(), forward=forward))
     layers = layers_of(values)
-    stream = [values.value(layers.calls[n].outputs[1]) for n in range(3)]
-    assert [layers.streams[n][1] for n in range(3)] == stream
+    stream = [values.value(layers.calls[n, 0].outputs[1]) for n in range(3)]
+    assert [layers.streams[n, 0][1] for n in range(3)] == stream
 
 
 def test_a_block_that_runs_again_is_counted() -> None:
@@ -286,27 +286,24 @@ def test_a_block_that_runs_again_is_counted() -> None:
         return self.head(x)  # type: ignore[no-any-return]
 
     layers = layers_of(read(model_of(new_block(), new_block(), forward=twice)))
-    assert layers.runs == {0: 2, 1: 2}
+    assert layers.order == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert [layers.streams[run][1] for run in layers.order[:-1]] == [layers.streams[run][0] for run in layers.order[1:]]
 
 
-@pytest.mark.parametrize(
-    ("model", "said"),
-    [
-        (lambda: Written(lambda self, x: self.part(x), part=nn.Linear(D, D)), "no list of blocks was found"),
-        (
-            lambda: Written(
-                lambda self, x: self.second(self.first(x)),
-                first=model_of(new_block(), new_block(), forward=lambda s, x: s.blocks[1](s.blocks[0](x))),
-                second=model_of(new_block(), new_block(), forward=lambda s, x: s.blocks[1](s.blocks[0](x))),
-            ),
-            "several lists of blocks",
-        ),
-    ],
-)
-def test_what_one_list_does_not_describe_is_refused(model: Callable[[], nn.Module], said: str) -> None:
-    values = read(model())
-    with pytest.raises(DiscoveryError, match=said):
+def test_a_model_without_blocks_is_refused() -> None:
+    values = read(Written(lambda self, x: self.part(x), part=nn.Linear(D, D)))
+    with pytest.raises(DiscoveryError, match="no list of blocks was found"):
         find_layers(values, SEQ)
+
+
+def test_two_lists_that_one_stream_goes_through_are_numbered_as_one() -> None:
+    def stack() -> nn.Module:
+        return model_of(new_block(), new_block(), forward=lambda s, x: s.blocks[1](s.blocks[0](x)))
+
+    layers = layers_of(read(Written(lambda self, x: self.second(self.first(x)), first=stack(), second=stack())))
+    assert (layers.path, layers.length) == ("{i}", 4)
+    assert layers.names == ("first.blocks.0", "first.blocks.1", "second.blocks.0", "second.blocks.1")
+    assert [layers.streams[run][1] for run in layers.order[:-1]] == [layers.streams[run][0] for run in layers.order[1:]]
 
 
 # One block ------------------------------------------------------------------------------------------------------------
