@@ -12,8 +12,8 @@ from hookmap.discovery.locate import Location
 from hookmap.discovery.values import Values
 from hookmap.maps.templates import TermTemplate
 
-_Contents = list[tuple[int | None, float]]
-"""what each term of a location holds: a value (None where nothing is there), and its factor"""
+_Contents = list[tuple[int | None, float, str | None]]
+"""what each term of a location holds: a value (None where nothing is there), and its factors"""
 
 
 def points_of_runs(values: Values, layers: LayerList, number: int, readings: list[BlockPoints]) -> BlockPoints:
@@ -94,7 +94,7 @@ class _Run:
 
     def contents(self, location: Location, own: _Run) -> _Contents:
         """What the terms of a location, which was found in the run `own`, hold in this one; the order is kept."""
-        return [(self._value(term, own), term.scale) for term in location.terms]
+        return [(self._value(term, own), term.scale, term.weight) for term in location.terms]
 
     def call(self, term: TermTemplate, own: _Run) -> int | None:
         """The number of the call that a term of the run `own` names, in this run."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from hookmap.discovery.discover import discover
 from hookmap.errors import DiscoveryError
+from hookmap.maps.parsing import parse
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
 
@@ -52,6 +53,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
 def test_each_run_of_each_layer_is_right(kind: type[nn.Module], order: str, between: dict[str, str] | None) -> None:
     found = check(kind())
     assert found.runs == order
+    assert parse(found.to_json()) == found
     assert between is None or found.between == between
     assert found.joined == (not set(found.between) - {"2 -> final_norm"})
 
