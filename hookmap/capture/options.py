@@ -59,7 +59,8 @@ class RowOptions(TypedDict, total=False):
         Option(
             "all",
             'tokens whose rows are stored: "all", "prompt", "generated", "last", "last_prompt", a span "4:20", '
-            'positions (negative ones count from the end of the prompt), or "text=…": tokens whose text contains it',
+            'positions (negative ones count from the end of the prompt), "image" (tokens that stand for an image), '
+            '"text" (the others), or "text=…": tokens whose text contains it',
         ),
     ]
     every: Annotated[int, Option(1, "only positions that are multiples of it")]

@@ -248,6 +248,7 @@ def _of_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Digests of the prompts: a capture resumes only with the same ones."""
     return {
         "prompts": len(prompts),
+        **({"images": images} if (images := sum(len(prompt.pictures) for prompt in prompts)) else {}),
         "prompts_sha256": _sha256([_content(prompt) for prompt in prompts]),
         "ids_sha256": _sha256([prompt.id for prompt in prompts]),
         "labels_sha256": _sha256([prompt.labels and dict(prompt.labels) for prompt in prompts]),

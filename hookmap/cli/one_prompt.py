@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookmap.cli.chat_options import chat_options, of_default_prompt, templating
+from hookmap.cli.image_option import image_option, with_images
 from hookmap.cli.model_options import loading
 from hookmap.cli.option_groups import option_group
 from hookmap.cli.settings import load_settings
 
 if TYPE_CHECKING:
+    from hookmap.loading.prompts import Prompt
     from hookmap.model import HookedModel
 
 DEFAULT_PROMPT = "Tom has 3 apples. He buys 4 more. How many apples does Tom have?"
@@ -18,11 +20,24 @@ DEFAULT_ANSWER = "Tom has 3+4=<<3+4="
 
 options = option_group(
     click.option("--prompt", metavar="TEXT", help="What the model reads."),
+    image_option,
     click.option("--answer", metavar="TEXT", help="What it is taken to have answered so far; follows the prompt."),
     loading,
     chat_options,
 )
-"""the prompt, and how the model is loaded; `tokens` reads them"""
+"""the prompt, and how the model is loaded; `chosen_prompt` reads them"""
+
+
+def chosen_prompt(hm: "HookedModel", given: dict[str, Any]) -> "Prompt | list[int]":
+    """The prompt with its images; or the token ids of the prompt, followed by those of the answer."""
+    images = given.get("images")
+    if not images:
+        return tokens(hm, given)
+    if not given["prompt"] or given["answer"]:
+        raise click.UsageError("--image goes with --prompt, and without --answer")
+    how = templating(given, load_settings())
+    (encoded,) = hm.encode(with_images(given["prompt"], images, how.get("chat")), **how)
+    return encoded
 
 
 def tokens(hm: "HookedModel", given: dict[str, Any]) -> list[int]:

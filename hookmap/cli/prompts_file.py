@@ -4,11 +4,13 @@ from typing import Any
 
 import click
 
+from hookmap.cli.image_option import image_option, with_images
 from hookmap.cli.option_groups import option_group
 from hookmap.cli.settings import typed_or_set
 
 prompt_options = option_group(
     click.option("--prompt", "texts", metavar="TEXT", multiple=True, help="A prompt; may be given several times."),
+    image_option,
     click.option(
         "--prompts",
         metavar="FILE",
@@ -25,16 +27,23 @@ prompt_options = option_group(
 """which prompts; `chosen_prompts` reads them"""
 
 
-def chosen_prompts(given: dict[str, Any], settings: dict[str, Any]) -> list[Any] | None:
+def chosen_prompts(given: dict[str, Any], settings: dict[str, Any], chat: bool | None = None) -> list[Any] | None:
     """The prompts that were typed, else those of the file that was typed or that the settings name, else None.
 
-    `given` loses the options. Raises click.UsageError, with every wrong record of a file at once.
+    `given` loses the options. `chat`: whether texts go through the chat template, where it was said.
+    Raises click.UsageError, with every wrong record of a file at once.
     """
-    texts, typed = given.pop("texts"), given.pop("prompts")
+    texts, typed, images = given.pop("texts"), given.pop("prompts"), given.pop("images")
     columns = typed_or_set(given, settings, "prompt_column", "id_column")
     part = {name: given.pop(name) for name in ("labels", "skip", "limit")}
     if texts and typed:
         raise click.UsageError("--prompt or --prompts, not both: which of them is meant?")
+    if images and len(texts) != 1:
+        raise click.UsageError(
+            "--image goes with one --prompt. Of several: --prompts FILE, with messages that have them"
+        )
+    if images:
+        return [with_images(texts[0], images, chat)]
     if texts:
         return list(texts)
     file = typed or settings.get("prompts")

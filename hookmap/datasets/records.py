@@ -5,17 +5,19 @@ A record is a prompt with its own name (`id`) and what else the data says of it 
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import islice
 from numbers import Integral
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Literal
 from uuid import UUID
 
 from hookmap.datasets.files import columns_of, rows_of
+from hookmap.datasets.messages import relative_to
 from hookmap.errors import DataError
 
 FIELDS = ("prompt", "messages", "question", "text", "token_ids", "input_ids")
@@ -61,7 +63,7 @@ def load_prompts(
     source: a file (.jsonl, .json, .csv, .tsv, .parquet; .txt has a prompt a line; text also as .gz), a folder of
     `datasets.save_to_disk`, "hf://NAME" or "hf://NAME:SPLIT" of the Hugging Face hub, a `datasets.Dataset`, a table (a
     DataFrame of pandas or polars, an Arrow table; its column is named), or any iterable of texts, chat messages or
-    mappings.
+    mappings. Paths of images in a file's messages are relative to its folder.
     prompt: the column of the prompt; the first of FIELDS that a record has, unless given. id: the column of its name;
     "id" where there is one. labels: columns to keep, or "all" others. skip, limit: which records.
     Raises DataError with every wrong record at once.
@@ -77,6 +79,8 @@ def load_prompts(
             "prompt=NAME), and which the names, id=NAME, and labels, labels=[…] or 'all'."
         )
     where, rows = rows_of(source)
+    from_file = isinstance(source, str | os.PathLike) and not str(source).startswith("hf://")
+    folder = Path(source).parent if from_file else None
     found: list[PromptRecord] = []
     problems: list[str] = []
     seen: dict[str, str] = {}
@@ -85,6 +89,8 @@ def load_prompts(
             if isinstance(row, Exception):
                 raise row
             record = _record(row, prompt, id, labels)
+            if folder is not None:
+                record = replace(record, prompt=relative_to(record.prompt, folder))
             if record.id is not None and (first := seen.setdefault(record.id, place)) != place:
                 raise ValueError(f"the id {record.id!r} is that of {first} already")
             found.append(record)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hookmap.datasets.messages import is_image
 from hookmap.errors import TokenizerError
-from hookmap.loading.pictures import is_image
 
 Chat = bool | Literal["auto"]
 

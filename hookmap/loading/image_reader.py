@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hookmap.datasets.messages import has_images, is_image, parts_of
 from hookmap.errors import TokenizerError
 from hookmap.loading.chat_template import Templating, fill_with_images
 from hookmap.loading.further_inputs import Fields, FurtherInputs
-from hookmap.loading.pictures import Limits, Picture, is_image, picture_of
+from hookmap.loading.pictures import Limits, Picture, picture_of
 
 HELD = 2**28
 """bytes of fields that are kept until their batch runs; those of a larger data set are made again"""
@@ -72,7 +73,7 @@ class ImageReader:
         pictures = [
             picture_of(part, f"prompt {number}, message {place}", limits)
             for place, message in enumerate(messages)
-            for part in _parts(message)
+            for part in parts_of(message)
             if is_image(part)
         ]
         text = fill_with_images(messages, number, self.processor, how, None)
@@ -156,13 +157,3 @@ class ImageReader:
 
 def _bytes(fields: Fields) -> int:
     return sum(tensor.nbytes for tensor in fields.values())
-
-
-def _parts(message: Any) -> Sequence[Any]:
-    content = message.get("content") if isinstance(message, Mapping) else ()
-    return content if isinstance(content, Sequence) and not isinstance(content, str) else ()
-
-
-def has_images(messages: Sequence[Any]) -> bool:
-    """Whether a part of these messages is an image."""
-    return any(is_image(part) for message in messages for part in _parts(message))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hookmap.datasets.messages import is_address, is_image, parts_of
 from hookmap.errors import TokenizerError
 
 MOST_PIXELS = 178_956_970
@@ -21,7 +22,6 @@ MOST_PIXELS = 178_956_970
 _VALUES = ("image", "path", "url", "base64")
 """where a part of a message says which image it is"""
 _DATA = re.compile(r"data:image/[\w.+-]{1,64}(?:;[\w=.+-]{1,64})*;base64,", re.ASCII)
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,15 @@ class Picture:
         return _upright(data, self.limits)
 
 
-def is_image(part: Any) -> bool:
-    """Whether a part of a message is an image, as transformers or OpenAI write it."""
-    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
+def image_sources(messages: Any) -> list[Any]:
+    """What each image of messages is, or where."""
+    parts = (part for message in messages for part in parts_of(message) if is_image(part))
+    return [_value(part, "a message") for part in parts]
+
+
+def sha256_of(source: Any) -> str:
+    """Of an image, as in `Picture.about`. Raises TokenizerError."""
+    return picture_of({"type": "image", "image": source}, "a message", Limits()).about["sha256"]
 
 
 def picture_of(part: Any, where: str, limits: Limits) -> Picture:
@@ -125,7 +131,7 @@ def _path(value: str | os.PathLike[str], limits: Limits) -> Path:
     text = os.fspath(value)
     if not limits.files:
         raise ValueError("only data: URIs are read here, no files and no addresses")
-    if _SCHEME.match(text):
+    if is_address(text):
         raise ValueError(f"{text[:80]} is an address, and nothing is fetched: download it, and give its path")
     path = Path(text)
     if not path.is_file():

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from hookmap.datasets.files import columns_of
+from hookmap.datasets.messages import has_images
 from hookmap.datasets.records import PromptRecord, load_prompts
 from hookmap.errors import DataError, TokenizerError
 from hookmap.loading.chat_template import Chat, Templating, fill
 from hookmap.loading.further_inputs import FurtherInputs
-from hookmap.loading.image_reader import ImageReader, has_images
+from hookmap.loading.image_reader import ImageReader
 from hookmap.loading.pictures import Limits
 
 

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from hookmap.datasets.messages import relative_to
 from hookmap.errors import InterventionError
+from hookmap.loading.pictures import image_sources, sha256_of
 from hookmap.loading.yaml_file import read_yaml
 
 _LARGEST = 3.4e38
@@ -67,6 +69,11 @@ class Source(_Frozen):
     def _one_of_them(self) -> "Source":
         if (self.prompt is None) == (self.store is None):
             raise ValueError("expected a prompt or a store, one of them")
+        messages = () if isinstance(self.prompt, str) else self.prompt or ()
+        if any(isinstance(message, dict) and "role" not in message for message in messages):
+            raise ValueError("expected messages with a role")
+        if any(not isinstance(value, str) for value in image_sources(messages)):
+            raise ValueError("an image of a document is the path of a file, or a data: URI")
         return self
 
 
@@ -78,7 +85,8 @@ class _Intervention(_Frozen):
     )
     positions: Positions = Field(
         default="all",
-        description='which tokens: "all", "prompt", "generated", "last_prompt", a span "4:20", positions, or "text=…"',
+        description='which tokens: "all", "prompt", "generated", "last_prompt", a span "4:20", positions, "image", '
+        '"text" (no image), or "text=…"',
     )
     steps: Positions | None = Field(
         default=None, description='which generation steps: 0 for the prompt, n for the n-th new token; "1:" or [1, 2]'
@@ -219,6 +227,8 @@ def _hashed(document: dict[str, Any]) -> dict[str, Any]:
         else:
             data = json.dumps(value).encode()
         document[name] = {**(value if isinstance(value, dict) else {}), "sha256": hashlib.sha256(data).hexdigest()}
+    if images := image_sources(document.get("source", {}).get("prompt", ())):
+        document["images_sha256"] = [sha256_of(image) for image in images]
     return document
 
 
@@ -230,6 +240,8 @@ def _relative_to(document: dict[str, Any], folder: Path) -> dict[str, Any]:
     source = document.get("source")
     if source and source.get("store"):
         document["source"] = {**source, "store": str(folder / source["store"])}
+    if source and source.get("prompt"):
+        document["source"] = {**source, "prompt": relative_to(source["prompt"], folder)}
     return document
 
 

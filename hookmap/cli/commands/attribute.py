@@ -47,7 +47,7 @@ def command(
     """
     one_prompt.check_pictures((png, html))
     hm = model_options.opened(model, given, quiet=as_json)
-    found = hm.attribute(one_prompt.tokens(hm, given), target, against, positions=[position], heads=heads)
+    found = hm.attribute(one_prompt.chosen_prompt(hm, given), target, against, positions=[position], heads=heads)
 
     def chart() -> Any:
         from hookmap.analysis.charts import bars

@@ -99,7 +99,7 @@ def command(model: str | None, output: str | None, resume: bool, **given: Any) -
     calls = chosen_calls(settings, given.pop("calls"))
     if not points:
         raise click.UsageError("which points? For example: --points resid_pre,resid_mid. All of them: hookmap show")
-    own = chosen_prompts(given, settings)
+    own = chosen_prompts(given, settings, how.get("chat"))
     prompts = [_default_prompt()] if own is None else own
     engine = typed_or_set(given, settings, "engine").get("engine", "auto")
     cluster = cluster_of(engine, given, settings)

@@ -158,6 +158,9 @@ def _show_texts(found: dict[str, Any], screen: "Console") -> None:
         screen.print(f"\n[bold]sample {sample['sample']}{name}[/]  [dim]{counts}{_rows_of(sample)}[/]")
         if sample.get("labels"):
             screen.print(escape("  ".join(f"{name}: {json.dumps(v)}" for name, v in sample["labels"].items())))
+        if sample.get("pictures"):
+            names = ", ".join(each.get("name", each["sha256"][:8]) for each in sample["pictures"])
+            screen.print(escape(f"images: {names} ({counted(len(sample['image_positions']), 'token')})"))
         screen.print(f"[dim]{escape(sample['prompt'].strip())}[/]")
         screen.print(escape(sample["text"].strip()))
     if (more := found["samples"] - len(found["texts"])) > 0:

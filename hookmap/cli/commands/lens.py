@@ -63,7 +63,7 @@ def command(
     one_prompt.check_pictures((png, html))
     hm = model_options.opened(model, given, quiet=as_json)
     how: dict[str, Any] = {"calls": of_calls, "positions": positions, "target": target, "top": top}
-    found = hm.lens(one_prompt.tokens(hm, given), point, chosen, **how)
+    found = hm.lens(one_prompt.chosen_prompt(hm, given), point, chosen, **how)
     grid = found.grid(metric)
 
     def chart() -> Any:

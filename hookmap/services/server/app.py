@@ -141,7 +141,7 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """An answer to messages, in one piece or as a stream; the `hookmap` field keeps and edits activations."""
         model = models.get(asked.model)
-        job = await job_of(asked, request, model, lambda: [prompt_of(asked, model.hm.tokenizer)])
+        job = await job_of(asked, request, model, lambda: [prompt_of(asked, model.hm, settings.image_pixels)])
         wire = ChatWire(asked, job, model.name, model.hm.tokenizer)
         return await answer(request, model.scheduler, job, wire, bool(asked.stream))
 

@@ -13,20 +13,30 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
 
+from hookmap.errors import TokenizerError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.generation import end_tokens
+from hookmap.loading.pictures import Limits
 from hookmap.loading.prompts import Prompt, templated, text_of
+from hookmap.model import HookedModel
 from hookmap.services.server.errors import bad
 from hookmap.services.server.jobs import Job, Result
-from hookmap.services.server.requests import ChatRequest, Message
+from hookmap.services.server.requests import ChatRequest, Message, Part
 from hookmap.services.server.streaming import extras, made, summaries, usage_of
 from hookmap.services.server.text import RowText
 from hookmap.services.server.tokens import LEAST, Token
 from hookmap.services.server.tool_calls import Call, ToolText, reads_calls, template_of
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+"""of images, as OpenAI takes them"""
 
-def prompt_of(asked: ChatRequest, tokenizer: Any) -> Prompt:
-    """The prompt that the model's chat template makes of the messages. Raises TokenizerError, ApiError."""
+
+def prompt_of(asked: ChatRequest, hm: HookedModel, pixels: int) -> Prompt:
+    """The prompt that the model's chat template makes of the messages. Raises TokenizerError, ApiError.
+
+    `pixels`: the most that the images of the request may have together.
+    """
+    tokenizer = hm.tokenizer
     tools = [] if asked.tool_choice == "none" else asked.tools or []
     check_template(tools, tokenizer)
     options = dict(asked.chat_template_kwargs or {})
@@ -38,17 +48,37 @@ def prompt_of(asked: ChatRequest, tokenizer: Any) -> Prompt:
     goes_on = bool(asked.continue_final_message)
     begins = not goes_on if asked.add_generation_prompt is None else asked.add_generation_prompt
     how = Templating(True, begins, goes_on, options, generates=True)
-    return templated([_message(message) for message in asked.messages], 0, tokenizer, how)
+    images = sum(_is_image(part) for message in asked.messages for part in _parts(message))
+    limits = Limits(files=False, most_pixels=pixels // max(1, images), formats=FORMATS)
+    messages = [_message(message) for message in asked.messages]
+    try:
+        return templated(messages, 0, tokenizer, how, hm.reader, limits)
+    except TokenizerError as error:
+        if images:
+            raise bad(str(error), "messages", "image_refused") from error
+        raise
+
+
+def _parts(message: Message) -> Sequence[Part]:
+    return message.content if isinstance(message.content, list) else ()
+
+
+def _is_image(part: Part) -> bool:
+    return part.type == "image_url" and part.image_url is not None
 
 
 def _message(message: Message) -> dict[str, Any]:
     """A message as chat templates take it: its text one string, the role `developer` as `system`. Raises ApiError."""
-    content = message.content
-    if message.images or message.audio:
-        raise bad("messages: this server reads text only.", "messages")
-    if isinstance(content, list):
-        if any(part.type != "text" or part.text is None for part in content):
-            raise bad("messages: this server reads text only.", "messages")
+    content: Any = message.content
+    if (
+        message.images
+        or message.audio
+        or any(not _is_image(p) and (p.type, p.text) != ("text", p.text or "") for p in _parts(message))
+    ):
+        raise bad("messages: this server reads text, and images as parts of type image_url.", "messages")
+    if any(map(_is_image, _parts(message))):
+        content = [_part(part) for part in _parts(message)]
+    elif isinstance(content, list):
         content = "\n".join(part.text or "" for part in content)
     found: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
     found["content"] = content or ""
@@ -56,6 +86,12 @@ def _message(message: Message) -> dict[str, Any]:
     if message.tool_calls:
         found["tool_calls"] = with_arguments(message.tool_calls)
     return found
+
+
+def _part(part: Part) -> dict[str, Any]:
+    if part.image_url is None:
+        return {"type": "text", "text": part.text}
+    return {"type": "image", "url": part.image_url.url}
 
 
 def check_template(tools: Sequence[Any], tokenizer: Any) -> None:

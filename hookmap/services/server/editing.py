@@ -5,6 +5,7 @@ from typing import Any
 
 from hookmap.capture.interventions.documents import Intervention, Source, VectorFile, read_interventions
 from hookmap.capture.interventions.plan import EditPlan, plan_edits
+from hookmap.datasets.messages import has_images
 from hookmap.errors import HookmapError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import Prompt
@@ -52,6 +53,8 @@ def _within(given: Intervention, sessions: Sessions) -> Intervention:
         if isinstance(getattr(given, name, None), VectorFile):
             raise bad(f"{name}: the server reads no files for a request; send the numbers.", PARAM)
     source = getattr(given, "source", None)
+    if isinstance(source, Source) and isinstance(source.prompt, tuple) and has_images(source.prompt):
+        raise bad("source.prompt: no image is read there; send text.", PARAM)
     if isinstance(source, Source) and source.store is not None:
         folder = str(sessions.folder(source.store))
         return given.model_copy(update={"source": source.model_copy(update={"store": folder})})

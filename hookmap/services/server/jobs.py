@@ -86,8 +86,9 @@ class Job:
 
     @property
     def plain(self) -> bool:
-        """Whether it generates only: reads, records and changes no activation."""
-        return not (self.recorder or self.interventions or self.summary or self.echo or self.reads_only)
+        """Whether it generates only, from text: reads, records and changes no activation."""
+        further = any(prompt.inputs is not None for prompt in self.prompts)
+        return not (self.recorder or self.interventions or self.summary or self.echo or self.reads_only or further)
 
     @cached_property
     def shares(self) -> dict[str, Any] | None:

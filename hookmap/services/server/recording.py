@@ -59,8 +59,7 @@ def plan(
     selectors = hm.map.selectors(**what)
     if not selectors:
         raise bad("hookmap: no point of any layer is selected.", "hookmap.points")
-    ids = [list(prompt.token_ids) for prompt in prompts]
-    expected = hm.estimate(ids, **what, max_new_tokens=max_new_tokens, **rows)
+    expected = hm.estimate(list(prompts), **what, max_new_tokens=max_new_tokens, **rows)
     inline, of_request = field.return_ == "inline", min(settings.request_bytes, settings.total_bytes)
     name, most = ("an answer", settings.inline_bytes) if inline else ("a request", of_request)
     if expected.bytes > most:

@@ -119,12 +119,21 @@ class Sampling(_Request):
             raise bad("stop: expected texts of 1 to 1000 characters, none of them half a surrogate pair.", "stop")
 
 
+class ImageURL(BaseModel):
+    """Where an image is: in the request itself. `detail` is ignored: the model's processor chooses the size."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+    url: str = Field(description="data:image/png;base64,…; addresses are not fetched, and files not read")
+    detail: str | None = None
+
+
 class Part(BaseModel):
-    """A part of a message; only text is understood."""
+    """A part of a message: text, or an image."""
 
     model_config = ConfigDict(frozen=True, strict=True)
     type: str
     text: str | None = None
+    image_url: ImageURL | None = None
 
 
 class Message(BaseModel):

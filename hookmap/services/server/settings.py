@@ -39,6 +39,8 @@ class Settings:
     max_choices: int = 16
     """the most rows of one request: `n` times its prompts"""
     body_bytes: int = 4 * 2**20
+    image_pixels: int = 2**24
+    """the most pixels of the images of one request, each with an equal share: a small file can hold many"""
     request_bytes: int = 2 * 2**30
     """the most activations of one request"""
     inline_bytes: int = 16 * 2**20

@@ -1,0 +1,188 @@
+"""What is built on captures, with images: the store, files of prompts, the command line, writes, sweeps and lenses."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from support.pictured import image, message, save
+
+import hookmap
+from hookmap.cli.main import main
+
+NEW = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save("llava", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def hm(folder: Path) -> Any:
+    return hookmap.open(folder, device="cpu")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A file of messages whose images are beside it, and one prompt that is text."""
+    (tmp_path / "data").mkdir()
+    for number, name in enumerate(("cat.png", "dog.jpg")):
+        image(number).save(tmp_path / "data" / name)
+    rows = [
+        {"messages": message("to be", "or not"), "id": "none"},
+        {"messages": [{"role": "user", "content": [{"type": "image", "path": "cat.png"}]}], "id": "cat"},
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "url": "dog.jpg"},
+                        {"type": "text", "text": "that is"},
+                        {"type": "image", "path": str(tmp_path / "data" / "cat.png")},
+                    ],
+                }
+            ],
+            "id": "both",
+        },
+    ]
+    file = tmp_path / "data" / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(main, arguments)
+
+
+def test_a_store_says_which_tokens_are_of_which_image(hm: Any, data: Path, tmp_path: Path) -> None:
+    prompts = hookmap.load_prompts(data)
+    made = hm.capture(prompts, "resid_post", max_new_tokens=NEW, store=tmp_path / "run")
+    store = hookmap.open_store(tmp_path / "run")
+    in_memory = hm.capture(prompts, "resid_post", max_new_tokens=NEW)
+    digests = {name: hashlib.sha256((data.parent / name).read_bytes()).hexdigest() for name in ("cat.png", "dog.jpg")}
+    cat, dog = ({"name": name, "sha256": digest} for name, digest in digests.items())
+    assert [sample.pictures for sample in store] == [None, (cat,), (dog, cat)]
+    for number, sample in enumerate(store):
+        own = tuple(n for n, token in enumerate(sample.token_ids) if token == hm.model.config.image_token_id)
+        assert (sample.image_positions or ()) == own and len(own) == 16 * number
+        assert sample == in_memory.samples[number]
+        assert store.read(number, "resid_post", 1).equal(in_memory.read(number, "resid_post", 1))
+    assert store.manifest.settings["images"] == 3
+    assert store.verify() == [] and made.texts == store.texts
+    (told,) = (each for each in store.describe()["texts"] if each["sample"] == 1)
+    assert told["pictures"] == (cat,) and len(told["image_positions"]) == 16
+
+
+def test_a_capture_resumes_with_the_same_images_only(hm: Any, data: Path, tmp_path: Path) -> None:
+    prompts = hookmap.load_prompts(data)
+    hm.capture(prompts, "resid_post", max_new_tokens=NEW, store=tmp_path / "run")
+    hm.capture(prompts, "resid_post", max_new_tokens=NEW, store=tmp_path / "run", resume=True)
+    image(9).save(data.parent / "cat.png")
+    with pytest.raises(hookmap.StoreError, match="prompts_sha256"):
+        hm.capture(prompts, "resid_post", max_new_tokens=NEW, store=tmp_path / "run", resume=True)
+
+
+@pytest.mark.slow
+def test_the_command_line_takes_files_of_messages_and_single_images(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ("--points", "resid_post", "--layers", "1", "--max-new-tokens", "2", "--device", "cpu")
+    done = run("capture", str(folder), *common, "--prompts", str(data), "--positions", "image", "-o", "files")
+    assert done.exit_code == 0, done.stderr
+    assert [sample.rows for sample in hookmap.open_store("files")] == [0, 16, 32]
+    cat = str(data.parent / "cat.png")
+    done = run("capture", str(folder), *common, "--prompt", "to be", "--image", cat, "-o", "one")
+    assert done.exit_code == 0, done.stderr
+    shown = run("inspect", "one")
+    assert shown.exit_code == 0 and "images: cat.png (16 tokens)" in shown.stderr
+    done = run("capture", str(folder), *common, "--prompt", "<image> to be", "--image", cat, "--no-chat", "-o", "plain")
+    assert done.exit_code == 0, done.stderr
+    assert hookmap.open_store("plain").samples[0].prompt == "<image> to be"
+    done = run(
+        "lens", str(folder), "--prompt", "to be", "--image", cat, "--json", "--positions", "all", "--device", "cpu"
+    )
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"].count("[image]") == 16
+    for arguments, told in (
+        (("--prompt", "a", "--prompt", "b", "--image", cat), "--image goes with one --prompt"),
+        (("--prompt", "a", "--image", "nowhere.png"), "there is no file nowhere.png"),
+    ):
+        done = run("capture", str(folder), *common, *arguments, "-o", "none")
+        assert done.exit_code in (1, 2) and told in done.stderr and not Path("none").exists()
+    Path("hookmap.yaml").write_text(f"prompts: {data}\npositions: image\n")
+    done = run("capture", str(folder), *common, "-o", "settings")
+    assert done.exit_code == 0, done.stderr
+    assert [sample.rows for sample in hookmap.open_store("settings")] == [0, 16, 32]
+
+
+def test_interventions_write_at_the_tokens_of_images_and_of_text(hm: Any) -> None:
+    prompts = [message("to be", image(0)), message(image(1), image(2), "or not")]
+    plain = hm.capture(prompts, "resid_post", 0, max_new_tokens=NEW)
+    for where in ("image", "text"):
+        edit = {"do": "scale", "point": "resid_post", "layers": [0], "factor": 2.0, "positions": where}
+        found = hm.capture(prompts, "resid_post", 0, max_new_tokens=1, interventions=[edit])
+        for number in range(2):
+            at = torch.zeros(plain.samples[number].prompt_tokens, dtype=torch.bool)
+            at[list(plain.samples[number].image_positions)] = True
+            written = at if where == "image" else ~at
+            old = plain.read(number, "resid_post", 0)[: len(at)]
+            expected = torch.where(written[:, None], 2 * old, old)
+            assert torch.allclose(found.read(number, "resid_post", 0), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(hookmap.SelectionError, match="no prompt has an image"):
+        hm.capture("to be", "resid_post", 0, max_new_tokens=1, interventions=[{**edit, "positions": "image"}])
+
+
+def test_a_patch_takes_rows_of_another_image(hm: Any, data: Path, tmp_path: Path) -> None:
+    """With the stream that enters layer 0 at the tokens of the cat, the run with the dog is that with the cat."""
+    cat, dog = (message("to be", data.parent / name, "or not") for name in ("cat.png", "dog.jpg"))
+    source = [{"role": "user", "content": [{**part} for part in cat[0]["content"]]}]
+    source[0]["content"][1] = {"type": "image", "path": "cat.png"}
+    edit = {"do": "patch", "point": "resid_pre", "layers": [0], "positions": "image", "source": {"prompt": source}}
+    file = data.parent / "edits.json"
+    file.write_text(json.dumps([edit]))
+    patched = hm.capture(dog, "resid_post", max_new_tokens=1, interventions=file, store=tmp_path / "run")
+    expected = hm.capture(cat, "resid_post", max_new_tokens=1)
+    for layer in range(3):
+        assert torch.allclose(patched["resid_post", layer], expected["resid_post", layer], rtol=1e-4, atol=1e-5)
+    digest = hashlib.sha256((data.parent / "cat.png").read_bytes()).hexdigest()
+    assert hookmap.open_store(tmp_path / "run").manifest.settings["interventions"][0]["images_sha256"] == [digest]
+    with pytest.raises(hookmap.InterventionError, match="an image of a document is the path of a file"):
+        hm.capture(dog, interventions=[{**edit, "source": {"prompt": message(image(0))}}])
+
+
+def test_a_sweep_over_two_images_with_one_text_brings_the_answer_back(hm: Any) -> None:
+    clean, corrupted = message("to be", image(0), "or not"), message("to be", image(1), "or not")
+    with pytest.raises(hookmap.InterventionError, match="the clean and the corrupted prompt are the same"):
+        hm.sweep(clean, clean, 5)
+    found = hm.sweep(clean, corrupted, 5, 7, layers=[0, 2], positions="image")
+    assert found.grid.tokens == ("[image]",) * 16 and found.grid.values.shape == (2, 16)
+    places = hm.encode(clean)[0].image_positions
+    for row, layer in enumerate((0, 2)):
+        rows = hm.capture(clean, "resid_pre", layer, max_new_tokens=0)["resid_pre", layer][0, places[3]]
+        ablate = {
+            "do": "ablate", "point": "resid_pre", "layers": [layer], "positions": [places[3]], "to": "mean",
+                "vector": rows.tolist(),
+        }  # fmt: skip
+        logits = hm.capture(corrupted, "logits", max_new_tokens=0, positions="last", interventions=[ablate])["logits"]
+        assert torch.allclose(found.grid.values[row, 3], logits[0, 0, 5] - logits[0, 0, 7], atol=1e-4)
+
+
+def test_lenses_and_attributions_read_prompts_with_images(hm: Any) -> None:
+    prompt = message("to be", image(0), "or not")
+    found = hm.lens(prompt)
+    run_ = hm.capture(prompt, ["resid_post", "logits"], max_new_tokens=0)
+    assert found.tokens.count("[image]") == 16 and found.tokens[0] == "<user>"
+    assert torch.allclose(found.top_probabilities[-1, :, 0], run_["logits"][0].softmax(-1).max(-1).values, atol=1e-5)
+    assert hm.lens(run_).tokens == found.tokens
+    parts = hm.attribute(prompt)
+    assert torch.allclose(parts.values.sum(0), parts.logit, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(parts.logit, run_["logits"][0, -1].max(), rtol=1e-4)
+    vector = hm.steering_vector([prompt], [message("to be", image(1), "or not")], layers=[1])
+    rows = [hm.capture(each, "resid_post", 1, max_new_tokens=0)["resid_post", 1][0, -1] for each in (
+        prompt, message("to be", image(1), "or not"))]  # fmt: skip
+    assert torch.allclose(vector[1], rows[0] - rows[1], atol=1e-5)
