@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hookmap.cli.console import table
-from hookmap.maps.describe import layer_ranges, places
+from hookmap.maps.describe import layer_ranges, layers_text, order_of, places
 from hookmap.maps.document import ArchitectureMap
 from hookmap.wording import counted
 
@@ -21,12 +21,13 @@ def show_map(m: ArchitectureMap, screen: Console) -> None:
     if m.left_out:
         lists = ", ".join(map(escape, m.left_out))
         screen.print(f"[bold]Not in this map[/]: other blocks that the output is computed through: {lists}")
-    if not m.joined:
-        screen.print("The model adds to the stream between blocks: resid_pre of the next is not resid_post.")
+    for line in order_of(m):
+        screen.print(escape(line))
     for kind in m.kinds:
         if kind.calls > 1:
+            verb = "run" if len(kind.layers) > 1 else "runs"
             screen.print(
-                f"Layers {layer_ranges(kind.layers)} run {kind.calls} times in one forward pass, calls 0 to "
+                f"{layers_text(kind.layers).capitalize()} {verb} {kind.calls} times in one forward pass, calls 0 to "
                 f"{kind.calls - 1}: each point is there in each of them."
             )
         for name, point in kind.points.items():

@@ -19,7 +19,7 @@ from hookmap.discovery.dataflow import Dataflow, record
 from hookmap.discovery.each_run import points_of_runs
 from hookmap.discovery.full_width import at_full_width
 from hookmap.discovery.layer_choice import find_layers
-from hookmap.discovery.layer_list import LayerList
+from hookmap.discovery.layer_list import LayerList, shape_at
 from hookmap.discovery.locate import Location, captured_axes
 from hookmap.discovery.model_points import read_outside
 from hookmap.discovery.values import Values
@@ -221,7 +221,7 @@ def _kind(layers: LayerList, number: int, reading: BlockPoints | None, values: V
         layers=(),
         branch_order=reading.branch_order,
         norm_placement=reading.norm_placement,
-        axes=captured_axes(values.shape(layers.streams[number, 0][0]), layers.seq),
+        axes=captured_axes(shape_at(values, layers.calls[number, 0], layers.streams[number, 0][0]), layers.seq),
         calls=layers.times(number),
         mixer=reading.mixer,
         mlp=reading.mlp,

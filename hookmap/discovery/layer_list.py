@@ -107,6 +107,12 @@ class LayerList:
         return self.streams[self.order[-1]][1]
 
 
+def shape_at(values: Values, call: ModuleCall, value: int) -> tuple[int, ...]:
+    """The shape in which a value enters a block; the model may have computed it in another."""
+    entered = (t for t in call.entered.values() if values.value(t) == value)
+    return values.flow.tensors[next(entered, value)].shape
+
+
 def numbered_modules(values: Values) -> list[Numbered]:
     """All groups of modules whose paths end in a number and differ in no other part."""
     found: dict[str, dict[Run, ModuleCall]] = {}
@@ -140,7 +146,8 @@ def chain(values: Values, modules: Numbered, seq: int, linked: bool = False) -> 
     streams = dict(_streams(values, modules, seq, handed))
     if not streams:
         return None
-    width = values.shape(next(iter(streams.values()))[0])[-1]
+    first = next(iter(streams))
+    width = shape_at(values, modules.calls[first], streams[first][0])[-1]
     found = LayerList(modules.path, modules.calls, modules.length, streams, width, seq, seq, lists=(modules.path,))
     in_order = [streams[number] for number in found.order]
     return replace(found, contiguous=not linked or all(a[1] == b[0] for a, b in pairwise(in_order)))

@@ -42,6 +42,7 @@ class _Drawing:
         height = self.line + (_RISE + 110 if parallel else 110)
         self._element("line", x1=40, y1=self.line, x2=width - 40, y2=self.line, cls="stream")
         layers = f"{len(self.kind.layers)} of {self.map.num_layers} layers"
+        layers += f" · runs {self.kind.calls} times" if self.kind.calls > 1 else ""
         self._text(40, 28, f"{self.map.architecture} · {self.kind.block_class} · {self.kind.name} · {layers}", "")
         self._stream_point("resid_pre", 60)
         for number, role in enumerate(roles):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 
 from hookmap.maps.contents import MapContents
 from hookmap.maps.points import POINTS, PointName
@@ -13,10 +14,37 @@ def explain(architecture_map: MapContents) -> str:
     """The evidence for every selector, kind by kind, in the order of the forward pass."""
     m = architecture_map
     lines = [f"{m.architecture}: {m.discovered_by}" if m.discovered_by else m.architecture]
+    lines += order_of(m)
     for kind in m.kinds:
         lines += ["", *_kind(m, kind)]
     lines += ["", "around the blocks", *_points(m.model_points, "", m.model_unavailable)]
     return "\n".join(lines)
+
+
+def order_of(m: MapContents) -> list[str]:
+    """What a reader must know of the order of the layers: names, how often each runs, and what stands between them."""
+    lines = list(_named(m.layer_names))
+    lines += [f"The layers run in this order: {m.runs}."] if m.runs else []
+    for pair, text in m.between.items():
+        before, _, here = pair.partition(" -> ")
+        if here == "final_norm":
+            lines.append(f"Behind layer {before}, the last norm reads {text}.")
+        elif before.isdecimal():
+            lines.append(f"Behind layer {before}, resid_pre[{here}] = {text}.")
+        else:
+            lines.append(f"Behind each layer {{i}} of {before}, resid_pre of the next = {text}.")
+    if not m.joined and not m.between:
+        lines.append("The model adds to the stream between blocks: resid_pre of the next is not resid_post.")
+    return lines
+
+
+def _named(names: tuple[str, ...]) -> Iterator[str]:
+    """Which layers the blocks of each list are."""
+    parts = [(name.rpartition(".")[0], layer) for layer, name in enumerate(names)]
+    for _, group in groupby(parts, key=lambda part: part[0]):
+        layers = [layer for _, layer in group]
+        own = names[layers[0]] + (f" to {names[layers[-1]]}" if len(layers) > 1 else "")
+        yield f"{layers_text(layers).capitalize()}: {own}."
 
 
 def _kind(m: MapContents, kind: BlockKind) -> Iterator[str]:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from hookmap.maps.contents import MapContents
-from hookmap.maps.describe import layers_text, same_place
+from hookmap.maps.describe import layers_text, order_of, same_place
 from hookmap.maps.templates import BlockKind, PointTemplate
 
 _LAST = 10**9
@@ -62,6 +62,8 @@ def tree(architecture_map: MapContents, modules: Mapping[str, str] | None = None
     top = Tree(_title(m), guide_style="dim")
     _grow(top, root)
     _missing(top, m.model_unavailable)
+    for line in order_of(m):
+        top.add(f"[dim]{escape(line)}[/]")
     if m.left_out:
         top.add(f"[yellow]○ not in this map[/]  [dim]other lists of blocks: {escape(', '.join(m.left_out))}[/]")
     return top
@@ -93,7 +95,7 @@ def _block(m: MapContents, kind: BlockKind, modules: Mapping[str, str]) -> tuple
     _collapse_numbered(block)
     parts = [b.type for b in (kind.mixer, kind.mlp) if b]
     what = f"{' + '.join(parts)}, {kind.branch_order.replace('_', ' ')}, {kind.norm_placement} norm"
-    what += f", runs {kind.calls} times (its points here are of the first)" if kind.calls > 1 else ""
+    what += f", runs {kind.calls} times" if kind.calls > 1 else ""
     label = f"[bold]{layers_text(kind.layers)}[/]: {escape(kind.block_class)}  [dim]{escape(what)}[/]"
     return label, block, kind.unavailable
 
