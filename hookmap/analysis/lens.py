@@ -20,7 +20,6 @@ from hookmap.loading.prompts import Prompt
 from hookmap.maps.calls import last_run, listed
 from hookmap.maps.points import PointName, parse_point
 from hookmap.stores.interface import Store
-from hookmap.stores.ledger import tensor_name
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
@@ -152,9 +151,14 @@ def _chosen(hm: Hooked, run: Capture | Store, point: str, layers: Any, calls: An
     wanted = held if whole else [selector.key for selector in hm.map.selectors(point, layers, calls)]
     chosen = [key for key in wanted if key in held] if isinstance(layers, str) else wanted
     if (missing := [key for key in chosen if key not in held]) or not chosen:
-        those = ", ".join(map(tensor_name, missing or wanted)) if held else f"{point} of any layer"
-        raise SelectionError(f"the capture holds no {those}: it holds {', '.join(map(tensor_name, held or run.keys))}.")
+        lacking = _places(missing or wanted) if held else "any"
+        raise SelectionError(f"the capture holds no {point} of layers {lacking}: it holds {_places(held)}.")
     return tuple(sorted(chosen, key=list(run.keys).index))
+
+
+def _places(keys: Iterable[Key]) -> list[Any]:
+    """The layers, with the call of those that run several times."""
+    return [key[1:] if len(key) == 3 else key[1] for key in keys]
 
 
 def _stream_point(point: str) -> str:

@@ -46,13 +46,15 @@ class Probing:
     def save(self, folder: str | Path) -> list[Path]:
         """Write the report, charts, probes, and a steering vector for each point with layers. Raises StoreError.
 
+        Of layers that run several times there is one for each call, vector-POINT-call2.safetensors.
         A tensor in which no feature varies has no probe; `why` in the report's `places` says so.
         """
         target = Path(folder)
         written = documents.save_report(self.report, target)
         written.append(self.probes.save(target / documents.PROBES))
-        for point in dict.fromkeys(key[0] for key in self.probes.weights if key[1] is not None):
-            written.append(self.probes.vector(point).save(target / f"vector-{point}.safetensors"))
+        for point, call in dict.fromkeys((key[0], call_of(key)) for key in self.probes.weights if key[1] is not None):
+            name = f"vector-{point}" if call is None else f"vector-{point}-call{call}"
+            written.append(self.probes.vector(point, call).save(target / f"{name}.safetensors"))
         return written
 
 

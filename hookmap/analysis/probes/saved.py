@@ -63,7 +63,7 @@ class Probes:
         }
         if not found:
             raise SelectionError(f"no probe of a layer of {point}.")
-        about = steering.About(point=point, method=f"probe:{self.about.method}", model=self.about.model)
+        about = steering.About(point=point, method=f"probe:{self.about.method}", model=self.about.model, call=call)
         return steering.SteeringVector(about, {layer: w / w.norm() for layer, w in found.items()})
 
     def save(self, path: str | Path) -> Path:
