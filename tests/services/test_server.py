@@ -302,7 +302,7 @@ def test_metrics_count_requests_and_name_no_client(served: Served) -> None:
 
 def test_the_structure_is_the_map_and_the_tree(served: Served) -> None:
     found = served.get("/v1/model/structure").json()
-    assert found["map"] == {**served.hm.map.model_dump(mode="json"), "model_id": NAME}
+    assert found["map"] == served.hm.map.model_copy(update={"model_id": NAME}).to_document()
     assert str(MODEL_PATH) not in str(found), "a client learns no path of the server"
     assert (found["layers"], "resid_mid" in found["points"]) == (20, True)
     assert "input_layernorm" in found["tree"] and "● resid_mid" in found["tree"]
