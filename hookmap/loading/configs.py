@@ -180,13 +180,20 @@ def own_settings(config: Any) -> dict[str, Any]:
     All that it says where there are no such defaults. The model type and the version of transformers are left out.
     """
     said, whole = _plain(config.to_diff_dict()), _structural(_plain(config.to_dict()))
+
+    def is_whole(settings: dict[str, Any]) -> bool:
+        return _structural(_plain(type(config).from_dict(settings).to_dict())) == whole
+
     try:
         with hub.quiet():
             found = _beyond(said, _plain(type(config)().to_dict()))
-            again = _structural(_plain(type(config).from_dict(found).to_dict()))
+            # Most classes make lists such as layer_types of other settings.
+            for name in [name for name, value in found.items() if isinstance(value, list) and name not in _VOLATILE]:
+                shorter = {key: value for key, value in found.items() if key != name}
+                found = shorter if is_whole(shorter) else found
+            found = found if is_whole(found) else said
     except Exception:  # a class without defaults, or that cannot do without some: each raises an error of its own
-        again = {}
-    found = found if again == whole else said
+        found = said
     return {key: value for key, value in found.items() if key not in ("transformers_version", "model_type")}
 
 
