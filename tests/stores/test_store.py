@@ -15,10 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from support.documents import hybrid
 from support.store_runs import Run, resid, tree
 
 from hookmap.activations import Activation, Sample, Sink
 from hookmap.errors import CaptureError, SelectionError, StoreError
+from hookmap.maps.parsing import parse
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter, write_store
 from hookmap.stores.interface import Store
@@ -412,6 +414,18 @@ class TestBeginning:
         with pytest.raises(StoreError) as caught:
             FolderWriter.resume(tmp_path / "c", other)
         assert "  - settings.generation.n: the capture has 4, this run has 64\n" in str(caught.value)
+
+    def test_a_capture_with_a_map_of_schema_1_is_resumed_under_the_same_map(self, tmp_path: Path) -> None:
+        old = hybrid()
+        before = SMALL.manifest.model_copy(update={"map": old})
+        today = SMALL.manifest.model_copy(update={"map": parse(old).to_document()})
+        with FolderWriter.create(tmp_path / "c", before) as writer:
+            SMALL.write(writer)
+        with FolderWriter.resume(tmp_path / "c", today):
+            pass
+        other = {**old, "kinds": [{**kind, "norm_placement": "post"} for kind in old["kinds"]]}
+        with pytest.raises(StoreError, match='map.kinds.parallel.norm_placement: the capture has "pre"'):
+            FolderWriter.resume(tmp_path / "c", before.model_copy(update={"map": parse(other).to_document()}))
 
     def test_a_place_that_cannot_be_written_is_not_said_to_be_full(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
