@@ -98,10 +98,12 @@ def source(
             _taken[inside] = shape
             return given
         tried.append(f"{list(shape)}: {said}")
-    raise ModelError(
+    said = (
         f"the encoder of {type(inside).__name__} reads {name}, of which hookmap could make none that it "
         f"takes: {'; '.join(tried) or 'no shape follows from its config'}"
     )
+    # Without data, an encoder may fail for that reason alone: a narrow copy has data.
+    raise RuntimeError(said) if device.type == "meta" else ModelError(said)
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -127,6 +129,8 @@ def _shapes(model: nn.Module, name: str) -> Iterator[tuple[int, ...]]:
             size = getattr(config, "image_size", None)
             if size is not None:
                 yield (getattr(config, "num_channels", 3), *(size if isinstance(size, (list, tuple)) else (size, size)))
+    elif name == "flattened_patches":  # the row and the column of each patch, and its numbers
+        yield from ((_FRAMES, 2 + n) for each in configs if (n := getattr(each, "patch_embed_hidden_size", None)))
     elif name == "input_features":
         frames = [n for each in configs if (n := getattr(each, "max_source_positions", None))]
         for field in _FEATURES:

@@ -50,6 +50,8 @@ _CEILINGS: tuple[tuple[str, int], ...] = (
 # their product is).
 _EQUAL = (("codebook_dim", "hidden_size"),)
 _MULTIPLES = (("attention_hidden_size", "hidden_size"),)
+# The same of two parts, each (part, field): the first is a part of the second.
+_SHARES = ((("adaptor_config", "intermediate_size"), ("text_config", "hidden_size")),)
 _PRODUCTS = (
     ("num_attention_heads", "attention_head_dim", ("attention_hidden_size",)),
     ("num_heads", "head_dim", ("expand", "hidden_size")),
@@ -152,6 +154,7 @@ def _narrow(config: Any, original: Any, kept: Collection[str], text: Any = None)
         else:
             settings[name] = _field(name, value)
     _relations(settings, before)
+    _shares(settings, before)
     _sections(config)
     if getattr(config, "is_heterogeneous", False):
         config.per_layer_config = dict(_narrow_layers(config, original))
@@ -221,6 +224,13 @@ def _relations(settings: dict[str, Any], before: dict[str, Any]) -> None:
         sizes = [size for name in (count, width, *whole) if isinstance(size := before.get(name), int)]
         if len(sizes) == 2 + len(whole) and sizes[0] * sizes[1] == prod(sizes[2:]):
             settings[width] = prod(settings[name] for name in whole) // settings[count]
+
+
+def _shares(settings: dict[str, Any], before: dict[str, Any]) -> None:
+    for (part, field), (other, whole) in _SHARES:
+        share, size = getattr(before.get(part), field, None), getattr(before.get(other), whole, None)
+        if share and size and size % share == 0:
+            setattr(settings[part], field, getattr(settings[other], whole) // (size // share))
 
 
 def _sections(config: Any) -> None:

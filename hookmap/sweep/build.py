@@ -27,6 +27,8 @@ from hookmap.maps.parsing import load
 Status = Literal["SUPPORTED", "UNAVAILABLE", "ERROR", "SILENTLY WRONG"]
 LEDGER = ".sweep.jsonl"
 """the file in the maps' folder with one line for each finished model type: a killed sweep goes on from it"""
+MULTIMODAL_LEDGER = ".sweep-multimodal.jsonl"
+"""the same of the models that read images or sounds too"""
 _SECONDS = 900
 """the longest that one model type may take"""
 
@@ -129,13 +131,17 @@ def with_earlier_proofs(found: ArchitectureMap, path: Path) -> ArchitectureMap:
     return found.model_copy(update={"proofs": proofs})
 
 
-def classes() -> dict[str, str]:
-    """Every model type of transformers' causal language models -> its class."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def classes(multimodal: bool = False) -> dict[str, str]:
+    """Every model type of transformers' causal language models -> its class.
 
-    return {
-        name: found if isinstance(found, str) else found[0] for name, found in _pairs(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    }
+    `multimodal`: of those that read images or sounds too, as a whole.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    from hookmap.sweep.configs import first
+
+    names = auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES if multimodal else auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return {name: first(found) for name, found in _pairs(names)}
 
 
 def _pairs(mapping: Any) -> Iterable[tuple[str, Any]]:
@@ -155,29 +161,36 @@ def sweep(
     jobs: int = 2,
     report: Callable[[Entry], None] = lambda entry: None,
     record: bool = False,
+    multimodal: bool = False,
 ) -> list[Entry]:
     """Discover and verify the maps of these model types, in `jobs` processes.
 
     `folder`: where right maps and the ledger are written; None writes nothing. `shipped`: the folder of the maps to
     compare with. `record`: write the version of transformers into each shipped map that is found again. `report` is
-    called with each entry as it is finished.
+    called with each entry as it is finished. `multimodal`: as for `classes`.
     """
     entries: list[Entry] = []
+    build_one = partial(build_type, folder=folder, shipped=shipped, record=record, multimodal=multimodal)
     # Not ProcessPoolExecutor: with a limit of tasks per child it hangs in Python up to 3.14 (python/cpython#115634).
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=12) as pool:
-        for entry in pool.imap_unordered(partial(build_type, folder=folder, shipped=shipped, record=record), types):
+        for entry in pool.imap_unordered(build_one, types):
             entries.append(entry)
             if folder is not None:
-                with (folder / LEDGER).open("a", encoding="utf-8") as ledger:
+                with ledger_of(folder, multimodal).open("a", encoding="utf-8") as ledger:
                     ledger.write(json.dumps(asdict(entry)) + "\n")
             report(entry)
     return sorted(entries, key=lambda entry: entry.model_type)
 
 
-def done(folder: Path) -> dict[str, Entry]:
+def ledger_of(folder: Path, multimodal: bool = False) -> Path:
+    """The file of the finished model types."""
+    return folder / (MULTIMODAL_LEDGER if multimodal else LEDGER)
+
+
+def done(folder: Path, multimodal: bool = False) -> dict[str, Entry]:
     """The last entry of each model type that sweeps into `folder` have finished. A line cut short is left out."""
     found: dict[str, Entry] = {}
-    path = folder / LEDGER
+    path = ledger_of(folder, multimodal)
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             entry = _entry_of(json.loads(line))
@@ -193,16 +206,22 @@ def _entry_of(document: dict[str, Any]) -> Entry:
     return Entry(**document, kinds=kinds, model_points=model_points, changes=changes)
 
 
-def build_type(model_type: str, folder: Path | None = None, shipped: Path | None = None, record: bool = False) -> Entry:
+def build_type(
+    model_type: str,
+    folder: Path | None = None,
+    shipped: Path | None = None,
+    record: bool = False,
+    multimodal: bool = False,
+) -> Entry:
     """Build one model type's map, compare it with the shipped one, and write it if it is right."""
     begun = time.monotonic()
     try:
         with _at_most(_SECONDS):
-            found = _build_alone(model_type)
+            found = _build_alone(model_type, multimodal)
     except Exception as error:
-        entry = Entry(model_type, classes()[model_type], _status(error), detail=_said(error))
+        entry = Entry(model_type, classes(multimodal)[model_type], _status(error), detail=_said(error))
     else:
-        is_shipped = _speaks_for_its_class(model_type)
+        is_shipped = _speaks_for_its_class(model_type, multimodal)
         entry = _entry(model_type, found, _filed(found, folder, shipped, record) if is_shipped else ())
     return replace(entry, seconds=round(time.monotonic() - begun, 1))
 
@@ -234,7 +253,7 @@ def _filed(found: ArchitectureMap, folder: Path | None, shipped: Path | None, re
     return changes
 
 
-def _build_alone(model_type: str) -> ArchitectureMap:
+def _build_alone(model_type: str, multimodal: bool) -> ArchitectureMap:
     """Build it in one thread, since a sweep has a process for each core, and without transformers' warnings."""
     import logging
     import warnings
@@ -247,7 +266,7 @@ def _build_alone(model_type: str) -> ArchitectureMap:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return build(config_of(model_type))
+        return build(config_of(model_type, multimodal))
 
 
 @contextmanager
@@ -268,7 +287,7 @@ def _at_most(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-def _speaks_for_its_class(model_type: str) -> bool:
+def _speaks_for_its_class(model_type: str, multimodal: bool = False) -> bool:
     """Of several model types of one class, the last of its own folder in transformers.
 
     `deepseek_v3` and not `sarvam_mla`, which came later and uses the class; `llama4_text` after `llama4`.
@@ -276,7 +295,7 @@ def _speaks_for_its_class(model_type: str) -> bool:
     import transformers
     from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-    of = classes()
+    of = classes(multimodal)
     folder = getattr(transformers, of[model_type]).__module__.split(".")[2]
     types = [name for name, architecture in of.items() if architecture == of[model_type]]
     return [name for name in types if model_type_to_module_name(name) == folder][-1:] == [model_type]

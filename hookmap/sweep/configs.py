@@ -133,6 +133,10 @@ MULTIMODAL_COMPLETIONS: dict[str, Completion] = {
     "hunyuan_vl": Completion({"text_config": {"head_dim": 128}}, _HEAD_DIM),
     "instructblip": Completion({"image_token_index": 32_000}, "it compares each token with image_token_index"),
     "instructblipvideo": Completion({"video_token_index": 32_000}, "it compares each token with video_token_index"),
+    "paddleocr_vl": Completion(
+        {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [16, 24, 24]}}},
+        "the sections are a default of the model's class; the values are those of PaddleOCR-VL",
+    ),
     "qwen2_5_omni_thinker": _VISION_START,
     "qwen3_omni_moe_thinker": _VISION_START,
     "qwen4_exp": COMPLETIONS["qwen4_exp"],

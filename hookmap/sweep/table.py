@@ -10,9 +10,9 @@ from hookmap.maps.points import PointName
 from hookmap.sweep.build import Entry, Kind, Status
 
 _HEAD = """\
-# Every causal language model of transformers
+# {title}
 
-Made by `hookmap maps build --table docs/architectures-table.md` with transformers {version}; do not edit it.
+Made by `{command}` with transformers {version}; do not edit it.
 
 {counts}.
 
@@ -25,6 +25,14 @@ is shipped.
 | class | model types | status | kinds of block (layers): order, norms | not there, and why |
 | --- | --- | --- | --- | --- |
 """
+_CAUSAL = (
+    "Every causal language model of transformers",
+    "hookmap maps build --table docs/architectures-table.md",
+)
+_MULTIMODAL = (
+    "Every model of transformers that reads images or sounds and text",
+    "hookmap maps build --multimodal --table docs/multimodal-table.md",
+)
 # Reasons that most blocks give: they would fill the table.
 _OBVIOUS = (
     "this block has no",
@@ -51,15 +59,17 @@ def by_class(entries: Iterable[Entry]) -> dict[str, Entry]:
     return found
 
 
-def markdown(entries: Sequence[Entry]) -> str:
-    """The whole page of the documentation."""
+def markdown(entries: Sequence[Entry], multimodal: bool = False) -> str:
+    """The whole page: of the causal language models, or of those that read images or sounds too."""
     from importlib.metadata import version
 
     types: dict[str, list[str]] = {}
     for entry in entries:
         types.setdefault(entry.architecture, []).append(entry.model_type)
     rows = [_row(entry, types[name]) for name, entry in sorted(by_class(entries).items())]
-    return _HEAD.format(version=version("transformers"), counts=counts(entries)) + "\n".join(rows) + "\n"
+    title, command = _MULTIMODAL if multimodal else _CAUSAL
+    head = _HEAD.format(title=title, command=command, version=version("transformers"), counts=counts(entries))
+    return head + "\n".join(rows) + "\n"
 
 
 def _row(entry: Entry, types: Sequence[str]) -> str:

@@ -252,6 +252,22 @@ def test_a_sweep_writes_maps_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert result.exit_code == 0 and json.loads(result.stdout)[0]["seconds"] == entry.seconds
 
 
+def test_a_sweep_of_models_that_read_images_too_has_a_ledger_and_a_table_of_its_own(tmp_path: Path) -> None:
+    """GIT is a causal language model to transformers as well; Mllama's class is another there."""
+    assert classes(multimodal=True)["mllama"] == "MllamaForConditionalGeneration" != classes()["mllama"]
+    table = tmp_path / "table.md"
+    arguments = ["build", "--multimodal", "git", "-o", str(tmp_path), "--table", str(table), "--jobs", "1"]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0, result.output
+    assert done(tmp_path) == {} and done(tmp_path, multimodal=True)["git"].status == "SUPPORTED"
+    assert table.read_text().startswith("# Every model of transformers that reads images or sounds and text\n")
+    assert load(tmp_path / "GitForCausalLM.json").num_layers == 6
+    refused = CliRunner().invoke(command, ["check", "--multimodal", "gpt2"])
+    assert "no model of images or sounds and text of transformers is of the type 'gpt2'" in " ".join(
+        refused.output.split()
+    )
+
+
 def _term(document: dict[str, Any]) -> Any:
     return document["kinds"][0]["points"]["mlp_in"]["terms"][0]
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from hookmap.sweep.build import Entry
 
 _JOBS = click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Processes at a time.")
+_MULTIMODAL = click.option(
+    "--multimodal", is_flag=True, help="TYPES are of models that read images or sounds too, as a whole."
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and no table.")
 
 
@@ -21,7 +24,8 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdo
 def command() -> None:
     """Make, check and compare the maps that ship with hookmap.
 
-    TYPES are transformers' model types, such as `qwen3` or `gpt2`; without any, all of its causal language models.
+    TYPES are transformers' model types, such as `qwen3` or `gpt2`; without any, all of its causal language models, or
+    with --multimodal all that read images or sounds too.
 
     \b
     hookmap maps list
@@ -37,33 +41,41 @@ def command() -> None:
 @click.option("--table", metavar="FILE", type=click.Path(dir_okay=False), help="Write the table of all that is done.")
 @click.option("--models", is_flag=True, help="Instead, the maps of well-known models, into DIR/models.")
 @click.option("--resume", is_flag=True, help="Leave out what an earlier, killed run into DIR has done.")
+@_MULTIMODAL
 @_JOBS
 @_JSON
 def build(
-    types: tuple[str, ...], output: str | None, table: str | None, models: bool, resume: bool, jobs: int, as_json: bool
+    types: tuple[str, ...],
+    output: str | None,
+    table: str | None,
+    models: bool,
+    resume: bool,
+    multimodal: bool,
+    jobs: int,
+    as_json: bool,
 ) -> None:
     """Discover each of TYPES at its default full size without weights, verify it on a narrow copy, write its map.
 
     What verification refutes is not written. Exit code 1 where any is SILENTLY WRONG.
     """
     from hookmap.maps.shipped import mappings_folder
-    from hookmap.sweep.build import LEDGER, build_models, done
+    from hookmap.sweep.build import build_models, done, ledger_of
 
     folder = Path(output) if output else mappings_folder()
     folder.mkdir(parents=True, exist_ok=True)
     if models:
         build_models(folder / "models", lambda name: click.echo(f"wrote the map of {name}", err=True))
         return
-    wanted = _wanted(types)
-    finished = done(folder) if resume else {}
+    wanted = _wanted(types, multimodal)
+    finished = done(folder, multimodal) if resume else {}
     if not resume and not types:
-        (folder / LEDGER).unlink(missing_ok=True)
-    _run([name for name in wanted if name not in finished], jobs, folder=folder)
-    entries = [entry for name, entry in sorted(done(folder).items()) if name in wanted or not types]
+        ledger_of(folder, multimodal).unlink(missing_ok=True)
+    _run([name for name in wanted if name not in finished], jobs, folder=folder, multimodal=multimodal)
+    entries = [entry for name, entry in sorted(done(folder, multimodal).items()) if name in wanted or not types]
     if table:
         from hookmap.sweep.table import markdown
 
-        Path(table).write_text(markdown(entries), encoding="utf-8")
+        Path(table).write_text(markdown(entries, multimodal), encoding="utf-8")
         click.echo(f"wrote {table}", err=True)
     _show(entries, as_json)
     sys.exit(any(entry.status == "SILENTLY WRONG" for entry in entries))
@@ -74,22 +86,33 @@ def build(
 @click.option("--tenth", type=click.IntRange(0, 9), help="TYPES, and every tenth model type from this one on.")
 @click.option("--allow-drift", is_flag=True, help="A map that is right and differs from its file is no failure.")
 @click.option("--record", is_flag=True, help="Write this version of transformers into each map that passes.")
+@_MULTIMODAL
 @_JOBS
 @_JSON
-def check(types: tuple[str, ...], tenth: int | None, allow_drift: bool, record: bool, jobs: int, as_json: bool) -> None:
+def check(
+    types: tuple[str, ...],
+    tenth: int | None,
+    allow_drift: bool,
+    record: bool,
+    multimodal: bool,
+    jobs: int,
+    as_json: bool,
+) -> None:
     """Discover and verify each of TYPES anew, and compare with its shipped map.
 
     Exit code 1 where a map is refuted, is no longer found, or differs from the shipped one. Another version of
     transformers may lay out a model otherwise: its maps then differ and are right (--allow-drift).
     """
     from hookmap.maps.shipped import mappings_folder, shipped_architectures
+    from hookmap.sweep.build import classes
     from hookmap.sweep.build import tenth as every_tenth
 
-    wanted = _wanted(types)
+    wanted = _wanted(types, multimodal)
     if tenth is not None:
-        wanted = tuple(dict.fromkeys((*(wanted if types else ()), *every_tenth(tenth))))
-        click.echo(f"tenth {tenth}: {', '.join(every_tenth(tenth))}", err=True)
-    entries = _run(wanted, jobs, shipped=mappings_folder(), record=record)
+        drawn = every_tenth(tenth, classes(multimodal))
+        wanted = tuple(dict.fromkeys((*(wanted if types else ()), *drawn)))
+        click.echo(f"tenth {tenth}: {', '.join(drawn)}", err=True)
+    entries = _run(wanted, jobs, shipped=mappings_folder(), record=record, multimodal=multimodal)
     _show(entries, as_json)
     shipped = shipped_architectures()
     wrong = [each.model_type for each in entries if each.status == "SILENTLY WRONG"]
@@ -140,23 +163,27 @@ def list_maps(as_json: bool) -> None:
     click.echo(f"{len(shipped_architectures())} architectures, {len(shipped_models())} models", err=True)
 
 
-def _wanted(types: "Sequence[str]") -> tuple[str, ...]:
+def _wanted(types: "Sequence[str]", multimodal: bool) -> tuple[str, ...]:
     import difflib
 
     from hookmap.sweep.build import classes
 
-    known = classes()
+    known = classes(multimodal)
     for name in types:
         if name not in known:
+            kind = "model of images or sounds and text" if multimodal else "causal language model"
             near = difflib.get_close_matches(name, known, n=3) or sorted(known)[:8]
-            raise click.UsageError(
-                f"no causal language model of transformers is of the type {name!r}: {', '.join(near)}, …"
-            )
+            raise click.UsageError(f"no {kind} of transformers is of the type {name!r}: {', '.join(near)}, …")
     return tuple(dict.fromkeys(types)) if types else tuple(known)
 
 
 def _run(
-    types: "Sequence[str]", jobs: int, folder: Path | None = None, shipped: Path | None = None, record: bool = False
+    types: "Sequence[str]",
+    jobs: int,
+    folder: Path | None = None,
+    shipped: Path | None = None,
+    record: bool = False,
+    multimodal: bool = False,
 ) -> "list[Entry]":
     from hookmap.cli.console import progress
     from hookmap.sweep.build import sweep
@@ -169,7 +196,7 @@ def _run(
             if bar.disable or entry.status != "SUPPORTED":
                 click.echo(f"{entry.model_type}: {entry.status} in {entry.seconds:.1f} s. {entry.detail}", err=True)
 
-        return sweep(types, folder, shipped, jobs, report, record)
+        return sweep(types, folder, shipped, jobs, report, record, multimodal)
 
 
 def _show(entries: "Sequence[Entry]", as_json: bool) -> None:
