@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ run the class so, in its own words. *Wrong*: verification refutes the map, or th
 
 def classes() -> dict[str, tuple[str, str]]:
     """Class -> its model type, and what it is."""
+    import transformers as tf
     from transformers.models.auto import modeling_auto as auto
 
     found: dict[str, tuple[str, str]] = {}
@@ -56,7 +58,8 @@ def classes() -> dict[str, tuple[str, str]]:
         ("encoder", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     ):
         for model_type, name in names.items():
-            found.setdefault(name, (model_type, kind))
+            if kind == "encoder" or "decoder_input_ids" in signature(getattr(tf, name).forward).parameters:
+                found.setdefault(name, (model_type, kind))
     return found
 
 

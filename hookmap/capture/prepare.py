@@ -21,6 +21,7 @@ from hookmap.capture.rows import matching_tokens
 from hookmap.capture.run import Run, device_of, log, vocabulary_of
 from hookmap.errors import CaptureError, InterventionError, StoreError, TokenizerError
 from hookmap.loading import generation as gen
+from hookmap.loading.encoder_decoder import encoder_vocabulary
 from hookmap.loading.further_inputs import signature
 from hookmap.loading.memory import MemoryUse
 from hookmap.loading.modules import why_it_generates_nothing
@@ -219,7 +220,11 @@ def _refuse_generation(do_sample: bool, seed: int | None, stop: tuple[str, ...],
 def _check_vocabulary(engine: Engine, prompts: Sequence[Prompt]) -> None:
     size = vocabulary_of(engine)
     for number, prompt in enumerate(prompts):
-        if wrong := [token for token in prompt.token_ids if not 0 <= token < size]:
+        wrong = [token for token in prompt.token_ids if not 0 <= token < size]
+        if not wrong and prompt.encoder_token_ids:
+            size = encoder_vocabulary(engine.root)
+            wrong = [token for token in prompt.encoder_token_ids if not 0 <= token < size]
+        if wrong:
             raise TokenizerError(
                 f"prompt {number} has token ids {wrong[:5]}, and the model's vocabulary is 0 to {size - 1}. "
                 "The tokenizer is another model's."

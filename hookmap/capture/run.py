@@ -22,6 +22,7 @@ from hookmap.capture.overflow import in_words
 from hookmap.capture.rows import DTYPES, RowSelection
 from hookmap.errors import CaptureError
 from hookmap.loading import modules
+from hookmap.loading.encoder_decoder import embedding_of_tokens
 from hookmap.loading.memory import MemoryUse
 from hookmap.loading.modules import evaluating
 from hookmap.loading.prompts import Prompt, decode
@@ -199,4 +200,4 @@ def device_of(engine: Engine) -> torch.device:
 
 def vocabulary_of(engine: Engine) -> int:
     """The size of the model's vocabulary, by its embedding."""
-    return len(engine.root.get_input_embeddings().weight)  # type: ignore[operator]
+    return len(embedding_of_tokens(engine.root).weight)

@@ -83,7 +83,7 @@ def source(
     """
     name = encoder_argument(model)
     if name == TOKENS:
-        size = _vocabulary(model)
+        size = encoder_vocabulary(model)
         ids = torch.ones((rows, tokens + 2), dtype=torch.long)
         if draw is not None:
             ids = torch.randint(min(5, size - 1), size, ids.shape, generator=draw)
@@ -106,9 +106,27 @@ def source(
     raise RuntimeError(said) if device.type == "meta" else ModelError(said)
 
 
-def _vocabulary(model: nn.Module) -> int:
-    embedding = model_inside(model).get_encoder().get_input_embeddings()
-    return len(embedding.weight)
+def encoder_vocabulary(model: nn.Module) -> int:
+    """How many token ids the encoder of an encoder-decoder knows."""
+    inside = model_inside(model)
+    embedding = _embedding(inside.get_encoder()) or _embedding(inside)
+    return len(embedding.weight) if embedding is not None else int(inside.config.vocab_size)
+
+
+def embedding_of_tokens(model: nn.Module) -> Any:
+    """The embedding of the tokens whose rows a map is of: an encoder-decoder's decoder may have its own."""
+    inside = model_inside(model)
+    own = _embedding(inside.get_decoder()) if is_encoder_decoder(model) else None
+    return inside.get_input_embeddings() if own is None else own
+
+
+def _embedding(part: Any) -> Any:
+    """A part's input embedding; None where it names none with weights."""
+    try:
+        found = part.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(getattr(found, "weight", None), torch.Tensor) else None
 
 
 def _refusal(model: nn.Module, given: dict[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ from hookmap.capture.engines.observation import Observer
 from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.finiteness import why_not_finite
 from hookmap.capture.interventions.edits import Edit, Editor, TokenPositions
-from hookmap.capture.run import device_of
+from hookmap.capture.run import device_of, vocabulary_of
 from hookmap.loading.encoder_decoder import with_source
 from hookmap.loading.finiteness import is_stream
 from hookmap.maps.document import ArchitectureMap
@@ -107,7 +107,7 @@ class TrialRuns:
         return next((layer for layer in kind.layers if (layer, self._call) != last), kind.layers[0])
 
     def _tokens(self) -> torch.Tensor:
-        count = len(self._engine.root.get_input_embeddings().weight)  # type: ignore[operator]
+        count = vocabulary_of(self._engine)
         draw = torch.Generator().manual_seed(0)
         return torch.randint(min(3, count - 1), count, (1, TOKENS), generator=draw).to(device_of(self._engine))
 
