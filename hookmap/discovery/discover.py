@@ -120,6 +120,8 @@ def _of_module(model: nn.Module) -> ArchitectureMap:
     with modules.eager(model), modules.plain_experts(model), plain_products(model, device):
         try:
             flow = _one_pass(model, config, device, seq)
+        except HookmapError:
+            raise
         except Exception as error:
             raise DiscoveryError(
                 f"{named(model)} did not run on {seq} token ids: {type(error).__name__}: {error}\n"

@@ -55,9 +55,15 @@ def _are_its_branches(values: Values, inner: LayerList, outer: LayerList) -> boo
 
 
 def _lengths(values: Values, groups: list[Numbered], seq: int) -> list[int]:
-    """Numbers of positions that the stream may have: the tokens', or more, where a model adds positions of its own."""
+    """Numbers of positions that the stream may have: the tokens', or more, where a model adds positions of its own.
+
+    As many as an encoder reads are no decoder's.
+    """
     lengths: set[int] = set().union(*(_positions(values, group) for group in groups))
-    return [seq, *sorted(length for length in lengths if length > seq)]
+    of_others = {
+        values.flow.tensors[t].shape[1:2] for name, t in values.flow.inputs.items() if name != values.flow.tokens
+    }
+    return [seq, *sorted(length for length in lengths if length > seq and (length,) not in of_others)]
 
 
 def _positions(values: Values, group: Numbered) -> set[int]:

@@ -40,9 +40,9 @@ def tokens_argument(model: nn.Module) -> str:
 def encoder_argument(model: nn.Module) -> str:
     """The argument that an encoder-decoder's encoder reads: `input_ids`, `input_features`, `pixel_values`, …"""
     inside = model_inside(model)
-    main = str(inside.main_input_name)
     parameters = list(inspect.signature(type(inside).forward).parameters)
-    return main if main in parameters else parameters[1]
+    mains = (getattr(part, "main_input_name", None) for part in (inside.get_encoder(), inside))
+    return next((str(main) for main in mains if main in parameters), parameters[1])
 
 
 def start_token(model: nn.Module) -> int:
@@ -110,17 +110,21 @@ def encoder_vocabulary(model: nn.Module) -> int:
     """How many token ids the encoder of an encoder-decoder knows."""
     inside = model_inside(model)
     embedding = _embedding(inside.get_encoder()) or _embedding(inside)
-    return len(embedding.weight) if embedding is not None else int(inside.config.vocab_size)
+    return len(next(embedding.parameters())) if embedding is not None else int(inside.config.vocab_size)
 
 
 def embedding_of_tokens(model: nn.Module) -> Any:
     """The embedding of the tokens whose rows a map is of: an encoder-decoder's decoder may have its own."""
-    inside = model_inside(model)
-    own = _embedding(inside.get_decoder()) if is_encoder_decoder(model) else None
-    return inside.get_input_embeddings() if own is None else own
+    own = decoder_embedding(model) if is_encoder_decoder(model) else None
+    return model_inside(model).get_input_embeddings() if own is None else own
 
 
-def _embedding(part: Any) -> Any:
+def decoder_embedding(model: nn.Module) -> nn.Module | None:
+    """The embedding that an encoder-decoder's decoder itself names."""
+    return _embedding(model_inside(model).get_decoder())
+
+
+def _embedding(part: Any) -> nn.Module | None:
     """A part's input embedding; None where it names none with weights."""
     try:
         found = part.get_input_embeddings()

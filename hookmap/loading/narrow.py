@@ -202,10 +202,11 @@ def _token(value: Any) -> Any:
 
 def _relations(settings: dict[str, Any], before: dict[str, Any]) -> None:
     """Restores the relations between sizes that held before they were reduced."""
-    heads, shared = _heads(settings)
-    if heads and shared:
-        same = len(set(_heads(before))) == 1
-        settings["num_key_value_heads"] = heads if same else shared if heads % shared == 0 else 1
+    for part in ("", "encoder_", "decoder_"):
+        heads, shared = _heads(settings, part)
+        if heads and shared:
+            same = len(set(_heads(before, part))) == 1
+            settings[f"{part}num_key_value_heads"] = heads if same else shared if heads % shared == 0 else 1
     for one, other in _EQUAL:
         if before.get(one) and before[one] == before.get(other):
             settings[one] = settings[other]
@@ -255,7 +256,7 @@ def _rotated(config: Any, rope: dict[str, Any]) -> int:
     return int(width * (rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0))
 
 
-def _heads(settings: dict[str, Any]) -> tuple[int | None, int | None]:
-    found = (settings.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
+def _heads(settings: dict[str, Any], part: str) -> tuple[int | None, int | None]:
+    found = (settings.get(f"{part}{name}") for name in ("num_attention_heads", "num_key_value_heads"))
     heads, shared = (value if isinstance(value, int) else None for value in found)
     return heads, shared

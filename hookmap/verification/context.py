@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hookmap.loading import modules, other_inputs
-from hookmap.loading.encoder_decoder import embedding_of_tokens, is_encoder_decoder
+from hookmap.loading.encoder_decoder import decoder_embedding, is_encoder_decoder
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, select
@@ -124,7 +124,8 @@ def module_at(model: nn.Module, path: str) -> nn.Module | None:
 def input_embedding(found: ArchitectureMap, model: nn.Module) -> nn.Module | None:
     """The embedding that the model itself names; where it names none, the one that the map names."""
     if is_encoder_decoder(model):
-        return embedding_of_tokens(model)  # type: ignore[no-any-return]
+        own = decoder_embedding(model)
+        return module_at(model, found.embedding_path) if own is None and found.embedding_path else own
     if hasattr(model, "get_input_embeddings"):
         return model.get_input_embeddings()  # type: ignore[no-any-return,operator]
     return None if found.embedding_path is None else module_at(model, found.embedding_path)

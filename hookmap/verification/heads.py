@@ -112,6 +112,7 @@ def _turning(term: Term, head: int, place: int) -> Hook:
         mine = Term(term.module, "output", None, heads=term.heads).resolve((), {}, features)[head]
         turned = tensor.clone()
         rows = turned.unflatten(0, (-1, POSITIONS)) if term.flat else turned
+        rows = rows if term.axes is None else rows.movedim(term.axes.index("pos"), -2)  # positions first (FSMT)
         before = rows.shape[-2] - POSITIONS if term.rows == "last" else 0  # positions of no token (CPM-Ant)
         rows[..., before + place, mine] *= -1  # writes to `turned`, also where `rows` is a view of it
         if term.index is None:
