@@ -196,7 +196,7 @@ def test_a_write_to_one_run_is_what_a_hook_that_counts_writes(name: str, call: s
         changed = (output[0] if isinstance(output, tuple) else output) + 2.0 * vector
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    module = hm.model.get_submodule(looped.path.replace("{i}", str(layer)))
+    module = hm.model.get_submodule(looped.path_of(layer))
     handles = [hm.model.register_forward_pre_hook(begins), module.register_forward_hook(adds)]
     sequences, seen = generate(hm.model, looped, PROMPTS[:1], NEW)
     for handle in handles:

@@ -76,12 +76,16 @@ def hrm() -> nn.Module:
 
 @dataclass(frozen=True)
 class Looped:
-    """A model, the path of its layers, and how often each runs."""
+    """A model, the path of its layers, how often each runs, and what `{i}` is where that is no number."""
 
     build: Callable[[], nn.Module]
     path: str
     runs: tuple[int, ...]
     cache: bool = True
+    names: tuple[str, ...] = ()
+
+    def path_of(self, layer: int) -> str:
+        return self.path.replace("{i}", self.names[layer] if self.names else str(layer))
 
 
 _LLAMA = "model.layers.{i}"
@@ -93,7 +97,9 @@ if hasattr(tf, "DoryConfig"):  # from 5.24 on
     LOOPED |= {
         "dory": Looped(dory, _LLAMA, (1, 1, 2, 2, 1)),
         "inkling2_loop": Looped(inkling, _LLAMA, (1, 1, 3, 3, 1, 1)),
-        "hrm_text": Looped(hrm, "model.L_module.layers.{i}", (6, 6)),
+        "hrm_text": Looped(
+            hrm, "model.{i}", (6, 6, 2, 2), names=tuple(f"{stack}_module.layers.{i}" for stack in "LH" for i in (0, 1))
+        ),
     }
 
 
@@ -104,7 +110,7 @@ class Seen:
         self.passes: list[dict[int, list[list[torch.Tensor]]]] = []
         self._handles = [model.register_forward_pre_hook(lambda *_: self.passes.append({}))]
         for i in range(len(looped.runs)):
-            layer = model.get_submodule(looped.path.replace("{i}", str(i)))
+            layer = model.get_submodule(looped.path_of(i))
             self._handles += [
                 layer.register_forward_pre_hook(self._enters(i), with_kwargs=True),
                 layer.register_forward_hook(self._leaves(i)),
