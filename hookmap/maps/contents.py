@@ -16,7 +16,7 @@ class Proof(Frozen):
     """Versions of transformers in which discovery finds this map, and the checks that it passes there."""
 
     transformers: tuple[str, ...] = Field(default=(), description="oldest first")
-    on: str = Field(default="", description="what was run: weights, width, depth")
+    on: str = Field(default="random weights, narrow width, full depth", description="what was run")
     checks: dict[str, int] = Field(default_factory=dict, description="the check -> how many statements it proved")
 
 

@@ -1,7 +1,8 @@
-"""The small languages of a map's document: selectors, layers, and lists that repeat themselves. Text <-> values.
+"""The small languages of a map's document: selectors, layers, heads, lists that repeat themselves. Text <-> values.
 
     0.5 * model.layers.{i}.mlp.output[0]     a selector: [FACTOR * ][MODULE.]input|output[INDEX]
     0-33 except 5-29 by 6                    layers: numbers and ranges, `by` a step, `except` others
+    32 x 128                                 heads: so many of so many features, side by side from the first feature on
     [{"5 times": ["a"]}, "b"]                a list: a, a, a, a, a, b
 
 A selector without a module is of the model itself. FACTOR is a number, or `{a}`, the layer's constant `a`. INDEX is a
@@ -11,7 +12,7 @@ too. Inside them, a backslash stands before a quote and before a backslash.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
@@ -21,6 +22,7 @@ _MODULE = rf"[^\s'\"*\[\]]+|{_QUOTED}"
 SELECTOR = rf"^(?:({_NUMBER}|{_CONSTANT}) \* )?(?:({_MODULE})\.)?(input|output)(?:\[(-?[0-9]+|{_QUOTED})\])?$"
 _RANGE = r"[0-9]+(?:-[0-9]+(?: by [1-9][0-9]*)?)?"
 LAYERS = rf"^{_RANGE}(?:, {_RANGE})*(?: except {_RANGE}(?:, {_RANGE})*)?$"
+HEADS = "^[1-9][0-9]* x [1-9][0-9]*$"
 CONSTANTS = "abcdefghjklmnopqrstuvwxyz"
 """names of constants; `{i}` is the layer"""
 _LONGEST = 100_000
@@ -130,6 +132,18 @@ def _layers(pattern: str, count: int) -> Iterator[int]:
         if end >= count:
             raise ValueError(f"layer {end} is not one of 0 to {count - 1}")
         yield from range(start, end + 1, int(step or 1))
+
+
+def heads_text(heads: Mapping[str, int]) -> str | None:
+    """`groups`, `start`, `stop` and `d_head` as text; None where the heads lie otherwise."""
+    number, rest = divmod(heads["stop"], heads["d_head"])
+    return None if rest or number == 0 or heads["start"] or heads["groups"] > 1 else f"{number} x {heads['d_head']}"
+
+
+def read_heads(text: str) -> dict[str, int]:
+    """The inverse of `heads_text`."""
+    number, _, d_head = text.partition(" x ")
+    return {"stop": int(number) * int(d_head), "d_head": int(d_head)}
 
 
 def folded(value: Any) -> Any:

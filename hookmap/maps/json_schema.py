@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from hookmap.maps.contents import SCHEMA_VERSION, MapContents
-from hookmap.maps.grammar import LAYERS, SELECTOR
+from hookmap.maps.grammar import HEADS, LAYERS, SELECTOR
 
 SCHEMA_ID = f"urn:hookmap:schema:architecture-map-{SCHEMA_VERSION}"
 _TEXT = {"type": "string"}
@@ -25,6 +25,8 @@ def schema() -> dict[str, Any]:
     of_term = _properties(term, "module", "side", "index", "scale")
     place = {"anyOf": [_ref("Selector"), _ref("Term")]}
     places = {"type": "array", "items": place, "minItems": 1}
+    text = {"type": "string", "pattern": HEADS, "title": 'heads such as "32 x 128"'}
+    of_term["heads"] = {"anyOf": [text, *of_term["heads"]["anyOf"]], **_said(term, "heads")}
     of_point = _properties(point, "terms", "evidence") | {"beside": {**places, **_said(point, "beside")}}
     of_point["order"]["description"] += "; left out where the rows' order says it"
     defs |= {

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from hookmap.maps.grammar import read_layers, read_selector, unfolded
+from hookmap.maps.grammar import read_heads, read_layers, read_selector, unfolded
 from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.templates import TermTemplate
 
@@ -122,7 +122,7 @@ def _read_points(
     for name, row in rows.items():
         with _at(f"{where}{prefix}points.{name}", problems):
             if row is not None:
-                point = _read_point(row, constants)
+                point = _read_point(name, row, constants)
                 last = point["terms"][-1]
                 order = point.setdefault("order", order + (boundary(last) != before))
                 before = boundary(last)
@@ -138,14 +138,14 @@ def _by_name(texts: Mapping[str, Sequence[str]], where: str, problems: list[str]
     return dict(pairs)
 
 
-def _read_point(row: Any, constants: Mapping[str, float]) -> dict[str, Any]:
+def _read_point(name: str, row: Any, constants: Mapping[str, float]) -> dict[str, Any]:
     said = dict(row) if isinstance(row, dict) else {"at": row}
     terms = said.pop("at")
     if isinstance(terms, str):
         terms = [{"at": terms, **{key: said.pop(key) for key in _OF_TERM & said.keys()}}]
     elif misplaced := _OF_TERM & said.keys():
         raise ValueError(f"{', '.join(sorted(misplaced))} is said of one selector: write it into an object in the list")
-    said["terms"] = [_read_term(term, constants) for term in terms]
+    said["terms"] = [{"axes": usual_axes(name), **_read_term(term, constants)} for term in terms]
     if "beside" in said:
         said["beside"] = [_read_term(term, constants) for term in said["beside"]]
     return said
@@ -154,8 +154,17 @@ def _read_point(row: Any, constants: Mapping[str, float]) -> dict[str, Any]:
 def _read_term(row: Any, constants: Mapping[str, float]) -> dict[str, Any]:
     said = dict(row) if isinstance(row, dict) else {"at": row}
     module, side, index, factor = read_selector(said.pop("at"))
+    if isinstance(said.get("heads"), str):
+        said["heads"] = read_heads(said["heads"])
     scale = _constant(factor, constants) if isinstance(factor, str) else factor
     return {"module": module, "side": side, "index": index, "scale": scale, **said}
+
+
+def usual_axes(name: str) -> list[str] | None:
+    """The axes of a point's tensors where they stand: None for batch, pos, ...; the queries are positions."""
+    point = POINTS.get(PointName.of(name).base)
+    axes = ["pos" if axis == "query" else axis for axis in point.axes] if point else []
+    return axes if axes[1:2] not in ([], ["pos"]) else None
 
 
 def _constant(name: str, constants: Mapping[str, float]) -> float:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from hookmap.maps import reading
 from hookmap.maps.contents import SCHEMA_VERSION, MapContents
-from hookmap.maps.grammar import CONSTANTS, folded, layers_pattern, selector_text
+from hookmap.maps.grammar import CONSTANTS, folded, heads_text, layers_pattern, selector_text
 from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 
 _FACTOR = re.compile(r'(?<=["( ])(-?[0-9][0-9.e+-]*)(?= \* )')
@@ -138,24 +138,29 @@ def _points(points: Mapping[str, PointTemplate], lost: Mapping[str, str]) -> dic
         if point is not None:
             here = reading.boundary(point.terms[-1].model_dump())
             order += here != before
-            rows[name] = _row(point, {} if point.order == order else {"order": point.order})
+            rows[name] = _row(name, point, {} if point.order == order else {"order": point.order})
             order, before = point.order, here
     return {"points": rows} | ({"unavailable": _by_text(lost.items())} if lost else {})
 
 
-def _row(point: PointTemplate, order: dict[str, int]) -> Any:
+def _row(name: str, point: PointTemplate, order: dict[str, int]) -> Any:
     """A selector, a list of them, or an object with what else there is to say."""
-    terms = list(map(_term, point.terms))
+    terms = [_term(term, reading.usual_axes(name)) for term in point.terms]
     rest = _but(_said(point), "terms", "order", "evidence") | order
     if point.beside:
-        rest["beside"] = list(map(_term, point.beside))
+        rest["beside"] = [_term(term) for term in point.beside]
     at = terms[0] if len(terms) == 1 else terms
     if not rest:
         return at
     return {**(at if isinstance(at, dict) else {"at": at}), **rest}
 
 
-def _term(term: TermTemplate) -> Any:
+def _term(term: TermTemplate, usual_axes: list[str] | None = None) -> Any:
     at = selector_text(term.module, term.side, term.index, term.scale)
-    rest = _but(_said(term), "module", "side", "index", "scale")
+    rest = _but(_said(term), "module", "side", "index", "scale", "axes")
+    axes = term.axes and list(term.axes)
+    if axes != usual_axes:
+        rest["axes"] = axes
+    if term.heads:
+        rest["heads"] = heads_text(term.heads.model_dump()) or rest["heads"]
     return {"at": at, **rest} if rest else at

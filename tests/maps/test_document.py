@@ -95,7 +95,8 @@ def test_the_document_is_what_a_person_reads() -> None:
     assert only["layers"] == "0-31"
     rows = only["points"]
     assert rows["resid_pre"] == f"{L}.input[0]" and rows["attn_out"] == f"{L}.self_attn.output[0]"
-    assert rows["z"] == {"at": f"{L}.self_attn.o_proj.input[0]", "heads": {"stop": 4096, "d_head": 128}}
+    assert rows["z"] == {"at": f"{L}.self_attn.o_proj.input[0]", "heads": "32 x 128"}
+    assert rows["pattern"] == f"{L}.self_attn.output[1]", "its axes are the usual ones of attention weights"
     assert not {"mixer_out", "mixer_out_raw", "attn_out_raw"} & rows.keys()
     assert made["model_points"]["logits"] == "output['logits']"
 

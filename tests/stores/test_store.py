@@ -424,7 +424,7 @@ class TestBeginning:
         with FolderWriter.resume(tmp_path / "c", today):
             pass
         other = {**old, "kinds": [{**kind, "norm_placement": "post"} for kind in old["kinds"]]}
-        with pytest.raises(StoreError, match='map.kinds.parallel.norm_placement: the capture has "pre"'):
+        with pytest.raises(StoreError, match=r'map\.kinds\.parallel\.norm_placement: the capture has "pre"'):
             FolderWriter.resume(tmp_path / "c", before.model_copy(update={"map": parse(other).to_document()}))
 
     def test_a_place_that_cannot_be_written_is_not_said_to_be_full(self, tmp_path: Path) -> None:
