@@ -22,6 +22,7 @@ NEEDS = {
     "elsewhere.md": "ray",
     "evaluation.md": "inspect_ai",
     "experiments.md": "inspect_ai",
+    "images.md": "PIL",
     "interventions.md": "vl_convert",
     "lenses.md": "vl_convert",
     "probes.md": "sklearn",

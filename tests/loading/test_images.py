@@ -2,7 +2,9 @@
 
 import base64
 import hashlib
+import importlib.util
 import io
+import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -12,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from support import plain_hooks
 from support.pictured import PICTURED, image, message, save
 from transformers import AutoProcessor
 from transformers.image_utils import load_image
 
 import hookmap
-from hookmap.loading import image_reader
+from hookmap.loading import checkpoints, image_reader
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.pictures import Limits
 
@@ -278,3 +281,89 @@ def test_prompts_travel_to_another_process(llava: Any) -> None:
     (prompt,) = llava.encode(message("to be", image(0)))
     there = pickle.loads(pickle.dumps(prompt))  # noqa: S301 - as Ray sends it
     assert there == prompt and there.inputs.make()["pixel_values"].equal(prompt.inputs.make()["pixel_values"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["hooks", "nnsight"])
+def test_a_batch_that_is_halved_and_each_engine_have_the_rows_of_each_alone(
+    llava: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [*prompts_of("llava"), message("to be", image(8), image(9), image(10))]
+    alone = [llava.capture(prompt, "resid_post", max_new_tokens=NEW) for prompt in prompts]
+    llava.capture(prompts, "resid_post", max_new_tokens=NEW)  # shows that they may share a batch
+    kind = type(llava._engine_of(engine)[0])
+    generate, sizes = kind.generate, list[int]()
+
+    def two_fit(self: Any, observer: Any, inputs: Any, editor: Any = None) -> torch.Tensor:
+        if len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("three are too many")
+        sizes.append(len(inputs["pixel_values"]))
+        return generate(self, observer, inputs, editor)
+
+    monkeypatch.setattr(kind, "generate", two_fit)
+    run = llava.capture(prompts, "resid_post", max_new_tokens=NEW, engine=engine)
+    assert sizes == [3, 4], "the images of two prompts each"
+    for number, expected in enumerate(alone):
+        assert run.tokens[number] == expected.tokens[0]
+        assert torch.allclose(run.read(number, "resid_post", 2), expected["resid_post", 2][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("new", [NEW, 0])
+def test_positions_of_two_axes_and_patches_of_images_given_as_fields(name: str, new: int) -> None:
+    """Qwen's processors need torchvision. What they make, made here: patches of all images, and the grid of each."""
+    hm = hookmap.open(plain_hooks.build_multimodal(name))
+    draw = torch.Generator().manual_seed(0)
+    mark, begin, end = 90, 92, 93
+
+    def fields(before: list[int], grids: list[tuple[int, int]], behind: list[int]) -> dict[str, torch.Tensor]:
+        ids = [*before]
+        for height, width in grids:
+            ids += [begin, *[mark] * (height * width), end]
+        found = {"input_ids": torch.tensor([[*ids, *behind]])}
+        found["mm_token_type_ids"] = (found["input_ids"] == mark).long()
+        found["image_grid_thw"] = torch.tensor([[1, height, width] for height, width in grids])
+        patches = int(found["image_grid_thw"].prod(-1).sum())
+        found["pixel_values"] = torch.randn(patches, 3 * 2 * 4 * 4, generator=draw)
+        return found
+
+    prompts = [
+        fields([5, 6], [(2, 3)], [7]),
+        fields([5], [(2, 2), (3, 2)], [8, 9, 10, 11]),
+        fields([5, 6, 7, 8, 9, 10], [(4, 2)], [7, 8]),
+    ]
+    run = hm.capture(prompts, "resid_post", max_new_tokens=new)
+    for number, prompt in enumerate(prompts):
+        inputs = {**prompt, "attention_mask": torch.ones_like(prompt["input_ids"])}
+        tokens, rows = seen(hm, inputs, new)
+        one = hm.capture(prompt, "resid_post", max_new_tokens=new)
+        assert one.tokens == [tuple(tokens)] == [run.tokens[number]]
+        assert len(one.samples[0].image_positions) == len(prompt["pixel_values"])
+        for layer, expected in enumerate(rows):
+            assert one["resid_post", layer][0].equal(expected)
+            assert torch.allclose(run.read(number, "resid_post", layer), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_pillow_or_torchvision_the_command_to_type_is_told(
+    llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = save("llava", tmp_path / "llava")
+    prompt = message("to be", image(0))
+    monkeypatch.setattr(checkpoints, "find_spec", lambda name: None)
+    with pytest.raises(hookmap.TokenizerError, match=re.escape('images need Pillow: pip install "hookmap[vision]"')):
+        hookmap.open(own, device="cpu").encode(prompt)
+    monkeypatch.undo()
+    if importlib.util.find_spec("torchvision"):
+        pytest.skip("torchvision is installed")
+    (own / "processor_config.json").write_text(
+        json.dumps(
+            {
+                "processor_class": "Qwen2VLProcessor",
+                "image_processor": {"image_processor_type": "Qwen2VLImageProcessor"},
+                "video_processor": {"video_processor_type": "Qwen2VLVideoProcessor"},
+            }
+        )
+    )
+    with pytest.raises(hookmap.TokenizerError, match="it needs torchvision, which is not installed"):
+        hookmap.open(own, device="cpu").encode(prompt)
