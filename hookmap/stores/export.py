@@ -180,7 +180,11 @@ def _saelens(wanted: Wanted, folder: Path) -> list[str]:
 
     _save_dataset(datasets, rows, columns, folder)
     left = sum(sample.rows % context for sample in store.samples)
+    run = call_of(key)
     notes = [f"{left} rows at the ends of samples fill no sequence of {context} and are left out"] if left else []
+    notes += (
+        [] if run is None else [f"the rows are of call {run} of the layer, which TransformerLens's name does not say"]
+    )
     return notes + _float_note(wanted)
 
 
@@ -192,7 +196,7 @@ def _probelab(wanted: Wanted, folder: Path) -> list[str]:
     if len(set(layers)) < len(layers):
         raise StoreError("probelab holds one tensor of each layer, and layers run several times. Choose: --call N")
     notes: list[str] = []
-    width = 0
+    width, calls = 0, [call_of(key) for key in wanted.keys]
     for key in wanted.keys:
         with open(folder / f"layer_{key[1]}.bin", "wb") as file:
             for piece in _pieces(wanted.store, key):
@@ -211,7 +215,7 @@ def _probelab(wanted: Wanted, folder: Path) -> list[str]:
         "hidden_dim": width,
         "layers": layers,
         "n_samples": len(offsets) - 1,
-        "metadata": {"point": points[0]},
+        "metadata": {"point": points[0]} | ({"calls": calls} if any(call is not None for call in calls) else {}),
     }
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     _write_samples(wanted.store, folder)

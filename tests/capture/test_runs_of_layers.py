@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,10 @@ def test_exports_and_imports_keep_the_runs_apart(tmp_path: Path) -> None:
         export(store, "probelab", tmp_path / "lab", point="resid_post")
     export(store, "probelab", tmp_path / "lab", point="resid_post", call=0)
     assert {file.name for file in (tmp_path / "lab").glob("layer*")} == {"layer_0.bin", "layer_1.bin"}
+    assert json.loads((tmp_path / "lab" / "meta.json").read_text())["metadata"]["calls"] == [None, 0]
+    pytest.importorskip("datasets")
+    notes = export(store, "saelens", tmp_path / "sae", point="resid_post", layer=1, call=2, context=2)
+    assert "the rows are of call 2 of the layer, which TransformerLens's name does not say" in notes
 
 
 def test_xarray_has_an_axis_of_runs() -> None:

@@ -68,7 +68,7 @@ def inkling() -> nn.Module:
 
 
 def hrm() -> nn.Module:
-    """Two stacks in cycles: the lower one's layers run six times."""
+    """Two stacks of two layers in cycles: the lower one's run six times, the upper one's twice."""
     torch.manual_seed(7)
     sizes = {"intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 16, "num_layers_per_stack": 2}
     return redrawn(tf.HrmTextForCausalLM(tf.HrmTextConfig(**_SIZES, **_ENDS, **sizes)))
@@ -89,6 +89,7 @@ class Looped:
 
 
 _LLAMA = "model.layers.{i}"
+_STACKS = ("L_module.layers.0", "L_module.layers.1", "H_module.layers.0", "H_module.layers.1")
 LOOPED = {
     "whole": Looped(lambda: rounds(slice(None), 1), _LLAMA, (2, 2, 2), cache=False),
     "middle": Looped(lambda: rounds(slice(1, 2), 3), _LLAMA, (1, 4, 1), cache=False),
