@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from hookmap.loading.modules import no_autocast_on_meta
+
 Place = int | str | None
 """Where a tensor stands in the arguments or the output of a module: position, name, or None for the whole output."""
 
@@ -107,7 +109,7 @@ def record(model: nn.Module, inputs: dict[str, Any], names: Mapping[str, str] | 
         handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
         handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
     try:
-        with torch.no_grad(), recorder, _OneOfAList():
+        with torch.no_grad(), no_autocast_on_meta(), recorder, _OneOfAList():
             for name, value in inputs.items():
                 if isinstance(value, torch.Tensor):
                     recorder.flow.inputs[name] = recorder.identify(value)

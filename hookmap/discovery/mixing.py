@@ -190,8 +190,17 @@ def _axes(op: Operation, count: int) -> list[int]:
 
 
 def _permutes(values: Values, index: Any, length: int, seq: int) -> bool:
-    """Whether positions are picked in an order that does not depend on the tokens."""
-    return isinstance(index, TensorRef) and length == seq and values.is_constant(values.value(index.id))
+    """Whether positions are picked in an order that does not depend on the tokens; each repeated is no such order."""
+    if not isinstance(index, TensorRef) or length != seq or not values.is_constant(values.value(index.id)):
+        return False
+    return not _counts(values, values.value(index.id), seq)
+
+
+def _counts(values: Values, value: int, seq: int) -> bool:
+    """Whether it is 0, 1, 2, … up to the positions, each or all of them repeated."""
+    while (op := values.producers.get(value)) is not None and op.name in {*aten.RESHAPES, *aten.REPEATS, "clone"}:
+        (value,) = values.operands(op)
+    return op is not None and op.name == "arange" and values.shape(value) == (seq,)
 
 
 def _is_number(dtype: torch.dtype) -> bool:

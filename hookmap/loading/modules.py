@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from hookmap.errors import DiscoveryError, ModelError
@@ -106,6 +107,22 @@ def plain_experts(model: nn.Module) -> Iterator[None]:
     """Experts run in PyTorch where they would in a kernel, which no dataflow shows; restored afterwards."""
     with _set(model, "_experts_implementation", lambda own: own if own in _PLAIN_EXPERTS else "eager"):
         yield
+
+
+@contextmanager
+def no_autocast_on_meta() -> Iterator[None]:
+    """transformers before 5.4 asks whether autocast is on for a tensor's device, and torch raises for meta."""
+    import transformers
+
+    if Version(transformers.__version__) >= Version("5.4"):
+        yield
+        return
+    asked = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda *device: device != ("meta",) and asked(*device)
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = asked
 
 
 @contextmanager

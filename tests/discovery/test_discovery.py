@@ -243,10 +243,13 @@ def test_experts_that_a_library_computes_are_read_as_pytorch_computes_them(exper
     """Neither library is here: transformers' own forward raises with them."""
     model = plain_hooks.build("mixtral")
     expected = discover(model)
-    model.set_experts_implementation(experts)
+    try:
+        model.set_experts_implementation(experts)
+    except ValueError as error:
+        pytest.skip(f"this transformers has no such experts: {error}")
     assert discover(model).kinds == expected.kinds
     assert verify(model, architecture_map=expected).passed
-    assert model.get_experts_implementation() == {"": experts}
+    assert model.config._experts_implementation == experts
 
 
 def test_a_module_that_is_no_language_model_is_refused() -> None:

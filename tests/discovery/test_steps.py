@@ -174,6 +174,7 @@ def test_operations_that_mix_positions_are_found(forward: Forward) -> None:
         lambda self, x: self.part(x).softmax(-1) * x.mean(-1, keepdim=True),
         lambda self, x: self.narrow(x.transpose(1, 2)).transpose(1, 2),
         lambda self, x: torch.cat([x[:, :2], x[:, 2:]], 1),
+        lambda self, x: x[0][torch.arange(SEQ)[:, None].expand(-1, 2).reshape(-1)].view(1, SEQ, 2, D).sum(2),
         lambda self, x: torch.stack([2 * each for each in x.unbind(1)], 1),
         lambda self, x: torch.cat([x[..., D // 2 :], x[..., : D // 2]], -1),
         lambda self, x: x.cumsum(-1),
