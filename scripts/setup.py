@@ -3,7 +3,7 @@
 Every package is installed at the version that was tested: constraints.txt. `make lock` writes that file anew.
 
 `make test-clients` has .venv-clients made: environments of programs that use the server.
-`make test-oldest` has .venv-oldest made: the same with the oldest transformers that pyproject.toml allows.
+`make test-versions` has .venv-VERSION made, for each version of transformers in VERSIONS; `make test-oldest` the oldest.
 `make test-newest` has .venv-newest made: the newest version of everything, without constraints.txt.
 `make test-peers` has .venv-peer-NAME made: another program that hookmap is compared with, without hookmap.
 
@@ -37,6 +37,13 @@ PEERS = {
     "transformer-lens": ("transformer-lens==4.3.0", "transformers==5.23.0"),
     "nnterp": ("nnterp==1.3.0", "nnsight==0.7.0", "transformers==5.23.0"),  # it does not import with nnsight 0.8
 }
+VERSIONS = {
+    "5.0.0": {"huggingface_hub": "1.33.0", "tokenizers": "0.22.2", "typer-slim": "0.24.0"},
+    "5.9.0": {"huggingface_hub": "1.33.0", "tokenizers": "0.22.2"},
+    "5.16.1": {"huggingface_hub": "1.33.0"},
+    "5.20.2": {},
+}
+"""older transformers that the core tests run on, oldest first -> what each needs at another version than today's"""
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 BUILD_BACKEND = ("hatchling", "editables")
 """what builds hookmap's own wheel"""
@@ -47,7 +54,7 @@ UNLOCKED = ("hookmap", "pip", "torch", "triton")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tests", action="store_true", help="also install what the tests need")
-    parser.add_argument("--oldest", action="store_true", help="make .venv-oldest, with the oldest transformers")
+    parser.add_argument("--transformers", choices=VERSIONS, help="make .venv-VERSION, with this transformers")
     parser.add_argument("--newest", action="store_true", help="make .venv-newest, with the newest of everything")
     parser.add_argument("--lock", action="store_true", help="write constraints.txt anew, from a new .venv-newest")
     parser.add_argument("--peer", choices=PEERS, help="make .venv-peer-NAME, with this program alone")
@@ -64,9 +71,9 @@ def main() -> None:
         pip = make_newest()
         if given.lock:
             lock(pip)
-    elif given.oldest:
-        instead = {"transformers": oldest_transformers()}
-        make_tested(ROOT / ".venv-oldest", str(ROOT), "pytest", "pytest-xdist", instead=instead)
+    elif given.transformers:
+        instead = {"transformers": given.transformers, **VERSIONS[given.transformers]}
+        make_tested(ROOT / f".venv-{given.transformers}", str(ROOT), "pytest", "pytest-xdist", instead=instead)
     elif given.tests:
         make_tested(ROOT / ".venv", f"{ROOT}[test]")
         (ROOT / ".venv" / ".ready-for-tests").touch()
@@ -157,12 +164,6 @@ def make_clients() -> None:
         say(f"installing {name}")
         run(*make_environment(venv), "install", "-qq", *needs)
     (ROOT / ".venv-clients" / ".ready").touch()
-
-
-def oldest_transformers() -> str:
-    """The lower bound in pyproject.toml, read by hand: this file runs before anything is installed."""
-    bound = re.search(r'"transformers>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    return bound[1] if bound else sys.exit("pyproject.toml names no lower bound of transformers")
 
 
 def make_environment(venv: Path) -> list[str]:
