@@ -1,6 +1,6 @@
-"""What this installation has and can do: versions, devices, room, the hub, extras, and one capture to prove it.
+"""Examine this installation: versions, devices, memory and disk, the hub, extras, and one capture as a test.
 
-Every check is on its own: whatever one of them meets becomes a line of the report, never an exception.
+The checks are independent. An error in one of them becomes a line of the report, never an exception.
 """
 
 import os
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import hookmap
 
 CAPTURES = Path("captures")
-"""where `hookmap capture` writes unless it is told otherwise"""
+"""where `hookmap capture` writes by default"""
 HUB_SECONDS = 3
 LITTLE_MEMORY, LITTLE_DISK = 2 * 10**9, 10**9
 WITHOUT = {
@@ -30,9 +30,9 @@ WITHOUT = {
     "server": "hookmap serve",
     "viz": "pictures (--png, --html)",
 }
-"""extra -> what does not work without it"""
+"""extra -> what needs it"""
 _COLLECTIONS = ("all", "docs", "test")
-"""extras that are made of others, or for who works on hookmap"""
+"""extras that combine others, or that only contributors need"""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Finding:
 
     name: str
     state: Literal["ok", "note", "broken"]
-    """note: something does not work that not everybody needs; broken: hookmap does not work here"""
+    """note: an optional part does not work; broken: hookmap does not work here"""
     found: str
-    mend: str = ""
-    """what to do about it"""
+    remedy: str = ""
+    """the remedy"""
 
     def to_dict(self) -> dict[str, str]:
         """The finding as plain JSON data."""
@@ -52,11 +52,11 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Every finding, as it comes. The last one loads the bundled model and captures: some seconds."""
+    """Yield each finding as it is made. The last check loads the bundled model and captures, which takes seconds."""
     for name, check in _CHECKS.items():
         try:
             yield from check()
-        except Exception as error:  # what is examined may be broken in any way
+        except Exception as error:  # a broken installation may raise anything
             yield Finding(name, "broken", f"{type(error).__name__}: {str(error).strip() or 'no message'}")
 
 
@@ -66,7 +66,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _requirements() -> Iterator[Finding]:
-    """hookmap itself and what it cannot be without."""
+    """hookmap itself and its required packages."""
     try:
         needs, _ = _needs()
     except metadata.PackageNotFoundError:
@@ -75,12 +75,12 @@ def _requirements() -> Iterator[Finding]:
     yield Finding("hookmap", "ok", f"{hookmap.__version__} in {Path(hookmap.__file__).parent}")
     for need in needs:
         version, wrong = _installed(need)
-        mend = f'pip install "{need.name}{need.specifier}"'
-        yield Finding(need.name, "broken", wrong, mend) if wrong else Finding(need.name, "ok", version)
+        remedy = f'pip install "{need.name}{need.specifier}"'
+        yield Finding(need.name, "broken", wrong, remedy) if wrong else Finding(need.name, "ok", version)
 
 
 def _imports() -> Iterator[Finding]:
-    """What is installed may still not start: a library of the system that is missing, two builds that clash."""
+    """An installed package may still fail to import: a system library is missing, or two builds clash."""
     for name in ("torch", "transformers", "nnsight"):
         try:
             import_module(name)
@@ -125,14 +125,14 @@ def _hub() -> Iterator[Finding]:
         return
     try:
         request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-        with suppress(urllib.error.HTTPError):  # an answer, too
+        with suppress(urllib.error.HTTPError):  # an error status is an answer too
             urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
         token = "a token is set" if get_token() else "no token: gated models need one (hf auth login)"
         yield Finding("hub", "ok", f"{constants.ENDPOINT} answers; {token}")
     except (OSError, ValueError) as error:  # URLError and time-outs are OSErrors
         reason = getattr(error, "reason", None) or error
-        mend = "models of folders and of the cache work; HF_HUB_OFFLINE=1 does not ask"
-        yield Finding("hub", "note", f"{constants.ENDPOINT} does not answer: {reason}", mend)
+        remedy = "models of folders and of the cache work; HF_HUB_OFFLINE=1 does not ask"
+        yield Finding("hub", "note", f"{constants.ENDPOINT} does not answer: {reason}", remedy)
 
 
 def _settings() -> Iterator[Finding]:
@@ -145,19 +145,21 @@ def _settings() -> Iterator[Finding]:
         del sources["default"]
         yield Finding("settings", "ok", ", ".join(sources) or "none but the defaults")
     except click.UsageError as error:
-        yield Finding("settings", "broken", error.message, "mend what is named; the keys: hookmap config schema")
+        yield Finding(
+            "settings", "broken", error.message, "correct the settings that are named; all keys: hookmap config schema"
+        )
 
 
 def _maps() -> Iterator[Finding]:
     from hookmap.maps.shipped import shipped_architectures
 
     count = len(shipped_architectures())
-    mend = "" if count else "install hookmap again: its maps are not there"
-    yield Finding("maps", "ok" if count else "broken", f"{count} shipped architectures", mend)
+    remedy = "" if count else "install hookmap again: its maps are not there"
+    yield Finding("maps", "ok" if count else "broken", f"{count} shipped architectures", remedy)
 
 
 def _demo() -> Iterator[Finding]:
-    """The whole way once: open, prove, generate, keep."""
+    """Open the bundled model, generate, and capture."""
     from hookmap.demo import MODEL_PATH
 
     start = perf_counter()
@@ -199,7 +201,7 @@ _CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
 
 
 def _needs() -> tuple[list[Any], dict[str, list[Any]]]:
-    """What the installed hookmap says that it needs here, and what each of its extras does."""
+    """The requirements of the installed hookmap on this platform, and those of each extra."""
     from packaging.requirements import Requirement
 
     extras: dict[str, list[Any]] = {
@@ -217,7 +219,7 @@ def _needs() -> tuple[list[Any], dict[str, list[Any]]]:
 
 
 def _installed(need: Any) -> tuple[str, str]:
-    """The version that is installed, and what is wrong with it."""
+    """The installed version, and what is wrong with it."""
     try:
         version = metadata.version(need.name)
     except metadata.PackageNotFoundError:

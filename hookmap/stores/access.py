@@ -70,7 +70,7 @@ def cannot_write(folder: Path, error: OSError, kept: int) -> StoreError:
     if not (folder / MANIFEST).exists():
         return StoreError(f"{wrong} Nothing was written. Write to another folder: -o DIR")
     samples = f"{counted(kept, 'finished sample')} {'is' if kept == 1 else 'are'}"
-    mend = f"Make room (df -h {folder})" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend that"
+    mend = f"Make room (df -h {folder})" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Correct that"
     return StoreError(
         f"{wrong} {samples} kept and can be read; what was in flight is not.\n"
         f"{mend}, then go on: the same `hookmap capture` command with -o {folder} --resume"

@@ -56,7 +56,7 @@ def test_a_broken_installation_is_one_exit_code_and_no_traceback(tmp_path: Path)
     assert found["import nnsight"]["state"] == "broken" and "libsomething.so" in found["import nnsight"]["found"]
     assert found["settings"]["state"] == "broken" and "did you mean every?" in found["settings"]["found"]
     assert found["hub"]["state"] == "note" and "refused" in found["hub"]["found"]
-    assert found["import nnsight"]["mend"] == "pip install -U nnsight"
+    assert found["import nnsight"]["remedy"] == "pip install -U nnsight"
 
 
 def test_a_hub_that_answers_is_found_whatever_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,9 +91,9 @@ def test_missing_and_old_packages_are_named_with_what_is_lost(tmp_path: Path, mo
     found = {finding.name: finding for finding in (*doctor._requirements(), *doctor._extras())}
     assert found.keys() == {"hookmap", "click", "rich", "[server]"}
     assert found["click"].state == "broken" and ">=99 is needed" in found["click"].found
-    assert found["click"].mend == 'pip install "click>=99"' and found["rich"].state == "ok"
+    assert found["click"].remedy == 'pip install "click>=99"' and found["rich"].state == "ok"
     assert found["[server]"].found == "no-such-server is not installed; without it no hookmap serve"
-    assert found["[server]"].state == "note" and found["[server]"].mend == 'pip install "hookmap[server]"'
+    assert found["[server]"].state == "note" and found["[server]"].remedy == 'pip install "hookmap[server]"'
 
 
 def test_what_is_lost_is_said_of_every_extra() -> None:

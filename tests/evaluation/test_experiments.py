@@ -229,7 +229,7 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(hookmap.DataError, match=r"prefixes.0.name(.|\n)*greedy answers(.|\n)*modle"):
         load_experiment(file)
     for text, told in [
-        ("prefixes: [{name: a, text: x}, {name: a, text: y}]", "a is there twice"),
+        ("prefixes: [{name: a, text: x}, {name: a, text: y}]", "given twice: a"),
         ("prefixes: [{name: a, text: x}, {name: b, text: y}]", "none of the prefixes a, b"),
         ("sampling: {seed: 1}\nsampling: {seed: 2}", "sampling is given twice"),
         ("prefixes: [{name: neutral, text: x}, {name: b, text: y}]\nstages: [score]", "in this order"),

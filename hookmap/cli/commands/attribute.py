@@ -14,13 +14,22 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", required=False)
 @one_prompt.options
-@click.option("--target", metavar="TOKEN", help="Whose logit.  [default: what the model itself predicts]")
-@click.option("--against", metavar="TOKEN", help="Take this token's logit off.")
-@click.option("--position", type=int, default=-1, show_default=True, metavar="N", help="At which token.")
+@click.option("--target", metavar="TOKEN", help="The token whose logit is split.  [default: the model's prediction]")
+@click.option("--against", metavar="TOKEN", help="Subtract the logit of this token.")
+@click.option(
+    "--position",
+    type=int,
+    default=-1,
+    show_default=True,
+    metavar="N",
+    help="The position of the token, from 0; negative from the end.",
+)
 @click.option("--heads", is_flag=True, help="Split attention into its heads.")
-@click.option("--top", type=click.IntRange(min=1), default=12, show_default=True, metavar="N", help="Parts to show.")
-@click.option("--png", metavar="FILE", help="Draw all parts as bars.")
-@click.option("--html", metavar="FILE", help="Draw them as bars that answer the mouse; one file, no network.")
+@click.option(
+    "--top", type=click.IntRange(min=1), default=12, show_default=True, metavar="N", help="How many parts to show."
+)
+@click.option("--png", metavar="FILE", help="Write a bar chart of all parts to FILE.")
+@click.option("--html", metavar="FILE", help="Write an interactive bar chart to FILE, self-contained.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout, and no table.")
 def command(
     model: str | None,

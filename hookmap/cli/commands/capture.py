@@ -18,28 +18,28 @@ from hookmap.cli.sampling_options import sampling, sampling_options
 
 _TENSORS = option_group(
     click.option("--points", metavar="NAMES", help="Which tensors: resid_pre,resid_mid or resid_post@3,5,z@8 or all."),
-    click.option("--layers", metavar="LAYERS", help="Of which layers: 8,12,16 or 0-3 or -1 or all.  [default: all]"),
+    click.option("--layers", metavar="LAYERS", help="Which layers: 8,12,16 or 0-3 or -1 or all.  [default: all]"),
     calls_option,
 )
 _FOLDER = option_group(
     click.option("-o", "--output", metavar="DIR", help="The capture folder.  [default: a new one in captures/]"),
-    click.option("--resume", is_flag=True, help="Go on with the capture that is in DIR."),
+    click.option("--resume", is_flag=True, help="Continue the capture in DIR."),
 )
 _BATCHES = option_group(
     click.option(
         "--max-new-tokens",
         type=click.IntRange(min=0),
         metavar="N",
-        help="For each prompt; 0 only reads the given texts (a harvest).  [default: 64]",
+        help="Tokens to generate for each prompt; 0 reads the given texts only (a harvest).  [default: 64]",
     ),
     click.option(
-        "--batch-size", type=click.IntRange(min=1), metavar="N", help="Prompts that run together.  [default: 8]"
+        "--batch-size", type=click.IntRange(min=1), metavar="N", help="How many prompts run together.  [default: 8]"
     ),
     click.option(
         "--batch-tokens",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Tokens a harvest runs at once.  [default: 4096]",
+        help="How many tokens a harvest runs at once.  [default: 4096]",
     ),
 )
 _ENGINE = option_group(
@@ -52,8 +52,10 @@ _ENGINE = option_group(
     clustered,
 )
 _INTERVENTIONS = option_group(
-    click.option("--intervene", metavar="FILE", help="Write while it runs: a JSON or YAML file of interventions."),
-    click.option("--before", is_flag=True, help="With --intervene: the rows right before it too, in DIR/before."),
+    click.option("--intervene", metavar="FILE", help="Apply the interventions in this JSON or YAML file."),
+    click.option(
+        "--before", is_flag=True, help="With --intervene: also store the rows before the interventions, in DIR/before."
+    ),
 )
 
 

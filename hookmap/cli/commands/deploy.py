@@ -35,26 +35,42 @@ class _WithServeOptions(click.Command):
 @click.command(cls=_WithServeOptions)
 @click.argument("host")
 @click.argument("model", required=False)
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="On the host's 127.0.0.1.")
-@click.option("--folder", default=_FOLDER, show_default=True, metavar="DIR", help="On the host, from its home.")
-@click.option("--fresh", is_flag=True, help="Make the environment anew, instead of using the one that is there.")
+@click.option(
+    "--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="The port on the host's 127.0.0.1."
+)
+@click.option(
+    "--folder",
+    default=_FOLDER,
+    show_default=True,
+    metavar="DIR",
+    help="The folder on the host, relative to its home folder.",
+)
+@click.option("--fresh", is_flag=True, help="Make a new environment instead of using the existing one.")
 @click.option(
     "--sync",
     type=click.Choice(["frozen", "skip"]),
     help="Install the dependencies in the versions that are installed here, or leave them.  [default: frozen]",
 )
-@click.option("--lock", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Other exact versions.")
 @click.option(
-    "--torch", metavar="REQUIREMENT", help="Another build of PyTorch than the host would choose: torch==2.13.0"
+    "--lock", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file with other exact versions."
 )
-@click.option("--python", metavar="PATH", help="On the host: use this one and its packages, and make no environment.")
-@click.option("--release", metavar="VERSION", help="Send this hookmap from PyPI, instead of the one that is here.")
+@click.option(
+    "--torch",
+    metavar="REQUIREMENT",
+    help="The build of PyTorch to install instead of the host's default: torch==2.13.0",
+)
+@click.option(
+    "--python", metavar="PATH", help="Use this Python on the host, with its packages, and make no environment."
+)
+@click.option(
+    "--release", metavar="VERSION", help="Install this version of hookmap from PyPI instead of the local one."
+)
 @click.option(
     "--runner",
     type=click.Choice(["auto", "systemd", "tmux", "detached"]),
     default="auto",
     show_default=True,
-    help="What keeps the server when the connection is gone.",
+    help="What keeps the server running after the connection ends.",
 )
 @click.option(
     "--wait",
@@ -62,14 +78,16 @@ class _WithServeOptions(click.Command):
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="For the server to answer; a model is downloaded in that time.",
+    help="How long to wait for the server to answer. A model download counts too.",
 )
-@click.option("--ssh", default="ssh", show_default=True, envvar="HOOKMAP_SSH", metavar="COMMAND", help="As typed here.")
+@click.option(
+    "--ssh", default="ssh", show_default=True, envvar="HOOKMAP_SSH", metavar="COMMAND", help="The ssh command."
+)
 @click.option("--stop", "action", flag_value="stop", help="Stop the server of this folder, and do nothing else.")
-@click.option("--status", "action", flag_value="status", help="Tell how it is; exit code 1 where it does not answer.")
+@click.option("--status", "action", flag_value="status", help="Show its state; exit code 1 if it does not answer.")
 @click.option("--show-key", "action", flag_value="key", help="Print the server's key.")
-@click.option("--dry-run", is_flag=True, help="Print what would be run and sent; touch nothing.")
-@click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
+@click.option("--dry-run", is_flag=True, help="Print what would be run and sent, and change nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 @click.pass_context
 def command(
     ctx: click.Context,

@@ -31,7 +31,7 @@ def command(as_json: bool) -> None:
 
         rows = table("", "", "found", "what to do")
         for finding in found:
-            rows.add_row(_MARKS[finding.state], escape(finding.name), escape(finding.found), escape(finding.mend))
+            rows.add_row(_MARKS[finding.state], escape(finding.name), escape(finding.found), escape(finding.remedy))
         console().print(rows)
     if broken:
         click.get_current_context().exit(1)

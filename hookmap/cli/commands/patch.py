@@ -17,20 +17,28 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", required=False)
 @model_options.loading
-@click.option("--clean", required=True, metavar="TEXT", help="The prompt that values are taken from.")
-@click.option("--corrupted", required=True, metavar="TEXT", help="The prompt that they are put into, equally long.")
-@click.option("--answer", metavar="TEXT", help="What both are taken to have answered so far; follows the prompts.")
+@click.option("--clean", required=True, metavar="TEXT", help="The prompt whose values are taken.")
+@click.option("--corrupted", required=True, metavar="TEXT", help="The prompt they are put into; it has as many tokens.")
+@click.option("--answer", metavar="TEXT", help="The beginning of the answer, appended to both prompts.")
 @click.option("--point", default="resid_pre", show_default=True, metavar="NAME", help="Which tensor is patched.")
 @click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
 @calls_option
 @click.option("--positions", default="prompt", show_default=True, metavar="WHERE", help="Which tokens, as in capture.")
-@click.option("--sweep", is_flag=True, help="Each layer and position alone: how far does it bring the answer back?")
-@click.option("--target", metavar="TOKEN", help="Sweep: the clean prompt's next token.")
-@click.option("--against", metavar="TOKEN", help="Sweep: the corrupted one's; then their logits are compared.")
+@click.option(
+    "--sweep",
+    is_flag=True,
+    help="Patch each layer and position alone, and measure how far it restores the clean answer.",
+)
+@click.option("--target", metavar="TOKEN", help="Sweep: the next token of the clean prompt.")
+@click.option(
+    "--against",
+    metavar="TOKEN",
+    help="Sweep: the next token of the corrupted prompt; the metric is then the difference of logits.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, metavar="N")
 @click.option("-o", "--output", metavar="FILE", help="Sweep: write FILE.safetensors, FILE.csv and FILE.json.")
-@click.option("--png", metavar="FILE", help="Sweep: draw a heat map.")
-@click.option("--html", metavar="FILE", help="Sweep: draw one that answers the mouse; one file, no network.")
+@click.option("--png", metavar="FILE", help="Sweep: write a heat map to FILE.")
+@click.option("--html", metavar="FILE", help="Sweep: write an interactive heat map to FILE, self-contained.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N")
 @chat_options
 def command(

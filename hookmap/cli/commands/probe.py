@@ -15,13 +15,15 @@ _POOLS = ("last", "last_prompt", "mean", "mean_prompt", "mean_answer", "each")
 
 @click.command()
 @click.argument("folder", metavar="STORE")
-@click.option("--label", default="correct", show_default=True, metavar="NAME", help="What is to be told.")
+@click.option("--label", default="correct", show_default=True, metavar="NAME", help="The label to predict.")
 @click.option("--labels", metavar="FILE", help="A table with `id` and more labels: .jsonl, .csv, .parquet, …")
 @click.option("--positive", metavar="VALUE", help="The value that counts as yes, where the label is not true or false.")
-@click.option("--above", type=float, metavar="NUMBER", help="Of a number: over this counts as yes.")
-@click.option("--group", metavar="NAME", help="The label that says what question it is.  [default: one prompt is one]")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="No more samples than these.")
-@click.option("--points", default="all", show_default=True, metavar="NAMES", help="Of those in STORE.")
+@click.option("--above", type=float, metavar="NUMBER", help="For a number as label: values above it count as yes.")
+@click.option(
+    "--group", metavar="NAME", help="The label that names a sample's question.  [default: each prompt is a question]"
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N samples.")
+@click.option("--points", default="all", show_default=True, metavar="NAMES", help="Which of the points in STORE.")
 @click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
 @click.option("--pool", type=click.Choice(_POOLS), default="last", show_default=True, help="Which rows of a sample.")
 @click.option(
@@ -30,17 +32,17 @@ _POOLS = ("last", "last_prompt", "mean", "mean_prompt", "mean_answer", "each")
     help="Of a pool, as in a capture: 1: leaves the first token out. With --pool each: -8:4, from the prompt's end.",
 )
 @click.option("--method", type=click.Choice(["logistic", "ridge", "mean_difference"]), default="logistic")
-@click.option("--folds", type=click.IntRange(min=3), default=5, show_default=True, metavar="N", help="Of questions.")
+@click.option("--folds", type=click.IntRange(min=3), default=5, show_default=True, metavar="N", help="Number of folds.")
 @click.option(
     "--shuffles",
     type=click.IntRange(min=1),
     default=100,
     show_default=True,
     metavar="N",
-    help="Of the labels, each fitted like them: p is at least 1 in N + 1.",
+    help="How often the labels are shuffled and the probe refitted; p is at least 1 / (N + 1).",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of folds, shuffles."
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Seed of folds and shuffles."
 )
 @click.option("--memory", type=FiniteRange(min=0, min_open=True), default=2, show_default=True, metavar="GB")
 @click.option("-o", "--output", metavar="DIR", help="Write report, pictures, probes and vectors.  [default: nothing]")

@@ -25,7 +25,9 @@ def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None
 @click.option("--host", metavar="NAME", help="Where to listen; 0.0.0.0 for every address.  [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), metavar="N", help="[default: 8000]")
 @click.option(
-    "--served-model-name", metavar="NAME", help="What clients call it.  [default: its hub id, or its folder's name]"
+    "--served-model-name",
+    metavar="NAME",
+    help="The model's name for clients.  [default: its hub id, or its folder's name]",
 )
 @click.option(
     "--key", envvar="HOOKMAP_KEY", callback=_key, help="The bearer key that clients need.  [env: HOOKMAP_KEY]"
@@ -35,33 +37,35 @@ def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None
 )
 @click.option("--allow", metavar="MODEL", multiple=True, help="A model that may be loaded; may be given several times.")
 @click.option("--allowed-host", metavar="NAME", multiple=True, help="A name of this server besides localhost.")
-@click.option("--points", metavar="NAMES", help="What store_activations: true keeps.  [default: resid_post]")
-@click.option("--layers", metavar="LAYERS", help="Of which layers: 8,12,16 or 0-3 or all.  [default: all]")
+@click.option(
+    "--points", metavar="NAMES", help="The points that `store_activations: true` stores.  [default: resid_post]"
+)
+@click.option("--layers", metavar="LAYERS", help="Which layers: 8,12,16 or 0-3 or all.  [default: all]")
 @calls_option
 @click.option("--sessions", metavar="DIR", help="The folder of the sessions.  [default: sessions]")
 @click.option(
     "--max-bytes",
     type=FiniteRange(min=0.001),
     metavar="GIB",
-    help="Of all sessions; the oldest finished go first.  [default: 20.0]",
+    help="The most space for all sessions; the oldest finished ones are deleted first.  [default: 20.0]",
 )
 @click.option(
     "--max-age",
     type=FiniteRange(min=0.001),
     metavar="HOURS",
-    help="How long a session stays.  [default: 168.0]",
+    help="How long a session is kept.  [default: 168.0]",
 )
 @click.option(
     "--request-bytes",
     type=FiniteRange(min=0.001),
     metavar="GIB",
-    help="Activations that one request may keep.  [default: 2.0]",
+    help="The most activations that one request may store.  [default: 2.0]",
 )
 @click.option(
     "--inline-bytes",
     type=click.IntRange(min=1),
     metavar="BYTES",
-    help="Activations that an answer may carry itself.  [default: 16777216]",
+    help="The most activations inside an answer.  [default: 16777216]",
 )
 @click.option(
     "--queue",
@@ -79,16 +83,19 @@ def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None
     "--batch-tokens",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Of such a batch: rows times the longest prompt and answer.  [default: 32768]",
+    help="The most tokens of such a batch: rows times the longest prompt and answer.  [default: 32768]",
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="That a request may ask for.  [default: 4096]"
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The most tokens that a request may ask for.  [default: 4096]",
 )
 @click.option(
     "--drain",
     type=click.IntRange(min=1),
     metavar="SECONDS",
-    help="For running requests, when the server is told to stop.  [default: 30]",
+    help="How long running requests may go on when the server is told to stop.  [default: 30]",
 )
 @model_options.loading
 def command(

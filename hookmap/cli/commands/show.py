@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False, metavar="[MAP|MODEL]")
-@click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Draw the blocks into FILE instead.")
+@click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Draw the blocks to FILE instead.")
 @model_options.trust_remote_code
 def command(model: str | None, svg: str | None, trust_remote_code: bool | None) -> None:
     """Draw a model's tree with its points.

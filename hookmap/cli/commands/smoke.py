@@ -8,9 +8,9 @@ from hookmap.cli.finite import FiniteRange
 @click.command()
 @click.argument("url")
 @click.option("--key", envvar="HOOKMAP_KEY", help="The server's key, or its admin key to load a model.")
-@click.option("--model", metavar="MODEL", help="Load it, and ask it.  [default: the server's first model]")
+@click.option("--model", metavar="MODEL", help="The model to load and to ask.  [default: the server's first model]")
 @click.option("--timeout", type=FiniteRange(min=1), default=120.0, show_default=True, metavar="SECONDS")
-@click.option("--json", "as_json", is_flag=True, help="The steps as JSON on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON on stdout.")
 @click.pass_context
 def command(ctx: click.Context, url: str, key: str | None, model: str | None, timeout: float, as_json: bool) -> None:
     """Walk through a running server.

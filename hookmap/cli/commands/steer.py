@@ -18,16 +18,20 @@ _OF_VECTOR = ("key", "point", "layers", "calls", "strength", "keep_norm", "posit
 @click.command()
 @click.argument("model", required=False)
 @model_options.loading
-@click.option("--vector", metavar="FILE", help="Of `hookmap vector`; or any .safetensors file, with --key.")
-@click.option("--key", metavar="NAME", help="A tensor of the file, for all layers.  [default: each layer its own]")
-@click.option("--point", metavar="NAME", help="Where it is added.  [default: the file's own, or resid_post]")
-@click.option("--layers", metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.  [default: all that it has]")
+@click.option(
+    "--vector", metavar="FILE", help="A file that `hookmap vector` wrote; or any .safetensors file, with --key."
+)
+@click.option(
+    "--key", metavar="NAME", help="The tensor of the file that all layers use.  [default: each layer has its own]"
+)
+@click.option("--point", metavar="NAME", help="The point it is added to.  [default: that of the file, or resid_post]")
+@click.option("--layers", metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.  [default: all layers in the file]")
 @calls_option
-@click.option("--strength", type=float, default=1.0, show_default=True, help="The vector is multiplied by it.")
-@click.option("--keep-norm", is_flag=True, help="Bring each row back to the length that it had.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="The factor of the vector.")
+@click.option("--keep-norm", is_flag=True, help="Scale each row back to the norm that it had.")
 @click.option("--positions", default="all", show_default=True, metavar="WHERE", help="Which tokens, as in capture.")
 @click.option("--steps", metavar="STEPS", help="Which steps: 0 for the prompt, 1: for what is generated.")
-@click.option("--intervene", metavar="FILE", help="These interventions instead: a JSON or YAML file.")
+@click.option("--intervene", metavar="FILE", help="Apply the interventions in this JSON or YAML file instead.")
 @click.option("--prompt", "texts", metavar="TEXT", multiple=True, help="A prompt; may be given several times.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
 @chat_options

@@ -7,7 +7,9 @@ import click
 
 from hookmap.wording import counted
 
-_OUT = click.option("-o", "--output", required=True, metavar="DIR", help="A new folder; what is there is not touched.")
+_OUT = click.option(
+    "-o", "--output", required=True, metavar="DIR", help="A new folder; the capture itself is not changed."
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 _LAYOUTS = ("pt", "numpy", "datasets", "saelens", "probelab")
 
@@ -80,7 +82,7 @@ def repair(folder: str, output: str, as_json: bool) -> None:
     type=click.Choice(["rename", "refuse"]),
     default="rename",
     show_default=True,
-    help="Where one id is of different samples: give the later ones others, q7.2 for q7, or write nothing.",
+    help="If different samples have one id: rename the later ones (q7.2 for q7), or write nothing.",
 )
 @_OUT
 @_JSON
@@ -137,7 +139,7 @@ def export(folder: str, layout: str, output: str, **chosen: Any) -> None:
 
 @command.command(name="import")
 @click.argument("file", metavar="FILE.pt")
-@click.option("--model", metavar="MODEL", help="Which model it is of, for the manifest.")
+@click.option("--model", metavar="MODEL", help="The model's name for the manifest.")
 @_OUT
 def import_(file: str, model: str | None, output: str) -> None:
     """Make a capture folder of a .pt file that torch.save wrote.

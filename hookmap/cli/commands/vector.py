@@ -28,11 +28,15 @@ def command() -> None:
 @click.argument("model", required=False)
 @click.option("--pairs", metavar="FILE", required=True, help='JSON lines: {"positive": …, "negative": …}.')
 @click.option("-o", "--output", metavar="FILE", required=True, help="A .safetensors or .gguf file.")
-@click.option("--point", default="resid_post", show_default=True, metavar="NAME", help="What the vector is added to.")
+@click.option(
+    "--point", default="resid_post", show_default=True, metavar="NAME", help="The point that the vector is added to."
+)
 @click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
 @click.option("--calls", metavar="CALL", help="Which run of layers that run several times: last, or a number.")
 @click.option("--method", type=click.Choice(["mean_difference", "pca"]), default="mean_difference", show_default=True)
-@click.option("--positions", default="last", show_default=True, metavar="WHERE", help="Several are averaged.")
+@click.option(
+    "--positions", default="last", show_default=True, metavar="WHERE", help="Which tokens; several are averaged."
+)
 @chat_options
 @model_options.loading
 def make(
@@ -69,7 +73,7 @@ def make(
 @command.command()
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
-@click.option("--model-hint", metavar="NAME", help="Of a GGUF file.  [default: the model's type]")
+@click.option("--model-hint", metavar="NAME", help="The model hint in a GGUF file.  [default: the model's type]")
 def convert(source: str, target: str, model_hint: str | None) -> None:
     """Turn .safetensors into .gguf, or back.
 

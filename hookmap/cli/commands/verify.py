@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--map", "map_", metavar="MAP", help="Check this map, instead of the one that discovery makes.")
+@click.option("--map", "map_", metavar="MAP", help="Check this map instead of the one that discovery makes.")
 @click.option(
-    "--random", "random_weights", is_flag=True, help="A narrow copy of MODEL with random weights: no download."
+    "--random",
+    "random_weights",
+    is_flag=True,
+    help="Use a narrow copy of MODEL with random weights; nothing is downloaded.",
 )
-@click.option("--seed", default=0, show_default=True, metavar="N", help="Of the input, and of the random weights.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of the input and of the random weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, and no table.")
 @model_options.trust_remote_code
 def command(

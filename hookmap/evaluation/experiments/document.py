@@ -12,7 +12,7 @@ from hookmap.loading.yaml_file import read_yaml
 Stage = Literal["configure", "generate", "score", "report"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 BUNDLED = "demo"
-"""instead of a file: the example that comes with hookmap"""
+"""the name of the example that comes with hookmap, given instead of a file"""
 
 
 class _Part(BaseModel):
@@ -20,18 +20,23 @@ class _Part(BaseModel):
 
 
 class Prefix(_Part):
-    """Some words, and what they are called in the report."""
+    """A text that is put before each question, and its name in the report."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="letters, digits, _ and -")
-    text: str = Field(description="what stands before the question; may be empty")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="its name: letters, digits, _ and -")
+    text: str = Field(description="the text before the question; it may be empty")
 
 
 class Samples(_Part):
-    """Which questions."""
+    """Which questions are asked."""
 
-    data: str = Field(default="demo", description="demo, a file of rows with question and answer, or hf://NAME:SPLIT")
-    number: int = Field(default=50, ge=2, description="of questions; each is asked after every prefix")
-    seed: int | None = Field(default=None, description="draws them from the data; without it the first are taken")
+    data: str = Field(
+        default="demo", description="demo, a file whose rows have a question and an answer, or hf://NAME:SPLIT"
+    )
+    number: int = Field(default=50, ge=2, description="number of questions; each is asked with every prefix")
+    seed: int | None = Field(
+        default=None,
+        description="seed of a random choice of questions; without it, the first ones of the data are asked",
+    )
 
 
 class Sampling(_Part):
@@ -40,9 +45,13 @@ class Sampling(_Part):
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy")
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=1)
-    n: int = Field(default=1, ge=1, description="answers to each question after each prefix")
-    max_tokens: int = Field(default=256, ge=1, description="of an answer; efficiency counts against it")
-    seed: int = Field(default=0, description="every prompt draws with a seed of its own, made of this and its name")
+    n: int = Field(default=1, ge=1, description="number of answers to each question with each prefix")
+    max_tokens: int = Field(
+        default=256, ge=1, description="the most tokens of an answer; the reward for efficiency is relative to it"
+    )
+    seed: int = Field(
+        default=0, description="seed of the run; each prompt is sampled with a seed made of it and the prompt's id"
+    )
 
     @model_validator(mode="after")
     def _greedy_draws_once(self) -> "Sampling":
@@ -52,12 +61,14 @@ class Sampling(_Part):
 
 
 class Captures(_Part):
-    """What is kept of every answer; as in `hookmap capture`."""
+    """Which activations of each answer are stored; the options are those of `hookmap capture`."""
 
     points: tuple[str, ...] | dict[str, int | tuple[int, ...] | Literal["all"] | None] | Literal["all"] = "all"
     layers: tuple[int, ...] | Literal["all"] = "all"
     calls: tuple[int, ...] | Literal["all", "last"] = field_of("calls")
-    positions: str = Field(default="-1:", description="of which tokens; -1: is the prompt's last one and the answer")
+    positions: str = Field(
+        default="-1:", description="which tokens; `-1:` is the last token of the prompt and the answer"
+    )
     every: int = field_of("every", ge=1)
     mean: bool = field_of("mean")
     keep_dtype: str | None = field_of("keep_dtype")
@@ -75,57 +86,65 @@ class Captures(_Part):
 
 
 class Rewards(_Part):
-    """Weights of the sum; a reward of weight 0 is told, too."""
+    """The weight of each reward in the total. A reward with weight 0 is reported too."""
 
     correctness: float = 1.0
     format: float = 0.0
     efficiency: float = 0.0
     scorer: Literal["strict", "flexible", "inspect_evals"] = Field(
-        default="strict", description="which rule reads the number of an answer, and what its form is"
+        default="strict",
+        description="the rule that finds the number in an answer, and that says which form it should have",
     )
 
 
 class Reporting(_Part):
-    """What the report looks at."""
+    """What the report contains."""
 
     pools: tuple[Literal["last", "last_prompt", "mean", "mean_prompt", "mean_answer"], ...] = Field(
-        default=("last_prompt", "mean_answer"), min_length=1, description="which rows of a sample, as in hookmap probe"
+        default=("last_prompt", "mean_answer"),
+        min_length=1,
+        description="which rows of a sample a probe reads, as in `hookmap probe`",
     )
     positions: str | None = Field(
-        default=None, description="that the pools are of, as in captures: 1: leaves the first token out, often a sink"
+        default=None,
+        description="which tokens the pools use, as in captures; `1:` leaves out the first token, often a sink",
     )
     method: Literal["logistic", "ridge", "mean_difference"] = "logistic"
-    folds: int = Field(default=5, ge=3, description="of questions")
-    seed: int = Field(default=0, ge=0, description="of folds, permutations")
-    memory: float = Field(default=2.0, gt=0, description="GB that the matrices of probes may take")
+    folds: int = Field(default=5, ge=3, description="number of folds; the questions are divided among them")
+    seed: int = Field(default=0, ge=0, description="seed of the folds and of the permutations")
+    memory: float = Field(default=2.0, gt=0, description="the most memory for the probes' matrices, in GB")
 
 
 class Experiment(_Part):
-    """An experiment with prefixes: the whole file."""
+    """An experiment file: it compares the model's answers to the same questions with different prefixes."""
 
     model: str = Field(default="demo", description="a hub id, a folder, or demo")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1, auto")
     prefixes: Annotated[tuple[Prefix, ...], Field(min_length=2)]
     neutral: str = Field(
-        default="neutral", validate_default=True, description="the prefix that all others are compared with"
+        default="neutral", validate_default=True, description="the name of the prefix that all others are compared with"
     )
     place: Literal["user", "system"] = Field(
-        default="user", description="where the prefix stands: before the question, or as the system's message"
+        default="user",
+        description="where the prefix is put: before the question (user), or in the system message",
     )
     ask: Literal["gsm8k", "inspect_evals", "bare"] | None = Field(
-        default=None, description="what form of answer is asked for; of demo data bare, else gsm8k"
+        default=None,
+        description="which form of answer the prompt asks for; for the demo data it is bare, otherwise gsm8k",
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
-        default=None, description="what the model's chat template reads: enable_thinking, …"
+        default=None, description="variables for the model's chat template, such as enable_thinking"
     )
     samples: Samples = Samples()
     sampling: Sampling = Sampling()
-    captures: Captures | None = Field(default=None, description="left out, nothing is kept, and answers are compared")
+    captures: Captures | None = Field(
+        default=None, description="if it is left out, no activations are stored, and only answers are compared"
+    )
     rewards: Rewards = Rewards()
     report: Reporting = Reporting()
     stages: tuple[Stage, ...] = Field(
-        default=STAGES, min_length=1, description="that a run without --stage goes through"
+        default=STAGES, min_length=1, description="the stages that a run without --stage performs"
     )
     batch_size: int = Field(default=16, ge=1)
 
@@ -141,7 +160,7 @@ class Experiment(_Part):
     def _named_once(cls, prefixes: tuple[Prefix, ...]) -> tuple[Prefix, ...]:
         names = [prefix.name for prefix in prefixes]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{', '.join(twice)} is there twice")
+            raise ValueError(f"the names of prefixes must differ; given twice: {', '.join(twice)}")
         return prefixes
 
     @field_validator("neutral")
@@ -154,12 +173,12 @@ class Experiment(_Part):
 
     @property
     def prompt(self) -> str:
-        """The form that is asked for."""
+        """The form of answer that the prompt asks for."""
         return self.ask or ("bare" if self.samples.data == "demo" else "gsm8k")
 
 
 def load_experiment(path: str | Path) -> Experiment:
-    """Read the file; paths in it are relative to it. Raises DataError with everything that is wrong."""
+    """Read the file. Paths in it are relative to its folder. Raises DataError that lists every problem."""
     file = Path(__file__).parents[2] / "demo" / "emotions.yaml" if str(path) == BUNDLED else Path(path)
     try:
         document = read_yaml(file)
@@ -176,7 +195,7 @@ def load_experiment(path: str | Path) -> Experiment:
 
 
 def _from(folder: Path, experiment: Experiment) -> Experiment:
-    """Paths of the file, seen from its folder. A hub id looks like a path too: only what is there is taken for one."""
+    """Make the paths in the file absolute. A hub id looks like a path too, so only existing paths count as paths."""
 
     def there(name: str) -> str:
         return str((folder / name).resolve()) if name not in ("", "demo") and (folder / name).exists() else name

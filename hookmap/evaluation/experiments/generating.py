@@ -1,4 +1,4 @@
-"""Every question after every prefix, as one inspect_ai task; the activations of all answers in one capture."""
+"""Ask each question with each prefix in one inspect_ai task, and join the activations of all answers in one capture."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from hookmap.evaluation.inspect_provider import remove_captures
 
 
 def messages(experiment: Experiment, request: Request) -> list[ChatMessage]:
-    """What the model is sent."""
+    """The messages that the model is sent."""
     asked = PROMPTS[experiment.prompt].format(prompt=request.question.question)
     words = request.prefix.text
     if not words:
@@ -30,7 +30,7 @@ def messages(experiment: Experiment, request: Request) -> list[ChatMessage]:
 
 
 def task(experiment: Experiment, asked: list[Request]) -> Task:
-    """Without scorers: those are a stage of their own."""
+    """The inspect_ai task. It has no scorers, because scoring is a stage of its own."""
     samples = [
         Asked(
             id=request.id,
@@ -45,7 +45,10 @@ def task(experiment: Experiment, asked: list[Request]) -> Task:
 
 
 def generate(experiment: Experiment, folder: Path) -> dict[str, Any]:
-    """All answers in inspect's log, their activations in one capture. Goes on after a kill. Returns counts."""
+    """Write all answers to inspect's log and their activations to one capture. Returns counts.
+
+    A run that was killed goes on where it stopped.
+    """
     asked, sampling, captures = requests(experiment), experiment.sampling, experiment.captures
     arguments: dict[str, Any] = {"dtype": experiment.dtype}
     if experiment.device is not None:

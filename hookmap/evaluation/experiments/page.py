@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: tables, and the charts as SVG."""
+"""The report as one self-contained HTML page with tables and SVG charts."""
 
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -15,7 +15,7 @@ tr.holds td { font-weight: 600; } figure { margin: 1.5rem 0; } svg { max-width: 
 
 
 def page(report: Report, pictures: Mapping[str, str]) -> str:
-    """pictures: SVG documents by name."""
+    """The HTML document. pictures: name -> SVG document."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Prefixes</title>",
         f"<style>{_STYLE}</style><h1>Prefixes: what they change</h1>",
@@ -41,7 +41,7 @@ WARNING = (
 
 
 def conclusion(report: Report) -> str:
-    """One sentence: what holds after the correction."""
+    """One sentence: which differences are significant after the correction."""
     held = report.significant
     if not held:
         return f"No difference holds after Holm's correction ({len(report.comparisons)} comparisons)."
@@ -90,7 +90,7 @@ def _separations(report: Report) -> str:
 
 
 def three(value: float | None) -> str:
-    """To three places; nothing for None."""
+    """The number with three decimal places; an empty text for None."""
     return "" if value is None else f"{value:.3f}"
 
 

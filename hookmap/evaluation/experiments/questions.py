@@ -1,4 +1,4 @@
-"""Which questions are asked after which prefixes."""
+"""Which questions are asked with which prefixes."""
 
 import random
 from dataclasses import dataclass
@@ -7,25 +7,25 @@ from hookmap.evaluation.experiments.document import Experiment, Prefix
 from hookmap.evaluation.gsm8k.problems import DEMO, Question, read_questions
 
 _DEMO_POOL = 2000
-"""problems of the demo model, out of which a seed draws"""
+"""the number of demo problems from which a seed chooses"""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question after one prefix."""
+    """One question with one prefix."""
 
     id: str
-    """gsm8k_0001.anxious: the same in every run"""
+    """`gsm8k_0001.anxious`; it is the same in every run"""
     question: Question
     prefix: Prefix
 
     def answer_id(self, draw: int) -> str:
-        """The name of one answer to it, 0-based."""
+        """The id of an answer to it. `draw` counts from 0."""
         return f"{self.id}.{draw}"
 
 
 def requests(experiment: Experiment) -> list[Request]:
-    """All of them, a question's prefixes beside each other. Raises DataError."""
+    """All requests; those of one question are next to each other. Raises DataError where the data cannot be read."""
     return [Request(f"{q.id}.{p.name}", q, p) for q in _questions(experiment) for p in experiment.prefixes]
 
 

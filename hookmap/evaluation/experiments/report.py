@@ -1,4 +1,4 @@
-"""What an experiment found, as a document: every figure of its tables and pictures."""
+"""The results of an experiment as a document, with each number of its tables and charts."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,32 +25,34 @@ class _Document(BaseModel):
 
 
 class OfReward(_Document):
-    """One reward after one prefix, over questions."""
+    """The mean of one reward with one prefix, over the questions."""
 
     prefix: str
     reward: str
     mean: float
-    low: float = Field(description="95 % interval over questions, of which the report says how many")
+    low: float = Field(description="lower end of the 95 % interval over questions; `questions` says how many there are")
     high: float
 
 
 class Comparison(_Document):
-    """One prefix with neutral, paired by question."""
+    """One prefix compared with the neutral one, paired by question."""
 
     prefix: str
     reward: str
-    difference: float = Field(description="prefix minus neutral, mean over questions")
-    low: float = Field(description="95 % interval of the paired difference, over questions")
+    difference: float = Field(
+        description="mean over questions of the reward with the prefix minus that with the neutral one"
+    )
+    low: float = Field(description="lower end of the 95 % interval of the paired difference")
     high: float
-    better: int = Field(description="questions on which the prefix is higher")
+    better: int = Field(description="number of questions on which the reward with the prefix is higher")
     worse: int
     test: str
     p: float
-    p_holm: float = Field(description="corrected for all comparisons of the report")
+    p_holm: float = Field(description="p with Holm's correction for all comparisons of the report")
 
 
 class OfLayer(_Document):
-    """A probe of one tensor."""
+    """The probe of one point and layer."""
 
     point: str
     layer: int | None
@@ -58,26 +60,28 @@ class OfLayer(_Document):
     auroc: float | None
     low: float | None
     high: float | None
-    shuffled: float | None = Field(description="the same with shuffled labels")
+    shuffled: float | None = Field(description="the AUROC with shuffled labels")
 
 
 class Separation(_Document):
-    """How well a linear probe tells the answers after a prefix from those after neutral."""
+    """How well a linear probe separates answers with a prefix from answers with the neutral one."""
 
     prefix: str
     pool: str
-    auroc: float | None = Field(description="of the layer chosen on the training part of each fold")
+    auroc: float | None = Field(description="AUROC of the layer that is chosen on the training part of each fold")
     low: float | None
     high: float | None
-    shuffled: float | None = Field(description="the mean of shuffled labels")
-    p: float | None = Field(description="the share of shuffles that are as good")
-    control: str | None = Field(description="the best of what needs no model: lengths, words, log-probability")
+    shuffled: float | None = Field(description="mean AUROC with shuffled labels")
+    p: float | None = Field(description="share of the shuffles whose AUROC is at least as high")
+    control: str | None = Field(
+        description="the best control that needs no activations: length, words, log-probability"
+    )
     control_auroc: float | None
     layers: tuple[OfLayer, ...]
 
 
 class Cosine(_Document):
-    """Whether two prefixes move the mean the same way."""
+    """The cosine between the shifts of the mean that two prefixes cause."""
 
     one: str
     other: str
@@ -85,30 +89,32 @@ class Cosine(_Document):
 
 
 class OfTensor(_Document):
-    """Means of one tensor."""
+    """How the prefixes change the mean of one point and layer."""
 
     point: str
     layer: int | None
     call: int | None = Field(default=None, description="which run of a layer that runs several times")
     pool: str
-    norms: dict[str, float] = Field(description="mean L2 norm by prefix")
-    moved: dict[str, float] = Field(description="norm of the mean's difference from neutral's, over neutral's norm")
+    norms: dict[str, float] = Field(description="prefix -> mean L2 norm")
+    moved: dict[str, float] = Field(
+        description="prefix -> norm of its mean minus the neutral mean, over the norm of the neutral mean"
+    )
     cosines: tuple[Cosine, ...]
 
 
 class Report(_Document):
-    """Everything about one experiment."""
+    """The whole report of one experiment."""
 
     format_version: Literal[1] = 1
     model: str
     data: str
     neutral: str
-    prefixes: dict[str, str] = Field(description="name -> words")
+    prefixes: dict[str, str] = Field(description="name -> text")
     questions: int
     answers: int
-    max_tokens: int | None = Field(default=None, description="that an answer might have")
+    max_tokens: int | None = Field(default=None, description="the most tokens of an answer")
     truncated: dict[str, int] = Field(
-        default={}, description="answers cut off there, by prefix; named in answers.jsonl"
+        default={}, description="prefix -> number of answers that were cut off at max_tokens; answers.jsonl marks them"
     )
     warnings: tuple[str, ...] = ()
     rewards: tuple[OfReward, ...]
@@ -118,7 +124,7 @@ class Report(_Document):
 
     @property
     def cut(self) -> str:
-        """How many answers were cut off, in words; nothing where none was."""
+        """A sentence that says how many answers were cut off; empty if none was."""
         if not any(self.truncated.values()):
             return ""
         told = ", ".join(f"{count} after {name}" for name, count in self.truncated.items() if count)
@@ -128,7 +134,7 @@ class Report(_Document):
 
     @property
     def significant(self) -> tuple[Comparison, ...]:
-        """Comparisons that hold after the correction."""
+        """The comparisons that are significant after the correction."""
         return tuple(one for one in self.comparisons if one.p_holm < SIGNIFICANT)
 
 
@@ -138,7 +144,7 @@ def make_report(
     answers: Sequence[Mapping[str, Any]],
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """answers: the lines of answers.jsonl. What probes were fitted before a kill is not fitted again."""
+    """The report. answers: the lines of answers.jsonl. Probes that an interrupted run fitted are not fitted again."""
     names = [prefix.name for prefix in experiment.prefixes]
     questions, table = _by_question(answers, names)
     others = [name for name in names if name != experiment.neutral]
@@ -163,9 +169,9 @@ def make_report(
 
 
 Table = dict[tuple[str, str], np.ndarray[Any, np.dtype[np.float64]]]
-"""(prefix, reward) -> [questions], the mean over the answers to each"""
+"""(prefix, reward) -> [questions], the mean over the answers to each question"""
 Bounds = Mapping[str, tuple[float, float]]
-"""reward -> the least and the most that it can be"""
+"""reward -> its lowest and highest possible value"""
 
 
 def _by_question(answers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[list[str], Table]:
@@ -186,9 +192,9 @@ def _by_question(answers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
 def compared(
     table: Table, others: Sequence[str], neutral: str, seed: int = 0, bounds: Bounds | None = None
 ) -> tuple[Comparison, ...]:
-    """Each of the others with neutral, by each reward; Holm's correction is over all of them.
+    """Compare each of the others with the neutral prefix, for each reward. Holm's correction covers all comparisons.
 
-    bounds: between which each reward lies, where it has any.
+    bounds: the lowest and highest value of each reward that has such limits.
     """
     spans = {name: most - least or None for name, (least, most) in (bounds or {}).items()}
     found = {
@@ -224,7 +230,7 @@ def _bounds(experiment: Experiment) -> Bounds:
 
 
 def _truncated(answers: Sequence[Mapping[str, Any]], names: Sequence[str], most: int) -> dict[str, int]:
-    # Answers that were scored by an older version do not say it.
+    # Answers that an older version scored have no field `truncated`.
     cut = [row["prefix"] for row in answers if row.get("truncated", row["tokens"] >= most)]
     return {name: cut.count(name) for name in names}
 
@@ -262,7 +268,7 @@ def _activations(
 
 
 def _kept(path: Path) -> ProbeReport | None:
-    """None where there is none yet, or one of another version."""
+    """The report of a probe that was fitted before; None where there is none, or one of another version."""
     try:
         return ProbeReport.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):

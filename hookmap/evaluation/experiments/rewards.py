@@ -1,4 +1,4 @@
-"""What an answer is worth. Pure; each reward is given what it needs to see, and nothing else. All lie in 0 to 1."""
+"""The rewards of an answer, as pure functions. Each lies between 0 and 1."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,16 @@ TOTAL = "total"
 
 
 def correctness(text: str, target: str, scorer: str) -> float:
-    """1 where the number that the scorer reads in the text is that of the target, else 0."""
+    """1 if the number that the scorer finds in the text equals the target's number, else 0."""
     wanted = numbers(target)
     return float(bool(wanted) and same(SCORERS[scorer](text), wanted[-1]))
 
 
 def format(text: str, scorer: str) -> float:
-    """1 where the last line is what the scorer's rule asks for, right or wrong, and stands there once; else 0."""
+    """1 if the last line has the form that the scorer asks for, and no earlier line has it; else 0.
+
+    The number itself may be wrong.
+    """
     lines = text.strip().splitlines()
     if not lines or not is_form(lines[-1], scorer):
         return 0.0
@@ -24,12 +27,12 @@ def format(text: str, scorer: str) -> float:
 
 
 def efficiency(tokens: int, most: int) -> float:
-    """The share of `most` tokens that was not needed: 1 for none, 0 for all of them."""
+    """The share of the `most` allowed tokens that was not used: 1 if none was used, 0 if all were."""
     return 1.0 - min(tokens, most) / most
 
 
 def rewarded(text: str, target: str, tokens: int, most: int, weights: Mapping[str, Any]) -> dict[str, float]:
-    """All rewards of one answer by their names, and `total`, their weighted sum. weights: with `scorer`."""
+    """Name -> reward of one answer, and `total`, their weighted sum. weights: the fields of `Rewards`."""
     found = {
         "correctness": correctness(text, target, weights["scorer"]),
         "format": format(text, weights["scorer"]),

@@ -1,4 +1,4 @@
-"""Where the questions come from: a file in GSM8K's form, the hub, or the bundled problems of the demo model."""
+"""Read the questions from a file in GSM8K's format, from the hub, or from the bundled demo problems."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ class Question:
     """One question and the number that answers it."""
 
     id: str
-    """gsm8k_0001, by its place in the source: the same whenever it is read"""
+    """gsm8k_0001: its place in the source, so that it is the same in every run"""
     question: str
     answer: str
     """the worked answer; its last line is `#### x`"""
 
     @property
     def target(self) -> str:
-        """The number after `####`, as it stands there."""
+        """The text of the number after `####`."""
         return self.answer.rpartition("####")[2].strip()
 
 
 def read_questions(source: Any, samples: int | None = None, skip: int = 0) -> list[Question]:
-    """source: a file of rows with `question` and `answer` (JSON Lines, …), "hf://NAME:SPLIT", or "demo".
+    """The questions. source: a file of rows with `question` and `answer` (JSON Lines, …), "hf://NAME:SPLIT", or "demo".
 
     Raises DataError with every wrong row at once.
     """

@@ -1,4 +1,4 @@
-"""GSM8K as an inspect_ai task: the question, a calculator where it is allowed, and three scorers."""
+"""GSM8K as an inspect_ai task, with or without a calculator, and with three scorers."""
 
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
@@ -21,7 +21,7 @@ PROMPTS = {
 
 @tool(name="calculator")
 def calculator() -> Tool:
-    """The calculator that the model may call."""
+    """A calculator that the model may call."""
 
     async def execute(expression: str) -> str:
         """Work out arithmetic.
@@ -50,19 +50,19 @@ def _scorer(name: str) -> Scorer:
 
 @scorer(metrics=[accuracy(), stderr()], name="strict")
 def strict_scorer() -> Scorer:
-    """What follows `####`."""
+    """Compares the number after `####`."""
     return _scorer("strict")
 
 
 @scorer(metrics=[accuracy(), stderr()], name="flexible")
 def flexible_scorer() -> Scorer:
-    """The last number."""
+    """Compares the last number."""
     return _scorer("flexible")
 
 
 @scorer(metrics=[accuracy(), stderr()], name="inspect_evals")
 def inspect_evals_scorer() -> Scorer:
-    """What follows `ANSWER:`."""
+    """Compares the number after `ANSWER:`."""
     return _scorer("inspect_evals")
 
 
@@ -75,9 +75,9 @@ def gsm8k(
     prompt: str = "gsm8k",
     seed: int | None = None,
 ) -> Task:
-    """source, samples, skip: see problems.read_questions. mode: one of MODES. prompt: a key of PROMPTS.
+    """The task. source, samples, skip: see `read_questions`. mode: one of MODES. prompt: a key of PROMPTS.
 
-    seed: of sampling; each question then draws by itself.
+    seed: seed of sampling; each question draws from a generator of its own.
     """
     questions = [
         Sample(id=q.id, input=q.question, target=q.target, metadata={"worked_answer": q.answer})
