@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 
 from hookmap.maps.contents import MapContents
+from hookmap.maps.grammar import ranges
 from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.templates import BlockKind, Heads, PointTemplate, TermTemplate, short_path
 
@@ -116,10 +117,4 @@ def layers_text(layers: Iterable[int]) -> str:
 
 def layer_ranges(layers: Iterable[int]) -> str:
     """(0, 1, 2, 5) -> "0–2, 5"."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+    return ranges(set(layers)).replace("-", "–")

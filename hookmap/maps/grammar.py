@@ -12,13 +12,13 @@ too. Inside them, a backslash stands before a quote and before a backslash.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _CONSTANT = r"\{[a-hj-z][0-9]*\}"
 _QUOTED = r"'(?:[^'\\]|\\['\\])*'"
-_MODULE = rf"[^\s'\"*\[\]]+|{_QUOTED}"
+_MODULE = rf"""[^\s'"*\[\]]+|{_QUOTED}"""
 SELECTOR = rf"^(?:({_NUMBER}|{_CONSTANT}) \* )?(?:({_MODULE})\.)?(input|output)(?:\[(-?[0-9]+|{_QUOTED})\])?$"
 _RANGE = r"[0-9]+(?:-[0-9]+(?: by [1-9][0-9]*)?)?"
 LAYERS = rf"^{_RANGE}(?:, {_RANGE})*(?: except {_RANGE}(?:, {_RANGE})*)?$"
@@ -79,15 +79,16 @@ def layers_pattern(layers: Sequence[int]) -> str:
     """Ascending layers as the shortest of: ranges, ranges with steps, and a range with exceptions."""
     whole = range(layers[0], layers[-1] + 1)
     others = sorted(set(whole) - set(layers))
-    found = [_runs(layers), _steps(layers)]
+    found = [ranges(layers), _steps(layers)]
     if others:
-        found += [f"{_range(whole)} except {text}" for text in (_runs(others), _steps(others))]
+        found += [f"{_range(whole)} except {text}" for text in (ranges(others), _steps(others))]
     return min(found, key=len)
 
 
-def _runs(layers: Sequence[int]) -> str:
-    starts = [n for n in layers if n - 1 not in layers]
-    ends = [n for n in layers if n + 1 not in layers]
+def ranges(layers: Collection[int]) -> str:
+    """(0, 1, 2, 5) -> "0-2, 5"."""
+    chosen = set(layers)
+    starts, ends = (sorted(n for n in chosen if n + step not in chosen) for step in (-1, 1))
     return ", ".join(_range(range(start, end + 1)) for start, end in zip(starts, ends, strict=True))
 
 
@@ -154,25 +155,32 @@ def folded(value: Any) -> Any:
 
 
 def _folded(items: list[Any]) -> Iterator[Any]:
-    texts = [json.dumps(item) for item in items]  # in Python, 1 equals true
-    at = 0
-    while at < len(items):
-        period, times = max(_repetitions(texts, at), key=lambda found: found[0] * (found[1] - 1))
-        if period * times < 4 or times == 1:
-            yield items[at]
-            at += 1
+    place = 0
+    for size, times in repetitions([json.dumps(item) for item in items]):  # as texts: in Python, 1 equals true
+        piece, place = items[place : place + size], place + size * times
+        if times > 1 and size * times > 3:
+            yield {f"{times} times": list(_folded(piece))}
         else:
-            yield {f"{times} times": list(_folded(items[at : at + period]))}
-            at += period * times
+            yield from piece * times
 
 
-def _repetitions(texts: list[str], at: int) -> Iterator[tuple[int, int]]:
-    """How often the next 1, 2, … of them stand there one behind the other."""
-    for period in range(1, max(2, min(64, (len(texts) - at) // 2) + 1)):
-        times = 1
-        while texts[at + times * period : at + (times + 1) * period] == texts[at : at + period]:
-            times += 1
-        yield period, times
+def repetitions(items: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """The items cut into pieces: (size, how often the piece stands there one behind the other), as often as can be."""
+    place = 0
+    while place < len(items):
+        rest = items[place:]
+        sizes = [1, *(size for size in range(2, len(rest) // 2 + 1) if rest[size] == rest[0])]
+        size, times = max(((size, _times(rest, size)) for size in sizes), key=lambda found: found[0] * (found[1] - 1))
+        yield size, times
+        place += size * times
+
+
+def _times(items: Sequence[str], size: int) -> int:
+    """How often the first `size` items stand there, one piece behind the other."""
+    times = 1
+    while items[times * size : (times + 1) * size] == items[:size]:
+        times += 1
+    return times
 
 
 def unfolded(value: Any) -> Any:

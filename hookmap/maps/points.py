@@ -28,7 +28,13 @@ class Point:
 
 
 _NO_CROSS = "this block has no attention to an encoder's positions"
-_NO_EXPERTS = "this block has no mixture of experts"
+
+
+def _of_experts(name: str, meaning: str, axis: str) -> Point:
+    absent = "this block has no mixture of experts"
+    return Point(name, meaning, axes=("batch", "pos", axis), deeper=True, absent=absent)
+
+
 _ALL = (
     Point("embed", "the token embedding's output, before scaling and positions", per_layer=False),
     Point("resid_pre", "the residual stream that enters the block, before any normalisation"),
@@ -61,27 +67,9 @@ _ALL = (
     Point("cross_attn_out", "exactly what the cross-attention adds to the residual stream", absent=_NO_CROSS),
     Point("mlp_in", "what the MLP reads: after its pre-norm"),
     Point("mlp_post", "what the down projection reads: after the gate", axes=("batch", "pos", "d_mlp"), deeper=True),
-    Point(
-        "router_logits",
-        "the router's score of each expert",
-        axes=("batch", "pos", "experts"),
-        deeper=True,
-        absent=_NO_EXPERTS,
-    ),
-    Point(
-        "router_indices",
-        "the experts chosen for each token",
-        axes=("batch", "pos", "k"),
-        deeper=True,
-        absent=_NO_EXPERTS,
-    ),
-    Point(
-        "router_weights",
-        "the weights of the chosen experts' outputs",
-        axes=("batch", "pos", "k"),
-        deeper=True,
-        absent=_NO_EXPERTS,
-    ),
+    _of_experts("router_logits", "the router's score of each expert", "experts"),
+    _of_experts("router_indices", "the experts chosen for each token", "k"),
+    _of_experts("router_weights", "the weights of the chosen experts' outputs", "k"),
     Point("mlp_out_raw", "the bare MLP's output, before post-norm or scale"),
     Point("mlp_out", "exactly what the MLP branch adds to the residual stream"),
     Point("resid_post", "the residual stream that leaves the block"),

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 
+from hookmap.maps.grammar import repetitions
+
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 _TOKEN = re.compile(r"\s*(?:(\d+)\s*x\s*\(|(\d+)(?:\s*-\s*(\d+))?|([),]))")
 
@@ -89,25 +91,8 @@ def _joined(parts: Iterable[str]) -> str:
 
 
 def _folded(parts: list[str]) -> Iterator[str]:
-    """Equal neighbours once, with their number; of several ways, the one that covers most."""
+    """Equal neighbours once, with their number."""
     place = 0
-    while place < len(parts):
-        size, times = max(
-            ((size, _repeats(parts, place, size)) for size in range(1, (len(parts) - place) // 2 + 1)),
-            key=lambda found: (found[1] > 1, found[0] * found[1], -found[0]),
-            default=(1, 1),
-        )
-        if times > 1:
-            yield f"{times} x ({_joined(_folded(parts[place : place + size]))})"
-        else:
-            size = 1
-            yield parts[place]
-        place += size * times
-
-
-def _repeats(parts: list[str], place: int, size: int) -> int:
-    """How often what stands at a place, `size` long, stands there one behind the other."""
-    unit, times = parts[place : place + size], 1
-    while parts[place + times * size : place + (times + 1) * size] == unit:
-        times += 1
-    return times
+    for size, times in repetitions(parts):
+        piece, place = parts[place : place + size], place + size * times
+        yield f"{times} x ({_joined(_folded(piece))})" if times > 1 else piece[0]
