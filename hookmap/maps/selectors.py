@@ -201,6 +201,8 @@ class _Request:
     """(None,) for a point of the whole model"""
     may_lack: Literal["none", "some", "all"]
     """on how many of the layers the point may be missing: some of "all" layers, any for "all" points"""
+    named: bool = False
+    """whether the layers were named: then each must run as often as is asked"""
 
 
 # In `_parse`, `_request` and `_resolve` a string is a problem.
@@ -244,7 +246,8 @@ def _request(m: MapContents, name: Any, layers: Any, any_point: bool) -> Iterato
         chosen, problems = _layers(m, wanted)
         yield from problems
         if chosen:
-            yield _Request(parsed.point, chosen, "all" if any_point else "some" if _is_all(wanted) else "none")
+            may_lack: Any = "all" if any_point else "some" if _is_all(wanted) else "none"
+            yield _Request(parsed.point, chosen, may_lack, not _is_all(wanted))
         elif not problems:
             yield f"no layers given for {name}: name at least one, or 'all'"
 
@@ -298,7 +301,7 @@ def _of_runs(
         found += [of_template(m, request.point, layer, kind.points[request.point], run) for run in runs]
         for number in without:
             lacking.setdefault((number, kind.calls), []).append(layer)
-    if not calls.problems and (not found or request.may_lack == "none"):
+    if not calls.problems and (request.named or (not found and request.may_lack != "all")):
         for (number, often), those in lacking.items():
             verb, times = "runs" if len(those) == 1 else "run", "once" if often == 1 else f"{often} times"
             yield f"{layers_text(those)} of {m.architecture} {verb} {times} in one forward pass: no call {number}"

@@ -60,6 +60,13 @@ def test_all_layers_leaves_out_those_that_do_not_run_so_often() -> None:
     ]  # fmt: skip
 
 
+def test_all_points_are_those_of_the_layers_that_run_so_often() -> None:
+    found = LOOPED.selectors(calls=1)
+    assert {s.layer for s in found} == {*AGAIN, None} and all(s.call == 1 for s in found if s.layer is not None)
+    with pytest.raises(SelectionError, match=rf"layer {OTHERS[0]} of .* runs once in one forward pass: no call 1"):
+        LOOPED.selectors("all", [AGAIN[0], OTHERS[0]], calls=1)
+
+
 def test_a_term_names_the_call_of_its_module() -> None:
     assert [(t.call, t.calls) for s in LOOPED.selectors("resid_post", AGAIN[0]) for t in s.terms] == [
         (0, 3), (1, 3), (2, 3)
