@@ -12,9 +12,10 @@ from math import prod
 from typing import Literal
 
 from hookmap.discovery import aten
+from hookmap.discovery.coupled import Streams, streams_of
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.layer_list import LayerList
-from hookmap.discovery.linear import Step, has_weights, linear_path, steps, summands
+from hookmap.discovery.linear import Step, has_weights, steps, summands
 from hookmap.discovery.mixing import is_shift, mixing
 from hookmap.discovery.values import Exposure, Values
 
@@ -106,8 +107,21 @@ class Block:
 
     @cached_property
     def path(self) -> list[Step]:
-        """The linear steps of the stream from entry to exit; empty where there are none."""
-        return linear_path(self.values, self.call, self.entry, self.exit)
+        """The linear steps of the stream from entry to exit; empty where there are none.
+
+        Of a reversible block, those of both streams, in the order of the pass; the second stream begins with a step
+        that changes nothing.
+        """
+        own, twin = self.streams.own, self.streams.twin
+        if self.streams.mixed or not twin:
+            return [] if self.streams.mixed else own
+        steps = sorted(own + twin, key=lambda step: self.values.producers[step.result].time)
+        return [Step("cast", twin[0].source, twin[0].source), *steps]
+
+    @cached_property
+    def streams(self) -> Streams:
+        """The way of the stream, and of a second one."""
+        return streams_of(self.values, self.call, self.entry, self.exit)
 
     @cached_property
     def states(self) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from hookmap.discovery.attention import ATTENTION, attention_points
 from hookmap.discovery.block import ROLES, Block, Branch, Role
-from hookmap.discovery.block_stream import Middle, additions, first_middle, middles
+from hookmap.discovery.block_stream import Middle, additions, first_middle, middles, obstacles
 from hookmap.discovery.branch_inputs import BranchInput, input_of, locate_input, own_module, states_read
 from hookmap.discovery.branch_kinds import (
     BranchKinds,
@@ -40,6 +40,8 @@ class BlockPoints:
     mixer: BranchInfo | None
     mlp: BranchInfo | None
     cross_attn: BranchInfo | None = None
+    coupled: bool = False
+    """whether it has two streams, as a reversible block does"""
     locations: dict[str, Location] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     relations: list[Relation] = field(default_factory=list)
@@ -68,6 +70,7 @@ def points_of_block(block: Block) -> BlockPoints:
     relations = [*additions(block, middle), *inside.relations]
     return BlockPoints(
         branch_order=kinds.order,
+        coupled=bool(block.streams.twin),
         norm_placement=_norm_placement(block, inputs),
         mixer=mixer_info(block, kinds, locator.templated),
         mlp=mlp_info(block, kinds, locator.templated),
@@ -123,9 +126,18 @@ def _why_no_branch(block: Block, role: Role) -> str:
 
 
 def _why_no_addition(block: Block) -> str:
+    if block.streams.mixed:
+        return (
+            "the block mixes several residual streams with one another, each in a tensor of its own: nothing is added "
+            "to one alone"
+        )
     if len(block.values.shape(block.entry)) > 3:
         return "the block mixes several residual streams with one another: nothing is added to them as a whole"
-    return "no residual addition was found in this block"
+    names = ", ".join(f"`{name}`" for name in obstacles(block))
+    return (
+        "no residual addition was found in this block: between what enters and what leaves it are not only additions, "
+        f"constant factors and norms, but {names}"
+    )
 
 
 def _own_inputs(block: Block, inputs: Inputs, places: Places, locator: Locator) -> Places:
@@ -226,6 +238,6 @@ def _inside(block: Block, kinds: BranchKinds, locator: Locator) -> Found:
 
 def _why_nothing_inside(block: Block) -> dict[str, str]:
     """The reasons that hold where no branch of the right kind is there."""
-    no_attention = "this block's mixer is not attention" if block.role("mixer") else "this block has no mixer"
-    inside_mlp = ("mlp_post", *ROUTER)
-    return {**dict.fromkeys(ATTENTION, no_attention), **dict.fromkeys(inside_mlp, "this block has no MLP")}
+    no_attention = "this block's mixer is not attention" if block.role("mixer") else _why_no_branch(block, "mixer")
+    inside_mlp = dict.fromkeys(("mlp_post", *ROUTER), _why_no_branch(block, "mlp"))
+    return {**dict.fromkeys(ATTENTION, no_attention), **inside_mlp}

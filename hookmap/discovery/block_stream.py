@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from hookmap.discovery.block import ROLES, Block
-from hookmap.discovery.linear import Step
+from hookmap.discovery.linear import Step, steps
 from hookmap.maps.relations import OWN, Relation, Term
 
 _Sum = tuple[Term, ...]
@@ -49,8 +49,24 @@ def first_middle(block: Block) -> Middle:
 
 
 def _middle(block: Block, add: int, read: int) -> Middle:
-    steps = block.path[add + 1 : block.states.index(read)]
-    return Middle(block.states[add + 1], read, any(step.kind != "cast" for step in steps))
+    between = block.path[add + 1 : block.states.index(read)]
+    return Middle(block.states[add + 1], read, any(step.kind != "cast" for step in between))
+
+
+def obstacles(block: Block) -> list[str]:
+    """The operators at which the ways back from what leaves the block end, where none leads to what enters it."""
+    values, found = block.values, dict[str, None]()
+    stack, seen = [block.exit], {block.entry}
+    while stack:
+        value = stack.pop()
+        if value in seen or not values.cone(value, [block.entry], block.call)[1]:
+            continue
+        seen.add(value)
+        sources = [each for step in steps(values, value) for each in (step.source, step.branch) if each is not None]
+        if not sources:
+            found[values.producers[value].name] = None
+        stack += sources
+    return list(found)
 
 
 def additions(block: Block, middle: Middle | None) -> list[Relation]:
@@ -58,14 +74,17 @@ def additions(block: Block, middle: Middle | None) -> list[Relation]:
     if all(branch.role == "other" for branch in block.branches):
         return []
     names = _names_of_states(block, middle)
-    terms: _Sum = (Term(1.0, names[block.entry]),)
+    made: dict[int, _Sum] = {block.entry: (Term(1.0, names[block.entry]),)}
     found: list[Relation] = []
     for position, step in enumerate(block.path):
-        terms = _after(block, position, step, terms, step.source in names)
+        if step.source not in made:  # the second stream of a reversible block: what enters has no name
+            continue
+        terms = _after(block, position, step, made[step.source], step.source in names)
         itself = (Term(1.0, names.get(step.result, "")),)
         if step.result in names and terms != itself:
             found.append(Relation(names[step.result], terms))
             terms = itself
+        made[step.result] = terms
     return found
 
 

@@ -31,7 +31,8 @@ def input_of(block: Block, branch: Branch, locator: Locator) -> BranchInput:
     states = states_read(block, branch)
     value, normed = _behind_norms(block, branch, states[-1], locator)
     merged = _merged_streams(block, branch, states)
-    value = value if merged is None else merged
+    if merged is not None:
+        value, normed = merged, normed or norm_source(block.values, merged) is not None
     further = _further(block, branch, value)
     mixed = value in states and _is_mixed_early(block, branch, value, further)
     if mixed or (value in states and not _enters_weights(block, value)):
@@ -64,7 +65,7 @@ def own_module(block: Block, branch: Branch, value: int, locator: Locator) -> Ex
     """The input of the one module of this branch, and of no other, through which all of the branch reads the value."""
     reading = [op.time for op in branch.ops if value in block.values.operands(op)]
     others = {id(op) for other in block.branches if other is not branch for op in other.ops}
-    others |= {id(block.values.producers[state]) for state in block.states[1:]}
+    others |= {id(block.values.producers.get(state)) for state in block.states[1:]}
     whole = [
         place
         for place in locator.places(value)

@@ -225,6 +225,7 @@ def _kind(layers: LayerList, number: int, reading: BlockPoints | None, values: V
         norm_placement=reading.norm_placement,
         axes=captured_axes(shape_at(values, layers.calls[number, 0], layers.streams[number, 0][0]), layers.seq),
         calls=layers.times(number),
+        coupled=reading.coupled,
         mixer=reading.mixer,
         mlp=reading.mlp,
         cross_attn=reading.cross_attn,

@@ -23,9 +23,10 @@ _MOST_OF_A_STATISTIC = 12
 class Step:
     """One linear step: `result` = step(`source`), with `branch` added where it is an addition."""
 
-    kind: Literal["add", "scale", "cast", "norm", "gate", "mix", "spread", "convolve"]
+    kind: Literal["add", "scale", "cast", "norm", "gate", "mix", "spread", "convolve", "gather"]
     """mix: several streams are mixed with one another; spread: one tensor becomes several streams, each times a number
-    of its own; convolve: each feature is convolved over positions, alone"""
+    of its own; convolve: each feature is convolved over positions, alone; gather: one of several tensors that were
+    stacked, and summed with weights"""
     source: int
     result: int
     branch: int | None = None
@@ -58,6 +59,8 @@ def steps(values: Values, value: int) -> Iterator[Step]:
         yield Step("cast", same_size[0], value)
     if (source := norm_source(values, value)) is not None:
         yield Step("norm", source, value)
+    for part in _stacked(values, value, op):
+        yield Step("gather", part, value, factor=None)
 
 
 def _same_size(values: Values, value: int, op: Operation) -> list[int]:
@@ -118,8 +121,31 @@ def _mixtures(values: Values, value: int, op: Operation, source: int) -> Iterato
     coefficients = [t for t in op.inputs if values.value(t) != source]
     tokens = {values.flow.tensors[t].shape[-1] for t in values.flow.inputs.values()}
     own = coefficients and not tokens & set(values.flow.tensors[coefficients[0]].shape[1:])
-    if own and not values.is_constant(values.value(coefficients[0])):
+    if own and (not values.is_constant(values.value(coefficients[0])) or _mixes_streams(values, op, source)):
         yield Step("mix", source, value, factor=None)
+
+
+def _mixes_streams(values: Values, op: Operation, source: int) -> bool:
+    """Whether weights that are the same for all positions mix streams, [.., streams, d], and not features."""
+    while (made := values.producers.get(source)) is not None and made.name in aten.TURNS:
+        source = values.operands(made)[0]
+    shape, summed = values.shape(source), values.flow.tensors[op.inputs[-2]].shape[-1]
+    return len(shape) > 3 and summed in shape[:-1] and summed != shape[-1]
+
+
+def _stacked(values: Values, value: int, op: Operation) -> list[int]:
+    """The tensors of which `value` is a sum with weights, where they were stacked before it: by a product or a sum."""
+    if op.name not in (*aten.MATRIX_PRODUCTS, "sum", "mean"):
+        return []
+    sources = list(values.operands(op))
+    for _ in range(2):  # the product with the weights, and what it is of
+        made = [values.producers[each] for each in sources if each in values.producers]
+        for each in made:
+            parts = [values.value(t) for t in each.inputs] if each.name in aten.JOINS else []
+            if len(parts) > 1 and all(values.size(part) == values.size(value) for part in parts):
+                return list(dict.fromkeys(parts))
+        sources = [v for each in made if each.name in {*aten.TURNS, *_CASTS, "mul"} for v in values.operands(each)]
+    return []
 
 
 def _spreads(values: Values, value: int, op: Operation) -> Iterator[Step]:
@@ -131,20 +157,22 @@ def _spreads(values: Values, value: int, op: Operation) -> Iterator[Step]:
             yield Step("spread", values.value(tensor), value, factor=None)
 
 
-def linear_path(values: Values, call: ModuleCall, start: int, end: int) -> list[Step]:
+def linear_path(values: Values, call: ModuleCall, start: int, end: int, gathers: bool = False) -> list[Step]:
     """The linear steps inside `call` from one value to another; empty where no path leads there, or both are one.
 
-    Of several paths it is the one through the fewest norms and gates, then the fewest additions.
+    Of several paths it is the one through the fewest norms and gates, then the fewest additions. `gathers`: whether one
+    of several tensors that are summed with weights is on the way.
     """
+    costs = {**_COSTS, "gather": _COSTS["mix"]} if gathers else _COSTS
     best: dict[int, tuple[tuple[int, int], Step | None]] = {start: ((0, 0), None)}
 
     def cost(value: int) -> tuple[int, int]:
         if value not in best:
             best[value] = ((_FAR, 0), None)
             if values.made_in(value, call):
-                for step in (step for step in steps(values, value) if step.kind in _COSTS):
+                for step in (step for step in steps(values, value) if step.kind in costs):
                     obstacles, additions = cost(step.source)
-                    total = (obstacles + _COSTS[step.kind], additions + (step.kind == "add"))
+                    total = (obstacles + costs[step.kind], additions + (step.kind == "add"))
                     if total < best[value][0]:
                         best[value] = (total, step)
         return best[value][0]

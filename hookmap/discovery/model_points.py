@@ -171,8 +171,11 @@ def _final_norm(values: Values, layers: LayerList, ends: list[int]) -> tuple[int
 
     `ends`: the logits, or what else the model gives; a norm that does not lead there is another head's.
     """
-    leave, end = layers.end, layers.calls[layers.order[-1]].exit
+    last = layers.calls[layers.order[-1]]
+    leave, end = layers.end, last.exit
     made = _ancestors(values, ends, end)
+    if leave not in made:  # of a reversible block, it may be the other stream that leads on
+        leave = next((v for v in map(values.value, last.outputs.values()) if v in made), leave)
     leading = {value for value in made if value in values.producers and values.producers[value].time > end}
     normed, value = None, _next_norm(values, leave, end, leading)
     while value is not None:

@@ -50,6 +50,8 @@ def _named(names: tuple[str, ...]) -> Iterator[str]:
 
 def _kind(m: MapContents, kind: BlockKind) -> Iterator[str]:
     yield f"{layers_text(kind.layers)}: {kind.name}, {m.layers_path} ({kind.block_class or 'not called'})"
+    if kind.coupled:
+        yield "  two streams: each branch adds to the one that it does not read; resid_mid is of the other one"
     if kind.calls > 1:
         yield f"  runs {kind.calls} times in one forward pass: each point is there in each of them"
     yield "  the chain of additions"

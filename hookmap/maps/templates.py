@@ -141,6 +141,11 @@ class BlockKind(Frozen):
         ge=1,
         description="how often each of these layers runs in one forward pass; its points are of each run",
     )
+    coupled: bool = Field(
+        default=False,
+        description="the block has two streams in two tensors, and each branch adds to the stream that it does not "
+        "read; resid_pre and resid_post are of the one that the mixer reads, resid_mid of the other",
+    )
     mixer: BranchInfo | None = None
     mlp: BranchInfo | None = None
     cross_attn: BranchInfo | None = Field(

@@ -69,7 +69,8 @@ def _expected(kind: BlockKind, role: str) -> dict[str, bool]:
 
 
 def _expected_in_turn(kind: BlockKind, role: str) -> dict[str, bool]:
-    if "mlp_in" in kind.points and kind.points["mlp_in"].order < kind.points["resid_mid"].order:
+    places = [kind.points[name].order for name in ("mlp_in", "resid_mid") if name in kind.points]
+    if len(places) == 2 and places[0] < places[1]:
         moves = ("mixer_out", "resid_mid") if role == "mixer" else ("mlp_out",)  # an MLP before the mixer too
         return {"resid_pre": False, **dict.fromkeys((*moves, "resid_post"), True)}
     if role == "mixer":

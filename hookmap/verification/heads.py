@@ -78,7 +78,8 @@ def _turn(run: Context, point: str, read: str, layer: int) -> Check:
     place = POSITIONS // 2
     turning = _turning(run.selector[point, layer].terms[0], own - 1, place)
     after, _ = observe(run.model, run.ids, [run.selector[read, layer]], [turning])
-    change = (after[read, layer].float() - run.values[read, layer].float()).abs().amax((0, 3))  # [position, head]
+    before, turned = (_comparable(values[read, layer], read) for values in (run.values, after))
+    change = (turned - before).abs().amax((0, 3))  # [position, head]
     moved = change > run.tolerance
     heads, places = moved.any(0).nonzero().flatten().tolist(), moved.any(1).nonzero().flatten().tolist()
     # The queries that share a key are neighbours, or (JetMoE) every own-th.
@@ -88,6 +89,11 @@ def _turn(run: Context, point: str, read: str, layer: int) -> Check:
     what = f"the sign of {point} of head {own - 1} at position {place} turned in layer {layer}"
     detail = f"{what}: {read} moves in heads {heads} at positions {places}"
     return Check("head", (layer,), right and _see(run, point, layer, place, places), detail)
+
+
+def _comparable(tensor: Tensor, point: str) -> Tensor:
+    """Of attention weights their logarithms: where a head attends to one key alone, what moves is very small."""
+    return tensor.double().clamp_min(1e-37).log() if point == "pattern" else tensor.double()
 
 
 def _see(run: Context, point: str, layer: int, place: int, places: list[int]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support import invented_coupled as coupled
 from support import invented_streams as streams
 from support.invented import Ladder, check
 
@@ -83,3 +84,34 @@ def test_a_short_convolution_is_not_the_mixer_beside_an_attention(block: type[st
 @pytest.mark.parametrize("block", [streams.Adapted, streams.AdaptedBetween, streams.AdaptedBeside])
 def test_the_mlp_is_the_one_that_does_most_of_the_work(block: type[streams.Adapted]) -> None:
     check(Ladder(block))
+
+
+@pytest.mark.parametrize("model", [coupled.Both, coupled.First])
+def test_a_reversible_block_has_two_streams(model: type[coupled.Both]) -> None:
+    found = check(model(coupled.Reversible))
+    last = found.kinds[-1]
+    assert last.coupled and last.branch_order == "sequential"
+    assert last.relations[0] == "resid_post = resid_pre + mlp_out"
+    assert not any(text.startswith("resid_mid =") for text in last.relations)
+
+
+@pytest.mark.parametrize("block", [coupled.Braided, coupled.ReadTogether])
+def test_streams_in_several_tensors_that_are_mixed_have_no_branches(block: type[streams.Joined]) -> None:
+    reason = "several residual streams with one another, each in a tensor of its own"
+    points = ("mixer_in", "mixer_out", "resid_mid", "mlp_in", "mlp_out", "q", "mlp_post")
+    check(coupled.Both(block), dict.fromkeys(points, reason))
+
+
+@pytest.mark.parametrize(("block", "operator"), [(coupled.InHalves, "`cat`"), (coupled.Forgetting, "`mul`")])
+def test_what_is_no_addition_is_named(block: type[streams.Joined], operator: str) -> None:
+    reason = f"no residual addition was found.*{operator}"
+    points = ("mixer_in", "mixer_out", "resid_mid", "mlp_in", "mlp_out", "q", "mlp_post")
+    check(Ladder(block), dict.fromkeys(points, reason))
+
+
+@pytest.mark.parametrize("block", [coupled.Hyper, coupled.HyperByConstants])
+def test_streams_in_one_tensor_are_mixed_by_fixed_numbers(block: type[coupled.Hyper]) -> None:
+    reason = "no module boundary exposes it"
+    found = check(coupled.Streams(block), dict.fromkeys(("mixer_out", "resid_mid", "mlp_out"), reason))
+    assert found.kinds[0].axes == ("batch", "pos", "stream", "d_model")
+    assert (found.kinds[0].branch_order, found.kinds[0].norm_placement) == ("sequential", "pre")

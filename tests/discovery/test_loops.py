@@ -223,7 +223,7 @@ def test_dory_runs_its_middle_layers_twice() -> None:
     found = discover(config)
     assert [found.kind_of(layer).calls for layer in range(6)] == [1, 1, 2, 2, 1, 1]
     assert "resid_mid_sum = norm(resid_pre) + mixer_out" in found.kind_of(0).relations
-    result = verify(config, architecture_map=found, seed=1)  # under seed 0 one head attends too sharply to move
+    result = verify(config, architecture_map=found)
     assert result.passed, [each for each in result.checks if not each.passed]
     model = transformers.DoryForCausalLM(config).eval()
     hm = hookmap.open(model)

@@ -1,0 +1,125 @@
+"""Invented blocks of several residual streams: coupled, mixed by fixed weights, or chosen from all before."""
+
+from __future__ import annotations
+
+import torch
+from support.invented import D, Ladder, Mix, Think, note
+from support.invented_streams import Joined
+from torch import Tensor, nn
+
+
+class Reversible(Joined):
+    """Two streams: each branch reads one and adds to the other."""
+
+    def forward(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        n = self.calm(v)
+        a = self.blend(n)
+        w = u + a
+        m = self.cool(w)
+        f = self.think(m)
+        note(self.i, resid_pre=v, mixer_in=n, mixer_out=a, resid_mid=w, mlp_in=m, mlp_out=f, resid_post=v + f)
+        return w, v + f
+
+
+class Both(Ladder):
+    """The model around them, which goes on with both."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        u = v = x
+        for rung in self.rungs:
+            u, v = rung(u, v)
+        return self.end(u, v)
+
+    def end(self, u: Tensor, v: Tensor) -> Tensor:
+        return (u + v) / 2
+
+
+class First(Both):
+    """It goes on with the one that the map does not follow."""
+
+    def end(self, u: Tensor, v: Tensor) -> Tensor:
+        return u
+
+
+class Braided(Joined):
+    """Two streams in two tensors, each mixed into the other."""
+
+    def forward(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        note(self.i, resid_pre=u)
+        u, v = 0.9 * u + 0.1 * v + self.blend(self.calm(u)), 0.2 * u + 0.8 * v
+        u, v = 0.9 * u + 0.1 * v + self.think(self.cool(u)), 0.2 * u + 0.8 * v
+        note(self.i, resid_post=u)
+        return u, v
+
+
+class ReadTogether(Joined):
+    """Two streams in two tensors, and each branch reads their mean."""
+
+    def forward(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        note(self.i, resid_pre=u)
+        u = u + self.blend(self.calm((u + v) / 2))
+        v = v + self.think(self.cool((u + v) / 2))
+        note(self.i, resid_post=u)
+        return u, v
+
+
+class InHalves(Joined):
+    """A reversible block, whose streams are the halves of the features of one tensor."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.calm, self.cool = nn.LayerNorm(D // 2), nn.LayerNorm(D // 2)
+        self.blend, self.think = Mix(D // 2), Think(D // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = x.chunk(2, -1)
+        u = u + self.blend(self.calm(v))
+        z = torch.cat([u, v + self.think(self.cool(u))], -1)
+        note(self.i, resid_pre=x, resid_post=z)
+        return z
+
+
+class Forgetting(Joined):
+    """The stream is multiplied by what is computed from it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.think(x)) * x + self.blend(self.calm(x))
+        note(self.i, resid_pre=x, resid_post=y)
+        return y
+
+
+class Hyper(Joined):
+    """Two streams in one tensor, [batch, pos, stream, d], mixed by learned numbers that no token changes."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.read, self.write, self.mix = self.numbers(2, 2), self.numbers(2, 2), self.numbers(2, 2, 2)
+
+    def numbers(self, *shape: int) -> Tensor:
+        return nn.Parameter(torch.rand(shape) + 0.3)
+
+    def forward(self, h: Tensor) -> Tensor:
+        note(self.i, resid_pre=h)
+        n = self.calm(torch.einsum("s,bpsd->bpd", self.read[0], h))
+        o = self.blend(n)
+        h = torch.einsum("st,bptd->bpsd", self.mix[0], h) + self.write[0][:, None] * o[:, :, None]
+        m = self.cool(torch.einsum("s,bpsd->bpd", self.read[1], h))
+        g = self.think(m)
+        h = torch.einsum("st,bptd->bpsd", self.mix[1], h) + self.write[1][:, None] * g[:, :, None]
+        note(self.i, mixer_in=n, mixer_out_raw=o, mlp_in=m, mlp_out_raw=g, resid_post=h)
+        return h
+
+
+class HyperByConstants(Hyper):
+    def numbers(self, *shape: int) -> Tensor:
+        return torch.rand(shape) + 0.3
+
+
+class Streams(Ladder):
+    """The model around them."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        h = torch.stack([x, 0.5 * x], 2)
+        for rung in self.rungs:
+            h = rung(h)
+        return h.sum(2)
