@@ -41,10 +41,7 @@ def before_norm(values: Values, layers: LayerList, normed: int | None) -> dict[s
 
 def apart(values: Values, layers: LayerList) -> Iterator[tuple[Run, Run]]:
     """Runs, one behind the other, where what enters the second is not what leaves the first, or a multiple of it."""
-    order = sorted(layers.calls, key=lambda run: layers.calls[run].enter)
-    for before, here in pairwise(order):
-        if before not in layers.streams or here not in layers.streams:
-            continue
+    for before, here in pairwise(layers.order):
         leave, entry = layers.streams[before][1], layers.streams[here][0]
         path = linear_path(values, values.flow.calls[0], leave, entry)
         if leave != entry and not (path and all(step.kind in ("cast", "scale") for step in path)):

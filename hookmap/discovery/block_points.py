@@ -24,7 +24,7 @@ from hookmap.discovery.locate import Location, Locator
 from hookmap.discovery.wiring import Found, Places, Wiring
 from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.relations import Relation
-from hookmap.maps.templates import BranchInfo
+from hookmap.maps.templates import BranchInfo, at_name
 
 NormPlacement = Literal["pre", "post", "sandwich", "none", "other"]
 Inputs = Mapping[str, tuple[Branch, BranchInput]]
@@ -83,7 +83,7 @@ def points_of_block(block: Block) -> BlockPoints:
 
 
 def _locator(block: Block) -> Locator:
-    templates = {each.replace("{i}", block.layers.name(block.number)): each for each in block.layers.lists}
+    templates = {at_name(each, block.layers.name(block.number)): each for each in block.layers.lists}
     return Locator(block.values, block.call, block.seq, templates, block.layers.rows)
 
 

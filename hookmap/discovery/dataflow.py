@@ -166,6 +166,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: list[torch.Tensor] = []
         self._finalizers: list[Any] = []
         self._by_storage: dict[int, list[torch.Tensor]] = {}
+        self._written: dict[int, list[torch.Tensor]] = {}
         self._stack: list[int] = []
         self._paths: dict[int, list[str]] = {}
         named = itertools.chain(model.named_parameters(), model.named_buffers())
@@ -208,8 +209,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = _meta_scalar(args[0]) if asked else func(*args, **kwargs)
         produced = [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
         self._append(func._schema.name.split("::")[-1].rstrip("_"), refs, inputs, produced)
-        for written in _written_arguments(func, args, kwargs):
-            self._renew_aliases(written)
+        written = list(_written_arguments(func, args, kwargs))
+        for tensor in written:
+            self._renew_aliases(tensor)
+        for tensor in produced if not written else ():
+            self._read_again(tensor)
         return result
 
     def _append(self, name: str, refs: Any, inputs: list[int], produced: list[torch.Tensor]) -> None:
@@ -219,14 +223,25 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flow.operations.append(Operation(name, refs[0], refs[1], tuple(inputs), outputs, self._tick(), call))
 
     def _renew_aliases(self, written: torch.Tensor) -> None:
-        """Gives every other live view of the same memory a new value, too."""
+        """Gives every other live view of this memory a new value, too; a view of other parts of it keeps its own."""
         storage = _storage(written)
-        source = self.identify(written)
+        if storage is not None:
+            self._written.setdefault(storage, []).append(written)
         for other in self._by_storage.get(storage, []) if storage is not None else []:
-            if other is not written:
-                old = self.identify(other)
-                refs: Any = ((TensorRef(old), TensorRef(source)), {})
-                self._append("alias_update", refs, [old, source], [other])
+            if other is not written and not _apart(other, written):
+                self._update(other, written)
+
+    def _read_again(self, view: torch.Tensor) -> None:
+        """A new view of what was written into a buffer, `buffer[:, i]`, holds what the view that was written holds."""
+        storage = _storage(view)
+        written = self._written.get(storage, []) if storage is not None else []
+        if (same := next((each for each in written if _is_same(each, view)), None)) is not None and same is not view:
+            self._update(view, same)
+
+    def _update(self, other: torch.Tensor, source: torch.Tensor) -> None:
+        old, new = self.identify(other), self.identify(source)
+        refs: Any = ((TensorRef(old), TensorRef(new), _covers(other, source)), {})
+        self._append("alias_update", refs, [old, new], [other])
 
     def _tick(self) -> int:
         self._clock += 1
@@ -266,6 +281,41 @@ def _storage(tensor: torch.Tensor) -> int | None:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse and opaque tensors have none
         return None
+
+
+def _covers(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two views of one memory hold the same numbers, in this or another shape."""
+    return a.numel() == b.numel() and _extent(a) == _extent(b)
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and _extent(a) == _extent(b)
+
+
+def _extent(view: torch.Tensor) -> tuple[int, int]:
+    """The first and the last place in memory that a view reads."""
+    start = int(view.storage_offset())
+    return start, start + sum((int(n) - 1) * int(step) for n, step in zip(view.shape, view.stride(), strict=True))
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two views of one memory have no place in common, such as `buffer[:, 0]` and `buffer[:, 1]`."""
+    (start, end), (other_start, other_end) = _extent(a), _extent(b)
+    if end < other_start or other_end < start:
+        return True
+    if a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
+        return False
+    steps = sorted(((step, size) for size, step in zip(a.shape, a.stride(), strict=True) if size > 1), reverse=True)
+    return not _meet(abs(start - other_start), steps)
+
+
+def _meet(distance: int, steps: list[tuple[int, int]]) -> bool:
+    """Whether some number of each step, fewer than its size, forward or back, covers the distance."""
+    if not steps:
+        return distance == 0
+    (step, size), rest = steps[0], steps[1:]
+    near = {distance // step, -(-distance // step)} if step else {0}
+    return any(abs(count) < size and _meet(distance - count * step, rest) for count in near)
 
 
 def _meta_scalar(tensor: torch.Tensor) -> bool | int | float:

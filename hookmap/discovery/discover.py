@@ -130,7 +130,7 @@ def _of_module(model: nn.Module) -> ArchitectureMap:
     how = "one forward pass of the model as it stands"
     found = assemble(model, flow, seq, config, getattr(config, "_name_or_path", "") or None, how)
     inside = model_inside(model)
-    blocks = model.get_submodule(found.layers_path.partition("{i}")[0].rstrip("."))
+    blocks = model.get_submodule(found.at_layer(found.layers_path, 0))
     if inside is not None and blocks not in set(inside.modules()):
         raise DiscoveryError(
             f"the blocks that the dataflow of {named(model)} shows, {found.layers_path}, are not of the "
@@ -211,6 +211,7 @@ def _kinds(layers: LayerList, readings: dict[int, BlockPoints], values: Values) 
 def _kind(layers: LayerList, number: int, reading: BlockPoints | None, values: Values) -> BlockKind:
     if reading is None:
         reason = "no stream was found in it" if layers.times(number) else "this layer is never called on text alone"
+        reason = layers.unread.get(number, reason)
         names = [name for name, point in POINTS.items() if point.per_layer]
         return BlockKind(
             name="not_called", block_class="", layers=(), branch_order="other", norm_placement="other",

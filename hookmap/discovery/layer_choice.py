@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 
+from hookmap.discovery import stream_shapes
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.joined_lists import joined
-from hookmap.discovery.layer_list import LayerList, Numbered, Rows, additions, chain, numbered_modules, scattered
-from hookmap.discovery.linear import linear_path
+from hookmap.discovery.layer_list import LayerList, Numbered, Rows, additions, adds, chain, numbered_modules
+from hookmap.discovery.linear import has_weights, linear_path
+from hookmap.discovery.model_points import logits_of
+from hookmap.discovery.scattered import scattered
+from hookmap.discovery.siblings import trimmed, worded_modules
 from hookmap.discovery.values import Values
 from hookmap.errors import DiscoveryError
 
@@ -20,29 +25,72 @@ def find_layers(values: Values, seq: int) -> LayerList:
     Raises DiscoveryError where there is none, and where one list does not describe the model.
     """
     groups = numbered_modules(values)
-    candidates = _candidates(values, groups, seq)
-    output = _computed_from(values, values.flow.calls[0].outputs.values())
+    logits = logits_of(values)
+    output = _computed_from(values, values.flow.calls[0].outputs.values() if logits is None else [logits])
+    candidates = [_reaching(layers, output) for layers in _candidates(values, groups, seq, output)]
     best = max(candidates, key=lambda layers: _rank(values, layers))
     if len(candidates) > 1 and best.end not in output:
         best = _leading(values, groups, best, output)
-    for reason in _contradictions(values, best, candidates):
+    for reason in (*stream_shapes.contradictions(values, best), *_contradictions(values, best, candidates)):
         raise DiscoveryError(reason)
-    found = replace(best, uncovered_lists=_outermost(list(_uncovered(values, best, groups, output))))
+    lists = _outermost(list(_uncovered(values, best, groups, output)))
+    alone = dict.fromkeys(re.sub(r"\.\d+$", ".{i}", path) for path in _alone(values, best, lists, output))
+    found = replace(
+        best,
+        uncovered_lists=(*(each.path for each in lists), *alone),
+        unread={**stream_shapes.of_other_lengths(values, best), **best.unread},
+    )
     return found if found.seq == seq else replace(found, tokens=seq, rows=_rows_of_tokens(values, found, seq))
 
 
-def _candidates(values: Values, groups: list[Numbered], seq: int) -> list[LayerList]:
+def _candidates(values: Values, groups: list[Numbered], seq: int, output: set[int]) -> list[LayerList]:
     """The lists that hand a stream of `seq` positions on; where there are none, of more positions."""
+    lists: list[LayerList] = []
     for positions in _lengths(values, groups, seq):
-        found = [layers for group in groups if (layers := chain(values, group, positions)) is not None]
-        found = [layers for layers in found if not any(_are_its_branches(values, layers, each) for each in found)]
-        if not found and positions == seq:
-            found = list(scattered(values, groups, seq))
-        if found:
+        found = _lists(values, groups, positions)
+        if any(_adding(values, layers) for layers in found):
             return [*found, *joined(values, found)]
-    raise DiscoveryError(
-        "no list of blocks was found: expected modules numbered 0, 1, 2, … that hand a tensor "
-        "[batch, pos, d_model] from one to the next. If this is a causal language model, please report it "
+        linked = _lists(values, groups, positions, linked=True)
+        blocks = scattered(values, positions, output) if positions == seq else None
+        # Where no list has most of the additions, a block is made of what stands between its modules, too.
+        if blocks is not None and all(2 * _total(values, each) <= _total(values, blocks) for each in linked):
+            return [blocks]
+        if any(_adding(values, layers) for layers in linked):
+            return [*linked, *joined(values, linked)]
+        lists = lists or found
+    if lists:
+        return lists
+    raise DiscoveryError(_why_no_list(values, groups, seq))
+
+
+def _lists(values: Values, groups: list[Numbered], seq: int, linked: bool = False) -> list[LayerList]:
+    """The numbered lists that hand a stream on, and modules under words that add to one; `linked`: see `chain`."""
+    chains = [(group, chain(values, group, seq, linked)) for group in groups]
+    found = [trimmed(values, group, layers, linked) for group, layers in chains if layers is not None]
+    adding = [list(layers.calls.values()) for layers in found if _adding(values, layers)]
+    worded = worded_modules(values, seq, adding)
+    found += [layers for group in worded if (layers := chain(values, group, seq, linked)) is not None]
+    return [layers for layers in found if not any(_are_its_branches(values, layers, each) for each in found)]
+
+
+def _reaching(layers: LayerList, output: set[int]) -> LayerList:
+    """The list without the streams of blocks that do not lead to the output, where others of it do."""
+    reaching = {number for (number, _), stream in layers.streams.items() if stream[1] in output}
+    if not reaching:
+        return layers
+    reason = "it does not lead to the logits: what it computes is another output's"
+    beside = {number: reason for number, _ in layers.streams if number not in reaching}
+    streams = {run: stream for run, stream in layers.streams.items() if run[0] in reaching}
+    return replace(layers, streams=streams, unread={**layers.unread, **beside})
+
+
+def _why_no_list(values: Values, groups: list[Numbered], seq: int) -> str:
+    """What was seen of lists of modules, where none of them hands a stream on."""
+    seen = [f"{group.path} ({group.length} modules)" for group in groups if group.length > 1]
+    return (
+        "no blocks were found: expected modules, or a method that calls modules of several lists, which add one behind "
+        "the other to a tensor [batch, pos, d_model] that leads to the logits. "
+        f"Seen: {', '.join(seen[:5]) or 'no lists of modules'}. If this is a causal language model, please report it "
         "with its config."
     )
 
@@ -88,6 +136,11 @@ def _adding(values: Values, layers: LayerList) -> int:
     return sum(additions(values, call, stream) > 0 for call, stream in first)
 
 
+def _total(values: Values, layers: LayerList) -> int:
+    """How many additions to the stream are in the blocks."""
+    return sum(additions(values, layers.calls[run], stream) for run, stream in layers.streams.items())
+
+
 def _leading(values: Values, groups: list[Numbered], best: LayerList, output: set[int]) -> LayerList:
     """The list that adds most to a stream which leads to the output, where the first choice does not lead there."""
     linked = [layers for each in groups if (layers := chain(values, each, best.seq, linked=True)) is not None]
@@ -98,10 +151,7 @@ def _leading(values: Values, groups: list[Numbered], best: LayerList, output: se
             "No other list hands a stream [batch, pos, d_model] on from block to block."
         )
 
-    def total(layers: LayerList) -> int:
-        return sum(additions(values, layers.calls[run], stream) for run, stream in layers.streams.items())
-
-    return max(leading, key=lambda layers: (total(layers), *_rank(values, layers)))
+    return max(leading, key=lambda layers: (_total(values, layers), *_rank(values, layers)))
 
 
 def _computed_from(values: Values, tensors: Iterable[int]) -> set[int]:
@@ -134,9 +184,20 @@ def _uncovered(values: Values, best: LayerList, groups: list[Numbered], output: 
             yield other
 
 
-def _outermost(lists: list[LayerList]) -> tuple[str, ...]:
-    """The templates of those that are in no block of another."""
-    return tuple(each.path for each in lists if not any(_is_inside(each, other) for other in lists))
+def _outermost(lists: list[LayerList]) -> list[LayerList]:
+    """Those that are in no block of another."""
+    return [each for each in lists if not any(_is_inside(each, other) for other in lists)]
+
+
+def _alone(values: Values, best: LayerList, lists: list[LayerList], output: set[int]) -> Iterator[str]:
+    """Modules apart from all lists, outermost first, that add to a stream of the same size as the blocks do."""
+    spans = [(call.enter, call.exit) for layers in (best, *lists) for call in layers.calls.values()]
+    for call in values.flow.calls:
+        apart = all(call.exit < enter or exit < call.enter for enter, exit in spans)
+        if apart and has_weights(values, call) and adds(values, call, best.seq):
+            spans.append((call.enter, call.exit))
+            if any(values.value(tensor) in output for tensor in call.outputs.values()):
+                yield call.path
 
 
 def _rows_of_tokens(values: Values, layers: LayerList, seq: int) -> Rows:
@@ -199,12 +260,15 @@ def _is_inside(inner: LayerList, outer: LayerList) -> bool:
 
 
 def _only_holds(outer: LayerList, best: LayerList) -> bool:
-    """Whether each block of a list is around blocks of the best one, which are all in one of its blocks."""
+    """Whether each block of a list is around blocks of the best one, which are all in one of its blocks.
+
+    Of modules under words, such as an encoder and a decoder, one that is around them is enough.
+    """
     around = [
         [call for call in best.calls.values() if block.enter < call.enter and call.exit < block.exit]
         for block in outer.calls.values()
     ]
-    return all(around) and sum(map(len, around)) == len(best.calls)
+    return (outer.worded or all(around)) and sum(map(len, around)) == len(best.calls)
 
 
 def _shares_the_stream(values: Values, best: LayerList, other: LayerList) -> bool:

@@ -8,8 +8,8 @@ A block may run several times in one forward pass: everything is known of each r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -34,10 +34,16 @@ class Numbered:
     """template over `{i}`"""
     calls: dict[Run, ModuleCall]
     """each call of each module; a number that is missing was never called"""
+    names: tuple[str, ...] = ()
+    """what `{i}` is for each module, where that is not its number"""
+    worded: bool = False
+    """they are modules under words"""
+    size: int = 0
+    """how many modules the list holds, called or not"""
 
     @property
     def length(self) -> int:
-        return max(number for number, _ in self.calls) + 1
+        return max(self.size, *(number + 1 for number, _ in self.calls))
 
     @property
     def order(self) -> list[Run]:
@@ -72,6 +78,10 @@ class LayerList:
     """the stream that leaves a block enters the next unchanged; not so where the model adds to it between them (BLT)"""
     names: tuple[str, ...] = ()
     """what `{i}` is for each block, where that is not its number"""
+    worded: bool = False
+    """the blocks are modules under words"""
+    unread: dict[int, str] = field(default_factory=dict)
+    """number of a block that runs and has no points -> the reason"""
     uncovered_lists: tuple[str, ...] = ()
     """templates of other lists of blocks that the output is computed through"""
 
@@ -115,15 +125,25 @@ def shape_at(values: Values, call: ModuleCall, value: int) -> tuple[int, ...]:
 
 def numbered_modules(values: Values) -> list[Numbered]:
     """All groups of modules whose paths end in a number and differ in no other part."""
-    found: dict[str, dict[Run, ModuleCall]] = {}
-    times: Counter[str] = Counter()
+    found: dict[str, dict[str, list[ModuleCall]]] = {}
     for call in values.flow.calls:
         parent, _, last = call.path.rpartition(".")
         if last.isdecimal():
-            run = int(last), times[call.path]
-            found.setdefault(f"{parent}.{{i}}" if parent else "{i}", {})[run] = call
-            times[call.path] += 1
-    return [Numbered(path, calls) for path, calls in found.items()]
+            found.setdefault(f"{parent}.{{i}}" if parent else "{i}", {}).setdefault(last, []).append(call)
+    return [_numbered(values, path, calls) for path, calls in found.items()]
+
+
+def _numbered(values: Values, path: str, calls_of: dict[str, list[ModuleCall]]) -> Numbered:
+    """The modules that are there, called or not; those of a list with gaps keep their numbers as names."""
+    holder = values.flow.calls[0].module.get_submodule(path.removesuffix("{i}").removesuffix("."))
+    names = sorted({*calls_of, *(name for name in holder._modules if name.isdecimal())}, key=int)
+    runs = {(names.index(name), run): call for name, calls in calls_of.items() for run, call in enumerate(calls)}
+    return Numbered(path, runs, names=unnumbered(names), size=len(names))
+
+
+def unnumbered(names: Sequence[str]) -> tuple[str, ...]:
+    """The names; none where they are the numbers 0, 1, 2, …"""
+    return () if list(names) == [str(n) for n in range(len(names))] else tuple(names)
 
 
 # A chain: modules that hand a tensor on -------------------------------------------------------------------------------
@@ -134,7 +154,7 @@ def chain(values: Values, modules: Numbered, seq: int, linked: bool = False) -> 
 
     `linked`: what leaves a block may be added to, or scaled, before it enters the next.
     """
-    if len(modules.numbers) == 1 and modules.length > 1:
+    if len(modules.numbers) == 1 and max(modules.numbers) > 0:
         return None
     handed = {
         (here, after): _handed(values, modules.calls[here], modules.calls[after], seq, linked)
@@ -148,7 +168,18 @@ def chain(values: Values, modules: Numbered, seq: int, linked: bool = False) -> 
         return None
     first = next(iter(streams))
     width = shape_at(values, modules.calls[first], streams[first][0])[-1]
-    found = LayerList(modules.path, modules.calls, modules.length, streams, width, seq, seq, lists=(modules.path,))
+    found = LayerList(
+        modules.path,
+        modules.calls,
+        modules.length,
+        streams,
+        width,
+        seq,
+        seq,
+        lists=(modules.path,),
+        names=modules.names,
+        worded=modules.worded,
+    )
     in_order = [streams[number] for number in found.order]
     return replace(found, contiguous=not linked or all(a[1] == b[0] for a, b in pairwise(in_order)))
 
@@ -169,9 +200,10 @@ def _handed(values: Values, here: ModuleCall, after: ModuleCall, seq: int, linke
 
 
 def _wide(values: Values, tensors: Mapping[Place, int], seq: int) -> dict[Place, int]:
-    """Those that have `seq` positions and an axis of features, as values."""
+    """Those that have `seq` positions and an axis of features, as values; `[batch * pos, d]` if there are no others."""
     shapes = {place: values.shape(tensor) for place, tensor in tensors.items()}
-    return {p: values.value(t) for p, t in tensors.items() if len(shapes[p]) >= 3 and seq in shapes[p][:-1]}
+    found = {p: values.value(t) for p, t in tensors.items() if len(shapes[p]) >= 3 and seq in shapes[p][:-1]}
+    return found or {p: values.value(t) for p, t in tensors.items() if len(shapes[p]) == 2 and shapes[p][0] == seq}
 
 
 def _streams(values: Values, modules: Numbered, seq: int, handed: _Handed) -> Iterator[tuple[Run, Stream]]:
@@ -223,44 +255,20 @@ def additions(values: Values, call: ModuleCall, stream: Stream) -> int:
     return sum(step.kind == "add" for step in linear_path(values, call, *stream))
 
 
+def adds(values: Values, call: ModuleCall, seq: int) -> bool:
+    """Whether a module adds what it computes of the tokens to a tensor that enters it."""
+    leaving = _wide(values, call.outputs, seq).values()
+    paths = (
+        linear_path(values, call, entry, leave)
+        for entry in _wide(values, call.entered, seq).values()
+        for leave in leaving
+        if values.size(entry) == values.size(leave)
+    )
+    branches = (step.branch for path in paths for step in path if step.branch is not None)
+    return any(not values.is_constant(branch, of_tokens=True) for branch in branches)
+
+
 def _feeds(values: Values, call: ModuleCall, stream: Stream) -> bool:
     """Whether something that is added to the stream was computed from it."""
     added = [step.branch for step in linear_path(values, call, *stream) if step.branch is not None]
     return any(stream[0] in values.cone(branch, [stream[0]], call)[1] for branch in added)
-
-
-# Blocks that are no modules -------------------------------------------------------------------------------------------
-
-
-def scattered(values: Values, groups: list[Numbered], seq: int) -> Iterator[LayerList]:
-    """Blocks that are no modules: the first attention, norm, MLP … of several lists side by side, then the second.
-
-    A block begins where the first of them is entered, and ends where that list is entered the next time.
-    """
-    for modules in groups:
-        calls, length, order = modules.calls, modules.length, modules.order
-        if length < 2 or len(modules.numbers) != length:
-            continue
-        parent = values.flow.calls[calls[0, 0].parent or 0]
-        siblings = [each for each in groups if each.length == length and _is_child(each, calls[0, 0].parent)]
-        if len(siblings) < 2 or calls[0, 0].enter != min(each.calls[0, 0].enter for each in siblings):
-            continue
-        entries = [next(iter(_wide(values, calls[run].entered, seq).values()), None) for run in order]
-        leave = next(map(values.value, parent.outputs.values()), None)
-        states = [value for value in (*entries, leave) if value is not None]
-        if len(states) <= len(order):
-            continue
-        ends = [*(calls[run].enter for run in order[1:]), parent.exit]
-        spans = {
-            run: ModuleCall(parent.index, calls[run].path, parent.module, parent.parent, calls[run].enter - 1, end)
-            for run, end in zip(order, ends, strict=True)
-        }
-        streams = dict(zip(order, pairwise(states), strict=True))
-        width = values.shape(states[-1])[-1]
-        yield LayerList(
-            modules.path, spans, length, streams, width, seq, seq, lists=tuple(each.path for each in siblings)
-        )
-
-
-def _is_child(modules: Numbered, parent: int | None) -> bool:
-    return (0, 0) in modules.calls and modules.calls[0, 0].parent == parent

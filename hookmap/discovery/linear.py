@@ -14,6 +14,8 @@ from hookmap.discovery.values import Values
 _CASTS = {"_to_copy", *aten.TURNS, "expand", "slice"}
 _COSTS = {"add": 0, "scale": 0, "cast": 0, "norm": 1, "gate": 2, "mix": 3}
 """what a step costs on a path of the residual stream; steps of other kinds are on none"""
+STREAM_STEPS = frozenset(_COSTS)
+"""kinds of step that a residual stream may take"""
 _FAR = 10**6
 _MOST_OF_A_STATISTIC = 12
 """values between a tensor and the statistic that a norm divides it by"""

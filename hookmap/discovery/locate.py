@@ -147,8 +147,20 @@ class Locator:
         one_layers = self._is_shared or self._paths(call) == 1
         input_of_model = exposure.side == "input" and call is self.within and self.templates is None
         has_positions = self.seq in (exposure.shape[:-1] or exposure.shape)
-        lost = self._is_turned and _is_flat(exposure)
+        lost = (self._is_turned and _is_flat(exposure)) or self._has_copies(exposure)
         return one_layers and not input_of_model and has_positions and not lost
+
+    def _has_copies(self, exposure: Exposure) -> bool:
+        """Whether several rows of the batch are of one sequence there: [copies * batch, pos, d]."""
+        shape = exposure.shape
+        return len(shape) == 3 and self.seq in shape[:-1] and not has_batch(shape, self.seq)
+
+    def why_nowhere(self, *values: int) -> str:
+        """The reason why no boundary in this call exposes any of these values."""
+        places = [place for value in values for place in self.values.exposures.get(value, [])]
+        if any(self.within.enter <= e.call.enter <= self.within.exit and self._has_copies(e) for e in places):
+            return "several rows of the batch are of one sequence there: copies of it"
+        return "no module boundary exposes it"
 
     @cached_property
     def _is_shared(self) -> bool:
@@ -227,8 +239,16 @@ def axes_of(shape: tuple[int, ...], seq: int) -> tuple[str, ...]:
     return tuple(names)
 
 
+def has_batch(shape: tuple[int, ...], seq: int) -> bool:
+    """Whether an axis of one sequence is next to that of the positions, of a stream [.., batch, pos, .., d_model]."""
+    pos = shape.index(seq)
+    return shape[max(pos - 1, 0)] == 1 or shape[pos + 1 : -1][:1] == (1,)
+
+
 def captured_axes(shape: tuple[int, ...], seq: int) -> tuple[str, ...]:
     """The axes as a capture gives them: batch and positions first."""
+    if len(shape) < 3:  # [batch * pos, d_model]
+        return ("batch", "pos", "d_model")
     return ("batch", "pos", *(name for name in axes_of(shape, seq) if name not in ("batch", "pos")))
 
 

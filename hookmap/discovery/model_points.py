@@ -40,6 +40,12 @@ class _Logits:
     lm_head_path: str | None = None
 
 
+def logits_of(values: Values) -> int | None:
+    """The tensor of logits among the model's outputs; None where there is none."""
+    vocabulary = {values.shape(values.operands(op)[0])[0] for op in _lookups(values)}
+    return _output_of_logits(values, values.flow.calls[0], vocabulary)
+
+
 def read_outside(values: Values, layers: LayerList, seq: int) -> Outside:
     """Find the embedding of the token ids, the last norm and the logits."""
     root = values.flow.calls[0]

@@ -39,7 +39,7 @@ class Values:
         self._parent = list(range(len(flow.tensors)))
         for op in flow.operations:
             if self._is_same(op):
-                self._parent[self._find(op.outputs[0])] = self._find(op.inputs[-1 if op.name == "alias_update" else 0])
+                self._parent[self._find(op.outputs[0])] = self._find(_source(op))
 
     def _find(self, tensor: int) -> int:
         while self._parent[tensor] != tensor:
@@ -50,12 +50,19 @@ class Values:
     def _is_same(self, op: Operation) -> bool:
         if not op.outputs or not op.inputs or op.outputs[0] in op.inputs:
             return False
-        source = op.inputs[-1 if op.name == "alias_update" else 0]
-        a, b = self.flow.tensors[source], self.flow.tensors[op.outputs[0]]
-        named = op.name in aten.SAME or op.name == "alias_update"
+        a, b = self.flow.tensors[_source(op)], self.flow.tensors[op.outputs[0]]
+        named = op.name in aten.SAME or (op.name == "alias_update" and op.args[-1])
+        named |= op.name == "copy" and not self._is_slice(op.inputs[0])
         if op.name == "constant_pad_nd" and any(op.args[1]):
             return False  # it has as many numbers as before, and they are shifted
         return named and a.dtype == b.dtype and prod(a.shape) == prod(b.shape)
+
+    def _is_slice(self, tensor: int) -> bool:
+        """Whether a tensor is a part of another along an axis that both have: what is written there may be shifted."""
+        op = self.flow.producer(tensor)
+        while op is not None and op.name == "alias_update":
+            op = self.flow.producer(op.inputs[0])
+        return op is not None and op.name in aten.CUTS and op.name not in ("select", "unbind")
 
     def value(self, tensor: int) -> int:
         """The value that a tensor holds."""
@@ -196,3 +203,8 @@ class Values:
             elif not self.is_constant(top, of_tokens=True):
                 found.add(top)
         return found
+
+
+def _source(op: Operation) -> int:
+    """The tensor whose numbers the result may hold: of what is written into another tensor, not that tensor."""
+    return op.inputs[-1 if op.name in ("alias_update", "copy") else 0]

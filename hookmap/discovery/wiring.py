@@ -122,9 +122,10 @@ class Wiring:
         projections = self.projections(tensor)
         if not projections:
             raise Missing("no projection makes it: the mixer reads the stream directly")
+        values = dict.fromkeys(self.block.values.value(t) for t, _ in self.back(tensor))
         places = [
             place
-            for value in dict.fromkeys(self.block.values.value(t) for t, _ in self.back(tensor))
+            for value in values
             for place in self.locator.places(value)
             if place.side == "output" and _is_around(place, projections) and not self.projections(tensor, stop=value)
         ]
@@ -134,7 +135,7 @@ class Wiring:
         names = dict.fromkeys(calls[op.call].path.rpartition(".")[2] for op in projections)
         if len(names) > 1:
             raise Missing(f"several projections make it together: {', '.join(names)}")
-        raise Missing("no module boundary exposes it")
+        raise Missing(self.locator.why_nowhere(*values))
 
     def read_by(self, projections: list[Operation]) -> Exposure:
         """The input of the module that applies the one projection."""
@@ -148,7 +149,7 @@ class Wiring:
             if place.side == "input" and _is_around(place, projections)
         ]
         if not places:
-            raise Missing("no module boundary exposes it")
+            raise Missing(self.locator.why_nowhere(*varying[:1]))
         return min(places, key=lambda e: (len(e.call.entered), e.call.path.count(".")))
 
     def applied(self, place: Exposure, value: int, result: str, point: str) -> tuple[Relation, ...]:

@@ -36,7 +36,8 @@ class MapContents(Frozen):
     embedding_path: str | None
     layers_path: str = Field(description="path template of one block: `model.layers.{i}`")
     layer_names: tuple[str, ...] = Field(
-        default=(), description="what `{i}` is for each layer, where that is not its number: `coda.0`, `block_a`"
+        default=(),
+        description="what `{i}` is for each layer, where that is not its number: `coda.0`, `block_a`; {i+1}: one more",
     )
     runs: str = Field(
         default="",

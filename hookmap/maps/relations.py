@@ -60,7 +60,7 @@ class Relation:
             return cls(total, terms)
         if product := re.fullmatch(r"(\w+) @ (\w+)", right):
             return cls(total, tuple(Term(1.0, name) for name in product.groups()), "product")
-        if applied := re.fullmatch(r"([\w.{}]+)\((\w+)\)", right):
+        if applied := re.fullmatch(r"([\w.{}+]+)\((\w+)\)", right):
             return cls(total, (Term(1.0, applied[2]),), "applied", applied[1])
         return None
 

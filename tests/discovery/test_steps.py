@@ -293,7 +293,7 @@ def test_a_block_that_runs_again_is_counted() -> None:
 
 def test_a_model_without_blocks_is_refused() -> None:
     values = read(Written(lambda self, x: self.part(x), part=nn.Linear(D, D)))
-    with pytest.raises(DiscoveryError, match="no list of blocks was found"):
+    with pytest.raises(DiscoveryError, match="no blocks were found"):
         find_layers(values, SEQ)
 
 

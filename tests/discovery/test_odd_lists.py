@@ -1,0 +1,225 @@
+"""Where the blocks are: under any key, in no module of their own, in a buffer, or where no map can say it."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from support import odd_lists, plain_hooks
+from support.invented import DEPTH, IDS, D, Ladder, check
+from torch import Tensor, nn
+
+import hookmap
+from hookmap.discovery.dataflow import record
+from hookmap.discovery.discover import discover
+from hookmap.discovery.values import Values
+from hookmap.errors import DiscoveryError, MapMismatchError
+from hookmap.maps.parsing import parse
+from hookmap.maps.shipped import resize
+from hookmap.maps.tree import tree
+from hookmap.verification.verify import verify
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
+
+UNEXPOSED = dict.fromkeys(("resid_pre", "resid_mid", "resid_post"), "no module boundary exposes it")
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "names"),
+    [
+        (odd_lists.Words, "rungs.{i}", ("dawn", "noon", "dusk")),
+        (odd_lists.Attributes, "{i}", ("lowest", "middle", "highest")),
+        (odd_lists.Backwards, "{i}", ("low", "mid", "top")),
+        (odd_lists.OneBlock, "{i}", ("rung",)),
+        (odd_lists.SideBySide, "calms.{i}", ()),
+        (odd_lists.InWords, "calm_{i}", ("low", "mid", "high")),
+        (odd_lists.Pairs, "trunk.{i}", ("0", "2", "4")),
+        (odd_lists.Trunk, "trunk.{i}", ("1", "2", "3")),
+        (odd_lists.HalfInside, "blends.{i}", ()),
+        (odd_lists.BothInside, "blends.{i}", ()),
+        (odd_lists.Assorted, "calms.{i}", ()),
+        (odd_lists.Flat, "rungs.{i}", ()),
+        (odd_lists.Buffer, "rungs.{i}", ()),
+        (odd_lists.Gaps, "rungs.{i}", ("1", "4", "7")),
+        (odd_lists.Towers, "rungs.{i}", ()),
+    ],
+)
+def test_blocks_are_found_under_any_key(kind: type[Ladder], path: str, names: tuple[str, ...]) -> None:
+    found = check(kind())
+    assert (found.layers_path, found.layer_names) == (path, names)
+    assert parse(found.to_json()) == found
+    assert not found.between
+    assert not found.left_out
+
+
+def test_what_no_module_boundary_exposes_is_refused_and_the_rest_is_right() -> None:
+    found = check(odd_lists.Method(), UNEXPOSED)
+    assert (found.layers_path, found.num_layers) == ("blends.{i}", DEPTH)
+
+
+def test_a_block_in_two_modules_of_one_list_is_one_layer() -> None:
+    found = check(odd_lists.Pairs())
+    (selector,) = found.selectors("mlp_out", 1)
+    assert selector.module == "trunk.3"
+    assert found.final_norm_path == "trunk.6"
+    with pytest.raises(MapMismatchError, match="cannot be told"):
+        resize(found, 6, D)
+
+
+def test_what_the_blocks_run_through_is_written_where_it_is_kept() -> None:
+    """A slice of a buffer holds what was written into that slice, and nothing else does."""
+
+    class Kept(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            kept = torch.zeros(1, 3, 4)
+            before = kept[:, 0]
+            kept[:, 1] = x
+            self.read = kept[:, 1], before, kept[:, 2]
+            return self.read[0] * 2 + before + self.read[2]
+
+    flow = record(Kept(), {"x": torch.ones(1, 4)})
+    values = Values(flow)
+    multiplied = next(op for op in flow.operations if op.name == "mul")
+    added = [op for op in flow.operations if op.name == "add"]
+    x = values.value(flow.inputs["x"])
+    assert values.value(multiplied.inputs[0]) == x
+    assert x not in [values.value(op.inputs[1]) for op in added]
+
+
+# Blocks that are not of the logits ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "reason"),
+    [
+        (odd_lists.Ahead, [3], "does not lead to the logits"),
+        (odd_lists.Spare, [3, 4], "never called"),
+        (odd_lists.Shorter, [2, 3], "runs on 7 positions where the others have 13"),
+    ],
+)
+def test_a_block_that_is_no_layer_has_its_number_and_a_reason(
+    kind: type[Ladder], layers: list[int], reason: str
+) -> None:
+    found = check(kind())
+    assert found.num_layers == (6 if kind is odd_lists.Shorter else DEPTH + len(layers))
+    for layer in range(found.num_layers):
+        said = found.unavailable("resid_post", layer)
+        assert (said is not None and reason in said) if layer in layers else said is None
+
+
+def test_a_block_outside_the_list_is_said() -> None:
+    found = check(odd_lists.Prelude())
+    assert (found.num_layers, found.left_out) == (DEPTH, ("first",))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pairs"),
+    [
+        (odd_lists.Skips, {"2 -> 3", "3 -> 4", "4 -> 5"}),
+        (odd_lists.Interrupted, {"0 -> 1", "1 -> 2"}),
+        (odd_lists.Shorter, {"1 -> 4"}),
+    ],
+)
+def test_where_the_stream_is_changed_between_blocks_is_said_of_each_pair(kind: type[Ladder], pairs: set[str]) -> None:
+    found = check(kind())
+    assert found.between.keys() == pairs
+    assert not found.joined
+
+
+# What a map cannot say ----------------------------------------------------------------------------------------------
+
+
+class Nothing(Ladder):
+    """No blocks at all: a bag of words."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (odd_lists.FlatTurned, r"positions first: \[pos \* batch, d_model\]"),
+        (odd_lists.Copies, r"given \[4, 13, 24\] for one sequence of 13 tokens: several rows of the batch"),
+        (odd_lists.Hourglass, "several widths: 24 in layers 0–1, 4–5, 12 in layers 2–3"),
+        (Nothing, r"no blocks were found.*Seen: no lists of modules"),
+    ],
+)
+def test_what_no_map_can_say_is_refused_with_what_was_seen(kind: type[Ladder], reason: str) -> None:
+    with pytest.raises(DiscoveryError, match=reason):
+        discover(kind().eval())
+
+
+# What a user sees and gets -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [odd_lists.Words, odd_lists.Attributes, odd_lists.InWords, odd_lists.Pairs])
+def test_the_selectors_of_words_give_what_plain_hooks_give(kind: type[Ladder]) -> None:
+    """To the bit: the selector's own module, hooked, against the tape."""
+    model = kind().eval()
+    found = discover(model)
+    seen: dict[Any, Tensor] = {}
+    for selector in found.selectors(["mixer_out", "mlp_out"]):
+        (term,) = selector.terms
+        model.get_submodule(term.module).register_forward_hook(
+            lambda _, args, kwargs, out, s=selector: seen.update({s: s.resolve(args, kwargs, out).clone()}),
+            with_kwargs=True,
+        )
+    with torch.no_grad():
+        model(IDS)
+    assert len({s.module for s in seen}) == 2 * DEPTH
+    assert len({float(t.sum()) for t in seen.values()}) == 2 * DEPTH
+
+
+def test_the_tree_shows_blocks_that_are_attributes_of_the_model() -> None:
+    from rich.console import Console
+
+    model = odd_lists.Attributes().eval()
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(tree(discover(model), {path: type(m).__name__ for path, m in model.named_modules() if path}))
+    text = console.export_text()
+    assert text.index("lookup") < text.index("layers 0, 2: Rung") < text.index("layer 1: InPlace")
+    assert "lowest" not in text
+
+
+class Named(nn.ModuleDict):
+    """Layers under words, in a model of transformers, which slices them."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return list(self.values())[key] if isinstance(key, slice) else super().__getitem__(key)
+
+
+def test_a_model_of_transformers_with_words_as_keys_is_captured_while_it_generates() -> None:
+    model = plain_hooks.build("llama")
+    model.model.layers = Named(dict(zip(("front", "middle", "back"), model.model.layers, strict=True)))
+    hm = hookmap.open(model)
+    assert hm.map.layer_names == ("front", "middle", "back")
+    run = hm.capture([[5, 6, 7, 8]], ["resid_post", "attn_out"], max_new_tokens=3)
+    seen: list[Tensor] = []
+    layer = model.model.layers["back"]
+    handle = layer.register_forward_hook(lambda _, args, out: seen.append(out if isinstance(out, Tensor) else out[0]))
+    with torch.no_grad():
+        model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=3, do_sample=False)
+    handle.remove()
+    expected = torch.cat(seen, 1)
+    assert torch.equal(run["resid_post", 2][:, : expected.shape[1]], expected)
+
+
+def test_blocks_that_are_no_modules_run_twice() -> None:
+    model = odd_lists.LoopedMethod().eval()
+    found = discover(model)
+    assert (found.runs, found.num_layers, found.between) == ("2 x (0-2)", DEPTH, {})
+    result = verify(model, architecture_map=found)
+    assert result.passed, [each for each in result.checks if not each.passed]
+    for run in range(2):
+        (selector,) = found.selectors("resid_pre", 1, calls=run)
+        (term,) = selector.terms
+        assert (term.module, term.side, term.call) == ("calms.1", "input", run)
+
+
+def test_copies_of_a_sequence_inside_a_branch_are_refused_and_the_stream_is_right() -> None:
+    found = check(odd_lists.Ensembles())
+    assert "several rows of the batch" in str(found.unavailable("q", 0))
+    assert found.unavailable("mixer_out", 0) is None
