@@ -118,7 +118,7 @@ def test_a_block_outside_the_list_is_said() -> None:
     ("kind", "pairs"),
     [
         (odd_lists.Skips, {"2 -> 3", "3 -> 4", "4 -> 5"}),
-        (odd_lists.Interrupted, {"0 -> 1", "1 -> 2"}),
+        (odd_lists.Interrupted, {"0-1 -> 1-2"}),
         (odd_lists.Shorter, {"1 -> 4"}),
     ],
 )
@@ -181,7 +181,7 @@ def test_the_tree_shows_blocks_that_are_attributes_of_the_model() -> None:
     console.print(tree(discover(model), {path: type(m).__name__ for path, m in model.named_modules() if path}))
     text = console.export_text()
     assert text.index("lookup") < text.index("layers 0, 2: Rung") < text.index("layer 1: InPlace")
-    assert "lowest" not in text
+    assert "── lowest" not in text
 
 
 class Named(nn.ModuleDict):
