@@ -2,6 +2,7 @@
 
     0.5 * model.layers.{i}.mlp.output[0]     a selector: [FACTOR * ][MODULE.]input|output[INDEX]
     0-33 except 5-29 by 6                    layers: numbers and ranges, `by` a step, `except` others
+    ["block_a", "coda.[0-3]"]                names of layers: block_a, coda.0, coda.1, coda.2, coda.3
     32 x 128                                 heads: so many of so many features, side by side from the first feature on
     [{"5 times": ["a"]}, "b"]                a list: a, a, a, a, a, b
 
@@ -13,6 +14,7 @@ too. Inside them, a backslash stands before a quote and before a backslash.
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
@@ -133,6 +135,32 @@ def _layers(pattern: str, count: int) -> Iterator[int]:
         if end >= count:
             raise ValueError(f"layer {end} is not one of 0 to {count - 1}")
         yield from range(start, end + 1, int(step or 1))
+
+
+def folded_names(names: Sequence[str]) -> list[str]:
+    """Names that are numbered one after the other as one: coda.0, coda.1 -> coda.[0-1]."""
+    found: list[str] = []
+    for (stem, is_numbered, _), group in groupby(enumerate(names), _row_of_names):
+        members = [name for _, name in group]
+        several = is_numbered and len(members) > 1
+        found += [f"{stem}[{members[0].removeprefix(stem)}-{members[-1].removeprefix(stem)}]"] if several else members
+    return found
+
+
+def _row_of_names(placed: tuple[int, str]) -> tuple[str, bool, int]:
+    """The same for names of which each is numbered one more than that before it."""
+    place, name = placed
+    numbered = re.fullmatch(r"(.*?)(0|[1-9][0-9]*)", name, re.DOTALL)
+    return (numbered[1], True, int(numbered[2]) - place) if numbered else (name, False, 0)
+
+
+def unfolded_names(names: Sequence[str]) -> list[str]:
+    """What `folded_names` was given."""
+    found: list[str] = []
+    for name in names:
+        several = re.fullmatch(r"(.*)\[([0-9]{1,5})-([0-9]{1,5})\]", name, re.DOTALL)
+        found += [f"{several[1]}{n}" for n in range(int(several[2]), int(several[3]) + 1)] if several else [name]
+    return found
 
 
 def heads_text(heads: Mapping[str, int]) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from hookmap.maps.grammar import read_heads, read_layers, read_selector, unfolded
+from hookmap.maps.grammar import read_heads, read_layers, read_selector, unfolded, unfolded_names
 from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.templates import TermTemplate
 
@@ -34,6 +34,7 @@ def read_map(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     fields |= _read_points(document, "model_", {}, evidence, {"": document["architecture"]}, "", problems)
     with _at("config", problems):
         fields["config"] = unfolded(document.get("config", {}))
+    fields["layer_names"] = unfolded_names(document.get("layer_names", ()))
     fields["kinds"] = read_kinds(document, evidence, problems)
     return fields, problems
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from hookmap.maps import reading
 from hookmap.maps.contents import SCHEMA_VERSION, MapContents
-from hookmap.maps.grammar import CONSTANTS, folded, heads_text, layers_pattern, selector_text
+from hookmap.maps.grammar import CONSTANTS, folded, folded_names, heads_text, layers_pattern, selector_text
 from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 
 _FACTOR = re.compile(r'(?<=["( ])(-?[0-9][0-9.e+-]*)(?= \* )')
@@ -33,6 +33,8 @@ def written(m: MapContents) -> dict[str, Any]:
                 document["evidence"] = _by_text(_evidence(m, kinds))
             case "config":
                 document["config"] = folded(value)
+            case "layer_names":
+                document["layer_names"] = folded_names(value)
             case "proofs":
                 document["proofs"] = [_said(proof) for proof in m.proofs]
             case "model_unavailable":

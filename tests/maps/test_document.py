@@ -14,11 +14,13 @@ from hookmap import MapError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.grammar import (
     folded,
+    folded_names,
     layers_pattern,
     read_layers,
     read_selector,
     selector_text,
     unfolded,
+    unfolded_names,
 )  # fmt: skip
 from hookmap.maps.json_schema import schema
 from hookmap.maps.json_text import json_text
@@ -197,6 +199,21 @@ json_data = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from(["a", "b", 1.0, 0.5]),
     lambda inner: st.lists(inner, max_size=20) | st.dictionaries(st.sampled_from("xyz"), inner),
 )
+
+
+@given(
+    st.lists(st.sampled_from(["block_a", "x", "x0", "x.01", "0", "1", *(f"coda.{n}" for n in range(12))]), max_size=9)
+)
+def test_every_list_of_names_is_unfolded(names: list[str]) -> None:
+    assert unfolded_names(folded_names(names)) == names
+
+
+def test_numbered_names_are_written_as_one() -> None:
+    names = ["block_a", *(f"coda.{n}" for n in range(12)), "tail.3"]
+    assert folded_names(names) == ["block_a", "coda.[0-11]", "tail.3"]
+    old = {**uniform(4), "layer_names": ["a.0", "a.1", "b.0", "b.1"]}
+    assert parse(old).to_document()["layer_names"] == ["a.[0-1]", "b.[0-1]"]
+    assert parse(parse(old).to_document()) == parse(old)
 
 
 @given(json_data)

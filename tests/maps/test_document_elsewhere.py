@@ -25,6 +25,14 @@ def layers_of(pattern: str) -> list[int]:
     return sorted(numbers(chosen) - numbers(without))
 
 
+def name_of(document: dict[str, Any], layer: int) -> str:
+    names: list[str] = []
+    for name in document.get("layer_names", ()):
+        row = re.fullmatch(r"(.*)\[(\d+)-(\d+)\]", name)
+        names += [f"{row[1]}{n}" for n in range(int(row[2]), int(row[3]) + 1)] if row else [name]
+    return names[layer] if names else str(layer)
+
+
 def row_of(kind: dict[str, Any], name: str) -> Any:
     """The point's row, or that of the name whose second name it is."""
     reasons = [each for names in kind.get("unavailable", {}).values() for each in names]
@@ -50,7 +58,9 @@ def terms_of(document: dict[str, Any], name: str, layer: int) -> list[tuple[str,
             values = kind["constants"][factor[0].strip("{}")]
             factor = [values[layers_of(kind["layers"]).index(layer)]]
         index = int(number) if number else key
-        found.append(((module or "").replace("{i}", str(layer)), side, index, float(factor[0]) if factor else 1.0))
+        found.append(
+            ((module or "").replace("{i}", name_of(document, layer)), side, index, float(factor[0]) if factor else 1.0)
+        )
     return found
 
 
@@ -58,8 +68,6 @@ def terms_of(document: dict[str, Any], name: str, layer: int) -> list[tuple[str,
 def test_a_reader_that_knows_the_page_alone_finds_every_tensor(path: Path) -> None:
     document, found = json.loads(path.read_text(encoding="utf-8")), load(path)
     names = {name for kind in found.kinds for name in kind.points}
-    if "layer_names" in document or "{i+" in path.read_text(encoding="utf-8"):
-        pytest.skip("its layers have names")
     for selector in found.selectors(sorted(names), "all"):
         assert selector.layer is not None
         terms = [(term.module, term.side, term.index, term.scale) for term in selector.terms]
