@@ -6,6 +6,7 @@ MLP, … A block begins where its first branch begins to be computed, and ends w
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def _addition(values: Values, states: list[int], place: int, step: Step, around:
     times = [op.time for op in ops]
     children = values.children.get(around.index, [])
     parts = [call for call in children if any(call.enter < time < call.exit for time in times)]
-    lists = tuple(call.path.rpartition(".")[0] for call in parts)
+    lists = tuple(re.sub(r"\d+", "#", call.path.rpartition(".")[0]) for call in parts)
     likeness = (lists, bool(mixing(values, ops, seq)))
     return _Addition(place, ops, sorted(map(states.index, reads)), parts, likeness)
 

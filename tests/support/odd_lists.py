@@ -517,3 +517,92 @@ class Ensemble(Rung):
 class Ensembles(Ladder):
     def __init__(self) -> None:
         super().__init__(Ensemble)
+
+
+class Parts(nn.Module):
+    """Embedding, blocks, final norm and head are the values of one ModuleDict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = {f"block_{name}": Rung(i) for i, name in enumerate("abc")}
+        self.parts = nn.ModuleDict(
+            {"words": nn.Embedding(V, D), **blocks, "last": nn.LayerNorm(D), "head": nn.Linear(D, V)}
+        )
+
+    def forward(self, tokens: Tensor) -> Any:
+        x = tokens
+        for name, part in self.parts.items():
+            x = part(x)
+            if not name.startswith("block"):
+                note(None, **{{"words": "embed", "last": "final_norm", "head": "logits"}[name]: x})
+        return x
+
+
+class BufferLast(Ladder):
+    """The streams are kept side by side in the last axis of one tensor."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        kept = x.new_zeros(*x.shape, DEPTH + 1)
+        kept[..., 0] = x
+        for i, rung in enumerate(self.rungs):
+            kept[..., i + 1] = rung(kept[..., i])
+        return kept[..., -1]
+
+
+class History(Ladder):
+    """The streams of all blocks are kept, and the last of them is read."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        past = x[None]
+        for rung in self.rungs:
+            past = torch.cat([past, rung(past[-1])[None]])
+        return past[-1]
+
+
+class StateRung(Rung):
+    def forward(self, state: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        return {"stream": super().forward(state["stream"]), "depth": state["depth"] + 1}
+
+
+class InStates(Ladder):
+    """The stream is handed on in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__(StateRung)
+
+    def climb(self, x: Tensor) -> Tensor:
+        state = {"stream": x, "depth": 0}
+        for rung in self.rungs:
+            state = rung(state)
+        return state["stream"]
+
+
+class Couples(Ladder):
+    """A list of lists of an attention and an MLP, and a method that adds what they give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rungs = nn.ModuleList(nn.ModuleList([Normed(Mix()), Normed(Think())]) for _ in range(DEPTH))
+
+    def climb(self, x: Tensor) -> Tensor:
+        for i, (blend, think) in enumerate(self.rungs):
+            a = blend(x)
+            y = a + x
+            f = think(y)
+            note(i, resid_pre=x, mixer_in=blend.read, mixer_out=a, resid_mid=y, mlp_in=think.read, mlp_out=f)
+            x = f + y
+            note(i, resid_post=x)
+        return x
+
+
+class Dictionaries(SideBySide):
+    """A list of dictionaries of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [dict(zip(("calm", "blend", "cool", "think"), each, strict=True)) for each in super().parts()]
+        del self.calms, self.blends, self.cools, self.thinks
+        self.layers = nn.ModuleList(map(nn.ModuleDict, parts))
+
+    def parts(self) -> Iterator[tuple[nn.Module, ...]]:
+        yield from (tuple(layer.values()) for layer in self.layers)  # type: ignore[operator]
