@@ -58,7 +58,7 @@ def generate(experiment: Experiment, folder: Path) -> dict[str, Any]:
     if captures is not None:
         keep = captures.model_dump(include={"positions", "every", "mean", "keep_dtype", "overflow"}, exclude_none=True)
         arguments |= {"points": _listed(captures.points), "layers": _listed(captures.layers), "keep": keep}
-        arguments |= {"calls": _listed(captures.calls)}
+        arguments |= {} if captures.calls == "all" else {"calls": _listed(captures.calls)}
         arguments["captures"] = str(folder / BATCHES)
     log = finished_log(
         task(experiment, asked),

@@ -46,12 +46,13 @@ def evaluate(
     prompt = prompt or ("bare" if source == DEMO else "gsm8k")
     settings: dict[str, Any] = {"model": model, "source": str(source), "samples": samples, "skip": skip, "mode": mode}
     settings |= {"prompt": prompt, "scorer": _SCORER_OF[prompt], "points": points, "layers": layers}
-    settings |= {} if calls == "all" else {"calls": calls}
+    of_calls = {} if calls == "all" else {"calls": calls}  # what was begun before there were calls goes on
+    settings |= of_calls
     settings |= {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "opening": opening or {}}
     target = Path(folder)
     _same_run(target, settings)
     own = not model.startswith(INSPECTS)
-    arguments = {"points": points, "layers": layers, "calls": calls, "captures": str(target / BATCHES)}
+    arguments = {"points": points, "layers": layers, **of_calls, "captures": str(target / BATCHES)}
     log = finished_log(
         gsm8k(str(source), samples, skip, mode, prompt, seed),
         target,
@@ -61,7 +62,7 @@ def evaluate(
         display=display,
         max_tokens=max_tokens,
         temperature=temperature,
-        extra_body={"hookmap": _recording(points, layers, calls)} if points and not own else None,
+        extra_body={"hookmap": _recording(points, layers) | of_calls} if points and not own else None,
         log_model_api=not own,  # where the sessions are named
     )
     summary = write_results(target, log, settings)
@@ -102,10 +103,10 @@ def finished_log(
     return read_eval_log(logs[0].location)
 
 
-def _recording(points: Any, layers: Any, calls: Any) -> dict[str, Any]:
+def _recording(points: Any, layers: Any) -> dict[str, Any]:
     """What the server is asked to keep."""
     listed = [layers] if isinstance(layers, int) else layers
-    return {"points": points, "layers": listed, "calls": calls, "return": "store"}
+    return {"points": points, "layers": listed, "return": "store"}
 
 
 def _same_run(folder: Path, settings: dict[str, Any]) -> None:
