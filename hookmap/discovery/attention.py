@@ -237,8 +237,13 @@ def _is_of_pairs(wiring: Wiring, place: Exposure) -> bool:
 
 
 def _only_views_before(wiring: Wiring, tensor: int) -> bool:
-    """Whether a tensor is its projection's output as it is."""
-    return all(op.name in aten.MOVES | aten.PRODUCTS | {"add"} for _, op in wiring.back(tensor))
+    """Whether a tensor is its projection's output as it is: a bias that is added behind the module makes another."""
+    try:
+        written = wiring.written_by(tensor).time
+    except Missing:
+        return False
+    plain = aten.MOVES | aten.PRODUCTS
+    return all(op.name in plain or (op.name == "add" and op.time < written) for _, op in wiring.back(tensor))
 
 
 def _only_views_behind(wiring: Wiring, tensor: int) -> bool:

@@ -84,8 +84,9 @@ def _turn(run: Context, point: str, read: str, layer: int) -> Check:
     heads, places = moved.any(0).nonzero().flatten().tolist(), moved.any(1).nonzero().flatten().tolist()
     # The queries that share a key are neighbours, or (JetMoE) every own-th.
     shared = (list(range(count - count // own, count)), list(range(own - 1, count, own)))
-    # A norm over all heads behind z (BitNet) moves the others too, by less.
-    right = heads in shared if point != "v" else any(int(change.amax(0).argmax()) in each for each in shared)
+    # A norm over all heads, behind z (BitNet) or q and k (ESM C), moves the others too, by less.
+    most = any(int(change.amax(0).argmax()) in each for each in shared)
+    right = heads in shared or (most and (point == "v" or heads == list(range(count))))
     what = f"the sign of {point} of head {own - 1} at position {place} turned in layer {layer}"
     detail = f"{what}: {read} moves in heads {heads} at positions {places}"
     return Check("head", (layer,), right and _see(run, point, layer, place, places), detail)

@@ -47,7 +47,8 @@ def _is_bare(run: Context, kind: BlockKind, point: str) -> bool:
     if len(terms) > 1:
         return bare is None or added is None or _is_multiple(added, bare, run.tolerance)
     path = run.map.at_layer(terms[0].module, layer)
-    own = any(f"{path}.".startswith(f"{root}.") for root in modules_of(run, kind, point, layer))
+    roots = modules_of(run, kind, point, layer)  # of a branch without weights (FNet) there are none
+    own = not roots or any(f"{path}.".startswith(f"{root}.") for root in roots)
     return own and terms[0].side == "output" and (bare is None or read is None or bare.shape == read.shape)
 
 
