@@ -32,7 +32,7 @@ class _Drawing:
     parts: list[Xml.Element] = field(default_factory=list)
 
     def draw(self) -> str:
-        roles = [role for role in ("mixer", "mlp") if getattr(self.kind, role) is not None]
+        roles = [role for role in ("mixer", "cross_attn", "mlp") if getattr(self.kind, role) is not None]
         parallel = self.kind.branch_order == "parallel"
         columns = 1 if parallel else max(1, len(roles))
         norm_on_stream = any("norm(" in relation for relation in self.kind.relations)
@@ -49,7 +49,7 @@ class _Drawing:
             start = _END + (0 if parallel else number * pitch)
             self._branch(role, start, below=parallel and role == "mlp")
             if not parallel:
-                self._after_sum(start, role, number == len(roles) - 1, norm_on_stream)
+                self._after_sum(start, number, number == len(roles) - 1, norm_on_stream)
         self._stream_point("resid_post", width - 110)
         return self._document(width, height)
 
@@ -62,7 +62,8 @@ class _Drawing:
         boxes = []
         if self._has_pre_norm(role):
             boxes.append(("norm", "norm"))
-        core = (f"{branch.type} {'MLP' if role == 'mlp' else ''}".strip(), "box")
+        named = {"mlp": f"{branch.type} MLP", "cross_attn": "cross-attention"}
+        core = (named.get(role, branch.type), "box")
         boxes.append(core)
         if (after := self._after(role)) is not None:
             boxes.append((after, "norm" if after == "norm" else "box"))
@@ -78,19 +79,20 @@ class _Drawing:
         self._element("circle", cx=end, cy=self.line, r=12, cls="sum")
         self._text(end, self.line + 5, "+", "", "middle")
 
-    def _after_sum(self, start: int, role: str, last: bool, normed: bool) -> None:
+    def _after_sum(self, start: int, number: int, last: bool, normed: bool) -> None:
         end = start + _SPAN
         if normed:
             self._element("rect", x=end + 34, y=self.line - 17, width=56, height=34, rx=7, cls="norm")
             self._text(end + 62, self.line + 5, "norm", "", "middle")
         if not last and self.kind.branch_order == "sequential":
-            if normed:
+            if normed and not number:
                 self._stream_point("resid_mid_sum", end + 22, drop=66)
-            self._stream_point("resid_mid", end + (105 if normed else 40))
+            self._stream_point(f"resid_mid.{number}" if number else "resid_mid", end + (105 if normed else 40))
 
     def _has_pre_norm(self, role: str) -> bool:
         """The branch reads something else than the stream itself."""
-        stream = ("resid_pre",) if role == "mixer" or self.kind.branch_order != "sequential" else ("resid_mid",)
+        middle = "resid_mid.1" if role == "mlp" and self.kind.cross_attn is not None else "resid_mid"
+        stream = ("resid_pre",) if role == "mixer" or self.kind.branch_order != "sequential" else (middle,)
         reads = self.kind.points.get(f"{role}_in")
         return (
             self.kind.norm_placement in ("pre", "sandwich")

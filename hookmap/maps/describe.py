@@ -56,7 +56,7 @@ def _kind(m: MapContents, kind: BlockKind) -> Iterator[str]:
         yield f"  runs {kind.calls} times in one forward pass: each point is there in each of them"
     yield "  the chain of additions"
     yield from (f"    {relation}" for relation in kind.relations or ("none was found",))
-    for role, branch in (("mixer", kind.mixer), ("MLP", kind.mlp)):
+    for role, branch in (("mixer", kind.mixer), ("cross-attention", kind.cross_attn), ("MLP", kind.mlp)):
         if branch is not None:
             modules = ", ".join(short_path(path, m.layers_path) for path in branch.modules) or "the block itself"
             made = f" ({branch.module_class})" if branch.module_class else ""

@@ -16,7 +16,18 @@ _HEAD = (
     "pre_mlp_path", "embedding_path", "final_norm_path", "lm_head_path", "layer_names", "runs", "joined", "between",
     "left_out",
 )  # fmt: skip
-_OF_KIND = ("layers", "block_class", "branch_order", "norm_placement", "axes", "calls", "mixer", "mlp", "relations")
+_OF_KIND = (
+    "layers",
+    "block_class",
+    "branch_order",
+    "norm_placement",
+    "axes",
+    "calls",
+    "mixer",
+    "cross_attn",
+    "mlp",
+    "relations",
+)
 
 
 def differences(before: ArchitectureMap, after: ArchitectureMap) -> Iterator[str]:
@@ -81,6 +92,6 @@ def _fields(part: BaseModel, *known: str) -> str:
 def _short(name: str, value: object) -> str:
     if name == "layers":
         return layer_ranges(value)  # type: ignore[arg-type]
-    if name in ("mixer", "mlp"):
+    if name in ("mixer", "cross_attn", "mlp"):
         return _fields(value) if isinstance(value, BaseModel) else "none"
     return str(value)

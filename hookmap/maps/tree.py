@@ -84,7 +84,7 @@ def _block(m: MapContents, kind: BlockKind, modules: Mapping[str, str]) -> tuple
     for path, class_name in modules.items():
         if path.startswith(f"{prefix}."):
             block.child(path.removeprefix(f"{prefix}.")).class_name = class_name
-    for branch in filter(None, (kind.mixer, kind.mlp)):
+    for branch in filter(None, (kind.mixer, kind.cross_attn, kind.mlp)):
         for path in branch.modules:
             module = block.child(path.removeprefix(m.layers_path).removeprefix("."))
             if path == branch.modules[-1]:
@@ -94,6 +94,8 @@ def _block(m: MapContents, kind: BlockKind, modules: Mapping[str, str]) -> tuple
     block.children = dict(sorted(block.children.items(), key=lambda item: item[1].order()))
     _collapse_numbered(block)
     parts = [b.type for b in (kind.mixer, kind.mlp) if b]
+    if kind.cross_attn is not None:
+        parts.insert(1, "cross-attention")
     what = f"{' + '.join(parts)}, {kind.branch_order.replace('_', ' ')}, {kind.norm_placement} norm"
     what += f", runs {kind.calls} times" if kind.calls > 1 else ""
     label = f"[bold]{layers_text(kind.layers)}[/]: {escape(kind.block_class)}  [dim]{escape(what)}[/]"

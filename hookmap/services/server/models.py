@@ -13,6 +13,9 @@ import torch
 
 from hookmap.capture.padding import whole_batch_limit
 from hookmap.demo import MODEL_PATH
+from hookmap.errors import ModelError
+from hookmap.loading.encoder_decoder import is_encoder_decoder
+from hookmap.loading.modules import why_it_generates_nothing
 from hookmap.model import HookedModel
 from hookmap.model import open as open_model
 from hookmap.services.server.batch_limits import BatchLimits
@@ -67,7 +70,12 @@ class Models:
         return self.interventions.get(loaded.name, ())
 
     def add(self, name: str, hm: HookedModel) -> Loaded:
-        """Serve an open model."""
+        """Serve an open model. Raises ModelError for one that continues no text."""
+        why = why_it_generates_nothing(hm.root)
+        if why is None and is_encoder_decoder(hm.root):
+            why = f"{type(hm.root).__name__} is an encoder-decoder: what it generates continues no prompt"
+        if why is not None:
+            raise ModelError(f"{why}, and the server's answers do. Capture it without the server: hookmap capture")
         context, batch = context_of(hm), self._settings.batch
         if batch > 1:
             log.info("%s: trying whether prompts may be padded to share a batch", name)
