@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hookmap.errors import MapError, MapNotFoundError
+from hookmap.maps.contents import SCHEMA_VERSION
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.grammar import SELECTOR, why_no_selector
 from hookmap.maps.json_schema import schema, schema_1
@@ -40,7 +41,13 @@ def parse(document: str | Mapping[str, Any], source: str = "the document") -> Ar
     Raises MapError with every problem at once: the field, what was expected, and what was found.
     """
     found = _parse_json(document if isinstance(document, str) else json.dumps(dict(document)), source)
-    old = isinstance(found, dict) and found.get("schema_version") == 1
+    schema_version = found.get("schema_version") if isinstance(found, dict) else None
+    if isinstance(schema_version, int) and schema_version > SCHEMA_VERSION:
+        raise MapError(
+            f"{source} is a map of schema {schema_version}, and this hookmap reads schemas 1 to {SCHEMA_VERSION}. "
+            "Update it: pip install -U hookmap"
+        )
+    old = schema_version == 1
     problems = _schema_problems(found, old)
     if not problems and not old and list(found) in (sorted(found), sorted(found, key=lambda key: (len(key), key))):
         problems = ["its keys have been sorted, and the rows of points stand in the order of the forward pass"]

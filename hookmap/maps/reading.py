@@ -36,7 +36,7 @@ def read_map(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         fields["config"] = unfolded(document.get("config", {}))
     fields["layer_names"] = unfolded_names(document.get("layer_names", ()))
     fields["kinds"] = read_kinds(document, evidence, problems)
-    return fields, problems
+    return fields, list(dict.fromkeys(problems))
 
 
 def read_kinds(whole: Mapping[str, Any], evidence: Mapping[str, str], problems: list[str]) -> list[dict[str, Any]]:
