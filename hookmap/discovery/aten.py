@@ -27,6 +27,11 @@ ONLY_SHAPE = {
     "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided",
 }  # fmt: skip
 """operators that read no number of their argument"""
+DRAWS = {
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "poisson",
+    "multinomial", "normal", "uniform", "random", "exponential", "geometric", "log_normal", "cauchy", "binomial",
+}  # fmt: skip
+"""operators that draw numbers at random"""
 
 # Arithmetic.
 ADDITIONS = {"add", "sub", "rsub"}

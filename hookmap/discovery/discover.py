@@ -210,12 +210,12 @@ def _kinds(layers: LayerList, readings: dict[int, BlockPoints], values: Values) 
 
 def _kind(layers: LayerList, number: int, reading: BlockPoints | None, values: Values) -> BlockKind:
     if reading is None:
-        reason = "no stream was found in it" if layers.times(number) else "this layer is never called on text alone"
-        reason = layers.unread.get(number, reason)
         names = [name for name, point in POINTS.items() if point.per_layer]
+        times = layers.times(number)
         return BlockKind(
-            name="not_called", block_class="", layers=(), branch_order="other", norm_placement="other",
-            points={}, unavailable=dict.fromkeys(names, reason),
+            name="no_stream" if times else "not_called", layers=(), branch_order="other", norm_placement="other",
+            block_class=type(layers.calls[number, 0].module).__name__ if times else "", calls=max(times, 1),
+            points={}, unavailable=dict.fromkeys(names, layers.unread.get(number) or _why_no_stream(layers, number)),
         )  # fmt: skip
     name = "+".join(branch.type for branch in (reading.mixer, reading.mlp) if branch is not None)
     return BlockKind(
@@ -234,6 +234,16 @@ def _kind(layers: LayerList, number: int, reading: BlockPoints | None, values: V
         points=_templates(reading.locations),
         unavailable=reading.unavailable,
     )
+
+
+def _why_no_stream(layers: LayerList, number: int) -> str:
+    runs = range(layers.times(number))
+    if not runs:
+        return "this layer is never called on text alone"
+    lacking = [run for run in runs if (number, run) not in layers.streams]
+    if len(lacking) == len(runs):
+        return "no stream was found in it"
+    return f"in run {lacking[0]} of its {len(runs)}, no stream of all positions enters and leaves it"
 
 
 def _templates(locations: dict[str, Location]) -> dict[str, PointTemplate]:

@@ -57,7 +57,7 @@ def _place(runs: list[_Run], found: list[Location | None]) -> Location | str | N
                 return replace(place, terms=tuple(filter(None, terms)), beside=tuple(filter(None, others)))
             reason = "the calls of its module are not at equal distances from one run of this layer to the next"
     if reason is None:
-        said = [" + ".join(term.text() for term in place.terms) for place in places]
+        said = [run.words(place) for run, place in zip(runs, places, strict=True)]
         other = next((run for run, text in enumerate(said) if text != said[0]), 0)
         reason = f"it is not at one place in each run of this layer: in run 0 {said[0]}, in run {other} {said[other]}"
     return reason
@@ -100,6 +100,16 @@ class _Run:
         """The number of the call that a term of the run `own` names, in this run."""
         found = self._call(term, own)
         return None if found is None else found[0]
+
+    def words(self, location: Location) -> str:
+        """A location that was found in this run: its terms, each with the call of a module that the run calls again."""
+        return " + ".join(map(self._words, location.terms))
+
+    def _words(self, term: TermTemplate) -> str:
+        numbers = [number for number, _ in self.calls.get(term.module.replace("{i}", self.name), [])]
+        if len(numbers) < 2 or term.call is None:
+            return term.text()
+        return f"{term.text()} (call {numbers.index(term.call)} of {len(numbers)})"
 
     def total(self, term: TermTemplate) -> int:
         """How often the module of a term, which was found in this run, is called in one forward pass."""

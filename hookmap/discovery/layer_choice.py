@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 
-from hookmap.discovery import stream_shapes
+from hookmap.discovery import aten, stream_shapes
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.joined_lists import joined
 from hookmap.discovery.layer_list import LayerList, Numbered, Rows, additions, adds, chain, numbered_modules
@@ -243,6 +243,11 @@ def _contradictions(values: Values, best: LayerList, candidates: list[LayerList]
             "computed, and one forward pass shows one depth. hookmap reads models that run the same blocks for "
             "every text: set a fixed depth in the model's config, if it has such a setting."
         )
+    elif _draws_a_number(values, best):
+        yield (
+            f"how often the blocks {best.path} run is drawn at random: the model reads a random number, and another "
+            "pass runs them at another depth. Set a fixed depth in the model's config, if it has such a setting."
+        )
     elif _asks_what_tokens_are(values, best):
         yield (
             f"how often the blocks {best.path} run depends on the text, or may: they run several times, and the model "
@@ -313,6 +318,30 @@ def _asks_what_tokens_are(values: Values, layers: LayerList) -> bool:
         and any(not values.is_constant(values.value(tensor), of_tokens=True) for tensor in op.inputs)
         for op in values.flow.operations
     )
+
+
+def _draws_a_number(values: Values, layers: LayerList) -> bool:
+    """Whether the model, outside its blocks, reads a number that was drawn at random."""
+    blocks = list(layers.calls.values())
+    return any(
+        op.name in ("_local_scalar_dense", "equal")
+        and not any(call.enter < op.time < call.exit for call in blocks)
+        and any(_is_random(values, values.value(tensor)) for tensor in op.inputs)
+        for op in values.flow.operations
+    )
+
+
+def _is_random(values: Values, value: int) -> bool:
+    """Whether a value is computed from a draw."""
+    stack, seen = [value], set[int]()
+    while stack:
+        if (top := stack.pop()) not in seen:
+            seen.add(top)
+            op = values.producers.get(top)
+            if op is not None and op.name in aten.DRAWS:
+                return True
+            stack += values.operands(op) if op is not None else ()
+    return False
 
 
 def _asks_what_blocks_computed(values: Values, layers: LayerList) -> bool:

@@ -68,7 +68,11 @@ def forward(
     given = with_source(model, given, torch.Generator().manual_seed(0))
     given |= other_inputs.chosen(model, given)
     kwargs = {parameter: given[name] for name, parameter in modules.accepted(model, given).items()}
+    device = modules.device_of(model)
     with ExitStack() as stack, torch.no_grad():
+        # A model may begin with a random state (Huginn): every pass draws the same one.
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        torch.manual_seed(0)
         for hook in hooks:
             stack.callback(_register(model.get_submodule(hook.module), hook).remove)
         # With tied weights, torch would put a replaced weight in under all its names and take it out of one.

@@ -34,6 +34,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
                 "3 -> 2": "adapter(cat(resid_post[3], resid_post[1]))",
             },
         ),
+        (loops.RandomStart, "0-1, 3 x (2-3), 4", None),
+        (loops.ThereAndBack, "0-2, 2, 1, 0", {}),
         (loops.Nested, "2 x (3 x (0-1), 2-3)", None),
         (loops.Universal, "4 x (0)", {"0 -> 0": "resid_post[0] + weights"}),
         (loops.Uneven, "2 x (0-2), 0-1", {}),
@@ -62,3 +64,20 @@ def test_each_run_of_each_layer_is_right(kind: type[nn.Module], order: str, betw
 def test_a_depth_that_depends_on_the_text_is_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(DiscoveryError, match=r"how often the blocks rungs.\{i\} run depends on the text"):
         discover(kind().eval())
+
+
+def test_a_depth_that_is_drawn_is_refused() -> None:
+    with pytest.raises(DiscoveryError, match=r"rungs.\{i\} run is drawn at random"):
+        discover(loops.ByChance().eval())
+
+
+def test_a_point_whose_place_differs_between_runs_is_refused_and_the_others_are_right() -> None:
+    why = r"not at one place in each run of this layer: in run 0 .*think.*, in run 1 .*think.* \(call 1 of 2\)"
+    check(loops.Deepening(), {"mlp_out": why})
+
+
+def test_layers_that_some_positions_run_again_are_refused_and_the_others_are_right() -> None:
+    found = discover(loops.Chosen().eval())
+    assert (found.runs, found.kind_of(0).calls, set(found.kind_of(1).points)) == ("0, 2 x (1-2)", 1, set())
+    assert found.unavailable("resid_post", 2) == "in run 1 of its 2, no stream of all positions enters and leaves it"
+    assert found.unavailable("resid_post", 0) is None

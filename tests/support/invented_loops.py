@@ -49,7 +49,7 @@ class Adapted(Ladder):
     def climb(self, x: Tensor) -> Tensor:
         for rung in self.prelude:
             x = rung(x)
-        state = self.begin.expand_as(x)
+        state = self.state(x)
         for _ in range(3):
             state = self.adapter(torch.cat([state, x], -1))
             for rung in self.core:
@@ -57,6 +57,72 @@ class Adapted(Ladder):
         for rung in self.coda:
             state = rung(state)
         return state
+
+    def state(self, x: Tensor) -> Tensor:
+        return self.begin.expand_as(x)
+
+
+class RandomStart(Adapted):
+    """The core's state begins at random: Huginn's own way."""
+
+    def state(self, x: Tensor) -> Tensor:
+        return torch.randn_like(x)
+
+
+class ThereAndBack(Ladder):
+    """Up the blocks, and down again."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        for rung in [*self.rungs, *reversed(self.rungs)]:
+            x = rung(x)
+        return x
+
+
+class Deep(Rung):
+    """A block that thinks once more in each of its runs."""
+
+    turn = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        y = x + a
+        m = self.cool(y)
+        f = m
+        for _ in range(self.turn + 1):
+            f = self.think(f)
+        self.turn = (self.turn + 1) % 3
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+class Deepening(Ladder):
+    """What one branch calls differs from run to run."""
+
+    def __init__(self) -> None:
+        super().__init__(Deep)
+
+    def climb(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = super().climb(x)
+        return x
+
+
+class Chosen(Ladder):
+    """After one round, half of the positions run through the last blocks again: a mixture of recursions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choose = nn.Linear(D, 1)
+
+    def climb(self, x: Tensor) -> Tensor:
+        x = super().climb(x)
+        half = x.shape[1] // 2
+        places = self.choose(x).topk(half, 1).indices.sort(1).values.expand(-1, -1, D)
+        y = x.gather(1, places)
+        for rung in self.rungs[1:]:  # type: ignore[union-attr]
+            y = rung(y)
+        return x.scatter(1, places, y)
 
 
 class Stack(nn.Module):
@@ -258,6 +324,15 @@ class ByTheText(Ladder):
         for _ in range(1 + int(tokens.sum() % 3)):
             x = self.climb(x)
         return self.finish(x)
+
+
+class ByChance(Ladder):
+    """The number of rounds is drawn."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        for _ in range(int(torch.randint(1, 4, (1,)))):
+            x = super().climb(x)
+        return x
 
 
 class UntilSure(Ladder):
