@@ -74,7 +74,7 @@ def contradictions(given: ArchitectureMap, found: ArchitectureMap) -> list[str]:
     if given.scope == "model" and given.config_hash != found.config_hash:
         hashes = [(each.config_hash or "none")[:12] for each in (given, found)]
         problems.append(f"config_hash: the map's is {hashes[0]}…, the model's {hashes[1]}…")
-    for field in ("num_layers", "d_model", "layers_path"):
+    for field in ("num_layers", "d_model", "layers_path", "layer_names", "runs"):
         ours, theirs = getattr(given, field), getattr(found, field)
         if ours != theirs:
             problems.append(f"{field}: the map says {ours!r}, the model has {theirs!r}")

@@ -20,7 +20,7 @@ from hookmap.errors import DiscoveryError, MapMismatchError
 from hookmap.loading.narrow import narrow
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import parse
-from hookmap.verification.verify import verify
+from hookmap.verification.verify import redraw, verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
 
@@ -236,3 +236,43 @@ def test_dory_runs_its_middle_layers_twice() -> None:
         handle.remove()
         for call, tensor in enumerate(kept):
             assert torch.allclose(run["resid_post", layer, call], tensor, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "order", "names"),
+    [
+        ({}, "4 x (0)", ()),
+        (
+            {"num_hidden_groups": 2, "inner_group_num": 2},
+            "2 x (0-1), 2 x (2-3)",
+            ("0.albert_layers.0", "0.albert_layers.1", "1.albert_layers.0", "1.albert_layers.1"),
+        ),
+    ],
+)
+def test_albert_runs_one_block_in_place_of_many(sizes: dict[str, int], order: str, names: tuple[str, ...]) -> None:
+    config = transformers.AlbertConfig(
+        vocab_size=97, hidden_size=32, embedding_size=16, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=48, **sizes,
+    )  # fmt: skip
+    model = transformers.AlbertForMaskedLM(config).eval()
+    redraw(model)
+    found = discover(model)
+    assert (found.runs, found.layer_names, found.between) == (order, names, {})
+    result = verify(model, architecture_map=found)
+    assert result.passed, [each for each in result.checks if not each.passed]
+    with torch.no_grad():
+        states = model(IDS, output_hidden_states=True).hidden_states
+    for place, (layer, run) in enumerate(found.order):
+        (selector,) = found.selectors("resid_post", layer, run)
+        kept: list[Tensor] = []
+        module, calls = model.get_submodule(selector.module), itertools.count()
+
+        def hook(_: nn.Module, args: Any, out: Any, call: Any = selector.terms[0].call, calls: Any = calls) -> None:
+            if next(calls) == (call or 0):
+                kept.append(out[0] if isinstance(out, tuple) else out)  # noqa: B023
+
+        handle = module.register_forward_hook(hook)
+        with torch.no_grad():
+            model(IDS)
+        handle.remove()
+        assert kept[0].equal(states[place + 1])
