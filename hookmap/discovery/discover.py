@@ -215,7 +215,7 @@ def _kind(layers: LayerList, number: int, reading: BlockPoints | None, values: V
         return BlockKind(
             name="no_stream" if times else "not_called", layers=(), branch_order="other", norm_placement="other",
             block_class=type(layers.calls[number, 0].module).__name__ if times else "", calls=max(times, 1),
-            points={}, unavailable=dict.fromkeys(names, layers.unread.get(number) or _why_no_stream(layers, number)),
+            points={}, unavailable=dict.fromkeys(names, _why_no_stream(layers, number)),
         )  # fmt: skip
     name = "+".join(branch.type for branch in (reading.mixer, reading.mlp) if branch is not None)
     return BlockKind(
@@ -239,10 +239,10 @@ def _kind(layers: LayerList, number: int, reading: BlockPoints | None, values: V
 def _why_no_stream(layers: LayerList, number: int) -> str:
     runs = range(layers.times(number))
     if not runs:
-        return "this layer is never called on text alone"
+        return layers.unread.get(number, "this layer is never called on text alone")
     lacking = [run for run in runs if (number, run) not in layers.streams]
     if len(lacking) == len(runs):
-        return "no stream was found in it"
+        return layers.unread.get(number, "no stream was found in it")
     return f"in run {lacking[0]} of its {len(runs)}, no stream of all positions enters and leaves it"
 
 
