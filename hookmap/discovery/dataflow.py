@@ -87,6 +87,10 @@ class Dataflow:
     calls: list[ModuleCall] = field(default_factory=list)
     inputs: dict[str, int] = field(default_factory=dict)
     """the model's own inputs, such as `input_ids`"""
+    positions: int | None = None
+    """positions of the stream, where the inputs are no tokens and do not tell"""
+    batchless: bool = False
+    """the stream may be [pos, d_model], without an axis of the batch"""
     tokens: str = "input_ids"
     """the input that holds the token of each position of the stream: of an encoder-decoder, the decoder's"""
     parameters: dict[int, str] = field(default_factory=dict)
@@ -97,10 +101,13 @@ class Dataflow:
         return None if index is None else self.operations[index]
 
 
-def record(model: nn.Module, inputs: dict[str, Any], names: Mapping[str, str] | None = None) -> Dataflow:
+def record(
+    model: nn.Module, inputs: dict[str, Any], names: Mapping[str, str] | None = None, part: nn.Module | None = None
+) -> Dataflow:
     """Run the model once, without gradients, and return its dataflow. Leaves the model as it was.
 
-    `names`: input -> the parameter of `forward` that takes it, where not all are given under their own names.
+    `names`: input -> the parameter of `forward` that takes it, where not all are given under their own names. `part`:
+    the module in it that runs, where not all of it does.
     """
     names = {name: name for name in inputs} if names is None else names
     recorder = _Recorder(model)
@@ -113,7 +120,7 @@ def record(model: nn.Module, inputs: dict[str, Any], names: Mapping[str, str] | 
             for name, value in inputs.items():
                 if isinstance(value, torch.Tensor):
                     recorder.flow.inputs[name] = recorder.identify(value)
-            model(**{parameter: inputs[name] for name, parameter in names.items()})
+            (part or model)(**{parameter: inputs[name] for name, parameter in names.items()})
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -22,21 +22,32 @@ from hookmap.discovery.layer_choice import find_layers
 from hookmap.discovery.layer_list import LayerList, shape_at
 from hookmap.discovery.locate import Location, captured_axes
 from hookmap.discovery.model_points import read_outside
+from hookmap.discovery.towers import read_tower
 from hookmap.discovery.values import Values
 from hookmap.errors import DiscoveryError, HookmapError, ModelError
 from hookmap.loading import configs, modules, other_inputs
 from hookmap.loading.encoder_decoder import tokens_argument, with_source
 from hookmap.loading.modules import model_inside
 from hookmap.loading.quantised import plain_products
+from hookmap.loading.towers import is_tower, tower_of
 from hookmap.loading.wrappers import check_wrapper, named
+from hookmap.maps.describe import layers_text
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import POINTS
 from hookmap.maps.runs import text_of
 from hookmap.maps.templates import BlockKind, PointTemplate
 
+Part = Literal["text", "vision"]
+_NO_TEXT = {"embed": "this part reads pictures, and no token ids", "logits": "this part gives no logits of tokens"}
 
-def discover(source: Any, *, trust_remote_code: bool = False, revision: str | None = None) -> ArchitectureMap:
+
+def discover(
+    source: Any, *, part: Part = "text", trust_remote_code: bool = False, revision: str | None = None
+) -> ArchitectureMap:
     """The map of a model, read from its dataflow.
+
+    `part`: the language model, or the tower that reads pictures, whose positions are patches. A model that reads
+    pictures alone is its own tower.
 
     `source`: a hub id, a local folder, a transformers config, a torch module (traced as it stands, its weights
     untouched) or an nnsight model. Raises ModelError where it cannot be loaded or built, DiscoveryError where its
@@ -44,12 +55,13 @@ def discover(source: Any, *, trust_remote_code: bool = False, revision: str | No
     """
     if isinstance(source, (str, Path)):
         config, published = config_of(source, trust_remote_code, revision)
-        found = _of_config(config, str(source), trust_remote_code)
+        found = _of_config(config, str(source), trust_remote_code, part)
         # A published shape is less than the published config: the map claims no hash.
         return found.model_copy(update={"scope": "architecture", "config_hash": None}) if published else found
     if hasattr(source, "to_dict") and hasattr(source, "model_type") and not isinstance(source, nn.Module):
-        return _of_config(source, getattr(source, "_name_or_path", "") or None, trust_remote_code)
-    return _of_module(modules.unwrap(source))
+        return _of_config(source, getattr(source, "_name_or_path", "") or None, trust_remote_code, part)
+    module = modules.unwrap(source)
+    return _of_loaded_tower(module) if part == "vision" or is_tower(module) else _of_module(module)
 
 
 def config_of(source: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> tuple[Any, bool]:
@@ -68,12 +80,13 @@ def config_of(source: str | Path, trust_remote_code: bool = False, revision: str
         return config, True
 
 
-def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> ArchitectureMap:
+def _of_config(config: Any, model_id: str | None, trust_remote_code: bool, part: Part = "text") -> ArchitectureMap:
     seq = modules.sequence_length(config)
+    configs.say_another_class(config, model_id)
+    model = configs.build(config, trust_remote_code=trust_remote_code)
+    if part == "vision" or is_tower(model):
+        return _of_tower_config(model, config, model_id, trust_remote_code)
     try:
-        configs.model_class(config)
-        configs.say_another_class(config, model_id)
-        model = configs.build(config, trust_remote_code=trust_remote_code)
         flow = _one_pass(model, config, "meta", seq)
         how = "one forward pass on the meta device, full size"
     except HookmapError:
@@ -93,6 +106,74 @@ def _of_config(config: Any, model_id: str | None, trust_remote_code: bool) -> Ar
         how = "one forward pass of a narrow copy of full depth on the CPU"
         return at_full_width(assemble(model, flow, seq, config, model_id, how), config, config_small)
     return assemble(model, flow, seq, config, model_id, how)
+
+
+def _of_tower_config(model: nn.Module, config: Any, model_id: str | None, trust_remote_code: bool) -> ArchitectureMap:
+    own = tower_of(model)[1].config
+    try:
+        return _of_tower(model, own, model_id, "one forward pass of the tower on the meta device, full size")
+    except HookmapError:
+        raise
+    except Exception:  # as for a language model
+        from hookmap.loading.narrow import narrow_copy
+
+        small, _ = narrow_copy(config, trust_remote_code)
+        how = "one forward pass of the tower of a narrow copy of full depth on the CPU"
+        try:
+            found = _of_tower(small, own, model_id, how)
+        except HookmapError:
+            raise
+        except Exception as second:
+            raise DiscoveryError(_no_pass(small, second)) from second
+        return at_full_width(found, own, tower_of(small)[1].config).model_copy(update={"d_model": _width(found, model)})
+
+
+def _width(found: ArchitectureMap, whole: nn.Module) -> int:
+    """The stream's width in the whole model: that of the norm which reads it, or of the first product."""
+    reader = whole.get_submodule(found.at_layer(found.pre_attention_path or found.layers_path, 0))
+    sizes = [weight.shape[-1] for weight in reader.parameters()]
+    if not sizes:
+        raise DiscoveryError(f"no weight of {found.pre_attention_path} says how wide the stream is.")
+    return sizes[0]
+
+
+def _of_loaded_tower(model: nn.Module) -> ArchitectureMap:
+    own = tower_of(model)[1].config
+    with modules.eager(model), modules.plain_experts(model), plain_products(model, modules.device_of(model)):
+        try:
+            return _of_tower(model, own, getattr(own, "_name_or_path", "") or None, "one forward pass of the tower")
+        except HookmapError:
+            raise
+        except Exception as error:
+            raise DiscoveryError(_no_pass(model, error)) from error
+
+
+def _no_pass(model: nn.Module, error: Exception) -> str:
+    return (
+        f"the part of {named(model)} that reads pictures did not run on a picture of noise: "
+        f"{type(error).__name__}: {error}"
+    )
+
+
+def _of_tower(model: nn.Module, config: Any, model_id: str | None, how: str) -> ArchitectureMap:
+    values, layers, tower = read_tower(model)
+    found = _assembled(model, values, layers, config, model_id, how)
+    if lone := [kind for kind in found.kinds if kind.mixer is None and kind.points]:
+        raise DiscoveryError(
+            f"{layers_text(lone[0].layers)} of {type(tower).__name__}: their dataflow shows nothing that goes from "
+            "patch to patch. Where patches attend in windows, hookmap does not read it."
+        )
+    unavailable = {**found.model_unavailable, **{p: r for p, r in _NO_TEXT.items() if p not in found.model_points}}
+    kinds = tuple(map(_of_patches, found.kinds))
+    return found.model_copy(update={"part": "vision", "kinds": kinds, "model_unavailable": unavailable})
+
+
+def _of_patches(kind: BlockKind) -> BlockKind:
+    """The kind with the axes that its stream has: that of patches alone, where those of all pictures are on one."""
+    stream = kind.points.get("resid_pre")
+    one = stream is not None and all(term.flat for term in stream.terms)
+    axes = ("patch" if axis == "pos" else axis for axis in kind.axes if not (one and axis == "batch"))
+    return kind.model_copy(update={"axes": tuple(axes)})
 
 
 def _one_pass(model: nn.Module, config: Any, device: Any, seq: int) -> Dataflow:
@@ -144,7 +225,12 @@ def assemble(
 ) -> ArchitectureMap:
     """The map of `model`, read from its dataflow."""
     values = Values(flow)
-    layers = find_layers(values, seq)
+    return _assembled(model, values, find_layers(values, seq), config, model_id, how)
+
+
+def _assembled(
+    model: nn.Module, values: Values, layers: LayerList, config: Any, model_id: str | None, how: str
+) -> ArchitectureMap:
     readings: dict[int, BlockPoints] = {}
     for number in sorted({number for number, _ in layers.streams}):
         times = range(layers.times(number))
@@ -152,7 +238,7 @@ def assemble(
             runs = [points_of_block(Block(values, layers, number, run)) for run in times]
             readings[number] = points_of_runs(values, layers, number, runs)
     kinds = _kinds(layers, readings, values)
-    outside = read_outside(values, layers, seq)
+    outside = read_outside(values, layers, layers.tokens)
     parts = between(values, layers)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     return ArchitectureMap(

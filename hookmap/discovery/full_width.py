@@ -11,7 +11,7 @@ from typing import Any
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.templates import BlockKind, PointTemplate
 
-_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim")
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim")
 _REASON = "its sizes could only be read from a narrow copy: discover the loaded model"
 
 

@@ -48,14 +48,14 @@ def _candidates(values: Values, groups: list[Numbered], seq: int, output: set[in
     lists: list[LayerList] = []
     for positions in _lengths(values, groups, seq):
         found = _lists(values, groups, positions)
-        if any(_adding(values, layers) for layers in found):
+        if any(count_adding(values, layers) for layers in found):
             return [*found, *joined(values, found)]
         linked = _lists(values, groups, positions, linked=True)
         blocks = scattered(values, positions, output) if positions == seq else None
         # Where no list has most of the additions, a block is made of what stands between its modules, too.
         if blocks is not None and all(2 * _total(values, each) <= _total(values, blocks) for each in linked):
             return [blocks]
-        if any(_adding(values, layers) for layers in linked):
+        if any(count_adding(values, layers) for layers in linked):
             return [*linked, *joined(values, linked)]
         lists = lists or found
     if lists:
@@ -67,7 +67,7 @@ def _lists(values: Values, groups: list[Numbered], seq: int, linked: bool = Fals
     """The numbered lists that hand a stream on, and modules under words that add to one; `linked`: see `chain`."""
     chains = [(group, chain(values, group, seq, linked)) for group in groups]
     found = [trimmed(values, group, layers, linked) for group, layers in chains if layers is not None]
-    adding = [list(layers.calls.values()) for layers in found if _adding(values, layers)]
+    adding = [list(layers.calls.values()) for layers in found if count_adding(values, layers)]
     worded = worded_modules(values, seq, adding)
     found += [layers for group in worded if (layers := chain(values, group, seq, linked)) is not None]
     return [layers for layers in found if not any(_are_its_branches(values, layers, each) for each in found)]
@@ -107,30 +107,39 @@ def _lengths(values: Values, groups: list[Numbered], seq: int) -> list[int]:
 
     As many as an encoder reads are no decoder's.
     """
-    lengths: set[int] = set().union(*(_positions(values, group) for group in groups))
+    lengths = _all_positions(values, groups)
     of_others = {
         values.flow.tensors[t].shape[1:2] for name, t in values.flow.inputs.items() if name != values.flow.tokens
     }
     return [seq, *sorted(length for length in lengths if length > seq and (length,) not in of_others)]
 
 
+def lengths_of_streams(values: Values) -> list[int]:
+    """Numbers of positions that the stream of a model may have whose inputs do not tell."""
+    return sorted(_all_positions(values, numbered_modules(values)) - {1})
+
+
+def _all_positions(values: Values, groups: list[Numbered]) -> set[int]:
+    return set().union(*(_positions(values, group) for group in groups))
+
+
 def _positions(values: Values, group: Numbered) -> set[int]:
     """The numbers of positions of what the modules give."""
     shapes = [values.shape(tensor) for call in group.calls.values() for tensor in call.outputs.values()]
-    return {shape[1] for shape in shapes if len(shape) == 3}
+    return {shape[-2] for shape in shapes if len(shape) == 3 or (len(shape) == 2 and values.flow.batchless)}
 
 
 def _rank(values: Values, layers: LayerList) -> tuple[int, int, int, int]:
     """Blocks add to a stream; the steps of an MLP only hand a tensor on."""
     return (
-        _adding(values, layers),
+        count_adding(values, layers),
         len(layers.numbers),
         -layers.path.count("."),
         -layers.first.enter,
     )
 
 
-def _adding(values: Values, layers: LayerList) -> int:
+def count_adding(values: Values, layers: LayerList) -> int:
     """How many of the blocks add to the stream, in their first run."""
     first = [(layers.calls[run], stream) for run, stream in layers.streams.items() if run[1] == 0]
     return sum(additions(values, call, stream) > 0 for call, stream in first)
@@ -180,7 +189,7 @@ def _uncovered(values: Values, best: LayerList, groups: list[Numbered], output: 
         if group.path == best.path or not apart or len(lengths) != 1:
             continue
         other = chain(values, group, lengths.pop())
-        if other is not None and other.end in output and _adding(values, other) == len(other.numbers):
+        if other is not None and other.end in output and count_adding(values, other) == len(other.numbers):
             yield other
 
 
@@ -220,7 +229,9 @@ def _rows_of_tokens(values: Values, layers: LayerList, seq: int) -> Rows:
 def _contradictions(values: Values, best: LayerList, candidates: list[LayerList]) -> Iterator[str]:
     """Why one list of blocks does not describe the model."""
     own = set(map(id, best.calls.values()))
-    others = [other for other in candidates if own.isdisjoint(map(id, other.calls.values())) and _adding(values, other)]
+    others = [
+        other for other in candidates if own.isdisjoint(map(id, other.calls.values())) and count_adding(values, other)
+    ]
     for other in (each for each in others if not _only_holds(each, best)):
         if len(other.numbers) > 1 and _is_inside(other, best):
             yield (

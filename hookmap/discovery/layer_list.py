@@ -135,7 +135,9 @@ def numbered_modules(values: Values) -> list[Numbered]:
 
 def _numbered(values: Values, path: str, calls_of: dict[str, list[ModuleCall]]) -> Numbered:
     """The modules that are there, called or not; those of a list with gaps keep their numbers as names."""
-    holder = values.flow.calls[0].module.get_submodule(path.removesuffix("{i}").removesuffix("."))
+    root = values.flow.calls[0]  # of a part, its path is that in the whole model
+    own = path.removesuffix("{i}").removesuffix(".").removeprefix(root.path).removeprefix(".")
+    holder = root.module.get_submodule(own)
     names = sorted({*calls_of, *(name for name in holder._modules if name.isdecimal())}, key=int)
     runs = {(names.index(name), run): call for name, calls in calls_of.items() for run, call in enumerate(calls)}
     return Numbered(path, runs, names=unnumbered(names), size=len(names))

@@ -121,7 +121,8 @@ def _products(values: Values, value: int, op: Operation, same_size: list[int]) -
 def _mixtures(values: Values, value: int, op: Operation, source: int) -> Iterator[Step]:
     """A product of each position's streams with a small matrix of that position. Attention's is over positions."""
     coefficients = [t for t in op.inputs if values.value(t) != source]
-    tokens = {values.flow.tensors[t].shape[-1] for t in values.flow.inputs.values()}
+    shapes = [values.flow.tensors[t].shape for t in values.flow.inputs.values()]
+    tokens = {shape[-1] for shape in shapes if len(shape) == 2} | {values.flow.positions}
     own = coefficients and not tokens & set(values.flow.tensors[coefficients[0]].shape[1:])
     if own and (not values.is_constant(values.value(coefficients[0])) or _mixes_streams(values, op, source)):
         yield Step("mix", source, value, factor=None)

@@ -15,6 +15,7 @@ from torch import nn
 
 from hookmap.errors import ModelError
 from hookmap.loading import hub
+from hookmap.loading.towers import class_of_tower
 
 log = logging.getLogger("hookmap")
 
@@ -46,8 +47,11 @@ def load_config(source: str | Path, trust_remote_code: bool = False, revision: s
 def build(
     config: Any, device: str = "meta", dtype: torch.dtype = torch.bfloat16, trust_remote_code: bool = False
 ) -> nn.Module:
-    """The language model of a config, in eager attention; on the meta device no weight is allocated."""
-    maker = model_class(config)
+    """The language model of a config, or the model that reads pictures alone, in eager attention.
+
+    On the meta device no weight is allocated.
+    """
+    maker = class_of_tower(config) or model_class(config)
     try:
         config = type(config).from_dict(config.to_dict()) if hasattr(config, "to_dict") else config
         if hasattr(config, "is_decoder") and _is_causal(maker):

@@ -24,6 +24,11 @@ class MapContents(Frozen):
     """Every field of a map, in the order of its document; and what follows from the fields alone."""
 
     architecture: str
+    part: str = Field(
+        default="",
+        description="`vision`: the map is of the part that reads pictures, whose positions are patches; empty: of the "
+        "language model",
+    )
     layer_access_pattern: str = Field(description="the layer list, indexed: `model.layers[i]`")
     pre_attention_path: str | None = Field(description="template of the module that reads `resid_pre`: the pre-norm")
     pre_mlp_path: str | None = Field(description="template of the module whose input is `resid_mid`, or null")

@@ -14,7 +14,7 @@ from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 _HEAD = (
     "architecture", "layers_path", "num_layers", "d_model", "num_heads", "d_vocab", "pre_attention_path",
     "pre_mlp_path", "embedding_path", "final_norm_path", "lm_head_path", "layer_names", "runs", "joined", "between",
-    "left_out",
+    "left_out", "part",
 )  # fmt: skip
 _OF_KIND = (
     "layers",

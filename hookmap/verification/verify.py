@@ -68,6 +68,11 @@ def verify(
     if is_copy:
         redraw(model, seed)
     found = architecture_map or subject.discovered(source if config is None else config, trust_remote_code)
+    if found.part:
+        raise ModelError(
+            f"the map is of the {found.part} part of {found.architecture}: hookmap verifies maps of language models. "
+            "Compare what its selectors name with PyTorch's own hooks."
+        )
     subject.check_architecture(found, model)
     found, checked = subject.for_narrow_copy(found, model) if is_copy else (found, found)
     with modules.eager(model), modules.plain_experts(model), subject.precisely(model):

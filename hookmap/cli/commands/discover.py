@@ -8,18 +8,32 @@ import click
 from hookmap.cli import model_options
 
 if TYPE_CHECKING:
+    from hookmap.discovery.discover import Part
     from hookmap.maps.document import ArchitectureMap
 
 
 @click.command()
 @click.argument("model", required=False)
 @click.option("-o", "--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write the map to FILE.")
+@click.option(
+    "--part",
+    type=click.Choice(("text", "vision")),
+    default="text",
+    show_default=True,
+    help="The language model, or the tower that reads pictures, whose positions are patches.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the map on stdout, and no table.")
 @click.option("--explain", is_flag=True, help="Show the evidence for every selector, and no table.")
 @click.option("-q", "--quiet", is_flag=True, help="No table and no notes.")
 @model_options.trust_remote_code
 def command(
-    model: str | None, output: str | None, as_json: bool, explain: bool, quiet: bool, trust_remote_code: bool | None
+    model: str | None,
+    output: str | None,
+    part: "Part",
+    as_json: bool,
+    explain: bool,
+    quiet: bool,
+    trust_remote_code: bool | None,
 ) -> None:
     """Find where every point of MODEL is, and make its map.
 
@@ -29,13 +43,14 @@ def command(
     \b
     hookmap discover Qwen/Qwen3-0.6B -o map.json
     hookmap discover path/to/model --explain
+    hookmap discover Qwen/Qwen3-VL-4B-Instruct --part vision
     """
     import hookmap
     from hookmap.cli.settings import choose_model, load_settings
 
     settings = load_settings()
     model = choose_model(model, settings)
-    found = _discover(model, model_options.trusted(trust_remote_code, settings), quiet or as_json)
+    found = _discover(model, part, model_options.trusted(trust_remote_code, settings), quiet or as_json)
     if explain:
         from hookmap.maps.describe import explain as explained
 
@@ -57,7 +72,7 @@ def command(
         click.echo(found.to_json(), nl=False)
 
 
-def _discover(model: str, trust_remote_code: bool, quiet: bool) -> "ArchitectureMap":
+def _discover(model: str, part: "Part", trust_remote_code: bool, quiet: bool) -> "ArchitectureMap":
     """By dataflow; where the hub does not answer, the shipped map, and stderr says so."""
     import hookmap
     from hookmap.cli.console import working
@@ -65,6 +80,8 @@ def _discover(model: str, trust_remote_code: bool, quiet: bool) -> "Architecture
 
     try:
         with working(f"reading the dataflow of {model}", quiet):
-            return hookmap.discover(model, trust_remote_code=trust_remote_code)
+            return hookmap.discover(model, part=part, trust_remote_code=trust_remote_code)
     except hookmap.ModelError as error:
+        if part != "text":
+            raise
         return shipped_map(model, error)
