@@ -3,7 +3,7 @@
 Every package is installed at the version that was tested: constraints.txt. `make lock` writes that file anew.
 
 `make test-clients` has .venv-clients made: environments of programs that use the server.
-`make test-versions` has .venv-VERSION made, for each version of transformers in VERSIONS; `make test-oldest` the oldest.
+`make test-versions` has .venv-VERSION made for each version in VERSIONS, `make test-oldest` for the first.
 `make test-newest` has .venv-newest made: the newest version of everything, without constraints.txt.
 `make test-peers` has .venv-peer-NAME made: another program that hookmap is compared with, without hookmap.
 

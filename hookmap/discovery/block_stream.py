@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -69,11 +69,15 @@ def obstacles(block: Block) -> list[str]:
     return list(found)
 
 
-def additions(block: Block, middle: Middle | None) -> list[Relation]:
-    """Each state of the stream that has a name, as made of the named state before it and of what branches add."""
+def additions(block: Block, middle: Middle | None, points: Collection[str]) -> list[Relation]:
+    """Each state of the stream that has a name, as made of the named state before it and of what branches add.
+
+    `points`: those that the block has. A state without a point has no name: what it is made of stands for it.
+    """
     if all(branch.role == "other" for branch in block.branches):
         return []
-    names = _names_of_states(block, middle)
+    named = _names_of_states(block, middle).items()
+    names = {state: name for state, name in named if name in points or state in (block.entry, block.exit)}
     made: dict[int, _Sum] = {block.entry: (Term(1.0, names[block.entry]),)}
     found: list[Relation] = []
     for position, step in enumerate(block.path):
@@ -91,6 +95,7 @@ def additions(block: Block, middle: Middle | None) -> list[Relation]:
 def _names_of_states(block: Block, middle: Middle | None) -> dict[int, str]:
     names = {block.entry: "resid_pre"}
     if middle is not None:
+        names |= {each.read: f"resid_mid.{number}" for number, each in enumerate(middles(block))}
         names[middle.summed] = "resid_mid_sum" if middle.is_changed else "resid_mid"
         names[middle.read] = "resid_mid"
     return names | {block.exit: "resid_post"}

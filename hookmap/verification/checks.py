@@ -24,6 +24,7 @@ CHECKS: tuple[Callable[[Context], Iterator[Check]], ...] = (
     streams.logits,
     streams.hand_over,
     streams.final_norm,
+    relations.stated,
     relations.sums,
     streams.second_names,
     inside.bare,

@@ -77,7 +77,12 @@ def _turn(run: Context, point: str, read: str, layer: int) -> Check:
     own, count = run.values[point, layer].shape[2], run.values[read, layer].shape[2]
     place = POSITIONS // 2
     turning = _turning(run.selector[point, layer].terms[0], own - 1, place)
-    after, _ = observe(run.model, run.ids, [run.selector[read, layer]], [turning])
+    seen = [run.selector[name, layer] for name in {read, "pattern"} if (name, layer) in run.selector]
+    after, _ = observe(run.model, run.ids, seen, [turning])
+    if point == "v" and ("pattern", layer) in after:
+        error = relative_error(after["pattern", layer], run.values["pattern", layer])
+        if error > run.tolerance:
+            return Check("head", (layer,), False, f"v of layer {layer} decides the pattern, as q or k does", error)
     before, turned = (_comparable(values[read, layer], read) for values in (run.values, after))
     change = (turned - before).abs().amax((0, 3))  # [position, head]
     moved = change > run.tolerance

@@ -127,8 +127,10 @@ def _router(run: Context, kind: BlockKind) -> Iterator[Check]:
 
 def _are_experts(run: Context, layer: int) -> bool:
     indices = run.values["router_indices", layer]
-    weights = run.values.get(("router_weights", layer), indices)
+    weights = run.values.get(("router_weights", layer), indices.float())
     scores = run.values.get(("router_logits", layer))
+    if indices.is_floating_point() or not weights.is_floating_point():
+        return False
     twice = bool((indices.sort(-1).values.diff(dim=-1) == 0).any())
     beyond = scores is not None and not 0 <= int(indices.min()) <= int(indices.max()) < scores.shape[-1]
     return indices.shape == weights.shape and not twice and not beyond

@@ -14,6 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from hookmap.maps.points import PointName
 from hookmap.maps.relations import OWN, Relation, Term, raw
 from hookmap.verification.check import Check, relative_error
 from hookmap.verification.context import Context
@@ -34,6 +35,32 @@ def sums(run: Context) -> Iterator[Check]:
             error = max(_misfit(block, relation.total, relation.terms) for block in blocks)
             plain = not any(term.of for term in relation.terms)
             yield Check("sum" if plain else "relation", kind.layers, error <= run.tolerance, text, error)
+
+
+def stated(run: Context) -> Iterator[Check]:
+    """Each point of the stream, and what each branch adds, is in a relation: a point in none could be any tensor.
+
+    Without `resid_post` (XLM), what the last branch adds can be in none.
+    """
+    for kind in run.map.kinds:
+        if kind.branch_order == "other" or "resid_post" not in kind.points:
+            continue
+        relations = [relation for text in kind.relations if (relation := Relation.parse(text)) is not None]
+        held = set().union(*(each.points() for each in relations if each.form == "sum"))
+        places = {kind.points[name].terms for name in held if name in kind.points}
+        loose = [name for name, point in kind.points.items() if _is_summed(name) and point.terms not in places]
+        yield Check("stated", kind.layers, not loose, f"in no relation: {', '.join(loose) or 'none'}")
+
+
+def _is_summed(point: str) -> bool:
+    return PointName.of(point).base in (
+        "resid_pre",
+        "resid_mid",
+        "resid_post",
+        "mixer_out",
+        "cross_attn_out",
+        "mlp_out",
+    )
 
 
 @dataclass(frozen=True)

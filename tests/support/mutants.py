@@ -1,0 +1,75 @@
+"""Wrong maps: one point of one kind of block stands where its neighbour does."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hookmap.loading import modules
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.relations import Relation
+from hookmap.maps.templates import BlockKind
+from hookmap.verification.context import run_once
+from hookmap.verification.verify import verify
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A map in which `point` of a kind has the selector of another point, `taken`."""
+
+    kind: str
+    point: str
+    taken: str
+    stated: bool
+    """whether the map still states its relations; else those that name the point are left out"""
+    map: ArchitectureMap
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.point} where {self.taken} is" + ("" if self.stated else ", without its relations")
+
+
+def mutants(found: ArchitectureMap, model: nn.Module) -> Iterator[Mutant]:
+    """Of each point of each kind: one mutant for the nearest points before and after it that hold another tensor.
+
+    The neighbours have the same shape, so that only numbers can tell. Where two points hold the same numbers on every
+    layer, the one is no wrong place of the other. Each mutant comes twice: as it is, and without the relations that
+    name the point, as a discovery that is wrong would state it.
+    """
+    with modules.eager(model):
+        values = run_once(found, model, 0).values
+    for number, kind in enumerate(found.kinds):
+        for point, other in _neighbours(kind, values):
+            wrong = {**kind.points, point: kind.points[other].model_copy(update={"order": kind.points[point].order})}
+            for stated in (True, False):
+                relations = tuple(text for text in kind.relations if stated or not _names(text, point))
+                changed = kind.model_copy(update={"points": wrong, "relations": relations})
+                kinds = (*found.kinds[:number], changed, *found.kinds[number + 1 :])
+                yield Mutant(kind.name, point, other, stated, found.model_copy(update={"kinds": kinds}))
+
+
+def survives(mutant: Mutant, model: nn.Module) -> bool:
+    """Whether verification passes the wrong map."""
+    return verify(model, architecture_map=mutant.map).passed
+
+
+def _names(text: str, point: str) -> bool:
+    relation = Relation.parse(text)
+    return relation is None or point in relation.points()
+
+
+def _neighbours(kind: BlockKind, values: Any) -> Iterator[tuple[str, str]]:
+    layers = [layer for layer in kind.layers if all((name, layer) in values for name in kind.points)]
+    ordered = sorted(kind.points, key=lambda name: kind.points[name].order)
+    for place, point in enumerate(ordered):
+        for side in (reversed(ordered[:place]), ordered[place + 1 :]):
+            like = (other for other in side if _like(values, layers, point, other))
+            if (other := next(like, None)) is not None:
+                yield point, other
+
+
+def _like(values: Any, layers: list[int], point: str, other: str) -> bool:
+    """Whether the two have one shape, and other numbers on some layer."""
+    pairs: list[tuple[Tensor, Tensor]] = [(values[point, layer], values[other, layer]) for layer in layers]
+    return bool(pairs) and all(a.shape == b.shape for a, b in pairs) and not all(torch.equal(a, b) for a, b in pairs)
