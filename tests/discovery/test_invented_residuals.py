@@ -299,6 +299,6 @@ def test_a_pretrained_model_of_an_unknown_kind() -> None:
             if weight.ndim > 1:
                 weight.normal_(0, weight.shape[-1] ** -0.5)
     found = check(model)
-    assert found.architecture == "OddForCausalLM" and found.config["breadth"] == 24
+    assert found.architecture == "OddForCausalLM" and found.d_model == 24
     names = {check.name for check in verify(model).checks}
     assert "hidden_states" in names
