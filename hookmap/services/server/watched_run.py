@@ -57,14 +57,21 @@ def run_watched(hm: HookedModel, job: Job, memory: MemoryUse) -> Result:
         run.edits = planned(hm, job.interventions, job.prompts, job.max_new_tokens).edits
     try:
         sink = Gathered(recorder.begin() if recorder else None, job.reads_only)
-        for first in range(0, len(job.prompts), job.choices):
-            run.batch(range(first, min(first + job.choices, len(job.prompts))), sink)
+        together = _together(hm, job)
+        for first in range(0, len(job.prompts), together):
+            run.batch(range(first, min(first + together, len(job.prompts))), sink)
         new = tuple(sample.token_ids[sample.prompt_tokens :] for sample in sink.samples)
         return Result(new, recorder.end(sink.samples, run.lost) if recorder else None)
     except BaseException:
         if recorder:
             recorder.drop()
         raise
+
+
+def _together(hm: HookedModel, job: Job) -> int:
+    """How many rows run together: the choices of a prompt, unless its images may not share a batch."""
+    further = job.choices > 1 and job.prompts[0].inputs is not None
+    return 1 if further and hm.pads.why_not(harvest=False, examples=job.prompts) is not None else job.choices
 
 
 @dataclass
