@@ -20,6 +20,7 @@ prompt_options = option_group(
         "--prompt-column", metavar="NAME", help="Where the prompt is.  [default: prompt, messages, question…]"
     ),
     click.option("--id-column", metavar="NAME", help="The samples' own names.  [default: id, where there is one]"),
+    click.option("--image-column", metavar="NAME", help="The image of each text, or a list; --chat makes messages."),
     click.option("--label", "labels", metavar="NAME", multiple=True, help="A column to keep, or all; repeatable."),
     click.option("--skip", type=click.IntRange(min=0), default=0, metavar="N", help="Leave the first N records out."),
     click.option("--limit", type=click.IntRange(min=1), metavar="N", help="No more records than these."),
@@ -34,7 +35,7 @@ def chosen_prompts(given: dict[str, Any], settings: dict[str, Any], chat: bool |
     Raises click.UsageError, with every wrong record of a file at once.
     """
     texts, typed, images = given.pop("texts"), given.pop("prompts"), given.pop("images")
-    columns = typed_or_set(given, settings, "prompt_column", "id_column")
+    columns = typed_or_set(given, settings, "prompt_column", "id_column", "image_column")
     part = {name: given.pop(name) for name in ("labels", "skip", "limit")}
     if texts and typed:
         raise click.UsageError("--prompt or --prompts, not both: which of them is meant?")
@@ -59,6 +60,7 @@ def chosen_prompts(given: dict[str, Any], settings: dict[str, Any], chat: bool |
                 file,
                 prompt=columns.get("prompt_column"),
                 id=columns.get("id_column"),
+                images=columns.get("image_column"),
                 **{**part, "labels": labels},
             )
         )

@@ -30,7 +30,10 @@ def parts_of(message: Any) -> Sequence[Any]:
 
 
 def relative_to(prompt: Any, folder: Path) -> Any:
-    """The prompt; where it is messages, with paths of images relative to this folder: that of the file it is from."""
+    """The prompt, with paths of its images relative to this folder: that of the file it is from."""
+    if isinstance(prompt, Mapping) and "images" in prompt:
+        images = (str(folder / each) if _is_path("path", each) else each for each in prompt["images"])
+        return {**prompt, "images": list(images)}
     if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not has_images(prompt):
         return prompt
     return [

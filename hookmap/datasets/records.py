@@ -32,7 +32,7 @@ class PromptRecord:
     """One prompt of a data set."""
 
     prompt: Any
-    """a text, a list of chat messages, or a list of token ids"""
+    """a text, a list of chat messages, a list of token ids, or {"text": …, "images": […]}"""
     id: str | None = None
     """its name in the data set, the same at each reading; None where it has none and is known by its number"""
     labels: Mapping[str, Any] | None = None
@@ -55,6 +55,7 @@ def load_prompts(
     prompt: str | None = None,
     id: str | None = None,
     labels: Sequence[str] | Literal["all"] = (),
+    images: str | None = None,
     skip: int = 0,
     limit: int | None = None,
 ) -> list[PromptRecord]:
@@ -65,7 +66,8 @@ def load_prompts(
     DataFrame of pandas or polars, an Arrow table; its column is named), or any iterable of texts, chat messages or
     mappings. Paths of images in a file's messages are relative to its folder.
     prompt: the column of the prompt; the first of FIELDS that a record has, unless given. id: the column of its name;
-    "id" where there is one. labels: columns to keep, or "all" others. skip, limit: which records.
+    "id" where there is one. labels: columns to keep, or "all" others. images: the column of the text's image, or of a
+    list of them. skip, limit: which records.
     Raises DataError with every wrong record at once.
     """
     if isinstance(labels, str) and labels != "all":
@@ -88,7 +90,7 @@ def load_prompts(
         try:
             if isinstance(row, Exception):
                 raise row
-            record = _record(row, prompt, id, labels)
+            record = _record(row, prompt, id, labels, images)
             if folder is not None:
                 record = replace(record, prompt=relative_to(record.prompt, folder))
             if record.id is not None and (first := seen.setdefault(record.id, place)) != place:
@@ -105,17 +107,18 @@ def load_prompts(
     return found
 
 
-def _record(row: Any, prompt: str | None, name: str | None, labels: Sequence[str]) -> PromptRecord:
+def _record(row: Any, prompt: str | None, name: str | None, labels: Sequence[str], images: str | None) -> PromptRecord:
     """Raises ValueError that says what is wrong with the row."""
     if isinstance(row, PromptRecord):
         return row
     if not isinstance(row, Mapping):
-        if prompt is not None:
-            raise ValueError(f"expected columns with {prompt!r} among them, found {_shown(row)}")
+        if (column := prompt or images) is not None:
+            raise ValueError(f"expected columns with {column!r} among them, found {_shown(row)}")
         return PromptRecord(_prompt(row))
     columns = list(map(str, row))
     field = prompt or next((field for field in FIELDS if field in row), None)
-    wanted = [*([] if field is None else [field]), *([name] if name else []), *([] if labels == "all" else labels)]
+    wanted = [*([] if field is None else [field]), *([name] if name else []), *([images] if images else [])]
+    wanted += [] if labels == "all" else labels
     if missing := [column for column in wanted if column not in row]:
         raise ValueError(f"no column {', '.join(map(repr, missing))}: it has {_listed(columns)}")
     if field is None:
@@ -124,9 +127,21 @@ def _record(row: Any, prompt: str | None, name: str | None, labels: Sequence[str
         raise ValueError(f"{field}: expected a list, found the text {_shown(row[field])}; to send it as it is, name it")
     key = name or ("id" if "id" in row and field != "id" else None)
     own = None if key is None else _name(row[key], key)
-    kept = [column for column in columns if column not in (field, key)] if labels == "all" else labels
+    kept = [column for column in columns if column not in (field, key, images)] if labels == "all" else labels
     labels_kept = {str(c): _label(row[c], c) for c in kept}
-    return PromptRecord(_prompt(row[field]), own, labels_kept or None)
+    found = _prompt(row[field])
+    if images is not None:
+        found = _with_images(found, row[images], field)
+    return PromptRecord(found, own, labels_kept or None)
+
+
+def _with_images(text: Any, images: Any, field: str) -> Any:
+    """The text with its images, or the text alone where a row has none."""
+    if images is None or images == []:
+        return text
+    if not isinstance(text, str):
+        raise ValueError(f"{field}: expected a text for the images, found {_shown(text)}; messages name their own")
+    return {"text": text, "images": list(images) if isinstance(images, list | tuple) else [images]}
 
 
 def _listed(columns: Sequence[Any]) -> str:

@@ -90,7 +90,13 @@ class ImageReader:
 
         def run() -> Any:
             loaded = [picture.load() for picture in pictures]
-            return self.processor(text=text, images=[loaded], return_tensors="pt")
+            try:
+                return self.processor(text=text, images=[loaded], return_tensors="pt")
+            except Exception as error:
+                raise ValueError(
+                    f"{error} (The text has the model's own mark where an image is; chat=True, --chat, makes a user's "
+                    "message of both.)"
+                ) from error
 
         return self._read(text, number, pictures, run)
 

@@ -56,9 +56,9 @@ class Picture:
 
 
 def image_sources(messages: Any) -> list[Any]:
-    """What each image of messages is, or where."""
+    """What each image of messages is, or where; of those that say one."""
     parts = (part for message in messages for part in parts_of(message) if is_image(part))
-    return [_value(part, "a message") for part in parts]
+    return [_value(part, "a message") for part in parts if len({*_VALUES, "image_url"} & part.keys()) == 1]
 
 
 def sha256_of(source: Any) -> str:
@@ -72,19 +72,22 @@ def picture_of(part: Any, where: str, limits: Limits) -> Picture:
         import PIL.Image
     except ImportError as error:
         raise TokenizerError(f'{where} has an image, which needs Pillow: pip install "hookmap[vision]"') from error
-    value = _value(part, where)
     try:
-        return _picture(value, limits, PIL.Image)
+        return _picture(_value(part, where), limits, PIL.Image)
+    except TokenizerError:
+        raise
     except Exception as error:  # decoders of files that anybody may have written raise what they like
         told = str(error).rstrip(".") or type(error).__name__
         raise TokenizerError(f"{where}: its image cannot be read: {told}.") from error
 
 
 def _value(part: Any, where: str) -> Any:
-    """What says which image it is: a path, a URI, base64 in bytes, or a PIL image."""
+    """What says which image it is: a path, a URI, the bytes of a file, or a PIL image."""
     if not isinstance(part, Mapping):
         return part
-    if part["type"] == "image_url":
+    if isinstance(part.get("bytes"), bytes):  # as Hugging Face data sets and Parquet files hold it
+        return part["bytes"]
+    if part.get("type") == "image_url":
         url = part.get("image_url")
         return url.get("url") if isinstance(url, Mapping) else url
     named = [name for name in _VALUES if part.get(name) is not None]
@@ -94,7 +97,7 @@ def _value(part: Any, where: str) -> Any:
             '{"type": "image", "path": FILE}'
         )
     value = part[named[0]]
-    return value.encode() if named[0] == "base64" and isinstance(value, str) else value
+    return base64.b64decode(value, validate=True) if named[0] == "base64" else value
 
 
 def _picture(value: Any, limits: Limits, library: Any) -> Picture:
@@ -104,7 +107,7 @@ def _picture(value: Any, limits: Limits, library: Any) -> Picture:
         return Picture(value, {"sha256": digest.hexdigest()}, limits)
     source: bytes | Path
     if isinstance(value, bytes):
-        source = data = base64.b64decode(value, validate=True)
+        source = data = value
     elif isinstance(value, str) and value.startswith("data:"):
         source = data = _decoded(value)
     elif isinstance(value, str | os.PathLike):

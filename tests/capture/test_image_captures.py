@@ -108,6 +108,12 @@ def test_the_command_line_takes_files_of_messages_and_single_images(
     )
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["tokens"].count("[image]") == 16
+    rows = [{"question": "to be", "picture": "data/cat.png"}, {"question": "or not", "picture": None}]
+    Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ("--prompts", "questions.jsonl", "--image-column", "picture", "--chat")
+    done = run("capture", str(folder), *common, *columns, "-o", "columns")
+    assert done.exit_code == 0, done.stderr
+    assert [len(sample.image_positions or ()) for sample in hookmap.open_store("columns")] == [16, 0]
     for arguments, told in (
         (("--prompt", "a", "--prompt", "b", "--image", cat), "--image goes with one --prompt"),
         (("--prompt", "a", "--image", "nowhere.png"), "there is no file nowhere.png"),
@@ -118,6 +124,35 @@ def test_the_command_line_takes_files_of_messages_and_single_images(
     done = run("capture", str(folder), *common, "-o", "settings")
     assert done.exit_code == 0, done.stderr
     assert [sample.rows for sample in hookmap.open_store("settings")] == [0, 16, 32]
+
+
+def test_a_column_of_a_data_set_holds_the_images_of_its_texts(hm: Any, data: Path) -> None:
+    rows = [
+        {"question": "to be", "image": "cat.png", "id": "one"},
+        {"question": "or not", "image": ["cat.png", "dog.jpg"]},
+        {"question": "that is", "image": None},
+    ]
+    file = data.parent / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = hookmap.load_prompts(file, images="image", labels="all")
+    found = hm.encode(prompts, chat=True)
+    folder = data.parent
+    assert [prompt.token_ids for prompt in found[:2]] == [
+        prompt.token_ids
+        for prompt in hm.encode(
+            [message(folder / "cat.png", "to be"), message(folder / "cat.png", folder / "dog.jpg", "or not")]
+        )
+    ]
+    assert found[0].id == "one" and found[0].labels is None and found[2].inputs is None
+    as_it_is = [{"question": "<image> to be", "image": {"bytes": (folder / "cat.png").read_bytes(), "path": None}}]
+    (prompt,) = hm.encode(hookmap.load_prompts(as_it_is, images="image"))
+    assert len(prompt.image_positions) == 16 and prompt.text == "<image> to be"
+    with pytest.raises(hookmap.TokenizerError, match="chat=True, --chat, makes a user's message of both"):
+        hm.encode(prompts)
+    with pytest.raises(hookmap.DataError, match="messages: expected a text for the images"):
+        hookmap.load_prompts([{"messages": message("to be"), "image": "cat.png"}], images="image")
+    with pytest.raises(hookmap.DataError, match="no column 'picture'"):
+        hookmap.load_prompts(file, images="picture")
 
 
 def test_interventions_write_at_the_tokens_of_images_and_of_text(hm: Any) -> None:
