@@ -100,8 +100,8 @@ def _of_config(config: Any, model_id: str | None, trust_remote_code: bool, part:
             flow = _one_pass(model, config, "cpu", seq)
         except Exception as second:
             raise DiscoveryError(
-                f"{type(model).__name__} ran neither without weights ({type(error).__name__}: {error}) "
-                f"nor as a narrow copy ({type(second).__name__}: {second})."
+                f"{type(model).__name__} ran neither without weights ({other_inputs.said(error)}) "
+                f"nor as a narrow copy ({other_inputs.said(second)})."
             ) from second
         how = "one forward pass of a narrow copy of full depth on the CPU"
         return at_full_width(assemble(model, flow, seq, config, model_id, how), config, config_small)
@@ -205,7 +205,7 @@ def _of_module(model: nn.Module) -> ArchitectureMap:
             raise
         except Exception as error:
             raise DiscoveryError(
-                f"{named(model)} did not run on {seq} token ids: {type(error).__name__}: {error}\n"
+                f"{named(model)} did not run on {seq} token ids: {other_inputs.said(error)}\n"
                 "Expected a causal language model whose forward takes token ids, [batch, pos], and needs nothing else."
             ) from error
     how = "one forward pass of the model as it stands"

@@ -218,6 +218,9 @@ def _relations(settings: dict[str, Any], before: dict[str, Any]) -> None:
     if settings.get("axial_pos_embds_dim"):
         parts = settings["axial_pos_embds_dim"] = [16] * len(settings["axial_pos_embds_dim"])
         parts[0] = settings["hidden_size"] - sum(parts[1:])
+    pool = settings.get("index_kpool")
+    if pool and settings.get("index_topk", 0) % pool:
+        settings["index_topk"] = pool
     for wide, part in _MULTIPLES:
         if before.get(wide) and before.get(part) and before[wide] % before[part] == 0:
             settings[wide] = settings[part] * (before[wide] // before[part])

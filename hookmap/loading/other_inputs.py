@@ -57,9 +57,22 @@ def ran(model: nn.Module, given: Mapping[str, Any], run: Callable[[dict[str, Any
         except HookmapError:
             raise
         except Exception as error:  # a model's own code raises what it likes
-            first = first or error
+            if first is None:
+                first = error
+            elif str(error) != str(first):
+                shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in others.items())
+                first.add_note(f"with {shapes}: {_in_words(error)}")
     _CHOSEN[model] = 0
     raise first or AssertionError
+
+
+def said(error: Exception) -> str:
+    """What a model raised with ids alone, and with each of the other attempts where it raised something else."""
+    return "; ".join((_in_words(error), *getattr(error, "__notes__", ())))
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def chosen(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:

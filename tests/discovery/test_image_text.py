@@ -10,6 +10,7 @@ from support.plain_hooks import redrawn
 from torch import nn
 
 from hookmap.discovery.discover import discover
+from hookmap.errors import DiscoveryError
 from hookmap.loading.narrow import narrow
 from hookmap.verification.verify import verify
 
@@ -125,6 +126,42 @@ def test_a_model_that_demands_a_picture_is_given_one(name: str) -> None:
         seen = _seen(model, {**by_hand, **named}, lambda: model(**given))
         for point in by_hand:
             assert torch.equal(seen[f"map {point}"], seen[point]), (point, layer)
+
+
+class _WantsAnotherPicture(nn.Module):
+    """Its forward demands a picture, and takes none of the size that its config says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 32)
+        self.config = tf.BlipConfig(vision_config=_EYE)
+
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        raise ValueError(f"a picture of 7 x 7, not {list(pixel_values.shape)}")
+
+
+def test_a_refusal_says_what_was_tried_besides_token_ids() -> None:
+    tried = r"missing 1 required .*'pixel_values'; with pixel_values \[1, 3, 28, 28\]: ValueError: a picture of 7 x 7"
+    with pytest.raises(DiscoveryError, match=tried):
+        discover(_WantsAnotherPicture())
+
+
+def test_blocks_between_the_layers_that_read_a_picture_are_named() -> None:
+    """IDEFICS adds to the stream before each second layer what its words read in the picture."""
+    eye = {"embed_dim": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tf.IdeficsConfig(
+        **{**_TEXT, "num_hidden_layers": 4, "intermediate_size": 48, "cross_layer_interval": 2, "use_resampler": False},
+        vision_config={**eye, "image_size": 28, "patch_size": 14},
+    )
+    model = redrawn(tf.IdeficsForVisionText2Text(config))
+    for path, weight in model.named_parameters():
+        if "alpha" in path:
+            nn.init.constant_(weight, 0.7)
+    found = discover(model)
+    assert found.layers_path == "model.layers.{i}" and "model.gated_cross_attn_layers.{i}" in found.left_out
+    assert found.is_joined(0, 1) and not found.is_joined(1, 2) and found.is_joined(2, 3)
+    result = verify(model, architecture_map=found)
+    assert result.passed, [check for check in result.checks if not check.passed]
 
 
 _MROPE_BY_DEFAULT = ["Qwen2VLConfig", "Qwen2_5_VLConfig", "Qwen3VLConfig", "Glm4vConfig", "Ernie4_5_VLMoeConfig"]
