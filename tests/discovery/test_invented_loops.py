@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support import invented_loops as loops
 from support.invented import check
@@ -9,7 +11,9 @@ from torch import nn
 
 from hookmap.discovery.discover import discover
 from hookmap.errors import DiscoveryError
+from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import parse
+from hookmap.verification.verify import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
 
@@ -81,3 +85,35 @@ def test_layers_that_some_positions_run_again_are_refused_and_the_others_are_rig
     assert (found.runs, found.kind_of(0).calls, set(found.kind_of(1).points)) == ("0, 2 x (1-2)", 1, set())
     assert found.unavailable("resid_post", 2) == "in run 1 of its 2, no stream of all positions enters and leaves it"
     assert found.unavailable("resid_post", 0) is None
+
+
+def _other_call(found: ArchitectureMap, point: str, **said: int) -> ArchitectureMap:
+    """The map with another call in the terms of one point."""
+    kinds = []
+    for kind in found.kinds:
+        template = kind.points[point]
+        terms = tuple(term.model_copy(update=said) for term in template.terms)
+        points = {**kind.points, point: template.model_copy(update={"terms": terms})}
+        kinds.append(kind.model_copy(update={"points": points}))
+    return found.model_copy(update={"kinds": tuple(kinds)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "failed"),
+    [
+        (loops.FedBack, lambda m: m.model_copy(update={"runs": "0, 3 x (1), 3 x (2), 3-4"}), "runs"),
+        (loops.FedBack, lambda m: m.model_copy(update={"between": {}, "joined": True}), "hand-over"),
+        (loops.FedBack, lambda m: m.model_copy(update={"between": {**m.between, "1 -> 2": "x"}}), "hand-over"),
+        (loops.Averaged, lambda m: m.model_copy(update={"between": {}}), "final_norm"),
+        (loops.TwiceInARun, lambda m: _other_call(m, "mlp_in", call=0), "reads"),
+        (loops.TwiceInARun, lambda m: _other_call(m, "mixer_in", call=1), "reads"),
+        (loops.TwiceInARun, lambda m: _other_call(m, "resid_mid", calls_per_run=1), "sum"),
+        (loops.Cycled, lambda m: _other_call(m, "resid_post", call=1), "sum"),
+    ],
+)
+def test_a_map_that_is_wrong_about_runs_does_not_pass(kind: type[nn.Module], changed: Any, failed: str) -> None:
+    model = kind().eval()
+    found = discover(model)
+    assert verify(model, architecture_map=found).passed
+    result = verify(model, architecture_map=changed(found))
+    assert failed in {each.name for each in result.checks if not each.passed}
