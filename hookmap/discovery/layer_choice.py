@@ -12,6 +12,7 @@ from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.joined_lists import joined
 from hookmap.discovery.layer_list import LayerList, Numbered, Rows, additions, adds, chain, numbered_modules
 from hookmap.discovery.linear import has_weights, linear_path
+from hookmap.discovery.mixing import mixing
 from hookmap.discovery.model_points import logits_of
 from hookmap.discovery.scattered import scattered
 from hookmap.discovery.siblings import trimmed, worded_modules
@@ -96,10 +97,13 @@ def _why_no_list(values: Values, groups: list[Numbered], seq: int) -> str:
 
 
 def _are_its_branches(values: Values, inner: LayerList, outer: LayerList) -> bool:
-    """Whether a list is the branches of one block: modules of different classes, each of which adds once (T5)."""
-    classes = {type(call.module) for call in inner.calls.values()}
+    """Whether a list is the branches of one block: each adds once, and they are of different classes (T5) or roles."""
+    calls = [call for (_, run), call in inner.calls.items() if run == 0]
     once = all(additions(values, inner.calls[n], stream) == 1 for n, stream in inner.streams.items())
-    return once and len(classes) == len(inner.numbers) > 1 and inner is not outer and _is_inside(inner, outer)
+    if not once or inner is outer or len(calls) < 2 or not _is_inside(inner, outer):
+        return False
+    mix = {bool(mixing(values, values.inside(call), inner.seq)) for call in calls}
+    return len({type(call.module) for call in calls}) == len(calls) or len(mix) == len(calls)
 
 
 def _lengths(values: Values, groups: list[Numbered], seq: int) -> list[int]:

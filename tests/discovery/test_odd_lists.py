@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import odd_lists, plain_hooks
+from support import odd_lists, odd_parts, odd_streams, plain_hooks
 from support.invented import DEPTH, IDS, D, Ladder, check
 from torch import Tensor, nn
 
@@ -33,20 +33,25 @@ UNEXPOSED = dict.fromkeys(("resid_pre", "resid_mid", "resid_post"), "no module b
         (odd_lists.Attributes, "{i}", ("lowest", "middle", "highest")),
         (odd_lists.Backwards, "{i}", ("low", "mid", "top")),
         (odd_lists.OneBlock, "{i}", ("rung",)),
-        (odd_lists.SideBySide, "calms.{i}", ()),
-        (odd_lists.InWords, "calm_{i}", ("low", "mid", "high")),
-        (odd_lists.Pairs, "trunk.{i}", ("0", "2", "4")),
+        (odd_parts.SideBySide, "calms.{i}", ()),
+        (odd_parts.InWords, "calm_{i}", ("low", "mid", "high")),
+        (odd_parts.Pairs, "trunk.{i}", ("0", "2", "4")),
         (odd_lists.Trunk, "trunk.{i}", ("1", "2", "3")),
-        (odd_lists.HalfInside, "blends.{i}", ()),
-        (odd_lists.BothInside, "blends.{i}", ()),
-        (odd_lists.Assorted, "calms.{i}", ()),
-        (odd_lists.Couples, "rungs.{i}.0", ()),
-        (odd_lists.Dictionaries, "layers.{i}.calm", ()),
+        (odd_parts.HalfInside, "blends.{i}", ()),
+        (odd_parts.BothInside, "blends.{i}", ()),
+        (odd_parts.Assorted, "calms.{i}", ()),
+        (odd_parts.Couples, "rungs.{i}.0", ()),
+        (odd_parts.Dictionaries, "layers.{i}.calm", ()),
         (odd_lists.Parts, "parts.block_{i}", ("a", "b", "c")),
-        (odd_lists.InStates, "rungs.{i}", ()),
-        (odd_lists.Flat, "rungs.{i}", ()),
-        (odd_lists.Buffer, "rungs.{i}", ()),
-        (odd_lists.BufferLast, "rungs.{i}", ()),
+        (odd_streams.InStates, "rungs.{i}", ()),
+        (odd_lists.Residuals, "rungs.{i}", ()),
+        (odd_lists.NumberedResiduals, "rungs.{i}", ()),
+        (odd_lists.TwoOfResiduals, "{i}", ("low", "high")),
+        (odd_lists.Stages, "rungs.{i}", (*(f"low.{i}" for i in range(3)), *(f"high.{i}" for i in range(3)))),
+        (odd_lists.Downwards, "rungs.{i}", ()),
+        (odd_streams.Flat, "rungs.{i}", ()),
+        (odd_streams.Buffer, "rungs.{i}", ()),
+        (odd_streams.BufferLast, "rungs.{i}", ()),
         (odd_lists.Gaps, "rungs.{i}", ("1", "4", "7")),
         (odd_lists.Towers, "rungs.{i}", ()),
     ],
@@ -60,12 +65,12 @@ def test_blocks_are_found_under_any_key(kind: type[Ladder], path: str, names: tu
 
 
 def test_what_no_module_boundary_exposes_is_refused_and_the_rest_is_right() -> None:
-    found = check(odd_lists.Method(), UNEXPOSED)
+    found = check(odd_parts.Method(), UNEXPOSED)
     assert (found.layers_path, found.num_layers) == ("blends.{i}", DEPTH)
 
 
 def test_a_block_in_two_modules_of_one_list_is_one_layer() -> None:
-    found = check(odd_lists.Pairs())
+    found = check(odd_parts.Pairs())
     (selector,) = found.selectors("mlp_out", 1)
     assert selector.module == "trunk.3"
     assert found.final_norm_path == "trunk.6"
@@ -101,17 +106,21 @@ def test_what_the_blocks_run_through_is_written_where_it_is_kept() -> None:
     [
         (odd_lists.Ahead, [3], "does not lead to the logits"),
         (odd_lists.Spare, [3, 4], "never called"),
-        (odd_lists.Shorter, [2, 3], "runs on 7 positions where the others have 13"),
+        (odd_streams.Shorter, [2, 3], "runs on 7 positions where the others have 13"),
     ],
 )
 def test_a_block_that_is_no_layer_has_its_number_and_a_reason(
     kind: type[Ladder], layers: list[int], reason: str
 ) -> None:
     found = check(kind())
-    assert found.num_layers == (6 if kind is odd_lists.Shorter else DEPTH + len(layers))
+    assert found.num_layers == (6 if kind is odd_streams.Shorter else DEPTH + len(layers))
     for layer in range(found.num_layers):
         said = found.unavailable("resid_post", layer)
         assert (said is not None and reason in said) if layer in layers else said is None
+
+
+def test_a_second_tower_of_the_logits_is_said() -> None:
+    assert check(odd_lists.Beside()).left_out == ("aside.{i}",)
 
 
 def test_a_block_outside_the_list_is_said() -> None:
@@ -122,9 +131,9 @@ def test_a_block_outside_the_list_is_said() -> None:
 @pytest.mark.parametrize(
     ("kind", "pairs"),
     [
-        (odd_lists.Skips, {"2 -> 3", "3 -> 4", "4 -> 5"}),
-        (odd_lists.Interrupted, {"0-1 -> 1-2"}),
-        (odd_lists.Shorter, {"1 -> 4"}),
+        (odd_streams.Skips, {"2 -> 3", "3 -> 4", "4 -> 5"}),
+        (odd_streams.Interrupted, {"0-1 -> 1-2"}),
+        (odd_streams.Shorter, {"1 -> 4"}),
     ],
 )
 def test_where_the_stream_is_changed_between_blocks_is_said_of_each_pair(kind: type[Ladder], pairs: set[str]) -> None:
@@ -146,10 +155,10 @@ class Nothing(Ladder):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (odd_lists.FlatTurned, r"positions first: \[pos \* batch, d_model\]"),
-        (odd_lists.Copies, r"given \[4, 13, 24\] for one sequence of 13 tokens: several rows of the batch"),
-        (odd_lists.Hourglass, "several widths: 24 in layers 0–1, 4–5, 12 in layers 2–3"),
-        (odd_lists.History, r"no blocks were found.*Seen: rungs.\{i\} \(3 modules\)"),
+        (odd_streams.FlatTurned, r"positions first: \[pos \* batch, d_model\]"),
+        (odd_streams.Copies, r"given \[4, 13, 24\] for one sequence of 13 tokens: several rows of the batch"),
+        (odd_streams.Hourglass, "several widths: 24 in layers 0–1, 4–5, 12 in layers 2–3"),
+        (odd_streams.History, r"no blocks were found.*Seen: rungs.\{i\} \(3 modules\)"),
         (Nothing, r"no blocks were found.*Seen: no lists of modules"),
     ],
 )
@@ -161,7 +170,7 @@ def test_what_no_map_can_say_is_refused_with_what_was_seen(kind: type[Ladder], r
 # What a user sees and gets -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [odd_lists.Words, odd_lists.Attributes, odd_lists.InWords, odd_lists.Pairs])
+@pytest.mark.parametrize("kind", [odd_lists.Words, odd_lists.Attributes, odd_parts.InWords, odd_parts.Pairs])
 def test_the_selectors_of_words_give_what_plain_hooks_give(kind: type[Ladder]) -> None:
     """To the bit: the selector's own module, hooked, against the tape."""
     model = kind().eval()
@@ -214,7 +223,7 @@ def test_a_model_of_transformers_with_words_as_keys_is_captured_while_it_generat
 
 
 def test_blocks_that_are_no_modules_run_twice() -> None:
-    model = odd_lists.LoopedMethod().eval()
+    model = odd_parts.LoopedMethod().eval()
     found = discover(model)
     assert (found.runs, found.num_layers, found.between) == ("2 x (0-2)", DEPTH, {})
     result = verify(model, architecture_map=found)
@@ -226,6 +235,14 @@ def test_blocks_that_are_no_modules_run_twice() -> None:
 
 
 def test_copies_of_a_sequence_inside_a_branch_are_refused_and_the_stream_is_right() -> None:
-    found = check(odd_lists.Ensembles())
+    found = check(odd_streams.Ensembles())
     assert "several rows of the batch" in str(found.unavailable("q", 0))
     assert found.unavailable("mixer_out", 0) is None
+
+
+def test_a_block_with_two_names_is_a_layer_under_each() -> None:
+    model = odd_lists.SharedWords().eval()
+    found = discover(model)
+    assert [found.selectors("resid_pre", layer)[0].terms[0].call for layer in range(3)] == [0, 1, None]
+    result = verify(model, architecture_map=found)
+    assert result.passed, [each for each in result.checks if not each.passed]

@@ -1,0 +1,194 @@
+"""Models whose stream lies oddly: flat, in a buffer, in copies, of several widths or lengths, or changed between blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from support.invented import DEPTH, D, Ladder, Mix, Rung, Think, note
+from support.odd_lists import Mute
+from torch import Tensor, nn
+
+
+class Flat(Ladder):
+    """The stream is [batch * pos, d]; the attention alone sees sequences."""
+
+    turned = False
+
+    def __init__(self) -> None:
+        super().__init__(FlatRung)
+
+    def climb(self, x: Tensor) -> Tensor:
+        b, s, d = x.shape
+        flat = (x.transpose(0, 1) if self.turned else x).reshape(b * s, d)
+        for rung in self.rungs:
+            flat = rung(flat, b, self.turned)
+        return flat.view(s, b, d).transpose(0, 1) if self.turned else flat.view(b, s, d)
+
+
+class FlatTurned(Flat):
+    """The stream is [pos * batch, d]."""
+
+    turned = True
+
+
+class FlatRung(Rung):
+    def forward(self, x: Tensor, b: int, turned: bool) -> Tensor:  # type: ignore[override]
+        def fold(t: Tensor) -> Tensor:
+            return t.view(-1, b, D).transpose(0, 1) if turned else t.view(b, -1, D)
+
+        def flat(t: Tensor) -> Tensor:
+            return (t.transpose(0, 1) if turned else t).reshape(-1, D)
+
+        n = self.calm(x)
+        a = flat(self.blend(fold(n)))
+        y = x + a
+        m = self.cool(y)
+        f = self.think(m)
+        said = {"resid_pre": x, "mixer_in": n, "mixer_out": a, "resid_mid": y, "mlp_in": m, "mlp_out": f}
+        note(self.i, **{name: fold(t) for name, t in (said | {"resid_post": y + f}).items()})
+        return y + f
+
+
+class Buffer(Ladder):
+    """The stream after each block is written into one tensor, from which the next block reads it."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        kept = x.new_zeros(x.shape[0], DEPTH + 1, *x.shape[1:])
+        kept[:, 0] = x
+        for i, rung in enumerate(self.rungs):
+            kept[:, i + 1] = rung(kept[:, i])
+        return kept[:, -1]
+
+
+class Copies(Ladder):
+    """Four copies of the stream, along the batch axis."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        x = x.repeat(4, 1, 1) * torch.arange(1, 5).repeat_interleave(x.shape[0])[:, None, None]
+        for rung in self.rungs:
+            x = rung(x)
+        return x.unflatten(0, (4, -1)).sum(0)
+
+
+class Wide(nn.Module):
+    """A pre-norm block of any width."""
+
+    def __init__(self, i: int, width: int) -> None:
+        super().__init__()
+        self.i = i
+        self.calm, self.cool = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.blend, self.think = Mix(width), Think(width)
+
+    forward = Rung.forward
+
+
+class Hourglass(Ladder):
+    """The blocks in the middle are narrower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rungs = nn.ModuleList(Wide(i, width) for i, width in enumerate((24, 24, 12, 12, 24, 24)))
+        self.narrow, self.widen = nn.Linear(24, 12), nn.Linear(12, 24)
+
+    def climb(self, x: Tensor) -> Tensor:
+        r = self.rungs
+        x = before = r[1](r[0](x))
+        x = r[3](r[2](self.narrow(x)))
+        return r[5](r[4](before + self.widen(x)))  # type: ignore[no-any-return]
+
+
+class Shorter(Ladder):
+    """The blocks in the middle see half of the positions."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=6)
+        self.rungs[2], self.rungs[3] = Mute(2), Mute(3)
+
+    def climb(self, x: Tensor) -> Tensor:
+        r = self.rungs
+        x = before = r[1](r[0](x))
+        half = r[3](r[2](x[:, ::2]))
+        return r[5](r[4](before + half.repeat_interleave(2, 1)[:, : x.shape[1]]))  # type: ignore[no-any-return]
+
+
+class Skips(Ladder):
+    """Half of the blocks are added what a block before them gave."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=6)
+
+    def climb(self, x: Tensor) -> Tensor:
+        kept = []
+        for i, rung in enumerate(self.rungs):
+            x = rung(x if i < 3 else x + 0.5 * kept[5 - i])
+            kept.append(x)
+        return x
+
+
+class Interrupted(Ladder):
+    """Something is added to the stream before each block but the first."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        start = x
+        for i, rung in enumerate(self.rungs):
+            x = rung(x + start if i else x)
+        return x
+
+
+class Ensemble(Rung):
+    """The attention sees two copies of each sequence, one behind the other in the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        noise = torch.linspace(0.5, 1.5, 2).repeat_interleave(x.shape[0])[:, None, None]
+        a = self.blend(n.repeat(2, 1, 1) * noise).unflatten(0, (2, -1)).mean(0)
+        y = x + a
+        m = self.cool(y)
+        f = self.think(m)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+class Ensembles(Ladder):
+    def __init__(self) -> None:
+        super().__init__(Ensemble)
+
+
+class BufferLast(Ladder):
+    """The streams are kept side by side in the last axis of one tensor."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        kept = x.new_zeros(*x.shape, DEPTH + 1)
+        kept[..., 0] = x
+        for i, rung in enumerate(self.rungs):
+            kept[..., i + 1] = rung(kept[..., i])
+        return kept[..., -1]
+
+
+class History(Ladder):
+    """The streams of all blocks are kept, and the last of them is read."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        past = x[None]
+        for rung in self.rungs:
+            past = torch.cat([past, rung(past[-1])[None]])
+        return past[-1]
+
+
+class StateRung(Rung):
+    def forward(self, state: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        return {"stream": super().forward(state["stream"]), "depth": state["depth"] + 1}
+
+
+class InStates(Ladder):
+    """The stream is handed on in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__(StateRung)
+
+    def climb(self, x: Tensor) -> Tensor:
+        state = {"stream": x, "depth": 0}
+        for rung in self.rungs:
+            state = rung(state)
+        return state["stream"]
