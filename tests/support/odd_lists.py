@@ -1,4 +1,4 @@
-"""Models whose blocks are modules, and in no plain numbered list; each says on the tape which tensors its points are."""
+"""Models whose blocks are modules, in no plain numbered list; each says on the tape which tensors its points are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models whose stream lies oddly: flat, in a buffer, in copies, of several widths or lengths, or changed between blocks."""
+"""Models whose stream lies oddly: flat, in a buffer, in copies, of several widths or lengths, changed in between."""
 
 from __future__ import annotations
 
