@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.documents import hybrid, uniform
 
@@ -34,19 +34,34 @@ terms = st.fixed_dictionaries(
         "side": st.sampled_from(["input", "output"]),
         "index": st.none() | st.integers(0, 9) | st.text(max_size=4),
         "scale": st.floats(allow_nan=False, allow_infinity=False),
-    }
+    },
+    optional={
+        "rows": st.sampled_from(["first", "last"]),
+        "axes": st.none() | st.just(["batch", "heads", "pos", "key"]),
+        "heads": st.just({"stop": 12, "d_head": 4}) | st.just({"groups": 2, "start": 1, "stop": 9, "d_head": 4}),
+    },
 )
+evidence = st.sampled_from(["", "seen", "the tensor that leaves Block", "the tensor that enters Linear, times 0.5"])
+of_blocks = [name for name, point in POINTS.items() if point.per_layer]
 points = st.dictionaries(
-    st.sampled_from(list(POINTS)),
-    st.fixed_dictionaries({"terms": st.lists(terms, min_size=1, max_size=3), "order": st.integers(0, 50)}),
+    st.sampled_from(of_blocks),
+    st.fixed_dictionaries(
+        {"terms": st.lists(terms, min_size=1, max_size=3), "order": st.integers(0, 50)}, optional={"evidence": evidence}
+    ),
+)
+reasons = st.dictionaries(
+    st.sampled_from(list(POINTS)), st.sampled_from(["", "so", "this block has no mixture of experts"])
 )
 
 
-@given(points, st.text(max_size=20), st.dictionaries(st.text(max_size=5), st.none() | st.text(max_size=5)))
-def test_whatever_a_map_holds_survives_json(found: dict[str, Any], text: str, config: dict[str, Any]) -> None:
+@settings(deadline=None)
+@given(points, reasons, st.text(max_size=20), st.dictionaries(st.text(max_size=5), st.none() | st.text(max_size=5)))
+def test_whatever_a_map_holds_survives_json(
+    found: dict[str, Any], lost: dict[str, str], text: str, config: dict[str, Any]
+) -> None:
     document = uniform()
     document |= {"model_id": text, "config": config}
-    document["kinds"][0]["points"] = found
+    document["kinds"][0] |= {"points": found, "unavailable": lost}
     made = parse(document)
     assert parse(made.to_json()) == made
     assert json.loads(made.to_json()) == made.to_document()
