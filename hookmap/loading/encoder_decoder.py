@@ -109,8 +109,10 @@ def source(
 def encoder_vocabulary(model: nn.Module) -> int:
     """How many token ids the encoder of an encoder-decoder knows."""
     inside = model_inside(model)
-    embedding = _embedding(inside.get_encoder()) or _embedding(inside)
-    return len(next(embedding.parameters())) if embedding is not None else int(inside.config.vocab_size)
+    encoder = inside.get_encoder()
+    tables = (module for module in encoder.modules() if isinstance(module, nn.Embedding))
+    embedding = _embedding(encoder) or next(tables, None) or inside.get_input_embeddings()
+    return len(next(embedding.parameters()))
 
 
 def embedding_of_tokens(model: nn.Module) -> Any:

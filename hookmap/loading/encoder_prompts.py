@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hookmap.errors import TokenizerError
+from hookmap.loading import other_inputs
 from hookmap.loading.chat_template import Chat, Templating
 from hookmap.loading.encoder_decoder import TOKENS, encoder_argument, source, start_token
 from hookmap.loading.further_inputs import FurtherInputs
@@ -52,6 +53,7 @@ def _parts(prompts: Any) -> list[Any]:
 def trial_prompt(model: nn.Module, decoder_ids: Sequence[int]) -> Prompt:
     """A prompt of these tokens of the decoder, whose encoder reads something random: for trials without a prompt."""
     given = source(model, 1, len(decoder_ids), device_of(model), torch.Generator().manual_seed(0))
+    given |= other_inputs.chosen(model, given)
     return Prompt("", tuple(decoder_ids), inputs=FurtherInputs.of(given))
 
 

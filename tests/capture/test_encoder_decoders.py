@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.encoders import DECODERS, LAYERS, build, by_hand, prompt_inputs
+from support.encoders import DECODERS, ENCODERS, LAYERS, build, by_hand, prompt_inputs
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
@@ -184,3 +184,15 @@ def test_beams_are_refused_with_what_to_give() -> None:
     model.generation_config.num_beams = 4
     with pytest.raises(CaptureError, match="Give num_beams=1"):
         hookmap.open(model).capture([[5, 6]], "resid_post", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["t5", "bert"])
+def test_a_server_says_that_it_serves_no_such_model(name: str, tmp_path: Path) -> None:
+    from hookmap.services.server.models import Models
+    from hookmap.services.server.settings import Settings
+
+    reading = {**DECODERS, **ENCODERS}[name]
+    models = Models(Settings(root=tmp_path))
+    with pytest.raises(ModelError, match=f"{reading.kind} .*the server's answers do"):
+        models.add(name, hookmap.open(build(reading), tokenizer=tiny_tokenizer()))
+    assert not models.all
