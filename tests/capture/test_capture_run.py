@@ -408,12 +408,14 @@ def test_token_ids_come_as_lists_arrays_or_tensors(hm: HookedModel) -> None:
     assert hm.capture(rows[0], ["resid_mid"], [1], max_new_tokens=2).tokens[0][:3] == (5, 17, 3)
 
 
-@pytest.mark.parametrize("where", [3, None, ("resid_mid", 1, 2), ("resid_mid", slice(None)), ("resid_mid", "1")])
+@pytest.mark.parametrize("where", [3, None, ("resid_mid", 1, 0, 2), ("resid_mid", slice(None)), ("resid_mid", "1")])
 def test_what_stands_between_the_brackets_is_a_point_and_a_layer(hm: HookedModel, where: Any) -> None:
     run = hm.capture([[5, 17, 3]], ["resid_mid"], [1], max_new_tokens=2)
     for read in (run, run.store):
         with pytest.raises(hookmap.SelectionError, match='expected \\["point"\\]'):
             read[where]
+        with pytest.raises(hookmap.SelectionError, match="has no call 2"):
+            read["resid_mid", 1, 2]
 
 
 def test_text_without_a_tokenizer_and_chat_without_a_template_are_refused() -> None:
