@@ -23,6 +23,7 @@ from hookmap.loading.config_fields import with_fields
 from hookmap.loading.modules import model_root
 from hookmap.loading.prompts import NO_TOKENIZER
 from hookmap.maps.document import ArchitectureMap
+from hookmap.verification.opening import hold
 
 
 class HookedModel(Hooked):
@@ -87,6 +88,7 @@ def open(
     tokenizer: Any = None,
     processor: Any = None,
     config: Mapping[str, Any] | None = None,
+    check: bool = True,
 ) -> HookedModel:
     """A model to capture from.
 
@@ -97,6 +99,8 @@ def open(
     map: a map, a map file or an architecture's name; unless given, discovery makes one of the loaded model.
     dtype: "auto" is the checkpoint's own. device: None is a GPU where there is one; both are for hub ids and folders.
     config: fields that replace those of its config.json, {"sliding_window": 64}; for hub ids and folders.
+    check: hold the map against one forward pass on 18 random tokens, where no map of the architecture is
+    proved for the installed transformers: one pass in float64, some seconds for a large model.
     Raises ModelError, TokenizerError, DiscoveryError, and MapMismatchError where the given map contradicts the model.
     """
     given = given_map(map)
@@ -121,6 +125,8 @@ def open(
     root = model_root(module)
     with lock_of(module).exclusive():
         architecture_map, read = understood(module, root, given)
+        if check:
+            hold(architecture_map, module, given is not None)
     name = architecture_map.model_id if at is None else at
     nnsight_model = None if isinstance(x, str | os.PathLike | nn.Module) else x
     opened = HookedModel(module, tokenizer, architecture_map, name, why_none, nnsight_model, makes)

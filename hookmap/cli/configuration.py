@@ -141,6 +141,7 @@ class Settings(Section):
     device: Text | None = Field(None, description="cpu, cuda, cuda:1, auto; else a GPU where there is one")
     config: Kwargs | None = Field(None, description="fields of the model, over those of its config.json")
     trust_remote_code: bool = Field(False, description="run the modelling code that the model brings")
+    check: bool = Field(True, description="hold a map that is not proved against one forward pass")
     points: Points | None = Field(
         None, description="which tensors: a list, layers by point, or all; of serve, resid_post"
     )

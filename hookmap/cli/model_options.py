@@ -32,6 +32,11 @@ loading = option_group(
         help="A field over its config.json's, such as sliding_window=64; may be given several times.",
     ),
     trust_remote_code,
+    click.option(
+        "--check/--no-check",
+        default=None,
+        help="Hold a map that is not proved against one forward pass.  [default: check]",
+    ),
 )
 """which model and how it is loaded; `opened` reads them"""
 
@@ -95,4 +100,5 @@ def loads(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         "device": given["device"] or settings.get("device"),
         "config": {**(settings.get("config") or {}), **(given["config"] or {})} or None,
         "trust_remote_code": trusted(given["trust_remote_code"], settings),
+        "check": settings.get("check", True) if given["check"] is None else given["check"],
     }

@@ -41,6 +41,35 @@ LAST_RUN = (heads.one_head, reads.reads)
 """those that run the model: of the first run, and of the last"""
 
 
+CHEAP = (
+    streams.shapes,
+    streams.order,
+    streams.runs,
+    streams.hidden_states,
+    streams.embed,
+    streams.logits,
+    streams.hand_over,
+    streams.final_norm,
+    relations.stated,
+    relations.sums,
+    streams.second_names,
+    inside.branches,
+    heads.patterns,
+)
+"""those that need one forward pass, and no other"""
+
+
+def cheap_checks_of(found: ArchitectureMap, model: nn.Module) -> Iterator[Check]:
+    """The checks of one forward pass on 18 random tokens. Raises what the model raises on them."""
+    run = run_once(found, model, 0)
+    if (wrong := _not_finite(run)) is not None:
+        yield wrong
+        return
+    for number in range(max(kind.calls for kind in found.kinds)):
+        for check in CHEAP if number == 0 else EACH_RUN:
+            yield from check(run if number == 0 else run.in_run(number))
+
+
 def checks_of(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Iterator[Check]:
     """Every check of a map on a model.
 

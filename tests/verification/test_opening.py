@@ -1,0 +1,60 @@
+"""A model whose architecture has no proved map is held against one pass when it is opened."""
+
+import logging
+
+import pytest
+import torch
+from support import plain_hooks
+from torch import nn
+from transformers import LlamaForCausalLM
+
+import hookmap
+from hookmap.maps.document import ArchitectureMap
+
+
+class Unheard(LlamaForCausalLM):
+    """An architecture without a shipped map, which discovery reads right."""
+
+
+def unheard() -> nn.Module:
+    torch.manual_seed(1)
+    return plain_hooks.redrawn(Unheard(plain_hooks.FAMILIES["llama"].config()))
+
+
+def wrong(found: ArchitectureMap) -> ArchitectureMap:
+    """resid_mid stands where the attention's output is."""
+    (kind,) = found.kinds
+    points = {**kind.points, "resid_mid": kind.points["attn_out"]}
+    return found.model_copy(update={"kinds": (kind.model_copy(update={"points": points}),)})
+
+
+def test_a_right_map_is_opened_and_the_log_says_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="hookmap"):
+        hookmap.open(unheard())
+    assert "The map of Unheard passed the cheap checks in" in caplog.text
+
+
+def test_a_map_that_is_not_true_is_refused_with_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hookmap.discovery import map_of_model
+
+    right = map_of_model.discover
+    monkeypatch.setattr(map_of_model, "discover", lambda source: wrong(right(source)))
+    with pytest.raises(hookmap.DiscoveryError, match=r"(?s)hookmap misreads Unheard.*sum: resid_mid = .*check=False"):
+        hookmap.open(unheard())
+    assert hookmap.open(unheard(), check=False).map.num_layers == plain_hooks.LAYERS
+
+
+def test_nothing_of_the_model_is_changed() -> None:
+    model = unheard().to(torch.bfloat16).train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    hookmap.open(model)
+    assert model.training
+    assert all(weight.equal(before[name]) for name, weight in model.state_dict().items())
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+
+
+def test_an_architecture_with_a_proved_map_is_not_run(caplog: pytest.LogCaptureFixture) -> None:
+    model = plain_hooks.build("llama")
+    with caplog.at_level(logging.INFO, logger="hookmap"):
+        hookmap.open(model)
+    assert "cheap checks" not in caplog.text
