@@ -23,6 +23,7 @@ from inspect_ai.model import (
     ChatMessage,
     ChatMessageAssistant,
     ChatMessageTool,
+    ContentImage,
     GenerateConfig,
     ModelAPI,
     ModelOutput,
@@ -32,6 +33,7 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
 
 from hookmap.activations import Sample
+from hookmap.datasets.messages import has_images
 from hookmap.errors import CaptureError, TokenizerError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import Prompt, templated
@@ -159,12 +161,14 @@ class HookmapAPI(ModelAPI):
     def _encode(self, input: list[ChatMessage], tools: list[ToolInfo]) -> Prompt:
         tokenizer = self.hooked.tokenizer
         messages = [_plain(message) for message in input]
+        named = {"tools": [_described(tool) for tool in tools]} if tools else {}
+        how = Templating(chat_template_kwargs={**self._template, **named}, generates=True)
+        if has_images(messages):
+            return templated(messages, 0, tokenizer, how, getattr(self.hooked, "reader", None))
         if not getattr(tokenizer, "chat_template", None):
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
             [prompt] = self.hooked.encode(text, False)
             return prompt
-        named = {"tools": [_described(tool) for tool in tools]} if tools else {}
-        how = Templating(chat_template_kwargs={**self._template, **named}, generates=True)
         return templated(messages, 0, tokenizer, how)
 
     def _serve(self) -> None:
@@ -277,9 +281,11 @@ def _is_cut(sample: Sample, config: GenerateConfig, ends: tuple[int, ...]) -> bo
 
 def _plain(message: ChatMessage) -> dict[str, Any]:
     parts = [] if isinstance(message.content, str) else message.content
-    if other := [part.type for part in parts if part.type not in ("text", "reasoning")]:
-        raise TokenizerError(f"a message has {', '.join(other)}: hookmap reads text only. Give the text alone.")
+    if other := [part.type for part in parts if part.type not in ("text", "reasoning", "image")]:
+        raise TokenizerError(f"a message has {', '.join(other)}: hookmap reads text and images. Leave it out.")
     found: dict[str, Any] = {"role": message.role, "content": message.text}
+    if any(isinstance(part, ContentImage) for part in parts):
+        found["content"] = [_part(part) for part in parts if part.type != "reasoning"]
     if isinstance(message, ChatMessageAssistant) and message.tool_calls:
         found["tool_calls"] = [
             {"type": "function", "function": {"name": call.function, "arguments": call.arguments}}
@@ -288,6 +294,12 @@ def _plain(message: ChatMessage) -> dict[str, Any]:
     if isinstance(message, ChatMessageTool) and message.error is not None:
         found["content"] = f"Error: {message.error.message}"
     return found
+
+
+def _part(part: Any) -> dict[str, Any]:
+    if isinstance(part, ContentImage):
+        return {"type": "image", "url": part.image}
+    return {"type": "text", "text": part.text}
 
 
 def _described(tool: ToolInfo) -> dict[str, Any]:

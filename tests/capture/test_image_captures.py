@@ -1,5 +1,6 @@
 """What is built on captures, with images: the store, files of prompts, the command line, writes, sweeps and lenses."""
 
+import asyncio
 import hashlib
 import json
 from pathlib import Path
@@ -221,3 +222,23 @@ def test_lenses_and_attributions_read_prompts_with_images(hm: Any) -> None:
     rows = [hm.capture(each, "resid_post", 1, max_new_tokens=0)["resid_post", 1][0, -1] for each in (
         prompt, message("to be", image(1), "or not"))]  # fmt: skip
     assert torch.allclose(vector[1], rows[0] - rows[1], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_inspects_messages_have_images(hm: Any, folder: Path, data: Path) -> None:
+    model = pytest.importorskip("inspect_ai.model", reason='pip install "hookmap[eval]"')
+    from hookmap.evaluation.inspect_provider import HookmapAPI
+
+    cat = str(data.parent / "cat.png")
+    provider = HookmapAPI(str(folder), device="cpu")
+
+    def ask(*parts: Any) -> Any:
+        content = [model.ContentText(text="to be"), *parts]
+        config = model.GenerateConfig(max_tokens=NEW, temperature=0)
+        return asyncio.run(provider.generate([model.ChatMessageUser(content=content)], [], "none", config))
+
+    expected = hm.capture(message("to be", Path(cat)), (), max_new_tokens=NEW)
+    answer = ask(model.ContentImage(image=cat))
+    assert answer.completion == expected.texts[0] and answer.usage.input_tokens == expected.samples[0].prompt_tokens
+    with pytest.raises(hookmap.TokenizerError, match="a message has audio: hookmap reads text and images"):
+        ask(model.ContentAudio(audio="x.wav", format="wav"))
