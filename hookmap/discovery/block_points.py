@@ -67,7 +67,7 @@ def points_of_block(block: Block) -> BlockPoints:
     inside = _inside(block, kinds, locator)
     places |= inside.places
     found = {name: place for name, place in places.items() if isinstance(place, Location)}
-    relations = [*additions(block, middle, found), *inside.relations]
+    relations = [*additions(block, middle, found, locator.parameter), *inside.relations]
     return BlockPoints(
         branch_order=kinds.order,
         coupled=bool(block.streams.twin),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from hookmap.discovery.block import ROLES, Block
 from hookmap.discovery.linear import Step, steps
-from hookmap.maps.relations import OWN, Relation, Term
+from hookmap.maps.relations import FURTHER, OWN, Relation, Term
 
 _Sum = tuple[Term, ...]
 
@@ -69,10 +69,13 @@ def obstacles(block: Block) -> list[str]:
     return list(found)
 
 
-def additions(block: Block, middle: Middle | None, points: Collection[str]) -> list[Relation]:
+def additions(
+    block: Block, middle: Middle | None, points: Collection[str], parameter: Callable[[int, int], str | None]
+) -> list[Relation]:
     """Each state of the stream that has a name, as made of the named state before it and of what branches add.
 
     `points`: those that the block has. A state without a point has no name: what it is made of stands for it.
+    `parameter`: the path of the parameter that a value is, as one that multiplies another value.
     """
     if all(branch.role == "other" for branch in block.branches):
         return []
@@ -80,10 +83,12 @@ def additions(block: Block, middle: Middle | None, points: Collection[str]) -> l
     names = {state: name for state, name in named if name in points or state in (block.entry, block.exit)}
     made: dict[int, _Sum] = {block.entry: (Term(1.0, names[block.entry]),)}
     found: list[Relation] = []
+    if block.streams.twin:  # the second stream of a reversible block: what enters has no name
+        made.setdefault(block.streams.twin[0].source, (Term(1.0, FURTHER),))
     for position, step in enumerate(block.path):
-        if step.source not in made:  # the second stream of a reversible block: what enters has no name
-            continue
         terms = _after(block, position, step, made[step.source], step.source in names)
+        if step.kind == "gate" and step.gate is not None and (weight := parameter(step.gate, step.source)):
+            terms = _weighted(made[step.source], weight, terms)
         itself = (Term(1.0, names.get(step.result, "")),)
         if step.result in names and terms != itself:
             found.append(Relation(names[step.result], terms))
@@ -126,7 +131,13 @@ def _added(block: Block, position: int) -> Iterator[str]:
     own = [part for branch in block.role("other") if branch.step == position for part in branch.added]
     if own:
         is_fixed = all(block.values.is_constant(part, of_tokens=True) for part in own)
-        yield OWN if is_fixed else f"{OWN}_of_tokens"
+        yield OWN if is_fixed else FURTHER
+
+
+def _weighted(terms: _Sum, weight: str, unnamed: _Sum) -> _Sum:
+    """The terms times a parameter, each of which may have one; `unnamed`: the same without its name."""
+    plain = not any(term.of or term.weight for term in terms)
+    return tuple(replace(term, weight=weight) for term in terms) if plain else unnamed
 
 
 def _times(factor: float, terms: _Sum) -> _Sum:

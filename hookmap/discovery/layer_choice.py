@@ -28,7 +28,7 @@ def find_layers(values: Values, seq: int) -> LayerList:
     groups = numbered_modules(values)
     logits = logits_of(values)
     output = _computed_from(values, values.flow.calls[0].outputs.values() if logits is None else [logits])
-    candidates = [_reaching(layers, output) for layers in _candidates(values, groups, seq, output)]
+    candidates = [_reaching(values, layers, output) for layers in _candidates(values, groups, seq, output)]
     best = max(candidates, key=lambda layers: _rank(values, layers))
     if len(candidates) > 1 and best.end not in output:
         best = _leading(values, groups, best, output)
@@ -74,9 +74,14 @@ def _lists(values: Values, groups: list[Numbered], seq: int, linked: bool = Fals
     return [layers for layers in found if not any(_are_its_branches(values, layers, each) for each in found)]
 
 
-def _reaching(layers: LayerList, output: set[int]) -> LayerList:
+def _reaching(values: Values, layers: LayerList, output: set[int]) -> LayerList:
     """The list without the streams of blocks that do not lead to the output, where others of it do."""
-    reaching = {number for (number, _), stream in layers.streams.items() if stream[1] in output}
+    # Of a reversible block, it may be the other stream that leads on.
+    reaching = {
+        number
+        for (number, run), (_, leave) in layers.streams.items()
+        if output & {leave, *map(values.value, layers.calls[number, run].outputs.values())}
+    }
     if not reaching:
         return layers
     reason = "it does not lead to the logits: what it computes is another output's"

@@ -197,7 +197,7 @@ def _handed(values: Values, here: ModuleCall, after: ModuleCall, seq: int, linke
         place: given
         for place, value in entering.items()
         for given in made
-        if value == given or linear_path(values, between, given, value)
+        if value == given or linear_path(values, between, given, value, gathers=True)
     }
 
 

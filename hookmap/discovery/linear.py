@@ -140,15 +140,22 @@ def _stacked(values: Values, value: int, op: Operation) -> list[int]:
     """The tensors of which `value` is a sum with weights, where they were stacked before it: by a product or a sum."""
     if op.name not in (*aten.MATRIX_PRODUCTS, "sum", "mean"):
         return []
-    sources = list(values.operands(op))
-    for _ in range(2):  # the product with the weights, and what it is of
-        made = [values.producers[each] for each in sources if each in values.producers]
-        for each in made:
-            parts = [values.value(t) for t in each.inputs] if each.name in aten.JOINS else []
-            if len(parts) > 1 and all(values.size(part) == values.size(value) for part in parts):
-                return list(dict.fromkeys(parts))
-        sources = [v for each in made if each.name in {*aten.TURNS, *_CASTS, "mul"} for v in values.operands(each)]
+    sources = [_unturned(values, each) for each in values.operands(op)]
+    products = [values.producers[each] for each in sources if each in values.producers]
+    sources += [_unturned(values, v) for each in products if each.name == "mul" for v in values.operands(each)]
+    for source in sources:
+        made = values.producers.get(source)
+        parts = [values.value(t) for t in made.inputs] if made is not None and made.name in aten.JOINS else []
+        if len(parts) > 1 and all(values.size(part) == values.size(value) for part in parts):
+            return list(dict.fromkeys(parts))
     return []
+
+
+def _unturned(values: Values, value: int) -> int:
+    """The value before its axes were turned, or its numbers cast or repeated."""
+    while (op := values.producers.get(value)) is not None and op.name in {*_CASTS, *aten.REPEATS}:
+        value = values.operands(op)[0]
+    return value
 
 
 def _spreads(values: Values, value: int, op: Operation) -> Iterator[Step]:

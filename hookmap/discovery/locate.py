@@ -114,15 +114,19 @@ class Locator:
         """The location times the one parameter that multiplies it: a number, or one for each feature."""
         if not summand.gates:
             return place
-        weight, shape = self._parameter(summand.gates[0]), self.values.shape(summand.gates[0])
-        size = prod(shape)
-        spread = size == (shape[-1] if shape else 1) in (1, self.values.shape(summand.value)[-1])
-        if len(summand.gates) > 1 or weight is None or not spread or any(t.weight for t in place.terms):
+        weight = self.parameter(summand.gates[0], summand.value)
+        if len(summand.gates) > 1 or weight is None or any(t.weight for t in place.terms):
             return None
         return place.with_terms(weight=weight)
 
-    def _parameter(self, value: int) -> str | None:
-        """The template of the path of the parameter that holds the value, also as a cast that only widens it."""
+    def parameter(self, value: int, of: int) -> str | None:
+        """The template of the path of the parameter that holds a value, also as a cast that only widens it.
+
+        None where there is none, or where it is neither a number nor has one for each feature of `of`.
+        """
+        shape = self.values.shape(value)
+        if not prod(shape) == (shape[-1] if shape else 1) in (1, self.values.shape(of)[-1]):
+            return None
         op = self.values.producers.get(value)
         if op is not None and op.name == "_to_copy" and self._widens(self.values.operands(op)[0], value):
             value = self.values.operands(op)[0]

@@ -9,7 +9,7 @@ from functools import partial
 from hookmap.discovery import aten
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.layer_list import LayerList
-from hookmap.discovery.linear import norm_input, norm_source, steps
+from hookmap.discovery.linear import linear_path, norm_input, norm_source, steps
 from hookmap.discovery.locate import Location, Locator
 from hookmap.discovery.values import Values
 
@@ -200,6 +200,7 @@ def _behind_mixing(values: Values, ends: list[int], leave: int, end: int, rows: 
         source = norm_source(values, value)
         if source in rows and leave not in _ancestors(values, ends, end, without=value):
             plain = leave in _ancestors(values, [source], end, heavy=False)
+            plain = plain or bool(linear_path(values, values.flow.calls[0], leave, source, gathers=True))
             return _next_norm(values, source, end, rows) if plain else None
     return None
 

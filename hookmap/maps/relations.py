@@ -3,6 +3,7 @@
     resid_post = norm(0.5 * resid_mid + mlp_out)      form "sum"
     z = pattern @ v                                   form "product"
     mlp_out_raw = mlp.down_proj(mlp_post)             form "applied"
+    resid_mid = 0.5 * layers.{i}.rate * resid_pre + mixer_out          form "sum", with a parameter of the model
 
 In a sum a name is a point; `other` is what a block adds by itself, whatever the tokens are. A function says what is
 done to the stream: `norm`; `gate`, each feature times a weight; `scale`, all features times one number; `mix`, several
@@ -19,26 +20,30 @@ from typing import Literal
 from hookmap.maps.points import PointName
 
 OWN = "other"
+FURTHER = "other_of_tokens"
+"""what a block adds that depends on the tokens and is no point: no relation with it is checked"""
 FUNCTIONS = ("norm", "gate", "scale", "mix")
 
 
 @dataclass(frozen=True)
 class Term:
-    """factor * name, or factor * name(of)."""
+    """factor * weight * name, or factor * name(of)."""
 
     factor: float
     name: str
     of: tuple[Term, ...] = ()
+    weight: str = ""
+    """path of a parameter of the model: a number, or one for each feature"""
 
     def __str__(self) -> str:
-        factor = "" if self.factor == 1.0 else f"{self.factor:.9g} * "
+        factor = ("" if self.factor == 1.0 else f"{self.factor:.9g} * ") + (f"{self.weight} * " if self.weight else "")
         return f"{factor}{self.name}{f'({_text(self.of)})' if self.of else ''}"
 
     def points(self) -> Iterator[str]:
         """The points that this term names; inside a function, if it is one."""
         for term in self.of:
             yield from term.points()
-        if not self.of and self.name != OWN:
+        if not self.of and self.name not in (OWN, FURTHER):
             yield self.name
 
 
@@ -83,6 +88,11 @@ class Relation:
         added = {term.name for term in self.terms if self.form == "sum" and not term.of} - {self.total}
         return all(name in known or (name in added and raw(name) in known) for name in self.points())
 
+    @property
+    def is_open(self) -> bool:
+        """Whether something in it is no point."""
+        return any(FURTHER in (term.name, *(each.name for each in term.of)) for term in self.terms)
+
 
 def raw(point: str) -> str:
     """The bare output of the branch that adds `point`: mixer_out.1 -> mixer_out_raw.1."""
@@ -99,7 +109,7 @@ def _substituted(terms: tuple[Term, ...], known: Mapping[str, tuple[Term, ...]])
             yield replace(term, of=tuple(_substituted(term.of, known)))
         else:
             for new in known.get(term.name, (Term(1.0, term.name),)):
-                yield replace(new, factor=term.factor * new.factor)
+                yield replace(new, factor=term.factor * new.factor, weight=term.weight or new.weight)
 
 
 def _sum(text: str) -> tuple[Term, ...] | None:
@@ -119,8 +129,8 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _term(text: str) -> Term | None:
-    found = re.fullmatch(r"(?:(\S+) \* )?(\w+(?:\.\d+)?)(?:\((.*)\))?", text)
-    if found is None or (found[3] is not None and found[2] not in FUNCTIONS):
+    found = re.fullmatch(r"(?:(-?[\d.]\S*) \* )?(?:([^\W\d]\S*) \* )?(\w+(?:\.\d+)?)(?:\((.*)\))?", text)
+    if found is None or (found[4] is not None and found[3] not in FUNCTIONS):
         return None
-    of = _sum(found[3]) if found[3] is not None else ()
-    return None if of is None else Term(float(found[1] or 1), found[2], of)
+    of = _sum(found[4]) if found[4] is not None else ()
+    return None if of is None else Term(float(found[1] or 1), found[3], of, found[2] or "")

@@ -7,8 +7,9 @@ unknowns. No module of the model is run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -30,7 +31,7 @@ def sums(run: Context) -> Iterator[Check]:
         blocks = [_Block.of(run, layer, epsilons) for layer in kind.layers]
         for text in kind.relations:
             relation = Relation.parse(text)
-            if relation is None or relation.form != "sum":
+            if relation is None or relation.form != "sum" or relation.is_open:
                 continue
             error = max(_misfit(block, relation.total, relation.terms) for block in blocks)
             plain = not any(term.of for term in relation.terms)
@@ -40,10 +41,12 @@ def sums(run: Context) -> Iterator[Check]:
 def stated(run: Context) -> Iterator[Check]:
     """Each point of the stream, and what each branch adds, is in a relation: a point in none could be any tensor.
 
-    Without `resid_post` (XLM), what the last branch adds can be in none.
+    Without `resid_post` (XLM), or without what a branch adds, they can be in none.
     """
     for kind in run.map.kinds:
-        if kind.branch_order == "other" or "resid_post" not in kind.points:
+        branches = [name for name in ("mixer", "cross_attn", "mlp") if getattr(kind, name) is not None]
+        summands = {"resid_post", *(f"{name}_out" for name in branches)}
+        if kind.branch_order == "other" or not summands <= kind.points.keys():
             continue
         relations = [relation for text in kind.relations if (relation := Relation.parse(text)) is not None]
         held = set().union(*(each.points() for each in relations if each.form == "sum"))
@@ -71,11 +74,21 @@ class _Block:
     model: nn.Module
     path: str
     epsilons: tuple[float, ...]
+    at_layer: Callable[[str, int], str]
+    layer: int
 
     @classmethod
     def of(cls, run: Context, layer: int, epsilons: tuple[float, ...]) -> _Block:
         points = {point: tensor for (point, its_layer), tensor in run.values.items() if its_layer == layer}
-        return cls(points, run.model, run.map.at_layer(run.map.layers_path, layer), epsilons)
+        return cls(points, run.model, run.map.at_layer(run.map.layers_path, layer), epsilons, run.map.at_layer, layer)
+
+    def term(self, term: Term) -> Tensor:
+        """The named point times the term's constant, and times the parameter of the model."""
+        value = term.factor * self.points[term.name].double()
+        if not term.weight:
+            return value
+        weight: Tensor = operator.attrgetter(self.at_layer(term.weight, self.layer))(self.model)
+        return value * weight.detach().double()
 
 
 def _misfit(block: _Block, left: str, terms: tuple[Term, ...]) -> float:
@@ -85,7 +98,7 @@ def _misfit(block: _Block, left: str, terms: tuple[Term, ...]) -> float:
         known = [term for term in terms if not term.of and term.name in block.points]
         rest = whole
         for term in known:
-            rest = rest - term.factor * block.points[term.name].double()
+            rest = rest - block.term(term)
         unknown = [_forms(block, term) for term in terms if term not in known and term.name != OWN]
     except KeyError:
         return float("inf")
@@ -112,7 +125,7 @@ def _sum_forms(block: _Block, terms: tuple[Term, ...]) -> Forms:
     for term in terms:
         if term.name == OWN:
             continue
-        found = _forms(block, term) if term.of else [block.points[term.name].double()]
+        found = _forms(block, term) if term.of else [block.term(replace(term, factor=1.0))]
         if term.name == "norm" and len(terms) > 1:
             found = [weighted for form in found for weighted in _weighted(block, form)]
         forms = [have + term.factor * new for have in forms for new in found]

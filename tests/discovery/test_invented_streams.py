@@ -38,6 +38,7 @@ def test_factors_are_learned(block: type[streams.Joined]) -> None:
 
 def test_a_term_names_the_parameter_that_multiplies_it() -> None:
     (kind,) = check(Ladder(streams.Weighted)).kinds
+    assert kind.relations[0] == "resid_mid = rungs.{i}.rate * resid_pre + mixer_out"
     assert [t.text() for t in kind.points["mixer_out"].terms] == ["0.5 * rungs.{i}.rates * rungs.{i}.blend.output"]
 
 
@@ -91,8 +92,7 @@ def test_a_reversible_block_has_two_streams(model: type[coupled.Both]) -> None:
     found = check(model(coupled.Reversible))
     last = found.kinds[-1]
     assert last.coupled and last.branch_order == "sequential"
-    assert last.relations[0] == "resid_post = resid_pre + mlp_out"
-    assert not any(text.startswith("resid_mid =") for text in last.relations)
+    assert last.relations[:2] == ("resid_mid = other_of_tokens + mixer_out", "resid_post = resid_pre + mlp_out")
 
 
 @pytest.mark.parametrize("block", [coupled.Braided, coupled.ReadTogether])
@@ -115,3 +115,8 @@ def test_streams_in_one_tensor_are_mixed_by_fixed_numbers(block: type[coupled.Hy
     found = check(coupled.Streams(block), dict.fromkeys(("mixer_out", "resid_mid", "mlp_out"), reason))
     assert found.kinds[0].axes == ("batch", "pos", "stream", "d_model")
     assert (found.kinds[0].branch_order, found.kinds[0].norm_placement) == ("sequential", "pre")
+
+
+@pytest.mark.parametrize("model", [coupled.OfAllBefore, coupled.OfAStack, coupled.AttendingToDepth])
+def test_what_enters_a_block_is_made_of_all_before(model: type[coupled.OfAllBefore]) -> None:
+    assert not check(model()).joined

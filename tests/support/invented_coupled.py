@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from support.invented import D, Ladder, Mix, Think, note
 from support.invented_streams import Joined
 from torch import Tensor, nn
@@ -123,3 +124,42 @@ class Streams(Ladder):
         for rung in self.rungs:
             h = rung(h)
         return h.sum(2)
+
+
+class OfAllBefore(Ladder):
+    """What enters a block is a sum of what all before gave, with learned weights."""
+
+    def __init__(self) -> None:
+        super().__init__(Joined)
+        self.shares = nn.Parameter(torch.rand(8, 8) + 0.2)
+
+    def gather(self, i: int, given: list[Tensor]) -> Tensor:
+        return sum((share * each for share, each in zip(self.shares[i], given, strict=False)), torch.zeros(()))
+
+    def climb(self, x: Tensor) -> Tensor:
+        given = [x]
+        for i, rung in enumerate(self.rungs):
+            given.append(rung(x))
+            x = self.gather(i, given)
+        return x
+
+
+class OfAStack(OfAllBefore):
+    def gather(self, i: int, given: list[Tensor]) -> Tensor:
+        return torch.einsum("l,lbsd->bsd", self.shares[i, : len(given)], torch.stack(given))
+
+
+class AttendingToDepth(OfAllBefore):
+    """Each position attends to what the blocks before gave it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(8, D))
+
+    def climb(self, x: Tensor) -> Tensor:
+        given = [x]
+        for query, rung in zip(self.queries, self.rungs, strict=False):
+            stack = torch.stack(given)
+            weights = (F.rms_norm(stack, (D,)) @ query).softmax(0)
+            given.append(rung((weights.unsqueeze(-1) * stack).sum(0)))
+        return given[-1]

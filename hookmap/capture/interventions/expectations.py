@@ -229,9 +229,10 @@ def _added(kind: BlockKind, selector: Selector, shown: Collection[Key], isolated
 def _sums(kind: BlockKind, names: set[str], selector: Selector, shown: Collection[Key]) -> Iterator[SumHolds]:
     """The sums of the block with one of these points as a term."""
     for relation in filter(None, map(Relation.parse, kind.relations)):
-        terms = tuple(term for term in relation.terms if not term.of and beside(selector, term.name) in shown)
+        plain = (term for term in relation.terms if not term.of and not term.weight)
+        terms = tuple(term for term in plain if beside(selector, term.name) in shown)
         named = names & {term.name for term in terms}
-        if relation.form == "sum" and named and beside(selector, relation.total) in shown:
+        if relation.form == "sum" and not relation.is_open and named and beside(selector, relation.total) in shown:
             yield SumHolds(relation, terms)
 
 
