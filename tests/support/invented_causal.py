@@ -39,8 +39,16 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         return {"input_ids": input_ids}
 
-    def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
-        return CausalLMOutputWithPast(logits=self.ladder(input_ids))
+    def forward(self, input_ids: Tensor, output_hidden_states: bool = False, **kwargs: Any) -> CausalLMOutputWithPast:
+        x = self.ladder.lookup(input_ids)
+        states = [x]
+        for rung in self.ladder.rungs:
+            x = rung(x)
+            states.append(x)
+        states[-1] = self.ladder.still(x)
+        return CausalLMOutputWithPast(
+            logits=self.ladder.speak(states[-1]), hidden_states=tuple(states) if output_hidden_states else None
+        )
 
     def says(self, ids: Tensor) -> dict[tuple[str, int | None], Tensor]:
         """What the blocks write of themselves."""
