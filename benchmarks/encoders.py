@@ -43,7 +43,8 @@ Made by `python benchmarks/encoders.py --table docs/encoders-table.md` with tran
 *Proved*: of a narrow copy of a few layers, every point in the map that discovery finds is verified
 ([how](discovery.md)), and a capture runs on it: a generation of an encoder-decoder, whose rows are the decoder's
 tokens, and a harvest of an encoder. *Refused*: hookmap says why it makes no map. *Error*: the class cannot be
-built, or does not run on the inputs that hookmap makes for it. *Wrong*: verification refutes the map, or the capture fails.
+built, or does not run on the inputs that hookmap makes for it. *Wrong*: verification refutes the map, or the capture
+fails.
 
 | class | reads | status | blocks | not there, and why |
 | --- | --- | --- | --- | --- |

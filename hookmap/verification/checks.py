@@ -15,7 +15,8 @@ from hookmap.verification import causes, heads, inside, reads, relations, stream
 from hookmap.verification.check import Check
 from hookmap.verification.context import Context, missing_modules, run_once
 
-CHECKS: tuple[Callable[[Context], Iterator[Check]], ...] = (
+_Check = Callable[[Context], Iterator[Check]]
+CHEAP: tuple[_Check, ...] = (
     streams.shapes,
     streams.order,
     streams.runs,
@@ -27,9 +28,13 @@ CHECKS: tuple[Callable[[Context], Iterator[Check]], ...] = (
     relations.stated,
     relations.sums,
     streams.second_names,
-    inside.bare,
     inside.branches,
     heads.patterns,
+)
+"""those that one forward pass is enough for"""
+CHECKS: tuple[_Check, ...] = (
+    *CHEAP,
+    inside.bare,
     heads.attentions,
     heads.one_head,
     reads.reads,
@@ -39,24 +44,6 @@ EACH_RUN = (relations.sums, streams.second_names, inside.branches, heads.pattern
 """those that are made of each run of the layers that run several times"""
 LAST_RUN = (heads.one_head, reads.reads)
 """those that run the model: of the first run, and of the last"""
-
-
-CHEAP = (
-    streams.shapes,
-    streams.order,
-    streams.runs,
-    streams.hidden_states,
-    streams.embed,
-    streams.logits,
-    streams.hand_over,
-    streams.final_norm,
-    relations.stated,
-    relations.sums,
-    streams.second_names,
-    inside.branches,
-    heads.patterns,
-)
-"""those that need one forward pass, and no other"""
 
 
 def cheap_checks_of(found: ArchitectureMap, model: nn.Module) -> Iterator[Check]:

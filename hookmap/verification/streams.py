@@ -77,6 +77,9 @@ def _layer_by_layer(run: Context, states: list[Tensor], layers: list[int]) -> Ch
     A layer that is not called records nothing, and one that runs twice records twice: the k-th state is of the k-th
     run.
     """
+    if len(states) - len(run.visits) not in (0, 1):  # one for each run of each layer, and what the stack leaves
+        detail = f"the model records {len(states)} hidden states, and the map's layers run {len(run.visits)} times"
+        return Check("hidden_states", tuple(layers), False, detail)
     recorded = {visit: state for visit, state in zip(run.visits, states, strict=False) if visit[0] in layers}
     before = [
         min(relative_error(each, state) for each in _entering(run, place))
