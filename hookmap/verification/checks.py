@@ -28,13 +28,13 @@ CHEAP: tuple[_Check, ...] = (
     relations.stated,
     relations.sums,
     streams.second_names,
+    inside.bare,
     inside.branches,
     heads.patterns,
 )
 """those that one forward pass is enough for"""
 CHECKS: tuple[_Check, ...] = (
     *CHEAP,
-    inside.bare,
     heads.attentions,
     heads.one_head,
     reads.reads,
