@@ -173,9 +173,13 @@ class Block:
 
     def _work(self, branch: Branch) -> int:
         """How many multiplications the products of a branch take, for one sequence."""
-        shape = {op.time: [self.values.flow.tensors[t].shape for t in (*op.inputs, *op.outputs)] for op in branch.ops}
-        products = [shape[op.time] for op in branch.ops if op.name in aten.PRODUCTS]
-        return sum(prod(each[-1]) * (each[-3 if len(each) > 2 else 0] or (1,))[-1] for each in products)
+        return sum(self._multiplications(op) for op in branch.ops if op.name in aten.PRODUCTS)
+
+    def _multiplications(self, op: Operation) -> int:
+        shapes = [self.values.flow.tensors[t].shape for t in (*op.inputs, *op.outputs)]
+        if op.name == "convolution":  # each output reads a window of some features
+            return prod(shapes[-1]) * prod(shapes[1][1:])
+        return prod(shapes[-1]) * (shapes[-3 if len(shapes) > 2 else 0] or (1,))[-1]
 
     def mixing(self, ops: list[Operation]) -> list[Operation]:
         """Those of `ops` that move information between positions of the stream, or between tokens."""

@@ -62,7 +62,8 @@ def _mixer_kind(block: Block, mixer: Branch) -> str:
     mixed = {op.name for op in mixing(block.values, mixer.ops, block.seq)}
     # A scan in chunks pads the positions, and only its short convolution is seen to mix. Its decay tells it apart.
     decays = any(op.name in aten.DECAYS for op in mixer.ops)
-    return "convolution" if mixed <= {"convolution"} and not decays else "recurrent"
+    convolves = mixed <= {"convolution"} or ("convolution" in mixed and mixed <= {"convolution", *aten.SHIFTS})
+    return "convolution" if convolves and not decays else "recurrent"
 
 
 def _choice_of_experts(block: Block, mlp: Branch) -> Operation | None:

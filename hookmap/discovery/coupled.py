@@ -41,15 +41,23 @@ def streams_of(values: Values, call: ModuleCall, entry: int, leave: int) -> Stre
 
 
 def _others(values: Values, call: ModuleCall, entry: int, leave: int) -> Iterator[tuple[int, int]]:
-    """The other values of the stream's size that enter, each with each of those that leave."""
-    size = values.size(entry)
+    """The other values of the stream's shape that enter, each with each of those that leave and are read behind it.
+
+    An attention's values, which the next one mixes with its own, are no stream: they are split into heads, or what
+    leaves is not read, where only the first layer's are mixed into all.
+    """
+    shapes = {values.flow.tensors[t].shape for t in call.entered.values() if values.value(t) == entry}
     entering, leaving = (
-        [value for value in map(values.value, tensors.values()) if values.size(value) == size]
+        [values.value(t) for t in tensors.values() if values.flow.tensors[t].shape in shapes]
         for tensors in (call.entered, call.outputs)
     )
     if entry in entering:
         entering.remove(entry)  # it may enter in two places, as both streams of the first block
-    return product(entering, (value for value in leaving if value != leave))
+    return product(entering, (value for value in leaving if value != leave and _is_read_behind(values, call, value)))
+
+
+def _is_read_behind(values: Values, call: ModuleCall, value: int) -> bool:
+    return any(op.time > call.exit for op in values.consumers.get(value, ()))
 
 
 def _are_mixed(values: Values, call: ModuleCall, own: list[Step], twin: list[Step]) -> bool:

@@ -150,10 +150,10 @@ def _treats(values: Values, op: Operation, seq: int) -> bool:
         return True
     if op.name in aten.MATRIX_PRODUCTS or op.name == "mv":
         return sources[-2][-1] == seq
+    if op.name == "convolution":  # of the positions, or of the positions and pads in front of them
+        return seq in (*sources[0], *result) and max(sources[1][2:]) > 1
     if not sources or seq not in sources[0]:
         return False
-    if op.name == "convolution":
-        return max(sources[1][2:]) > 1
     if op.name in ("index", "index_put"):
         return any(_permutes(values, index, sources[0][axis], seq) for axis, index in enumerate(op.args[1]))
     if op.name in aten.ALONG_AN_INDEX:

@@ -75,7 +75,7 @@ def test_what_multiplies_with_no_matrix_is_no_mlp(block: type[streams.Joined]) -
     assert "mlp_out.0" not in kind.points and kind.mlp.modules == ("rungs.{i}.think",)
 
 
-@pytest.mark.parametrize("block", [streams.Canon, streams.CanonInside])
+@pytest.mark.parametrize("block", [streams.Canon, streams.CanonPadded, streams.CanonInside])
 def test_a_short_convolution_is_not_the_mixer_beside_an_attention(block: type[streams.Canon]) -> None:
     (kind,) = check(Ladder(block)).kinds
     assert kind.points["attn_out"].terms == kind.points["mixer_out"].terms
@@ -93,6 +93,17 @@ def test_a_reversible_block_has_two_streams(model: type[coupled.Both]) -> None:
     last = found.kinds[-1]
     assert last.coupled and last.branch_order == "sequential"
     assert last.relations[:2] == ("resid_mid = other_of_tokens + mixer_out", "resid_post = resid_pre + mlp_out")
+
+
+def test_a_convolution_behind_pads_is_one() -> None:
+    (kind,) = check(Ladder(streams.CanonPadded)).kinds
+    assert kind.name == "convolution+attention+dense" and not {"mlp_out.0", "mlp_out.1"} & kind.points.keys()
+
+
+@pytest.mark.parametrize("model", [coupled.ValuesOfFirst, coupled.ValuesOfPrevious])
+def test_values_that_are_handed_on_are_no_stream(model: type[Ladder]) -> None:
+    found = check(model(coupled.Values))
+    assert not any(kind.coupled for kind in found.kinds)
 
 
 @pytest.mark.parametrize("block", [coupled.Braided, coupled.ReadTogether])

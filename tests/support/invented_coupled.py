@@ -163,3 +163,56 @@ class AttendingToDepth(OfAllBefore):
             weights = (F.rms_norm(stack, (D,)) @ query).softmax(0)
             given.append(rung((weights.unsqueeze(-1) * stack).sum(0)))
         return given[-1]
+
+
+# Beside the stream ------------------------------------------------------------------------------------------------
+
+
+class Values(Joined):
+    """An attention's values are handed on beside the stream, and mixed into the next one's."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.blend = MixOfValues()
+
+    def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        n = self.calm(x)
+        a, values = self.blend(n, before)
+        y = x + a
+        m = self.cool(y)
+        f = self.think(m)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
+        return y + f, values
+
+
+class MixOfValues(Mix):
+    """Attention with other values in its own."""
+
+    def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        b, s, d = x.shape
+        q, k, v = (t.view(b, s, self.heads, -1).transpose(1, 2) for t in self.three(x).chunk(3, -1))
+        v = v if before is None else 0.4 * v + 0.6 * before
+        mask = torch.full((s, s), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
+        weights = torch.softmax(q @ k.transpose(2, 3) * k.shape[-1] ** -0.5 + mask, -1)
+        return self.back((weights @ v).transpose(1, 2).reshape(b, s, d)), v
+
+
+class ValuesOfFirst(Ladder):
+    """The first layer's values go to all."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        first = None
+        for rung in self.rungs:
+            x, values = rung(x, first)
+            first = values if first is None else first
+        return x
+
+
+class ValuesOfPrevious(Ladder):
+    """Each layer's go to the next."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        values = None
+        for rung in self.rungs:
+            x, values = rung(x, values)
+        return x

@@ -328,6 +328,25 @@ class Canon(Joined):
         return y + f
 
 
+class ShortPadded(Short):
+    """Padded in front by hand, and without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taps = nn.Conv1d(D, D, 3, groups=D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.taps(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
+
+
+class CanonPadded(Canon):
+    """Neither its pads nor the positions that it sees make an MLP of a convolution, or the heaviest branch."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.one, self.two = ShortPadded(), ShortPadded()
+
+
 class CanonInside(Canon):
     """Behind the norms: a convolution in the MLP makes no mixer of it."""
 
