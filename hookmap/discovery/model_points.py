@@ -12,6 +12,7 @@ from hookmap.discovery.layer_list import LayerList
 from hookmap.discovery.linear import linear_path, norm_input, norm_source, steps
 from hookmap.discovery.locate import Location, Locator
 from hookmap.discovery.values import Values
+from hookmap.errors import DiscoveryError
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,11 @@ def _logits(values: Values, locator: Locator, root: ModuleCall, vocabulary: set[
     if shape[0] != 1:
         return _Logits(f"the model gives {shape[0]} rows of logits for each sequence", value, shape[-1])
     if locator.seq not in shape[:-1]:
+        if len(shape) > 2:
+            raise DiscoveryError(
+                f"the model was given {locator.seq} tokens, and its logits, {list(shape)}, are of "
+                "other positions. The blocks that read the tokens are not those that make the logits."
+            )
         missing = f"the model gives no logits for each position: their shape is {list(shape)}"
         return _Logits(missing, value)
     # The model's own output, and not the unembedding's: in half precision a cast stands between the two.

@@ -117,6 +117,11 @@ MULTIMODAL_COMPLETIONS: dict[str, Completion] = {
         {"text_config": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}},
         "the numbers of experts are None by default; the values are those of Gemma 4's",
     ),
+    "idefics": Completion(
+        {"cross_layer_interval": 4},
+        "by default a cross-attention is before each layer, and transformers records the state between the two; "
+        "the value is that of IDEFICS 9B",
+    ),
     "emu3": Completion(
         {"vocabulary_map": {"<image>": 151_859, "<|extra_200|>": 151_846, "<|visual token 000000|>": 151_854}},
         "vocabulary_map is None by default",

@@ -9,7 +9,8 @@ import torch
 import transformers as tf
 from support import plain_hooks
 from support.opened import EACH_FAMILY
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hookmap.discovery.discover import discover
 from hookmap.errors import DiscoveryError, ModelError
@@ -250,6 +251,28 @@ def test_experts_that_a_library_computes_are_read_as_pytorch_computes_them(exper
     assert discover(model).kinds == expected.kinds
     assert verify(model, architecture_map=expected).passed
     assert model.config._experts_implementation == experts
+
+
+class Canvas(nn.Module):
+    """Refines a canvas of 29 tokens of its own, which looks at the blocks that read the ids (as DiffusionGemma does)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(97, 16)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(3))
+        self.canvas = nn.Parameter(torch.randn(1, 29, 16))
+        self.look = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.words(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return F.linear(self.canvas + self.look(self.canvas, x, x)[0], self.words.weight)
+
+
+def test_logits_of_other_positions_are_refused() -> None:
+    with pytest.raises(DiscoveryError, match=r"its logits, \[1, 29, 97\], are of other positions"):
+        discover(Canvas())
 
 
 def test_a_module_that_is_no_language_model_is_refused() -> None:
