@@ -254,7 +254,7 @@ def test_experts_that_a_library_computes_are_read_as_pytorch_computes_them(exper
 
 
 class Canvas(nn.Module):
-    """Refines a canvas of 29 tokens of its own, which looks at the blocks that read the ids (as DiffusionGemma does)."""
+    """Refines a canvas of 29 tokens of its own, which looks at the blocks of the ids (as DiffusionGemma does)."""
 
     def __init__(self) -> None:
         super().__init__()
