@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.invented import DEPTH, D, Ladder, Rung, V, check, note
+from support.invented import DEPTH, D, Ladder, Rung, V, check, note, through
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover
@@ -62,14 +62,11 @@ class FirstValue(Rung):
     """The first block makes a tensor of the stream's shape that all others are handed, unchanged."""
 
     def forward(self, x: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        first = torch.tanh(x) if first is None else first
-        n = self.calm(x)
-        a = self.blend(n) + first
-        y = x + a
-        m = self.cool(y)
-        f = self.think(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return first, y + f
+        self.first = torch.tanh(x) if first is None else first
+        return self.first, super().forward(x)
+
+    def mixed(self, n: Tensor) -> Tensor:
+        return self.blend(n) + self.first
 
 
 class HandedOn(Ladder):
@@ -130,8 +127,7 @@ class Staged(Ladder):
 
     def climb(self, x: Tensor) -> Tensor:
         for stage in self.rungs:
-            for rung in stage:  # type: ignore[attr-defined]
-                x = rung(x)
+            x = through(stage, x)  # type: ignore[arg-type]
         return x
 
 
@@ -141,9 +137,7 @@ class Stage(nn.Module):
         self.steps = nn.ModuleList(Rung(first + b) for b in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        for step in self.steps:
-            x = step(x)
-        return x
+        return through(self.steps, x)
 
 
 class StagedModules(Ladder):
@@ -158,9 +152,7 @@ class TwoTowers(Ladder):
         self.early = nn.ModuleList(Rung(i) for i in range(2))
 
     def climb(self, x: Tensor) -> Tensor:
-        for rung in self.early:
-            x = rung(x)
-        return super().climb(x)
+        return super().climb(through(self.early, x))
 
 
 @pytest.mark.parametrize(
@@ -183,9 +175,7 @@ def test_one_block_is_called_three_times() -> None:
             super().__init__(depth=1)
 
         def climb(self, x: Tensor) -> Tensor:
-            for _ in range(3):
-                x = self.rungs[0](x)
-            return x
+            return through([self.rungs[0]] * 3, x)
 
     model = Again().eval()
     found = discover(model)

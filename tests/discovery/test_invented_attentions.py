@@ -8,23 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.invented import IDS, Behind, D, Ladder, Mix, Rung, Think, check, note
+from support.invented import Behind, D, Ladder, Mix, Rung, Think, check, read
+from support.invented_streams import Short
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
-
-
-class Short(nn.Module):
-    """A convolution of each feature over three positions, as Inkling has it behind branches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.own = nn.Conv1d(D, D, 3, groups=D, padding=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.own(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)
 
 
 class Apart(Mix):
@@ -107,25 +97,16 @@ def ladder(mix: Callable[[], nn.Module]) -> Ladder:
 def test_what_stands_nowhere_is_refused_and_the_rest_is_read(mix: Callable[[], Any], missing: dict[str, str]) -> None:
     model = ladder(mix).eval()
     found = discover(model)
-    seen: dict[str, Tensor] = {}
-    hooks = []
-    for selector in (s for point in "qkvz" if point not in missing for s in found.selectors(point, 1)):
-
-        def take(_: Any, args: Any, kwargs: Any, output: Any, selector: Any = selector) -> None:
-            seen[selector.point] = selector.resolve(args, kwargs, output)
-
-        module = model.get_submodule(selector.module)
-        hooks.append(module.register_forward_hook(take, with_kwargs=True))
-    hooks.append(model.rungs[1].blend.register_forward_pre_hook(lambda _, args: seen.update(x=args[0])))
+    block: Any = model.rungs[1].blend
+    entered: list[Tensor] = []
+    block.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    selectors = [s for point in "qkvz" if point not in missing for s in found.selectors(point, 1)]
+    seen = {selector.point: tensor for (selector, _), tensor in read(model, selectors).items()}
     with torch.no_grad():
-        model(IDS)
-        for hook in hooks:
-            hook.remove()
-        block: Any = model.rungs[1].blend
-        by_hand = dict(zip("qkv", (p.unflatten(-1, (2, -1)) for p in block.parts(seen["x"])), strict=True))
+        by_hand = dict(zip("qkv", (p.unflatten(-1, (2, -1)) for p in block.parts(entered[0])), strict=True))
         by_hand["z"] = block.attend(*(by_hand[name].transpose(1, 2) for name in "qkv")).transpose(1, 2)
-    assert seen.keys() - {"x"} == set("qkvz") - missing.keys()
-    for name in seen.keys() - {"x"}:
+    assert seen.keys() == set("qkvz") - missing.keys()
+    for name in seen:
         torch.testing.assert_close(seen[name], by_hand[name], atol=1e-5, rtol=1e-5)
     for name, reason in missing.items():
         assert reason in (found.unavailable(name, 1) or "(it is there)")
@@ -153,14 +134,8 @@ class Twofold(Rung):
         super().__init__(i)
         self.beside = Think()
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.blend(n)
-        y = x + a
-        m = self.cool(y)
-        f = self.think(m) + self.beside(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+    def thought(self, m: Tensor) -> Tensor:
+        return self.think(m) + self.beside(m)
 
 
 def test_the_hidden_activations_of_two_modules_are_not_those_of_the_first() -> None:

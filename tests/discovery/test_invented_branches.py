@@ -80,64 +80,48 @@ def test_a_macaron_has_its_middle_after_the_mixer() -> None:
     assert "mlp_out.1" in found.kinds[0].points
 
 
-class Mlp(Rung):
-    """A pre-norm block whose MLP is written in `run`."""
-
-    def run(self, m: Tensor) -> Tensor:
-        return self.think(m)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.blend(n)
-        y = x + a
-        m = self.cool(y)
-        f = self.run(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
-
-
-class Flat(Mlp):
-    def run(self, m: Tensor) -> Tensor:
+class Flat(Rung):
+    def thought(self, m: Tensor) -> Tensor:
         return self.think(m.view(-1, D)).view(m.shape)
 
 
-class Sliced(Mlp):
+class Sliced(Rung):
     """A memory saver: the positions in two pieces."""
 
-    def run(self, m: Tensor) -> Tensor:
+    def thought(self, m: Tensor) -> Tensor:
         return torch.cat([self.think(m[:, :4]), self.think(m[:, 4:])], 1)
 
 
-class Split(Mlp):
-    def run(self, m: Tensor) -> Tensor:
+class Split(Rung):
+    def thought(self, m: Tensor) -> Tensor:
         return torch.cat([self.think(part) for part in m.split(3, 1)], dim=-2)
 
 
-class Looped(Mlp):
+class Looped(Rung):
     """Position by position."""
 
-    def run(self, m: Tensor) -> Tensor:
+    def thought(self, m: Tensor) -> Tensor:
         return torch.stack([self.think(m[:, t]) for t in range(m.shape[1])], 1)
 
 
-class Filled(Mlp):
+class Filled(Rung):
     """Pieces written into an empty tensor."""
 
-    def run(self, m: Tensor) -> Tensor:
+    def thought(self, m: Tensor) -> Tensor:
         out = torch.empty_like(m)
         for start in range(0, m.shape[1], 3):
             out[:, start : start + 3] = self.think(m[:, start : start + 3])
         return out
 
 
-class Experts(Mlp):
+class Experts(Rung):
     """A mixture in a python loop; as many experts as the usual number of tokens in discovery's pass."""
 
     def __init__(self, i: int) -> None:
         super().__init__(i)
         self.choose, self.minds = nn.Linear(D, 7), nn.ModuleList(Think() for _ in range(7))
 
-    def run(self, m: Tensor) -> Tensor:
+    def thought(self, m: Tensor) -> Tensor:
         flat = m.reshape(-1, D)
         weights, chosen = torch.topk(torch.softmax(self.choose(flat), -1), 2)
         out = torch.zeros_like(flat)
@@ -147,14 +131,14 @@ class Experts(Mlp):
         return out.view(m.shape)
 
 
-class Convolved(Mlp):
+class Convolved(Rung):
     """Products as convolutions of one position, features before positions."""
 
     def __init__(self, i: int) -> None:
         super().__init__(i)
         self.up, self.down = nn.Conv1d(D, 2 * D, 1), nn.Conv1d(2 * D, D, 1)
 
-    def run(self, m: Tensor) -> Tensor:
+    def thought(self, m: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(m.transpose(1, 2)))).transpose(1, 2)
 
 
@@ -164,11 +148,11 @@ def test_an_mlp_in_pieces_is_no_mixer(rung: type[Rung]) -> None:
 
 
 @pytest.mark.parametrize("rung", [Sliced, Split, Looped])
-def test_an_mlp_in_pieces_is_no_mixer_where_nothing_mixes(rung: type[Mlp]) -> None:
+def test_an_mlp_in_pieces_is_no_mixer_where_nothing_mixes(rung: type[Rung]) -> None:
     class Alone(rung):  # type: ignore[misc,valid-type]
         def forward(self, x: Tensor) -> Tensor:
             m = self.cool(x)
-            f = self.run(m)
+            f = self.thought(m)
             note(self.i, resid_pre=x, mlp_in=m, mlp_out=f, resid_post=x + f)
             return x + f
 
@@ -210,20 +194,14 @@ class Shift(Rung):
             return out
         return torch.roll(m, 1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.blend(n)
-        y = x + a
-        m = self.cool(y)
-        f = self.think(m * self.ratio + self.before(m) * (1 - self.ratio))
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+    def thought(self, m: Tensor) -> Tensor:
+        return self.think(m * self.ratio + self.before(m) * (1 - self.ratio))
 
 
 class ShiftAlone(Shift):
     def forward(self, x: Tensor) -> Tensor:
         n = self.calm(x)
-        a = self.think(n * self.ratio + self.before(n) * (1 - self.ratio))
+        a = self.thought(n)
         note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_post=x + a)
         return x + a
 

@@ -5,12 +5,11 @@ The maps are held against hooks on the models' own modules, and verification aga
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from support.invented import D, Ladder, Mix, Rung, V, read, through
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover
@@ -20,29 +19,19 @@ from hookmap.verification.verify import Verification, redraw, verify
 
 pytestmark = pytest.mark.slow
 
-D, V = 24, 50
+IDS = torch.tensor([[5, 17, 3, 44, 9]])
 
 
-class Glance(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ask, self.key, self.say, self.out = (nn.Linear(D, D) for _ in range(4))
+class Stepped(Rung):
+    """The steps of its MLP are in a list."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        ahead = torch.full((x.shape[1], x.shape[1]), -1e9, device=x.device).triu(1)
-        weights = (self.ask(x) @ self.key(x).transpose(1, 2) / 5 + ahead).softmax(-1)
-        return self.out(weights @ self.say(x))  # type: ignore[no-any-return]
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.think = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))  # type: ignore[assignment]
 
 
-class Rung(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calm, self.glance, self.cool = nn.LayerNorm(D), Glance(), nn.LayerNorm(D)
-        self.think = nn.Sequential(nn.Linear(D, 40), nn.GELU(), nn.Linear(40, D))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.glance(self.calm(x))
-        return x + self.think(self.cool(x))  # type: ignore[no-any-return]
+def rungs(count: int, kind: type[Rung] = Rung) -> nn.ModuleList:
+    return nn.ModuleList(kind(i) for i in range(count))
 
 
 class Floor(nn.Module):
@@ -50,12 +39,10 @@ class Floor(nn.Module):
 
     def __init__(self, height: int, end: nn.Module | None = None) -> None:
         super().__init__()
-        self.rungs, self.end = nn.ModuleList(Rung() for _ in range(height)), end
+        self.rungs, self.end = rungs(height), end or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        for rung in self.rungs:
-            x = rung(x)
-        return x if self.end is None else self.end(x)  # type: ignore[no-any-return]
+        return self.end(through(self.rungs, x))
 
 
 class Around(Floor):
@@ -63,18 +50,14 @@ class Around(Floor):
         return x + super().forward(x)
 
 
-class Tower(nn.Module):
+class Tower(Ladder):
     def __init__(self, body: nn.ModuleList) -> None:
         super().__init__()
-        self.words, self.body, self.last, self.head = nn.Embedding(V, D), body, nn.LayerNorm(D), nn.Linear(D, V)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False) -> Tensor:
-        return self.head(self.last(self.climb(self.words(input_ids))))  # type: ignore[no-any-return]
+        del self.rungs
+        self.body = body
 
     def climb(self, x: Tensor) -> Tensor:
-        for each in self.body:
-            x = each(x)
-        return x
+        return through(self.body, x)
 
 
 def _made(make: Callable[[], Tower]) -> Tower:
@@ -145,8 +128,8 @@ def test_a_list_inside_one_module_is_read() -> None:
 @pytest.mark.parametrize("order", ["aaa", "abab", "aba"])
 def test_a_block_that_stands_in_the_list_several_times_is_a_layer_each_time(order: str) -> None:
     def make() -> Tower:
-        rungs = {"a": Rung(), "b": Rung()}
-        return Tower(nn.ModuleList(rungs[name] for name in order))
+        named = {"a": Rung(0), "b": Rung(1)}
+        return Tower(nn.ModuleList(named[name] for name in order))
 
     tower = _made(make)
     found = discover(tower)
@@ -155,25 +138,16 @@ def test_a_block_that_stands_in_the_list_several_times_is_a_layer_each_time(orde
     entered: list[Tensor] = []
     for rung in {id(each): each for each in tower.body}.values():
         rung.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
-    read: dict[int | None, Tensor] = {}
-    for selector in found.selectors("resid_pre"):
-        (term,), calls = selector.terms, itertools.count()
-
-        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, s: Any = selector, n: Any = calls) -> None:
-            if next(n) == (s.terms[0].call or 0):
-                read[s.layer] = s.resolve(args, kwargs, output)
-
-        tower.get_submodule(term.module).register_forward_hook(hook, with_kwargs=True)
-    tower(torch.tensor([[5, 17, 3, 44, 9]]))
-    assert all(torch.equal(read[layer], entered[layer]) for layer in range(len(order)))
+    seen = {selector.layer: tensor for (selector, _), tensor in read(tower, found.selectors("resid_pre"), IDS).items()}
+    assert all(torch.equal(seen[layer], entered[layer]) for layer in range(len(order)))
 
 
 class Loop(Tower):
     """Two lists that feed each other, in two rounds, by way of attention."""
 
     def __init__(self) -> None:
-        super().__init__(nn.ModuleList(Rung() for _ in range(3)))
-        self.high, self.mix = Floor(3), Glance()
+        super().__init__(rungs(3))
+        self.high, self.mix = Floor(3), Mix()
 
     def climb(self, x: Tensor) -> Tensor:
         above = x
@@ -193,14 +167,11 @@ class Interrupted(Tower):
     """Something is added to the stream between the blocks: BLT's way. Another list only chooses what."""
 
     def __init__(self) -> None:
-        super().__init__(nn.ModuleList(Rung() for _ in range(3)))
-        self.chooser, self.notes = nn.ModuleList(Rung() for _ in range(5)), nn.ModuleList(Glance() for _ in range(3))
+        super().__init__(rungs(3, Stepped))
+        self.chooser, self.notes = rungs(5, Stepped), nn.ModuleList(Mix() for _ in range(3))
 
     def climb(self, x: Tensor) -> Tensor:
-        y = x
-        for rung in self.chooser:
-            y = rung(y)
-        chosen = (y.argmax(-1, keepdim=True) % 2).bool()
+        chosen = (through(self.chooser, x).argmax(-1, keepdim=True) % 2).bool()
         for note, rung in zip(self.notes, self.body, strict=True):
             x = rung(x + torch.where(chosen, note(x), 0.5 * note(x)))
         return x
@@ -222,24 +193,22 @@ def test_a_stream_that_is_added_to_between_blocks_is_mapped_and_said() -> None:
 # More than the stream ------------------------------------------------------------------------------------------------
 
 
-class Blending(nn.Module):
-    """Its attention reads a norm of a blend of what earlier blocks gave: Inkling 2's way."""
+class Weighing(Rung):
+    """Its attention reads a norm of a sum of what earlier blocks gave, with weights of its own: Inkling 2's way."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.blend, self.calm, self.glance = nn.Linear(D, 1), nn.LayerNorm(D), Glance()
-        self.cool, self.think = nn.LayerNorm(D), nn.Sequential(nn.Linear(D, 40), nn.GELU(), nn.Linear(40, D))
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.weigh = nn.Linear(D, 1)
 
-    def forward(self, x: Tensor, earlier: Tensor) -> Tensor:
+    def forward(self, x: Tensor, earlier: Tensor) -> Tensor:  # type: ignore[override]
         every = torch.cat([earlier, x.unsqueeze(2)], 2)
-        blended = (self.blend(every).softmax(2) * every).sum(2)
-        x = x + self.glance(self.calm(blended))
-        return x + self.think(self.cool(x))  # type: ignore[no-any-return]
+        x = x + self.blend(self.calm((self.weigh(every).softmax(2) * every).sum(2)))
+        return x + self.think(self.cool(x))
 
 
-class Blended(Tower):
+class Weighed(Tower):
     def __init__(self) -> None:
-        super().__init__(nn.ModuleList(Blending() for _ in range(3)))
+        super().__init__(nn.ModuleList(Weighing(i) for i in range(3)))
 
     def climb(self, x: Tensor) -> Tensor:
         earlier = x.unsqueeze(2)
@@ -249,54 +218,43 @@ class Blended(Tower):
         return x
 
 
-def test_what_the_mixer_reads_is_behind_the_blend_and_not_the_stream() -> None:
-    tower = _made(Blended)
+def test_what_the_mixer_reads_is_behind_the_weighing_and_not_the_stream() -> None:
+    tower = _made(Weighed)
     found = discover(tower)
-    ids = torch.tensor([[5, 17, 3, 44, 9]])
-    read: dict[str, Tensor] = {}
-    (selector,) = found.selectors("mixer_in", 1)
-    (term,) = selector.terms
-    tower.body[1].glance.register_forward_pre_hook(lambda _, args: read.update(theirs=args[0]))  # type: ignore[union-attr]
-    tower.get_submodule(term.module).register_forward_hook(
-        lambda _, args, kwargs, out: read.update(ours=term.resolve(args, kwargs, out)), with_kwargs=True
-    )
-    tower(ids)
-    assert torch.equal(read["ours"], read["theirs"])
+    entered: list[Tensor] = []
+    tower.body[1].blend.register_forward_pre_hook(lambda _, args: entered.append(args[0]))  # type: ignore[union-attr]
+    (seen,) = read(tower, found.selectors("mixer_in", 1), IDS).values()
+    assert torch.equal(seen, entered[0])
     assert not _failed(verify(tower, architecture_map=found))
 
 
 @pytest.mark.parametrize(("point", "told"), [("mixer_in", "determines"), ("mlp_in", "in front of a norm")])
-def test_a_map_that_gives_the_stream_for_the_blend_fails(point: str, told: str) -> None:
-    tower = _made(Blended)
+def test_a_map_that_gives_the_stream_for_the_weighed_sum_fails(point: str, told: str) -> None:
+    tower = _made(Weighed)
     place = {"mixer_in": ("body.{i}", 0), "mlp_in": ("body.{i}.cool", 0)}[point]
     wrong = _moved(discover(tower), point, module=place[0], side="input", index=place[1])
     failed = _failed(verify(tower, architecture_map=wrong))
     assert any(line.startswith("reads") and told in line for line in failed), failed
 
 
-class Labelled(nn.Module):
+class Labelled(Rung):
     """Its MLP is gated by an embedding of the block's own: Gemma 4's way."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calm, self.glance, self.cool = nn.LayerNorm(D), Glance(), nn.LayerNorm(D)
-        self.up, self.down = nn.Linear(D, 40), nn.Linear(40, D)
-
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        x = x + self.glance(self.calm(x))
-        return x + self.down(self.up(self.cool(x)).sigmoid() * label)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]
+        x = x + self.blend(self.calm(x))
+        return x + self.think.narrow(self.think.wide(self.cool(x)).sigmoid() * label)
 
 
 class Labels(Tower):
     def __init__(self) -> None:
-        super().__init__(nn.ModuleList(Labelled() for _ in range(3)))
-        self.labels = nn.Embedding(V, 3 * 40)
+        super().__init__(nn.ModuleList(Labelled(i) for i in range(3)))
+        self.labels = nn.Embedding(V, 3 * 2 * D)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False) -> Tensor:
-        x, labels = self.words(input_ids), self.labels(input_ids).chunk(3, -1)
-        for block, label in zip(self.body, labels, strict=True):
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.enter(tokens)
+        for block, label in zip(self.body, self.labels(tokens).chunk(3, -1), strict=True):
             x = block(x, label)
-        return self.head(self.last(x))  # type: ignore[no-any-return]
+        return self.finish(x)
 
 
 def test_what_a_branch_reads_beside_the_stream_is_in_the_map() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support.invented import Behind, D, Ladder, Rung, check, note
+from support.invented import Behind, D, Ladder, Rung, check, note, told
+from support.invented_streams import Joined
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover
@@ -29,14 +30,11 @@ class Bare(Rung):
     def norm(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.gain
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.norm(x)
-        a = self.blend(n)
-        y = x + a
-        m = self.norm(y)
-        f = self.think(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+    def to_mixer(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def to_mlp(self, y: Tensor) -> Tensor:
+        return self.norm(y)
 
 
 class ByPower(Bare):
@@ -92,9 +90,7 @@ class After(Rung):
         a = self.blend(x)
         y = self.calm(1.5 * x + a)
         f = self.think(y)
-        z = self.cool(y + f)
-        note(self.i, resid_pre=x, mixer_in=x, mixer_out=a, resid_mid=y, mlp_in=y, mlp_out=f, resid_post=z)
-        return z
+        return told(self.i, x, x, a, y, y, f, self.cool(y + f))
 
 
 class Sandwich(Behind):
@@ -135,14 +131,11 @@ class HalfBranches(Rung):
         for module in (self.calm, self.cool, self.blend, self.think):
             module.to(torch.bfloat16)
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x.to(torch.bfloat16))
-        a = self.blend(n)
-        y = x + a.float()
-        m = self.cool(y.to(torch.bfloat16))
-        f = self.think(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+    def to_mixer(self, x: Tensor) -> Tensor:
+        return self.calm(x.to(torch.bfloat16))
+
+    def to_mlp(self, y: Tensor) -> Tensor:
+        return self.cool(y.to(torch.bfloat16))
 
 
 def test_the_stream_is_in_full_and_the_branches_in_half_precision() -> None:
@@ -150,15 +143,8 @@ def test_the_stream_is_in_full_and_the_branches_in_half_precision() -> None:
 
 
 class FullSums(Rung):
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.blend(n)
-        y = (x.float() + a.float()).to(x.dtype)
-        m = self.cool(y)
-        f = self.think(m)
-        z = (y.float() + f.float()).to(x.dtype)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=z)
-        return z
+    def joined(self, x: Tensor, branch: Tensor) -> Tensor:
+        return (x.float() + branch.float()).to(x.dtype)
 
 
 def test_the_stream_is_in_half_and_its_sums_in_full_precision() -> None:
@@ -171,31 +157,23 @@ class Biased(Rung):
         super().__init__(i)
         self.lift = nn.Parameter(torch.rand(D))
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.blend(n) + self.lift
-        y = x + a
-        m = self.cool(y)
-        f = self.think(m) + self.lift
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+
+class BiasedBranch(Biased):
+    def mixed(self, n: Tensor) -> Tensor:
+        return self.blend(n) + self.lift
+
+    def thought(self, m: Tensor) -> Tensor:
+        return self.think(m) + self.lift
 
 
 class BiasedStream(Biased):
     """The bias goes onto the stream: it is no part of what the branch adds, and stays in the middle."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.blend(n)
-        y = x + a + self.lift
-        m = self.cool(y)
-        f = self.think(m)
-        z = y + f + self.lift
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=z)
-        return z
+    def joined(self, x: Tensor, branch: Tensor) -> Tensor:
+        return x + branch + self.lift
 
 
-@pytest.mark.parametrize("rung", [Biased, BiasedStream])
+@pytest.mark.parametrize("rung", [BiasedBranch, BiasedStream])
 def test_biases_are_added_apart(rung: type[Rung]) -> None:
     check(Ladder(rung))
 
@@ -211,8 +189,7 @@ class Idle(Rung):
         y = self.wait(x + a)
         m = self.cool(y)
         f = self.pause(self.think(self.wait(m)))
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return self.pause(y + f)
+        return self.pause(told(self.i, x, n, a, y, m, f, y + f))
 
 
 def test_dropout_and_identity_modules_change_nothing() -> None:
@@ -240,9 +217,7 @@ class TurnedRung(Rung):
         y = x + a
         m = self.cool(y)
         f = self.think(m)
-        names = ("resid_pre", "mixer_in", "mixer_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
-        tensors = (t.transpose(0, 1) for t in (x, n, a, y, m, f, y + f))
-        note(self.i, **dict(zip(names, tensors, strict=True)))
+        told(self.i, *(t.transpose(0, 1) for t in (x, n, a, y, m, f, y + f)))
         return y + f
 
 
@@ -268,36 +243,24 @@ def test_positions_before_batch_on_one_axis_are_not_taken_for_batch_before_posit
     check(Turned(FlatTurned))
 
 
-class Placed(Rung):
+class Placed(Joined):
     """Positions are added to the stream in each block."""
 
     def __init__(self, i: int) -> None:
         super().__init__(i)
         self.where = nn.Parameter(torch.randn(64, D))
 
-    def forward(self, x: Tensor) -> Tensor:
-        note(self.i, resid_pre=x)
-        x = x + self.where[: x.shape[1]]
-        n = self.calm(x)
-        a = self.blend(n)
-        y = x + a
-        m = self.cool(y)
-        f = self.think(m)
-        note(self.i, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+    def before(self, x: Tensor) -> Tensor:
+        return x + self.where[: x.shape[1]]
 
 
 class PlacedBranch(Placed):
     """Positions are added to what the mixer reads, and not to the stream."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x + self.where[: x.shape[1]])
-        a = self.blend(n)
-        y = x + a
-        m = self.cool(y)
-        f = self.think(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+    forward = Rung.forward
+
+    def to_mixer(self, x: Tensor) -> Tensor:
+        return self.calm(self.before(x))
 
 
 @pytest.mark.parametrize("rung", [Placed, PlacedBranch])

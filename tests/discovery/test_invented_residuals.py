@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.invented import D, Ladder, Mix, Rung, V, check, listening, note
+from support.invented import D, Ladder, Mix, Rung, V, check, listening, note, told
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -25,15 +25,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
 class Weighed(Rung):
     keep, add = 1.0, 0.3
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.add * self.blend(n)
-        y = (x if self.keep == 1.0 else self.keep * x) + a
-        m = self.cool(y)
-        f = self.add * self.think(m)
-        z = (y if self.keep == 1.0 else self.keep * y) + f
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=z)
-        return z
+    def mixed(self, n: Tensor) -> Tensor:
+        return self.add * self.blend(n)
+
+    def thought(self, m: Tensor) -> Tensor:
+        return self.add * self.think(m)
+
+    def joined(self, x: Tensor, branch: Tensor) -> Tensor:
+        return (x if self.keep == 1.0 else self.keep * x) + branch
 
 
 class Fading(Weighed):
@@ -49,9 +48,7 @@ class Divided(Weighed):
         y = torch.add(x / 2, a, alpha=0.3)
         m = self.cool(y)
         f = self.think(m)
-        z = torch.sub(y * 0.7, f, alpha=2.0)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=0.3 * a, resid_mid=y, mlp_in=m, mlp_out=-2 * f, resid_post=z)
-        return z
+        return told(self.i, x, n, 0.3 * a, y, m, -2 * f, torch.sub(y * 0.7, f, alpha=2.0))
 
 
 @pytest.mark.parametrize("rung", [Weighed, Fading, Divided])
@@ -68,14 +65,11 @@ class Gated(Rung):
     def gate(self, n: Tensor, branch: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.gate(n, self.blend(n))
-        y = x + a
-        m = self.cool(y)
-        f = self.gate(m, self.think(m))
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+    def mixed(self, n: Tensor) -> Tensor:
+        return self.gate(n, self.blend(n))
+
+    def thought(self, m: Tensor) -> Tensor:
+        return self.gate(m, self.think(m))
 
 
 class ByVector(Gated):
@@ -121,9 +115,7 @@ class Fused(Rung):
         y = torch.addcmul(x, a, torch.full((D,), 0.5), value=1.0)
         m = self.cool(y)
         f = self.think(m)
-        z = torch.lerp(y, f, 0.25)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=0.5 * a, resid_mid=y, mlp_in=m, mlp_out=0.25 * f, resid_post=z)
-        return z
+        return told(self.i, x, n, 0.5 * a, y, m, 0.25 * f, torch.lerp(y, f, 0.25))
 
 
 def test_residuals_are_one_operation_with_something_else() -> None:
@@ -190,11 +182,7 @@ class Swallowed(Rung):
         m = self.cool(y)
         f = self.think(m)
         n = self.blend.norm(x)
-        note(
-            self.i, resid_pre=x, mixer_in=n, mixer_out=self.blend.inner(n), resid_mid=y, mlp_in=m, mlp_out=f,
-            resid_post=y + f,
-        ) if listening() else None  # fmt: skip
-        return y + f
+        return told(self.i, x, n, self.blend.inner(n), y, m, f, y + f) if listening() else y + f
 
 
 class Doubled(Rung):
@@ -206,9 +194,7 @@ class Doubled(Rung):
         y = a + x
         m = y
         f = m + self.think(m)
-        z = f + y
-        note(self.i, resid_pre=x, mixer_in=self.calm(x), mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=z)
-        return z
+        return told(self.i, x, self.calm(x), a, y, m, f, f + y)
 
 
 def test_a_module_adds_the_residual_itself() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,8 @@ import pytest
 import torch
 import transformers
 from support import plain_hooks
-from support.invented import IDS, Ladder, check
+from support.invented import IDS, Ladder, check, read
+from support.invented_loops import FedBack, Whole
 from torch import Tensor, nn
 
 import hookmap
@@ -25,39 +25,12 @@ from hookmap.verification.verify import redraw, verify
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
 
 
-class Whole(Ladder):
-    """The whole stack, three times."""
-
-    def climb(self, x: Tensor) -> Tensor:
-        for rung in [*self.rungs, *self.rungs, *self.rungs]:
-            x = rung(x)
-        return x
-
-
-class Middle(Ladder):
-    """The layers 1 and 2, three times, each round with the first one's input added: Dory's way."""
-
-    def __init__(self) -> None:
-        super().__init__(depth=5)
-
-    def climb(self, x: Tensor) -> Tensor:
-        start = x = self.rungs[0](x)
-        for _ in range(3):
-            x = x + start
-            for rung in self.rungs[1:3]:  # type: ignore[union-attr]
-                x = rung(x)
-        for rung in self.rungs[3:]:  # type: ignore[union-attr]
-            x = rung(x)
-        return x
-
-
 class Until(Ladder):
     """The whole stack again, until the stream is large: the number of rounds is the text's."""
 
     def climb(self, x: Tensor) -> Tensor:
         for _ in range(4):
-            for rung in self.rungs:
-                x = rung(x)
+            x = super().climb(x)
             if x.square().mean() > 40:
                 break
         return x
@@ -87,23 +60,12 @@ def runs(model: nn.Module, layer: int, path: str = "rungs.{i}") -> list[tuple[Te
 
 def selected(model: nn.Module, found: ArchitectureMap, point: str, layer: int, run: int = 0) -> Tensor:
     """What the map's selector of one run gives to a plain hook: of the call that it names."""
-    (selector,) = found.selectors(point, layer, calls=run)
-    (term,), calls, kept = selector.terms, itertools.count(), []
-
-    def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if next(calls) == (term.call or 0):
-            kept.append(term.resolve(args, kwargs, output).clone())
-
-    handle = model.get_submodule(term.module).register_forward_hook(hook, with_kwargs=True)
-    with torch.no_grad():
-        model(IDS)
-    handle.remove()
-    (tensor,) = kept
-    return tensor  # type: ignore[no-any-return]
+    (tensor,) = read(model, found.selectors(point, layer, calls=run)).values()
+    return tensor
 
 
 @pytest.mark.parametrize(
-    ("kind", "looped", "order"), [(Whole, (0, 1, 2), "3 x (0-2)"), (Middle, (1, 2), "0, 3 x (1-2), 3-4")]
+    ("kind", "looped", "order"), [(Whole, (0, 1, 2), "3 x (0-2)"), (FedBack, (1, 2), "0, 3 x (1-2), 3-4")]
 )
 def test_a_map_says_which_layers_run_several_times_and_means_each_run(
     kind: type[Ladder], looped: tuple[int, ...], order: str
@@ -123,7 +85,7 @@ def test_a_map_says_which_layers_run_several_times_and_means_each_run(
     assert parse(found.to_json()) == found
 
 
-@pytest.mark.parametrize(("kind", "looped"), [(Whole, (0, 1, 2)), (Middle, (1, 2))])
+@pytest.mark.parametrize(("kind", "looped"), [(Whole, (0, 1, 2)), (FedBack, (1, 2))])
 def test_an_opened_model_has_every_run_under_its_number(kind: type[Ladder], looped: tuple[int, ...]) -> None:
     model = kind().eval()
     opened = map_of(model, model, None)
@@ -134,7 +96,7 @@ def test_an_opened_model_has_every_run_under_its_number(kind: type[Ladder], loop
 
 
 def test_a_map_that_says_nothing_of_the_loop_is_refused() -> None:
-    model = Middle().eval()
+    model = FedBack().eval()
     found = discover(model)
     silent = found.model_copy(update={"kinds": tuple(kind.model_copy(update={"calls": 1}) for kind in found.kinds)})
     with pytest.raises(MapMismatchError, match=r"layers 1–2: the map says they run 1 times, the model runs them 3"):
@@ -226,16 +188,10 @@ def test_dory_runs_its_middle_layers_twice() -> None:
     result = verify(config, architecture_map=found)
     assert result.passed, [each for each in result.checks if not each.passed]
     model = transformers.DoryForCausalLM(config).eval()
-    hm = hookmap.open(model)
-    run = hm.capture([[5, 6, 7, 8]], "resid_post", max_new_tokens=0)
+    run = hookmap.open(model).capture(IDS.tolist(), "resid_post", max_new_tokens=0)
     for layer in range(6):
-        kept: list[Tensor] = []
-        handle = model.model.layers[layer].register_forward_hook(lambda _, args, out, kept=kept: kept.append(out))
-        with torch.no_grad():
-            model(torch.tensor([[5, 6, 7, 8]]))
-        handle.remove()
-        for call, tensor in enumerate(kept):
-            assert torch.allclose(run["resid_post", layer, call], tensor, atol=1e-5)
+        for call, (_, after) in enumerate(runs(model, layer, "model.layers.{i}")):
+            assert torch.allclose(run["resid_post", layer, call], after, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -263,16 +219,4 @@ def test_albert_runs_one_block_in_place_of_many(sizes: dict[str, int], order: st
     with torch.no_grad():
         states = model(IDS, output_hidden_states=True).hidden_states
     for place, (layer, run) in enumerate(found.order):
-        (selector,) = found.selectors("resid_post", layer, run)
-        kept: list[Tensor] = []
-        module, calls = model.get_submodule(selector.module), itertools.count()
-
-        def hook(_: nn.Module, args: Any, out: Any, call: Any = selector.terms[0].call, calls: Any = calls) -> None:
-            if next(calls) == (call or 0):
-                kept.append(out[0] if isinstance(out, tuple) else out)  # noqa: B023
-
-        handle = module.register_forward_hook(hook)
-        with torch.no_grad():
-            model(IDS)
-        handle.remove()
-        assert kept[0].equal(states[place + 1])
+        assert selected(model, found, "resid_post", layer, run).equal(states[place + 1])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from support import odd_lists, odd_parts, odd_streams, plain_hooks
-from support.invented import DEPTH, IDS, D, Ladder, check
+from support.invented import DEPTH, D, Ladder, check, read
 from torch import Tensor, nn
 
 import hookmap
@@ -43,20 +44,20 @@ UNEXPOSED = dict.fromkeys(("resid_pre", "resid_mid", "resid_post"), "no module b
         (odd_parts.Couples, "rungs.{i}.0", ()),
         (odd_parts.Dictionaries, "layers.{i}.calm", ()),
         (odd_lists.Parts, "parts.block_{i}", ("a", "b", "c")),
-        (odd_streams.InStates, "rungs.{i}", ()),
-        (odd_lists.Residuals, "rungs.{i}", ()),
-        (odd_lists.NumberedResiduals, "rungs.{i}", ()),
+        (lambda: odd_streams.InStates(odd_streams.StateRung), "rungs.{i}", ()),
+        (lambda: Ladder(odd_lists.OfResiduals), "rungs.{i}", ()),
+        (lambda: Ladder(odd_lists.SequenceOfResiduals), "rungs.{i}", ()),
         (odd_lists.TwoOfResiduals, "{i}", ("low", "high")),
         (odd_lists.Stages, "rungs.{i}", (*(f"low.{i}" for i in range(3)), *(f"high.{i}" for i in range(3)))),
         (odd_lists.Downwards, "rungs.{i}", ()),
-        (odd_streams.Flat, "rungs.{i}", ()),
+        (lambda: odd_streams.Flat(odd_streams.FlatRung), "rungs.{i}", ()),
         (odd_streams.Buffer, "rungs.{i}", ()),
         (odd_streams.BufferLast, "rungs.{i}", ()),
         (odd_lists.Gaps, "rungs.{i}", ("1", "4", "7")),
         (odd_lists.Towers, "rungs.{i}", ()),
     ],
 )
-def test_blocks_are_found_under_any_key(kind: type[Ladder], path: str, names: tuple[str, ...]) -> None:
+def test_blocks_are_found_under_any_key(kind: Callable[[], nn.Module], path: str, names: tuple[str, ...]) -> None:
     found = check(kind())
     assert (found.layers_path, found.layer_names) == (path, names)
     assert parse(found.to_json()) == found
@@ -155,14 +156,14 @@ class Nothing(Ladder):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (odd_streams.FlatTurned, r"positions first: \[pos \* batch, d_model\]"),
+        (lambda: odd_streams.FlatTurned(odd_streams.FlatRung), r"positions first: \[pos \* batch, d_model\]"),
         (odd_streams.Copies, r"given \[4, 13, 24\] for one sequence of 13 tokens: several rows of the batch"),
         (odd_streams.Hourglass, "several widths: 24 in layers 0–1, 4–5, 12 in layers 2–3"),
         (odd_streams.History, r"no blocks were found.*Seen: rungs.\{i\} \(3 modules\)"),
         (Nothing, r"no blocks were found.*Seen: no lists of modules"),
     ],
 )
-def test_what_no_map_can_say_is_refused_with_what_was_seen(kind: type[Ladder], reason: str) -> None:
+def test_what_no_map_can_say_is_refused_with_what_was_seen(kind: Callable[[], nn.Module], reason: str) -> None:
     with pytest.raises(DiscoveryError, match=reason):
         discover(kind().eval())
 
@@ -175,16 +176,8 @@ def test_the_selectors_of_words_give_what_plain_hooks_give(kind: type[Ladder]) -
     """To the bit: the selector's own module, hooked, against the tape."""
     model = kind().eval()
     found = discover(model)
-    seen: dict[Any, Tensor] = {}
-    for selector in found.selectors(["mixer_out", "mlp_out"]):
-        (term,) = selector.terms
-        model.get_submodule(term.module).register_forward_hook(
-            lambda _, args, kwargs, out, s=selector: seen.update({s: s.resolve(args, kwargs, out).clone()}),
-            with_kwargs=True,
-        )
-    with torch.no_grad():
-        model(IDS)
-    assert len({s.module for s in seen}) == 2 * DEPTH
+    seen = read(model, found.selectors(["mixer_out", "mlp_out"]))
+    assert len({s.module for s, _ in seen}) == 2 * DEPTH
     assert len({float(t.sum()) for t in seen.values()}) == 2 * DEPTH
 
 
@@ -235,7 +228,7 @@ def test_blocks_that_are_no_modules_run_twice() -> None:
 
 
 def test_copies_of_a_sequence_inside_a_branch_are_refused_and_the_stream_is_right() -> None:
-    found = check(odd_streams.Ensembles())
+    found = check(Ladder(odd_streams.Ensemble))
     assert "several rows of the batch" in str(found.unavailable("q", 0))
     assert found.unavailable("mixer_out", 0) is None
 

@@ -7,8 +7,9 @@ be those tensors, and a point that the tape has and the map has not must be refu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from operator import attrgetter
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover
-from hookmap.maps.selectors import Term
+from hookmap.maps.selectors import Selector, Term
 from hookmap.verification.verify import verify
 
 D, V, DEPTH = 24, 50, 3
@@ -53,6 +54,28 @@ def listening() -> bool:
     return _tape is not None
 
 
+def read(model: nn.Module, selectors: Iterable[Selector], ids: Tensor = IDS) -> dict[tuple[Selector, int], Tensor]:
+    """What plain hooks in one run find at the terms of the selectors, (selector, number of the term) -> tensor: in the
+    call that the term names, else in the last."""
+    found: dict[tuple[Selector, int], Tensor] = {}
+
+    def kept(selector: Selector, number: int) -> Any:
+        term, calls = selector.terms[number], count()
+
+        def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+            if term.call in (None, next(calls)):
+                found[selector, number] = term.resolve(args, kwargs, output).detach().clone()
+
+        return model.get_submodule(term.module).register_forward_hook(hook, with_kwargs=True)
+
+    handles = [kept(selector, number) for selector in selectors for number in range(len(selector.terms))]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
 def check(model: nn.Module, missing: dict[str, str] | None = None) -> Any:
     """The map says what the tape says, of each run of each layer; it lacks exactly the points of `missing`, each for a
     reason that matches."""
@@ -60,24 +83,9 @@ def check(model: nn.Module, missing: dict[str, str] | None = None) -> Any:
     model.eval()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = discover(model)
-    parts: dict[Any, Tensor] = {}
-    handles = []
-    for selector in found.selectors():
-        for number, term in enumerate(selector.terms):
-            calls = [0]
-
-            def hook(_: Any, args: Any, kwargs: Any, output: Any, key: Any = (selector, number, calls)) -> None:
-                selector, number, calls = key
-                term, calls[0] = selector.terms[number], calls[0] + 1
-                if term.call in (None, calls[0] - 1):
-                    tensor = term.resolve(args, kwargs, output).detach().clone()
-                    parts[selector, number] = term.arrange(tensor, *IDS.shape)
-
-            handles.append(model.get_submodule(term.module).register_forward_hook(hook, with_kwargs=True))
-    with torch.no_grad(), taped() as expected:
-        model(IDS)
-    for handle in handles:
-        handle.remove()
+    with taped() as expected:
+        seen = read(model, found.selectors())
+    parts = {(s, n): s.terms[n].arrange(tensor, *IDS.shape) for (s, n), tensor in seen.items()}
     selected: dict[tuple[str, int | None], list[Any]] = {}
     for s in found.selectors():
         runs = selected.setdefault((s.point, s.layer), [])
@@ -142,23 +150,46 @@ class Think(nn.Module):
         return self.narrow(F.gelu(self.wide(x)))
 
 
-class Rung(nn.Module):
-    """A pre-norm block; subclasses say how it runs."""
+def told(i: int, x: Tensor, n: Tensor, a: Tensor, y: Tensor, m: Tensor, f: Tensor, z: Tensor) -> Tensor:
+    """What a block leaves behind, with its tensors on the tape."""
+    note(i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=z)
+    return z
 
-    def __init__(self, i: int) -> None:
+
+class Rung(nn.Module):
+    """A pre-norm block; a subclass writes the step in which it differs, or all of `forward`."""
+
+    def __init__(self, i: int, width: int = D) -> None:
         super().__init__()
         self.i = i
-        self.calm, self.cool = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.blend, self.think = Mix(), Think()
+        self.calm, self.cool = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.blend, self.think = Mix(width), Think(width)
+
+    def to_mixer(self, x: Tensor) -> Tensor:
+        """What the mixer reads of the stream."""
+        return self.calm(x)
+
+    def mixed(self, n: Tensor) -> Tensor:
+        """What the mixer adds."""
+        return self.blend(n)
+
+    def to_mlp(self, y: Tensor) -> Tensor:
+        return self.cool(y)
+
+    def thought(self, m: Tensor) -> Tensor:
+        return self.think(m)
+
+    def joined(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The stream with what a branch adds."""
+        return x + branch
 
     def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.blend(n)
-        y = x + a
-        m = self.cool(y)
-        f = self.think(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+        n = self.to_mixer(x)
+        a = self.mixed(n)
+        y = self.joined(x, a)
+        m = self.to_mlp(y)
+        f = self.thought(m)
+        return told(self.i, x, n, a, y, m, f, self.joined(y, f))
 
 
 class Behind(Rung):
@@ -167,14 +198,18 @@ class Behind(Rung):
     warm: nn.Module
     hot: nn.Module
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.warm(self.blend(n))
-        y = x + a
-        m = self.cool(y)
-        f = self.hot(self.think(m))
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+    def mixed(self, n: Tensor) -> Tensor:
+        return self.warm(self.blend(n))
+
+    def thought(self, m: Tensor) -> Tensor:
+        return self.hot(self.think(m))
+
+
+def through(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """The stream behind one block after the other."""
+    for block in blocks:
+        x = block(x)
+    return x
 
 
 class Ladder(nn.Module):
@@ -186,10 +221,13 @@ class Ladder(nn.Module):
         self.rungs = nn.ModuleList(rung(i) for i in range(depth))
         self.still, self.speak = nn.LayerNorm(D), nn.Linear(D, V)
 
-    def climb(self, x: Tensor) -> Tensor:
-        for rung in self.rungs:
-            x = rung(x)
+    def enter(self, tokens: Tensor) -> Tensor:
+        x = self.lookup(tokens)
+        note(None, embed=x)
         return x
+
+    def climb(self, x: Tensor) -> Tensor:
+        return through(self.rungs, x)
 
     def finish(self, x: Tensor) -> Tensor:
         n = self.still(x)
@@ -198,6 +236,4 @@ class Ladder(nn.Module):
         return logits
 
     def forward(self, tokens: Tensor) -> Any:
-        x = self.lookup(tokens)
-        note(None, embed=x)
-        return self.finish(self.climb(x))
+        return self.finish(self.climb(self.enter(tokens)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from support.invented import D, Ladder, Mix, Think, note
+from support.invented import D, Ladder, Mix, Think, note, through, told
 from support.invented_streams import Joined
 from torch import Tensor, nn
 
@@ -18,8 +18,7 @@ class Reversible(Joined):
         w = u + a
         m = self.cool(w)
         f = self.think(m)
-        note(self.i, resid_pre=v, mixer_in=n, mixer_out=a, resid_mid=w, mlp_in=m, mlp_out=f, resid_post=v + f)
-        return w, v + f
+        return w, told(self.i, v, n, a, w, m, f, v + f)
 
 
 class Both(Ladder):
@@ -120,10 +119,7 @@ class Streams(Ladder):
     """The model around them."""
 
     def climb(self, x: Tensor) -> Tensor:
-        h = torch.stack([x, 0.5 * x], 2)
-        for rung in self.rungs:
-            h = rung(h)
-        return h.sum(2)
+        return through(self.rungs, torch.stack([x, 0.5 * x], 2)).sum(2)
 
 
 class OfAllBefore(Ladder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from support.invented import DEPTH, D, Ladder, Mix, Rung, Think, V, note
+from support.invented import DEPTH, D, Ladder, Rung, through
 from torch import Tensor, nn
 
 
@@ -15,9 +15,7 @@ class Whole(Ladder):
     """The whole stack, three times, joined."""
 
     def climb(self, x: Tensor) -> Tensor:
-        for rung in [*self.rungs, *self.rungs, *self.rungs]:
-            x = rung(x)
-        return x
+        return through([*self.rungs, *self.rungs, *self.rungs], x)
 
 
 class FedBack(Ladder):
@@ -30,12 +28,8 @@ class FedBack(Ladder):
         x = self.rungs[0](x)
         start = self.still(x)
         for _ in range(3):
-            x = self.still(x) + start
-            for rung in self.rungs[1:3]:  # type: ignore[union-attr]
-                x = rung(x)
-        for rung in self.rungs[3:]:  # type: ignore[union-attr]
-            x = rung(x)
-        return x
+            x = through(self.rungs[1:3], self.still(x) + start)
+        return through(self.rungs[3:], x)
 
 
 class Adapted(Ladder):
@@ -47,16 +41,11 @@ class Adapted(Ladder):
         self.adapter, self.begin = nn.Linear(2 * D, D), nn.Parameter(torch.randn(D))
 
     def climb(self, x: Tensor) -> Tensor:
-        for rung in self.prelude:
-            x = rung(x)
+        x = through(self.prelude, x)
         state = self.state(x)
         for _ in range(3):
-            state = self.adapter(torch.cat([state, x], -1))
-            for rung in self.core:
-                state = rung(state)
-        for rung in self.coda:
-            state = rung(state)
-        return state
+            state = through(self.core, self.adapter(torch.cat([state, x], -1)))
+        return through(self.coda, state)
 
     def state(self, x: Tensor) -> Tensor:
         return self.begin.expand_as(x)
@@ -73,9 +62,7 @@ class ThereAndBack(Ladder):
     """Up the blocks, and down again."""
 
     def climb(self, x: Tensor) -> Tensor:
-        for rung in [*self.rungs, *reversed(self.rungs)]:
-            x = rung(x)
-        return x
+        return through([*self.rungs, *reversed(self.rungs)], x)
 
 
 class Deep(Rung):
@@ -83,17 +70,11 @@ class Deep(Rung):
 
     turn = 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.blend(n)
-        y = x + a
-        m = self.cool(y)
-        f = m
+    def thought(self, m: Tensor) -> Tensor:
         for _ in range(self.turn + 1):
-            f = self.think(f)
+            m = self.think(m)
         self.turn = (self.turn + 1) % 3
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+        return m
 
 
 class Deepening(Ladder):
@@ -119,10 +100,7 @@ class Chosen(Ladder):
         x = super().climb(x)
         half = x.shape[1] // 2
         places = self.choose(x).topk(half, 1).indices.sort(1).values.expand(-1, -1, D)
-        y = x.gather(1, places)
-        for rung in self.rungs[1:]:  # type: ignore[union-attr]
-            y = rung(y)
-        return x.scatter(1, places, y)
+        return x.scatter(1, places, through(self.rungs[1:], x.gather(1, places)))
 
 
 class Stack(nn.Module):
@@ -133,9 +111,7 @@ class Stack(nn.Module):
         self.rungs, self.calm = rungs(start, count), nn.LayerNorm(D)
 
     def forward(self, x: Tensor) -> Tensor:
-        for rung in self.rungs:
-            x = rung(x)
-        return self.calm(x)  # type: ignore[no-any-return]
+        return self.calm(through(self.rungs, x))
 
 
 class Nested(Ladder):
@@ -173,26 +149,19 @@ class Uneven(Ladder):
 
     def climb(self, x: Tensor) -> Tensor:
         for number in range(3):
-            for rung in self.rungs[: DEPTH - (number == 2)]:  # type: ignore[union-attr]
-                x = rung(x)
+            x = through(self.rungs[: DEPTH - (number == 2)], x)
         return x
 
 
-class OneNorm(nn.Module):
+class OneNorm(Rung):
     """A block with one norm for both of its branches."""
 
     def __init__(self, i: int) -> None:
-        super().__init__()
-        self.i, self.calm, self.blend, self.think = i, nn.LayerNorm(D), Mix(), Think()
+        super().__init__(i)
+        del self.cool
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.blend(n)
-        y = x + a
-        m = self.calm(y)
-        f = self.think(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+    def to_mlp(self, y: Tensor) -> Tensor:
+        return self.calm(y)
 
 
 class TwiceInARun(Ladder):
@@ -211,15 +180,12 @@ class TwiceInARun(Ladder):
 class WithItsStart(Rung):
     """A block whose MLP reads what the model began with, too: in the first round that is the stream itself."""
 
-    def forward(self, x: Tensor, start: Tensor | None = None) -> Tensor:
-        assert start is not None
-        n = self.calm(x)
-        a = self.blend(n)
-        y = x + a
-        m = self.cool(y + start)
-        f = self.think(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+    def forward(self, x: Tensor, start: Tensor) -> Tensor:  # type: ignore[override]
+        self.start = start
+        return super().forward(x)
+
+    def to_mlp(self, y: Tensor) -> Tensor:
+        return self.cool(y + self.start)
 
 
 class Reminded(Ladder):
@@ -311,9 +277,7 @@ class Group(nn.Module):
         self.rungs = rungs(start, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        for rung in self.rungs:
-            x = rung(x)
-        return x
+        return through(self.rungs, x)
 
 
 class ByTheText(Ladder):
@@ -344,6 +308,3 @@ class UntilSure(Ladder):
             if torch.softmax(self.speak(self.still(x))[:, -1], -1).amax() > 0.9:
                 break
         return x
-
-
-VOCABULARY = V

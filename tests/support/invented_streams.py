@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from support.invented import D, Ladder, Rung, V, note
+from support.invented import D, Ladder, Rung, V, note, told
 from torch import Tensor, nn
 
 
@@ -24,18 +24,24 @@ class Joined(Rung):
         """What is done to the stream before the first branch reads it."""
         return x
 
+    def between(self, x: Tensor) -> Tensor:
+        """What is done to it before the second branch does."""
+        return x
+
+    def behind(self, x: Tensor) -> Tensor:
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
-        note(self.i, resid_pre=x)
-        x = self.before(x)
+        entered, x = x, self.before(x)
         n = self.calm(x)
-        b = self.blend(n)
+        b = self.mixed(n)
         a, y = self.join(x, b)
+        y = self.between(y)
         m = self.cool(y)
-        g = self.think(m)
+        g = self.thought(m)
         f, z = self.join(y, g)
-        note(self.i, mixer_in=n, mixer_out_raw=b, mixer_out=a, resid_mid=y)
-        note(self.i, mlp_in=m, mlp_out_raw=g, mlp_out=f, resid_post=z)
-        return z
+        note(self.i, mixer_out_raw=b, mlp_out_raw=g)
+        return told(self.i, entered, n, a, y, m, f, self.behind(z))
 
 
 # Steps from the stream towards the branch's output ----------------------------------------------------------------
@@ -234,8 +240,7 @@ class Tables(Ladder):
         self.tables = nn.ModuleList(nn.Embedding(V, D) for _ in self.rungs)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.lookup(tokens)
-        note(None, embed=x)
+        x = self.enter(tokens)
         for rung, table in zip(self.rungs, self.tables, strict=True):
             x = rung(x, table(tokens))
         return self.finish(x)
@@ -268,28 +273,13 @@ class Smeared(Joined):
 class SquashedBetween(Joined):
     """resid_mid is what the MLP reads."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.blend(n)
-        s = x + a
-        y = s + 0.1 * torch.tanh(s)
-        m = self.cool(y)
-        f = self.think(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+    def between(self, x: Tensor) -> Tensor:
+        return x + 0.1 * torch.tanh(x)
 
 
 class SquashedBehind(Joined):
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.blend(n)
-        y = x + a
-        m = self.cool(y)
-        f = self.think(m)
-        s = y + f
-        z = s + 0.1 * torch.tanh(s)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=z)
-        return z
+    def behind(self, x: Tensor) -> Tensor:
+        return x + 0.1 * torch.tanh(x)
 
 
 # The principal branch ---------------------------------------------------------------------------------------------
@@ -323,9 +313,8 @@ class Canon(Joined):
         y = s + e
         m = self.cool(y)
         f = self.think(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
         note(self.i, **{"mixer_out.0": c, "mixer_out.1": a, "mixer_out.2": e, "resid_mid_sum": s})
-        return y + f
+        return told(self.i, x, n, a, y, m, f, y + f)
 
 
 class ShortPadded(Short):
@@ -350,14 +339,13 @@ class CanonPadded(Canon):
 class CanonInside(Canon):
     """Behind the norms: a convolution in the MLP makes no mixer of it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.blend(n + self.one(n))
-        y = x + a
-        m = self.cool(y)
-        f = self.think(m + self.two(m))
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+    forward = Rung.forward
+
+    def mixed(self, n: Tensor) -> Tensor:
+        return self.blend(n + self.one(n))
+
+    def thought(self, m: Tensor) -> Tensor:
+        return self.think(m + self.two(m))
 
 
 class Adapted(Joined):
@@ -372,19 +360,19 @@ class Adapted(Joined):
         note(self.i, **{"mlp_in.0": x, "mlp_out.0": s})
         return x + s
 
+    def thought(self, m: Tensor) -> Tensor:
+        f = self.think(m)
+        note(self.i, **{"mlp_out.1": f})
+        return f
+
 
 class AdaptedBetween(Adapted):
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        a = self.blend(n)
-        s = x + a
-        e = self.small(s)
-        y = s + e
-        m = self.cool(y)
-        f = self.think(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        note(self.i, **{"mlp_in.0": s, "mlp_out.0": e, "mlp_out.1": f, "resid_mid_sum": s})
-        return y + f
+    def before(self, x: Tensor) -> Tensor:
+        return x
+
+    def between(self, x: Tensor) -> Tensor:
+        note(self.i, resid_mid_sum=x)
+        return super().before(x)
 
 
 class AdaptedBeside(Adapted):
@@ -393,8 +381,6 @@ class AdaptedBeside(Adapted):
         a = self.blend(n)
         y = x + a
         m = self.cool(y)
-        e, f = self.small(y), self.think(m)
-        z = y + e + f
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=z)
-        note(self.i, **{"mlp_out.0": e, "mlp_out.1": f})
-        return z
+        e, f = self.small(y), self.thought(m)
+        note(self.i, **{"mlp_out.0": e})
+        return told(self.i, x, n, a, y, m, f, y + e + f)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from support.invented import DEPTH, D, Ladder, Mix, Rung, Think, V, note
+from support.invented import DEPTH, D, Ladder, Mix, Rung, Think, V, note, through, told
 from support.odd_parts import Normed
 from torch import Tensor, nn
 
@@ -20,52 +20,53 @@ class Mute(Rung):
 class Words(Ladder):
     """The blocks have words as keys."""
 
-    def __init__(self) -> None:
+    def __init__(self, rungs: dict[str, nn.Module] | None = None) -> None:
         super().__init__()
-        self.rungs = nn.ModuleDict({name: Rung(i) for i, name in enumerate(("dawn", "noon", "dusk"))})
+        self.rungs = nn.ModuleDict(rungs or {name: Rung(i) for i, name in enumerate(("dawn", "noon", "dusk"))})
 
     def climb(self, x: Tensor) -> Tensor:
-        for rung in self.rungs.values():
-            x = rung(x)
-        return x
+        return through(self.rungs.values(), x)
 
 
-class Attributes(Ladder):
-    """The blocks are attributes of the model, of two classes."""
+class NoList(Ladder):
+    """The model around blocks that are attributes of it."""
 
     def __init__(self) -> None:
         super().__init__()
         del self.rungs
+
+
+class Attributes(NoList):
+    """The blocks are attributes of the model, of two classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.lowest, self.middle, self.highest = Rung(0), InPlace(1), Rung(2)
 
     def climb(self, x: Tensor) -> Tensor:
         return self.highest(self.middle(self.lowest(x)))
 
 
-class Backwards(Ladder):
-    """The blocks are attributes, defined in another order than that of their calls."""
+class Backwards(NoList):
+    """They are defined in another order than that of their calls."""
 
     def __init__(self) -> None:
         super().__init__()
-        del self.rungs
         self.top, self.mid, self.low = Rung(2), Rung(1), Rung(0)
 
     def climb(self, x: Tensor) -> Tensor:
         return self.top(self.mid(self.low(x)))
 
 
-class OneBlock(Ladder):
+class OneBlock(NoList):
     """One module, called three times: its path has no number."""
 
     def __init__(self) -> None:
         super().__init__()
-        del self.rungs
         self.rung = Rung(0)
 
     def climb(self, x: Tensor) -> Tensor:
-        for _ in range(3):
-            x = self.rung(x)
-        return x
+        return through([self.rung] * 3, x)
 
 
 class InPlace(Rung):
@@ -114,12 +115,8 @@ class Towers(Ladder):
         self.judge = nn.Linear(D, 1)
 
     def forward(self, tokens: Tensor) -> Any:
-        x = self.lookup(tokens)
-        note(None, embed=x)
-        y = x
-        for rung in self.aside:
-            y = rung(y)
-        return {"value": self.judge(y), "logits": self.finish(self.climb(x))}
+        x = self.enter(tokens)
+        return {"value": self.judge(through(self.aside, x)), "logits": self.finish(self.climb(x))}
 
 
 class Ahead(Ladder):
@@ -130,14 +127,10 @@ class Ahead(Ladder):
         self.rungs.append(Mute(DEPTH))
 
     def climb(self, x: Tensor) -> Tensor:
-        for rung in self.rungs[:-1]:  # type: ignore[union-attr]
-            x = rung(x)
-        return x
+        return through(self.rungs[:-1], x)
 
     def forward(self, tokens: Tensor) -> Any:
-        x = self.lookup(tokens)
-        note(None, embed=x)
-        x = self.climb(x)
+        x = self.climb(self.enter(tokens))
         return {"ahead": self.speak(self.rungs[-1](x)), "logits": self.finish(x)}
 
 
@@ -148,9 +141,7 @@ class Spare(Ladder):
         super().__init__(depth=DEPTH + 2)
 
     def climb(self, x: Tensor) -> Tensor:
-        for rung in self.rungs[:DEPTH]:  # type: ignore[union-attr]
-            x = rung(x)
-        return x
+        return through(self.rungs[:DEPTH], x)
 
 
 class Prelude(Ladder):
@@ -164,17 +155,11 @@ class Prelude(Ladder):
         return super().climb(self.first(x))
 
 
-class Gaps(Ladder):
+class Gaps(Words):
     """The blocks have numbers with gaps between them."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.rungs = nn.ModuleDict({str(3 * i + 1): Rung(i) for i in range(DEPTH)})
-
-    def climb(self, x: Tensor) -> Tensor:
-        for rung in self.rungs.values():
-            x = rung(x)
-        return x
+        super().__init__({str(3 * i + 1): Rung(i) for i in range(DEPTH)})
 
 
 class Parts(nn.Module):
@@ -219,9 +204,7 @@ class OfResiduals(nn.Module):
         y = self.look(x)
         z = self.think(y)
         a, f = self.look.branch, self.think.branch
-        note(self.i, resid_pre=x, mixer_in=a.read, mixer_out=a.added, resid_mid=y, mlp_in=f.read, mlp_out=f.added)
-        note(self.i, resid_post=z)
-        return z
+        return told(self.i, x, a.read, a.added, y, f.read, f.added, z)
 
 
 class SequenceOfResiduals(OfResiduals):
@@ -235,27 +218,14 @@ class SequenceOfResiduals(OfResiduals):
     def forward(self, x: Tensor) -> Tensor:
         z = self.both(x)
         a, f = (each.branch for each in self.both)
-        note(self.i, resid_pre=x, mixer_in=a.read, mixer_out=a.added, resid_mid=x + a.added, mlp_in=f.read)
-        note(self.i, mlp_out=f.added, resid_post=z)
-        return z
+        return told(self.i, x, a.read, a.added, x + a.added, f.read, f.added, z)
 
 
-class Residuals(Ladder):
-    def __init__(self) -> None:
-        super().__init__(OfResiduals)
-
-
-class NumberedResiduals(Ladder):
-    def __init__(self) -> None:
-        super().__init__(SequenceOfResiduals)
-
-
-class TwoOfResiduals(Ladder):
+class TwoOfResiduals(NoList):
     """Two blocks are attributes, and so are their branches."""
 
     def __init__(self) -> None:
         super().__init__()
-        del self.rungs
         self.low, self.high = OfResiduals(0), OfResiduals(1)
 
     def climb(self, x: Tensor) -> Tensor:
@@ -280,9 +250,7 @@ class Downwards(Ladder):
     """The list is run from its end."""
 
     def climb(self, x: Tensor) -> Tensor:
-        for rung in reversed(self.rungs):
-            x = rung(x)
-        return x
+        return through(reversed(self.rungs), x)
 
 
 class Beside(Ladder):
@@ -293,26 +261,16 @@ class Beside(Ladder):
         self.aside, self.hint = nn.ModuleList(Mute(i) for i in range(2)), nn.Linear(D, V)
 
     def forward(self, tokens: Tensor) -> Any:
-        x = self.lookup(tokens)
-        note(None, embed=x)
-        y = x
-        for rung in self.aside:
-            y = rung(y)
+        x = self.enter(tokens)
         n = self.still(self.climb(x))
-        logits = self.speak(n) + self.hint(y)
+        logits = self.speak(n) + self.hint(through(self.aside, x))
         note(None, final_norm=n, logits=logits)
         return logits
 
 
-class SharedWords(Ladder):
+class SharedWords(Words):
     """One block has two names."""
 
     def __init__(self) -> None:
-        super().__init__()
         rung = Mute(0)
-        self.rungs = nn.ModuleDict({"one": rung, "two": rung, "three": Mute(2)})
-
-    def climb(self, x: Tensor) -> Tensor:
-        for rung in self.rungs.values():
-            x = rung(x)
-        return x
+        super().__init__({"one": rung, "two": rung, "three": Mute(2)})

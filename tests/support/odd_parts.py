@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from support.invented import DEPTH, D, Ladder, Mix, Think, note
+from support.invented import DEPTH, D, Ladder, Mix, Think, note, told
 from torch import Tensor, nn
 
 
@@ -26,8 +26,7 @@ class Method(Ladder):
         y = x + a
         m = F.layer_norm(y, (D,), self.scales[2 * i + 1])
         f = self.thinks[i](m)
-        note(i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
+        return told(i, x, n, a, y, m, f, y + f)
 
     def climb(self, x: Tensor) -> Tensor:
         for i in range(DEPTH):
@@ -56,8 +55,7 @@ class SideBySide(Ladder):
             y = x + a
             m = cool(y)
             f = think(m)
-            note(i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-            x = y + f
+            x = told(i, x, n, a, y, m, f, y + f)
         return x
 
 
@@ -104,9 +102,7 @@ class Pairs(Ladder):
             a = blend(x)
             y = x + a
             f = think(y)
-            note(i, resid_pre=x, mixer_in=blend.read, mixer_out=a, resid_mid=y, mlp_in=think.read, mlp_out=f)
-            note(i, resid_post=y + f)
-            x = y + f
+            x = told(i, x, blend.read, a, y, think.read, f, y + f)
         return x
 
     def finish(self, x: Tensor) -> Tensor:
@@ -217,9 +213,7 @@ class Couples(Ladder):
             a = blend(x)
             y = a + x
             f = think(y)
-            note(i, resid_pre=x, mixer_in=blend.read, mixer_out=a, resid_mid=y, mlp_in=think.read, mlp_out=f)
-            x = f + y
-            note(i, resid_post=x)
+            x = told(i, x, blend.read, a, y, think.read, f, f + y)
         return x
 
 

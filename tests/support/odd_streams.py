@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support.invented import DEPTH, D, Ladder, Mix, Rung, Think, note
+from support.invented import DEPTH, D, Ladder, Rung, through, told
 from support.odd_lists import Mute
 from torch import Tensor, nn
 
@@ -14,9 +14,6 @@ class Flat(Ladder):
     """The stream is [batch * pos, d]; the attention alone sees sequences."""
 
     turned = False
-
-    def __init__(self) -> None:
-        super().__init__(FlatRung)
 
     def climb(self, x: Tensor) -> Tensor:
         b, s, d = x.shape
@@ -45,8 +42,7 @@ class FlatRung(Rung):
         y = x + a
         m = self.cool(y)
         f = self.think(m)
-        said = {"resid_pre": x, "mixer_in": n, "mixer_out": a, "resid_mid": y, "mlp_in": m, "mlp_out": f}
-        note(self.i, **{name: fold(t) for name, t in (said | {"resid_post": y + f}).items()})
+        told(self.i, *map(fold, (x, n, a, y, m, f, y + f)))
         return y + f
 
 
@@ -66,21 +62,7 @@ class Copies(Ladder):
 
     def climb(self, x: Tensor) -> Tensor:
         x = x.repeat(4, 1, 1) * torch.arange(1, 5).repeat_interleave(x.shape[0])[:, None, None]
-        for rung in self.rungs:
-            x = rung(x)
-        return x.unflatten(0, (4, -1)).sum(0)
-
-
-class Wide(nn.Module):
-    """A pre-norm block of any width."""
-
-    def __init__(self, i: int, width: int) -> None:
-        super().__init__()
-        self.i = i
-        self.calm, self.cool = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.blend, self.think = Mix(width), Think(width)
-
-    forward = Rung.forward
+        return through(self.rungs, x).unflatten(0, (4, -1)).sum(0)
 
 
 class Hourglass(Ladder):
@@ -88,7 +70,7 @@ class Hourglass(Ladder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rungs = nn.ModuleList(Wide(i, width) for i, width in enumerate((24, 24, 12, 12, 24, 24)))
+        self.rungs = nn.ModuleList(Rung(i, width) for i, width in enumerate((24, 24, 12, 12, 24, 24)))
         self.narrow, self.widen = nn.Linear(24, 12), nn.Linear(12, 24)
 
     def climb(self, x: Tensor) -> Tensor:
@@ -139,20 +121,9 @@ class Interrupted(Ladder):
 class Ensemble(Rung):
     """The attention sees two copies of each sequence, one behind the other in the batch."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.calm(x)
-        noise = torch.linspace(0.5, 1.5, 2).repeat_interleave(x.shape[0])[:, None, None]
-        a = self.blend(n.repeat(2, 1, 1) * noise).unflatten(0, (2, -1)).mean(0)
-        y = x + a
-        m = self.cool(y)
-        f = self.think(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f
-
-
-class Ensembles(Ladder):
-    def __init__(self) -> None:
-        super().__init__(Ensemble)
+    def mixed(self, n: Tensor) -> Tensor:
+        noise = torch.linspace(0.5, 1.5, 2).repeat_interleave(n.shape[0])[:, None, None]
+        return self.blend(n.repeat(2, 1, 1) * noise).unflatten(0, (2, -1)).mean(0)
 
 
 class BufferLast(Ladder):
@@ -184,11 +155,5 @@ class StateRung(Rung):
 class InStates(Ladder):
     """The stream is handed on in a dictionary."""
 
-    def __init__(self) -> None:
-        super().__init__(StateRung)
-
     def climb(self, x: Tensor) -> Tensor:
-        state = {"stream": x, "depth": 0}
-        for rung in self.rungs:
-            state = rung(state)
-        return state["stream"]
+        return through(self.rungs, {"stream": x, "depth": 0})["stream"]  # type: ignore[arg-type]
