@@ -46,6 +46,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
         (loops.TwiceInARun, "3 x (0-2)", {"2 -> 0": "resid_post[2] + embed * 0.5"}),
         (loops.Reminded, "3 x (0-2)", {}),
         (loops.Halting, "3 x (0-2)", None),
+        (loops.HaltingForGood, "3 x (0-2)", None),
         (
             loops.Averaged,
             "3 x (0-2)",

@@ -216,6 +216,17 @@ class Halting(Ladder):
         return x
 
 
+class HaltingForGood(Halting):
+    """Once it has halted, a position is kept in all further rounds; in the first round none has."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        done = torch.zeros(*x.shape[:2], 1, dtype=torch.bool, device=x.device)
+        for _ in range(3):
+            x = torch.where(done, x, Ladder.climb(self, x))
+            done = done | (self.halt(x) > 0)
+        return x
+
+
 class Averaged(Ladder):
     """The unembedding reads the mean of all rounds."""
 

@@ -1,6 +1,7 @@
 """A model whose architecture has no proved map is held against one pass when it is opened."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,27 @@ def test_a_map_that_is_not_true_is_refused_with_what_fails(monkeypatch: pytest.M
     with pytest.raises(hookmap.DiscoveryError, match=r"(?s)hookmap misreads Unheard.*sum: resid_mid = .*check=False"):
         hookmap.open(unheard())
     assert hookmap.open(unheard(), check=False).map.num_layers == plain_hooks.LAYERS
+
+
+class Silent(LlamaForCausalLM):
+    """It records no hidden states."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        kwargs.pop("output_hidden_states", None)
+        return super().forward(input_ids, attention_mask, **kwargs)
+
+
+def test_a_model_that_records_no_hidden_states_is_held_against_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hookmap.discovery import map_of_model
+
+    torch.manual_seed(1)
+    silent = plain_hooks.redrawn(Silent(plain_hooks.FAMILIES["llama"].config()))
+    assert hookmap.open(silent).map.architecture == "Silent"
+    assert [c.name for c in hookmap.verify(silent).checks if not c.passed] == ["hidden_states"]
+    right = map_of_model.discover
+    monkeypatch.setattr(map_of_model, "discover", lambda source: wrong(right(source)))
+    with pytest.raises(hookmap.DiscoveryError, match="hookmap misreads Silent"):
+        hookmap.open(silent)
 
 
 def test_nothing_of_the_model_is_changed() -> None:
