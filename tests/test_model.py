@@ -172,14 +172,11 @@ def test_what_is_no_model_is_refused(x: Any, message: str) -> None:
         hookmap.open(x)
 
 
-def test_models_that_do_not_generate_left_to_right_are_refused() -> None:
-    bert = transformers.BertModel(transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
-    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2))
+def test_a_model_without_weights_is_refused() -> None:
     with torch.device("meta"):
         weightless = transformers.LlamaForCausalLM(plain_hooks.FAMILIES["llama"].config())
-    for model, message in ((bert, "not a generating"), (t5, "encoder-decoder"), (weightless, "no weights")):
-        with pytest.raises(hookmap.ModelError, match=message):
-            hookmap.open(model)
+    with pytest.raises(hookmap.ModelError, match="no weights"):
+        hookmap.open(weightless)
 
 
 def test_a_folder_that_is_no_model_says_what_it_holds(tmp_path: Path) -> None:
