@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from support import plain_hooks
+from support.enlarged import enlarged
 
 import hookmap
 from hookmap.analysis.patching import sweep
@@ -16,33 +17,11 @@ IDS = [5, 6, 7, 8, 9]
 OTHER = [5, 6, 4, 8, 9]
 
 
-def build(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=None,
-        pad_token_id=0,
-        bos_token_id=1,
-    )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" not in name:
-                weight.normal_(std=0.2)
-    return model.to(dtype)
-
-
-def overflowing() -> LlamaForCausalLM:
+def overflowing() -> Any:
     """float16; what block 1's MLP adds is beyond it, with finite weights."""
-    model = build()
+    model: Any = enlarged(6e4)
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[7] *= 3e4
-        model.model.layers[1].mlp.up_proj.weight *= 50
+        model.model.layers[1].mlp.up_proj.weight *= 100
     assert all(weight.half().isfinite().all() for weight in model.parameters())
     return model.half()
 
@@ -105,7 +84,7 @@ def test_verification_says_so_and_nothing_else() -> None:
 
 
 def test_a_broken_weight_is_named() -> None:
-    model = build()
+    model = plain_hooks.build("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight[3, 3] = torch.nan
     with pytest.raises(
@@ -116,10 +95,7 @@ def test_a_broken_weight_is_named() -> None:
 
 def infinite_capture(tmp_path: Path) -> tuple[Any, Any]:
     """A sound float32 model, and a capture of it whose rows of layer 1 are infinite for keep_dtype alone."""
-    model = build()
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[7] *= 1e8
-    sound = hookmap.open(model)
+    sound = hookmap.open(enlarged(1e8))
     how: dict[str, Any] = {"max_new_tokens": 0, "keep_dtype": "float16", "store": tmp_path / "run"}
     sound.capture([IDS, OTHER], "resid_post", [0, 1, 2], **how)
     return sound, hookmap.open_store(tmp_path / "run")
@@ -142,11 +118,8 @@ def test_a_probe_names_the_sample_and_the_position(tmp_path: Path, pool: str) ->
     from hookmap.analysis.probes.run import probe
     from hookmap.loading.prompts import Prompt
 
-    model = build()
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[7] *= 1e8
     prompts = [Prompt("", (5, 6, 7, n), labels={"right": n % 2 == 0}) for n in range(10, 40)]
-    hookmap.open(model).capture(
+    hookmap.open(enlarged(1e8)).capture(
         prompts, "resid_post", 1, max_new_tokens=0, keep_dtype="float16", store=tmp_path / "probed"
     )
     with pytest.raises(SelectionError, match=r"resid_post\.1 of sample 0 is not finite, first at position \d"):
@@ -155,7 +128,7 @@ def test_a_probe_names_the_sample_and_the_position(tmp_path: Path, pool: str) ->
 
 def test_a_sweep_within_its_noise_is_refused_and_cells_within_it_are_flagged() -> None:
     """In bfloat16 two prompts whose answers are alike differ by rounding only."""
-    model = build(torch.bfloat16)
+    model = plain_hooks.build("llama").to(torch.bfloat16)
     hm = hookmap.open(model)
     with torch.no_grad():
         logits = [model(torch.tensor([ids])).logits[0, -1].float() for ids in (IDS, OTHER)]
@@ -164,7 +137,7 @@ def test_a_sweep_within_its_noise_is_refused_and_cells_within_it_are_flagged() -
     alike = ((apart.abs() > 0) & (apart.abs() < step / 8)).nonzero()[0].tolist()
     with pytest.raises(InterventionError, match=r"(?s)its noise is .*nothing to bring back.*float32"):
         sweep(hm, IDS, OTHER, *alike)
-    most = divmod(int(apart.abs().argmax()), 100)
+    most = divmod(int(apart.abs().argmax()), plain_hooks.VOCABULARY)
     found = sweep(hm, IDS, OTHER, *most, point="resid_pre")
     right, wrong = logits[0][list(most)], logits[1][list(most)]
     assert 0 < found.noise < abs(found.clean - found.corrupted)

@@ -21,20 +21,10 @@ def by_hand(model: Any, family: plain_hooks.Family, point: str, layer: int, text
     inputs: dict[str, Any] = {"input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids in texts])}
     if model.config.model_type not in ("mamba", "mamba2"):
         inputs["attention_mask"] = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in texts])
-    kept: list[list[torch.Tensor]] = []
-    handles = []
-    for place in family.points[point]:
-        kept.append([])
-        module = model.get_submodule(place.module.format(i=layer))
-        if place.side == "input":
-            handles.append(module.register_forward_pre_hook(plain_hooks._keep_input(kept[-1]), with_kwargs=True))
-        else:
-            handles.append(module.register_forward_hook(plain_hooks._keep_output(kept[-1])))
-    with torch.no_grad():
+    places = {place: (place.module.format(i=layer), place.side) for place in family.points[point]}
+    with plain_hooks.watching(model, places) as kept:
         model(**inputs, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    parts = [tensors[0] * place.scale for tensors, place in zip(kept, family.points[point], strict=True)]
+    parts = [tensors[0] * place.scale for place, tensors in kept.items()]
     return sum(parts[1:], start=parts[0])
 
 

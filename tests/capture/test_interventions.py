@@ -111,18 +111,12 @@ def test_a_steer_is_what_hand_written_hooks_do_on_every_point(name: str) -> None
 def source_rows(name: str, point: str, layer: int) -> torch.Tensor:
     """Rows of SOURCE by a plain hook in one forward pass."""
     hm, (place,) = opened(name), FAMILIES[name].points[point]
-    seen: list[torch.Tensor] = []
-    module = hm.model.get_submodule(place.module.replace("{i}", str(layer)))
-    if place.side == "input":
-        handle = module.register_forward_pre_hook(plain_hooks._keep_input(seen), with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(plain_hooks._keep_output(seen))
     ids = torch.tensor([SOURCE])
     mask = {} if name == "mamba" else {"attention_mask": torch.ones_like(ids)}
-    with torch.no_grad():
+    with plain_hooks.watching(hm.model, {"": (place.module.replace("{i}", str(layer)), place.side)}) as seen:
         hm.model(input_ids=ids, use_cache=False, **mask)
-    handle.remove()
-    return seen[0][0] * place.scale if place.scale != 1 else seen[0][0]
+    rows = seen[""][0][0]
+    return rows * place.scale if place.scale != 1 else rows
 
 
 def in_the_prompt(change: Callable[[Rows], Rows]) -> Change:

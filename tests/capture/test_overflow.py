@@ -9,56 +9,40 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import LlamaConfig, LlamaForCausalLM
+from support.enlarged import enlarged
+from support.plain_hooks import watching
+from torch import nn
 
 import hookmap
 from hookmap.cli.main import main
 from hookmap.errors import CaptureError, SelectionError
 
-IDS = [[5, 6, 7, 8, 9], [9, 8, 7]]
+IDS = [[6, 5, 7, 8, 9], [65, 13, 16]]
 HUGE = ("resid_post", 1)
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+def model() -> nn.Module:
     """bfloat16; one feature of block 1's output is beyond float16, in some rows."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=None,
-        pad_token_id=0,
-        bos_token_id=1,
-    )
-    found = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        found.model.layers[1].mlp.down_proj.weight[7] *= 7e7
-    return found.to(torch.bfloat16)
+    return enlarged(1.5e5, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def hm(model: LlamaForCausalLM) -> Any:
+def hm(model: nn.Module) -> Any:
     return hookmap.open(model)
 
 
-def too_large(model: LlamaForCausalLM, ids: list[int]) -> torch.Tensor:
+def too_large(model: nn.Module, ids: list[int]) -> torch.Tensor:
     """[pos], by a plain hook: whether a row of block 1's output becomes infinite in float16."""
-    rows: list[torch.Tensor] = []
-    hook = model.model.layers[1].register_forward_hook(lambda module, args, output: rows.append(output))
-    with torch.no_grad():
+    with watching(model, {"rows": ("model.layers.1", "output")}) as seen:
         model(torch.tensor([ids]))
-    hook.remove()
-    found = rows[0][0]
+    found = seen["rows"][0][0]
     return found.isfinite().all(-1) & found.half().isinf().any(-1)
 
 
 @pytest.mark.parametrize("how", [{"max_new_tokens": 0}, {"max_new_tokens": 6}, {"max_new_tokens": 6, "batch_size": 1}])
 def test_what_is_lost_is_told_and_counted(
-    model: LlamaForCausalLM, hm: Any, how: dict[str, Any], caplog: pytest.LogCaptureFixture, tmp_path: Path
+    model: nn.Module, hm: Any, how: dict[str, Any], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     with caplog.at_level(logging.WARNING, "hookmap"):
         run = hm.capture(IDS, ["resid_pre", "resid_post"], [0, 1], keep_dtype="float16", store=tmp_path / "c", **how)
@@ -94,7 +78,7 @@ def test_nothing_is_said_where_nothing_is_lost(hm: Any, caplog: pytest.LogCaptur
     assert not caplog.records
 
 
-def test_an_infinity_of_the_model_itself_is_no_loss(model: LlamaForCausalLM) -> None:
+def test_an_infinity_of_the_model_itself_is_no_loss(model: nn.Module) -> None:
     """What the model computes is kept as it is, whatever the dtype."""
     infinite = copy.deepcopy(model)
     with torch.no_grad():
@@ -103,9 +87,7 @@ def test_an_infinity_of_the_model_itself_is_no_loss(model: LlamaForCausalLM) -> 
     assert not run[HUGE].isfinite().all() and run.manifest.runs == ()
 
 
-def test_refused_the_finished_samples_stay_and_the_run_can_go_on(
-    model: LlamaForCausalLM, hm: Any, tmp_path: Path
-) -> None:
+def test_refused_the_finished_samples_stay_and_the_run_can_go_on(model: nn.Module, hm: Any, tmp_path: Path) -> None:
     harmless, huge = IDS[1], IDS[0]
     assert not too_large(model, harmless).any()
     how: dict[str, Any] = {"max_new_tokens": 0, "keep_dtype": "float16", "batch_size": 1, "store": tmp_path / "c"}
@@ -123,7 +105,7 @@ def test_rows_before_interventions_are_counted_by_themselves(hm: Any) -> None:
     assert set(run.manifest.runs[0]["overflow"]["rows"]) == {"before/resid_post.1"}
 
 
-def test_inspect_shows_what_is_not_finite(model: LlamaForCausalLM, hm: Any, tmp_path: Path) -> None:
+def test_inspect_shows_what_is_not_finite(model: nn.Module, hm: Any, tmp_path: Path) -> None:
     folder = str(tmp_path / "c")
     hm.capture(IDS, "resid_post", [0, 1], max_new_tokens=0, keep_dtype="float16", store=folder)
     count = int(sum(too_large(model, ids).sum() for ids in IDS))
@@ -139,11 +121,11 @@ def test_inspect_shows_what_is_not_finite(model: LlamaForCausalLM, hm: Any, tmp_
     assert CliRunner().invoke(main, ["inspect", folder, "--no-norms"]).exit_code == 0
 
 
-def test_inspect_says_that_one_row_rules_the_mean(tmp_path: Path, model: LlamaForCausalLM) -> None:
+def test_inspect_says_that_one_row_rules_the_mean(tmp_path: Path, model: nn.Module) -> None:
     sink = copy.deepcopy(model)
     with torch.no_grad():
-        sink.model.layers[1].mlp.down_proj.weight[7] /= 7e7
-        sink.model.embed_tokens.weight[5] *= 1000
+        sink.model.layers[1].mlp.down_proj.weight[7] /= 1.5e5
+        sink.model.embed_tokens.weight[IDS[0][0]] *= 1000
     hookmap.open(sink).capture(IDS, "resid_pre", 0, max_new_tokens=0, store=tmp_path / "c")
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "c")]).stderr
     assert "times as long as the median" in " ".join(shown.split()) and "--positions 1:" in shown

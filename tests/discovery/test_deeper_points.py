@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from support import plain_hooks
+from support.invented import read
 from support.opened import RAGGED
 from torch import nn
 
@@ -375,19 +376,9 @@ def test_a_capture_of_them_is_what_one_pass_over_all_tokens_shows(name: str) -> 
     selectors = found.selectors(names, 1)
     for number, tokens in enumerate(run.tokens):
         fed = torch.tensor([tokens[:-1]])
-        seen: dict[str, torch.Tensor] = {}
-        handles = []
-        for selector in selectors:
-
-            def hook(_: Any, args: Any, kwargs: Any, output: Any, of: Any = (selector, seen, fed.shape[1])) -> None:
-                s, into, width = of
-                into[s.point] = s.terms[0].arrange(s.resolve(args, kwargs, output), 1, width)[0].clone()
-
-            handles.append(model.get_submodule(selector.module).register_forward_hook(hook, with_kwargs=True))
-        with torch.no_grad(), eager(model):
-            model(fed, attention_mask=torch.ones_like(fed), use_cache=False)
-        for handle in handles:
-            handle.remove()
+        with eager(model):
+            plain = read(model, selectors, fed, attention_mask=torch.ones_like(fed), use_cache=False)
+        seen = {s.point: s.terms[0].arrange(tensor, 1, fed.shape[1])[0] for (s, _), tensor in plain.items()}
         for point in names:
             got = run.read(number, point, 1)
             got = got[..., : len(got)] if point == "pattern" else got

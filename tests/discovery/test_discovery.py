@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 from support import plain_hooks
+from support.invented import read
 from support.opened import EACH_FAMILY
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,46 +50,15 @@ _IDS = torch.tensor([[5, 17, 3, 44, 9, 60, 31, 8], [11, 2, 71, 6, 90, 4, 23, 50]
 
 def _hooked(model: nn.Module, places: dict[str, tuple[str, str]]) -> dict[str, torch.Tensor]:
     """One plain forward pass; name -> a copy of the tensor at (module, side)."""
-    seen: dict[str, torch.Tensor] = {}
-    handles = []
-    for name, (path, side) in places.items():
-
-        def pre(_: Any, args: Any, kwargs: Any, name: str = name) -> None:
-            seen[name] = (args[0] if args else kwargs["hidden_states"]).clone()
-
-        def post(_: Any, args: Any, output: Any, name: str = name) -> None:
-            seen[name] = (output[0] if isinstance(output, tuple) else output).clone()
-
-        module = model.get_submodule(path)
-        handles.append(
-            module.register_forward_pre_hook(pre, with_kwargs=True)
-            if side == "input"
-            else module.register_forward_hook(post)
-        )
-    with torch.no_grad():
-        seen["logits"] = model(input_ids=_IDS, use_cache=False).logits
-    for handle in handles:
-        handle.remove()
-    return seen
+    with plain_hooks.watching(model, places) as seen:
+        logits = model(input_ids=_IDS, use_cache=False).logits
+    return {name: tensors[-1] for name, tensors in seen.items()} | {"logits": logits}
 
 
 def _selected(model: nn.Module, found: ArchitectureMap) -> dict[tuple[str, int | None], torch.Tensor]:
     """One plain forward pass; every selector of the map, resolved in a plain forward hook."""
-    parts: dict[Any, torch.Tensor] = {}
-    handles = []
     selectors = found.selectors()
-    for selector in selectors:
-        for number, term in enumerate(selector.terms):
-
-            def hook(_: Any, args: Any, kwargs: Any, output: Any, key: Any = (selector, number)) -> None:
-                selector, number = key
-                parts[key] = selector.terms[number].resolve(args, kwargs, output).clone()
-
-            handles.append(model.get_submodule(term.module).register_forward_hook(hook, with_kwargs=True))
-    with torch.no_grad():
-        model(input_ids=_IDS, use_cache=False)
-    for handle in handles:
-        handle.remove()
+    parts = read(model, selectors, _IDS, use_cache=False)
     return {
         (s.point, s.layer): sum(parts[s, n] * t.scale for n, t in enumerate(s.terms))  # type: ignore[misc]
         for s in selectors

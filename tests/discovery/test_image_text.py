@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from support.plain_hooks import redrawn
+from support.plain_hooks import redrawn, watching
 from torch import nn
 
 from hookmap.discovery.discover import discover
@@ -71,29 +71,6 @@ _DEMAND_A_PICTURE: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
 }
 
 
-def _seen(model: nn.Module, hooks: dict[str, tuple[str, str]], run: Callable[[], Any]) -> dict[str, torch.Tensor]:
-    """What plain hooks see at (module, side) in one run, by name."""
-    kept: dict[str, torch.Tensor] = {}
-
-    def hook(name: str, side: str) -> Callable[..., None]:
-        def act(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            entered = args[0] if args else kwargs["hidden_states"]
-            tensor = entered if side == "input" else output[0] if isinstance(output, tuple) else output
-            kept[name] = tensor.detach().clone()
-
-        return act
-
-    handles = [
-        model.get_submodule(path).register_forward_hook(hook(name, side), with_kwargs=True)
-        for name, (path, side) in hooks.items()
-    ]
-    with torch.no_grad():
-        run()
-    for handle in handles:
-        handle.remove()
-    return kept
-
-
 @pytest.mark.parametrize("name", _DEMAND_A_PICTURE)
 def test_a_model_that_demands_a_picture_is_given_one(name: str) -> None:
     make, blocks, mixer, middle = _DEMAND_A_PICTURE[name]
@@ -123,9 +100,10 @@ def test_a_model_that_demands_a_picture_is_given_one(name: str) -> None:
         for point in by_hand:
             ((term,),) = (each.terms for each in found.selectors(point, layer))
             named[f"map {point}"] = (term.module, term.side)
-        seen = _seen(model, {**by_hand, **named}, lambda: model(**given))
+        with watching(model, {**by_hand, **named}) as seen:
+            model(**given)
         for point in by_hand:
-            assert torch.equal(seen[f"map {point}"], seen[point]), (point, layer)
+            assert torch.equal(seen[f"map {point}"][-1], seen[point][-1]), (point, layer)
 
 
 class _WantsAnotherPicture(nn.Module):

@@ -49,31 +49,6 @@ _TOWERS: dict[str, tuple[Callable[[], nn.Module], str, str, str]] = {
 }
 
 
-def _seen(
-    tower: nn.Module, places: dict[str, tuple[str, str]], given: dict[str, Any], whole: nn.Module
-) -> dict[str, Any]:
-    """What plain hooks see at (module, side), by name."""
-    kept: dict[str, torch.Tensor] = {}
-
-    def hook(name: str, side: str) -> Callable[..., None]:
-        def act(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            entered = args[0] if args else kwargs["hidden_states"]
-            tensor = entered if side == "input" else output[0] if isinstance(output, tuple) else output
-            kept[name] = tensor.detach().clone()
-
-        return act
-
-    handles = [
-        whole.get_submodule(path).register_forward_hook(hook(name, side), with_kwargs=True)
-        for name, (path, side) in places.items()
-    ]
-    with torch.no_grad():
-        tower(**given)
-    for handle in handles:
-        handle.remove()
-    return kept
-
-
 def _holds(
     found: ArchitectureMap, whole: nn.Module, tower: nn.Module, given: dict[str, Any], places: dict[str, str]
 ) -> None:
@@ -88,7 +63,9 @@ def _holds(
         for point in (*places, "mlp_out"):
             ((term,),) = (each.terms for each in found.selectors(point, layer))
             named[f"map {point}"] = (term.module, term.side)
-        seen = _seen(tower, {**by_hand, **named}, given, whole)
+        with plain_hooks.watching(whole, {**by_hand, **named}) as calls:
+            tower(**given)
+        seen = {name: tensors[-1] for name, tensors in calls.items()}
         for point in places:
             assert torch.equal(seen[f"map {point}"], seen[point]), (point, layer)
         assert torch.allclose(seen["resid_pre"] + seen["map mixer_out"], seen["resid_mid"], atol=1e-5)

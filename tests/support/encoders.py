@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from support.plain_hooks import redrawn
+from support.plain_hooks import redrawn, watching
 from torch import nn
 
 LAYERS = 2
@@ -172,35 +172,11 @@ def by_hand(
     model: nn.Module, reading: Reading, run: Callable[[], Any]
 ) -> tuple[Any, dict[tuple[str, int], torch.Tensor]]:
     """What `run` gives, and the tensors of each point and layer, [pos, d], in the order of the passes."""
-    kept: dict[tuple[str, int], list[torch.Tensor]] = {}
-    handles = []
-    for point, (path, side, index) in reading.places.items():
-        for layer in range(LAYERS if "{i}" in path else 1):
-            module = model.get_submodule(path.replace("{i}", str(layer)))
-            rows = kept.setdefault((point, layer), [])
-            if side == "input":
-                handles.append(module.register_forward_pre_hook(_of_input(rows), with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(_of_output(rows, index)))
-    try:
-        with torch.no_grad():
-            result = run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    places = {
+        (point, layer): (path.replace("{i}", str(layer)), side, index)
+        for point, (path, side, index) in reading.places.items()
+        for layer in range(LAYERS if "{i}" in path else 1)
+    }
+    with watching(model, places) as kept:
+        result = run()
     return result, {key: torch.cat(rows, 1)[0] for key, rows in kept.items()}
-
-
-def _of_input(rows: list[torch.Tensor]) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        rows.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
-
-    return hook
-
-
-def _of_output(rows: list[torch.Tensor], index: int | None) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        whole = output if index is None else output[index]
-        rows.append((whole[0] if isinstance(whole, tuple) else whole).detach().clone())
-
-    return hook

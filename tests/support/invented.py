@@ -54,7 +54,9 @@ def listening() -> bool:
     return _tape is not None
 
 
-def read(model: nn.Module, selectors: Iterable[Selector], ids: Tensor = IDS) -> dict[tuple[Selector, int], Tensor]:
+def read(
+    model: nn.Module, selectors: Iterable[Selector], ids: Tensor = IDS, **settings: Any
+) -> dict[tuple[Selector, int], Tensor]:
     """What plain hooks in one run find at the terms of the selectors, (selector, number of the term) -> tensor: in the
     call that the term names, else in the last."""
     found: dict[tuple[Selector, int], Tensor] = {}
@@ -70,7 +72,7 @@ def read(model: nn.Module, selectors: Iterable[Selector], ids: Tensor = IDS) -> 
 
     handles = [kept(selector, number) for selector in selectors for number in range(len(selector.terms))]
     with torch.no_grad():
-        model(ids)
+        model(ids, **settings)
     for handle in handles:
         handle.remove()
     return found

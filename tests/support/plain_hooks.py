@@ -4,7 +4,8 @@ Nothing of hookmap is used here. Each family is a tiny random model whose weight
 contributes O(1): with the usual std of 0.02 a wrong tensor hides inside any tolerance.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -314,6 +315,32 @@ def build_multimodal(name: str) -> nn.Module:
     return redrawn(tf.AutoModelForImageTextToText.from_config(MULTIMODAL[name].config()))
 
 
+@contextmanager
+def watching(model: nn.Module, places: Mapping[Any, tuple[Any, ...]]) -> Iterator[dict[Any, list[torch.Tensor]]]:
+    """A copy of what is at each place (module, "input" or "output", index in an output tuple) in each of its calls."""
+    seen: dict[Any, list[torch.Tensor]] = {name: [] for name in places}
+
+    def keep(rows: list[torch.Tensor], index: int | None = None) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+            entered = args[0] if args else kwargs["hidden_states"]
+            whole = entered if not output else output[0] if index is None else output[0][index]
+            rows.append((whole[0] if isinstance(whole, tuple) else whole).detach().clone())
+
+        return hook
+
+    handles = []
+    for name, (path, side, *index) in places.items():
+        module, hook = model.get_submodule(path), keep(seen[name], *index)
+        add = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+        handles.append(add(hook, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass(frozen=True)
 class Reference:
     """What plain hooks saw: every place, pass by pass, joined along the positions."""
@@ -341,38 +368,15 @@ def generate(model: nn.Module, family: Family, token_ids: list[list[int]], **set
         "input_ids": torch.tensor([[0] * (width - len(ids)) + ids for ids in token_ids]),
         "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in token_ids]),
     }
-    seen: dict[tuple[str, str], list[torch.Tensor]] = {}
-    handles = []
     places = {
         (p.module.replace("{i}", str(i)), p.side)
         for point, ps in family.points.items()
         for p in ps
         for i in family.only_layers.get(point, range(LAYERS))
     }
-    for path, side in sorted(places):
-        module = model.get_submodule(path)
-        kept = seen.setdefault((path, side), [])
-        if side == "input":
-            handles.append(module.register_forward_pre_hook(_keep_input(kept), with_kwargs=True))
-        else:
-            handles.append(module.register_forward_hook(_keep_output(kept)))
     calls: list[int] = []
-    handles.append(model.register_forward_pre_hook(lambda module, args: calls.append(1)))
-    sequences = model.generate(**inputs, pad_token_id=0, **settings)
-    for handle in handles:
-        handle.remove()
+    handle = model.register_forward_pre_hook(lambda module, args: calls.append(1))
+    with watching(model, {place: place for place in places}) as seen:
+        sequences = model.generate(**inputs, pad_token_id=0, **settings)
+    handle.remove()
     return Reference(sequences, {key: torch.cat(parts, dim=1) for key, parts in seen.items()}, len(calls))
-
-
-def _keep_input(kept: list[torch.Tensor]) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        kept.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
-
-    return hook
-
-
-def _keep_output(kept: list[torch.Tensor]) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        kept.append((output[0] if isinstance(output, tuple) else output).detach().clone())
-
-    return hook
