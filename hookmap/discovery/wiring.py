@@ -117,11 +117,23 @@ class Wiring:
         if op.name == "convolution" and self.shape(op.inputs[1])[-1] > 1:
             raise Missing("a convolution over positions stands between the projection and the attention")
 
+    def _is_of_tokens_before(self, tensor: int) -> bool:
+        """Whether it is made, without a product, of tokens' tensors that enter the block, and not of the stream."""
+        block = self.block
+        sources = block.values.sources(block.values.value(tensor), block.states, block.call)
+        reads = block.values.cone(block.values.value(tensor), block.states, block.call)[1]
+        return bool(sources) and not reads
+
     def written_by(self, tensor: int) -> Exposure:
         """The output of the module that computes the projection that `tensor` comes from."""
         projections = self.projections(tensor)
         if not projections:
-            raise Missing("no projection makes it: the mixer reads the stream directly")
+            enters = self.block.values.value(tensor) != self.block.entry and self._is_of_tokens_before(tensor)
+            raise Missing(
+                "it is computed before this block, and enters it beside the stream"
+                if enters
+                else "no projection makes it: the mixer reads the stream directly"
+            )
         values = dict.fromkeys(self.block.values.value(t) for t, _ in self.back(tensor))
         places = [
             place

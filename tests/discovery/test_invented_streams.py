@@ -7,6 +7,8 @@ from support import invented_coupled as coupled
 from support import invented_streams as streams
 from support.invented import Ladder, check
 
+from hookmap.discovery.discover import discover
+
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
 
 
@@ -104,6 +106,14 @@ def test_a_convolution_behind_pads_is_one() -> None:
 def test_values_that_are_handed_on_are_no_stream(model: type[Ladder]) -> None:
     found = check(model(coupled.Values))
     assert not any(kind.coupled for kind in found.kinds)
+
+
+def test_keys_of_the_layer_before_are_said_to_enter() -> None:
+    found = discover(coupled.ValuesOfPrevious(coupled.Borrowed).eval())
+    assert {found.unavailable(point, 1) for point in "kv"} == {
+        "it is computed before this block, and enters it beside the stream"
+    }
+    assert found.unavailable("k", 0) is None and found.unavailable("q", 1) is None
 
 
 @pytest.mark.parametrize("block", [coupled.Braided, coupled.ReadTogether])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from support.invented import D, Ladder, Mix, Think, note, through, told
@@ -212,3 +214,28 @@ class ValuesOfPrevious(Ladder):
         for rung in self.rungs:
             x, values = rung(x, values)
         return x
+
+
+class Borrowed(Joined):
+    """The attention reads keys and values that the layer before made."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.blend = MixOfOthers()
+
+    def forward(self, x: Tensor, before: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Any]:  # type: ignore[override]
+        a, pair = self.blend(self.calm(x), before)
+        return x + a + self.think(self.cool(x + a)), pair
+
+
+class MixOfOthers(Mix):
+    """Attention to other keys than its own, where there are any."""
+
+    def forward(self, x: Tensor, before: Any) -> tuple[Tensor, Any]:  # type: ignore[override]
+        b, s, d = x.shape
+        q, *own = (t.view(b, s, self.heads, -1).transpose(1, 2) for t in self.three(x).chunk(3, -1))
+        k, v = own if before is None else before
+        return self.back(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, d)), (
+            k,
+            v,
+        )
