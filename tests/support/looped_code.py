@@ -1,55 +1,24 @@
-"""A made-up looped architecture as the hub would bring it: three files that import one another relatively.
+"""A made-up looped architecture as the hub would bring it: files that import one another relatively.
 
 A prelude, a core that runs several times on its own state joined with what the prelude gave, and a coda: lists of
 their own, and no name that is transformers'. When its code runs, it leaves a file `ran` in the folder.
 """
 
-import json
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from support.tiny_tokenizer import tiny_tokenizer
+from support.odd_code import WEFT, Shapes, shapes_of_block, write_folder
 
-CONFIGURATION = """
-from pathlib import Path
-
-from transformers import PretrainedConfig
-
-Path("{ran}").touch()
-
-
-class SpoolConfig(PretrainedConfig):
-    model_type = "spool"
-    attribute_map = {"num_hidden_layers": "turns"}  # transformers' generate asks for it
-
-    def __init__(self, breadth=24, turns=3, words=97, **kwargs):
-        self.breadth, self.turns, self.words = breadth, turns, words
-        super().__init__(**kwargs)
-"""
 PARTS = """
 import torch
 from torch import nn
 
-
-class Strand(nn.Module):
-    \"\"\"One head of attention over all positions before.\"\"\"
-
-    def __init__(self, breadth):
-        super().__init__()
-        self.ask, self.answer, self.tale = (nn.Linear(breadth, breadth, bias=False) for _ in range(3))
-        self.home = nn.Linear(breadth, breadth, bias=False)
-
-    def forward(self, thread):
-        score = self.ask(thread) @ self.answer(thread).mT / thread.shape[-1] ** 0.5
-        later = torch.ones(score.shape[-2:], dtype=torch.bool, device=thread.device).triu(1)
-        return self.home(score.masked_fill(later, float("-inf")).softmax(-1) @ self.tale(thread))
+from .weft_spool import Weft
 
 
 class Winding(nn.Module):
     def __init__(self, breadth):
         super().__init__()
-        self.calm, self.strand = nn.LayerNorm(breadth), Strand(breadth)
+        self.calm, self.strand = nn.LayerNorm(breadth), Weft(breadth)
         self.wide, self.slim = nn.Linear(breadth, 40), nn.Linear(40, breadth)
 
     def forward(self, thread):
@@ -109,37 +78,6 @@ LAYERS = ("outset.0", "middle.0", "middle.1", "finish.0")
 
 def write_model(folder: Path, turns: int = 3) -> None:
     """The folder of a whole small model: code, config, weights of O(1), tokenizer."""
-    folder.mkdir(parents=True)
-    (folder / "configuration_spool.py").write_text(CONFIGURATION.replace("{ran}", str(folder / "ran")))
-    (folder / "parts_spool.py").write_text(PARTS)
-    (folder / "modeling_spool.py").write_text(MODELLING)
-    config = {
-        "model_type": "spool",
-        "architectures": ["SpoolForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_spool.SpoolConfig",
-            "AutoModelForCausalLM": "modeling_spool.SpoolForCausalLM",
-        },
-        "breadth": 24,
-        "turns": turns,
-        "words": 97,
-        "pad_token_id": 0,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
-    tiny_tokenizer().save_pretrained(folder)
-
-
-def _weights() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("tongue.weight", "speak.weight"), (97, 24))
-    shapes |= {"last.weight": (24,), "last.bias": (24,), "begin": (24,), "bind.weight": (24, 48), "bind.bias": (24,)}
-    for layer in LAYERS:
-        shapes |= {f"{layer}.strand.{name}.weight": (24, 24) for name in ("ask", "answer", "tale", "home")}
-        shapes |= {f"{layer}.calm.weight": (24,), f"{layer}.calm.bias": (24,)}
-        shapes |= {f"{layer}.wide.weight": (40, 24), f"{layer}.wide.bias": (40,)}
-        shapes |= {f"{layer}.slim.weight": (24, 40), f"{layer}.slim.bias": (24,)}
-    return {
-        name: torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) > 1 else 1.0)
-        for name, shape in shapes.items()
-    }
+    shapes: Shapes = {"begin": (24,), "bind.weight": (24, 48), "bind.bias": (24,)}
+    shapes |= {f"{layer}.{name}": shape for layer in LAYERS for name, shape in shapes_of_block("strand", "calm")}
+    write_folder(folder, "Spool", {"turns": turns}, {"weft": WEFT, "parts": PARTS, "modeling": MODELLING}, shapes)

@@ -4,35 +4,34 @@ No name in it is transformers' own. When its code runs, it leaves a file `ran` i
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from string import Template
 
 import torch
 from safetensors.torch import save_file
 from support.tiny_tokenizer import tiny_tokenizer
 
-CONFIGURATION = """
+Shapes = dict[str, tuple[int, ...]]
+CONFIGURATION = Template("""
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
-Path("{ran}").touch()
+Path("$ran").touch()
 
 
-class LoomConfig(PretrainedConfig):
-    model_type = "loom"
-    attribute_map = {"num_hidden_layers": "storeys"}  # transformers' generate asks for it
+class ${name}Config(PretrainedConfig):
+    model_type = "$type"
+    attribute_map = {"num_hidden_layers": "$depth"}  # transformers' generate asks for it
 
-    def __init__(self, breadth=24, storeys=3, words=97, **kwargs):
-        self.breadth, self.storeys, self.words = breadth, storeys, words
+    def __init__(self, breadth=24, $depth=3, words=97, **kwargs):
+        self.breadth, self.$depth, self.words = breadth, $depth, words
         super().__init__(**kwargs)
-"""
-MODELLING = """
+""")
+WEFT = """
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from .configuration_loom import LoomConfig
 
 
 class Weft(nn.Module):
@@ -47,6 +46,15 @@ class Weft(nn.Module):
         score = self.ask(thread) @ self.answer(thread).mT / thread.shape[-1] ** 0.5
         later = torch.ones(score.shape[-2:], dtype=torch.bool, device=thread.device).triu(1)
         return self.home(score.masked_fill(later, float("-inf")).softmax(-1) @ self.tale(thread))
+"""
+MODELLING = """
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_loom import LoomConfig
+from .weft_loom import Weft
 
 
 class Storey(nn.Module):
@@ -90,37 +98,44 @@ class LoomForCausalLM(PreTrainedModel, GenerationMixin):
 
 def write_model(folder: Path) -> None:
     """The folder of a whole small model: code, config, weights of O(1), tokenizer."""
+    shapes = {f"tower.{i}.{name}": shape for i in range(3) for name, shape in shapes_of_block("weft", "calm", "cool")}
+    write_folder(folder, "Loom", {"storeys": 3}, {"weft": WEFT, "modeling": MODELLING}, shapes)
+
+
+def write_folder(folder: Path, name: str, depth: dict[str, int], code: dict[str, str], shapes: Shapes) -> None:
+    """`depth`: the config's own word for its number of layers, and that number; `code`: files by their kind."""
+    kind, (word,) = name.lower(), depth
     folder.mkdir(parents=True)
-    (folder / "configuration_loom.py").write_text(CONFIGURATION.replace("{ran}", str(folder / "ran")))
-    (folder / "modeling_loom.py").write_text(MODELLING)
+    configuration = CONFIGURATION.substitute(ran=folder / "ran", name=name, type=kind, depth=word)
+    for file, text in {"configuration": configuration, **code}.items():
+        (folder / f"{file}_{kind}.py").write_text(text)
     config = {
-        "model_type": "loom",
-        "architectures": ["LoomForCausalLM"],
+        "model_type": kind,
+        "architectures": [f"{name}ForCausalLM"],
         "auto_map": {
-            "AutoConfig": "configuration_loom.LoomConfig",
-            "AutoModelForCausalLM": "modeling_loom.LoomForCausalLM",
+            "AutoConfig": f"configuration_{kind}.{name}Config",
+            "AutoModelForCausalLM": f"modeling_{kind}.{name}ForCausalLM",
         },
         "breadth": 24,
-        "storeys": 3,
+        **depth,
         "words": 97,
         "pad_token_id": 0,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    generator = torch.Generator().manual_seed(7)
+    ends: Shapes = dict.fromkeys(("tongue.weight", "speak.weight"), (97, 24))
+    ends |= dict.fromkeys(("last.weight", "last.bias"), (24,))
+    weights = {
+        name: torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) > 1 else 1.0)
+        for name, shape in (ends | shapes).items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tiny_tokenizer().save_pretrained(folder)
 
 
-def _weights() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    shapes = {"tongue.weight": (97, 24), "speak.weight": (97, 24), "last.weight": (24,), "last.bias": (24,)}
-    for i in range(3):
-        for name in ("ask", "answer", "tale", "home"):
-            shapes[f"tower.{i}.weft.{name}.weight"] = (24, 24)
-        for name in ("calm", "cool"):
-            shapes |= {f"tower.{i}.{name}.weight": (24,), f"tower.{i}.{name}.bias": (24,)}
-        shapes |= {f"tower.{i}.wide.weight": (40, 24), f"tower.{i}.wide.bias": (40,)}
-        shapes |= {f"tower.{i}.slim.weight": (24, 40), f"tower.{i}.slim.bias": (24,)}
-    return {
-        name: torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) > 1 else 1.0)
-        for name, shape in shapes.items()
-    }
+def shapes_of_block(attention: str, *norms: str) -> Iterable[tuple[str, tuple[int, ...]]]:
+    """The weights of a block with these names."""
+    shapes: Shapes = {f"{attention}.{name}.weight": (24, 24) for name in ("ask", "answer", "tale", "home")}
+    shapes |= {f"{norm}.{name}": (24,) for norm in norms for name in ("weight", "bias")}
+    shapes |= {"wide.weight": (40, 24), "wide.bias": (40,), "slim.weight": (24, 40), "slim.bias": (24,)}
+    return shapes.items()
