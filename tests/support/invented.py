@@ -133,12 +133,19 @@ class Mix(nn.Module):
         super().__init__()
         self.three, self.back, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, s, d = x.shape
-        q, k, v = (t.view(b, s, self.heads, -1).transpose(1, 2) for t in self.three(x).chunk(3, -1))
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, [batch, head, pos, d_head]."""
+        b, s, _ = x.shape
+        return tuple(t.view(b, s, self.heads, -1).transpose(1, 2) for t in self.three(x).chunk(3, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, _, s, _ = q.shape
         scores = q @ k.transpose(2, 3) * k.shape[-1] ** -0.5
-        mask = torch.full((s, s), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
-        return self.back((torch.softmax(scores + mask, -1) @ v).transpose(1, 2).reshape(b, s, d))
+        mask = torch.full((s, s), float("-inf"), device=q.device, dtype=q.dtype).triu(1)
+        return (torch.softmax(scores + mask, -1) @ v).transpose(1, 2).reshape(b, s, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(self.attend(*self.split(x)))
 
 
 class Think(nn.Module):

@@ -179,20 +179,16 @@ class Values(Joined):
         y = x + a
         m = self.cool(y)
         f = self.think(m)
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f, resid_post=y + f)
-        return y + f, values
+        return told(self.i, x, n, a, y, m, f, y + f), values
 
 
 class MixOfValues(Mix):
     """Attention with other values in its own."""
 
     def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        b, s, d = x.shape
-        q, k, v = (t.view(b, s, self.heads, -1).transpose(1, 2) for t in self.three(x).chunk(3, -1))
+        q, k, v = self.split(x)
         v = v if before is None else 0.4 * v + 0.6 * before
-        mask = torch.full((s, s), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
-        weights = torch.softmax(q @ k.transpose(2, 3) * k.shape[-1] ** -0.5 + mask, -1)
-        return self.back((weights @ v).transpose(1, 2).reshape(b, s, d)), v
+        return self.back(self.attend(q, k, v)), v
 
 
 class ValuesOfFirst(Ladder):
@@ -232,10 +228,9 @@ class MixOfOthers(Mix):
     """Attention to other keys than its own, where there are any."""
 
     def forward(self, x: Tensor, before: Any) -> tuple[Tensor, Any]:  # type: ignore[override]
-        b, s, d = x.shape
-        q, *own = (t.view(b, s, self.heads, -1).transpose(1, 2) for t in self.three(x).chunk(3, -1))
+        q, *own = self.split(x)
         k, v = own if before is None else before
-        return self.back(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, d)), (
-            k,
-            v,
-        )
+        return self.back(self.attend(q, k, v)), (k, v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
