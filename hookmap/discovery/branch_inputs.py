@@ -13,6 +13,10 @@ from hookmap.discovery.values import Exposure
 
 _UNREADABLE = "it reads the stream mixed with other tensors that enter the block, and no one tensor is what it reads"
 
+_BOTH = (
+    "part of it reads the stream itself, and part of it what a norm makes of the stream: no one tensor is what it reads"
+)
+
 
 @dataclass(frozen=True)
 class BranchInput:
@@ -24,6 +28,8 @@ class BranchInput:
     """whether a norm of the branch's own makes it"""
     further: frozenset[int] = frozenset()
     """other values that enter the block, depend on the tokens, and are read by the branch"""
+    why: str = _UNREADABLE
+    """of no value: the reason"""
 
 
 def input_of(block: Block, branch: Branch, locator: Locator) -> BranchInput:
@@ -41,6 +47,8 @@ def input_of(block: Block, branch: Branch, locator: Locator) -> BranchInput:
             return BranchInput(gathered.value, normed or gathered.normed)
         if mixed:
             return BranchInput(None, normed)
+    if value in states and _is_also_normed(block, branch, value, locator):
+        return BranchInput(None, why=_BOTH)
     return BranchInput(value, normed, frozenset(further))
 
 
@@ -54,7 +62,7 @@ def locate_input(block: Block, found: BranchInput, locator: Locator) -> Location
     prefer = "input" if found.value in block.states else "output"
     place = None if found.value is None else locator.locate(found.value, prefer)
     if place is None:
-        return _UNREADABLE
+        return found.why
     # Masks and biases have an entry for each pair of positions: they are no part of what a branch reads.
     streams = [v for v in sorted(found.further) if block.values.shape(v).count(block.seq) == 1]
     located = [each for v in streams if (each := locator.locate(v, "input")) is not None]
@@ -74,6 +82,14 @@ def own_module(block: Block, branch: Branch, value: int, locator: Locator) -> Ex
         and not any(id(op) in others for op in block.values.inside(place.call))
     ]
     return min(whole, key=lambda place: place.call.enter, default=None)
+
+
+def _is_also_normed(block: Block, branch: Branch, value: int, locator: Locator) -> bool:
+    """Whether weights read both the stream and a norm of it: a gate computed of the bare stream, say."""
+    values = block.values
+    made = {values.value(tensor) for op in branch.ops for tensor in op.outputs}
+    norms = [each for each in made if norm_source(values, each) == value and locator.locate(each) is not None]
+    return _enters_weights(block, value) and any(_enters_weights(block, each) for each in norms)
 
 
 def _enters_weights(block: Block, value: int) -> bool:

@@ -287,3 +287,22 @@ class Recurrent(Rung):
 def test_a_state_in_a_python_loop_mixes_positions() -> None:
     found = check(Ladder(Recurrent), {"mlp_out": "no MLP", "resid_mid": "no MLP"})
     assert found.kinds[0].mixer.type == "recurrent"
+
+
+class GatedByTheStream(Rung):
+    """A gate of the bare stream multiplies what a branch makes of its norm."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.sluice = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.sigmoid(self.sluice(x)) * self.blend(self.calm(x))
+        y = x + a
+        f = self.think(self.cool(y))
+        note(self.i, resid_pre=x, mixer_out=a, resid_mid=y, mlp_in=self.cool(y), mlp_out=f, resid_post=y + f)
+        return y + f
+
+
+def test_what_reads_the_stream_and_a_norm_of_it_has_no_one_input() -> None:
+    check(Ladder(GatedByTheStream), {"mixer_in": "part of it reads the stream itself"})

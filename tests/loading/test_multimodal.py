@@ -77,9 +77,8 @@ def test_the_module_and_its_folder_have_one_map(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["llama4", "mllama"])
 def test_a_config_alone_is_of_the_language_model_alone_where_there_is_one(name: str) -> None:
-    config = MULTIMODAL[name].config()
+    config, whole = MULTIMODAL[name].config(), _built(name)
     assert hookmap.discover(config).layers_path == "model.layers.{i}"
-    whole = _built(name)
     config.architectures = [type(whole).__name__]
     _if_transformers_runs_it(whole, config)
     assert hookmap.discover(config).layers_path == MULTIMODAL[name].block
