@@ -14,6 +14,7 @@ from hookmap.discovery.layer_list import LayerList, Numbered, Rows, additions, a
 from hookmap.discovery.linear import has_weights, linear_path
 from hookmap.discovery.mixing import mixing
 from hookmap.discovery.model_points import logits_of
+from hookmap.discovery.no_list import why_no_list
 from hookmap.discovery.scattered import scattered
 from hookmap.discovery.siblings import trimmed, worded_modules
 from hookmap.discovery.values import Values
@@ -61,7 +62,7 @@ def _candidates(values: Values, groups: list[Numbered], seq: int, output: set[in
         lists = lists or found
     if lists:
         return lists
-    raise DiscoveryError(_why_no_list(values, groups, seq))
+    raise DiscoveryError(why_no_list(values, groups))
 
 
 def _lists(values: Values, groups: list[Numbered], seq: int, linked: bool = False) -> list[LayerList]:
@@ -88,17 +89,6 @@ def _reaching(values: Values, layers: LayerList, output: set[int]) -> LayerList:
     beside = {number: reason for number, _ in layers.streams if number not in reaching}
     streams = {run: stream for run, stream in layers.streams.items() if run[0] in reaching}
     return replace(layers, streams=streams, unread={**layers.unread, **beside})
-
-
-def _why_no_list(values: Values, groups: list[Numbered], seq: int) -> str:
-    """What was seen of lists of modules, where none of them hands a stream on."""
-    seen = [f"{group.path} ({group.length} modules)" for group in groups if group.length > 1]
-    return (
-        "no blocks were found: expected modules, or a method that calls modules of several lists, which add one behind "
-        "the other to a tensor [batch, pos, d_model] that leads to the logits. "
-        f"Seen: {', '.join(seen[:5]) or 'no lists of modules'}. If this is a causal language model, please report it "
-        "with its config."
-    )
 
 
 def _are_its_branches(values: Values, inner: LayerList, outer: LayerList) -> bool:

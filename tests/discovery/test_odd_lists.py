@@ -160,6 +160,9 @@ class Nothing(Ladder):
         (odd_streams.Copies, r"given \[4, 13, 24\] for one sequence of 13 tokens: several rows of the batch"),
         (odd_streams.Hourglass, "several widths: 24 in layers 0–1, 4–5, 12 in layers 2–3"),
         (odd_streams.History, r"no blocks were found.*Seen: rungs.\{i\} \(3 modules\)"),
+        (odd_streams.AddedOutside, r"rungs.\{i\} is added to the stream outside it"),
+        (odd_streams.OneTensorOfTwo, r"rungs.\{i\} enters the next only through `cat`, `split`\."),
+        (odd_streams.Swapped, r"Seen: rungs.\{i\}.calm \(4 modules\), rungs.\{i\}.branch \(4 modules\)"),
         (Nothing, r"no blocks were found.*Seen: no lists of modules"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support.invented import DEPTH, D, Ladder, Rung, through, told
+from support.invented import DEPTH, D, Ladder, Mix, Rung, Think, through, told
 from support.odd_lists import Mute
 from torch import Tensor, nn
 
@@ -145,6 +145,62 @@ class History(Ladder):
         for rung in self.rungs:
             past = torch.cat([past, rung(past[-1])[None]])
         return past[-1]
+
+
+class Given(Rung):
+    """The block gives what is to be added; the model adds it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.blend(self.calm(x))
+        return a + self.think(self.cool(x + a))
+
+
+class AddedOutside(Ladder):
+    """The model adds a multiple of what each block gives."""
+
+    def __init__(self) -> None:
+        super().__init__(Given)
+
+    def climb(self, x: Tensor) -> Tensor:
+        for rung in self.rungs:
+            x = x + 0.5 * rung(x)
+        return x
+
+
+class Couple(Rung):
+    """A reversible block."""
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        a = a + self.blend(self.calm(b))
+        return a, b + self.think(self.cool(a))
+
+
+class OneTensorOfTwo(Ladder):
+    """The two streams are joined in one tensor between the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(Couple)
+
+    def climb(self, x: Tensor) -> Tensor:
+        both = torch.cat([x, x], -1)
+        for rung in self.rungs:
+            both = torch.cat(rung(*both.chunk(2, -1)), -1)
+        return both[..., :D] + both[..., D:]
+
+
+class Swapped(Ladder):
+    """Two streams change places after each branch; the entries of the list are dictionaries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        branches = [Mix(), Think(), Mix(), Think()]
+        self.rungs = nn.ModuleList(nn.ModuleDict({"calm": nn.LayerNorm(D), "branch": each}) for each in branches)
+
+    def climb(self, x: Tensor) -> Tensor:
+        a = b = x
+        for rung in self.rungs:
+            a, b = b, a + rung["branch"](rung["calm"](b))  # type: ignore[index]
+        return a + b
 
 
 class StateRung(Rung):
