@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -67,7 +67,9 @@ def points_of_block(block: Block) -> BlockPoints:
     inside = _inside(block, kinds, locator)
     places |= inside.places
     found = {name: place for name, place in places.items() if isinstance(place, Location)}
-    relations = [*additions(block, middle, found, locator.parameter), *inside.relations]
+    linear = _linear(block, found)
+    sums = [each for each in additions(block, middle, found, locator.parameter) if each.can_be_checked(linear)]
+    relations = [*sums, *(each for each in inside.relations if each.can_be_checked(found))]
     return BlockPoints(
         branch_order=kinds.order,
         coupled=bool(block.streams.twin),
@@ -77,9 +79,15 @@ def points_of_block(block: Block) -> BlockPoints:
         cross_attn=cross_attention_info(block, locator.templated),
         locations=found,
         unavailable={name: reason for name, reason in places.items() if isinstance(reason, str)},
-        relations=[each for each in relations if each.can_be_checked(found)],
+        relations=relations,
         readers=_readers(block, kinds, locator),
     )
+
+
+def _linear(block: Block, found: Collection[str]) -> set[str]:
+    """The points without the bare outputs that pass a norm before they are added: they are no multiple of what is."""
+    branches = ((role, suffix, branch) for role in ROLES for suffix, branch in block.numbered(role))
+    return {*found} - {f"{role}_out_raw{suffix}" for role, suffix, branch in branches if has_post_norm(block, branch)}
 
 
 def _locator(block: Block) -> Locator:

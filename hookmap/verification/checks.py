@@ -46,6 +46,16 @@ LAST_RUN = (heads.one_head, reads.reads)
 """those that run the model: of the first run, and of the last"""
 
 
+def overflow(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Check | None:
+    """The check that says where the stream is not finite in the model's own precision; None where it is."""
+    if missing_modules(found, model):
+        return None
+    try:
+        return _not_finite(run_once(found, model, seed))
+    except HookmapError:
+        return None  # a tensor is not where the map says: `checks_of` says so
+
+
 def cheap_checks_of(found: ArchitectureMap, model: nn.Module) -> Iterator[Check]:
     """The checks of one forward pass on 18 random tokens. Raises what the model raises on them."""
     run = run_once(found, model, 0)

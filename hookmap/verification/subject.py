@@ -48,10 +48,14 @@ def runnable(source: Any, config: Any, random_weights: bool, trust_remote_code: 
 
 def precisely(model: nn.Module) -> AbstractContextManager[None]:
     """In float64 where the weights are bfloat16 or float16: their rounding hides a wrong tensor, or looks like one."""
-    dtypes = {parameter.dtype for parameter in model.parameters()}
     root = modules.model_inside(model)
-    narrow = dtypes & {torch.bfloat16, torch.float16} and all(dtype.is_floating_point for dtype in dtypes)
-    return in_float64(root) if narrow and root is not None and can_be_float64(root) else nullcontext()
+    return in_float64(root) if is_narrow(model) and root is not None and can_be_float64(root) else nullcontext()
+
+
+def is_narrow(model: nn.Module) -> bool:
+    """Whether some weights are bfloat16 or float16, and none is quantised."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return bool(dtypes & {torch.bfloat16, torch.float16}) and all(dtype.is_floating_point for dtype in dtypes)
 
 
 def discovered(source: Any, trust_remote_code: bool = False) -> ArchitectureMap:

@@ -18,7 +18,7 @@ from hookmap.loading import modules
 from hookmap.maps.document import ArchitectureMap
 from hookmap.verification import subject
 from hookmap.verification.check import Check
-from hookmap.verification.checks import checks_of
+from hookmap.verification.checks import checks_of, overflow
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ def verify(
         )
     subject.check_architecture(found, model)
     found, checked = subject.for_narrow_copy(found, model) if is_copy else (found, found)
+    with modules.eager(model), modules.plain_experts(model):
+        # In float64, as the checks are made, nothing overflows.
+        if subject.is_narrow(model) and (wrong := overflow(checked, model, seed)) is not None:
+            return Verification(found, on, (wrong,))
     with modules.eager(model), modules.plain_experts(model), subject.precisely(model):
         return Verification(found, on, tuple(checks_of(checked, model, seed)))
 
