@@ -22,7 +22,9 @@ BIN := .venv/bin
 # One model type of each family. `hookmap maps check` without a type is a sweep over all of transformers.
 FAMILIES := bloom cohere deepseek_v3 falcon gemma gemma2 gemma3_text gpt2 gpt_neox gptj granite jamba llama mamba mistral \
   mixtral olmo2 opt phi qwen2 qwen3 qwen3_moe
-CHECK_MAPS = maps check $(FAMILIES) --jobs $(WORKERS)
+CHECK_MAPS = maps check --jobs $(WORKERS)
+# transformers 5.0.0 itself neither builds Phi's default config nor runs Jamba's without kernels for a GPU.
+BROKEN_5.0.0 := jamba phi
 # Those of scripts/setup.py; beside them, the one in constraints.txt.
 VERSIONS := 5.0.0 5.9.0 5.16.1 5.20.2
 # What must be right on every version of transformers, held against plain hooks and transformers' own outputs.
@@ -50,14 +52,14 @@ test-fast: .venv/.ready-for-tests
 	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not many and not real"
 
 test-maps: .venv/.ready-for-tests
-	$(OFFLINE) $(BIN)/hookmap $(CHECK_MAPS)
+	$(OFFLINE) $(BIN)/hookmap $(CHECK_MAPS) $(FAMILIES)
 
 test-oldest: test-on-$(firstword $(VERSIONS))
 
 # A map may differ from its shipped file there, since transformers lays a model out otherwise; the table shows how.
 test-on-%: .venv-%/.ready
 	$(OFFLINE) .venv-$*/bin/python -m pytest -W default -n $(WORKERS) $(CORE_TESTS)
-	$(OFFLINE) .venv-$*/bin/hookmap $(CHECK_MAPS) --allow-drift
+	$(OFFLINE) .venv-$*/bin/hookmap $(CHECK_MAPS) $(filter-out $(BROKEN_$*),$(FAMILIES)) --allow-drift
 
 test-versions: $(VERSIONS:%=test-on-%) test-maps
 	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) $(CORE_TESTS)
@@ -66,7 +68,7 @@ test-versions: $(VERSIONS:%=test-on-%) test-maps
 test-newest:
 	$(PYTHON) scripts/setup.py --newest
 	$(OFFLINE) .venv-newest/bin/python -m pytest -W default -n $(WORKERS) $(CORE_TESTS)
-	$(OFFLINE) .venv-newest/bin/hookmap $(CHECK_MAPS) --allow-drift
+	$(OFFLINE) .venv-newest/bin/hookmap $(CHECK_MAPS) $(FAMILIES) --allow-drift
 
 # The model is kept in ~/.cache/hookmap; HOOKMAP_REAL_MODEL names another one.
 real: .venv/.ready-for-tests
