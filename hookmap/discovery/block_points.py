@@ -19,6 +19,7 @@ from hookmap.discovery.branch_kinds import (
     mlp_info,
 )
 from hookmap.discovery.branch_outputs import has_post_norm, locate_output, locate_raw_output
+from hookmap.discovery.chained import why_no_mlp
 from hookmap.discovery.experts import ROUTER, mlp_points
 from hookmap.discovery.locate import Location, Locator
 from hookmap.discovery.wiring import Found, Places, Wiring
@@ -130,7 +131,7 @@ def _branches(block: Block, role: Role, inputs: Inputs, locator: Locator) -> Pla
 def _why_no_branch(block: Block, role: Role) -> str:
     if not block.path and block.entry != block.exit:
         return _why_no_addition(block)
-    return "this block has no mixer" if role == "mixer" else "this block has no MLP"
+    return "this block has no mixer" if role == "mixer" else why_no_mlp(block)
 
 
 def _why_no_addition(block: Block) -> str:
@@ -210,7 +211,7 @@ def _why_no_middle(block: Block, kinds: BranchKinds) -> str:
         case "parallel":
             return f"{'attention' if kinds.has_attention else 'mixer'} and MLP run in parallel"
         case "mixer_only":
-            return "this block has no MLP"
+            return why_no_mlp(block)
         case "mlp_only":
             return "this block has no mixer"
     return "the MLP comes before the mixer: use resid_post" if block.role("mixer") else _why_no_addition(block)
@@ -227,16 +228,23 @@ def _attention_names(kinds: BranchKinds, places: Places) -> Places:
         return {PointName.of(name).as_attention(): reason.format(name) for name in names}
     found = {PointName.of(name).as_attention(): places[name] for name in names}
     for number, kind in enumerate(kinds.mixers):
-        numbered = {f"{name}.{number}" for name in names} & places.keys() if kind == "attention" else ()
+        own = kind == "attention" and number not in kinds.behind
+        numbered = {f"{name}.{number}" for name in names} & places.keys() if own else ()
         found |= {PointName.of(name).as_attention(): places[name] for name in sorted(numbered)}
     return {name: place for name, place in found.items() if "." not in name or isinstance(place, Location)}
 
 
 def _inside(block: Block, kinds: BranchKinds, locator: Locator) -> Found:
     """q, k, v, z and pattern; mlp_post; the router. The points of a role's second branch are numbered 1."""
-    mixers = zip(block.numbered("mixer"), kinds.mixers, strict=True)
     mlps = zip(block.numbered("mlp"), kinds.choices, strict=True)
-    found = [(n, attention_points(Wiring(block, each, locator))) for (n, each), kind in mixers if kind == "attention"]
+    suffixes = [suffix for suffix, _ in block.numbered("mixer")]
+    found: list[tuple[str, Found]] = []
+    for number, (suffix, each) in enumerate(block.numbered("mixer")):
+        if (before := kinds.behind.get(number)) is not None:
+            reason = "this branch reads the output of another, whose attention it is: use {}"
+            found.append((suffix, Found({name: reason.format(name + suffixes[before]) for name in ATTENTION})))
+        elif kinds.mixers[number] == "attention":
+            found.append((suffix, attention_points(Wiring(block, each, locator))))
     found += [(n, mlp_points(Wiring(block, each, locator), choice)) for (n, each), choice in mlps]
     places = {name + suffix: place for suffix, each in found for name, place in each.places.items()}
     absent: Places = {name: reason for name, reason in _why_nothing_inside(block).items() if name not in places}

@@ -5,12 +5,13 @@ Each question about kinds is answered here, once for a block. No class or module
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from hookmap.discovery import aten
 from hookmap.discovery.block import Block, Branch
+from hookmap.discovery.chained import behind_others
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.linear import norm_input
 from hookmap.discovery.mixing import mixing
@@ -28,6 +29,8 @@ class BranchKinds:
     """for each mixer: attention, convolution or recurrent"""
     choices: tuple[Operation | None, ...]
     """for each MLP: the top-k that chooses its experts; None where the MLP is dense"""
+    behind: Mapping[int, int]
+    """of the mixers, the number of one that mixes nothing of its own -> that of the one whose output it reads"""
 
     @property
     def has_attention(self) -> bool:
@@ -38,7 +41,7 @@ def kinds_of(block: Block) -> BranchKinds:
     """Decide the order of the branches and the kind of each."""
     mixers = tuple(_mixer_kind(block, branch) for branch in block.role("mixer"))
     choices = tuple(_choice_of_experts(block, branch) for branch in block.role("mlp"))
-    return BranchKinds(_order(block), mixers, choices)
+    return BranchKinds(_order(block), mixers, choices, behind_others(block))
 
 
 def _order(block: Block) -> BranchOrder:

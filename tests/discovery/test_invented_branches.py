@@ -80,6 +80,60 @@ def test_a_macaron_has_its_middle_after_the_mixer() -> None:
     assert "mlp_out.1" in found.kinds[0].points
 
 
+class Chained(Rung):
+    """The MLP reads what the attention gives, and not the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        f = self.think(self.cool(a))
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_post=x + a + f, **{"mixer_out.1": f})
+        return x + a + f
+
+
+class ChainedSum(Chained):
+    """Both are added at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        both = a + self.think(self.cool(a))
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=both, resid_post=x + both)
+        return x + both
+
+
+@pytest.mark.parametrize("rung", [Chained, ChainedSum])
+def test_an_mlp_of_the_mixers_output_is_said_to_be_one(rung: type[Rung]) -> None:
+    reason = "the MLP reads the mixer's output and not the stream"
+    found = check(Ladder(rung), dict.fromkeys(("mlp_in", "mlp_out", "resid_mid"), reason))
+    if rung is Chained:
+        assert found.unavailable("q.1", 0) == "this branch reads the output of another, whose attention it is: use q"
+        assert "attn_out.1" not in found.kinds[0].points
+
+
+class Chosen(Rung):
+    """The MLP is of the positions that a router chooses."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.score = nn.Linear(D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        y = x + a
+        weights, places = self.score(y).topk(y.shape[1] // 2, dim=1)
+        places = places.expand(-1, -1, D)
+        f = torch.zeros_like(y).scatter(1, places, self.think(self.cool(y.gather(1, places))) * weights.sigmoid())
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_post=y + f)
+        return y + f
+
+
+def test_an_mlp_of_chosen_positions_is_said_to_be_one() -> None:
+    reason = r"a top-k chooses the positions that mixer_out\.1 is of"
+    check(Ladder(Chosen), dict.fromkeys(("mlp_in", "mlp_out", "resid_mid"), reason))
+
+
 class Flat(Rung):
     def thought(self, m: Tensor) -> Tensor:
         return self.think(m.view(-1, D)).view(m.shape)
