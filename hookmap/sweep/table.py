@@ -19,8 +19,8 @@ Made by `{command}` with transformers {version}; do not edit it.
 *Supported*: discovered without a list of names from its default config at full size (where it cannot run without data,
 on a narrow copy), and every point in its map verified on a narrow copy of full depth with random weights
 ([how](discovery.md)). A block of order "other" has `resid_pre` and `resid_post` alone. *Error*: the class could
-not be built, or did not run on what hookmap gives it, in its own words. *Silently wrong*: verification refuted what discovery found, so no map
-is shipped.
+not be built, or did not run on what hookmap gives it, in its own words. *Silently wrong*: verification refuted what
+discovery found, so no map is shipped.
 
 | class | model types | status | kinds of block (layers): order, norms | not there, and why |
 | --- | --- | --- | --- | --- |
