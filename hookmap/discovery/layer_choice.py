@@ -31,8 +31,14 @@ def find_layers(values: Values, seq: int) -> LayerList:
     output = _computed_from(values, values.flow.calls[0].outputs.values() if logits is None else [logits])
     candidates = [_reaching(values, layers, output) for layers in _candidates(values, groups, seq, output)]
     best = max(candidates, key=lambda layers: _rank(values, layers))
-    if len(candidates) > 1 and best.end not in output:
-        best = _leading(values, groups, best, output)
+    if best.end not in output:
+        leading = _leading(values, groups, best, output)
+        if leading is None and len(candidates) > 1:
+            raise DiscoveryError(
+                f"the longest list of blocks, {best.path}, does not lead to the output: what it computes only chooses. "
+                "No other list hands a stream [batch, pos, d_model] on from block to block."
+            )
+        best = leading or best
     for reason in (*stream_shapes.contradictions(values, best), *_contradictions(values, best, candidates)):
         raise DiscoveryError(reason)
     lists = _outermost(list(_uncovered(values, best, groups, output)))
@@ -149,17 +155,11 @@ def _total(values: Values, layers: LayerList) -> int:
     return sum(additions(values, layers.calls[run], stream) for run, stream in layers.streams.items())
 
 
-def _leading(values: Values, groups: list[Numbered], best: LayerList, output: set[int]) -> LayerList:
-    """The list that adds most to a stream which leads to the output, where the first choice does not lead there."""
+def _leading(values: Values, groups: list[Numbered], best: LayerList, output: set[int]) -> LayerList | None:
+    """The list that adds most to a stream which leads to the output, where the first choice does not; None: no such."""
     linked = [layers for each in groups if (layers := chain(values, each, best.seq, linked=True)) is not None]
     leading = [layers for layers in linked if len(layers.streams) > 1 and layers.end in output]
-    if not leading:
-        raise DiscoveryError(
-            f"the longest list of blocks, {best.path}, does not lead to the output: what it computes only chooses. "
-            "No other list hands a stream [batch, pos, d_model] on from block to block."
-        )
-
-    return max(leading, key=lambda layers: (_total(values, layers), *_rank(values, layers)))
+    return max(leading, key=lambda layers: (_total(values, layers), *_rank(values, layers)), default=None)
 
 
 def _computed_from(values: Values, tensors: Iterable[int]) -> set[int]:

@@ -166,9 +166,11 @@ def test_a_map_says_which_list_it_does_not_cover() -> None:
 class Interrupted(Tower):
     """Something is added to the stream between the blocks: BLT's way. Another list only chooses what."""
 
+    kind: type[Rung] = Stepped
+
     def __init__(self) -> None:
-        super().__init__(rungs(3, Stepped))
-        self.chooser, self.notes = rungs(5, Stepped), nn.ModuleList(Mix() for _ in range(3))
+        super().__init__(rungs(3, self.kind))
+        self.chooser, self.notes = rungs(5, self.kind), nn.ModuleList(Mix() for _ in range(3))
 
     def climb(self, x: Tensor) -> Tensor:
         chosen = (through(self.chooser, x).argmax(-1, keepdim=True) % 2).bool()
@@ -177,8 +179,15 @@ class Interrupted(Tower):
         return x
 
 
-def test_a_stream_that_is_added_to_between_blocks_is_mapped_and_said() -> None:
-    tower = _made(Interrupted)
+class InterruptedOfClasses(Interrupted):
+    """Without a numbered list inside the blocks."""
+
+    kind = Rung
+
+
+@pytest.mark.parametrize("model", [Interrupted, InterruptedOfClasses])
+def test_a_stream_that_is_added_to_between_blocks_is_mapped_and_said(model: type[Interrupted]) -> None:
+    tower = _made(model)
     found = discover(tower)
     assert (found.layers_path, found.joined) == ("body.{i}", False)
     result = verify(tower, architecture_map=found)
