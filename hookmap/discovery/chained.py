@@ -20,24 +20,28 @@ def behind_others(block: Block) -> dict[int, int]:
 
 def why_no_mlp(block: Block) -> str:
     """Why a block without a branch that computes each position alone has no points of an MLP."""
-    behind, mixers = behind_others(block), block.numbered("mixer")
-    for number, (suffix, branch) in enumerate(mixers):
-        if number in behind or _reads_its_own(block, branch.parts):
-            return f"the MLP reads the mixer's output and not the stream: what it gives is in mixer_out{suffix}"
+    mixers = block.numbered("mixer")
+    for suffix, branch in mixers:
+        cones = [block.values.cone(part, block.states, block.call)[0] for part in branch.parts]
+        others = [*cones, *(other.ops for _, other in mixers if other is not branch)]
+        for ops, other in ((a, b) for a in cones for b in others if _is_mlp_of(block, a, b)):
+            further = {value for op in _without(ops, other) for value in block.values.operands(op)}
+            where = "in a sum of its own" if further & set(block.states) else "alone"
+            reads = f"the MLP reads the mixer's output {where}, and no stream with it"
+            return f"{reads}: what it gives is in mixer_out{suffix}"
         chosen = any(op.name in aten.TOP_K for op in block.mixing(branch.ops))
         if chosen and len(mixers) > 1 and not block.is_attention(branch):
             return f"no branch is of each position alone: a top-k chooses the positions that mixer_out{suffix} is of"
     return "this block has no MLP"
 
 
-def _reads_its_own(block: Block, parts: list[int]) -> bool:
-    """Whether one of the terms that are added at once is computed from another."""
-    cones = [block.values.cone(part, block.states, block.call)[0] for part in parts]
-    return any(_is_mlp_of(block, a, b) for a in cones for b in cones if a is not b)
-
-
 def _is_mlp_of(block: Block, ops: list[Operation], others: list[Operation]) -> bool:
     """Whether operations are all the others, and a multiplication with a matrix that mixes nothing."""
+    further = _without(ops, others)
+    whole = {op.time for op in others} <= {op.time for op in ops}
+    return whole and has_matrix(further) and not block.mixing(further)
+
+
+def _without(ops: list[Operation], others: list[Operation]) -> list[Operation]:
     times = {op.time for op in others}
-    further = [op for op in ops if op.time not in times]
-    return times < {op.time for op in ops} and has_matrix(further) and not block.mixing(further)
+    return [op for op in ops if op.time not in times]

@@ -41,6 +41,8 @@ class _Branch:
     """what else it reads"""
     made: Selector
     modules: tuple[str, ...]
+    around: str | None = None
+    """the block, where keys and values enter it that no term can name: in a tuple among its arguments"""
 
     @property
     def key(self) -> Key:
@@ -53,6 +55,8 @@ class _Elsewhere:
 
     read: Mapping[int, Tensor]
     made: Tensor
+    handed: Mapping[int, Tensor]
+    """the tensors in tuples among the arguments of the block"""
 
 
 def reads(run: Context) -> Iterator[Check]:
@@ -64,7 +68,7 @@ def reads(run: Context) -> Iterator[Check]:
         yield _behind_norms(run, branch, names)
         yield _determines(run, branch, other)
         yield from _before_weights(run, branch, other)
-        yield _positions(run, branch)
+        yield _positions(run, branch, bool(other.handed))
 
 
 def _branches(run: Context) -> Iterator[_Branch]:
@@ -99,7 +103,14 @@ def _branch(run: Context, kind: BlockKind, point: str, output: str, layer: int) 
     beside = of_template(run.map, point, layer, read, run.number).terms
     terms, made = run.selector[point, layer].terms, run.selector[output, layer]
     modules = tuple(modules_of(run, kind, output, layer))
-    return _Branch(point, output, layer, terms, beside, made, modules)
+    around = run.map.at_layer(run.map.layers_path, layer) if _lacks_keys(kind, point) else None
+    return _Branch(point, output, layer, terms, beside, made, modules, around)
+
+
+def _lacks_keys(kind: BlockKind, point: str) -> bool:
+    """Whether a branch is an attention that makes no keys and no values."""
+    alone = point == "mixer_in" and "q" in kind.points and kind.calls == 1
+    return alone and not kind.points.keys() & {"k", "v"} and not kind.points[point].beside
 
 
 # Is it behind the norms? ----------------------------------------------------------------------------------------
@@ -183,15 +194,39 @@ def _on_other_tokens(run: Context, branches: list[_Branch]) -> list[_Elsewhere]:
         for branch, own in zip(branches, parts, strict=True)
         for number, term in enumerate((*branch.terms, *branch.beside))
     ]
+    handed: list[dict[int, Tensor]] = [{} for _ in branches]
+    for branch, own in zip(branches, handed, strict=True):
+        hooks += _at_handed(branch, partial(keep, own))
     made, _ = observe(run.model, run.ids.flip((0, 1)), [branch.made for branch in branches], hooks)
-    return [_Elsewhere(own, made[branch.key]) for branch, own in zip(branches, parts, strict=True)]
+    return [
+        _Elsewhere(own, made[branch.key], beside) for branch, own, beside in zip(branches, parts, handed, strict=True)
+    ]
+
+
+def _at_handed(branch: _Branch, use: Write) -> list[Hook]:
+    """A hook that hands `use` the keys and values in tuples among the block's arguments, [batch, heads, pos, d]."""
+
+    def act(args: Any, kwargs: Any, output: Any) -> None:
+        inner = [each for each in (*args, *kwargs.values()) if isinstance(each, (tuple, list))]
+        for number, tensor in enumerate(_tensors(inner)):
+            if _is_of_tokens(tensor):
+                use(number, tensor)
+
+    return [] if branch.around is None else [Hook(branch.around, "input", act)]
+
+
+def _is_of_tokens(tensor: Tensor) -> bool:
+    """Whether it has heads, can be written to, and is another for each row: no mask and no positions."""
+    heads = tensor.is_floating_point() and tensor.ndim == 4 and len(tensor) == BATCH
+    return heads and 0 not in tensor.stride() and not tensor[0].equal(tensor[1])
 
 
 def _determines(run: Context, branch: _Branch, other: _Elsewhere) -> Check:
     """The tensors at the point in a run on other tokens, written into a run on these, give the other run's output."""
-    error = relative_error(_output_under(run, branch, _writing(other.read)), other.made)
+    error = relative_error(_output_under(run, branch, _writing(other.read), handed=other.handed), other.made)
     beside = run.map.kind_of(branch.layer).points[branch.point].beside
     others = "".join(f" and {term.module or 'model'}.{term.side}[{term.index!r}]" for term in beside)
+    others += f" and the tuples that enter {branch.around}" if other.handed else ""
     verb = "determine" if others else "determines"
     detail = f"{branch.point}{others} {verb} {branch.output}: of other tokens it gives theirs"
     return Check("reads", (branch.layer,), error <= run.tolerance, detail, error)
@@ -202,7 +237,7 @@ def _before_weights(run: Context, branch: _Branch, other: _Elsewhere) -> Iterato
     weights = other_weights(run.model, branch.modules)
     if not weights:
         return
-    made = _output_under(run, branch, _writing(other.read), weights)
+    made = _output_under(run, branch, _writing(other.read), weights, other.handed)
     moved = relative_error(made, other.made) > run.tolerance
     point, output = branch.point, branch.output
     detail = f"other weights make another {output} of {point}" if moved else f"no weights stand behind {point}"
@@ -216,17 +251,17 @@ def _writing(tensors: Mapping[int, Tensor]) -> Write:
 # Does a change at one position move what it should? -------------------------------------------------------------
 
 
-def _positions(run: Context, branch: _Branch) -> Check:
+def _positions(run: Context, branch: _Branch, has_handed_keys: bool) -> Check:
     """Other numbers at one position: an MLP moves there, or shortly behind it too (a token shift); a mixer elsewhere.
 
     Of a mixer that reads little but the first position, that one is changed. Cross-attention moves there alone: its
-    keys are another's positions.
+    keys are another's positions. So may attention to keys that are handed to it.
     """
     place = POSITIONS // 3
     moved = _moved_by(run, branch, place)
     if branch.point.startswith("mlp"):
         right = moved in [list(range(place, place + count)) for count in range(1, _SHORT + 1)]
-    elif branch.point.startswith("cross_attn"):
+    elif branch.point.startswith("cross_attn") or (has_handed_keys and moved == [place]):
         right = moved == [place]
     else:
         if set(moved) <= {place}:
@@ -250,8 +285,18 @@ def _moved_by(run: Context, branch: _Branch, place: int) -> list[int]:
     return moved
 
 
-def _output_under(run: Context, branch: _Branch, write: Write, weights: dict[str, Tensor] | None = None) -> Tensor:
-    """The branch's output where `write` changes what it reads, under other `weights` if there are."""
+def _output_under(
+    run: Context,
+    branch: _Branch,
+    write: Write,
+    weights: dict[str, Tensor] | None = None,
+    handed: Mapping[int, Tensor] | None = None,
+) -> Tensor:
+    """The branch's output where `write` changes what it reads, under other `weights` if there are.
+
+    `handed`: tensors in place of those in tuples among the block's arguments.
+    """
     hooks = [at(term, partial(write, number)) for number, term in enumerate((*branch.terms, *branch.beside))]
+    hooks += _at_handed(branch, _writing(handed)) if handed else []
     values, _ = observe(run.model, run.ids, [branch.made], hooks, weights)
     return values[branch.key]

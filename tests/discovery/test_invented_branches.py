@@ -102,9 +102,21 @@ class ChainedSum(Chained):
         return x + both
 
 
-@pytest.mark.parametrize("rung", [Chained, ChainedSum])
+class OwnSum(Chained):
+    """The stream with the attention's output is computed a second time, for the MLP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        f = self.think(self.cool(x + a))
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_post=x + a + f, **{"mixer_out.1": f})
+        return x + a + f
+
+
+@pytest.mark.parametrize("rung", [Chained, ChainedSum, OwnSum])
 def test_an_mlp_of_the_mixers_output_is_said_to_be_one(rung: type[Rung]) -> None:
-    reason = "the MLP reads the mixer's output and not the stream"
+    where = "in a sum of its own" if rung is OwnSum else "alone"
+    reason = f"the MLP reads the mixer's output {where}, and no stream with it"
     found = check(Ladder(rung), dict.fromkeys(("mlp_in", "mlp_out", "resid_mid"), reason))
     if rung is Chained:
         assert found.unavailable("q.1", 0) == "this branch reads the output of another, whose attention it is: use q"
