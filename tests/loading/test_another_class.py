@@ -76,8 +76,8 @@ def test_a_config_of_no_causal_model_is_of_what_there_is(kind: Any) -> None:
 
 
 def test_what_reads_no_token_ids_is_said_to_be_no_language_model() -> None:
-    with pytest.raises(ModelError, match=r"ViTConfig .vit. is no language model"):
-        hookmap.discover(transformers.ViTConfig(hidden_size=32))
+    with pytest.raises(ModelError, match=r"Wav2Vec2Config .wav2vec2. is no language model"):
+        hookmap.discover(transformers.Wav2Vec2Config(hidden_size=32))
 
 
 def test_the_class_that_is_meant_can_be_given_as_a_module() -> None:

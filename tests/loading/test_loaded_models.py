@@ -75,7 +75,8 @@ _WIDE: dict[str, dict[str, int]] = {
     "qwen3_moe": {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16},
 }
 _QUANTISED = {
-    "8 bit": {"load_in_8bit": True},
+    # Columns with an outlier, which it looks for over the whole batch, would make one position depend on the others.
+    "8 bit": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
     "4 bit": {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32},
 }
 
