@@ -28,6 +28,7 @@ WITHOUT = {
     "gguf": "control vectors as GGUF",
     "scale": "captures on Ray (--engine ray)",
     "server": "hookmap serve",
+    "vision": "prompts with images",
     "viz": "pictures (--png, --html)",
 }
 """extra -> what needs it"""
