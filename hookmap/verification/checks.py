@@ -56,19 +56,8 @@ def overflow(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Check |
         return None  # a tensor is not where the map says: `checks_of` says so
 
 
-def cheap_checks_of(found: ArchitectureMap, model: nn.Module) -> Iterator[Check]:
-    """The checks of one forward pass on 18 random tokens. Raises what the model raises on them."""
-    run = run_once(found, model, 0)
-    if (wrong := _not_finite(run)) is not None:
-        yield wrong
-        return
-    for number in range(max(kind.calls for kind in found.kinds)):
-        for check in CHEAP if number == 0 else EACH_RUN:
-            yield from check(run if number == 0 else run.in_run(number))
-
-
-def checks_of(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Iterator[Check]:
-    """Every check of a map on a model.
+def checks_of(found: ArchitectureMap, model: nn.Module, seed: int = 0, cheap: bool = False) -> Iterator[Check]:
+    """Every check of a map on a model; `cheap`: those that one forward pass on random tokens is enough for.
 
     Where nothing can be compared, the one check that says why: the model lacks a module, a tensor is not where the map
     says, or the stream is not finite.
@@ -85,22 +74,23 @@ def checks_of(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Iterat
         yield wrong
         return
     try:
-        for check in CHECKS:
+        for check in CHEAP if cheap else CHECKS:
             yield from check(run)
         for number in range(1, max(kind.calls for kind in found.kinds)):
-            yield from _of_run(run.in_run(number))
+            yield from _of_run(run.in_run(number), cheap)
     except Exception as error:  # a wrong map's tensors fail in sums, products and hooks as each of them does
         said = str(error).partition("\n")[0]
         yield Check("fit", (), False, f"what the map names does not fit together: {said}")
 
 
-def _of_run(run: Context) -> Iterator[Check]:
+def _of_run(run: Context, cheap: bool) -> Iterator[Check]:
     """The checks of a later run of the layers that run several times."""
+    each_run = [check for check in EACH_RUN if check in CHEAP or not cheap]
     ending = [kind for kind in run.map.kinds if kind.calls == run.number + 1]
-    for check in EACH_RUN:
+    for check in each_run:
         yield from (_named(each, run.number) for each in check(run))
     last = replace(run, map=run.map.model_copy(update={"kinds": tuple(ending)}))
-    for check in LAST_RUN if ending else ():
+    for check in LAST_RUN if ending and not cheap else ():
         yield from (_named(each, run.number) for each in check(last))
 
 

@@ -15,7 +15,7 @@ from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import load
 from hookmap.maps.shipped import mappings_folder, shipped_architectures
 from hookmap.verification import subject
-from hookmap.verification.checks import cheap_checks_of
+from hookmap.verification.checks import checks_of
 from hookmap.verification.streams import NOTHING_RECORDED
 
 log = logging.getLogger("hookmap")
@@ -35,7 +35,7 @@ def hold(found: ArchitectureMap, model: nn.Module, given: bool) -> None:
     start = perf_counter()
     try:
         with modules.eager(model), modules.plain_experts(model), subject.precisely(model):
-            checks = [check for check in cheap_checks_of(found, model) if check.detail != NOTHING_RECORDED]
+            checks = [each for each in checks_of(found, model, cheap=True) if each.detail != NOTHING_RECORDED]
     except Exception as error:  # what a model raises on 18 random tokens has no common type
         log.warning(
             "The map of %s was not checked on its weights: %s: %s", found.architecture, type(error).__name__, error

@@ -79,8 +79,8 @@ def verify(
         # In float64, as the checks are made, nothing overflows.
         if subject.is_narrow(model) and (wrong := overflow(checked, model, seed)) is not None:
             return Verification(found, on, (wrong,))
-    with modules.eager(model), modules.plain_experts(model), subject.precisely(model):
-        return Verification(found, on, tuple(checks_of(checked, model, seed)))
+        with subject.precisely(model):
+            return Verification(found, on, tuple(checks_of(checked, model, seed)))
 
 
 def redraw(model: nn.Module, seed: int = 0) -> None:

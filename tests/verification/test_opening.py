@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 import hookmap
 from hookmap.maps.document import ArchitectureMap
+from hookmap.verification.opening import hold
 
 
 class Unheard(LlamaForCausalLM):
@@ -64,6 +65,18 @@ def test_a_model_that_records_no_hidden_states_is_held_against_the_rest(monkeypa
     monkeypatch.setattr(map_of_model, "discover", lambda source: wrong(right(source)))
     with pytest.raises(hookmap.DiscoveryError, match="hookmap misreads Silent"):
         hookmap.open(silent)
+
+
+@pytest.mark.parametrize("place", [{"module": "model.layers.{i}.nowhere"}, {"index": 7}])
+def test_a_map_that_names_what_is_not_there_is_refused(place: dict[str, object]) -> None:
+    model = unheard()
+    (kind,) = (found := hookmap.discover(model)).kinds
+    right = kind.points["mixer_out"]
+    term = right.terms[0].model_copy(update=place)
+    points = {**kind.points, "mixer_out": right.model_copy(update={"terms": (term,)})}
+    moved = found.model_copy(update={"kinds": (kind.model_copy(update={"points": points}),)})
+    with pytest.raises(hookmap.MapMismatchError, match="not true of this Unheard"):
+        hold(moved, model, given=True)
 
 
 def test_nothing_of_the_model_is_changed() -> None:
