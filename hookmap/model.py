@@ -100,7 +100,7 @@ def open(
     dtype: "auto" is the checkpoint's own. device: None is a GPU where there is one; both are for hub ids and folders.
     config: fields that replace those of its config.json, {"sliding_window": 64}; for hub ids and folders.
     check: hold the map against one forward pass on 18 random tokens, where no map of the architecture is
-    proved for the installed transformers: one pass in float64, some seconds for a large model.
+    proved for the installed transformers. bfloat16 and float16 are computed in float64 for it.
     Raises ModelError, TokenizerError, DiscoveryError, and MapMismatchError where the given map contradicts the model.
     """
     given = given_map(map)
