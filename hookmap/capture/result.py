@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import RESIDUAL_AXES, PointName, parse_point
 from hookmap.maps.selectors import Selector
 from hookmap.stores.folder import write_store
-from hookmap.stores.interface import Store, Tokens, as_html, completions, place_of
+from hookmap.stores.interface import Store, Tokens, as_html, call_and_tokens, completions, place_of
 from hookmap.stores.manifest import Manifest
 from hookmap.wording import counted
 
@@ -100,9 +99,8 @@ class Capture:
 
         `call`: of a layer that runs several times; tokens may stand in its place.
         """
-        if not isinstance(call, Integral | None):
-            call, tokens = None, call
-        key = self.key(point, layer, call)
+        run, tokens = call_and_tokens(call, tokens)
+        key = self.key(point, layer, run)
         return self.store.read(sample, key[0], key[1], call_of(key), tokens)
 
     def to_xarray(

@@ -116,10 +116,9 @@ class Store(ABC):
         A slice is cut at the sample's end, as Python's are; other positions must be inside the sample.
         Raises SelectionError for a sample, point, layer or position that this store does not have.
         """
-        if not isinstance(call, Integral | None):
-            call, tokens = None, call
+        run, tokens = call_and_tokens(call, tokens)
         found = self.sample(sample)
-        return self._rows(sample, self.key(point, layer, call), rows_of(tokens, found))
+        return self._rows(sample, self.key(point, layer, run), rows_of(tokens, found))
 
     def by_id(self, id: str) -> Sample:
         """The finished sample that the data set calls so. Raises SelectionError where there is none, or several."""
@@ -295,6 +294,11 @@ def place_of(where: Any) -> tuple[str, int | None, int | None]:
             f'expected ["point"], ["point", layer] such as ["resid_mid", 8], or ["point", layer, call], got {where!r}.'
         )
     return point, None if layer is None else int(layer), None if call is None else int(call)
+
+
+def call_and_tokens(call: "int | Tokens", tokens: Tokens) -> tuple[Any, Any]:
+    """The two arguments of `read`, where tokens may stand in the place of the call."""
+    return (call, tokens) if isinstance(call, Integral | None) else (None, call)
 
 
 def rows_of(tokens: Tokens, sample: Sample) -> Sequence[int]:
