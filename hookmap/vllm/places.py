@@ -1,0 +1,32 @@
+"""Where points are in a model as vLLM runs it: what discovery in the worker finds, and what taps read and write."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hookmap.activations import Key
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.selectors import Term
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one point of one layer is read, and where it is written. vLLM's tensors are [tokens, ...], without batch.
+
+    vLLM hands the residual stream on as a pair whose sum it is, so that a point may have several terms.
+    """
+
+    read: tuple[Term, ...]
+    """the point is the sum of `term.times(tensor, parameter)` over them, in this order"""
+    write: tuple[Term, ...] = ()
+    """at one boundary of one module: the first is given the new value, divided by its scale, and the others zeros"""
+    why_not_written: str | None = None
+    """why the point must not be written; None where `write` says where it is"""
+
+
+@dataclass(frozen=True)
+class ModelPlaces:
+    """The map of a model of vLLM's, and where each of its points is."""
+
+    map: ArchitectureMap
+    places: Mapping[Key, Place]
+    """(point, layer) -> place, of every point that the map has; the layer is None for points of the whole model"""
