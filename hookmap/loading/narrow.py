@@ -118,10 +118,13 @@ def _changed(config: Any, small: Any) -> list[str]:
     while stack:
         before, after = stack.pop()
         for name, value in vars(before).items():
-            if name.startswith("_") or value == (other := getattr(after, name, value)):
+            other = vars(after).get(name, value)
+            # `==` of two configs reads attributes that a config with values for each layer refuses to give.
+            part = hasattr(value, "to_dict")
+            if name.startswith("_") or (value.to_dict() == other.to_dict() if part else value == other):
                 continue
-            (parts if hasattr(value, "to_dict") else fields)[name] = None
-            if hasattr(value, "to_dict"):
+            (parts if part else fields)[name] = None
+            if part:
                 stack.append((value, other))
     return [*sorted(fields, key=lambda name: name != "vocab_size"), *parts]
 

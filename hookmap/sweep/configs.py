@@ -52,8 +52,7 @@ COMPLETIONS: dict[str, Completion] = {
         {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2, "first_k_dense_replace": 1},
         "the numbers of experts are None by default; the values are those of dots.llm1",
     ),
-    # No config builds the two assistants: their config must share all caches, and Gemma 4's refuses that (5.23.0).
-    # If they were built, they would read another model's caches and no token ids.
+    # The two assistants read the caches of another model and no token ids: they are built, and do not run alone.
     "gemma4_assistant": Completion({"text_config": _ASSISTANT}, "its config asks that all layers share caches"),
     "gemma4_unified_assistant": Completion({"text_config": _ASSISTANT}, "an assistant has no caches of its own"),
     "hunyuan_v1_dense": Completion({"head_dim": 128}, _HEAD_DIM),

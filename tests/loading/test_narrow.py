@@ -6,9 +6,11 @@ import pytest
 import torch
 import transformers
 
-from hookmap.errors import ModelError
+from hookmap.discovery.discover import discover
+from hookmap.errors import DiscoveryError, ModelError
 from hookmap.loading import configs
 from hookmap.loading.narrow import MOST_BYTES, narrow, narrow_copy
+from hookmap.sweep.configs import config_of
 from hookmap.verification.verify import verify
 
 
@@ -64,3 +66,10 @@ def test_a_part_that_is_a_plain_dictionary_is_narrow_too() -> None:
     config.backbone_config = {"hidden_size": 4096, "depth": 9, "name": "x"}
     assert narrow(config).backbone_config == {"hidden_size": 64, "depth": 9, "name": "x"}
     assert config.backbone_config["hidden_size"] == 4096
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4AssistantConfig"), reason="transformers is older than Gemma 4")
+def test_a_config_with_values_for_each_layer_is_refused_for_what_its_forward_asks() -> None:
+    # Gemma 4's config refuses `==` where head_dim is another on some layers; its assistants read another model's caches.
+    with pytest.raises(DiscoveryError, match="shared_kv_states"):
+        discover(config_of("gemma4_assistant"))
