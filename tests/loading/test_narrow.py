@@ -70,6 +70,6 @@ def test_a_part_that_is_a_plain_dictionary_is_narrow_too() -> None:
 
 @pytest.mark.skipif(not hasattr(transformers, "Gemma4AssistantConfig"), reason="transformers is older than Gemma 4")
 def test_a_config_with_values_for_each_layer_is_refused_for_what_its_forward_asks() -> None:
-    # Gemma 4's config refuses `==` where head_dim is another on some layers; its assistants read another model's caches.
+    # Such a config refuses `==`. Gemma 4's assistants read another model's caches.
     with pytest.raises(DiscoveryError, match="shared_kv_states"):
         discover(config_of("gemma4_assistant"))
