@@ -19,6 +19,8 @@ class Place:
     """the point is the sum of `term.times(tensor, parameter)` over them, in this order"""
     write: tuple[Term, ...] = ()
     """at one boundary of one module: the first is given the new value, divided by its scale, and the others zeros"""
+    in_place: bool = False
+    """its tensors are overwritten, since others than this module read them; else the module is given other tensors"""
     why_not_written: str | None = None
     """why the point must not be written; None where `write` says where it is"""
 

@@ -1,0 +1,94 @@
+"""The twin of a vLLM model: its own classes on the meta device, unsharded, with plain operations in place of kernels.
+
+What vLLM runs are fused kernels on packed weights, of which a dataflow shows little. The twin has the same modules
+under the same paths, and every operator of it is PyTorch's: custom operators in their native form, products with
+weights as plain products, attention as a causal softmax, experts as a sum over those that are chosen. It holds no data.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hookmap.vllm.plain_parts import plain_parts
+
+_GROUPS = ("_WORLD", "_TP", "_ETP", "_DCP", "_PP", "_DP", "_EP", "_EPLB", "_PCP")
+"""vLLM's groups of processes, of tensor, pipeline, data and expert parallelism"""
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Shows vLLM this process as the only one: what is built is neither sharded nor cut in stages."""
+    from vllm.distributed import parallel_state
+
+    one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    group = SimpleNamespace(
+        world_size=1, rank_in_group=0, rank=0, local_rank=0, ranks=[0], first_rank=0, last_rank=0, is_first_rank=True,
+        is_last_rank=True, device_group=one, cpu_group=one, device=torch.device("meta"), unique_name="hookmap",
+        use_custom_op_call=False, mq_broadcaster=None, device_communicator=None,
+        all_reduce=lambda tensor: tensor, all_gather=lambda tensor, dim=-1: tensor,
+        reduce_scatter=lambda tensor, dim=-1: tensor, gather=lambda tensor, dst=0, dim=-1: tensor,
+    )  # fmt: skip
+    before = {name: getattr(parallel_state, name) for name in _GROUPS if hasattr(parallel_state, name)}
+    try:
+        for name in before:
+            setattr(parallel_state, name, group)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(parallel_state, name, value)
+
+
+def config_of_twin(config: Any) -> Any:
+    """A vLLM config for the twin: eager, in one process, in float32, with operators in their native form."""
+    from vllm.config import CompilationMode
+
+    own = copy.copy(config)
+    own.compilation_config = copy.copy(config.compilation_config)
+    own.compilation_config.static_forward_context = {}
+    own.compilation_config.static_all_moe_layers = []
+    own.compilation_config.mode = CompilationMode.NONE
+    own.compilation_config.custom_ops = ["none"]
+    own.parallel_config = copy.copy(config.parallel_config)
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "world_size"):
+        setattr(own.parallel_config, name, 1)
+    own.parallel_config.rank = 0
+    own.model_config = copy.copy(config.model_config)
+    own.model_config.dtype = torch.float32
+    return own
+
+
+@contextmanager
+def running(config: Any) -> Iterator[None]:
+    """What a model of vLLM is built and run in: its config, a step without a cache, native operators."""
+    from vllm import ir
+    from vllm.config import set_current_vllm_config
+    from vllm.forward_context import set_forward_context
+    from vllm.ir.op import enable_torch_wrap
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with ExitStack() as stack:
+        stack.enter_context(alone())
+        stack.enter_context(set_current_vllm_config(config))
+        stack.enter_context(set_forward_context(None, config))
+        stack.enter_context(enable_torch_wrap(False))
+        stack.enter_context(set_default_torch_dtype(torch.float32))
+        for op in ir.op.IrOp.registry.values():
+            stack.enter_context(op.set_priority(["native"]))
+        yield
+
+
+def build(config: Any) -> nn.Module:
+    """The twin's modules; to be called, like the model itself, in `running`."""
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    with torch.device("meta"):
+        model: nn.Module = initialize_model(vllm_config=config)
+    plain_parts(model)
+    return model.eval()
