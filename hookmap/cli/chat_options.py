@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from hookmap.cli.option_groups import option_group
+from hookmap.cli.options import option_group
 
 chat_options = option_group(
     click.option(

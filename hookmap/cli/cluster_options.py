@@ -8,7 +8,7 @@ import click
 import hookmap
 from hookmap.cli.finite import FiniteRange
 from hookmap.cli.model_options import chosen
-from hookmap.cli.option_groups import option_group
+from hookmap.cli.options import option_group
 
 if TYPE_CHECKING:
     from hookmap.services.nnsight_server import RemoteModel

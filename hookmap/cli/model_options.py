@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import hookmap
-from hookmap.cli.option_groups import option_group
+from hookmap.cli.options import option_group
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel

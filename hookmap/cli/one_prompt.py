@@ -7,7 +7,7 @@ import click
 from hookmap.cli.chat_options import chat_options, of_default_prompt, templating
 from hookmap.cli.image_option import image_option, with_images
 from hookmap.cli.model_options import loading
-from hookmap.cli.option_groups import option_group
+from hookmap.cli.options import option_group
 from hookmap.cli.settings import load_settings
 
 if TYPE_CHECKING:

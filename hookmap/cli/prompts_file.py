@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from hookmap.cli.image_option import image_option, with_images
-from hookmap.cli.option_groups import option_group
+from hookmap.cli.options import option_group
 from hookmap.cli.settings import typed_or_set
 
 prompt_options = option_group(

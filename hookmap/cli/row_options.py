@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from hookmap.cli.option_groups import option_group
+from hookmap.cli.options import option_group
 from hookmap.cli.settings import typed_or_set
 
 calls_option = click.option(

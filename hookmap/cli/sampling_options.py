@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from hookmap.cli.finite import FiniteRange
-from hookmap.cli.option_groups import option_group
+from hookmap.cli.options import option_group
 from hookmap.cli.settings import typed_or_set
 
 _SAMPLES = ("temperature", "top_p", "top_k")

@@ -11,7 +11,7 @@ from hookmap.cli.chat_options import chat_options, of_default_prompt, tell, temp
 from hookmap.cli.cluster_options import cluster_of, clustered, opened_elsewhere
 from hookmap.cli.model_options import loading, opened
 from hookmap.cli.one_prompt import DEFAULT_PROMPT
-from hookmap.cli.option_groups import option_group
+from hookmap.cli.options import option_group
 from hookmap.cli.prompts_file import chosen_prompts, prompt_options
 from hookmap.cli.row_options import calls_option, dtype_options, kept_dtype, row_options, row_selection
 from hookmap.cli.sampling_options import sampling, sampling_options
