@@ -6,21 +6,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import hookmap
-from hookmap.cli.finite import FiniteRange
 from hookmap.cli.model_options import chosen
-from hookmap.cli.options import option_group
+from hookmap.cli.options import FiniteRange, amount, count, option_group
 
 if TYPE_CHECKING:
     from hookmap.services.nnsight_server import RemoteModel
     from hookmap.services.ray.model import RayModel
 
 clustered = option_group(
-    click.option("--workers", type=click.IntRange(min=1), metavar="N", help="With --engine ray.  [default: 1]"),
+    count("--workers", "With --engine ray.  [default: 1]"),
     click.option(
         "--address", metavar="ADDRESS", help="Of a running Ray cluster, or auto; of an nnsight server, or local."
     ),
     click.option("--cpus-per-worker", type=FiniteRange(min=0, min_open=True), metavar="C", help="[default: 1]"),
-    click.option("--gpus-per-worker", type=FiniteRange(min=0), metavar="G", help="[default: 1 where there are]"),
+    amount("--gpus-per-worker", "G", "[default: 1 where there are]", least=0),
 )
 """where a run elsewhere is; `cluster_of` reads them"""
 

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from hookmap.cli.image_option import image_option, with_images
-from hookmap.cli.options import option_group
+from hookmap.cli.options import count, option_group
 from hookmap.cli.settings import typed_or_set
 
 prompt_options = option_group(
@@ -22,8 +22,8 @@ prompt_options = option_group(
     click.option("--id-column", metavar="NAME", help="The samples' own names.  [default: id, where there is one]"),
     click.option("--image-column", metavar="NAME", help="The image of each text, or a list; --chat makes messages."),
     click.option("--label", "labels", metavar="NAME", multiple=True, help="A column to keep, or all; repeatable."),
-    click.option("--skip", type=click.IntRange(min=0), default=0, metavar="N", help="Leave the first N records out."),
-    click.option("--limit", type=click.IntRange(min=1), metavar="N", help="No more records than these."),
+    count("--skip", "Leave the first N records out.", least=0, default=0, show_default=False),
+    count("--limit", "No more records than these."),
 )
 """which prompts; `chosen_prompts` reads them"""
 

@@ -4,12 +4,9 @@ from typing import Any
 
 import click
 
-from hookmap.cli.options import option_group
+from hookmap.cli.options import count, option_group
 from hookmap.cli.settings import typed_or_set
 
-calls_option = click.option(
-    "--calls", metavar="CALLS", help="Which runs of layers that run several times: 0,2 or last or all.  [default: all]"
-)
 row_options = option_group(
     click.option(
         "--positions",
@@ -17,7 +14,7 @@ row_options = option_group(
         help="Rows of which tokens: all, prompt, generated, last, last_prompt, a span 4:20 or -5:, positions 0,3,-1, "
         "image (tokens of an image), text (the others), or text=… for tokens whose text contains it.  [default: all]",
     ),
-    click.option("--every", type=click.IntRange(min=1), metavar="N", help="Only positions that N divides."),
+    count("--every", "Only positions that N divides."),
     click.option("--mean/--no-mean", default=None, help="One row a sample: the mean over its positions."),
     click.option(
         "--features", metavar="N|LIST", help="Draw N features of each row, or keep those listed: 3,17,99 or 3,"

@@ -4,30 +4,24 @@ from typing import Any
 
 import click
 
-from hookmap.cli.finite import FiniteRange
-from hookmap.cli.options import option_group
+from hookmap.cli.options import FiniteRange, amount, count, option_group
 from hookmap.cli.settings import typed_or_set
 
 _SAMPLES = ("temperature", "top_p", "top_k")
 
 sampling_options = option_group(
-    click.option(
-        "--temperature",
-        type=FiniteRange(min=0),
-        metavar="T",
-        help="Sample at this temperature; greedy if not given, or 0.",
-    ),
+    amount("--temperature", "T", "Sample at this temperature; greedy if not given, or 0.", least=0),
     click.option(
         "--top-p",
         type=FiniteRange(0, 1, min_open=True),
         metavar="P",
         help="Sample from the likeliest tokens of this mass.",
     ),
-    click.option(
+    count(
         "--top-k",
-        type=click.IntRange(min=0),
-        metavar="K",
-        help="Sample from this many likeliest tokens; 0: all.  [default: the model's own, else 50]",
+        "Sample from this many likeliest tokens; 0: all.  [default: the model's own, else 50]",
+        least=0,
+        unit="K",
     ),
     click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable."),
 )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookmap.cli import model_options, one_prompt
+from hookmap.cli.options import count
 
 if TYPE_CHECKING:
     from hookmap.analysis.attribution import Attribution
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
     help="The position of the token, from 0; negative from the end.",
 )
 @click.option("--heads", is_flag=True, help="Split attention into its heads.")
-@click.option(
-    "--top", type=click.IntRange(min=1), default=12, show_default=True, metavar="N", help="How many parts to show."
-)
+@count("--top", "How many parts to show.", default=12)
 @click.option("--png", metavar="FILE", help="Write a bar chart of all parts to FILE.")
 @click.option("--html", metavar="FILE", help="Write an interactive bar chart to FILE, self-contained.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout, and no table.")

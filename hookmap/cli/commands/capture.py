@@ -11,9 +11,9 @@ from hookmap.cli.chat_options import chat_options, of_default_prompt, tell, temp
 from hookmap.cli.cluster_options import cluster_of, clustered, opened_elsewhere
 from hookmap.cli.model_options import loading, opened
 from hookmap.cli.one_prompt import DEFAULT_PROMPT
-from hookmap.cli.options import option_group
+from hookmap.cli.options import calls_option, count, option_group
 from hookmap.cli.prompts_file import chosen_prompts, prompt_options
-from hookmap.cli.row_options import calls_option, dtype_options, kept_dtype, row_options, row_selection
+from hookmap.cli.row_options import dtype_options, kept_dtype, row_options, row_selection
 from hookmap.cli.sampling_options import sampling, sampling_options
 
 _TENSORS = option_group(
@@ -26,21 +26,13 @@ _FOLDER = option_group(
     click.option("--resume", is_flag=True, help="Continue the capture in DIR."),
 )
 _BATCHES = option_group(
-    click.option(
+    count(
         "--max-new-tokens",
-        type=click.IntRange(min=0),
-        metavar="N",
+        least=0,
         help="Tokens to generate for each prompt; 0 reads the given texts only (a harvest).  [default: 64]",
     ),
-    click.option(
-        "--batch-size", type=click.IntRange(min=1), metavar="N", help="How many prompts run together.  [default: 8]"
-    ),
-    click.option(
-        "--batch-tokens",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="How many tokens a harvest runs at once.  [default: 4096]",
-    ),
+    count("--batch-size", "How many prompts run together.  [default: 8]"),
+    count("--batch-tokens", "How many tokens a harvest runs at once.  [default: 4096]"),
 )
 _ENGINE = option_group(
     click.option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookmap.cli.finite import FiniteRange
+from hookmap.cli.options import amount
 
 if TYPE_CHECKING:
     from hookmap.services.deploy.on_host.request import Request
@@ -39,11 +39,7 @@ class _WithServeOptions(click.Command):
     "--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="The port on the host's 127.0.0.1."
 )
 @click.option(
-    "--folder",
-    default=_FOLDER,
-    show_default=True,
-    metavar="DIR",
-    help="The folder on the host, relative to its home folder.",
+    "--folder", default=_FOLDER, show_default=True, metavar="DIR", help="The folder on the host, from its home folder."
 )
 @click.option("--fresh", is_flag=True, help="Make a new environment instead of using the existing one.")
 @click.option(
@@ -72,13 +68,12 @@ class _WithServeOptions(click.Command):
     show_default=True,
     help="What keeps the server running after the connection ends.",
 )
-@click.option(
+@amount(
     "--wait",
-    type=FiniteRange(min=1),
+    "SECONDS",
+    "How long to wait for the server to answer. A model download counts too.",
+    least=1,
     default=600.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long to wait for the server to answer. A model download counts too.",
 )
 @click.option(
     "--ssh", default="ssh", show_default=True, envvar="HOOKMAP_SSH", metavar="COMMAND", help="The ssh command."

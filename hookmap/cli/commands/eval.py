@@ -8,8 +8,7 @@ import click
 
 from hookmap.cli import cluster_options, model_options
 from hookmap.cli.chat_options import read_kwargs
-from hookmap.cli.finite import FiniteRange
-from hookmap.cli.row_options import calls_option
+from hookmap.cli.options import amount, calls_option, count
 
 
 @click.group()
@@ -24,20 +23,20 @@ def command() -> None:
 @command.command()
 @click.argument("model", required=False)
 @click.option("--data", metavar="FILE", help="Rows with question and answer; hf://NAME:SPLIT; demo.")
-@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="The first N.  [default: all; of demo 100]")
-@click.option("--skip", type=click.IntRange(min=0), metavar="N", help="Leave the first N out.  [default: 0]")
+@count("--samples", "The first N.  [default: all; of demo 100]")
+@count("--skip", "Leave the first N out.  [default: 0]", least=0)
 @click.option(
     "--mode",
     type=click.Choice(["no-tools", "with-tools"]),
     help="with-tools gives it a calculator.  [default: no-tools]",
 )
 @click.option("--ask", type=click.Choice(["gsm8k", "inspect_evals", "bare"]), help="What form of answer to ask for.")
-@click.option("--parallel", type=click.IntRange(min=1), metavar="K", help="At once.  [default: 8]")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="[default: 512]")
+@count("--parallel", "At once.  [default: 8]", unit="K")
+@count("--max-new-tokens", "[default: 512]")
 @click.option("--points", metavar="NAMES", help="Keep these tensors: resid_post,mlp_out.  [default: none]")
 @click.option("--layers", metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.  [default: all]")
 @calls_option
-@click.option("--temperature", type=FiniteRange(min=0), metavar="T", help="Greedy if not given, or 0.")
+@amount("--temperature", "T", "Greedy if not given, or 0.", least=0)
 @click.option("--seed", type=int, metavar="N", help="Of sampling.")
 @click.option("--chat-template-kwargs", metavar="JSON", help="What the template reads: '{\"enable_thinking\": false}'.")
 @click.option(

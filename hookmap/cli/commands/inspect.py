@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hookmap.cli.options import count
 from hookmap.wording import counted
 
 if TYPE_CHECKING:
@@ -18,9 +19,7 @@ FAR = 10
 @click.command()
 @click.argument("folder", metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout, and no tables.")
-@click.option(
-    "--texts", type=click.IntRange(min=0), default=5, show_default=True, metavar="N", help="How many samples to show."
-)
+@count("--texts", "How many samples to show.", least=0, default=5)
 @click.option(
     "--norms/--no-norms",
     default=None,

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from hookmap.cli import model_options, one_prompt
-from hookmap.cli.row_options import calls_option
+from hookmap.cli.options import calls_option, count
 
 
 @click.command()
@@ -19,7 +19,7 @@ from hookmap.cli.row_options import calls_option
     "--positions", default="-16:", show_default=True, metavar="WHERE", help="Of the tokens, as in hookmap capture."
 )
 @click.option("--target", metavar="TOKEN", help="Tell of this token.  [default: what the model itself predicts]")
-@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, metavar="N", help="Likeliest tokens.")
+@count("--top", "Likeliest tokens.", default=5)
 @click.option(
     "--metric",
     type=click.Choice(["probability", "rank", "worst_rank", "top_probability", "entropy", "kl"]),

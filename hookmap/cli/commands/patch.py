@@ -7,7 +7,7 @@ import click
 
 from hookmap.cli import model_options, one_prompt
 from hookmap.cli.chat_options import chat_options, taken
-from hookmap.cli.row_options import calls_option
+from hookmap.cli.options import calls_option, count
 
 if TYPE_CHECKING:
     from hookmap.analysis.patching import Sweep
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     metavar="TOKEN",
     help="Sweep: the next token of the corrupted prompt; the metric is then the difference of logits.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, metavar="N")
+@count("--batch-size", default=32)
 @click.option("-o", "--output", metavar="FILE", help="Sweep: write FILE.safetensors, FILE.csv and FILE.json.")
 @click.option("--png", metavar="FILE", help="Sweep: write a heat map to FILE.")
 @click.option("--html", metavar="FILE", help="Sweep: write an interactive heat map to FILE, self-contained.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N")
+@count("--max-new-tokens", default=32)
 @chat_options
 def command(
     model: str | None,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookmap.cli.finite import FiniteRange
+from hookmap.cli.options import FiniteRange, count
 
 if TYPE_CHECKING:
     from hookmap.analysis.probes.report import Report
@@ -22,7 +22,7 @@ _POOLS = ("last", "last_prompt", "mean", "mean_prompt", "mean_answer", "each")
 @click.option(
     "--group", metavar="NAME", help="The label that names a sample's question.  [default: each prompt is a question]"
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use at most N samples.")
+@count("--limit", "Use at most N samples.")
 @click.option("--points", default="all", show_default=True, metavar="NAMES", help="Which of the points in STORE.")
 @click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
 @click.option("--pool", type=click.Choice(_POOLS), default="last", show_default=True, help="Which rows of a sample.")
@@ -32,18 +32,13 @@ _POOLS = ("last", "last_prompt", "mean", "mean_prompt", "mean_answer", "each")
     help="Of a pool, as in a capture: 1: leaves the first token out. With --pool each: -8:4, from the prompt's end.",
 )
 @click.option("--method", type=click.Choice(["logistic", "ridge", "mean_difference"]), default="logistic")
-@click.option("--folds", type=click.IntRange(min=3), default=5, show_default=True, metavar="N", help="Number of folds.")
-@click.option(
+@count("--folds", "Number of folds.", least=3, default=5)
+@count(
     "--shuffles",
-    type=click.IntRange(min=1),
     default=100,
-    show_default=True,
-    metavar="N",
     help="How often the labels are shuffled and the probe refitted; p is at least 1 / (N + 1).",
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Seed of folds and shuffles."
-)
+@count("--seed", "Seed of folds and shuffles.", least=0, default=0)
 @click.option("--memory", type=FiniteRange(min=0, min_open=True), default=2, show_default=True, metavar="GB")
 @click.option("-o", "--output", metavar="DIR", help="Write report, pictures, probes and vectors.  [default: nothing]")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout, and no table.")
@@ -117,8 +112,8 @@ def _show(report: "Report") -> None:
         f"[bold]{escape(report.label)}[/]  {report.positives} of {report.samples} samples, "
         f"{report.questions} questions, {report.folds} folds, {report.method}, {report.pool}"
     )
-    for reason, count in report.why_left_out.items():
-        screen.print(f"[yellow]left out: {count} with {escape(reason)}[/]")
+    for reason, samples in report.why_left_out.items():
+        screen.print(f"[yellow]left out: {samples} with {escape(reason)}[/]")
     if report.strangers:
         screen.print(f"[yellow]{report.strangers} ids of the table are of no sample[/]")
     rows = table("probe", ">AUROC", "95 %", ">shuffled", ">selectivity", ">p")

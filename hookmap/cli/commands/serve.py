@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from hookmap.cli import model_options
-from hookmap.cli.finite import FiniteRange
-from hookmap.cli.row_options import calls_option
+from hookmap.cli.options import amount, calls_option, count
 
 _GIB = 2**30
 
@@ -43,60 +42,19 @@ def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None
 @click.option("--layers", metavar="LAYERS", help="Which layers: 8,12,16 or 0-3 or all.  [default: all]")
 @calls_option
 @click.option("--sessions", metavar="DIR", help="The folder of the sessions.  [default: sessions]")
-@click.option(
+@amount(
     "--max-bytes",
-    type=FiniteRange(min=0.001),
-    metavar="GIB",
-    help="The most space for all sessions; the oldest finished ones are deleted first.  [default: 20.0]",
+    "GIB",
+    "The most space for all sessions; the oldest finished ones are deleted first.  [default: 20.0]",
 )
-@click.option(
-    "--max-age",
-    type=FiniteRange(min=0.001),
-    metavar="HOURS",
-    help="How long a session is kept.  [default: 168.0]",
-)
-@click.option(
-    "--request-bytes",
-    type=FiniteRange(min=0.001),
-    metavar="GIB",
-    help="The most activations that one request may store.  [default: 2.0]",
-)
-@click.option(
-    "--inline-bytes",
-    type=click.IntRange(min=1),
-    metavar="BYTES",
-    help="The most activations inside an answer.  [default: 16777216]",
-)
-@click.option(
-    "--queue",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Requests that may wait for the model; more get 429.  [default: 64]",
-)
-@click.option(
-    "--batch",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Plain requests that wait together run together, up to N rows; 1: each runs alone.  [default: 8]",
-)
-@click.option(
-    "--batch-tokens",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="The most tokens of such a batch: rows times the longest prompt and answer.  [default: 32768]",
-)
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="The most tokens that a request may ask for.  [default: 4096]",
-)
-@click.option(
-    "--drain",
-    type=click.IntRange(min=1),
-    metavar="SECONDS",
-    help="How long running requests may go on when the server is told to stop.  [default: 30]",
-)
+@amount("--max-age", "HOURS", "How long a session is kept.  [default: 168.0]")
+@amount("--request-bytes", "GIB", "The most activations that one request may store.  [default: 2.0]")
+@count("--inline-bytes", "The most activations inside an answer.  [default: 16777216]", unit="BYTES")
+@count("--queue", "Requests that may wait for the model; more get 429.  [default: 64]")
+@count("--batch", "Plain requests that wait together run together, up to N rows; 1: each runs alone.  [default: 8]")
+@count("--batch-tokens", "The most tokens of such a batch: rows times the longest prompt and answer.  [default: 32768]")
+@count("--max-new-tokens", "The most tokens that a request may ask for.  [default: 4096]")
+@count("--drain", "How long running requests may go on when the server is told to stop.  [default: 30]", unit="SECONDS")
 @model_options.loading
 def command(
     model: str | None,

@@ -2,7 +2,7 @@
 
 import click
 
-from hookmap.cli.finite import FiniteRange
+from hookmap.cli.options import FiniteRange
 
 
 @click.command()

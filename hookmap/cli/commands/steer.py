@@ -7,7 +7,7 @@ import click
 
 from hookmap.cli import model_options, one_prompt
 from hookmap.cli.chat_options import chat_options, of_default_prompt, tell, templating
-from hookmap.cli.row_options import calls_option
+from hookmap.cli.options import calls_option, count
 
 if TYPE_CHECKING:
     from hookmap.model import HookedModel
@@ -33,7 +33,7 @@ _OF_VECTOR = ("key", "point", "layers", "calls", "strength", "keep_norm", "posit
 @click.option("--steps", metavar="STEPS", help="Which steps: 0 for the prompt, 1: for what is generated.")
 @click.option("--intervene", metavar="FILE", help="Apply the interventions in this JSON or YAML file instead.")
 @click.option("--prompt", "texts", metavar="TEXT", multiple=True, help="A prompt; may be given several times.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
+@count("--max-new-tokens", default=64)
 @chat_options
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, and no table.")
 def command(

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from hookmap.cli.options import count
 from hookmap.wording import counted
 
 _OUT = click.option(
@@ -112,8 +113,8 @@ def merge(folders: tuple[str, ...], same_ids: Any, output: str, as_json: bool) -
 @click.option("--to", "layout", required=True, type=click.Choice(_LAYOUTS), help="The layout.")
 @click.option("--point", metavar="POINT", help="Only this point.")
 @click.option("--layer", type=int, metavar="N", help="Only this layer.")
-@click.option("--call", type=click.IntRange(min=0), metavar="N", help="Only this run of layers that run several times.")
-@click.option("--context", type=click.IntRange(min=1), metavar="ROWS", help="For saelens: rows of each sequence.")
+@count("--call", "Only this run of layers that run several times.", least=0)
+@count("--context", "For saelens: rows of each sequence.", unit="ROWS")
 @_OUT
 def export(folder: str, layout: str, output: str, **chosen: Any) -> None:
     """Write a capture in the layout of another program into a new folder.
