@@ -9,9 +9,8 @@ A stream in bfloat16 is its sum but for rounding, which is a summand by itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -21,6 +20,7 @@ from hookmap.analysis.tokens import row_positions, token_id, token_text, token_t
 from hookmap.analysis.unembedding import Unembedding, apply, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import not_finite
+from hookmap.capture.options import TemplateOptions
 from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
 from hookmap.maps.calls import last_run
@@ -73,10 +73,7 @@ def attribute(
     *,
     positions: Any = "last",
     heads: bool = False,
-    chat: Any = "auto",
-    add_generation_prompt: bool | None = None,
-    continue_final_message: bool | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **template: Unpack[TemplateOptions],
 ) -> Attribution:
     """See `HookedModel.attribute`."""
     unembedding = unembedding_of(hm)
@@ -85,13 +82,7 @@ def attribute(
     points = list(dict.fromkeys(key[0] for key in names[1:]))
     if heads:
         points += ["z"]  # raises SelectionError where no layer has heads
-    encoded = hm.encode(
-        prompt,
-        chat,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-        chat_template_kwargs=chat_template_kwargs,
-    )
+    encoded = hm.encode(prompt, **template)
     if len(encoded) != 1:
         raise SelectionError(f"an attribution is of one prompt, got {len(encoded)}: call it for each.")
     run = hm.capture(encoded, [*points, *ends], "all", max_new_tokens=0, positions=positions)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from hookmap.analysis.grid import Grid
 from hookmap.errors import CaptureError, StoreError
+from hookmap.extras import needed
+from hookmap.stores.durable import writing
 
 if TYPE_CHECKING:
     import torch
@@ -196,15 +198,13 @@ def save_picture(chart: Any, path: str | Path) -> Path:
     import vl_convert
 
     specification = chart.to_dict()
-    try:
+    with writing(target):
         if target.suffix.lower() == ".png":
             target.write_bytes(vl_convert.vegalite_to_png(specification, scale=2))
         elif target.suffix.lower() == ".svg":
             target.write_text(vl_convert.vegalite_to_svg(specification), encoding="utf-8")
         else:
             target.write_text(chart.to_html(inline=True, json_kwds={"cls": _InAScript}), encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"cannot write {target}: {error.strerror or error}.") from error
     return target
 
 
@@ -223,11 +223,7 @@ class _InAScript(json.JSONEncoder):
 
 def load_altair() -> Any:
     """Altair. Raises CaptureError where it, or vl-convert, is not installed."""
-    try:
-        import altair
-        import vl_convert  # noqa: F401
-    except ImportError as error:
-        raise CaptureError(f"{MISSING}\n({error})") from error
+    altair, _ = (needed(package, MISSING) for package in ("altair", "vl_convert"))
     return altair
 
 

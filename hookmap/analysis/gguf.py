@@ -7,6 +7,7 @@ and `controlvector.layer_count` is the number of directions, as repeng writes it
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 
 from hookmap.analysis.steering import About, SteeringVector, from_file, load_vector
 from hookmap.errors import StoreError
+from hookmap.extras import needed
+from hookmap.stores.durable import writing
 
 ARCHITECTURE = "controlvector"
 POINT = "resid_post"
-MISSING = 'GGUF files need the gguf package: pip install "hookmap[gguf]"'
+
 _OWN = ("method", "model")
 
 
@@ -52,14 +55,10 @@ def write_gguf(vector: SteeringVector, path: str | Path, model_hint: str | None 
             writer.add_string(f"hookmap.{name}", getattr(about, name))
     for layer in vector.layers:
         writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(vector[layer].numpy(), dtype=np.float32))
-    try:
+    with writing(target), contextlib.closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    except OSError as error:
-        raise StoreError(f"cannot write {target}: {error.strerror or error}.") from error
-    finally:
-        writer.close()
     return target
 
 
@@ -107,8 +106,4 @@ def _text(field: Any) -> str | None:
 
 
 def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise StoreError(f"{MISSING}\n({error})") from error
-    return gguf
+    return needed("gguf", 'GGUF files need the gguf package: pip install "hookmap[gguf]"', StoreError)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hookmap.errors import HookmapError
+from hookmap.extras import needed
 
 LEVEL = 0.95
 Interval = tuple[float, float]
@@ -22,7 +23,7 @@ def proportion_interval(successes: int, total: int, level: float = LEVEL) -> Int
     """
     if not 0 <= successes <= total:
         raise ValueError(f"expected 0 <= successes <= total, got {successes} of {total}")
-    beta, tail = _scipy("stats").beta, (1 - level) / 2
+    beta, tail = _stats().beta, (1 - level) / 2
     low = float(beta.ppf(tail, successes, total - successes + 1)) if successes else 0.0
     high = float(beta.ppf(1 - tail, successes + 1, total - successes)) if successes < total else 1.0
     return low, high
@@ -59,7 +60,7 @@ def auroc_interval(
     """
     if not 0 <= auroc <= 1 or positives < 1 or negatives < 1:
         raise ValueError(f"expected an AUROC of 1 and 1 at least, got {auroc} of {positives} and {negatives}")
-    z = float(_scipy("stats").norm.ppf((1 + level) / 2))
+    z = float(_stats().norm.ppf((1 + level) / 2))
 
     def low(centre: float) -> float:
         inside, outside = centre, 0.0  # bisected: 60 halvings are beyond the last bit
@@ -82,13 +83,8 @@ def _auroc_variance(auroc: float, positives: float, negatives: float) -> float:
 @cache
 def _student(share: float, freedom: int) -> float:
     """A quantile of Student's t. Cached, because it is slow and reports ask for the same ones again."""
-    return float(_scipy("stats").t.ppf(share, freedom))
+    return float(_stats().t.ppf(share, freedom))
 
 
-def _scipy(name: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(f"scipy.{name}")
-    except ImportError as error:
-        raise HookmapError(f'intervals need SciPy: pip install "hookmap[eval]"\n({error})') from error
+def _stats() -> Any:
+    return needed("scipy.stats", 'intervals need SciPy: pip install "hookmap[eval]"', HookmapError)

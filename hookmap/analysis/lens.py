@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 import torch
 
@@ -14,6 +14,7 @@ from hookmap.analysis.tokens import row_positions, token_id, token_text, token_t
 from hookmap.analysis.unembedding import Unembedding, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import check_rows, not_finite
+from hookmap.capture.options import TemplateOptions
 from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
 from hookmap.loading.prompts import Prompt
@@ -109,10 +110,7 @@ def lens(
     positions: Any = "all",
     target: int | str | None = None,
     sample: int = 0,
-    chat: Any = "auto",
-    add_generation_prompt: bool | None = None,
-    continue_final_message: bool | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    **template: Unpack[TemplateOptions],
 ) -> Lens:
     """See `HookedModel.lens`."""
     name = _stream_point(point)
@@ -120,13 +118,7 @@ def lens(
     run, prompt = source, None
     if not isinstance(source, (Capture, Store)):
         last = f"blocks.{last_run(hm.map)[0]}.hook_resid_post"
-        encoded = hm.encode(
-            source,
-            chat,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+        encoded = hm.encode(source, **template)
         if len(encoded) != 1:
             raise SelectionError(
                 f"a lens is of one prompt, got {len(encoded)}: capture them, run = hm.capture(prompts, 'resid_post', "

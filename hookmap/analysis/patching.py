@@ -5,10 +5,10 @@ says how far the clean answer returns. This is done for each layer and position,
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -18,6 +18,7 @@ from hookmap.capture.finiteness import not_finite
 from hookmap.capture.interventions.edits import Edit
 from hookmap.capture.interventions.operations import Patched
 from hookmap.capture.interventions.plan import EditPlan, why_not_heads
+from hookmap.capture.options import TemplateOptions
 from hookmap.capture.rows import row_selection
 from hookmap.errors import InterventionError, SelectionError
 from hookmap.loading.prompts import Prompt
@@ -81,11 +82,8 @@ def sweep(
     positions: Any = "all",
     heads: Sequence[int] | None = None,
     batch_size: int = 32,
-    chat: Any = "auto",
-    add_generation_prompt: bool | None = None,
-    continue_final_message: bool | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **template: Unpack[TemplateOptions],
 ) -> Sweep:
     """Patch `point` from `clean` into `corrupted`, each layer and position in turn.
 
@@ -100,12 +98,7 @@ def sweep(
     Raises SelectionError, TokenizerError, CaptureError where a prompt's stream is not finite, and InterventionError
     where the prompts do not pair or the metric of both is the same within its noise.
     """
-    template: dict[str, Any] = {
-        "add_generation_prompt": add_generation_prompt,
-        "continue_final_message": continue_final_message,
-        "chat_template_kwargs": chat_template_kwargs,
-    }
-    prompts = [_one(hm.encode(given, chat, **template)) for given in (clean, corrupted)]
+    prompts = [_one(hm.encode(given, **template)) for given in (clean, corrupted)]
     _check_pair(prompts, hm.tokenizer)
     metric, name = _metric(hm, target, against)
     selectors = hm.map.selectors([point], layers, calls)

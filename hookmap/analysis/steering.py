@@ -29,6 +29,7 @@ from hookmap.maps.describe import layers_text
 from hookmap.maps.points import parse_point
 from hookmap.maps.selectors import Selector
 from hookmap.placeholders import is_pointer, pointers_told
+from hookmap.stores.durable import writing
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
@@ -106,11 +107,9 @@ class SteeringVector:
         if target.suffix != ".safetensors":
             raise StoreError(f"{target}: a steering vector's file ends in .safetensors. GGUF: hookmap vector convert")
         tensors = {f"{self.about.point}.{n}": self.directions[n].contiguous() for n in self.layers}
-        try:
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, target, metadata={_METADATA: self.about.model_dump_json()})
-        except OSError as error:
-            raise StoreError(f"cannot write {target}: {error.strerror or error}.") from error
         return target
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from hookmap.errors import DataError
+from hookmap.extras import needed
 from hookmap.placeholders import is_pointer, pointers_told
 from hookmap.strict_json import read_json
 
 FORMATS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
+_NEEDS_DATASETS = 'a Hugging Face data set needs the datasets library: pip install "hookmap[data]"'
 _LONGEST_CELL = 2**31 - 1  # the csv module's own limit is 128 KiB; this is the largest C long on every system
 
 
@@ -159,11 +161,8 @@ def _csv(path: Path, separator: str = ",") -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f'{path}: Parquet needs pyarrow: pip install "hookmap[data]"') from error
+    why = f'{path}: Parquet needs pyarrow: pip install "hookmap[data]"'
+    pyarrow, parquet = (needed(name, why, DataError) for name in ("pyarrow", "pyarrow.parquet"))
     try:
         with parquet.ParquetFile(path) as file:
             _check_names(path, file.schema_arrow.names)
@@ -181,18 +180,18 @@ def _check_names(path: Path | str, names: Sequence[str]) -> None:
 
 def _from_hub(name: str) -> Iterable[Any]:
     name, _, split = name.partition(":")
-    library = _hugging_face()
+    datasets = needed("datasets", _NEEDS_DATASETS, DataError)
     try:
-        found: Iterable[Any] = library.load_dataset(name, split=split or "train")
+        found: Iterable[Any] = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # its many readers raise errors of their own
         raise DataError(f"hf://{name}: {error}") from error
     return found
 
 
 def _from_folder(path: Path) -> Iterable[Any]:
-    library = _hugging_face()
+    datasets = needed("datasets", _NEEDS_DATASETS, DataError)
     try:
-        found: Iterable[Any] = library.load_from_disk(str(path))
+        found: Iterable[Any] = datasets.load_from_disk(str(path))
     except Exception as error:  # as above
         raise DataError(f"{path}: expected a folder of datasets.save_to_disk: {error}") from error
     if isinstance(found, Mapping):
@@ -200,14 +199,6 @@ def _from_folder(path: Path) -> Iterable[Any]:
             f"{path} holds the splits {_some(found)}: expected one. For example: {path / next(iter(found))}"
         )
     return found
-
-
-def _hugging_face() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError('a Hugging Face data set needs the datasets library: pip install "hookmap[data]"') from error
-    return datasets
 
 
 def _some(names: Iterable[Any]) -> str:

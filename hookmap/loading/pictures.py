@@ -16,6 +16,7 @@ from typing import Any
 
 from hookmap.datasets.messages import is_address, is_image, parts_of
 from hookmap.errors import TokenizerError
+from hookmap.extras import needed
 
 MOST_PIXELS = 178_956_970
 """Pillow refuses larger images too: a small file can hold them"""
@@ -68,12 +69,10 @@ def sha256_of(source: Any) -> str:
 
 def picture_of(part: Any, where: str, limits: Limits) -> Picture:
     """The image that a part of a message names. `where`: the part, for messages. Raises TokenizerError."""
+    why = f'{where} has an image, which needs Pillow: pip install "hookmap[vision]"'
+    pillow = needed("PIL.Image", why, TokenizerError)
     try:
-        import PIL.Image
-    except ImportError as error:
-        raise TokenizerError(f'{where} has an image, which needs Pillow: pip install "hookmap[vision]"') from error
-    try:
-        return _picture(_value(part, where), limits, PIL.Image)
+        return _picture(_value(part, where), limits, pillow)
     except TokenizerError:
         raise
     except Exception as error:  # decoders of files that anybody may have written raise what they like

@@ -1,9 +1,12 @@
 """Files that appear whole or not at all, and appended lines that a crash cannot take back."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
+
+from hookmap.errors import StoreError
 
 Result = TypeVar("Result")
 
@@ -16,6 +19,15 @@ def temporary(path: Path) -> Path:
 def is_temporary(name: str) -> bool:
     """Whether a file of this name is a leftover of a write that did not end."""
     return name.startswith(".") and name.endswith(".tmp")
+
+
+@contextlib.contextmanager
+def writing(path: "str | Path") -> Iterator[None]:
+    """What the system says of a file that it does not take becomes a StoreError."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
 def sync_folder(path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from hookmap.activations import Key, Sample, call_of
 from hookmap.errors import StoreError
+from hookmap.extras import needed
 from hookmap.maps.points import transformer_lens_name
 from hookmap.stores.copying import ROWS
 from hookmap.stores.durable import temporary
@@ -24,6 +25,7 @@ from hookmap.stores.interface import Store
 from hookmap.stores.ledger import tensor_name
 from hookmap.stores.location import local
 
+NEEDS_DATASETS = 'this layout needs Hugging Face datasets: pip install "hookmap[data]"'
 _AS_FLOAT = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -130,7 +132,7 @@ def _numpy(wanted: Wanted, folder: Path) -> list[str]:
 
 def _datasets(wanted: Wanted, folder: Path) -> list[str]:
     """One row per sample: a column for each tensor, [rows, d], and what is known of the sample."""
-    datasets = _import_datasets()
+    datasets = needed("datasets", NEEDS_DATASETS, StoreError)
     first = wanted.store.samples[0].sample
     columns: dict[str, Any] = {"sample": datasets.Value("int64")}
     columns |= {name: datasets.Value("string") for name in ("id", "prompt", "text", "labels")}
@@ -160,7 +162,7 @@ def _saelens(wanted: Wanted, folder: Path) -> list[str]:
             f"SAELens caches one tensor, in sequences of one length: got {held}, and a length of {wanted.context}. "
             "Choose: --point P --layer N --context ROWS"
         )
-    datasets = _import_datasets()
+    datasets = needed("datasets", NEEDS_DATASETS, StoreError)
     (key,), context, store = wanted.keys, wanted.context, wanted.store
     name = transformer_lens_name(key[0], key[1])
     if name is None:
@@ -283,14 +285,6 @@ def _write_samples(store: Store, folder: Path) -> None:
     with open(folder / "samples.jsonl", "w", encoding="ascii") as file:
         for sample in store.samples:
             file.write(json.dumps(_describe(sample)) + "\n")
-
-
-def _import_datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise StoreError('this layout needs Hugging Face datasets: pip install "hookmap[data]"') from error
-    return datasets
 
 
 def _save_dataset(datasets: Any, rows: Callable[[], Iterator[dict[str, Any]]], columns: Any, folder: Path) -> None:

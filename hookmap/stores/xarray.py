@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from hookmap.activations import Key, Sample, call_of
-from hookmap.errors import CaptureError, SelectionError
+from hookmap.errors import SelectionError
+from hookmap.extras import needed
 from hookmap.maps.points import parse_point
 
 
@@ -37,15 +38,9 @@ class Run(Protocol):
         """[batch, pos, ...], or a list of [pos, ...]."""
 
 
-MISSING = "conversion to xarray needs it: pip install xarray"
-
-
 def to_xarray(run: Run, point: str, layer: int | None, sample: int | None, call: int | None = None) -> Any:
     """See `Capture.to_xarray`."""
-    try:
-        import xarray
-    except ImportError as error:
-        raise CaptureError(f"{MISSING}\n({error})") from error
+    xarray = needed("xarray", "conversion to xarray needs it: pip install xarray")
     keys = run.keys_of(point, layer, call)
     parsed = parse_point(point)
     in_name = None if isinstance(parsed, str) else parsed.layer

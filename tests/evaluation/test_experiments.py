@@ -107,7 +107,7 @@ def test_right_and_wrong_are_compared_by_mcnemars_exact_test() -> None:
     one[:9], other[9] = 1, 1
     found = comparing.compare(one, other)
     assert found.p == pytest.approx(22 / 1024) and found.test == "McNemar, exact"
-    assert (found.better, found.worse) == (9, 1) and found.mean == pytest.approx(8 / 30)
+    assert (found.better, found.worse) == (9, 1) and found.difference == pytest.approx(8 / 30)
     assert found.low < 8 / 30 < found.high
 
 
@@ -132,7 +132,7 @@ def test_questions_are_paired_so_that_how_hard_they_are_falls_out() -> None:
     draw = np.random.default_rng(1)
     hard = draw.normal(0, 10, 40)
     found = comparing.compare(hard + 0.3 + draw.normal(0, 0.1, 40), hard)
-    assert found.p < 0.001 and 0.25 < found.low < found.mean < found.high < 0.35
+    assert found.p < 0.001 and 0.25 < found.low < found.difference < found.high < 0.35
     with pytest.raises(ValueError, match="two arrays"):
         comparing.compare(np.zeros(3), np.zeros(4))
 
@@ -140,7 +140,7 @@ def test_questions_are_paired_so_that_how_hard_they_are_falls_out() -> None:
 def test_the_same_answers_in_another_order_are_no_difference() -> None:
     one, other = (np.array([sum(draws) / 3, 0.5]) for draws in ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1)))
     found = comparing.compare(one, other)
-    assert one[0] != other[0] and (found.better, found.worse, found.mean, found.p) == (0, 0, 0.0, 1.0)
+    assert one[0] != other[0] and (found.better, found.worse, found.difference, found.p) == (0, 0, 0.0, 1.0)
 
 
 def test_intervals_of_rewards_are_never_a_point_and_say_how_few_they_are_of() -> None:

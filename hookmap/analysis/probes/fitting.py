@@ -10,17 +10,17 @@ scaling, on samples that the probe was not fitted on, turns scores into logits.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from hookmap.analysis.probes.metrics import Floats, Labels
 from hookmap.errors import SelectionError
+from hookmap.extras import needed
 
 Method = Literal["logistic", "ridge", "mean_difference"]
 METHODS: tuple[str, ...] = get_args(Method)
-MISSING = 'probes need scikit-learn: pip install "hookmap[eval]"'
+
 STRENGTH = 0.1
 """C of the logistic regression"""
 ROUNDING = 8 * float(np.finfo(np.float32).eps)
@@ -88,7 +88,7 @@ def platt(scores: Floats, labels: Labels) -> tuple[float, float]:
     sides, centred = labels.sum(), ((scores - middle) / spread)[:, None]
     sure = np.where(labels, (sides + 1) / (sides + 2), 1 / (len(labels) - sides + 2))  # Platt's: never 0 or 1
     twice, kinds = np.concatenate([centred, centred]), np.repeat([True, False], len(labels))
-    model = _sklearn("linear_model").LogisticRegression(C=1e6, max_iter=_STEPS)
+    model = sklearn("linear_model").LogisticRegression(C=1e6, max_iter=_STEPS)
     model.fit(twice, kinds, sample_weight=np.concatenate([sure, 1 - sure]))
     slope, shift = float(model.coef_[0][0]), float(model.intercept_[0])
     if slope < _LEAST_SLOPE:
@@ -185,15 +185,13 @@ def _sigmoid(scores: Floats) -> Floats:
 
 
 def _sparse(matrix: Any, labels: Labels, strength: float) -> tuple[Floats, Floats]:
-    scaler = _sklearn("preprocessing").StandardScaler(with_mean=False)
+    scaler = sklearn("preprocessing").StandardScaler(with_mean=False)
     scaled = scaler.fit_transform(matrix)
-    model = _sklearn("linear_model").LogisticRegression(C=strength, max_iter=10_000)
+    model = sklearn("linear_model").LogisticRegression(C=strength, max_iter=10_000)
     fits = [(model.fit(scaled, own).coef_[0] / scaler.scale_, float(model.intercept_[0])) for own in labels]
     return np.stack([weights for weights, _ in fits], axis=1), np.array([bias for _, bias in fits])
 
 
-def _sklearn(name: str) -> Any:
-    try:
-        return import_module(f"sklearn.{name}")
-    except ImportError as error:
-        raise SelectionError(f"{MISSING}\n({error})") from error
+def sklearn(name: str) -> Any:
+    """A module of scikit-learn. Raises SelectionError where it is not installed."""
+    return needed(f"sklearn.{name}", 'probes need scikit-learn: pip install "hookmap[eval]"', SelectionError)

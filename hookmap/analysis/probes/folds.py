@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from hookmap.analysis.probes.fitting import MISSING, STRENGTH, directions, platt
+from hookmap.analysis.probes.fitting import STRENGTH, directions, platt, sklearn
 from hookmap.analysis.probes.metrics import Floats, Ints, Labels, won_pairs
 from hookmap.errors import SelectionError
 
@@ -54,10 +54,7 @@ def grouped_folds(labels: Labels, groups: Ints, folds: int, seed: int) -> Ints:
 
     Raises SelectionError where there are too few groups with positives, or with negatives.
     """
-    try:
-        from sklearn.model_selection import StratifiedGroupKFold
-    except ImportError as error:
-        raise SelectionError(f"{MISSING}\n({error})") from error
+    splitter = sklearn("model_selection").StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     least = min(len(set(groups[labels].tolist())), len(set(groups[~labels].tolist())))
     if folds < LEAST_FOLDS or least < folds:
         raise SelectionError(
@@ -65,8 +62,7 @@ def grouped_folds(labels: Labels, groups: Ints, folds: int, seed: int) -> Ints:
             f"rarer kind. Give more samples, or fewer folds ({LEAST_FOLDS} at least)."
         )
     found = np.empty(len(labels), dtype=np.int64)
-    split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels, groups)
-    for number, (_, test) in enumerate(split):
+    for number, (_, test) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
         found[test] = number
     for number in range(folds):
         if labels[found != number].all() or not labels[found != number].any():

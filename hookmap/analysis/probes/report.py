@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from hookmap.analysis.probes.pooling import FAR
-from hookmap.errors import CaptureError, StoreError
+from hookmap.errors import CaptureError
+from hookmap.stores.durable import writing
 from hookmap.wording import in_call
 
 REPORT, PROBES = "report.json", "probes.safetensors"
@@ -138,12 +139,10 @@ def number(value: float) -> float | None:
 
 def save_report(report: Report, folder: Path) -> list[Path]:
     """Write report.json and, where Altair is installed, charts as PNG and HTML. Raises StoreError."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         written = [folder / REPORT]
         written[0].write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"cannot write {folder}: {error.strerror or error}.") from error
     try:
         from hookmap.analysis.charts import save_picture
 

@@ -304,14 +304,7 @@ def _controls(store: Store, numbers: Sequence[int], trial: Trial) -> tuple[docum
 
 
 def _probes(fitted: Mapping[Key, Fitted], best: _Candidate, report: Report) -> Probes:
-    about = About(
-        label=report.label,
-        method=report.method,
-        pool=report.pool,
-        positions=report.positions,
-        position=best[1],
-        model=report.model,
-        samples=report.samples,
-    )
+    told = report.model_dump(include={"label", "method", "pool", "positions", "model", "samples"})
+    about = About(position=best[1], **told)
     weights = {key: torch.from_numpy(one.weights).float() for key, one in fitted.items()}
     return Probes(about, weights, {key: float(np.float32(one.bias)) for key, one in fitted.items()})

@@ -13,6 +13,7 @@ from hookmap.activations import Key, call_of, key_of
 from hookmap.analysis import steering
 from hookmap.errors import SelectionError, StoreError
 from hookmap.placeholders import is_pointer, pointers_told
+from hookmap.stores.durable import writing
 from hookmap.stores.ledger import tensor_name
 
 _METADATA = "hookmap.probes"
@@ -73,10 +74,8 @@ class Probes:
         tensors = {f"{tensor_name(key)}.weight": value.contiguous() for key, value in self.weights.items()}
         tensors |= {f"{tensor_name(key)}.bias": torch.tensor([value]) for key, value in self.biases.items()}
         keys = json.dumps([list(key) for key in self.weights])
-        try:
+        with writing(path):
             save_file(tensors, path, metadata={_METADATA: self.about.model_dump_json(), "keys": keys})
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror or error}.") from error
         return Path(path)
 
 

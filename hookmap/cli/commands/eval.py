@@ -78,7 +78,7 @@ def gsm8k(
         typed_or_set,
     )
     from hookmap.demo import MODEL_PATH
-    from hookmap.errors import CaptureError
+    from hookmap.extras import needed
 
     settings = load_settings()
     asked = read_section(Evaluating, "eval", settings, given)
@@ -89,10 +89,8 @@ def gsm8k(
     demo = chosen in ("demo", str(MODEL_PATH))
     data = asked.data or ("demo" if demo else "hf://openai/gsm8k:test")
     with working("importing inspect_ai", quiet=as_json):
-        try:
-            from hookmap.evaluation.gsm8k.run import evaluate
-        except ImportError as error:
-            raise CaptureError(f'evaluations need inspect_ai: pip install "hookmap[eval]"\n({error})') from error
+        needed("inspect_ai", 'evaluations need inspect_ai: pip install "hookmap[eval]"')
+        from hookmap.evaluation.gsm8k.run import evaluate
     refuse_unknown(names or ())
     template = settings.get("chat_template_kwargs")
     if chat_template_kwargs is not None:

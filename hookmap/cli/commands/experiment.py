@@ -49,18 +49,13 @@ def command(file: str, output: str, stage: Any, again: Any, as_json: bool) -> No
     from rich.markup import escape
 
     from hookmap.cli.console import console, progress, working
-    from hookmap.errors import CaptureError
+    from hookmap.extras import needed
 
     with working("importing inspect_ai and scikit-learn", quiet=as_json):
+        for package in ("inspect_ai", "sklearn"):
+            needed(package, 'experiments need more packages: pip install "hookmap[eval,viz]"')
         from hookmap.evaluation.experiments.document import load_experiment
-
-        try:
-            import inspect_ai  # noqa: F401
-            import sklearn  # noqa: F401
-
-            from hookmap.evaluation.experiments.run import run
-        except ImportError as error:
-            raise CaptureError(f'experiments need more packages: pip install "hookmap[eval,viz]"\n({error})') from error
+        from hookmap.evaluation.experiments.run import run
     experiment = load_experiment(file)
     what = f"{len(experiment.prefixes)} prefixes, {experiment.samples.number} questions"
     with working(what, quiet=as_json, spinner=False), progress() as bars:

@@ -8,7 +8,7 @@ import click
 from hookmap.cli.options import FiniteRange, count
 
 if TYPE_CHECKING:
-    from hookmap.analysis.probes.report import Report
+    from hookmap.analysis.probes.report import Report, Tested
 
 _POOLS = ("last", "last_prompt", "mean", "mean_prompt", "mean_answer", "each")
 
@@ -118,23 +118,8 @@ def _show(report: "Report") -> None:
         screen.print(f"[yellow]{report.strangers} ids of the table are of no sample[/]")
     rows = table("probe", ">AUROC", "95 %", ">shuffled", ">selectivity", ">p")
     for place in report.places if len(report.places) <= 40 else ():
-        rows.add_row(
-            _name(place),
-            _three(place.auroc),
-            _interval(place),
-            _three(place.shuffled),
-            _three(place.selectivity),
-            _three(place.p),
-        )
-    rows.add_row(
-        "[bold]chosen in training[/]",
-        _three(chosen.auroc),
-        _interval(chosen),
-        _three(chosen.shuffled),
-        _three(chosen.selectivity),
-        _three(chosen.p),
-        end_section=True,
-    )
+        rows.add_row(_name(place), *_cells(place))
+    rows.add_row("[bold]chosen in training[/]", *_cells(chosen), end_section=True)
     for control in report.controls:
         rows.add_row(f"[dim]{control.name}[/]", _three(control.auroc), _interval(control))
     screen.print(rows)
@@ -157,6 +142,11 @@ def _name(place: Any) -> str:
 
     at = "" if place.position is None else f" at {place.position}"
     return f"{place.point}{'' if place.layer is None else f' {place.layer}'}{in_call(place.call)}{at}"
+
+
+def _cells(score: "Tested") -> list[str]:
+    more = (score.shuffled, score.selectivity, score.p)
+    return [_three(score.auroc), _interval(score), *map(_three, more)]
 
 
 def _interval(score: Any) -> str:

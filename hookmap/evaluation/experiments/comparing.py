@@ -18,9 +18,10 @@ _EXACT = 16
 
 @dataclass(frozen=True)
 class Difference:
-    """A quantity after one prefix minus the same after another, over questions."""
+    """A quantity after one prefix minus the same after another, over questions: fields of `report.Comparison`."""
 
-    mean: float
+    difference: float
+    """its mean over questions"""
     low: float
     """95 % interval of the mean over questions; nan for a single question"""
     high: float

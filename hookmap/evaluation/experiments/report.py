@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,19 +203,8 @@ def compared(
     }
     corrected = holm([difference.p for difference in found.values()])
     return tuple(
-        Comparison(
-            prefix=prefix,
-            reward=reward,
-            difference=d.mean,
-            low=d.low,
-            high=d.high,
-            better=d.better,
-            worse=d.worse,
-            test=d.test,
-            p=d.p,
-            p_holm=p_holm,
-        )
-        for ((prefix, reward), d), p_holm in zip(found.items(), corrected, strict=True)
+        Comparison(prefix=prefix, reward=reward, p_holm=p_holm, **asdict(difference))
+        for ((prefix, reward), difference), p_holm in zip(found.items(), corrected, strict=True)
     )
 
 
@@ -276,22 +266,14 @@ def _kept(path: Path) -> ProbeReport | None:
 
 
 def _separation(name: str, pool: str, found: ProbeReport) -> Separation:
-    chosen, best = found.chosen, found.best_control
-    layers = tuple(
-        OfLayer(**place.model_dump(include={"point", "layer", "call", "auroc", "low", "high", "shuffled"}))
-        for place in found.places
-    )
+    best = found.best_control
     return Separation(
         prefix=name,
         pool=pool,
-        auroc=chosen.auroc,
-        low=chosen.low,
-        high=chosen.high,
-        shuffled=chosen.shuffled,
-        p=chosen.p,
         control=best.name if best else None,
         control_auroc=best.auroc if best else None,
-        layers=layers,
+        layers=tuple(OfLayer(**place.model_dump(include=set(OfLayer.model_fields))) for place in found.places),
+        **found.chosen.model_dump(include={"auroc", "low", "high", "shuffled", "p"}),
     )
 
 
@@ -300,12 +282,4 @@ def _of_tensor(found: Geometry) -> OfTensor:
         Cosine(one=one, other=other, cosine=None if math.isnan(value) else value)
         for (one, other), value in found.cosines.items()
     )
-    return OfTensor(
-        point=found.point,
-        layer=found.layer,
-        call=found.call,
-        pool=found.pool,
-        norms=found.norms,
-        moved=found.moved,
-        cosines=cosines,
-    )
+    return OfTensor(**{**asdict(found), "cosines": cosines})

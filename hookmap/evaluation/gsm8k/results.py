@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from hookmap.analysis.intervals import proportion_interval
-from hookmap.errors import StoreError
 from hookmap.evaluation.gsm8k.answers import SCORERS
 from hookmap.evaluation.gsm8k.gathering import Taken, gather, is_gathered
-from hookmap.stores.durable import write_all, write_whole
+from hookmap.stores.durable import write_all, write_whole, writing
 
 SUMMARY, DATASET, SAMPLES, TRAJECTORIES = "summary.json", "dataset.jsonl", "samples", "trajectories"
 ACTIVATIONS, BATCHES, LOGS = "activations", "batches", "inspect"
@@ -179,7 +178,5 @@ def lines(rows: Any) -> str:
 
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises StoreError."""
-    try:
+    with writing(path):
         write_whole(path, lambda file: write_all(file, text.encode("utf-8")))
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}.") from error

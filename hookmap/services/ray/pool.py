@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hookmap.errors import CaptureError, HookmapError
+from hookmap.extras import needed
 from hookmap.services.ray.worker import Opened, Worker
 
 log = logging.getLogger("hookmap")
@@ -253,10 +254,7 @@ class _Actor:
 
 def connected(address: str | None, workers: int, cpus: float) -> tuple[Any, bool]:
     """Ray, connected to the cluster of this process, of `address`, or a new one; and whether it connected now."""
-    try:
-        import ray
-    except ImportError as error:
-        raise CaptureError(f'captures on Ray need it: pip install "hookmap[scale]"\n({error})') from error
+    ray = needed("ray", 'captures on Ray need it: pip install "hookmap[scale]"')
     new = not ray.is_initialized()
     if new:
         check_listens(address)
