@@ -1,8 +1,8 @@
 """Expressions: whether two passes of one model compute the same, wherever it stands in each.
 
 An expression is a number. Tensors that are computed alike from the same weights and inputs have the same one, also
-those of two passes, and whatever their shape. A sum is its terms in any order: `h + r` that a hook adds and `h + r` that
-a norm adds are one. Casts are left out, and zeros.
+those of two passes, and whatever their shape. A sum is its terms in any order: `h + r` added by a hook, and `h + r`
+added by a norm, are one. Casts are left out, and zeros.
 """
 
 from __future__ import annotations
