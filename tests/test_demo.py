@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.raises import raises
 
 from hookmap.demo import MODEL_PATH, Problem, sample_problems
 from hookmap.demo.problems import final_answer, split_of, stream
@@ -67,7 +68,7 @@ def test_splits_are_disjoint() -> None:
 
 
 def test_an_unknown_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="split must be one of train, heldout"):
+    with raises(ValueError, "split must be one of train, heldout"):
         sample_problems(1, 0, "test")  # type: ignore[arg-type]
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from support.raises import raises
 
 import hookmap
 
@@ -65,7 +66,7 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'discovr'"):
+    with raises(AttributeError, "no attribute 'discovr'"):
         _ = hookmap.discovr  # type: ignore[attr-defined]
 
 

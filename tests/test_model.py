@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from support import plain_hooks
+from support.raises import raises
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
@@ -145,7 +146,7 @@ def test_contradictions_of_many_layers_and_of_one_tensors_names_are_one_line() -
 
 @pytest.mark.parametrize("other", ["gpt2", "qwen3", "gemma2"])
 def test_a_map_of_another_architecture_is_refused(other: str) -> None:
-    with pytest.raises(hookmap.MapMismatchError, match="architecture"):
+    with raises(hookmap.MapMismatchError, "architecture"):
         hookmap.open(plain_hooks.build("llama"), map=hookmap.discover(plain_hooks.build(other)))
 
 
@@ -155,7 +156,7 @@ def test_a_map_of_another_architecture_is_refused(other: str) -> None:
 def test_a_point_in_the_wrong_place_is_refused(change: dict[str, Any]) -> None:
     """Decisive: each of these has the right shape, and the wrong numbers or none."""
     model = plain_hooks.build("llama")
-    with pytest.raises(hookmap.MapMismatchError, match="resid_mid"):
+    with raises(hookmap.MapMismatchError, "resid_mid"):
         hookmap.open(model, map=_with_point(hookmap.discover(model), "resid_mid", **change))
 
 
@@ -175,16 +176,16 @@ def test_what_is_no_model_is_refused(x: Any, message: str) -> None:
 def test_a_model_without_weights_is_refused() -> None:
     with torch.device("meta"):
         weightless = transformers.LlamaForCausalLM(plain_hooks.FAMILIES["llama"].config())
-    with pytest.raises(hookmap.ModelError, match="no weights"):
+    with raises(hookmap.ModelError, "no weights"):
         hookmap.open(weightless)
 
 
 def test_a_folder_that_is_no_model_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(hookmap.ModelError, match=r"notes\.txt"):
+    with raises(hookmap.ModelError, "notes.txt"):
         hookmap.open(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(hookmap.ModelError, match="JSON"):
+    with raises(hookmap.ModelError, "JSON"):
         hookmap.open(tmp_path)
 
 
@@ -192,9 +193,9 @@ def test_a_folder_without_a_tokenizer_takes_token_ids_and_refuses_text(tmp_path:
     plain_hooks.build("gpt2").save_pretrained(tmp_path)
     hm = hookmap.open(tmp_path, device="cpu")
     assert captured(hm).shape == (1, 6, 32)
-    with pytest.raises(hookmap.TokenizerError, match="holds no tokenizer"):
+    with raises(hookmap.TokenizerError, "holds no tokenizer"):
         hm.capture("to be", ["resid_mid"], [1])
-    with pytest.raises(hookmap.TokenizerError, match="holds no tokenizer"):
+    with raises(hookmap.TokenizerError, "holds no tokenizer"):
         load_tokenizer(tmp_path)
 
 
@@ -211,7 +212,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     model = plain_hooks.build("llama")
     kept = {name: weight for name, weight in model.state_dict().items() if "layers.1.mlp" not in name}
     model.save_pretrained(tmp_path, state_dict=kept)
-    with pytest.raises(hookmap.ModelError, match=r"no weights for 3 parameters .*layers\.1\.mlp.*random"):
+    with raises(hookmap.ModelError, "no weights for 3 parameters", "layers.1.mlp", "random"):
         hookmap.open(tmp_path, device="cpu")
 
 
@@ -240,7 +241,7 @@ def test_a_folders_own_code_does_not_run_unless_it_is_trusted(folder: Path, tmp_
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
     (model / "config.json").write_text(json.dumps(config))
     for use in (hookmap.open, hookmap.discover):
-        with pytest.raises(hookmap.ModelError, match="--trust-remote-code"):
+        with raises(hookmap.ModelError, "--trust-remote-code"):
             use(model)
     assert not ran.exists()
 
@@ -249,7 +250,7 @@ def test_a_pickle_that_holds_more_than_tensors_does_not_run(folder: Path, tmp_pa
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save({"weight": _Touch(tmp_path / "ran")}, tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(hookmap.ModelError, match="safetensors"):
+    with raises(hookmap.ModelError, "safetensors"):
         hookmap.open(tmp_path / "model", device="cpu")
     assert not (tmp_path / "ran").exists()
 

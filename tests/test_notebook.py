@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.raises import raises
 
 import hookmap
 from hookmap.activations import Activation, Sample
@@ -113,7 +114,7 @@ def test_positions_that_were_kept_are_the_coordinates(gpt2: ArchitectureMap) -> 
 def test_samples_of_different_lengths_are_refused_and_given_one_at_a_time(gpt2: ArchitectureMap) -> None:
     pytest.importorskip("xarray", reason="pip install xarray")
     run = invented(gpt2, (3, 2))
-    with pytest.raises(hookmap.SelectionError, match=r"2 to 3 rows.*sample=N"):
+    with raises(hookmap.SelectionError, "2 to 3 rows", "sample=N"):
         run.to_xarray("resid_post", 7)
     one = run.to_xarray("resid_post", sample=1)
     assert one.dims == ("layer", "pos", "d_model") and one.shape == (2, 2, 2)
@@ -129,5 +130,5 @@ def test_bfloat16_becomes_float32_exactly(gpt2: ArchitectureMap) -> None:
 
 def test_without_xarray_the_error_says_what_to_install(gpt2: ArchitectureMap, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "xarray", None)
-    with pytest.raises(hookmap.CaptureError, match="pip install xarray"):
+    with raises(hookmap.CaptureError, "pip install xarray"):
         to_xarray(invented(gpt2, (1,)), "resid_post", 7, None)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
+from support.raises import raises
 
 import hookmap
 from hookmap.analysis.attribution import Attribution
@@ -91,7 +92,7 @@ def test_attention_shows_what_a_query_may_see_of_each_head() -> None:
     assert len(rows) == 2 * 6
     expected = [float(pattern[int(row["head"][5:]), row["q"], row["k"]]) for row in rows]
     assert [row["value"] for row in rows] == pytest.approx(expected, rel=1e-4)  # five digits are kept
-    with pytest.raises(hookmap.CaptureError, match=r"\[2, 3, 3\] and 2 tokens"):
+    with raises(hookmap.CaptureError, "[2, 3, 3] and 2 tokens"):
         attention(pattern, ["a", "b"])
 
 
@@ -118,7 +119,7 @@ def test_heads_have_their_own_numbers_and_stand_in_their_order(tmp_path: Path) -
 
 @pytest.mark.parametrize("heads", [[12], [0, 1, 2], [0, 0], [-1], [], [True], [1, 0]])
 def test_heads_that_are_not_there_are_refused(heads: list[int]) -> None:
-    with pytest.raises(hookmap.CaptureError, match="heads"):
+    with raises(hookmap.CaptureError, "heads"):
         attention(torch.rand(2, 2, 2).tril(), ["a", "b"], heads=heads)
 
 
@@ -148,7 +149,7 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_without_altair_the_error_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "altair", None)
-    with pytest.raises(hookmap.CaptureError, match=r'pip install "hookmap\[viz\]"'):
+    with raises(hookmap.CaptureError, 'pip install "hookmap[viz]"'):
         heat_map(grid("a"))
 
 

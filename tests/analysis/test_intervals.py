@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from support.raises import raises
 
 pytest.importorskip("scipy", reason='pip install "hookmap[eval]"')
 
@@ -20,7 +21,7 @@ def test_of_a_proportion_it_is_scipys_exact_one(successes: int, total: int) -> N
 
 def test_a_proportion_of_nothing_may_be_any() -> None:
     assert proportion_interval(0, 0) == (0.0, 1.0)
-    with pytest.raises(ValueError, match="9 of 8"):
+    with raises(ValueError, "9 of 8"):
         proportion_interval(9, 8)
 
 
@@ -32,7 +33,7 @@ def test_of_a_mean_it_is_scipys_t_with_an_observation_at_each_bound() -> None:
     assert difference_interval(values - 0.5) == pytest.approx(
         stats.t.interval(0.95, 6, np.mean([*(values - 0.5), -1, 1]), stats.sem([*(values - 0.5), -1, 1]))
     )
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with raises(ValueError, "between 0 and 1"):
         mean_interval([0.5, 1.2], 0, 1)
 
 
@@ -64,7 +65,7 @@ def test_an_auroc_of_chance_has_the_variance_of_the_rank_test() -> None:
 
 def test_impossible_aurocs_are_refused() -> None:
     for wrong in ((1.2, 5, 5), (0.5, 0, 5), (math.nan, 5, 5)):
-        with pytest.raises(ValueError, match="expected an AUROC"):
+        with raises(ValueError, "expected an AUROC"):
             auroc_interval(*wrong)
 
 

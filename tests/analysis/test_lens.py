@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import plain_hooks
 from support.opened import EACH_FAMILY
+from support.raises import raises
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
@@ -98,7 +99,7 @@ def test_heads_and_bias_are_what_the_mixer_adds(name: str) -> None:
 
 
 def test_heads_are_refused_where_a_norm_stands_behind_them() -> None:
-    with pytest.raises(hookmap.SelectionError, match=r"heads of layer 0.*more than a constant"):
+    with raises(hookmap.SelectionError, "heads of layer 0", "more than a constant"):
         opened("gemma2").attribute(TOKENS, heads=True)
 
 
@@ -189,7 +190,7 @@ def test_logits_that_are_no_chain_of_steps_are_refused_with_the_operation() -> N
             return output
 
     hm = hookmap.open(Centred(plain_hooks.FAMILIES["llama"].config()).eval())
-    with pytest.raises(hookmap.SelectionError, match=r"no lens for Centred: `sub` of 2 tensors stands between"):
+    with raises(hookmap.SelectionError, "no lens for Centred: `sub` of 2 tensors stands between"):
         hm.lens(TOKENS)
 
 
@@ -202,7 +203,7 @@ def test_a_head_that_mixes_positions_is_refused_by_the_proof() -> None:
     mixing = Mixing(32, 97, bias=False)
     mixing.weight = hm.model.lm_head.weight
     hm.model.lm_head = mixing
-    with pytest.raises(hookmap.SelectionError, match="give other logits than the model"):
+    with raises(hookmap.SelectionError, "give other logits than the model"):
         unembedding_of(hookmap.open(hm.model))
 
 
@@ -213,7 +214,7 @@ def test_a_stream_that_is_normed_itself_has_a_lens_and_no_attribution() -> None:
     config = tf.OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=64)
     hm = hookmap.open(tf.AutoModelForCausalLM.from_config(config).eval())
     assert torch.allclose(hm.lens(TOKENS).kl[-1], torch.zeros(6), atol=1e-5)
-    with pytest.raises(hookmap.SelectionError, match="norm the stream itself"):
+    with raises(hookmap.SelectionError, "norm the stream itself"):
         hm.attribute(TOKENS)
 
 
@@ -352,7 +353,7 @@ def test_a_stream_in_bfloat16_that_was_far_larger_once_is_its_parts_and_rounding
 
 
 def test_an_attribution_is_of_one_prompt() -> None:
-    with pytest.raises(hookmap.SelectionError, match="of one prompt, got 2"):
+    with raises(hookmap.SelectionError, "of one prompt, got 2"):
         opened("llama").attribute([TOKENS, TOKENS])
 
 

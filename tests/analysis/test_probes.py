@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from support.raises import raises
 
 import hookmap
 from hookmap.activations import Activation, Sample
@@ -119,7 +120,7 @@ def test_a_planted_direction_is_found_where_it_is(method: str) -> None:
 def test_points_may_name_layers_of_their_own() -> None:
     keys = [(place.point, place.layer) for place in probe(planted(), points={"resid_post": [7]}).report.places]
     assert keys == [("resid_post", 7)]
-    with pytest.raises(hookmap.SelectionError, match="leave layers out"):
+    with raises(hookmap.SelectionError, "leave layers out"):
         probe(planted(), points={"resid_post": [7]}, layers=[3])
 
 
@@ -347,7 +348,7 @@ def test_memory_is_that_of_one_matrix_however_large_the_capture(tmp_path: Path) 
     _, each = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert pooled < 2_000_000 and each < 1.2 * allowed
-    with pytest.raises(hookmap.SelectionError, match=r"take 2 samples \(--limit 2\)"):
+    with raises(hookmap.SelectionError, "take 2 samples (--limit 2)"):
         next(matrices(store, keys[0], range(30), "mean", [None], 6 * 512 * 4 * 2))
 
 
@@ -368,7 +369,7 @@ def test_probes_are_saved_as_they_are_and_steer(tmp_path: Path) -> None:
     assert vector.interventions(2.0, [7])[0]["point"] == "resid_post"
     report = json.loads((tmp_path / "probes" / "report.json").read_text("utf-8"))
     assert report["positives"] == 60 and report["questions"] == 60
-    with pytest.raises(hookmap.StoreError, match="no probes that hookmap wrote"):
+    with raises(hookmap.StoreError, "no probes that hookmap wrote"):
         load_probes(tmp_path / "probes" / "vector-resid_post.safetensors")
 
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import plain_hooks
+from support.raises import raises
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
@@ -45,7 +46,7 @@ def test_a_principal_direction_is_the_one_of_the_largest_spread_and_points_to_th
 def test_a_direction_without_a_mean_has_a_sign_that_does_not_depend_on_chance() -> None:
     rows = torch.tensor([[0.0, -3.0], [0.0, 3.0]])
     assert principal_direction(rows, -rows).tolist() == [0.0, 1.0]
-    with pytest.raises(hookmap.SelectionError, match="leave the same rows"):
+    with raises(hookmap.SelectionError, "leave the same rows"):
         principal_direction(rows, rows)
 
 
@@ -87,11 +88,11 @@ def test_several_positions_are_averaged() -> None:
 def test_pairs_that_are_none_are_refused() -> None:
     hm = hookmap.open(plain_hooks.build("llama"), tokenizer=tiny_tokenizer())
     for positive, negative in ((POSITIVE, NEGATIVE[:2]), ([], []), ("to be", "not")):
-        with pytest.raises(hookmap.SelectionError, match="two lists of prompts of one length"):
+        with raises(hookmap.SelectionError, "two lists of prompts of one length"):
             hm.steering_vector(positive, negative)
-    with pytest.raises(hookmap.SelectionError, match="expected one of mean_difference, pca"):
+    with raises(hookmap.SelectionError, "expected one of mean_difference, pca"):
         hm.steering_vector(POSITIVE, NEGATIVE, method="svm")
-    with pytest.raises(hookmap.SelectionError, match="is of the whole model"):
+    with raises(hookmap.SelectionError, "is of the whole model"):
         hm.steering_vector(POSITIVE, NEGATIVE, "embed")
 
 
@@ -122,9 +123,9 @@ def test_a_file_that_is_no_vector_is_refused(tmp_path: Path) -> None:
             load_vector(file)
         assert str(raised.value).startswith(str(file))
     file.write_bytes(b"no tensors")
-    with pytest.raises(hookmap.StoreError, match="no steering vector"):
+    with raises(hookmap.StoreError, "no steering vector"):
         load_vector(file)
-    with pytest.raises(hookmap.StoreError, match="no such file"):
+    with raises(hookmap.StoreError, "no such file"):
         load_vector(tmp_path / "other.safetensors")
 
 
@@ -186,7 +187,7 @@ def test_a_vector_says_how_to_steer_by_it() -> None:
         "positions": "generated",
     }  # fmt: skip
     assert second["layers"] == [2] and [found["strength"] for found in made.interventions(layers=[2])] == [1.0]
-    with pytest.raises(hookmap.SelectionError, match="no layer 7: it has 1, 2"):
+    with raises(hookmap.SelectionError, "no layer 7: it has 1, 2"):
         made.interventions(layers=[7])
 
 

@@ -5,6 +5,7 @@ import torch
 from support import plain_hooks
 from support.opened import EACH_FAMILY, RAGGED, opened
 from support.plain_hooks import FAMILIES, LAYERS, Reference
+from support.raises import raises
 
 import hookmap
 from hookmap.capture.result import Capture
@@ -182,7 +183,7 @@ def test_names_layers_and_steps() -> None:
     for other in (run["blocks.2.hook_resid_mid"], run["resid_mid", -1], run["hook_resid_mid", 2]):
         assert all(map(torch.equal, mid, other))
     assert run.steps(1) == (0, 0, 0, 1, 2)
-    with pytest.raises(hookmap.SelectionError, match="layer 1"):
+    with raises(hookmap.SelectionError, "layer 1"):
         run["resid_mid", 1]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import plain_hooks
 from support.plain_hooks import FAMILIES
+from support.raises import raises
 from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 import hookmap
@@ -44,7 +45,7 @@ def test_chat_messages_go_through_the_template(hm: HookedModel) -> None:
     assert hm.capture(messages, ["resid_mid"], [1], max_new_tokens=2).tokens == by_messages.tokens
     assert hm.capture("to be", ["resid_mid"], [1], max_new_tokens=2, chat=True).tokens == by_messages.tokens
     assert hm.capture("to be", ["resid_mid"], [1], max_new_tokens=2).samples[0].prompt == "to be"
-    with pytest.raises(hookmap.TokenizerError, match="chat='auto'"):
+    with raises(hookmap.TokenizerError, "chat='auto'"):
         hm.capture([messages], ["resid_mid"], [1], chat=False)
 
 
@@ -263,7 +264,7 @@ def test_ctrl_c_keeps_what_is_finished_and_resuming_does_the_rest(hm: HookedMode
     kept = hookmap.open_store(tmp_path / "run")
     assert len(kept.samples) == 2 and not kept.finished
     assert not any(part._forward_hooks for part in hm.model.modules())
-    with pytest.raises(hookmap.StoreError, match="--resume"):
+    with raises(hookmap.StoreError, "--resume"):
         hm.capture(prompts, **settings, store=tmp_path / "run")
     seen: list[Progress] = []
     resumed = hm.capture(prompts, **settings, store=tmp_path / "run", resume=True, progress=seen.append)
@@ -274,7 +275,7 @@ def test_ctrl_c_keeps_what_is_finished_and_resuming_does_the_rest(hm: HookedMode
 
 def test_a_resumed_run_must_be_the_same_run(hm: HookedModel, tmp_path: Path) -> None:
     hm.capture("to be", ["resid_mid"], [1], max_new_tokens=2, store=tmp_path / "run")
-    with pytest.raises(hookmap.StoreError, match="max_new_tokens"):
+    with raises(hookmap.StoreError, "max_new_tokens"):
         hm.capture("to be", ["resid_mid"], [1], max_new_tokens=3, store=tmp_path / "run", resume=True)
 
 
@@ -412,31 +413,31 @@ def test_token_ids_come_as_lists_arrays_or_tensors(hm: HookedModel) -> None:
 def test_what_stands_between_the_brackets_is_a_point_and_a_layer(hm: HookedModel, where: Any) -> None:
     run = hm.capture([[5, 17, 3]], ["resid_mid"], [1], max_new_tokens=2)
     for read in (run, run.store):
-        with pytest.raises(hookmap.SelectionError, match='expected \\["point"\\]'):
+        with raises(hookmap.SelectionError, 'expected ["point"]'):
             read[where]
-        with pytest.raises(hookmap.SelectionError, match="has no call 2"):
+        with raises(hookmap.SelectionError, "has no call 2"):
             read["resid_mid", 1, 2]
 
 
 def test_text_without_a_tokenizer_and_chat_without_a_template_are_refused() -> None:
     model = plain_hooks.build("gpt2")
-    with pytest.raises(hookmap.TokenizerError, match=r"tokenizer=\.\.\."):
+    with raises(hookmap.TokenizerError, "tokenizer=..."):
         hookmap.open(model).capture("to be", ["resid_mid"], [1])
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(hookmap.TokenizerError, match="chat template"):
+    with raises(hookmap.TokenizerError, "chat template"):
         hookmap.open(model, tokenizer=tokenizer).capture("to be", ["resid_mid"], [1], chat=True)
 
 
 def test_a_template_that_refuses_is_reported() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}" + CHAT_TEMPLATE
-    with pytest.raises(hookmap.TokenizerError, match="roles must alternate"):
+    with raises(hookmap.TokenizerError, "roles must alternate"):
         hookmap.open(plain_hooks.build("gpt2"), tokenizer=tokenizer).capture("to be", ["resid_mid"], [1], chat=True)
 
 
 def test_more_tokens_than_positions_is_a_sentence() -> None:
-    with pytest.raises(hookmap.CaptureError, match="128 positions"):
+    with raises(hookmap.CaptureError, "128 positions"):
         hookmap.open(plain_hooks.build("gpt2")).capture([[1] * 126], ["resid_mid"], [1], max_new_tokens=8)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support.encoders import ENCODERS, LAYERS, build, by_hand
+from support.raises import raises
 
 import hookmap
 from hookmap.cli.main import main
@@ -66,7 +67,7 @@ def test_generating_is_refused_with_the_reason(name: str) -> None:
 def test_what_a_classifier_says_of_a_text_is_no_row_of_a_token() -> None:
     hm = hookmap.open(build(ENCODERS["classifier"]))
     assert hm.map.unavailable("logits") == ENCODERS["classifier"].unavailable["logits"] and hm.map.d_vocab is None
-    with pytest.raises(SelectionError, match="no logits for each position"):
+    with raises(SelectionError, "no logits for each position"):
         hm.capture(_TEXTS, "logits", max_new_tokens=0)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import plain_hooks
 from support.enlarged import enlarged
+from support.raises import raises
 
 import hookmap
 from hookmap.analysis.patching import sweep
@@ -87,9 +88,7 @@ def test_a_broken_weight_is_named() -> None:
     model = plain_hooks.build("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight[3, 3] = torch.nan
-    with pytest.raises(
-        CaptureError, match=r"mixer_out\.1 .* position 0\. The weight model\.layers\.1\.self_attn\.o_proj\.weight"
-    ):
+    with raises(CaptureError, "mixer_out.1", "position 0. The weight model.layers.1.self_attn.o_proj.weight"):
         hookmap.open(model).lens(IDS)
 
 
@@ -106,10 +105,10 @@ def test_a_capture_that_lost_numbers_is_no_source(tmp_path: Path) -> None:
     why = r"resid_post\.1 of sample 1, first at position \d\. Its rows were kept in float16.*bfloat16"
     with pytest.raises(CaptureError, match=f"no lens: {why}".replace("no lens: ", "no lens: the capture holds .* in ")):
         sound.lens(store, layers=[0, 1], sample=1)
-    with pytest.raises(CaptureError, match=r"resid_post\.2 of sample 0"):  # its KL divergence is from this one
+    with raises(CaptureError, "resid_post.2 of sample 0"):  # its KL divergence is from this one
         sound.lens(store, layers=[0])
     patch = {"do": "patch", "point": "resid_post", "layers": 1, "source": {"store": str(tmp_path / "run"), "sample": 1}}
-    with pytest.raises(InterventionError, match="would write an infinity or nan: the rows of its source"):
+    with raises(InterventionError, "infinity or nan", "source"):
         sound.capture(IDS, "resid_post", 2, max_new_tokens=0, interventions=[patch])
 
 
@@ -135,7 +134,7 @@ def test_a_sweep_within_its_noise_is_refused_and_cells_within_it_are_flagged() -
     step = (logits[0].abs() + logits[1].abs()).max() * torch.finfo(torch.bfloat16).eps
     apart = (logits[0][:, None] - logits[0]) - (logits[1][:, None] - logits[1])
     alike = ((apart.abs() > 0) & (apart.abs() < step / 8)).nonzero()[0].tolist()
-    with pytest.raises(InterventionError, match=r"(?s)its noise is .*nothing to bring back.*float32"):
+    with raises(InterventionError, "its noise is", "nothing to bring back", "float32"):
         sweep(hm, IDS, OTHER, *alike)
     most = divmod(int(apart.abs().argmax()), plain_hooks.VOCABULARY)
     found = sweep(hm, IDS, OTHER, *most, point="resid_pre")

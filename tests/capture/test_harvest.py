@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from support import plain_hooks
 from support.opened import EACH_FAMILY, RAGGED, opened
 from support.plain_hooks import FAMILIES, LAYERS
+from support.raises import raises
 
 import hookmap
 from hookmap.capture.batches import harvest_batches
@@ -113,5 +114,5 @@ def test_settings_of_a_generation_are_refused(settings: dict[str, Any]) -> None:
 
 
 def test_a_text_longer_than_the_positions_is_an_error() -> None:
-    with pytest.raises(hookmap.CaptureError, match=r"200 tokens .* do not fit into the 128 positions"):
+    with raises(hookmap.CaptureError, "200 tokens", "do not fit into the 128 positions"):
         opened("gpt2").capture([[1] * 200], ["resid_mid"], max_new_tokens=0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support.pictured import image, message, save
+from support.raises import raises
 
 import hookmap
 from hookmap.cli.main import main
@@ -83,7 +84,7 @@ def test_a_capture_resumes_with_the_same_images_only(hm: Any, data: Path, tmp_pa
     hm.capture(prompts, "resid_post", max_new_tokens=NEW, store=tmp_path / "run")
     hm.capture(prompts, "resid_post", max_new_tokens=NEW, store=tmp_path / "run", resume=True)
     image(9).save(data.parent / "cat.png")
-    with pytest.raises(hookmap.StoreError, match="prompts_sha256"):
+    with raises(hookmap.StoreError, "prompts_sha256"):
         hm.capture(prompts, "resid_post", max_new_tokens=NEW, store=tmp_path / "run", resume=True)
 
 
@@ -148,11 +149,11 @@ def test_a_column_of_a_data_set_holds_the_images_of_its_texts(hm: Any, data: Pat
     as_it_is = [{"question": "<image> to be", "image": {"bytes": (folder / "cat.png").read_bytes(), "path": None}}]
     (prompt,) = hm.encode(hookmap.load_prompts(as_it_is, images="image"))
     assert len(prompt.image_positions) == 16 and prompt.text == "<image> to be"
-    with pytest.raises(hookmap.TokenizerError, match="chat=True, --chat, makes a user's message of both"):
+    with raises(hookmap.TokenizerError, "chat=True, --chat, makes a user's message of both"):
         hm.encode(prompts)
-    with pytest.raises(hookmap.DataError, match="messages: expected a text for the images"):
+    with raises(hookmap.DataError, "messages", "expected a text"):
         hookmap.load_prompts([{"messages": message("to be"), "image": "cat.png"}], images="image")
-    with pytest.raises(hookmap.DataError, match="no column 'picture'"):
+    with raises(hookmap.DataError, "no column 'picture'"):
         hookmap.load_prompts(file, images="picture")
 
 
@@ -169,7 +170,7 @@ def test_interventions_write_at_the_tokens_of_images_and_of_text(hm: Any) -> Non
             old = plain.read(number, "resid_post", 0)[: len(at)]
             expected = torch.where(written[:, None], 2 * old, old)
             assert torch.allclose(found.read(number, "resid_post", 0), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(hookmap.SelectionError, match="no prompt has an image"):
+    with raises(hookmap.SelectionError, "no prompt has an image"):
         hm.capture("to be", "resid_post", 0, max_new_tokens=1, interventions=[{**edit, "positions": "image"}])
 
 
@@ -187,13 +188,13 @@ def test_a_patch_takes_rows_of_another_image(hm: Any, data: Path, tmp_path: Path
         assert torch.allclose(patched["resid_post", layer], expected["resid_post", layer], rtol=1e-4, atol=1e-5)
     digest = hashlib.sha256((data.parent / "cat.png").read_bytes()).hexdigest()
     assert hookmap.open_store(tmp_path / "run").manifest.settings["interventions"][0]["images_sha256"] == [digest]
-    with pytest.raises(hookmap.InterventionError, match="an image of a document is the path of a file"):
+    with raises(hookmap.InterventionError, "image", "path of a file"):
         hm.capture(dog, interventions=[{**edit, "source": {"prompt": message(image(0))}}])
 
 
 def test_a_sweep_over_two_images_with_one_text_brings_the_answer_back(hm: Any) -> None:
     clean, corrupted = message("to be", image(0), "or not"), message("to be", image(1), "or not")
-    with pytest.raises(hookmap.InterventionError, match="the clean and the corrupted prompt are the same"):
+    with raises(hookmap.InterventionError, "the same"):
         hm.sweep(clean, clean, 5)
     found = hm.sweep(clean, corrupted, 5, 7, layers=[0, 2], positions="image")
     assert found.grid.tokens == ("[image]",) * 16 and found.grid.values.shape == (2, 16)
@@ -240,5 +241,5 @@ def test_inspects_messages_have_images(hm: Any, folder: Path, data: Path) -> Non
     expected = hm.capture(message("to be", Path(cat)), (), max_new_tokens=NEW)
     answer = ask(model.ContentImage(image=cat))
     assert answer.completion == expected.texts[0] and answer.usage.input_tokens == expected.samples[0].prompt_tokens
-    with pytest.raises(hookmap.TokenizerError, match="a message has audio: hookmap reads text and images"):
+    with raises(hookmap.TokenizerError, "audio", "text and images"):
         ask(model.ContentAudio(audio="x.wav", format="wav"))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from support import plain_hooks
 from support.opened import EACH_FAMILY, RAGGED, opened
 from support.plain_hooks import FAMILIES, LAYERS
+from support.raises import raises
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
@@ -340,7 +341,7 @@ def test_a_prompt_fed_in_pieces_is_written_in_all_of_them() -> None:
     )
     torch.testing.assert_close(whole["resid_post", 2], pieces["resid_post", 2], rtol=1e-4, atol=1e-4)
     mean = {"do": "ablate", "to": "mean", "point": "resid_mid", "layers": 1}
-    with pytest.raises(hookmap.InterventionError, match="fed the prompt in pieces"):
+    with raises(hookmap.InterventionError, "fed the prompt in pieces"):
         hm.generate(RAGGED[0], [mean], None, 4, prefill_chunk_size=2)
 
 
@@ -416,7 +417,7 @@ def test_rows_before_go_to_disk_too_and_are_gone_on_with(tmp_path: Path) -> None
         hm.generate(RAGGED, [steer], capture, store=folder, progress=stop, **options)
     shutil.rmtree(folder / "before")
     assert len(hookmap.open_store(folder)) == 2
-    with pytest.raises(hookmap.StoreError, match="before"):
+    with raises(hookmap.StoreError, "before"):
         hm.generate(RAGGED, [steer], {**capture, "before": False}, store=folder, resume=True, **options)
     run = hm.generate(RAGGED, [steer], capture, store=folder, resume=True, **options)
     assert run.before is not None and memory.before is not None
@@ -477,7 +478,7 @@ def test_a_stored_capture_is_a_source(tmp_path: Path) -> None:
     )
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
     other = opened("mistral")
-    with pytest.raises(hookmap.InterventionError, match="captured from a LlamaForCausalLM"):
+    with raises(hookmap.InterventionError, "captured from a LlamaForCausalLM"):
         other.capture(RAGGED[0], ["logits"], max_new_tokens=0, interventions=[by_store])
 
 
@@ -509,7 +510,7 @@ def test_a_span_in_a_file_is_a_span_and_a_key_is_given_once(tmp_path: Path) -> N
     file.write_text("- {do: scale, point: mlp_out, factor: 2, positions: 4:20, steps: 1:2}\n")
     assert (load_interventions(file)[0].positions, load_interventions(file)[0].steps) == ("4:20", "1:2")
     file.write_text("- do: scale\n  point: mlp_out\n  factor: 2\n  factor: 3\n")
-    with pytest.raises(hookmap.InterventionError, match=r"(?s)edits\.yaml.*factor is given twice.*line 4"):
+    with raises(hookmap.InterventionError, "edits.yaml", "factor is given twice", "line 4"):
         load_interventions(file)
 
 
@@ -517,7 +518,7 @@ def test_a_resumed_run_must_have_the_same_interventions(tmp_path: Path) -> None:
     hm, where = opened("llama"), tmp_path / "run"
     steer = {"do": "steer", "point": "resid_mid", "layers": 1, "vector": VECTOR}
     hm.capture(RAGGED, ["resid_mid"], [1], 2, interventions=[steer], store=where)
-    with pytest.raises(hookmap.StoreError, match="interventions"):
+    with raises(hookmap.StoreError, "interventions"):
         hm.capture(RAGGED, ["resid_mid"], [1], 2, interventions=[{**steer, "strength": 2}], store=where, resume=True)
 
 
@@ -584,7 +585,7 @@ def test_a_place_that_is_not_there_is_another_error_than_a_change_that_is_none(
     wrong: dict[str, Any], kind: type[hookmap.HookmapError]
 ) -> None:
     hm = hookmap.open(plain_hooks.build("llama"))
-    with pytest.raises(hookmap.HookmapError, match="1 problem with the interventions") as found:
+    with raises(hookmap.HookmapError, "1 problem with the interventions") as found:
         hm.generate(RAGGED, [{"do": "steer", "point": "resid_mid", "vector": [0.0] * D, **wrong}], None, 1)
     assert type(found.value) is kind
 
@@ -601,7 +602,7 @@ def test_a_source_whose_rows_are_of_another_width_is_refused(tmp_path: Path) -> 
     opened("llama").capture([[5, 6, 7]], ["resid_mid"], features=8, max_new_tokens=0, store=tmp_path / "narrow")
     patch = {"do": "patch", "point": "resid_mid", "layers": 1, "positions": "all"}
     source = {"store": str(tmp_path / "narrow"), "sample": 0}
-    with pytest.raises(hookmap.InterventionError, match=r"rows of resid_mid are \[8\]: expected \[32\]"):
+    with raises(hookmap.InterventionError, "rows of resid_mid are [8]: expected [32]"):
         opened("llama").generate([[7, 8, 9]], [{**patch, "source": source}], None, 1)
 
 
@@ -614,15 +615,15 @@ def test_what_the_models_numbers_cannot_hold_is_refused_and_never_written() -> N
         {"do": "clamp", "feature": 1, "value": 1e6},
         {"do": "clamp", "direction": ones, "min": 1e6},
     ]
-    with pytest.raises(hookmap.InterventionError, match="4 problems with the interventions") as found:
+    with raises(hookmap.InterventionError, "4 problems with the interventions") as found:
         hm.generate(RAGGED, [{**at, **each} for each in wrong], None, 2)
     assert str(found.value).count("it writes numbers up to 1e+06, and torch.float16 of this point goes up to") == 4
-    with pytest.raises(hookmap.InterventionError, match=r"too large for torch\.float16"):
+    with raises(hookmap.InterventionError, "too large for torch.float16"):
         hm.generate(RAGGED, [{**at, "do": "scale", "factor": 1e6}], None, 2)
     for document in ({"do": "clamp", "feature": 1, "min": float("nan")}, {"do": "scale", "factor": 1e39}):
-        with pytest.raises(hookmap.InterventionError, match="Input should be"):
+        with raises(hookmap.InterventionError, "Input should be"):
             read_interventions([{**at, **document}])
-    with pytest.raises(hookmap.InterventionError, match="no heads given"):
+    with raises(hookmap.InterventionError, "no heads given"):
         hm.generate(RAGGED, [{"do": "ablate", "point": "z", "layers": 1, "heads": []}], None, 2)
 
 
@@ -655,7 +656,7 @@ def test_files_of_vectors_are_checked(tmp_path: Path) -> None:
 
 def test_nnsight_is_refused_with_what_to_do() -> None:
     steer = {"do": "scale", "point": "resid_mid", "factor": 2.0}
-    with pytest.raises(hookmap.InterventionError, match='engine="hooks"'):
+    with raises(hookmap.InterventionError, 'engine="hooks"'):
         opened("llama").generate(RAGGED, [steer], None, 2, engine="nnsight")
 
 
@@ -664,7 +665,7 @@ def test_a_place_that_the_model_does_not_come_by_is_an_error() -> None:
     steer = {"do": "steer", "point": "mlp_out", "layers": 1, "vector": VECTOR}
     hm.generate(RAGGED, [steer], None, 2)
     hm.model.model.layers[1].forward = lambda hidden_states, **_: hidden_states  # type: ignore[union-attr,operator]
-    with pytest.raises(hookmap.InterventionError, match=r"did not reach model\.layers\.1\.mlp\.output"):
+    with raises(hookmap.InterventionError, "did not reach model.layers.1.mlp.output"):
         hm.generate(RAGGED, [steer], None, 2)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.raises import raises
 
 from hookmap.activations import Activation
 from hookmap.capture.engines.observation import Observer
@@ -75,7 +76,7 @@ def test_a_pass_that_takes_tokens_back_is_refused() -> None:
     run.feed(WIDTH)
     run.show(WIDTH)
     run.observer.sampled(WIDTH + 1, [False, False])
-    with pytest.raises(CaptureError, match=r"fed 3 tokens, expected at most 1 .* or 5 \(all of them\)"):
+    with raises(CaptureError, "fed 3 tokens, expected at most 1", "or 5 (all of them)"):
         run.feed(3)
 
 
@@ -89,7 +90,7 @@ def test_a_tensor_that_is_not_of_the_tokens_fed_is_refused(rows: int, width: int
 
 
 def test_a_module_that_runs_before_the_model_does_is_refused() -> None:
-    with pytest.raises(CaptureError, match=r"block\.output was reached outside a forward pass"):
+    with raises(CaptureError, "block.output was reached outside a forward pass"):
         Run().show(WIDTH)
 
 
@@ -101,10 +102,10 @@ def test_all_tokens_but_the_last_were_fed(passes: int, columns: int) -> None:
         run.feed(WIDTH if number == 0 else 1)
         run.show(WIDTH if number == 0 else 1)
         run.observer.sampled(WIDTH + number + 1, [False, False])
-    with pytest.raises(CaptureError, match="The model did not run where the capture listens"):
+    with raises(CaptureError, "did not run"):
         run.observer.finish(columns)
 
 
 def test_rows_of_certain_tokens_need_their_ids() -> None:
-    with pytest.raises(CaptureError, match="without token ids"):
+    with raises(CaptureError, "without token ids"):
         Run(row_selection(positions="text=the")).feed(WIDTH, inputs_embeds=torch.zeros(2, WIDTH, 5))

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 import pytest
+from support.raises import raises
 
 from hookmap.capture.hooked import Hooked
 from hookmap.capture.options import CaptureOptions, EstimateOptions, RowOptions, options_of, with_defaults
@@ -41,7 +42,7 @@ def test_the_signature_and_the_help_of_a_capture_name_every_option(model: type) 
 def test_an_estimate_takes_no_more_than_decides_the_size() -> None:
     found = inspect.signature(Hooked.estimate).parameters
     assert list(found)[5:] == list(options_of(EstimateOptions))
-    with pytest.raises(TypeError, match="engine"):
+    with raises(TypeError, "engine"):
         with_defaults(EstimateOptions, {"engine": "hooks"})
 
 

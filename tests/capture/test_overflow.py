@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from support.enlarged import enlarged
 from support.plain_hooks import watching
+from support.raises import raises
 from torch import nn
 
 import hookmap
@@ -91,7 +92,7 @@ def test_refused_the_finished_samples_stay_and_the_run_can_go_on(model: nn.Modul
     harmless, huge = IDS[1], IDS[0]
     assert not too_large(model, harmless).any()
     how: dict[str, Any] = {"max_new_tokens": 0, "keep_dtype": "float16", "batch_size": 1, "store": tmp_path / "c"}
-    with pytest.raises(CaptureError, match=r"65504(.|\n)*resid_post\.1 .*overflow='warn'"):
+    with raises(CaptureError, "65504", "resid_post.1", "overflow='warn'"):
         hm.capture([harmless, huge], *HUGE, overflow="refuse", **how)
     assert [s.sample for s in hookmap.open_store(tmp_path / "c").samples] == [0]
     run = hm.capture([harmless, huge], *HUGE, resume=True, **how)
@@ -132,5 +133,5 @@ def test_inspect_says_that_one_row_rules_the_mean(tmp_path: Path, model: nn.Modu
 
 
 def test_a_word_that_is_no_choice_is_refused(hm: Any) -> None:
-    with pytest.raises(SelectionError, match="overflow: expected warn or refuse, got 'drop'"):
+    with raises(SelectionError, "overflow: expected warn or refuse, got 'drop'"):
         hm.capture(IDS, *HUGE, overflow="drop")

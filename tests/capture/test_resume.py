@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import plain_hooks
+from support.raises import raises
 from support.store_runs import tree
 from support.tiny_tokenizer import tiny_tokenizer
 
@@ -128,7 +129,7 @@ def test_edits_stored_in_an_nnsight_model_are_held_against_the_folder(tmp_path: 
 
     interrupted(model(0.5), RAGGED, tmp_path / "c")
     for other in (model(None), model(0.25)):
-        with pytest.raises(StoreError, match=r"settings\.edits_sha256"):
+        with raises(StoreError, "settings.edits_sha256"):
             other.capture(RAGGED, **WISH, store=tmp_path / "c", resume=True)
     done = model(0.5).capture(RAGGED, **WISH, store=tmp_path / "c", resume=True)
     whole = model(0.5).capture(RAGGED, **WISH)

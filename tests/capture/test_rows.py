@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import plain_hooks
 from support.opened import RAGGED
+from support.raises import raises
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
@@ -107,9 +108,9 @@ def test_the_mean_over_positions(hm: HookedModel, whole: tuple[int, Capture], po
         if len(rows):
             assert run.samples[number].positions == "mean"
             torch.testing.assert_close(run.read(number, "resid_mid", 1)[0], rows.double().mean(0).float())
-            with pytest.raises(hookmap.SelectionError, match="one mean over positions"):
+            with raises(hookmap.SelectionError, "one mean over positions"):
                 run.read(number, "resid_mid", 1, [0])
-            with pytest.raises(hookmap.SelectionError, match="one mean"):
+            with raises(hookmap.SelectionError, "one mean"):
                 run.steps(number)
 
 
@@ -192,7 +193,7 @@ def test_a_selection_that_means_nothing_is_refused(hm: HookedModel, settings: di
 def test_a_selection_refused_for_its_points_leaves_no_folder(
     hm: HookedModel, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    with pytest.raises(hookmap.SelectionError, match="pattern has a row for each query"):
+    with raises(hookmap.SelectionError, "pattern has a row for each query"):
         hm.capture(RAGGED, ["pattern"], max_new_tokens=2, store=tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
 
@@ -232,7 +233,7 @@ def test_numbers_of_experts_stay_whole_numbers() -> None:
     for sample in range(3):
         rows = kept.read(sample, "router_indices", 1)
         assert rows.dtype == torch.int64 and torch.equal(rows, whole.read(sample, "router_indices", 1))
-    with pytest.raises(hookmap.SelectionError, match="there is no mean"):
+    with raises(hookmap.SelectionError, "there is no mean"):
         hm.capture(RAGGED, ["router_indices"], [1], max_new_tokens=4, mean=True)
 
 

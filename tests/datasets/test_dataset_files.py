@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.raises import raises
 
 import hookmap
 from hookmap.datasets import PromptRecord
@@ -79,19 +80,19 @@ def test_the_names_of_splits_are_never_taken_for_prompts(tmp_path: Path) -> None
 
     splits = datasets.DatasetDict({name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "test")})
     splits.save_to_disk(str(tmp_path / "d"))
-    with pytest.raises(hookmap.DataError, match="got a mapping of 'train', 'test'"):
+    with raises(hookmap.DataError, "got a mapping of 'train', 'test'"):
         hookmap.load_prompts(splits)
-    with pytest.raises(hookmap.DataError, match="the splits 'train', 'test': expected one"):
+    with raises(hookmap.DataError, "the splits 'train', 'test': expected one"):
         hookmap.load_prompts(tmp_path / "d")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(hookmap.DataError, match=r"expected a folder of datasets\.save_to_disk"):
+    with raises(hookmap.DataError, "expected a folder of datasets.save_to_disk"):
         hookmap.load_prompts(tmp_path / "empty")
     assert hookmap.load_prompts(tmp_path / "d" / "test") == [PromptRecord("test")]
 
 
 @pytest.mark.parametrize("value", [{1, 2}, b"a", object()])
 def test_a_label_whose_text_is_not_the_same_in_every_run_is_refused(value: object) -> None:
-    with pytest.raises(hookmap.DataError, match="record 0: x: expected what JSON can hold, found"):
+    with raises(hookmap.DataError, "record 0: x: expected what JSON can hold, found"):
         hookmap.load_prompts([{"prompt": "a", "x": [value]}], labels="all")
 
 
@@ -99,8 +100,8 @@ def test_arguments_that_mean_nothing_are_refused_and_numpy_names_are_numbers() -
     import numpy
 
     for options in ({"skip": -1}, {"limit": -1}):
-        with pytest.raises(hookmap.DataError, match="from 0 on, got -1"):
+        with raises(hookmap.DataError, "from 0 on, got -1"):
             hookmap.load_prompts(["a"], **options)
-    with pytest.raises(hookmap.DataError, match="after the first 2 holds no prompts"):
+    with raises(hookmap.DataError, "after the first 2 holds no prompts"):
         hookmap.load_prompts(["a"], skip=2)
     assert hookmap.load_prompts([{"prompt": "a", "id": numpy.int64(4)}]) == [PromptRecord("a", "4")]

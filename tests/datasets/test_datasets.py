@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from support import plain_hooks
+from support.raises import raises
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
@@ -127,14 +128,14 @@ def test_what_is_wrong_is_said_with_its_place(
 
 
 def test_many_wrong_records_are_counted() -> None:
-    with pytest.raises(hookmap.DataError, match="and 90 more"):
+    with raises(hookmap.DataError, "and 90 more"):
         hookmap.load_prompts([{"prompt": 1}] * 100)
-    with pytest.raises(hookmap.DataError, match="no column 'q', 'l': it has prompt"):
+    with raises(hookmap.DataError, "no column 'q', 'l': it has prompt"):
         hookmap.load_prompts([{"prompt": "a"}], prompt="q", labels=["l"])
     for source in (7, {"prompt": "a"}, b"abc"):
-        with pytest.raises(hookmap.DataError, match="prompts: expected"):
+        with raises(hookmap.DataError, "prompts: expected"):
             hookmap.load_prompts(source)
-    with pytest.raises(hookmap.DataError, match=r"expected one of the fields prompt.*found 5"):
+    with raises(hookmap.DataError, "expected one of the fields prompt", "found 5"):
         hookmap.load_prompts([{5: "a"}])
 
 
@@ -154,10 +155,10 @@ def test_a_choice_without_records_says_so(chosen: dict[str, Any], message: str) 
 def test_a_folder_that_is_no_data_set_and_one_of_several_splits_are_refused(tmp_path: Path) -> None:
     import datasets
 
-    with pytest.raises(hookmap.DataError, match="save_to_disk"):
+    with raises(hookmap.DataError, "save_to_disk"):
         hookmap.load_prompts(tmp_path)
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "d"))
-    with pytest.raises(hookmap.DataError, match="train"):
+    with raises(hookmap.DataError, "train"):
         hookmap.load_prompts(tmp_path / "d")
 
 
@@ -180,7 +181,7 @@ def test_records_by_hand_are_what_the_table_can_hold(tmp_path: Path) -> None:
     record: Any = PromptRecord([1, 2, 3], id=5, labels={"a": numpy.float32(3)})  # type: ignore[arg-type]
     run = hm.capture([record], ["resid_pre"], [1], 0, store=tmp_path / "run")
     assert (run.samples[0].id, run.samples[0].labels) == ("5", {"a": 3.0})
-    with pytest.raises(hookmap.DataError, match=r"id: expected a text or a whole number as a name, found 1\.5"):
+    with raises(hookmap.DataError, "id: expected a text or a whole number as a name, found 1.5"):
         PromptRecord("a", id=1.5)  # type: ignore[arg-type]
 
 

@@ -10,6 +10,7 @@ import transformers as tf
 from support import plain_hooks
 from support.invented import read
 from support.opened import RAGGED
+from support.raises import raises
 from torch import nn
 
 import hookmap
@@ -428,7 +429,7 @@ def test_a_sliding_window_keeps_each_key_at_its_position() -> None:
 def test_a_selector_of_pattern_says_what_a_faster_attention_lacks() -> None:
     _, found = _opened("llama")
     (selector,) = found.selectors("pattern", 0)
-    with pytest.raises(hookmap.CaptureError, match='attn_implementation="eager"'):
+    with raises(hookmap.CaptureError, 'attn_implementation="eager"'):
         selector.resolve((), {}, (torch.zeros(1, 2, 32), None))
 
 

@@ -9,6 +9,7 @@ import transformers as tf
 from support import plain_hooks
 from support.invented import read
 from support.opened import EACH_FAMILY
+from support.raises import raises
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -240,21 +241,21 @@ class Canvas(nn.Module):
 
 
 def test_logits_of_other_positions_are_refused() -> None:
-    with pytest.raises(DiscoveryError, match=r"its logits, \[1, 29, 97\], are of other positions"):
+    with raises(DiscoveryError, "its logits, [1, 29, 97], are of other positions"):
         discover(Canvas())
 
 
 def test_a_module_that_is_no_language_model_is_refused() -> None:
-    with pytest.raises(DiscoveryError, match="did not run"):
+    with raises(DiscoveryError, "did not run"):
         discover(nn.Linear(3, 3))
-    with pytest.raises(DiscoveryError, match="expected a hub id"):
+    with raises(DiscoveryError, "expected a hub id"):
         discover(42)
 
 
 def test_an_unknown_model_says_what_was_tried(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"expected a config\.json"):
+    with raises(ModelError, "expected a config.json"):
         discover(tmp_path)
-    with pytest.raises(ModelError, match="nobody/nothing"):
+    with raises(ModelError, "nobody/nothing"):
         discover("nobody/nothing")
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import plain_hooks
 from support.invented import DEPTH, D, Ladder, Rung, check, note
+from support.raises import raises
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -148,5 +149,5 @@ def test_a_middle_that_no_module_sees_is_the_sum_that_the_block_computes(dtype: 
             for at in range(plain_hooks.LAYERS):
                 expected = reference.point(summed, "resid_mid", at)[number, 4 - len(ids) :]
                 assert torch.equal(run.read(number, "resid_mid", at), expected)
-    with pytest.raises(hookmap.InterventionError, match=r"resid_mid.*no single tensor of the model holds it"):
+    with raises(hookmap.InterventionError, "resid_mid", "no single tensor of the model holds it"):
         hm.generate(ragged, [{"do": "scale", "point": "resid_mid", "layers": 1, "factor": 2.0}], None, 2)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from support.invented import DEPTH, D, Ladder, Rung, V, check, note, through
+from support.raises import raises
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover
@@ -31,7 +32,7 @@ def test_a_tape_that_differs_fails_the_check() -> None:
             note(self.i, resid_mid=x)
             return super().forward(x)
 
-    with pytest.raises(AssertionError, match=r"resid_mid\[1\] is another tensor"):
+    with raises(AssertionError, "resid_mid[1] is another tensor"):
         check(Ladder(Liar))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.invented import D, Ladder, Mix, Rung, V, check, listening, note, told
+from support.raises import raises
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -235,7 +236,7 @@ class Pair(Ladder):
 
 
 def test_a_stream_that_crosses_the_blocks_in_two_tensors_is_refused() -> None:
-    with pytest.raises(DiscoveryError, match="two tensors"):
+    with raises(DiscoveryError, "two tensors"):
         discover(Pair(Deferred).eval())
 
 

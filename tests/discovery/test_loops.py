@@ -11,6 +11,7 @@ import transformers
 from support import plain_hooks
 from support.invented import IDS, Ladder, check, read
 from support.invented_loops import FedBack, Whole
+from support.raises import raises
 from torch import Tensor, nn
 
 import hookmap
@@ -99,7 +100,7 @@ def test_a_map_that_says_nothing_of_the_loop_is_refused() -> None:
     model = FedBack().eval()
     found = discover(model)
     silent = found.model_copy(update={"kinds": tuple(kind.model_copy(update={"calls": 1}) for kind in found.kinds)})
-    with pytest.raises(MapMismatchError, match=r"layers 1–2: the map says they run 1 times, the model runs them 3"):
+    with raises(MapMismatchError, "layers 1–2: the map says they run 1 times, the model runs them 3"):
         map_of(model, model, silent)
 
 
@@ -175,7 +176,7 @@ def test_a_map_by_hand_of_a_depth_by_text_is_not_believed_where_a_layer_runs_aga
     with pytest.raises(DiscoveryError):
         hookmap.open(model)
     hm = hookmap.open(model, map=given)
-    with pytest.raises(hookmap.CaptureError, match="called more than once"):
+    with raises(hookmap.CaptureError, "called more than once"):
         hm.capture([[5, 6, 7, 8, 9, 10]], "resid_post", [1], max_new_tokens=0)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import odd_lists, odd_parts, odd_streams, plain_hooks
 from support.invented import DEPTH, D, Ladder, check, read
+from support.raises import raises
 from torch import Tensor, nn
 
 import hookmap
@@ -75,7 +76,7 @@ def test_a_block_in_two_modules_of_one_list_is_one_layer() -> None:
     (selector,) = found.selectors("mlp_out", 1)
     assert selector.module == "trunk.3"
     assert found.final_norm_path == "trunk.6"
-    with pytest.raises(MapMismatchError, match="cannot be told"):
+    with raises(MapMismatchError, "cannot be told"):
         resize(found, 6, D)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.raises import raises
 from torch import Tensor, nn
 
 from hookmap.discovery.block import Block
@@ -293,7 +294,7 @@ def test_a_block_that_runs_again_is_counted() -> None:
 
 def test_a_model_without_blocks_is_refused() -> None:
     values = read(Written(lambda self, x: self.part(x), part=nn.Linear(D, D)))
-    with pytest.raises(DiscoveryError, match="no blocks were found"):
+    with raises(DiscoveryError, "no blocks were found"):
         find_layers(values, SEQ)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from support.raises import raises
 
 import hookmap
 from hookmap.activations import Activation, Sample
@@ -133,7 +134,7 @@ def test_questions_are_paired_so_that_how_hard_they_are_falls_out() -> None:
     hard = draw.normal(0, 10, 40)
     found = comparing.compare(hard + 0.3 + draw.normal(0, 0.1, 40), hard)
     assert found.p < 0.001 and 0.25 < found.low < found.difference < found.high < 0.35
-    with pytest.raises(ValueError, match="two arrays"):
+    with raises(ValueError, "two arrays"):
         comparing.compare(np.zeros(3), np.zeros(4))
 
 
@@ -344,7 +345,7 @@ def the_folder_refuses_another_experiment(folder: Path) -> None:
     heavier = Experiment.model_validate({**SMALL, "rewards": {"format": 2.0}})
     with pytest.raises(hookmap.StoreError, match=r"rewards.format: there 0.0, now 2.0(.|\n)*--again score"):
         run(heavier, folder)
-    with pytest.raises(hookmap.StoreError, match=r"rewards\.format"):
+    with raises(hookmap.StoreError, "rewards.format"):
         run(heavier, folder, again="report")
     before = (folder / "generated.json").read_bytes()
     report = run(heavier, folder, again="score")
@@ -356,12 +357,12 @@ def the_folder_refuses_another_experiment(folder: Path) -> None:
 def test_a_stage_that_needs_another_says_so_and_what_cannot_be_kept_is_refused_first(tmp_path: Path) -> None:
     from hookmap.evaluation.experiments.run import run
 
-    with pytest.raises(hookmap.StoreError, match="score comes after configure, which is not done: --stage configure"):
+    with raises(hookmap.StoreError, "score", "--stage configure"):
         run(Experiment.model_validate(SMALL), tmp_path / "e", "score")
-    with pytest.raises(hookmap.SelectionError, match="layer 99"):
+    with raises(hookmap.SelectionError, "layer 99"):
         run(
             Experiment.model_validate({**SMALL, "captures": {"points": ["resid_post"], "layers": [99]}}), tmp_path / "e"
         )
     (tmp_path / "mine.txt").write_text("mine", "utf-8")
-    with pytest.raises(hookmap.StoreError, match="not empty"):
+    with raises(hookmap.StoreError, "not empty"):
         run(Experiment.model_validate(SMALL), tmp_path, "configure")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from support.raises import raises
 
 import hookmap
 from hookmap.demo import MODEL_PATH
@@ -306,7 +307,7 @@ def test_a_killed_evaluation_goes_on_and_does_nothing_finished_again(inspect_ai:
 
     from hookmap.evaluation.gsm8k.run import evaluate
 
-    with pytest.raises(hookmap.StoreError, match=r"opening: there \{\}, now \{'dtype': 'bfloat16'\}"):
+    with raises(hookmap.StoreError, "opening: there {}, now {'dtype': 'bfloat16'}"):
         evaluate(folder, **how, opening={"dtype": "bfloat16"})
     evaluate(folder, **{**how, "parallel": 3})  # smaller batches, or larger ones, are the same run
     logs = [read_eval_log(found) for found in list_eval_logs(str(folder / "inspect"))]
@@ -336,7 +337,7 @@ def test_a_killed_evaluation_goes_on_and_does_nothing_finished_again(inspect_ai:
 
     assert torch.allclose(run.read(0, "resid_post", 16), store.read(sample.sample, "resid_post", 16), atol=1e-3)
 
-    with pytest.raises(hookmap.StoreError, match="mode: there 'no-tools', now 'with-tools'"):
+    with raises(hookmap.StoreError, "mode: there 'no-tools', now 'with-tools'"):
         evaluate(folder, **{**how, "mode": "with-tools"})
 
 

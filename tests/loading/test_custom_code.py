@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support import odd_code
+from support.raises import raises
 from torch import Tensor
 
 import hookmap
@@ -92,7 +93,7 @@ def test_its_map_without_weights_is_the_map_with_them(folder: Path) -> None:
 
 def test_broken_code_is_told_in_one_sentence(folder: Path) -> None:
     (folder / "configuration_loom.py").write_text("import no_such_library\n")
-    with pytest.raises(hookmap.ModelError, match="no_such_library"):
+    with raises(hookmap.ModelError, "no_such_library"):
         hookmap.discover(folder, trust_remote_code=True)
 
 
@@ -100,6 +101,6 @@ def test_a_folder_whose_code_is_no_causal_language_model_says_so(folder: Path) -
     config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]["AutoModelForCausalLM"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(hookmap.ModelError, match="no language model") as error:
+    with raises(hookmap.ModelError, "no language model") as error:
         hookmap.discover(folder, trust_remote_code=True)
     assert len(str(error.value)) < 400

@@ -1,8 +1,8 @@
 """What a sample brings besides its token ids, laid out for a batch: against the padded arrays written out by hand."""
 
-import pytest
 import torch
 from support import plain_hooks
+from support.raises import raises
 
 import hookmap
 from hookmap.errors import CaptureError
@@ -43,7 +43,7 @@ def test_a_field_that_the_model_does_not_read_is_refused() -> None:
     hm = hookmap.open(plain_hooks.build("llama"))
     prompt = Prompt("", (5, 6), inputs=FurtherInputs.of({"pixel_values": torch.ones(1, 3, 4, 4)}))
     for new in (0, 2):
-        with pytest.raises(CaptureError, match="LlamaForCausalLM reads no pixel_values"):
+        with raises(CaptureError, "LlamaForCausalLM reads no pixel_values"):
             hm.capture(prompt, "resid_post", max_new_tokens=new)
 
 

@@ -14,6 +14,7 @@ import transformers
 from click.testing import CliRunner
 from support import plain_hooks
 from support.plain_hooks import FAMILIES, LAYERS, Family
+from support.raises import raises
 from support.served import demo, serving
 from support.tiny_tokenizer import tiny_tokenizer
 from torch import nn
@@ -243,7 +244,7 @@ def test_fields_that_a_config_does_not_have_are_refused_all_at_once(tmp_path: Pa
     for said in ("3 fields", "rms_norm_ep: LlamaConfig has no such field; did you mean rms_norm_eps",
                  "hidden_size: TypeError", "vocab_size.x: vocab_size is no config"):  # fmt: skip
         assert said in str(told.value)
-    with pytest.raises(hookmap.ModelError, match=r"Set it on the module: module\.config\.FIELD = VALUE"):
+    with raises(hookmap.ModelError, "Set it on the module: module.config.FIELD = VALUE"):
         hookmap.open(plain_hooks.build("llama"), config={"rms_norm_eps": 0.5})
 
 
@@ -356,7 +357,7 @@ def test_a_model_of_state_space_layers_alone_is_read_without_a_cache() -> None:
     hm = hookmap.open(model)
     found = hm.capture(IDS, "resid_post", 1, max_new_tokens=0)["resid_post", 1]
     torch.testing.assert_close(found, rows[0][0] if isinstance(rows[0], tuple) else rows[0])
-    with pytest.raises(hookmap.CaptureError, match="use_cache=False generates without one"):
+    with raises(hookmap.CaptureError, "use_cache=False generates without one"):
         hm.capture(IDS, "resid_post", 1, max_new_tokens=2)
     assert len(hm.capture(IDS, "resid_post", 1, max_new_tokens=2, use_cache=False).tokens[0]) == len(IDS[0]) + 2
 
@@ -367,7 +368,7 @@ def test_a_model_that_reads_several_rows_of_codes_is_refused_by_name() -> None:
     config = MusicgenDecoderConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4, num_codebooks=2
     )
-    with pytest.raises(hookmap.ModelError, match="MusicgenForCausalLM embeds what it reads with a ModuleList"):
+    with raises(hookmap.ModelError, "MusicgenForCausalLM", "ModuleList"):
         hookmap.open(transformers.MusicgenForCausalLM(config))
 
 
@@ -449,15 +450,15 @@ def test_a_git_lfs_pointer_of_a_tokenizer_is_named(name: str, tmp_path: Path) ->
 def test_other_git_lfs_pointers_are_named(tmp_path: Path) -> None:
     for name in ("map.json", "prompts.jsonl", "vector.safetensors"):
         (tmp_path / name).write_text(POINTER)
-    with pytest.raises(hookmap.MapError, match=r"map\.json is a Git LFS pointer"):
+    with raises(hookmap.MapError, "map.json is a Git LFS pointer"):
         hookmap.load_map(tmp_path / "map.json")
-    with pytest.raises(hookmap.DataError, match=r"prompts\.jsonl is a Git LFS pointer"):
+    with raises(hookmap.DataError, "prompts.jsonl is a Git LFS pointer"):
         list(hookmap.load_prompts(tmp_path / "prompts.jsonl"))
-    with pytest.raises(hookmap.StoreError, match=r"vector\.safetensors is a Git LFS pointer"):
+    with raises(hookmap.StoreError, "vector.safetensors is a Git LFS pointer"):
         load_vector(tmp_path / "vector.safetensors")
 
 
 def test_a_folder_that_holds_an_adapter_alone_is_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(hookmap.ModelError, match=r"holds a PEFT adapter, and no model.*AutoPeftModelForCausalLM"):
+    with raises(hookmap.ModelError, "PEFT adapter", "AutoPeftModelForCausalLM"):
         hookmap.open(tmp_path)

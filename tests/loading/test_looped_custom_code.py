@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import looped_code
+from support.raises import raises
 from torch import Tensor, nn
 
 import hookmap
@@ -24,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_looped_code_that_is_not_trusted_is_not_executed(folder: Path) -> None:
     for use in (hookmap.open, hookmap.discover, hookmap.verify):
-        with pytest.raises(hookmap.HookmapError, match="trust-remote-code"):
+        with raises(hookmap.HookmapError, "trust-remote-code"):
             use(folder)
     assert not (folder / "ran").exists()
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from support import plain_hooks
+from support.raises import raises
 from support.served import serving
 from support.tiny_tokenizer import tiny_tokenizer
 from torch import nn
@@ -323,7 +324,7 @@ def test_a_wrapper_without_generate_reads_and_does_not_generate() -> None:
     x = Doubled(plain_hooks.build("llama"))
     hm = hookmap.open(x)
     assert hm.capture([IDS], "resid_post", LAYER, max_new_tokens=0)["resid_post", LAYER].equal(read(x))
-    with pytest.raises(hookmap.CaptureError, match="Doubled has no `generate`, and the one of the LlamaForCausalLM"):
+    with raises(hookmap.CaptureError, "Doubled", "`generate`", "LlamaForCausalLM"):
         hm.capture([IDS], "resid_post", LAYER, max_new_tokens=1)
 
 
@@ -340,7 +341,7 @@ class Tempered(Doubled):
 
 
 def test_a_wrapper_with_other_logits_than_its_model_is_refused() -> None:
-    with pytest.raises(hookmap.ModelError, match="Tempered gives other logits than the LlamaForCausalLM in it"):
+    with raises(hookmap.ModelError, "Tempered", "logits", "LlamaForCausalLM"):
         hookmap.open(Tempered(plain_hooks.build("llama")))
 
 
@@ -353,7 +354,7 @@ def test_a_wrapper_s_own_generation_settings_apply() -> None:
 
 
 def test_copies_on_several_devices_are_refused() -> None:
-    with pytest.raises(hookmap.DiscoveryError, match="a DataParallel runs copies of its model"):
+    with raises(hookmap.DiscoveryError, "a DataParallel runs copies of its model"):
         hookmap.open(nn.DataParallel(plain_hooks.build("llama")))
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.documents import hybrid, uniform
+from support.raises import raises
 
 from hookmap import MapError, MapNotFoundError
 from hookmap.maps.json_schema import schema
@@ -100,7 +101,7 @@ def test_a_layer_of_two_kinds_is_refused() -> None:
 def test_an_unknown_point_is_refused() -> None:
     document = hybrid()
     document["kinds"][0]["points"]["resid_middle"] = document["kinds"][0]["points"]["resid_mid"]
-    with pytest.raises(MapError, match="resid_middle"):
+    with raises(MapError, "resid_middle"):
         parse(document)
 
 
@@ -124,8 +125,8 @@ def test_a_file_that_is_no_map_says_where(tmp_path: Path, text: str, message: st
 
 
 def test_a_missing_or_binary_file_is_a_map_error(tmp_path: Path) -> None:
-    with pytest.raises(MapNotFoundError, match="hookmap discover"):
+    with raises(MapNotFoundError, "hookmap discover"):
         load(tmp_path / "none.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(MapError, match="cannot be read"):
+    with raises(MapError, "cannot be read"):
         load(tmp_path / "binary.json")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.documents import hybrid, point, term, uniform
+from support.raises import raises
 
 from hookmap import MapError
 from hookmap.maps.document import ArchitectureMap
@@ -231,7 +232,7 @@ def test_a_list_that_repeats_itself_is_written_once() -> None:
     assert folded({"layer_types": types}) == {
         "layer_types": [{"5 times": [{"5 times": ["sliding"]}, "full"]}, "sliding", "sliding"]
     }
-    with pytest.raises(ValueError, match="may have 100000 elements"):
+    with raises(ValueError, "may have 100000 elements"):
         unfolded([{"99999 times": [{"99999 times": [1]}]}])
 
 
@@ -314,7 +315,7 @@ def test_a_document_whose_keys_were_sorted_is_refused(key: Any) -> None:
 
 
 def test_another_schema_is_refused() -> None:
-    with pytest.raises(MapError, match=r"is a map of schema 3, and this hookmap reads schemas 1 to 2\. Update"):
+    with raises(MapError, "is a map of schema 3, and this hookmap reads schemas 1 to 2. Update"):
         parse(document(schema_version=3))
     assert "schema_version: expected 2, found 0" in problems_of(document(schema_version=0))
 

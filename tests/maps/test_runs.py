@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from support.raises import raises
 
 from hookmap.maps.runs import layers_of, text_of
 
@@ -39,5 +40,5 @@ def test_what_is_written_is_read_again() -> None:
 
 @pytest.mark.parametrize("text", ["0-1, 3 x (2", "0; 1", "a", "0)"])
 def test_what_is_no_order_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no order of layers"):
+    with raises(ValueError, "is no order of layers"):
         layers_of(text)

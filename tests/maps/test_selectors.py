@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.documents import hybrid
+from support.raises import raises
 
 from hookmap import CaptureError, SelectionError
 from hookmap.maps.document import ArchitectureMap
@@ -108,24 +109,24 @@ def test_all_problems_are_in_one_message_with_near_matches_reasons_and_the_next_
 
 @pytest.mark.parametrize("layers", [["8"], [1.0], [True], "0,1", [None]])
 def test_a_layer_that_is_no_number_is_refused(layers: Any) -> None:
-    with pytest.raises(SelectionError, match="not a whole number"):
+    with raises(SelectionError, "not a whole number"):
         select(MAP, "resid_pre", layers)
 
 
 def test_no_points_is_an_error_and_not_an_empty_selection() -> None:
-    with pytest.raises(SelectionError, match="no points given"):
+    with raises(SelectionError, "no points given"):
         select(MAP, [])
 
 
 def test_no_layers_is_an_error_unless_no_point_needs_one() -> None:
-    with pytest.raises(SelectionError, match="no layers given"):
+    with raises(SelectionError, "no layers given"):
         select(MAP, "resid_pre", [])
     assert [s.point for s in select(MAP, "embed", [])] == ["embed"]
 
 
 @pytest.mark.parametrize("points", [None, 3, [3], [None, "resid_pre"]])
 def test_a_point_that_is_no_name_is_refused(points: Any) -> None:
-    with pytest.raises(SelectionError, match="is not a name"):
+    with raises(SelectionError, "is not a name"):
         select(MAP, points, 0)
 
 
@@ -210,14 +211,14 @@ def test_resolve_finds_the_tensor_in_what_a_plain_hook_sees() -> None:
 def test_resolve_says_what_it_found_where_the_tensor_is_not(args: Any, kwargs: Any, output: Any) -> None:
     for point in ("resid_pre", "mixer_out", "mlp_out"):
         (selector,) = select(MAP, point, 3)
-        with pytest.raises(CaptureError, match="hookmap discover"):
+        with raises(CaptureError, "hookmap discover"):
             selector.resolve(args, kwargs, output)
 
 
 def test_a_point_that_is_a_sum_shows_its_terms_and_refuses_to_be_one_tensor() -> None:
     (selector,) = select(MAP, "resid_post", 3)
     assert [str(t) for t in selector.terms] == ["model.layers.3.input['hidden_states']", "model.layers.3.add.output"]
-    with pytest.raises(CaptureError, match="sum of 2 tensors"):
+    with raises(CaptureError, "sum of 2 tensors"):
         selector.resolve((), {}, None)
 
 

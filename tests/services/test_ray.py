@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from support.raises import raises
 
 import hookmap
 from hookmap.demo import MODEL_PATH
@@ -173,7 +174,7 @@ def test_a_capture_inside_the_progress_of_another_is_refused(hm: Any, tmp_path: 
     def inside(_: Any) -> None:
         hm.capture(PROMPTS[0], **CHOSEN)
 
-    with pytest.raises(CaptureError, match="in the middle of a capture"):
+    with raises(CaptureError, "in the middle of a capture"):
         hm.capture(PROMPTS, **CHOSEN, store=tmp_path / "run", progress=inside)
     assert len(open_store(tmp_path / "run")) == 2
     hm.capture(PROMPTS, **CHOSEN, store=tmp_path / "run", resume=True)
@@ -204,9 +205,9 @@ def test_ray_that_is_shut_down_in_the_middle_is_told(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_opened_is_told_at_once(cluster: None) -> None:
     with hookmap.open_on_ray("no/such-model", workers=1) as opened:
-        with pytest.raises(ModelError, match="no/such-model"):
+        with raises(ModelError, "no/such-model"):
             opened.capture(PROMPTS[0], **CHOSEN)
-        with pytest.raises(CaptureError, match="no worker is left"):  # it waited for one, without end
+        with raises(CaptureError, "no worker is left"):  # it waited for one, without end
             opened.capture(PROMPTS[0], **CHOSEN)
 
 
@@ -230,12 +231,12 @@ def test_a_folder_is_found_from_where_the_driver_is(
 def test_a_model_that_was_closed_is_told(cluster: None) -> None:
     closed = hookmap.open_on_ray(MODEL_PATH, workers=1)
     closed.close()
-    with pytest.raises(CaptureError, match="no worker is left"):
+    with raises(CaptureError, "no worker is left"):
         closed.capture(PROMPTS[0], **CHOSEN)
 
 
 def test_too_many_workers_are_refused(cluster: None) -> None:
-    with pytest.raises(CaptureError, match="need 2, the cluster has 0"):
+    with raises(CaptureError, "need 2, the cluster has 0"):
         hookmap.open_on_ray(MODEL_PATH, workers=2, gpus_per_worker=1)
 
 
@@ -261,7 +262,7 @@ def test_what_cannot_be_run_on_workers_is_told_before_any_starts(hm: Any, tmp_pa
 
 def test_a_machine_that_does_not_share_the_disk_is_told(tmp_path: Path) -> None:
     capture = RunningCapture("1", CHOSEN, str(tmp_path / "elsewhere"), "shards/.driver-0.tmp")
-    with pytest.raises(StoreError, match="all machines share"):
+    with raises(StoreError, "all machines share"):
         Worker(str(MODEL_PATH), {}).run(capture, (), [0], [0])
 
 
@@ -269,7 +270,7 @@ def test_only_parts_are_adopted(alone: hookmap.Capture, tmp_path: Path) -> None:
     outside = tmp_path / "precious"
     outside.write_text("mine")
     writer = FolderWriter.create(tmp_path / "run", alone.manifest)
-    with writer, pytest.raises(StoreError, match="no part of a capture"):
+    with writer, raises(StoreError, "no part of a capture"):
         writer.adopt(Group((), (), ("../../precious",), {}))
     assert outside.read_text() == "mine"
 

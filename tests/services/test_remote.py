@@ -11,6 +11,7 @@ import torch
 from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.schema.request import RequestModel
 from support import plain_hooks
+from support.raises import raises
 from transformers import AutoTokenizer
 
 import hookmap
@@ -109,28 +110,28 @@ def test_everything_comes_back_through_saves_alone(tmp_path: Path) -> None:
 def test_what_needs_weights_here_is_refused() -> None:
     there = hookmap.open_remote(MODEL_PATH, "local")
     for call in (lambda: there.lens("Hi"), lambda: there.attribute("Hi"), lambda: there.proofs):
-        with pytest.raises(ModelError, match="no weights here"):
+        with raises(ModelError, "no weights here"):
             call()
-    with pytest.raises(ModelError, match="no weights here"):
+    with raises(ModelError, "no weights here"):
         there.generate("Hi", [{"do": "ablate", "point": "mlp_out", "layers": [1]}])
-    with pytest.raises(CaptureError, match="remotely only"):
+    with raises(CaptureError, "remotely only"):
         there.capture("Hi", ["resid_mid"], [1], engine="hooks")
-    with pytest.raises(CaptureError, match="seed"):
+    with raises(CaptureError, "seed"):
         there.capture("Hi", ["resid_mid"], [1], do_sample=True, seed=1)
 
 
 def test_a_request_that_cannot_be_sent_is_told() -> None:
     """nnsight asks the hub for the model's name before it asks the server."""
-    with pytest.raises(CaptureError, match="failed on http"):
+    with raises(CaptureError, "failed on http"):
         hookmap.open_remote(MODEL_PATH, "http://127.0.0.1:9").capture("Hi", ["resid_mid"], [1], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("remote", [False, None, "", 5])
 def test_what_names_no_server_is_refused_and_does_not_run_here(remote: Any) -> None:
-    with pytest.raises(CaptureError, match="expected True"):
+    with raises(CaptureError, "expected True"):
         hookmap.open_remote(MODEL_PATH, remote)
 
 
 def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(ModelError, match="cannot open a int remotely"):
+    with raises(ModelError, "cannot open a int remotely"):
         hookmap.open_remote(5, "local")

@@ -8,6 +8,7 @@ import openai
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
+from support.raises import raises
 from support.scripted import scripted
 from support.served import NAME, Served, serving
 
@@ -150,6 +151,6 @@ def test_activations_are_kept_beside_calls(client: OpenAI, served: Served) -> No
 def test_what_only_constrained_decoding_could_promise_is_refused(
     client: OpenAI, options: dict[str, Any], param: str
 ) -> None:
-    with pytest.raises(openai.BadRequestError, match="no constrained decoding") as error:
+    with raises(openai.BadRequestError, "no constrained decoding") as error:
         client.chat.completions.create(model=NAME, messages=ASK, **options)  # type: ignore[call-overload]
     assert error.value.param == param

@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
+from support.raises import raises
 from support.served import MESSAGES, NAME, Served, demo, serving
 
 import hookmap
@@ -230,11 +231,11 @@ def test_sessions_go_by_size_and_age_the_oldest_first(tmp_path: Path) -> None:
     running, _ = sessions.begin("m", 400)
     third = make(1000)
     assert [s.id for s in sessions.all()] == [second, running.id, third] and not (tmp_path / first).exists()
-    with pytest.raises(ApiError, match="no room") as error:
+    with raises(ApiError, "no room") as error:
         sessions.begin("m", 2400)
     assert error.value.status == 503, "a running one is never removed"
     assert [s.id for s in sessions.all()] == [second, running.id, third], "nor a finished one in vain"
-    with pytest.raises(ApiError, match="still being written"):
+    with raises(ApiError, "still being written"):
         sessions.delete(running.id)
     sessions.drop(running)
     kept = make(10)
@@ -270,7 +271,7 @@ def test_a_folder_that_fails_is_told_without_its_name(served: Served, caplog: py
 
 def test_a_session_that_is_deleted_while_it_is_read_is_not_found(served: Served) -> None:
     id = served.chat(store_activations=True, max_tokens=1).json()["session_id"]
-    with pytest.raises(ApiError, match="no session") as error, served.sessions.reading(id) as store:
+    with raises(ApiError, "no session") as error, served.sessions.reading(id) as store:
         served.sessions.delete(id)
         store.read(0, "resid_mid", 8)
     assert error.value.status == 404
@@ -287,7 +288,7 @@ def test_a_new_server_finds_the_finished_sessions_and_removes_the_others(served:
     sessions = Sessions(tmp_path, 10**9, 3600)
     assert [each.id for each in sessions.all()] == [id]
     assert (tmp_path / "mine").exists() and not half.exists()
-    with pytest.raises(hookmap.StoreError, match="another process"):
+    with raises(hookmap.StoreError, "another process"):
         Sessions(tmp_path, 10**9, 3600)
     sessions.close()
 

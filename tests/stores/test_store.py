@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from support.documents import hybrid
+from support.raises import raises
 from support.store_runs import Run, resid, tree
 
 from hookmap.activations import Activation, Sample, Sink
@@ -147,7 +148,7 @@ class TestEveryStore:
         made.sink.write(Activation(0, "resid_pre", 0, 0, torch.zeros(2, 16)))
         store = made.store()
         assert len(store) == 0 and store["resid_pre", 0] == []
-        with pytest.raises(SelectionError, match="sample 0 is not in this capture: it has no finished samples yet"):
+        with raises(SelectionError, "sample 0", "no finished samples"):
             store.read(0, "resid_pre", 0)
 
     def test_norms_are_the_mean_length_of_rows(self, place: type[Memory | Folder], tmp_path: Path) -> None:
@@ -222,16 +223,16 @@ class TestEveryStore:
         made = place(SMALL, tmp_path)
         for key in SMALL.keys[:-1]:
             made.sink.write(Activation(0, *key, 0, torch.zeros(2, 16)))
-        with pytest.raises(CaptureError, match=r"should have 2 rows of each tensor: resid_mid\.1 has 0\."):
+        with raises(CaptureError, "should have 2 rows of each tensor: resid_mid.1 has 0."):
             made.sink.finish(Sample(0, "", "", (1, 2, 3), 1, 2))
         made.store()
 
     def test_nothing_comes_after_the_end_of_a_sample(self, place: type[Memory | Folder], tmp_path: Path) -> None:
         made = place(SMALL, tmp_path)
         SMALL.write(made.sink)
-        with pytest.raises(CaptureError, match="sample 0 is finished and gets rows"):
+        with raises(CaptureError, "sample 0 is finished and gets rows"):
             made.sink.write(Activation(0, "resid_pre", 0, 7, torch.zeros(1, 16)))
-        with pytest.raises(CaptureError, match="finished twice"):
+        with raises(CaptureError, "finished twice"):
             made.sink.finish(SMALL.samples[0])
         made.store()
 
@@ -363,20 +364,20 @@ class TestBeginning:
 
     def test_a_folder_with_other_things_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("x")
-        with pytest.raises(StoreError, match=r"is not empty and is no capture: it holds thesis\.tex.*-o DIR"):
+        with raises(StoreError, "is not empty and is no capture: it holds thesis.tex", "-o DIR"):
             FolderWriter.create(tmp_path, SMALL.manifest)
         assert tree(tmp_path) == {"thesis.tex": b"x"}
 
     def test_a_capture_is_not_overwritten(self, tmp_path: Path) -> None:
         written(SMALL, tmp_path / "c")
         before = tree(tmp_path / "c")
-        with pytest.raises(StoreError, match=r"already holds a capture.*--resume.*hookmap inspect"):
+        with raises(StoreError, "already holds a capture", "--resume", "hookmap inspect"):
             FolderWriter.create(tmp_path / "c", SMALL.manifest)
         assert tree(tmp_path / "c") == before
 
     def test_a_file_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "f").write_text("x")
-        with pytest.raises(StoreError, match="is a file"):
+        with raises(StoreError, "is a file"):
             FolderWriter.create(tmp_path / "f", SMALL.manifest)
 
     def test_what_a_killed_beginning_left_is_no_obstacle(self, tmp_path: Path) -> None:
@@ -386,7 +387,7 @@ class TestBeginning:
         assert written(SMALL, tmp_path).verify() == []
 
     def test_resume_needs_a_capture(self, tmp_path: Path) -> None:
-        with pytest.raises(StoreError, match=r"is not a capture: expected a folder, found nothing.*hookmap capture"):
+        with raises(StoreError, "expected a folder", "hookmap capture"):
             FolderWriter.resume(tmp_path / "none", SMALL.manifest)
 
     def test_resume_names_every_difference(self, tmp_path: Path) -> None:
@@ -424,19 +425,19 @@ class TestBeginning:
         with FolderWriter.resume(tmp_path / "c", today):
             pass
         other = {**old, "kinds": [{**kind, "norm_placement": "post"} for kind in old["kinds"]]}
-        with pytest.raises(StoreError, match=r'map\.kinds\.parallel\.norm_placement: the capture has "pre"'):
+        with raises(StoreError, 'map.kinds.parallel.norm_placement: the capture has "pre"'):
             FolderWriter.resume(tmp_path / "c", before.model_copy(update={"map": parse(other).to_document()}))
 
     def test_a_place_that_cannot_be_written_is_not_said_to_be_full(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(StoreError, match=r"cannot write to .*Nothing was written") as caught:
+        with raises(StoreError, "cannot write to", "Nothing was written") as caught:
             FolderWriter.create(tmp_path / "file" / "c", SMALL.manifest)
         assert "room" not in str(caught.value) and "kept" not in str(caught.value)
 
     def test_two_writers_at_once_are_refused(self, tmp_path: Path) -> None:
         with FolderWriter.create(tmp_path / "c", SMALL.manifest) as writer:
             SMALL.write(writer)
-            with pytest.raises(StoreError, match="is being written by another process"):
+            with raises(StoreError, "is being written by another process"):
                 FolderWriter.resume(tmp_path / "c", SMALL.manifest)
 
     def test_resuming_a_finished_capture_changes_nothing(self, tmp_path: Path) -> None:
@@ -457,7 +458,7 @@ class TestBeginning:
 
     def test_it_cannot_be_finished_with_open_samples(self, tmp_path: Path) -> None:
         with (
-            pytest.raises(StoreError, match=r"cannot be closed as finished: samples \[4\] are not"),
+            raises(StoreError, "cannot be closed as finished: samples [4] are not"),
             FolderWriter.create(tmp_path / "c", SMALL.manifest) as writer,
         ):
             writer.write(Activation(4, "resid_pre", 0, 0, torch.zeros(2, 16)))
@@ -469,7 +470,7 @@ def test_a_url_to_write_to_is_refused_and_makes_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(StoreError, match="local folders only"):
+    with raises(StoreError, "local folders only"):
         FolderWriter.create(url, manifest_of_run([("resid_pre", 0)], model="m"))
     assert not list(tmp_path.iterdir())
 
@@ -584,7 +585,7 @@ class TestDamage:
     def test_a_damaged_capture_is_not_resumed(self, tmp_path: Path) -> None:
         written(SMALL, tmp_path / "c")
         (tmp_path / "c" / FIRST).unlink()
-        with pytest.raises(StoreError, match=r"(?s)missing or cut short, the first is 000000.*hookmap inspect"):
+        with raises(StoreError, "missing or cut short, the first is 000000", "hookmap inspect"):
             FolderWriter.resume(tmp_path / "c", SMALL.manifest)
 
 

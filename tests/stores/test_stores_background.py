@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.raises import raises
 from support.store_runs import Run, demo_run, resid, tree, write_or_resume
 
 import hookmap
@@ -257,12 +258,12 @@ def test_an_error_of_the_writer_reaches_the_caller_and_ends_the_writing(tmp_path
 
 def test_an_error_after_the_last_call_is_told_at_the_end(tmp_path: Path) -> None:
     writer, sink = slow(tmp_path / "c", 1 << 20)
-    with pytest.raises(CaptureError, match="sample 0 should have 2 rows of each tensor"), sink:
+    with raises(CaptureError, "sample 0 should have 2 rows of each tensor"), sink:
         for activation in rows(0, 0):
             sink.write(activation)
         sink.finish(a_sample(0, 2))
         writer.gate.set()
-    with pytest.raises(StoreError, match="No such file"):  # and each call says it again
+    with raises(StoreError, "No such file"):  # and each call says it again
         broken = BackgroundWriter(FolderWriter.create(tmp_path / "d", RUN.manifest))
         for file in ("samples.jsonl", "shards.jsonl", "manifest.json"):
             (tmp_path / "d" / file).unlink()
@@ -270,7 +271,7 @@ def test_an_error_after_the_last_call_is_told_at_the_end(tmp_path: Path) -> None
         with broken:
             RUN.write(broken)
     for call in (lambda: broken.write(rows(0, 0)[0]), lambda: broken.finish(a_sample(0, 1)), broken.abandon):
-        with pytest.raises(StoreError, match="No such file"):
+        with raises(StoreError, "No such file"):
             call()
 
 
@@ -304,5 +305,5 @@ def test_abandoned_rows_come_again(tmp_path: Path) -> None:
 def test_a_closed_one_takes_nothing(tmp_path: Path) -> None:
     with BackgroundWriter(FolderWriter.create(tmp_path / "c", RUN.manifest)) as sink:
         RUN.write(sink)
-    with pytest.raises(StoreError, match="is closed: resume it to write more"):
+    with raises(StoreError, "is closed", "resume"):
         sink.write(rows(9, 0)[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.raises import raises
 from support.store_runs import Run, resid, write_or_resume
 from torch.utils.data import DataLoader
 
@@ -154,7 +155,7 @@ def test_workers_go_on_where_a_pass_was_left(tmp_path: Path, workers: int, persi
 
 @pytest.mark.parametrize("where", [(-1,), (0, -1), (0.5,), (0, True)])
 def test_a_place_that_is_none_is_refused(tmp_path: Path, where: tuple[int, ...]) -> None:
-    with pytest.raises(SelectionError, match="expected epoch and batch"):
+    with raises(SelectionError, "expected epoch and batch"):
         numbered(tmp_path / "c", samples=5).dataset("resid_pre", 0).set_epoch(*where)
 
 
@@ -190,5 +191,5 @@ def test_what_is_not_there_is_refused(
 
 
 def test_a_label_that_a_sample_does_not_have_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SelectionError, match="sample 0 has no label 'even': it has odd"):
+    with raises(SelectionError, "sample 0 has no label 'even': it has odd"):
         next(iter(numbered(tmp_path / "c", samples=5).dataset("resid_pre", label="even", shuffle_rows=0)))

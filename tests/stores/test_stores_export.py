@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from support.raises import raises
 from support.store_runs import Run, resid, tree, write_or_resume
 
 from hookmap.cli.main import main
@@ -119,7 +120,7 @@ def test_tensors_of_the_whole_model_are_exported_and_given_to_train_on(tmp_path:
     store = open_store(tmp_path / "c")
     export(store, "numpy", tmp_path / "out", point="logits")
     assert sorted(f.name for f in (tmp_path / "out").glob("l*.npy")) == ["logits.npy"]
-    with pytest.raises(SelectionError, match="logits is a tensor of the whole model"):
+    with raises(SelectionError, "logits is a tensor of the whole model"):
         export(store, "numpy", tmp_path / "two", point="logits", layer=1)
     assert set(next(iter(store.dataset(["logits", "hook_resid_mid"])))) == {"logits", "resid_mid.0", "resid_mid.1"}
 
@@ -142,20 +143,20 @@ def test_what_a_layout_cannot_hold_is_refused(
 
 
 def test_a_point_that_is_not_held_is_refused(capture: Path, tmp_path: Path) -> None:
-    with pytest.raises(SelectionError, match="this capture does not hold mlp_out"):
+    with raises(SelectionError, "this capture does not hold mlp_out"):
         export(open_store(capture), "numpy", tmp_path / "out", point="mlp_out")
 
 
 def test_a_capture_without_samples_is_refused(tmp_path: Path) -> None:
     write_or_resume(tmp_path / "c", replace(RUN, batches=[]))
-    with pytest.raises(StoreError, match="nothing to export: no finished sample"):
+    with raises(StoreError, "nothing to export: no finished sample"):
         export(open_store(tmp_path / "c"), "numpy", tmp_path / "out")
 
 
 def test_nothing_is_written_over(capture: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    with pytest.raises(StoreError, match="exists already"):
+    with raises(StoreError, "exists already"):
         export(open_store(capture), "numpy", tmp_path / "out")
 
 

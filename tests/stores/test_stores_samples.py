@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.raises import raises
 
 from hookmap.activations import Activation, Sample
 from hookmap.cli.main import main
@@ -68,7 +69,7 @@ def test_an_id_of_several_samples_is_refused() -> None:
     memory = MemoryStore(KEYS)
     for number in (3, 5):
         memory.finish(Sample(number, "", "", (1,), 1, 0, id="same"))
-    with pytest.raises(SelectionError, match="id 'same' is of several samples here: 3, 5"):
+    with raises(SelectionError, "id 'same' is of several samples here: 3, 5"):
         memory.by_id("same")
 
 
