@@ -42,9 +42,9 @@ Made by `python benchmarks/encoders.py --table docs/encoders-table.md` with tran
 
 *Proved*: of a narrow copy of a few layers, every point in the map that discovery finds is verified
 ([how](discovery.md)), and a capture runs on it: a generation of an encoder-decoder, whose rows are the decoder's
-tokens, and a harvest of an encoder. *Refused*: hookmap says why it makes no map. *Error*: the class cannot be
-built, or does not run on the inputs that hookmap makes for it. *Wrong*: verification refutes the map, or the capture
-fails.
+tokens, and a harvest of an encoder. *Refused*: hookmap says why it makes no map, or no capture. *Error*: the class
+cannot be built, or does not run on the inputs that hookmap makes for it. *Wrong*: verification refutes the map, or
+the capture fails.
 
 | class | reads | status | blocks | not there, and why |
 | --- | --- | --- | --- | --- |
@@ -125,6 +125,7 @@ def _status(error: Exception) -> str:
 
 def _tried(name: str) -> dict[str, Any]:
     import hookmap
+    from hookmap.errors import ModelError
     from hookmap.loading.configs import build
     from hookmap.loading.narrow import narrow
     from hookmap.verification.verify import redraw, verify
@@ -141,6 +142,8 @@ def _tried(name: str) -> dict[str, Any]:
         raise Wrong("; ".join(failed))
     try:
         detail = _captured(model)
+    except ModelError as error:
+        raise ModelError(f"the map is proved; a capture is refused: {error}") from error
     except hookmap.HookmapError as error:
         raise Wrong(str(error)) from error
     missing = {point: why for kind in found.kinds for point, why in kind.unavailable.items()}

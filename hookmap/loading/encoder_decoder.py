@@ -20,6 +20,8 @@ TOKENS, DECODER_TOKENS = "input_ids", "decoder_input_ids"
 _FEATURES = ("num_mel_bins", "feature_projection_input_dim", "n_mels", "input_feat_per_channel", "hidden_size")
 """fields of a config that say how many numbers an encoder of sounds reads of each frame"""
 _FRAMES, _SAMPLES = 64, 4000
+_PATCHES, _PLACE = "flattened_patches", 2
+"""patches with their row and their column, whole numbers, in front of their own"""
 _taken: weakref.WeakKeyDictionary[nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
 """model -> the shape that its encoder takes, once it took one"""
 
@@ -92,6 +94,8 @@ def source(
     inside = model_inside(model)
     for shape in (_taken[inside],) if inside in _taken else _shapes(model, name):
         values = torch.ones((rows, *shape)) if draw is None else torch.randn((rows, *shape), generator=draw)
+        if name == _PATCHES:
+            values[..., :_PLACE] = 1
         parameter = next(model.parameters())
         given = {name: values.to(device=device, dtype=parameter.dtype)}
         if inside in _taken or (said := _refusal(model, given)) is None:
@@ -145,29 +149,35 @@ def _refusal(model: nn.Module, given: dict[str, Any]) -> str | None:
     return None
 
 
+def widths_of_frames(model: nn.Module) -> list[int]:
+    """How many numbers an encoder of sounds may read of each frame, as the fields of the configs say."""
+    configs = configs_in(model_inside(model).config)
+    sizes = (getattr(each, field, None) for field in _FEATURES for each in configs)
+    return list(dict.fromkeys(size for size in sizes if isinstance(size, int)))
+
+
 def _shapes(model: nn.Module, name: str) -> Iterator[tuple[int, ...]]:
     """Shapes that an encoder of sounds or of images may read, without the batch."""
-    configs = _configs(model_inside(model).config)
+    configs = configs_in(model_inside(model).config)
     if name == "pixel_values":
         for config in configs:
             size = getattr(config, "image_size", None)
             if size is not None:
                 yield (getattr(config, "num_channels", 3), *(size if isinstance(size, (list, tuple)) else (size, size)))
-    elif name == "flattened_patches":  # the row and the column of each patch, and its numbers
-        yield from ((_FRAMES, 2 + n) for each in configs if (n := getattr(each, "patch_embed_hidden_size", None)))
+    elif name == _PATCHES:
+        yield from ((_FRAMES, _PLACE + n) for each in configs if (n := getattr(each, "patch_embed_hidden_size", None)))
     elif name == "input_features":
         frames = [n for each in configs if (n := getattr(each, "max_source_positions", None))]
-        for field in _FEATURES:
-            for width in {n for each in configs if isinstance(n := getattr(each, field, None), int)}:
-                yield from ((width, 2 * most) for most in frames if most <= 1500)
-                yield (_FRAMES, width)
-                yield (width, _FRAMES)
+        for width in widths_of_frames(model):
+            yield from ((width, 2 * most) for most in frames if most <= 1500)
+            yield (_FRAMES, width)
+            yield (width, _FRAMES)
     elif name in ("input_values", "inputs"):
         yield (_SAMPLES,)
         yield (4 * _SAMPLES,)
 
 
-def _configs(config: Any) -> list[Any]:
+def configs_in(config: Any) -> list[Any]:
     """A config and all that are in it."""
     inner = [value for value in vars(config).values() if hasattr(value, "to_dict")]
-    return [config, *(each for part in inner for each in _configs(part))]
+    return [config, *(each for part in inner for each in configs_in(part))]

@@ -58,10 +58,18 @@ def model_root(module: nn.Module, weights: bool = True) -> nn.Module:
         p.is_meta for module in root.modules() if not _brings_weights(module) for p in module.parameters(False)
     ):
         raise ModelError(f"{type(root).__name__} has no weights (meta device): load them, then open it.")
-    embedding = root.get_input_embeddings()
+    try:
+        embedding = root.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # transformers' way to say that it names none (Dia)
+        embedding = None
     if not isinstance(getattr(embedding, "weight", None), torch.Tensor):
+        what = (
+            "names no embedding of what it reads"
+            if embedding is None
+            else (f"embeds what it reads with a {type(embedding).__name__}")
+        )
         raise ModelError(
-            f"{type(root).__name__} embeds what it reads with a {type(embedding).__name__}: expected one embedding of "
+            f"{type(root).__name__} {what}: expected one embedding of "
             "token ids, because a sample's rows are those of its token ids. Its map can be had: hookmap discover"
         )
     found: nn.Module = root

@@ -55,6 +55,8 @@ _SHARES = ((("adaptor_config", "intermediate_size"), ("text_config", "hidden_siz
 _PRODUCTS = (
     ("num_attention_heads", "attention_head_dim", ("attention_hidden_size",)),
     ("num_heads", "head_dim", ("expand", "hidden_size")),
+    ("num_heads", "d_kv", ("hidden_size",)),
+    ("num_attention_heads", "d_kv", ("hidden_size",)),
     ("n_mamba_heads", "mamba_headdim", ("mamba_expand", "hidden_size")),
     ("mamba_n_heads", "mamba_d_head", ("mamba_d_ssm",)),
 )
@@ -146,7 +148,7 @@ def _narrow(config: Any, original: Any, kept: Collection[str], text: Any = None)
     names = getattr(config, "attribute_map", {})
     settings, before = vars(config), vars(original)
     for name, value in list(settings.items()):
-        if name.startswith("_") or name in names or name in kept:
+        if name.startswith("_") or names.get(name, name) != name or name in kept:
             continue
         if hasattr(value, "to_dict"):
             _narrow(value, before[name], kept, text)

@@ -1,4 +1,4 @@
-"""What a model's `forward` is given besides token ids, where ids alone do not run it: a picture, boxes, other ids.
+"""What a model's `forward` is given besides token ids, where ids alone do not run it: a picture, sounds, boxes, codes.
 
 The names are those that transformers uses for these arguments in all of its models; the sizes are the config's.
 """
@@ -6,7 +6,7 @@ The names are those that transformers uses for these arguments in all of its mod
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -14,34 +14,84 @@ import torch
 from torch import Tensor, nn
 
 from hookmap.errors import HookmapError
+from hookmap.loading.encoder_decoder import TOKENS, configs_in, tokens_argument, widths_of_frames
 from hookmap.loading.modules import device_of
 
 Result = TypeVar("Result")
 
 _OTHER_IDS = 3
 """as many ids of another text, such as the one that a Q-Former reads: fewer than tokens, so that the two differ"""
+_CODES = ("num_codebooks", "num_channels")
+_VOCABULARIES = ("vocab_size", "codebook_vocab_size")
 _CHOSEN: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def attempts(model: nn.Module, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Arguments besides those given: none; then what else `forward` knows of a text; then pictures too.
+    """Arguments besides those given: none; what else `forward` knows of a text; pictures; sounds; ids of several codes.
 
     `given` has the ids of the text, [batch, pos].
     """
     yield {}
-    if not isinstance(ids := given.get("input_ids"), Tensor):
+    tokens = tokens_argument(model)
+    ids = given.get(TOKENS, given.get(tokens))
+    if not isinstance(ids, Tensor):
         return
     names = _parameters(model)
     beside = {name: make(model, ids) for name, make in _BESIDE.items() if name in names}
     beside |= {name: _ones(model, ids) for name in names if name.endswith("_input_ids") and "decoder" not in name}
+    beside |= dict(_demanded(model, ids))
     if beside:
         yield beside
+    for seen in _pictures(model, ids, names):
+        yield {**beside, **seen}
+    if "input_features" in names:
+        for heard in _sounds(model, ids):
+            yield {**beside, "input_features": heard}
+    for codes in _codes(model, given.get(tokens, ids)):
+        yield {**beside, tokens: codes}
+
+
+def _pictures(model: nn.Module, ids: Tensor, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
+    """One picture for each sequence, or one of several, with its mask; or what an encoder makes of one."""
     for name, images in (("pixel_values", (None, 1)), ("image_embeds", ())) if "pixel_values" in names else ():
         for count in images:
-            if (picture := pixels(model, ids, count)) is not None:
-                yield {**beside, name: picture}
+            if (picture := pixels(model, ids, count)) is None:
+                continue
+            yield {name: picture}
+            if count is not None and (mask := "pixel_attention_mask") in names:
+                yield {name: picture, mask: torch.ones(picture.shape[:2], dtype=torch.bool, device=ids.device)}
     if "image_embeds" in names and (width := _size(model, "hidden_size", "embed_dim")):
-        yield {**beside, "image_embeds": _numbers(model, (ids.shape[0], 1, width))}
+        yield {"image_embeds": _numbers(model, (ids.shape[0], 1, width))}
+
+
+def _demanded(model: nn.Module, ids: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A vector for each argument that has no default and whose size the config says: `max_state_dim` of `state`."""
+    for name, parameter in list(inspect.signature(type(model).forward).parameters.items())[1:]:
+        plain = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if plain and parameter.default is parameter.empty:
+            for field in (f"max_{name}_dim", f"{name}_dim", f"{name}_size"):
+                if isinstance(size := getattr(getattr(model, "config", None), field, None), int):
+                    yield name, _numbers(model, (ids.shape[0], size))
+                    break
+
+
+def _sounds(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
+    """Frames of sound, [batch, features, frames], as many as belong to the tokens: so many for each of them."""
+    for config in _configs(model):
+        for field, count in vars(config).items():
+            if field.endswith(("_per_tok", "_per_token")) and isinstance(count, int) and "expert" not in field:
+                for width in widths_of_frames(model):
+                    yield _numbers(model, (ids.shape[0], width, count * ids.shape[1]))
+
+
+def _codes(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
+    """Ids of several codebooks at each position, [batch, pos, codes], also with a token of text beside them."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    sizes = [n for f in _VOCABULARIES if isinstance(n := getattr(text, f, None), int)]
+    for count in dict.fromkeys(n for f in _CODES if isinstance(n := getattr(text, f, None), int)):
+        for codes in (count, count + 1) if sizes else ():
+            yield (ids % min(sizes))[..., None].expand(*ids.shape, codes).contiguous()
 
 
 def ran(model: nn.Module, given: Mapping[str, Any], run: Callable[[dict[str, Any]], Result]) -> Result:
@@ -91,7 +141,8 @@ def pixels(model: nn.Module, ids: Tensor, images: int | None = None) -> Tensor |
 
     None where the config has no size of pictures.
     """
-    part = _part_with(getattr(model, "config", None), "image_size")
+    configs = _configs(model)
+    part = next((each for each in (*configs[1:], *configs[:1]) if getattr(each, "image_size", None) is not None), None)
     if part is None:
         return None
     size = part.image_size
@@ -125,10 +176,10 @@ def _size(model: nn.Module, *names: str) -> int | None:
     return next((size for name in names if isinstance(size := getattr(text, name, None), int)), None)
 
 
-def _part_with(config: Any, name: str) -> Any:
-    """The config that has this field: this one, or the first inside it."""
-    inner = (getattr(config, each, None) for each in getattr(config, "sub_configs", None) or ())
-    return next((each for each in (*inner, config) if getattr(each, name, None) is not None), None)
+def _configs(model: nn.Module) -> list[Any]:
+    """The model's config and all that are in it; none where it has none."""
+    config = getattr(model, "config", None)
+    return configs_in(config) if hasattr(config, "to_dict") else []
 
 
 def _numbers(model: nn.Module, shape: tuple[int, ...]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hookmap.errors import DiscoveryError
+from hookmap.loading.encoder_decoder import DECODER_TOKENS, TOKENS
 from hookmap.loading.modules import model_inside
 
 _GRID = (2, 22)
@@ -20,10 +21,13 @@ _OF_PICTURES = {"image", "video"}
 
 
 def reads_pictures_alone(model: Any) -> bool:
-    """Whether a transformers model, or its class, reads pictures and no text."""
+    """Whether a transformers model, or its class, reads pictures and no text: its `forward` takes no token ids."""
     said = getattr(model, "input_modalities", None) or ()
     found = {said} if isinstance(said, str) else set(said)
-    return bool(found & _OF_PICTURES) and found <= _OF_PICTURES
+    if not found & _OF_PICTURES or not found <= _OF_PICTURES:
+        return False
+    own = model if isinstance(model, type) else type(model)
+    return not {TOKENS, DECODER_TOKENS} & set(inspect.signature(own.forward).parameters)  # type: ignore[attr-defined]
 
 
 def class_of_tower(config: Any) -> Any:

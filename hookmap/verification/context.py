@@ -98,13 +98,35 @@ def run_once(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Context
     """
     selectors = select(found, found.points)
     ids = _random_ids(found, model, seed)
+
+    def run(_: object) -> Context:
+        context = _observed(found, model, ids, selectors)
+        if not _is_of_the_tokens(context):  # it took the ids for something else (Dia: rows for the codes of each)
+            raise _OfOtherPositions(context)
+        return context
+
     try:
-        return other_inputs.ran(model, {"input_ids": ids}, lambda _: _observed(found, model, ids, selectors))
+        return other_inputs.ran(model, {"input_ids": ids}, run)
+    except _OfOtherPositions as error:
+        return error.context
     except RuntimeError:  # a model of audio reads several rows of ids for one sequence
         rows = modules.rows_per_sequence(getattr(model, "config", None))
         if rows == 1:
             raise
         return _observed(found, model, ids.repeat_interleave(rows, 0), selectors)
+
+
+class _OfOtherPositions(Exception):
+    """The model ran, and no state of its stream is of the tokens that it was given."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__("no state of the stream is of the tokens")
+        self.context = context
+
+
+def _is_of_the_tokens(context: Context) -> bool:
+    states = [tensor for (point, _), tensor in context.values.items() if point in ("resid_pre", "resid_post")]
+    return not states or any(tensor.shape[:2] == (BATCH, POSITIONS) for tensor in states)
 
 
 def missing_modules(found: ArchitectureMap, model: nn.Module) -> list[str]:
