@@ -30,7 +30,8 @@ METRICS: tuple[str, ...] = get_args(Metric)
 STREAM_POINTS = ("resid_pre", "resid_mid_sum", "resid_mid", "resid_post", "mixer_out", "attn_out", "mlp_out")
 """points whose tensor is the stream or is added to it"""
 
-_CHUNK = 64
+CHUNK = 64
+"""positions whose distributions are computed at once: each is as large as the vocabulary"""
 _MEANING = {
     "probability": "probability of {}",
     "rank": "rank of {}, 1 is the likeliest",
@@ -188,7 +189,7 @@ class _Reading:
             targets.append(aim.cpu())
             for key in self.keys:
                 logits = self._logits(key, chunk)
-                figures.append(_figures(logits, final, aim, min(top, logits.shape[-1])))
+                figures.append(figures_of(logits, final, aim, min(top, logits.shape[-1])))
         ids = torch.cat(targets)
         stacked = {name: _stack([each[name] for each in figures], len(self.keys)) for name in figures[0]}
         return Lens(
@@ -242,8 +243,8 @@ class _Reading:
 
 def _chunks(positions: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Positions that go through the unembedding together; few, as its output is as wide as the vocabulary."""
-    for start in range(0, len(positions), _CHUNK):
-        yield positions[start : start + _CHUNK]
+    for start in range(0, len(positions), CHUNK):
+        yield positions[start : start + CHUNK]
 
 
 def _stack(parts: Sequence[torch.Tensor], layers: int) -> torch.Tensor:
@@ -251,7 +252,9 @@ def _stack(parts: Sequence[torch.Tensor], layers: int) -> torch.Tensor:
     return torch.stack([torch.cat(list(parts[layer::layers])) for layer in range(layers)])
 
 
-def _figures(logits: torch.Tensor, final: torch.Tensor | None, aim: torch.Tensor, top: int) -> dict[str, torch.Tensor]:
+def figures_of(
+    logits: torch.Tensor, final: torch.Tensor | None, aim: torch.Tensor, top: int
+) -> dict[str, torch.Tensor]:
     """What a lens tells of logits [pos, d_vocab], float32. `final`: the model's own logits."""
     found, aims = logits.log_softmax(-1), aim.to(logits.device)[:, None]
     kl = torch.full((len(found),), float("nan"))

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from time import perf_counter
@@ -32,7 +32,7 @@ WITHOUT = {
     "viz": "pictures (--png, --html)",
 }
 """extra -> what needs it"""
-_COLLECTIONS = ("all", "docs", "test")
+COLLECTIONS = ("all", "docs", "test")
 """extras that combine others, or that only contributors need"""
 
 
@@ -45,18 +45,16 @@ class Finding:
     """note: an optional part does not work; broken: hookmap does not work here"""
     found: str
     remedy: str = ""
-    """the remedy"""
-
-    def to_dict(self) -> dict[str, str]:
-        """The finding as plain JSON data."""
-        return asdict(self)
 
 
-def examine() -> Iterator[Finding]:
-    """Yield each finding as it is made. The last check loads the bundled model and captures, which takes seconds."""
-    for name, check in _CHECKS.items():
+def examine(*checks: str) -> Iterator[Finding]:
+    """Yield each finding as it is made. The last check loads the bundled model and captures, which takes seconds.
+
+    `checks`: keys of CHECKS; all of them unless given.
+    """
+    for name in checks or CHECKS:
         try:
-            yield from check()
+            yield from CHECKS[name]()
         except Exception as error:  # a broken installation may raise anything
             yield Finding(name, "broken", f"{type(error).__name__}: {str(error).strip() or 'no message'}")
 
@@ -187,7 +185,7 @@ def _extras() -> Iterator[Finding]:
             yield Finding(f"[{extra}]", "ok", ", ".join(f"{name} {version}" for name, (version, _) in found.items()))
 
 
-_CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
+CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
     "python": _python,
     "hookmap": _requirements,
     "import": _imports,
@@ -206,7 +204,7 @@ def _needs() -> tuple[list[Any], dict[str, list[Any]]]:
     from packaging.requirements import Requirement
 
     extras: dict[str, list[Any]] = {
-        name: [] for name in metadata.metadata("hookmap").get_all("Provides-Extra") or [] if name not in _COLLECTIONS
+        name: [] for name in metadata.metadata("hookmap").get_all("Provides-Extra") or [] if name not in COLLECTIONS
     }
     core = []
     for need in map(Requirement, metadata.requires("hookmap") or []):

@@ -221,7 +221,7 @@ def build_type(
     except Exception as error:
         entry = Entry(model_type, classes(multimodal)[model_type], _status(error), detail=_said(error))
     else:
-        is_shipped = _speaks_for_its_class(model_type, multimodal)
+        is_shipped = speaks_for_its_class(model_type, multimodal)
         entry = _entry(model_type, found, _filed(found, folder, shipped, record) if is_shipped else ())
     return replace(entry, seconds=round(time.monotonic() - begun, 1))
 
@@ -287,7 +287,7 @@ def _at_most(seconds: int) -> Iterator[None]:
         signal.alarm(0)
 
 
-def _speaks_for_its_class(model_type: str, multimodal: bool = False) -> bool:
+def speaks_for_its_class(model_type: str, multimodal: bool = False) -> bool:
     """Of several model types of one class, the last of its own folder in transformers.
 
     `deepseek_v3` and not `sarvam_mla`, which came later and uses the class; `llama4_text` after `llama4`.

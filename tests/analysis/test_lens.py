@@ -12,8 +12,9 @@ from support.raises import raises
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
+from hookmap.analysis import lens
 from hookmap.analysis.attribution import BIAS, ROUNDING
-from hookmap.analysis.lens import _figures
+from hookmap.analysis.lens import figures_of
 from hookmap.analysis.unembedding import unembedding_of
 from hookmap.model import HookedModel
 
@@ -123,7 +124,7 @@ def test_the_figures_of_the_lens_are_those_of_its_distribution() -> None:
 def test_long_texts_go_through_the_unembedding_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     hm = opened("gemma2")
     whole = hm.lens(TOKENS)
-    monkeypatch.setattr("hookmap.analysis.lens._CHUNK", 4)
+    monkeypatch.setattr(lens, "CHUNK", 4)
     pieces = hm.lens(TOKENS)
     assert torch.equal(whole.top_ids, pieces.top_ids) and torch.allclose(whole.kl, pieces.kl, atol=1e-6)
 
@@ -307,7 +308,7 @@ def test_ranks_are_of_the_logits_and_not_of_what_is_left_of_them_as_probabilitie
     """Logits that differ in the last bits stay apart where one token has all the probability."""
     logits = torch.tensor([[300.0, 1.0, 1.0 + 2e-7, 1.0 + 4e-7]])
     assert len(logits.unique()) == 4 and len(logits.log_softmax(-1).unique()) == 2
-    found = _figures(logits, None, torch.tensor([1]), 1)
+    found = figures_of(logits, None, torch.tensor([1]), 1)
     assert (found["rank"].item(), found["worst_rank"].item()) == (4, 4)
 
 

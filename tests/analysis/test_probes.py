@@ -312,7 +312,7 @@ def test_a_pool_is_not_made_of_other_tokens_than_its_name_says(held: Any, pool: 
 
 
 def test_the_logprob_control_is_that_of_the_answers_tokens() -> None:
-    from hookmap.analysis.probes.controls import _logprob
+    from hookmap.analysis.probes.controls import logprob
 
     logits = torch.randn(6, 110)
     store = MemoryStore([("logits", None)])
@@ -320,7 +320,7 @@ def test_the_logprob_control_is_that_of_the_answers_tokens() -> None:
     sample = Sample(0, "q", "a", (5, 6, 7, 8, 100, 101, 102), 4, 6)
     store.finish(sample)
     by_hand = np.mean([float(logits[p - 1].softmax(0)[t].log()) for p, t in ((4, 100), (5, 101), (6, 102))])
-    assert _logprob(store, sample) == pytest.approx(by_hand, abs=1e-5)
+    assert logprob(store, sample) == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_memory_is_that_of_one_matrix_however_large_the_capture(tmp_path: Path) -> None:

@@ -50,10 +50,10 @@ def test_many_tokens_cross_the_blocks_in_which_rows_are_gathered(name: str) -> N
 
 def test_auto_takes_nnsight_for_what_came_as_an_nnsight_model() -> None:
     model = plain_hooks.build("qwen3")
-    assert opened("qwen3")._engine_of("auto")[0].name == "hooks"
+    assert opened("qwen3").engine()[0] == "hooks"
     given = hookmap.open(nnsight.TransformersModel(model, tokenizer=tiny_tokenizer()))
-    engine, why = given._engine_of("auto")
-    assert engine.name == "nnsight" and "nnsight model" in why
+    name, why = given.engine()
+    assert name == "nnsight" and "nnsight model" in why
     with raises(hookmap.CaptureError, "auto, hooks or nnsight", "'hook'"):
         given.capture(RAGGED, ["resid_pre"], engine="hook")  # type: ignore[arg-type]
 

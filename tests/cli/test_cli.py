@@ -18,10 +18,12 @@ from click.testing import CliRunner, Result
 from support.documents import hybrid
 
 import hookmap
+from hookmap.cli import capture_run
 from hookmap.cli.main import main
 from hookmap.cli.parsing import parse_layers
 from hookmap.demo import MODEL_PATH
 from hookmap.maps.parsing import parse
+from hookmap.stores import reader
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -256,7 +258,7 @@ def test_a_large_capture_is_timed_on_what_runs_together_and_keeps_nothing_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The trial once held every row of the first prompts in memory, and timed eight texts for a batch of many."""
-    monkeypatch.setattr("hookmap.cli.capture_run.LARGE_BYTES", 0)
+    monkeypatch.setattr(capture_run, "LARGE_BYTES", 0)
     prompts = [part for n in range(20) for part in ("--prompt", f"{n}+{n}=")]
     for tokens, harvest in (("0", True), ("3", False)):
         done = run("capture", "--points", "pattern,embed", "--layers", "3", "--max-new-tokens", tokens,
@@ -635,7 +637,7 @@ def test_ctrl_c_keeps_the_finished_samples_and_resume_goes_on_with_them() -> Non
 def test_inspect_reads_the_tensors_of_a_large_capture_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert capture_demo("run", "--prompt", "2 and 3?", "--prompt", "Tom has 3 apples.").exit_code == 0
     assert "mean_norm" in json.loads(run("inspect", "run", "--json").stdout)["tensors"][0]
-    monkeypatch.setattr("hookmap.stores.reader.NORM_SAMPLES", 1)
+    monkeypatch.setattr(reader, "NORM_SAMPLES", 1)
     assert "mean_norm" not in json.loads(run("inspect", "run", "--json").stdout)["tensors"][0]
     assert "no norms: --norms reads every tensor for them" in run("inspect", "run").stderr
     asked = run("inspect", "run", "--norms")

@@ -74,7 +74,7 @@ def test_a_hub_that_answers_is_found_whatever_it_answers(monkeypatch: pytest.Mon
         thread.start()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        (found,) = doctor._hub()
+        (found,) = doctor.examine("hub")
         thread.join()
     assert found.state == "ok" and f"{server.server_port} answers" in found.found
 
@@ -88,7 +88,7 @@ def test_missing_and_old_packages_are_named_with_what_is_lost(tmp_path: Path, mo
     needs += ["no-such-server; extra == 'all'"]
     (information / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {need}" for need in needs)]) + "\n")
     monkeypatch.syspath_prepend(tmp_path)
-    found = {finding.name: finding for finding in (*doctor._requirements(), *doctor._extras())}
+    found = {finding.name: finding for finding in doctor.examine("hookmap", "extras")}
     assert found.keys() == {"hookmap", "click", "rich", "[server]"}
     assert found["click"].state == "broken" and ">=99 is needed" in found["click"].found
     assert found["click"].remedy == 'pip install "click>=99"' and found["rich"].state == "ok"
@@ -98,4 +98,4 @@ def test_missing_and_old_packages_are_named_with_what_is_lost(tmp_path: Path, mo
 
 def test_what_is_lost_is_said_of_every_extra() -> None:
     extras = set(metadata.metadata("hookmap").get_all("Provides-Extra") or [])
-    assert extras - set(doctor._COLLECTIONS) == set(doctor.WITHOUT)
+    assert extras - set(doctor.COLLECTIONS) == set(doctor.WITHOUT)

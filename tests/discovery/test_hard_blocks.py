@@ -137,7 +137,7 @@ def test_a_middle_that_no_module_sees_is_the_sum_that_the_block_computes(dtype: 
     assert [str(term) for term in hm.map.selectors("resid_mid", 1)[0].terms] == [
         "model.layers.1.input[0]", "model.layers.1.self_attn.output[0]",
     ]  # fmt: skip
-    summed = plain_hooks._family(
+    summed = plain_hooks.family_of(
         plain_hooks.FAMILIES["llama"].config, "model.layers.{i}",
         resid_mid=(plain_hooks.Place("", "input"), plain_hooks.Place("self_attn", "output")),
     )  # fmt: skip

@@ -21,6 +21,8 @@ from transformers import AutoProcessor
 from transformers.image_utils import load_image
 
 import hookmap
+from hookmap.capture.engines.hooks import HooksEngine
+from hookmap.capture.engines.nnsight import NNsightEngine
 from hookmap.loading import checkpoints, image_reader
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.pictures import Limits
@@ -290,7 +292,7 @@ def test_a_batch_that_is_halved_and_each_engine_have_the_rows_of_each_alone(
     prompts = [*prompts_of("llava"), message("to be", image(8), image(9), image(10))]
     alone = [llava.capture(prompt, "resid_post", max_new_tokens=NEW) for prompt in prompts]
     llava.capture(prompts, "resid_post", max_new_tokens=NEW)  # shows that they may share a batch
-    kind = type(llava._engine_of(engine)[0])
+    kind: Any = {"hooks": HooksEngine, "nnsight": NNsightEngine}[engine]
     generate, sizes = kind.generate, list[int]()
 
     def two_fit(self: Any, observer: Any, inputs: Any, editor: Any = None) -> torch.Tensor:

@@ -55,7 +55,7 @@ def _out(module: str, scale: float = 1.0) -> tuple[Place, ...]:
     return (Place(module, "output", scale),)
 
 
-def _family(
+def family_of(
     config: Callable[[], Any], block: str, only: dict[str, tuple[int, ...]] | None = None, **points: Any
 ) -> Family:
     places = {
@@ -69,14 +69,14 @@ def _family(
 def _llama(
     config: Callable[[], Any], block: str = "model.layers.{i}", only: dict[str, tuple[int, ...]] | None = None
 ) -> Family:
-    return _family(
+    return family_of(
         config, block, only,
         mixer_out=_out("self_attn"), resid_mid=_in("post_attention_layernorm"), mlp_out=_out("mlp"),
     )  # fmt: skip
 
 
 def _sandwich(config: Callable[[], Any], block: str = "model.layers.{i}") -> Family:
-    return _family(
+    return family_of(
         config, block,
         mixer_out=_out("post_attention_layernorm"), resid_mid=_in("pre_feedforward_layernorm"),
         mlp_out=_out("post_feedforward_layernorm"),
@@ -89,7 +89,7 @@ def _falcon(**settings: Any) -> Callable[[], Any]:
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": _family(
+    "gpt2": family_of(
         lambda: tf.GPT2Config(**_GPT), "transformer.h.{i}",
         mixer_out=_out("attn"), resid_mid=_in("ln_2"), mlp_out=_out("mlp"),
     ),
@@ -130,7 +130,7 @@ FAMILIES: dict[str, Family] = {
         },
         {},
     ),
-    "gpt_neox": _family(
+    "gpt_neox": family_of(
         lambda: tf.GPTNeoXConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
             num_attention_heads=4, max_position_embeddings=128, rotary_pct=0.5, pad_token_id=0, bos_token_id=1,
@@ -138,60 +138,60 @@ FAMILIES: dict[str, Family] = {
         ),
         "gpt_neox.layers.{i}", mixer_out=_out("attention"), mlp_out=_out("mlp"),
     ),
-    "gptj": _family(
+    "gptj": family_of(
         lambda: tf.GPTJConfig(**_GPT, rotary_dim=4), "transformer.h.{i}",
         mixer_in=_in("attn"), mlp_in=_in("mlp"), mixer_out=_out("attn"), mlp_out=_out("mlp"),
     ),
     # Both add the attention's output into the MLP's output in place: a hook that does not copy sees the sum.
-    "falcon_7b": _family(
+    "falcon_7b": family_of(
         _falcon(multi_query=True, parallel_attn=True, new_decoder_architecture=False), "transformer.h.{i}",
         mixer_in=_in("self_attention"), mlp_in=_in("mlp"), mixer_out=_out("self_attention"), mlp_out=_out("mlp"),
     ),
-    "falcon_40b": _family(
+    "falcon_40b": family_of(
         _falcon(new_decoder_architecture=True, num_kv_heads=2), "transformer.h.{i}",
         mixer_out=_out("self_attention"), mlp_out=_out("mlp"),
     ),
-    "falcon_sequential": _family(
+    "falcon_sequential": family_of(
         _falcon(multi_query=False, parallel_attn=False, new_decoder_architecture=False, alibi=True),
         "transformer.h.{i}",
         mixer_out=_out("self_attention"), resid_mid=_in("post_attention_layernorm"), mlp_out=_out("mlp"),
     ),
-    "phi": _family(
+    "phi": family_of(
         lambda: tf.PhiConfig(**{**_COMMON, "num_key_value_heads": 4}, partial_rotary_factor=0.5), "model.layers.{i}",
         mixer_in=_in("self_attn"), mlp_in=_in("mlp"), mixer_out=_out("self_attn"), mlp_out=_out("mlp"),
     ),
     # BLOOM's attention adds the residual stream itself: its output is the middle of the block.
-    "bloom": _family(
+    "bloom": family_of(
         lambda: tf.BloomConfig(
             vocab_size=VOCABULARY, hidden_size=32, n_layer=LAYERS, n_head=4, pad_token_id=0, bos_token_id=1,
             eos_token_id=None,
         ),
         "transformer.h.{i}", resid_mid=_out("self_attention"),
     ),
-    "mamba": _family(
+    "mamba": family_of(
         lambda: tf.MambaConfig(
             vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=LAYERS, pad_token_id=0,
             bos_token_id=1, eos_token_id=None,
         ),
         "backbone.layers.{i}", mixer_out=_out("mixer"),
     ),
-    "jamba": _family(
+    "jamba": family_of(
         lambda: tf.JambaConfig(
             **_COMMON, attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
             num_experts=4, num_experts_per_tok=2, use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
         ),
         "model.layers.{i}", resid_mid=_in("pre_ff_layernorm"), mlp_out=_out("feed_forward"),
     ),
-    "granite": _family(
+    "granite": family_of(
         lambda: tf.GraniteConfig(**_COMMON, residual_multiplier=0.22, embedding_multiplier=3.0), "model.layers.{i}",
         mixer_out=_out("self_attn", 0.22), resid_mid=_in("post_attention_layernorm"), mlp_out=_out("mlp", 0.22),
     ),
-    "olmo2": _family(
+    "olmo2": family_of(
         lambda: tf.Olmo2Config(**_COMMON), "model.layers.{i}", mixer_in=_in("self_attn"),
         mixer_out=_out("post_attention_layernorm"), resid_mid=_in("mlp"), mlp_out=_out("post_feedforward_layernorm"),
     ),
     # The stream itself is normed, behind each of the two sums.
-    "bert": _family(
+    "bert": family_of(
         lambda: tf.BertConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
             num_attention_heads=4, max_position_embeddings=128, pad_token_id=0, is_decoder=True,
@@ -200,7 +200,7 @@ FAMILIES: dict[str, Family] = {
         mixer_in=_in("attention.self"), mlp_in=_in("intermediate"), mixer_out=_out("attention.output.dense"),
         resid_mid_sum=_in("attention.output.LayerNorm"), resid_mid=_out("attention"), mlp_out=_out("output.dense"),
     ),
-    "cohere": _family(
+    "cohere": family_of(
         lambda: tf.CohereConfig(**_COMMON), "model.layers.{i}",
         mixer_in=_in("self_attn"), mlp_in=_in("mlp"), mixer_out=_out("self_attn"), mlp_out=_out("mlp"),
     ),
@@ -248,7 +248,7 @@ MULTIMODAL: dict[str, Family] = {
         ),
         _INSIDE,
     ),
-    "llama4": _family(
+    "llama4": family_of(
         lambda: tf.Llama4Config(
             text_config={
                 **_COMMON, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4,

@@ -18,7 +18,8 @@ from hookmap.maps.diff import differences
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import load
 from hookmap.maps.shipped import mappings_folder, shipped_architectures
-from hookmap.sweep.build import LEDGER, Entry, Kind, _speaks_for_its_class, build_type, classes, done, sweep, tenth
+from hookmap.sweep import build
+from hookmap.sweep.build import LEDGER, Entry, Kind, build_type, classes, done, speaks_for_its_class, sweep, tenth
 from hookmap.sweep.configs import COMPLETIONS, config_of
 from hookmap.sweep.table import by_class, counts, markdown
 from hookmap.verification.verify import verify
@@ -89,7 +90,7 @@ def test_a_class_speaks_in_the_config_that_it_was_made_for() -> None:
     for name, model_type in {"DeepseekV3ForCausalLM": "deepseek_v3", "LlamaForCausalLM": "llama"}.items():
         assert load(mappings_folder() / f"{name}.json").model_type == model_type
         others = [of for of, architecture in classes().items() if architecture == name and of != model_type]
-        assert others and [of for of in (model_type, *others) if _speaks_for_its_class(of)] == [model_type]
+        assert others and [of for of in (model_type, *others) if speaks_for_its_class(of)] == [model_type]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +335,7 @@ def test_an_unknown_type_is_wrong_usage() -> None:
 
 def test_a_tenth_is_added_to_the_types_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    monkeypatch.setattr("hookmap.sweep.build.sweep", lambda types, *_: seen.extend(types) or [])
+    monkeypatch.setattr(build, "sweep", lambda types, *_: seen.extend(types) or [])
     assert CliRunner().invoke(command, ["check", "gpt2", "--tenth", "3"]).exit_code == 0
     assert seen == list(dict.fromkeys(["gpt2", *tenth(3)]))
 

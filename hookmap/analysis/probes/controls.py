@@ -58,7 +58,7 @@ def controls(store: Store, numbers: Sequence[int], labels: Labels, folds: Ints) 
         "answer length": lambda: _column(len(s.token_ids) - s.prompt_tokens for s in samples()),
         "bag of words (prompt)": lambda: _words(sample.prompt for sample in samples()),
         "bag of words (answer)": lambda: _words(sample.text for sample in samples()),
-        "logprob": lambda: _column(_logprob(store, sample) for sample in samples()),
+        "logprob": lambda: _column(logprob(store, sample) for sample in samples()),
     }
     found = []
     for name, source in sources.items():
@@ -95,7 +95,7 @@ def _words(texts: Iterator[str]) -> Iterator[tuple[Any, float]]:
             yield counts, strength
 
 
-def _logprob(store: Store, sample: Sample) -> float:
+def logprob(store: Store, sample: Sample) -> float:
     """Mean log-probability of the answer's tokens: from a label of that name, else from the logits of the capture."""
     given = as_number((sample.labels or {}).get("logprob"))
     if given is not None:

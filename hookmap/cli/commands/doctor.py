@@ -1,6 +1,7 @@
 """`hookmap doctor`: what is installed here, what works, and what to do about what does not."""
 
 import json
+from dataclasses import asdict
 
 import click
 
@@ -24,7 +25,7 @@ def command(as_json: bool) -> None:
         found = list(examine())
     broken = [finding for finding in found if finding.state == "broken"]
     if as_json:
-        document = {"works": not broken, "findings": [finding.to_dict() for finding in found]}
+        document = {"works": not broken, "findings": [asdict(finding) for finding in found]}
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         from rich.markup import escape
