@@ -17,6 +17,7 @@ from torch import nn
 
 def plain_parts(model: nn.Module) -> None:
     """Replaces, in a model on the meta device, what a kernel computes by plain operations."""
+    from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.layers.linear import LinearBase
@@ -24,6 +25,8 @@ def plain_parts(model: nn.Module) -> None:
 
     plain: dict[type, Callable[..., Any]] = {Attention: Softmax(), MoERunner: _experts}
     for module in list(model.modules()):
+        if isinstance(module, CustomOp):
+            module._forward_method = module.forward_native
         if isinstance(module, (LinearBase, VocabParallelEmbedding)):
             module.quant_method = _Product()
         for kind, forward in plain.items():

@@ -45,6 +45,24 @@ def alone() -> Iterator[None]:
             setattr(parallel_state, name, value)
 
 
+@contextmanager
+def _without_what_is_kept() -> Iterator[None]:
+    """Empties the tables of modules that vLLM uses again in its next model, and fills them as they were behind it."""
+    from vllm.model_executor.layers import activation, rotary_embedding
+
+    activations = (activation._ACTIVATION_REGISTRY, activation._ACTIVATION_AND_MUL_REGISTRY)
+    tables: list[dict[Any, Any]] = [rotary_embedding._ROPE_DICT, *(each._dict for each in activations)]
+    kept = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, before in zip(tables, kept, strict=True):
+            table.clear()
+            table.update(before)
+
+
 def config_of_twin(config: Any) -> Any:
     """A vLLM config for the twin: eager, in one process, in float32, with operators in their native form."""
     from vllm.config import CompilationMode
@@ -88,7 +106,8 @@ def build(config: Any) -> nn.Module:
     """The twin's modules; to be called, like the model itself, in `running`."""
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    with torch.device("meta"):
+    with torch.device("meta"), _without_what_is_kept():
         model: nn.Module = initialize_model(vllm_config=config)
+    model = model.to("meta").eval()
     plain_parts(model)
-    return model.eval()
+    return model
