@@ -17,7 +17,7 @@ import hookmap
 from hookmap.activations import Sample
 from hookmap.capture.estimate import estimate
 from hookmap.maps.document import ArchitectureMap
-from hookmap.stores.durable import AppendedFile
+from hookmap.stores.durable_files import AppendedFile
 from hookmap.stores.shard import ShardInfo
 from hookmap.stores.table import SAMPLES, SHARDS, Committed, Entry, Span, encode_group, encode_shards, scan
 

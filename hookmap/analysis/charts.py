@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hookmap.analysis.grid import Grid
 from hookmap.errors import CaptureError, StoreError
 from hookmap.extras import needed
-from hookmap.stores.durable import writing
+from hookmap.stores.durable_files import writing
 
 if TYPE_CHECKING:
     import torch

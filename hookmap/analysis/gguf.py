@@ -18,7 +18,7 @@ import torch
 from hookmap.analysis.steering import About, SteeringVector, from_file, load_vector
 from hookmap.errors import StoreError
 from hookmap.extras import needed
-from hookmap.stores.durable import writing
+from hookmap.stores.durable_files import writing
 
 ARCHITECTURE = "controlvector"
 POINT = "resid_post"

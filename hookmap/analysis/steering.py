@@ -29,7 +29,7 @@ from hookmap.maps.describe import layers_text
 from hookmap.maps.points import parse_point
 from hookmap.maps.selectors import Selector
 from hookmap.placeholders import is_pointer, pointers_told
-from hookmap.stores.durable import writing
+from hookmap.stores.durable_files import writing
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked

@@ -31,7 +31,7 @@ from hookmap.loading.wrappers import generate_of, generation_config_of
 from hookmap.maps.document import ArchitectureMap
 from hookmap.stores import open_store
 from hookmap.stores.background import BackgroundWriter
-from hookmap.stores.before import BEFORE, Lacking, before_writer
+from hookmap.stores.before_interventions import BEFORE, Lacking, before_writer
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.interface import Store
 from hookmap.stores.manifest import Manifest, manifest_of_run

@@ -12,11 +12,11 @@ from math import prod
 from typing import Literal
 
 from hookmap.discovery import aten
-from hookmap.discovery.coupled import Streams, streams_of
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.layer_list import LayerList
-from hookmap.discovery.linear import Step, has_weights, steps, summands
+from hookmap.discovery.linear_steps import Step, has_weights, steps, summands
 from hookmap.discovery.mixing import is_shift, mixing
+from hookmap.discovery.second_streams import Streams, streams_of
 from hookmap.discovery.values import Exposure, Values
 
 Role = Literal["mixer", "cross_attn", "mlp", "other"]

@@ -19,7 +19,7 @@ from hookmap.discovery.branch_kinds import (
     mlp_info,
 )
 from hookmap.discovery.branch_outputs import has_post_norm, locate_output, locate_raw_output
-from hookmap.discovery.chained import why_no_mlp
+from hookmap.discovery.chained_mlps import why_no_mlp
 from hookmap.discovery.experts import ROUTER, mlp_points
 from hookmap.discovery.locate import Location, Locator
 from hookmap.discovery.wiring import Found, Places, Wiring

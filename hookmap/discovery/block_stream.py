@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from hookmap.discovery.block import ROLES, Block
-from hookmap.discovery.linear import Step, steps
+from hookmap.discovery.linear_steps import Step, steps
 from hookmap.maps.relations import FURTHER, OWN, Relation, Term
 
 _Sum = tuple[Term, ...]

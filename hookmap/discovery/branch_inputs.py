@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from hookmap.discovery import aten
 from hookmap.discovery.block import Block, Branch
-from hookmap.discovery.linear import has_weights, norm_source, steps
+from hookmap.discovery.linear_steps import has_weights, norm_source, steps
 from hookmap.discovery.locate import Location, Locator
 from hookmap.discovery.values import Exposure
 

@@ -11,9 +11,9 @@ from typing import Literal
 
 from hookmap.discovery import aten
 from hookmap.discovery.block import Block, Branch
-from hookmap.discovery.chained import behind_others
+from hookmap.discovery.chained_mlps import behind_others
 from hookmap.discovery.dataflow import ModuleCall, Operation
-from hookmap.discovery.linear import norm_input
+from hookmap.discovery.linear_steps import norm_input
 from hookmap.discovery.mixing import mixing
 from hookmap.maps.templates import BranchInfo
 

@@ -12,16 +12,16 @@ from typing import Any, Literal
 from torch import nn
 
 from hookmap._version import __version__
-from hookmap.discovery.between import before_norm, between
+from hookmap.discovery.between_runs import before_norm, between
 from hookmap.discovery.block import Block
 from hookmap.discovery.block_points import BlockPoints, points_of_block
 from hookmap.discovery.dataflow import Dataflow, record
-from hookmap.discovery.each_run import points_of_runs
 from hookmap.discovery.full_width import at_full_width
 from hookmap.discovery.layer_choice import find_layers
 from hookmap.discovery.layer_list import LayerList, shape_at
 from hookmap.discovery.locate import Location, captured_axes
 from hookmap.discovery.model_points import read_outside
+from hookmap.discovery.points_of_each_run import points_of_runs
 from hookmap.discovery.towers import read_tower
 from hookmap.discovery.values import Values
 from hookmap.errors import DiscoveryError, HookmapError, ModelError
@@ -33,8 +33,8 @@ from hookmap.loading.towers import is_tower, tower_of
 from hookmap.loading.wrappers import check_wrapper, named
 from hookmap.maps.describe import layers_text
 from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.layer_order import text_of
 from hookmap.maps.points import POINTS
-from hookmap.maps.runs import text_of
 from hookmap.maps.templates import BlockKind, PointTemplate
 
 Part = Literal["text", "vision"]

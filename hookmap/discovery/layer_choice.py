@@ -8,16 +8,16 @@ from dataclasses import replace
 from itertools import pairwise
 
 from hookmap.discovery import aten, stream_shapes
+from hookmap.discovery.blocks_without_modules import scattered
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.joined_lists import joined
 from hookmap.discovery.layer_list import LayerList, Numbered, Rows, additions, adds, chain, numbered_modules
-from hookmap.discovery.linear import has_weights, linear_path
+from hookmap.discovery.linear_steps import has_weights, linear_path
 from hookmap.discovery.mixing import mixing
 from hookmap.discovery.model_points import logits_of
-from hookmap.discovery.no_list import why_no_list
-from hookmap.discovery.scattered import scattered
-from hookmap.discovery.siblings import trimmed, worded_modules
+from hookmap.discovery.unnumbered_blocks import trimmed, worded_modules
 from hookmap.discovery.values import Values
+from hookmap.discovery.why_no_list import why_no_list
 from hookmap.errors import DiscoveryError
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Literal
 
 from hookmap.discovery.dataflow import ModuleCall, Place
-from hookmap.discovery.linear import linear_path
+from hookmap.discovery.linear_steps import linear_path
 from hookmap.discovery.values import Values
 
 Rows = Literal["all", "first", "last"]

@@ -11,7 +11,7 @@ import torch
 
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.layer_list import Rows
-from hookmap.discovery.linear import Step, Summand, steps, summands
+from hookmap.discovery.linear_steps import Step, Summand, steps, summands
 from hookmap.discovery.values import Exposure, Values
 from hookmap.maps.templates import TermTemplate
 

@@ -9,7 +9,7 @@ from functools import partial
 from hookmap.discovery import aten
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.layer_list import LayerList
-from hookmap.discovery.linear import linear_path, norm_input, norm_source, steps
+from hookmap.discovery.linear_steps import linear_path, norm_input, norm_source, steps
 from hookmap.discovery.locate import Location, Locator
 from hookmap.discovery.values import Values
 from hookmap.errors import DiscoveryError

@@ -5,8 +5,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from hookmap.maps.layer_order import layers_of, pairs_of
 from hookmap.maps.points import POINTS, PointName
-from hookmap.maps.runs import layers_of, pairs_of
 from hookmap.maps.templates import BlockKind, Frozen, PointTemplate, at_name
 
 SCHEMA_VERSION = 2

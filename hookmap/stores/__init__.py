@@ -7,8 +7,11 @@
     background.py  the same from a thread; dataset.py gives rows in random order
     copying.py     repairs and merges captures; export.py and importing.py know other programs' layouts
     location.py    a folder here, or one that fsspec reaches
-    access.py, closing.py, durable.py, strict_json.py, numbers.py       what the parts of a folder are made with:
-    manifest.py, table.py, buffer.py, shard.py
+    durable_files.py   where bytes reach the disk: whole files, and lines that a crash cannot take back
+    write_access.py    who may write to a folder, and what to say when the disk refuses
+
+The parts of a folder: manifest.py, table.py and table_index.py, shard.py, buffer.py. What its writers share:
+group_writer.py, before_interventions.py, closing.py, number_set.py.
 
 The format, byte by byte, is in docs/store.md. This package knows activations, and nothing of models and maps.
 """

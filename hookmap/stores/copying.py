@@ -18,7 +18,7 @@ from hookmap.stores.integrity import altered_tables, count_problems, entry_probl
 from hookmap.stores.interface import Store
 from hookmap.stores.location import Location, location, reading
 from hookmap.stores.manifest import Counts, Manifest, read_manifest
-from hookmap.stores.numbers import NumberSet
+from hookmap.stores.number_set import NumberSet
 from hookmap.stores.reader import CaptureStore
 from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, read_header, shard_name
 from hookmap.stores.table import SAMPLES, SHARDS, Entry, Table, decode_entry, decode_shard, is_intact

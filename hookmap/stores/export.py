@@ -20,7 +20,7 @@ from hookmap.errors import StoreError
 from hookmap.extras import needed
 from hookmap.maps.points import transformer_lens_name
 from hookmap.stores.copying import ROWS
-from hookmap.stores.durable import temporary
+from hookmap.stores.durable_files import temporary
 from hookmap.stores.interface import Store
 from hookmap.stores.ledger import tensor_name
 from hookmap.stores.location import local

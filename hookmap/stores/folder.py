@@ -15,17 +15,17 @@ from typing import Any
 
 from hookmap.activations import Activation, Sample
 from hookmap.errors import StoreError
-from hookmap.stores.access import cannot_write, lock, refuse_used
 from hookmap.stores.closing import Closing
-from hookmap.stores.durable import AppendedFile, is_temporary, sync_folder, temporary
-from hookmap.stores.groups import Group, GroupWriter, is_part
+from hookmap.stores.durable_files import AppendedFile, is_temporary, sync_folder, temporary
+from hookmap.stores.group_writer import Group, GroupWriter, is_part
 from hookmap.stores.interface import Store
 from hookmap.stores.ledger import Ledger
 from hookmap.stores.manifest import MANIFEST, Counts, Manifest, read_manifest, write_manifest
-from hookmap.stores.numbers import NumberSet
+from hookmap.stores.number_set import NumberSet
 from hookmap.stores.shard import SHARD_FOLDER, is_shard, sha256_of, shard_name
 from hookmap.stores.table import SAMPLES, SHARDS, Entry, altered_line, encode_group, encode_shards, read_shards
 from hookmap.stores.table_index import Committed, scan
+from hookmap.stores.write_access import cannot_write, lock, refuse_used
 
 
 class FolderWriter(GroupWriter, Closing):

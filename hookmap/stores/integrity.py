@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 from hookmap.errors import StoreError
-from hookmap.stores.durable import is_temporary
+from hookmap.stores.durable_files import is_temporary
 from hookmap.stores.location import Location, sizes
 from hookmap.stores.manifest import Manifest, read_manifest
-from hookmap.stores.numbers import NumberSet
+from hookmap.stores.number_set import NumberSet
 from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, read_header, sha256_of, shard_name
 from hookmap.stores.table import SAMPLES, SHARDS, Entry, decode_entry, read_shards
 from hookmap.stores.table_index import Committed, scan

@@ -7,7 +7,7 @@ import torch
 
 from hookmap.activations import Activation, Key, Sample
 from hookmap.errors import CaptureError
-from hookmap.stores.numbers import NumberSet
+from hookmap.stores.number_set import NumberSet
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pydantic import (
 
 from hookmap.activations import Key, call_of, key_of
 from hookmap.errors import MapError, StoreError
-from hookmap.stores.durable import write_all, write_whole
+from hookmap.stores.durable_files import write_all, write_whole
 from hookmap.stores.ledger import RowSpec, tensor_name
 from hookmap.stores.location import Location, RemotePath, local, reading
 from hookmap.stores.shard import DTYPES, NAMES

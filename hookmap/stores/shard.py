@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from hookmap.errors import StoreError
-from hookmap.stores.durable import write_all, write_whole
+from hookmap.stores.durable_files import write_all, write_whole
 from hookmap.stores.location import Location, reading
 from hookmap.strict_json import read_json
 

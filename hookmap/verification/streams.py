@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hookmap.loading import other_inputs
+from hookmap.maps.layer_order import text_of
 from hookmap.maps.points import PointName
-from hookmap.maps.runs import text_of
 from hookmap.verification.check import Check, relative_error
 from hookmap.verification.context import Context, input_embedding
 from hookmap.verification.runner import BATCH, POSITIONS

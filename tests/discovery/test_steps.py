@@ -14,7 +14,7 @@ from hookmap.discovery.block import Block
 from hookmap.discovery.dataflow import record
 from hookmap.discovery.layer_choice import find_layers
 from hookmap.discovery.layer_list import LayerList, chain, numbered_modules
-from hookmap.discovery.linear import has_weights, linear_path, norm_input, norm_source, steps
+from hookmap.discovery.linear_steps import has_weights, linear_path, norm_input, norm_source, steps
 from hookmap.discovery.locate import Locator
 from hookmap.discovery.mixing import is_shift, mixing
 from hookmap.discovery.values import Values

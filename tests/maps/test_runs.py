@@ -7,7 +7,7 @@ import random
 import pytest
 from support.raises import raises
 
-from hookmap.maps.runs import layers_of, text_of
+from hookmap.maps.layer_order import layers_of, text_of
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from hookmap.services.ray.pool import check_listens
 from hookmap.services.ray.worker import RunningCapture, Worker
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter
-from hookmap.stores.groups import Group
+from hookmap.stores.group_writer import Group
 
 ray = pytest.importorskip("ray", reason='captures on Ray: pip install "hookmap[scale]"')
 

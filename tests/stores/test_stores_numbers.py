@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hookmap.stores.numbers import NumberSet
+from hookmap.stores.number_set import NumberSet
 
 SMALL = st.integers(0, 30)  # so that stretches meet
 

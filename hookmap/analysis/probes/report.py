@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hookmap.analysis.probes.pooling import FAR
 from hookmap.errors import CaptureError
-from hookmap.stores.durable import writing
+from hookmap.stores.durable_files import writing
 from hookmap.wording import in_call
 
 REPORT, PROBES = "report.json", "probes.safetensors"

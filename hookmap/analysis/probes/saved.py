@@ -13,7 +13,7 @@ from hookmap.activations import Key, call_of, key_of
 from hookmap.analysis import steering
 from hookmap.errors import SelectionError, StoreError
 from hookmap.placeholders import is_pointer, pointers_told
-from hookmap.stores.durable import writing
+from hookmap.stores.durable_files import writing
 from hookmap.stores.ledger import tensor_name
 
 _METADATA = "hookmap.probes"

@@ -164,8 +164,8 @@ def _folder(output: str | None, resume: bool) -> Path:
 
 def _check_folder(folder: Path, resume: bool) -> None:
     """Before the weights are loaded, which may take minutes."""
-    from hookmap.stores.access import refuse_used
     from hookmap.stores.manifest import read_manifest
+    from hookmap.stores.write_access import refuse_used
 
     if resume:
         read_manifest(folder)

@@ -16,7 +16,7 @@ from typing import Any
 from hookmap.analysis.intervals import proportion_interval
 from hookmap.evaluation.gsm8k.answers import SCORERS
 from hookmap.evaluation.gsm8k.gathering import Taken, gather, is_gathered
-from hookmap.stores.durable import write_all, write_whole, writing
+from hookmap.stores.durable_files import write_all, write_whole, writing
 
 SUMMARY, DATASET, SAMPLES, TRAJECTORIES = "summary.json", "dataset.jsonl", "samples", "trajectories"
 ACTIVATIONS, BATCHES, LOGS = "activations", "batches", "inspect"

@@ -9,7 +9,7 @@ from hookmap.evaluation.gsm8k.problems import DEMO
 from hookmap.evaluation.gsm8k.results import BATCHES, LOGS, write, write_results
 from hookmap.evaluation.gsm8k.task import MODES, PROMPTS, gsm8k
 from hookmap.evaluation.inspect_provider import MAX_TOKENS, HookmapAPI, remove_captures
-from hookmap.stores.durable import temporary
+from hookmap.stores.durable_files import temporary
 
 SETTINGS, INSPECTS = "settings.json", "inspect:"
 _SCORER_OF = {"gsm8k": "strict", "bare": "strict", "inspect_evals": "inspect_evals"}

@@ -14,8 +14,8 @@ from hookmap.loading.prompts import Prompt
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector
 from hookmap.model import HookedModel, open
-from hookmap.stores.before import Lacking
-from hookmap.stores.groups import Group, PartWriter
+from hookmap.stores.before_interventions import Lacking
+from hookmap.stores.group_writer import Group, PartWriter
 from hookmap.stores.manifest import Manifest, versions
 
 

@@ -17,10 +17,10 @@ from typing import Any
 from hookmap.errors import HookmapError, StoreError
 from hookmap.services.server.errors import ApiError, missing
 from hookmap.stores import open_store
-from hookmap.stores.access import lock
-from hookmap.stores.durable import AppendedFile
+from hookmap.stores.durable_files import AppendedFile
 from hookmap.stores.manifest import MANIFEST, read_manifest
 from hookmap.stores.reader import CaptureStore
+from hookmap.stores.write_access import lock
 
 _ID = re.compile(r"act-[0-9a-f]{32}")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from hookmap.discovery.dataflow import ModuleCall
-from hookmap.discovery.linear import Step, linear_path
+from hookmap.discovery.linear_steps import Step, linear_path
 from hookmap.discovery.values import Values
 
 

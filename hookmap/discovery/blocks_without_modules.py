@@ -15,9 +15,9 @@ from typing import Any
 
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.layer_list import LayerList, Run, unnumbered
-from hookmap.discovery.linear import STREAM_STEPS, Step, steps
+from hookmap.discovery.linear_steps import STREAM_STEPS, Step, steps
 from hookmap.discovery.mixing import mixing
-from hookmap.discovery.siblings import names_of, template_of
+from hookmap.discovery.unnumbered_blocks import names_of, template_of
 from hookmap.discovery.values import Values
 
 

@@ -12,9 +12,9 @@ from itertools import pairwise
 
 from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.layer_list import LayerList, Run
-from hookmap.discovery.linear import linear_path, steps
+from hookmap.discovery.linear_steps import linear_path, steps
 from hookmap.discovery.values import Values
-from hookmap.maps.runs import text_of
+from hookmap.maps.layer_order import text_of
 
 _LONGEST = 160
 """characters of an expression that a person still reads"""

@@ -10,7 +10,7 @@ from itertools import pairwise
 from hookmap.discovery import aten
 from hookmap.discovery.dataflow import ModuleCall, Place
 from hookmap.discovery.layer_list import Numbered
-from hookmap.discovery.linear import linear_path, steps
+from hookmap.discovery.linear_steps import linear_path, steps
 from hookmap.discovery.values import Values
 
 

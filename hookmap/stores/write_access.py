@@ -11,7 +11,7 @@ except ImportError:  # Windows has no advisory locks of this kind: two writers a
     fcntl = None  # type: ignore[assignment]
 
 from hookmap.errors import StoreError
-from hookmap.stores.durable import AppendedFile, temporary
+from hookmap.stores.durable_files import AppendedFile, temporary
 from hookmap.stores.location import local
 from hookmap.stores.manifest import MANIFEST
 from hookmap.stores.shard import SHARD_FOLDER
