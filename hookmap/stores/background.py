@@ -1,7 +1,7 @@
-"""Lets the model go on while the disk writes: a thread hands rows to a writer, in the order in which they came.
+"""Writes in a thread, so that the model goes on while the disk writes.
 
-What waits is bounded in bytes; only when the disk stays behind for longer does the caller wait. The bytes on disk are
-those of the writer alone, since it sees the same calls in the same order.
+The bytes that wait are bounded: the caller waits only when the disk stays behind for longer. What is on disk is what
+the writer alone would have written, because it gets the same calls in the same order.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 IN_FLIGHT = 16 * 2**20
 """bytes of rows that may wait for the disk"""
 AT_ONCE = 32
-"""rows are handed over when they are so many-th of that: waking the thread for each token would cost more than it"""
+"""rows are handed over once they fill 1/AT_ONCE of that: waking the thread for each token would cost more"""
 
 
 class _Mark(NamedTuple):
-    """How far the one or the other side is."""
+    """How far the caller, or the thread, has come."""
 
     calls: int = 0
     bytes: int = 0
@@ -33,7 +33,7 @@ class _Mark(NamedTuple):
 class _Work(NamedTuple):
     calls: list[Callable[[], None]]
     mark: _Mark
-    """how far the writer is after them"""
+    """how far the thread has come after them"""
 
 
 class _End(NamedTuple):
@@ -43,12 +43,11 @@ class _End(NamedTuple):
 
 
 class BackgroundWriter(Closing):
-    """A sink around a FolderWriter, which belongs to it from then on. Use it in a `with` statement, as that one.
+    """A sink around a FolderWriter, which it owns from then on. Use it in a `with` statement, from one thread.
 
-    An error of the writer reaches the caller at its next call, or at the end of the `with` statement; the same error,
-    each time. Leaving by an exception still writes what was handed over: a sample that was finished stays finished.
-    However often the end is interrupted, the thread goes on to it, and nobody else touches the folder meanwhile.
-    For one caller, as every sink.
+    An error of the writer is raised at the caller's next call and at each later one, or at the end of the `with`
+    statement. Leaving the statement by an exception still writes what was handed over: a finished sample stays
+    finished. However often the end is interrupted, the thread completes it, and nothing else touches the folder.
     """
 
     # An interrupt may fall between any two lines of the caller. So the two sides share no lock that it could leave
@@ -82,13 +81,13 @@ class BackgroundWriter(Closing):
         return self._writer.finished
 
     def write(self, activation: Activation) -> None:
-        """Take rows; nobody may write to their memory any more. Raises what an earlier call met in the writer."""
+        """Take rows, whose memory must not change from then on. Raises the error of an earlier call."""
         self._hold(lambda: self._writer.write(activation), activation.tensor.nbytes)
         if self._held_bytes * AT_ONCE >= self._in_flight:
             self._hand_over()
 
     def finish(self, sample: Sample) -> None:
-        """All rows of this sample are handed over. Raises as `write` does."""
+        """Note that the sample has all its rows. Raises as `write` does."""
         self._hold(lambda: self._writer.finish(sample))
         self._hand_over()
 
@@ -102,16 +101,16 @@ class BackgroundWriter(Closing):
         self._hold(lambda: self._writer.note(run))
 
     def wait(self) -> None:
-        """Return when all that was handed over is with the writer. Raises as `write` does."""
+        """Return when the writer has taken all that was handed over. Raises as `write` does."""
         self._hand_over()
         while self._done.calls < self._handed.calls:
             self._bell.acquire()
         self._tell()
 
     def close(self, finished: bool) -> None:
-        """Write what waits and end the writing, as FolderWriter's `close` does; the first call decides how.
+        """Write what waits and close the FolderWriter. Only the first call decides how.
 
-        With `finished` it raises as that one and `write` do.
+        With `finished`, raises as `FolderWriter.close` and `write` do.
         """
         if not self._closed:
             self._give()  # there may be no room: an interrupt while waiting for it would leave the thread without end
@@ -130,7 +129,7 @@ class BackgroundWriter(Closing):
         self._held_bytes += size
 
     def _hand_over(self) -> None:
-        """Give the thread what is held, when there is room for it. Raises what the writer met."""
+        """Give the thread what is held, once there is room for it. Raises the writer's error."""
         while self._in_hand + self._held_bytes > self._in_flight and self._done.calls < self._handed.calls:
             self._bell.acquire()
         self._tell()
@@ -176,7 +175,7 @@ class BackgroundWriter(Closing):
                 self._writer.close(finished=False)
 
     def _try(self, call: Callable[[], None]) -> None:
-        """Unless there was an error before: then nothing more is written."""
+        """Make the call, unless an earlier one failed: then nothing more is written."""
         if self._error is None:
             try:
                 call()

@@ -13,11 +13,11 @@ from hookmap.stores.folder import FolderWriter
 from hookmap.stores.manifest import MANIFEST, Manifest
 
 BEFORE = "before"
-"""its name"""
+"""the name of that folder"""
 
 
 class Lacking:
-    """A sink that passes on the samples that its folder does not hold yet: a batch always runs as a whole."""
+    """A sink that passes on only the samples that its folder lacks: a batch always runs as a whole."""
 
     def __init__(self, writer: Sink, held: Set[int]) -> None:
         self._writer, self._held = writer, held
@@ -38,7 +38,7 @@ class Lacking:
 
 
 def before_writer(store: Any, manifest: Manifest) -> FolderWriter:
-    """Of the folder inside `store`: begun, or gone on with where an earlier run has begun it. Raises StoreError."""
+    """The writer of the folder inside `store`: new, or resumed where an earlier run began it. Raises StoreError."""
     folder = Path(store) / BEFORE
     manifest = manifest.model_copy(update={"settings": {**manifest.settings, "before": "these rows"}})
     return (FolderWriter.resume if (folder / MANIFEST).exists() else FolderWriter.create)(folder, manifest)

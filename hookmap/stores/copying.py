@@ -1,6 +1,6 @@
-"""Copies samples from one capture into another: what `repair` keeps, and `merge` puts together.
+"""Copies samples from one capture into another, to repair a capture or to merge several.
 
-Rows are copied some at a time, so memory is flat; groups stay groups.
+Rows are copied a few at a time, so that memory is flat. Groups stay groups.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class Merged:
 
 
 def copy_group(store: Store, samples: Sequence[tuple[int, Sample]], writer: FolderWriter) -> None:
-    """Write these samples together: (number in `store`, what it is in the copy)."""
+    """Write samples as one group. `samples`: the number in `store`, and the sample as it is in the copy."""
     step = min(ROWS, writer.manifest.shard_tokens)  # as a forward pass: a shard ends between two of them
     for number, sample in samples:
         for start in range(0, sample.rows, step):
@@ -191,10 +191,10 @@ def merge(
     """Put captures of one model, of the same tensors and under the same settings, into the new folder `out`.
 
     A sample that another capture has too (the same id, or without one the same number, and the same prompt, text,
-    tokens, positions and labels) is left out and told. Samples of one capture are all kept.
-    same_ids: of ids that are of different samples. "rename": the later ones get a number behind it, `q7` becomes
-    `q7.2`, and are told; "refuse" raises StoreError. Numbers stay, unless two captures use one for different samples:
-    then all are numbered anew, in order. Raises StoreError that names every difference.
+    tokens, positions and labels) is left out and reported. Samples of one capture are all kept.
+    same_ids: what happens where different samples have one id. "rename" appends a number to the later ones, `q7`
+    becomes `q7.2`, and reports them; "refuse" raises StoreError. Numbers stay, unless two captures use one for
+    different samples: then all are numbered anew, in order. Raises StoreError that names every difference.
     """
     if same_ids not in ("rename", "refuse"):
         raise StoreError(f"same_ids: expected rename or refuse, got {same_ids!r}.")
@@ -248,7 +248,7 @@ def _refuse_differences(stores: Sequence[CaptureStore]) -> None:
 
 @dataclass
 class _Distinct:
-    """What of several captures a merge keeps."""
+    """What a merge keeps of several captures."""
 
     numbers: list[NumberSet] = field(default_factory=list)
     """of each capture, those to keep"""

@@ -50,8 +50,8 @@ class RowDataset(IterableDataset[_Rows]):
     """Batches of rows of some tensors: {"resid_mid.8": [batch, d], …}, and with `where` whose rows they are.
 
     Use it as it is, or in a DataLoader with batch_size=None; its workers share the shards, each row comes to one.
-    Every pass is another order: the same for the same seed and pass. In workers the order also depends on torch's
-    seed, which tells new workers the passes apart, unless `set_epoch` says which pass it is.
+    Each pass has another order, decided by the seed and the pass's number. In workers it also depends on torch's seed,
+    by which new workers tell passes apart, unless `set_epoch` says which pass it is.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class RowDataset(IterableDataset[_Rows]):
     def set_epoch(self, epoch: int, batch: int = 0) -> None:
         """Begin the next pass as pass `epoch`, 0 being the first, behind its first `batch` batches.
 
-        So a training goes on where it was: what comes is what an undisturbed one would have seen, with workers where
-        there are as many as before. Later passes follow; but new workers know of none, so with a DataLoader whose
-        workers are not persistent say it before each pass. Persistent ones hear it before their first.
+        So a training that was interrupted sees what an undisturbed one would have seen; with workers, where there are
+        as many as before. Later passes follow. New workers know of no pass before: with a DataLoader whose workers are
+        not persistent, call this before each pass; where they are, before the first.
         """
         if any(type(number) is not int or number < 0 for number in (epoch, batch)):
             raise SelectionError(f"expected epoch and batch as whole numbers from 0 on, got {epoch!r} and {batch!r}.")

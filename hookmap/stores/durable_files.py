@@ -23,7 +23,7 @@ def is_temporary(name: str) -> bool:
 
 @contextlib.contextmanager
 def writing(path: "str | Path") -> Iterator[None]:
-    """What the system says of a file that it does not take becomes a StoreError."""
+    """Turn the system's errors of writing into StoreError."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
 """Writes a capture folder: streaming, memory flat in the number of tokens, safe against a kill at any moment.
 
-What makes a sample finished is one thing: its line, with all lines of its group, in samples.jsonl. The order of
-writing is shards, then the table of shards, then the group, each made durable before the next begins. Whatever a kill
-leaves behind the last whole group (temporary files, shards, lines) belongs to no finished sample and is removed by
-`resume`, which then stands exactly where an undisturbed run stood when that group was written.
+A sample is finished when its line, with all lines of its group, is in samples.jsonl. Shards are written first, then
+the table of shards, then the group, and each is durable before the next begins. What a kill leaves after the last
+whole group (temporary files, shards, lines) belongs to no finished sample. `resume` removes it, and continues exactly
+where an undisturbed run stood when that group was written.
 """
 
 import contextlib
@@ -135,7 +135,7 @@ class FolderWriter(GroupWriter, Closing):
             self._recover()
 
     def note(self, run: Mapping[str, Any]) -> None:
-        """What the run that writes has to tell of itself, as JSON; the manifest keeps one note a run."""
+        """Add the writing run's note, plain JSON data, to the manifest, which keeps one for each run."""
         self.manifest = self.manifest.model_copy(update={"runs": (*self.manifest.runs, dict(run))})
 
     def close(self, finished: bool) -> None:
@@ -215,7 +215,7 @@ class FolderWriter(GroupWriter, Closing):
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turn what the disk refuses into a StoreError. After it, or an interrupt inside, nothing more is taken."""
+        """Turn an error of the disk into a StoreError. After it, or an interrupt inside, no more rows are taken."""
         usable, self._usable = self._usable, False
         try:
             yield

@@ -1,4 +1,4 @@
-"""Old captures that torch.save wrote, made into capture folders. Nothing of theirs is run: tensors come in, no more."""
+"""Makes capture folders of files that torch.save wrote. Only tensors are read; no code in such a file runs."""
 
 import itertools
 import os

@@ -14,7 +14,7 @@ from hookmap.stores.table_index import Committed, scan
 
 
 def problems_of(folder: Location) -> Iterator[str]:
-    """One line per problem. What the writer of an unfinished capture has in hand is none."""
+    """One line per problem. What the writer of an unfinished capture has not committed is no problem."""
     try:
         manifest = read_manifest(folder)
         committed = scan(folder / SAMPLES)
@@ -107,7 +107,7 @@ def entry_problems(
 
 
 def count_problems(folder: Location, manifest: Manifest, samples: int, rows: int) -> Iterator[str]:
-    """How the table of samples is not as long as the manifest says; one that is not finished may be longer."""
+    """Where the table of samples is not as long as the manifest says; an unfinished capture's may be longer."""
     said = (manifest.counts.samples, manifest.counts.rows)
     if (samples, rows) != said if manifest.finished else samples < said[0] or rows < said[1]:
         yield (
@@ -117,7 +117,7 @@ def count_problems(folder: Location, manifest: Manifest, samples: int, rows: int
 
 
 def altered_tables(folder: Location, manifest: Manifest) -> dict[str, str]:
-    """Tables of a finished capture that are not as they were, each with what is wrong."""
+    """Tables of a finished capture that have changed since, each with what is wrong."""
     wrong = {}
     for name, expected in (manifest.sha256 or {}).items():
         try:

@@ -121,7 +121,7 @@ class Store(ABC):
         return self._rows(sample, self.key(point, layer, run), rows_of(tokens, found))
 
     def by_id(self, id: str) -> Sample:
-        """The finished sample that the data set calls so. Raises SelectionError where there is none, or several."""
+        """The finished sample with this id of the data set. Raises SelectionError where there is none, or several."""
         found = self._with_id(id)
         if len(found) == 1:
             return self.sample(found[0])
@@ -297,7 +297,7 @@ def place_of(where: Any) -> tuple[str, int | None, int | None]:
 
 
 def call_and_tokens(call: "int | Tokens", tokens: Tokens) -> tuple[Any, Any]:
-    """The two arguments of `read`, where tokens may stand in the place of the call."""
+    """The call and the tokens that `read` is given: tokens may stand in the place of the call."""
     return (call, tokens) if isinstance(call, Integral | None) else (None, call)
 
 

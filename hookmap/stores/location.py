@@ -104,7 +104,7 @@ def local(where: "str | os.PathLike[str]") -> Path:
 
 @contextlib.contextmanager
 def reading(path: Location, missing: StoreError | None = None) -> Iterator[None]:
-    """What the system says of a file that it does not give becomes a StoreError. `missing`: of one that is nowhere."""
+    """Turn the system's errors of reading into StoreError. `missing`: the error where there is no file."""
     try:
         yield
     except OSError as error:

@@ -148,7 +148,7 @@ class CaptureStore(Store):
 
         `norms`: read all tensors, for the norms of their rows and for rows that are not finite; None: if there are at
         most NORM_SAMPLES samples.
-        `texts`: of how many samples.
+        `texts`: the number of samples that are described with their texts.
         """
         manifest, rows = self.manifest, self._table.committed.rows
         norms = len(self) <= NORM_SAMPLES if norms is None else norms

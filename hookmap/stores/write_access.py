@@ -20,9 +20,9 @@ from hookmap.wording import counted
 
 
 def lock(file: AppendedFile, folder: Path, option: str = "-o") -> None:
-    """One writer at a time, by a lock on `file` that goes with the process however it ends. Raises StoreError.
+    """Let one writer in at a time: lock `file` until this process ends, however it ends. Raises StoreError.
 
-    option: of the command line, which names the folder.
+    option: the command line's, which names the folder.
     """
     if fcntl is None:
         return
@@ -36,7 +36,7 @@ def lock(file: AppendedFile, folder: Path, option: str = "-o") -> None:
 
 
 def refuse_used(folder: Path) -> None:
-    """Refuse a folder in which something could be lost, and what is no folder here. Raises StoreError."""
+    """Refuse a folder whose content could be lost, and what is no local folder. Raises StoreError."""
     if re.match(r"[a-z0-9+.-]{2,}:/", str(folder)):  # a Path has lost the second slash
         raise StoreError(f"{folder} is a URL: captures are written to local folders only. Write to one, then copy it.")
     local(folder)

@@ -33,7 +33,7 @@ def check_room(hm: HookedModel, tokens: int, most: int) -> None:
 
 
 class Echo:
-    """Reads one prompt after the other. `count`: how many of the likeliest tokens are told with each token."""
+    """Reads one prompt after the other. `count`: the number of likeliest tokens that are reported with each token."""
 
     def __init__(self, count: int) -> None:
         self._count = count

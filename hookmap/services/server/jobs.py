@@ -49,7 +49,7 @@ class Result:
 
 Event = list[Token] | Result | ApiError
 Ended = Callable[["Job", Event], None]
-"""is told a job and its last event"""
+"""called with a job and its last event"""
 
 
 @dataclass(eq=False)
@@ -70,9 +70,9 @@ class Job:
     top_logprobs: int | None = None
     summary: Summary | None = None
     echo: bool = False
-    """whether the prompts' own logprobs are told"""
+    """whether the prompts' own logprobs are reported"""
     reads_only: bool = False
-    """whether the prompt is only read: one token is generated, because a run must, and is neither told nor recorded"""
+    """whether the prompt is only read: one token is generated, because a run must, and neither sent nor recorded"""
     emit: Callable[[Event], None] = field(default=lambda event: None)
     """called in the scheduler's thread: with the tokens of each step, then with a Result or an ApiError"""
     cancelled: threading.Event = field(default_factory=threading.Event)

@@ -89,7 +89,7 @@ class Sampling(_Request):
 
     @property
     def logprob_count(self) -> int | None:
-        """How many of the likeliest tokens are told with each token; None: no logprobs."""
+        """The number of likeliest tokens that are sent with each token; None: no logprobs."""
         return None
 
     @property

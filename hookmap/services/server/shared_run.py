@@ -59,7 +59,7 @@ class Choice:
 
 
 class SharedRun:
-    """Runs plain jobs that may share batches. `ended` is told of each job as soon as it has ended."""
+    """Runs plain jobs that may share batches. `ended` is called for each job as soon as it has ended."""
 
     def __init__(self, hm: HookedModel, jobs: Sequence[Job], memory: MemoryUse, ended: Ended) -> None:
         self._hm, self._memory, self._ended = hm, memory, ended
@@ -67,13 +67,13 @@ class SharedRun:
         """the choices of jobs that have not ended"""
 
     def run(self, limits: BatchLimits) -> None:
-        """Run them all. An error is told to the jobs that it concerns; the others run."""
+        """Run them all. An error ends the jobs that it concerns; the others run."""
         batches = [[self._open[job][number] for job, number in rows] for rows in limits.batches(list(self._open))]
         for batch in batches:
             in_parts(batch, self._run_part)
 
     def after_step(self, choices: Sequence[Choice], tokens: list[int], last: list[bool], likely: Likely | None) -> None:
-        """Give each choice its newest token, and tell it. `last`: see `Choice.add`."""
+        """Give each choice its newest token, and send it. `last`: see `Choice.add`."""
         self._end_cancelled()
         new: dict[Job, list[Token]] = {}
         for place, (choice, token) in enumerate(zip(choices, tokens, strict=True)):

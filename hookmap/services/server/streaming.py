@@ -35,7 +35,7 @@ class Wire(Protocol):
         """The chunks after the last token."""
 
     def whole(self, result: Result, tokens: list[Token]) -> BaseModel:
-        """The answer in one piece. `tokens`: all that the job told."""
+        """The answer in one piece. `tokens`: all that the job sent."""
 
 
 async def answer(request: Request, scheduler: Scheduler, job: Job, wire: Wire, streams: bool) -> Response:

@@ -1,4 +1,4 @@
-"""Tokens as an answer tells them, with the logprobs of the model's own distribution where asked for."""
+"""Tokens as an answer reports them, with the logprobs of the model's own distribution where asked for."""
 
 import copy
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Token:
     figures: Figures | None = None
     """where the request asked for a summary"""
     prompt: bool = False
-    """whether it is a token of the prompt, told by an echo"""
+    """whether it is a token of the prompt, sent by an echo"""
 
 
 class Likely(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not typed

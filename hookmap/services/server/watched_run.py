@@ -1,6 +1,6 @@
-"""One request that reads, records or changes activations: a capture whose tokens are told as they come.
+"""One request that reads, records or changes activations: a capture whose tokens are sent as they come.
 
-It ends when its client leaves. All other requests are in `shared_run`.
+It ends when its client leaves. All other requests run in `shared_run`.
 """
 
 import contextlib
@@ -76,12 +76,12 @@ def _together(hm: HookedModel, job: Job) -> int:
 
 @dataclass
 class WatchedRun(Generating):
-    """A capture that tells each token of each row."""
+    """A capture that sends each token of each row."""
 
     tell: Callable[[list[Token]], None] = field(default=lambda tokens: None)
     cancelled: Callable[[], bool] = field(default=lambda: False)
     top_logprobs: int | None = None
-    """how many of the likeliest tokens are told with each token; None: no logprobs"""
+    """the number of likeliest tokens that are sent with each token; None: no logprobs"""
     summary: Summary | None = None
     unembedding: Unembedding | None = None
     """what the summary's lens applies"""
@@ -89,7 +89,7 @@ class WatchedRun(Generating):
     """the summary of the batch that runs"""
     echo: Echo | None = None
     reads_only: bool = False
-    """whether the prompt is only read: one token is generated, and neither told nor recorded"""
+    """whether the prompt is only read: one token is generated, and neither sent nor recorded"""
 
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
         """See `Run.batch`; with an echo, the rows of one prompt."""
@@ -147,7 +147,7 @@ class Gathered:
 
 
 class _AfterStep(StoppingCriteria):  # type: ignore[misc]
-    """After each step: ends the run whose client has left, and tells the tokens of rows that had not ended."""
+    """After each step: ends the run whose client has left, and sends the tokens of rows that had not ended."""
 
     def __init__(self, run: WatchedRun, finished: Finished, rows: tuple[int, ...], likely: Likely | None) -> None:
         self._run, self._finished, self._rows, self._likely = run, finished, rows, likely

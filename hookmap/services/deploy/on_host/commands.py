@@ -1,4 +1,4 @@
-"""Running other programs on the host, telling progress, and failing with a message."""
+"""Runs other programs on the host, reports progress, and fails with a message."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 class Failed(Exception):
-    """The person is told this message in place of a result."""
+    """Ends the program: the user sees this message in place of a result."""
 
 
 def say(text: str) -> None:
