@@ -24,6 +24,8 @@ from hookmap.errors import (
 )
 
 if TYPE_CHECKING:
+    from hookmap import metrics
+    from hookmap.capture.interventions.functions import apply, watch
     from hookmap.capture.result import Capture
     from hookmap.datasets.records import load_prompts
     from hookmap.discovery.discover import discover
@@ -54,14 +56,17 @@ __all__ = [
     "StoreError",
     "TokenizerError",
     "__version__",
+    "apply",
     "discover",
     "load_map",
     "load_prompts",
+    "metrics",
     "open",
     "open_on_ray",
     "open_remote",
     "open_store",
     "verify",
+    "watch",
 ]
 
 # Public name -> the module that holds it, imported when the name is first used (PEP 562).
@@ -69,6 +74,7 @@ _HOMES = {
     "ArchitectureMap": "hookmap.maps.document",
     "Capture": "hookmap.capture.result",
     "Selector": "hookmap.maps.selectors",
+    "apply": "hookmap.capture.interventions.functions",
     "discover": "hookmap.discovery.discover",
     "load_map": "hookmap.discovery.library",
     "load_prompts": "hookmap.datasets.records",
@@ -77,10 +83,13 @@ _HOMES = {
     "open_remote": "hookmap.services.nnsight_server",
     "open_store": "hookmap.stores",
     "verify": "hookmap.verification.verify",
+    "watch": "hookmap.capture.interventions.functions",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "metrics":
+        return import_module("hookmap.metrics")
     if name not in _HOMES:
         raise AttributeError(f"module 'hookmap' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

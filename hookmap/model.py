@@ -3,17 +3,20 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
+import torch
 from torch import nn
 
 from hookmap.analysis.attribution import Attribution, attribute
+from hookmap.analysis.gradients import GradientEstimate, Gradients, estimate_gradients, gradients
 from hookmap.analysis.lens import Lens, lens
+from hookmap.analysis.metrics import losses, measure
 from hookmap.analysis.patching import Sweep, sweep
 from hookmap.analysis.steering import SteeringVector, make_vector
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.hooked import Hooked
-from hookmap.capture.options import Layers
+from hookmap.capture.options import GradientOptions, Layers, MeasureOptions, Points, takes
 from hookmap.discovery.library import given_map
 from hookmap.discovery.map_of_model import understood
 from hookmap.errors import ModelError, TokenizerError
@@ -59,6 +62,58 @@ class HookedModel(Hooked):
         Raises SelectionError with the reason where the residual stream is not a plain sum of branches.
         """
         return attribute(self, prompt, target, against, **options)
+
+    @takes(MeasureOptions)
+    def measure(
+        self, prompts: Any, metric: Any, interventions: Any = (), **options: Unpack[MeasureOptions]
+    ) -> torch.Tensor:
+        """A metric of each prompt, float32 [prompts], by one forward pass over it.
+
+        metric: one of `hookmap.metrics`, or a function of (logits, at) that gives a number: logits [pos, d_vocab] of
+        one prompt, `at` its positions and tokens (`hookmap.metrics.Reading`). interventions: as in capture.
+        Raises SelectionError where the metric does not fit the model or the prompts, and what capture raises.
+        """
+        return measure(self, prompts, metric, interventions, **options)
+
+    @takes(MeasureOptions)
+    def loss(self, texts: Any, interventions: Any = (), **options: Unpack[MeasureOptions]) -> list[torch.Tensor]:
+        """The cross-entropy of each token of each text, in nats: a list of float32 [pos - 1], from the second token on.
+
+        interventions: as in capture. Raises SelectionError for a text of one token, and what capture raises.
+        """
+        return losses(self, texts, interventions, **options)
+
+    @takes(GradientOptions)
+    def gradients(
+        self,
+        prompts: Any,
+        metric: Any,
+        points: Points = "resid_post",
+        layers: Layers = "all",
+        **options: Unpack[GradientOptions],
+    ) -> Gradients:
+        """d metric / d point of each row, `g["resid_post", 8]` [batch, pos, d], beside the values, `g.values`.
+
+        metric: as of `measure`; its answers are read by the model behind the prompts. points, layers: as in capture;
+        a point that a module reads counts what that module makes of it, any other point all that follows. Where
+        interventions write, the gradient is that of what they wrote.
+        One forward and one backward pass for each batch, from the first point on; the parameters get no gradients. The
+        memory is said before (`estimate_gradients`). bfloat16 and float16 round gradients, and a note says so.
+        Raises SelectionError, and CaptureError where a point has no gradient or memory does not suffice.
+        """
+        return gradients(self, prompts, metric, points, layers, **options)
+
+    @takes(GradientOptions)
+    def estimate_gradients(
+        self,
+        prompts: Any,
+        metric: Any,
+        points: Points = "resid_post",
+        layers: Layers = "all",
+        **options: Unpack[GradientOptions],
+    ) -> GradientEstimate:
+        """The memory that `gradients` takes with the same arguments: measured on short texts, and extended."""
+        return estimate_gradients(self, prompts, metric, points, layers, **options)
 
     def steering_vector(
         self,

@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "hookmap"
 LEAVES = ("errors", "activations", "extras", "html", "placeholders", "strict_json", "wording", "_version", "demo")
 ORDER = (
-    "maps", "datasets", "loading", "stores", "discovery", "verification", "sweep", "capture", "analysis", "model",
-    "vllm", "services", "evaluation", "cli",
+    "maps", "datasets", "loading", "stores", "discovery", "verification", "sweep", "capture", "analysis", "metrics",
+    "model", "vllm", "services", "evaluation", "cli",
 )  # fmt: skip
 """what each room may know: the rooms before it, and the leaves"""
 LONGEST = 400

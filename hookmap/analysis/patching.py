@@ -15,9 +15,9 @@ import torch
 from hookmap.analysis.grid import Grid
 from hookmap.analysis.tokens import token_id, token_text, token_texts
 from hookmap.capture.finiteness import not_finite
-from hookmap.capture.interventions.edits import Edit
+from hookmap.capture.interventions.edits import Edit, why_not_heads
 from hookmap.capture.interventions.operations import Patched
-from hookmap.capture.interventions.plan import EditPlan, why_not_heads
+from hookmap.capture.interventions.plan import EditPlan
 from hookmap.capture.options import TemplateOptions
 from hookmap.capture.rows import row_selection
 from hookmap.errors import InterventionError, SelectionError

@@ -51,7 +51,7 @@ class Generating(Run):
         observer = self._observer(layout, sink)
         editor = self._editor(observer)
 
-        observers = [observer] if editor is None or editor.before is None else [observer, editor.before]
+        observers = [observer, *(() if editor is None else editor.observers)]
 
         def tell(columns: int, finished: list[bool]) -> None:
             with contextlib.ExitStack() as aside:
@@ -60,7 +60,7 @@ class Generating(Run):
                     aside.enter_context(each.aside())
                 self._show(columns - layout.width)
 
-        finished = Finished(self.config, self.stop, self.tokenizer, tell)
+        finished = Finished(self.config, self.stop, self.tokenizer, tell, editor.stopped if editor else None)
         with self._turn():
             inputs = self._inputs(prompts, layout, finished)
             sequences = self._generate(observer, inputs, editor)

@@ -1,8 +1,9 @@
 """A model to capture from: its module, tokenizer, map and engines."""
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from hookmap.capture.batches import Batches
 from hookmap.capture.engines import Engine, nnsight_engine
 from hookmap.capture.engines.hooks import HooksEngine
 from hookmap.capture.estimate import Estimate, estimate
-from hookmap.capture.interventions.documents import read_interventions
+from hookmap.capture.interventions.documents import Intervention, read_interventions
 from hookmap.capture.interventions.plan import EditPlan, plan_edits
 from hookmap.capture.interventions.proofs import Proofs
 from hookmap.capture.options import (
@@ -88,6 +89,8 @@ class Hooked:
         self._nnsight: Engine | None = None
         self.reader = ImageReader(processor, self.root)
         """makes prompts with images"""
+        self._standing: tuple[Hooked, tuple[Intervention, ...]] | None = None
+        """of a view: the model that it is of, and its interventions"""
 
     @takes(CaptureOptions)
     def capture(
@@ -215,11 +218,31 @@ class Hooked:
         check_count("batch_tokens", batch_tokens)
         return Request(encoded, how, selectors, selection, max_new_tokens, batch_size, batch_tokens)
 
-    def _plan(self, interventions: Any, request: Request) -> EditPlan | None:
-        if isinstance(interventions, EditPlan):
-            return interventions
+    def edited(self, interventions: Any) -> Self:
+        """A view of this model with interventions that stay: whatever runs on it, runs with them.
+
+        They are written before those of a run itself, at the same place. The weights are shared and stay as they are;
+        a view has views, too. interventions: as in capture. Raises SelectionError and InterventionError.
+        """
         found = read_interventions(interventions)
-        return plan_edits(self, found, request.prompts, request.max_new_tokens, request.templating) if found else None
+        plan_edits(self, found, (), 1, Templating())  # raises here and not in each run
+        self.pads, self.proofs  # noqa: B018  # found once, for all views
+        view = copy.copy(self)
+        view._standing = (self, found)
+        return view
+
+    def _plan(self, interventions: Any, request: Request) -> EditPlan | None:
+        plan: EditPlan | None
+        if isinstance(interventions, EditPlan):
+            plan = interventions
+        else:
+            found, new = read_interventions(interventions), request.max_new_tokens
+            plan = plan_edits(self, found, request.prompts, new, request.templating) if found else None
+        if self._standing is None:
+            return plan
+        model, edits = self._standing
+        standing = model._plan(edits, request)
+        return plan if standing is None else standing if plan is None else standing.then(plan)
 
     def _batches(self, request: Request, why_no_pads: str | None = None) -> Batches:
         """The batches of a run. `why_no_pads`: why the run itself must not have pads."""
@@ -300,4 +323,14 @@ class Hooked:
         return encode(prompts, self.tokenizer, how, why_none=self._why_no_tokenizer, reader=self.reader)
 
     def __repr__(self) -> str:
-        return f"<Hooked {self.map.architecture}, {self.map.num_layers} layers, d_model {self.map.d_model}>"
+        edited = "" if self._standing is None else f", edited: {', '.join(_names(self))}"
+        sizes = f"{self.map.num_layers} layers, d_model {self.map.d_model}"
+        return f"<{type(self).__name__} {self.map.architecture}, {sizes}{edited}>"
+
+
+def _names(view: Hooked) -> Iterator[str]:
+    """What each intervention of a view does, where."""
+    if view._standing is not None:
+        model, edits = view._standing
+        yield from _names(model)
+        yield from (f"{each.do} {each.point}" for each in edits)

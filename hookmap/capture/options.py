@@ -114,7 +114,24 @@ class TemplateOptions(TypedDict, total=False):
     ]
 
 
-class EstimateOptions(RowOptions, TemplateOptions, total=False):
+class BatchOptions(TypedDict, total=False):
+    """Which prompts run, and how many together."""
+
+    prompt_column: Annotated[str | None, Option(None, "column of a table or data set that holds the prompt")]
+    batch_size: Annotated[
+        int | None,
+        Option(None, f"prompts that run together, padded; {BATCH_SIZE} unless given, where text is generated"),
+    ]
+    batch_tokens: Annotated[
+        int, Option(BATCH_TOKENS, "tokens that run together where nothing is generated, pads included")
+    ]
+
+
+class MeasureOptions(TemplateOptions, BatchOptions, total=False):
+    """What decides how prompts are read by one forward pass each."""
+
+
+class EstimateOptions(RowOptions, TemplateOptions, BatchOptions, total=False):
     """What decides how large a capture is."""
 
     calls: Annotated[
@@ -126,14 +143,23 @@ class EstimateOptions(RowOptions, TemplateOptions, total=False):
             "each is stored under its number",
         ),
     ]
-    prompt_column: Annotated[str | None, Option(None, "column of a table or data set that holds the prompt")]
-    batch_size: Annotated[
-        int | None,
-        Option(None, f"prompts that run together, padded; {BATCH_SIZE} unless given, where text is generated"),
+
+
+class WriteOptions(TypedDict, total=False):
+    """What is written while the model runs."""
+
+    interventions: Annotated[
+        Any,
+        Option(
+            (),
+            "what is written while the model runs: interventions, documents of them, or a file; the stored rows are "
+            "those after the write",
+        ),
     ]
-    batch_tokens: Annotated[
-        int, Option(BATCH_TOKENS, "tokens that run together where nothing is generated, pads included")
-    ]
+
+
+class GradientOptions(EstimateOptions, WriteOptions, total=False):
+    """What gradients take besides prompts, a metric, points and layers."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -150,7 +176,7 @@ class GenerationOptions(TypedDict, total=False):
     use_cache: bool
 
 
-class RunOptions(EstimateOptions, GenerationOptions, total=False):
+class RunOptions(EstimateOptions, GenerationOptions, WriteOptions, total=False):
     """What decides how a capture runs."""
 
     do_sample: Annotated[bool, Option(False, "sample the tokens; greedy unless asked")]
@@ -162,14 +188,6 @@ class RunOptions(EstimateOptions, GenerationOptions, total=False):
             "auto",
             '"hooks" (PyTorch\'s own, the fastest), "nnsight", or "auto": hooks, unless the model was given as an '
             "nnsight model",
-        ),
-    ]
-    interventions: Annotated[
-        Any,
-        Option(
-            (),
-            "what is written while the model runs: interventions, documents of them, or a file; the stored rows are "
-            "those after the write",
         ),
     ]
     before: Annotated[

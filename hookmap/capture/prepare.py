@@ -142,7 +142,7 @@ def run_of(
         _refuse_generation(do_sample, seed, stop, generation)
         run = Harvesting(**common)
     if plan is not None:
-        run.edits = plan.edits
+        run.edits, run.watches = plan.edits, plan.watches
     return run
 
 
@@ -189,12 +189,17 @@ def say_apart(why: str | None) -> None:
 
 def _check_interventions(engine: Engine, plan: EditPlan | None, before: bool) -> None:
     """Raises InterventionError where the engine writes nothing, or there is nothing to be before."""
-    if plan is not None and engine.name != "hooks":
+    if plan is not None and plan.watches and engine.name == "remote":
+        raise InterventionError(
+            "hookmap.watch: the model runs on a server, which sends its values when the run is over, so that no "
+            "function sees them while it runs. Capture the point, or open the model here."
+        )
+    if plan is not None and plan.edits and engine.name != "hooks":
         raise InterventionError(
             f'interventions are written with hooks, and this run\'s engine is {engine.name}: give engine="hooks". '
             "(What is stored in an nnsight model does not apply then.)"
         )
-    if before and plan is None:
+    if before and (plan is None or not plan.edits):
         raise InterventionError("before=True keeps rows of a run with interventions, and there are none: leave it out.")
 
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hookmap.capture.engines.observation import Observer
 from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.halving import in_parts
 from hookmap.capture.interventions.edits import Edit, Editor
+from hookmap.capture.interventions.watching import Watch, Watching
 from hookmap.capture.options import Progress
 from hookmap.capture.overflow import in_words
 from hookmap.capture.rows import DTYPES, RowSelection
@@ -51,6 +53,7 @@ class Run(ABC):
     done: int = 0
     max_new_tokens: int = 0
     edits: tuple[Edit, ...] = ()
+    watches: tuple[Watch, ...] = ()
     before: Sink | None = None
     """sink of the rows before the edits"""
     _most: int | None = None
@@ -112,15 +115,17 @@ class Run(ABC):
         return device_of(self.engine)
 
     def _editor(self, observer: Observer) -> Editor | None:
-        if not self.edits:
+        if not self.edits and not self.watches:
             return None
         before = None if self.before is None else self._observer(observer.layout, self.before)
-        return Editor(self.edits, observer, before)
+        watching = partial(Watching, self.watches, observer.layout) if self.watches else None
+        return Editor(self.edits, observer, before, watching)
 
     def _end(self, editor: Editor | None, columns: int) -> None:
-        """Finish the rows before the edits."""
+        """Finish the rows before the edits, and those that functions watch."""
+        for each in () if editor is None else editor.observers:
+            each.finish(columns)
         if editor is not None and editor.before is not None:
-            editor.before.finish(columns)
             self._count(editor.before, "before/")
 
     def _count(self, observer: Observer, where: str = "") -> None:
@@ -141,7 +146,7 @@ class Run(ABC):
         return max(len(prompt.token_ids) for prompt in self.prompts) + max(0, self.max_new_tokens - 1)
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
-        return running(self.engine, reads_attention(self.selectors))
+        return running(self.engine, reads_attention((*self.selectors, *(watch.selector for watch in self.watches))))
 
     def _finish(self, sink: Sink, observer: Observer, row: int, prompt: Prompt, new: list[int]) -> None:
         rows, positions = observer.rows(row)

@@ -71,9 +71,18 @@ def _stopping(tokenizer: Any, strings: Any) -> StopStringCriteria | None:
 class Finished(StoppingCriteria):  # type: ignore[misc]  # transformers' base is not typed
     """Ends rows at an end of sequence or a stop string, and reports after each token which rows ended."""
 
-    def __init__(self, config: GenerationConfig, stop: Sequence[str], tokenizer: Any, tell: Told) -> None:
+    def __init__(
+        self,
+        config: GenerationConfig,
+        stop: Sequence[str],
+        tokenizer: Any,
+        tell: Told,
+        stopped: Callable[[int], bool] | None = None,
+    ) -> None:
+        """`stopped`: whether somebody else has ended this row."""
         self._ending = Ending(config, stop, tokenizer)
         self._tell = tell
+        self._stopped = stopped or (lambda row: False)
         self._prompt: int | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
@@ -82,6 +91,9 @@ class Finished(StoppingCriteria):  # type: ignore[misc]  # transformers' base is
             self._prompt = columns - 1
         newest = input_ids[:, max(self._prompt, columns - self._ending.reach) :].tolist()
         own = self._ending.own(input_ids).tolist()
-        done = [its or self._ending.at(row) for its, row in zip(own, newest, strict=True)]
+        done = [
+            its or self._stopped(number) or self._ending.at(row)
+            for number, (its, row) in enumerate(zip(own, newest, strict=True))
+        ]
         self._tell(columns, done)
         return torch.tensor(done, device=input_ids.device)

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from hookmap.capture.engines.observation import Observer, Side, Watch, parameters_of
+from hookmap.capture.engines.taps import Taps
 from hookmap.capture.interventions.edits import Editor
-from hookmap.capture.interventions.writable import mode_of
+from hookmap.capture.interventions.writable import MODES, Mode, mode_of
 from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen
 from hookmap.loading.modules import accepted
@@ -53,54 +54,79 @@ class HooksEngine:
         with hooked_forward(self.runner, self.root), watching, contextlib.suppress(_SawAllError), torch.no_grad():
             call(self.runner, inputs)
 
+    def differentiate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None, taps: Taps) -> None:
+        """One forward pass, to its end, with autograd's graph from the first tap on."""
+        watching = self._watching(observer, editor, taps=taps)
+        with hooked_forward(self.runner, self.root), watching, torch.enable_grad():
+            call(self.runner, inputs)
+
     @contextlib.contextmanager
     def _watching(
-        self, observer: Observer, editor: Editor | None, ends_early: bool = False, generating: bool = False
+        self,
+        observer: Observer,
+        editor: Editor | None,
+        ends_early: bool = False,
+        generating: bool = False,
+        taps: Taps | None = None,
     ) -> Iterator[None]:
-        for each in (observer, None if editor is None else editor.before):
-            if each is not None:
-                each.parameter_at = parameters_of(self.module)
+        also = () if taps is None else taps.observers
+        observers = (observer, *(() if editor is None else editor.observers), *also)
+        for each in observers:
+            each.parameter_at = parameters_of(self.module)
         with contextlib.ExitStack() as hooks:
-            hooks.callback(_register(self.root, "input", partial(self._begin, observer, editor, generating)))
-            edited = () if editor is None else editor.boundaries
-            for path, side in dict.fromkeys((*observer.boundaries, *edited)):
+            hooks.callback(_register(self.root, "input", partial(self._begin, observers, editor, generating)))
+            edited = (*(() if editor is None else editor.boundaries), *(() if taps is None else taps.boundaries))
+            watched = [boundary for each in observers if each not in also for boundary in each.boundaries]
+            for path, side in dict.fromkeys((*watched, *edited)):
                 module = module_at(self.module, self.root, path)
                 # Hooks run in the order of registration: each sees what the ones before it passed on.
-                for call in _calls_at(path, side, observer, editor, ends_early):
+                for call in _calls_at(path, side, observer, editor, ends_early, taps):
                     hooks.callback(_register(module, side, call))
             yield
 
     def _begin(
-        self, observer: Observer, editor: Editor | None, generating: bool, args: Any, kwargs: Any, output: Any
+        self,
+        observers: Sequence[Observer],
+        editor: Editor | None,
+        generating: bool,
+        args: Any,
+        kwargs: Any,
+        output: Any,
     ) -> Any:
         """The model is called with these arguments; what it gets in their place."""
-        if not observer.looks:
+        if not observers[0].looks:
             return None
-        before = None if editor is None else editor.before
-        for each in (observer, before, editor):
-            if each is not None:
-                each.begin_pass(args, kwargs)
-        return args, {**kwargs, **logits_of_pass(self.root, generating, observer, before)}, output
+        for each in (*observers, *(() if editor is None else (editor,))):
+            each.begin_pass(args, kwargs)
+        return args, {**kwargs, **logits_of_pass(self.root, generating, *observers)}, output
 
 
-def _calls_at(path: str, side: Side, observer: Observer, editor: Editor | None, ends_early: bool) -> Iterator["_Call"]:
-    """What is called at one boundary, in order: the watcher of old values, and the edits with their watchers."""
-    then_end = partial(_then_end, observer) if ends_early else _as_it_is
-    before = None if editor is None else editor.before
+def _calls_at(
+    path: str, side: Side, observer: Observer, editor: Editor | None, ends_early: bool, taps: Taps | None
+) -> Iterator["_Call"]:
+    """What is called at one boundary, in order: the watcher of old values, the edits with their watchers and taps."""
+    before, watching = (None, None) if editor is None else (editor.before, editor.watching)
+    observers = [each for each in (observer, watching) if each is not None]
+    then_end = partial(_then_end, observers) if ends_early else _as_it_is if taps is None else _without_graph
     if before is not None and (path, side) in before.boundaries:
         yield before.watcher(path, side)
-    if editor is not None and (path, side) in editor.boundaries:
-        yield from _edits(editor, observer, path, side, then_end)
-    else:
-        yield then_end(observer.watcher(path, side))
+    after = [each for each in observers if (path, side) in each.boundaries]
+    if editor is None or (path, side) not in editor.boundaries:
+        yield from (then_end(each.watcher(path, side)) for each in after)
+        editor = None
+    for mode in MODES:
+        if editor is not None:
+            yield from _edits(editor, observer, after, path, side, mode, then_end)
+        if taps is not None:
+            yield from taps.at(path, side, mode)
 
 
-def _then_end(observer: Observer, watch: Watch) -> Watch:
-    """The watcher, which ends the pass when the observer has seen all selectors."""
+def _then_end(observers: Sequence[Observer], watch: Watch) -> Watch:
+    """The watcher, which ends the pass when the observers have seen all selectors."""
 
     def watch_and_end(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         watch(args, kwargs, output)
-        if observer.saw_all and observer.looks:
+        if all(observer.saw_all and observer.looks for observer in observers):
             raise _SawAllError
 
     return watch_and_end
@@ -110,19 +136,28 @@ def _as_it_is(watch: Watch) -> Watch:
     return watch
 
 
+def _without_graph(watch: Watch) -> Watch:
+    return torch.no_grad()(watch)
+
+
 def _edits(
-    editor: Editor, observer: Observer, path: str, side: Side, then_end: Callable[[Watch], Watch]
+    editor: Editor,
+    observer: Observer,
+    after: Sequence[Observer],
+    path: str,
+    side: Side,
+    mode: Mode,
+    then_end: Callable[[Watch], Watch],
 ) -> Iterator["_Call"]:
-    """The edits and watchers of one boundary, in order: the stream is seen before a branch's input is replaced.
+    """The edits and watchers of one boundary in one mode: the stream is seen before a branch's input is replaced.
 
     One tensor may be two points: the input of a norm, or of an MLP, may be the stream and also what the branch reads.
+    `after`: those that watch it.
     """
-    watched = (path, side) in observer.boundaries
-    for mode in ("in place", "replace"):
-        if editor.writes(path, side, mode):
-            yield partial(_written, editor, observer, path, side, mode)
-        if watched:
-            yield then_end(observer.watcher(path, side, partial(_is_written, mode)))
+    if editor.writes(path, side, mode):
+        yield partial(_written, editor, observer, path, side, mode)
+    for each in after:
+        yield then_end(each.watcher(path, side, partial(_is_written, mode)))
 
 
 def _is_written(mode: str, selector: Selector) -> bool:
@@ -179,10 +214,10 @@ def call(runner: nn.Module, inputs: Mapping[str, Any]) -> None:
     runner(**{parameter: inputs[name] for name, parameter in accepted(runner, inputs).items()})
 
 
-def logits_of_pass(
-    root: nn.Module, generating: bool, observer: Observer, before: Observer | None = None
-) -> dict[str, Any]:
+def logits_of_pass(root: nn.Module, generating: bool, *observers: Observer) -> dict[str, Any]:
     """The argument that makes the pass which has begun compute only the logits that are kept, because logits are large.
+
+    `observers`: all of the run; where several read logits, they read the same, or every one.
 
     It is passed to the model itself, whose `prepare_inputs_for_generation` may have set another value.
     """
@@ -190,10 +225,9 @@ def logits_of_pass(
     if parameter is None:
         return {}
     scattered = "Tensor" in str(parameter.annotation)
-    columns = observer.logits(generating, scattered)
-    if before is not None:
-        before.logits(generating, scattered)
-    return {parameter.name: gen.which_logits(columns, len(observer.columns))}
+    asked = {each.reads_logits: each.logits(generating, scattered) for each in observers}
+    columns = asked[True] if True in asked else asked[False]
+    return {parameter.name: gen.which_logits(columns, len(observers[0].columns))}
 
 
 def module_at(module: nn.Module, root: nn.Module, path: str) -> nn.Module:

@@ -5,7 +5,7 @@ source. A trace sees every forward pass, on any thread, so a run holds the model
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import nnsight
@@ -21,7 +21,7 @@ from hookmap.capture.engines.nnsight_internals import (
     stored_edits,
     tree_over,
 )
-from hookmap.capture.engines.observation import Observer, Watch, of_logits, parameters_of
+from hookmap.capture.engines.observation import Observer, Watch, parameters_of
 from hookmap.capture.interventions.edits import Editor
 from hookmap.errors import InterventionError
 from hookmap.loading.wrappers import generate_of, hooked_forward, runner_of
@@ -53,41 +53,47 @@ class NNsightEngine:
         """See `Engine.generate`. Raises CaptureError where a selector's module is not in the model."""
         _refuse(editor)
         generate = generate_of(self.runner, self.root)
-        sequences: torch.Tensor = self._traced(observer, lambda: generate(**inputs), generating=True)
+        sequences: torch.Tensor = self._traced(observer, editor, lambda: generate(**inputs), generating=True)
         return sequences
 
     def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
         """See `Engine.forward`; nnsight runs the pass to its end."""
         _refuse(editor)
         with torch.no_grad():
-            self._traced(observer, lambda: call(self.runner, inputs))
+            self._traced(observer, editor, lambda: call(self.runner, inputs))
 
-    def _traced(self, observer: Observer, run: Callable[[], Any], generating: bool = False) -> Any:
+    def _traced(
+        self, observer: Observer, editor: Editor | None, run: Callable[[], Any], generating: bool = False
+    ) -> Any:
         if self._tree is None:
             self._tree = tree_over(self.module, self._given)
         adopt_edits(self._tree, self._given)
-        # A user's edit of the logits expects all of them.
-        observer.parameter_at = parameters_of(self.module)
-        observer.every_logit |= self._given is not None and any(map(of_logits, observer.selectors))
+        observers = (observer, *(() if editor is None else editor.observers))
+        for each in observers:
+            each.parameter_at = parameters_of(self.module)
+            # A user's edit of the logits expects all of them.
+            each.every_logit |= self._given is not None and any(other.reads_logits for other in observers)
 
         # A plain hook, because a trace cannot replace the input that it shows.
         def begin(_: nn.Module, args: Any, kwargs: Any) -> Any:
             if not observer.looks:
                 return None
-            observer.begin_pass(args, kwargs)
-            return args, {**kwargs, **logits_of_pass(self.root, generating, observer)}
+            for each in observers:
+                each.begin_pass(args, kwargs)
+            return args, {**kwargs, **logits_of_pass(self.root, generating, *observers)}
 
         with contextlib.ExitStack() as hooks:
             hooks.callback(self.root.register_forward_pre_hook(begin, with_kwargs=True).remove)
             hooks.enter_context(hooked_forward(self.runner, self.root))
-            return _trace(self._tree, self._cache(self._tree, observer), run)
+            return _trace(self._tree, self._cache(self._tree, observers), run)
 
-    def _cache(self, tree: nnsight.NNsight, observer: Observer) -> PassingCache:
+    def _cache(self, tree: nnsight.NNsight, observers: Sequence[Observer]) -> PassingCache:
         paths = paths_in(tree)
         wanted: dict[tuple[str, str], list[Watch]] = {}
-        for path, side in observer.boundaries:
-            module = module_at(self.module, self.root, path)
-            wanted.setdefault((paths[id(module)], side), []).append(observer.watcher(path, side))
+        for observer in observers:
+            for path, side in observer.boundaries:
+                module = module_at(self.module, self.root, path)
+                wanted.setdefault((paths[id(module)], side), []).append(observer.watcher(path, side))
 
         def observe(path: str, side: str, value: Any) -> None:
             args, kwargs = value if side == "input" else ((), {})
@@ -98,7 +104,7 @@ class NNsightEngine:
 
 
 def _refuse(editor: Editor | None) -> None:
-    if editor is not None:
+    if editor is not None and editor.boundaries:
         raise InterventionError('interventions are written with engine="hooks": ask for it, or leave engine= out.')
 
 

@@ -57,7 +57,7 @@ class Observer:
         self._write = write
         self._looks = True
         self._transfer = Transfer()
-        self._collectors = [self._collector(selector, keys) for selector in self.selectors]
+        self._collectors = [self.collector(selector, keys) for selector in self.selectors]
         self._feature_indices: dict[tuple[int, torch.device], torch.Tensor | None] = {}
         """(width of a row, device) -> the features that are kept; None for all"""
         self._seen_in: list[int] = [-1] * len(self.selectors)
@@ -87,6 +87,11 @@ class Observer:
         return tuple(self._targets)
 
     @property
+    def reads_logits(self) -> bool:
+        """Whether logits are selected, which the model then computes for each row that is kept."""
+        return any(map(of_logits, self.selectors))
+
+    @property
     def generated(self) -> Sequence[int | None]:
         """Tokens that each row generated, end of sequence included; None while it still generates."""
         return self._batch.generated
@@ -95,6 +100,11 @@ class Observer:
     def columns(self) -> range:
         """The columns of the batch that the running pass is fed: without a cache, all of them again."""
         return self._batch.columns
+
+    @property
+    def kept(self) -> PassRows:
+        """The rows that are kept of the running pass."""
+        return self._batch.kept
 
     @property
     def looks(self) -> bool:
@@ -123,7 +133,7 @@ class Observer:
         if self.every_logit:
             return None
         width, needed = self._batch.width or 0, set[int]()
-        if any(map(of_logits, self.selectors)):
+        if self.reads_logits:
             needed = {self._batch.first_new + column for kept in self._batch.last_columns() for column in kept}
         if generating or not needed:
             needed.add(width - 1)
@@ -228,6 +238,10 @@ class Observer:
             tensor = self._sum(selector.terms, parts)
         else:
             tensor = term.times(tensor, self._parameter(term))
+        self.show(number, tensor)
+
+    def show(self, number: int, tensor: torch.Tensor) -> None:
+        """A selector's tensor in the running pass, whole: [batch, new columns, ...], or those computed of logits."""
         self._seen_in[number] = self._batch.passes
         self._left -= 1
         if self._keeps(number):
@@ -315,7 +329,8 @@ class Observer:
         self._calls.clear()
         self._logit_columns = None
 
-    def _collector(self, selector: Selector, keys: int | None) -> Collector:
+    def collector(self, selector: Selector, keys: int | None) -> Collector:
+        """What takes the rows of a selector, pass by pass. `keys`: see `__init__`."""
         name = PointName.of(selector.point)
         dtype = None if self.selection.dtype is None or name.base in NUMBERS else DTYPES[self.selection.dtype]
         deliver = self._deliver_of(selector)

@@ -9,10 +9,20 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from hookmap.capture.interventions.digests import digest_of
 from hookmap.datasets.messages import relative_to
 from hookmap.errors import InterventionError
 from hookmap.loading.pictures import image_sources, sha256_of
@@ -49,8 +59,17 @@ class VectorFile(_Frozen):
     key: str = Field(min_length=1, description="the tensor's name in it")
 
 
+TENSORS = ("vector", "direction", "tensor", "down", "up")
+"""the fields of interventions that may name a file"""
 Vector: TypeAlias = Annotated[VectorFile | tuple[float, ...] | tuple[tuple[float, ...], ...], BeforeValidator(_plain)]
 """numbers, a tensor (stored as numbers) or a file; for heads [d_head], the same for each, or [heads, d_head]"""
+Matrix: TypeAlias = Annotated[VectorFile | tuple[tuple[float, ...], ...], BeforeValidator(_plain)]
+"""numbers, a tensor (stored as numbers) or a file"""
+Tensor: TypeAlias = Annotated[
+    VectorFile | tuple[float, ...] | tuple[tuple[float, ...], ...] | tuple[tuple[tuple[float, ...], ...], ...],
+    BeforeValidator(_plain),
+]
+"""numbers, a tensor (stored as numbers) or a file: one row, or [n, ...], a row for each token"""
 
 
 class Source(_Frozen):
@@ -77,8 +96,7 @@ class Source(_Frozen):
         return self
 
 
-class _Intervention(_Frozen):
-    point: str = Field(description="a point's name; TransformerLens's and nnterp's are understood")
+class _Somewhere(_Frozen):
     layers: Layers = "all"
     calls: Calls = Field(
         default="all", description='of layers that run several times in one forward pass: "all", "last", or numbers'
@@ -91,6 +109,10 @@ class _Intervention(_Frozen):
     steps: Positions | None = Field(
         default=None, description='which generation steps: 0 for the prompt, n for the n-th new token; "1:" or [1, 2]'
     )
+
+
+class _Intervention(_Somewhere):
+    point: str = Field(description="a point's name; TransformerLens's and nnterp's are understood")
     heads: Numbers | None = Field(default=None, description="of a point with heads: only these")
 
 
@@ -166,10 +188,82 @@ class Clamp(_Intervention):
         return self
 
 
-Intervention: TypeAlias = Annotated[
-    Steer | Ablate | Patch | ProjectOut | Scale | Clamp, Field(discriminator="do", description="one change")
+class Noise(_Intervention):
+    """Adds normally distributed noise. The draw depends on a token's sample, its position, the layer and the seed."""
+
+    do: Literal["noise"] = "noise"
+    std: float = Field(gt=0, le=_LARGEST, description="its standard deviation")
+    seed: int = Field(default=0, description="another seed draws other noise")
+
+
+class Swap(_Intervention):
+    """Exchanges the rows of two tokens of each prompt."""
+
+    do: Literal["swap"] = "swap"
+    positions: Positions = Field(description="the two tokens: [3, 7], [2, -1]")
+
+
+class Replace(_Intervention):
+    """Replaces the rows by given ones. Several are paired with the tokens in order; a single one serves all."""
+
+    do: Literal["replace"] = "replace"
+    positions: Positions = "prompt"
+    tensor: Tensor
+
+
+class LowRank(_Intervention):
+    """Adds strength * up (down row): a map of rank k, as LoRA has it."""
+
+    do: Literal["low_rank"] = "low_rank"
+    down: Matrix = Field(description="[k, d]: what it reads of a row, d the row's last axis or all of it")
+    up: Matrix = Field(description="[d, k]: what it adds")
+    strength: float = Field(default=1.0, allow_inf_nan=False)
+
+
+class Skip(_Somewhere):
+    """Leaves a block, or a branch of it, out of the stream. Its modules run all the same, so that caches stay whole."""
+
+    do: Literal["skip"] = "skip"
+    what: str = Field(
+        pattern=r"^(block|(mixer|mlp|cross_attn)(\.\d+)?)$",
+        description='"block", whose stream leaves it as it entered; or "mixer", "mlp", "cross_attn", which add nothing '
+        '("mlp.1": the branch with that number)',
+    )
+    heads: ClassVar[None] = None
+
+    @property
+    def point(self) -> str:
+        """The point that is written."""
+        role, _, number = self.what.partition(".")
+        return "resid_post" if role == "block" else f"{role}_out" + (f".{number}" if number else "")
+
+
+class Function(_Intervention):
+    """A function of the user's that writes rows, or sees them: see `functions`. It is in no document."""
+
+    do: Literal["apply", "watch"]
+    fn: Any = Field(repr=False)
+
+    @field_validator("fn")
+    @classmethod
+    def _callable(cls, value: Any) -> Any:
+        if not callable(value):
+            raise ValueError(f"expected a function of (rows, at), got {type(value).__name__}")
+        return value
+
+    @property
+    def name(self) -> str:
+        """The function's own name."""
+        return str(getattr(self.fn, "__qualname__", type(self.fn).__name__))
+
+
+Document: TypeAlias = Annotated[
+    Steer | Ablate | Patch | ProjectOut | Scale | Clamp | Noise | Swap | Replace | LowRank | Skip,
+    Field(discriminator="do", description="one change"),
 ]
-_LIST: TypeAdapter[tuple[Intervention, ...]] = TypeAdapter(tuple[Intervention, ...])
+"""the interventions that a file may hold"""
+Intervention: TypeAlias = Document | Function
+_LIST: TypeAdapter[tuple[Document, ...]] = TypeAdapter(tuple[Document, ...])
 
 
 def read_interventions(given: Any) -> "tuple[Intervention, ...]":
@@ -177,11 +271,20 @@ def read_interventions(given: Any) -> "tuple[Intervention, ...]":
     if isinstance(given, str | os.PathLike):
         return load_interventions(given)
     items = [given] if isinstance(given, dict | BaseModel) else list(given) if isinstance(given, Iterable) else given
+    own = {n: item for n, item in enumerate(items) if isinstance(item, Function)} if isinstance(items, list) else {}
+    others = [item for item in items if not isinstance(item, Function)] if own else items
     try:
-        return _LIST.validate_python(items)
+        found = iter(_LIST.validate_python(others))
     except ValidationError as error:
-        lines = [f"  - {_where(e['loc'], items)}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        lines = [f"  - {_where(e['loc'], others)}: {_problem(e, others)}" for e in error.errors()]
         raise InterventionError("these are no interventions:\n" + "\n".join(dict.fromkeys(lines))) from error
+    return tuple(own[n] if n in own else next(found) for n in range(len(items)))
+
+
+def refuse_functions(interventions: "Iterable[Intervention]", why: str) -> None:
+    """Raises InterventionError where one of these is a function. `why`: it cannot be run."""
+    if names := [f"{each.do}({each.name})" for each in interventions if isinstance(each, Function)]:
+        raise InterventionError(f"{', '.join(names)}: {why}")
 
 
 def load_interventions(path: str | os.PathLike[str]) -> "tuple[Intervention, ...]":
@@ -205,20 +308,36 @@ def load_interventions(path: str | os.PathLike[str]) -> "tuple[Intervention, ...
     return tuple(_LIST.validate_python([_relative_to(item.model_dump(), file.parent) for item in found]))
 
 
+_NO_DOCUMENT = (
+    "a document holds no function, and nothing in one is run as code: give hookmap.{do}(fn, …) in Python, "
+    "where the model is open"
+)
+
+
 def dump_interventions(interventions: "Iterable[Intervention]") -> str:
-    """JSON that `load_interventions` reads."""
+    """JSON that `load_interventions` reads. Raises InterventionError for functions."""
+    interventions = list(interventions)
+    refuse_functions(interventions, "a function is Python code, and JSON holds none: leave it out.")
     return json.dumps([item.model_dump(mode="json", exclude_defaults=False) for item in interventions], indent=2)
 
 
 def fingerprint(interventions: "Iterable[Intervention]") -> list[dict[str, Any]]:
     """What a manifest records: all that decides the run, with vectors and vector files as SHA-256 of their contents."""
-    return [_hashed(item.model_dump(mode="json", exclude_none=True)) for item in interventions]
+    return [
+        _of_function(item) if isinstance(item, Function) else _hashed(item.model_dump(mode="json", exclude_none=True))
+        for item in interventions
+    ]
+
+
+def _of_function(given: Function) -> dict[str, Any]:
+    document = given.model_dump(mode="json", exclude_none=True, exclude={"fn"})
+    return {**document, "fn": given.name, "sha256": digest_of(given.fn)}
 
 
 def _hashed(document: dict[str, Any]) -> dict[str, Any]:
     if document["calls"] == "all":
         del document["calls"]  # a capture that was begun before there were calls goes on
-    for name in ("vector", "direction"):
+    for name in TENSORS:
         if name not in document:
             continue
         value = document[name]
@@ -234,7 +353,7 @@ def _hashed(document: dict[str, Any]) -> dict[str, Any]:
 
 def _relative_to(document: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The same document, with its files relative to this folder."""
-    for name in ("vector", "direction"):
+    for name in TENSORS:
         if isinstance(document.get(name), dict):
             document[name] = {**document[name], "file": str(folder / document[name]["file"])}
     source = document.get("source")
@@ -243,6 +362,15 @@ def _relative_to(document: dict[str, Any], folder: Path) -> dict[str, Any]:
     if source and source.get("prompt"):
         document["source"] = {**source, "prompt": relative_to(source["prompt"], folder)}
     return document
+
+
+def _problem(error: Any, items: Any) -> str:
+    """What pydantic says, or that a document holds no function."""
+    number = error["loc"][0] if error["loc"] else None
+    do = items[number].get("do") if isinstance(number, int) and isinstance(items[number], dict) else None
+    if do in ("apply", "watch"):
+        return _NO_DOCUMENT.format(do=do)
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _where(location: tuple[int | str, ...], items: Any) -> str:

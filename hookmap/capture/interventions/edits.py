@@ -4,9 +4,10 @@ A token is edited whenever the model is fed it. (Without a cache, every pass is 
 tokens that are fed after a sample has ended, are not edited.
 """
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+import contextlib
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -15,17 +16,39 @@ from hookmap.capture.engines.pass_rows import token_ids
 from hookmap.capture.interventions.writable import BoundaryTensor, Cells, ModuleIO, mode_of
 from hookmap.capture.rows import RowSelection
 from hookmap.errors import InterventionError
+from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector
 
-TokenPositions = Sequence[tuple[int, int]]
-"""for each row, the number of its sample in the run and its position"""
+
+class TokenAt(NamedTuple):
+    """The token that a row is of."""
+
+    sample: int
+    """its number in the run"""
+    position: int
+    token: int
+    """its id; -1 where no edit asks for ids"""
+    step: int
+    """0 for tokens of the prompt, n for the n-th new token"""
+
+
+TokensAt = Sequence[TokenAt]
+"""for each row, its token; those of one sample follow each other"""
 
 
 class RowOperation(Protocol):
     """Computes new rows of a point."""
 
-    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
         """`rows`: [n, ...] in the model's dtype. `means`: [n, ...], of each row's prompt, if the edit asks for them."""
+
+
+@runtime_checkable
+class OfBatch(Protocol):
+    """An operation that calls the user's own code, which may end samples and run the model itself."""
+
+    def in_batch(self, batch: "Editor") -> RowOperation:
+        """The same operation in this batch."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +63,17 @@ class EditedTokens:
 
     def in_steps(self, position: int, prompt_tokens: int) -> bool:
         """Whether the steps select the token at this position."""
-        step = max(0, position - prompt_tokens + 1)
-        return self.steps is None or self.steps.wanted(0)(step, -1)
+        return self.steps is None or self.steps.wanted(0)(step_of(position, prompt_tokens), -1)
 
     def select(self, position: int, token: int, prompt_tokens: int, images: frozenset[int] = frozenset()) -> bool:
         """Whether this token is written. `images`: positions that stand for an image."""
         chosen = self.positions.wanted(prompt_tokens, self.matching, images)(position, token)
         return chosen and self.in_steps(position, prompt_tokens)
+
+
+def step_of(position: int, prompt_tokens: int) -> int:
+    """The generation step of a token: 0 for those of the prompt, n for the n-th new one."""
+    return max(0, position - prompt_tokens + 1)
 
 
 @dataclass(frozen=True)
@@ -62,6 +89,10 @@ class Edit:
     """(sample, position) pairs that are written, in place of `tokens.positions`"""
     means: bool = False
     """whether the operation reads the mean over each prompt"""
+    tokens_told: bool = False
+    """whether the operation reads token ids"""
+    last: bool = False
+    """whether it comes after the other edits of its place: it keeps what they wrote"""
 
     @property
     def target(self) -> BoundaryTensor:
@@ -71,27 +102,65 @@ class Edit:
 class Editor:
     """Applies edits during one batch. An engine calls `begin_pass`, and `write` at each of the `boundaries`."""
 
-    def __init__(self, edits: Sequence[Edit], observer: Observer, before: Observer | None = None) -> None:
-        """`observer`: of the same batch; it knows which tokens are in which columns. `before`: sees the old values."""
+    def __init__(
+        self,
+        edits: Sequence[Edit],
+        observer: Observer,
+        before: Observer | None = None,
+        watching: Callable[["Editor"], Observer] | None = None,
+    ) -> None:
+        """`observer`: of the same batch; it knows which tokens are in which columns. `before`: sees the old values.
+
+        `watching`: makes the observer that shows rows to functions, after all that is written there.
+        """
         self.before = before
         self._observer = observer
+        self._stopped: set[int] = set()
+        self.watching = None if watching is None else watching(self)
+        edits = [
+            replace(edit, operation=edit.operation.in_batch(self)) if isinstance(edit.operation, OfBatch) else edit
+            for edit in edits
+        ]
         # At one boundary the stream is written first, because a branch reads it.
-        self._edits = sorted(enumerate(edits), key=lambda e: e[1].selector.forward_index)
+        self._edits = sorted(enumerate(edits), key=lambda e: (e[1].selector.forward_index, e[1].last))
         self._targets: dict[tuple[str, str, str], list[tuple[int, Edit]]] = {}
         for number, edit in self._edits:
             target = edit.target
             self._targets.setdefault((target.term.module, target.term.side, target.mode), []).append((number, edit))
-        for each in (observer, before):
-            if each is not None:
-                each.every_logit |= any(of_logits(edit.selector) for edit in edits)
+        readers = [each for each in (observer, self.watching) if each is not None and each.reads_logits]
+        for each in (observer, *self.observers):
+            each.every_logit |= len(readers) > 1 or any(of_logits(edit.selector) for edit in edits)
         self._means: dict[tuple[int, int], torch.Tensor] = {}
         self._tokens: list[list[int]] | None = None
         """ids of the tokens that the running pass is fed, if an edit selects by them"""
-        self._cells: dict[Any, tuple[Cells, list[tuple[int, int]]]] = {}
+        self._cells: dict[Any, tuple[Cells, list[TokenAt]]] = {}
         self._calls: dict[tuple[str, str, str], int] = {}
         self._begun = False
         self.counts = any(edit.selector.call is not None for edit in edits)
         """whether a layer that is written runs several times: a pass is watched to its end then"""
+
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """Those besides the run's own."""
+        return tuple(each for each in (self.before, self.watching) if each is not None)
+
+    def stop(self, sample: int) -> None:
+        """The sample ends with the token that the running pass makes. Raises InterventionError in a harvest."""
+        if self._observer.layout.right:
+            raise InterventionError("at.stop() ends a sample that generates, and max_new_tokens=0 generates nothing.")
+        self._stopped.add(sample)
+
+    def stopped(self, row: int) -> bool:
+        """Whether a function has ended the sample in this row of the batch."""
+        return self._observer.layout.samples[row] in self._stopped
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, the model may run for the user's own code on this thread."""
+        with contextlib.ExitStack() as stack:
+            for each in (self._observer, *self.observers):
+                stack.enter_context(each.aside())
+            yield
 
     @property
     def boundaries(self) -> tuple[tuple[str, Literal["input", "output"]], ...]:
@@ -109,7 +178,7 @@ class Editor:
         self._cells.clear()
         self._calls.clear()
         self._begun = True
-        reads = any(edit.tokens.positions.reads_tokens for _, edit in self._edits)
+        reads = any(edit.tokens_told or edit.tokens.positions.reads_tokens for _, edit in self._edits)
         self._tokens = token_ids(args, kwargs, len(self._observer.columns)) if reads else None
 
     def finish(self) -> None:
@@ -158,18 +227,19 @@ class Editor:
 
         return edit.target.write(given, shape, cells, change, str(edit.selector))
 
-    def _chosen(self, edit: Edit) -> tuple[Cells, list[tuple[int, int]]]:
-        """The cells of this pass that the edit writes, and the sample and position of each."""
+    def _chosen(self, edit: Edit) -> tuple[Cells, list[TokenAt]]:
+        """The cells of this pass that the edit writes, and the token of each."""
         key = (edit.tokens, None if edit.only is None else id(edit.only))
         if key not in self._cells:
             rows, columns, where = [], [], []
-            for row in range(len(self._observer.layout.samples)):
+            for row, sample in enumerate(self._observer.layout.samples):
+                length = self._observer.layout.lengths[row]
                 for column, position in self._positions_of(row):
                     token = -1 if self._tokens is None else self._tokens[row][column]
                     if self._selects(edit, row, position, token):
                         rows.append(row)
                         columns.append(column)
-                        where.append((self._observer.layout.samples[row], position))
+                        where.append(TokenAt(sample, position, token, step_of(position, length)))
             self._cells[key] = (rows, columns), where
         return self._cells[key]
 
@@ -208,7 +278,7 @@ class Editor:
         return torch.stack([self._means[number, row] for row in rows]) if rows else None
 
 
-def _on_heads(edit: Edit, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
+def _on_heads(edit: Edit, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
     if edit.heads is None:
         return edit.operation(rows, where, means)
     chosen = list(edit.heads)
@@ -217,3 +287,16 @@ def _on_heads(edit: Edit, rows: torch.Tensor, where: TokenPositions, means: torc
         rows.dtype
     )
     return changed
+
+
+def why_not_heads(heads: tuple[int, ...], point: str, row: tuple[int, ...] = ()) -> str | None:
+    """Why these heads cannot be chosen of a point with such rows, where they are known; None where they can."""
+    if "heads" not in PointName.of(point).definition.axes:
+        return f"heads {list(heads)}: {point} has no heads."
+    if not heads:
+        return "no heads given: name at least one, or leave heads out."
+    if len(set(heads)) < len(heads):
+        return f"heads {list(heads)}: name each head once."
+    if row and (wrong := [head for head in heads if not 0 <= head < row[0]]):
+        return f"heads {wrong} are not there: {point} has 0 to {row[0] - 1}."
+    return None

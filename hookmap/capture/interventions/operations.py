@@ -1,12 +1,13 @@
 """What interventions do to rows of a point: functions of [n, ...] tensors, computed in float32 or float64."""
 
+import hashlib
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from hookmap.capture.interventions.edits import RowOperation, TokenPositions
+from hookmap.capture.interventions.edits import RowOperation, TokenAt, TokensAt
 from hookmap.errors import InterventionError
 
 
@@ -22,7 +23,7 @@ class Steered:
     strength: float
     keep_norm: bool
 
-    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
         moved = rows + (self.strength * self.vector).to(rows.device, rows.dtype)
         if not self.keep_norm:
             return moved
@@ -37,7 +38,7 @@ class Filled:
 
     value: torch.Tensor | None
 
-    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
         if self.value is None:
             return torch.zeros_like(rows)
         return self.value.to(rows.device, rows.dtype).expand_as(rows)
@@ -46,7 +47,7 @@ class Filled:
 class Averaged:
     """The mean over each prompt."""
 
-    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
         assert means is not None  # such an edit asks for them
         return means.to(rows.dtype)
 
@@ -58,8 +59,9 @@ class Resampled:
     pool: torch.Tensor
     seed: int
 
-    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
-        drawn = [random.Random(f"{self.seed}:{sample}:{at}").randrange(len(self.pool)) for sample, at in where]
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
+        seeds = (f"{self.seed}:{token.sample}:{token.position}" for token in where)
+        drawn = [random.Random(seed).randrange(len(self.pool)) for seed in seeds]
         return self.pool[drawn].to(rows.device, rows.dtype)
 
 
@@ -71,8 +73,8 @@ class Patched:
     row_of: Callable[[int], Mapping[int, int]]
     """sample -> position -> index into `rows`"""
 
-    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
-        chosen = [self.row_of(sample)[position] for sample, position in where]
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
+        chosen = [self.row_of(token.sample)[token.position] for token in where]
         return self.rows[chosen].to(rows.device, rows.dtype)
 
     def __contains__(self, cell: object) -> bool:
@@ -86,7 +88,7 @@ class ProjectedOut:
 
     direction: torch.Tensor
 
-    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
         wide, unit = _wide(rows), self.direction.to(rows.device)
         return (wide - (wide * unit).sum(-1, keepdim=True) * unit).to(rows.dtype)
 
@@ -97,7 +99,7 @@ class Scaled:
 
     factor: float
 
-    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
         return rows * self.factor
 
 
@@ -110,7 +112,7 @@ class Clamped:
     least: float | None
     most: float | None
 
-    def __call__(self, rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
         if self.direction is None:
             held = rows.clone()
             held[..., self.feature] = _wide(held[..., self.feature]).clamp(self.least, self.most).to(rows.dtype)
@@ -119,6 +121,88 @@ class Clamped:
         part = (wide * unit).sum(-1, keepdim=True)
         moved = part.clamp(self.least, self.most) - part
         return torch.where(moved == 0, rows, (wide + moved * unit).to(rows.dtype))
+
+
+@dataclass(frozen=True)
+class Noised:
+    """rows + std * noise. The draw depends on a token's sample and position, and on `seed`."""
+
+    std: float
+    seed: str
+
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
+        drawn = torch.stack([self._draw(token, rows.shape[1:]) for token in where])
+        return (_wide(rows) + (self.std * drawn).to(rows.device)).to(rows.dtype)
+
+    def _draw(self, token: TokenAt, row: torch.Size) -> torch.Tensor:
+        digest = hashlib.sha256(f"{self.seed}:{token.sample}:{token.position}".encode()).digest()
+        own = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        return torch.randn(row, generator=own)
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """rows + strength * up (down row), for down [k, d] and up [d, k], d the last axis of a row or all of it."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    strength: float
+
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
+        wide = _wide(rows)
+        read = wide.flatten(1) if self.down.shape[1] != rows.shape[-1] else wide
+        down, up = (matrix.to(rows.device, wide.dtype) for matrix in (self.down, self.up))
+        added = self.strength * (read @ down.T @ up.T)
+        return (wide + added.reshape(rows.shape)).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """The rows of two tokens of a sample, exchanged."""
+
+    pair_of: Callable[[int], tuple[int, ...]]
+    """sample -> the two positions; empty where it has none"""
+
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
+        row_of = {(token.sample, token.position): row for row, token in enumerate(where)}
+        try:
+            taken = [row_of[token.sample, self._other(token)] for token in where]
+        except KeyError as error:
+            raise InterventionError(
+                "the two tokens of a swap are not in one forward pass: generate without prefill_chunk_size."
+            ) from error
+        return rows[taken]
+
+    def _other(self, token: TokenAt) -> int:
+        first, second = self.pair_of(token.sample)
+        return second if token.position == first else first
+
+    def __contains__(self, cell: object) -> bool:
+        """Whether a (sample, position) is swapped; for `Edit.only`."""
+        return isinstance(cell, tuple) and cell[1] in self.pair_of(cell[0])
+
+
+class Entering:
+    """Keeps the rows that enter a block in the running pass, and writes nothing."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[int, int], torch.Tensor] = {}
+        """(sample, position) -> row"""
+
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
+        self.rows = {(token.sample, token.position): row for token, row in zip(where, rows, strict=True)}
+        return rows
+
+
+@dataclass(frozen=True)
+class AsEntered:
+    """The rows that entered the block."""
+
+    entering: Entering
+
+    def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
+        kept = torch.stack([self.entering.rows[token.sample, token.position] for token in where])
+        return kept.to(rows.device, rows.dtype)
 
 
 def check_range(operation: RowOperation, dtype: torch.dtype) -> None:

@@ -1,10 +1,8 @@
 """Checks interventions against a model, its map and the prompts, and makes the edits that an engine applies."""
 
 import difflib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,34 +11,48 @@ from hookmap.capture.interventions import operations
 from hookmap.capture.interventions.documents import (
     Ablate,
     Clamp,
+    Function,
     Intervention,
+    LowRank,
+    Noise,
     Patch,
     ProjectOut,
+    Replace,
     Scale,
+    Skip,
     Source,
     Steer,
+    Swap,
     fingerprint,
 )
-from hookmap.capture.interventions.edits import Edit, EditedTokens, RowOperation
+from hookmap.capture.interventions.edits import Edit, EditedTokens, RowOperation, why_not_heads
+from hookmap.capture.interventions.functions import Called
+from hookmap.capture.interventions.pairs import pairs, swapped
 from hookmap.capture.interventions.sources import Editable, Sources, rows_of_heads
-from hookmap.capture.interventions.vectors import row_vector, unit_vector
+from hookmap.capture.interventions.vectors import low_rank, read_rows, row_vector, unit_vector
+from hookmap.capture.interventions.watching import Watch
 from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.errors import HookmapError, InterventionError, SelectionError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.describe import layers_text
-from hookmap.maps.points import PointName, parse_point
+from hookmap.maps.points import parse_point
 from hookmap.maps.selectors import Selector, select
 from hookmap.wording import counted
 
 
 @dataclass(frozen=True)
 class EditPlan:
-    """What a run writes."""
+    """What a run writes, and shows to functions."""
 
     edits: tuple[Edit, ...]
     settings: list[dict[str, Any]]
     """the interventions, as the manifest records them"""
+    watches: tuple[Watch, ...] = ()
+
+    def then(self, other: "EditPlan") -> "EditPlan":
+        """This one and then the other."""
+        return EditPlan((*self.edits, *other.edits), [*self.settings, *other.settings], (*self.watches, *other.watches))
 
 
 def plan_edits(
@@ -57,11 +69,15 @@ def plan_edits(
     """
     planner = _Planner(hm, prompts, max_new_tokens, Sources(hm, how))
     edits: list[Edit] = []
+    watches: list[Watch] = []
     for number, intervention in enumerate(interventions):
         planner.name = f"intervention {number} ({intervention.do} {intervention.point})"
-        edits += planner.edits(intervention)
+        if isinstance(intervention, Function) and intervention.do == "watch":
+            watches += planner.watches(intervention)
+        else:
+            edits += planner.edits(intervention)
     planner.raise_problems()
-    return EditPlan(tuple(edits), fingerprint(interventions))
+    return EditPlan(tuple(edits), fingerprint(interventions), tuple(watches))
 
 
 @dataclass
@@ -85,18 +101,36 @@ class _Planner:
         rows = self._rows(given, selectors)
         if len(self.problems) > before:
             return []
-        made = []
+        made: list[Edit] = []
+        skips_block = isinstance(given, Skip) and given.what == "block"
         for selector, row in zip(selectors, rows, strict=True):
             with _Problems(self):
-                made.append(self._edit(given, selector, row, tokens))
+                made += self._skips(selector, tokens) if skips_block else [self._edit(given, selector, row, tokens)]
         return made
+
+    def watches(self, given: Function) -> list[Watch]:
+        """The watches of one intervention, one for each of its layers; none where there is a problem."""
+        selectors, tokens = self._selectors(given), self._tokens(given)
+        if given.heads is not None and selectors and (wrong := why_not_heads(given.heads, selectors[0].point)):
+            self.note(wrong)
+        return [Watch(Called(given, selector), tokens, given.heads) for selector in selectors]
+
+    def _skips(self, selector: Selector, tokens: EditedTokens) -> list[Edit]:
+        """The edits that leave a block out: its end gets the rows that entered it."""
+        assert selector.layer is not None  # resid_post is a point of a layer
+        [start] = select(self.hm.map, ["resid_pre"], [selector.layer], [selector.call or 0])
+        if (reason := self.hm.proofs.of(start).reason) is not None:
+            raise InterventionError(f"resid_pre, which it is to end with, is not kept: {reason}.")
+        entering = operations.Entering()
+        return [Edit(start, entering, tokens, last=True), Edit(selector, operations.AsEntered(entering), tokens)]
 
     def _edit(self, given: Intervention, selector: Selector, row: tuple[int, ...], tokens: EditedTokens) -> Edit:
         operation = self._operation(given, selector, row, tokens)
         operations.check_range(operation, self.hm.proofs.of(selector).dtype)
         # A patch writes the tokens that were paired: a generated token may match `text=` too.
-        only = operation if isinstance(operation, operations.Patched) else None
-        return Edit(selector, operation, tokens, given.heads, only, isinstance(operation, operations.Averaged))
+        only = operation if isinstance(operation, operations.Patched | operations.Swapped) else None
+        means, told = isinstance(operation, operations.Averaged), isinstance(operation, Called)
+        return Edit(selector, operation, tokens, given.heads, only, means, told)
 
     def raise_problems(self) -> None:
         """Raises one error with all problems, if there are any."""
@@ -210,9 +244,22 @@ class _Planner:
             return operations.Scaled(given.factor)
         if isinstance(given, Clamp):
             return _clamped(given, row)
-        if isinstance(given, Patch):
-            rows = self._source_rows(given, given.source, tokens.positions, selector, row)
-            return operations.Patched(rows, self._pairs(len(rows), tokens))
+        if isinstance(given, Function):
+            return Called(given, selector)
+        if isinstance(given, Noise):
+            return operations.Noised(given.std, f"{given.seed}:{selector.key}")
+        if isinstance(given, Skip):
+            return operations.Filled(None)
+        if isinstance(given, LowRank):
+            return operations.Mapped(*low_rank(given.down, given.up, row), given.strength)
+        if isinstance(given, Swap):
+            return operations.Swapped(swapped(self.prompts, tokens))
+        if isinstance(given, Patch | Replace):
+            if isinstance(given, Replace):
+                rows = read_rows(given.tensor, row)
+            else:
+                rows = self._source_rows(given, given.source, tokens.positions, selector, row)
+            return operations.Patched(rows, pairs(self.prompts, tokens, len(rows), self._more))
         return self._ablation(given, selector, row)
 
     def _ablation(self, given: Ablate, selector: Selector, row: tuple[int, ...]) -> RowOperation:
@@ -233,41 +280,6 @@ class _Planner:
         rows = self.sources.read(source, selector, positions, self._matching(positions))
         return rows_of_heads(rows, selector, row, given.heads)
 
-    def _pairs(self, count: int, tokens: EditedTokens) -> Callable[[int], Mapping[int, int]]:
-        """sample -> position -> row of a source that has `count` of them.
-
-        Raises InterventionError where a prompt does not have one token for each row.
-        """
-
-        @cache
-        def row_of(sample: int) -> Mapping[int, int]:
-            targets = self._targets(self.prompts[sample], tokens)
-            if count == 1:
-                return dict.fromkeys(targets, 0)
-            if twice := [position for position, times in Counter(targets).items() if times > 1]:
-                raise InterventionError(
-                    f"positions {', '.join(map(str, tokens.positions.singles))}: two of them are token {twice[0]} of "
-                    f"prompt {sample}, whose {len(self.prompts[sample].token_ids)} tokens negative ones count back "
-                    "from. Name each token once."
-                )
-            if len(targets) != count:
-                raise InterventionError(
-                    f"{len(targets)} tokens of prompt {sample} (and of what it may generate) are to be patched, and "
-                    f"the source has {count} rows for them. Give positions and source.positions that pair."
-                )
-            return dict(zip(targets, range(count), strict=True))
-
-        for sample in range(len(self.prompts)):
-            row_of(sample)
-        return row_of
-
-    def _targets(self, prompt: Prompt, tokens: EditedTokens) -> list[int]:
-        """Positions of a prompt, and of the tokens it may generate, in the order that `RowSelection.places` gives."""
-        length = len(prompt.token_ids)
-        every = [*prompt.token_ids, *[-1] * self._more]
-        found = tokens.positions.places(every, length, tokens.matching, prompt.image_positions)
-        return [position for position in found if tokens.in_steps(position, length)]
-
 
 def _clamped(given: Clamp, row: tuple[int, ...]) -> operations.Clamped:
     least, most = (given.min, given.max) if given.value is None else (given.value, given.value)
@@ -275,19 +287,6 @@ def _clamped(given: Clamp, row: tuple[int, ...]) -> operations.Clamped:
         raise InterventionError(f"feature {given.feature} is not there: a row has 0 to {row[-1] - 1}.")
     direction = None if given.direction is None else unit_vector(given.direction, row)
     return operations.Clamped(given.feature, direction, least, most)
-
-
-def why_not_heads(heads: tuple[int, ...], point: str, row: tuple[int, ...]) -> str | None:
-    """Why these heads cannot be chosen of a point with such rows; None where they can."""
-    if "heads" not in PointName.of(point).definition.axes:
-        return f"heads {list(heads)}: {point} has no heads."
-    if not heads:
-        return "no heads given: name at least one, or leave heads out."
-    if len(set(heads)) < len(heads):
-        return f"heads {list(heads)}: name each head once."
-    if wrong := [head for head in heads if not 0 <= head < row[0]]:
-        return f"heads {wrong} are not there: {point} has 0 to {row[0] - 1}."
-    return None
 
 
 class _Problems:

@@ -11,7 +11,7 @@ from hookmap.capture.engines import Engine
 from hookmap.capture.engines.observation import Observer
 from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.finiteness import why_not_finite
-from hookmap.capture.interventions.edits import Edit, Editor, TokenPositions
+from hookmap.capture.interventions.edits import Edit, Editor, TokensAt
 from hookmap.capture.run import device_of, vocabulary_of
 from hookmap.loading.encoder_decoder import with_source
 from hookmap.loading.finiteness import is_stream
@@ -120,7 +120,7 @@ def noise(like: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def _write(selector: Selector, value: torch.Tensor) -> Edit:
-    def operation(rows: torch.Tensor, where: TokenPositions, means: torch.Tensor | None) -> torch.Tensor:
-        return value.to(rows.device)[[position for _, position in where]]
+    def operation(rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
+        return value.to(rows.device)[[token.position for token in where]]
 
     return Edit(selector, operation)

@@ -44,6 +44,34 @@ def unit_vector(given: Any, row: tuple[int, ...]) -> torch.Tensor:
     return unit.float()
 
 
+def read_rows(given: Any, row: tuple[int, ...]) -> torch.Tensor:
+    """float32, [n, *row]: one row, or several. Raises InterventionError for another size, or numbers not finite."""
+    rows = _from_file(given, None) if isinstance(given, VectorFile) else _from_numbers(given)
+    size = math.prod(row)
+    flat = {(size,): (1,), row: (1,), (*rows.shape[:1], size): rows.shape[:1], (*rows.shape[:1], *row): rows.shape[:1]}
+    if tuple(rows.shape) not in flat or not rows.numel():
+        raise InterventionError(
+            f"a tensor of {list(rows.shape)}: expected {list(row)}, a row there, or one for each token, [n, …]."
+        )
+    if not torch.isfinite(rows).all():
+        raise InterventionError("a tensor with an infinity or nan: expected finite numbers.")
+    return rows.reshape(*flat[tuple(rows.shape)], *row)
+
+
+def low_rank(down: Any, up: Any, row: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A map of rank k, float32: [k, d] and [d, k]. Raises InterventionError where they do not fit."""
+    found = [_from_file(m) if isinstance(m, VectorFile) else _from_numbers(m) for m in (down, up)]
+    first, second = found
+    fits = all(m.ndim == 2 and bool(m.isfinite().all()) for m in found) and first.shape == second.T.shape
+    if not fits or first.shape[1] not in (row[-1], math.prod(row)):
+        widths = " or ".join(map(str, dict.fromkeys((row[-1], math.prod(row)))))
+        raise InterventionError(
+            f"down {list(first.shape)} and up {list(second.shape)}: expected finite numbers [k, {widths}] and "
+            f"[{widths}, k]."
+        )
+    return first, second
+
+
 def _from_numbers(given: Any) -> torch.Tensor:
     try:
         return torch.tensor(given, dtype=torch.float32)
@@ -51,17 +79,19 @@ def _from_numbers(given: Any) -> torch.Tensor:
         raise InterventionError(f"a vector whose rows differ in length: {error}") from error
 
 
-def _from_file(given: VectorFile) -> torch.Tensor:
+def _from_file(given: VectorFile, axes: tuple[int, ...] | None = (1, 2)) -> torch.Tensor:
+    """`axes`: how many the tensor may have; None for any number."""
     with _opened(Path(given.file)) as tensors:
         names = sorted(tensors.keys())
         if given.key not in names:
             held = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
             raise InterventionError(f"{given.file} holds no tensor {given.key!r}: it holds {held or 'none'}.")
         vector: torch.Tensor = tensors.get_tensor(given.key)
-    if not vector.is_floating_point() or vector.ndim not in (1, 2):
+    if not vector.is_floating_point() or vector.ndim not in (axes or (vector.ndim,)):
+        shapes = "" if axes is None else " [d] or [heads, d_head]"
         raise InterventionError(
-            f"{given.file}[{given.key!r}]: expected floating point numbers [d] or [heads, d_head], "
-            f"got {vector.dtype} {list(vector.shape)}."
+            f"{given.file}[{given.key!r}]: expected floating point numbers{shapes}, got {vector.dtype} "
+            f"{list(vector.shape)}."
         )
     return vector.float()
 

@@ -17,6 +17,8 @@ from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.selectors import Selector, Term
 
 Mode = Literal["replace", "in place"]
+MODES: tuple[Mode, ...] = ("in place", "replace")
+"""in the order of a boundary"""
 ModuleIO = tuple[Sequence[Any], Mapping[str, Any], Any]
 """what a module gets or returns at a boundary: args, kwargs (of an input), output (of an output)"""
 Cells = tuple[list[int], list[int]]
@@ -55,7 +57,7 @@ class BoundaryTensor:
     def read(self, given: ModuleIO, shape: tuple[int, int], cells: Cells) -> torch.Tensor:
         """A copy of the point's values at the cells, [cells, ...]."""
         tensor = self.term.arrange(self.term.resolve(*given), *shape)
-        rows: torch.Tensor = tensor.detach()[tuple(torch.tensor(part, device=tensor.device) for part in cells)]
+        rows: torch.Tensor = tensor[tuple(torch.tensor(part, device=tensor.device) for part in cells)]
         return rows if self.term.scale == 1.0 else rows * self.term.scale
 
     def write(
@@ -74,20 +76,19 @@ class BoundaryTensor:
         """
         bare = replace(self.term, heads=None)
         tensor = bare.resolve(*given)
-        with torch.no_grad():
-            whole = tensor if self.mode == "in place" else tensor.clone()
+        whole = tensor if self.mode == "in place" else tensor.clone()
+        view = self._view(bare, whole, shape)
+        if view is None:
+            whole = tensor.clone(memory_format=torch.contiguous_format)
             view = self._view(bare, whole, shape)
-            if view is None:
-                whole = tensor.clone(memory_format=torch.contiguous_format)
-                view = self._view(bare, whole, shape)
-            if view is None or (self.mode == "in place" and whole is not tensor):
-                raise InterventionError(f"{what}: {bare} lies in memory in a way that cannot be written.")
-            if tuple(view.shape[:2]) != shape:
-                raise InterventionError(
-                    f"{what}: expected a tensor of [{shape[0]}, {shape[1]}, ...] (batch, tokens fed), got "
-                    f"{list(view.shape)}. The map was made for another version of this model: run `hookmap discover`."
-                )
-            self._put(view, cells, change)
+        if view is None or (self.mode == "in place" and whole is not tensor):
+            raise InterventionError(f"{what}: {bare} lies in memory in a way that cannot be written.")
+        if tuple(view.shape[:2]) != shape:
+            raise InterventionError(
+                f"{what}: expected a tensor of [{shape[0]}, {shape[1]}, ...] (batch, tokens fed), got "
+                f"{list(view.shape)}. The map was made for another version of this model: run `hookmap discover`."
+            )
+        self._put(view, cells, change)
         return given if self.mode == "in place" else passed_on(self.term, given, whole)
 
     def _view(self, bare: Term, whole: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ from typing import Any, Unpack
 from uuid import uuid4
 
 from hookmap.capture.estimate import Estimate, check_room
-from hookmap.capture.interventions.documents import read_interventions
+from hookmap.capture.interventions.documents import read_interventions, refuse_functions
 from hookmap.capture.options import CaptureOptions, EstimateOptions, Layers, Points, Progress, takes
 from hookmap.capture.prepare import say_apart
 from hookmap.capture.result import Capture
@@ -259,4 +259,9 @@ def _named(points: Points, layers: Layers, max_new_tokens: int, options: Mapping
     named = {"points": points, "layers": layers, "max_new_tokens": max_new_tokens, **options}
     if "interventions" in named:
         named["interventions"] = read_interventions(named["interventions"])
+        refuse_functions(
+            named["interventions"],
+            "the workers are other processes, and a function would have to be pickled to reach them, which hookmap "
+            "does not do. hookmap.open the model here.",
+        )
     return named

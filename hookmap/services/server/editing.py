@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hookmap.capture.interventions.documents import Intervention, Source, VectorFile, read_interventions
+from hookmap.capture.interventions.documents import TENSORS, Intervention, Source, VectorFile, read_interventions
 from hookmap.capture.interventions.plan import EditPlan, plan_edits
 from hookmap.datasets.messages import has_images
 from hookmap.errors import HookmapError
@@ -49,7 +49,7 @@ def _refused(error: HookmapError) -> ApiError:
 
 
 def _within(given: Intervention, sessions: Sessions) -> Intervention:
-    for name in ("vector", "direction"):
+    for name in TENSORS:
         if isinstance(getattr(given, name, None), VectorFile):
             raise bad(f"{name}: the server reads no files for a request; send the numbers.", PARAM)
     source = getattr(given, "source", None)

@@ -1,0 +1,13 @@
+"""What a run is measured by, `hookmap.metrics.logit_difference(" Mary", " John")`: see `hookmap.analysis.metrics`."""
+
+from hookmap.analysis.metrics import (
+    Metric,
+    Reading,
+    kl_divergence,
+    log_probability,
+    logit_difference,
+    loss,
+    probability,
+)
+
+__all__ = ["Metric", "Reading", "kl_divergence", "log_probability", "logit_difference", "loss", "probability"]
