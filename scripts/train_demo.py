@@ -1,4 +1,4 @@
-"""Train the bundled demo model, or measure one: ``python -m hookmap.demo.train --help``.
+"""Train the bundled demo model, or measure one: ``python scripts/train_demo.py --help``.
 
 A net of 20 narrow layers learns slowly from scratch on a processor, so it is grown: five layers learn the bare
 calculations first, then each is followed by three copies of itself whose output projections are zero, so that the
