@@ -18,6 +18,7 @@ from hookmap.capture.finiteness import not_finite
 from hookmap.capture.interventions.edits import Edit, why_not_heads
 from hookmap.capture.interventions.operations import Patched
 from hookmap.capture.interventions.plan import EditPlan
+from hookmap.capture.interventions.sources import key_in_source
 from hookmap.capture.options import TemplateOptions
 from hookmap.capture.rows import row_selection
 from hookmap.errors import InterventionError, SelectionError
@@ -79,6 +80,7 @@ def sweep(
     point: str = "resid_pre",
     layers: Any = "all",
     calls: Any = "all",
+    source_calls: Any = None,
     positions: Any = "all",
     heads: Sequence[int] | None = None,
     batch_size: int = 32,
@@ -87,7 +89,8 @@ def sweep(
 ) -> Sweep:
     """Patch `point` from `clean` into `corrupted`, each layer and position in turn.
 
-    A layer that runs several times in one forward pass is patched in each of its runs in turn, or in those of `calls`.
+    A layer that runs several times in one forward pass is patched in each of its runs in turn, or in those of `calls`,
+    each from the same run of the clean prompt, or from those of `source_calls`, in order; one of these serves all.
 
     clean, corrupted: one prompt each, with the same number of tokens. target: the next token of the clean prompt, as a
     token id or a text of one token; against: that of the corrupted prompt. With both, the metric is the difference of
@@ -105,11 +108,12 @@ def sweep(
     _check_written(hm, selectors)
     chosen = None if heads is None else _chosen_heads(hm, selectors, heads)
     columns = _columns(hm, prompts[1], positions)
-    rows = hm.capture(prompts[0], [point], layers, calls=calls, max_new_tokens=0, engine="hooks")
+    sources = [key_in_source(hm.map, selector, calls, source_calls) for selector in selectors]
+    rows = hm.capture(prompts[0], [point], layers, max_new_tokens=0, engine="hooks")
     base, noise = _base(hm, prompts, metric, min(batch_size, len(columns)), name)
     values = []
-    for number, selector in enumerate(selectors):
-        plan = _patches(selector, rows.read(0, *selector.key), columns, chosen)
+    for number, (selector, source) in enumerate(zip(selectors, sources, strict=True)):
+        plan = _patches(selector, rows.read(0, *source), columns, chosen)
         values.append(metric(_logits(hm, [prompts[1]] * len(columns), plan, batch_size))[0])
         if progress is not None:
             progress((number + 1) * len(columns), len(selectors) * len(columns))

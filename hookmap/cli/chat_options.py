@@ -36,16 +36,11 @@ def templating(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
 
     Raises click.BadParameter.
     """
-    typed = taken(given)
+    typed = {name: given.pop(name) for name in _NAMES}
     if typed["chat_template_kwargs"] is not None:
         typed["chat_template_kwargs"] = read_kwargs(typed["chat_template_kwargs"])
     found = {name: settings.get(name) if value is None else value for name, value in typed.items()}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def taken(given: dict[str, Any]) -> dict[str, Any]:
-    """The options as they were typed. `given` loses them."""
-    return {name: given.pop(name) for name in _NAMES}
 
 
 def read_kwargs(text: str) -> dict[str, Any]:

@@ -153,6 +153,9 @@ class Settings(Section):
     prompt_column: Text | None = Field(None, description="where the prompt is; else prompt, messages, question, …")
     id_column: Text | None = Field(None, description="the samples' own names; else id, where there is one")
     image_column: Text | None = Field(None, description="the image of each text, or a list of them")
+    decoder_column: Text | None = Field(
+        None, description="what an encoder-decoder's decoder begins with; else decoder_text or decoder_token_ids"
+    )
     chat: bool | None = Field(None, description="send texts through the chat template; else as they are")
     add_generation_prompt: bool | None = Field(None, description="begin the assistant's turn behind messages")
     continue_final_message: bool | None = Field(None, description="leave the last message open, so that it goes on")

@@ -14,9 +14,22 @@ image_option = click.option(
 )
 
 
-def with_images(text: str, files: Sequence[str], chat: bool | None) -> Any:
-    """The prompt of a text and its images: a user's message, or with chat=False what the model's processor reads."""
+def of_one_text(texts: Sequence[str], files: Sequence[str], chat: bool | None) -> list[Any]:
+    """The one prompt of a command that takes several. Raises click.UsageError."""
+    if len(texts) != 1:
+        raise click.UsageError(
+            "--image goes with one --prompt. Of several: hookmap capture --prompts FILE, with messages that have them"
+        )
+    return [with_images(texts[0], files, chat)]
+
+
+def with_images(text: str, files: Sequence[str], chat: bool | None, answer: str | None = None) -> Any:
+    """The prompt of a text and its images: a user's message, or with chat=False what the model's processor reads.
+
+    `answer`: what the assistant's message begins with; with chat=False it follows the text.
+    """
     if chat is False:
-        return {"text": text, "images": list(files)}
+        return {"text": text + (answer or ""), "images": list(files)}
     parts = [{"type": "image", "path": file} for file in files]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    return [*messages, {"role": "assistant", "content": answer}] if answer else messages

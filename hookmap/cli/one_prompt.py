@@ -1,5 +1,7 @@
 """Options of commands about one prompt: the prompt, and an answer that follows it."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,29 +30,41 @@ options = option_group(
 """the prompt, and how the model is loaded; `chosen_prompt` reads them"""
 
 
-def chosen_prompt(hm: "HookedModel", given: dict[str, Any]) -> "Prompt | list[int]":
-    """The prompt with its images; or the token ids of the prompt, followed by those of the answer."""
-    images = given.get("images")
-    if not images:
-        return tokens(hm, given)
-    if not given["prompt"] or given["answer"]:
-        raise click.UsageError("--image goes with --prompt, and without --answer")
-    how = templating(given, load_settings())
-    (encoded,) = hm.encode(with_images(given["prompt"], images, how.get("chat")), **how)
-    return encoded
+def check_prompt(given: dict[str, Any]) -> None:
+    """Before a model is loaded. Raises click.UsageError."""
+    if given["images"] and not given["prompt"]:
+        raise click.UsageError("--image goes with --prompt: which text stands behind it?")
 
 
-def tokens(hm: "HookedModel", given: dict[str, Any]) -> list[int]:
-    """The token ids of the prompt, followed by those of the answer."""
+def chosen_prompt(hm: "HookedModel", given: dict[str, Any]) -> "Prompt":
+    """The prompt with its images, followed by the answer. `given` loses the options of the chat template."""
     how = templating(given, load_settings())
     prompt, answer = given["prompt"], given["answer"]
     if not prompt:
         prompt, answer = DEFAULT_PROMPT, DEFAULT_ANSWER if answer is None else answer
         click.echo(f"prompt: {prompt} (the default; give your own with --prompt and --answer)", err=True)
         how = of_default_prompt(hm.tokenizer, how)
-    (encoded,) = hm.encode(prompt, **how)
-    behind = hm.tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else []
-    return [*encoded.token_ids, *behind]
+    return read(hm, prompt, given["images"], answer, how)
+
+
+def read(hm: "HookedModel", text: str, images: Sequence[str], answer: str | None, how: dict[str, Any]) -> "Prompt":
+    """A text as the model reads it, with its images before it and the answer behind it.
+
+    The answer's tokens follow the text's. Behind images it is the assistant's message, left open; an encoder-decoder's
+    decoder begins with it. `how`: the options of the chat template. Raises TokenizerError.
+    """
+    from hookmap.loading.encoder_decoder import is_encoder_decoder
+
+    if images:
+        goes_on = {"continue_final_message": True} if answer and how.get("chat") is not False else {}
+        (encoded,) = hm.encode(with_images(text, images, how.get("chat"), answer), **{**goes_on, **how})
+        return encoded
+    if answer and is_encoder_decoder(hm.root):
+        (encoded,) = hm.encode({"prompt": text, "decoder_text": answer}, **how)
+        return encoded
+    (encoded,) = hm.encode(text, **how)
+    behind = hm.tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else ()
+    return replace(encoded, token_ids=(*encoded.token_ids, *behind))
 
 
 def check_pictures(files: tuple[str | None, ...]) -> None:

@@ -35,17 +35,16 @@ def _points_with_layers(text: str) -> dict[str, str | None]:
 
 def parse_layers(text: str) -> str | list[int]:
     """Parse `8,12,16`, `0-3`, `-1`, a list of these, or `all`. Raises click.BadParameter."""
-    return "all" if text.strip() == "all" else _numbers(text, "layer", "8,12,16 or 0-3 or -1 or all")
+    return "all" if text.strip() == "all" else _numbers(text, "layer", "8,12,16 or 0-3 or -1 or all", "--layers")
 
 
-def parse_calls(text: str) -> str | list[int]:
+def parse_calls(text: str, option: str = "--calls") -> str | list[int]:
     """The same of `--calls`, which may be `last` too."""
     words = text.strip()
-    return words if words in ("all", "last") else _numbers(text, "call", "0,2 or 0-3 or all or last")
+    return words if words in ("all", "last") else _numbers(text, "call", "0,2 or 0-3 or all or last", option)
 
 
-def _numbers(text: str, what: str, write: str) -> list[int]:
-    option = f"--{what}s"
+def _numbers(text: str, what: str, write: str, option: str) -> list[int]:
     found: list[int] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         match = _LAYERS.fullmatch(item)

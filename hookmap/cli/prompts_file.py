@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from hookmap.cli.image_option import image_option, with_images
+from hookmap.cli.image_option import image_option, of_one_text
 from hookmap.cli.options import count, option_group
 from hookmap.cli.settings import typed_or_set
 
@@ -21,6 +21,11 @@ prompt_options = option_group(
     ),
     click.option("--id-column", metavar="NAME", help="The samples' own names.  [default: id, where there is one]"),
     click.option("--image-column", metavar="NAME", help="The image of each text, or a list; --chat makes messages."),
+    click.option(
+        "--decoder-column",
+        metavar="NAME",
+        help="What an encoder-decoder's decoder begins with.  [default: decoder_text, decoder_token_ids]",
+    ),
     click.option("--label", "labels", metavar="NAME", multiple=True, help="A column to keep, or all; repeatable."),
     count("--skip", "Leave the first N records out.", least=0, default=0, show_default=False),
     count("--limit", "No more records than these."),
@@ -35,16 +40,12 @@ def chosen_prompts(given: dict[str, Any], settings: dict[str, Any], chat: bool |
     Raises click.UsageError, with every wrong record of a file at once.
     """
     texts, typed, images = given.pop("texts"), given.pop("prompts"), given.pop("images")
-    columns = typed_or_set(given, settings, "prompt_column", "id_column", "image_column")
+    columns = typed_or_set(given, settings, "prompt_column", "id_column", "image_column", "decoder_column")
     part = {name: given.pop(name) for name in ("labels", "skip", "limit")}
     if texts and typed:
         raise click.UsageError("--prompt or --prompts, not both: which of them is meant?")
-    if images and len(texts) != 1:
-        raise click.UsageError(
-            "--image goes with one --prompt. Of several: --prompts FILE, with messages that have them"
-        )
     if images:
-        return [with_images(texts[0], images, chat)]
+        return of_one_text(texts, images, chat)
     if texts:
         return list(texts)
     file = typed or settings.get("prompts")
@@ -61,6 +62,7 @@ def chosen_prompts(given: dict[str, Any], settings: dict[str, Any], chat: bool |
                 prompt=columns.get("prompt_column"),
                 id=columns.get("id_column"),
                 images=columns.get("image_column"),
+                decoder=columns.get("decoder_column"),
                 **{**part, "labels": labels},
             )
         )

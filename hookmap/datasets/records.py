@@ -6,7 +6,7 @@ A record is a prompt with its own name (`id`) and what else the data says of it 
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -22,6 +22,8 @@ from hookmap.errors import DataError
 
 FIELDS = ("prompt", "messages", "question", "text", "token_ids", "input_ids")
 """columns that may hold the prompt, where none is named: the first that a record has"""
+DECODER = ("decoder_text", "decoder_token_ids")
+"""columns that may hold what the decoder of an encoder-decoder begins with"""
 _NEVER_TEXT = ("messages", "token_ids", "input_ids")  # in a text table these hold the text of a list
 _AS_TEXT = (date, time, timedelta, Decimal, UUID, PurePath)
 _SHOWN = 10
@@ -32,7 +34,9 @@ class PromptRecord:
     """One prompt of a data set."""
 
     prompt: Any
-    """a text, a list of chat messages, a list of token ids, or {"text": …, "images": […]}"""
+    """a text, a list of chat messages, a list of token ids, or {"text": …, "images": […]}; for an encoder-decoder also
+    {"prompt": a text or token ids, "decoder_text": …}, or with "decoder_token_ids"
+    """
     id: str | None = None
     """its name in the data set, the same at each reading; None where it has none and is known by its number"""
     labels: Mapping[str, Any] | None = None
@@ -56,6 +60,7 @@ def load_prompts(
     id: str | None = None,
     labels: Sequence[str] | Literal["all"] = (),
     images: str | None = None,
+    decoder: str | None = None,
     skip: int = 0,
     limit: int | None = None,
 ) -> list[PromptRecord]:
@@ -67,7 +72,8 @@ def load_prompts(
     mappings. Paths of images in a file's messages are relative to its folder.
     prompt: the column of the prompt; the first of FIELDS that a record has, unless given. id: the column of its name;
     "id" where there is one. labels: columns to keep, or "all" others. images: the column of the text's image, or of a
-    list of them. skip, limit: which records.
+    list of them. decoder: the column of what an encoder-decoder's decoder begins with, a text or token ids;
+    "decoder_text" or "decoder_token_ids" where there is one. skip, limit: which records.
     Raises DataError with every wrong record at once.
     """
     if isinstance(labels, str) and labels != "all":
@@ -90,7 +96,7 @@ def load_prompts(
         try:
             if isinstance(row, Exception):
                 raise row
-            record = _record(row, prompt, id, labels, images)
+            record = _record(row, prompt, id, labels, images, decoder)
             if folder is not None:
                 record = replace(record, prompt=relative_to(record.prompt, folder))
             if record.id is not None and (first := seen.setdefault(record.id, place)) != place:
@@ -99,25 +105,37 @@ def load_prompts(
         except (ValueError, RecursionError) as error:
             problems.append(f"{place}: {error}")
     if problems:
-        more = f"\n  - … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise DataError(f"{where}:\n" + "\n".join(f"  - {problem}" for problem in problems[:_SHOWN]) + more)
+        raise DataError(f"{where}:\n{told(problems)}")
     if not found:
         after = f" after the first {skip}" if skip else ""
         raise DataError(f'{where}{after} holds no prompts: expected lines such as {{"prompt": "Hello"}}')
     return found
 
 
-def _record(row: Any, prompt: str | None, name: str | None, labels: Sequence[str], images: str | None) -> PromptRecord:
+def told(problems: Collection[str]) -> str:
+    """A line for each of the first problems, and how many more there are."""
+    lines = [f"  - {problem}" for problem in islice(problems, _SHOWN)]
+    return "\n".join([*lines, *([f"  - … and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])])
+
+
+def _record(
+    row: Any,
+    prompt: str | None,
+    name: str | None,
+    labels: Sequence[str],
+    images: str | None,
+    decoder: str | None,
+) -> PromptRecord:
     """Raises ValueError that says what is wrong with the row."""
     if isinstance(row, PromptRecord):
         return row
     if not isinstance(row, Mapping):
-        if (column := prompt or images) is not None:
+        if (column := prompt or images or decoder) is not None:
             raise ValueError(f"expected columns with {column!r} among them, found {_shown(row)}")
         return PromptRecord(_prompt(row))
     columns = list(map(str, row))
     field = prompt or next((field for field in FIELDS if field in row), None)
-    wanted = [*([] if field is None else [field]), *([name] if name else []), *([images] if images else [])]
+    wanted = [column for column in (field, name, images, decoder) if column]
     wanted += [] if labels == "all" else labels
     if missing := [column for column in wanted if column not in row]:
         raise ValueError(f"no column {', '.join(map(repr, missing))}: it has {_listed(columns)}")
@@ -127,11 +145,15 @@ def _record(row: Any, prompt: str | None, name: str | None, labels: Sequence[str
         raise ValueError(f"{field}: expected a list, found the text {_shown(row[field])}; to send it as it is, name it")
     key = name or ("id" if "id" in row and field != "id" else None)
     own = None if key is None else _name(row[key], key)
-    kept = [column for column in columns if column not in (field, key, images)] if labels == "all" else labels
+    begins = [decoder] if decoder else [c for c in DECODER if c in row and (labels == "all" or c not in labels)]
+    apart = (field, key, images, *begins)
+    kept = [column for column in columns if column not in apart] if labels == "all" else labels
     labels_kept = {str(c): _label(row[c], c) for c in kept}
     found = _prompt(row[field])
     if images is not None:
         found = _with_images(found, row[images], field)
+    if begun := {column: row[column] for column in begins if row[column] is not None}:
+        found = _with_decoder(found, begun, field)
     return PromptRecord(found, own, labels_kept or None)
 
 
@@ -142,6 +164,22 @@ def _with_images(text: Any, images: Any, field: str) -> Any:
     if not isinstance(text, str):
         raise ValueError(f"{field}: expected a text for the images, found {_shown(text)}; messages name their own")
     return {"text": text, "images": list(images) if isinstance(images, list | tuple) else [images]}
+
+
+def _with_decoder(prompt: Any, begun: Mapping[str, Any], field: str) -> Any:
+    """The prompt with what the decoder begins with."""
+    if len(begun) > 1:
+        raise ValueError(f"expected one of {', '.join(begun)}: both say what the decoder begins with")
+    ((column, value),) = begun.items()
+    value = value.tolist() if hasattr(value, "tolist") else value
+    text, ids = DECODER
+    is_text, is_ids = isinstance(value, str), isinstance(value, list) and all(type(item) is int for item in value)
+    if not (is_text and column != ids) and not (is_ids and column != text):
+        expected = {text: "a text", ids: "a list of token ids"}.get(column, "a text or a list of token ids")
+        raise ValueError(f"{column}: expected {expected}, found {_shown(value)}")
+    if isinstance(prompt, Mapping):
+        raise ValueError(f"{field}: a prompt with images has no {column}: give what the model's processor makes of it")
+    return {"prompt": prompt, text if is_text else ids: value}
 
 
 def _listed(columns: Sequence[Any]) -> str:

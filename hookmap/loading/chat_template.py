@@ -34,6 +34,10 @@ class Templating:
     generates: bool = False
     """whether text is generated after the prompt; else it is only read"""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.chat, bool) and self.chat != "auto":
+            raise TokenizerError(f"chat: expected 'auto', True or False, got {self.chat!r}.")
+
     def ending(self, messages: Sequence[Mapping[str, Any]]) -> tuple[bool, bool]:
         """Whether the assistant's turn begins after these messages, and whether the last of them goes on.
 

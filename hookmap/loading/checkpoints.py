@@ -57,7 +57,7 @@ def load_model(
                 device_map=device,
                 trust_remote_code=trust_remote_code,
                 revision=revision,
-                **({"config": settings} if config else {}),
+                **({"config": settings} if config or "gguf_file" in arguments else {}),
                 **arguments,
             )
     except Exception as error:  # as above

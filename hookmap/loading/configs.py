@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import json
 import logging
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 from hookmap.errors import ModelError
 from hookmap.loading import hub
 from hookmap.loading.towers import class_of_tower
+from hookmap.placeholders import is_gguf
 
 log = logging.getLogger("hookmap")
 
@@ -31,17 +34,28 @@ _VOLATILE = {
 
 def load_config(source: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The transformers config of a hub id or a local folder. Raises ModelError, with what was tried."""
-    from transformers import AutoConfig
-
     hub.check_source(source)
-    where, arguments = hub.for_transformers(source)
     try:
-        with hub.quiet():
-            return AutoConfig.from_pretrained(
-                where, trust_remote_code=trust_remote_code, revision=revision, **arguments
-            )
+        if is_gguf(source) and Path(source).exists():
+            file = Path(source).absolute()
+            return copy.deepcopy(_of_gguf(file, file.stat().st_mtime_ns, file.stat().st_size))
+        return _read(source, trust_remote_code=trust_remote_code, revision=revision)
     except Exception as error:  # a missing file, a gate, a broken file, code that is not trusted: each its own class
         raise ModelError(f"cannot load the model {str(source)!r}: {hub.explain(error, source)}") from error
+
+
+@lru_cache(maxsize=2)
+def _of_gguf(file: Path, changed: int, size: int) -> Any:
+    """Kept, as transformers takes seconds to read it: opening a model asks for it more than once."""
+    return _read(file)
+
+
+def _read(source: str | Path, **options: Any) -> Any:
+    from transformers import AutoConfig
+
+    where, arguments = hub.for_transformers(source)
+    with hub.quiet():
+        return AutoConfig.from_pretrained(where, **options, **arguments)
 
 
 def build(

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
+from hookmap.datasets.records import DECODER, PromptRecord
 from hookmap.errors import TokenizerError
 from hookmap.loading import other_inputs
 from hookmap.loading.chat_template import Chat, Templating
 from hookmap.loading.encoder_decoder import TOKENS, encoder_argument, source, start_token
 from hookmap.loading.further_inputs import FurtherInputs
 from hookmap.loading.modules import device_of
-from hookmap.loading.prompts import NO_TOKENIZER, Prompt, encode
+from hookmap.loading.prompts import NO_TOKENIZER, Prompt, each_of, encode, encode_one
 
-TEXT, DECODER_TEXT, DECODER_IDS = "prompt", "decoder_text", "decoder_token_ids"
+TEXT = "prompt"
+DECODER_TEXT, DECODER_IDS = DECODER
 
 
 def encode_apart(
@@ -32,22 +35,24 @@ def encode_apart(
     [batch, ...]: one prompt for each of the batch); and the decoder's first tokens, as `decoder_text` or as
     `decoder_token_ids`, for each one or one for all. Raises TokenizerError as `encode` does, and for other mappings.
     """
-    found: list[Prompt] = []
-    for part in _parts(prompts):
-        if _says_more(part):
-            found += _of_mapping(part, model, tokenizer, chat, why_none)
-        else:
-            if not _are_encoded(part):
-                _refuse_no_text(model)
-            found += [as_decoder_reads(each, model) for each in encode(part, tokenizer, chat, why_none=why_none)]
-    return tuple(found)
-
-
-def _parts(prompts: Any) -> list[Any]:
-    """The prompts, each alone, where one of them is a mapping that says more; else all together."""
+    if _says_more(prompts):
+        prompts = [prompts]
+    elif isinstance(prompts, Iterator):
+        prompts = list(prompts)
     if not isinstance(prompts, Sequence) or isinstance(prompts, str) or not any(map(_says_more, prompts)):
-        return [prompts]
-    return list(prompts)
+        if not _are_encoded(prompts):
+            _refuse_no_text(model)
+        return tuple(as_decoder_reads(each, model) for each in encode(prompts, tokenizer, chat, why_none=why_none))
+    how = chat if isinstance(chat, Templating) else Templating(chat)
+
+    def read(prompt: Any, number: int) -> tuple[Prompt, ...]:
+        if _says_more(prompt):
+            return _that_says_more(prompt, number, model, tokenizer, how, why_none)
+        if not _are_encoded(prompt):
+            _refuse_no_text(model)
+        return (as_decoder_reads(encode_one(prompt, number, tokenizer, how, why_none, None), model),)
+
+    return tuple(chain.from_iterable(each_of(prompts, read)))
 
 
 def trial_prompt(model: nn.Module, decoder_ids: Sequence[int]) -> Prompt:
@@ -64,43 +69,58 @@ def _are_encoded(prompts: Any) -> bool:
 
 
 def _says_more(prompt: Any) -> bool:
-    """Whether it is a mapping, and no chat message and no table."""
+    """Whether it is a mapping, or a record with one, and no chat message and no table."""
+    if isinstance(prompt, PromptRecord):
+        return _says_more(prompt.prompt)
     if not isinstance(prompt, Mapping) or "role" in prompt:
         return False
-    return isinstance(prompt.get(TEXT), str) or any(isinstance(value, torch.Tensor) for value in prompt.values())
+    held = any(isinstance(value, torch.Tensor) for value in prompt.values())
+    return held or TEXT in prompt or any(name in prompt for name in DECODER)
 
 
-def _of_mapping(given: Mapping[str, Any], model: nn.Module, tokenizer: Any, chat: Any, why: str) -> Iterator[Prompt]:
+def _that_says_more(
+    given: Any, number: int, model: nn.Module, tokenizer: Any, how: Templating, why: str
+) -> tuple[Prompt, ...]:
+    if isinstance(given, PromptRecord):
+        whole = _that_says_more(given.prompt, number, model, tokenizer, how, why)
+        return tuple(replace(each, id=given.id, labels=given.labels) for each in whole)
+    return tuple(_of_mapping(given, number, model, tokenizer, how, why))
+
+
+def _of_mapping(
+    given: Mapping[str, Any], number: int, model: nn.Module, tokenizer: Any, how: Templating, why: str
+) -> Iterator[Prompt]:
     decoder = (given.get(DECODER_TEXT), given.get(DECODER_IDS))
     fields = {name: value for name, value in given.items() if name not in (TEXT, DECODER_TEXT, DECODER_IDS)}
     if (TEXT in given) == bool(fields) or None not in decoder:
         raise TokenizerError(
-            f"a prompt with {', '.join(given)}: expected {TEXT!r}, or what the encoder reads "
+            f"prompt {number} has {', '.join(map(str, given))}: expected {TEXT!r}, or what the encoder reads "
             f"({encoder_argument(model)!r}), and with it {DECODER_TEXT!r} or {DECODER_IDS!r} or neither."
         )
     if TEXT in given:
         _refuse_no_text(model)
-        whole = encode(given[TEXT], tokenizer, chat, why_none=why)
+        whole: tuple[Prompt, ...] = (encode_one(given[TEXT], number, tokenizer, how, why, None),)
     else:
-        whole = tuple(_of_fields(fields, model))
+        whole = tuple(_of_fields(fields, number, model))
     texts, ids = (_for_each(each, len(whole)) for each in decoder)
     for prompt, text, own in zip(whole, texts, ids, strict=True):
         if text is not None and tokenizer is None:
-            raise TokenizerError(f"{DECODER_TEXT} is text: {why}\nOr give {DECODER_IDS}.")
+            raise TokenizerError(f"prompt {number}: {DECODER_TEXT} is text: {why}\nOr give {DECODER_IDS}.")
         if text is not None:
             own = tokenizer(text_target=text, add_special_tokens=False)["input_ids"]
         yield as_decoder_reads(prompt, model, tuple(own or ()))
 
 
-def _of_fields(fields: Mapping[str, Any], model: nn.Module) -> Iterator[Prompt]:
+def _of_fields(fields: Mapping[str, Any], number: int, model: nn.Module) -> Iterator[Prompt]:
     """One prompt for each of a batch of what the encoder reads."""
     if (name := encoder_argument(model)) not in fields:
         raise TokenizerError(
-            f"a prompt with {', '.join(fields)}: the encoder of {type(model).__name__} reads {name}, [batch, ...]."
+            f"prompt {number} has {', '.join(fields)}: the encoder of {type(model).__name__} reads {name}, "
+            "[batch, ...]."
         )
     tensors = {key: torch.as_tensor(value) for key, value in fields.items()}
-    for number in range(len(tensors[name])):
-        own = {key: tensor[number : number + 1] for key, tensor in tensors.items()}
+    for place in range(len(tensors[name])):
+        own = {key: tensor[place : place + 1] for key, tensor in tensors.items()}
         sizes = tuple(size for key in sorted(own) for size in own[key].shape)
         yield Prompt("", (), inputs=replace(FurtherInputs.of(own), alike=sizes))
 

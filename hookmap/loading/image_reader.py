@@ -3,7 +3,7 @@
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -70,12 +70,15 @@ class ImageReader:
         """Prompt `number`, of chat messages, through the processor's chat template. Raises TokenizerError."""
         first = next(n for n, message in enumerate(messages) if has_images([message]))
         self._begin(f"prompt {number}, message {first}")
-        pictures = [
-            picture_of(part, f"prompt {number}, message {place}", limits)
-            for place, message in enumerate(messages)
-            for part in parts_of(message)
-            if is_image(part)
-        ]
+        pictures = _pictures(
+            (
+                (part, f"prompt {number}, message {place}")
+                for place, message in enumerate(messages)
+                for part in parts_of(message)
+                if is_image(part)
+            ),
+            limits,
+        )
         text = fill_with_images(messages, number, self.processor, how, None)
 
         def run() -> Any:
@@ -86,7 +89,7 @@ class ImageReader:
     def text(self, text: str, images: Sequence[Any], number: int, limits: Limits) -> Read:
         """Prompt `number`, of a text that the processor reads as it is. Raises TokenizerError."""
         self._begin(f"prompt {number}")
-        pictures = [picture_of(image, f"prompt {number}", limits) for image in images]
+        pictures = _pictures(((image, f"prompt {number}") for image in images), limits)
 
         def run() -> Any:
             loaded = [picture.load() for picture in pictures]
@@ -159,6 +162,19 @@ class ImageReader:
         if not found:
             found = [token for token in [getattr(self._processor, "image_token_id", None)] if isinstance(token, int)]
         return frozenset(found)
+
+
+def _pictures(images: Iterable[tuple[Any, str]], limits: Limits) -> list[Picture]:
+    """Of one prompt, each with its place. Raises one TokenizerError with all that cannot be read."""
+    found, problems = list[Picture](), list[str]()
+    for image, where in images:
+        try:
+            found.append(picture_of(image, where, limits))
+        except TokenizerError as error:
+            problems.append(str(error))
+    if problems:
+        raise TokenizerError("\n".join(dict.fromkeys(problems)))
+    return found
 
 
 def _bytes(fields: Fields) -> int:

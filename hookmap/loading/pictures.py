@@ -23,6 +23,7 @@ MOST_PIXELS = 178_956_970
 _VALUES = ("image", "path", "url", "base64")
 """where a part of a message says which image it is"""
 _DATA = re.compile(r"data:image/[\w.+-]{1,64}(?:;[\w=.+-]{1,64})*;base64,", re.ASCII)
+_IN_MEMORY = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,16 @@ def picture_of(part: Any, where: str, limits: Limits) -> Picture:
     """The image that a part of a message names. `where`: the part, for messages. Raises TokenizerError."""
     why = f'{where} has an image, which needs Pillow: pip install "hookmap[vision]"'
     pillow = needed("PIL.Image", why, TokenizerError)
+    value: Any = None
     try:
-        return _picture(_value(part, where), limits, pillow)
+        value = _value(part, where)
+        return _picture(value, limits, pillow)
     except TokenizerError:
         raise
     except Exception as error:  # decoders of files that anybody may have written raise what they like
-        told = str(error).rstrip(".") or type(error).__name__
+        told = _IN_MEMORY.sub("", str(error)).rstrip(".") or type(error).__name__
+        if isinstance(value, str | os.PathLike) and not (name := os.fspath(value)).startswith("data:"):
+            told = told if name[:80] in told else f"{told}: {name[:200]}"
         raise TokenizerError(f"{where}: its image cannot be read: {told}.") from error
 
 

@@ -1,16 +1,16 @@
 """Prompts in any form that a user may give -> token ids. Pads nothing, and does not change the tokenizer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import IOBase
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from hookmap.datasets.files import columns_of
 from hookmap.datasets.messages import has_images
-from hookmap.datasets.records import PromptRecord, load_prompts
+from hookmap.datasets.records import DECODER, PromptRecord, load_prompts, told
 from hookmap.errors import DataError, TokenizerError
 from hookmap.loading.chat_template import Chat, Templating, fill
 from hookmap.loading.further_inputs import FurtherInputs
@@ -42,6 +42,7 @@ class Prompt:
         return len(self.token_ids) + (self.inputs.encoder_tokens if self.inputs else 0)
 
 
+_T = TypeVar("_T")
 ANY = Limits()
 NO_TOKENIZER = "the model was given without a tokenizer. Give one: hookmap.open(model, tokenizer=...)"
 
@@ -66,8 +67,6 @@ def encode(
     TokenizerError with what is missing, and DataError for a table of which no column is named.
     """
     how = chat if isinstance(chat, Templating) else Templating(chat)
-    if not isinstance(how.chat, bool) and how.chat != "auto":
-        raise TokenizerError(f"chat: expected 'auto', True or False, got {how.chat!r}.")
     if (columns := columns_of(prompts)) is not None:
         raise DataError(
             f"the prompts are a table with the columns {', '.join(map(str, columns)) or 'none'}: say which holds them, "
@@ -78,10 +77,29 @@ def encode(
         prompts = [prompts]
     if isinstance(prompts, Mapping | bytes | set | frozenset | IOBase) or not isinstance(prompts, Iterable):
         raise _not_a_prompt(prompts, 0)
-    encoded = tuple(_encode(prompt, number, tokenizer, how, why_none, reader) for number, prompt in enumerate(prompts))
+    encoded = each_of(prompts, lambda prompt, number: encode_one(prompt, number, tokenizer, how, why_none, reader))
     if not encoded:
         raise TokenizerError("no prompts given: expected a string, a list of strings, or chat messages, got none.")
     return encoded
+
+
+def each_of(prompts: Iterable[Any], read: Callable[[Any, int], _T]) -> tuple[_T, ...]:
+    """What `read` makes of each prompt and its number. Raises one TokenizerError with all that cannot be read."""
+    found, problems = list[_T](), dict[int, str]()
+    for number, prompt in enumerate(prompts):
+        try:
+            found.append(read(prompt, number))
+        except TokenizerError as error:
+            problems[number] = str(error)
+    if not problems:
+        return tuple(found)
+    own = {text.replace(f"prompt {number}", "prompt") for number, text in problems.items()}
+    first = next(iter(problems.values()))
+    if len(problems) == 1:
+        raise TokenizerError(first)
+    if len(own) == 1:  # one reason, the model's rather than the prompts'
+        raise TokenizerError(f"{first}\nThis is so of {len(problems)} prompts.")
+    raise TokenizerError(f"{len(problems)} prompts cannot be read:\n{told(problems.values())}")
 
 
 def is_one(prompts: Any) -> bool:
@@ -160,16 +178,22 @@ def _token_ids(text: str, number: int, tokenizer: Any, **options: Any) -> tuple[
     return tuple(tokenizer(text, **options)["input_ids"])
 
 
-def _encode(
+def encode_one(
     prompt: Any, number: int, tokenizer: Any, how: Templating, why_none: str, reader: ImageReader | None
 ) -> Prompt:
+    """Prompt `number`: see `encode`."""
     if isinstance(prompt, Prompt):
         return _checked(prompt, number)
     if isinstance(prompt, PromptRecord):
-        own = _encode(prompt.prompt, number, tokenizer, how, why_none, reader)
+        own = encode_one(prompt.prompt, number, tokenizer, how, why_none, reader)
         return replace(own, id=prompt.id, labels=prompt.labels)
     if is_sample(prompt):
         return _checked(_of_sample(prompt, number, how, reader), number)
+    if isinstance(prompt, Mapping) and (named := [name for name in DECODER if name in prompt]):
+        raise TokenizerError(
+            f"prompt {number} has {' and '.join(named)}, which is what the decoder of an encoder-decoder begins with, "
+            "and this model reads one text. Put it behind the prompt, or leave it out."
+        )
     prompt = _listed(prompt)
     if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes):
         raise _not_a_prompt(prompt, number)

@@ -20,15 +20,17 @@ _STYLE = (
 _BRANCH, _SPAN, _END, _RISE = 590, 360, 150, 130
 
 
-def block_svg(architecture_map: ArchitectureMap, kind: BlockKind) -> str:
-    """An SVG document of one kind of block of a map."""
-    return _Drawing(architecture_map, kind).draw()
+def block_svg(architecture_map: ArchitectureMap, *kinds: BlockKind) -> str:
+    """An SVG document of one kind of block of a map, or of several that `describe.alike` puts together."""
+    return _Drawing(architecture_map, kinds[0], kinds).draw()
 
 
 @dataclass
 class _Drawing:
     map: ArchitectureMap
     kind: BlockKind
+    """the first of `kinds`, which stands for all of them"""
+    kinds: tuple[BlockKind, ...]
     parts: list[Xml.Element] = field(default_factory=list)
 
     def draw(self) -> str:
@@ -41,7 +43,7 @@ class _Drawing:
         self.line = 90 + _RISE + 40
         height = self.line + (_RISE + 110 if parallel else 110)
         self._element("line", x1=40, y1=self.line, x2=width - 40, y2=self.line, cls="stream")
-        layers = f"{len(self.kind.layers)} of {self.map.num_layers} layers"
+        layers = f"{sum(len(kind.layers) for kind in self.kinds)} of {self.map.num_layers} layers"
         layers += f" · runs {self.kind.calls} times" if self.kind.calls > 1 else ""
         self._text(40, 28, f"{self.map.architecture} · {self.kind.block_class} · {self.kind.name} · {layers}", "")
         self._stream_point("resid_pre", 60)
@@ -107,8 +109,13 @@ class _Drawing:
             return None
         if any(term.weight for term in out.terms):
             return "× weight"
-        factor = out.terms[0].scale
-        return f"× {factor:g}" if factor != 1.0 else "norm"
+        factor = self._factor(f"{role}_out", 0)
+        return f"× {factor}" if factor else "norm"
+
+    def _factor(self, name: str, term: int) -> str:
+        """The constant of a point's term; nothing where it is 1, `c` where it differs from layer to layer."""
+        scales = {kind.points[name].terms[term].scale for kind in self.kinds}
+        return "c" if len(scales) > 1 else "" if scales == {1.0} else f"{scales.pop():g}"
 
     def _stream_point(self, name: str, x: float, drop: int = 30) -> None:
         if name not in self.kind.points:
@@ -126,7 +133,7 @@ class _Drawing:
         terms = self.kind.points[name].terms
         for number, term in enumerate(terms):
             path = term.module.removeprefix(self.map.layers_path).lstrip(".") or "block"
-            scale = "" if term.scale == 1.0 else f"{term.scale:g}·"
+            scale = f"{factor}·" if (factor := self._factor(name, number)) else ""
             sign = "+ " if number else ""
             self._text(x, y + 15 + 13 * number, f"{sign}{scale}{path}.{term.side}", "path")
 

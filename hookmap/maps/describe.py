@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from hookmap.maps.contents import MapContents
 from hookmap.maps.grammar import ranges
 from hookmap.maps.points import POINTS, PointName
-from hookmap.maps.templates import BlockKind, Heads, PointTemplate, TermTemplate, short_path
+from hookmap.maps.templates import BlockKind, Heads, PointTemplate, TermTemplate, short_path, text_of_all
 
 
 def explain(architecture_map: MapContents) -> str:
@@ -95,20 +96,56 @@ def same_place(points: Mapping[str, PointTemplate]) -> list[tuple[list[str], Poi
 
 
 def places(m: MapContents) -> list[tuple[str, tuple[int, ...], str]]:
-    """Names, layers and place of every point in forward order; points and kinds of block share a row where they can."""
-    rows: dict[tuple[str, str], tuple[int, ...]] = {}
+    """Names, layers and place of every point in forward order; points and kinds of block share a row where they can.
+
+    So do kinds that differ in a constant alone.
+    """
+    rows: dict[tuple[str, tuple[TermTemplate, ...]], list[tuple[BlockKind, PointTemplate]]] = {}
     for kind in m.kinds:
         for names, point in same_place(kind.points):
-            key = (" = ".join(names), _where(point))
-            rows[key] = (*rows.get(key, ()), *kind.layers)
+            rows.setdefault((" = ".join(names), without_constants(point)), []).append((kind, point))
     vocabulary = list(POINTS)
-    found = [(names, layers, where) for (names, where), layers in rows.items()]
-    found += [(name, (), _where(point)) for name, point in m.model_points.items()]
+    found = [
+        (names, tuple(layer for kind, _ in held for layer in kind.layers), where_of_all([point for _, point in held]))
+        for (names, _), held in rows.items()
+    ]
+    found += [(name, (), where_of_all([point])) for name, point in m.model_points.items()]
     return sorted(found, key=lambda row: vocabulary.index(PointName.of(row[0].split(" ")[0]).base))
 
 
-def _where(point: PointTemplate) -> str:
-    return " + ".join(term.text(times=" × ") for term in point.terms)
+def where_of_all(points: Sequence[PointTemplate], prefix: str = "") -> str:
+    """Where one point of several kinds of block is, which differ in its constants alone."""
+    return " + ".join(
+        text_of_all(terms, prefix, " × ") for terms in zip(*(point.terms for point in points), strict=True)
+    )
+
+
+def without_constants(point: PointTemplate) -> tuple[TermTemplate, ...]:
+    """Its terms as a reader sees them, but for their constants."""
+    return tuple(term.model_copy(update={"scale": 1.0, "heads": None}) for term in point.terms)
+
+
+def apart(m: MapContents, layers: Iterable[int]) -> list[list[BlockKind]]:
+    """The kinds of block of these layers, each with those of them that are of it, and by itself."""
+    wanted = frozenset(layers)
+    held = [(kind, tuple(layer for layer in kind.layers if layer in wanted)) for kind in m.kinds]
+    return [[kind.model_copy(update={"layers": own})] for kind, own in held if own]
+
+
+def differing_constants(kinds: Sequence[BlockKind]) -> bool:
+    """Whether kinds of block that are alike have unlike constants."""
+    return len({tuple(t.scale for point in kind.points.values() for t in point.terms) for kind in kinds}) > 1
+
+
+def alike(kinds: Iterable[BlockKind]) -> list[list[BlockKind]]:
+    """Kinds of block, those together that differ in constants and in reasons alone."""
+    groups: dict[Any, list[BlockKind]] = {}
+    for kind in kinds:
+        branches = tuple(b and (b.type, b.modules, b.module_class) for b in (kind.mixer, kind.cross_attn, kind.mlp))
+        points = tuple((tuple(names), without_constants(point)) for names, point in same_place(kind.points))
+        how = (kind.block_class, kind.branch_order, kind.norm_placement, kind.calls, kind.coupled)
+        groups.setdefault((branches, points, how, frozenset(kind.unavailable)), []).append(kind)
+    return list(groups.values())
 
 
 def layers_text(layers: Iterable[int]) -> str:

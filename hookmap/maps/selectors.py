@@ -6,12 +6,11 @@ terms, and is the sum over them of `scale * tensor`.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from numbers import Integral
 from typing import Any, Literal
 
 from hookmap.activations import Key, key_of
 from hookmap.errors import CaptureError, SelectionError
-from hookmap.maps.calls import WantedRuns, listed, wanted_runs
+from hookmap.maps.calls import WantedRuns, wanted_runs, whole_numbers
 from hookmap.maps.contents import MapContents
 from hookmap.maps.describe import layers_text
 from hookmap.maps.points import POINTS, PointName, parse_point, takes_layers
@@ -257,16 +256,9 @@ def _layers(m: MapContents, given: Any) -> tuple[tuple[int, ...], list[str]]:
     count = m.num_layers
     if _is_all(given):
         return tuple(range(count)), []
-    chosen, problems = [], []
-    for each in listed(given):
-        layer = int(each) if isinstance(each, Integral) else each
-        if isinstance(each, bool) or not isinstance(layer, int):
-            problems.append(f"layer {each!r} is not a whole number: give numbers from 0 to {count - 1}, or 'all'")
-        elif not -count <= layer < count:
-            problems.append(f"layer {layer} is out of range: the model has layers 0 to {count - 1} (or -{count} to -1)")
-        else:
-            chosen.append(layer % count)
-    return tuple(dict.fromkeys(chosen)), problems
+    there = f"the model has layers 0 to {count - 1} (or -{count} to -1)"
+    chosen, problems = whole_numbers(given, count, "layer", "or 'all'", lambda: there)
+    return tuple(dict.fromkeys(layer % count for layer in chosen)), problems
 
 
 def _is_all(given: Any) -> bool:
@@ -306,6 +298,14 @@ def _of_runs(
             verb, times = "runs" if len(those) == 1 else "run", "once" if often == 1 else f"{often} times"
             yield f"{layers_text(those)} of {m.architecture} {verb} {times} in one forward pass: no call {number}"
     yield from found
+
+
+def layers_of(architecture_map: MapContents, layers: Any) -> tuple[int, ...]:
+    """The layers from 0 up that are meant, as `select` takes them. Raises SelectionError with every problem at once."""
+    chosen, problems = _layers(architecture_map, layers)
+    if problems:
+        raise SelectionError(_report(architecture_map, problems))
+    return chosen
 
 
 def unavailable(architecture_map: MapContents, point: str, layer: int | None = None) -> str | None:

@@ -1,7 +1,7 @@
 """What a map is made of: templates over `{i}`, the layer, and kinds of block. Knows neither the document nor torch."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -10,6 +10,8 @@ from hookmap.maps.points import why_absent
 from hookmap.maps.relations import Relation
 
 _PLACEHOLDER = re.compile(r"\{i(\+\d+)?\}")
+_SHOWN = 4
+"""constants that are listed; of more, the first and the last"""
 
 
 class Frozen(BaseModel):
@@ -97,6 +99,15 @@ class TermTemplate(Frozen):
         """Factor, module path from `prefix` on, side and index: `0.5 * mlp.output[0]`."""
         weight = None if self.weight is None else short_path(self.weight, prefix)
         return boundary(short_path(self.module, prefix), self.side, self.index, self.scale, times, weight)
+
+
+def text_of_all(terms: Sequence[TermTemplate], prefix: str = "", times: str = " * ") -> str:
+    """One term of several kinds of block, which differ in its constant alone: `(0.7, 0.5, …, 0.1) * mlp.output`."""
+    factors = list(dict.fromkeys(f"{term.scale:g}" for term in terms))
+    if len(factors) == 1:
+        return terms[0].text(prefix, times)
+    shown = factors if len(factors) <= _SHOWN else [*factors[:2], "…", factors[-1]]
+    return f"({', '.join(shown)}){times}{terms[0].model_copy(update={'scale': 1.0}).text(prefix, times)}"
 
 
 class PointTemplate(Frozen):

@@ -4,14 +4,14 @@ Pure: map (+ the names and classes of the model's modules, where a model is at h
 are one branch. A point at a module's input stands on the line before the module, at its output on the line after it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.markup import escape
 from rich.tree import Tree
 
 from hookmap.maps.contents import MapContents
-from hookmap.maps.describe import layers_text, order_of, same_place
+from hookmap.maps.describe import alike, differing_constants, layers_text, order_of, same_place, where_of_all
 from hookmap.maps.templates import BlockKind, PointTemplate
 
 _LAST = 10**9
@@ -26,8 +26,8 @@ class _Module:
     before: list[tuple[int, str]] = field(default_factory=list)
     after: list[tuple[int, str]] = field(default_factory=list)
     children: "dict[str, _Module]" = field(default_factory=dict)
-    kinds: "list[tuple[str, _Module, Mapping[str, str]]]" = field(default_factory=list)
-    """of the layer list only: label, block and unavailable points of each kind"""
+    kinds: "list[tuple[str, _Module, Sequence[BlockKind]]]" = field(default_factory=list)
+    """of the layer list only: label and block of the kinds that share a branch of the tree"""
 
     def child(self, path: str) -> "_Module":
         """The descendant at `path`, made if nobody has named it yet."""
@@ -42,10 +42,16 @@ class _Module:
         return min([*own, *(child.order() for child in self.children.values())], default=_LAST)
 
 
-def tree(architecture_map: MapContents, modules: Mapping[str, str] | None = None) -> Tree:
+def tree(
+    architecture_map: MapContents,
+    modules: Mapping[str, str] | None = None,
+    groups: Sequence[Sequence[BlockKind]] | None = None,
+) -> Tree:
     """The tree. `modules`: path -> class name of every module, e.g. of a model on the meta device; without it, the
-    tree holds the modules that the map names."""
+    tree holds the modules that the map names. `groups`: the kinds of block, those together that share a branch of it;
+    `describe.alike` unless given."""
     m = architecture_map
+    groups = alike(m.kinds) if groups is None else groups
     layer_list, _, _ = m.layers_path.rpartition(".")
     named = (m.embedding_path, layer_list, m.final_norm_path, m.lm_head_path)
     modules = modules or {path: "" for path in named if path}
@@ -58,12 +64,14 @@ def tree(architecture_map: MapContents, modules: Mapping[str, str] | None = None
             root.child(path).class_name = class_name
     _mark(root, m.model_points, prefix="")
     _collapse_numbered(root)
-    root.child(layer_list or m.layers_path).kinds = [_block(m, kind, modules) for kind in m.kinds]
+    root.child(layer_list or m.layers_path).kinds = [_block(m, kinds, modules) for kinds in groups]
     top = Tree(_title(m), guide_style="dim")
     _grow(top, root)
     _missing(top, m.model_unavailable)
     for line in order_of(m):
         top.add(f"[dim]{escape(line)}[/]")
+    if any(differing_constants(kinds) for kinds in groups):
+        top.add("[dim]Constants that differ from layer to layer are in brackets: --layers shows each layer's.[/]")
     if m.left_out:
         top.add(f"[yellow]○ not in this map[/]  [dim]other lists of blocks: {escape(', '.join(m.left_out))}[/]")
     return top
@@ -77,8 +85,11 @@ def _title(m: MapContents) -> str:
     return f"[bold]{escape(m.architecture)}[/]{name}  [dim]{', '.join(sizes)}[/]"
 
 
-def _block(m: MapContents, kind: BlockKind, modules: Mapping[str, str]) -> tuple[str, _Module, Mapping[str, str]]:
-    """Label, modules and unavailable points of one kind of block; its first layer stands for all of them."""
+def _block(
+    m: MapContents, kinds: Sequence[BlockKind], modules: Mapping[str, str]
+) -> tuple[str, _Module, Sequence[BlockKind]]:
+    """Label and modules of kinds of block that are alike; the first layer stands for all of them."""
+    kind = kinds[0]
     prefix = m.at_layer(m.layers_path, kind.layers[0])
     block = _Module()
     for path, class_name in modules.items():
@@ -89,7 +100,7 @@ def _block(m: MapContents, kind: BlockKind, modules: Mapping[str, str]) -> tuple
             module = block.child(path.removeprefix(m.layers_path).removeprefix("."))
             if path == branch.modules[-1]:
                 module.class_name = module.class_name or branch.module_class or ""
-    _mark(block, kind.points, prefix=m.layers_path)
+    _mark(block, *(each.points for each in kinds), prefix=m.layers_path)
     # Modules are defined in any order (Qwen3 defines its norms last); a block reads best in the order of its forward.
     block.children = dict(sorted(block.children.items(), key=lambda item: item[1].order()))
     _collapse_numbered(block)
@@ -98,17 +109,20 @@ def _block(m: MapContents, kind: BlockKind, modules: Mapping[str, str]) -> tuple
         parts.insert(1, "cross-attention")
     what = f"{' + '.join(parts)}, {kind.branch_order.replace('_', ' ')}, {kind.norm_placement} norm"
     what += f", runs {kind.calls} times" if kind.calls > 1 else ""
-    label = f"[bold]{layers_text(kind.layers)}[/]: {escape(kind.block_class)}  [dim]{escape(what)}[/]"
-    return label, block, kind.unavailable
+    layers = layers_text(layer for each in kinds for layer in each.layers)
+    return f"[bold]{layers}[/]: {escape(kind.block_class)}  [dim]{escape(what)}[/]", block, kinds
 
 
-def _mark(root: _Module, points: Mapping[str, PointTemplate], prefix: str) -> None:
-    """Puts every point before or after the module of its last term; names of one tensor share a line."""
-    for names, point in same_place(points):
+def _mark(root: _Module, *points: Mapping[str, PointTemplate], prefix: str) -> None:
+    """Puts every point before or after the module of its last term; names of one tensor share a line.
+
+    `points`: of each of some kinds of block that are alike.
+    """
+    for names, point in same_place(points[0]):
         last = point.terms[-1]
         path = last.module.removeprefix(prefix).removeprefix(".")
         module = root.child(path)
-        where = " + ".join(term.text(prefix, " × ") for term in point.terms)
+        where = where_of_all([each[names[0]] for each in points], prefix)
         line = f"[cyan]● {escape(' = '.join(names))}[/]  [dim]{escape(where)}[/]"
         (module.before if last.side == "input" else module.after).append((point.order, line))
 
@@ -122,10 +136,10 @@ def _grow(branch: Tree, module: _Module) -> None:
             others = {name: other for name, other in child.children.items() if other.order() < _LAST}
             first = {name: other for name, other in others.items() if other.order() == 0}
             _grow(branch, _Module(children=first))
-            for label, block, unavailable in child.kinds:
+            for label, block, kinds in child.kinds:
                 layers = branch.add(label)
                 _grow(layers, block)
-                _missing(layers, unavailable)
+                _missing_of(layers, kinds)
             _grow(branch, _Module(children={name: other for name, other in others.items() if name not in first}))
             continue
         class_name = f"  [dim]{escape(child.class_name)}[/]" if child.class_name else ""
@@ -136,6 +150,20 @@ def _grow(branch: Tree, module: _Module) -> None:
             branch.add(line)
     for _, line in sorted(module.after):
         branch.add(line)
+
+
+def _missing_of(tree_: Tree, kinds: Sequence[BlockKind]) -> None:
+    """Points that are not there in these kinds of block; a reason that only some of them give has their layers."""
+    layers: dict[tuple[str, str], tuple[int, ...]] = {}
+    for kind in kinds:
+        for name, reason in kind.unavailable.items():
+            layers[name, reason] = (*layers.get((name, reason), ()), *kind.layers)
+    count = sum(len(kind.layers) for kind in kinds)
+    by_place: dict[str, dict[str, str]] = {}
+    for (name, reason), where in layers.items():
+        by_place.setdefault("" if len(where) == count else f" ({layers_text(where)})", {})[name] = reason
+    for place, unavailable in by_place.items():
+        _missing(tree_, {name: f"{reason}{place}" for name, reason in unavailable.items()})
 
 
 def _missing(tree_: Tree, unavailable: Mapping[str, str]) -> None:

@@ -1,7 +1,8 @@
 """A capture in the layouts of other programs: torch, NumPy, Hugging Face datasets, SAELens, probelab.
 
-Each is a new folder that appears whole. All but `pt` are written some rows at a time. NumPy and Arrow know no bfloat16
-and no 8-bit floats: there these are float32, which holds each of their values exactly.
+Each is a new folder that appears whole. `tensors.json` says which point, layer and run a tensor is, and where prompts
+have images, `image_rows.npy` or a column says which rows are of their tokens. All but `pt` are written some rows at a
+time. NumPy and Arrow know no bfloat16 and no 8-bit floats: there these are float32, which holds each value exactly.
 """
 
 import json
@@ -26,6 +27,9 @@ from hookmap.stores.ledger import tensor_name
 from hookmap.stores.location import local
 
 NEEDS_DATASETS = 'this layout needs Hugging Face datasets: pip install "hookmap[data]"'
+_IMAGE_ROWS = "image_rows.npy"
+_WHERE_SET = ("image_positions", "pictures", "encoder_token_ids")
+"""fields of a sample that its line has only where they are set"""
 _AS_FLOAT = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -70,6 +74,7 @@ def export(
     try:
         draft.mkdir(parents=True)
         notes = LAYOUTS[layout](Wanted(store, keys, context), draft)
+        _write_tensors(layout, keys, draft)
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)
@@ -110,8 +115,7 @@ def _pt(wanted: Wanted, folder: Path) -> list[str]:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
-    _write_samples(wanted.store, folder)
-    return []
+    return _write_samples(wanted.store, folder)
 
 
 def _numpy(wanted: Wanted, folder: Path) -> list[str]:
@@ -126,8 +130,7 @@ def _numpy(wanted: Wanted, folder: Path) -> list[str]:
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(data.tobytes())
     np.save(folder / "offsets.npy", np.array(_offsets(wanted.store), dtype=np.int64))
-    _write_samples(wanted.store, folder)
-    return _float_note(wanted)
+    return [*_write_samples(wanted.store, folder), *_float_note(wanted)]
 
 
 def _datasets(wanted: Wanted, folder: Path) -> list[str]:
@@ -137,7 +140,7 @@ def _datasets(wanted: Wanted, folder: Path) -> list[str]:
     columns: dict[str, Any] = {"sample": datasets.Value("int64")}
     columns |= {name: datasets.Value("string") for name in ("id", "prompt", "text", "labels")}
     columns |= {"prompt_tokens": datasets.Value("int64")}
-    columns |= {name: datasets.Sequence(datasets.Value("int64")) for name in ("token_ids", "positions")}
+    columns |= {name: datasets.Sequence(datasets.Value("int64")) for name in ("token_ids", "positions", "image_rows")}
     for key in wanted.keys:
         example = _as_numpy(wanted.store.read(first, *key)[:1])
         columns[tensor_name(key)] = datasets.Array2D((None, int(np.prod(example.shape[1:]))), str(example.dtype))
@@ -146,6 +149,7 @@ def _datasets(wanted: Wanted, folder: Path) -> list[str]:
         for sample in wanted.store.samples:
             row = _describe(sample) | {"labels": None if sample.labels is None else json.dumps(sample.labels)}
             row["positions"] = list(sample.positions) if isinstance(sample.positions, tuple) else None
+            row["image_rows"] = _image_rows(sample)
             for key in wanted.keys:
                 row[tensor_name(key)] = _as_numpy(wanted.store.read(sample.sample, *key).flatten(1))
             yield {name: row.get(name) for name in columns}
@@ -181,6 +185,9 @@ def _saelens(wanted: Wanted, folder: Path) -> list[str]:
                 yield {name: _as_numpy(part.flatten(1)), "token_ids": ids[start : start + context]}
 
     _save_dataset(datasets, rows, columns, folder)
+    if any(sample.image_positions for sample in store.samples):  # beside the columns: SAELens knows its own alone
+        whole = [_mask(sample)[: sample.rows // context * context] for sample in store.samples]
+        np.save(folder / _IMAGE_ROWS, np.concatenate(whole).reshape(-1, context))
     left = sum(sample.rows % context for sample in store.samples)
     run = call_of(key)
     notes = [f"{left} rows at the ends of samples fill no sequence of {context} and are left out"] if left else []
@@ -220,8 +227,7 @@ def _probelab(wanted: Wanted, folder: Path) -> list[str]:
         "metadata": {"point": points[0]} | ({"calls": calls} if any(call is not None for call in calls) else {}),
     }
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    _write_samples(wanted.store, folder)
-    return notes
+    return [*_write_samples(wanted.store, folder), *notes]
 
 
 LAYOUTS: dict[str, Callable[[Wanted, Path], list[str]]] = {
@@ -267,6 +273,22 @@ def _ids_of_rows(sample: Sample) -> Sequence[int]:
     return [sample.token_ids[p] for p in (range(sample.rows) if sample.positions is None else sample.positions)]
 
 
+def _image_rows(sample: Sample) -> list[int] | None:
+    """Which rows of a sample are of its images' tokens; None where it has none, or its row is a mean over tokens."""
+    if not sample.image_positions or sample.positions == "mean":
+        return None
+    held = range(sample.rows) if sample.positions is None else sample.positions
+    of_images = frozenset(sample.image_positions)
+    return [row for row, position in enumerate(held) if position in of_images]
+
+
+def _mask(sample: Sample) -> "np.ndarray[Any, Any]":
+    """[rows], bool: whether a row is of an image's token."""
+    found = np.zeros(sample.rows, dtype=bool)
+    found[_image_rows(sample) or []] = True
+    return found
+
+
 def _describe(sample: Sample) -> dict[str, Any]:
     return {
         "sample": sample.sample,
@@ -278,13 +300,34 @@ def _describe(sample: Sample) -> dict[str, Any]:
         "token_ids": list(sample.token_ids),
         "positions": sample.positions,
         "labels": sample.labels,
+        **{name: value for name in _WHERE_SET if (value := getattr(sample, name)) is not None},
     }
 
 
-def _write_samples(store: Store, folder: Path) -> None:
+def _write_samples(store: Store, folder: Path) -> list[str]:
+    """The table of samples, and which rows are of images. Returns notes."""
     with open(folder / "samples.jsonl", "w", encoding="ascii") as file:
         for sample in store.samples:
             file.write(json.dumps(_describe(sample)) + "\n")
+    pictured = [sample for sample in store.samples if sample.image_positions]
+    if pictured and any(sample.positions == "mean" for sample in pictured):
+        return [f"rows are means over tokens, of images and of text: there is no {_IMAGE_ROWS}"]
+    if pictured:
+        np.save(folder / _IMAGE_ROWS, np.concatenate([_mask(sample) for sample in store.samples]))
+    return []
+
+
+def _write_tensors(layout: str, keys: Sequence[Key], folder: Path) -> None:
+    """What each tensor is, by its name in this layout."""
+    names: dict[str, Callable[[Key], str | None]] = {
+        "probelab": lambda key: f"layer_{key[1]}.bin",
+        "saelens": lambda key: transformer_lens_name(key[0], key[1]),
+    }
+    told = [
+        {"name": names.get(layout, tensor_name)(key), "point": key[0], "layer": key[1], "call": call_of(key)}
+        for key in keys
+    ]
+    (folder / "tensors.json").write_text(json.dumps(told, indent=1) + "\n", encoding="ascii")
 
 
 def _save_dataset(datasets: Any, rows: Callable[[], Iterator[dict[str, Any]]], columns: Any, folder: Path) -> None:

@@ -1,16 +1,21 @@
 """Encoder-decoders: the decoder's rows, held against plain hooks around a plain `generate`; prompts of both sides."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from support import plain_hooks
 from support.encoders import DECODERS, ENCODERS, LAYERS, build, by_hand, prompt_inputs
 from support.raises import raises
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
-from hookmap.errors import CaptureError, ModelError, TokenizerError
+from hookmap.analysis.grid import load_grid
+from hookmap.cli.main import main
+from hookmap.errors import CaptureError, ModelError, SelectionError, TokenizerError
 
 _TEXTS: list[Any] = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16, 17, 18, 19]]
 _NEW = 5
@@ -27,8 +32,9 @@ def _given(name: str, prompt: Any) -> Any:
     return {"input_features": prompt} if DECODERS[name].features else prompt
 
 
+@pytest.mark.parametrize("engine", ["hooks", "nnsight"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_rows_of_the_decoder_are_those_of_a_plain_generate(name: str) -> None:
+def test_rows_of_the_decoder_are_those_of_a_plain_generate(name: str, engine: Any) -> None:
     reading, model = DECODERS[name], build(DECODERS[name])
     hm = hookmap.open(model)
     assert hm.map.architecture == reading.kind and hm.map.num_layers == LAYERS
@@ -39,7 +45,7 @@ def test_rows_of_the_decoder_are_those_of_a_plain_generate(name: str) -> None:
             reading,
             lambda: model.generate(**inputs, max_new_tokens=_NEW, do_sample=False),  # noqa: B023
         )
-        run = hm.capture(_given(name, prompt), points=list(reading.places), max_new_tokens=_NEW)
+        run = hm.capture(_given(name, prompt), points=list(reading.places), max_new_tokens=_NEW, engine=engine)
         (sample,) = run.samples
         assert list(sample.token_ids) == [2, *sequences[0].tolist()][-_NEW - 1 :]
         assert (sample.prompt_tokens, sample.rows) == (1, _NEW)
@@ -178,6 +184,131 @@ def test_the_lens_of_the_last_layer_is_the_model_itself(name: str) -> None:
     hm = hookmap.open(model)
     found = hm.lens(_given(name, _prompts(name)[0]))
     assert found.layers == (0, 1) and float(found.kl[-1].abs().max()) < 1e-5 < float(found.kl[0].min())
+
+
+_LAST_NORM = {
+    "t5": "decoder.final_layer_norm", "pegasus": "model.decoder.layer_norm", "whisper": "model.decoder.layer_norm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _LAST_NORM)
+def test_an_attribution_is_what_each_branch_gives_through_the_last_norm(name: str) -> None:
+    """By hand: the norm's statistic is held, and the unembedding is a product. Cross-attention is a part of its own."""
+    reading, model = DECODERS[name], build(DECODERS[name])
+    hm = hookmap.open(model)
+    prompt, begun = _prompts(name)[0], [7, 9]
+    asked = {"input_features": prompt} if reading.features else {"prompt": prompt}
+    found = hm.attribute({**asked, "decoder_token_ids": begun}, positions="all")
+    inputs = {**prompt_inputs(reading, prompt), "decoder_input_ids": torch.tensor([[2, *begun]])}
+    made, rows = by_hand(model, reading, lambda: model(**inputs))
+    logits, norm = made.logits[0], model.get_submodule(_LAST_NORM[name])
+    names = {"mixer_out": "attn_out", "cross_attn_out": "cross_attn_out", "mlp_out": "mlp_out"}
+    expected = {"resid_pre[0]": rows["resid_pre", 0]}
+    expected |= {f"{part}[{i}]": rows[point, i] for i in range(LAYERS) for part, point in names.items()}
+    end = rows["resid_post", LAYERS - 1]
+    if name == "t5":
+        scale = (end.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+        scale = scale * (model.config.d_model**-0.5 if model.config.tie_word_embeddings else 1.0)
+    else:
+        scale = (end.var(-1, keepdim=True, unbiased=False) + norm.eps).rsqrt()
+        expected = {part: each - each.mean(-1, keepdim=True) for part, each in expected.items()}
+    told = model.get_output_embeddings().weight[logits.argmax(-1)]
+    assert set(found.parts) - set(expected) <= {"bias", "rounding"} and set(expected) < set(found.parts)
+    for part, each in expected.items():
+        by_part = (each * scale * norm.weight * told).sum(-1)
+        torch.testing.assert_close(found.values[found.parts.index(part)], by_part, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.values.sum(0), logits.max(-1).values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bart", "marian"])
+def test_an_attribution_of_a_stream_that_is_normed_itself_is_refused(name: str) -> None:
+    with pytest.raises(SelectionError, match=f"{DECODERS[name].kind}: the blocks norm the stream itself"):
+        hookmap.open(build(DECODERS[name])).attribute([5, 6, 7])
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "columns", "dataset"])
+def test_files_of_prompts_have_a_column_of_what_the_decoder_begins_with(form: str, tmp_path: Path) -> None:
+    hm = hookmap.open(build(DECODERS["t5"]), tokenizer=tiny_tokenizer())
+    rows = [
+        {"id": "a", "prompt": "one two", "decoder_text": "two and"},
+        {"id": "b", "prompt": "three", "decoder_text": None},
+    ]
+    own: dict[str, Any] = {}
+    source: Any = tmp_path / f"prompts.{form}"
+    if form == "jsonl":
+        rows.append({"id": "c", "prompt": "one", "decoder_token_ids": [7, 9]})
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif form == "csv":
+        source.write_text("id,prompt,decoder_text\na,one two,two and\nb,three,\n")
+    elif form == "columns":
+        own, source = {"decoder": "begins"}, [{**row, "begins": row["decoder_text"], "decoder_text": 3} for row in rows]
+    else:
+        source = pytest.importorskip("datasets").Dataset.from_list(rows)
+    run = hm.capture(hookmap.load_prompts(source, **own), "resid_post", max_new_tokens=0)
+    said = hm.tokenizer("two and", add_special_tokens=False)["input_ids"]
+    assert run.tokens == [(2, *said), (2,), (2, 7, 9)][: len(run.tokens)]
+    assert [sample.id for sample in run.samples] == ["a", "b", "c"][: len(run.tokens)]
+    in_python = hm.capture({"prompt": "one two", "decoder_text": "two and"}, "resid_post", max_new_tokens=0)
+    torch.testing.assert_close(run.read(0, "resid_post", 1), in_python.read(0, "resid_post", 1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoders_column_is_no_label_and_is_refused_by_name_where_it_is_wrong(tmp_path: Path) -> None:
+    rows = [{"prompt": "one", "decoder_text": "two", "of": 3}]
+    (record,) = hookmap.load_prompts(rows, labels="all")
+    assert record.labels == {"of": 3} and record.prompt == {"prompt": "one", "decoder_text": "two"}
+    (kept,) = hookmap.load_prompts(rows, labels=["decoder_text"])
+    assert kept.prompt == "one" and kept.labels == {"decoder_text": "two"}
+    wrong = [
+        {"prompt": "one", "decoder_text": [3]},
+        {"prompt": "one", "decoder_token_ids": "3"},
+        {"prompt": "one", "decoder_text": "a", "decoder_token_ids": [3]},
+    ]
+    with pytest.raises(hookmap.DataError) as refused:
+        hookmap.load_prompts(wrong)
+    for number, told in enumerate(
+        ("decoder_text: expected a text", "decoder_token_ids: expected a list of token", "expected one of decoder_text")
+    ):
+        assert f"record {number}: {told}" in str(refused.value)
+    with pytest.raises(hookmap.DataError, match="no column 'begins'"):
+        hookmap.load_prompts(rows, decoder="begins")
+    plain = hookmap.open(plain_hooks.build("llama"), tokenizer=tiny_tokenizer())
+    with pytest.raises(TokenizerError, match="prompt 0 has decoder_text, which is what the decoder of an encoder-dec"):
+        plain.capture(hookmap.load_prompts(rows), "resid_post", max_new_tokens=0)
+    with pytest.raises(TokenizerError, match=r"^2 prompts cannot be read:\n  - prompt 0: .*\n  - prompt 2 has "):
+        hm = hookmap.open(build(DECODERS["t5"]), tokenizer=tiny_tokenizer())
+        hm.encode([{"prompt": 3}, {"prompt": "one"}, {"decoder_text": "two"}])
+
+
+@pytest.mark.slow
+def test_commands_read_the_decoders_column_and_an_answer_as_what_the_decoder_begins_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build(DECODERS["t5"]).save_pretrained("t5")
+    tiny_tokenizer().save_pretrained("t5")
+    hm = hookmap.open("t5", device="cpu")
+
+    def ran(*arguments: str) -> Any:
+        done = CliRunner().invoke(main, [*arguments, "--device", "cpu"])
+        assert done.exit_code == 0, done.output
+        return done
+
+    Path("prompts.jsonl").write_text('{"prompt": "to be", "begins": "or not"}\n')
+    columns = ("--prompts", "prompts.jsonl", "--decoder-column", "begins")
+    ran("capture", "t5", *columns, "--points", "resid_post", "--max-new-tokens", "0", "-o", "run")
+    prompt = {"prompt": "to be", "decoder_text": "or not"}
+    expected = hm.capture(prompt, "resid_post", max_new_tokens=0)
+    assert torch.equal(hookmap.open_store("run").read(0, "resid_post", 1), expected.read(0, "resid_post", 1))
+    shown = json.loads(ran("lens", "t5", "--prompt", "to be", "--answer", "or not", "--json").stdout)
+    assert shown["tokens"] == list(hm.lens(prompt).tokens)
+    (clean, corrupted), answer = ("to be", "that is"), "or not"
+    both = ("--clean", clean, "--corrupted", corrupted, "--answer", answer, "--point", "cross_attn_out")
+    ran("patch", "t5", *both, "--sweep", "--target", "be", "--against", "not", "-o", "sweep")
+    swept = hm.sweep(
+        *({"prompt": text, "decoder_text": answer} for text in (clean, corrupted)), "be", "not",
+        point="cross_attn_out", positions="prompt",
+    )  # fmt: skip
+    assert torch.allclose(load_grid("sweep.safetensors").values, swept.effect.values, atol=1e-4)
 
 
 def test_beams_are_refused_with_what_to_give() -> None:

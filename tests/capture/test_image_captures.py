@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -13,7 +14,11 @@ from support.pictured import image, message, save
 from support.raises import raises
 
 import hookmap
+from hookmap.analysis.grid import load_grid
+from hookmap.analysis.steering import load_vector
 from hookmap.cli.main import main
+from hookmap.loading.prompts import encode
+from hookmap.stores.export import export
 
 NEW = 3
 
@@ -79,6 +84,43 @@ def test_a_store_says_which_tokens_are_of_which_image(hm: Any, data: Path, tmp_p
     assert told["pictures"] == (cat,) and len(told["image_positions"]) == 16
 
 
+@pytest.mark.parametrize("positions", ["all", "1:40"])
+def test_exports_say_which_rows_are_of_images(hm: Any, data: Path, tmp_path: Path, positions: str) -> None:
+    """Read with NumPy, torch, datasets and json; held against the ids of the tokens."""
+    hm.capture(
+        hookmap.load_prompts(data), "resid_post", [1], max_new_tokens=NEW, positions=positions, store=tmp_path / "run"
+    )
+    store, mark = hookmap.open_store(tmp_path / "run"), hm.model.config.image_token_id
+    kept = [range(s.rows) if s.positions is None else s.positions for s in store]
+    expected = [[s.token_ids[position] == mark for position in own] for s, own in zip(store, kept, strict=True)]
+    flat = np.array([each for sample in expected for each in sample])
+    assert 0 < flat.sum() < len(flat)
+    for layout in ("pt", "numpy", "probelab"):
+        out = tmp_path / layout
+        export(store, layout, out, point="resid_post")
+        assert np.array_equal(np.load(out / "image_rows.npy", allow_pickle=False), flat)
+        lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        assert [len(line.get("image_positions", [])) for line in lines] == [0, 16, 32]
+        assert lines[1]["pictures"][0]["name"] == "cat.png"
+    datasets = pytest.importorskip("datasets")
+    export(store, "datasets", tmp_path / "datasets")
+    found = datasets.load_from_disk(str(tmp_path / "datasets"))
+    rows = [None if not any(own) else [n for n, here in enumerate(own) if here] for own in expected]
+    assert [row["image_rows"] for row in found] == rows
+    export(store, "saelens", tmp_path / "saelens", point="resid_post", layer=1, context=4)
+    found = datasets.load_from_disk(str(tmp_path / "saelens"))
+    assert found.column_names == ["blocks.1.hook_resid_post", "token_ids"]
+    ids = np.array([row["token_ids"] for row in found])
+    assert np.array_equal(np.load(tmp_path / "saelens" / "image_rows.npy"), ids == mark)
+
+
+def test_an_export_of_means_says_that_no_row_is_of_an_image(hm: Any, data: Path, tmp_path: Path) -> None:
+    hm.capture(hookmap.load_prompts(data), "resid_post", [1], max_new_tokens=0, mean=True, store=tmp_path / "run")
+    notes = export(hookmap.open_store(tmp_path / "run"), "numpy", tmp_path / "out")
+    assert notes[0] == "rows are means over tokens, of images and of text: there is no image_rows.npy"
+    assert not (tmp_path / "out" / "image_rows.npy").exists()
+
+
 def test_a_capture_resumes_with_the_same_images_only(hm: Any, data: Path, tmp_path: Path) -> None:
     prompts = hookmap.load_prompts(data)
     hm.capture(prompts, "resid_post", max_new_tokens=NEW, store=tmp_path / "run")
@@ -126,6 +168,87 @@ def test_the_command_line_takes_files_of_messages_and_single_images(
     done = run("capture", str(folder), *common, "-o", "settings")
     assert done.exit_code == 0, done.stderr
     assert [sample.rows for sample in hookmap.open_store("settings")] == [0, 16, 32]
+
+
+@pytest.mark.slow
+def test_commands_of_one_prompt_take_images(
+    folder: Path, hm: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cat, dog = (str(data.parent / name) for name in ("cat.png", "dog.jpg"))
+
+    def user(file: str, *then: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = [{"type": "image", "path": file}, {"type": "text", "text": "to be"}]
+        return [{"role": "user", "content": parts}, *then]
+
+    def ran(*arguments: str) -> Any:
+        done = run(*arguments, str(folder), "--device", "cpu")
+        assert done.exit_code == 0, done.stderr
+        return done
+
+    answered = hm.encode(user(cat, {"role": "assistant", "content": "or"}), continue_final_message=True)
+    done = ran("lens", "--prompt", "to be", "--image", cat, "--answer", "or", "--json", "--positions", "all")
+    assert json.loads(done.stdout)["tokens"] == list(hm.lens(answered).tokens)
+    done = ran("attribute", "--prompt", "to be", "--image", cat, "--answer", "or", "--json")
+    assert json.loads(done.stdout)["logit"] == pytest.approx(hm.attribute(answered).logit.tolist(), abs=1e-4)
+    plain = hm.encode({"text": "<image> to be or", "images": [cat]})
+    done = ran("lens", "--prompt", "<image> to be", "--image", cat, "--answer", " or", "--json", "--no-chat")
+    assert json.loads(done.stdout)["tokens"] == list(hm.lens(plain, positions="-16:").tokens)
+
+    both = ("--clean", "to be", "--corrupted", "to be", "--image", cat, "--corrupted-image", dog)
+    found = ran("patch", *both, "--layers", "0", "--max-new-tokens", "3").stdout.splitlines()
+    texts = [hm.generate(user(file), max_new_tokens=3).texts[0] for file in (cat, dog)]
+    edit = {"do": "patch", "point": "resid_pre", "layers": 0, "source": {"prompt": user(cat)}}
+    texts.append(hm.generate(user(dog), [edit], max_new_tokens=3).texts[0])
+    assert [line.split(None, 1)[1] for line in found] == texts and texts[2] != texts[1]
+    sweep = ("--sweep", "--target", "be", "--against", "not", "--positions", "image", "--layers", "1", "-o", "sweep")
+    ran("patch", *both, *sweep)
+    swept = hm.sweep(user(cat), user(dog), "be", "not", positions="image", layers=[1])
+    assert torch.allclose(load_grid("sweep.safetensors").values, swept.effect.values, atol=1e-4)
+
+    Path(data.parent / "pairs.jsonl").write_text(
+        json.dumps({"positive": user("cat.png"), "negative": user("dog.jpg")}) + "\n"
+    )
+    ran("vector", "make", "--pairs", str(data.parent / "pairs.jsonl"), "--layers", "1", "-o", "v.safetensors")
+    vector = hm.steering_vector([user(cat)], [user(dog)], layers=[1])
+    assert torch.allclose(load_vector("v.safetensors")[1], vector[1], atol=1e-5)
+    steer = ("--vector", "v.safetensors", "--strength", "9", "--prompt", "to be", "--max-new-tokens", "3", "--json")
+    (told,) = json.loads(ran("steer", *steer, "--image", cat).stdout)
+    expected = [hm.generate(user(cat), edits, max_new_tokens=3).texts[0] for edits in ((), vector.interventions(9.0))]
+    assert [told["without"], told["with"]] == expected
+    for command, arguments, why in (
+        ("lens", ("--image", cat), "--image goes with --prompt"),
+        ("steer", ("--vector", "v.safetensors", "--image", cat), "--image goes with one --prompt"),
+        ("patch", ("--clean", "a", "--corrupted", "b", "--corrupted-image", cat), "which is the clean prompt's?"),
+    ):
+        done = run(command, str(folder), *arguments)
+        assert done.exit_code == 2 and why in done.stderr
+
+
+def test_every_image_of_a_file_that_cannot_be_read_is_told_at_once(hm: Any, data: Path) -> None:
+    """And what else is wrong with its prompts, as far as the model's own tokenizer and processor tell."""
+    broken = data.parent / "broken.png"
+    broken.write_bytes(b"no image")
+
+    def shown(*files: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": [{"type": "image", "path": file} for file in files]}]}
+
+    rows = [shown("nowhere.png", "broken.png"), shown("cat.png"), {"prompt": "to be"}, shown("there.png")]
+    rows.append({"messages": [{"role": "user", "content": [{"type": "video", "video": "film.mp4"}]}]})
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(hookmap.TokenizerError) as refused:
+        hm.capture(hookmap.load_prompts(data), "resid_post")
+    text = str(refused.value)
+    assert text.startswith("3 prompts cannot be read:\n  - prompt 0, message 0: ")
+    for told in ("nowhere.png", "broken.png", "prompt 3, message 0: its image cannot be read: there is no file",
+                 "prompt 4, message 0 has a video"):  # fmt: skip
+        assert told in text, told
+    assert "prompt 1" not in text and "prompt 2" not in text
+
+
+def test_one_reason_of_all_prompts_is_told_once(hm: Any) -> None:
+    with pytest.raises(hookmap.TokenizerError, match=r"^prompt 0 is text: .*\n.*\nThis is so of 30 prompts\.$"):
+        encode(["to be"] * 30, None)
 
 
 def test_a_column_of_a_data_set_holds_the_images_of_its_texts(hm: Any, data: Path) -> None:

@@ -80,6 +80,40 @@ def test_chunked_prefill_halved_batches_and_mixed_lengths_count_the_same() -> No
     assert all(torch.allclose(pieces.read(0, *key), whole.read(0, *key), atol=1e-5) for key in whole.keys)
 
 
+@pytest.mark.parametrize("engine", ["hooks", "nnsight"])
+def test_batches_that_are_halved_in_the_middle_of_a_loop_have_each_run_of_each_row(
+    engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Memory runs out in the third run of layer 1, after rows of the first two were seen."""
+    hm = hookmap.open(LOOPED["middle"].build())
+    prompts = [[n, n + 1, n + 2, n + 5] for n in range(3, 12)]
+    given: dict[str, Any] = {"max_new_tokens": 3, "use_cache": False, "engine": engine}
+    alone = [hm.capture([each], "resid_post", **given) for each in prompts]
+    hm.capture(prompts, "resid_post", **given)  # shows that they may share a batch
+    count = [0]
+
+    def begins(*_: Any) -> None:
+        count[0] = 0
+
+    def refuses(_: nn.Module, args: Any) -> None:
+        count[0] += 1
+        if count[0] == 3 and len(args[0]) > 2:
+            raise torch.OutOfMemoryError(f"CUDA out of memory with {len(args[0])} rows")
+
+    layer = hm.model.get_submodule("model.layers.1")
+    handles = [hm.model.register_forward_pre_hook(begins), layer.register_forward_pre_hook(refuses)]
+    run = hm.capture(prompts, "resid_post", **given)
+    for handle in handles:
+        handle.remove()
+    told = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
+    assert [text.partition("; ")[0] for text in told] == [f"out of memory with {n} prompts at once" for n in (8, 4)]
+    assert set(run.keys) == keys("middle", "resid_post")
+    for number, own in enumerate(alone):
+        assert run.tokens[number] == own.tokens[0]
+        for key in run.keys:
+            torch.testing.assert_close(run.read(number, *key), own.read(0, *key), rtol=1e-4, atol=1e-5)
+
+
 def test_without_a_call_the_error_names_those_that_there_are(tmp_path: Path) -> None:
     hm = opened("middle")
     run = hm.capture(PROMPTS, ["resid_post", "embed"], max_new_tokens=0, store=tmp_path / "run")
@@ -156,9 +190,18 @@ def test_exports_and_imports_keep_the_runs_apart(tmp_path: Path) -> None:
     export(store, "probelab", tmp_path / "lab", point="resid_post", call=0)
     assert {file.name for file in (tmp_path / "lab").glob("layer*")} == {"layer_0.bin", "layer_1.bin"}
     assert json.loads((tmp_path / "lab" / "meta.json").read_text())["metadata"]["calls"] == [None, 0]
+    for layout, names in (("pt", torch.load(tmp_path / "pt" / "activations.pt")), ("lab", [])):
+        told = json.loads((tmp_path / layout / "tensors.json").read_text())
+        assert [(each["layer"], each["call"]) for each in told][:2] == [(0, None), (1, 0)]
+        for each in told if names else ():
+            layer, call = each["layer"], each["call"]
+            whole = torch.cat([run.read(n, "resid_post", layer, call) for n in range(3)])
+            assert torch.equal(names[each["name"]], whole)
     pytest.importorskip("datasets")
     notes = export(store, "saelens", tmp_path / "sae", point="resid_post", layer=1, call=2, context=2)
     assert "the rows are of call 2 of the layer, which TransformerLens's name does not say" in notes
+    (told,) = json.loads((tmp_path / "sae" / "tensors.json").read_text())
+    assert told == {"name": "blocks.1.hook_resid_post", "point": "resid_post", "layer": 1, "call": 2}
 
 
 def test_xarray_has_an_axis_of_runs() -> None:
@@ -237,6 +280,73 @@ def test_a_patch_takes_each_run_from_the_same_run_of_its_source(tmp_path: Path) 
         run = hm.capture([other], "resid_mid", 1, 0, interventions=[{**patch, "source": given}])
         assert torch.equal(run.read(0, "resid_mid", 1, 2), source.read(0, "resid_mid", 1, 2))
         assert not torch.equal(run.read(0, "resid_mid", 1, 1), source.read(0, "resid_mid", 1, 1))
+
+
+@pytest.mark.parametrize(("into", "out_of"), [(2, 0), ([1, 3], [0, 2]), ([3, 1], [0, 2]), ("all", 1), ("last", -2)])
+def test_a_patch_takes_the_runs_of_its_source_that_calls_name(into: Any, out_of: Any, tmp_path: Path) -> None:
+    """Against plain hooks that count the runs: what leaves layer 1 in one run is put into another."""
+    hm = opened("middle")
+    clean, other = PROMPTS[0], [7, 8, 9, 10, 11, 12]
+    numbers = {"all": [0, 1, 2, 3], "last": [3], -2: [2]}
+    written, read = (numbers.get(each, [each] if isinstance(each, int) else each) for each in map(_key, (into, out_of)))
+    pairs = dict(zip(written, read * len(written) if len(read) == 1 else read, strict=True))
+    layer, ends = hm.model.get_submodule("model.layers.1"), hm.model.get_submodule("model.layers.2")
+    kept: list[torch.Tensor] = []
+    handle = layer.register_forward_hook(lambda *seen: kept.append(seen[2].clone()))
+    with torch.no_grad():
+        hm.model(torch.tensor([clean]), use_cache=False)
+    handle.remove()
+    count, found = [-1], []
+
+    def replaces(*_: Any) -> Any:
+        count[0] += 1
+        return kept[pairs[count[0]]] if count[0] in pairs else None
+
+    handles = [layer.register_forward_hook(replaces), ends.register_forward_hook(lambda *seen: found.append(seen[2]))]
+    with torch.no_grad():
+        hm.model(torch.tensor([other]), use_cache=False)
+    for each in handles:
+        each.remove()
+
+    hm.capture([clean], "resid_post", 1, 0, store=tmp_path / "clean")
+    edit = {"do": "patch", "point": "resid_post", "layers": 1, "calls": into}
+    for source in ({"prompt": tuple(clean)}, {"store": str(tmp_path / "clean")}):
+        edits = [{**edit, "source": {**source, "calls": out_of}}]
+        (tmp_path / "edits.json").write_text(json.dumps(edits))
+        for given in (edits, tmp_path / "edits.json"):
+            run = hm.capture([other], "resid_post", 2, 0, interventions=given)
+            torch.testing.assert_close(run.read(0, "resid_post", 2), found[0][0], rtol=1e-5, atol=1e-5)
+    plain = hm.capture([other], "resid_post", 2, 0, interventions=[{**edit, "source": source}])
+    assert not torch.allclose(plain.read(0, "resid_post", 2), found[0][0], atol=1e-3)
+    if into == 2:
+        swept = hm.sweep([clean], [other], 5, 7, point="resid_post", layers=[1], calls=2, source_calls=0, positions=[3])
+        logits = hm.capture(
+            [other], "logits", max_new_tokens=0, positions="last_prompt",
+            interventions=[{**edit, "positions": [3], "source": {**source, "calls": 0}}],
+        )["logits"]  # fmt: skip
+        assert float(swept.grid.values[0, 0]) == pytest.approx(float(logits[0, 0, 5] - logits[0, 0, 7]), abs=1e-4)
+        assert swept.grid.rows == ("1 call 2",)
+
+
+def _key(calls: Any) -> Any:
+    return tuple(calls) if isinstance(calls, list) else calls
+
+
+def test_runs_of_a_source_that_do_not_pair_are_refused() -> None:
+    hm = opened("middle")
+    for into, out_of, told in (
+        (2, [0, 1], r"1 run of layer 1 \(calls 2\) cannot be written from 2 runs of the source \(calls 0, 1\)"),
+        ("all", [0, 1], "4 runs of layer 1"),
+        (2, 4, "calls of the source: call 4 is out of range: layer 1 runs 4 times"),
+        (2, "first", "calls"),
+    ):
+        edit = {"do": "patch", "point": "resid_post", "layers": 1, "calls": into}
+        edit["source"] = {"prompt": tuple(PROMPTS[0]), "calls": out_of}
+        with pytest.raises(hookmap.HookmapError, match=told):
+            hm.capture([PROMPTS[0]], "resid_post", 1, 0, interventions=[edit])
+    once = {"do": "patch", "point": "resid_post", "layers": 0, "source": {"prompt": tuple(PROMPTS[0]), "calls": 1}}
+    with pytest.raises(InterventionError, match="layer 0 runs once in one forward pass: no call 1"):
+        hm.capture([PROMPTS[0]], "resid_post", 1, 0, interventions=[once])
 
 
 # A depth that is the text's -------------------------------------------------------------------------------------------

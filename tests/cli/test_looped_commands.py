@@ -13,6 +13,7 @@ from support.served import serving
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
+from hookmap.analysis.grid import load_grid
 from hookmap.cli.main import main
 from hookmap.cli.parsing import parse_calls
 
@@ -93,7 +94,22 @@ def test_lens_patch_steer_and_vector_take_calls(folder: str) -> None:
     steer = ("steer", folder, "--vector", "v.safetensors", "--strength", "9", "--prompt", TEXT, "--json")
     assert json.loads(run(*steer, "--max-new-tokens", "3").stdout)[0]["prompt"] == TEXT
     patch = ("patch", folder, "--clean", "to be", "--corrupted", "or not", "--point", "resid_post", "--layers", "2")
-    run(*patch, "--calls", "1", "--max-new-tokens", "2")
+    same = run(*patch, "--calls", "1", "--max-new-tokens", "2").stdout
+    other = run(*patch, "--calls", "1", "--source-calls", "0", "--max-new-tokens", "2").stdout
+    hm = hookmap.open(folder)
+    for said, source in ((same, {}), (other, {"calls": 0})):
+        edit = {"do": "patch", "point": "resid_post", "layers": 2, "calls": 1, "source": {"prompt": "to be", **source}}
+        expected = hm.generate("or not", [edit], max_new_tokens=2).texts[0]
+        assert said.splitlines()[2].split(None, 1) == ["patched", expected]
+    found = []
+    for source in ("0", "1"):
+        sweep = ("--sweep", "--target", "be", "--against", "to", "--calls", "1", "--source-calls", source)
+        run(*patch, *sweep, "-o", source)
+        found.append(load_grid(f"{source}.safetensors").values)
+    expected_grid = hm.sweep("to be", "or not", "be", "to", point="resid_post", layers=[2], calls=1, source_calls=0)
+    assert torch.allclose(found[0], expected_grid.effect.values, atol=1e-5) and not torch.allclose(*found, atol=1e-4)
+    done = CliRunner().invoke(main, [*patch, "--source-calls", "first"])
+    assert done.exit_code == 2 and "--source-calls: 'first' is no call" in done.stderr.replace("Invalid value for ", "")
 
 
 def test_discover_says_which_layers_run_again(folder: str) -> None:
@@ -121,6 +137,18 @@ def test_the_server_records_runs_and_edits_them(folder: str, tmp_path: Path) -> 
             served.get(changed["activations_meta"]["tensors"][0]["where"]).content
         ).values()
         assert torch.allclose(rows[0], 3 * plain.read(0, "resid_post", 2, 1)[0], atol=1e-4)
+        patch = {
+            "do": "patch",
+            "point": "resid_post",
+            "layers": 2,
+            "calls": 1,
+            "source": {"prompt": [5, 6, 7], "calls": 0},
+        }
+        changed = served.post("/v1/completions", **asked, hookmap={**record, "interventions": [patch]}).json()
+        (rows,) = safetensors.torch.load(
+            served.get(changed["activations_meta"]["tensors"][0]["where"]).content
+        ).values()
+        assert torch.allclose(rows[:3], plain.read(0, "resid_post", 2, 0)[:3], atol=1e-5)
         wrong = served.post("/v1/completions", **asked, hookmap={**record, "calls": 2})
         assert wrong.status_code == 400 and "call 2 is out of range" in wrong.text
         figures = {"point": "resid_post", "layers": "all", "of": "norm"}

@@ -1,11 +1,13 @@
 """Models in GGUF files, as llama.cpp's users have them, against the model that the file was written from."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from click.testing import CliRunner
 from support.raises import raises
 
@@ -106,3 +108,25 @@ def test_a_tokenizer_beside_the_file_is_the_models(model: Any, tmp_path: Path) -
     hm = hookmap.open(tmp_path / "model.gguf", device="cpu")
     assert hm.tokenizer.get_vocab() == own.get_vocab()
     assert hm.tokenizer.chat_template == own.chat_template
+
+
+def test_its_config_is_read_once(model: Any, tmp_path: Path) -> None:
+    """Of a large file it takes seconds. What is counted is how often the file is opened."""
+    path = tmp_path / "model.gguf"
+    gguf_file.write(model, path)
+    counting, opened = True, [0]
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        if counting and event == "open" and str(arguments[0]) == str(path):
+            opened[0] += 1
+
+    sys.addaudithook(count)
+    hookmap.discover(path)
+    once = opened[0]
+    hookmap.discover(path)
+    assert 0 < once == opened[0], "a map is of the config alone"
+    hookmap.open(path, tokenizer=tiny_tokenizer(), device="cpu")
+    weights, opened[0] = opened[0] - once, 0
+    tf.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    counting = False
+    assert weights == opened[0] - once, "transformers reads the config, and then the weights"

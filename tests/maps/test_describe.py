@@ -1,5 +1,6 @@
 """The evidence in words, the picture of a block, and the names for raw nnsight code."""
 
+import io
 from pathlib import Path
 from xml.etree import ElementTree as Xml
 
@@ -7,12 +8,15 @@ import nnsight
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from support import plain_hooks
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.cli.main import main
-from hookmap.maps.describe import explain
+from hookmap.cli.map_table import show_map
+from hookmap.maps.describe import alike, explain, places
+from hookmap.maps.tree import tree
 
 
 def test_the_evidence_names_additions_branches_and_readers() -> None:
@@ -44,6 +48,64 @@ def test_the_commands_explain_and_draw(tmp_path: Path) -> None:
         assert Xml.parse(tmp_path / name).getroot().tag.endswith("svg")
     nowhere = CliRunner().invoke(main, ["show", str(tmp_path / "m.json"), "--svg", str(tmp_path / "no" / "b.svg")])
     assert nowhere.exit_code == 1 and "--svg FILE" in nowhere.stderr
+
+
+def test_kinds_that_differ_in_a_constant_alone_are_told_in_few_lines(tmp_path: Path) -> None:
+    """BEAM multiplies what layer i's attention adds by (2 i + 2) ** -0.5, what its MLP adds by (2 i + 3) ** -0.5."""
+
+    def shown(*arguments: str) -> str:
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(main, ["show", "BeamForCausalLM", *arguments])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    short = shown()
+    assert len(short.splitlines()) < 80 and "layers 0–2: " in short and "layers 3–51: " in short
+    attention, mlp = ([f"{(2 * i + add) ** -0.5:g}" for i in range(52)] for add in (2, 3))
+    for factors, norm in ((attention, "post_attention_layernorm"), (mlp, "post_feedforward_layernorm")):
+        assert f"({', '.join(factors[:3])}) × {norm}.output" in short
+        assert f"({', '.join(factors[3:5])}, …, {factors[51]}) × {norm}.output" in short
+    assert "--layers shows each layer's" in short
+    whole, one = shown("--layers", "all"), shown("--layers", "-1,7")
+    assert all(f" {factor} × post_attention_layernorm.output" in whole for factor in attention)
+    assert "layer 7: " in one and "layer 51: " in one and "layer 3" not in one
+    assert f" {attention[7]} × " in one and f" {mlp[51]} × " in one and "--layers shows" not in one
+    refused = CliRunner().invoke(main, ["show", "BeamForCausalLM", "--layers", "52"])
+    assert refused.exit_code == 1 and "layer 52 is out of range" in refused.stderr
+    screen = Console(file=io.StringIO(), width=200)
+    show_map(hookmap.load_map("BeamForCausalLM"), screen)
+    table = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert len(table.splitlines()) < 40 and f"({', '.join(attention[:2])}, …, {attention[51]}) × " in table
+    shown("--svg", str(tmp_path / "block.svg"))
+    assert {file.name for file in tmp_path.iterdir()} == {"block.svg", "block-2.svg"}
+    assert "× c<" in (tmp_path / "block.svg").read_text() or "c·post_" in (tmp_path / "block.svg").read_text()
+
+
+@pytest.mark.parametrize("name", ["llama", "jamba", "gemma2"])
+def test_nothing_of_kinds_that_differ_otherwise_is_joined(name: str) -> None:
+    """Each point of each layer has the place that its selector has."""
+    found = hookmap.discover(plain_hooks.FAMILIES[name].config())
+    assert [len(kinds) for kinds in alike(found.kinds)] == [1] * len(found.kinds)
+    for names, layers, where in places(found):
+        for point in names.split(" = "):
+            for layer in layers:
+                (selector,) = found.selectors(point, [layer])
+                own = " + ".join(str(term).replace(" * ", " × ") for term in selector.terms)
+                assert own == where.replace("{i}", str(layer))
+
+
+def test_a_reason_that_some_of_the_layers_have_names_them() -> None:
+    found = hookmap.load_map("LlamaForCausalLM")
+    (kind,) = found.kinds
+    one, two = (
+        kind.model_copy(update={"layers": layers, "unavailable": {"resid_mid.1": "none", "mlp_in.1": reason}})
+        for layers, reason in (((0, 1), "this"), (tuple(range(2, 32)), "that"))
+    )
+    screen = Console(file=io.StringIO(), width=200)
+    screen.print(tree(found.model_copy(update={"kinds": (one, two)})))
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "no resid_mid.1  none\n" in text
+    assert "no mlp_in.1  this (layers 0–1)" in text and "no mlp_in.1  that (layers 2–31)" in text
+    assert text.count("resid_pre") == 1
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "olmo2", "jamba", "falcon_7b", "opt"])

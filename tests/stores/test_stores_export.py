@@ -47,8 +47,11 @@ def test_numpy_is_one_array_for_each_tensor(capture: Path, tmp_path: Path) -> No
     notes = export(open_store(capture), "numpy", tmp_path / "out", point="resid_mid")
     assert notes == ["torch.bfloat16 became float32: the values are the same"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "offsets.npy", "resid_mid.0.npy", "resid_mid.1.npy", "samples.jsonl",
+        "offsets.npy", "resid_mid.0.npy", "resid_mid.1.npy", "samples.jsonl", "tensors.json",
     ]  # fmt: skip
+    assert json.loads((tmp_path / "out" / "tensors.json").read_text()) == [
+        {"name": f"resid_mid.{layer}", "point": "resid_mid", "layer": layer, "call": None} for layer in (0, 1)
+    ]
     found = np.load(tmp_path / "out" / "resid_mid.1.npy", allow_pickle=False)
     assert found.dtype == np.float32 and np.array_equal(found, all_rows(MID).float().numpy())
 

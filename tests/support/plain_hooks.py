@@ -271,6 +271,14 @@ MULTIMODAL: dict[str, Family] = {
         ),
         _INSIDE,
     ),
+    "paligemma": _llama(
+        lambda: tf.PaliGemmaConfig(
+            text_config={**_COMMON, "head_dim": 8, "model_type": "gemma"},
+            vision_config={**_EYE, "model_type": "siglip_vision_model", "num_hidden_layers": 1},
+            image_token_index=92, projection_dim=32,
+        ),
+        _INSIDE,
+    ),
     # Its second layer attends to the image alone: it is never called on text.
     "mllama": _llama(
         lambda: tf.MllamaConfig(

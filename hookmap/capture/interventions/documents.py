@@ -83,6 +83,11 @@ class Source(_Frozen):
     positions: Positions | None = Field(
         default=None, description="which of its tokens, in order; the positions of the intervention unless given"
     )
+    calls: Calls | None = Field(
+        default=None,
+        description="of layers that run several times: the runs that the values come from, in order, or one for all; "
+        "the same runs unless given",
+    )
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "Source":

@@ -28,7 +28,7 @@ from hookmap.capture.interventions.documents import (
 from hookmap.capture.interventions.edits import Edit, EditedTokens, RowOperation, why_not_heads
 from hookmap.capture.interventions.functions import Called
 from hookmap.capture.interventions.pairs import pairs, swapped
-from hookmap.capture.interventions.sources import Editable, Sources, rows_of_heads
+from hookmap.capture.interventions.sources import Editable, Sources, key_in_source, rows_of_heads
 from hookmap.capture.interventions.vectors import low_rank, read_rows, row_vector, unit_vector
 from hookmap.capture.interventions.watching import Watch
 from hookmap.capture.rows import RowSelection, row_selection
@@ -277,7 +277,8 @@ class _Planner:
     ) -> torch.Tensor:
         """Rows of the source at its own positions, or at the `default` ones."""
         positions = default if source.positions is None else self._positions(source.positions)
-        rows = self.sources.read(source, selector, positions, self._matching(positions))
+        key = key_in_source(self.hm.map, selector, given.calls, source.calls)
+        rows = self.sources.read(source, key, positions, self._matching(positions))
         return rows_of_heads(rows, selector, row, given.heads)
 
 

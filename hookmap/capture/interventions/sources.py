@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hookmap.activations import Key
+from hookmap.activations import Key, key_of
 from hookmap.capture.interventions.documents import Source
 from hookmap.capture.interventions.proofs import Proofs
 from hookmap.capture.options import EngineName
@@ -14,6 +14,7 @@ from hookmap.errors import InterventionError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.image_reader import ImageReader
 from hookmap.loading.prompts import encode
+from hookmap.maps.calls import paired_runs
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector
 from hookmap.stores import open_store
@@ -48,17 +49,15 @@ class Sources:
         self._stores: dict[str, Store] = {}
         self._runs: dict[tuple[str, Key], Store] = {}
 
-    def read(
-        self, source: Source, selector: Selector, positions: RowSelection, matching: frozenset[int]
-    ) -> torch.Tensor:
-        """The rows [n, ...] of a point at these positions, in the order asked for. They are on the CPU.
+    def read(self, source: Source, key: Key, positions: RowSelection, matching: frozenset[int]) -> torch.Tensor:
+        """The rows [n, ...] of a tensor at these positions, in the order asked for. They are on the CPU.
 
         Raises InterventionError, StoreError or SelectionError.
         """
         number = 0 if source.store is None else source.sample
-        store = self._run(source, selector) if source.store is None else self._store(source.store)
+        store = self._run(source, key) if source.store is None else self._store(source.store)
         sample = store.sample(number)
-        rows = store.read(number, *selector.key)
+        rows = store.read(number, *key)
         if sample.positions == "mean":
             return rows
         held: Sequence[int] = range(sample.rows) if sample.positions is None else sample.positions
@@ -86,19 +85,28 @@ class Sources:
             self._stores[path] = store
         return self._stores[path]
 
-    def _run(self, source: Source, selector: Selector) -> Store:
-        key = (repr(source.prompt), selector.key)
+    def _run(self, source: Source, wanted: Key) -> Store:
+        key = (repr(source.prompt), wanted)
         if key not in self._runs:
             prompt: Any = source.prompt if isinstance(source.prompt, str) else list(source.prompt or ())
-            layers = "all" if selector.layer is None else [selector.layer]
             # All layers at once, because an intervention on several would read the prompt once for each.
-            points = [selector.point]
-            if selector.layer is not None:
-                layers = [s.layer for s in self._hm.map.selectors(points) if s.layer is not None]
+            points, layers = [wanted[0]], "all"
             encoded = encode(prompt, self._hm.tokenizer, self._how, reader=self._hm.reader)
             run = self._hm.capture(encoded, points, layers, max_new_tokens=0, engine="hooks")
             self._runs |= {(key[0], held): run.store for held in run.keys}
         return self._runs[key]
+
+
+def key_in_source(m: ArchitectureMap, selector: Selector, into: Any, out_of: Any) -> Key:
+    """The tensor whose rows are written at this selector, one of the runs `into`: `out_of` has the run paired with it.
+
+    Raises SelectionError where the runs do not pair.
+    """
+    point, layer = selector.point, selector.layer
+    if layer is None:
+        return selector.key
+    run = paired_runs(m, layer, into, out_of)[selector.call or 0]
+    return key_of(point, layer, None if selector.call is None else run)
 
 
 def rows_of_heads(

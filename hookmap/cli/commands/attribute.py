@@ -53,6 +53,7 @@ def command(
 
     The table goes to stderr, the JSON to stdout.
     """
+    one_prompt.check_prompt(given)
     one_prompt.check_pictures((png, html))
     hm = model_options.opened(model, given, quiet=as_json)
     found = hm.attribute(one_prompt.chosen_prompt(hm, given), target, against, positions=[position], heads=heads)

@@ -60,6 +60,7 @@ def command(
 
     chosen, of_calls = parse_layers(layers), parse_calls(calls or "all")
     refuse_unknown(point, chosen, model, of_calls, positions=positions)
+    one_prompt.check_prompt(given)
     one_prompt.check_pictures((png, html))
     hm = model_options.opened(model, given, quiet=as_json)
     how: dict[str, Any] = {"calls": of_calls, "positions": positions, "target": target, "top": top}

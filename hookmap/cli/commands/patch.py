@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookmap.cli import model_options, one_prompt
-from hookmap.cli.chat_options import chat_options, taken
+from hookmap.cli.chat_options import chat_options, templating
 from hookmap.cli.options import calls_option, count
 
 if TYPE_CHECKING:
     from hookmap.analysis.patching import Sweep
+    from hookmap.loading.prompts import Prompt
     from hookmap.model import HookedModel
 
 
@@ -19,10 +20,29 @@ if TYPE_CHECKING:
 @model_options.loading
 @click.option("--clean", required=True, metavar="TEXT", help="The prompt whose values are taken.")
 @click.option("--corrupted", required=True, metavar="TEXT", help="The prompt they are put into; it has as many tokens.")
+@click.option(
+    "--image",
+    "images",
+    metavar="FILE",
+    multiple=True,
+    help="An image before both texts, each in one message; repeatable. With --no-chat, the texts mark its place.",
+)
+@click.option(
+    "--corrupted-image",
+    "other_images",
+    metavar="FILE",
+    multiple=True,
+    help="The same of the corrupted prompt, in place of --image.",
+)
 @click.option("--answer", metavar="TEXT", help="The beginning of the answer, appended to both prompts.")
 @click.option("--point", default="resid_pre", show_default=True, metavar="NAME", help="Which tensor is patched.")
 @click.option("--layers", default="all", show_default=True, metavar="LAYERS", help="8,12,16 or 0-3 or -1 or all.")
 @calls_option
+@click.option(
+    "--source-calls",
+    metavar="CALLS",
+    help="Which runs the values are taken from, in order, or one for all.  [default: the same]",
+)
 @click.option("--positions", default="prompt", show_default=True, metavar="WHERE", help="Which tokens, as in capture.")
 @click.option(
     "--sweep",
@@ -45,10 +65,13 @@ def command(
     model: str | None,
     clean: str,
     corrupted: str,
+    images: tuple[str, ...],
+    other_images: tuple[str, ...],
     answer: str | None,
     point: str,
     layers: str,
     calls: str | None,
+    source_calls: str | None,
     positions: str,
     sweep: bool,
     target: str | None,
@@ -73,7 +96,7 @@ def command(
     Texts, and the name of the file that -o wrote, go to stdout; the table goes to stderr.
     """
     from hookmap.cli.parsing import parse_calls, parse_layers
-    from hookmap.cli.settings import refuse_unknown
+    from hookmap.cli.settings import load_settings, refuse_unknown
 
     if sweep and not target:
         raise click.UsageError("a sweep needs the token to look for: --target TOKEN (and --against TOKEN)")
@@ -81,15 +104,19 @@ def command(
         raise click.UsageError("--target, --against, -o, --png and --html are of a sweep: add --sweep")
     where: dict[str, Any] = {"point": point, "layers": parse_layers(layers), "positions": positions}
     where |= {"calls": parse_calls(calls or "all")}
+    source = None if source_calls is None else parse_calls(source_calls, "--source-calls")
+    if other_images and not images:
+        raise click.UsageError("--corrupted-image stands in the place of --image: which is the clean prompt's?")
     refuse_unknown(point, where["layers"], model, where["calls"], positions=positions)
     one_prompt.check_pictures((png, html))
-    typed = taken(given)
+    how = templating(given, load_settings())
     hm = model_options.opened(model, given, quiet=False)
-    prompts = [one_prompt.tokens(hm, {"prompt": text, "answer": answer, **typed}) for text in (clean, corrupted)]
+    pairs = ((clean, images), (corrupted, other_images or images))
+    prompts = [one_prompt.read(hm, text, files, answer, how) for text, files in pairs]
     if not sweep:
-        _patch(hm, prompts, where, max_new_tokens)
+        _patch(hm, prompts, where, source, max_new_tokens)
         return
-    found = _sweep(hm, prompts, str(target), against, {**where, "batch_size": batch_size})
+    found = _sweep(hm, prompts, str(target), against, {**where, "source_calls": source, "batch_size": batch_size})
     _show(found)
 
     def chart() -> Any:
@@ -102,11 +129,17 @@ def command(
         click.echo(str(found.save(output)))
 
 
-def _patch(hm: "HookedModel", prompts: list[list[int]], where: dict[str, Any], max_new_tokens: int) -> None:
+def _patch(
+    hm: "HookedModel", prompts: "list[Prompt]", where: dict[str, Any], source_calls: Any, max_new_tokens: int
+) -> None:
+    from tempfile import TemporaryDirectory
+
     from hookmap.cli.console import working
 
-    patch = {"do": "patch", **where, "source": {"prompt": prompts[0]}}
-    with working("generating"):
+    with working("generating"), TemporaryDirectory() as folder:
+        store = f"{folder}/clean"  # a document has no place for what a processor made of a prompt
+        hm.capture([prompts[0]], [where["point"]], max_new_tokens=0, store=store)
+        patch = {"do": "patch", **where, "source": {"store": store, "calls": source_calls}}
         patched = hm.generate([prompts[1]], [patch], None, max_new_tokens).texts
         plain = [hm.generate([prompt], (), None, max_new_tokens).texts[0] for prompt in prompts]
     for name, text in zip(("clean", "corrupted", "patched"), [*plain, *patched], strict=True):
@@ -114,7 +147,7 @@ def _patch(hm: "HookedModel", prompts: list[list[int]], where: dict[str, Any], m
 
 
 def _sweep(
-    hm: "HookedModel", prompts: list[list[int]], target: str, against: str | None, options: dict[str, Any]
+    hm: "HookedModel", prompts: "list[Prompt]", target: str, against: str | None, options: dict[str, Any]
 ) -> "Sweep":
     from hookmap.analysis.patching import sweep
     from hookmap.cli.console import progress

@@ -8,54 +8,66 @@ from hookmap.cli import model_options
 
 if TYPE_CHECKING:
     from hookmap.maps.document import ArchitectureMap
+    from hookmap.maps.templates import BlockKind
 
 
 @click.command()
 @click.argument("model", required=False, metavar="[MAP|MODEL]")
 @click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Draw the blocks to FILE instead.")
+@click.option(
+    "--layers",
+    metavar="LAYERS",
+    help="Only 8,12,16 or 0-3 or -1, or all: each kind by itself.  [default: kinds that differ in constants are one]",
+)
 @model_options.trust_remote_code
-def command(model: str | None, svg: str | None, trust_remote_code: bool | None) -> None:
+def command(model: str | None, svg: str | None, layers: str | None, trust_remote_code: bool | None) -> None:
     """Draw a model's tree with its points.
 
-    The tree is of MODEL, or of a map. Layers of one kind are one branch, in the order of the forward pass. ● is a
-    point, ○ a point that is not there, and why.
+    The tree is of MODEL, or of a map. Layers of one kind are one branch, in the order of the forward pass, and so are
+    kinds that differ in a constant or a reason alone. ● is a point, ○ a point that is not there, and why.
 
     \b
     hookmap show LlamaForCausalLM
+    hookmap show BeamForCausalLM --layers 0,7
     hookmap show path/to/model --svg block.svg
 
     The tree goes to stdout.
     """
     from hookmap.cli.console import console
+    from hookmap.cli.parsing import parse_layers
     from hookmap.cli.settings import choose_model, load_settings
+    from hookmap.maps.describe import alike, apart
+    from hookmap.maps.selectors import layers_of
     from hookmap.maps.tree import tree
 
+    wanted = None if layers is None else parse_layers(layers)
     settings = load_settings()
     model = choose_model(model, settings)
     found, modules = _find(model, model_options.trusted(trust_remote_code, settings))
+    groups = alike(found.kinds) if wanted is None else apart(found, layers_of(found, wanted))
     if svg:
-        _draw(found, svg)
+        _draw(found, groups, svg)
         return
-    console(stderr=False).print(tree(found, modules))
+    console(stderr=False).print(tree(found, modules, groups))
 
 
-def _draw(found: "ArchitectureMap", svg: str) -> None:
-    """One picture for each kind of block: FILE, and FILE-2, FILE-3, … for the further kinds of a hybrid."""
+def _draw(found: "ArchitectureMap", groups: "list[list[BlockKind]]", svg: str) -> None:
+    """One picture for each branch of the tree: FILE, and FILE-2, FILE-3, … for the further kinds of a hybrid."""
     from pathlib import Path
 
     import hookmap
     from hookmap.maps.block_picture import block_svg
 
     path = Path(svg)
-    for number, kind in enumerate((kind for kind in found.kinds if kind.points), start=1):
+    for number, kinds in enumerate((kinds for kinds in groups if kinds[0].points), start=1):
         target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
         try:
-            target.write_text(block_svg(found, kind), encoding="utf-8")
+            target.write_text(block_svg(found, *kinds), encoding="utf-8")
         except OSError as error:
             raise hookmap.MapError(
                 f"cannot write {target}: {error.strerror or error}. Write it elsewhere: --svg FILE"
             ) from error
-        click.echo(f"wrote {target} ({kind.name})", err=True)
+        click.echo(f"wrote {target} ({kinds[0].name})", err=True)
 
 
 def _find(model: str, trust_remote_code: bool) -> "tuple[ArchitectureMap, dict[str, str]]":

@@ -7,6 +7,7 @@ import click
 
 from hookmap.cli import model_options, one_prompt
 from hookmap.cli.chat_options import chat_options, of_default_prompt, tell, templating
+from hookmap.cli.image_option import image_option, of_one_text
 from hookmap.cli.options import calls_option, count
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _OF_VECTOR = ("key", "point", "layers", "calls", "strength", "keep_norm", "posit
 @click.option("--steps", metavar="STEPS", help="Which steps: 0 for the prompt, 1: for what is generated.")
 @click.option("--intervene", metavar="FILE", help="Apply the interventions in this JSON or YAML file instead.")
 @click.option("--prompt", "texts", metavar="TEXT", multiple=True, help="A prompt; may be given several times.")
+@image_option
 @count("--max-new-tokens", default=64)
 @chat_options
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, and no table.")
@@ -49,6 +51,7 @@ def command(
     steps: str | None,
     intervene: str | None,
     texts: tuple[str, ...],
+    images: tuple[str, ...],
     max_new_tokens: int,
     as_json: bool,
     **given: Any,
@@ -87,12 +90,13 @@ def command(
         where |= {"point": point} if point else {}
         interventions = made.interventions(strength, None if chosen in (None, "all") else chosen, **where)  # type: ignore[arg-type]
     refuse_unknown(point or (), positions=positions)
-    prompts = list(texts) or [one_prompt.DEFAULT_PROMPT]
+    shown = list(texts) or [one_prompt.DEFAULT_PROMPT]
     how = templating(given, load_settings())
+    prompts = of_one_text(texts, images, how.get("chat")) if images else shown
     hm = model_options.opened(model, given, quiet=as_json)
-    tell(hm.tokenizer, how, bool(texts))
+    tell(hm.tokenizer, how, bool(texts) and not images)
     how = how if texts else of_default_prompt(hm.tokenizer, how)
-    _show(prompts, *_both(hm, prompts, interventions, max_new_tokens, how, as_json), as_json)
+    _show(shown, *_both(hm, prompts, interventions, max_new_tokens, how, as_json), as_json)
 
 
 def _is_typed(option: str) -> bool:
@@ -100,13 +104,13 @@ def _is_typed(option: str) -> bool:
 
 
 def _both(
-    hm: "HookedModel", texts: list[str], interventions: Any, max_new_tokens: int, how: dict[str, Any], quiet: bool
+    hm: "HookedModel", prompts: list[Any], interventions: Any, max_new_tokens: int, how: dict[str, Any], quiet: bool
 ) -> tuple[list[str], list[str]]:
     from hookmap.cli.console import working
 
     with working("generating", quiet=quiet):
         before, after = (
-            hm.generate(texts, written, None, max_new_tokens, **how).texts for written in ((), interventions)
+            hm.generate(prompts, written, None, max_new_tokens, **how).texts for written in ((), interventions)
         )
     return before, after
 

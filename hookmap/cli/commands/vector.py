@@ -12,6 +12,8 @@ from hookmap.cli.chat_options import chat_options, templating
 if TYPE_CHECKING:
     from hookmap.analysis.steering import SteeringVector
 
+_SIDES = ("positive", "negative")
+
 
 @click.group()
 def command() -> None:
@@ -52,8 +54,8 @@ def make(
 ) -> None:
     """Make a vector from contrast pairs.
 
-    Each line of FILE is a pair of prompts: texts, chat messages or token ids. The vector points from the negative ones
-    to the positive ones. The file's name goes to stdout.
+    Each line of FILE is a pair of prompts: texts, chat messages (images too) or token ids. The vector points from the
+    negative ones to the positive ones. The file's name goes to stdout.
     """
     from hookmap.cli.parsing import parse_calls, parse_layers
     from hookmap.cli.settings import load_settings, refuse_unknown
@@ -128,7 +130,9 @@ def _write(vector: "SteeringVector", path: str, model_hint: str | None = None) -
 
 
 def _pairs(path: str) -> tuple[list[Any], list[Any]]:
-    """Raises click.UsageError with every wrong line at once."""
+    """Paths of images are relative to the file. Raises click.UsageError with every wrong line at once."""
+    from hookmap.datasets.messages import relative_to
+
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -142,10 +146,12 @@ def _pairs(path: str) -> tuple[list[Any], list[Any]]:
         except json.JSONDecodeError as error:
             problems.append(f"line {number}, column {error.colno}: not JSON: {error.msg}")
             continue
-        if not isinstance(pair, dict) or not all(isinstance(pair.get(n), str | list) for n in ("positive", "negative")):
+        if not isinstance(pair, dict) or not all(
+            pair.get(n) and isinstance(pair[n], str | list | dict) for n in _SIDES
+        ):
             problems.append(f'line {number}: expected {{"positive": …, "negative": …}}, found {line.strip()[:60]}')
             continue
-        found.append((pair["positive"], pair["negative"]))
+        found.append(tuple(relative_to(pair[side], Path(path).parent) for side in _SIDES))
     if problems or not found:
         raise click.UsageError(f"{path}:\n" + "\n".join(f"  - {p}" for p in problems or ["it holds no pairs"]))
     return [pair[0] for pair in found], [pair[1] for pair in found]

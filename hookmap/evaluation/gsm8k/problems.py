@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hookmap.datasets.files import rows_of
+from hookmap.datasets.records import told
 from hookmap.errors import DataError
 from hookmap.evaluation.gsm8k.answers import strict
 
@@ -50,7 +51,7 @@ def read_questions(source: Any, samples: int | None = None, skip: int = 0) -> li
         except ValueError as error:
             problems.append(f"{place}: {error}")
     if problems:
-        raise DataError(f"{where}:\n" + "\n".join(f"  - {problem}" for problem in problems[:10]))
+        raise DataError(f"{where}:\n{told(problems)}")
     if not found:
         raise DataError(f"{where}: it holds no questions.")
     return found
