@@ -1,6 +1,7 @@
 """What is in the wheel: everything that an installation without the checkout needs, and little more."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -79,20 +80,21 @@ def test_the_extras_are_those_of_the_docs_and_all_holds_each(wheel: zipfile.ZipF
     (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
     document = message_from_bytes(wheel.read(name))
     extras = set(document.get_all("Provides-Extra", []))
-    assert extras == {"all", "data", "docs", "eval", "gguf", "scale", "server", "test", "vision", "viz"}
+    assert extras == {"all", "data", "docs", "eval", "gguf", "scale", "server", "test", "vision", "viz", "vllm"}
     needs = [Requirement(line) for line in document.get_all("Requires-Dist", [])]
     core = {need.name for need in needs if need.marker is None}
 
     def brought(extra: str) -> set[str]:
         return {need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})} - core
 
-    assert brought("all") == set().union(*(brought(extra) for extra in extras - {"all", "docs", "test"}))
+    assert brought("all") == set().union(*(brought(extra) for extra in extras - {"all", "docs", "test", "vllm"}))
     assert {"fastapi", "inspect-ai", "ray", "altair"} <= brought("all") < brought("test")
 
 
 def test_every_requirement_has_a_tested_version_that_it_allows(wheel: zipfile.ZipFile) -> None:
     lines = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     tested = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in lines if "==" in line}
+    tested["vllm"] = re.findall(r'^VLLM = "(.*)"$', (CHECKOUT / "scripts/setup.py").read_text("utf-8"), re.MULTILINE)[0]
     (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
     needs = [Requirement(line) for line in message_from_bytes(wheel.read(name)).get_all("Requires-Dist", [])]
     build = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]

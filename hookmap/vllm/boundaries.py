@@ -50,10 +50,19 @@ class Boundaries:
 
     def expression_at(self, path: str, number: int, side: str, index: Argument) -> int | None:
         """What stands at one boundary, of the module's call of this number; None where nothing does."""
+        tensor = self._tensor_at(path, number, side, index)
+        return None if tensor is None else self._expressions.of(tensor)
+
+    def shape_at(self, path: str, number: int, side: str, index: Argument) -> tuple[int, ...] | None:
+        """The shape of what stands there."""
+        tensor = self._tensor_at(path, number, side, index)
+        return None if tensor is None else self._expressions.values.flow.tensors[tensor].shape
+
+    def _tensor_at(self, path: str, number: int, side: str, index: Argument) -> int | None:
         for call in self.calls(path)[number : number + 1]:
             for place, tensor in (call.inputs if side == "input" else call.outputs).items():
                 if index == (0 if side == "input" and place is None else place):
-                    return self._expressions.of(tensor)
+                    return tensor
         return None
 
     def holding(self, expression: int, within: ModuleCall) -> list[Boundary]:

@@ -5,29 +5,42 @@ twin -> a pass as it is -> a pass with one stream -> its map -> the same values 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from hookmap.discovery.dataflow import Dataflow, record
+from hookmap.discovery import aten
+from hookmap.discovery.dataflow import Dataflow, Operation, record
 from hookmap.discovery.discover import assemble
 from hookmap.discovery.values import Values
 from hookmap.vllm.pairs import join, pairs
 from hookmap.vllm.places import ModelPlaces
+from hookmap.vllm.plain_parts import PlainScans
+from hookmap.vllm.shards import sharded
 from hookmap.vllm.translate import translated
-from hookmap.vllm.twin import build, config_of_twin, running
+from hookmap.vllm.twin import build, config_of_twin, is_of_transformers, running
 
 _SEQ = 7
-_HOW = "two passes of vLLM's own modules on the meta device, with plain operations in place of kernels"
+_HOW = "passes of {} on the meta device, with plain operations in place of kernels"
 
 
 def discover(vllm_config: Any) -> ModelPlaces:
     """The places of all points of the model that vLLM makes of this config. Needs no weights and no cache.
 
+    The map is of the whole model. Where tensors are shared among ranks, the places are those in each of them.
+
     Raises DiscoveryError where its dataflow has no structure that hookmap understands.
     """
-    own = config_of_twin(vllm_config)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    whole = _places(vllm_config, 1)
+    return whole if ranks == 1 else sharded(whole, _places(vllm_config, ranks), ranks)
+
+
+def _places(vllm_config: Any, ranks: int) -> ModelPlaces:
+    """The places in the whole model, or in what one of several ranks has of it."""
+    own = config_of_twin(vllm_config, ranks)
     settings = own.model_config.hf_config
     with running(own):
         model = build(own)
@@ -39,8 +52,25 @@ def discover(vllm_config: Any) -> ModelPlaces:
             joined = Values(_pass(model)) if found else values
         finally:
             undo()
-    seen = assemble(model, joined.flow, _SEQ, settings, vllm_config.model_config.model, _HOW)
-    return translated(seen, joined, values)
+    of = "transformers' modules inside vLLM" if is_of_transformers(model) else "vLLM's own modules"
+    seen = assemble(model, joined.flow, _SEQ, settings, vllm_config.model_config.model, _HOW.format(of))
+    update = {"lm_head_path": _lm_head(values), "architecture": vllm_config.model_config.architectures[0]}
+    return translated(seen.model_copy(update=update), joined, values, batch=is_of_transformers(model))
+
+
+def _lm_head(values: Values) -> str | None:
+    """The module whose weight makes the logits: vLLM computes with the weight, and does not call the module."""
+    last = [op for op in values.flow.operations if op.name in aten.PRODUCTS][-1]
+    paths = (values.parameters[v] for v in map(values.value, _behind_turns(values, last)) if v in values.parameters)
+    return next((path.rpartition(".")[0] for path in paths), None)
+
+
+def _behind_turns(values: Values, op: Operation) -> Iterator[int]:
+    """The operands of a product, each as it was before its axes were turned."""
+    for tensor in op.inputs:
+        while (made := values.flow.producer(tensor)) is not None and made.name in aten.MOVES:
+            tensor = made.inputs[0]
+        yield tensor
 
 
 def _as_transformers(model: nn.Module) -> None:
@@ -59,4 +89,5 @@ def _as_transformers(model: nn.Module) -> None:
 
 def _pass(model: nn.Module) -> Dataflow:
     ids = torch.arange(_SEQ, device="meta").unsqueeze(0)
-    return record(model, {"input_ids": ids})
+    with PlainScans():
+        return record(model, {"input_ids": ids})

@@ -1,7 +1,9 @@
 """Where points are in a model as vLLM runs it: what discovery in the worker finds, and what taps read and write."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from hookmap.activations import Key
 from hookmap.maps.document import ArchitectureMap
@@ -10,7 +12,10 @@ from hookmap.maps.selectors import Term
 
 @dataclass(frozen=True)
 class Place:
-    """Where one point of one layer is read, and where it is written. vLLM's tensors are [tokens, ...], without batch.
+    """Where one point of one layer is read, and where it is written.
+
+    What a term's module sees is [tokens, ...], without batch; of a term that is not `flat`, of transformers' modules
+    inside vLLM, it is [1, tokens, ...].
 
     vLLM hands the residual stream on as a pair whose sum it is, so that a point may have several terms.
     """
@@ -21,8 +26,18 @@ class Place:
     """at one boundary of one module: the first is given the new value, divided by its scale, and the others zeros"""
     in_place: bool = False
     """its tensors are overwritten, since others than this module read them; else the module is given other tensors"""
+    width: int = 0
+    """features of the point in this rank: those of its heads, where it has heads"""
+    parts: int = 1
+    """how many parts of its heads, or of its features, the ranks of tensor parallelism hold, in their order"""
+    copies: int = 1
+    """how many ranks, one after another, hold the same part; all of them, where there is one part"""
     why_not_written: str | None = None
     """why the point must not be written; None where `write` says where it is"""
+
+    def whole(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The point, [tokens, ...], of what each rank has of it, in their order."""
+        return rows[0] if self.parts == 1 else torch.cat(list(rows[:: self.copies]), dim=1)
 
 
 @dataclass(frozen=True)

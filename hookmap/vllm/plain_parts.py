@@ -13,17 +13,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from hookmap.errors import DiscoveryError
 
 
 def plain_parts(model: nn.Module) -> None:
     """Replaces, in a model on the meta device, what a kernel computes by plain operations."""
     from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+    from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    plain: dict[type, Callable[..., Any]] = {Attention: Softmax(), MoERunner: _experts}
+    plain: dict[type, Callable[..., Any]] = {Attention: Softmax(), MLAAttention: _latent, MoERunner: _experts}
     for module in list(model.modules()):
         if isinstance(module, CustomOp):
             module._forward_method = module.forward_native
@@ -32,8 +38,9 @@ def plain_parts(model: nn.Module) -> None:
         for kind, forward in plain.items():
             if isinstance(module, kind):
                 module.forward = MethodType(forward, module)
-        if any(isinstance(child, MoERunner) for child in module.children()) and not isinstance(module, MoERunner):
-            module.forward = MethodType(_flat(type(module).forward), module)
+        holds_experts = any(isinstance(child, MoERunner) for child in module.children())
+        if isinstance(module, (MambaBase, MultiHeadLatentAttentionWrapper)) or holds_experts:
+            module.forward = _flat(module.forward)
 
 
 class _Product:
@@ -107,11 +114,59 @@ def _experts(runner: Any, hidden_states: torch.Tensor, router_logits: torch.Tens
     return result
 
 
-def _flat(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a mixture of experts, which takes [tokens, d], for [1, tokens, d]."""
+def _latent(
+    layer: Any, q: torch.Tensor, latent: torch.Tensor, shared: torch.Tensor, *_: Any, **__: Any
+) -> torch.Tensor:
+    """An attention whose keys and values are made of one latent: [tokens, heads, d], [tokens, rank], [tokens, 1, d]."""
+    outputs = layer.num_heads * (layer.qk_nope_head_dim + layer.v_head_dim)
+    expanded = F.linear(latent, torch.empty(outputs, latent.shape[-1], device=q.device, dtype=q.dtype))
+    keys, values = torch.split(
+        expanded.view(len(q), layer.num_heads, -1), [layer.qk_nope_head_dim, layer.v_head_dim], dim=-1
+    )
+    keys = torch.cat([keys, shared.expand(-1, layer.num_heads, -1)], dim=-1)
+    out = causal(*(each.transpose(0, 1).unsqueeze(0) for each in (q, keys, values)))
+    return out.squeeze(0).transpose(0, 1).reshape(len(q), -1)
 
-    def flattened(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = forward(self, hidden_states.flatten(0, -2), *args, **kwargs)
-        return out.view(hidden_states.shape) if isinstance(out, torch.Tensor) else out
+
+def _flat(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a module that takes [tokens, ...], for [1, tokens, ...]."""
+
+    def flattened(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*map(_without_batch, args), **{name: _without_batch(each) for name, each in kwargs.items()})
+        return out.unsqueeze(0) if isinstance(out, torch.Tensor) else out
 
     return flattened
+
+
+def _without_batch(argument: Any) -> Any:
+    is_of_tokens = isinstance(argument, torch.Tensor) and argument.ndim > 1 and argument.shape[0] == 1
+    return argument.squeeze(0) if is_of_tokens else argument
+
+
+class PlainScans(TorchFunctionMode):
+    """Plain operations in place of vLLM's operators that write their result into an argument: scans over positions.
+
+    Raises DiscoveryError at an operator of vLLM's that does not: what it does to positions is not known.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        overload = func.default if isinstance(func, torch._ops.OpOverloadPacket) else func
+        if not isinstance(overload, torch._ops.OpOverload) or overload.namespace != "vllm":
+            return func(*args, **(kwargs or {}))
+        names = [argument.name for argument in overload._schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        written = [each.name for each in overload._schema.arguments if each.alias_info and each.alias_info.is_write]
+        if not written or overload._schema.returns:
+            raise DiscoveryError(f"what vLLM's operator {overload} does to positions is not known.")
+        reads = [each for name, each in given.items() if isinstance(each, torch.Tensor) and name not in written]
+        for name in written:
+            given[name].copy_(_scan(reads, given[name]))
+
+
+def _scan(reads: list[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    """Something of the shape of `out`, [tokens, ...], that each position has from itself and those before it."""
+    rows = [each.flatten(1) for each in reads if each.is_floating_point() and each.shape[:1] == out.shape[:1]]
+    read = torch.cat(rows, dim=-1)
+    width = out[0].numel()
+    product = F.linear(read, torch.empty(width, read.shape[-1], device=out.device, dtype=read.dtype))
+    return (product.exp() * product).unsqueeze(0).cumsum(1).reshape(out.shape)

@@ -20,15 +20,16 @@ from hookmap.vllm.writable import how_written
 
 _NOWHERE = "no module boundary of vLLM's model holds it"
 _NO_LOGITS = "vLLM computes logits only for the positions that it samples from: unembed final_norm"
-_NOT_WRITTEN = "something reads it before any module shows it"
+_READ_BEFORE = "something reads it before any module shows it"
 
 
-def translated(seen: ArchitectureMap, joined: Values, values: Values) -> ModelPlaces:
+def translated(seen: ArchitectureMap, joined: Values, values: Values, batch: bool) -> ModelPlaces:
     """The map of the model as it runs, with the places of its points.
 
-    `seen`: the map of the pass `joined`, in which blocks hand on one stream. `values`: the pass as it is.
+    `seen`: the map of the pass `joined`, in which blocks hand on one stream. `values`: the pass as it is. `batch`:
+    whether modules see [1, tokens, d] when vLLM runs the model, as in these passes; else they see [tokens, d].
     """
-    translation = _Translation.of(seen, joined, values)
+    translation = _Translation.of(seen, joined, values, batch)
     found = translation.map()
     return ModelPlaces(
         found, {selector.key: translation.place(found, selector) for selector in found.selectors(found.points)}
@@ -44,12 +45,13 @@ class _Translation:
     own: Expressions
     here: Boundaries
     """of the pass as it is"""
+    batch: bool
 
     @classmethod
-    def of(cls, seen: ArchitectureMap, joined: Values, values: Values) -> _Translation:
+    def of(cls, seen: ArchitectureMap, joined: Values, values: Values, batch: bool) -> _Translation:
         book = Book()
         one, own = Expressions(joined, book), Expressions(values, book)
-        return cls(seen, one, Boundaries(one), own, Boundaries(own))
+        return cls(seen, one, Boundaries(one), own, Boundaries(own), batch)
 
     # Reading --------------------------------------------------------------------------------------------------------
 
@@ -109,7 +111,8 @@ class _Translation:
     def _at(self, term: TermTemplate, boundary: Boundary, layer: int | None) -> Iterable[TermTemplate]:
         module = self._templated(boundary.call.path, layer)
         for index in boundary.indices:
-            update = {"module": module, "side": boundary.side, "index": index, "flat": True, "axes": None}
+            flat = term.flat or not self.batch
+            update = {"module": module, "side": boundary.side, "index": index, "flat": flat, "axes": None}
             yield term.model_copy(update=update)
 
     def _within(self, layer: int | None) -> ModuleCall | None:
@@ -133,11 +136,18 @@ class _Translation:
 
     def place(self, found: ArchitectureMap, selector: Selector) -> Place:
         """Where a point of the translated map is read and written."""
-        where = self._written(selector)
+        where, width = self._written(selector), self._width(selector.terms[0])
         if where is None:
-            return Place(selector.terms, why_not_written=_NOT_WRITTEN)
+            why = _READ_BEFORE if len(selector.terms) == 1 else f"no one module holds it: {selector}"
+            return Place(selector.terms, width=width, why_not_written=why)
         terms, how = where
-        return Place(selector.terms, terms, in_place=how == "in place")
+        return Place(selector.terms, terms, in_place=how == "in place", width=width)
+
+    def _width(self, term: Term) -> int:
+        if term.heads is not None:
+            return term.heads.groups * (term.heads.stop - term.heads.start)
+        shape = self.here.shape_at(term.module, term.call or 0, term.side, term.index)
+        return 0 if shape is None else shape[-1]
 
     def _written(self, selector: Selector) -> tuple[tuple[Term, ...], str] | None:
         first, within = selector.terms[0], self._within(selector.layer)

@@ -23,26 +23,39 @@ _GROUPS = ("_WORLD", "_TP", "_ETP", "_DCP", "_PP", "_DP", "_EP", "_EPLB", "_PCP"
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Shows vLLM this process as the only one: what is built is neither sharded nor cut in stages."""
+def alone(ranks: int) -> Iterator[None]:
+    """Shows vLLM this process as the only one, or as the first of `ranks` that share the tensors of each layer.
+
+    What is built has all layers, and the sizes that one rank has. What the ranks would add up or gather is of the right
+    shape, and of this one alone.
+    """
     from vllm.distributed import parallel_state
 
-    one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    group = SimpleNamespace(
-        world_size=1, rank_in_group=0, rank=0, local_rank=0, ranks=[0], first_rank=0, last_rank=0, is_first_rank=True,
-        is_last_rank=True, device_group=one, cpu_group=one, device=torch.device("meta"), unique_name="hookmap",
-        use_custom_op_call=False, mq_broadcaster=None, device_communicator=None,
-        all_reduce=lambda tensor: tensor, all_gather=lambda tensor, dim=-1: tensor,
-        reduce_scatter=lambda tensor, dim=-1: tensor, gather=lambda tensor, dst=0, dim=-1: tensor,
-    )  # fmt: skip
     before = {name: getattr(parallel_state, name) for name in _GROUPS if hasattr(parallel_state, name)}
     try:
         for name in before:
-            setattr(parallel_state, name, group)
+            setattr(parallel_state, name, _group(ranks if name == "_TP" else 1))
         yield
     finally:
         for name, value in before.items():
             setattr(parallel_state, name, value)
+
+
+def _group(size: int) -> Any:
+    """What a group of processes is to a layer: its size, and this process's place in it."""
+    processes = SimpleNamespace(size=lambda: size, rank=lambda: 0)
+
+    def gathered(tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return tensor if size == 1 else torch.cat([tensor] * size, dim=dim)
+
+    return SimpleNamespace(
+        world_size=size, rank_in_group=0, rank=0, local_rank=0, ranks=list(range(size)), first_rank=0,
+        last_rank=size - 1, is_first_rank=True, is_last_rank=size == 1, device_group=processes, cpu_group=processes,
+        device=torch.device("meta"), unique_name="hookmap", use_custom_op_call=False, mq_broadcaster=None,
+        device_communicator=None, all_reduce=lambda tensor: tensor, all_gather=gathered,
+        gather=lambda tensor, dst=0, dim=-1: gathered(tensor, dim),
+        reduce_scatter=lambda tensor, dim=-1: tensor.chunk(size, dim=dim)[0],
+    )  # fmt: skip
 
 
 @contextmanager
@@ -63,8 +76,8 @@ def _without_what_is_kept() -> Iterator[None]:
             table.update(before)
 
 
-def config_of_twin(config: Any) -> Any:
-    """A vLLM config for the twin: eager, in one process, in float32, with operators in their native form."""
+def config_of_twin(config: Any, ranks: int) -> Any:
+    """A vLLM config for the twin: eager, in float32, with operators in their native form, and sharded over `ranks`."""
     from vllm.config import CompilationMode
 
     own = copy.copy(config)
@@ -74,8 +87,8 @@ def config_of_twin(config: Any) -> Any:
     own.compilation_config.mode = CompilationMode.NONE
     own.compilation_config.custom_ops = ["none"]
     own.parallel_config = copy.copy(config.parallel_config)
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "world_size"):
-        setattr(own.parallel_config, name, 1)
+    own.parallel_config.tensor_parallel_size = own.parallel_config.world_size = ranks
+    own.parallel_config.pipeline_parallel_size = own.parallel_config.data_parallel_size = 1
     own.parallel_config.rank = 0
     own.model_config = copy.copy(config.model_config)
     own.model_config.dtype = torch.float32
@@ -92,7 +105,7 @@ def running(config: Any) -> Iterator[None]:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     with ExitStack() as stack:
-        stack.enter_context(alone())
+        stack.enter_context(alone(config.parallel_config.tensor_parallel_size))
         stack.enter_context(set_current_vllm_config(config))
         stack.enter_context(set_forward_context(None, config))
         stack.enter_context(enable_torch_wrap(False))
@@ -111,3 +124,10 @@ def build(config: Any) -> nn.Module:
     model = model.to("meta").eval()
     plain_parts(model)
     return model
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether vLLM runs transformers' modules in it, which see [1, tokens, d]; its own see [tokens, d]."""
+    from vllm.model_executor.models.transformers.base import Base
+
+    return isinstance(model, Base)
