@@ -150,6 +150,7 @@ def _planned(hm: Hooked, prompts: Any, metric: Any, points: Any, layers: Any, op
     )
     given = {name: value for name, value in chosen.items() if name not in options_of(TemplateOptions)}
     prepared = hm.prepare(list(bound.prompts), points, layers, 0, **{**given, "prompt_column": None, "engine": "hooks"})
+    _refuse_operations(prepared.run.selectors)
     held = {each.name: getattr(prepared.run, each.name) for each in fields(prepared.run)}
     run = Differentiating(
         **held,
@@ -160,6 +161,14 @@ def _planned(hm: Hooked, prompts: Any, metric: Any, points: Any, layers: Any, op
         begin=_begin(hm, prepared.run.selectors),
     )
     return _Plan(hm, run, prepared, bound)
+
+
+def _refuse_operations(selectors: Sequence[Selector]) -> None:
+    if below := [str(s) for s in selectors if any(term.operation for term in s.terms)]:
+        raise CaptureError(
+            f"{below[0]}: an operation is seen below autograd, where there are no gradients. Name the input or output "
+            "of a module."
+        )
 
 
 def _logits(hm: Hooked) -> Selector:

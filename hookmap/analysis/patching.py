@@ -104,7 +104,7 @@ def sweep(
     prompts = [_one(hm.encode(given, **template)) for given in (clean, corrupted)]
     _check_pair(prompts, hm.tokenizer)
     metric, name = _metric(hm, target, against)
-    selectors = hm.map.selectors([point], layers, calls)
+    selectors = hm.selectors([point], layers, calls)
     _check_written(hm, selectors)
     chosen = None if heads is None else _chosen_heads(hm, selectors, heads)
     columns = _columns(hm, prompts[1], positions)

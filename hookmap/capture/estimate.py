@@ -69,7 +69,7 @@ def estimate(
     `every_logit`: whether the model computes the logits of all tokens, even where few are stored.
     """
     selection = selection or RowSelection()
-    selection.refuse(selector.point for selector in selectors)
+    selection.refuse(selectors)
     new = max(0, max_new_tokens - 1)
     rows = sum(_rows(selection, length, length + new) * often for length, often in Counter(lengths).items())
     keys = max(lengths, default=0) + new
@@ -142,6 +142,8 @@ def _width(
     architecture_map: ArchitectureMap, selector: Selector, keys: int, d_mlp: int | None, selection: RowSelection
 ) -> int:
     """Numbers in one row of a point."""
+    if selector.width is not None:
+        return selector.width * keys if selector.has_keys else _chosen(selection, selector.width)
     axes = PointName.of(selector.point).definition.axes
     mlp = architecture_map.kind_of(selector.layer).mlp if selector.layer is not None else None
     heads = selector.terms[-1].heads

@@ -30,6 +30,7 @@ from hookmap.capture.options import (
     with_defaults,
 )
 from hookmap.capture.padding import Pads, whole_batch_limit
+from hookmap.capture.places import Places
 from hookmap.capture.prepare import Prepared, manifest_of, run_of
 from hookmap.capture.request import Request
 from hookmap.capture.result import Capture
@@ -184,9 +185,21 @@ class Hooked:
         return self.pads.why_not(harvest=False)
 
     @cached_property
+    def places(self) -> Places:
+        """The axes of this model's tensors that are named by their place."""
+        return Places(self.hooks)
+
+    def selectors(self, points: Any = "all", layers: Any = "all", calls: Any = "all") -> tuple[Selector, ...]:
+        """As the map's `selectors`; a tensor that is named by its place knows its axes, for which the model may run.
+
+        Raises SelectionError.
+        """
+        return self.places.measured(self.map.selectors(points, layers, calls))
+
+    @cached_property
     def proofs(self) -> Proofs:
         """Proofs that writes to this model's points have their effect."""
-        return Proofs(self.hooks, self.map)
+        return Proofs(self.hooks, self.map, self.places.measured)
 
     @takes(EstimateOptions)
     def estimate(
@@ -211,7 +224,7 @@ class Hooked:
         how = Templating(**of_kind(TemplateOptions, options), generates=bool(max_new_tokens))
         encoded = self._encode(records(prompts, options["prompt_column"]), how)
         selection = row_selection(**of_kind(RowOptions, options))
-        selectors = self.map.selectors(points, layers, options["calls"]) if points != () else ()
+        selectors = self.selectors(points, layers, options["calls"]) if points != () else ()
         batch_size, batch_tokens = options["batch_size"], options["batch_tokens"]
         check_count("max_new_tokens", max_new_tokens, least=0)
         check_count("batch_size", BATCH_SIZE if batch_size is None else batch_size)

@@ -15,6 +15,7 @@ from hookmap.capture.batches import Generating, Harvesting, read_by
 from hookmap.capture.engines import Engine
 from hookmap.capture.estimate import Estimate, check_room
 from hookmap.capture.interventions.plan import EditPlan
+from hookmap.capture.places import check_engine
 from hookmap.capture.request import Request
 from hookmap.capture.result import Capture
 from hookmap.capture.rows import matching_tokens
@@ -124,6 +125,7 @@ def run_of(
     stop = (options["stop"],) if isinstance(options["stop"], str) else tuple(options["stop"])
     do_sample, seed = options["do_sample"], options["seed"]
     _check_interventions(engine, plan, options["before"])
+    check_engine(engine.name, request.selectors)
     gen.check_seed(seed)
     gen.check_stop(stop)
     _check_vocabulary(engine, request.prompts)

@@ -10,7 +10,7 @@ import torch
 from hookmap.activations import Key, Sample, call_of, key_of
 from hookmap.errors import SelectionError
 from hookmap.maps.document import ArchitectureMap
-from hookmap.maps.points import RESIDUAL_AXES, PointName, parse_point
+from hookmap.maps.points import RESIDUAL_AXES, PointName, axes_of, parse_point
 from hookmap.maps.selectors import Selector
 from hookmap.stores.folder import write_store
 from hookmap.stores.interface import Store, Tokens, as_html, call_and_tokens, completions, place_of
@@ -131,7 +131,7 @@ class Capture:
 
     def axes(self, point: str, layer: int | None, ndim: int) -> tuple[str, ...]:
         """Names of the `ndim` axes of `self[point, layer]`. Where a model has several streams, the map names them."""
-        axes = PointName.of(point).definition.axes
+        axes = axes_of(point, ndim)
         several = axes == RESIDUAL_AXES and layer is not None and ndim != len(axes)
         return self.map.kind_of(layer).axes if several and layer is not None else axes
 

@@ -17,7 +17,8 @@ from hookmap.capture.options import RowOptions, with_defaults
 from hookmap.capture.overflow import OVERFLOWS
 from hookmap.errors import SelectionError
 from hookmap.loading.prompts import known_ids, text_of
-from hookmap.maps.points import POINTS, PointName
+from hookmap.maps.points import PointName
+from hookmap.maps.selectors import Selector
 
 Wanted = Callable[[int, int], bool]
 """(position, token id) -> whether its row is stored"""
@@ -164,11 +165,11 @@ class RowSelection:
                 found["features_seed"] = self.features_seed
         return found
 
-    def refuse(self, points: Iterable[str]) -> None:
+    def refuse(self, selectors: Iterable[Selector]) -> None:
         """Raises SelectionError for points that this selection cannot be applied to."""
-        for point in points:
-            name = PointName.of(point).base
-            if "key" in POINTS[name].axes and (self.one_row or self.features is not None):
+        for selector in selectors:
+            point, name = selector.point, PointName.of(selector.point).base
+            if selector.has_keys and (self.one_row or self.features is not None):
                 raise SelectionError(f'{point} has a row for each query: no mean, "last" or features of it.')
             if name in NUMBERS and self.mean:
                 raise SelectionError(f"{point} are numbers of experts: there is no mean of them.")

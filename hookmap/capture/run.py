@@ -146,7 +146,9 @@ class Run(ABC):
         return max(len(prompt.token_ids) for prompt in self.prompts) + max(0, self.max_new_tokens - 1)
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
-        return running(self.engine, reads_attention((*self.selectors, *(watch.selector for watch in self.watches))))
+        written = (edit.selector for edit in self.edits)
+        watched = (watch.selector for watch in self.watches)
+        return running(self.engine, reads_attention((*self.selectors, *written, *watched)))
 
     def _finish(self, sink: Sink, observer: Observer, row: int, prompt: Prompt, new: list[int]) -> None:
         rows, positions = observer.rows(row)
@@ -193,8 +195,8 @@ def running(engine: Engine, pattern: bool = False) -> Iterator[None]:
 
 
 def reads_attention(selectors: Sequence[Selector]) -> bool:
-    """Whether one of these reads attention weights, which needs the eager attention implementation."""
-    return any("key" in PointName.of(selector.point).definition.axes for selector in selectors)
+    """Whether one of these reads or writes what only eager attention has as a tensor."""
+    return any(each.has_keys or PointName.of(each.point).definition.eager for each in selectors)
 
 
 def device_of(engine: Engine) -> torch.device:

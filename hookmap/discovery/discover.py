@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from hookmap._version import __version__
@@ -81,14 +82,36 @@ def config_of(source: str | Path, trust_remote_code: bool = False, revision: str
 
 
 def _of_config(config: Any, model_id: str | None, trust_remote_code: bool, part: Part = "text") -> ArchitectureMap:
-    seq = modules.sequence_length(config)
     configs.say_another_class(config, model_id)
     model = configs.build(config, trust_remote_code=trust_remote_code)
     if part == "vision" or is_tower(model):
         return _of_tower_config(model, config, model_id, trust_remote_code)
-    try:
-        flow = _one_pass(model, config, "meta", seq)
+    model, flow, seq, config_small = _flow_of_config(model, config, trust_remote_code)
+    if config_small is None:
         how = "one forward pass on the meta device, full size"
+        return assemble(model, flow, seq, config, model_id, how)
+    how = "one forward pass of a narrow copy of full depth on the CPU"
+    return at_full_width(assemble(model, flow, seq, config, model_id, how), config, config_small)
+
+
+def flow_of(source: Any, trust_remote_code: bool = False) -> tuple[Dataflow, int]:
+    """The dataflow of one forward pass of what `discover` takes, and how many tokens it reads. Raises as it does."""
+    if isinstance(source, (str, Path)):
+        source = config_of(source, trust_remote_code)[0]
+    if hasattr(source, "to_dict") and hasattr(source, "model_type") and not isinstance(source, nn.Module):
+        dtype = getattr(source, "dtype", None) or torch.float32  # as it is loaded: a cast is an operation
+        model = configs.build(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        return _flow_of_config(model, source, trust_remote_code)[1:3]
+    return _flow_of_module(modules.unwrap(source))
+
+
+def _flow_of_config(
+    model: nn.Module, config: Any, trust_remote_code: bool
+) -> tuple[nn.Module, Dataflow, int, Any | None]:
+    """The model that ran, its dataflow, the tokens that it read, and its config where it is a narrow copy."""
+    seq = modules.sequence_length(config)
+    try:
+        return model, _one_pass(model, config, "meta", seq), seq, None
     except HookmapError:
         raise
     except Exception as error:  # what a model raises where tensors have no data has no common type
@@ -97,15 +120,12 @@ def _of_config(config: Any, model_id: str | None, trust_remote_code: bool, part:
         model, config_small = narrow_copy(config, trust_remote_code)
         seq = modules.sequence_length(config_small)
         try:
-            flow = _one_pass(model, config, "cpu", seq)
+            return model, _one_pass(model, config, "cpu", seq), seq, config_small
         except Exception as second:
             raise DiscoveryError(
                 f"{type(model).__name__} ran neither without weights ({other_inputs.said(error)}) "
                 f"nor as a narrow copy ({other_inputs.said(second)})."
             ) from second
-        how = "one forward pass of a narrow copy of full depth on the CPU"
-        return at_full_width(assemble(model, flow, seq, config, model_id, how), config, config_small)
-    return assemble(model, flow, seq, config, model_id, how)
 
 
 def _of_tower_config(model: nn.Module, config: Any, model_id: str | None, trust_remote_code: bool) -> ArchitectureMap:
@@ -193,14 +213,14 @@ def _one_pass(model: nn.Module, config: Any, device: Any, seq: int) -> Dataflow:
         return record(model, modules.inputs(device, seq, rows))
 
 
-def _of_module(model: nn.Module) -> ArchitectureMap:
+def _flow_of_module(model: nn.Module) -> tuple[Dataflow, int]:
     check_wrapper(model)
     config = getattr(model, "config", None)
     seq = modules.sequence_length(config, model)
     device = modules.device_of(model)
     with modules.eager(model), modules.plain_experts(model), plain_products(model, device):
         try:
-            flow = _one_pass(model, config, device, seq)
+            return _one_pass(model, config, device, seq), seq
         except HookmapError:
             raise
         except Exception as error:
@@ -208,6 +228,11 @@ def _of_module(model: nn.Module) -> ArchitectureMap:
                 f"{named(model)} did not run on {seq} token ids: {other_inputs.said(error)}\n"
                 "Expected a causal language model whose forward takes token ids, [batch, pos], and needs nothing else."
             ) from error
+
+
+def _of_module(model: nn.Module) -> ArchitectureMap:
+    flow, seq = _flow_of_module(model)
+    config = getattr(model, "config", None)
     how = "one forward pass of the model as it stands"
     found = assemble(model, flow, seq, config, getattr(config, "_name_or_path", "") or None, how)
     inside = model_inside(model)

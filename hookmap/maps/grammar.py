@@ -1,27 +1,33 @@
 """The small languages of a map's document: selectors, layers, heads, lists that repeat themselves. Text <-> values.
 
-    0.5 * model.layers.{i}.mlp.output[0]     a selector: [FACTOR * ][MODULE.]input|output[INDEX]
+    0.5 * model.layers.{i}.mlp.output[0]     a selector: [FACTOR * ][MODULE][:OPERATOR[#N]].input|output[INDEX]
     0-33 except 5-29 by 6                    layers: numbers and ranges, `by` a step, `except` others
     ["block_a", "coda.[0-3]"]                names of layers: block_a, coda.0, coda.1, coda.2, coda.3
     32 x 128                                 heads: so many of so many features, side by side from the first feature on
     [{"5 times": ["a"]}, "b"]                a list: a, a, a, a, a, b
 
-A selector without a module is of the model itself. FACTOR is a number, or `{a}`, the layer's constant `a`. INDEX is a
-position, or a name in single quotes. A MODULE with blanks, quotes, stars or brackets in its path stands in such quotes,
-too. Inside them, a backslash stands before a quote and before a backslash.
+A selector without a module is of the model itself. OPERATOR is an operation in the module's own forward (not in that of
+a module in it): the one of its name, or the N-th of them from 0 on. FACTOR is a number, or `{a}`, the layer's constant
+`a`. INDEX is a position, or a name in single quotes. A MODULE with blanks, quotes, stars, colons or brackets in its
+path stands in such quotes, too. Inside them, a backslash stands before a quote and before a backslash.
 """
 
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _CONSTANT = r"\{[a-hj-z][0-9]*\}"
 _QUOTED = r"'(?:[^'\\]|\\['\\])*'"
-_MODULE = rf"""[^\s'"*\[\]]+|{_QUOTED}"""
-SELECTOR = rf"^(?:({_NUMBER}|{_CONSTANT}) \* )?(?:({_MODULE})\.)?(input|output)(?:\[(-?[0-9]+|{_QUOTED})\])?$"
+_MODULE = rf"""[^\s'"*\[\]:]+|{_QUOTED}"""
+_OPERATION = r":([A-Za-z_][A-Za-z0-9_]*)(?:#(0|[1-9][0-9]*))?"
+SELECTOR = (
+    rf"^(?:({_NUMBER}|{_CONSTANT}) \* )?(?:(?:({_MODULE})(?:{_OPERATION})?|{_OPERATION})\.)?"
+    rf"(input|output)(?:\[(-?[0-9]+|{_QUOTED})\])?$"
+)
 _RANGE = r"[0-9]+(?:-[0-9]+(?: by [1-9][0-9]*)?)?"
 LAYERS = rf"^{_RANGE}(?:, {_RANGE})*(?: except {_RANGE}(?:, {_RANGE})*)?$"
 HEADS = "^[1-9][0-9]* x [1-9][0-9]*$"
@@ -31,23 +37,46 @@ _LONGEST = 100_000
 """elements of a list that repeats itself, so that a short text cannot fill the memory"""
 
 
-def selector_text(module: str, side: str, index: int | str | None, factor: float | str = 1.0) -> str:
+@dataclass(frozen=True)
+class Place:
+    """What a selector says of one tensor, without its factor."""
+
+    module: str
+    side: str
+    index: int | str | None
+    operation: str | None = None
+    occurrence: int | None = None
+    """which operation of that name, from 0 on; None: the only one"""
+
+
+def operation_text(operation: str | None, occurrence: int | None) -> str:
+    """`:bmm#1`; nothing where there is no operation."""
+    if operation is None:
+        return ""
+    return f":{operation}" + ("" if occurrence is None else f"#{occurrence}")
+
+
+def selector_text(place: Place, factor: float | str = 1.0) -> str:
     """The selector of one tensor; `factor` is a number, or a constant's name in braces."""
+    module, index = place.module, place.index
     times = "" if factor == 1.0 else f"{factor if isinstance(factor, str) else number_text(factor)} * "
     path = module if not module or (re.fullmatch(_MODULE, module) and module[0] != "'") else _quoted(module)
+    path += operation_text(place.operation, place.occurrence)
     at = "" if index is None else f"[{_quoted(index) if isinstance(index, str) else index}]"
-    return f"{times}{path}{'.' if path else ''}{side}{at}"
+    return f"{times}{path}{'.' if path else ''}{place.side}{at}"
 
 
-def read_selector(text: str) -> tuple[str, str, int | str | None, float | str]:
-    """Module, side, index and factor. Raises ValueError with what is wrong."""
+def read_selector(text: str) -> tuple[Place, float | str]:
+    """The place and the factor. Raises ValueError with what is wrong."""
     found = re.match(SELECTOR, text)
     if found is None or text.endswith("\n"):
         raise ValueError(why_no_selector(text))
-    times, module, side, at = found.groups()
+    times, module, *operations, side, at = found.groups()
+    operation, occurrence = operations[:2] if module else operations[2:]
     index = None if at is None else _unquoted(at) if at[0] == "'" else int(at)
     factor = 1.0 if times is None else times if times[0] == "{" else float(times)
-    return _unquoted(module) if module and module[0] == "'" else module or "", side, index, factor
+    path = _unquoted(module) if module and module[0] == "'" else module or ""
+    return Place(path, side, index, operation, None if occurrence is None else int(occurrence)), factor
 
 
 def why_no_selector(text: str) -> str:
@@ -61,7 +90,7 @@ def why_no_selector(text: str) -> str:
         return "it ends with .input or .output, and a place there such as [0] where it has one"
     if not re.search(rf"(?:input|output)(?:\[(?:-?[0-9]+|{_QUOTED})\])?$", rest):
         return "the place is a number or a name in single quotes: [0], ['logits']"
-    return "a module's path with blanks, quotes, stars or brackets stands in single quotes"
+    return "a module's path with blanks, quotes, stars, colons or brackets stands in single quotes"
 
 
 def _quoted(text: str) -> str:

@@ -22,7 +22,7 @@ def schema() -> dict[str, Any]:
     made = MapContents.model_json_schema()
     defs: dict[str, Any] = made["$defs"]
     term, point, kind = defs.pop("TermTemplate"), defs.pop("PointTemplate"), defs["BlockKind"]
-    of_term = _properties(term, "module", "side", "index", "scale")
+    of_term = _properties(term, "module", "side", "index", "operation", "occurrence", "scale")
     place = {"anyOf": [_ref("Selector"), _ref("Term")]}
     places = {"type": "array", "items": place, "minItems": 1}
     text = {"type": "string", "pattern": HEADS, "title": 'heads such as "32 x 128"'}
@@ -34,8 +34,10 @@ def schema() -> dict[str, Any]:
             "type": "string",
             "pattern": SELECTOR,
             "title": 'a selector such as "0.5 * model.layers.{i}.mlp.output[0]"',
-            "description": "[FACTOR * ][MODULE.]input|output[INDEX]; FACTOR is a number, or {a}, the layer's constant "
-            "a; {i} is the layer; INDEX is a position or a name in single quotes, among the arguments or in the output",
+            "description": "[FACTOR * ][MODULE][:OPERATOR[#N]].input|output[INDEX]; OPERATOR is an operation in the "
+            "module's own forward, the one of its name or the N-th of them; FACTOR is a number, or {a}, the layer's "
+            "constant a; {i} is the layer; INDEX is a position or a name in single quotes, among the arguments or in "
+            "the output",
         },
         "Term": _object({"at": _ref("Selector"), **of_term}, ["at"]),
         "Row": _object({"at": {"anyOf": [_ref("Selector"), places]}, **of_term, **of_point}, ["at"]),

@@ -5,8 +5,10 @@ Names are TransformerLens's without the `hook_` prefix. This module knows names 
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
+from hookmap.maps.grammar import read_selector, selector_text, why_no_selector
 from hookmap.wording import did_you_mean
 
 RESIDUAL_AXES = ("batch", "pos", "d_model")
@@ -23,6 +25,8 @@ class Point:
     axes: tuple[str, ...] = RESIDUAL_AXES
     deeper: bool = False
     """inside a branch: "all" leaves it out, it must be named"""
+    eager: bool = False
+    """only eager attention has it as a tensor, or in this place: a run that reads or writes it switches to that"""
     absent: str = "the dataflow shows no such tensor"
     """the reason where a map has neither the point nor a reason of its own"""
 
@@ -122,7 +126,8 @@ class PointName:
 
     @classmethod
     def of(cls, name: str) -> Self:
-        base, _, number = name.partition(".")
+        """A tensor that is named by its place has no number, and its whole name for a base."""
+        base, _, number = (name, "", "") if is_place(name) else name.partition(".")
         return cls(base, number)
 
     def __str__(self) -> str:
@@ -130,7 +135,7 @@ class PointName:
 
     @property
     def definition(self) -> Point:
-        return POINTS[self.base]
+        return _at_place(self.base) if is_place(self.base) else POINTS[self.base]
 
     def numbered(self, base: str) -> str:
         """The name of another point of the same branch: `mlp_in` for `mlp_out.1` gives `mlp_in.1`."""
@@ -154,13 +159,50 @@ class PointName:
         return self._renamed("mixer_", "attn_")
 
     def _renamed(self, old: str, new: str) -> str:
-        return self.numbered(new + self.base.removeprefix(old) if self.base.startswith(old) else self.base)
+        named = self.base.startswith(old) and not is_place(self.base)
+        return self.numbered(new + self.base.removeprefix(old) if named else self.base)
+
+
+def axes_of(name: str, ndim: int) -> tuple[str, ...]:
+    """Names of the axes of a point's tensor, of which there are `ndim` where the name is a place."""
+    axes = PointName.of(name).definition.axes
+    return (*axes[:2], *(f"axis_{n}" for n in range(2, ndim))) if axes == PLACE_AXES else axes
 
 
 def why_absent(name: str) -> str:
     """Why a block does not have this point, where its map says nothing of it; "" for a name that is none."""
     point = POINTS.get(PointName.of(name).base)
     return point.absent if point else ""
+
+
+PLACE_AXES = ("batch", "pos", "...")
+"""of a tensor that is named by its place: what else its axes are, the model knows"""
+_PLACE = re.compile(r".\.(?:input|output)(?:\[.*\])?$")
+_LAYER = re.compile(r"\{i(\+\d+)?\}")
+
+
+@cache
+def is_place(name: str) -> bool:
+    """Whether a name is a place in the model: `model.layers.{i}.mlp.output`, `model.norm:rsqrt.output`."""
+    return _PLACE.search(name) is not None
+
+
+def _at_place(name: str) -> Point:
+    per_layer = _LAYER.search(name) is not None
+    eager = read_selector(name)[0].operation is not None
+    return Point(name, "the tensor at this place in the model", per_layer, PLACE_AXES, deeper=True, eager=eager)
+
+
+def _parsed_place(text: str) -> "ParsedPoint | str":
+    """A place as it is written once and for all, or what is wrong with it."""
+    whole = re.sub(r"\.input$", ".input[0]", text)
+    try:
+        place, factor = read_selector(whole)
+    except ValueError:
+        return f"{text!r} is no place in a model: {why_no_selector(whole)}"
+    if factor != 1.0:
+        return f"{text!r}: a place has no factor"
+    return ParsedPoint(selector_text(place))
 
 
 @dataclass(frozen=True)
@@ -175,6 +217,8 @@ def parse_point(name: str) -> ParsedPoint | str:
     """The point that `name` (ours, TransformerLens's or nnterp's) means, or a sentence that says why none."""
     text = name.strip()
     layer = None
+    if is_place(text):
+        return _parsed_place(text)
     if match := _BLOCK_NAME.match(text):
         layer, text = int(match[1]), match[2]
     point = _TRANSFORMER_LENS.get(text) or _NNTERP.get(text) or text

@@ -9,17 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, TypeVar
 
-from hookmap.maps.grammar import read_heads, read_layers, read_selector, unfolded, unfolded_names
+from hookmap.maps.grammar import Place, read_heads, read_layers, read_selector, unfolded, unfolded_names
 from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.templates import TermTemplate
 
 T = TypeVar("T")
 
+BY_DATAFLOW = "an operation of the module's own forward, by dataflow"
+"""what shows a point whose last term is such an operation"""
 _CONSTANT = re.compile(r"\{([a-hj-z][0-9]*)\}")
 _CLASS = re.compile(r"at (\S+)")
-_OF_TERM = TermTemplate.model_fields.keys() - {"module", "side", "index", "scale"}
+_OF_TERM = TermTemplate.model_fields.keys() - {*asdict(Place("", "", None)), "scale"}
 
 
 def read_map(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -154,11 +157,11 @@ def _read_point(name: str, row: Any, constants: Mapping[str, float]) -> dict[str
 
 def _read_term(row: Any, constants: Mapping[str, float]) -> dict[str, Any]:
     said = dict(row) if isinstance(row, dict) else {"at": row}
-    module, side, index, factor = read_selector(said.pop("at"))
+    place, factor = read_selector(said.pop("at"))
     if isinstance(said.get("heads"), str):
         said["heads"] = read_heads(said["heads"])
     scale = _constant(factor, constants) if isinstance(factor, str) else factor
-    return {"module": module, "side": side, "index": index, "scale": scale, **said}
+    return {**asdict(place), "scale": scale, **said}
 
 
 def usual_axes(name: str) -> list[str] | None:
@@ -176,7 +179,7 @@ def _constant(name: str, constants: Mapping[str, float]) -> float:
 
 def boundary(term: Mapping[str, Any]) -> tuple[Any, ...]:
     """What is passed in one moment: points at one boundary have one place in the forward order."""
-    return term["module"], term["side"], term.get("call")
+    return term["module"], term["side"], term.get("call"), term.get("operation"), term.get("occurrence")
 
 
 def classes_of_kind(kind: Mapping[str, Any], layers_path: str) -> dict[str, str]:
@@ -190,6 +193,8 @@ def classes_of_kind(kind: Mapping[str, Any], layers_path: str) -> dict[str, str]
 
 def evidence_of(text: str | None, last: Mapping[str, Any], classes: Mapping[str, str]) -> str:
     """The sentence of a point whose last term this is: `at CLASS` in short, or None where the class is known."""
+    if last.get("operation"):
+        return BY_DATAFLOW if text is None else text
     if text is None:
         text = f"at {classes[last['module']]}" if last["module"] in classes else ""
     found = _CLASS.fullmatch(text)

@@ -10,16 +10,19 @@ from typing import Any, Literal
 
 from hookmap.activations import Key, key_of
 from hookmap.errors import CaptureError, SelectionError
-from hookmap.maps.calls import WantedRuns, wanted_runs, whole_numbers
+from hookmap.maps.calls import WantedRuns, wanted_runs
 from hookmap.maps.contents import MapContents
 from hookmap.maps.describe import layers_text
-from hookmap.maps.points import POINTS, PointName, parse_point, takes_layers
+from hookmap.maps.grammar import operation_text
+from hookmap.maps.places import template_of
+from hookmap.maps.points import POINTS, PointName, is_place, parse_point
+from hookmap.maps.requests import Request, layers_in, requests
 from hookmap.maps.templates import Heads, PointTemplate, boundary
 
 
 @dataclass(frozen=True)
 class Term:
-    """One tensor at one module's boundary, times a constant, and times a parameter of the model where `weight` is set.
+    """One tensor at the boundary of a module, or of an operation in its forward, times a constant and a parameter.
 
     The term's share of the point is `times(tensor, parameter)`, of the arranged tensor.
     """
@@ -28,7 +31,8 @@ class Term:
     """path from the model's root, "" for the root"""
     side: Literal["input", "output"]
     index: int | str | None
-    """place in the positional (int) or keyword (str) arguments, or in the output; None: the output is the tensor"""
+    """place in the positional (int) or keyword (str) arguments, or in the output; None: the output is the tensor; of an
+    operation, among its tensors"""
     scale: float = 1.0
     flat: bool = False
     """the module sees [batch * pos, d], not [batch, pos, d]"""
@@ -44,11 +48,23 @@ class Term:
     """path of the parameter that the model multiplies it by: a number, or one for each feature"""
     calls: int | None = None
     """how often the module is called in one forward pass, of a layer that runs several times, where the map says it"""
+    operation: str | None = None
+    """the operator whose input or output it is, in the module's own forward"""
+    occurrence: int | None = None
+    """which operation of that name in it, 0-based; None: the only one"""
+    visits: int | None = None
+    """how many operations of that name the forward has, where that is known"""
+
+    @property
+    def at(self) -> str:
+        """The module's path, and the operation in it: `model.layers.3.self_attn:bmm#1`."""
+        return self.module + operation_text(self.operation, self.occurrence)
 
     def resolve(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
         """The unscaled tensor, given what a plain PyTorch forward hook of `module` sees.
 
-        Raises CaptureError where the arguments or the output have no such place.
+        Of an operation, `args` are its tensors, and `output` what it gave. Raises CaptureError where the arguments or
+        the output have no such place.
         """
         where: Any
         if self.side == "input":
@@ -75,10 +91,23 @@ class Term:
         if self.flat and tensor.shape[0] == batch * width:
             tensor = tensor.reshape(batch, width, *tensor.shape[1:])
         if self.axes is not None:
-            tensor = tensor.movedim((self.axes.index("batch"), self.axes.index("pos")), (0, 1))
+            tensor, axes = self._unmerged(tensor, self.axes, batch)
+            tensor = tensor.movedim((axes.index("batch"), axes.index("pos")), (0, 1))
         if self.rows != "all" and tensor.shape[1] > width:
             tensor = tensor[:, :width] if self.rows == "first" else tensor[:, -width:]
         return tensor
+
+    def _unmerged(self, tensor: Any, axes: tuple[str, ...], batch: int) -> tuple[Any, list[str]]:
+        """The tensor with each axis `batch*heads` as two, and their names."""
+        found: list[str] = []
+        for name in axes:
+            parts = name.split("*")
+            if len(parts) > 1:
+                if tensor.shape[len(found)] % batch:
+                    raise self._wrong(f"{tensor.shape[len(found)]} {name} of {batch} rows")
+                tensor = tensor.unflatten(len(found), (batch, -1))
+            found += parts
+        return tensor, found
 
     def times(self, tensor: Any, parameter: Any = None) -> Any:
         """`scale * tensor`, and times the parameter of `weight`, whose value in the model is `parameter`."""
@@ -112,7 +141,8 @@ class Term:
         )
 
     def __str__(self) -> str:
-        return boundary(self.module or "model", self.side, self.index, self.scale, weight=self.weight)
+        module = (self.module or "model") + operation_text(self.operation, self.occurrence)
+        return boundary(module, self.side, self.index, self.scale, weight=self.weight)
 
 
 @dataclass(frozen=True)
@@ -127,6 +157,14 @@ class Selector:
     """a selector with a smaller number is complete earlier in the forward pass"""
     call: int | None = None
     """which run of the layer in one forward pass, 0-based; None where it runs once"""
+    width: int | None = None
+    """numbers in one row, or for each key of it, where that was measured"""
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether a row has an axis of keys, which grows while the model generates."""
+        named = "key" in PointName.of(self.point).definition.axes
+        return named or any("key" in (term.axes or ()) for term in self.terms)
 
     @property
     def key(self) -> Key:
@@ -180,92 +218,21 @@ def select(
     """
     m = architecture_map
     wanted = wanted_runs(m, calls)
-    answers = [each for request in _parse(m, points, layers) for each in _resolve(m, request, wanted)]
+    answers = [each for request in requests(m, points, layers) for each in _resolve(m, request, wanted)]
     problems = list(dict.fromkeys(each for each in (*wanted.problems, *answers) if isinstance(each, str)))
     if problems:
         raise SelectionError(_report(m, problems))
     found = {each.key: each for each in answers if isinstance(each, Selector)}
     vocabulary = {name: place for place, name in enumerate(POINTS)}
+    last = len(vocabulary)
     return tuple(
-        sorted(found.values(), key=lambda s: (s.forward_index, vocabulary[PointName.of(s.point).base], s.point))
+        sorted(
+            found.values(), key=lambda s: (s.forward_index, vocabulary.get(PointName.of(s.point).base, last), s.point)
+        )
     )
 
 
-@dataclass(frozen=True)
-class _Request:
-    """One point that exists in the vocabulary, and the layers on which it is wanted."""
-
-    point: str
-    layers: tuple[int | None, ...]
-    """(None,) for a point of the whole model"""
-    may_lack: Literal["none", "some", "all"]
-    """on how many of the layers the point may be missing: some of "all" layers, any for "all" points"""
-    named: bool = False
-    """whether the layers were named: then each must run as often as is asked"""
-
-
-# In `_parse`, `_request` and `_resolve` a string is a problem.
-
-
-def _parse(m: MapContents, points: Any, layers: Any) -> Iterator[_Request | str]:
-    layers = list(layers) if isinstance(layers, Iterator) else layers  # each point reads them
-    if isinstance(points, Mapping):
-        asked = list(points.items())
-        if not _is_all(layers):
-            yield "points name layers of their own: leave layers out"
-        for name, own in asked:
-            if own is not None and not _is_all(own) and isinstance(name, str) and not takes_layers(name):
-                yield f"{name} says itself where it is, and takes no layers: give {{{name!r}: 'all'}}"
-    else:
-        yield from _layers(m, layers)[1]  # reported even where no point is known
-        asked = [(name, layers) for name in _names(m, points)]
-    if not asked:
-        yield "no points given: name at least one, or 'all'"
-    for name, own in asked:
-        yield from _request(m, name, own, any_point=_is_all(points))
-
-
-def _names(m: MapContents, points: Any) -> list[Any]:
-    if _is_all(points):
-        return [name for name in m.points if not PointName.of(name).definition.deeper]
-    return [points] if isinstance(points, str) or not isinstance(points, Iterable) else list(points)
-
-
-def _request(m: MapContents, name: Any, layers: Any, any_point: bool) -> Iterator[_Request | str]:
-    if not isinstance(name, str):
-        yield f"point {name!r} is not a name: give names such as 'resid_mid', or 'all'"
-        return
-    parsed = parse_point(name)
-    if isinstance(parsed, str):
-        yield parsed
-    elif not PointName.of(parsed.point).definition.per_layer:
-        yield _Request(parsed.point, (None,), "none")
-    else:
-        wanted = layers if parsed.layer is None else [parsed.layer]
-        chosen, problems = _layers(m, wanted)
-        yield from problems
-        if chosen:
-            may_lack: Any = "all" if any_point else "some" if _is_all(wanted) else "none"
-            yield _Request(parsed.point, chosen, may_lack, not _is_all(wanted))
-        elif not problems:
-            yield f"no layers given for {name}: name at least one, or 'all'"
-
-
-def _layers(m: MapContents, given: Any) -> tuple[tuple[int, ...], list[str]]:
-    """Layers from 0 up, each once, and what is wrong with the others."""
-    count = m.num_layers
-    if _is_all(given):
-        return tuple(range(count)), []
-    there = f"the model has layers 0 to {count - 1} (or -{count} to -1)"
-    chosen, problems = whole_numbers(given, count, "layer", "or 'all'", lambda: there)
-    return tuple(dict.fromkeys(layer % count for layer in chosen)), problems
-
-
-def _is_all(given: Any) -> bool:
-    return isinstance(given, str) and given == "all"
-
-
-def _resolve(m: MapContents, request: _Request | str, calls: WantedRuns) -> Iterator[Selector | str]:
+def _resolve(m: MapContents, request: Request | str, calls: WantedRuns) -> Iterator[Selector | str]:
     if isinstance(request, str):
         yield request
         return
@@ -278,19 +245,18 @@ def _resolve(m: MapContents, request: _Request | str, calls: WantedRuns) -> Iter
         yield from _missing(m, point, reasons)
 
 
-def _of_runs(
-    m: MapContents, request: _Request, layers: list[int | None], calls: WantedRuns
-) -> Iterator[Selector | str]:
+def _of_runs(m: MapContents, request: Request, layers: list[int | None], calls: WantedRuns) -> Iterator[Selector | str]:
     """The selectors of one point on layers that have it, at the wanted runs."""
     lacking: dict[tuple[int, int], list[int]] = {}
     found = []
     for layer in layers:
         if layer is None:
-            found.append(of_template(m, request.point, None, m.model_points[request.point]))
+            found.append(of_template(m, request.point, None, _template(m.model_points, request.point)))
             continue
         kind = m.kind_of(layer)
         runs, without = calls.of(kind.calls)
-        found += [of_template(m, request.point, layer, kind.points[request.point], run) for run in runs]
+        template = _template(kind.points, request.point)
+        found += [of_template(m, request.point, layer, template, run) for run in runs]
         for number in without:
             lacking.setdefault((number, kind.calls), []).append(layer)
     if not calls.problems and (request.named or (not found and request.may_lack != "all")):
@@ -302,7 +268,7 @@ def _of_runs(
 
 def layers_of(architecture_map: MapContents, layers: Any) -> tuple[int, ...]:
     """The layers from 0 up that are meant, as `select` takes them. Raises SelectionError with every problem at once."""
-    chosen, problems = _layers(architecture_map, layers)
+    chosen, problems = layers_in(architecture_map, layers)
     if problems:
         raise SelectionError(_report(architecture_map, problems))
     return chosen
@@ -320,14 +286,21 @@ def unavailable(architecture_map: MapContents, point: str, layer: int | None = N
     if layer is None:
         reasons = [_why_not(name, kind.points, kind.unavailable) for kind in m.kinds]
         return None if None in reasons else reasons[0]
-    chosen, problems = _layers(m, [layer])
+    chosen, problems = layers_in(m, [layer])
     if problems:
         return problems[0]
     kind = m.kind_of(chosen[0])
     return _why_not(name, kind.points, kind.unavailable)
 
 
+def _template(points: Mapping[str, PointTemplate], name: str) -> PointTemplate:
+    """Where the point is: as the map says, or as its name itself says."""
+    return points[name] if name in points else template_of(name)
+
+
 def _why_not(name: str, points: Mapping[str, PointTemplate], unavailable: Mapping[str, str]) -> str | None:
+    if is_place(name):
+        return None
     return None if name in points else unavailable.get(name, PointName.of(name).definition.absent)
 
 
@@ -365,6 +338,7 @@ def of_template(m: MapContents, point: str, layer: int | None, template: PointTe
             path(t.module), t.side, t.index, t.scale, t.flat, t.axes, t.rows, t.call_in(run, runs), t.heads,
             weight=None if t.weight is None else path(t.weight),
             calls=runs if runs > 1 and t.call is None else None,
+            operation=t.operation, occurrence=t.occurrence, visits=t.visits,
         )
         for t in template.terms
     )  # fmt: skip
@@ -375,6 +349,16 @@ def of_template(m: MapContents, point: str, layer: int | None, template: PointTe
 def _forward_index(m: MapContents, point: str, layer: int | None, order: int, run: int = 0) -> int:
     """Block points come between the embedding and the final norm, each run of a block in its own range of numbers."""
     span = 1 + max(t.order for kind in m.kinds for t in (*kind.points.values(), *m.model_points.values()))
+    if is_place(point):  # behind the points of its block
+        order = span - 1
+        if layer is None and (layer := _layer_of(m, template_of(point).terms[0].module)) is None:
+            return (len(m.order) + 1) * span + order
     if layer is not None:
         return (m.order.index((layer, run)) + 1) * span + order
     return order if point == "embed" else (len(m.order) + 1) * span + order
+
+
+def _layer_of(m: MapContents, path: str) -> int | None:
+    """The layer whose block holds the module at this path; None where none does."""
+    blocks = (m.at_layer(m.layers_path, layer) for layer in range(m.num_layers))
+    return next((layer for layer, block in enumerate(blocks) if f"{path}.".startswith(f"{block}.")), None)

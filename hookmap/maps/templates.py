@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from hookmap.maps.grammar import operation_text
 from hookmap.maps.points import why_absent
 from hookmap.maps.relations import Relation
 
@@ -45,7 +46,7 @@ def is_template(path: str) -> bool:
 def boundary(
     module: str, side: str, index: int | str | None, scale: float = 1.0, times: str = " * ", weight: str | None = None
 ) -> str:
-    """A tensor at a module's boundary, as people read it: `0.5 * model.layers.0.mlp.output[0]`."""
+    """A tensor at a boundary, as people read it: `0.5 * model.layers.0.mlp.output[0]`; `module` with the operation."""
     factor = ("" if scale == 1.0 else f"{scale:g}{times}") + ("" if weight is None else f"{weight}{times}")
     return f"{factor}{module}.{side}{'' if index is None else f'[{index!r}]'}"
 
@@ -56,12 +57,25 @@ def short_path(path: str, prefix: str) -> str:
 
 
 class TermTemplate(Frozen):
-    """One tensor at a module's boundary, times a constant, and times a parameter of the model."""
+    """One tensor at the boundary of a module, or of an operation in its forward, times a constant and a parameter."""
 
     module: str = Field(description="module path from the model's root; `{i}` is the layer; empty for the root itself")
     side: Literal["input", "output"]
     index: int | str | None = Field(
         default=None, description="position or name in the arguments or the output; null where the output is the tensor"
+    )
+    operation: str | None = Field(
+        default=None,
+        description="the operator whose input or output it is, in the module's own forward: the name of a PyTorch "
+        "operator, such as `_softmax`; `index` is then a place among its tensors",
+    )
+    occurrence: int | None = Field(
+        default=None, ge=0, description="which operation of that name in the module's forward; null: the only one"
+    )
+    visits: int | None = Field(
+        default=None,
+        ge=1,
+        description="how many operations of that name every forward has, where that is known",
     )
     scale: float = Field(default=1.0, description="the constant that the model multiplies it by, outside modules")
     weight: str | None = Field(
@@ -71,7 +85,9 @@ class TermTemplate(Frozen):
     )
     flat: bool = Field(default=False, description="the module sees [batch * pos, ...]; a capture unflattens it")
     axes: tuple[str, ...] | None = Field(
-        default=None, description="its axes there, where they are not (batch, pos, ...); a capture reorders them"
+        default=None,
+        description="its axes there, where they are not (batch, pos, ...); a capture reorders them; `batch*heads` is "
+        "one axis of both, the heads of one row of the batch side by side",
     )
     rows: Literal["all", "first", "last"] = Field(
         default="all", description="which of its positions are the tokens', where the tensor has more"
@@ -98,7 +114,8 @@ class TermTemplate(Frozen):
     def text(self, prefix: str = "", times: str = " * ") -> str:
         """Factor, module path from `prefix` on, side and index: `0.5 * mlp.output[0]`."""
         weight = None if self.weight is None else short_path(self.weight, prefix)
-        return boundary(short_path(self.module, prefix), self.side, self.index, self.scale, times, weight)
+        module = short_path(self.module, prefix) + operation_text(self.operation, self.occurrence)
+        return boundary(module, self.side, self.index, self.scale, times, weight)
 
 
 def text_of_all(terms: Sequence[TermTemplate], prefix: str = "", times: str = " * ") -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import BaseModel
 
 from hookmap.maps import reading
 from hookmap.maps.contents import SCHEMA_VERSION, MapContents
-from hookmap.maps.grammar import CONSTANTS, folded, folded_names, heads_text, layers_pattern, selector_text
+from hookmap.maps.grammar import CONSTANTS, Place, folded, folded_names, heads_text, layers_pattern, selector_text
 from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 
 _FACTOR = re.compile(r'(?<=["( ])(-?[0-9][0-9.e+-]*)(?= \* )')
@@ -158,8 +159,9 @@ def _row(name: str, point: PointTemplate, order: dict[str, int]) -> Any:
 
 
 def _term(term: TermTemplate, usual_axes: list[str] | None = None) -> Any:
-    at = selector_text(term.module, term.side, term.index, term.scale)
-    rest = _but(_said(term), "module", "side", "index", "scale", "axes")
+    place = Place(term.module, term.side, term.index, term.operation, term.occurrence)
+    at = selector_text(place, term.scale)
+    rest = _but(_said(term), *asdict(place), "scale", "axes")
     axes = term.axes and list(term.axes)
     if axes != usual_axes:
         rest["axes"] = axes

@@ -129,12 +129,12 @@ def _pair(point: str, layer: int | None) -> Key | None:
     if isinstance(parsed, str):
         return None
     layer = parsed.layer if layer is None else layer
-    return (parsed.point, layer) if POINTS[_base(parsed.point)].per_layer == (layer is not None) else None
+    return (parsed.point, layer) if PointName.of(parsed.point).definition.per_layer == (layer is not None) else None
 
 
 def _place(key: Key) -> tuple[int, int, int]:
     """Layers in order, each with its points in order, of one run after the other."""
-    return -1 if key[1] is None else key[1], call_of(key) or 0, list(POINTS).index(_base(key[0]))
+    return -1 if key[1] is None else key[1], call_of(key) or 0, [*POINTS, _base(key[0])].index(_base(key[0]))
 
 
 def _base(point: str) -> str:

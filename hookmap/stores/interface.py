@@ -15,7 +15,7 @@ import torch
 from hookmap import html
 from hookmap.activations import Activation, Key, Sample, Sink, call_of, key_of
 from hookmap.errors import SelectionError
-from hookmap.maps.points import PointName, parse_point
+from hookmap.maps.points import PointName, axes_of, parse_point
 from hookmap.wording import counted, did_you_mean, sentence
 
 Tokens: TypeAlias = "slice | Sequence[int] | None"
@@ -156,7 +156,7 @@ class Store(ABC):
 
     def axes(self, point: str, layer: int | None, ndim: int) -> tuple[str, ...]:
         """Names of the axes of `self[point, layer]`, which has `ndim`; of `pattern` as it is stored, a row a query."""
-        axes = PointName.of(point).definition.axes
+        axes = axes_of(point, ndim)
         return ("batch", "query", "heads", "key") if "key" in axes else axes
 
     def __repr__(self) -> str:

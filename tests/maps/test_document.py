@@ -14,6 +14,7 @@ from support.raises import raises
 from hookmap import MapError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.grammar import (
+    Place,
     folded,
     folded_names,
     layers_pattern,
@@ -169,10 +170,14 @@ def test_a_second_name_with_a_reason_or_a_tensor_of_its_own_stays_so() -> None:
     st.sampled_from(["input", "output"]),
     st.none() | st.integers(-3, 9) | st.text(max_size=6),
     st.floats(allow_nan=False, allow_infinity=False) | st.just("{b}"),
+    st.none() | st.tuples(st.sampled_from(["bmm", "_softmax", "add"]), st.none() | st.integers(0, 12)),
 )
-def test_every_selector_is_read_back(module: str, side: str, index: int | str | None, factor: float | str) -> None:
-    text = selector_text(module, side, index, factor)
-    assert read_selector(text) == (module, side, index, factor)
+def test_every_selector_is_read_back(
+    module: str, side: str, index: int | str | None, factor: float | str, operation: tuple[str, int | None] | None
+) -> None:
+    place = Place(module, side, index, *(operation or ()))
+    text = selector_text(place, factor)
+    assert read_selector(text) == (place, factor)
     jsonschema.validate(text, schema()["$defs"]["Selector"])
 
 
@@ -249,7 +254,7 @@ def test_a_list_that_repeats_itself_is_written_once() -> None:
         (f"{L}.attn.output + {L}.mlp.output", "a sum is a list of selectors"),
         (
             "model.my layers.mlp.output",
-            "a module's path with blanks, quotes, stars or brackets stands in single quotes",
+            "a module's path with blanks, quotes, stars, colons or brackets stands in single quotes",
         ),
     ],
 )

@@ -199,12 +199,12 @@ def by_position(weights: torch.Tensor, end: int, pads: int, keys: int) -> torch.
     """Attention weights [query, heads, keys seen] -> [query, heads, keys]: key n is the sample's position n.
 
     `end`: columns that the batch was fed. A cache holds the last keys (a sliding window drops the first ones), so the
-    last key is always column `end - 1`.
+    last key is always column `end - 1`. Of keys that are not there, the value is 0.
     """
     first = end - weights.shape[-1] - pads
     if first + pads < 0:
         raise CaptureError(
-            f"pattern: {weights.shape[-1]} keys after {end} tokens: this cache has places for tokens to come, and "
+            f"{weights.shape[-1]} keys after {end} tokens: this cache has places for tokens to come, and "
             "which key is which token cannot be told. Generate without cache_implementation."
         )
     seen = weights[..., max(0, -first) :][..., :keys]

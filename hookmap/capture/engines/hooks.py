@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hookmap.capture.engines.observation import Observer, Side, Watch, parameters_of
+from hookmap.capture.engines.observation import Observer, Side, Watch
+from hookmap.capture.engines.operations import Forward, showing
+from hookmap.capture.engines.parameters import parameters_of
 from hookmap.capture.engines.taps import Taps
 from hookmap.capture.interventions.edits import Editor
 from hookmap.capture.interventions.writable import MODES, Mode, mode_of
@@ -20,7 +22,7 @@ from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen
 from hookmap.loading.modules import accepted
 from hookmap.loading.wrappers import generate_of, hooked_forward, runner_of
-from hookmap.maps.selectors import Selector
+from hookmap.maps.selectors import Selector, Term
 
 
 class _SawAllError(Exception):
@@ -60,6 +62,33 @@ class HooksEngine:
         with hooked_forward(self.runner, self.root), watching, torch.enable_grad():
             call(self.runner, inputs)
 
+    def tensors(self, terms: Sequence[Term], inputs: Mapping[str, Any]) -> dict[Term, torch.Tensor]:
+        """What one forward pass shows at each of these places, as it lies there: a copy.
+
+        Raises CaptureError where there is no such tensor, or where a place without a call is passed several times.
+        """
+        found: dict[Term, list[torch.Tensor]] = {}
+        forwards: dict[nn.Module, Forward] = {}
+
+        def keep(term: Term, args: Any, kwargs: Any, output: Any) -> None:
+            found.setdefault(term, []).append(term.resolve(args, kwargs, output).detach().clone())
+
+        with contextlib.ExitStack() as hooks:
+            for term in terms:
+                module = module_at(self.module, self.root, term.module)
+                if term.operation is None:
+                    hooks.callback(_register(module, term.side, partial(keep, term)))
+                else:
+                    forwards.setdefault(module, Forward(term.module)).add(term, term.side, [partial(keep, term)])
+            hooks.enter_context(showing(forwards, lambda: True))
+            with hooked_forward(self.runner, self.root), torch.no_grad():
+                call(self.runner, inputs)
+        if several := [term for term, seen in found.items() if len(seen) > 1 and term.call is None]:
+            raise CaptureError(
+                f"{several[0]} is passed {len(found[several[0]])} times in one forward pass: it has no one tensor."
+            )
+        return {term: seen[term.call or 0] for term, seen in found.items() if len(seen) > (term.call or 0)}
+
     @contextlib.contextmanager
     def _watching(
         self,
@@ -77,11 +106,22 @@ class HooksEngine:
             hooks.callback(_register(self.root, "input", partial(self._begin, observers, editor, generating)))
             edited = (*(() if editor is None else editor.boundaries), *(() if taps is None else taps.boundaries))
             watched = [boundary for each in observers if each not in also for boundary in each.boundaries]
+            operations = {} if editor is None else editor.operations
+            operations |= {path: term for each in observers for path, term in each.operations.items()}
+            forwards: dict[nn.Module, Forward] = {}
             for path, side in dict.fromkeys((*watched, *edited)):
+                if (term := operations.get(path)) is not None:
+                    module = module_at(self.module, self.root, term.module)
+                    calls = list(_calls_at(path, side, observer, editor, False, taps))
+                    forwards.setdefault(module, Forward(term.module)).add(term, side, calls)
+                    continue
                 module = module_at(self.module, self.root, path)
                 # Hooks run in the order of registration: each sees what the ones before it passed on.
                 for call in _calls_at(path, side, observer, editor, ends_early, taps):
                     hooks.callback(_register(module, side, call))
+            looked = [observer, *([] if editor is None or editor.watching is None else [editor.watching])]
+            end = partial(_end_pass, looked) if ends_early else _go_on
+            hooks.enter_context(showing(forwards, lambda: observer.looks, end))
             yield
 
     def _begin(
@@ -126,10 +166,18 @@ def _then_end(observers: Sequence[Observer], watch: Watch) -> Watch:
 
     def watch_and_end(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         watch(args, kwargs, output)
-        if all(observer.saw_all and observer.looks for observer in observers):
-            raise _SawAllError
+        _end_pass(observers)
 
     return watch_and_end
+
+
+def _end_pass(observers: Sequence[Observer]) -> None:
+    if all(observer.saw_all and observer.looks for observer in observers):
+        raise _SawAllError
+
+
+def _go_on() -> None:
+    pass
 
 
 def _as_it_is(watch: Watch) -> Watch:

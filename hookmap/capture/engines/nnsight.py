@@ -21,7 +21,9 @@ from hookmap.capture.engines.nnsight_internals import (
     stored_edits,
     tree_over,
 )
-from hookmap.capture.engines.observation import Observer, Watch, parameters_of
+from hookmap.capture.engines.observation import Observer, Watch
+from hookmap.capture.engines.operations import Forward, showing
+from hookmap.capture.engines.parameters import parameters_of
 from hookmap.capture.interventions.edits import Editor
 from hookmap.errors import InterventionError
 from hookmap.loading.wrappers import generate_of, hooked_forward, runner_of
@@ -85,13 +87,26 @@ class NNsightEngine:
         with contextlib.ExitStack() as hooks:
             hooks.callback(self.root.register_forward_pre_hook(begin, with_kwargs=True).remove)
             hooks.enter_context(hooked_forward(self.runner, self.root))
+            hooks.enter_context(showing(self._forwards(observers), lambda: observer.looks, any_thread=True))
             return _trace(self._tree, self._cache(self._tree, observers), run)
+
+    def _forwards(self, observers: Sequence[Observer]) -> dict[nn.Module, Forward]:
+        """nnsight shows modules; their operations are seen as the hooks engine sees them."""
+        found: dict[nn.Module, Forward] = {}
+        for observer in observers:
+            for path, side in observer.boundaries:
+                if (term := observer.operations.get(path)) is not None:
+                    module = module_at(self.module, self.root, term.module)
+                    found.setdefault(module, Forward(term.module)).add(term, side, [observer.watcher(path, side)])
+        return found
 
     def _cache(self, tree: nnsight.NNsight, observers: Sequence[Observer]) -> PassingCache:
         paths = paths_in(tree)
         wanted: dict[tuple[str, str], list[Watch]] = {}
         for observer in observers:
             for path, side in observer.boundaries:
+                if path in observer.operations:
+                    continue
                 module = module_at(self.module, self.root, path)
                 wanted.setdefault((paths[id(module)], side), []).append(observer.watcher(path, side))
 

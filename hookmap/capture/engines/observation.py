@@ -13,12 +13,13 @@ import torch
 
 from hookmap.activations import Activation, call_of
 from hookmap.capture.engines.collectors import Collector, EveryRow, LastRow, MeanRow, PatternRows
+from hookmap.capture.engines.parameters import no_parameters
 from hookmap.capture.engines.pass_rows import BatchLayout, BatchRows, PassRows
 from hookmap.capture.engines.transfer import Transfer
 from hookmap.capture.overflow import Overflow, in_words
 from hookmap.capture.rows import DTYPES, NUMBERS, RowSelection
 from hookmap.errors import CaptureError
-from hookmap.maps.points import PointName
+from hookmap.maps.points import PointName, is_place
 from hookmap.maps.selectors import Selector, Term
 from hookmap.stores.ledger import tensor_name
 
@@ -49,9 +50,9 @@ class Observer:
         self.selection = selection or RowSelection()
         self.lost: tuple[Overflow, ...] = ()
         """rows that became infinite in the dtype of the selection; known when the batch is finished"""
-        self.parameter_at: Callable[[str], torch.Tensor] = _no_parameters
+        self.parameter_at: Callable[[str], torch.Tensor] = no_parameters
         """the value of a parameter of the model, by its path; the engine that has the model sets it"""
-        self.every_logit = False
+        self.every_logit = any(is_place(selector.point) for selector in self.selectors)
         """whether somebody else reads or writes logits too, so that all of them are computed"""
         self._batch = BatchRows(layout, self.selection, matching)
         self._write = write
@@ -62,6 +63,8 @@ class Observer:
         """(width of a row, device) -> the features that are kept; None for all"""
         self._seen_in: list[int] = [-1] * len(self.selectors)
         """of each selector, the last forward pass that showed it"""
+        self._static = False
+        """whether the running pass has a cache with places for tokens to come"""
         self._left = 0
         """selectors that the running pass has not shown yet"""
         self._logit_columns: Sequence[int] | None = None
@@ -75,15 +78,19 @@ class Observer:
         self._no_rows: dict[int, torch.Tensor] = {}
         """of each selector, [0, ...] in the dtype and width of its rows"""
         self._targets: dict[tuple[str, Side], list[tuple[int, int, Term]]] = {}
+        self.operations: dict[str, Term] = {}
+        """the boundaries' paths that are not modules but operations in them -> a term there"""
         for number, selector in enumerate(self.selectors):
             for position, term in enumerate(selector.terms):
-                self._targets.setdefault((term.module, term.side), []).append((number, position, term))
+                self._targets.setdefault((term.at, term.side), []).append((number, position, term))
                 if term.calls is not None:
-                    self._expected[term.module, term.side] = term.calls
+                    self._expected[term.at, term.side] = term.calls
+                if term.operation is not None:
+                    self.operations[term.at] = term
 
     @property
     def boundaries(self) -> tuple[tuple[str, Side], ...]:
-        """The (module path, side) pairs to watch, each once."""
+        """The (path, side) pairs to watch, each once: of modules, and of the `operations` in them."""
         return tuple(self._targets)
 
     @property
@@ -122,6 +129,7 @@ class Observer:
             return
         self._end_pass()
         self._batch.begin_pass(args, kwargs)
+        self._static = any(getattr(each, "is_compileable", False) is True for each in (*args, *kwargs.values()))
         self._left = len(self.selectors)
 
     def logits(self, generating: bool, scattered: bool) -> Sequence[int] | None:
@@ -283,6 +291,7 @@ class Observer:
     def _new_columns(self, tensor: torch.Tensor, term: Term, selector: Selector) -> torch.Tensor:
         """A view of the columns that were fed for the first time: `[batch, new, ...]`."""
         kept, width, computed = self._batch.kept, self._batch.width or 0, self._logit_columns
+        self._refuse_empty_places(tensor, term, selector)
         tensor = term.arrange(tensor, kept.batch, width)
         if computed is not None and of_logits(selector) and tensor.shape[:2] == (kept.batch, len(computed)):
             return tensor
@@ -294,6 +303,19 @@ class Observer:
                 "use_cache=False), or the map was made for another version of it: run `hookmap discover` again."
             )
         return tensor if kept.new == width else tensor[:, -kept.new :]
+
+    def _refuse_empty_places(self, tensor: torch.Tensor, term: Term, selector: Selector) -> None:
+        """Raises CaptureError where a cache has places for tokens to come: which place is which token is not told."""
+        if term.rows != "last" or term.flat:
+            return
+        batch, width, fed = self._batch.kept.batch, self._batch.width or 0, self._batch.kept.end
+        held = replace(term, rows="all").arrange(tensor, batch, width).shape[1]
+        by_place = term.operation is not None or is_place(selector.point)
+        if held > width and (self._static or (by_place and held > fed)):
+            raise CaptureError(
+                f"{selector}: {held} positions after {fed} tokens: this cache has places for tokens to come, and which "
+                "position is which token cannot be told. Generate without cache_implementation."
+            )
 
     def _features(self, tensor: torch.Tensor) -> torch.Tensor:
         """The features of a tensor that are kept."""
@@ -334,7 +356,7 @@ class Observer:
         name = PointName.of(selector.point)
         dtype = None if self.selection.dtype is None or name.base in NUMBERS else DTYPES[self.selection.dtype]
         deliver = self._deliver_of(selector)
-        if "key" in name.definition.axes:
+        if selector.has_keys:
             pads = [self.layout.pads(row) for row in range(len(self.layout.samples))]
             return PatternRows(self._transfer, deliver, dtype, pads, keys or self.layout.width)
         kind = MeanRow if self.selection.mean else LastRow if self.selection.one_row else EveryRow
@@ -353,29 +375,3 @@ class Observer:
 def of_logits(selector: Selector) -> bool:
     """Whether it selects the logits, which a model may be told to compute for some tokens only."""
     return "d_vocab" in PointName.of(selector.point).definition.axes
-
-
-def _no_parameters(path: str) -> torch.Tensor:
-    raise CaptureError(
-        f"{path} is a parameter that a branch is multiplied by, and the weights of this model are not here: open the "
-        "model where its weights are, or choose another point."
-    )
-
-
-def parameters_of(model: torch.nn.Module) -> Callable[[str], torch.Tensor]:
-    """What looks a parameter or a buffer up by its path; it raises CaptureError where there is none with data."""
-
-    def parameter_at(path: str) -> torch.Tensor:
-        owner, _, name = path.rpartition(".")
-        try:
-            found = getattr(model.get_submodule(owner), name)
-        except AttributeError as error:
-            raise CaptureError(
-                f"{type(model).__name__} has no parameter {path!r}: the map is another model's: run `hookmap discover`."
-            ) from error
-        if found.is_meta:  # accelerate keeps it elsewhere until its module runs
-            _no_parameters(path)
-        tensor: torch.Tensor = found
-        return tensor
-
-    return parameter_at

@@ -68,6 +68,11 @@ class RemoteEngine:
             pass
 
     def _run(self, observer: Observer, inputs: dict[str, Any], generate: bool) -> tuple[Any, "_Calls"]:
+        if observer.operations:
+            raise CaptureError(
+                f"{', '.join(observer.operations)}: a server shows modules and not the operations in them. Open the "
+                "model here, or name a module's input or output."
+            )
         paths: dict[tuple[str, Side], str] = {
             (path, side): self._paths[id(module_at(self.module, self.root, path))] for path, side in observer.boundaries
         }

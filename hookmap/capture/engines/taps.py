@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from hookmap.capture.engines.observation import Observer, Side, parameters_of
+from hookmap.capture.engines.observation import Observer, Side
+from hookmap.capture.engines.parameters import parameters_of
 from hookmap.capture.interventions.writable import Mode, ModuleIO, mode_of, passed_on
 from hookmap.errors import CaptureError
 from hookmap.maps.selectors import Selector, Term

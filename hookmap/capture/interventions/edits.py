@@ -13,11 +13,12 @@ import torch
 
 from hookmap.capture.engines.observation import Observer, of_logits
 from hookmap.capture.engines.pass_rows import token_ids
+from hookmap.capture.interventions.keys import fitted, on_keys
 from hookmap.capture.interventions.writable import BoundaryTensor, Cells, ModuleIO, mode_of
 from hookmap.capture.rows import RowSelection
 from hookmap.errors import InterventionError
-from hookmap.maps.points import PointName
-from hookmap.maps.selectors import Selector
+from hookmap.maps.points import PointName, is_place
+from hookmap.maps.selectors import Selector, Term
 
 
 class TokenAt(NamedTuple):
@@ -126,15 +127,19 @@ class Editor:
         self._targets: dict[tuple[str, str, str], list[tuple[int, Edit]]] = {}
         for number, edit in self._edits:
             target = edit.target
-            self._targets.setdefault((target.term.module, target.term.side, target.mode), []).append((number, edit))
+            self._targets.setdefault((target.term.at, target.term.side, target.mode), []).append((number, edit))
         readers = [each for each in (observer, self.watching) if each is not None and each.reads_logits]
         for each in (observer, *self.observers):
-            each.every_logit |= len(readers) > 1 or any(of_logits(edit.selector) for edit in edits)
+            each.every_logit |= len(readers) > 1 or any(
+                of_logits(edit.selector) or is_place(edit.selector.point) for edit in edits
+            )
         self._means: dict[tuple[int, int], torch.Tensor] = {}
         self._tokens: list[list[int]] | None = None
         """ids of the tokens that the running pass is fed, if an edit selects by them"""
         self._cells: dict[Any, tuple[Cells, list[TokenAt]]] = {}
         self._calls: dict[tuple[str, str, str], int] = {}
+        self._written: set[int] = set()
+        """edits that wrote in an earlier pass"""
         self._begun = False
         self.counts = any(edit.selector.call is not None for edit in edits)
         """whether a layer that is written runs several times: a pass is watched to its end then"""
@@ -164,9 +169,15 @@ class Editor:
 
     @property
     def boundaries(self) -> tuple[tuple[str, Literal["input", "output"]], ...]:
-        """The (module path, side) pairs that are written."""
-        terms = (edit.selector.terms[0] for _, edit in self._edits)
-        return tuple(dict.fromkeys((term.module, term.side) for term in terms))
+        """The (path, side) pairs that are written: of modules, and of the `operations` in them."""
+        terms = (edit.target.term for _, edit in self._edits)
+        return tuple(dict.fromkeys((term.at, term.side) for term in terms))
+
+    @property
+    def operations(self) -> dict[str, Term]:
+        """As an observer's."""
+        terms = (edit.target.term for _, edit in self._edits)
+        return {term.at: term for term in terms if term.operation is not None}
 
     def writes(self, module: str, side: str, mode: str) -> bool:
         """Whether an edit writes at this boundary in this mode."""
@@ -213,11 +224,18 @@ class Editor:
         cells, where = self._chosen(edit)
         shape = (len(self._observer.layout.samples), len(self._observer.columns))
         means = self._means_of(number, edit.target, given, cells[0], shape) if edit.means else None
+        if number in self._written:
+            self._refuse_old_tokens(edit, given, shape)
         if not where:
             return given
 
         def change(rows: torch.Tensor) -> torch.Tensor:
-            changed = _on_heads(edit, rows, where, means)
+            if edit.selector.has_keys:
+                pads = [self._observer.layout.pads(row) for row in cells[0]]
+                end = self._observer.columns.stop
+                changed = on_keys(rows, pads, end, lambda aligned: _on_heads(edit, aligned, where, means))
+            else:
+                changed = _on_heads(edit, rows, where, means)
             if rows.dtype == torch.float16 and bool(rows.isfinite().all() & ~changed.isfinite().all()):
                 raise InterventionError(
                     f"{edit.selector}: what is written is too large for torch.float16, which goes up to 65504. "
@@ -225,7 +243,19 @@ class Editor:
                 )
             return changed
 
+        self._written.add(number)
         return edit.target.write(given, shape, cells, change, str(edit.selector))
+
+    def _refuse_old_tokens(self, edit: Edit, given: ModuleIO, shape: tuple[int, int]) -> None:
+        """Raises InterventionError where the tensor also holds tokens of earlier passes, out of a cache."""
+        term, fed = edit.target.term, self._observer.columns.stop
+        if term.rows != "last" or term.flat or fed == shape[1]:
+            return
+        if replace(term, rows="all").arrange(term.resolve(*given), *shape).shape[1] == fed:
+            raise InterventionError(
+                f"{edit.selector}: it holds the tokens of earlier passes too, out of the cache, and what was written "
+                "to those is not in it. Write what comes before the cache, or generate with use_cache=False."
+            )
 
     def _chosen(self, edit: Edit) -> tuple[Cells, list[TokenAt]]:
         """The cells of this pass that the edit writes, and the token of each."""
@@ -279,19 +309,20 @@ class Editor:
 
 
 def _on_heads(edit: Edit, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
+    chosen = slice(None) if edit.heads is None else list(edit.heads)
+    new = edit.operation(rows[:, chosen], where, None if means is None else means[:, chosen])
+    if edit.selector.has_keys:
+        new = fitted(new, rows.shape[-1], str(edit.selector))
     if edit.heads is None:
-        return edit.operation(rows, where, means)
-    chosen = list(edit.heads)
+        return new
     changed = rows.clone()
-    changed[:, chosen] = edit.operation(rows[:, chosen], where, None if means is None else means[:, chosen]).to(
-        rows.dtype
-    )
+    changed[:, chosen] = new.to(rows.dtype)
     return changed
 
 
 def why_not_heads(heads: tuple[int, ...], point: str, row: tuple[int, ...] = ()) -> str | None:
     """Why these heads cannot be chosen of a point with such rows, where they are known; None where they can."""
-    if "heads" not in PointName.of(point).definition.axes:
+    if "heads" not in PointName.of(point).definition.axes and not (is_place(point) and len(row) > 1):
         return f"heads {list(heads)}: {point} has no heads."
     if not heads:
         return "no heads given: name at least one, or leave heads out."

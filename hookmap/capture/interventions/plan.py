@@ -27,6 +27,7 @@ from hookmap.capture.interventions.documents import (
 )
 from hookmap.capture.interventions.edits import Edit, EditedTokens, RowOperation, why_not_heads
 from hookmap.capture.interventions.functions import Called
+from hookmap.capture.interventions.keys import why_not_on_keys
 from hookmap.capture.interventions.pairs import pairs, swapped
 from hookmap.capture.interventions.sources import Editable, Sources, key_in_source, rows_of_heads
 from hookmap.capture.interventions.vectors import low_rank, read_rows, row_vector, unit_vector
@@ -37,7 +38,7 @@ from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.describe import layers_text
 from hookmap.maps.points import parse_point
-from hookmap.maps.selectors import Selector, select
+from hookmap.maps.selectors import Selector
 from hookmap.wording import counted
 
 
@@ -118,7 +119,7 @@ class _Planner:
     def _skips(self, selector: Selector, tokens: EditedTokens) -> list[Edit]:
         """The edits that leave a block out: its end gets the rows that entered it."""
         assert selector.layer is not None  # resid_post is a point of a layer
-        [start] = select(self.hm.map, ["resid_pre"], [selector.layer], [selector.call or 0])
+        [start] = self.hm.selectors(["resid_pre"], [selector.layer], [selector.call or 0])
         if (reason := self.hm.proofs.of(start).reason) is not None:
             raise InterventionError(f"resid_pre, which it is to end with, is not kept: {reason}.")
         entering = operations.Entering()
@@ -147,7 +148,7 @@ class _Planner:
 
     def _selectors(self, given: Intervention) -> tuple[Selector, ...]:
         try:
-            return select(self.hm.map, [given.point], given.layers, given.calls)
+            return self.hm.selectors([given.point], given.layers, given.calls)
         except SelectionError as error:
             parsed = parse_point(given.point)
             near = []
@@ -225,6 +226,7 @@ class _Planner:
                 refused.setdefault(proof.reason, []).append(-1 if selector.layer is None else selector.layer)
             rows.append(proof.row if given.heads is None else (len(given.heads), *proof.row[1:]))
             wrong = None if given.heads is None else why_not_heads(given.heads, selector.point, proof.row)
+            wrong = (selector.has_keys and why_not_on_keys(given)) or wrong
             if wrong and proof.reason is None:
                 self.note(wrong)
         for reason, layers in refused.items():

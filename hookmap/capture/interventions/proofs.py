@@ -21,11 +21,11 @@ from hookmap.capture.interventions.expectations import (
     not_read_back,
     same,
 )
-from hookmap.capture.interventions.trial_runs import TrialRuns, noise
+from hookmap.capture.interventions.trial_runs import Measured, TrialRuns, changed
 from hookmap.capture.interventions.writable import refusal
-from hookmap.capture.run import running
+from hookmap.capture.run import reads_attention, running
 from hookmap.maps.document import ArchitectureMap
-from hookmap.maps.points import PointName
+from hookmap.maps.points import PointName, is_place
 from hookmap.maps.selectors import Selector
 from hookmap.maps.templates import BlockKind
 
@@ -47,8 +47,9 @@ class Proof:
 class Proofs:
     """The proofs of one opened model, each made when it is first asked for."""
 
-    def __init__(self, engine: Engine, architecture_map: ArchitectureMap) -> None:
-        self._engine, self._map = engine, architecture_map
+    def __init__(self, engine: Engine, architecture_map: ArchitectureMap, measured: Measured = tuple) -> None:
+        """`measured`: see `hookmap.capture.places.Places`."""
+        self._engine, self._map, self._measured = engine, architecture_map, measured
         self._found: dict[tuple[str, str, int | None], Proof] = {}
         self._runs: dict[tuple[str, int | None], TrialRuns] = {}
         self._lock = threading.RLock()
@@ -56,13 +57,15 @@ class Proofs:
     def of(self, selector: Selector) -> Proof:
         """Whether this point may be written in this kind of block."""
         kind = None if selector.layer is None else self._map.kind_of(selector.layer)
-        with self._lock, running(self._engine):
+        with self._lock, running(self._engine, reads_attention([selector])):
             return self._proof(PointName.of(selector.point).as_mixer(), kind, selector.call)
 
     def _proof(self, point: str, kind: BlockKind | None, call: int | None) -> Proof:
         key = (point, "" if kind is None else kind.name, call)
         if key not in self._found:
-            runs = self._runs.setdefault(key[1:], TrialRuns(self._engine, self._map, kind, call))
+            place = point if is_place(point) else None
+            runs = TrialRuns(self._engine, self._map, kind, call, place, self._measured)
+            runs = runs if place else self._runs.setdefault(key[1:], runs)
             selector = runs.selector(point)
             reason = refusal(selector)
             try:
@@ -76,7 +79,12 @@ class Proofs:
         if (reason := runs.why_not_finite()) is not None:
             return Proof(reason)
         value = runs.plain[selector.key]
-        failure = _of_model(runs, selector) if kind is None else self._of_block(runs, selector, kind)
+        if not value.is_floating_point():
+            return Proof(f"it holds {value.dtype}, which are no values to be changed a little")
+        if kind is None or is_place(selector.point):
+            failure = _of_model(runs, selector)
+        else:
+            failure = self._of_block(runs, selector, kind)
         return Proof(failure, tuple(value.shape[1:]), value.dtype)
 
     def _of_block(self, runs: TrialRuns, selector: Selector, kind: BlockKind) -> str | None:
@@ -104,9 +112,10 @@ class Proofs:
 def _of_model(runs: TrialRuns, selector: Selector) -> str | None:
     """What is wrong with writing a point of the whole model."""
     key = selector.key
-    value = runs.plain[key] + noise(runs.plain[key], 1)
+    value = changed(runs.plain[key])
     written = runs.run({selector: value})
-    follows = next((k for k in written if k[0] == _FOLLOWS.get(selector.point)), None)
+    behind = runs.end if is_place(selector.point) else _FOLLOWS.get(selector.point)
+    follows = next((k for k in written if k[0] == behind), None)
     if follows is not None and torch.equal(written[follows], runs.plain[follows]):
         return f"nothing behind it changed ({follows[0]})"
     return not_read_back(selector, written[key], value)

@@ -33,6 +33,9 @@ class Editable(Protocol):
     @property
     def reader(self) -> ImageReader: ...
 
+    def selectors(self, points: Any, layers: Any, calls: Any) -> tuple[Selector, ...]:
+        """See `Hooked.selectors`."""
+
     def matching(self, chosen: RowSelection) -> frozenset[int]:
         """The token ids that positions="text=…" means."""
 
@@ -114,6 +117,8 @@ def rows_of_heads(
 ) -> torch.Tensor:
     """The heads of a source's rows. Raises InterventionError where the rows have another shape than `row`."""
     found = tuple(rows.shape[1:])
+    if selector.has_keys:  # as many as each text has tokens
+        found, row = (*found[:-1], 0), (*row[:-1], 0)
     if found != row and (heads is None or found[1:] != row[1:] or max(heads) >= found[0]):
         raise InterventionError(f"the source's rows of {selector.point} are {list(found)}: expected {list(row)}.")
     return rows if heads is None else rows[:, list(heads)]

@@ -1,6 +1,6 @@
 """Runs of one kind of block on a few random tokens, with and without a change: what a write is held against."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,9 @@ from hookmap.maps.selectors import Selector, select
 from hookmap.maps.templates import BlockKind
 
 TOKENS = 6
+_MASKED = 1e4
+"""a score of so much is a mask's"""
+Measured = Callable[[tuple[Selector, ...]], tuple[Selector, ...]]
 Run = tuple[int, int]
 """(layer, call)"""
 Values = dict[Key, torch.Tensor]
@@ -30,10 +33,21 @@ class TrialRuns:
     """Runs that show the points of one run of a layer and of what follows it; or those of the whole model."""
 
     def __init__(
-        self, engine: Engine, architecture_map: ArchitectureMap, kind: BlockKind | None, call: int | None = None
+        self,
+        engine: Engine,
+        architecture_map: ArchitectureMap,
+        kind: BlockKind | None,
+        call: int | None = None,
+        place: str | None = None,
+        measured: Measured = tuple,
     ) -> None:
-        """`kind`: whose first layer is watched, one that another layer follows if there is such a one; in this call."""
+        """`kind`: whose first layer is watched, one that another layer follows if there is such a one; in this call.
+
+        `place`: a tensor that is named by its place; it is watched, and the `end`. `measured`: see
+        `hookmap.capture.places.Places`.
+        """
         self._engine, self._map, self._kind, self._call = engine, architecture_map, kind, call or 0
+        self._place, self._measured = place, measured
         self.patched: dict[str, Values] = {}
         """point -> the run in which it alone was written, with its value of `upstream`"""
 
@@ -63,7 +77,12 @@ class TrialRuns:
 
     def selector(self, point: str) -> Selector:
         """The point in the watched layer."""
-        return select(self._map, [point], *self._places())[0]
+        return self._measured(select(self._map, [point], *self._places()))[0]
+
+    @property
+    def end(self) -> str:
+        """The last point of the model: what changes with a tensor that anything reads."""
+        return next((name for name in ("logits", "final_norm") if name in self._map.model_points), "resid_post")
 
     def run(self, written: Mapping[Selector, torch.Tensor]) -> Values:
         """One forward pass in which these points get these values."""
@@ -83,6 +102,9 @@ class TrialRuns:
 
     def _watched(self) -> tuple[Selector, ...]:
         """The points of the layer, and where what it writes arrives: the next layer's stream, or the final norm."""
+        if self._place is not None:
+            last = ([self._map.order[-1][0]], "last") if self.end == "resid_post" else ("all", "all")
+            return (self.selector(self._place), *select(self._map, [self.end], *last))
         model_points = list(self._map.model_points)
         if self._kind is None:
             return select(self._map, [*model_points, "resid_pre"], [0], [0])
@@ -110,6 +132,12 @@ class TrialRuns:
         count = vocabulary_of(self._engine)
         draw = torch.Generator().manual_seed(0)
         return torch.randint(min(3, count - 1), count, (1, TOKENS), generator=draw).to(device_of(self._engine))
+
+
+def changed(value: torch.Tensor) -> torch.Tensor:
+    """The value with noise on it; infinities, and what masks put there, stay."""
+    usual = value.abs() < _MASKED
+    return torch.where(usual, value + noise(value.where(usual, 0.0), 1), value)
 
 
 def noise(like: torch.Tensor, seed: int) -> torch.Tensor:

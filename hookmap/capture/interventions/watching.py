@@ -15,7 +15,6 @@ from hookmap.capture.interventions.functions import Called
 from hookmap.capture.overflow import RowNumber
 from hookmap.capture.rows import RowSelection
 from hookmap.errors import InterventionError
-from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector
 
 
@@ -63,7 +62,7 @@ class Watching(Observer):
             for row in range(rows.batch):
                 if cells := self._cells(watch, row, rows):
                     found = tensor[row, [column for column, _ in cells]]
-                    if "key" in PointName.of(selector.point).definition.axes:
+                    if selector.has_keys:
                         pads, right = self.layout.pads(row), self.layout.right
                         seen = self.layout.lengths[row] if right else rows.end - pads
                         found = by_position(found, rows.end, pads, seen)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from hookmap.errors import InterventionError
-from hookmap.maps.points import POINTS, PointName
+from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, Term
 
 Mode = Literal["replace", "in place"]
@@ -30,7 +30,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 def refusal(selector: Selector) -> str | None:
     """Why such a point can never be written; None where it may be possible. Then it must be proved: see `proofs`."""
     name = PointName.of(selector.point).base
-    if "key" in POINTS[name].axes:
+    if selector.has_keys and not any(term.operation for term in selector.terms):
         return "the model has used the attention weights before any module shows them: write z or v"
     if name == "router_indices":
         return "the experts chosen are numbers of experts, not values: write router_weights or mlp_in"

@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", required=False, metavar="[MAP|MODEL]")
 @click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Draw the blocks to FILE instead.")
+@click.option("--operations", is_flag=True, help="List the operations inside modules instead, by name.")
 @click.option(
     "--layers",
     metavar="LAYERS",
-    help="Only 8,12,16 or 0-3 or -1, or all: each kind by itself.  [default: kinds that differ in constants are one]",
+    help="Only 8,12,16 or 0-3 or -1, or all: each kind by itself.  [default: kinds that differ in constants are one; "
+    "with --operations, 0]",
 )
 @model_options.trust_remote_code
-def command(model: str | None, svg: str | None, layers: str | None, trust_remote_code: bool | None) -> None:
+def command(
+    model: str | None, svg: str | None, operations: bool, layers: str | None, trust_remote_code: bool | None
+) -> None:
     """Draw a model's tree with its points.
 
     The tree is of MODEL, or of a map. Layers of one kind are one branch, in the order of the forward pass, and so are
@@ -30,6 +34,7 @@ def command(model: str | None, svg: str | None, layers: str | None, trust_remote
     hookmap show LlamaForCausalLM
     hookmap show BeamForCausalLM --layers 0,7
     hookmap show path/to/model --svg block.svg
+    hookmap show path/to/model --operations --layers 8
 
     The tree goes to stdout.
     """
@@ -43,12 +48,33 @@ def command(model: str | None, svg: str | None, layers: str | None, trust_remote
     wanted = None if layers is None else parse_layers(layers)
     settings = load_settings()
     model = choose_model(model, settings)
+    if operations:
+        _list_operations(model, [0] if wanted is None else wanted, model_options.trusted(trust_remote_code, settings))
+        return
     found, modules = _find(model, model_options.trusted(trust_remote_code, settings))
     groups = alike(found.kinds) if wanted is None else apart(found, layers_of(found, wanted))
     if svg:
         _draw(found, groups, svg)
         return
     console(stderr=False).print(tree(found, modules, groups))
+
+
+def _list_operations(model: str, layers: "str | list[int]", trust_remote_code: bool) -> None:
+    """A line for each operation: its name, the shapes of what it reads and gives, and what reads that."""
+    from itertools import groupby
+
+    from hookmap.cli.console import working
+    from hookmap.discovery.operations import operations_of
+
+    with working(f"reading the dataflow of {model}"):
+        rows, tokens = operations_of(model, layers, trust_remote_code=trust_remote_code)
+    click.echo(f"shapes of one text of {tokens} tokens; with eager attention", err=True)
+    for (path, kind), own in groupby(rows, key=lambda row: (row.module, row.module_class)):
+        click.echo(f"{path} ({kind})")
+        for row in own:
+            shapes = [" ".join(str(list(shape)) for shape in side) for side in (row.inputs, row.outputs)]
+            short = [reader.removeprefix(f"{path}.").removeprefix(path) for reader in row.readers]
+            click.echo(f"  {row.name}  {shapes[0]} -> {shapes[1]}" + (f"  to {', '.join(short)}" if short else ""))
 
 
 def _draw(found: "ArchitectureMap", groups: "list[list[BlockKind]]", svg: str) -> None:

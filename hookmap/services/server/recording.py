@@ -56,7 +56,7 @@ def plan(
     what = _given(field, settings)
     rows = field.model_dump(include=set(options_of(RowOptions)))
     chosen = row_selection(**rows)
-    selectors = hm.map.selectors(**what)
+    selectors = hm.selectors(**what)
     if not selectors:
         raise bad("hookmap: no point of any layer is selected.", "hookmap.points")
     expected = hm.estimate(list(prompts), **what, max_new_tokens=max_new_tokens, **rows)

@@ -17,7 +17,7 @@ from hookmap.capture.engines.observation import Observer
 from hookmap.capture.rows import NUMBERS
 from hookmap.errors import HookmapError
 from hookmap.maps.document import ArchitectureMap
-from hookmap.maps.points import POINTS, PointName
+from hookmap.maps.points import PLACE_AXES, PointName
 from hookmap.maps.selectors import Selector
 from hookmap.model import HookedModel
 from hookmap.services.server.errors import bad
@@ -94,10 +94,10 @@ def summary_of(asked: SummaryRequest, architecture_map: ArchitectureMap) -> Summ
 
 def _refusal(point: str, of: str) -> str | None:
     """Why a point has no such figure; None where it has."""
-    name = PointName.of(point).base
-    if not POINTS[name].per_layer:
+    name, axes = PointName.of(point).base, PointName.of(point).definition.axes
+    if not PointName.of(point).definition.per_layer:
         return f"{point} is not of a layer."
-    if "key" in POINTS[name].axes or name in NUMBERS:
+    if "key" in axes or axes == PLACE_AXES or name in NUMBERS:
         return f"{point} has no length that says something; name another point."
     if of == "lens" and name not in STREAM_POINTS:
         return f"no lens on {point}: it is not in the space of the residual stream. Use {', '.join(STREAM_POINTS)}."

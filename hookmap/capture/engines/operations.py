@@ -1,0 +1,231 @@
+"""Shows the operations of modules' own forwards: what each reads and gives, as PyTorch dispatches it.
+
+A dispatch mode is on only while the own code of a module runs that somebody watches, and not in the modules inside it
+or in hooks. So nothing else pays, and what a hook, an adapter or an edit computes is not counted.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from hookmap.errors import CaptureError
+from hookmap.maps.selectors import Term
+from hookmap.wording import counted
+
+Call = Callable[[Sequence[Any], Mapping[str, Any], Any], Any]
+"""what is called with args, kwargs and output; see `hookmap.capture.engines.hooks`"""
+
+
+@dataclass
+class Forward:
+    """What is watched of one module."""
+
+    path: str
+    calls: dict[tuple[str, int], dict[str, list[Call]]] = field(default_factory=dict)
+    """(operator, which of that name) -> side -> what is called"""
+    visits: dict[str, int] = field(default_factory=dict)
+    """operator -> how many of that name every forward has, where that is known or was seen"""
+    alone: set[str] = field(default_factory=set)
+    """operators that were named without a number"""
+
+    def add(self, term: Term, side: str, calls: list[Call]) -> None:
+        """`calls`: what is called at this side of the term's operation."""
+        assert term.operation is not None
+        sides = self.calls.setdefault((term.operation, term.occurrence or 0), {})
+        sides.setdefault(side, []).extend(calls)
+        if term.visits is not None:
+            self.visits.setdefault(term.operation, term.visits)
+        if term.occurrence is None:
+            self.alone.add(term.operation)
+
+    def check(self, counts: Mapping[str, int]) -> None:
+        """The forward is over. Raises CaptureError where an operator ran another number of times than expected."""
+        for operator, number in self.calls:
+            seen, expected = counts.get(operator, 0), self.visits.get(operator)
+            name = self.path or "the model"
+            if seen <= number:
+                raise CaptureError(
+                    f"the forward of {name} has no {operator}#{number}: it ran {counted(seen, 'operation')} of that "
+                    f"name. {_what_ran(counts)} See all: hookmap show MODEL --operations --layers N"
+                )
+            if seen > 1 and operator in self.alone:
+                raise CaptureError(
+                    f"the forward of {name} has {seen} operations {operator}: say which, {operator}#0 to "
+                    f"{operator}#{seen - 1}. See them: hookmap show MODEL --operations --layers N"
+                )
+            if expected not in (None, seen):
+                raise CaptureError(
+                    f"{operator} ran {counted(seen, 'time')} in the forward of {name}, expected {expected}: which of "
+                    "them is meant cannot be told where their number changes. Name another operation, or a module's "
+                    "input or output."
+                )
+            self.visits[operator] = seen
+
+
+def _what_ran(counts: Mapping[str, int]) -> str:
+    fused = [name for name in counts if name.startswith("_scaled_dot_product") or "flash" in name]
+    if fused:
+        return (
+            f"One fused operation ({fused[0]}) computes the attention here, and shows no scores: load the model with "
+            'attn_implementation="eager".'
+        )
+    return f"There are {', '.join(counts)}." if counts else "There are none in it, outside of the modules in it."
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts and shows the operations of the module whose own code runs."""
+
+    def __init__(
+        self, forwards: Mapping[nn.Module, Forward], looks: Callable[[], bool], then: Callable[[], None]
+    ) -> None:
+        """`looks`: whether the model runs for the capture now. `then`: is called when a watched module has ended."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._forwards, self._looks, self._then = forwards, looks, then
+        self._frames: list[tuple[Forward, dict[str, int]] | None] = []
+        """of each hooked module that runs: what is watched of it and what was counted; None for nothing"""
+        self._on = False
+
+    def pause(self) -> None:
+        """A module begins, or its own code has ended."""
+        self._frames.append(None)
+        self._switch()
+
+    def begin(self, module: nn.Module) -> None:
+        """The own code of a watched module begins."""
+        if self._looks():
+            self._frames[-1] = (self._forwards[module], {})
+            self._switch()
+
+    def end(self) -> None:
+        """The own code of a watched module has ended. Raises CaptureError; see `Forward.check`."""
+        frame, self._frames[-1] = self._frames[-1], None
+        self._switch()
+        if frame is not None:
+            frame[0].check(frame[1])
+
+    def leave(self, module: nn.Module) -> None:
+        """A module has returned, and its hooks have run."""
+        self._frames.pop()
+        self._switch()
+        if module in self._forwards and self._looks():
+            self._then()
+
+    def close(self) -> None:
+        """The run is over, or an error ended it."""
+        self._frames.clear()
+        self._switch()
+
+    def _switch(self) -> None:
+        on = bool(self._frames) and self._frames[-1] is not None
+        if on and not self._on:
+            self.__enter__()  # type: ignore[no-untyped-call]
+        elif self._on and not on:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._on = on
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_composite(func):  # in inference mode it comes undivided
+            with self:
+                return func.decompose(*args, **kwargs)
+        frame = self._frames[-1]
+        assert frame is not None
+        forward, counts = frame
+        operator = operator_name(func)
+        number = counts.get(operator, 0)
+        counts[operator] = number + 1
+        calls = forward.calls.get((operator, number))
+        return func(*args, **kwargs) if calls is None else _shown(func, args, kwargs, calls)
+
+
+_NAMES: dict[Any, str] = {}
+_COMPOSITE: dict[Any, bool] = {}
+
+
+def operator_name(func: Any) -> str:
+    """The overload packet: `add` for aten.add.Tensor and aten.add_.Tensor alike."""
+    if func not in _NAMES:
+        _NAMES[func] = func._schema.name.split("::")[-1].rstrip("_")
+    return _NAMES[func]
+
+
+def is_composite(func: Any) -> bool:
+    """Whether PyTorch divides it into other operations before it reaches a dispatch mode, unless in inference mode."""
+    if func not in _COMPOSITE:
+        key = "CompositeImplicitAutograd"
+        _COMPOSITE[func] = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+    return _COMPOSITE[func]
+
+
+def _shown(func: Any, args: Any, kwargs: Any, calls: Mapping[str, list[Call]]) -> Any:
+    """Run an operation, with what is called at its tensors, which may put others in their place."""
+    for call in calls.get("input", ()):
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        passed = call(tuple(leaves[place] for place in places), {}, None)
+        if passed is not None:
+            for place, tensor in zip(places, passed[0], strict=True):
+                leaves[place] = tensor
+            args, kwargs = tree_unflatten(leaves, structure)
+    result = func(*args, **kwargs)
+    for call in calls.get("output", ()):
+        passed = call((), {}, result)
+        if passed is not None:
+            result = _replaced(func, result, passed[2])
+    return result
+
+
+def _replaced(func: Any, result: Any, new: Any) -> Any:
+    if not func._schema.is_mutable:
+        return new
+    for old, tensor in zip(tree_flatten(result)[0], tree_flatten(new)[0], strict=True):
+        if old is not tensor:  # it was written in place, and others hold it
+            old.copy_(tensor)
+    return result
+
+
+@contextmanager
+def showing(
+    forwards: Mapping[nn.Module, Forward],
+    looks: Callable[[], bool],
+    then: Callable[[], None] = lambda: None,
+    any_thread: bool = False,
+) -> Iterator[None]:
+    """Inside, what the forwards hold is called. `then`: see `Operations`. `any_thread`: on other threads, too."""
+    if not forwards:
+        yield
+        return
+    mode, me = Operations(forwards, looks, then), threading.get_ident()
+    mine = (lambda: True) if any_thread else (lambda: threading.get_ident() == me)
+    with ExitStack() as hooks:
+        hooks.callback(mode.close)
+        if "torch._dynamo" in sys.modules:  # compiled code dispatches no operation: it runs as it was written
+            hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in dict.fromkeys(each for own in forwards for each in own.modules()):
+            _hook(hooks, mode, module, mine, module in forwards)
+        yield
+
+
+def _hook(hooks: ExitStack, mode: Operations, module: nn.Module, mine: Callable[[], bool], own: bool) -> None:
+    """Its own code begins behind the last pre-hook and ends before the first hook: what hooks compute is none of it."""
+
+    def on(action: Callable[[], None]) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if mine():
+                action()
+
+        return hook
+
+    hooks.callback(module.register_forward_pre_hook(on(mode.pause), prepend=True).remove)
+    if own:
+        hooks.callback(module.register_forward_pre_hook(on(lambda: mode.begin(module))).remove)
+        hooks.callback(module.register_forward_hook(on(mode.end), prepend=True).remove)
+    hooks.callback(module.register_forward_hook(on(lambda: mode.leave(module))).remove)

@@ -1,0 +1,34 @@
+"""The values of the parameters that a model multiplies its branches by."""
+
+from collections.abc import Callable
+
+import torch
+
+from hookmap.errors import CaptureError
+
+
+def no_parameters(path: str) -> torch.Tensor:
+    """Raises CaptureError: the weights are on another machine."""
+    raise CaptureError(
+        f"{path} is a parameter that a branch is multiplied by, and the weights of this model are not here: open the "
+        "model where its weights are, or choose another point."
+    )
+
+
+def parameters_of(model: torch.nn.Module) -> Callable[[str], torch.Tensor]:
+    """What looks a parameter or a buffer up by its path; it raises CaptureError where there is none with data."""
+
+    def parameter_at(path: str) -> torch.Tensor:
+        owner, _, name = path.rpartition(".")
+        try:
+            found = getattr(model.get_submodule(owner), name)
+        except AttributeError as error:
+            raise CaptureError(
+                f"{type(model).__name__} has no parameter {path!r}: the map is another model's: run `hookmap discover`."
+            ) from error
+        if found.is_meta:  # accelerate keeps it elsewhere until its module runs
+            no_parameters(path)
+        tensor: torch.Tensor = found
+        return tensor
+
+    return parameter_at
