@@ -222,7 +222,7 @@ class Hooked:
         self, prompts: Any, points: Points, layers: Layers, max_new_tokens: int, options: Mapping[str, Any]
     ) -> Request:
         how = Templating(**of_kind(TemplateOptions, options), generates=bool(max_new_tokens))
-        encoded = self._encode(records(prompts, options["prompt_column"]), how)
+        encoded = self.encode_as(records(prompts, options["prompt_column"]), how)
         selection = row_selection(**of_kind(RowOptions, options))
         selectors = self.selectors(points, layers, options["calls"]) if points != () else ()
         batch_size, batch_tokens = options["batch_size"], options["batch_tokens"]
@@ -328,9 +328,10 @@ class Hooked:
     ) -> tuple[Prompt, ...]:
         """Encode prompts as a harvest reads them; see `capture`. Raises TokenizerError."""
         how = Templating(chat, add_generation_prompt, continue_final_message, chat_template_kwargs)
-        return self._encode(prompts, how)
+        return self.encode_as(prompts, how)
 
-    def _encode(self, prompts: Any, how: Templating) -> tuple[Prompt, ...]:
+    def encode_as(self, prompts: Any, how: Templating) -> tuple[Prompt, ...]:
+        """The same, with all of how they go through the chat template."""
         if is_encoder_decoder(self.root):
             return encode_apart(prompts, self.root, self.tokenizer, how, why_none=self._why_no_tokenizer)
         return encode(prompts, self.tokenizer, how, why_none=self._why_no_tokenizer, reader=self.reader)

@@ -58,7 +58,9 @@ class Picture:
 
 
 def image_sources(messages: Any) -> list[Any]:
-    """What each image of messages is, or where; of those that say one."""
+    """What each image of messages, or of a text with images, is, or where; of those that say one."""
+    if isinstance(messages, Mapping):
+        return list(messages.get("images", ()))
     parts = (part for message in messages for part in parts_of(message) if is_image(part))
     return [_value(part, "a message") for part in parts if len({*_VALUES, "image_url"} & part.keys()) == 1]
 

@@ -15,7 +15,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 import hookmap
 from hookmap.analysis.grid import load_grid
 from hookmap.cli.main import main
-from hookmap.errors import CaptureError, ModelError, SelectionError, TokenizerError
+from hookmap.errors import CaptureError, InterventionError, ModelError, SelectionError, TokenizerError
 
 _TEXTS: list[Any] = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16, 17, 18, 19]]
 _NEW = 5
@@ -184,6 +184,18 @@ def test_the_lens_of_the_last_layer_is_the_model_itself(name: str) -> None:
     hm = hookmap.open(model)
     found = hm.lens(_given(name, _prompts(name)[0]))
     assert found.layers == (0, 1) and float(found.kl[-1].abs().max()) < 1e-5 < float(found.kl[0].min())
+
+
+def test_a_patch_takes_the_rows_of_a_decoder_that_began_with_something() -> None:
+    hm = hookmap.open(build(DECODERS["t5"]), tokenizer=tiny_tokenizer())
+    clean, other = ({"prompt": text, "decoder_text": "two and"} for text in ("one", "three four"))
+    edit = {"do": "patch", "point": "resid_pre", "layers": 1, "source": {"prompt": clean}}
+    run = hm.capture(other, "resid_pre", 1, max_new_tokens=0, interventions=[edit])
+    own = hm.capture(clean, "resid_pre", 1, max_new_tokens=0)
+    assert run.samples[0].rows == 3 and torch.equal(run.read(0, "resid_pre", 1), own.read(0, "resid_pre", 1))
+    with pytest.raises(InterventionError, match="source has"):
+        hm.capture(clean, "resid_pre", 1, max_new_tokens=0, interventions=[{**edit, "positions": [0, 1], "source": {
+            "prompt": clean, "positions": [0, 1, 2]}}])  # fmt: skip
 
 
 _LAST_NORM = {

@@ -18,6 +18,8 @@ from hookmap.analysis.grid import load_grid
 from hookmap.analysis.steering import load_vector
 from hookmap.cli.main import main
 from hookmap.loading.prompts import encode
+from hookmap.services.server.editing import read
+from hookmap.services.server.errors import ApiError
 from hookmap.stores.export import export
 
 NEW = 3
@@ -313,6 +315,23 @@ def test_a_patch_takes_rows_of_another_image(hm: Any, data: Path, tmp_path: Path
     assert hookmap.open_store(tmp_path / "run").manifest.settings["interventions"][0]["images_sha256"] == [digest]
     with raises(hookmap.InterventionError, "image", "path of a file"):
         hm.capture(dog, interventions=[{**edit, "source": {"prompt": message(image(0))}}])
+
+
+def test_a_patch_takes_rows_of_a_text_with_images_that_no_template_reads(hm: Any, data: Path, tmp_path: Path) -> None:
+    source = {"text": "<image> to be", "images": ["cat.png"]}
+    edit = {"do": "patch", "point": "resid_pre", "layers": [0], "positions": "image", "source": {"prompt": source}}
+    (data.parent / "edits.json").write_text(json.dumps([edit]))
+    cat, dog = ({**source, "images": [data.parent / name]} for name in ("cat.png", "dog.jpg"))
+    patched = hm.capture(
+        dog, "resid_post", max_new_tokens=1, interventions=data.parent / "edits.json", store=tmp_path / "run"
+    )
+    expected = hm.capture(cat, "resid_post", max_new_tokens=1)
+    for layer in range(3):
+        assert torch.allclose(patched["resid_post", layer][0], expected["resid_post", layer][0], rtol=1e-4, atol=1e-5)
+    digest = hashlib.sha256((data.parent / "cat.png").read_bytes()).hexdigest()
+    assert hookmap.open_store(tmp_path / "run").manifest.settings["interventions"][0]["images_sha256"] == [digest]
+    with pytest.raises(ApiError, match="no image is read there"):
+        read([edit], hm, None)  # type: ignore[arg-type]  # no session is named
 
 
 def test_a_sweep_over_two_images_with_one_text_brings_the_answer_back(hm: Any) -> None:

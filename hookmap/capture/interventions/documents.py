@@ -72,11 +72,26 @@ Tensor: TypeAlias = Annotated[
 """numbers, a tensor (stored as numbers) or a file: one row, or [n, ...], a row for each token"""
 
 
+class PicturedText(_Frozen):
+    """A text with images, as the model's processor reads it without a chat template."""
+
+    text: str
+    images: tuple[str, ...] = Field(min_length=1, description="paths of files, or data: URIs")
+
+
+class BegunPrompt(_Frozen):
+    """A prompt of an encoder-decoder, and what its decoder begins with: one of the two."""
+
+    prompt: str | tuple[int, ...]
+    decoder_text: str | None = None
+    decoder_token_ids: tuple[int, ...] | None = None
+
+
 class Source(_Frozen):
     """The source of values: another prompt's run, or a sample of a stored capture."""
 
-    prompt: str | tuple[int, ...] | tuple[dict[str, Any], ...] | None = Field(
-        default=None, description="a text, token ids, or chat messages; it is read once, without interventions"
+    prompt: str | tuple[int, ...] | tuple[dict[str, Any], ...] | PicturedText | BegunPrompt | None = Field(
+        default=None, description="a text, token ids, chat messages, …; it is read once, without interventions"
     )
     store: str | None = Field(default=None, description="a capture folder that holds this point and layer")
     sample: int = Field(default=0, ge=0, description="which sample of the store")
@@ -93,7 +108,7 @@ class Source(_Frozen):
     def _one_of_them(self) -> "Source":
         if (self.prompt is None) == (self.store is None):
             raise ValueError("expected a prompt or a store, one of them")
-        messages = () if isinstance(self.prompt, str) else self.prompt or ()
+        messages = self.prompt if isinstance(self.prompt, tuple) else ()
         if any(isinstance(message, dict) and "role" not in message for message in messages):
             raise ValueError("expected messages with a role")
         if any(not isinstance(value, str) for value in image_sources(messages)):

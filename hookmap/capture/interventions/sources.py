@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from pydantic import BaseModel
 
 from hookmap.activations import Key, key_of
 from hookmap.capture.interventions.documents import Source
@@ -12,8 +13,7 @@ from hookmap.capture.options import EngineName
 from hookmap.capture.rows import RowSelection
 from hookmap.errors import InterventionError
 from hookmap.loading.chat_template import Templating
-from hookmap.loading.image_reader import ImageReader
-from hookmap.loading.prompts import encode
+from hookmap.loading.prompts import Prompt
 from hookmap.maps.calls import paired_runs
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector
@@ -28,10 +28,9 @@ class Editable(Protocol):
     def map(self) -> ArchitectureMap: ...
     @property
     def proofs(self) -> Proofs: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def reader(self) -> ImageReader: ...
+
+    def encode_as(self, prompts: Any, how: Templating) -> tuple[Prompt, ...]:
+        """The prompts as the model reads them. Raises TokenizerError."""
 
     def selectors(self, points: Any, layers: Any, calls: Any) -> tuple[Selector, ...]:
         """See `Hooked.selectors`."""
@@ -91,10 +90,13 @@ class Sources:
     def _run(self, source: Source, wanted: Key) -> Store:
         key = (repr(source.prompt), wanted)
         if key not in self._runs:
-            prompt: Any = source.prompt if isinstance(source.prompt, str) else list(source.prompt or ())
+            given: Any = source.prompt
+            prompt = list(given) if isinstance(given, tuple) else given
+            if isinstance(given, BaseModel):
+                prompt = given.model_dump(mode="json", exclude_none=True)
             # All layers at once, because an intervention on several would read the prompt once for each.
             points, layers = [wanted[0]], "all"
-            encoded = encode(prompt, self._hm.tokenizer, self._how, reader=self._hm.reader)
+            encoded = self._hm.encode_as(prompt, self._how)
             run = self._hm.capture(encoded, points, layers, max_new_tokens=0, engine="hooks")
             self._runs |= {(key[0], held): run.store for held in run.keys}
         return self._runs[key]

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hookmap.capture.interventions.documents import TENSORS, Intervention, Source, VectorFile, read_interventions
+from hookmap.capture.interventions.documents import (
+    TENSORS,
+    Intervention,
+    PicturedText,
+    Source,
+    VectorFile,
+    read_interventions,
+)
 from hookmap.capture.interventions.plan import EditPlan, plan_edits
 from hookmap.datasets.messages import has_images
 from hookmap.errors import HookmapError
@@ -53,7 +60,10 @@ def _within(given: Intervention, sessions: Sessions) -> Intervention:
         if isinstance(getattr(given, name, None), VectorFile):
             raise bad(f"{name}: the server reads no files for a request; send the numbers.", PARAM)
     source = getattr(given, "source", None)
-    if isinstance(source, Source) and isinstance(source.prompt, tuple) and has_images(source.prompt):
+    pictured = isinstance(source, Source) and (
+        isinstance(source.prompt, PicturedText) or (isinstance(source.prompt, tuple) and has_images(source.prompt))
+    )
+    if pictured:
         raise bad("source.prompt: no image is read there; send text.", PARAM)
     if isinstance(source, Source) and source.store is not None:
         folder = str(sessions.folder(source.store))
