@@ -99,7 +99,7 @@ def gradients(
     plan = _planned(hm, prompts, metric, points, layers, options)
     expected = plan.estimate()
     log.info("gradients: %s", expected)
-    _check_room(expected, plan.run.device)
+    check_room(expected, plan.run.device)
     say_apart(plan.prepared.apart)
     note = ""
     dtype = next(hm.root.parameters()).dtype
@@ -178,9 +178,9 @@ def _logits(hm: Hooked) -> Selector:
 
 
 def _begin(hm: Hooked, selectors: Sequence[Selector]) -> Selector | None:
-    """Where the graph begins: before the first point, where that is a tensor which others read too, or a sum."""
+    """Where the graph begins: before the first point, unless that is what a module reads, and so a beginning itself."""
     first = selectors[0]
-    if first.layer is None or (len(first.terms) == 1 and mode_of(first) == "replace"):
+    if first.layer is None or (len(first.terms) == 1 and first.side == "input" and mode_of(first) == "replace"):
         return None
     for point, layer, call in (("resid_pre", first.layer, first.call or 0), ("embed", None, 0)):
         if hm.map.unavailable(point, layer) is None:
@@ -214,7 +214,7 @@ def _size_of(hm: Hooked, run: Differentiating) -> tuple[float, float, float]:
     return sizes[key]
 
 
-def _check_room(expected: GradientEstimate, device: torch.device) -> None:
+def check_room(expected: GradientEstimate, device: torch.device) -> None:
     """Raises CaptureError where the graph and the rows are more than the memory that is free."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
     needed = expected.graph + (0 if device.type == "cuda" else expected.rows)

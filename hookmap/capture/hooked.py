@@ -138,7 +138,7 @@ class Hooked:
         chosen = with_defaults(RunOptions, given)
         request = self._request(prompts, points, layers, max_new_tokens, chosen)
         engine, why = self._engine_of(chosen["engine"])
-        plan = self._plan(chosen["interventions"], request)
+        plan = self._plan(chosen["interventions"], request, chosen["engine"])
         run = run_of(request, engine, self.tokenizer, plan, chosen, generation)
         groups, why_apart = self._batches(request, run.why_no_pads)
         expected = self._estimate(request, groups)
@@ -244,17 +244,17 @@ class Hooked:
         view._standing = (self, found)
         return view
 
-    def _plan(self, interventions: Any, request: Request) -> EditPlan | None:
+    def _plan(self, interventions: Any, request: Request, engine: EngineName) -> EditPlan | None:
         plan: EditPlan | None
         if isinstance(interventions, EditPlan):
             plan = interventions
         else:
             found, new = read_interventions(interventions), request.max_new_tokens
-            plan = plan_edits(self, found, request.prompts, new, request.templating) if found else None
+            plan = plan_edits(self, found, request.prompts, new, request.templating, engine) if found else None
         if self._standing is None:
             return plan
         model, edits = self._standing
-        standing = model._plan(edits, request)
+        standing = model._plan(edits, request, engine)
         return plan if standing is None else standing if plan is None else standing.then(plan)
 
     def _batches(self, request: Request, why_no_pads: str | None = None) -> Batches:

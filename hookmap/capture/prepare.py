@@ -191,15 +191,10 @@ def say_apart(why: str | None) -> None:
 
 def _check_interventions(engine: Engine, plan: EditPlan | None, before: bool) -> None:
     """Raises InterventionError where the engine writes nothing, or there is nothing to be before."""
-    if plan is not None and plan.watches and engine.name == "remote":
+    if plan is not None and engine.name == "remote":
         raise InterventionError(
-            "hookmap.watch: the model runs on a server, which sends its values when the run is over, so that no "
-            "function sees them while it runs. Capture the point, or open the model here."
-        )
-    if plan is not None and plan.edits and engine.name != "hooks":
-        raise InterventionError(
-            f'interventions are written with hooks, and this run\'s engine is {engine.name}: give engine="hooks". '
-            "(What is stored in an nnsight model does not apply then.)"
+            "interventions are not written on a remote model, and no function sees its values while it runs: the "
+            "server sends them when the run is over. Open the model here: hookmap.open"
         )
     if before and (plan is None or not plan.edits):
         raise InterventionError("before=True keeps rows of a run with interventions, and there are none: leave it out.")

@@ -233,10 +233,19 @@ def test_a_harvest_has_nothing_to_stop() -> None:
 # Where a function cannot go
 
 
-def test_writing_on_nnsight_is_refused_and_watching_is_not() -> None:
-    hm = hookmap.open(NNsight(plain_hooks.build("llama")))
-    with pytest.raises(hookmap.InterventionError, match='give engine="hooks"'):
-        hm.capture(RAGGED, (), max_new_tokens=0, interventions=[hookmap.apply(by_position, "resid_pre", 1)])
+def test_writing_beside_edits_stored_in_an_nnsight_model_is_refused() -> None:
+    inner = plain_hooks.build("llama")
+    given = NNsight(inner)
+    hm, applied = hookmap.open(given), [hookmap.apply(by_position, "resid_pre", 1)]
+    found, expected = (
+        hm.capture(RAGGED, ["resid_post"], [1], 0, interventions=applied, engine=engine) for engine in ("auto", "hooks")
+    )
+    assert hm.engine()[0] == "nnsight"
+    assert all(torch.equal(found.read(n, "resid_post", 1), expected.read(n, "resid_post", 1)) for n in range(3))
+    with given.edit(inplace=True):
+        given.model.layers[0].output[:] = 0
+    with pytest.raises(hookmap.InterventionError, match="edits are stored in this nnsight model"):
+        hm.capture(RAGGED, (), max_new_tokens=0, interventions=applied)
 
 
 def test_a_document_holds_no_function(tmp_path: Path) -> None:

@@ -581,10 +581,10 @@ def test_files_of_vectors_are_checked(tmp_path: Path) -> None:
             hm.generate(RAGGED, [steer], None, 2)
 
 
-def test_nnsight_is_refused_with_what_to_do() -> None:
+def test_both_engines_write_the_same() -> None:
     steer = {"do": "scale", "point": "resid_mid", "factor": 2.0}
-    with raises(hookmap.InterventionError, 'engine="hooks"'):
-        opened("llama").generate(RAGGED, [steer], None, 2, engine="nnsight")
+    runs = [opened("llama").generate(RAGGED, [steer], None, 2, engine=engine) for engine in ("hooks", "nnsight")]
+    assert runs[0].tokens == runs[1].tokens != opened("llama").generate(RAGGED, (), None, 2).tokens
 
 
 def test_a_place_that_the_model_does_not_come_by_is_an_error() -> None:

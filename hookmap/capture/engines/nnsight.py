@@ -12,7 +12,7 @@ import nnsight
 import torch
 from torch import nn
 
-from hookmap.capture.engines.hooks import call, logits_of_pass, module_at
+from hookmap.capture.engines.hooks import HooksEngine, call, logits_of_pass, module_at
 from hookmap.capture.engines.nnsight_internals import (
     PassingCache,
     adopt_edits,
@@ -53,16 +53,30 @@ class NNsightEngine:
 
     def generate(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> torch.Tensor:
         """See `Engine.generate`. Raises CaptureError where a selector's module is not in the model."""
-        _refuse(editor)
+        if editor is not None and editor.boundaries:
+            return self._hooks().generate(observer, inputs, editor)
         generate = generate_of(self.runner, self.root)
         sequences: torch.Tensor = self._traced(observer, editor, lambda: generate(**inputs), generating=True)
         return sequences
 
     def forward(self, observer: Observer, inputs: dict[str, Any], editor: Editor | None = None) -> None:
         """See `Engine.forward`; nnsight runs the pass to its end."""
-        _refuse(editor)
+        if editor is not None and editor.boundaries:
+            return self._hooks().forward(observer, inputs, editor)
         with torch.no_grad():
             self._traced(observer, editor, lambda: call(self.runner, inputs))
+
+    def _hooks(self) -> HooksEngine:
+        """What writes: nnsight shows an output before the hooks on it run, and so before what is written there.
+
+        Without stored edits both engines give the same, bit for bit. Raises InterventionError where there are such.
+        """
+        if self.stored_edits:
+            raise InterventionError(
+                "edits are stored in this nnsight model, and interventions have no place in their order: give "
+                'engine="hooks", which leaves the stored edits out, or write those as interventions: hm.edited([…]).'
+            )
+        return HooksEngine(self.module, self.root)
 
     def _traced(
         self, observer: Observer, editor: Editor | None, run: Callable[[], Any], generating: bool = False
@@ -116,11 +130,6 @@ class NNsightEngine:
                 watch(args, kwargs, value)
 
         return PassingCache({*wanted}, observe)
-
-
-def _refuse(editor: Editor | None) -> None:
-    if editor is not None and editor.boundaries:
-        raise InterventionError('interventions are written with engine="hooks": ask for it, or leave engine= out.')
 
 
 def _trace(tree: nnsight.NNsight, cache: PassingCache, run: Callable[[], Any]) -> Any:

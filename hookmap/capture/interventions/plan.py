@@ -32,6 +32,7 @@ from hookmap.capture.interventions.pairs import pairs, swapped
 from hookmap.capture.interventions.sources import Editable, Sources, key_in_source, rows_of_heads
 from hookmap.capture.interventions.vectors import low_rank, read_rows, row_vector, unit_vector
 from hookmap.capture.interventions.watching import Watch
+from hookmap.capture.options import EngineName
 from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.errors import HookmapError, InterventionError, SelectionError
 from hookmap.loading.chat_template import Templating
@@ -62,13 +63,16 @@ def plan_edits(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     how: Templating,
+    engine: EngineName = "hooks",
 ) -> EditPlan:
     """The edits of these interventions on these prompts. `how`: whether prompts go through the chat template.
+
+    `engine`: of the run, and of those that its sources are read in.
 
     Raises one error with all problems: SelectionError where points, layers or positions are among them, else
     InterventionError.
     """
-    planner = _Planner(hm, prompts, max_new_tokens, Sources(hm, how))
+    planner = _Planner(hm, prompts, max_new_tokens, Sources(hm, how, engine))
     edits: list[Edit] = []
     watches: list[Watch] = []
     for number, intervention in enumerate(interventions):

@@ -45,9 +45,9 @@ class Editable(Protocol):
 class Sources:
     """Reads the sources of one plan."""
 
-    def __init__(self, hm: "Editable", how: Templating) -> None:
-        """`how`: whether prompts go through the chat template, as for the prompts of the run."""
-        self._hm, self._how = hm, how
+    def __init__(self, hm: "Editable", how: Templating, engine: EngineName) -> None:
+        """`how`: whether prompts go through the chat template, as for the prompts of the run; `engine`: the run's."""
+        self._hm, self._how, self._engine = hm, how, engine
         self._stores: dict[str, Store] = {}
         self._runs: dict[tuple[str, Key], Store] = {}
 
@@ -97,7 +97,7 @@ class Sources:
             # All layers at once, because an intervention on several would read the prompt once for each.
             points, layers = [wanted[0]], "all"
             encoded = self._hm.encode_as(prompt, self._how)
-            run = self._hm.capture(encoded, points, layers, max_new_tokens=0, engine="hooks")
+            run = self._hm.capture(encoded, points, layers, max_new_tokens=0, engine=self._engine)
             self._runs |= {(key[0], held): run.store for held in run.keys}
         return self._runs[key]
 

@@ -1,0 +1,261 @@
+"""Gradients against autograd by hand, on every class.
+
+    python benchmarks/gradients.py [TYPES] [--ledger FILE] [--page FILE]
+
+A narrow copy of each causal language model class of transformers, in float64 and with all its layers, is opened. Three
+texts of unlike lengths run in one batch, and the gradient of a logit difference is taken at every point of each kind of
+block, and of the model. By hand: each text alone, zeros added to each point by a plain hook, and their gradient.
+
+The ledger has a line for each class that is done; a run goes on with it. `--page` writes the table of all.
+"""
+
+import inspect
+import json
+import logging
+import multiprocessing
+import signal
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SECONDS = 900
+TEXTS = [[5, 9, 3], [4, 20, 11, 7, 30, 8, 2, 90, 41], [17, 3, 60, 22, 9, 6]]
+RIGHT, WRONG = 5, 9
+LARGEST = 1e-5
+
+
+def main(given: list[str]) -> None:
+    from hookmap.sweep.build import classes
+
+    ledger, page = (_path(given, name) for name in ("--ledger", "--page"))
+    types = [name for name in given if not name.startswith("-")]
+    of = {architecture: model_type for model_type, architecture in classes().items()}
+    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger is not None and ledger.exists() else []
+    found = {each["type"]: each for each in map(json.loads, lines)}
+    wanted = [name for name in types or sorted(of.values()) if name not in found]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=8) as pool:
+        for each in pool.imap_unordered(compare, wanted):
+            print(each, file=sys.stderr, flush=True)
+            found[each["type"]] = each
+            if ledger is not None:
+                with ledger.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(each) + "\n")
+    told = "".join(f"{line}\n" for line in tell([found[name] for name in sorted(found)]))
+    if page is None:
+        print(told)
+    else:
+        page.write_text(told, encoding="utf-8")
+
+
+def _path(given: list[str], name: str) -> Path | None:
+    if name not in given:
+        return None
+    value = Path(given.pop(given.index(name) + 1))
+    given.remove(name)
+    return value
+
+
+def compare(model_type: str) -> dict[str, Any]:
+    """One class, in a process of the pool."""
+    import hookmap
+    from hookmap.loading.configs import build
+    from hookmap.loading.narrow import narrow
+    from hookmap.sweep.configs import config_of
+    from hookmap.verification.verify import redraw
+
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("hookmap").setLevel(logging.ERROR)
+    signal.signal(signal.SIGALRM, _stop)
+    signal.alarm(SECONDS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = narrow(config_of(model_type))
+            model = build(config, "cpu", torch.float32)
+            redraw(model)
+            hm = hookmap.open(model)
+            for part in model.modules():
+                if hasattr(part, "config"):
+                    part.config._experts_implementation = "eager"  # the others have no float64
+            model.double()
+            return {"type": model_type, **_of(hm)}
+    except Exception as error:  # a model's own code raises what it likes
+        return {"type": model_type, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    finally:
+        signal.alarm(0)
+
+
+def _of(hm: Any) -> dict[str, Any]:
+    from hookmap.maps.points import PointName
+
+    numbers = ("router_indices",)
+    points = {}
+    for kind in hm.map.kinds:
+        for name in kind.points:
+            if not name.startswith("pattern") and PointName.of(name).base not in numbers:
+                points.setdefault(name, set()).update({kind.layers[0], kind.layers[-1]})
+    wanted = {name: sorted(layers) for name, layers in points.items()}
+    wanted |= dict.fromkeys(hm.map.model_points, "all")
+    selectors = hm.map.selectors(wanted)
+    refused: dict[str, str] = {}
+    held, worst = Counter[str](), 0.0
+    expected = [_by_hand(hm, selectors, ids) for ids in TEXTS]
+    for group in _that_have_one(hm, selectors, refused):
+        found = hm.gradients(TEXTS, _difference, group)
+        for selector in hm.map.selectors(group):
+            for number in range(len(TEXTS)):
+                own = expected[number].get(selector.key)
+                if own is None or not own.any():
+                    held[f"{selector.point}: {'zero' if own is not None else 'not held'}"] += 1
+                    continue
+                rows = found.read(number, *selector.key).double()
+                error = float((rows - own).norm() / own.norm().clamp_min(1e-300))
+                if not error <= LARGEST:
+                    return {"wrong": f"{selector}, text {number}: {error:.1e}"}
+                worst = max(worst, error)
+            held[selector.point] += all(selector.key in own for own in expected)
+    return {"points": len(selectors), "held": dict(held), "refused": refused, "worst": worst}
+
+
+def _that_have_one(hm: Any, selectors: Sequence[Any], refused: dict[str, str]) -> list[Any]:
+    """The points that have a gradient, as one selection; `refused` gets the reasons of the others."""
+    from hookmap.errors import HookmapError
+
+    def wanted(chosen: Sequence[Any]) -> Any:
+        found: dict[str, Any] = {}
+        for each in chosen:
+            if each.layer is None:
+                found[each.point] = "all"
+            else:
+                found.setdefault(each.point, []).append(each.layer)
+        return found
+
+    try:
+        hm.gradients([TEXTS[0]], _difference, wanted(selectors))
+        return [wanted(selectors)]
+    except HookmapError:
+        pass
+    good = []
+    for name in dict.fromkeys(each.point for each in selectors):
+        own = [each for each in selectors if each.point == name]
+        try:
+            hm.gradients([TEXTS[0]], _difference, wanted(own))
+            good += own
+        except HookmapError as error:
+            refused[name] = " ".join(str(error).split())[:200]
+    return [wanted(good)] if good else []
+
+
+def _difference(logits: torch.Tensor, at: Any) -> torch.Tensor:
+    return logits[-1, RIGHT] - logits[-1, WRONG]
+
+
+def _by_hand(hm: Any, selectors: Sequence[Any], ids: list[int]) -> dict[Any, torch.Tensor]:
+    """The gradient of zeros added to each point, for one text alone: key -> [pos, ...]."""
+    from hookmap.capture.interventions.writable import mode_of, passed_on
+
+    zeros: dict[Any, tuple[Any, torch.Tensor]] = {}
+    calls = Counter[Any]()
+
+    def add(selector: Any, term: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        call = calls[selector.key, term]
+        calls[selector.key, term] += 1
+        if term.call not in (None, call):
+            return None
+        given = (args, kwargs, output)
+        tensor = replace(term, heads=None).resolve(*given)
+        own = torch.zeros_like(tensor, requires_grad=True)
+        zeros[selector.key] = (term, own)
+        if mode_of(selector) == "in place" or (len(selector.terms) > 1 and term.side == "input"):
+            tensor += own
+            return None
+        return passed_on(term, given, tensor + own)
+
+    def on_input(do: Any, _: Any, args: Any, kwargs: Any) -> Any:
+        passed = do(args, kwargs, None)
+        return None if passed is None else passed[:2]
+
+    def on_output(do: Any, _: Any, args: Any, output: Any) -> Any:
+        passed = do((), {}, output)
+        return None if passed is None else passed[2]
+
+    handles = []
+    for selector in selectors:
+        for term in selector.terms:
+            module = hm.root if not term.module else hm.model.get_submodule(term.module)
+            do = partial(add, selector, term)
+            if term.side == "input":
+                handles.append(module.register_forward_pre_hook(partial(on_input, do), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(partial(on_output, do)))
+    wanted = [parameter for parameter in hm.model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        given = {
+            "input_ids": torch.tensor([ids]),
+            "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+            "use_cache": False,
+        }
+        takes = inspect.signature(hm.root.forward).parameters
+        logits = hm.model(**{name: value for name, value in given.items() if name in takes}).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+    found = torch.autograd.grad(_difference(logits[0], None), [own for _, own in zeros.values()], allow_unused=True)
+    expected = {}
+    for (key, (term, _)), gradient in zip(zeros.items(), found, strict=True):
+        if gradient is not None:
+            split = replace(term, side="output", index=None).resolve((), {}, gradient)
+            expected[key] = term.arrange(split, 1, len(ids))[0] / term.scale
+    return expected
+
+
+def _stop(*_: Any) -> None:
+    raise TimeoutError(f"not done after {SECONDS} s")
+
+
+def tell(found: list[dict[str, Any]]) -> list[str]:
+    """The page."""
+    import transformers
+
+    ran = [each for each in found if "held" in each]
+    wrong = [each for each in found if "wrong" in each]
+    worst = max((each["worst"] for each in ran), default=0.0)
+    points = sum(count for each in ran for name, count in each["held"].items() if ":" not in name)
+    made = "Made by `python benchmarks/gradients.py --page docs/gradients-table.md` with transformers"
+    lines = [
+        "# Gradients of every architecture",
+        "",
+        f"{made} {transformers.__version__}; do not edit it. A narrow copy of",
+        "each class, in float64 and with all its layers, takes the gradient of a logit difference at every point of each",
+        "kind of block, in a padded batch. By hand: each text alone, zeros added to the point by a plain hook, and their",
+        "gradient. Whole numbers and attention weights are left out.",
+        "",
+        f"{len(ran)} of {len(found)} classes ran; {points} tensors were held, and the largest relative error is",
+        f"{worst:.0e}. {len(wrong)} classes differ by more than {LARGEST:g}.",
+        "",
+        "| model type | no gradient, and why |",
+        "|---|---|",
+    ]
+    for each in ran:
+        if each["refused"]:
+            told = "; ".join(f"`{point}`: {why.partition('. ')[0]}" for point, why in each["refused"].items())
+            lines.append(f"| {each['type']} | {told} |")
+    lines += [f"| {each['type']} | differs: {each['wrong']} |" for each in wrong]
+    lines += [f"| {each['type']} | did not run: {each['error']} |" for each in found if "error" in each]
+    return lines
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
