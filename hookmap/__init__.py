@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hookmap.services.ray.model import open_on_ray
     from hookmap.stores import open_store
     from hookmap.verification.verify import verify
+    from hookmap.vllm.model import open_on_vllm
 
 __all__ = [
     "ArchitectureMap",
@@ -63,6 +64,7 @@ __all__ = [
     "metrics",
     "open",
     "open_on_ray",
+    "open_on_vllm",
     "open_remote",
     "open_store",
     "verify",
@@ -80,6 +82,7 @@ _HOMES = {
     "load_prompts": "hookmap.datasets.records",
     "open": "hookmap.model",
     "open_on_ray": "hookmap.services.ray.model",
+    "open_on_vllm": "hookmap.vllm.model",
     "open_remote": "hookmap.services.nnsight_server",
     "open_store": "hookmap.stores",
     "verify": "hookmap.verification.verify",

@@ -7,7 +7,7 @@ from typing import Any, Self, Unpack
 
 from torch import nn
 
-from hookmap.capture.batches import Batches
+from hookmap.capture.batches import Batches, Generating, Harvesting
 from hookmap.capture.engines import Engine, nnsight_engine
 from hookmap.capture.engines.hooks import HooksEngine
 from hookmap.capture.estimate import Estimate, estimate
@@ -64,6 +64,8 @@ class Hooked:
     """the engine that uses plain hooks"""
     has_weights = True
     """whether the weights are on this machine"""
+    kinds: tuple[type[Generating], type[Harvesting]] = (Generating, Harvesting)
+    """how it runs: generating, or reading given texts"""
 
     def __init__(
         self,
@@ -139,7 +141,7 @@ class Hooked:
         request = self._request(prompts, points, layers, max_new_tokens, chosen)
         engine, why = self._engine_of(chosen["engine"])
         plan = self._plan(chosen["interventions"], request, chosen["engine"])
-        run = run_of(request, engine, self.tokenizer, plan, chosen, generation)
+        run = run_of(request, engine, self.tokenizer, plan, chosen, generation, self.kinds)
         groups, why_apart = self._batches(request, run.why_no_pads)
         expected = self._estimate(request, groups)
         manifest = manifest_of(request, run, self.map, self.name, plan, chosen["before"])

@@ -22,7 +22,7 @@ Points = str | Iterable[str] | Mapping[str, Any]
 Layers = str | int | Iterable[int]
 Calls = str | int | Iterable[int]
 Positions = str | slice | Sequence[int]
-EngineName = Literal["auto", "hooks", "nnsight"]
+EngineName = Literal["auto", "hooks", "nnsight", "vllm"]
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,12 @@ def run_of(
     plan: EditPlan | None,
     options: Mapping[str, Any],
     generation: Mapping[str, Any],
+    kinds: tuple[type[Generating], type[Harvesting]] = (Generating, Harvesting),
 ) -> Run:
-    """The run of a request, checked. `options`: all `RunOptions`; `generation`: fields of GenerationConfig."""
+    """The run of a request, checked. `options`: all `RunOptions`; `generation`: fields of GenerationConfig.
+
+    `kinds`: what runs where text is generated, and where it is not.
+    """
     stop = (options["stop"],) if isinstance(options["stop"], str) else tuple(options["stop"])
     do_sample, seed = options["do_sample"], options["seed"]
     _check_interventions(engine, plan, options["before"])
@@ -139,10 +143,10 @@ def run_of(
         generate_of(engine.runner, engine.root)  # raises where there is none, before anything runs
         own = generation_config_of(engine.runner, engine.root)
         config = gen.settings(own, tokenizer, max_new_tokens=new, do_sample=do_sample, options=generation)
-        run = Generating(**common, max_new_tokens=new, config=config, stop=stop, seed=seed)
+        run = kinds[0](**common, max_new_tokens=new, config=config, stop=stop, seed=seed)
     else:
         _refuse_generation(do_sample, seed, stop, generation)
-        run = Harvesting(**common)
+        run = kinds[1](**common)
     if plan is not None:
         run.edits, run.watches = plan.edits, plan.watches
     return run
@@ -245,7 +249,8 @@ def _check_further_inputs(engine: Engine, prompts: Sequence[Prompt]) -> None:
 
 def _of_model(engine: Engine) -> dict[str, Any]:
     """The engine, the edits stored in the model, and a digest of its weights."""
-    found: dict[str, Any] = {"engine": engine.name, "weights": weights_of(engine.root)}
+    weights = getattr(engine, "weights", None) or weights_of(engine.root)
+    found: dict[str, Any] = {"engine": engine.name, "weights": weights}
     if edits := getattr(engine, "stored_edits", ()):
         found["edits_sha256"] = list(edits)
     return found

@@ -1,5 +1,6 @@
-"""Options of commands that can run on Ray or on an nnsight server, and the opening of a model there."""
+"""Options of commands that can run on Ray, on an nnsight server or on vLLM, and the opening of a model there."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from hookmap.cli.options import FiniteRange, amount, count, option_group
 if TYPE_CHECKING:
     from hookmap.services.nnsight_server import RemoteModel
     from hookmap.services.ray.model import RayModel
+    from hookmap.vllm.model import VllmModel
 
 clustered = option_group(
     count("--workers", "With --engine ray.  [default: 1]"),
@@ -20,6 +22,7 @@ clustered = option_group(
     ),
     click.option("--cpus-per-worker", type=FiniteRange(min=0, min_open=True), metavar="C", help="[default: 1]"),
     amount("--gpus-per-worker", "G", "[default: 1 where there are]", least=0),
+    click.option("--eager", is_flag=True, default=None, help="With --engine vllm: compile nothing; it starts sooner."),
 )
 """where a run elsewhere is; `cluster_of` reads them"""
 
@@ -29,17 +32,34 @@ def cluster_of(engine: str, given: dict[str, Any], settings: dict[str, Any]) -> 
 
     An option that the engine has no use for is wrong usage; such a setting is ignored.
     """
-    names = ("workers", "address", "cpus_per_worker", "gpus_per_worker")
+    names = ("workers", "address", "cpus_per_worker", "gpus_per_worker", "eager")
     found = {name: value for name in names if (value := given.pop(name)) is not None}
-    taken = {"ray": names, "remote": ("address",)}.get(engine, ())
-    if wrong := [f"--{name.replace('_', '-')}" for name in found if name not in taken]:
-        raise click.UsageError(f"{', '.join(wrong)} needs --engine ray")
+    taken = {"ray": names[:-1], "remote": ("address",), "vllm": ("eager",)}.get(engine, ())
+    if wrong := [name for name in found if name not in taken]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        raise click.UsageError(f"{flags} needs --engine {'vllm' if wrong == ['eager'] else 'ray'}")
     return {name: settings[name] for name in taken if name in settings} | found if taken else None
+
+
+def taps_of(points: Any, layers: Any, interventions: Any) -> dict[str, Any]:
+    """What a capture on vLLM compiles taps for: the points that it names; where it names all, nothing is compiled."""
+    if points == "all":
+        return {"eager": True}
+    named = dict(points) if isinstance(points, Mapping) else dict.fromkeys(points, layers)
+    taps: dict[str, Any] = {}
+    for name, own in [*named.items(), *((each.point, each.layers) for each in interventions)]:
+        both = [each for each in (taps.get(name, ()), own) if each != ()]
+        taps[name] = "all" if "all" in both else sorted({n for each in both for n in _listed(each)})
+    return {"taps": taps}
+
+
+def _listed(layers: Any) -> list[int]:
+    return [layers] if isinstance(layers, int) else list(layers)
 
 
 def opened_elsewhere(
     model: str | None, given: dict[str, Any], engine: str, cluster: dict[str, Any], until: ExitStack
-) -> "RayModel | RemoteModel":
+) -> "RayModel | RemoteModel | VllmModel":
     """Open the model that was named, or the one of the settings, on Ray workers until `until` ends, or on a server."""
     from hookmap.cli.console import working
 
@@ -47,6 +67,12 @@ def opened_elsewhere(
     if engine == "ray":
         with working("connecting to Ray"):
             return until.enter_context(hookmap.open_on_ray(model, **cluster, **options))
+    if engine == "vllm":
+        options.pop("check")
+        if named := [name for name in ("map", "device", "config") if options.pop(name) is not None]:
+            raise click.UsageError(f"vLLM chooses {', '.join(named)}: leave them out with --engine vllm")
+        with working(f"starting vLLM with {model}"):
+            return until.enter_context(hookmap.open_on_vllm(model, **cluster, **options))
     here = {name: options.pop(name) for name in ("map", "tokenizer")}
     if named := [
         name

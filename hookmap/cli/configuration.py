@@ -170,7 +170,9 @@ class Settings(Section):
     features_seed: int = field_of("features_seed")
     keep_dtype: Literal["float32", "bfloat16", "float16"] | None = field_of("keep_dtype")
     overflow: Literal["warn", "refuse"] = field_of("overflow")
-    engine: Literal["auto", "hooks", "nnsight", "ray", "remote"] = Field("auto", description="what watches the model")
+    engine: Literal["auto", "hooks", "nnsight", "ray", "remote", "vllm"] = Field(
+        "auto", description="what watches the model"
+    )
     workers: Count = Field(1, description="with engine ray")
     address: Text | None = Field(None, description="of a Ray cluster, or auto; of an nnsight server, or local")
     temperature: Annotated[float, Field(ge=0)] | None = Field(None, description="sample at it; else greedy, as is 0")

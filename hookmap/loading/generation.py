@@ -4,7 +4,7 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +128,11 @@ def of_one_row(config: GenerationConfig) -> dict[str, Any] | None:
     if found.keys() - _OF_ONE_ROW - _NO_MATTER:
         return None
     return {name: value for name, value in found.items() if name in _OF_ONE_ROW}
+
+
+def unserved(config: GenerationConfig, served: Collection[str]) -> list[str]:
+    """Settings that decide the samples and are not among those that an engine has."""
+    return sorted(as_json(config).keys() - {*served} - _NO_MATTER)
 
 
 def end_tokens(config: GenerationConfig) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from hookmap.cli.chat_options import chat_options, of_default_prompt, tell, templating
-from hookmap.cli.cluster_options import cluster_of, clustered, opened_elsewhere
+from hookmap.cli.cluster_options import cluster_of, clustered, opened_elsewhere, taps_of
 from hookmap.cli.model_options import loading, opened
 from hookmap.cli.one_prompt import DEFAULT_PROMPT
 from hookmap.cli.options import calls_option, count, option_group
@@ -37,8 +37,9 @@ _BATCHES = option_group(
 _ENGINE = option_group(
     click.option(
         "--engine",
-        type=click.Choice(["auto", "hooks", "nnsight", "ray", "remote"]),
-        help="What watches the model; ray: many processes that each hold it; remote: nnsight's server.  "
+        type=click.Choice(["auto", "hooks", "nnsight", "ray", "remote", "vllm"]),
+        help="What watches the model; ray: many processes that each hold it; remote: nnsight's server; vllm: "
+        "a serving engine that runs it.  "
         "[default: auto]",
     ),
     clustered,
@@ -104,6 +105,8 @@ def command(model: str | None, output: str | None, resume: bool, **given: Any) -
     kept = rows | kept_dtype(given, settings)
     folder = _folder(output, resume)
     _check_folder(folder, resume)
+    if cluster is not None and engine == "vllm":
+        cluster |= taps_of(points, layers, written.get("interventions", ()))
     model = choose_model(model, settings)
     refuse_unknown(points, layers, model, calls, **rows)
 

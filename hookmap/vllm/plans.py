@@ -1,0 +1,161 @@
+"""Interventions on their way to vLLM's workers: planned where the user is, applied where the model is. No pickle."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from hookmap.activations import Key, key_of
+from hookmap.capture.interventions import operations
+from hookmap.capture.interventions.edits import Edit, EditedTokens, RowOperation, TokenAt
+from hookmap.capture.rows import RowSelection
+from hookmap.errors import InterventionError
+
+_KINDS: dict[str, Any] = {
+    each.__name__: each
+    for each in (
+        operations.AsEntered,
+        operations.Averaged,
+        operations.Clamped,
+        operations.Entering,
+        operations.Filled,
+        operations.Mapped,
+        operations.Noised,
+        operations.Patched,
+        operations.ProjectedOut,
+        operations.Resampled,
+        operations.Scaled,
+        operations.Steered,
+        operations.Swapped,
+    )
+}
+"""what a worker computes; functions of one's own are not among them"""
+_OF_SAMPLES = {operations.Patched: "row_of", operations.Swapped: "pair_of"}
+"""operations that differ from sample to sample, and the field that says how"""
+
+
+@dataclass
+class WorkerEdit:
+    """One operation on one point of one layer, as a worker applies it."""
+
+    key: Key
+    operation: RowOperation
+    tokens: EditedTokens
+    heads: tuple[int, ...] | None
+    means: bool
+    last: bool
+    pairs: dict[int, Mapping[int, int]] | None = None
+    """of a patch and of a swap: sample -> position -> row of the source, or which of the two it is"""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the tokens that it writes must be in one step."""
+        return isinstance(self.operation, operations.Swapped)
+
+    def selects(self, sample: int, position: int, token: int, prompt_tokens: int, images: frozenset[int]) -> bool:
+        """Whether this token of a request is written."""
+        if self.pairs is not None:
+            return self.tokens.in_steps(position, prompt_tokens) and position in self.pairs.get(sample, {})
+        return self.tokens.select(position, token, prompt_tokens, images)
+
+    def apply(self, rows: torch.Tensor, where: Sequence[TokenAt], means: torch.Tensor | None) -> torch.Tensor:
+        """The new rows, [n, ...]. `where`: of each, its token."""
+        if self.heads is None:
+            return self.operation(rows, where, means)
+        chosen, changed = list(self.heads), rows.clone()
+        own = None if means is None else means[:, chosen]
+        changed[:, chosen] = self.operation(rows[:, chosen], where, own).to(rows.dtype)
+        return changed
+
+
+@dataclass
+class WorkerPlan:
+    """What the requests of one run write."""
+
+    edits: list[WorkerEdit] = field(default_factory=list)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether an edit selects by token ids."""
+        return any(edit.tokens.positions.reads_tokens for edit in self.edits)
+
+
+def to_wire(edits: Sequence[Edit]) -> tuple[str, bytes]:
+    """Edits as JSON, and their tensors as safetensors. Raises InterventionError for functions of one's own."""
+    documents, tensors = [], dict[str, torch.Tensor]()
+    entering = {id(edit.operation): number for number, edit in enumerate(edits)}
+    for number, edit in enumerate(edits):
+        operation, plain = edit.operation, dict[str, Any]()
+        if type(operation).__name__ not in _KINDS:
+            raise InterventionError(
+                f"{edit.selector}: a function of one's own runs in this process, and vLLM's workers are others. Open "
+                "the model with hookmap.open."
+            )
+        own_fields: tuple[Any, ...] = fields(operation) if is_dataclass(operation) else ()
+        for each in own_fields:
+            value = getattr(operation, each.name)
+            if isinstance(value, torch.Tensor):
+                tensors[f"{number}.{each.name}"] = value.detach().cpu().contiguous()
+            elif isinstance(value, operations.Entering):
+                plain[each.name] = entering[id(value)]
+            elif each.name != _OF_SAMPLES.get(type(operation)):
+                plain[each.name] = value
+        tokens = asdict(edit.tokens) | {"matching": sorted(edit.tokens.matching)}
+        own = {name: getattr(edit, name) for name in ("heads", "means", "last")}
+        key = list(edit.selector.key)
+        documents.append({"key": key, "do": type(operation).__name__, "numbers": plain, "tokens": tokens, **own})
+    return json.dumps(documents), save(tensors)
+
+
+def from_wire(text: str, data: bytes) -> WorkerPlan:
+    """The plan that `to_wire` wrote. Raises InterventionError for an operation that is not known."""
+    tensors = load(data)
+    plan = WorkerPlan()
+    for number, document in enumerate(json.loads(text)):
+        kind = _KINDS.get(document["do"])
+        if kind is None:
+            raise InterventionError(f"{document['do']}: vLLM's worker knows {', '.join(_KINDS)}.")
+        given = document["numbers"] | {
+            name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.partition(".")[0] == str(number)
+        }
+        if "entering" in given:
+            given["entering"] = plan.edits[given["entering"]].operation
+        pairs: dict[int, Mapping[int, int]] | None = None
+        if kind in _OF_SAMPLES:
+            pairs = {}
+            given[_OF_SAMPLES[kind]] = pairs.__getitem__ if kind is operations.Patched else partial(_places, pairs)
+        tokens = document["tokens"]
+        read = EditedTokens(
+            _selection(tokens["positions"]),
+            None if tokens["steps"] is None else _selection(tokens["steps"]),
+            frozenset(tokens["matching"]),
+        )
+        heads = None if document["heads"] is None else tuple(document["heads"])
+        key, means, last = key_of(*document["key"]), document["means"], document["last"]
+        plan.edits.append(WorkerEdit(key, kind(**given), read, heads, means, last, pairs))
+    return plan
+
+
+def pairs_of(edits: Sequence[Edit], sample: int) -> dict[str, dict[str, int]]:
+    """Of each patch and swap, by its number, what it does to a sample; see `RequestSpec`."""
+    found: dict[str, dict[str, int]] = {}
+    for number, edit in enumerate(edits):
+        if isinstance(edit.operation, operations.Patched):
+            found[str(number)] = {str(at): row for at, row in edit.operation.row_of(sample).items()}
+        elif isinstance(edit.operation, operations.Swapped):
+            found[str(number)] = {str(at): place for place, at in enumerate(edit.operation.pair_of(sample))}
+    return found
+
+
+def _places(pairs: Mapping[int, Mapping[int, int]], sample: int) -> tuple[int, ...]:
+    """The two positions of a swap."""
+    return tuple(pairs[sample])
+
+
+def _selection(plain: Mapping[str, Any]) -> RowSelection:
+    lists: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+    return RowSelection(**lists)

@@ -1,0 +1,67 @@
+"""The entry point `vllm.general_plugins`: in every process of vLLM, it does nothing unless hookmap is asked for.
+
+It is asked for by vLLM's own `additional_config={"hookmap": {...}}`, on the command line `--additional-config`.
+"""
+
+import functools
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hookmap.errors import CaptureError
+from hookmap.vllm.spec import NAME
+
+WORKER = "hookmap.vllm.worker.HookmapWorker"
+DEFAULT_TAPS = ("resid_pre", "resid_mid", "resid_post", "mixer_out", "mlp_out")
+"""points that a compiled model has taps for, where it has the points"""
+
+
+class EngineSettings(BaseModel):
+    """What `additional_config["hookmap"]` may say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    taps: dict[str, str | list[int]] | None = Field(
+        default=None,
+        description="points that a compiled model can capture and write, with their layers; the stream and what the "
+        "branches add, of all layers, unless given",
+    )
+    version: str = Field(default="", description="of hookmap: compiled code is not shared between versions")
+
+
+def register() -> None:
+    """Make vLLM use hookmap's worker where its config asks for hookmap. May be called any number of times."""
+    from vllm.config import CUDAGraphMode
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    made = EngineArgs.create_engine_config
+    if getattr(made, "_hookmap", False):
+        return
+
+    @functools.wraps(made)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if NAME in (self.additional_config or {}):
+            settings = settings_of(self.additional_config)
+            if self.worker_cls not in ("auto", WORKER):
+                raise CaptureError(f"worker_cls={self.worker_cls!r}: hookmap brings a worker of its own. Leave it out.")
+            self.worker_cls = WORKER
+            self.additional_config = {**self.additional_config, NAME: settings.model_dump()}
+            if not current_platform.is_cpu():  # a graph that is replayed calls no Python
+                self.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        return made(self, *args, **kwargs)
+
+    create_engine_config._hookmap = True  # type: ignore[attr-defined]
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def settings_of(additional: Any) -> EngineSettings:
+    """What a config of vLLM says of hookmap. Raises CaptureError."""
+    from hookmap._version import __version__
+
+    try:
+        found = EngineSettings.model_validate(additional[NAME])
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise CaptureError(f"additional_config[{NAME!r}]: {told}") from error
+    return found.model_copy(update={"version": __version__})

@@ -1,0 +1,124 @@
+"""Which rows of a step's tensors are whose: what a runner of vLLM knows of the step that it is about to run.
+
+vLLM runs the tokens of many requests as one list: prompts or pieces of them, single new tokens, and after a preemption
+tokens that it has run before. A runner's adapter says which rows are which request's, and from which position on.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from hookmap.errors import CaptureError
+
+SUPPORTED = ("0.32",)
+"""versions of vLLM whose runner the adapters were written and tested for"""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The consecutive rows of one request in one step."""
+
+    request: str
+    """vLLM's own id"""
+    first: int
+    """the first row, in the step's tensors"""
+    stop: int
+    """one behind the last row"""
+    position: int
+    """which token of the request the first row is of, 0-based"""
+
+
+class StepRows(Protocol):
+    """What the capture needs of a runner."""
+
+    def segments(self) -> list[Segment]:
+        """The rows of the step that is about to run, ascending."""
+
+    def arguments(self, request: str) -> Mapping[str, Any] | None:
+        """`SamplingParams.extra_args` of a request."""
+
+    def prompt_tokens(self, request: str) -> int:
+        """Tokens of its prompt."""
+
+    def token_ids(self, segment: Segment) -> list[int]:
+        """The tokens that these rows are of."""
+
+    def known(self, request: str) -> bool:
+        """Whether the runner still has this request."""
+
+
+class RunnerV1:
+    """`vllm.v1.worker.gpu_model_runner.GPUModelRunner` and its subclasses."""
+
+    def __init__(self, runner: Any) -> None:
+        """Raises CaptureError where the runner lacks what is read here."""
+        needed = ("query_start_loc", "input_batch", "requests", "_model_forward", "model")
+        if lacking := [name for name in needed if not hasattr(runner, name)]:
+            raise CaptureError(
+                f"{type(runner).__module__}.{type(runner).__name__} has no {', '.join(lacking)}: the rows of its steps "
+                f"cannot be told. Expected vLLM {' or '.join(SUPPORTED)}."
+            )
+        self._runner = runner
+
+    def segments(self) -> list[Segment]:
+        """See `StepRows`."""
+        batch = self._runner.input_batch
+        starts = self._runner.query_start_loc.np
+        return [
+            Segment(name, int(starts[place]), int(starts[place + 1]), int(batch.num_computed_tokens_cpu[place]))
+            for place, name in enumerate(batch.req_ids)
+        ]
+
+    def arguments(self, request: str) -> Mapping[str, Any] | None:
+        """See `StepRows`."""
+        parameters = self._runner.requests[request].sampling_params
+        return None if parameters is None else parameters.extra_args
+
+    def prompt_tokens(self, request: str) -> int:
+        """See `StepRows`."""
+        return int(self._runner.requests[request].num_prompt_tokens)
+
+    def token_ids(self, segment: Segment) -> list[int]:
+        """See `StepRows`."""
+        batch = self._runner.input_batch
+        row = batch.token_ids_cpu[batch.req_id_to_index[segment.request]]
+        found: list[int] = row[segment.position : segment.position + segment.stop - segment.first].tolist()
+        return found
+
+    def known(self, request: str) -> bool:
+        """See `StepRows`."""
+        return request in self._runner.requests
+
+
+def rows_of(runner: Any, version: str) -> StepRows:
+    """The adapter for a worker's runner. Raises CaptureError for one that no adapter is known for."""
+    kind = type(runner)
+    if version.split("+")[0].rpartition(".")[0] not in SUPPORTED:
+        raise CaptureError(
+            f"vLLM {version}: which rows of a step are whose is known of vLLM {', '.join(SUPPORTED)} only. "
+            f"Install one of those: pip install 'vllm=={SUPPORTED[-1]}.*'"
+        )
+    names = [f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__]
+    if "vllm.v1.worker.gpu_model_runner.GPUModelRunner" in names:
+        return RunnerV1(runner)
+    raise CaptureError(
+        f"{names[0]} is a model runner that hookmap does not read rows of. Run vLLM with its V1 runner: "
+        "VLLM_USE_V2_MODEL_RUNNER=0"
+    )
+
+
+def check_positions(segments: Sequence[Segment], positions: torch.Tensor) -> None:
+    """Raises CaptureError where the positions that the model is fed are not those of the segments.
+
+    `positions`: [tokens] of the step, or [axes, tokens] where positions have several (multimodal rotary embeddings).
+    """
+    fed = positions if positions.ndim == 1 else positions[0]
+    expected = torch.cat([torch.arange(s.position, s.position + s.stop - s.first) for s in segments])
+    rows = torch.cat([torch.arange(s.first, s.stop) for s in segments])
+    if len(fed) <= int(rows[-1]) or not torch.equal(fed[rows.to(fed.device)].cpu(), expected.to(fed.dtype)):
+        raise CaptureError(
+            "the positions that vLLM feeds the model are not those that its runner tells of: the rows of this step "
+            "cannot be told. Please report this with the version of vLLM and the model."
+        )

@@ -1,0 +1,271 @@
+"""A capture on vLLM: requests join the running batch as others leave it, and finished samples go to the sink."""
+
+import time
+from collections import deque
+from collections.abc import Sequence, Set
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import torch
+
+from hookmap.activations import Activation, Sample, Sink, call_of
+from hookmap.capture.batches import Generating, Harvesting
+from hookmap.capture.interventions.operations import Averaged
+from hookmap.capture.overflow import Cast, Overflow, in_words
+from hookmap.capture.rows import DTYPES, NUMBERS
+from hookmap.capture.run import Run, log
+from hookmap.errors import CaptureError
+from hookmap.loading import generation as gen
+from hookmap.loading.prompts import decode
+from hookmap.maps.points import PointName
+from hookmap.stores.ledger import tensor_name
+from hookmap.vllm.engine import Ended, VllmEngine
+from hookmap.vllm.plans import pairs_of, to_wire
+from hookmap.vllm.session import IN_PIECES
+from hookmap.vllm.spec import PlannedEdits, RequestSpec, RowsKept
+
+if TYPE_CHECKING:
+    _Base = Run
+else:
+    _Base = object
+
+HELD_BYTES = 2**23
+HELD_SECONDS = 1.0
+"""finished samples go to the sink together once they are so large or so old: a group costs the disk a few files"""
+_SERVED = frozenset(
+    "do_sample temperature top_k top_p min_p repetition_penalty min_new_tokens eos_token_id stop_strings".split()
+)
+
+
+class _OnVllm(_Base):
+    """What both kinds of run share. `batch` is a list of requests; there are no batches otherwise."""
+
+    engine: VllmEngine  # type: ignore[assignment]
+
+    def all(self, groups: Sequence[Sequence[int]], sink: Sink, finished: Set[int] = frozenset()) -> None:
+        """See `Run.all`. Requests run in the order of the prompts, as many together as vLLM lets run."""
+        numbers = [number for group in groups for number in group]
+        self.done = len(finished.intersection(numbers)) if isinstance(finished, frozenset | set) else 0
+        waiting = [number for number in numbers if number not in finished]
+        self.done = len(numbers) - len(waiting)
+        self._show(0)
+        self.batch(waiting, sink)
+
+    def batch(self, numbers: Sequence[int], sink: Sink) -> None:
+        """See `Run.batch`."""
+        if any(self.prompts[number].inputs is not None for number in numbers):
+            raise CaptureError("prompts with images do not run on vLLM here: open the model with hookmap.open.")
+        with self.engine.lock:
+            _Serving(self, sink).serve(numbers)
+
+    def parameters(self, number: int) -> Any:
+        """vLLM's SamplingParams of a prompt."""
+        raise NotImplementedError
+
+
+class VllmGenerating(_OnVllm, Generating):
+    """Generates after each prompt."""
+
+    def parameters(self, number: int) -> Any:
+        """See `_OnVllm.parameters`. Raises CaptureError for settings that vLLM does not have."""
+        from vllm import SamplingParams
+
+        if unserved := gen.unserved(self.config, _SERVED):
+            raise CaptureError(
+                f"{', '.join(unserved)}: vLLM has no such setting. It has "
+                f"{', '.join(sorted(_SERVED))}; for others open the model with hookmap.open."
+            )
+        config, given = self.config, dict[str, Any]()
+        stops = [
+            *self.stop,
+            *([config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or ()),
+        ]
+        if config.do_sample:
+            given = {"temperature": config.temperature, "top_k": config.top_k or 0, "top_p": config.top_p or 1.0}
+            given["min_p"] = config.min_p or 0.0
+            if self.seed is not None:
+                given["seed"] = (self.seed * 1_000_003 + number) % 2**63
+        return SamplingParams(
+            **{"temperature": 0.0, **given},
+            max_tokens=self.max_new_tokens,
+            min_tokens=config.min_new_tokens or 0,
+            repetition_penalty=config.repetition_penalty or 1.0,
+            stop=stops,
+            stop_token_ids=list(gen.end_tokens(config)),
+            ignore_eos=True,
+            detokenize=bool(stops),
+            skip_special_tokens=False,
+            include_stop_str_in_output=True,
+            output_kind=_final(),
+        )
+
+
+class VllmHarvesting(_OnVllm, Harvesting):
+    """Reads each prompt; the token that vLLM generates after it is left out."""
+
+    def parameters(self, number: int) -> Any:
+        """See `_OnVllm.parameters`."""
+        from vllm import SamplingParams
+
+        return SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True, output_kind=_final())
+
+
+class _Serving:
+    """The requests of one run."""
+
+    def __init__(self, run: Any, sink: Sink) -> None:
+        self._run, self._sink, self._engine = run, sink, run.engine
+        self._name = uuid4().hex[:12]
+        self._running: dict[str, int] = {}
+        """name of a request -> number of its prompt"""
+        self._held: list[tuple[list[Activation], Sample]] = []
+        self._held_bytes, self._held_since = 0, 0.0
+        self._alone: list[int] = []
+        """prompts that have to be read in one piece, and were not"""
+        selection = run.selection
+        self._rows = RowsKept(positions=_as_given(selection), every=selection.every, mean=selection.mean)
+        self._points: dict[str, Any] = {}
+        for selector in run.selectors:
+            self._points.setdefault(selector.point, []).append(selector.layer)
+        self._points = {name: None if layers == [None] else layers for name, layers in self._points.items()}
+        self._averages = any(isinstance(edit.operation, Averaged) for edit in run.edits)
+
+    def serve(self, numbers: Sequence[int]) -> None:
+        """Run these prompts, and hand their rows to the sink. Raises CaptureError."""
+        if self._run.edits:
+            self._engine.call("hookmap_plan", self._name, *to_wire(self._run.edits))
+        try:
+            self._serve(deque(numbers), self._engine.in_flight)
+            self._serve(deque(self._alone), 1)
+            self._flush()
+        except BaseException:
+            self._give_up()
+            raise
+        finally:
+            if self._run.edits:
+                self._engine.call("hookmap_forget", self._name)
+
+    def _serve(self, waiting: deque[int], at_once: int) -> None:
+        while waiting or self._running:
+            while waiting and len(self._running) < at_once:
+                self._add(waiting.popleft())
+            if ended := self._engine.step():
+                self._end(ended, last=at_once == 1)
+                self._run.memory.look()
+            if self._held and time.monotonic() - self._held_since > HELD_SECONDS:
+                self._flush()
+
+    def _add(self, number: int) -> None:
+        run, prompt, name = self._run, self._run.prompts[number], f"{self._name}.{number}"
+        edits = None
+        if run.edits:
+            only, images = pairs_of(run.edits, number), sorted(prompt.image_positions)
+            edits = PlannedEdits(plan=self._name, sample=number, only=only, images=images)
+        spec = RequestSpec(
+            points=self._points, rows=self._rows, matching=sorted(run.matching), edits=edits,
+            images=sorted(prompt.image_positions),
+        )  # fmt: skip
+        try:
+            self._engine.add(name, prompt.token_ids, run.parameters(number), spec)
+        except CaptureError as error:
+            raise CaptureError(f"prompt {number}: {error}") from error
+        self._running[name] = number
+
+    def _end(self, ended: Sequence[Ended], last: bool) -> None:
+        """Take the rows of requests that have ended."""
+        run = self._run
+        mine = [(each, self._running.pop(each.name)) for each in ended if each.name in self._running]
+        new = {each.name: () if isinstance(run, Harvesting) else each.tokens for each, _ in mine}
+        counts = [
+            (each.name, len(run.prompts[number].token_ids) + max(0, len(new[each.name]) - 1)) for each, number in mine
+        ]
+        asks = bool(self._points or run.edits)
+        taken = self._engine.take(counts) if asks else [(None, [], {})] * len(mine)
+        for (each, number), (error, positions, rows) in zip(mine, taken, strict=True):
+            if error is not None and error.startswith(IN_PIECES) and not last:
+                self._alone.append(number)
+                continue
+            if error is not None:
+                raise CaptureError(f"sample {number}: {error}")
+            self._hold(number, new[each.name], positions, rows)
+
+    def _hold(self, number: int, new: Sequence[int], positions: list[int], rows: dict[str, torch.Tensor]) -> None:
+        run, prompt, selection = self._run, self._run.prompts[number], self._run.selection
+        kept: Any = None if selection.everything else tuple(positions)
+        if selection.mean:
+            kept = "mean" if positions else ()
+        count = min(1, len(positions)) if selection.mean else len(positions)
+        if not run.selectors:
+            kept, count = None, len(prompt.token_ids) + max(0, len(new) - 1)
+        activations, lost = [], []
+        for selector in run.selectors:
+            key = selector.key
+            tensor, over = self._cast(key, number, rows[tensor_name(key)], positions)
+            lost += over
+            activations.append(Activation(number, key[0], key[1], 0, tensor, call_of(key)))
+        self._count(lost)
+        sample = Sample(
+            number, prompt.text, decode(new, run.tokenizer), (*prompt.token_ids, *new), len(prompt.token_ids), count,
+            kept, prompt.id, prompt.labels,
+        )  # fmt: skip
+        if not self._held:
+            self._held_since = time.monotonic()
+        self._held.append((activations, sample))
+        self._held_bytes += sum(each.tensor.nbytes for each in activations)
+        if self._held_bytes >= HELD_BYTES:
+            self._flush()
+
+    def _cast(
+        self, key: Any, number: int, rows: torch.Tensor, positions: list[int]
+    ) -> tuple[torch.Tensor, list[Overflow]]:
+        selection = self._run.selection
+        if (columns := selection.columns(rows.shape[-1])) is not None:
+            rows = rows[..., columns]
+        if selection.dtype is None or PointName.of(key[0]).base in NUMBERS:
+            return rows, []
+        cast = Cast(DTYPES[selection.dtype])
+        found = cast(rows, lambda: [(0, place) for place in range(len(rows))])
+        if not (lost := cast.lost()):
+            return found, []
+        at = None if selection.mean else positions[lost[0][1]]
+        return found, [Overflow(tensor_name(key), len(lost), number, at)]
+
+    def _count(self, lost: Sequence[Overflow]) -> None:
+        run = self._run
+        if not lost:
+            return
+        told = in_words(lost, DTYPES[str(run.selection.dtype)])
+        if run.selection.overflow == "refuse":
+            raise CaptureError(f"{told} This sample is not kept. overflow='warn' (--overflow warn) keeps it.")
+        if not run.lost:
+            log.warning("%s These are stored as infinities; the manifest counts all of them.", told)
+        run.lost.update({each.name: each.rows for each in lost})
+
+    def _flush(self) -> None:
+        """Hand what is held to the sink: first all rows, then all ends, so that it is one group on the disk."""
+        held, self._held, self._held_bytes = self._held, [], 0
+        for activations, _ in held:
+            for each in activations:
+                self._sink.write(each)
+        for _, sample in held:
+            self._sink.finish(sample)
+        self._run.done += len(held)
+        self._run._show(0)
+
+    def _give_up(self) -> None:
+        """Something failed: what is finished is kept, what runs is aborted."""
+        try:
+            self._flush()
+        finally:
+            self._engine.drop(list(self._running))
+
+
+def _as_given(selection: Any) -> Any:
+    """The positions of a selection as a user gives them."""
+    return selection.settings().get("positions", "all")
+
+
+def _final() -> Any:
+    from vllm.sampling_params import RequestOutputKind
+
+    return RequestOutputKind.FINAL_ONLY

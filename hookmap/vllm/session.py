@@ -1,0 +1,381 @@
+"""What a worker does at each step: whose rows are kept, what is written, and what was seen of each request.
+
+A failure concerns the requests whose rows it touches, never the engine: they go on, and say what was wrong when their
+rows are asked for. Rows are taken in the order of their positions, each once: what is computed again after a preemption
+is known already, and what is not computed at all (a cached prefix) is an error.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hookmap.activations import Key
+from hookmap.capture.interventions.edits import TokenAt, step_of
+from hookmap.capture.rows import RowSelection
+from hookmap.errors import CaptureError, HookmapError, InterventionError
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.selectors import select
+from hookmap.stores.ledger import tensor_name
+from hookmap.vllm.buffer import Slabs, Slots
+from hookmap.vllm.plans import WorkerEdit, WorkerPlan
+from hookmap.vllm.rows import Segment, StepRows
+from hookmap.vllm.spec import RequestSpec, spec_of
+from hookmap.vllm.taps import Boundary, Read, Tensors, Write
+
+IN_PIECES = "vLLM read the prompt in pieces"
+"""how the reason of a request begins that may be right where it runs alone"""
+
+
+@dataclass
+class Captured:
+    """A request that asks for something, from its first step until its rows are taken."""
+
+    name: str
+    spec: RequestSpec
+    prompt_tokens: int
+    keys: frozenset[Key] = frozenset()
+    selection: RowSelection = field(default_factory=RowSelection)
+    plan: WorkerPlan | None = None
+    next: int = 0
+    """how many positions were seen, from 0 on without a gap"""
+    positions: list[int] = field(default_factory=list)
+    """those whose rows are kept"""
+    slots: list[int] = field(default_factory=list)
+    """of each kept row"""
+    means: dict[int, torch.Tensor] = field(default_factory=dict)
+    """number of an edit -> the mean over the prompt"""
+    failed: str | None = None
+
+    def fail(self, why: str) -> None:
+        """The first reason stays."""
+        self.failed = self.failed or why
+
+
+@dataclass
+class _Cells:
+    """The rows that one edit writes in this step."""
+
+    requests: list[Captured] = field(default_factory=list)
+    """of each row"""
+    rows: list[int] = field(default_factory=list)
+    where: list[TokenAt] = field(default_factory=list)
+
+
+@dataclass
+class _Step:
+    segments: dict[str, Segment] = field(default_factory=dict)
+    involved: dict[str, Captured] = field(default_factory=dict)
+    kept: dict[frozenset[Key], tuple[list[int], list[int]]] = field(default_factory=dict)
+    """points -> the rows of the step that are kept, and their slots"""
+    cells: dict[Key, dict[tuple[bool, int, int], tuple[WorkerEdit, _Cells]]] = field(default_factory=dict)
+    """point -> (whether it comes last, plan, number of the edit) -> the edit, and what it writes"""
+    indices: dict[tuple[frozenset[Key], ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    parts: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)
+    """of points that are sums, the terms that were seen"""
+    seen: set[tuple[Key, int]] = field(default_factory=set)
+    done: set[Key] = field(default_factory=set)
+
+
+class Session:
+    """All requests of one worker that ask for something."""
+
+    def __init__(
+        self,
+        rows: StepRows,
+        architecture_map: ArchitectureMap,
+        terms: dict[Key, int],
+        written: set[Key],
+        tap: Callable[[Iterable[Key]], None],
+        parameter_at: Callable[[str], torch.Tensor],
+    ) -> None:
+        """`terms`: of each point. `written`: points that may be written. `tap`: makes points seen, or raises."""
+        self._rows, self._map, self._terms, self._written = rows, architecture_map, terms, written
+        self._tap, self._parameter_at = tap, parameter_at
+        self.plans: dict[str, WorkerPlan] = {}
+        self.requests: dict[str, Captured] = {}
+        self.slabs = Slabs()
+        self._slots = Slots()
+        self._plain: set[str] = set()
+        """requests that ask for nothing"""
+        self._step: _Step | None = None
+        self._keys_of: dict[str, frozenset[Key]] = {}
+
+    def begin(self, segments: Iterable[Segment]) -> list[Segment]:
+        """A step of these rows is about to run. Returns those of requests that ask for something."""
+        step = _Step()
+        for segment in segments:
+            request = self._request(segment.request)
+            if request is None or request.failed is not None:
+                continue
+            try:
+                self._begin(step, request, segment)
+            except HookmapError as error:
+                request.fail(str(error))
+                continue
+            step.segments[segment.request] = segment
+            step.involved[segment.request] = request
+        self._step = step if step.involved else None
+        return list(step.segments.values())
+
+    def writes(self, boundary: Boundary) -> bool:
+        """Whether a request of this step may be written at this boundary."""
+        return self._step is not None and any(write.key in self._step.cells for write in boundary.writes)
+
+    def at(self, boundary: Boundary, tensors: Tensors) -> None:
+        """The model passes a boundary: write, then read."""
+        step = self._step
+        if step is None:
+            return
+        for write in boundary.writes:
+            for edit, cells in step.cells.get(write.key, {}).values():
+                with self._failing(cells.requests or step.involved.values()):
+                    self._write(step, write, edit, cells, tensors)
+        for read in boundary.reads:
+            groups = tuple(keys for keys in step.kept if read.key in keys)
+            if groups:
+                with self._failing(step.involved.values()):
+                    self._read(step, read, groups, tensors)
+
+    def end(self) -> None:
+        """The step has run."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        for keys, (rows, _) in step.kept.items():
+            if rows and (missed := sorted(tensor_name(key) for key in keys - step.done)):
+                for request in (each for each in step.involved.values() if each.keys == keys):
+                    request.fail(f"a step of vLLM did not reach {', '.join(missed)}: the model skipped these modules.")
+
+    def take(self, name: str, tokens: int) -> tuple[list[int], dict[Key, torch.Tensor]]:
+        """Positions and rows of a request that has ended; it is forgotten. `tokens`: how many of its tokens have a row.
+
+        Raises CaptureError where rows are missing, and what went wrong while it ran.
+        """
+        request = self.requests.pop(name, None)
+        if request is None:
+            raise CaptureError(f"vLLM's worker knows no request {name!r}: it has not run, or its rows were taken.")
+        self._slots.give_back(request.slots)
+        for edit in request.plan.edits if request.plan else ():
+            if edit.pairs is not None and request.spec.edits is not None:
+                edit.pairs.pop(request.spec.edits.sample, None)
+        if request.failed is not None:
+            raise CaptureError(request.failed)
+        if request.next < tokens:
+            raise CaptureError(f"{request.next} of {tokens} tokens have been seen: rows are missing.")
+        count = sum(position < tokens for position in request.positions)
+        positions, slots = request.positions[:count], request.slots[:count]
+        if request.selection.positions == "last":
+            positions, slots = positions[-1:], slots[-1:]
+        rows = {}
+        for key in request.keys:
+            found = self.slabs.get(key, slots)
+            if request.selection.mean and len(found):
+                found = found.float().mean(0, keepdim=True).to(found.dtype)
+            rows[key] = found
+        return positions, rows
+
+    def drop(self, name: str) -> None:
+        """Forget a request that was aborted."""
+        with contextlib.suppress(CaptureError):
+            self.take(name, 0)
+
+    def names(self, request: str) -> list[str]:
+        """vLLM's own ids of the request that was added under this name, in order; several for n > 1."""
+        found = [name for name in self.requests if name.rpartition("-")[0] == request]
+        if found:
+            return found
+        own = [name for name in self.requests if name.partition("_")[2].rpartition("-")[0] == request]
+        return sorted(own, key=lambda name: int(name.partition("_")[0]))
+
+    def _request(self, name: str) -> Captured | None:
+        if name in self._plain:
+            return None
+        if name not in self.requests:
+            arguments = self._rows.arguments(name)
+            if not arguments or "hookmap" not in arguments:
+                if len(self._plain) > 4096:
+                    self._plain = {each for each in self._plain if self._rows.known(each)}
+                self._plain.add(name)
+                return None
+            self.requests[name] = self._new(name, arguments)
+        return self.requests[name]
+
+    def _new(self, name: str, arguments: Any) -> Captured:
+        request = Captured(name, RequestSpec(), self._rows.prompt_tokens(name))
+        try:
+            spec = request.spec = spec_of(arguments) or RequestSpec()
+            request.selection = spec.rows.selection()
+            request.keys = self._keys(spec)
+            self._tap(request.keys)
+            if spec.edits is not None:
+                request.plan = self._plan(spec)
+        except HookmapError as error:
+            request.fail(str(error))
+        return request
+
+    def _keys(self, spec: RequestSpec) -> frozenset[Key]:
+        """Of what a request names; one object for equal requests. Raises SelectionError."""
+        if not spec.points:
+            return frozenset()
+        named = repr(sorted(spec.points.items()))
+        if named not in self._keys_of:
+            points = {name: "all" if layers is None else layers for name, layers in spec.points.items()}
+            self._keys_of[named] = frozenset(s.key for s in select(self._map, points))
+        return self._keys_of[named]
+
+    def _plan(self, spec: RequestSpec) -> WorkerPlan:
+        assert spec.edits is not None
+        plan = self.plans.get(spec.edits.plan)
+        if plan is None:
+            raise InterventionError(f"no plan {spec.edits.plan!r} of interventions was given to vLLM's worker.")
+        keys = {edit.key for edit in plan.edits}
+        if refused := sorted(tensor_name(key) for key in keys - self._written):
+            raise InterventionError(f"{', '.join(refused)} cannot be written on vLLM.")
+        self._tap(keys)
+        for number, pairs in spec.edits.only.items():
+            edit = plan.edits[int(number)]
+            if edit.pairs is not None:
+                edit.pairs[spec.edits.sample] = {int(position): row for position, row in pairs.items()}
+        return plan
+
+    def _begin(self, step: _Step, request: Captured, segment: Segment) -> None:
+        end = segment.position + segment.stop - segment.first
+        if segment.position > request.next:
+            raise CaptureError(
+                f"tokens {request.next} to {segment.position - 1} were not computed for this request, but read from "
+                "vLLM's prefix cache: it has no rows of them. Send it with skip_reading_prefix_cache=True."
+            )
+        reads = request.selection.reads_tokens or (request.plan is not None and request.plan.reads_tokens)
+        tokens = self._rows.token_ids(segment) if reads else None
+        shift = segment.first - segment.position
+        if request.keys:
+            fresh = range(request.next, max(end, request.next))
+            kept: Iterable[int] = fresh
+            if not (request.selection.everything or request.selection.positions == "all"):
+                images = frozenset(request.spec.images)
+                wanted = request.selection.wanted(request.prompt_tokens, frozenset(request.spec.matching), images)
+                kept = [p for p in fresh if wanted(p, -1 if tokens is None else tokens[p - segment.position])]
+            elif request.selection.every > 1:
+                kept = [p for p in fresh if p % request.selection.every == 0]
+            slots = self._slots.take(len(kept))  # type: ignore[arg-type]
+            request.positions += kept
+            request.slots += slots
+            rows, into = step.kept.setdefault(request.keys, ([], []))
+            rows += [p + shift for p in kept]
+            into += slots
+        request.next = max(request.next, end)
+        if request.plan is not None:
+            self._choose(step, request, segment, tokens)
+
+    def _choose(self, step: _Step, request: Captured, segment: Segment, tokens: list[int] | None) -> None:
+        """The rows of this request that are written in this step."""
+        assert request.plan is not None and request.spec.edits is not None
+        sample, images = request.spec.edits.sample, frozenset(request.spec.edits.images)
+        for number, edit in enumerate(request.plan.edits):
+            chosen = []
+            for row in range(segment.first, segment.stop):
+                position = segment.position + row - segment.first
+                token = -1 if tokens is None else tokens[row - segment.first]
+                if edit.selects(sample, position, token, request.prompt_tokens, images):
+                    chosen.append((row, TokenAt(sample, position, token, step_of(position, request.prompt_tokens))))
+            if edit.whole and edit.pairs is not None and 0 < len(chosen) < len(edit.pairs.get(sample, ())):
+                raise InterventionError(f"{IN_PIECES}: the two tokens of a swap are in different ones.")
+            if not chosen and not edit.means:
+                continue
+            mine = step.cells.setdefault(edit.key, {})
+            _, cells = mine.setdefault((edit.last, id(request.plan), number), (edit, _Cells()))
+            cells.requests += [request] * len(chosen)
+            cells.rows += [row for row, _ in chosen]
+            cells.where += [token for _, token in chosen]
+        step.cells = {key: dict(sorted(mine.items(), key=lambda item: item[0])) for key, mine in step.cells.items()}
+
+    def _write(self, step: _Step, write: Write, edit: WorkerEdit, cells: _Cells, tensors: Tensors) -> None:
+        if edit.means:
+            self._note_means(step, write, edit, tensors)
+        live = [n for n, request in enumerate(cells.requests) if request.failed is None]
+        if not live:
+            return
+        rows = torch.tensor([cells.rows[n] for n in live], device=tensors[0].device)
+        where = [cells.where[n] for n in live]
+        old = self._value(write, tensors, rows)
+        means = None
+        if edit.means:
+            means = torch.stack([cells.requests[n].means[id(edit)] for n in live])
+        new = edit.apply(old, where, means)
+        if old.dtype == torch.float16 and bool(old.isfinite().all() & ~new.isfinite().all()):
+            raise InterventionError(
+                f"{tensor_name(write.key)}: what is written is too large for torch.float16, which goes up to 65504. "
+                "Give smaller numbers, or open the model in bfloat16 or float32."
+            )
+        first, *others = write.parts
+        scale = first.term.scale
+        first.put(tensors, rows, (new if scale == 1.0 else new / scale).to(old.dtype))
+        for part in others:
+            part.put(tensors, rows, torch.zeros_like(new))
+
+    def _note_means(self, step: _Step, write: Write, edit: WorkerEdit, tensors: Tensors) -> None:
+        """The mean over each prompt that is read in this step, as the rows are before this edit."""
+        for name, request in step.involved.items():
+            if request.plan is None or request.failed is not None or all(e is not edit for e in request.plan.edits):
+                continue
+            segment, length = step.segments[name], request.prompt_tokens
+            if segment.position == 0 and segment.stop - segment.first >= length:
+                rows = torch.arange(segment.first, segment.first + length, device=tensors[0].device)
+                request.means[id(edit)] = self._value(write, tensors, rows).float().mean(0)
+            elif id(edit) not in request.means:
+                request.fail(
+                    f"{IN_PIECES}, and its mean is asked for: give a larger max_num_batched_tokens, or a vector."
+                )
+
+    def _value(self, write: Write, tensors: Tensors, rows: torch.Tensor) -> torch.Tensor:
+        found = [part.term.times(part.rows(tensors, rows)) for part in write.parts]
+        total: torch.Tensor = found[0]
+        for each in found[1:]:
+            total = total + each
+        return total
+
+    def _read(self, step: _Step, read: Read, groups: tuple[frozenset[Key], ...], tensors: Tensors) -> None:
+        if (read.key, read.number) in step.seen:
+            raise CaptureError(f"{tensor_name(read.key)}: its module was called more than once in a step of vLLM.")
+        step.seen.add((read.key, read.number))
+        rows, slots = self._index(step, groups, tensors[0].device)
+        term = read.part.term
+        parameter = None if term.weight is None else self._parameter_at(term.weight)
+        found = term.times(read.part.rows(tensors, rows), parameter)
+        if (count := self._terms[read.key]) > 1:
+            parts = step.parts.setdefault(read.key, {})
+            parts[read.number] = found
+            if len(parts) < count:
+                return
+            del step.parts[read.key]
+            found = parts[0]
+            for number in range(1, count):
+                found = found + parts[number]
+        self.slabs.put(read.key, slots, found)
+        step.done.add(read.key)
+
+    def _index(
+        self, step: _Step, groups: tuple[frozenset[Key], ...], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kept rows of these groups, and their slots."""
+        if groups not in step.indices:
+            rows = [row for keys in groups for row in step.kept[keys][0]]
+            slots = [slot for keys in groups for slot in step.kept[keys][1]]
+            step.indices[groups] = (
+                torch.tensor(rows, dtype=torch.long, device=device),
+                torch.tensor(slots, dtype=torch.long),
+            )
+        return step.indices[groups]
+
+    @contextlib.contextmanager
+    def _failing(self, requests: Iterable[Captured]) -> Iterator[None]:
+        """What is raised inside is the failure of these requests."""
+        try:
+            yield
+        except (HookmapError, RuntimeError, LookupError, TypeError, ValueError) as error:
+            why = str(error) if isinstance(error, HookmapError) else f"{type(error).__name__}: {error}"
+            for request in requests:
+                request.fail(why)

@@ -1,0 +1,236 @@
+"""Hooks on vLLM's modules that also work in compiled code: each calls a custom operator, which calls back into Python.
+
+vLLM compiles a model after it has loaded it, and hooks that are added later never run. So the hooks of a compiled model
+are there before. Each boundary, one side of one module, is a single operator: it writes what requests edit there, and
+then reads what they capture. Two requests never share a row, so that one pass serves all of them.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hookmap.activations import Key
+from hookmap.capture.interventions.writable import ModuleIO, passed_on
+from hookmap.errors import CaptureError
+from hookmap.maps.selectors import Term
+from hookmap.vllm.places import ModelPlaces
+
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One term of a point, and which of its boundary's tensors holds it."""
+
+    term: Term
+    """as if the tensor were a module's output"""
+    tensor: int
+
+    def rows(self, tensors: Tensors, rows: torch.Tensor) -> torch.Tensor:
+        """A copy of these rows, [n, ...], split into heads where the term is; unscaled. Raises CaptureError."""
+        found: torch.Tensor = self.term.resolve((), {}, self._of(tensors).index_select(0, rows))
+        return found
+
+    def put(self, tensors: Tensors, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Write these rows in place; `values`: as `rows` gives them."""
+        tensor, heads = self._of(tensors), self.term.heads
+        if heads is None:
+            tensor[rows] = values.reshape(len(rows), *tensor.shape[1:])
+            return
+        pitch = tensor.shape[-1] // heads.groups
+        grouped = tensor.view(*tensor.shape[:-1], heads.groups, pitch)[..., heads.start : heads.stop]
+        grouped[rows] = values.reshape(len(rows), *grouped.shape[1:])
+
+    def _of(self, tensors: Tensors) -> torch.Tensor:
+        """[tokens, ...]; transformers' modules inside vLLM have an axis of one before it."""
+        tensor = tensors[self.tensor]
+        return tensor if self.term.flat else tensor[0]
+
+
+@dataclass(frozen=True)
+class Read:
+    """One term of a point that is read here."""
+
+    key: Key
+    number: int
+    """which of the point's terms"""
+    part: Part
+
+
+@dataclass(frozen=True)
+class Write:
+    """A point that is written here."""
+
+    key: Key
+    parts: tuple[Part, ...]
+    """the first is given the value, the others zeros"""
+
+
+@dataclass
+class Boundary:
+    """One side of one module, and all that may be read and written there."""
+
+    module: str
+    side: str
+    terms: list[Term] = field(default_factory=list)
+    """one for each tensor, which is where its `index` says"""
+    reads: list[Read] = field(default_factory=list)
+    writes: list[Write] = field(default_factory=list)
+    """in the order in which the model computes them"""
+    replaced: set[int] = field(default_factory=set)
+    """tensors in whose place others are passed on, where something is written; others are written where they are"""
+
+    def part(self, term: Term) -> Part:
+        """The term with the number of its tensor, which is added where it is new."""
+        bare = next((n for n, known in enumerate(self.terms) if known.index == term.index), len(self.terms))
+        if bare == len(self.terms):
+            self.terms.append(term)
+        return Part(replace(term, side="output", index=None), bare)
+
+
+class Handler(Protocol):
+    """What the model's boundaries are shown to."""
+
+    def writes(self, boundary: Boundary) -> bool:
+        """Whether `at` may write there in the running step."""
+
+    def at(self, boundary: Boundary, tensors: Tensors) -> None:
+        """The model passes a boundary: write into the tensors, then read them."""
+
+
+_HANDLERS: dict[int, Callable[[Tensors], None]] = {}
+"""number in a sink -> what runs when the model passes that boundary"""
+_NUMBERS = count()
+
+
+@torch.library.custom_op("hookmap::write_and_read", mutates_args=("tensors", "sink"))
+def write_and_read(tensors: Sequence[torch.Tensor], sink: torch.Tensor) -> None:
+    """Run the handler whose number the sink holds; it may write into the tensors."""
+    _HANDLERS[int(sink)](tensors)
+
+
+@torch.library.custom_op("hookmap::read", mutates_args=("sink",))
+def read(tensors: Sequence[torch.Tensor], sink: torch.Tensor) -> None:
+    """Run the handler whose number the sink holds; it writes nothing. The sink keeps the compiler from dropping it."""
+    _HANDLERS[int(sink)](tensors)
+
+
+class Taps:
+    """The boundaries of one model, and the hooks on those that are asked for."""
+
+    handler: Handler
+    """is set before the model runs"""
+
+    def __init__(self, model: nn.Module, found: ModelPlaces, compiled: bool) -> None:
+        """`compiled`: whether vLLM will compile the model."""
+        self._model, self.compiled = model, compiled
+        self.boundaries: dict[tuple[str, str], Boundary] = {}
+        self.terms = {key: len(place.read) for key, place in found.places.items()}
+        """how many terms each point is the sum of"""
+        self.written = {key for key, place in found.places.items() if place.write}
+        self.tapped: set[Key] = set()
+        """points that can be captured and written now"""
+        self._of: dict[Key, set[tuple[str, str]]] = {}
+        self._hooked: set[tuple[str, str]] = set()
+        order = {s.key: s.forward_index for s in found.map.selectors(found.map.points)}
+        for key, place in sorted(found.places.items(), key=lambda item: order.get(item[0], 0)):
+            for number, term in enumerate(place.read):
+                at = self._at(key, term)
+                at.reads.append(Read(key, number, at.part(term)))
+            if place.write:
+                at = self._at(key, place.write[0])
+                at.writes.append(Write(key, tuple(at.part(term) for term in place.write)))
+                if not place.in_place:
+                    at.replaced |= {part.tensor for part in at.writes[-1].parts}
+
+    def tap(self, keys: Iterable[Key]) -> None:
+        """Put hooks where these points are read and written. Raises CaptureError for points that cannot be reached."""
+        keys = set(keys) - self.tapped
+        if unknown := sorted(str(key) for key in keys if key not in self._of):
+            raise CaptureError(f"{', '.join(unknown)}: no place in vLLM's modules is known for it.")
+        for place in {place for key in keys for place in self._of[key]} - self._hooked:
+            self._hook(self.boundaries[place])
+            self._hooked.add(place)
+        self.tapped |= {key for key, places in self._of.items() if places <= self._hooked}
+
+    def _at(self, key: Key, term: Term) -> Boundary:
+        place = (term.module, term.side)
+        self._of.setdefault(key, set()).add(place)
+        return self.boundaries.setdefault(place, Boundary(*place))
+
+    def _hook(self, boundary: Boundary) -> None:
+        try:
+            module = self._model.get_submodule(boundary.module)
+        except AttributeError as error:
+            raise CaptureError(f"{type(self._model).__name__} has no module {boundary.module!r}.") from error
+        number, name = next(_NUMBERS), f"_hookmap_{boundary.side}"
+        pass_by = self._compiled(boundary, name) if self.compiled else self._eager(boundary)
+        own = weakref.ref(self)
+        if self.compiled:
+            _HANDLERS[number] = lambda tensors: _shown(own, boundary, tensors)
+            # A buffer is an input of the compiled graph, so that the graphs of all layers are the same.
+            module.register_buffer(name, torch.tensor(number), persistent=False)
+        if boundary.side == "input":
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs: pass_by(module, (args, kwargs, None)), with_kwargs=True
+            )
+        else:
+            module.register_forward_hook(
+                lambda module, args, kwargs, output: pass_by(module, (args, kwargs, output)), with_kwargs=True
+            )
+
+    def _compiled(self, boundary: Boundary, name: str) -> Callable[[nn.Module, ModuleIO], Any]:
+        """A hook that the compiler traces: it always copies what may be replaced."""
+        terms, replaced, writes = tuple(boundary.terms), sorted(boundary.replaced), bool(boundary.writes)
+
+        def pass_by(module: nn.Module, given: ModuleIO) -> Any:
+            tensors = [_tensor(term, given) for term in terms]
+            for number in replaced:
+                tensors[number] = tensors[number].clone()
+            (write_and_read if writes else read)(tensors, getattr(module, name))
+            return _passed(given, [(terms[number], tensors[number]) for number in replaced])
+
+        return pass_by
+
+    def _eager(self, boundary: Boundary) -> Callable[[nn.Module, ModuleIO], Any]:
+        """A hook that copies only where something is written."""
+
+        def pass_by(module: nn.Module, given: ModuleIO) -> Any:
+            tensors = [_tensor(term, given) for term in boundary.terms]
+            replaced = boundary.replaced if self.handler.writes(boundary) else ()
+            for number in replaced:
+                tensors[number] = tensors[number].clone()
+            self.handler.at(boundary, tensors)
+            return _passed(given, [(boundary.terms[number], tensors[number]) for number in replaced])
+
+        return pass_by
+
+
+def _shown(taps: Callable[[], Taps | None], boundary: Boundary, tensors: Tensors) -> None:
+    if (found := taps()) is not None:
+        found.handler.at(boundary, tensors)
+
+
+def _tensor(term: Term, given: ModuleIO) -> torch.Tensor:
+    args, kwargs, output = given
+    found: torch.Tensor
+    if term.side == "input":
+        found = kwargs[term.index] if isinstance(term.index, str) else args[term.index or 0]
+    else:
+        found = output if term.index is None else output[term.index]
+    return found
+
+
+def _passed(given: ModuleIO, replaced: Sequence[tuple[Term, torch.Tensor]]) -> Any:
+    """What a hook returns: None where nothing is replaced."""
+    if not replaced:
+        return None
+    for term, tensor in replaced:
+        given = passed_on(term, given, tensor)
+    args, kwargs, output = given
+    return (args, kwargs) if replaced[0][0].side == "input" else output

@@ -1,0 +1,160 @@
+"""The worker of vLLM that captures: attached when its model has loaded, asked by name through `collective_rpc`.
+
+Arguments and results are plain JSON data and bytes, so that they pass between processes without pickle.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from safetensors.torch import save
+from vllm import __version__ as vllm_version
+from vllm.config import CompilationMode
+from vllm.platforms import current_platform
+
+from hookmap.capture.engines.parameters import parameters_of
+from hookmap.errors import CaptureError, HookmapError
+from hookmap.loading.weights import weights_of
+from hookmap.maps.selectors import select
+from hookmap.stores.ledger import tensor_name
+from hookmap.vllm.discover import discover
+from hookmap.vllm.draws import prepare
+from hookmap.vllm.places import ModelPlaces, Place
+from hookmap.vllm.plans import from_wire
+from hookmap.vllm.plugin import DEFAULT_TAPS
+from hookmap.vllm.rows import StepRows, check_positions, rows_of
+from hookmap.vllm.session import Session
+from hookmap.vllm.spec import NAME
+from hookmap.vllm.taps import Taps
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as _Base
+else:
+    from vllm.v1.worker.gpu_worker import Worker as _Base
+
+CHECKED_STEPS = 64
+"""steps of a device whose positions are held against the runner's; on a CPU all are, at no cost"""
+
+
+class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
+    """vLLM's own worker of this platform, with hookmap's methods beside its own."""
+
+    _found: ModelPlaces
+    _session: Session
+    _taps: Taps
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model as vLLM does, then find its points and put hooks on them, before anything is compiled."""
+        super().load_model(*args, **kwargs)
+        self._problem: HookmapError | None = None
+        try:
+            self._attach()
+        except HookmapError as error:  # told by `hookmap_describe`: here it would be lost in the log of a process
+            self._problem = error
+
+    def _attach(self) -> None:
+        runner = self.model_runner
+        model = runner.get_model()
+        rows = rows_of(runner, vllm_version)
+        compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
+        self._found = discover(self.vllm_config)
+        self._taps = Taps(model, self._found, compiled)
+        found = self._found.map
+        if compiled:
+            asked = self.vllm_config.additional_config[NAME]["taps"]
+            points = asked or {name: "all" for name in DEFAULT_TAPS if name in found.points}
+            self._taps.tap({selector.key for selector in select(found, points)})
+        self._session = Session(rows, found, self._taps.terms, self._taps.written, self._tap, parameters_of(model))
+        self._taps.handler = self._session
+        _watch(runner, rows, self._session)
+
+    def _tap(self, keys: Any) -> None:
+        if lacking := sorted(tensor_name(key) for key in set(keys) - self._taps.tapped):
+            if self._taps.compiled:
+                raise CaptureError(
+                    f"{', '.join(lacking)}: this model was compiled without it. Open it with taps= that names it, or "
+                    "with eager=True for all points."
+                )
+            self._taps.tap(keys)
+
+    def hookmap_describe(self) -> str:
+        """The map, and what each point is, as JSON; or what went wrong when the model was loaded."""
+        if self._problem is not None:
+            return json.dumps({"error": [type(self._problem).__name__, str(self._problem)]})
+        places = self._found.places
+        return json.dumps(
+            {
+                "map": self._found.map.to_document(),
+                "places": [
+                    [list(key), place.why_not_written or _shared(place), place.parts, place.copies]
+                    for key, place in places.items()
+                ],
+                "tapped": [list(key) for key in self._taps.tapped] if self._taps.compiled else None,
+                "weights": weights_of(self.model_runner.get_model()),
+                "vllm": vllm_version,
+                "runner": type(self.model_runner).__name__,
+                "batch": [self.scheduler_config.max_num_seqs, self.scheduler_config.max_num_batched_tokens],
+            }
+        )
+
+    def hookmap_plan(self, name: str, document: str, tensors: bytes) -> None:
+        """Keep the interventions of a run until `hookmap_forget`."""
+        self._session.plans[name] = from_wire(document, tensors)
+
+    def hookmap_forget(self, name: str) -> None:
+        """The run with this plan is over."""
+        self._session.plans.pop(name, None)
+
+    def hookmap_take(self, requests: str, packed: bool) -> list[Any]:
+        """Of each request that has ended: [error or None, positions, rows], one for each of its sequences.
+
+        `requests`: JSON, a list of [the name it was added under, how many tokens of each sequence have rows].
+        `packed`: rows as safetensors bytes; otherwise as tensors by name, for a client in this process.
+        """
+        return [
+            self._taken(name, tokens, packed)
+            for request, counts in json.loads(requests)
+            for name, tokens in zip(self._session.names(request) or [request], counts, strict=False)
+        ]
+
+    def hookmap_drop(self, requests: Sequence[str]) -> None:
+        """Forget requests that were aborted, by the names they were added under."""
+        for request in requests:
+            for name in self._session.names(request):
+                self._session.drop(name)
+
+    def _taken(self, name: str, tokens: int, packed: bool) -> list[Any]:
+        try:
+            positions, rows = self._session.take(name, tokens)
+        except HookmapError as error:
+            return [str(error), [], b"" if packed else {}]
+        named = {tensor_name(key): tensor for key, tensor in rows.items()}
+        return [None, positions, save(named) if packed else named]
+
+
+def _shared(place: Place) -> str | None:
+    """Why a point must not be written whose parts are in several ranks."""
+    return None if place.parts == 1 else "each rank of tensor parallelism holds a part of it"
+
+
+def _watch(runner: Any, rows: StepRows, session: Session) -> None:
+    """Wrap the runner's forward pass, so that the session knows of each step."""
+    forward, checked = runner._model_forward, 0
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal checked
+        every = rows.segments()
+        if runner.device.type == "cpu" and runner.input_batch.generators:
+            prepare(runner, every)
+        segments = session.begin(every)
+        if not segments:
+            return forward(*args, **kwargs)
+        positions = kwargs.get("positions")
+        if positions is not None and (positions.device.type == "cpu" or checked < CHECKED_STEPS):
+            checked += 1
+            check_positions(segments, positions)
+        output = forward(*args, **kwargs)
+        session.end()
+        return output
+
+    runner._model_forward = watched

@@ -1,0 +1,155 @@
+"""Interventions on vLLM give the tokens and rows that they give on transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.on_vllm import Plain, held_against, prompts
+
+import hookmap
+from hookmap.errors import CaptureError, InterventionError
+
+NEW = 6
+
+
+def vector(seed: int, size: int = 64) -> list[float]:
+    draw = torch.Generator().manual_seed(seed)
+    return (torch.randn(size, generator=draw) * 2).tolist()
+
+
+def matrix(seed: int, *shape: int) -> list[list[float]]:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+EDITS: dict[str, list[dict[str, Any]]] = {
+    "steer the stream": [{"do": "steer", "point": "resid_post", "layers": [1], "vector": vector(1), "strength": 3}],
+    "steer what enters": [{"do": "steer", "point": "resid_pre", "layers": "all", "vector": vector(2)}],
+    "steer the middle": [
+        {"do": "steer", "point": "resid_mid", "layers": [0, 2], "vector": vector(3), "keep_norm": True, "strength": 4}
+    ],
+    "steer generated tokens": [
+        {"do": "steer", "point": "resid_mid", "layers": [1], "vector": vector(4), "strength": 5,
+         "positions": "generated"}
+    ],
+    "steer one step": [
+        {"do": "steer", "point": "mlp_out", "layers": [1], "vector": vector(5), "strength": 9, "steps": [0, 2]}
+    ],
+    "zero a branch": [{"do": "ablate", "point": "mixer_out", "layers": [1]}],
+    "mean of a branch": [{"do": "ablate", "point": "mlp_out", "layers": "all", "to": "mean"}],
+    "resample": [
+        {"do": "ablate", "point": "resid_post", "layers": [0], "to": "resample", "source": {"prompt": [9, 8, 7, 6]}}
+    ],
+    "patch": [
+        {"do": "patch", "point": "resid_pre", "layers": [1], "positions": [1, 3],
+         "source": {"prompt": [5, 6, 7, 8, 9], "positions": [2, 4]}}
+    ],
+    "project out": [{"do": "project_out", "point": "resid_mid", "layers": "all", "direction": vector(6)}],
+    "scale heads": [{"do": "scale", "point": "z", "layers": [0, 1], "heads": [1], "factor": -3.0}],
+    "scale a read": [{"do": "scale", "point": "mixer_in", "layers": [2], "factor": 0.2}],
+    "clamp a feature": [{"do": "clamp", "point": "mlp_post", "layers": "all", "feature": 7, "value": 5.0}],
+    "clamp a direction": [{"do": "clamp", "point": "resid_post", "layers": [0], "direction": vector(7), "max": 0.0}],
+    "noise": [{"do": "noise", "point": "q", "layers": [1], "std": 2.0, "seed": 4}],
+    "swap": [{"do": "swap", "point": "resid_post", "layers": [0], "positions": [1, 4]}],
+    "replace": [{"do": "replace", "point": "v", "layers": [1], "positions": [2], "tensor": [matrix(8, 1, 32)]}],
+    "low rank": [{"do": "low_rank", "point": "mlp_in", "layers": [1], "down": matrix(9, 2, 64),
+                  "up": matrix(10, 64, 2)}],
+    "skip a block": [{"do": "skip", "what": "block", "layers": [1]}],
+    "skip a branch": [{"do": "skip", "what": "mlp", "layers": [2]}],
+    "several": [
+        {"do": "steer", "point": "resid_post", "layers": [0], "vector": vector(11)},
+        {"do": "scale", "point": "resid_post", "layers": [0], "factor": 0.5, "positions": "text=be"},
+        {"do": "ablate", "point": "z", "layers": [1], "heads": [0]},
+    ],
+}  # fmt: skip
+WATCHED = ["resid_pre", "resid_mid", "mixer_out", "mlp_out", "resid_post", "z"]
+
+
+@pytest.fixture(scope="module")
+def own(checkpoint: Path) -> Any:
+    return hookmap.open(checkpoint, dtype="float32", check=False)
+
+
+@pytest.fixture(scope="module")
+def unedited(own: Any) -> Any:
+    return own.capture(asked(), WATCHED, max_new_tokens=NEW, batch_size=1)
+
+
+def asked() -> list[list[int]]:
+    """Of different lengths, and a token that "be" is the text of."""
+    return [[1, 4, *ids] for ids in (*prompts(2, 7), *prompts(2, 11, seed=1), *prompts(1, 20, seed=2))]
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_are_those_of_the_hooks_engine(on_vllm: Any, own: Any, unedited: Any, name: str) -> None:
+    expected = own.generate(asked(), EDITS[name], {"points": WATCHED}, max_new_tokens=NEW, batch_size=1)
+    found = on_vllm.generate(asked(), EDITS[name], {"points": WATCHED}, max_new_tokens=NEW)
+    assert found.tokens == expected.tokens
+    changed = 0.0
+    for key in expected.keys:
+        for sample in range(len(asked())):
+            wanted, before = expected.store.read(sample, *key), unedited.store.read(sample, *key)
+            torch.testing.assert_close(found.store.read(sample, *key), wanted, rtol=1e-4, atol=1e-4)
+            rows = unedited.samples[sample].prompt_tokens
+            changed = max(changed, float((wanted[:rows] - before[:rows]).abs().max()))
+    if name not in ("steer generated tokens",):
+        assert changed > 0.1
+
+
+def test_different_edits_share_a_batch_with_plain_requests(on_vllm: Any, own: Any, plain: Plain) -> None:
+    from vllm import SamplingParams
+
+    from hookmap.capture.interventions.documents import read_interventions
+    from hookmap.capture.interventions.plan import plan_edits
+    from hookmap.loading.chat_template import Templating
+    from hookmap.vllm.plans import to_wire
+    from hookmap.vllm.spec import PlannedEdits, RequestSpec
+
+    engine, ids = on_vllm.engine_of_vllm, asked()[0]
+    names = ["steer the stream", "zero a branch", "scale heads"]
+    for name in names:
+        planned = plan_edits(on_vllm, read_interventions(EDITS[name]), on_vllm.encode([ids]), NEW, Templating())
+        engine.call("hookmap_plan", name, *to_wire(planned.edits))
+    specs = [RequestSpec(edits=PlannedEdits(plan=name)) for name in names] + [RequestSpec()]
+    for number, spec in enumerate(specs):
+        engine.add(f"e{number}", ids, SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True), spec)
+    ended: dict[str, tuple[int, ...]] = {}
+    while len(ended) < 4:
+        ended |= {each.name: each.tokens for each in engine.step()}
+    expected = [own.generate([ids], EDITS[name], max_new_tokens=NEW).tokens[0] for name in names]
+    expected.append(plain.generated(ids, NEW))
+    assert [(*ids, *ended[f"e{n}"]) for n in range(4)] == expected
+    assert len(set(expected)) > 2
+    engine.take([(f"e{n}", 0) for n in range(3)])
+
+
+def test_what_one_request_edits_is_in_no_other_requests_cache(on_vllm: Any, own: Any, plain: Plain) -> None:
+    ids, edit = prompts(1, 40, seed=7)[0], EDITS["steer the stream"]
+    free = plain.generated(ids, NEW)
+    steered = own.generate([ids], edit, max_new_tokens=NEW).tokens[0]
+    assert free != steered
+    for _ in range(2):
+        assert on_vllm.generate([ids], max_new_tokens=NEW).tokens == [free]
+        assert on_vllm.generate([ids], edit, max_new_tokens=NEW).tokens == [steered]
+
+
+def test_preempted_requests_are_edited_again(on_vllm: Any, own: Any) -> None:
+    many, edit = prompts(8, 12, seed=11), EDITS["several"]
+    expected = own.generate(many, edit, max_new_tokens=30, batch_size=1)
+    assert on_vllm.generate(many, edit, max_new_tokens=30).tokens == expected.tokens
+
+
+def test_a_mean_over_a_prompt_that_is_read_in_pieces_is_refused(on_vllm: Any) -> None:
+    long = prompts(1, 40, seed=3)
+    with pytest.raises(CaptureError, match="sample 0: vLLM read the prompt in pieces, and its mean is asked for"):
+        on_vllm.generate(long, EDITS["mean of a branch"], max_new_tokens=2)
+    with pytest.raises(CaptureError, match="sample 0: vLLM read the prompt in pieces: the two tokens of a swap"):
+        on_vllm.generate(long, [{**EDITS["swap"][0], "positions": [1, 30]}], max_new_tokens=2)
+
+
+def test_functions_and_points_without_a_place_are_refused(on_vllm: Any, plain: Plain) -> None:
+    with pytest.raises(InterventionError, match=r"a function of one's own runs in this process"):
+        on_vllm.generate([[1, 2]], [hookmap.apply(lambda rows, at: rows, point="resid_post", layers=0)])
+    with pytest.raises(InterventionError, match="before=True"):
+        on_vllm.capture([[1, 2]], "resid_post", interventions=EDITS["skip a branch"], before=True)
+    held_against(plain, on_vllm.capture(prompts(1, 5), max_new_tokens=2, points=["resid_post"]), ["resid_post"])

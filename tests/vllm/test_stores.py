@@ -1,0 +1,133 @@
+"""Captures on vLLM in folders: the same format, resumed where they were interrupted, and safe against a kill."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from support.on_vllm import POINTS, Plain, held_against, prompts
+
+import hookmap
+from hookmap.errors import StoreError
+
+
+def test_a_folder_holds_what_memory_does(on_vllm: Any, tmp_path: Path) -> None:
+    import torch
+
+    asked = prompts(5, 9)
+    held = on_vllm.capture(asked, ["resid_post"], max_new_tokens=4)
+    run = on_vllm.capture(asked, ["resid_post"], max_new_tokens=4, store=tmp_path / "run")
+    again = hookmap.open_store(tmp_path / "run")
+    assert again.manifest.finished and again.manifest.settings["engine"] == "vllm"
+    assert again.manifest.settings["weights"]["sha256"] == on_vllm.engine_of_vllm.weights["sha256"]
+    assert again.tokens == held.tokens == run.tokens
+    for sample in range(5):
+        torch.testing.assert_close(again.read(sample, "resid_post", 2), held.read(sample, "resid_post", 2))
+
+
+def test_an_interrupted_capture_goes_on(on_vllm: Any, plain: Plain, tmp_path: Path) -> None:
+    asked, done = prompts(20, 9), 0
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(progress: Any) -> None:
+        nonlocal done
+        done = progress.samples_done
+        if done >= 6:
+            raise Interrupted
+
+    from hookmap.vllm import run as module
+
+    held, module.HELD_BYTES = module.HELD_BYTES, 1
+    try:
+        with pytest.raises(Interrupted):
+            on_vllm.capture(asked, POINTS, max_new_tokens=4, store=tmp_path / "run", progress=stop)
+    finally:
+        module.HELD_BYTES = held
+    half = hookmap.open_store(tmp_path / "run")
+    assert not half.manifest.finished and 6 <= len(half) < 20
+    seen: list[int] = []
+    run = on_vllm.capture(
+        asked, POINTS, max_new_tokens=4, store=tmp_path / "run", resume=True,
+        progress=lambda progress: seen.append(progress.samples_done),
+    )  # fmt: skip
+    assert seen[0] == len(half) and len(run) == 20
+    held_against(plain, run)
+    with pytest.raises(StoreError, match="cannot be resumed"):
+        on_vllm.capture(asked, POINTS, max_new_tokens=5, store=tmp_path / "run", resume=True)
+
+
+CLIENT = """
+import sys
+import hookmap
+from support.on_vllm import POINTS, SETTINGS, prompts
+from hookmap.vllm import run
+
+run.HELD_BYTES = 1
+with hookmap.open_on_vllm(sys.argv[1], eager=True, processes=True, max_num_seqs=4, **SETTINGS) as model:
+    print("opened", flush=True)
+    model.capture(prompts(400, 9), POINTS, max_new_tokens=8, store=sys.argv[2], resume=len(sys.argv) > 3)
+    print("captured", flush=True)
+"""
+
+
+def children(process: int) -> list[int]:
+    """The processes that it started, and theirs."""
+    found = [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return [*found, *(each for child in found for each in children(child))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["engine", "client"])
+def test_a_kill_loses_nothing_that_is_finished(checkpoint: Path, plain: Plain, tmp_path: Path, whom: str) -> None:
+    folder, tests = tmp_path / "run", Path(__file__).parent.parent
+    client = subprocess.Popen(
+        [sys.executable, "-c", CLIENT, str(checkpoint), str(folder)], cwd=tests, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    workers: list[int] = []
+    try:
+        until = time.monotonic() + 300
+        while not (folder / "samples.jsonl").exists() or (folder / "samples.jsonl").read_text().count("\n") < 12:
+            assert client.poll() is None and time.monotonic() < until, client.stderr and client.stderr.read()[-3000:]
+            time.sleep(0.02)
+        workers = children(client.pid)
+        engines = [each for each in workers if b"EngineCore" in Path(f"/proc/{each}/cmdline").read_bytes()]
+        os.kill(engines[0] if whom == "engine" else client.pid, signal.SIGKILL)
+        client.wait(timeout=120)
+    finally:
+        for each in [client.pid, *workers]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
+    if whom == "engine":
+        assert client.stderr is not None and "vLLM's engine has died" in client.stderr.read()
+    half = hookmap.open_store(folder)
+    assert not half.manifest.finished and 12 <= len(half) < 400
+    assert list(half.verify()) == []
+    held_against(plain, half)
+
+
+def test_the_command_line_captures_on_vllm(checkpoint: Path, plain: Plain, tmp_path: Path) -> None:
+    from hookmap.cli.main import main
+
+    made = CliRunner().invoke(
+        main,
+        ["capture", str(checkpoint), "--engine", "vllm", "--eager", "--points", "resid_post@2,mlp_out@0", "--dtype",
+         "float32", "--prompt", "to be or not", "--max-new-tokens", "4", "-o", str(tmp_path / "run")],
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    store = hookmap.open_store(tmp_path / "run")
+    assert store.keys == (("mlp_out", 0), ("resid_post", 2))
+    [sample] = store.samples
+    assert sample.token_ids == plain.generated(list(sample.token_ids[: sample.prompt_tokens]), 4)
+    wrong = CliRunner().invoke(
+        main, ["capture", str(checkpoint), "--eager", "--points", "resid_post", "--prompt", "to"]
+    )
+    assert wrong.exit_code == 2 and "--eager needs --engine vllm" in wrong.output
