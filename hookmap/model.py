@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Unpack
 
 import torch
@@ -14,11 +14,13 @@ from hookmap.analysis.lens import Lens, lens
 from hookmap.analysis.metrics import losses, measure
 from hookmap.analysis.patching import Sweep, sweep
 from hookmap.analysis.steering import SteeringVector, make_vector
+from hookmap.analysis.weights import Weight, weights, weights_from
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.hooked import Hooked
 from hookmap.capture.options import GradientOptions, Layers, MeasureOptions, Points, takes
 from hookmap.discovery.library import given_map
 from hookmap.discovery.map_of_model import understood
+from hookmap.discovery.weights import Weights
 from hookmap.errors import ModelError, TokenizerError
 from hookmap.loading import configs
 from hookmap.loading.checkpoints import load_model, load_processor, load_tokenizer
@@ -31,6 +33,23 @@ from hookmap.verification.opening import hold
 
 class HookedModel(Hooked):
     """A causal language model to capture from and analyse. Made by `hookmap.open`."""
+
+    @cached_property
+    def _weights(self) -> Weights:
+        """Which parameters the products beside points use; the model runs once."""
+        with lock_of(self.model).exclusive():
+            return weights_from(self.model)
+
+    def weights(self, point: str, layer: int | None = None, call: int | None = None) -> tuple[Weight, ...]:
+        """The parameters that write to a point, or read from it, as views with names and axes.
+
+        `weights("z", 8)` is W_O as [heads, d_head, out], `weights("attn_in", 8)` the norm's weight, W_Q, W_K and W_V as
+        [in, heads, d_head], `weights("mlp_in", 8)` W_in, W_gate and the router, `weights("mlp_out", 8)` W_out,
+        `weights("embed")` W_E, `weights("logits")` W_U: in the orientation `x @ W`, by dataflow, whatever the model
+        calls them. Experts whose weights are one parameter have an axis `experts` in front. What is written to a view
+        is written to the model. Raises SelectionError where the point has no weights of its own.
+        """
+        return weights(self, self._weights, point, layer, call)
 
     def sweep(self, clean: Any, corrupted: Any, target: Any, against: Any = None, **options: Any) -> Sweep:
         """Patch each layer and position of the clean run into the corrupted one, and measure the clean answer.

@@ -15,15 +15,21 @@ if TYPE_CHECKING:
 @click.argument("model", required=False, metavar="[MAP|MODEL]")
 @click.option("--svg", metavar="FILE", type=click.Path(dir_okay=False), help="Draw the blocks to FILE instead.")
 @click.option("--operations", is_flag=True, help="List the operations inside modules instead, by name.")
+@click.option("--weights", is_flag=True, help="List the weights beside points instead, by name.")
 @click.option(
     "--layers",
     metavar="LAYERS",
     help="Only 8,12,16 or 0-3 or -1, or all: each kind by itself.  [default: kinds that differ in constants are one; "
-    "with --operations, 0]",
+    "with --operations and --weights, 0]",
 )
 @model_options.trust_remote_code
 def command(
-    model: str | None, svg: str | None, operations: bool, layers: str | None, trust_remote_code: bool | None
+    model: str | None,
+    svg: str | None,
+    operations: bool,
+    weights: bool,
+    layers: str | None,
+    trust_remote_code: bool | None,
 ) -> None:
     """Draw a model's tree with its points.
 
@@ -35,6 +41,7 @@ def command(
     hookmap show BeamForCausalLM --layers 0,7
     hookmap show path/to/model --svg block.svg
     hookmap show path/to/model --operations --layers 8
+    hookmap show path/to/model --weights --layers 8
 
     The tree goes to stdout.
     """
@@ -48,8 +55,11 @@ def command(
     wanted = None if layers is None else parse_layers(layers)
     settings = load_settings()
     model = choose_model(model, settings)
-    if operations:
-        _list_operations(model, [0] if wanted is None else wanted, model_options.trusted(trust_remote_code, settings))
+    if operations and weights:
+        raise click.UsageError("--operations or --weights, one at a time")
+    if operations or weights:
+        listed = _list_operations if operations else _list_weights
+        listed(model, [0] if wanted is None else wanted, model_options.trusted(trust_remote_code, settings))
         return
     found, modules = _find(model, model_options.trusted(trust_remote_code, settings))
     groups = alike(found.kinds) if wanted is None else apart(found, layers_of(found, wanted))
@@ -75,6 +85,19 @@ def _list_operations(model: str, layers: "str | list[int]", trust_remote_code: b
             shapes = [" ".join(str(list(shape)) for shape in side) for side in (row.inputs, row.outputs)]
             short = [reader.removeprefix(f"{path}.").removeprefix(path) for reader in row.readers]
             click.echo(f"  {row.name}  {shapes[0]} -> {shapes[1]}" + (f"  to {', '.join(short)}" if short else ""))
+
+
+def _list_weights(model: str, layers: "str | list[int]", trust_remote_code: bool) -> None:
+    """A line for each parameter beside a point: its name, the point, its path, and its axes as `x @ W`."""
+    import hookmap
+    from hookmap.cli.console import working
+    from hookmap.discovery.weights import listed
+
+    with working(f"reading the dataflow of {model}"):
+        found = hookmap.discover(model, trust_remote_code=trust_remote_code)
+        rows = listed(model, found, layers, trust_remote_code)
+    for row in rows:
+        click.echo("  ".join(row))
 
 
 def _draw(found: "ArchitectureMap", groups: "list[list[BlockKind]]", svg: str) -> None:

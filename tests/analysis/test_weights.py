@@ -1,0 +1,135 @@
+"""Weights by name are held against the model: what they multiply gives what the model gives there."""
+
+from typing import Any
+
+import pytest
+import torch
+from support import plain_hooks
+from support.opened import EACH_FAMILY, RAGGED, opened
+from support.raises import raises
+
+import hookmap
+
+IDS = [RAGGED[0]]
+
+
+def named(hm: Any, point: str, layer: int | None = None) -> dict[str, Any]:
+    return {each.name: each for each in hm.weights(point, layer)}
+
+
+def biased(result: torch.Tensor, weight: Any) -> torch.Tensor:
+    return result if weight.bias is None else result + weight.bias
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_the_heads_outputs_times_w_o_are_the_attention_s_output(name: str) -> None:
+    hm = opened(name)
+    for layer in range(hm.map.num_layers):
+        if hm.map.unavailable("z", layer) is not None:
+            continue
+        run = hm.capture(IDS, ["z", "mixer_out_raw"], [layer], max_new_tokens=0)
+        w = named(hm, "z", layer)["W_O"]
+        assert w.axes == ("heads", "d_head", "out") and w.tensor is not None
+        found = torch.einsum("nhd,hdo->no", run.read(0, "z", layer), w.tensor)
+        close(biased(found, w), run.read(0, "mixer_out_raw", layer))
+
+
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_what_attention_reads_times_w_q_w_k_w_v_are_q_k_v(name: str) -> None:
+    hm = opened(name)
+    for layer in range(hm.map.num_layers):
+        points = [p for p in ("q", "k", "v") if hm.map.unavailable(p, layer) is None]
+        if not points or hm.map.unavailable("k", layer) is not None:  # of latent attention, several products make them
+            continue
+        run = hm.capture(IDS, [*points, "attn_in"], [layer], max_new_tokens=0)
+        reads = named(hm, "attn_in", layer)
+        for point in points:
+            w = named(hm, point, layer)[f"W_{point.upper()}"]
+            assert w.axes == ("in", "heads", "d_head") and torch.equal(w.tensor, reads[f"W_{point.upper()}"].tensor)
+            x = run.read(0, "attn_in", layer)
+            found, expected = torch.einsum("ni,ihd->nhd", x, w.tensor), run.read(0, point, layer)
+            if w.bias is None:
+                close(found, expected)
+            else:  # the bias is the projection's own, as it is: the same for every token
+                close((expected - found).std(0), torch.zeros_like(expected[0]))
+
+
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_a_dense_mlp_is_computed_with_its_weights(name: str) -> None:
+    hm = opened(name)
+    for layer in range(hm.map.num_layers):
+        if hm.map.unavailable("mlp_post", layer) is not None:
+            continue
+        run = hm.capture(IDS, ["mlp_in", "mlp_post", "mlp_out_raw"], [layer], max_new_tokens=0)
+        x, post = run.read(0, "mlp_in", layer), run.read(0, "mlp_post", layer)
+        w = named(hm, "mlp_post", layer)
+        close(biased(post @ w["W_out"].tensor, w["W_out"]), run.read(0, "mlp_out_raw", layer))
+        inner = biased(x @ w["W_in"].tensor, w["W_in"])
+        assert inner.shape == post.shape
+        if "W_gate" in w:  # post = act(gate) * inner: with the gate's sign, whatever the function is
+            ratio = post / inner
+            gate = biased(x @ w["W_gate"].tensor, w["W_gate"])
+            order = gate.flatten().argsort()
+            high = ratio.flatten()[order][-20:]
+            assert bool((high > 0).all()) and float((high - gate.flatten()[order][-20:]).abs().max()) < 0.3 * float(
+                high.max()
+            )
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_experts_in_one_parameter_give_the_mixture_s_output(name: str) -> None:
+    hm, layer = opened(name), 1
+    points = ["mlp_in", "mlp_out_raw", "router_indices", "router_weights"]
+    run = hm.capture(IDS, points, [layer], max_new_tokens=0)
+    x = run.read(0, "mlp_in", layer)
+    reads, writes = hm.weights("mlp_in", layer), hm.weights("mlp_out", layer)
+
+    def fused(weights: Any, name: str, experts: bool = True) -> Any:
+        return next((w.tensor for w in weights if w.name == name and (w.axes[0] == "experts") == experts), None)
+
+    indices, factors = run.read(0, "router_indices", layer), run.read(0, "router_weights", layer)
+    total = torch.zeros_like(x)
+    for row in range(len(x)):
+        for expert, factor in zip(indices[row].tolist(), factors[row], strict=True):
+            gate, inner = (x[row] @ fused(reads, n)[expert] for n in ("W_gate", "W_in"))
+            total[row] += factor * ((torch.nn.functional.silu(gate) * inner) @ fused(writes, "W_out")[expert])
+    if (shared := fused(writes, "W_out", experts=False)) is not None:
+        gate, inner = (x @ fused(reads, n, experts=False) for n in ("W_gate", "W_in"))
+        total += (torch.nn.functional.silu(gate) * inner) @ shared
+    close(total, run.read(0, "mlp_out_raw", layer))
+
+
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_the_embedding_and_the_unembedding(name: str) -> None:
+    hm = opened(name)
+    run = hm.capture(IDS, ["embed"], max_new_tokens=0)
+    w_e, w_u = named(hm, "embed")["W_E"], named(hm, "logits")["W_U"]
+    rows, embed = w_e.tensor[torch.tensor(IDS[0])], run.read(0, "embed")
+    scale = (rows * embed).sum() / rows.square().sum()  # Gemma's embedding module scales its rows
+    close(rows * scale, embed)
+    assert w_u.tensor.shape == (hm.map.d_model, hm.map.d_vocab)
+    assert (w_e.path in w_u.tied or w_u.path in w_e.tied or w_e.path == w_u.path) == (
+        hm.model.get_parameter(w_e.path) is hm.model.get_parameter(w_u.path)
+    )
+
+
+def test_what_is_written_to_a_view_is_written_to_the_model() -> None:
+    hm = hookmap.open(plain_hooks.build("gpt2"))
+    w = named(hm, "z", 1)["W_O"]
+    with torch.no_grad():
+        w.tensor[2] = 0.0
+    parameter = hm.model.get_parameter(w.path)
+    assert not parameter[16:24].any() and parameter[:16].any()
+
+
+@pytest.mark.parametrize(
+    ("point", "layer", "says"),
+    [("resid_mid", 1, "attn_in"), ("z", None, "say which"), ("nothing", 1, "unknown point"), ("z", 99, "out of range")],
+)
+def test_a_point_without_weights_says_so(point: str, layer: int | None, says: str) -> None:
+    with raises(hookmap.SelectionError, says):
+        opened("llama").weights(point, layer)
