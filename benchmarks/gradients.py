@@ -2,13 +2,14 @@
 
     python benchmarks/gradients.py [TYPES] [--ledger FILE] [--page FILE]
 
-A narrow copy of each causal language model class of transformers, in float64 and with all its layers, is opened. Three
+A narrow copy of each causal language model class of transformers, in float64 and of few layers, is opened. Three
 texts of unlike lengths run in one batch, and the gradient of a logit difference is taken at every point of each kind of
 block, and of the model. By hand: each text alone, zeros added to each point by a plain hook, and their gradient.
 
 The ledger has a line for each class that is done; a run goes on with it. `--page` writes the table of all.
 """
 
+import copy
 import inspect
 import json
 import logging
@@ -29,6 +30,8 @@ SECONDS = 900
 TEXTS = [[5, 9, 3], [4, 20, 11, 7, 30, 8, 2, 90, 41], [17, 3, 60, 22, 9, 6]]
 RIGHT, WRONG = 5, 9
 LARGEST = 1e-5
+LAYERS = 8
+"""the most layers of a copy, where its config allows it"""
 
 
 def main(given: list[str]) -> None:
@@ -78,7 +81,7 @@ def compare(model_type: str) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = narrow(config_of(model_type))
+            config = _shallow(narrow(config_of(model_type)))
             model = build(config, "cpu", torch.float32)
             redraw(model)
             hm = hookmap.open(model)
@@ -91,6 +94,24 @@ def compare(model_type: str) -> dict[str, Any]:
         return {"type": model_type, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     finally:
         signal.alarm(0)
+
+
+def _shallow(config: Any) -> Any:
+    """The first layers alone, where the config is still one that transformers takes."""
+    text = config.get_text_config()
+    count = text.num_hidden_layers
+    if count <= LAYERS:
+        return config
+    fewer = copy.deepcopy(config)
+    inner = fewer.get_text_config()
+    for name, value in list(vars(inner).items()):
+        if isinstance(value, list) and len(value) == count:
+            setattr(inner, name, value[:LAYERS])
+    try:
+        inner.num_hidden_layers = LAYERS
+        return type(fewer).from_dict(fewer.to_dict())
+    except Exception:  # a config's own checks raise what they like
+        return config
 
 
 def _of(hm: Any) -> dict[str, Any]:
@@ -238,7 +259,7 @@ def tell(found: list[dict[str, Any]]) -> list[str]:
         "# Gradients of every architecture",
         "",
         f"{made} {transformers.__version__}; do not edit it. A narrow copy of",
-        "each class, in float64 and with all its layers, takes the gradient of a logit difference at every point of",
+        "each class, in float64 and of few layers, takes the gradient of a logit difference at every point of",
         "each kind of block, in a padded batch. By hand: each text alone, zeros added to the point by a plain hook,",
         "and their gradient. Whole numbers and attention weights are left out.",
         "",

@@ -83,7 +83,7 @@ class VllmModel(HookedModel):
     def _refused(self, *_: Any, **__: Any) -> Any:
         raise ModelError(f"{self.name} runs on vLLM, and this needs the model's own modules: hookmap.open(...).")
 
-    attribute = sweep = _refused
+    attribute = sweep = gradients = estimate_gradients = measure = loss = _refused
 
     def __repr__(self) -> str:
         return f"<VllmModel {self.map.architecture}, {self.map.num_layers} layers, d_model {self.map.d_model}>"
