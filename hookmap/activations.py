@@ -1,6 +1,6 @@
 """What a capture yields: rows of one point of one layer, for one sample."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -70,6 +70,11 @@ class Sample:
     """of each image, in order: its sha256, and the name of its file where it has one"""
     encoder_token_ids: tuple[int, ...] | None = None
     """of an encoder-decoder: what its encoder read of the prompt. `token_ids` are the decoder's then, and have rows"""
+
+    @property
+    def row_positions(self) -> Sequence[int]:
+        """Which token each row is of; none where its row is a mean."""
+        return () if self.positions == "mean" else range(self.rows) if self.positions is None else self.positions
 
 
 class Sink(Protocol):

@@ -195,7 +195,9 @@ def open(
     else:
         if config:
             raise ModelError("config= is for hub ids and folders. Set it on the module: module.config.FIELD = VALUE")
-        module, tokenizer = _module_of(x), tokenizer if tokenizer is not None else _tokenizer_of(x)
+        module = _module_of(x)
+        if tokenizer is None and not isinstance(x, nn.Module):
+            tokenizer = getattr(x, "tokenizer", None)
     root = model_root(module)
     with lock_of(module).exclusive():
         architecture_map, read = understood(module, root, given)
@@ -239,7 +241,3 @@ def _tokenizer_or_reason(source: str, loads: dict[str, Any]) -> tuple[Any, str]:
         return load_tokenizer(source, **loads), NO_TOKENIZER
     except TokenizerError as error:
         return None, str(error)
-
-
-def _tokenizer_of(x: Any) -> Any:
-    return None if isinstance(x, nn.Module) else getattr(x, "tokenizer", None)

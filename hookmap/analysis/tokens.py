@@ -52,4 +52,4 @@ def row_positions(sample: Sample) -> tuple[int, ...]:
     """The position of each row of a sample. Raises SelectionError where its row is a mean over positions."""
     if sample.positions == "mean":
         raise SelectionError(f"sample {sample.sample} is a mean over positions: a lens needs rows of tokens.")
-    return tuple(range(sample.rows)) if sample.positions is None else tuple(sample.positions)
+    return tuple(sample.row_positions)

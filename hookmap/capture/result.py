@@ -66,8 +66,7 @@ class Capture:
         found = self.store.sample(sample)
         if found.positions == "mean":
             raise SelectionError(f"sample {sample} is one mean over positions: its row has no step.")
-        positions = range(found.rows) if found.positions is None else found.positions
-        return tuple(max(0, position - found.prompt_tokens + 1) for position in positions)
+        return tuple(max(0, position - found.prompt_tokens + 1) for position in found.row_positions)
 
     def __getitem__(self, where: str | Key) -> torch.Tensor | list[torch.Tensor]:
         """`run["resid_mid", 8]`: [batch, pos, d] where all samples have as many rows, else a list of [pos, d].

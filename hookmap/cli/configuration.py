@@ -48,20 +48,17 @@ def _typed_features(value: "int | str | list[int]") -> str:
     return f"{_typed(list(value))}," if isinstance(value, list) else str(value)
 
 
-def _layers(value: str) -> str:
-    try:
-        parse_layers(value)
-    except click.BadParameter as error:
-        raise ValueError(error.message) from error
-    return value
+def _checked(parse: Callable[[str], object]) -> AfterValidator:
+    """The text stays as it is, where the command line could parse it."""
 
+    def check(value: str) -> str:
+        try:
+            parse(value)
+        except click.BadParameter as error:
+            raise ValueError(error.message) from error
+        return value
 
-def _calls(value: str) -> str:
-    try:
-        parse_calls(value)
-    except click.BadParameter as error:
-        raise ValueError(error.message) from error
-    return value
+    return AfterValidator(check)
 
 
 def _several(value: object) -> object:
@@ -145,8 +142,8 @@ class Settings(Section):
     points: Points | None = Field(
         None, description="which tensors: a list, layers by point, or all; of serve, resid_post"
     )
-    layers: Annotated[Names, AfterValidator(_layers)] = Field("all", description="a list, a range such as 0-3, or all")
-    calls: Annotated[Names, AfterValidator(_calls)] = Field(
+    layers: Annotated[Names, _checked(parse_layers)] = Field("all", description="a list, a range such as 0-3, or all")
+    calls: Annotated[Names, _checked(parse_calls)] = Field(
         "all", description="runs of layers that run several times: a list, a range, last or all"
     )
     prompts: Text | None = Field(None, description="a data set of prompts: a file, a folder, or hf://NAME:SPLIT")

@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,10 +44,12 @@ def rows_of(source: Any) -> tuple[str, Iterator[tuple[str, Any]]]:
     if is_pointer(path):
         raise DataError(f"the prompts file {path} cannot be read: {pointers_told(path.parent, [path.name])}")
     kind = next((s for s in reversed([s.lower() for s in path.suffixes]) if s != ".gz"), "")
-    readers = {".json": _json, ".csv": _csv, ".tsv": _tsv, ".txt": _text, ".parquet": _parquet}
+    tsv = partial(_csv, separator="\t")
+    readers: dict[str, Any] = {".json": _json, ".csv": _csv, ".tsv": tsv, ".txt": _text, ".parquet": _parquet}
     if kind not in FORMATS:
         raise DataError(f"{path}: expected a file of {', '.join(FORMATS)}, found {kind or 'no ending'}")
-    return str(path), readers.get(kind, _json_lines)(path)
+    rows: Iterator[tuple[str, Any]] = readers.get(kind, _json_lines)(path)
+    return str(path), rows
 
 
 def columns_of(source: Any) -> list[Any] | None:
@@ -131,10 +134,6 @@ def _text(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f"line {number}", line.rstrip("\r\n")
-
-
-def _tsv(path: Path) -> Iterator[tuple[str, Any]]:
-    return _csv(path, "\t")
 
 
 def _csv(path: Path, separator: str = ",") -> Iterator[tuple[str, Any]]:

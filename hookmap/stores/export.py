@@ -270,7 +270,7 @@ def _offsets(store: Store) -> list[int]:
 def _ids_of_rows(sample: Sample) -> Sequence[int]:
     if sample.positions == "mean":
         raise StoreError(f"sample {sample.sample} is a mean over tokens: SAELens needs rows of tokens.")
-    return [sample.token_ids[p] for p in (range(sample.rows) if sample.positions is None else sample.positions)]
+    return [sample.token_ids[position] for position in sample.row_positions]
 
 
 def _image_rows(sample: Sample) -> list[int] | None:

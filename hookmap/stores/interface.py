@@ -275,9 +275,7 @@ class Store(ABC):
 
 def position_of(sample: Sample, row: int) -> int | None:
     """The position in its sample's own tokens that a row is of; None of a mean."""
-    if sample.positions == "mean":
-        return None
-    return row if sample.positions is None else sample.positions[row]
+    return None if sample.positions == "mean" else sample.row_positions[row]
 
 
 def _of_layer(layer: int | None) -> str:

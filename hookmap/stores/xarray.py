@@ -92,7 +92,7 @@ def _positions(samples: list[Sample], dims: tuple[str, ...]) -> dict[str, Any]:
     axis = "query" if "query" in dims else "pos"
     if any(sample.positions == "mean" for sample in samples):
         return {}
-    rows = [tuple(range(s.rows)) if s.positions is None else s.positions for s in samples]
+    rows = [tuple(s.row_positions) for s in samples]
     if len(set(rows)) == 1:
         return {axis: list(rows[0])}
     return {"position": (("batch", axis), [list(each) for each in rows])}

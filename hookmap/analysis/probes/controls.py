@@ -102,8 +102,7 @@ def logprob(store: Store, sample: Sample) -> float:
         return given
     if ("logits", None) not in store.keys:
         raise SelectionError("the capture holds no logits, and its samples no label logprob")
-    known = range(sample.rows) if sample.positions is None else sample.positions
-    rows_of = {} if known == "mean" else {int(position): row for row, position in enumerate(known)}
+    rows_of = {position: row for row, position in enumerate(sample.row_positions)}
     answered = range(sample.prompt_tokens, len(sample.token_ids))
     if not answered or any(position - 1 not in rows_of for position in answered):
         raise SelectionError(f"sample {sample.sample} has no answer, or its logits are not all kept")

@@ -121,7 +121,9 @@ def _standardised(matrix: Any, labels: Labels, method: str, strength: float) -> 
     if method == "ridge":
         found, biases = _descend(scaled, np.where(labels, 1.0, -1.0).T, 0.1 * len(matrix), 1.0, lambda f, y: f - y)
     else:
-        found, biases = _descend(scaled, labels.T.astype(np.float64), 1 / strength, 0.25, lambda f, y: _sigmoid(f) - y)
+        found, biases = _descend(
+            scaled, labels.T.astype(np.float64), 1 / strength, 0.25, lambda f, y: (1 + np.tanh(f / 2)) / 2 - y
+        )
     weights = found * inverse[:, None]
     return weights, biases - mean @ weights
 
@@ -178,10 +180,6 @@ def _steps(
         at, shift, scores = (a + push * (a - b) for a, b in zip(after, before, strict=True))
         before = after
     return (new if gram is None else x.T @ new.astype(np.float32)).astype(np.float64), new_shift
-
-
-def _sigmoid(scores: Floats) -> Floats:
-    return np.asarray((1 + np.tanh(scores / 2)) / 2)
 
 
 def _sparse(matrix: Any, labels: Labels, strength: float) -> tuple[Floats, Floats]:

@@ -87,8 +87,7 @@ def probed_positions(samples: Sequence[Sample], pool: str, positions: Any = None
     for sample in samples:
         if sample.positions == "mean":
             raise SelectionError("the capture holds a mean over positions: it has no single ones. Use pool=mean.")
-        own = range(sample.rows) if sample.positions is None else sample.positions
-        mine = {position - sample.prompt_tokens for position in own}
+        mine = {position - sample.prompt_tokens for position in sample.row_positions}
         common = mine if common is None else common & mine
     low, high = (None, None) if positions is None else (positions.start, positions.stop)
     found = sorted(p for p in common or () if (low is None or p >= low) and (high is None or p < high))
@@ -194,7 +193,7 @@ def _rows(sample: Sample, pool: str, chosen: RowSelection | None) -> Sequence[in
                 f"sample {sample.sample} is one mean over positions: pool={pool} cannot be told. Use pool=mean."
             )
         return range(1)
-    own: Sequence[int] = range(sample.rows) if positions is None else positions
+    own = sample.row_positions
     end = sample.prompt_tokens
     found: Sequence[int]
     if pool == "last":

@@ -62,7 +62,7 @@ class Sources:
         rows = store.read(number, *key)
         if sample.positions == "mean":
             return rows
-        held: Sequence[int] = range(sample.rows) if sample.positions is None else sample.positions
+        held = sample.row_positions
         row_of = {position: row for row, position in enumerate(held)}
         wanted = positions.places(sample.token_ids, sample.prompt_tokens, matching, sample.image_positions or ())
         chosen = [row_of[position] for position in wanted if position in row_of]

@@ -86,22 +86,20 @@ class _WithServeOptions(click.Command):
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     host: str,
     model: str | None,
     port: int,
     folder: str,
-    fresh: bool,
     sync: str | None,
     lock: Path | None,
-    torch: str | None,
     python: str | None,
     release: str | None,
-    runner: str,
-    wait: float,
     ssh: str,
     action: str | None,
     dry_run: bool,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Keep a server running on HOST, over plain ssh.
 
@@ -115,7 +113,7 @@ def command(
 
     What happens there, and what to do when it does not: docs/deploy.md
     """
-    _check(host, folder, python, sync, fresh, action, ssh)
+    _check(host, folder, python, sync, asked["fresh"], ssh)
     from hookmap.cli.configuration import Serving
     from hookmap.cli.settings import choose_model, load_settings
     from hookmap.demo import MODEL_PATH
@@ -139,23 +137,14 @@ def command(
     from hookmap.services.deploy.bundle import bundle
 
     sent = bundle(release, lock, installs=python is None and sync != "skip")
-    common |= {
-        "python": python,
-        "torch": torch,
-        "fresh": fresh,
-        "runner": runner,
-        "wait": wait,
-        "version": sent.version,
-    }
-    common |= {"model": chosen or None, "name": served["served_model_name"], "options": tuple(given)}
-    common |= {"drain": served["drain"] or Serving.model_fields["drain"].default}
-    asked = Request(action="deploy", sync=sync or "frozen", **common)
-    _run(asked, sent.files, host, folder, python, ssh, dry_run, as_json, ctx)
+    asked |= {"python": python, "sync": sync or "frozen", "version": sent.version, "options": tuple(given)}
+    asked |= {"model": chosen or None, "name": served["served_model_name"]}
+    asked |= {"drain": served["drain"] or Serving.model_fields["drain"].default}
+    request = Request(action="deploy", **common, **asked)
+    _run(request, sent.files, host, folder, python, ssh, dry_run, as_json, ctx)
 
 
-def _check(
-    host: str, folder: str, python: str | None, sync: str | None, fresh: bool, action: str | None, ssh: str
-) -> None:
+def _check(host: str, folder: str, python: str | None, sync: str | None, fresh: bool, ssh: str) -> None:
     """Raises click.BadParameter for what could mean something else to ssh or to a shell there."""
     if not _HOST.fullmatch(host):
         raise click.BadParameter(f"{host!r} is no name of a host: write box or me@box", param_hint="HOST")

@@ -10,6 +10,7 @@ from hookmap.cli import model_options
 from hookmap.cli.options import amount, calls_option, count
 
 _GIB = 2**30
+_AS_TYPED = ("host", "port", "queue", "batch", "batch_tokens", "max_new_tokens", "inline_bytes")
 
 
 def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -93,8 +94,6 @@ def command(
     refuse_unknown(chosen, of_layers, model, of_calls)
     limits = Settings(
         root=Path(serving.sessions),
-        host=serving.host,
-        port=serving.port,
         key=key or None,
         admin_key=admin_key or None,
         hosts=tuple(serving.allowed_host),
@@ -102,16 +101,12 @@ def command(
         points=tuple(chosen) if isinstance(chosen, list) else chosen,
         layers=of_layers if isinstance(of_layers, str) else tuple(of_layers),
         calls=of_calls if isinstance(of_calls, str) else tuple(of_calls),
-        queue=serving.queue,
-        batch=serving.batch,
-        batch_tokens=serving.batch_tokens,
-        max_new_tokens=serving.max_new_tokens,
         request_bytes=int(serving.request_bytes * _GIB),
-        inline_bytes=serving.inline_bytes,
         total_bytes=int(serving.max_bytes * _GIB),
         max_age=serving.max_age * 3600,
         drain=float(serving.drain),
         loads=model_options.loads(given, settings),
+        **serving.model_dump(include=set(_AS_TYPED)),
     )
     if not limits.local and not key:
         click.echo("note: anybody who reaches this address may use the model; give --key", err=True)

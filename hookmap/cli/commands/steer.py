@@ -1,7 +1,7 @@
 """`hookmap steer`: what a model says with a vector added to one of its points, and without."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -9,9 +9,6 @@ from hookmap.cli import model_options, one_prompt
 from hookmap.cli.chat_options import chat_options, of_default_prompt, tell, templating
 from hookmap.cli.image_option import image_option, of_one_text
 from hookmap.cli.options import calls_option, count
-
-if TYPE_CHECKING:
-    from hookmap.model import HookedModel
 
 _OF_VECTOR = ("key", "point", "layers", "calls", "strength", "keep_norm", "positions", "steps")
 
@@ -69,7 +66,8 @@ def command(
 
     if (vector is None) == (intervene is None):
         raise click.UsageError("which vector? --vector FILE, or a file of interventions: --intervene FILE")
-    if intervene and (typed := [option for option in _OF_VECTOR if _is_typed(option)]):
+    source, typed_in = click.get_current_context().get_parameter_source, click.core.ParameterSource.COMMANDLINE
+    if intervene and (typed := [option for option in _OF_VECTOR if source(option) is typed_in]):
         told = ", ".join(f"--{option.replace('_', '-')}" for option in typed)
         raise click.UsageError(f"{told}: of --vector. The file of --intervene says all of it itself.")
     chosen = None if layers is None else parse_layers(layers)
@@ -96,27 +94,15 @@ def command(
     hm = model_options.opened(model, given, quiet=as_json)
     tell(hm.tokenizer, how, bool(texts) and not images)
     how = how if texts else of_default_prompt(hm.tokenizer, how)
-    _show(shown, *_both(hm, prompts, interventions, max_new_tokens, how, as_json), as_json)
-
-
-def _is_typed(option: str) -> bool:
-    return click.get_current_context().get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
-
-
-def _both(
-    hm: "HookedModel", prompts: list[Any], interventions: Any, max_new_tokens: int, how: dict[str, Any], quiet: bool
-) -> tuple[list[str], list[str]]:
     from hookmap.cli.console import working
 
-    with working("generating", quiet=quiet):
-        before, after = (
-            hm.generate(prompts, written, None, max_new_tokens, **how).texts for written in ((), interventions)
-        )
-    return before, after
+    with working("generating", quiet=as_json):
+        both = [hm.generate(prompts, written, None, max_new_tokens, **how).texts for written in ((), interventions)]
+    _show(list(zip(shown, *both, strict=True)), as_json)
 
 
-def _show(texts: list[str], without: list[str], with_it: list[str], as_json: bool) -> None:
-    rows = list(zip(texts, without, with_it, strict=True))
+def _show(rows: list[tuple[str, ...]], as_json: bool) -> None:
+    """(prompt, text without, text with) of each prompt."""
     if as_json:
         found = [{"prompt": text, "without": before, "with": after} for text, before, after in rows]
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))

@@ -99,7 +99,8 @@ def finished_log(
         **{name: value for name, value in config.items() if value is not None},
     )
     if not done:
-        raise CaptureError(f"not all samples were answered: {_why(logs)}\nThe same command again goes on: -o {folder}")
+        why = "; ".join(str(log.error.message) for log in logs if log.error is not None) or "see inspect's log"
+        raise CaptureError(f"not all samples were answered: {why}\nThe same command again goes on: -o {folder}")
     return read_eval_log(logs[0].location)
 
 
@@ -122,7 +123,3 @@ def _same_run(folder: Path, settings: dict[str, Any]) -> None:
         raise StoreError(f"{folder} is not empty, and holds no evaluation. Give another folder: -o")
     folder.mkdir(parents=True, exist_ok=True)
     write(file, json.dumps(wanted, indent=2) + "\n")
-
-
-def _why(logs: Any) -> str:
-    return "; ".join(str(log.error.message) for log in logs if log.error is not None) or "see inspect's log"

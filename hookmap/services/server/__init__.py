@@ -15,8 +15,5 @@ def check_installed() -> None:
 
     needed = ("fastapi", "uvicorn", "openai", "prometheus_client")
     if missing := [name for name in needed if find_spec(name) is None]:
-        raise HookmapError(f"the server needs {', '.join(missing)}, which {_are(missing)} not installed: {EXTRA}")
-
-
-def _are(names: list[str]) -> str:
-    return "is" if len(names) == 1 else "are"
+        are = "is" if len(missing) == 1 else "are"
+        raise HookmapError(f"the server needs {', '.join(missing)}, which {are} not installed: {EXTRA}")

@@ -15,14 +15,13 @@ from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenL
 
 from hookmap.errors import TokenizerError
 from hookmap.loading.chat_template import Templating
-from hookmap.loading.generation import end_tokens
 from hookmap.loading.pictures import Limits
 from hookmap.loading.prompts import Prompt, templated, text_of
 from hookmap.model import HookedModel
 from hookmap.services.server.errors import bad
 from hookmap.services.server.jobs import Job, Result
 from hookmap.services.server.requests import ChatRequest, Message, Part
-from hookmap.services.server.streaming import extras, made, summaries, usage_of
+from hookmap.services.server.streaming import extras, made, reason_of, summaries, usage_of
 from hookmap.services.server.text import RowText
 from hookmap.services.server.tokens import LEAST, Token
 from hookmap.services.server.tool_calls import Call, ToolText, reads_calls, template_of
@@ -121,7 +120,6 @@ class _ChoiceText:
     """The text and the tool calls of one choice, as its tokens come."""
 
     def __init__(self, tokenizer: Any, job: Job, tools: bool) -> None:
-        self._most, self._ends = job.max_new_tokens, end_tokens(job.config)
         self.text, self.calls = RowText(tokenizer, job.stop), ToolText(tools)
 
     def add(self, token: int) -> str:
@@ -131,11 +129,6 @@ class _ChoiceText:
         before = self.calls.add(self.text.end())
         rest, calls = self.calls.end()
         return before + rest, calls
-
-    def reason(self, tokens: tuple[int, ...]) -> str:
-        """Why it ended: `stop`, or `length`."""
-        ended = self.text.stopped or (tokens and tokens[-1] in self._ends) or len(tokens) < self._most
-        return "stop" if ended else "length"
 
 
 class ChatWire:
@@ -173,7 +166,7 @@ class ChatWire:
             if calls:
                 told = [{"index": index, **_call(call)} for index, call in enumerate(calls)]
                 chunks.append(self._chunk(number, ChoiceDelta.model_validate({"tool_calls": told})))
-            reason = "tool_calls" if calls else row.reason(result.new[number])
+            reason = "tool_calls" if calls else reason_of(self._job, row.text, result.new[number])
             chunks.append(self._chunk(number, ChoiceDelta(), reason))
         if self._usage:
             usage = usage_of(self._job, result)
@@ -199,7 +192,7 @@ class ChatWire:
         told = [self._told(token) for token in tokens if token.row == number]
         return Choice(
             index=number,
-            finish_reason="tool_calls" if calls else row.reason(new),  # type: ignore[arg-type]
+            finish_reason="tool_calls" if calls else reason_of(self._job, row.text, new),
             message=ChatCompletionMessage.model_validate(message),
             logprobs=ChoiceLogprobs(content=told, refusal=None) if self._logprobs else None,
         )

@@ -8,12 +8,11 @@ from typing import Any
 from openai.types import Completion, CompletionChoice
 from openai.types.completion_choice import Logprobs
 
-from hookmap.loading.generation import end_tokens
 from hookmap.loading.prompts import Prompt, encode, text_of
 from hookmap.services.server.errors import bad
 from hookmap.services.server.jobs import Job, Result
 from hookmap.services.server.requests import CompletionRequest
-from hookmap.services.server.streaming import extras, made, summaries, usage_of
+from hookmap.services.server.streaming import extras, made, reason_of, summaries, usage_of
 from hookmap.services.server.text import RowText
 from hookmap.services.server.tokens import LEAST, Token
 
@@ -49,11 +48,12 @@ class CompletionWire:
 
     def __init__(self, asked: CompletionRequest, job: Job, model: str, tokenizer: Any) -> None:
         self._texts = [RowText(tokenizer, job.stop) for _ in job.prompts]
-        self._echoed = [self._text_of(prompt, tokenizer) for prompt in job.prompts] if asked.echo else []
+        echoed = job.prompts if asked.echo else ()
+        self._echoed = [prompt.text or text_of(tokenizer, prompt.token_ids) for prompt in echoed]
         self._offsets = [0] * len(job.prompts)
         self._job, self._tokenizer, self._logprobs = job, tokenizer, asked.logprobs is not None
         self._usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        self._ends = end_tokens(job.config)
+
         self._head: dict[str, Any] = {"id": f"cmpl-{job.id}", "created": int(time.time()), "model": model}
 
     def opening(self) -> Iterator[TextCompletion]:
@@ -96,25 +96,14 @@ class CompletionWire:
         usage = usage_of(self._job, result)
         return TextCompletion(**self._head, object="text_completion", choices=choices, usage=usage, **more)
 
-    def _text_of(self, prompt: Prompt, tokenizer: Any) -> str:
-        return prompt.text or text_of(tokenizer, prompt.token_ids)
-
     def _chunk(self, row: int, text: str, reason: str | None = None, logprobs: Any = None) -> TextCompletion:
-        choice = made(
-            TextChoice,
-            index=row,
-            text=text,
-            finish_reason=reason,  # null until the last one, as OpenAI sends it
-            logprobs=logprobs,
-        )
+        # The reason is null until the last chunk, as OpenAI sends it.
+        choice = made(TextChoice, index=row, text=text, finish_reason=reason, logprobs=logprobs)
         return made(TextCompletion, **self._head, object="text_completion", choices=[choice])
 
     def _reason(self, number: int, result: Result) -> str:
         new = result.new[number]
-        if not new:  # it was only read
-            return "length"
-        ended = self._texts[number].stopped or new[-1] in self._ends or len(new) < self._job.max_new_tokens
-        return "stop" if ended else "length"
+        return reason_of(self._job, self._texts[number], new) if new else "length"  # it was only read
 
     def _told(self, tokens: list[Token]) -> NullableLogprobs:
         decode = partial(text_of, self._tokenizer)

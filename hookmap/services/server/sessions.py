@@ -157,11 +157,9 @@ class Sessions:
             for session in finished:
                 old = self._clock() - session.created > self._max_age
                 goes = coming > 0 or session is not finished[-1]
-                if old or (goes and self._used() + coming > self._total):
+                used = sum(each.bytes for each in self._sessions.values())
+                if old or (goes and used + coming > self._total):
                     self._remove(session)
-
-    def _used(self) -> int:
-        return sum(session.bytes for session in self._sessions.values())
 
     def _remove(self, session: Session) -> None:
         self._sessions.pop(session.id, None)

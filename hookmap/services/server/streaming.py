@@ -6,7 +6,7 @@ A client that leaves cancels its job. Nothing is sent before the first token, so
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -14,9 +14,11 @@ from openai.types import CompletionUsage
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from hookmap.loading.generation import end_tokens
 from hookmap.services.server.errors import ApiError, cancelled
 from hookmap.services.server.jobs import Event, Job, Result
 from hookmap.services.server.scheduler import Scheduler
+from hookmap.services.server.text import RowText
 from hookmap.services.server.tokens import Token
 
 Made = TypeVar("Made", bound=BaseModel)
@@ -41,7 +43,7 @@ class Wire(Protocol):
 async def answer(request: Request, scheduler: Scheduler, job: Job, wire: Wire, streams: bool) -> Response:
     """Run the job and answer. Raises ApiError."""
     events: asyncio.Queue[Event] = asyncio.Queue()
-    loop, wants_tokens = asyncio.get_running_loop(), _wants_tokens(job, streams)
+    loop, wants_tokens = asyncio.get_running_loop(), streams or job.top_logprobs is not None or job.summary is not None
 
     def emit(event: Event) -> None:
         if wants_tokens or not isinstance(event, list):
@@ -63,10 +65,6 @@ async def answer(request: Request, scheduler: Scheduler, job: Job, wire: Wire, s
     if isinstance(event, ApiError):
         raise event
     return JSONResponse(wire.whole(event, tokens).model_dump(mode="json", exclude_unset=True))
-
-
-def _wants_tokens(job: Job, streams: bool) -> bool:
-    return streams or job.top_logprobs is not None or job.summary is not None
 
 
 async def _event(events: "asyncio.Queue[Event]", request: Request) -> Event:
@@ -137,6 +135,12 @@ def summaries(job: Job, tokens: Sequence[Token], decode: Callable[[list[int]], s
         return {}
     told = [job.summary.told(t.row, decode([t.id]), t.figures, decode) for t in tokens if t.figures is not None]
     return {"activations_summary": told}
+
+
+def reason_of(job: Job, text: RowText, new: tuple[int, ...]) -> Literal["stop", "length"]:
+    """Why a choice of these new tokens ended."""
+    ended = text.stopped or (new and new[-1] in end_tokens(job.config)) or len(new) < job.max_new_tokens
+    return "stop" if ended else "length"
 
 
 def extras(result: Result) -> dict[str, Any]:
