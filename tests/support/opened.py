@@ -9,7 +9,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 import hookmap
 from hookmap.model import HookedModel
 
-_QUICK = ("gpt2", "llama", "gemma2", "falcon_7b", "mixtral", "mamba")
+_QUICK = ("gpt2", "gemma2", "falcon_7b", "mixtral", "mamba")
 EACH_FAMILY = [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in plain_hooks.FAMILIES]
 """for `parametrize`: the quick tests run a few of them, of different structures"""
 RAGGED = [[5, 17, 3, 60, 22, 9], [11, 2, 33], [48, 7, 7, 90, 1, 2, 3, 4, 81]]
