@@ -36,16 +36,13 @@ class Generating(Run):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See `Run.settings`."""
         return {"generation": gen.as_json(self.config), "seed": self.seed, "stop": list(self.stop)}
 
     @property
     def why_no_pads(self) -> str | None:
-        """See `Run.why_no_pads`."""
         return "a setting of this generation would count pads as tokens" if gen.counts_pads(self.config) else None
 
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
-        """See `Run.batch`."""
         prompts = [self.prompts[number] for number in numbers]
         layout = layout_of(numbers, prompts)
         observer = self._observer(layout, sink)
@@ -110,11 +107,9 @@ class Harvesting(Run):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See `Run.settings`."""
         return {"harvest": True}
 
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
-        """See `Run.batch`."""
         prompts = [self.prompts[number] for number in numbers]
         layout = layout_of(numbers, prompts, right=True)
         observer = self._observer(layout, sink)

@@ -40,7 +40,6 @@ class Differentiating(Harvesting):
     """the metric of each sample"""
 
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
-        """See `Run.batch`."""
         try:
             self._batch(numbers, sink)
         except torch.OutOfMemoryError:
@@ -85,7 +84,6 @@ class _Logits(Observer):
         super().__init__((selector,), layout, _nothing, selection=chosen, matching=matching)
 
     def collector(self, selector: Selector, keys: int | None) -> Collector:
-        """See `Observer.collector`."""
         return _Held(self.found)
 
 

@@ -23,17 +23,14 @@ class Lacking:
         self._writer, self._held = writer, held
 
     def write(self, activation: Activation) -> None:
-        """See `Sink.write`."""
         if activation.sample not in self._held:
             self._writer.write(activation)
 
     def finish(self, sample: Sample) -> None:
-        """See `Sink.finish`."""
         if sample.sample not in self._held:
             self._writer.finish(sample)
 
     def abandon(self) -> None:
-        """See `Sink.abandon`."""
         self._writer.abandon()
 
 

@@ -51,7 +51,6 @@ class EveryRow:
         self._passes: list[PassRows] = []
 
     def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
-        """See `Collector`."""
         if rows.new > 1:
             self._flush()
             gathered = self._cast(rows.gather(tensor), rows.numbers)
@@ -67,11 +66,9 @@ class EveryRow:
             self._flush()
 
     def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
-        """See `Collector`."""
         return _nothing(tensor.shape[2:], self._cast.dtype or tensor.dtype)
 
     def finish(self, counts: Sequence[int]) -> None:
-        """See `Collector`."""
         self._flush()
 
     def _arrived(self, rows: PassRows, host: torch.Tensor) -> None:
@@ -111,7 +108,6 @@ class MeanRow:
         self._sum: torch.Tensor | None = None
 
     def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
-        """See `Collector`."""
         if self._sum is None:
             self._sum = tensor.new_zeros((tensor.shape[0], *tensor.shape[2:]), dtype=torch.float32)
             self._cast.dtype = self._cast.dtype or tensor.dtype
@@ -121,11 +117,9 @@ class MeanRow:
             self._sum.index_add_(0, rows.indices(tensor.device)[1], rows.gather(tensor).float())
 
     def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
-        """See `Collector`."""
         return _nothing(tensor.shape[2:], self._cast.dtype or tensor.dtype)
 
     def finish(self, counts: Sequence[int]) -> None:
-        """See `Collector`."""
         if self._sum is None:
             return
         total, self._sum = self._sum, None
@@ -143,7 +137,6 @@ class LastRow:
         self._last: torch.Tensor | None = None
 
     def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
-        """See `Collector`."""
         if self._last is None:
             self._last = tensor.new_zeros((tensor.shape[0], *tensor.shape[2:]))
         if rows.whole:
@@ -154,11 +147,9 @@ class LastRow:
                 self._last[row] = tensor[row, kept[-1]]
 
     def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
-        """See `Collector`."""
         return _nothing(tensor.shape[2:], self._cast.dtype or tensor.dtype)
 
     def finish(self, counts: Sequence[int]) -> None:
-        """See `Collector`."""
         if self._last is not None:
             last, self._last = self._cast(self._last, lambda: _one_number_each(counts)), None
             self._transfer.send(last, lambda host: _one_row_each(host, counts, self._deliver))
@@ -185,7 +176,6 @@ class PatternRows:
                 self._transfer.send(placed, self._to(row, rows.first[row]))
 
     def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
-        """See `Collector`."""
         return _nothing((*tensor.shape[2:-1], self._keys), self._cast.dtype or tensor.dtype)
 
     def finish(self, counts: Sequence[int]) -> None:

@@ -112,7 +112,6 @@ class Called:
     """that of the batch that runs"""
 
     def in_batch(self, batch: Editor) -> "Called":
-        """See `OfBatch`."""
         return replace(self, batch=batch)
 
     def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None = None) -> torch.Tensor:

@@ -45,13 +45,11 @@ class Watching(Observer):
         super().__init__(tuple(selectors.values()), layout, _nothing, selection=positions, matching=matching)
 
     def begin_pass(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """See `Observer.begin_pass`."""
         super().begin_pass(args, kwargs)
         if self.looks:
             self._ids = token_ids(args, kwargs, self.kept.new)
 
     def collector(self, selector: Selector, keys: int | None) -> Collector:
-        """See `Observer.collector`."""
         return _Shown(self, selector)
 
     def tell(self, selector: Selector, rows: PassRows, tensor: torch.Tensor) -> None:

@@ -130,12 +130,10 @@ class Gathered:
         self._sink, self._reads_only = sink, reads_only
 
     def write(self, activation: Activation) -> None:
-        """See Sink."""
         if self._sink is not None:
             self._sink.write(activation)
 
     def finish(self, sample: Sample) -> None:
-        """See Sink."""
         if self._reads_only:
             sample = replace(sample, text="", token_ids=sample.token_ids[: sample.prompt_tokens])
         self.samples.append(sample)
