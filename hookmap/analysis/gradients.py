@@ -150,7 +150,6 @@ def _planned(hm: Hooked, prompts: Any, metric: Any, points: Any, layers: Any, op
     )
     given = {name: value for name, value in chosen.items() if name not in options_of(TemplateOptions)}
     prepared = hm.prepare(list(bound.prompts), points, layers, 0, **{**given, "prompt_column": None, "engine": "hooks"})
-    _refuse_operations(prepared.run.selectors)
     held = {each.name: getattr(prepared.run, each.name) for each in fields(prepared.run)}
     run = Differentiating(
         **held,
@@ -163,14 +162,6 @@ def _planned(hm: Hooked, prompts: Any, metric: Any, points: Any, layers: Any, op
     return _Plan(hm, run, prepared, bound)
 
 
-def _refuse_operations(selectors: Sequence[Selector]) -> None:
-    if below := [str(s) for s in selectors if any(term.operation for term in s.terms)]:
-        raise CaptureError(
-            f"{below[0]}: an operation is seen below autograd, where there are no gradients. Name the input or output "
-            "of a module."
-        )
-
-
 def _logits(hm: Hooked) -> Selector:
     """Raises SelectionError where the model has none."""
     [found] = hm.map.selectors(["logits"])
@@ -180,7 +171,9 @@ def _logits(hm: Hooked) -> Selector:
 def _begin(hm: Hooked, selectors: Sequence[Selector]) -> Selector | None:
     """Where the graph begins: before the first point, unless that is what a module reads, and so a beginning itself."""
     first = selectors[0]
-    if first.layer is None or (len(first.terms) == 1 and first.side == "input" and mode_of(first) == "replace"):
+    term = first.terms[0]
+    reads = term.side == "input" and term.operation is None
+    if first.layer is None or (len(first.terms) == 1 and reads and mode_of(first) == "replace"):
         return None
     for point, layer, call in (("resid_pre", first.layer, first.call or 0), ("embed", None, 0)):
         if hm.map.unavailable(point, layer) is None:

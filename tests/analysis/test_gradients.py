@@ -255,3 +255,19 @@ def test_what_has_no_gradient_is_refused_with_its_reason() -> None:
     with pytest.raises(hookmap.CaptureError, match="whole numbers, which have no gradient"):
         opened("mixtral").gradients(RAGGED, difference_at, "router_indices", [0])
     assert all(parameter.requires_grad for parameter in hm.model.parameters())
+
+
+def test_operations_have_the_gradient_of_the_tensor_that_they_read_or_give() -> None:
+    hm = opened("llama")
+    hm.model.set_attn_implementation("eager")
+    try:
+        places = {side: f"model.layers.{{i}}.self_attn:_softmax.{side}" for side in ("input", "output")}
+        found = hm.gradients(RAGGED, difference_at, [*places.values(), "pattern", "resid_pre"], [1])
+    finally:
+        hm.model.set_attn_implementation("sdpa")
+    for number in range(len(RAGGED)):
+        weights, scores = (found.read(number, places[side], 1) for side in ("output", "input"))
+        assert torch.equal(weights, found.read(number, "pattern", 1))
+        values = found.values.read(number, "pattern", 1)
+        by_hand = values * (weights - (weights * values).sum(-1, keepdim=True))  # the derivative of a softmax
+        torch.testing.assert_close(scores, by_hand, rtol=1e-4, atol=1e-7)

@@ -1,15 +1,15 @@
 """Where gradients are taken: at which edge of autograd's graph that of each point arrives. Knows tensors, not models.
 
-At an output, and where the stream is seen in the middle of a block, it is the tensor itself: all that reads it counts.
-At an input the module is passed a copy: what this module reads counts, as it does where the point is written. The graph
-begins at the first tap.
+At an output, at an operation, and where the stream is seen in the middle of a block, it is the tensor itself: all that
+reads it counts. At an input the module is passed a copy: what this module reads counts, as it does where the point is
+written. The graph begins at the first tap.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -19,6 +19,13 @@ from hookmap.capture.engines.parameters import parameters_of
 from hookmap.capture.interventions.writable import Mode, ModuleIO, mode_of, passed_on
 from hookmap.errors import CaptureError
 from hookmap.maps.selectors import Selector, Term
+
+
+class _Result(NamedTuple):
+    """What an operation gave. Autograd, which is above what shows operations, gives it its edge only then."""
+
+    tensor: torch.Tensor
+    version: int
 
 
 class Taps:
@@ -37,7 +44,7 @@ class Taps:
         if begin is not None:
             self._tapped.insert(0, (-1, begin))
         self._calls: dict[tuple[str, Side, Mode], int] = {}
-        self._edges: dict[int, tuple[Term, GradientEdge]] = {}
+        self._edges: dict[int, tuple[Term, GradientEdge | _Result]] = {}
         """of each selector, the term that was seen last, and its edge"""
 
     @property
@@ -48,7 +55,7 @@ class Taps:
     @property
     def boundaries(self) -> tuple[tuple[str, Side], ...]:
         """The (module path, side) pairs that are tapped or read."""
-        tapped = ((term.module, term.side) for _, selector in self._tapped for term in selector.terms)
+        tapped = ((term.at, term.side) for _, selector in self._tapped for term in selector.terms)
         return tuple(dict.fromkeys((*tapped, *self.logits.boundaries)))
 
     def at(self, path: str, side: Side, mode: Mode) -> Iterator[Any]:
@@ -57,7 +64,7 @@ class Taps:
             (number, selector, term)
             for number, selector in self._tapped
             for term in selector.terms
-            if (term.module, term.side) == (path, side) and mode_of(selector) == mode
+            if (term.at, term.side) == (path, side) and mode_of(selector) == mode
         ]
         if found:
             yield partial(self._pass, (path, side, mode), found)
@@ -86,7 +93,10 @@ class Taps:
         tensor = replace(term, heads=None).resolve(*given)
         if not tensor.is_floating_point():
             raise CaptureError(f"{selector}: its values are whole numbers, which have no gradient: leave it out.")
-        shared = len(selector.terms) > 1 or mode_of(selector) == "in place"
+        if term.operation is not None and term.side == "output":
+            self._edges[number] = (term, _Result(tensor, tensor._version))
+            return given
+        shared = len(selector.terms) > 1 or mode_of(selector) == "in place" or term.operation is not None
         if not tensor.requires_grad:
             if shared:
                 raise CaptureError(
@@ -110,7 +120,7 @@ class Taps:
                 "detached from them."
             )
         self._check_sums(total)
-        edges = [self._edges[number][1] for number in range(len(self.selectors))]
+        edges = [self._edge(number) for number in range(len(self.selectors))]
         found = torch.autograd.grad(total, edges, allow_unused=True)
         if without := [str(s) for s, gradient in zip(self.selectors, found, strict=True) if gradient is None]:
             listed = "\n".join(f"  - {name}" for name in without)
@@ -127,6 +137,18 @@ class Taps:
                 weight = None if term.weight is None else parameter_at(term.weight)
                 self.gradients.show(number, _of_product(selector, term, arranged, weight))
 
+    def _edge(self, number: int) -> GradientEdge:
+        """Raises CaptureError where the result of an operation has no edge of its own."""
+        edge = self._edges[number][1]
+        if isinstance(edge, GradientEdge):
+            return edge
+        if not edge.tensor.requires_grad or edge.tensor._version != edge.version:
+            raise CaptureError(
+                f"{self.selectors[number]}: the operation, or one behind it, writes over this tensor, or nothing that "
+                "autograd sees is computed from it: it has no gradient of its own. Name what reads it."
+            )
+        return get_gradient_edge(edge.tensor)
+
     def _check_sums(self, total: torch.Tensor) -> None:
         """Raises CaptureError where what a sum adds last is read by something else than the sum.
 
@@ -136,7 +158,7 @@ class Taps:
         sums = [n for n, s in enumerate(self.selectors) if len(s.terms) > 1 and all(t.scale > 0 for t in s.terms)]
         readers = _readers(total) if sums else Counter[tuple[Any, int]]()
         for number in sums:
-            edge = self._edges[number][1]
+            edge = self._edge(number)
             if readers[edge.node, edge.output_nr] != 1:
                 raise CaptureError(
                     f"{self.selectors[number]}: no single tensor of the model holds this sum, and the tensor that it "
