@@ -36,10 +36,14 @@ DRAWS = {
 # Arithmetic.
 ADDITIONS = {"add", "sub", "rsub"}
 MULTIPLICATIONS = {"mul", "div"}
+ACTIVATIONS = {
+    "silu", "gelu", "sigmoid", "tanh", "relu", "leaky_relu", "softplus", "clamp", "clamp_min", "clamp_max", "elu",
+    "hardswish", "mish",
+}  # fmt: skip
+"""functions of each number that are not linear"""
 POINTWISE = {
-    *ADDITIONS, *MULTIPLICATIONS, "neg", "silu", "gelu", "sigmoid", "tanh", "relu", "clamp", "clamp_min", "clamp_max",
-    "where", "masked_fill", "pow", "exp", "minimum", "maximum", "leaky_relu", "softplus", "rsqrt", "sqrt", "reciprocal",
-    "abs",
+    *ADDITIONS, *MULTIPLICATIONS, *ACTIVATIONS, "neg", "where", "masked_fill", "pow", "exp", "minimum", "maximum",
+    "rsqrt", "sqrt", "reciprocal", "abs",
 }  # fmt: skip
 BATCHED_PRODUCTS = {"bmm", "baddbmm"}
 MATRIX_PRODUCTS = {"mm", "addmm", *BATCHED_PRODUCTS}

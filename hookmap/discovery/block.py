@@ -16,6 +16,7 @@ from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.layer_list import LayerList
 from hookmap.discovery.linear_steps import Step, has_weights, steps, summands
 from hookmap.discovery.mixing import is_shift, mixing
+from hookmap.discovery.nested_sums import unfolded
 from hookmap.discovery.second_streams import Streams, streams_of
 from hookmap.discovery.values import Exposure, Values
 
@@ -114,7 +115,7 @@ class Block:
         """
         own, twin = self.streams.own, self.streams.twin
         if self.streams.mixed or not twin:
-            return [] if self.streams.mixed else own
+            return [] if self.streams.mixed else unfolded(self.values, self.call, own)
         steps = sorted(own + twin, key=lambda step: self.values.producers[step.result].time)
         return [Step("cast", twin[0].source, twin[0].source), *steps]
 
@@ -152,7 +153,7 @@ class Block:
         """
         found = self.role(role)
         kept = [branch for branch in found if role == "mixer" and self.is_attention(branch)] or found
-        work = [self._work(branch) for branch in kept]
+        work = [self._work(branch.ops) for branch in kept]
         return [branch for branch, own in zip(kept, work, strict=True) if own * _MUCH >= max(work)]
 
     def numbered(self, role: Role) -> list[tuple[str, Branch]]:
@@ -171,9 +172,9 @@ class Block:
         shape, seq = self.values.flow.tensors[op.outputs[0]].shape, self.seq
         return shape.count(seq) >= 2 or (len(shape) > 3 and shape[-2] == seq < shape[-1])
 
-    def _work(self, branch: Branch) -> int:
-        """How many multiplications the products of a branch take, for one sequence."""
-        return sum(self._multiplications(op) for op in branch.ops if op.name in aten.PRODUCTS)
+    def _work(self, ops: list[Operation]) -> int:
+        """How many multiplications the products among operations take, for one sequence."""
+        return sum(self._multiplications(op) for op in ops if op.name in aten.PRODUCTS)
 
     def _multiplications(self, op: Operation) -> int:
         shapes = [self.values.flow.tensors[t].shape for t in (*op.inputs, *op.outputs)]
@@ -190,7 +191,10 @@ class Block:
         return [
             e
             for e in self.values.exposures.get(value, [])
-            if e.side == side and self.call.enter < e.call.enter and e.call.exit < self.call.exit
+            if e.side == side
+            and self.call.enter < e.call.enter
+            and e.call.exit < self.call.exit
+            and e.call.index != self.call.index  # of a block that ends with an addition behind its own module
         ]
 
     # The end of a branch --------------------------------------------------------------------------------------------
@@ -220,6 +224,7 @@ class Block:
             if self._is_bare(part):
                 return
             linear = [s for s in steps(self.values, part) if s.branch is None or self.values.is_constant(s.branch)]
+            linear = linear or self._gated(part)
             if not linear or not self.values.made_in(linear[0].source, self.call):
                 return
             casts.append(linear[0])
@@ -227,6 +232,20 @@ class Block:
                 yield from casts
                 casts = []
             part = linear[0].source
+
+    def _gated(self, value: int) -> list[Step]:
+        """The step by which a gate of the tokens, a function of a number or what does less work, multiplies a value."""
+        op = self.values.producers.get(value)
+        if op is None or op.name != "mul":
+            return []
+        sides = [v for v in self.values.operands(op) if self.values.size(v) == self.values.size(value)]
+        sides = [v for v in sides if not self.values.is_constant(v)]
+        if len(sides) == 2:
+            gates = [v for v in sides if (made := self.values.producers.get(v)) and made.name in aten.ACTIVATIONS]
+            work = [self._work(self.values.cone(v, self.states, self.call)[0]) for v in sides]
+            gates = gates if len(gates) == 1 else [v for v, own in zip(sides, work, strict=True) if own < max(work)]
+            sides = [v for v in sides if v not in gates] if len(gates) == 1 else []
+        return [Step("gate", v, value, factor=None) for v in sides if self.values.made_in(v, self.call)]
 
     def _convolution(self, value: int) -> Step | None:
         """The convolution of each feature alone, by a module, of what another module computed (Inkling)."""

@@ -97,7 +97,7 @@ def _locator(block: Block) -> Locator:
 
 
 def _place(value: int, prefer: str, locator: Locator) -> Location | str:
-    return locator.locate(value, prefer) or "no module boundary exposes it"
+    return locator.locate(value, prefer) or locator.why_nowhere(value)
 
 
 # What the branches read and add ---------------------------------------------------------------------------------

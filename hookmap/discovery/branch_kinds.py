@@ -120,8 +120,13 @@ def _with_modules(
 
 
 def _modules(block: Block, ops: list[Operation]) -> list[ModuleCall]:
-    """The outermost modules inside the block that hold the products with weights; norms where there are no others."""
-    values = block.values
+    """The outermost modules inside the block that hold the products with weights; norms where there are no others.
+
+    Where all that a block's own module gives is one branch, and is added behind it, it is that module.
+    """
+    values, own = block.values, block.values.flow.calls[block.call.index]
+    if block.call.enter < own.enter and own.exit < block.call.exit and len(block.branches) == 1:
+        return [own]
     heavy = [op for op in ops if op.name in aten.PRODUCTS and any(map(values.is_constant, values.operands(op)))]
     around = [call for op in heavy if (call := _outermost(block, op)) is not None]
     calls = list({call.index: call for call in around}.values())

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from hookmap.discovery.block import Block, Branch
-from hookmap.discovery.locate import Location, Locator
-
-_NOWHERE = "no module boundary exposes it, nor the tensors it is the sum of"
+from hookmap.discovery.locate import NOWHERE, Location, Locator
 
 
 def has_post_norm(block: Block, branch: Branch) -> bool:
@@ -20,7 +18,8 @@ def locate_raw_output(block: Block, branch: Branch, locator: Locator) -> Locatio
 
 def locate_output(block: Block, branch: Branch, locator: Locator) -> Location | str:
     """Where that which the branch adds is; or why it is nowhere."""
-    found = _sum(branch.added, branch.factor, locator) if branch.gate is None else _NOWHERE
+    plain = branch.gate is None
+    found = _sum(branch.added, branch.factor, locator) if plain else _why_nowhere(branch.added, locator)
     if isinstance(found, Location):
         return found
     if branch.factor is not None:
@@ -37,9 +36,14 @@ def _sum(parts: list[int], factor: float | None, locator: Locator) -> Location |
     found = [place for part in parts if (place := locator.locate(part)) is not None]
     rounds_otherwise = factor != 1.0 and any(len(place.terms) > 1 for place in found)
     if factor is None or len(found) < len(parts) or rounds_otherwise:
-        return _NOWHERE
+        return _why_nowhere(parts, locator)
     terms = tuple(t.model_copy(update={"scale": t.scale * factor}) for place in found for t in place.terms)
     return Location(terms, max(place.time for place in found), found[0].evidence)
+
+
+def _why_nowhere(parts: list[int], locator: Locator) -> str:
+    reason = locator.why_nowhere(*parts)
+    return f"{reason}, nor the tensors it is the sum of" if reason == NOWHERE else reason
 
 
 def _is_added_alone(block: Block, branch: Branch) -> bool:

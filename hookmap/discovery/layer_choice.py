@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from hookmap.discovery import aten, stream_shapes
+from hookmap.discovery.added_outside import added_outside
 from hookmap.discovery.blocks_without_modules import scattered
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.joined_lists import joined
@@ -57,7 +58,9 @@ def _candidates(values: Values, groups: list[Numbered], seq: int, output: set[in
     for positions in _lengths(values, groups, seq):
         found = _lists(values, groups, positions)
         if any(count_adding(values, layers) for layers in found):
-            return [*found, *joined(values, found)]
+            # Where none leads to the output (those of a tower, say), blocks may give what is added behind them.
+            outside = [] if _leads(found, output) else _outside(values, groups, positions, output)
+            return outside or [*found, *joined(values, found)]
         linked = _lists(values, groups, positions, linked=True)
         blocks = scattered(values, positions, output) if positions == seq else None
         # Where no list has most of the additions, a block is made of what stands between its modules, too.
@@ -65,10 +68,20 @@ def _candidates(values: Values, groups: list[Numbered], seq: int, output: set[in
             return [blocks]
         if any(count_adding(values, layers) for layers in linked):
             return [*linked, *joined(values, linked)]
+        if outside := _outside(values, groups, positions, output):
+            return outside
         lists = lists or found
     if lists:
         return lists
-    raise DiscoveryError(why_no_list(values, groups))
+    raise DiscoveryError(why_no_list(values, groups, seq))
+
+
+def _outside(values: Values, groups: list[Numbered], seq: int, output: set[int]) -> list[LayerList]:
+    return [layers for layers in added_outside(values, groups, seq) if layers.end in output]
+
+
+def _leads(lists: list[LayerList], output: set[int]) -> bool:
+    return any(leave in output for layers in lists for _, leave in layers.streams.values())
 
 
 def _lists(values: Values, groups: list[Numbered], seq: int, linked: bool = False) -> list[LayerList]:

@@ -188,8 +188,8 @@ def chain(values: Values, modules: Numbered, seq: int, linked: bool = False) -> 
 
 def _handed(values: Values, here: ModuleCall, after: ModuleCall, seq: int, linked: bool) -> dict[Place, int]:
     """Place in the arguments of `after` -> the value that `here` made, gave out, and that enters there."""
-    made = [value for value in _wide(values, here.outputs, seq).values() if values.made_in(value, here)]
-    entering = _wide(values, after.entered, seq)
+    made = [value for value in wide(values, here.outputs, seq).values() if values.made_in(value, here)]
+    entering = wide(values, after.entered, seq)
     if not linked:
         return {place: value for place, value in entering.items() if value in made}
     between = replace(here, enter=here.exit, exit=after.enter)
@@ -201,7 +201,7 @@ def _handed(values: Values, here: ModuleCall, after: ModuleCall, seq: int, linke
     }
 
 
-def _wide(values: Values, tensors: Mapping[Place, int], seq: int) -> dict[Place, int]:
+def wide(values: Values, tensors: Mapping[Place, int], seq: int) -> dict[Place, int]:
     """Those that have `seq` positions and an axis of features, as values; `[batch * pos, d]` if there are no others."""
     shapes = {place: values.shape(tensor) for place, tensor in tensors.items()}
     found = {p: values.value(t) for p, t in tensors.items() if len(shapes[p]) >= 3 and seq in shapes[p][:-1]}
@@ -220,7 +220,7 @@ def _streams(values: Values, modules: Numbered, seq: int, handed: _Handed) -> It
     usual = next(iter(entries.values()), [0])[:1]
     for run in modules.order:
         call = modules.calls[run]
-        entering = _wide(values, call.entered, seq)
+        entering = wide(values, call.entered, seq)
         at_place = (entering[place] for place in entries.get(run, usual) if place in entering)
         entry = next(at_place, next(iter(entering.values()), None))
         if entry is None:
@@ -239,7 +239,7 @@ def _votes(values: Values, modules: Numbered, seq: int, handed: _Handed) -> Coun
     votes = Counter(place for places in handed.values() for place in places)
     for (here, _), places in handed.items() if len(votes) > 1 else ():
         call = modules.calls[here]
-        entering = _wide(values, call.entered, seq)
+        entering = wide(values, call.entered, seq)
         added = [p for p, leave in places.items() if p in entering and additions(values, call, (entering[p], leave))]
         votes.update(added)
         votes.update(p for p in added if len(added) > 1 and _feeds(values, call, (entering[p], places[p])))
@@ -248,7 +248,7 @@ def _votes(values: Values, modules: Numbered, seq: int, handed: _Handed) -> Coun
 
 def _leaving(values: Values, call: ModuleCall, seq: int, entry: int) -> int | None:
     """The output of a module that the stream leaves by, where no next module says which: the one that is added to."""
-    same = [v for v in _wide(values, call.outputs, seq).values() if values.size(v) == values.size(entry)]
+    same = [v for v in wide(values, call.outputs, seq).values() if values.size(v) == values.size(entry)]
     return next((v for v in same if len(same) > 1 and additions(values, call, (entry, v))), same[0] if same else None)
 
 
@@ -259,10 +259,10 @@ def additions(values: Values, call: ModuleCall, stream: Stream) -> int:
 
 def adds(values: Values, call: ModuleCall, seq: int) -> bool:
     """Whether a module adds what it computes of the tokens to a tensor that enters it."""
-    leaving = _wide(values, call.outputs, seq).values()
+    leaving = wide(values, call.outputs, seq).values()
     paths = (
         linear_path(values, call, entry, leave)
-        for entry in _wide(values, call.entered, seq).values()
+        for entry in wide(values, call.entered, seq).values()
         for leave in leaving
         if values.size(entry) == values.size(leave)
     )

@@ -15,6 +15,7 @@ from hookmap.discovery.linear_steps import Step, Summand, steps, summands
 from hookmap.discovery.values import Exposure, Values
 from hookmap.maps.templates import TermTemplate
 
+NOWHERE = "no module boundary exposes it"
 _MOST_TERMS = 3
 """of a sum that is exact up to rounding only"""
 
@@ -84,10 +85,7 @@ class Locator:
     def difference(self, after: int, before: int) -> Location | None:
         """after - before, where each has a boundary of its own; exact up to the rounding of the model's addition."""
         a, b = self.locate(after), self.locate(before)
-        if a is None or b is None or len(terms := a.terms + b.terms) > _MOST_TERMS or any(t.flat for t in terms):
-            return None
-        evidence = "difference of the stream after and before the addition"
-        return Location(a.terms + _scaled(b, -1.0).terms, max(a.time, b.time), evidence)
+        return None if a is None or b is None else minus(a, b)
 
     def combination(
         self, values: Collection[int], factor: float, gate: int | None, states: Collection[int]
@@ -162,9 +160,13 @@ class Locator:
     def why_nowhere(self, *values: int) -> str:
         """The reason why no boundary in this call exposes any of these values."""
         places = [place for value in values for place in self.values.exposures.get(value, [])]
-        if any(self.within.enter <= e.call.enter <= self.within.exit and self._has_copies(e) for e in places):
+        places = [e for e in places if self.within.enter <= e.call.enter and e.call.exit <= self.within.exit]
+        if any(map(self._has_copies, places)):
             return "several rows of the batch are of one sequence there: copies of it"
-        return "no module boundary exposes it"
+        if shared := [e.call.path for e in places if not self._is_shared and self._paths(e.call) > 1]:
+            path = self.templated(min(shared, key=lambda path: path.count(".")))
+            return f"only {path} has it, which serves several layers: no path says whose call it is"
+        return NOWHERE
 
     @cached_property
     def _is_shared(self) -> bool:
@@ -222,6 +224,14 @@ class Locator:
     def _widens(self, source: int, result: int) -> bool:
         before, after = (self.values.flow.tensors[v].dtype for v in (source, result))
         return torch.promote_types(before, after) == after
+
+
+def minus(after: Location, before: Location) -> Location | None:
+    """What an addition to the stream adds; None where that would be a sum of many tensors, or of flat ones."""
+    if len(terms := after.terms + before.terms) > _MOST_TERMS or any(term.flat for term in terms):
+        return None
+    evidence = "difference of the stream after and before the addition"
+    return Location(after.terms + _scaled(before, -1.0).terms, max(after.time, before.time), evidence)
 
 
 def _scaled(location: Location, factor: float) -> Location:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from hookmap.discovery import aten
@@ -56,7 +56,7 @@ def read_outside(values: Values, layers: LayerList, seq: int) -> Outside:
     logits = _logits(values, locator, root, {values.shape(values.operands(op)[0])[0] for op in lookups})
     ends = [values.value(t) for t in root.outputs.values()] if logits.value is None else [logits.value]
     norm, normed = _final_norm(values, layers, ends)
-    final_norm = _place_of_norm(locator, norm)
+    final_norm = _why_no_norm(values, layers, ends) if norm is None else _place_of_norm(locator, norm)
     places = {"embed": embed, "logits": logits.place, "final_norm": final_norm}
     return Outside(
         locations={name: place for name, place in places.items() if isinstance(place, Location)},
@@ -172,10 +172,27 @@ def _output_of_logits(values: Values, root: ModuleCall, vocabulary: set[int]) ->
     return next((tensor for tensor, shape in shapes.items() if shape and shape[-1] in vocabulary), None)
 
 
-def _place_of_norm(locator: Locator, norm: int | None) -> Location | str:
-    if norm is None:
-        return "no norm stands after the last block: use resid_post of the last layer"
+def _place_of_norm(locator: Locator, norm: int) -> Location | str:
     return locator.locate(norm) or "no module boundary exposes what the last norm gives"
+
+
+def _why_no_norm(values: Values, layers: LayerList, ends: list[int]) -> str:
+    """Why no norm is the last one of the stream: there is none, or it reads what was made of the stream (Inkling 2)."""
+    end = layers.last.exit
+    behind = replace(values.flow.calls[0], enter=end)
+    after = sorted((op for op in values.flow.operations if op.time > end), key=lambda op: -op.time)
+    for value in (values.value(tensor) for op in after for tensor in op.outputs):
+        passed = norm_source(values, value) is not None and values.size(value) == values.size(layers.end)
+        mixed = passed and values.sources(value, [layers.end], behind)
+        if mixed and layers.end not in _ancestors(values, ends, end, without=value):
+            given = [e.call for e in values.exposures.get(_uncast(values, value), []) if e.side == "output"]
+            inner = max(given, key=lambda call: call.enter, default=None)
+            name = "" if inner is None else f", {inner.path},"
+            return (
+                f"the last norm{name} does not read the stream as the last block leaves it: it reads what the model "
+                "makes of it and of other tensors"
+            )
+    return "no norm stands after the last block: use resid_post of the last layer"
 
 
 def _final_norm(values: Values, layers: LayerList, ends: list[int]) -> tuple[int | None, int | None]:

@@ -8,8 +8,10 @@ from dataclasses import replace
 from hookmap.discovery.block_points import BlockPoints
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.layer_list import LayerList
-from hookmap.discovery.locate import Location
+from hookmap.discovery.locate import Location, minus
 from hookmap.discovery.values import Values
+from hookmap.maps.points import PointName
+from hookmap.maps.relations import Relation, Term
 from hookmap.maps.templates import TermTemplate
 
 _Contents = list[tuple[int | None, float, str | None]]
@@ -32,8 +34,26 @@ def points_of_runs(values: Values, layers: LayerList, number: int, readings: lis
         else:
             unavailable[name] = found or next(_reasons(name, readings))
     kept = [each for each in first.relations if all(each in reading.relations for reading in readings)]
+    differences = {name: place for name in unavailable if (place := _difference(name, kept, locations)) is not None}
+    locations |= differences
+    unavailable = {name: reason for name, reason in unavailable.items() if name not in differences}
     relations = [each for each in kept if each.can_be_checked(locations)]
     return replace(first, locations=locations, unavailable=unavailable, relations=relations)
+
+
+def _difference(name: str, relations: list[Relation], locations: dict[str, Location]) -> Location | None:
+    """What a branch adds, as the stream after it minus the stream before it, where the two are all that is beside it.
+
+    `attn_out` is `mixer_out` by another name.
+    """
+    added = PointName.of(name).as_mixer()
+    for each in relations:
+        before = next((term for term in each.terms if term.name != added), None)
+        if each.form != "sum" or {*each.terms} != {before, Term(1.0, added)} or before != Term(1.0, each.terms[0].name):
+            continue
+        if {each.total, before.name} <= locations.keys():
+            return minus(locations[each.total], locations[before.name])
+    return None
 
 
 def _reasons(name: str, readings: list[BlockPoints]) -> Iterator[str]:

@@ -28,6 +28,12 @@ def contradictions(values: Values, layers: LayerList) -> Iterator[str]:
     """Why a map cannot say how the stream lies in memory."""
     yield from _widths(values, layers)
     shape = _shape(values, layers)
+    if layers.seq not in shape[:-1]:
+        yield (
+            f"the blocks {layers.path} keep positions behind features: they are given {list(shape)} for one sequence "
+            f"of {layers.tokens} tokens. Expected features in the last axis, such as [batch, pos, d_model]."
+        )
+        return
     if len(shape) > 2 and not has_batch(shape, layers.seq):
         yield (
             f"the blocks {layers.path} are given {list(shape)} for one sequence of {layers.tokens} tokens: several "

@@ -37,9 +37,24 @@ class Values:
     def __init__(self, flow: Dataflow) -> None:
         self.flow = flow
         self._parent = list(range(len(flow.tensors)))
+        self._again: set[int] = set()
+        """times of additions of what was added before, to the same"""
+        sums: dict[tuple[object, ...], int] = {}
         for op in flow.operations:
             if self._is_same(op):
                 self._parent[self._find(op.outputs[0])] = self._find(_source(op))
+            elif op.name == "add" and len(op.inputs) == 2:
+                key = self._sum(op)
+                if key in sums and op.outputs[0] != sums[key]:
+                    self._parent[self._find(op.outputs[0])] = self._find(sums[key])
+                    self._again.add(op.time)
+                sums.setdefault(key, op.outputs[0])
+
+    def _sum(self, op: Operation) -> tuple[object, ...]:
+        """What two additions have in common that give the same numbers."""
+        made = self.flow.tensors[op.outputs[0]]
+        operands = sorted(map(self._find, op.inputs)) if not op.kwargs else map(self._find, op.inputs)
+        return (*operands, str(op.kwargs), made.shape, made.dtype)
 
     def _find(self, tensor: int) -> int:
         while self._parent[tensor] != tensor:
@@ -51,6 +66,8 @@ class Values:
         if not op.outputs or not op.inputs or op.outputs[0] in op.inputs:
             return False
         a, b = self.flow.tensors[_source(op)], self.flow.tensors[op.outputs[0]]
+        if op.time in self._again:
+            return True
         named = op.name in aten.SAME or (op.name == "alias_update" and op.args[-1])
         named |= op.name == "copy" and not self._is_slice(op.inputs[0])
         if op.name == "constant_pad_nd" and any(op.args[1]):

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 
-from hookmap.discovery import aten
+from hookmap.discovery.added_outside import sum_behind
 from hookmap.discovery.dataflow import ModuleCall, Place
 from hookmap.discovery.layer_list import Numbered
-from hookmap.discovery.linear_steps import linear_path, steps
+from hookmap.discovery.linear_steps import steps
 from hookmap.discovery.values import Values
 
 
-def why_no_list(values: Values, groups: list[Numbered]) -> str:
+def why_no_list(values: Values, groups: list[Numbered], seq: int) -> str:
     """What was seen of lists of modules, where none of them hands a stream on."""
     lists = [group for group in groups if group.length > 1]
     seen = {group.path: group.length for group in lists} or _parts_of_lists(values)
     names = [f"{path} ({count} modules)" for path, count in seen.items()]
-    said = next((f" {reason}" for group in lists if (reason := _why_no_chain(values, group))), "")
+    said = next((f" {reason}" for group in lists if (reason := _why_no_chain(values, group, seq))), "")
     return (
         "no blocks were found: expected modules, or a method that calls modules of several lists, which add one behind "
         "the other to a tensor [batch, pos, d_model] that leads to the logits. "
@@ -38,30 +38,16 @@ def _parts_of_lists(values: Values) -> dict[str, int]:
     return {path: len(found[path]) for path in outermost if len(found[path]) > 1}
 
 
-def _why_no_chain(values: Values, group: Numbered) -> str | None:
+def _why_no_chain(values: Values, group: Numbered, seq: int) -> str | None:
     """What stands between the modules, where what leaves each is used there; None where it is not."""
     calls = [group.calls[run] for run in group.order]
-    if all(_is_added_outside(values, call) for call in calls):
-        return f"What leaves a module of {group.path} is added to the stream outside it."
+    if all(sum_behind(values, call, seq) for call in calls):
+        return f"What leaves a module of {group.path} is added to the stream outside it, and more than that."
     between = [_obstacles(values, here, after) for here, after in pairwise(calls)]
     if not all(between):
         return None
     names = ", ".join(f"`{name}`" for name in dict.fromkeys(name for each in between for name in each))
     return f"What leaves a module of {group.path} enters the next only through {names}."
-
-
-def _is_added_outside(values: Values, call: ModuleCall) -> bool:
-    """Whether the model adds what a module gives, or a multiple of it, to what enters the module."""
-    given, entered = _values(values, call.outputs), _values(values, call.entered)
-    for op in values.flow.operations:
-        if op.name not in aten.ADDITIONS or op.time < call.exit or not entered & set(values.operands(op)):
-            continue
-        after = replace(call, enter=call.exit, exit=op.time)
-        sums = [step for step in steps(values, values.value(op.outputs[0])) if step.source in entered]
-        added = [step.branch for step in sums if step.branch is not None]
-        if any(each == own or linear_path(values, after, own, each) for each in added for own in given):
-            return True
-    return False
 
 
 def _obstacles(values: Values, here: ModuleCall, after: ModuleCall) -> list[str]:

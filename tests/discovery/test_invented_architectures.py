@@ -201,7 +201,10 @@ def test_one_mlp_serves_all_blocks() -> None:
             for rung in self.rungs:
                 rung.think = self.rungs[0].think  # type: ignore[union-attr,assignment]
 
-    check(Shared())
+    found = check(Shared())
+    why = "only rungs.{i}.think has it, which serves several layers: no path says whose call it is"
+    assert found.unavailable("mlp_out_raw", 1) == why
+    assert "serves several layers" in (found.unavailable("mlp_post", 1) or "")
 
 
 # Around the blocks ------------------------------------------------------------------------------------------------
@@ -271,3 +274,23 @@ def test_logits_of_the_last_position_only() -> None:
 
 def test_the_norm_of_a_second_head_is_not_the_final_norm() -> None:
     assert check(Watched()).final_norm_path == "still"
+
+
+class Gathering(Ladder):
+    """The last norm reads a mixture of the stream and what entered the blocks, with weights of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choose = nn.Linear(D, D)
+
+    def forward(self, tokens: Tensor) -> Any:
+        start = self.enter(tokens)
+        x = self.climb(start)
+        n = self.still(torch.tanh(self.choose(x)) * start)
+        logits = self.speak(n)
+        note(None, logits=logits)
+        return logits
+
+
+def test_a_last_norm_of_something_else_than_the_stream_is_said_to_be_one() -> None:
+    check(Gathering(), {"final_norm": "the last norm, still, does not read the stream as the last block leaves it"})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support.invented import D, Ladder, Rung, Think, check, note
+from support.invented import D, Ladder, Rung, Think, check, note, told
 from torch import Tensor, nn
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
@@ -102,21 +102,51 @@ class ChainedSum(Chained):
         return x + both
 
 
-class OwnSum(Chained):
+class OtherSum(Chained):
+    """It reads the stream with twice the attention's output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        f = self.think(self.cool(x + 2 * a))
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_post=x + a + f, **{"mixer_out.1": f})
+        return x + a + f
+
+
+class OwnSum(Rung):
     """The stream with the attention's output is computed a second time, for the MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.calm(x)
         a = self.blend(n)
-        f = self.think(self.cool(x + a))
-        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_post=x + a + f, **{"mixer_out.1": f})
-        return x + a + f
+        y = x + a
+        m = self.cool(x + a)
+        f = self.think(m)
+        return told(self.i, x, n, a, y, m, f, x + a + f)
 
 
-@pytest.mark.parametrize("rung", [Chained, ChainedSum, OwnSum])
+class AtOnce(Rung):
+    """Both branches are added at once; the MLP reads the stream with the attention's output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        y = x + a
+        m = self.cool(y)
+        f = self.think(m)
+        return told(self.i, x, n, a, y, m, f, x + (f + a))
+
+
+@pytest.mark.parametrize("rung", [OwnSum, AtOnce])
+def test_the_stream_with_the_mixers_output_is_the_middle_however_it_is_summed(rung: type[Rung]) -> None:
+    found = check(Ladder(rung))
+    assert found.kinds[0].branch_order == "sequential"
+
+
+@pytest.mark.parametrize("rung", [Chained, ChainedSum, OtherSum])
 def test_an_mlp_of_the_mixers_output_is_said_to_be_one(rung: type[Rung]) -> None:
-    where = "in a sum of its own" if rung is OwnSum else "alone"
-    reason = f"the MLP reads the mixer's output {where}, and no stream with it"
+    where = "in a sum of its own, which is no" if rung is OtherSum else "alone, and no stream with it"
+    reason = f"the MLP reads the mixer's output {where}"
     found = check(Ladder(rung), dict.fromkeys(("mlp_in", "mlp_out", "resid_mid"), reason))
     if rung is Chained:
         assert found.unavailable("q.1", 0) == "this branch reads the output of another, whose attention it is: use q"
@@ -360,15 +390,32 @@ class GatedByTheStream(Rung):
 
     def __init__(self, i: int) -> None:
         super().__init__(i)
-        self.sluice = nn.Linear(D, D)
+        self.sluice, self.weir = nn.Linear(D, D), nn.Linear(D, D)
+
+    def gates(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.sigmoid(self.sluice(x)), torch.tanh(self.weir(y))
 
     def forward(self, x: Tensor) -> Tensor:
-        a = torch.sigmoid(self.sluice(x)) * self.blend(self.calm(x))
+        bare = self.blend(self.calm(x))
+        a = self.gates(x, x)[0] * bare
         y = x + a
-        f = self.think(self.cool(y))
-        note(self.i, resid_pre=x, mixer_out=a, resid_mid=y, mlp_in=self.cool(y), mlp_out=f, resid_post=y + f)
+        raw = self.think(self.cool(y))
+        f = raw * self.gates(y, y)[1]
+        note(self.i, resid_pre=x, mixer_out_raw=bare, mixer_out=a, resid_mid=y, resid_post=y + f)
+        note(self.i, mlp_out_raw=raw, mlp_out=f)
         return y + f
 
 
-def test_what_reads_the_stream_and_a_norm_of_it_has_no_one_input() -> None:
-    check(Ladder(GatedByTheStream), {"mixer_in": "part of it reads the stream itself"})
+class GatedAsItIs(GatedByTheStream):
+    """The gate is no more than a product: it does less than the branch."""
+
+    def gates(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.sluice(x), self.weir(y)
+
+
+@pytest.mark.parametrize("rung", [GatedByTheStream, GatedAsItIs])
+def test_what_reads_the_stream_and_a_norm_of_it_has_no_one_input(rung: type[Rung]) -> None:
+    why = "part of it reads the stream itself"
+    found = check(Ladder(rung), {"mixer_in": why, "mlp_in": why})
+    (post,) = found.kinds[0].points["mlp_post"].terms
+    assert post.text() == "rungs.{i}.think.narrow.input[0]"

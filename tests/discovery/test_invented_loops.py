@@ -76,9 +76,13 @@ def test_a_depth_that_is_drawn_is_refused() -> None:
         discover(loops.ByChance().eval())
 
 
-def test_a_point_whose_place_differs_between_runs_is_refused_and_the_others_are_right() -> None:
-    why = r"not at one place in each run of this layer: in run 0 .*think.*, in run 1 .*think.* \(call 1 of 2\)"
-    check(loops.Deepening(), {"mlp_out": why})
+@pytest.mark.parametrize("kind", [loops.Deepening, loops.Adapters])
+def test_what_other_modules_add_in_each_run_is_the_difference_of_the_stream(kind: type[nn.Module]) -> None:
+    found = check(kind())
+    (mlp_out,) = (each for each in found.selectors("mlp_out", 1) if each.call == 2)
+    assert [term.scale for term in mlp_out.terms] == [1.0, -1.0]
+    why = found.unavailable("mlp_out_raw", 1)
+    assert why is not None and "not at one place in each run of this layer: in run 0" in why
 
 
 def test_layers_that_some_positions_run_again_are_refused_and_the_others_are_right() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from support import odd_lists, odd_parts, odd_streams, plain_hooks
 from support.invented import DEPTH, D, Ladder, check, read
 from support.raises import raises
@@ -144,6 +145,33 @@ def test_where_the_stream_is_changed_between_blocks_is_said_of_each_pair(kind: t
     assert not found.joined
 
 
+# Blocks that give only what is to be added ----------------------------------------------------------------------------
+
+
+def test_what_blocks_give_may_be_added_to_the_stream_outside_them() -> None:
+    found = check(odd_streams.AddedOutside(odd_streams.Given))
+    assert (found.layers_path, found.joined, found.kinds[0].branch_order) == ("rungs.{i}", True, "sequential")
+    assert (found.kinds[0].mixer.modules, found.kinds[0].mlp.modules) == (("rungs.{i}.blend",), ("rungs.{i}.think",))
+    (resid_post,) = found.selectors("resid_post", 0)
+    assert [str(term) for term in resid_post.terms] == ["rungs.0.input[0]", "rungs.0.output"]
+
+
+def test_each_run_of_such_blocks_is_right() -> None:
+    assert check(odd_streams.AddedOutsideTwice(odd_streams.Given)).runs == "2 x (0-2)"
+
+
+def test_what_they_give_may_be_of_one_branch() -> None:
+    lacking = ("resid_mid", "mlp_in", "mlp_out")
+    found = check(odd_streams.AddedOutside(odd_streams.GivenOne), dict.fromkeys(lacking, "no MLP"))
+    assert [kind.branch_order for kind in found.kinds] == ["mixer_only"]
+
+
+def test_half_of_a_value_that_holds_both_branches_is_the_mixers_output() -> None:
+    why = "the mixer, and what computes each position alone behind it, are added to the stream as one value: mixer_out"
+    lacking = ("resid_mid", "mlp_in", "mlp_out")
+    check(odd_streams.HalfAddedOutside(odd_streams.GivenHalf), dict.fromkeys(lacking, why))
+
+
 # What a map cannot say ----------------------------------------------------------------------------------------------
 
 
@@ -161,10 +189,14 @@ class Nothing(Ladder):
         (odd_streams.Copies, r"given \[4, 13, 24\] for one sequence of 13 tokens: several rows of the batch"),
         (odd_streams.Hourglass, "several widths: 24 in layers 0–1, 4–5, 12 in layers 2–3"),
         (odd_streams.History, r"no blocks were found.*Seen: rungs.\{i\} \(3 modules\)"),
-        (odd_streams.AddedOutside, r"rungs.\{i\} is added to the stream outside it"),
+        (
+            lambda: odd_streams.MoreAddedOutside(odd_streams.Given),
+            r"rungs.\{i\} is added to the stream outside it, and",
+        ),
         (odd_streams.OneTensorOfTwo, r"rungs.\{i\} enters the next only through `cat`, `split`\."),
         (odd_streams.Swapped, r"Seen: rungs.\{i\}.calm \(4 modules\), rungs.\{i\}.branch \(4 modules\)"),
         (Nothing, r"no blocks were found.*Seen: no lists of modules"),
+        (odd_streams.Turned, r"rungs.\{i\} keep positions behind features: they are given \[1, 24, 13\]"),
     ],
 )
 def test_what_no_map_can_say_is_refused_with_what_was_seen(kind: Callable[[], nn.Module], reason: str) -> None:
@@ -243,3 +275,11 @@ def test_a_block_with_two_names_is_a_layer_under_each() -> None:
     assert [found.selectors("resid_pre", layer)[0].terms[0].call for layer in range(3)] == [0, 1, None]
     result = verify(model, architecture_map=found)
     assert result.passed, [each for each in result.checks if not each.passed]
+
+
+def test_a_stream_with_positions_behind_features_is_refused_with_what_was_seen() -> None:
+    """SqueezeBERT calls the methods of its blocks, and keeps the stream for convolutions."""
+    sizes = {"hidden_size": 32, "embedding_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    model = tf.SqueezeBertForMaskedLM(tf.SqueezeBertConfig(**sizes, num_hidden_layers=2, vocab_size=96))
+    with pytest.raises(DiscoveryError, match=r"positions behind features: they are given \[1, 32, \d+\] for one"):
+        discover(model)

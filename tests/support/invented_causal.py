@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support import invented_streams
+from support import invented_streams, odd_streams
 from support.invented import Ladder, taped
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
@@ -15,8 +15,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 class LadderConfig(PretrainedConfig):
     model_type = "invented_ladder"
 
-    def __init__(self, block: str = "Joined", num_hidden_layers: int = 3, **kwargs: Any) -> None:
-        self.block, self.num_hidden_layers = block, num_hidden_layers
+    def __init__(
+        self, block: str = "Joined", num_hidden_layers: int = 3, added_outside: bool = False, **kwargs: Any
+    ) -> None:
+        self.block, self.num_hidden_layers, self.added_outside = block, num_hidden_layers, added_outside
         super().__init__(**kwargs)
 
 
@@ -27,7 +29,8 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LadderConfig) -> None:
         super().__init__(config)
-        self.ladder = Ladder(getattr(invented_streams, config.block), config.num_hidden_layers)
+        module = odd_streams if config.added_outside else invented_streams
+        self.ladder = Ladder(getattr(module, config.block), config.num_hidden_layers)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -43,7 +46,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.ladder.lookup(input_ids)
         states = [x]
         for rung in self.ladder.rungs:
-            x = rung(x)
+            x = x + rung(x) if self.config.added_outside else rung(x)
             states.append(x)
         states[-1] = self.ladder.still(x)
         return CausalLMOutputWithPast(

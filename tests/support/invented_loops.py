@@ -89,6 +89,40 @@ class Deepening(Ladder):
         return x
 
 
+class LowRank(Rung):
+    """Each run has small weights of its own beside the MLP and the attention's output projection."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.turn = 0
+        for name in ("down", "up"):
+            setattr(self, name, nn.ModuleList(nn.Linear(*((D, 2) if name == "down" else (2, D))) for _ in range(6)))
+
+    def beside(self, place: int, x: Tensor) -> Tensor:
+        return self.up[place](self.down[place](x))  # type: ignore[index,operator,no-any-return]
+
+    def mixed(self, n: Tensor) -> Tensor:
+        z = self.blend.attend(*self.blend.split(n))
+        return self.blend.back(z) + self.beside(self.turn, z)  # type: ignore[no-any-return]
+
+    def thought(self, m: Tensor) -> Tensor:
+        return self.think(m) + self.beside(3 + self.turn, m)  # type: ignore[no-any-return]
+
+
+class Adapters(Ladder):
+    """Relaxed recursion: the same blocks three times, each time with other low-rank weights."""
+
+    def __init__(self) -> None:
+        super().__init__(LowRank)
+
+    def climb(self, x: Tensor) -> Tensor:
+        for turn in range(3):
+            for rung in self.rungs:
+                rung.turn = turn  # type: ignore[assignment]
+            x = super().climb(x)
+        return x
+
+
 class Chosen(Ladder):
     """After one round, half of the positions run through the last blocks again: a mixture of recursions."""
 

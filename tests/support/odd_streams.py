@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support.invented import DEPTH, D, Ladder, Mix, Rung, Think, through, told
+from support.invented import DEPTH, D, Ladder, Mix, Rung, Think, note, through, told
 from support.odd_lists import Mute
 from torch import Tensor, nn
 
@@ -148,22 +148,73 @@ class History(Ladder):
 
 
 class Given(Rung):
-    """The block gives what is to be added; the model adds it."""
+    """The block gives what is to be added, of both branches; the model adds it."""
 
     def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        y = x + a
+        m = self.cool(y)
+        f = self.think(m)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_mid=y, mlp_in=m, mlp_out=f)
+        return a + f
+
+
+class GivenOne(Rung):
+    """Of one branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        a = self.blend(n)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a)
+        return a
+
+
+class GivenHalf(Rung):
+    """The model adds half of what it gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        note(self.i, resid_pre=x, mixer_in=x)
         a = self.blend(self.calm(x))
         return a + self.think(self.cool(x + a))
 
 
 class AddedOutside(Ladder):
-    """The model adds a multiple of what each block gives."""
-
-    def __init__(self) -> None:
-        super().__init__(Given)
+    """The model adds what each block gives."""
 
     def climb(self, x: Tensor) -> Tensor:
+        for i, rung in enumerate(self.rungs):
+            x = x + rung(x)
+            note(i, resid_post=x)
+        return x
+
+
+class AddedOutsideTwice(AddedOutside):
+    """The blocks run twice."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        return super().climb(super().climb(x))
+
+
+class HalfAddedOutside(Ladder):
+    """It adds a multiple of that."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        for i, rung in enumerate(self.rungs):
+            half = 0.5 * rung(x)
+            x = x + half
+            note(i, mixer_out=half, resid_post=x)
+        return x
+
+
+class MoreAddedOutside(Ladder):
+    """And what the first block read, too."""
+
+    def climb(self, x: Tensor) -> Tensor:
+        start = x
         for rung in self.rungs:
-            x = x + 0.5 * rung(x)
+            x = x + rung(x)
+            x = x + 0.1 * start
         return x
 
 
@@ -213,3 +264,21 @@ class InStates(Ladder):
 
     def climb(self, x: Tensor) -> Tensor:
         return through(self.rungs, {"stream": x, "depth": 0})["stream"]  # type: ignore[arg-type]
+
+
+class TurnedRung(Rung):
+    """It is given [batch, d_model, pos]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.blend(self.calm(x.mT)).mT
+        return x + self.think(self.cool(x.mT)).mT  # type: ignore[no-any-return]
+
+
+class Turned(Ladder):
+    """Positions stand behind features, as convolutions read them."""
+
+    def __init__(self) -> None:
+        super().__init__(TurnedRung)
+
+    def climb(self, x: Tensor) -> Tensor:
+        return super().climb(x.mT).mT
