@@ -11,7 +11,7 @@ import torch
 from hookmap.activations import Key, Sample, call_of, key_of
 from hookmap.analysis.grid import Grid
 from hookmap.analysis.tokens import row_positions, token_id, token_text, token_texts
-from hookmap.analysis.unembedding import Unembedding, unembedding_of
+from hookmap.analysis.unembedding import Unembeds, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import check_rows, not_finite
 from hookmap.capture.options import TemplateOptions
@@ -111,11 +111,12 @@ def lens(
     positions: Any = "all",
     target: int | str | None = None,
     sample: int = 0,
+    unembedding: Unembeds | None = None,
     **template: Unpack[TemplateOptions],
 ) -> Lens:
-    """See `HookedModel.lens`."""
+    """See `HookedModel.lens`. `unembedding`: of a model whose weights are elsewhere; else it is read from the model."""
     name = _stream_point(point)
-    unembedding = unembedding_of(hm)
+    unembeds: Unembeds = unembedding_of(hm) if unembedding is None else unembedding
     run, prompt = source, None
     if not isinstance(source, (Capture, Store)):
         last = f"blocks.{last_run(hm.map)[0]}.hook_resid_post"
@@ -125,16 +126,16 @@ def lens(
                 f"a lens is of one prompt, got {len(encoded)}: capture them, run = hm.capture(prompts, 'resid_post', "
                 "max_new_tokens=0), and give the run: hm.lens(run, sample=3)."
             )
-        prompt = encoded[0]
+        prompt = encoded[0] if unembedding is None else None
         runs = calls if isinstance(calls, str) else [*listed(calls), -1]  # the last run says what is predicted
-        run, sample = hm.capture(prompt, [name, last], layers, 0, calls=runs, positions=positions), 0
+        run, sample = hm.capture(encoded[0], [name, last], layers, 0, calls=runs, positions=positions), 0
     found = next((each for each in run.samples if each.sample == sample), None)
     chosen = _chosen(hm, run, name, layers, calls)
     if found is None:
         raise SelectionError(f"the capture has no sample {sample}: it has {len(run.samples)}.")
     with lock_of(hm.model).shared():
         aim = None if target is None else token_id(hm, target)
-        return _Reading(hm, unembedding, run, found, name, chosen, prompt).lens(top, aim)
+        return _Reading(hm, unembeds, run, found, name, chosen, prompt).lens(top, aim)
 
 
 def _chosen(hm: Hooked, run: Capture | Store, point: str, layers: Any, calls: Any) -> tuple[Key, ...]:
@@ -170,14 +171,14 @@ class _Reading:
     """A lens on the rows of one sample."""
 
     hm: Hooked
-    unembedding: Unembedding
+    unembedding: Unembeds
     run: Capture | Store
     sample: Sample
     point: str
     keys: tuple[Key, ...]
     """what is read, a row of the lens each"""
     prompt: Prompt | None
-    """of the sample, where it was captured for this lens just now"""
+    """of the sample, where it was captured for this lens just now, and can run again"""
 
     def lens(self, top: int, target: int | None) -> Lens:
         """`target`: a token id, or None for the model's own prediction at each position."""

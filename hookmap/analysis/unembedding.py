@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -63,6 +63,17 @@ class UnembeddingStep:
         if self.name == "cast":
             return str(self.dtype).removeprefix("torch.")
         return self.name if self.number is None else f"{'×' if self.name == 'mul' else '÷'} {self.number:g}"
+
+
+class Unembeds(Protocol):
+    """What computes logits from the residual stream."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stream."""
+
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
+        """[batch, pos, d_model] -> [batch, pos, d_vocab]."""
 
 
 @dataclass(frozen=True)

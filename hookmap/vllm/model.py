@@ -2,15 +2,18 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
+from hookmap.analysis.lens import Lens, lens
 from hookmap.capture.batches import Batches
 from hookmap.capture.engines import Engine
 from hookmap.capture.interventions.proofs import Proof
+from hookmap.capture.options import Layers
 from hookmap.capture.prepare import Prepared
 from hookmap.capture.request import Request
 from hookmap.capture.run import log
@@ -25,6 +28,7 @@ from hookmap.vllm.engine import VllmEngine
 from hookmap.vllm.plugin import register
 from hookmap.vllm.run import VllmGenerating, VllmHarvesting
 from hookmap.vllm.spec import NAME
+from hookmap.vllm.unembedding import VllmUnembedding
 
 
 class VllmModel(HookedModel):
@@ -79,6 +83,14 @@ class VllmModel(HookedModel):
     def proofs(self) -> Any:
         """Which points may be written: what the dataflow of vLLM's modules shows."""
         return self._proofs
+
+    @cached_property
+    def _unembedding(self) -> VllmUnembedding:
+        return VllmUnembedding(self)
+
+    def lens(self, source: Any, point: str = "resid_post", layers: Layers = "all", **options: Any) -> Lens:
+        """See `HookedModel.lens`; the final norm and the logits are computed in vLLM's worker."""
+        return lens(self, source, point, layers, unembedding=self._unembedding, **options)
 
     def _refused(self, *_: Any, **__: Any) -> Any:
         raise ModelError(f"{self.name} runs on vLLM, and this needs the model's own modules: hookmap.open(...).")

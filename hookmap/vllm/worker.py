@@ -7,13 +7,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from safetensors.torch import save
+import torch
+from safetensors.torch import load, save
 from vllm import __version__ as vllm_version
 from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
+from hookmap.activations import Key
 from hookmap.capture.engines.parameters import parameters_of
-from hookmap.errors import CaptureError, HookmapError
+from hookmap.errors import CaptureError, HookmapError, SelectionError
 from hookmap.loading.weights import weights_of
 from hookmap.maps.selectors import select
 from hookmap.stores.ledger import tensor_name
@@ -32,6 +34,7 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker as _Base
 
+FINAL_NORM: Key = ("final_norm", None)
 CHECKED_STEPS = 64
 """steps of a device whose positions are held against the runner's; on a CPU all are, at no cost"""
 
@@ -116,6 +119,24 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
             for request, counts in json.loads(requests)
             for name, tokens in zip(self._session.names(request) or [request], counts, strict=False)
         ]
+
+    def hookmap_unembed(self, rows: bytes) -> bytes:
+        """From rows of the last layer's stream: the final norm's, and the logits of these; safetensors in and out.
+
+        Raises SelectionError where the final norm is not one module's output.
+        """
+        terms = self._found.places[FINAL_NORM].read if FINAL_NORM in self._found.places else ()
+        if len(terms) != 1 or terms[0].side != "output":
+            raise SelectionError("no lens: the final norm of this model is not the output of one module.")
+        model = self.model_runner.get_model()
+        with torch.inference_mode():
+            stream = load(rows)["stream"].to(self.device)
+            normed = model.get_submodule(terms[0].module)(stream if terms[0].flat else stream[None])
+            normed = normed[0] if isinstance(normed, tuple) or not terms[0].flat else normed
+            logits = model.compute_logits(normed)
+        found = {"normed": normed} | ({} if logits is None else {"logits": logits.float()})
+        data: bytes = save({name: tensor.cpu().contiguous() for name, tensor in found.items()})
+        return data
 
     def hookmap_drop(self, requests: Sequence[str]) -> None:
         """Forget requests that were aborted, by the names they were added under."""
