@@ -48,7 +48,7 @@ def on_vllm(what: str, given: argparse.Namespace) -> float:
         given.model, dtype=given.dtype, max_model_len=512, max_num_seqs=given.prompts, taps=POINTS
     ) as model:
         middle = model.map.num_layers // 2
-        options: dict[str, Any] = {"max_new_tokens": given.tokens, "eos_token_id": None}
+        options: dict[str, Any] = {"max_new_tokens": given.tokens, "min_new_tokens": given.tokens}
         if what == "idle taps":
             return best(lambda: model.generate(asked, **options))
         if what == "3 layers x 2 points":
@@ -68,7 +68,7 @@ def on_hooks(given: argparse.Namespace) -> float:
     sizes = [size for size in (16, 32, 64) if size <= given.prompts] or [given.prompts]
 
     def run(size: int) -> None:
-        model.capture(asked, POINTS, layers, max_new_tokens=given.tokens, eos_token_id=None, batch_size=size)
+        model.capture(asked, POINTS, layers, max_new_tokens=given.tokens, min_new_tokens=given.tokens, batch_size=size)
 
     return min(best(lambda size=size: run(size), times=1) for size in sizes)  # type: ignore[misc]
 

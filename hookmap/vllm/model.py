@@ -6,6 +6,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 from torch import nn
 
@@ -27,6 +28,7 @@ from hookmap.vllm.backend import choose
 from hookmap.vllm.engine import VllmEngine
 from hookmap.vllm.plugin import register
 from hookmap.vllm.run import VllmGenerating, VllmHarvesting
+from hookmap.vllm.self_test import self_test
 from hookmap.vllm.spec import NAME
 from hookmap.vllm.unembedding import VllmUnembedding
 
@@ -159,6 +161,7 @@ def open_on_vllm(
     try:
         module = _without_weights(source, config, llm.llm_engine.vllm_config.model_config.dtype, loads)
         opened = VllmModel(VllmEngine(llm, module), tokenizer, source, why_none)
+        self_test(opened)
     except BaseException:
         llm.llm_engine.engine_core.shutdown()
         raise
@@ -180,8 +183,7 @@ def _refuse_without_vllm() -> None:
 
 
 def _llm(source: str, taps: Any, eager: bool, processes: bool | None, settings: dict[str, Any]) -> Any:
-    if processes is not None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(processes))
+    chosen_processes = {} if processes is None else {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # read when the engine's config is made
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
@@ -199,7 +201,8 @@ def _llm(source: str, taps: Any, eager: bool, processes: bool | None, settings: 
             settings["model_impl"] = chosen.model_impl
             if chosen.why:
                 log.warning("%s: runs on transformers' modules inside vLLM: %s", source, chosen.why)
-        return LLM(source, **settings)
+        with patch.dict(os.environ, chosen_processes):
+            return LLM(source, **settings)
     except HookmapError:
         raise
     except Exception as error:

@@ -47,6 +47,7 @@ def register() -> None:
                 raise CaptureError(f"worker_cls={self.worker_cls!r}: hookmap brings a worker of its own. Leave it out.")
             self.worker_cls = WORKER
             self.additional_config = {**self.additional_config, NAME: settings.model_dump()}
+            self.async_scheduling = False  # tokens of a step would not be known when it begins
             if not current_platform.is_cpu():  # a graph that is replayed calls no Python
                 self.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         return made(self, *args, **kwargs)

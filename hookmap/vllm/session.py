@@ -120,6 +120,12 @@ class Session:
         self._step = step if step.involved else None
         return list(step.segments.values())
 
+    def fail(self, why: str) -> None:
+        """Something is wrong with the whole step that is about to run: no row of it is kept."""
+        for request in self._step.involved.values() if self._step else ():
+            request.fail(why)
+        self._step = None
+
     def writes(self, boundary: Boundary) -> bool:
         """Whether a request of this step may be written at this boundary."""
         return self._step is not None and any(write.key in self._step.cells for write in boundary.writes)

@@ -56,6 +56,7 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
             self._problem = error
 
     def _attach(self) -> None:
+        _refuse_unserved(self.vllm_config)
         runner = self.model_runner
         model = runner.get_model()
         rows = rows_of(runner, vllm_version)
@@ -153,6 +154,17 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
         return [None, positions, save(named) if packed else named]
 
 
+def _refuse_unserved(config: Any) -> None:
+    """Raises CaptureError for ways to run in which rows would be others than the tokens'."""
+    if config.speculative_config is not None:
+        raise CaptureError("speculative decoding takes tokens back, whose rows are no sample's: leave it out.")
+    if (stages := config.parallel_config.pipeline_parallel_size) > 1:
+        raise CaptureError(
+            f"pipeline_parallel_size={stages}: each stage has a part of the layers, and captures read one process. "
+            "Share the model by tensor_parallel_size."
+        )
+
+
 def _shared(place: Place) -> str | None:
     """Why a point must not be written whose parts are in several ranks."""
     return None if place.parts == 1 else "each rank of tensor parallelism holds a part of it"
@@ -173,7 +185,10 @@ def _watch(runner: Any, rows: StepRows, session: Session) -> None:
         positions = kwargs.get("positions")
         if positions is not None and (positions.device.type == "cpu" or checked < CHECKED_STEPS):
             checked += 1
-            check_positions(segments, positions)
+            try:
+                check_positions(segments, positions)
+            except CaptureError as error:
+                session.fail(str(error))
         output = forward(*args, **kwargs)
         session.end()
         return output

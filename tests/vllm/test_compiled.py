@@ -36,7 +36,7 @@ with hookmap.open_on_vllm(folder, taps=taps, max_num_batched_tokens=32, **SETTIN
             off = (found.store.read(sample, *key) - steered.store.read(sample, *key)).abs().max()
             assert float(off) < 1e-4, (key, sample, float(off))
     assert model.generate(asked, max_new_tokens=6).tokens == [plain.generated(ids, 6) for ids in asked]
-    for ask in ({"points": "mlp_in"}, {"points": {"z": [0]}}):
+    for ask in ({"points": "q"}, {"points": {"z": [0]}}):
         try:
             model.capture(asked, max_new_tokens=2, **ask)
         except HookmapError as error:

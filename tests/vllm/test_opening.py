@@ -1,0 +1,104 @@
+"""What cannot be served is refused by name, when the model is opened or before."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.on_vllm import SETTINGS
+
+from hookmap.errors import CaptureError
+from hookmap.vllm import self_test as testing
+from hookmap.vllm.plugin import WORKER, register
+from hookmap.vllm.rows import RunnerV1, Segment, check_positions, rows_of
+
+
+class OtherRunner:
+    pass
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0", "0.32"])
+def test_another_version_is_refused_by_name(version: str) -> None:
+    with pytest.raises(CaptureError, match=f"vLLM {version}: .*known of vLLM 0.32 only"):
+        rows_of(OtherRunner(), version)
+
+
+def test_another_runner_is_refused_by_name() -> None:
+    with pytest.raises(CaptureError, match=r"OtherRunner is a model runner .* VLLM_USE_V2_MODEL_RUNNER=0"):
+        rows_of(OtherRunner(), "0.32.0+cpu")
+    with pytest.raises(CaptureError, match="has no query_start_loc, input_batch, requests, _model_forward, model"):
+        RunnerV1(OtherRunner())
+
+
+def test_positions_that_differ_are_an_error() -> None:
+    segments = [Segment("a", 0, 3, 4), Segment("b", 3, 4, 9)]
+    check_positions(segments, torch.tensor([4, 5, 6, 9]))
+    check_positions(segments, torch.tensor([4, 5, 6, 9, 0, 0]))
+    check_positions(segments, torch.tensor([[4, 5, 6, 9]] * 3))
+    for wrong in ([4, 5, 6, 8], [4, 5, 6], [0, 1, 2, 9]):
+        with pytest.raises(CaptureError, match="are not those that its runner tells of"):
+            check_positions(segments, torch.tensor(wrong))
+
+
+def test_positions_that_differ_fail_the_requests_and_not_the_engine(
+    on_vllm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = RunnerV1.segments
+
+    def shifted(self: RunnerV1) -> list[Segment]:
+        return [Segment(s.request, s.first, s.stop, s.position + 1) if s.position else s for s in own(self)]
+
+    monkeypatch.setattr(RunnerV1, "segments", shifted)
+    with pytest.raises(CaptureError, match=r"not those that its runner tells of|were not computed"):
+        on_vllm.capture([[1, 2, 3]], "resid_post", max_new_tokens=3)
+    monkeypatch.undo()
+    assert on_vllm.capture([[1, 2, 3]], "resid_post", max_new_tokens=3).samples[0].rows == 5
+
+
+def test_the_self_test_sees_rows_of_other_tokens(on_vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    testing.self_test(on_vllm)
+    session = worker_of(on_vllm)._session
+    put = session.slabs.put
+
+    def moved(key: Any, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        put(key, slots, rows.roll(1, 0))
+
+    monkeypatch.setattr(session.slabs, "put", moved)
+    with pytest.raises(CaptureError, match="are others while tokens are generated"):
+        testing.self_test(on_vllm)
+
+
+def test_the_plugin_does_nothing_unless_asked(checkpoint: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    register()
+    once = EngineArgs.create_engine_config
+    register()
+    assert EngineArgs.create_engine_config is once
+    plain = EngineArgs(str(checkpoint), enforce_eager=True, **SETTINGS).create_engine_config()
+    assert "hookmap" not in plain.parallel_config.worker_cls and plain.additional_config == {}
+    asked = EngineArgs(str(checkpoint), enforce_eager=True, additional_config={"hookmap": {}}, **SETTINGS)
+    assert asked.create_engine_config().parallel_config.worker_cls == WORKER
+    wrong = EngineArgs(str(checkpoint), additional_config={"hookmap": {"tap": 1}}, **SETTINGS)
+    with pytest.raises(CaptureError, match="tap: Extra inputs are not permitted"):
+        wrong.create_engine_config()
+
+
+def test_ways_to_run_whose_rows_are_no_samples_are_refused() -> None:
+    from hookmap.vllm.worker import _refuse_unserved
+
+    def config(speculative: Any, stages: int) -> Any:
+        parallel = SimpleNamespace(pipeline_parallel_size=stages)
+        return SimpleNamespace(speculative_config=speculative, parallel_config=parallel)
+
+    _refuse_unserved(config(None, 1))
+    with pytest.raises(CaptureError, match="speculative decoding"):
+        _refuse_unserved(config(object(), 1))
+    with pytest.raises(CaptureError, match="pipeline_parallel_size=2"):
+        _refuse_unserved(config(None, 2))
+
+
+def worker_of(model: Any) -> Any:
+    """The worker of a model whose engine is in this process."""
+    return model.engine_of_vllm._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
