@@ -32,11 +32,11 @@ NEEDS = {
 # All reasons that there are, and how many blocks each holds back. One more is a decision: can it not run?
 NOT_RUN = {
     "asks another machine": 5,
-    "installs packages": 5,
+    "installs packages": 6,
     "takes minutes": 3,
     "another program": 1,
     "needs the real model": 1,
-    "needs vLLM": 2,
+    "needs vLLM": 3,
 }
 
 

@@ -29,7 +29,9 @@ def plain_parts(model: nn.Module) -> None:
     from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    plain: dict[type, Callable[..., Any]] = {Attention: Softmax(), MLAAttention: _latent, MoERunner: _experts}
+    plain: dict[type, Callable[..., Any]] = {
+        Attention: Softmax(), MLAAttention: _latent, MoERunner: _experts, VocabParallelEmbedding: _embedding,
+    }  # fmt: skip
     for module in list(model.modules()):
         if isinstance(module, CustomOp):
             module._forward_method = module.forward_native
@@ -43,8 +45,13 @@ def plain_parts(model: nn.Module) -> None:
             module.forward = _flat(module.forward)
 
 
+def _embedding(layer: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The rows of the tokens; of several ranks each has some, and they add up."""
+    return F.embedding(ids, layer.weight)
+
+
 class _Product:
-    """The product with a weight, whatever the weight is packed as; and its rows, of an embedding."""
+    """The product with a weight, whatever the weight is packed as."""
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if layer.quant_method is self and getattr(layer, "weight", None) is not None and layer.weight.ndim == 2:
@@ -55,9 +62,6 @@ class _Product:
             outputs = getattr(layer, "output_size_per_partition", None) or layer.output_size
             weight = torch.empty(outputs, x.shape[-1], device=x.device, dtype=x.dtype)
         return F.linear(x, weight.to(x.dtype), bias)
-
-    def embedding(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids, layer.weight)
 
 
 class Softmax:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from hookmap.vllm.plain_parts import plain_parts
 
@@ -115,11 +116,20 @@ def running(config: Any) -> Iterator[None]:
         yield
 
 
+class _OnesForNumbers(TorchFunctionMode):
+    """Gives ones for numbers that a model asks of a tensor without data, such as the slopes of its heads (BLOOM)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.tolist and args[0].is_meta:
+            args = (torch.ones(args[0].shape, dtype=args[0].dtype, device="cpu"),)
+        return func(*args, **(kwargs or {}))
+
+
 def build(config: Any) -> nn.Module:
     """The twin's modules; to be called, like the model itself, in `running`."""
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    with torch.device("meta"), _without_what_is_kept():
+    with _OnesForNumbers(), torch.device("meta"), _without_what_is_kept():
         model: nn.Module = initialize_model(vllm_config=config)
     model = model.to("meta").eval()
     plain_parts(model)

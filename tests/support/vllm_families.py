@@ -101,13 +101,13 @@ def token_ids(count: int = 40) -> torch.Tensor:
     return torch.randint(3, 250, (count,), generator=torch.Generator().manual_seed(1))
 
 
-def by_transformers(folder: Path) -> dict[Key, torch.Tensor]:
-    """Every point of transformers' model of a checkpoint in float32, rows [tokens, ...], by plain hooks."""
+def by_transformers(folder: Path, dtype: str = "float32") -> dict[Key, torch.Tensor]:
+    """Every point of transformers' model of a checkpoint, rows [tokens, ...], by plain hooks."""
     from transformers import AutoModelForCausalLM
 
     import hookmap
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
     found = hookmap.discover(model)
     wanted = [point for point in found.points if point not in ("pattern", "logits")]
     terms = {selector.key: selector.terms for selector in found.selectors(wanted)}
