@@ -17,6 +17,7 @@ from hookmap.errors import CaptureError, InterventionError, SelectionError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import parse
 from hookmap.stores.ledger import tensor_name
+from hookmap.vllm.alive import wake_when_dead
 from hookmap.vllm.places import Place
 from hookmap.vllm.spec import NAME, RequestSpec
 
@@ -42,6 +43,7 @@ class VllmEngine:
         self.lock = threading.Lock()
         self._llm = llm
         core = llm.llm_engine.engine_core
+        self._closed = wake_when_dead(core)
         self._packed = not hasattr(core, "engine_core")
         """whether the workers are in other processes"""
         said = json.loads(self.call("hookmap_describe"))
@@ -131,6 +133,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the engine and its workers."""
+        self._closed.set()
         self._llm.llm_engine.engine_core.shutdown()
 
     @contextmanager
@@ -140,6 +143,7 @@ class VllmEngine:
         try:
             yield
         except EngineDeadError as error:
+            self._closed.set()
             raise CaptureError(
                 "vLLM's engine has died, and the requests that ran with it. Open the model again; a capture in a "
                 "folder goes on with resume=True."

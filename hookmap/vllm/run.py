@@ -1,5 +1,6 @@
 """A capture on vLLM: requests join the running batch as others leave it, and finished samples go to the sink."""
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence, Set
@@ -143,7 +144,8 @@ class _Serving:
             raise
         finally:
             if self._run.edits:
-                self._engine.call("hookmap_forget", self._name)
+                with contextlib.suppress(CaptureError):  # the engine has died, and told so
+                    self._engine.call("hookmap_forget", self._name)
 
     def _serve(self, waiting: deque[int], at_once: int) -> None:
         while waiting or self._running:
@@ -257,7 +259,8 @@ class _Serving:
         try:
             self._flush()
         finally:
-            self._engine.drop(list(self._running))
+            with contextlib.suppress(CaptureError):  # the engine has died, and told so
+                self._engine.drop(list(self._running))
 
 
 def _as_given(selection: Any) -> Any:
