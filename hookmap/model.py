@@ -17,7 +17,15 @@ from hookmap.analysis.steering import SteeringVector, make_vector
 from hookmap.analysis.weights import Weight, weights, weights_from
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.hooked import Hooked
-from hookmap.capture.options import GradientOptions, Layers, MeasureOptions, Points, takes
+from hookmap.capture.options import (
+    GradientOptions,
+    Layers,
+    MeasureOptions,
+    Points,
+    TemplateOptions,
+    VectorOptions,
+    takes,
+)
 from hookmap.discovery.library import given_map
 from hookmap.discovery.map_of_model import understood
 from hookmap.discovery.weights import Weights
@@ -51,33 +59,35 @@ class HookedModel(Hooked):
         """
         return weights(self, self._weights, point, layer, call)
 
+    @takes(TemplateOptions, sweep)
     def sweep(self, clean: Any, corrupted: Any, target: Any, against: Any = None, **options: Any) -> Sweep:
         """Patch each layer and position of the clean run into the corrupted one, and measure the clean answer.
 
-        target, against: the next tokens of the two prompts, as text or ids. options: point="resid_pre", layers and
-        positions, as in capture; batch_size, patches that run together; the chat options of capture; progress. See
-        `hookmap.analysis.patching.sweep`.
+        target, against: the next tokens of the two prompts, as text or ids. batch_size: patches that run together. For
+        the other options see `hookmap.analysis.patching.sweep`.
         """
         return sweep(self, clean, corrupted, target, against, **options)
 
+    @takes(TemplateOptions, lens)
     def lens(self, source: Any, point: str = "resid_post", layers: Layers = "all", **options: Any) -> Lens:
         """The logit lens: the residual stream at each layer, through the final norm and the unembedding.
 
-        source: one prompt, or a capture or store that holds the point; sample= then chooses a sample of it.
-        point: of the stream (resid_pre, resid_mid, resid_post) or a branch (mixer_out, mlp_out). layers: as in capture.
-        options: top=5 likeliest tokens to keep; positions="all", as in capture; target=, a token's text or id, whose
-        probability and rank are told (the model's own prediction unless given); the chat options of capture.
+        source: one prompt, or a capture or store that holds the point; `sample` then chooses a sample of it.
+        point: of the stream (resid_pre, resid_mid, resid_post) or a branch (mixer_out, mlp_out). layers, calls,
+        positions: as in capture. top: likeliest tokens to keep. target: a token's text or id, whose probability and
+        rank are told; the model's own prediction unless given.
         Raises SelectionError with the reason where the model's logits cannot be computed from its residual stream.
         """
         return lens(self, source, point, layers, **options)
 
+    @takes(TemplateOptions, attribute)
     def attribute(self, prompt: Any, target: Any = None, against: Any = None, **options: Any) -> Attribution:
         """Direct logit attribution: what each branch of each layer adds to a logit, or to a difference of two.
 
         The parts sum to the logit.
 
         target, against: tokens, as text or ids; target is the model's own prediction unless given.
-        options: positions="last" and the chat options, as in capture; heads=True splits attention into its heads.
+        positions: as in capture. heads: split attention into its heads.
         Raises SelectionError with the reason where the residual stream is not a plain sum of branches.
         """
         return attribute(self, prompt, target, against, **options)
@@ -134,6 +144,7 @@ class HookedModel(Hooked):
         """The memory that `gradients` takes with the same arguments: measured on short texts, and extended."""
         return estimate_gradients(self, prompts, metric, points, layers, **options)
 
+    @takes(VectorOptions, make_vector)
     def steering_vector(
         self,
         positive: Sequence[Any],
@@ -144,8 +155,8 @@ class HookedModel(Hooked):
     ) -> SteeringVector:
         """For each layer, the direction from the activations of `negative` to those of `positive`.
 
-        positive, negative: prompts, paired in order. options: method="mean_difference" or "pca"; positions="last", as
-        in capture, several are averaged; the chat options of capture, batch_size, batch_tokens.
+        positive, negative: prompts, paired in order. method: "mean_difference" or "pca". positions: as in capture,
+        several are averaged.
         Raises SelectionError where the prompts do not pair up, or their activations do not differ.
         """
         return make_vector(self, positive, negative, point, layers, **options)

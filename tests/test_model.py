@@ -1,6 +1,7 @@
 """`hookmap.open`: what it accepts, one copy of the weights, maps that contradict the model, what cannot be loaded."""
 
 import http.server
+import inspect
 import json
 import os
 import shutil
@@ -15,12 +16,14 @@ import pytest
 import torch
 import transformers
 from support import plain_hooks
+from support.opened import opened
 from support.raises import raises
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.loading.checkpoints import load_tokenizer
 from hookmap.maps.document import ArchitectureMap
+from hookmap.model import HookedModel
 
 
 @pytest.fixture(scope="module")
@@ -309,3 +312,40 @@ def test_what_the_hub_refuses_is_one_sentence(name: str, endpoint: str, message:
     assert done.returncode == 0, done.stderr
     assert message in done.stdout
     assert "Retrying" not in done.stderr and "Traceback" not in done.stderr
+
+
+METHODS = (
+    "capture",
+    "generate",
+    "estimate",
+    "sweep",
+    "lens",
+    "attribute",
+    "steering_vector",
+    "measure",
+    "loss",
+    "gradients",
+)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_help_shows_the_parameters_of_each_method(name: str) -> None:
+    shown = inspect.signature(getattr(HookedModel, name)).parameters
+    assert "options" not in shown and "chat" in shown
+
+
+def test_every_result_fits_a_line() -> None:
+    hm = opened("llama")
+    results = (
+        hm.capture([[1, 2, 3]], max_new_tokens=0),
+        hm.lens([1, 2, 3]),
+        hm.lens([1, 2, 3]).grid(),
+        hm.attribute([1, 2, 3]),
+        hm.attribute([1, 2, 3], 5, 9),
+        hm.sweep([1, 2, 3], [4, 2, 3], 5, 9),
+        hm.gradients([[1, 2, 3]], hookmap.metrics.loss()),
+        hm.steering_vector([[1, 2]], [[3, 2]]),
+        hm,
+    )
+    for result in results:
+        assert repr(result).startswith("<") and len(repr(result)) < 300 and "\n" not in repr(result), repr(result)

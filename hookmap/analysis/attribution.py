@@ -25,6 +25,7 @@ from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
 from hookmap.maps.calls import last_run
 from hookmap.maps.points import PointName
+from hookmap.wording import counted
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
@@ -57,6 +58,10 @@ class Attribution:
     against: str | None
     """the token whose logit is subtracted, or None"""
     before_soft_cap: bool
+
+    def __repr__(self) -> str:
+        sizes = f"{counted(len(self.parts), 'part')} × {counted(len(self.positions), 'position')}"
+        return f"<Attribution of a logit: {sizes}>" if self.against is None else f"<Attribution of two logits: {sizes}>"
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON data."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hookmap.errors import CaptureError, StoreError
+from hookmap.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,10 @@ class Grid:
                 f"a grid's values are [layers, positions]: got {list(self.values.shape)} for {labels[0]} layers, "
                 f"{labels[1]} positions and {len(self.tokens)} tokens."
             )
+
+    def __repr__(self) -> str:
+        sizes = f"{counted(len(self.layers), 'row')} × {counted(len(self.positions), 'position')}"
+        return f"<Grid of {self.metric}: {self.point}, {sizes}>"
 
     def save(self, path: str | Path) -> Path:
         """Write PATH.safetensors (values, labels) and PATH.csv (layer, position, token, value); returns the first.

@@ -21,6 +21,7 @@ from hookmap.loading.prompts import Prompt
 from hookmap.maps.calls import last_run, listed
 from hookmap.maps.points import PointName, parse_point
 from hookmap.stores.interface import Store
+from hookmap.wording import counted
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
@@ -75,6 +76,10 @@ class Lens:
     """KL(model's output ‖ lens), in nats; nan where the last layer's resid_post was not captured"""
     calls: tuple[int | None, ...] = ()
     """which run of its layer each row is of, None where it runs once; empty where all do"""
+
+    def __repr__(self) -> str:
+        sizes = f"{counted(len(self.layers), 'row')} × {counted(len(self.positions), 'position')}"
+        return f"<Lens of {self.point}: {sizes}>"
 
     def grid(self, metric: Metric = "probability") -> Grid:
         """One number for each layer and position. Raises SelectionError for an unknown metric."""

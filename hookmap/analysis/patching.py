@@ -47,6 +47,10 @@ class Sweep:
     noise: float = 0.0
     """how far the metric may differ between equal runs: by the rounding of the logits, and by the batch size"""
 
+    def __repr__(self) -> str:
+        found = f"clean {self.clean:.4g}, corrupted {self.corrupted:.4g}, noise {self.noise:.1g}"
+        return f"<Sweep: {repr(self.grid)[1:-1]}; {found}>"
+
     @property
     def above_noise(self) -> torch.Tensor:
         """[layers, positions], bool: whether the patch moves the metric from `corrupted` by more than the noise.

@@ -149,6 +149,7 @@ class Hooked:
             expected = expected.twice()
         return Prepared(run, groups, manifest, self.map, expected, why, why_apart)
 
+    @takes(CaptureOptions)
     def generate(
         self,
         prompts: Any,

@@ -115,9 +115,8 @@ class TemplateOptions(TypedDict, total=False):
 
 
 class BatchOptions(TypedDict, total=False):
-    """Which prompts run, and how many together."""
+    """How many prompts run together."""
 
-    prompt_column: Annotated[str | None, Option(None, "column of a table or data set that holds the prompt")]
     batch_size: Annotated[
         int | None,
         Option(None, f"prompts that run together, padded; {BATCH_SIZE} unless given, where text is generated"),
@@ -127,11 +126,17 @@ class BatchOptions(TypedDict, total=False):
     ]
 
 
+class VectorOptions(TemplateOptions, BatchOptions, total=False):
+    """What decides how two lists of prompts are read."""
+
+
 class MeasureOptions(TemplateOptions, BatchOptions, total=False):
     """What decides how prompts are read by one forward pass each."""
 
+    prompt_column: Annotated[str | None, Option(None, "column of a table or data set that holds the prompt")]
 
-class EstimateOptions(RowOptions, TemplateOptions, BatchOptions, total=False):
+
+class EstimateOptions(RowOptions, MeasureOptions, total=False):
     """What decides how large a capture is."""
 
     calls: Annotated[
@@ -246,13 +251,19 @@ def of_kind(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def takes(kind: type) -> Callable[[Function], Function]:
-    """Show the options of `kind`, which a function takes as **options, in its signature and its docstring."""
+def takes(kind: type, of: Callable[..., Any] | None = None) -> Callable[[Function], Function]:
+    """Show the options of `kind`, which a function takes as **options, in its signature and its docstring.
+
+    `of`: a function that gets all of them, and whose own keywords are shown in the signature, too.
+    """
 
     def documented(function: Function) -> Function:
         shown = inspect.signature(function)
         own = [each for each in shown.parameters.values() if each.kind is not each.VAR_KEYWORD]
-        options = options_of(kind)
+        keywords = () if of is None else inspect.signature(of).parameters.values()
+        own += [each for each in keywords if each.kind is each.KEYWORD_ONLY]
+        named = {each.name for each in own}
+        options = {name: each for name, each in options_of(kind).items() if name not in named}
         parameters = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=hint)
             for name, (hint, option) in options.items()
