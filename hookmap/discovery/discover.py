@@ -18,6 +18,7 @@ from hookmap.discovery.block import Block
 from hookmap.discovery.block_points import BlockPoints, points_of_block
 from hookmap.discovery.dataflow import Dataflow, record
 from hookmap.discovery.full_width import at_full_width
+from hookmap.discovery.idle import idle_module
 from hookmap.discovery.layer_choice import find_layers
 from hookmap.discovery.layer_list import LayerList, shape_at
 from hookmap.discovery.locate import Location, captured_axes
@@ -260,7 +261,10 @@ def _assembled(
     for number in sorted({number for number, _ in layers.streams}):
         times = range(layers.times(number))
         if all((number, run) in layers.streams for run in times):
-            runs = [points_of_block(Block(values, layers, number, run)) for run in times]
+            blocks = [Block(values, layers, number, run) for run in times]
+            if (idle := idle_module(blocks[0])) is not None:
+                raise DiscoveryError(_why_idle(model, number, idle))
+            runs = list(map(points_of_block, blocks))
             readings[number] = points_of_runs(values, layers, number, runs)
     kinds = _kinds(layers, readings, values)
     outside = read_outside(values, layers, layers.tokens)
@@ -295,6 +299,13 @@ def _assembled(
         between=parts | before_norm(values, layers, outside.normed),
         left_out=layers.uncovered_lists,
         discovered_by=how,
+    )
+
+
+def _why_idle(model: nn.Module, layer: int, module: str) -> str:
+    return (
+        f"{named(model)} does not compute here what it is meant to: in layer {layer}, {module} multiplies the stream "
+        "with its weights, and what it adds to it does not depend on it. A model may do so where a kernel is missing."
     )
 
 
