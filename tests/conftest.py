@@ -19,6 +19,24 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hookmap-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--mutants", action="store_true", help="hold each invented model against its wrong maps: minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--mutants"):
+        from support import mutants
+
+        mutants.asked = True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--mutants"):
+        from support import mutants
+
+        terminalreporter.write_line(f"held {len(mutants.HELD)} models against {sum(mutants.HELD)} wrong maps")
+
+
 @pytest.fixture
 def seeded() -> None:
     """The same random numbers in each test."""

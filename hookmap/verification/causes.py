@@ -28,12 +28,16 @@ def causes(run: Context) -> Iterator[Check]:
 
 def _cause(run: Context, layer: int, role: str, expected: dict[str, bool], weights: dict[str, Tensor]) -> Check:
     seen = {point: run.selector[point, layer] for point in expected if (point, layer) in run.values}
-    after, _ = observe(run.model, run.ids, list(seen.values()), weights=weights)
+    after, _ = observe(run.model, run.given, list(seen.values()), weights=weights)
     moved = {
         point: relative_error(after[point, layer], run.values[point, layer]) > run.tolerance
         for point in seen
         if (point, layer) in after
     }
+    if moved.get(read := f"{role}_in") and not expected[read]:  # by a norm in the branch's module, which makes it?
+        matrices = {name: weight for name, weight in weights.items() if weight.ndim > 1}
+        after, _ = observe(run.model, run.given, [seen[read]], weights=matrices)
+        moved[read] = relative_error(after[read, layer], run.values[read, layer]) > run.tolerance
     wrong = [f"{p} {'moved' if has else 'did not move'}" for p, has in moved.items() if has != expected[p]]
     right = [f"{point} {'moves' if expected[point] else 'stays'}" for point in moved]
     what = {"mlp": "MLP", "cross_attn": "cross-attention"}.get(role, role)
@@ -55,7 +59,14 @@ def _shared(run: Context, kind: BlockKind, role: str, layer: int) -> list[str]:
 
 
 def _expected(kind: BlockKind, role: str) -> dict[str, bool]:
-    """Whether each point must move when the weights of a branch change."""
+    """Whether each point must move when the weights of a branch change. What it reads stays."""
+    expected = _expected_around(kind, role)
+    first = kind.points.get(f"{role}_out.0")  # the role's modules may be those of a branch before, too
+    alone = first is None or first.terms == kind.points[f"{role}_out"].terms
+    return {**expected, f"{role}_in": False} if expected and alone else expected
+
+
+def _expected_around(kind: BlockKind, role: str) -> dict[str, bool]:
     other = "mlp" if role == "mixer" else "mixer"
     if role == "cross_attn" and (kind.cross_attn is None or kind.branch_order != "sequential"):
         return {}
@@ -64,7 +75,7 @@ def _expected(kind: BlockKind, role: str) -> dict[str, bool]:
     if kind.branch_order == "parallel":
         return {"resid_pre": False, f"{other}_out": False, f"{role}_out": True, "resid_post": True}
     if kind.branch_order in ("mixer_only", "mlp_only"):
-        return {"resid_pre": False, f"{role}_in": False, f"{role}_out": True, "resid_post": True}
+        return {"resid_pre": False, f"{role}_out": True, "resid_post": True}
     return {}
 
 

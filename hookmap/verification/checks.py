@@ -11,7 +11,7 @@ from hookmap.errors import HookmapError
 from hookmap.loading.finiteness import in_words, is_stream
 from hookmap.maps.document import ArchitectureMap
 from hookmap.stores.ledger import tensor_name
-from hookmap.verification import causes, heads, inside, reads, relations, streams
+from hookmap.verification import causes, ends, heads, inside, reads, relations, streams
 from hookmap.verification.check import Check
 from hookmap.verification.context import Context, missing_modules, run_once
 
@@ -27,6 +27,7 @@ CHEAP: tuple[_Check, ...] = (
     streams.final_norm,
     relations.stated,
     relations.sums,
+    relations.second_stream,
     streams.second_names,
     inside.bare,
     inside.branches,
@@ -38,11 +39,12 @@ CHECKS: tuple[_Check, ...] = (
     heads.attentions,
     heads.one_head,
     reads.reads,
+    ends.ends,
     causes.causes,
 )
 EACH_RUN = (relations.sums, streams.second_names, inside.branches, heads.patterns, heads.attentions)
 """those that are made of each run of the layers that run several times"""
-LAST_RUN = (heads.one_head, reads.reads)
+LAST_RUN = (heads.one_head, reads.reads, ends.ends)
 """those that run the model: of the first run, and of the last"""
 
 

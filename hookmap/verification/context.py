@@ -11,14 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hookmap.loading import modules, other_inputs
+from hookmap.errors import CaptureError, HookmapError, ModelError
+from hookmap.loading import modules, other_inputs, towers
 from hookmap.loading.encoder_decoder import decoder_embedding, is_encoder_decoder
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName
-from hookmap.maps.selectors import Selector, select
+from hookmap.maps.selectors import Selector, Term, select
 from hookmap.maps.templates import BlockKind, BranchInfo
 from hookmap.verification.check import Check, Key, relative_error
-from hookmap.verification.runner import BATCH, POSITIONS, Hook, observe_runs
+from hookmap.verification.runner import BATCH, POSITIONS, Given, Hook, at, forward, observe_runs
 
 Crossing = tuple[str, Literal["input", "output"], int]
 """a module, the side on which it was passed, and in which call of the module"""
@@ -33,8 +34,7 @@ class Context:
 
     map: ArchitectureMap
     model: nn.Module
-    ids: Tensor
-    """[batch, pos]; [batch * rows, pos] where the model reads several rows of ids for one sequence"""
+    given: Given
     values: Mapping[Key, Tensor]
     """the points that the pass reached, each [batch, pos, ...]"""
     tolerance: float = 1e-4
@@ -92,15 +92,18 @@ class Context:
 
 
 def run_once(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Context:
-    """Run the model once on random tokens, and read every point of the map on every layer.
+    """Run the model once on random tokens, or its part on a picture of noise, and read every point on every layer.
 
     Raises CaptureError where the map names a tensor that is not there.
     """
     selectors = select(found, found.points)
+    if found.part:
+        return _observed(found, model, _picture(found, model), selectors)
     ids = _random_ids(found, model, seed)
+    given = Given(BATCH, POSITIONS, ids)
 
     def run(_: object) -> Context:
-        context = _observed(found, model, ids, selectors)
+        context = _observed(found, model, given, selectors)
         if not _is_of_the_tokens(context):  # it took the ids for something else (Dia: rows for the codes of each)
             raise _OfOtherPositions(context)
         return context
@@ -113,7 +116,41 @@ def run_once(found: ArchitectureMap, model: nn.Module, seed: int = 0) -> Context
         rows = modules.rows_per_sequence(getattr(model, "config", None))
         if rows == 1:
             raise
-        return _observed(found, model, ids.repeat_interleave(rows, 0), selectors)
+        return _observed(found, model, Given(BATCH, POSITIONS, ids.repeat_interleave(rows, 0)), selectors)
+
+
+def _picture(found: ArchitectureMap, model: nn.Module) -> Given:
+    """One picture of noise with as many patches as the first stream has; two where each keeps a row of its own."""
+    path, tower = towers.tower_of(model)
+    entry = min(select(found, found.points), key=lambda each: each.point != "resid_pre")
+    first: Exception | None = None
+    for picture in towers.given(tower):
+        name, pixels = next(iter(picture.items()))
+        try:
+            one = _stream(model, Given(1, 0, picture=picture, part=path), entry.terms[0])
+        except HookmapError:
+            raise
+        except Exception as error:  # a model's own code raises what it likes
+            first = first or error
+            continue
+        two = {**picture, name: torch.cat([pixels, -pixels.flip(-1)])}
+        if pixels.ndim == 4 and len(picture) == 1 and one.shape[0] == 1:
+            both = _stream(model, Given(2, 0, picture=two, part=path), entry.terms[0])
+            if both.shape[:2] == (2, one.shape[1]):
+                return Given(2, one.shape[1], picture=two, part=path)
+        return Given(1, one.shape[1], picture=picture, part=path)
+    raise first or ModelError(f"nothing says which pictures {type(tower).__name__} reads.")
+
+
+def _stream(model: nn.Module, given: Given, term: Term) -> Tensor:
+    """The term's tensor, [batch, patches, ...]."""
+    found: list[Tensor] = []
+    forward(model, given, [at(term, found.append)])
+    if not found:
+        raise CaptureError(f"{term} was not reached by a picture.")
+    width = found[0].shape[0] // given.batch if term.flat else 0
+    tensor: Tensor = term.arrange(found[0], given.batch, width)
+    return tensor
 
 
 class _OfOtherPositions(Exception):
@@ -182,18 +219,18 @@ def _random_ids(found: ArchitectureMap, model: nn.Module, seed: int) -> Tensor:
     return ids.to(modules.device_of(model))
 
 
-def _observed(found: ArchitectureMap, model: nn.Module, ids: Tensor, selectors: tuple[Selector, ...]) -> Context:
+def _observed(found: ArchitectureMap, model: nn.Module, given: Given, selectors: tuple[Selector, ...]) -> Context:
     crossings: list[Crossing] = []
     layers_run: list[int] = []
     hooks = [*_layer_hooks(found, model, layers_run), *_crossing_hooks(selectors, crossings)]
-    every, output = observe_runs(model, ids, selectors, hooks, output_hidden_states=True)
+    every, output = observe_runs(model, given, selectors, hooks, output_hidden_states=True)
     values = _of_run(every, 0, {*range(found.num_layers), None})
     computed = {value.dtype for value in values.values() if value.is_floating_point()}
     # In float64 what is computed is exact, however narrow the weights are.
     precise = computed == {torch.float64} or next(model.parameters()).dtype in (torch.float32, torch.float64)
     tolerance = 1e-4 if precise else 4e-2
     return Context(
-        found, model, ids, values, tolerance, selectors, output, tuple(crossings), tuple(layers_run), every=every
+        found, model, given, values, tolerance, selectors, output, tuple(crossings), tuple(layers_run), every=every
     )
 
 

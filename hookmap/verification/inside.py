@@ -37,7 +37,8 @@ def bare(run: Context) -> Iterator[Check]:
 def _is_bare(run: Context, kind: BlockKind, point: str) -> bool:
     """Whether `mixer_out_raw` is an output of a module of its branch, shaped as `mixer_in`.
 
-    Or a sum, as of two mixers or a branch with a residual of its own: then `mixer_out` is a multiple of it.
+    Or a sum, as of two mixers or a branch with a residual of its own: then `mixer_out` is a multiple of it, and the
+    stream itself is none of its terms.
     """
     terms, layer = kind.points[point].terms, kind.layers[0]
     ends = (PointName.of(point).end(name) for name in ("out_raw", "out", "in"))
@@ -45,6 +46,8 @@ def _is_bare(run: Context, kind: BlockKind, point: str) -> bool:
     if any(term.scale != 1 or term.weight for term in terms) or len(set(terms)) < len(terms):
         return False
     if len(terms) > 1:
+        if any(point.terms[0] in terms for name, point in kind.points.items() if name.startswith("resid_")):
+            return False
         return bare is None or added is None or _is_multiple(added, bare, run.tolerance)
     path = run.map.at_layer(terms[0].module, layer)
     roots = modules_of(run, kind, point, layer)  # of a branch without weights (FNet) there are none

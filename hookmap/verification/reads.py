@@ -3,7 +3,7 @@
 Three questions, of the first and the last layer of each kind: does the tensor determine the branch (another run's
 tensor there gives that run's output, whatever else the branch could reach stays), is it behind the norms (the branch's
 own weights read it as it is), and does a change at one position move what it should (an MLP's own position, a mixer's
-later ones).
+others).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
+from hookmap.maps.describe import layer_ranges
 from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, Term, of_template
 from hookmap.maps.templates import BlockKind
 from hookmap.verification.check import Check, Key, relative_error
 from hookmap.verification.context import Context, modules_of
-from hookmap.verification.runner import BATCH, POSITIONS, Hook, at, forward, keep, observe, other_weights
+from hookmap.verification.runner import BATCH, Hook, at, forward, keep, observe, other_weights
 
 _SHORT = 4
 """positions that a short convolution of an MLP sees"""
@@ -29,7 +30,7 @@ Write = Callable[[int, Tensor], object]
 
 
 @dataclass(frozen=True)
-class _Branch:
+class Branch:
     """One branch of one layer: the point that it reads, and the point that shows what it made of it."""
 
     point: str
@@ -61,8 +62,8 @@ class _Elsewhere:
 
 def reads(run: Context) -> Iterator[Check]:
     """All checks of the points that branches read."""
-    branches = list(_branches(run))
-    readers = _readers(run, branches)
+    branches = list(branches_of(run))
+    readers = readers_of(run, branches)
     elsewhere = _on_other_tokens(run, branches)
     for branch, names, other in zip(branches, readers, elsewhere, strict=True):
         yield _behind_norms(run, branch, names)
@@ -71,7 +72,7 @@ def reads(run: Context) -> Iterator[Check]:
         yield _positions(run, branch, bool(other.handed))
 
 
-def _branches(run: Context) -> Iterator[_Branch]:
+def branches_of(run: Context) -> Iterator[Branch]:
     """The branches of the first and the last layer of each kind whose points were seen."""
     for kind in run.map.kinds:
         for point, output in _pairs(kind):
@@ -97,14 +98,14 @@ def _is_second_name(kind: BlockKind, point: str) -> bool:
     return usual is not None and kind.points[point].terms == usual.terms
 
 
-def _branch(run: Context, kind: BlockKind, point: str, output: str, layer: int) -> _Branch:
+def _branch(run: Context, kind: BlockKind, point: str, output: str, layer: int) -> Branch:
     template = kind.points[point]
     read = template.model_copy(update={"terms": template.beside})
     beside = of_template(run.map, point, layer, read, run.number).terms
     terms, made = run.selector[point, layer].terms, run.selector[output, layer]
     modules = tuple(modules_of(run, kind, output, layer))
     around = run.map.at_layer(run.map.layers_path, layer) if _lacks_keys(kind, point) else None
-    return _Branch(point, output, layer, terms, beside, made, modules, around)
+    return Branch(point, output, layer, terms, beside, made, modules, around)
 
 
 def _lacks_keys(kind: BlockKind, point: str) -> bool:
@@ -116,7 +117,7 @@ def _lacks_keys(kind: BlockKind, point: str) -> bool:
 # Is it behind the norms? ----------------------------------------------------------------------------------------
 
 
-def _behind_norms(run: Context, branch: _Branch, readers: list[str]) -> Check:
+def _behind_norms(run: Context, branch: Branch, readers: list[str]) -> Check:
     """Weights of the branch read the tensor as it is; or else, twice as large, it gives another output.
 
     In front of a norm it would not; and some branches cut or mix the tensor before any weights.
@@ -134,19 +135,19 @@ def _behind_norms(run: Context, branch: _Branch, readers: list[str]) -> Check:
     return Check("reads", (branch.layer,), depends, detail)
 
 
-def _readers(run: Context, branches: list[_Branch]) -> list[list[str]]:
+def readers_of(run: Context, branches: list[Branch]) -> list[list[str]]:
     """For each branch, its modules with a matrix of their own that read the tensor as it is."""
     readers: list[list[str]] = [[] for _ in branches]
     hooks: list[Hook] = []
     for branch, found in zip(branches, readers, strict=True):
         parts: dict[int, Tensor] = {}
         hooks += [at(term, partial(keep, parts, number)) for number, term in enumerate(branch.terms)]
-        hooks += [_matching(path, parts, found, run.tolerance) for path in _with_matrix(run, branch)]
-    forward(run.model, run.ids, hooks)
+        hooks += [_matching(path, parts, found, run.tolerance) for path in with_matrix(run, branch)]
+    forward(run.model, run.given, hooks)
     return readers
 
 
-def _with_matrix(run: Context, branch: _Branch) -> list[str]:
+def with_matrix(run: Context, branch: Branch) -> list[str]:
     return [
         name
         for name, module in run.model.named_modules()
@@ -159,14 +160,14 @@ def _matching(path: str, parts: dict[int, Tensor], found: list[str], tolerance: 
     """A hook that notes the module if one of its inputs holds the numbers of one of these tensors."""
 
     def act(args: Any, kwargs: Any, output: Any) -> None:
-        given = list(_tensors((args, kwargs)))
-        if any(_holds(tensor, value, tolerance) for value in parts.values() for tensor in given):
+        given = list(tensors_in((args, kwargs)))
+        if any(holds(tensor, value, tolerance) for value in parts.values() for tensor in given):
             found.append(path)
 
     return Hook(path, "input", act)
 
 
-def _holds(tensor: Tensor, value: Tensor, tolerance: float) -> bool:
+def holds(tensor: Tensor, value: Tensor, tolerance: float) -> bool:
     """Whether a module's input holds these numbers: also as one axis of batch and positions, or those turned."""
     if tensor.numel() != value.numel() or not tensor.is_floating_point():
         return False
@@ -174,20 +175,20 @@ def _holds(tensor: Tensor, value: Tensor, tolerance: float) -> bool:
     return any(relative_error(each.reshape(tensor.shape), tensor) <= tolerance for each in (value, turned))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
 
 
 # Does it determine the branch? ----------------------------------------------------------------------------------
 
 
-def _on_other_tokens(run: Context, branches: list[_Branch]) -> list[_Elsewhere]:
+def _on_other_tokens(run: Context, branches: list[Branch]) -> list[_Elsewhere]:
     parts: list[dict[int, Tensor]] = [{} for _ in branches]
     hooks = [
         at(term, partial(keep, own, number))
@@ -197,18 +198,18 @@ def _on_other_tokens(run: Context, branches: list[_Branch]) -> list[_Elsewhere]:
     handed: list[dict[int, Tensor]] = [{} for _ in branches]
     for branch, own in zip(branches, handed, strict=True):
         hooks += _at_handed(branch, partial(keep, own))
-    made, _ = observe(run.model, run.ids.flip((0, 1)), [branch.made for branch in branches], hooks)
+    made, _ = observe(run.model, run.given.other(), [branch.made for branch in branches], hooks)
     return [
         _Elsewhere(own, made[branch.key], beside) for branch, own, beside in zip(branches, parts, handed, strict=True)
     ]
 
 
-def _at_handed(branch: _Branch, use: Write) -> list[Hook]:
+def _at_handed(branch: Branch, use: Write) -> list[Hook]:
     """A hook that hands `use` the keys and values in tuples among the block's arguments, [batch, heads, pos, d]."""
 
     def act(args: Any, kwargs: Any, output: Any) -> None:
         inner = [each for each in (*args, *kwargs.values()) if isinstance(each, (tuple, list))]
-        for number, tensor in enumerate(_tensors(inner)):
+        for number, tensor in enumerate(tensors_in(inner)):
             if _is_of_tokens(tensor):
                 use(number, tensor)
 
@@ -221,7 +222,7 @@ def _is_of_tokens(tensor: Tensor) -> bool:
     return heads and 0 not in tensor.stride() and not tensor[0].equal(tensor[1])
 
 
-def _determines(run: Context, branch: _Branch, other: _Elsewhere) -> Check:
+def _determines(run: Context, branch: Branch, other: _Elsewhere) -> Check:
     """The tensors at the point in a run on other tokens, written into a run on these, give the other run's output."""
     error = relative_error(_output_under(run, branch, _writing(other.read), handed=other.handed), other.made)
     beside = run.map.kind_of(branch.layer).points[branch.point].beside
@@ -232,7 +233,7 @@ def _determines(run: Context, branch: _Branch, other: _Elsewhere) -> Check:
     return Check("reads", (branch.layer,), error <= run.tolerance, detail, error)
 
 
-def _before_weights(run: Context, branch: _Branch, other: _Elsewhere) -> Iterator[Check]:
+def _before_weights(run: Context, branch: Branch, other: _Elsewhere) -> Iterator[Check]:
     """Of the same tensors, other weights of the branch make another output: the output is not made before the point."""
     weights = other_weights(run.model, branch.modules)
     if not weights:
@@ -251,13 +252,13 @@ def _writing(tensors: Mapping[int, Tensor]) -> Write:
 # Does a change at one position move what it should? -------------------------------------------------------------
 
 
-def _positions(run: Context, branch: _Branch, has_handed_keys: bool) -> Check:
+def _positions(run: Context, branch: Branch, has_handed_keys: bool) -> Check:
     """Other numbers at one position: an MLP moves there, or shortly behind it too (a token shift); a mixer elsewhere.
 
     Of a mixer that reads little but the first position, that one is changed. Cross-attention moves there alone: its
     keys are another's positions. So may attention to keys that are handed to it.
     """
-    place = POSITIONS // 3
+    place = run.given.positions // 3
     moved = _moved_by(run, branch, place)
     if branch.point.startswith("mlp"):
         right = moved in [list(range(place, place + count)) for count in range(1, _SHORT + 1)]
@@ -266,17 +267,17 @@ def _positions(run: Context, branch: _Branch, has_handed_keys: bool) -> Check:
     else:
         if set(moved) <= {place}:
             place, moved = 0, _moved_by(run, branch, 0)
-        right = bool(moved) and moved[-1] > place
-    detail = f"{branch.point} changed at position {place} moves {branch.output} at {moved}"
+        right = any(each != place for each in moved)
+    detail = f"{branch.point} changed at position {place} moves {branch.output} at {layer_ranges(moved)}"
     return Check("positions", (branch.layer,), right, detail)
 
 
-def _moved_by(run: Context, branch: _Branch, place: int) -> list[int]:
+def _moved_by(run: Context, branch: Branch, place: int) -> list[int]:
     """The positions at which the branch's output moves where what it reads is other at one."""
 
     def write(number: int, tensor: Tensor) -> None:
         if number < len(branch.terms):
-            rows = branch.terms[number].arrange(tensor, BATCH, POSITIONS)
+            rows = branch.terms[number].arrange(tensor, run.given.batch, run.given.positions)
             rows[:, place] = rows[:, place].flip(-1) * 1.5
 
     before = run.values[branch.key].float()
@@ -287,7 +288,7 @@ def _moved_by(run: Context, branch: _Branch, place: int) -> list[int]:
 
 def _output_under(
     run: Context,
-    branch: _Branch,
+    branch: Branch,
     write: Write,
     weights: dict[str, Tensor] | None = None,
     handed: Mapping[int, Tensor] | None = None,
@@ -298,5 +299,5 @@ def _output_under(
     """
     hooks = [at(term, partial(write, number)) for number, term in enumerate((*branch.terms, *branch.beside))]
     hooks += _at_handed(branch, _writing(handed)) if handed else []
-    values, _ = observe(run.model, run.ids, [branch.made], hooks, weights)
+    values, _ = observe(run.model, run.given, [branch.made], hooks, weights)
     return values[branch.key]

@@ -8,9 +8,11 @@ unknowns. No module of the model is run.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from hookmap.maps.relations import OWN, Relation, Term, raw
 from hookmap.verification.check import Check, relative_error
 from hookmap.verification.context import Context
 
+_NOTHING = 1e-6
+_SUMMED = ("resid_pre", "resid_mid", "resid_post", "mixer_out", "cross_attn_out", "mlp_out")
 Forms = list[Tensor]
 """the tensors that an expression may mean: a norm is with or without the mean, and adds one epsilon or another"""
 
@@ -41,7 +45,8 @@ def sums(run: Context) -> Iterator[Check]:
 def stated(run: Context) -> Iterator[Check]:
     """Each point of the stream, and what each branch adds, is in a relation: a point in none could be any tensor.
 
-    Without `resid_post` (XLM), or without what a branch adds, they can be in none.
+    Or it is a second name of one that is, as `mlp_out.1` of `mlp_out`: no two numbers have one tensor. Without
+    `resid_post` (XLM), or without what a branch adds, they can be in none.
     """
     for kind in run.map.kinds:
         branches = [name for name in ("mixer", "cross_attn", "mlp") if getattr(kind, name) is not None]
@@ -50,20 +55,34 @@ def stated(run: Context) -> Iterator[Check]:
             continue
         relations = [relation for text in kind.relations if (relation := Relation.parse(text)) is not None]
         held = set().union(*(each.points() for each in relations if each.form == "sum"))
-        places = {kind.points[name].terms for name in held if name in kind.points}
-        loose = [name for name, point in kind.points.items() if _is_summed(name) and point.terms not in places]
+        places = {(_family(name), kind.points[name].terms) for name in held if name in kind.points}
+        summed = {name: point.terms for name, point in kind.points.items() if _family(name) in _SUMMED}
+        loose = [name for name, terms in summed.items() if name not in held and (_family(name), terms) not in places]
+        numbered = Counter((_family(name), terms) for name, terms in summed.items() if PointName.of(name).number)
+        loose += [name for name, terms in summed.items() if numbered[_family(name), terms] > 1]
         yield Check("stated", kind.layers, not loose, f"in no relation: {', '.join(loose) or 'none'}")
 
 
-def _is_summed(point: str) -> bool:
-    return PointName.of(point).base in (
-        "resid_pre",
-        "resid_mid",
-        "resid_post",
-        "mixer_out",
-        "cross_attn_out",
-        "mlp_out",
-    )
+def _family(point: str) -> str:
+    """The name without its number, and without what the norm on the stream makes of it."""
+    return PointName.of(point).base.removesuffix("_sum")
+
+
+def second_stream(run: Context) -> Iterator[Check]:
+    """Of blocks with two streams: the mixer of each adds to what the MLP of the one before read."""
+    coupled = [layer for kind in run.map.kinds if kind.coupled for layer in kind.layers]
+    pairs = [(i - 1, i) for i in sorted(coupled) if i - 1 in coupled and run.map.is_joined(i - 1, i)]
+    points = ("resid_mid", "mixer_out")
+    errors = {
+        layer: relative_error(
+            run.values["resid_mid", before] + run.values["mixer_out", layer], run.values["resid_mid", layer]
+        )
+        for before, layer in pairs
+        if all((name, each) in run.values for name in points for each in (before, layer))
+    }
+    if errors:
+        detail = "resid_mid[i + 1] = resid_mid[i] + mixer_out[i + 1]"
+        yield Check("sum", tuple(errors), max(errors.values()) <= run.tolerance, detail, max(errors.values()))
 
 
 @dataclass(frozen=True)
@@ -101,26 +120,38 @@ def _misfit(block: _Block, left: str, terms: tuple[Term, ...]) -> float:
             rest = rest - block.term(term)
         unknown = [_forms(block, term) for term in terms if term not in known and term.name != OWN]
     except KeyError:
-        return float("inf")
+        return inf
     if not unknown:  # what a block adds of its own is the same for every text
         own = rest.mean(0, keepdim=True) if any(term.name == OWN for term in terms) else 0.0
         return relative_error(whole - rest + own, whole)
+    if any(term.of for term in terms) and relative_error(whole - rest, whole) <= _NOTHING:
+        return inf  # the stream, times what is fitted, is no part of it
     mixed = any(term.name == "mix" for term in terms) or whole.dim() > 3
     fit = _by_position if mixed else _by_feature
     return min(relative_error(whole - rest + fit(rest, list(forms)), whole) for forms in product(*unknown))
 
 
+def error_of_norm(model: nn.Module, of: Tensor, found: Tensor) -> float:
+    """How far a tensor is from a norm of another one, whatever the norm's weights are."""
+    of, found = of.double(), found.double()
+    forms = [_normed(of, *form) for form in product((0.0, 1.0), _epsilons(model))]
+    return min(relative_error(_by_feature(found, [form]), found) for form in forms) if of.shape == found.shape else inf
+
+
 def _forms(block: _Block, term: Term) -> Forms:
     if not term.of:
         return [block.points[raw(term.name)].double()]
-    inside = _sum_forms(block, term.of)
     if term.name != "norm":
-        return inside
+        return _sum_forms(block, term.of, [])
+    inside = _sum_forms(block, term.of, list(_constants(block)))
     return [_normed(*form) for form in product(inside, (0.0, 1.0), block.epsilons)]
 
 
-def _sum_forms(block: _Block, terms: tuple[Term, ...]) -> Forms:
-    """The forms of a sum inside a function. A norm in it has the weights of one of the block's modules."""
+def _sum_forms(block: _Block, terms: tuple[Term, ...], constants: Forms) -> Forms:
+    """The forms of a sum inside a function. A norm in it has the weights of one of the block's modules.
+
+    What the block adds of its own is one of `constants`, if there are any: else it is in what is fitted.
+    """
     forms: Forms = [torch.zeros(())]
     for term in terms:
         if term.name == OWN:
@@ -129,7 +160,9 @@ def _sum_forms(block: _Block, terms: tuple[Term, ...]) -> Forms:
         if term.name == "norm" and len(terms) > 1:
             found = [weighted for form in found for weighted in _weighted(block, form)]
         forms = [have + term.factor * new for have in forms for new in found]
-    return forms
+    own = sum(term.factor for term in terms if term.name == OWN)
+    added = [form + own * each for form in forms for each in constants if each.shape == form.shape[-1:]]
+    return added if own and added else forms
 
 
 def _weighted(block: _Block, form: Tensor) -> Iterator[Tensor]:
@@ -140,6 +173,13 @@ def _weighted(block: _Block, form: Tensor) -> Iterator[Tensor]:
         weight, bias = own.get("weight"), own.get("bias")
         if weight is not None and tuple(weight.shape) == tuple(form.shape[-1:]):
             yield form * weight.detach().double() + (0.0 if bias is None else bias.detach().double())
+
+
+def _constants(block: _Block) -> Iterator[Tensor]:
+    """The block's parameters with one axis."""
+    for parameter in block.model.get_submodule(block.path).parameters():
+        if parameter.ndim == 1:
+            yield parameter.detach().double()
 
 
 def _epsilons(model: nn.Module) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,7 +24,39 @@ from hookmap.maps.selectors import Selector, Term
 from hookmap.verification.check import Key
 
 BATCH, POSITIONS = 2, 9
-"""the size of every input: two lengths that differ, so that the axes can be told apart"""
+"""the size of every text: two lengths that differ, so that the axes can be told apart"""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a model is run on: token ids, or a picture for the part of it that reads one."""
+
+    batch: int
+    positions: int
+    """tokens, or patches"""
+    ids: Tensor | None = None
+    """[batch, pos]; [batch * rows, pos] where the model reads several rows of ids for one sequence"""
+    picture: Mapping[str, Any] = field(default_factory=dict)
+    """arguments of the part, the picture first"""
+    part: str = ""
+    """its path"""
+
+    def other(self) -> Given:
+        """Other tokens, or another picture."""
+        if self.ids is not None:
+            return replace(self, ids=self.ids.flip((0, 1)))
+        (name, picture), *beside = self.picture.items()
+        return replace(self, picture={name: picture.flip(-1) * 1.5, **dict(beside)})
+
+    def arguments(self, model: nn.Module, settings: Mapping[str, bool]) -> dict[str, Any]:
+        """Of one forward pass of `model`, or of its part."""
+        if self.ids is None:
+            given = {**self.picture, **settings}
+            return {parameter: given[name] for name, parameter in modules.accepted(model, given).items()}
+        given = {"input_ids": self.ids.clone(), "attention_mask": torch.ones_like(self.ids), "use_cache": False}
+        given = with_source(model, {**given, **settings}, torch.Generator().manual_seed(0))
+        given |= other_inputs.chosen(model, given)
+        return {parameter: given[name] for name, parameter in modules.accepted(model, given).items()}
 
 
 @dataclass(frozen=True)
@@ -58,16 +90,16 @@ def keep(parts: dict[int, Tensor], number: int, tensor: Tensor) -> None:
 
 def forward(
     model: nn.Module,
-    ids: Tensor,
+    given: Given,
     hooks: Iterable[Hook] = (),
     weights: Mapping[str, Tensor] | None = None,
     **settings: bool,
 ) -> Any:
     """The output of one forward pass under `hooks`, with `weights` in place of the model's own of the same names."""
-    given = {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids), "use_cache": False, **settings}
-    given = with_source(model, given, torch.Generator().manual_seed(0))
-    given |= other_inputs.chosen(model, given)
-    kwargs = {parameter: given[name] for name, parameter in modules.accepted(model, given).items()}
+    runs = model.get_submodule(given.part)
+    kwargs = given.arguments(runs, settings)
+    below = f"{given.part}." if given.part else ""
+    replaced = {name.removeprefix(below): weight for name, weight in (weights or {}).items() if name.startswith(below)}
     device = modules.device_of(model)
     with ExitStack() as stack, torch.no_grad():
         # A model may begin with a random state (Huginn): every pass draws the same one.
@@ -76,12 +108,12 @@ def forward(
         for hook in hooks:
             stack.callback(_register(model.get_submodule(hook.module), hook).remove)
         # With tied weights, torch would put a replaced weight in under all its names and take it out of one.
-        return torch.func.functional_call(model, dict(weights or {}), (), kwargs, tie_weights=False)
+        return torch.func.functional_call(runs, replaced, (), kwargs, tie_weights=False)
 
 
 def observe(
     model: nn.Module,
-    ids: Tensor,
+    given: Given,
     selectors: Sequence[Selector],
     hooks: Iterable[Hook] = (),
     weights: Mapping[str, Tensor] | None = None,
@@ -92,13 +124,13 @@ def observe(
     `hooks` run before the points are read. A point that the pass does not reach is left out. Raises CaptureError
     where a selector names no tensor, or tensors that cannot be added.
     """
-    found, output = observe_runs(model, ids, selectors, hooks, weights, **settings)
+    found, output = observe_runs(model, given, selectors, hooks, weights, **settings)
     return {(selector.point, selector.layer): tensor for selector, tensor in found.items()}, output
 
 
 def observe_runs(
     model: nn.Module,
-    ids: Tensor,
+    given: Given,
     selectors: Sequence[Selector],
     hooks: Iterable[Hook] = (),
     weights: Mapping[str, Tensor] | None = None,
@@ -111,9 +143,9 @@ def observe_runs(
         for selector in selectors
         for number, term in enumerate(selector.terms)
     ]
-    output = forward(model, ids, [*hooks, *readers], weights, **settings)
+    output = forward(model, given, [*hooks, *readers], weights, **settings)
     reached = [selector for selector in selectors if len(parts[selector]) == len(selector.terms)]
-    return {selector: _total(model, selector, parts[selector]) for selector in reached}, output
+    return {selector: _total(model, given, selector, parts[selector]) for selector in reached}, output
 
 
 def other_weights(model: nn.Module, inside: Collection[str], outside: Collection[str] = ()) -> dict[str, Tensor]:
@@ -141,9 +173,9 @@ def _register(module: nn.Module, hook: Hook) -> RemovableHandle:
     return module.register_forward_hook(lambda _, *seen: hook.act(*seen), with_kwargs=True)
 
 
-def _total(model: nn.Module, selector: Selector, parts: Mapping[int, Tensor]) -> Tensor:
+def _total(model: nn.Module, given: Given, selector: Selector, parts: Mapping[int, Tensor]) -> Tensor:
     weights = [None if t.weight is None else operator.attrgetter(t.weight)(model) for t in selector.terms]
-    arranged = [term.arrange(parts[n], BATCH, POSITIONS) for n, term in enumerate(selector.terms)]
+    arranged = [term.arrange(parts[n], given.batch, given.positions) for n, term in enumerate(selector.terms)]
     tensors = [t.times(tensor, weight) for t, tensor, weight in zip(selector.terms, arranged, weights, strict=True)]
     if len(shapes := {tuple(tensor.shape) for tensor in tensors}) > 1:
         raise CaptureError(f"{selector} is no sum: its tensors have the shapes {sorted(map(list, shapes))}.")

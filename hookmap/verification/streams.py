@@ -13,7 +13,7 @@ from hookmap.maps.layer_order import text_of
 from hookmap.maps.points import PointName
 from hookmap.verification.check import Check, relative_error
 from hookmap.verification.context import Context, input_embedding
-from hookmap.verification.runner import BATCH, POSITIONS
+from hookmap.verification.runner import Given
 
 NOTHING_RECORDED = "the model returns no hidden states to compare with"
 
@@ -22,8 +22,9 @@ def shapes(run: Context) -> Iterator[Check]:
     """Every point was reached and is [batch, pos, ...]; the stream has one width."""
     wrong = [f"{s} was not reached" for s in run.selectors if s not in run.every]
     for s, tensor in run.every.items():
-        if tuple(tensor.shape[:2]) != (BATCH, POSITIONS):
-            wrong.append(f"{s.point}[{s.layer}] has shape {list(tensor.shape)}, expected [{BATCH}, {POSITIONS}, …]")
+        if tensor.shape[:2] != (run.given.batch, run.given.positions):
+            expected = f"[{run.given.batch}, {run.given.positions}, …]"
+            wrong.append(f"{s.point}[{s.layer}] has shape {list(tensor.shape)}, expected {expected}")
     widths = {tensor.shape[-1] for s, tensor in run.every.items() if s.point.startswith("resid_")}
     if len(widths) > 1:
         wrong.append(f"the residual stream has several widths: {sorted(widths)}")
@@ -60,11 +61,13 @@ def hidden_states(run: Context) -> Iterator[Check]:
     if not hasattr(run.output, "hidden_states"):
         return  # not an output of transformers, which has this field even where it is empty
     layers = run.layers_with("resid_pre")
+    if run.map.part and not run.output.hidden_states:
+        return
     if not run.output.hidden_states or not layers:
         yield Check("hidden_states", (), not layers, NOTHING_RECORDED)
         return
-    states = [_batch_first(state) for state in run.output.hidden_states]
-    if other_inputs.demands_more(run.model) and all(state.shape[1] != POSITIONS for state in states):
+    states = [_batch_first(run.given, state) for state in run.output.hidden_states]
+    if other_inputs.demands_more(run.model) and all(state.shape[1] != run.given.positions for state in states):
         yield Check("hidden_states", (), True, "the model records the hidden states of its picture, not of its tokens")
         return
     if run.map.left_out and len(states) > run.map.num_layers + 1:
@@ -137,7 +140,7 @@ def embed(run: Context) -> Iterator[Check]:
     embedding = input_embedding(run.map, run.model)
     if ("embed", None) in run.values and embedding is not None:
         with torch.no_grad():
-            given = embedding(run.ids)
+            given = embedding(run.given.ids)
         expected = given[0] if isinstance(given, tuple) else given  # I-BERT's gives a factor too
         yield run.equal("embed", (), "embed = the input embedding's output", run.values["embed", None], expected)
 
@@ -182,7 +185,7 @@ def final_norm(run: Context) -> Iterator[Check]:
     if (found := run.values.get(("final_norm", None))) is None:
         return
     states = getattr(run.output, "hidden_states", None)
-    error = relative_error(found, _batch_first(states[-1])) if states else float("inf")
+    error = relative_error(found, _batch_first(run.given, states[-1])) if states else float("inf")
     detail = "final_norm = hidden_states[-1]"
     visits = [visit for visit in run.visits if run.map.kind_of(visit[0]).points]
     last = run.states.get(("resid_post", *visits[-1])) if visits else None
@@ -208,7 +211,7 @@ def _norm_of_last(run: Context, norm: str, last: Tensor, found: Tensor) -> tuple
     detail = "final_norm = last_hidden_state" if streams else f"final_norm = {norm}(resid_post[-1])"
     with torch.no_grad():
         if streams and base is not None:
-            return detail, _batch_first(base(run.ids).last_hidden_state)
+            return detail, _batch_first(run.given, base(run.given.ids).last_hidden_state)
         expected: Tensor = run.model.get_submodule(norm)(last)
         return detail, expected
 
@@ -237,9 +240,11 @@ def _factor(left: Tensor, got: Tensor) -> float:
     return next((power for power in (0.5, 0.25, 2.0) if abs(ratio / power - 1) < 1e-5), 1.0)
 
 
-def _batch_first(state: Tensor) -> Tensor:
+def _batch_first(given: Given, state: Tensor) -> Tensor:
     """A recorded hidden state as [batch, pos, ...], also of a model that keeps its stream in another order."""
     lengths = list(state.shape)
-    if lengths[:2] == [BATCH, POSITIONS] or BATCH not in lengths or POSITIONS not in lengths:
+    if given.batch == 1 and lengths[:1] == [given.positions]:
+        return state.unsqueeze(0)
+    if lengths[:2] == [given.batch, given.positions] or not {given.batch, given.positions} <= set(lengths):
         return state
-    return state.movedim((lengths.index(BATCH), lengths.index(POSITIONS)), (0, 1))
+    return state.movedim((lengths.index(given.batch), lengths.index(given.positions)), (0, 1))

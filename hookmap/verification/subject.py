@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hookmap.discovery.discover import Part as Part
 from hookmap.discovery.discover import config_of, discover
 from hookmap.errors import MapMismatchError, ModelError
 from hookmap.loading import modules
@@ -58,9 +59,9 @@ def is_narrow(model: nn.Module) -> bool:
     return bool(dtypes & {torch.bfloat16, torch.float16}) and all(dtype.is_floating_point for dtype in dtypes)
 
 
-def discovered(source: Any, trust_remote_code: bool = False) -> ArchitectureMap:
+def discovered(source: Any, trust_remote_code: bool = False, part: Part = "text") -> ArchitectureMap:
     """The map that discovery makes."""
-    return discover(source, trust_remote_code=trust_remote_code)
+    return discover(source, part=part, trust_remote_code=trust_remote_code)
 
 
 def check_architecture(found: ArchitectureMap, model: nn.Module) -> None:
@@ -76,7 +77,7 @@ def for_narrow_copy(found: ArchitectureMap, copy: nn.Module) -> tuple[Architectu
     """The map without what a narrow copy cannot prove, and that map with the numbers of heads that the copy has."""
     if not any(_has_heads(point) for kind in found.kinds for point in kind.points.values()):
         return found, found
-    of_copy = discovered(copy)
+    of_copy = discovered(copy, part="vision" if found.part else "text")
     stated = [_provable(kind, of_copy.kind_of(kind.layers[0])) for kind in found.kinds]
     checked = [_with_heads_of(kind, of_copy.kind_of(kind.layers[0])) for kind in stated]
     return found.model_copy(update={"kinds": tuple(stated)}), found.model_copy(update={"kinds": tuple(checked)})

@@ -49,16 +49,18 @@ def verify(
     source: Any,
     *,
     architecture_map: ArchitectureMap | None = None,
+    part: subject.Part = "text",
     random_weights: bool = False,
     trust_remote_code: bool = False,
     seed: int = 0,
 ) -> Verification:
     """Run a model and check its map (found by discovery where none is given).
 
-    `source`: as for `discover`. A torch module, an nnsight model, and a hub id or folder whose weights can be loaded
-    are verified with their own weights; a config, a model without reachable weights, and anything under
-    `random_weights`, as a narrow copy of full depth with random weights: the result says which. Raises ModelError or
-    DiscoveryError where there is nothing to check.
+    `source`, `part`: as for `discover`; a given map says itself which part it is of. A torch module, an nnsight model,
+    and a hub id or folder whose weights can be loaded are verified with their own weights; a config, a model without
+    reachable weights, and anything under `random_weights`, as a narrow copy of full depth with random weights: the
+    result says which. A part that reads pictures runs on one of noise. Raises ModelError or DiscoveryError where there
+    is nothing to check.
     """
     config = subject.config(source, trust_remote_code)
     model, on = subject.runnable(source, config, random_weights, trust_remote_code)
@@ -67,12 +69,7 @@ def verify(
     is_copy = on != subject.OWN_WEIGHTS
     if is_copy:
         redraw(model, seed)
-    found = architecture_map or subject.discovered(source if config is None else config, trust_remote_code)
-    if found.part:
-        raise ModelError(
-            f"the map is of the {found.part} part of {found.architecture}: hookmap verifies maps of language models. "
-            "Compare what its selectors name with PyTorch's own hooks."
-        )
+    found = architecture_map or subject.discovered(source if config is None else config, trust_remote_code, part)
     subject.check_architecture(found, model)
     found, checked = subject.for_narrow_copy(found, model) if is_copy else (found, found)
     with modules.eager(model), modules.plain_experts(model):

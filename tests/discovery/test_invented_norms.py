@@ -7,11 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support.invented import Behind, D, Ladder, Rung, check, note, told
+from support.invented import Behind, D, Ladder, Mix, Rung, check, note, told
 from support.invented_streams import Joined
+from support.raises import raises
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover
+from hookmap.errors import DiscoveryError
+from hookmap.verification.verify import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("seeded")]
 
@@ -198,6 +201,49 @@ def test_dropout_and_identity_modules_change_nothing() -> None:
     discover(model)
     assert all(module.training for module in model.modules())
     check(model)
+
+
+class Unpowered(Mix):
+    """Its queries, keys and values are computed, and its kernel is missing."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.zeros_like(v).transpose(1, 2).flatten(2)
+
+
+class WithoutKernel(Rung):
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.blend = Unpowered()
+
+
+def test_a_mixer_that_reads_the_stream_and_returns_zeros_is_refused() -> None:
+    with raises(DiscoveryError, "Ladder", "layer 0", "Unpowered", "does not depend"):
+        discover(Ladder(WithoutKernel).eval())
+
+
+class ConstantInside(Rung):
+    """A constant is added in front of a norm that stands on the stream."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.own, self.warm = nn.Parameter(torch.randn(D)), nn.LayerNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.blend(x)
+        y = self.calm(x + a)
+        f = self.think(y)
+        return told(self.i, x, x, a, y, y, f, self.cool(self.warm(y + self.own) + f))
+
+
+def test_a_constant_inside_a_norm_makes_no_map_wrong() -> None:
+    model = Ladder(ConstantInside)
+    found = check(model)
+    relation = "resid_post = norm(norm(resid_mid + other) + mlp_out)"
+    (kind,) = found.kinds
+    assert relation in kind.relations
+    lines = tuple(each if each != relation else relation.replace("other", "mlp_out") for each in kind.relations)
+    wrong = found.model_copy(update={"kinds": (kind.model_copy(update={"relations": lines}),)})
+    assert not verify(model, architecture_map=wrong).passed
 
 
 # Positions and axes -----------------------------------------------------------------------------------------------

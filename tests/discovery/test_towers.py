@@ -14,8 +14,9 @@ from support.raises import raises
 from torch import nn
 
 from hookmap.cli.commands.discover import command
+from hookmap.cli.commands.verify import command as verify_command
 from hookmap.discovery.discover import discover
-from hookmap.errors import DiscoveryError, ModelError
+from hookmap.errors import DiscoveryError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import load
 from hookmap.verification.verify import verify
@@ -146,7 +147,31 @@ def test_a_model_without_a_tower_is_refused() -> None:
         discover(plain_hooks.build("llama"), part="vision")
 
 
-def test_the_map_of_a_tower_is_not_taken_for_one_that_verification_knows() -> None:
-    tower = redrawn(_TOWERS["vit"][0]())
-    with raises(ModelError, "language models"):
-        verify(tower, architecture_map=discover(tower))
+@pytest.mark.parametrize("name", ["clip", "pixtral"])
+def test_the_map_of_a_tower_is_verified_and_a_wrong_one_refuted(name: str) -> None:
+    tower = redrawn(_TOWERS[name][0]())
+    found = discover(tower)
+    assert verify(tower).passed
+    (kind,) = found.kinds
+    for point, other, failing in (
+        ("resid_mid", "mixer_out", "sum"),
+        ("mlp_in", "resid_mid", "reads"),
+        ("q", "k", "head"),
+    ):
+        points = {**kind.points, point: kind.points[other].model_copy(update={"order": kind.points[point].order})}
+        wrong = found.model_copy(update={"kinds": (kind.model_copy(update={"points": points}),)})
+        failed = {check.name for check in verify(tower, architecture_map=wrong).checks if not check.passed}
+        assert failing in failed, (point, failed)
+
+
+def test_a_tower_in_a_folder_is_verified_by_the_command(tmp_path: Path) -> None:
+    plain_hooks.build_multimodal("llava").save_pretrained(tmp_path)
+    arguments = [str(tmp_path), "--part", "vision", "--json"]
+    result = CliRunner().invoke(verify_command, arguments)
+    assert result.exit_code == 0, result.output
+    assert '"passed": true' in result.stdout
+
+
+def test_a_tower_is_verified_from_its_config() -> None:
+    result = verify(_TOWERS["vit"][0]().config)
+    assert result.passed and result.architecture_map.part == "vision" and "narrow" in result.on

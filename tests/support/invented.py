@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from support import mutants
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover
@@ -112,6 +113,7 @@ def check(model: nn.Module, missing: dict[str, str] | None = None) -> Any:
     assert not wrong, "\n".join(wrong)
     result = verify(model)
     assert result.passed, [check for check in result.checks if not check.passed]
+    assert not mutants.asked or not mutants.survivors(found, model)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return found

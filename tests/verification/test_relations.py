@@ -19,6 +19,7 @@ from hookmap.maps.shipped import mappings_folder
 from hookmap.maps.templates import BlockKind
 from hookmap.verification import relations
 from hookmap.verification.context import Context
+from hookmap.verification.runner import Given
 from hookmap.verification.verify import verify
 
 B, S, D, STREAMS = 2, 9, 64, 4
@@ -113,7 +114,7 @@ def _held(relation: str, kind: BlockKind, values: dict[str, Tensor]) -> bool:
     one = kind.model_copy(update={"relations": (relation,), "layers": (0,)})
     document: Any = type("Map", (), {"layers_path": "block.{i}", "kinds": (one,), "at_layer": lambda *_: "block.0"})()
     points: Any = {(name, 0): value for name, value in values.items()}
-    (check,) = relations.sums(Context(document, _Norms(), torch.zeros(B, S), points))
+    (check,) = relations.sums(Context(document, _Norms(), Given(B, S), points))
     assert check.detail == relation
     return check.passed
 

@@ -72,7 +72,7 @@ def test_a_model_in_bfloat16_is_verified_without_its_rounding() -> None:
         ("mixer_out_raw", {"index": 1}, "bare"),  # the pattern
         ("final_norm", {"scale": 2.0}, "final_norm"),
         ("final_norm", {"module": "lm_head"}, "final_norm"),
-        ("k", {"side": "input", "index": 0, "heads": None}, "fit"),
+        ("k", {"side": "input", "index": 0, "heads": None}, "head"),
         ("resid_mid", {"module": "model.layers.{i}.nowhere"}, "modules"),
         ("resid_mid", {"index": 5}, "selectors"),
     ],

@@ -8,12 +8,20 @@ import click
 from hookmap.cli import model_options
 
 if TYPE_CHECKING:
+    from hookmap.discovery.discover import Part
     from hookmap.verification.verify import Verification
 
 
 @click.command()
 @click.argument("model", required=False)
 @click.option("--map", "map_", metavar="MAP", help="Check this map instead of the one that discovery makes.")
+@click.option(
+    "--part",
+    type=click.Choice(("text", "vision")),
+    default="text",
+    show_default=True,
+    help="The language model, or the tower that reads pictures; a given map says itself which part it is of.",
+)
 @click.option(
     "--random",
     "random_weights",
@@ -24,7 +32,13 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, and no table.")
 @model_options.trust_remote_code
 def command(
-    model: str | None, map_: str | None, random_weights: bool, seed: int, as_json: bool, trust_remote_code: bool | None
+    model: str | None,
+    map_: str | None,
+    part: "Part",
+    random_weights: bool,
+    seed: int,
+    as_json: bool,
+    trust_remote_code: bool | None,
 ) -> None:
     """Run MODEL and check its map with numbers.
 
@@ -34,6 +48,7 @@ def command(
     \b
     hookmap verify path/to/model
     hookmap verify Qwen/Qwen3-0.6B --random
+    hookmap verify Qwen/Qwen3-VL-4B-Instruct --part vision
 
     The table goes to stderr, the JSON to stdout. Exit code 1 if any check fails.
     """
@@ -49,6 +64,7 @@ def command(
         result = hookmap.verify(
             model,
             architecture_map=hookmap.load_map(map_) if map_ else None,
+            part=part,
             random_weights=random_weights,
             trust_remote_code=model_options.trusted(trust_remote_code, settings),
             seed=seed,
