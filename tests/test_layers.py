@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "hookmap"
-LEAVES = ("errors", "activations", "extras", "html", "placeholders", "strict_json", "wording", "_version", "demo")
+LEAVES = frozenset("errors activations extras frozen html placeholders strict_json wording _version demo".split())
 ORDER = (
     "maps", "datasets", "loading", "stores", "discovery", "verification", "sweep", "capture", "analysis", "metrics",
     "model", "vllm", "services", "evaluation", "cli",

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from hookmap.capture.finiteness import not_finite
 from hookmap.capture.options import TemplateOptions, of_kind
 from hookmap.errors import SelectionError, StoreError
+from hookmap.frozen import Frozen
 from hookmap.loading.prompts import is_one
 from hookmap.maps.calls import listed
 from hookmap.maps.describe import layers_text
@@ -38,10 +39,8 @@ Method = Literal["mean_difference", "pca"]
 _METADATA = "hookmap.steering"
 
 
-class About(BaseModel):
+class About(Frozen):
     """What a vector was made from; JSON in the metadata of its file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
     point: str = Field(description="the point whose space the vectors are in, and to which they are added")

@@ -5,9 +5,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from hookmap.frozen import Frozen
 from hookmap.maps.layer_order import layers_of, pairs_of
 from hookmap.maps.points import POINTS, PointName
-from hookmap.maps.templates import BlockKind, Frozen, PointTemplate, at_name
+from hookmap.maps.templates import BlockKind, PointTemplate, at_name
 
 SCHEMA_VERSION = 2
 

@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
+from hookmap.frozen import Frozen
 from hookmap.maps.grammar import operation_text
 from hookmap.maps.points import why_absent
 from hookmap.maps.relations import Relation
@@ -13,12 +14,6 @@ from hookmap.maps.relations import Relation
 _PLACEHOLDER = re.compile(r"\{i(\+\d+)?\}")
 _SHOWN = 4
 """constants that are listed; of more, the first and the last"""
-
-
-class Frozen(BaseModel):
-    """A part of the document: immutable, and without fields that it does not name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Heads(Frozen):

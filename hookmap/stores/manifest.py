@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -19,6 +17,7 @@ from pydantic import (
 
 from hookmap.activations import Key, call_of, key_of
 from hookmap.errors import MapError, StoreError
+from hookmap.frozen import Frozen
 from hookmap.stores.durable_files import write_all, write_whole
 from hookmap.stores.ledger import RowSpec, tensor_name
 from hookmap.stores.location import Location, RemotePath, local, reading
@@ -37,11 +36,7 @@ SHARD_BYTES = 16 * 2**20
 _PASSING = frozenset({"config", "transformers_version", "hookmap_version", "discovered_by", "proofs"})
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TensorSpec(_Frozen):
+class TensorSpec(Frozen):
     """One captured tensor."""
 
     name: str = Field(description="its name in the shards: `resid_mid.8`, `logits`")
@@ -72,7 +67,7 @@ class TensorSpec(_Frozen):
         return {key: value for key, value in handler(self).items() if (key, value) != ("call", None)}
 
 
-class Counts(_Frozen):
+class Counts(Frozen):
     """What the capture held when its writer was last closed."""
 
     samples: int = Field(default=0, ge=0)
@@ -81,7 +76,7 @@ class Counts(_Frozen):
     bytes: int = Field(default=0, ge=0, description="of all shards")
 
 
-class Manifest(_Frozen):
+class Manifest(Frozen):
     """The whole document."""
 
     format: Literal["hookmap-capture"] = FORMAT

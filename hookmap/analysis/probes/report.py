@@ -4,21 +4,18 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from hookmap.analysis.probes.pooling import FAR
 from hookmap.errors import CaptureError
+from hookmap.frozen import Frozen
 from hookmap.stores.durable_files import writing
 from hookmap.wording import in_call
 
 REPORT, PROBES = "report.json", "probes.safetensors"
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Score(_Document):
+class Score(Frozen):
     """How well out-of-fold scores predict the label."""
 
     auroc: float | None = Field(description="0.5 is chance, 1 is perfect")
@@ -36,7 +33,7 @@ class Tested(Score):
     )
 
 
-class Candidate(_Document):
+class Candidate(Frozen):
     """One tensor; with pool=each, one position of it."""
 
     point: str
@@ -59,7 +56,7 @@ class CandidateScore(Candidate, Tested):
     )
 
 
-class CalibrationBin(_Document):
+class CalibrationBin(Frozen):
     """Samples with about the same predicted probability."""
 
     samples: int
@@ -85,7 +82,7 @@ class ControlScore(Score):
     why: str | None = Field(default=None, description="why it has no score")
 
 
-class Report(_Document):
+class Report(Frozen):
     """The results of one probing."""
 
     format_version: Literal[2] = 2

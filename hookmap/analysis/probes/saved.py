@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from hookmap.activations import Key, call_of, key_of
 from hookmap.analysis import steering
 from hookmap.errors import SelectionError, StoreError
+from hookmap.frozen import Frozen
 from hookmap.placeholders import is_pointer, pointers_told
 from hookmap.stores.durable_files import writing
 from hookmap.stores.ledger import tensor_name
@@ -19,10 +20,8 @@ from hookmap.stores.ledger import tensor_name
 _METADATA = "hookmap.probes"
 
 
-class About(BaseModel):
+class About(Frozen):
     """What the probes were made from; JSON in the metadata of their file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
     label: str = Field(description="the condition of a positive sample, in words")

@@ -14,7 +14,6 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
@@ -25,15 +24,12 @@ from pydantic import (
 from hookmap.capture.interventions.digests import digest_of
 from hookmap.datasets.messages import relative_to
 from hookmap.errors import InterventionError
+from hookmap.frozen import Frozen
 from hookmap.loading.pictures import image_sources, sha256_of
 from hookmap.loading.yaml_file import read_yaml
 
 _LARGEST = 3.4e38
 """of float32"""
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def _plain(value: Any) -> Any:
@@ -52,7 +48,7 @@ Calls: TypeAlias = Annotated[Literal["all", "last"] | Numbers, BeforeValidator(_
 Positions: TypeAlias = Annotated[str | tuple[int, ...], BeforeValidator(_numbers)]
 
 
-class VectorFile(_Frozen):
+class VectorFile(Frozen):
     """A tensor in a safetensors file."""
 
     file: str = Field(min_length=1, description="a .safetensors file; relative to the file that names it")
@@ -72,14 +68,14 @@ Tensor: TypeAlias = Annotated[
 """numbers, a tensor (stored as numbers) or a file: one row, or [n, ...], a row for each token"""
 
 
-class PicturedText(_Frozen):
+class PicturedText(Frozen):
     """A text with images, as the model's processor reads it without a chat template."""
 
     text: str
     images: tuple[str, ...] = Field(min_length=1, description="paths of files, or data: URIs")
 
 
-class BegunPrompt(_Frozen):
+class BegunPrompt(Frozen):
     """A prompt of an encoder-decoder, and what its decoder begins with: one of the two."""
 
     prompt: str | tuple[int, ...]
@@ -87,7 +83,7 @@ class BegunPrompt(_Frozen):
     decoder_token_ids: tuple[int, ...] | None = None
 
 
-class Source(_Frozen):
+class Source(Frozen):
     """The source of values: another prompt's run, or a sample of a stored capture."""
 
     prompt: str | tuple[int, ...] | tuple[dict[str, Any], ...] | PicturedText | BegunPrompt | None = Field(
@@ -116,7 +112,7 @@ class Source(_Frozen):
         return self
 
 
-class _Somewhere(_Frozen):
+class _Somewhere(Frozen):
     layers: Layers = "all"
     calls: Calls = Field(
         default="all", description='of layers that run several times in one forward pass: "all", "last", or numbers'

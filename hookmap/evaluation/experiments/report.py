@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from hookmap.analysis.probes.report import Report as ProbeReport
 from hookmap.evaluation.experiments.comparing import compare, holm, interval
@@ -15,17 +15,14 @@ from hookmap.evaluation.experiments.document import Experiment
 from hookmap.evaluation.experiments.rewards import NAMES, TOTAL
 from hookmap.evaluation.experiments.separation import Geometry, geometry, probed
 from hookmap.evaluation.gsm8k.results import ACTIVATIONS, truncation_warning, write
+from hookmap.frozen import Frozen
 from hookmap.stores import open_store
 
 PROBES = "probes"
 SIGNIFICANT = 0.05
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class OfReward(_Document):
+class OfReward(Frozen):
     """The mean of one reward with one prefix, over the questions."""
 
     prefix: str
@@ -35,7 +32,7 @@ class OfReward(_Document):
     high: float
 
 
-class Comparison(_Document):
+class Comparison(Frozen):
     """One prefix compared with the neutral one, paired by question."""
 
     prefix: str
@@ -52,7 +49,7 @@ class Comparison(_Document):
     p_holm: float = Field(description="p with Holm's correction for all comparisons of the report")
 
 
-class OfLayer(_Document):
+class OfLayer(Frozen):
     """The probe of one point and layer."""
 
     point: str
@@ -64,7 +61,7 @@ class OfLayer(_Document):
     shuffled: float | None = Field(description="the AUROC with shuffled labels")
 
 
-class Separation(_Document):
+class Separation(Frozen):
     """How well a linear probe separates answers with a prefix from answers with the neutral one."""
 
     prefix: str
@@ -81,7 +78,7 @@ class Separation(_Document):
     layers: tuple[OfLayer, ...]
 
 
-class Cosine(_Document):
+class Cosine(Frozen):
     """The cosine between the shifts of the mean that two prefixes cause."""
 
     one: str
@@ -89,7 +86,7 @@ class Cosine(_Document):
     cosine: float | None
 
 
-class OfTensor(_Document):
+class OfTensor(Frozen):
     """How the prefixes change the mean of one point and layer."""
 
     point: str
@@ -103,7 +100,7 @@ class OfTensor(_Document):
     cosines: tuple[Cosine, ...]
 
 
-class Report(_Document):
+class Report(Frozen):
     """The whole report of one experiment."""
 
     format_version: Literal[1] = 1
