@@ -4,8 +4,8 @@
 
 One process per measurement, since vLLM keeps its settings for a whole process; the rounds take turns, and the best of
 each counts. vLLM's engine runs in the measured process, so that its processor time is known too: on a machine that is
-busy with other things, it says more. Prints JSON, one line for each: what ran, its tokens per second, and its speed as a
-share of vLLM's plain generation, by the clock and by processor time.
+busy with other things, it says more. Prints JSON, one line for each: what ran, its tokens per second, and its speed as
+a share of vLLM's plain generation, by the clock and by processor time.
 """
 
 import argparse

@@ -34,24 +34,20 @@ class Slabs:
     """For each point, one tensor [slots, ...] on the host. It is as large as the requests that ran together were."""
 
     def __init__(self) -> None:
-        self._slabs: dict[Key, torch.Tensor] = {}
+        self.slabs: dict[Key, torch.Tensor] = {}
 
     def put(self, key: Key, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Keep a copy of `rows`, [n, ...], in `slots`, [n]."""
-        slab = self._slabs.get(key)
+        slab = self.slabs.get(key)
         needed = int(slots.max()) + 1 if len(slots) else 0
         if slab is None or len(slab) < needed:
             size = max(_FIRST, needed, 2 * len(slab) if slab is not None else 0)
             grown = torch.empty(size, *rows.shape[1:], dtype=rows.dtype)
             if slab is not None:
                 grown[: len(slab)] = slab
-            slab = self._slabs[key] = grown
+            slab = self.slabs[key] = grown
         slab.index_copy_(0, slots, rows.to("cpu"))
 
     def get(self, key: Key, slots: Sequence[int]) -> torch.Tensor:
         """A copy of the rows in these slots. Raises KeyError where the point has never been seen."""
-        return self._slabs[key].index_select(0, torch.tensor(slots, dtype=torch.long))
-
-    def shapes(self) -> dict[Key, tuple[tuple[int, ...], torch.dtype]]:
-        """Of each point that was seen, the shape of a row and its dtype."""
-        return {key: (tuple(slab.shape[1:]), slab.dtype) for key, slab in self._slabs.items()}
+        return self.slabs[key].index_select(0, torch.tensor(slots, dtype=torch.long))

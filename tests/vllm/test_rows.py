@@ -250,3 +250,17 @@ def test_sampling_with_a_seed_is_repeatable(on_vllm: Any) -> None:
     one, two = (on_vllm.capture(prompts(3, 5), "resid_post", [LAYERS - 1], **options) for _ in range(2))
     other = on_vllm.capture(prompts(3, 5), "resid_post", [LAYERS - 1], **{**options, "seed": 6})
     assert one.tokens == two.tokens != other.tokens
+
+
+def test_memory_is_that_of_the_requests_that_run_together(on_vllm: Any) -> None:
+    def held() -> dict[Any, int]:
+        engine = on_vllm.engine_of_vllm._llm.llm_engine.engine_core.engine_core
+        session = engine.model_executor.driver_worker.worker._session
+        assert session.requests == {}
+        return {key: len(slab) for key, slab in session.slabs.slabs.items()}
+
+    on_vllm.capture(prompts(16, 9), "resid_post", max_new_tokens=4)
+    before = held()
+    on_vllm.capture(prompts(64, 9), "resid_post", max_new_tokens=4)
+    assert held() == before
+    assert before["resid_post", 0] < 64 * 12
