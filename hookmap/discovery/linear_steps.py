@@ -236,12 +236,22 @@ def _times(summand: Summand, factor: float | None, gates: tuple[int, ...]) -> Su
 def norm_source(values: Values, value: int) -> int | None:
     """The value that `value` is the norm of; None where it is the result of no norm."""
     for exposure in values.exposures.get(value, []):
-        if exposure.side == "output" and (source := norm_input(values, exposure.call)) is not None:
+        if exposure.side != "output" or (source := norm_input(values, exposure.call)) is None:
+            continue
+        result = _result(values, exposure.call)
+        if result is not None and values.value(result) == value:
             return source
     op = values.producers.get(value)
     if op is not None and op.name in aten.NORMS and values.value(op.outputs[0]) == value:
         return values.operands(op)[0]
     return None if op is None else _inline_norm(values, value, op)
+
+
+def _result(values: Values, call: ModuleCall) -> int | None:
+    """The one tensor that a module gives beside what it hands on as it was."""
+    entered = {values.value(tensor) for tensor in call.entered.values()}
+    made = [tensor for tensor in call.outputs.values() if values.value(tensor) not in entered]
+    return made[0] if len(made) == 1 else None
 
 
 def norm_input(values: Values, call: ModuleCall) -> int | None:
@@ -250,14 +260,14 @@ def norm_input(values: Values, call: ModuleCall) -> int | None:
     A norm is a module without submodules that takes one tensor and gives one of its shape, computes a statistic over
     features, and has no matrix product. Its class and its name are not asked.
     """
-    if call.index in values.children or len(call.outputs) != 1:
+    output = _result(values, call)
+    if call.index in values.children or output is None:
         return None
-    (output,) = call.outputs.values()
-    shape = values.flow.tensors[output].shape
-    sources = [t for t in call.entered.values() if values.flow.tensors[t].shape == shape]
-    if len(sources) != 1 or sources[0] == output:
+    shape, ops = values.flow.tensors[output].shape, values.inside(call)
+    read = {value for op in ops for value in values.operands(op)}
+    sources = [t for t in call.entered.values() if values.flow.tensors[t].shape == shape and values.value(t) in read]
+    if len(sources) != 1:
         return None
-    ops = values.inside(call)
     names = {op.name for op in ops}
     statistic = names & aten.NORMS or (any(map(_is_root, ops)) and len(shape) > 1)
     return None if not statistic or names & aten.PRODUCTS or "_softmax" in names else values.value(sources[0])

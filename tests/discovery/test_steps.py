@@ -140,6 +140,21 @@ def test_what_only_looks_like_a_norm_is_none(forward: Forward) -> None:
     assert norm_source(values, ends(values)[1]) is None
 
 
+class HandsOn(nn.LayerNorm):
+    """A norm that hands a second tensor on as it is, as vLLM's of Cohere does."""
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x), other
+
+
+def test_what_a_norm_hands_on_is_no_norm_of_anything() -> None:
+    values = read(Written(lambda self, x: torch.cat(self.norm(x * 2, x * 3)), norm=HandsOn(D)))
+    (norm,) = (call for call in values.flow.calls if call.path == "norm")
+    normed, handed_on = (values.value(norm.outputs[place]) for place in (0, 1))
+    assert norm_source(values, normed) == values.value(norm.entered[0])
+    assert norm_source(values, handed_on) is None
+
+
 def test_modules_with_weights_are_told_from_norms() -> None:
     values = read(Written(lambda self, x: self.part(self.norm(x)), part=nn.Linear(D, D), norm=nn.LayerNorm(D)))
     calls = {call.path: call for call in values.flow.calls}

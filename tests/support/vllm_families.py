@@ -57,8 +57,8 @@ FAMILIES: Mapping[str, dict[str, Any]] = {
     "olmoe": {**_PLAIN, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v2": {
         **_PLAIN, "num_key_value_heads": 2, "moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1,
-        "num_experts_per_tok": 2, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
-        "qk_nope_head_dim": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "num_experts_per_tok": 2, "kv_lora_rank": 512, "q_lora_rank": 32, "qk_rope_head_dim": 64, "v_head_dim": 32,
+        "qk_nope_head_dim": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
     },
     "falcon_h1": {
         **_WIDE_HEADS, "mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32, "mamba_n_groups": 1,
@@ -114,8 +114,10 @@ def by_transformers(folder: Path, dtype: str = "float32") -> dict[Key, torch.Ten
     ids = token_ids()
     with torch.no_grad(), watched(model, terms) as read:
         model(ids.unsqueeze(0))
-    rows = ((key, tensor) for key, tensor in read().items())
-    return {key: t.reshape(len(ids), *t.shape[(1 if len(t) == len(ids) else 2) :]) for key, t in rows}
+    found_rows = read().items()
+    rows = {key: t.reshape(len(ids), *t.shape[(1 if len(t) == len(ids) else 2) :]) for key, t in found_rows}
+    # Before the scale, which Gemma's module has inside it.
+    return {**rows, ("embed", None): model.get_input_embeddings().weight.detach()[ids]}
 
 
 @contextlib.contextmanager
