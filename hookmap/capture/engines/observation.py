@@ -7,6 +7,7 @@ wide as the tokens that were fed. Rows of padding and of finished samples are ne
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -93,7 +94,7 @@ class Observer:
         """The (path, side) pairs to watch, each once: of modules, and of the `operations` in them."""
         return tuple(self._targets)
 
-    @property
+    @cached_property
     def reads_logits(self) -> bool:
         """Whether logits are selected, which the model then computes for each row that is kept."""
         return any(map(of_logits, self.selectors))
@@ -293,9 +294,9 @@ class Observer:
         kept, width, computed = self._batch.kept, self._batch.width or 0, self._logit_columns
         self._refuse_empty_places(tensor, term, selector)
         tensor = term.arrange(tensor, kept.batch, width)
-        if computed is not None and of_logits(selector) and tensor.shape[:2] == (kept.batch, len(computed)):
-            return tensor
         if tensor.shape[0] != kept.batch or tensor.shape[1] != width:
+            if computed is not None and of_logits(selector) and tensor.shape[:2] == (kept.batch, len(computed)):
+                return tensor
             raise CaptureError(
                 f"{selector}: expected a tensor of [{kept.batch}, {width}, ...] "
                 f"(batch, tokens fed), got {list(tensor.shape)}. "
