@@ -80,6 +80,7 @@ def test_a_sweep_of_some_heads_is_their_patches_and_heads_that_are_none_are_refu
             sweep(hm, CLEAN, CORRUPTED, 7, 9, point=point, heads=heads)
 
 
+@pytest.mark.slow
 def test_the_second_operand_moves_to_the_answer_in_layer_8() -> None:
     """Behind "Tom has 3+" comes the second operand. Until layer 8 it is at its own digit, and after it at the "+"."""
     clean, corrupted = asked(4, "Tom has 3+"), asked(5, "Tom has 3+")

@@ -173,6 +173,7 @@ def test_a_json_list_may_hold_chats_and_token_ids(tmp_path: Path) -> None:
     assert [record.prompt for record in hookmap.load_prompts(tmp_path / "d.json")] == [chat, [1, 2], "text"]
 
 
+@pytest.mark.slow
 def test_records_by_hand_are_what_the_table_can_hold(tmp_path: Path) -> None:
     """An id that was a number once made a folder that nobody could read."""
     import numpy
@@ -194,6 +195,7 @@ def test_ids_and_labels_stay_with_the_samples(tmp_path: Path) -> None:
         assert [(s.id, s.labels) for s in samples] == [("one", None), (None, None), ("two", {"answer": 7})]
 
 
+@pytest.mark.slow
 def test_the_command_keeps_ids_and_labels(tmp_path: Path) -> None:
     from hookmap.cli.main import main
 

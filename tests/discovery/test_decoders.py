@@ -34,6 +34,7 @@ def test_the_decoder_is_mapped_with_three_branches(name: str) -> None:
     assert verify(model, architecture_map=found).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_a_map_with_the_branches_in_each_others_places_is_refuted(name: str) -> None:
     model = build(DECODERS[name])
@@ -75,6 +76,7 @@ _OTHERS: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _OTHERS)
 def test_other_decoders_are_mapped_and_captured(name: str) -> None:
     kind, config = _OTHERS[name]

@@ -177,6 +177,7 @@ def test_the_old_keys_are_what_they_were() -> None:
     assert found["pre_mlp_path"] == "model.layers.{i}.post_attention_layernorm"
 
 
+@pytest.mark.slow
 def test_671_billion_parameters_need_no_weights() -> None:
     """DeepSeek-V3 at its published size; 1.3 TB of weights that are never allocated."""
     found = discover(tf.DeepseekV3Config())
@@ -186,6 +187,7 @@ def test_671_billion_parameters_need_no_weights() -> None:
     assert moe is not None and (moe.experts, moe.experts_per_token) == (256, 8)
 
 
+@pytest.mark.slow
 def test_every_source_gives_the_same_map(tmp_path: Path) -> None:
     from nnsight import TransformersModel
     from support.tiny_tokenizer import tiny_tokenizer

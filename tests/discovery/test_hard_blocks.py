@@ -19,6 +19,7 @@ import hookmap
 # Multi-token prediction -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe"])
 def test_weights_of_prediction_heads_in_a_checkpoint_are_no_layers(name: str, tmp_path: Path) -> None:
     """DeepSeek-V3 and GLM-4.5 publish theirs as layer n of n, Qwen3-Next as `mtp`; transformers builds neither."""

@@ -49,6 +49,7 @@ def test_every_shipped_map_is_valid_and_of_what_its_file_is_called(name: str) ->
     assert found.selectors("all", "all")
 
 
+@pytest.mark.slow
 def test_the_readme_model_has_a_map_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the network was asked")
@@ -171,6 +172,7 @@ def test_a_folder_that_is_no_model_says_what_is_in_it(tmp_path: Path) -> None:
         load_map(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_maps_are_small() -> None:
     """By the kind of block: BEAM scales every layer by a number of its own, so each of its 50 is a kind."""
     paths = [p for p in mappings_folder().rglob("*.json") if not p.name.endswith(".schema.json")]

@@ -14,6 +14,7 @@ IDS = [[5, 17, 3, 44, 9, 40, 31, 8]]
 _SIZES = {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4, "vocab_size": 97, "n_positions": 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPTJ", "CodeGen"])
 def test_one_checkpoint_is_right_whatever_its_block_returns(name: str, tmp_path: Path) -> None:
     """The same folder under 5.23 and 5.24: each point is what a plain hook sees there."""

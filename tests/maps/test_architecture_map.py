@@ -55,6 +55,7 @@ reasons = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(points, reasons, st.text(max_size=20), st.dictionaries(st.text(max_size=5), st.none() | st.text(max_size=5)))
 def test_whatever_a_map_holds_survives_json(

@@ -19,6 +19,7 @@ from hookmap.maps.describe import alike, explain, places
 from hookmap.maps.tree import tree
 
 
+@pytest.mark.slow
 def test_the_evidence_names_additions_branches_and_readers() -> None:
     text = explain(hookmap.discover(plain_hooks.FAMILIES["llama"].config()))
     for part in (

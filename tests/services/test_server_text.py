@@ -50,6 +50,7 @@ def pieces(text: RowText | Decoder, tokens: list[int]) -> list[str]:
     return [*(text.add(token) for token in tokens), text.end()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bytes", "byte-level", "metaspace"])
 def test_the_pieces_of_any_text_are_the_text(kind: str) -> None:
     tok = tokenizer(kind)

@@ -103,6 +103,7 @@ class TestEveryStore:
                 for key in run.keys:
                     assert same(store.read(number, *key), run.rows(number, key))
 
+    @pytest.mark.slow
     @given(data=st.data())
     @settings(deadline=None, max_examples=60)
     def test_any_tokens_are_those_that_indexing_gives(

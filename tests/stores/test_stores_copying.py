@@ -124,6 +124,7 @@ def test_a_table_that_is_cut_is_told_and_its_copy_is_not_finished(
     assert code == 0 and f"lost {6 - whole}" in text and "changed: " in text and "--resume" in text
 
 
+@pytest.mark.slow
 def test_a_line_that_was_altered_is_lost_and_no_other(capture: Path, tmp_path: Path) -> None:
     """Every byte of the table in turn: no altered line is taken for a sample, whatever was altered."""
     table = (capture / "samples.jsonl").read_bytes()

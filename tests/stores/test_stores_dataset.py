@@ -133,6 +133,7 @@ def test_a_pass_begins_where_it_is_told(tmp_path: Path, shuffle: int) -> None:
         assert seen(data) == passes[3], "the next pass is whole"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of two cores
 @pytest.mark.parametrize(("workers", "persistent"), [(2, True), (3, False)])
 def test_workers_go_on_where_a_pass_was_left(tmp_path: Path, workers: int, persistent: bool) -> None:

@@ -66,6 +66,7 @@ def test_numpy_keeps_the_dtypes_that_it_knows(tmp_path: Path, dtype: torch.dtype
     assert torch.equal(torch.from_numpy(found), expected)
 
 
+@pytest.mark.slow
 def test_datasets_has_a_row_for_each_sample(capture: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     export(open_store(capture), "datasets", tmp_path / "out")
