@@ -117,6 +117,7 @@ class Session:
                 continue
             step.segments[segment.request] = segment
             step.involved[segment.request] = request
+        step.cells = {key: dict(sorted(mine.items(), key=lambda item: item[0])) for key, mine in step.cells.items()}
         self._step = step if step.involved else None
         return list(step.segments.values())
 
@@ -280,13 +281,20 @@ class Session:
         """The rows of this request that are written in this step."""
         assert request.plan is not None and request.spec.edits is not None
         sample, images = request.spec.edits.sample, frozenset(request.spec.edits.images)
+        count = segment.stop - segment.first
+        known = [-1] * count if tokens is None else tokens
+        rows = [(segment.first + n, segment.position + n, known[n]) for n in range(count)]
+        same: dict[Any, list[tuple[int, TokenAt]]] = {}
+        """the edits of one intervention on several layers choose the same tokens"""
         for number, edit in enumerate(request.plan.edits):
-            chosen = []
-            for row in range(segment.first, segment.stop):
-                position = segment.position + row - segment.first
-                token = -1 if tokens is None else tokens[row - segment.first]
-                if edit.selects(sample, position, token, request.prompt_tokens, images):
-                    chosen.append((row, TokenAt(sample, position, token, step_of(position, request.prompt_tokens))))
+            key = number if edit.pairs is not None else edit.tokens
+            if key not in same:
+                same[key] = [
+                    (row, TokenAt(sample, position, token, step_of(position, request.prompt_tokens)))
+                    for row, position, token in rows
+                    if edit.selects(sample, position, token, request.prompt_tokens, images)
+                ]
+            chosen = same[key]
             if edit.whole and edit.pairs is not None and 0 < len(chosen) < len(edit.pairs.get(sample, ())):
                 raise InterventionError(f"{IN_PIECES}: the two tokens of a swap are in different ones.")
             if not chosen and not edit.means:
@@ -296,7 +304,6 @@ class Session:
             cells.requests += [request] * len(chosen)
             cells.rows += [row for row, _ in chosen]
             cells.where += [token for _, token in chosen]
-        step.cells = {key: dict(sorted(mine.items(), key=lambda item: item[0])) for key, mine in step.cells.items()}
 
     def _write(self, step: _Step, write: Write, edit: WorkerEdit, cells: _Cells, tensors: Tensors) -> None:
         if edit.means:

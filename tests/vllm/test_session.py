@@ -1,0 +1,145 @@
+"""What a worker makes of steps, without vLLM: rows behind a stop, rows seen twice or never, modules that are skipped."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hookmap
+from hookmap.errors import CaptureError
+from hookmap.maps.selectors import Term
+from hookmap.vllm.places import ModelPlaces, Place
+from hookmap.vllm.rows import Segment
+from hookmap.vllm.session import Session
+from hookmap.vllm.taps import Taps
+
+KEY = ("resid_post", 0)
+
+
+class Scripted:
+    """A runner's steps, as a test says them."""
+
+    def __init__(self, asked: dict[str, Any]) -> None:
+        self.asked, self.now = asked, list[Segment]()
+
+    def segments(self) -> list[Segment]:
+        return self.now
+
+    def arguments(self, request: str) -> Mapping[str, Any] | None:
+        return self.asked[request]
+
+    def prompt_tokens(self, request: str) -> int:
+        return 3
+
+    def token_ids(self, segment: Segment) -> list[int]:
+        return [100 + position for position in range(segment.position, segment.position + segment.stop - segment.first)]
+
+    def known(self, request: str) -> bool:
+        return True
+
+
+class Model(torch.nn.Module):
+    """One module whose output is what the session reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = torch.nn.Identity()
+
+
+class Worker:
+    """A session on a model of one module, and the steps of its requests."""
+
+    def __init__(self, checkpoint: Path, **asked: Any) -> None:
+        term = Term("block", "output", None, flat=True)
+        self.model = Model()
+        found = ModelPlaces(hookmap.discover(checkpoint), {KEY: Place((term,), (term,))})
+        taps = Taps(self.model, found, compiled=False)
+        self.rows = Scripted({name: {"hookmap": document} for name, document in asked.items()})
+        self.session = Session(self.rows, found.map, taps.terms, taps.written, taps.tap, lambda path: torch.ones(1))
+        taps.handler = self.session
+
+    def step(self, *segments: tuple[str, int, int], calls: int = 1) -> None:
+        """Run (request, first position, how many) in one step; each row holds its position."""
+        self.rows.now, values, first = [], list[int](), 0
+        for request, position, count in segments:
+            self.rows.now.append(Segment(request, first, first + count, position))
+            values += range(position, position + count)
+            first += count
+        self.session.begin(self.rows.now)
+        for _ in range(calls):
+            self.model.block(torch.tensor(values, dtype=torch.float32)[:, None].repeat(1, 4))
+        self.session.end()
+
+    def taken(self, name: str, tokens: int) -> tuple[list[int], list[float]]:
+        """Positions, and the first number of each row."""
+        positions, rows = self.session.take(name, tokens)
+        return positions, rows[KEY][:, 0].tolist()
+
+
+ALL = {"points": {"resid_post": [0]}}
+
+
+def test_rows_behind_the_last_token_are_left_out(checkpoint: Path) -> None:
+    last = {**ALL, "rows": {"positions": "last"}}
+    mean = {**ALL, "rows": {"mean": True}}
+    worker = Worker(checkpoint, whole=ALL, last=last, mean=mean)
+    worker.step(("whole", 0, 3), ("last", 0, 3), ("mean", 0, 3))
+    for position in (3, 4, 5):  # the engine goes on until the client has seen the stop string in the text
+        worker.step(("mean", position, 1), ("whole", position, 1), ("last", position, 1))
+    assert worker.taken("whole", 5) == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+    assert worker.taken("last", 5) == ([4], [4])
+    assert worker.taken("mean", 5) == ([0, 1, 2, 3, 4], [2])
+    assert worker.session.requests == {}
+
+
+def test_rows_that_are_computed_again_are_kept_once(checkpoint: Path) -> None:
+    worker = Worker(checkpoint, a=ALL, b=ALL)
+    worker.step(("a", 0, 2), ("b", 0, 3))
+    worker.step(("b", 3, 1), ("a", 2, 1))
+    worker.step(("a", 0, 2))
+    worker.step(("a", 2, 3), ("b", 4, 1))
+    assert worker.taken("a", 5) == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+    assert worker.taken("b", 5) == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+
+
+def test_rows_that_were_never_computed_are_an_error(checkpoint: Path) -> None:
+    worker = Worker(checkpoint, hole=ALL, short=ALL)
+    worker.step(("hole", 2, 1), ("short", 0, 3))
+    with pytest.raises(CaptureError, match="tokens 0 to 1 were not computed for this request"):
+        worker.taken("hole", 3)
+    with pytest.raises(CaptureError, match="3 of 4 tokens have been seen: rows are missing"):
+        worker.taken("short", 4)
+    with pytest.raises(CaptureError, match="knows no request 'short'"):
+        worker.taken("short", 3)
+
+
+def test_a_module_that_is_skipped_or_runs_twice_is_an_error(checkpoint: Path) -> None:
+    worker = Worker(checkpoint, skipped=ALL, twice=ALL, fine=ALL)
+    worker.step(("skipped", 0, 3), calls=0)
+    worker.step(("twice", 0, 3), calls=2)
+    worker.step(("fine", 0, 3))
+    with pytest.raises(CaptureError, match=r"did not reach resid_post\.0"):
+        worker.taken("skipped", 3)
+    with pytest.raises(CaptureError, match=r"resid_post\.0: its module was called more than once"):
+        worker.taken("twice", 3)
+    assert worker.taken("fine", 3) == ([0, 1, 2], [0, 1, 2])
+
+
+def test_slots_of_requests_that_have_ended_are_used_again(checkpoint: Path) -> None:
+    names = [f"r{number}" for number in range(50)]
+    worker = Worker(checkpoint, **dict.fromkeys(names, ALL))
+    for name in names:
+        worker.step((name, 0, 200))
+        assert worker.taken(name, 200)[1] == list(range(200))
+    assert len(worker.session.slabs.slabs[KEY]) == 256
+
+
+def test_requests_of_the_same_name_are_told_from_others(checkpoint: Path) -> None:
+    worker = Worker(checkpoint, **dict.fromkeys(("1_n-aa", "0_n-aa", "n-bb", "m-n-cc"), ALL))
+    worker.step(*((name, 0, 1) for name in ("1_n-aa", "0_n-aa", "m-n-cc")))
+    assert worker.session.names("n") == ["0_n-aa", "1_n-aa"]
+    worker.step(("n-bb", 0, 1))
+    assert worker.session.names("n") == ["n-bb"]
+    assert worker.session.names("m-n") == ["m-n-cc"]
