@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before transformers or huggingface_hub is imported: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where transformers copies the code that a model brings.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hookmap-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+# On a busy machine an example may take any time; no random test is about time.
+settings.register_profile("hookmap", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("hookmap")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

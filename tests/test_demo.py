@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.raises import raises
 
@@ -112,7 +112,6 @@ def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype="auto").eval()
 
 
-@settings(deadline=None)
 @given(text=st.text())
 def test_any_text_round_trips_as_its_bytes(tokenizer: Any, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.documents import hybrid, uniform
 from support.raises import raises
@@ -56,7 +56,6 @@ reasons = st.dictionaries(
 
 
 @pytest.mark.slow
-@settings(deadline=None)
 @given(points, reasons, st.text(max_size=20), st.dictionaries(st.text(max_size=5), st.none() | st.text(max_size=5)))
 def test_whatever_a_map_holds_survives_json(
     found: dict[str, Any], lost: dict[str, str], text: str, config: dict[str, Any]

@@ -6,7 +6,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.documents import hybrid, point, term, uniform
 from support.raises import raises
@@ -164,7 +164,6 @@ def test_a_second_name_with_a_reason_or_a_tensor_of_its_own_stays_so() -> None:
 # The grammar ---------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(
     st.text(max_size=12) | st.sampled_from(["", "input", "a.input", "2 * a", "{a} * b", "'x'", "model.layers.{i}.mlp"]),
     st.sampled_from(["input", "output"]),
@@ -181,7 +180,6 @@ def test_every_selector_is_read_back(
     jsonschema.validate(text, schema()["$defs"]["Selector"])
 
 
-@settings(deadline=None)
 @given(st.sets(st.integers(0, 60), min_size=1).map(sorted))
 def test_every_set_of_layers_is_read_back(layers: list[int]) -> None:
     text = layers_pattern(layers)
@@ -209,7 +207,6 @@ json_data = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["block_a", "x", "x0", "x.01", "0", "1", *(f"coda.{n}" for n in range(12))]), max_size=9)
 )
@@ -225,7 +222,6 @@ def test_numbered_names_are_written_as_one() -> None:
     assert parse(parse(old).to_document()) == parse(old)
 
 
-@settings(deadline=None)
 @given(json_data)
 def test_every_list_is_unfolded(data: Any) -> None:
     assert json.dumps(unfolded(folded(data))) == json.dumps(data)

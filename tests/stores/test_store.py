@@ -91,7 +91,7 @@ class TestEveryStore:
     """What a store promises, whatever is behind it."""
 
     @given(run=runs())
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     def test_every_row_comes_back_as_it_was(self, place: Callable[[Run, Path], Memory | Folder], run: Run) -> None:
         with tempfile.TemporaryDirectory(dir=FAST) as folder:
             made = place(run, Path(folder))
@@ -105,7 +105,7 @@ class TestEveryStore:
 
     @pytest.mark.slow
     @given(data=st.data())
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     def test_any_tokens_are_those_that_indexing_gives(
         self, place: Callable[[Run, Path], Memory | Folder], data: st.DataObject
     ) -> None:
@@ -273,7 +273,7 @@ class TestTheFolder:
     """The format, held against the safetensors package, the json module and the kernel."""
 
     @given(run=runs())
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     def test_the_safetensors_package_reads_the_same_rows(self, run: Run) -> None:
         with tempfile.TemporaryDirectory(dir=FAST) as folder:
             path = Path(folder) / "capture"

@@ -80,7 +80,7 @@ def test_tokens_are_positions_whatever_was_kept(store: Store) -> None:
 
 
 @given(start=st.integers(-15, 15) | st.none(), stop=st.integers(-15, 15) | st.none(), step=st.integers(1, 4))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_slice_is_of_positions_and_gives_those_that_were_kept(start: int | None, stop: int | None, step: int) -> None:
     memory = MemoryStore(KEYS)
     sample = SAMPLES[1]

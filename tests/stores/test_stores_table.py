@@ -55,7 +55,7 @@ def one_by_one(data: bytes) -> tuple[list[int], list[int], int, int, int]:
 GROUPS = st.lists(st.lists(st.integers(0, 10**17), min_size=1, max_size=5), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(GROUPS, st.integers(0, 3000), st.integers(1, 700), st.data())
 def test_a_scan_finds_what_reading_line_by_line_finds(
     groups: list[list[int]], torn: int, block: int, data: st.DataObject
@@ -88,7 +88,7 @@ def test_a_line_that_does_not_begin_as_one_is_named(tmp_path: Path, wrong: bytes
         scan(tmp_path / "samples.jsonl")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(TEXTS, IDS, LABELS), max_size=8), st.randoms(), st.integers(1, 700))
 def test_samples_are_found_by_number_and_by_id_whatever_their_texts_say(
     told: list[tuple[str, str | None, dict[str, object] | None]], order: object, block: int
