@@ -67,11 +67,8 @@ def _path(given: list[str], name: str) -> Path | None:
 
 def compare(model_type: str) -> dict[str, Any]:
     """One class, in a process of the pool."""
-    import hookmap
-    from hookmap.loading.configs import build
     from hookmap.loading.narrow import narrow
     from hookmap.sweep.configs import config_of
-    from hookmap.verification.verify import redraw
 
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -81,19 +78,33 @@ def compare(model_type: str) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = _shallow(narrow(config_of(model_type)))
-            model = build(config, "cpu", torch.float32)
-            redraw(model)
-            hm = hookmap.open(model)
-            for part in model.modules():
-                if hasattr(part, "config"):
-                    part.config._experts_implementation = "eager"  # the others have no float64
-            model.double()
-            return {"type": model_type, **_of(hm)}
+            config = narrow(config_of(model_type))
+            fewer = _shallow(config)
+            try:
+                return {"type": model_type, **_of(_opened(fewer))}
+            except Exception:
+                if fewer is config:
+                    raise
+                return {"type": model_type, **_of(_opened(config))}  # the first layers alone are no model
     except Exception as error:  # a model's own code raises what it likes
         return {"type": model_type, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     finally:
         signal.alarm(0)
+
+
+def _opened(config: Any) -> Any:
+    import hookmap
+    from hookmap.loading.configs import build
+    from hookmap.verification.verify import redraw
+
+    model = build(config, "cpu", torch.float32)
+    redraw(model)
+    hm = hookmap.open(model)
+    for part in model.modules():
+        if hasattr(part, "config"):
+            part.config._experts_implementation = "eager"  # the others have no float64
+    model.double()
+    return hm
 
 
 def _shallow(config: Any) -> Any:
@@ -130,8 +141,8 @@ def _of(hm: Any) -> dict[str, Any]:
     held, worst = Counter[str](), 0.0
     expected = [_by_hand(hm, selectors, ids) for ids in TEXTS]
     for group in _that_have_one(hm, selectors, refused):
-        found = hm.gradients(TEXTS, _difference, group)
-        for selector in hm.map.selectors(group):
+        found = hm.gradients(TEXTS, _difference, _wanted(group), calls=_calls(group))
+        for selector in group:
             for number in range(len(TEXTS)):
                 own = expected[number].get(selector.key)
                 if own is None or not own.any():
@@ -146,33 +157,43 @@ def _of(hm: Any) -> dict[str, Any]:
     return {"points": len(selectors), "held": dict(held), "refused": refused, "worst": worst}
 
 
-def _that_have_one(hm: Any, selectors: Sequence[Any], refused: dict[str, str]) -> list[Any]:
-    """The points that have a gradient, as one selection; `refused` gets the reasons of the others."""
+def _that_have_one(hm: Any, selectors: Sequence[Any], refused: dict[str, str]) -> list[list[Any]]:
+    """The points that have a gradient, in groups of one call; `refused` gets the reasons of the others."""
     from hookmap.errors import HookmapError
 
-    def wanted(chosen: Sequence[Any]) -> Any:
-        found: dict[str, Any] = {}
-        for each in chosen:
-            if each.layer is None:
-                found[each.point] = "all"
-            else:
-                found.setdefault(each.point, []).append(each.layer)
-        return found
+    groups = []
+    for call in dict.fromkeys(each.call or 0 for each in selectors):
+        own = [each for each in selectors if (each.call or 0) == call]
+        parts = {name: [each for each in own if each.point == name] for name in dict.fromkeys(e.point for e in own)}
+        good = []
+        for name, chosen in {None: own, **parts}.items():
+            try:
+                hm.gradients([TEXTS[0]], _difference, _wanted(chosen), calls=_calls(chosen))
+                good += chosen
+                if name is None:
+                    break
+            except HookmapError as error:
+                if name is not None:
+                    said = " ".join(str(error).split())[:200]
+                    refused[name + (f" (call {call})" if call or chosen[0].call is not None else "")] = said
+        if good:
+            groups.append(good)
+    return groups
 
-    try:
-        hm.gradients([TEXTS[0]], _difference, wanted(selectors))
-        return [wanted(selectors)]
-    except HookmapError:
-        pass
-    good = []
-    for name in dict.fromkeys(each.point for each in selectors):
-        own = [each for each in selectors if each.point == name]
-        try:
-            hm.gradients([TEXTS[0]], _difference, wanted(own))
-            good += own
-        except HookmapError as error:
-            refused[name] = " ".join(str(error).split())[:200]
-    return [wanted(good)] if good else []
+
+def _wanted(selectors: Sequence[Any]) -> dict[str, Any]:
+    """These points and layers, as a selection."""
+    found: dict[str, Any] = {}
+    for each in selectors:
+        if each.layer is None:
+            found[each.point] = "all"
+        else:
+            found.setdefault(each.point, []).append(each.layer)
+    return found
+
+
+def _calls(selectors: Sequence[Any]) -> Any:
+    return [next((each.call for each in selectors if each.call is not None), 0)]
 
 
 def _difference(logits: torch.Tensor, at: Any) -> torch.Tensor:

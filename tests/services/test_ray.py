@@ -255,6 +255,7 @@ def test_what_cannot_be_run_on_workers_is_told_before_any_starts(hm: Any, tmp_pa
         ({"points": (), "store": tmp_path / "run"}, StoreError, "at least one tensor"),
         ({"before": True}, InterventionError, "one machine only"),
         ({"interventions": str(tmp_path / "no.yaml")}, InterventionError, "no.yaml"),
+        ({"interventions": [hookmap.watch(print, "resid_post")]}, InterventionError, "would have to be pickled"),
     ):
         with pytest.raises(kind, match=text):
             hm.capture(PROMPTS[0], **options)

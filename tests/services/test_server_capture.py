@@ -464,9 +464,18 @@ def test_interventions_are_those_of_capture_in_a_request_and_as_defaults(tmp_pat
         assert served.chat(**asked, hookmap={**record, "interventions": [patch]}).status_code == 200
         refused = [{**steer, "vector": {"file": "/etc/passwd.safetensors", "key": "a"}}, {**steer, "point": "nowhere"}]
         refused += [{**patch, "source": {"store": str(tmp_path / session)}}, {"do": "dance"}, {**steer, "layers": [99]}]
+        file = {"file": "/etc/passwd.safetensors", "key": "a"}
+        refused += [{"do": "low_rank", "point": "mlp_out", "down": file, "up": file}]
+        refused += [
+            {"do": "replace", "point": "mlp_out", "tensor": file},
+            {"do": "apply", "point": "mlp_out", "fn": "x"},
+        ]
         for wrong in refused:
             status = served.chat(hookmap={"return": "none", "interventions": [wrong]}).status_code
             assert status in (400, 404), wrong
+        for other in ({"do": "skip", "what": "mlp", "layers": [4]}, {"do": "noise", "point": "resid_post", "std": 0.5}):
+            edited = demo().capture([MESSAGES], **what, interventions=[other])
+            same(served.chat(**asked, hookmap={**record, "interventions": [other]}).json(), edited)
         short = served.chat(hookmap={"return": "none", "interventions": [{**steer, "vector": [1.0]}]})
         assert short.status_code == 400 and "64" in short.json()["error"]["message"]
 
