@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from support.opened import EACH_FAMILY, RAGGED, opened
+from support.raises import raises
 
 import hookmap
 from hookmap import metrics
@@ -103,5 +104,5 @@ def test_a_metric_that_does_not_fit_is_refused(metric: Any, said: str) -> None:
 
 
 def test_a_text_of_one_token_has_no_loss() -> None:
-    with pytest.raises(hookmap.SelectionError, match=r"texts \[1\] are one token"):
+    with raises(hookmap.SelectionError, "texts [1] are one token"):
         opened("llama").loss([[1, 2], [3]])

@@ -193,7 +193,7 @@ def test_a_patch_takes_the_rows_of_a_decoder_that_began_with_something() -> None
     run = hm.capture(other, "resid_pre", 1, max_new_tokens=0, interventions=[edit])
     own = hm.capture(clean, "resid_pre", 1, max_new_tokens=0)
     assert run.samples[0].rows == 3 and torch.equal(run.read(0, "resid_pre", 1), own.read(0, "resid_pre", 1))
-    with pytest.raises(InterventionError, match="source has"):
+    with raises(InterventionError, "source has"):
         hm.capture(clean, "resid_pre", 1, max_new_tokens=0, interventions=[{**edit, "positions": [0, 1], "source": {
             "prompt": clean, "positions": [0, 1, 2]}}])  # fmt: skip
 
@@ -281,10 +281,10 @@ def test_a_decoders_column_is_no_label_and_is_refused_by_name_where_it_is_wrong(
         ("decoder_text: expected a text", "decoder_token_ids: expected a list of token", "expected one of decoder_text")
     ):
         assert f"record {number}: {told}" in str(refused.value)
-    with pytest.raises(hookmap.DataError, match="no column 'begins'"):
+    with raises(hookmap.DataError, "no column 'begins'"):
         hookmap.load_prompts(rows, decoder="begins")
     plain = hookmap.open(plain_hooks.build("llama"), tokenizer=tiny_tokenizer())
-    with pytest.raises(TokenizerError, match="prompt 0 has decoder_text, which is what the decoder of an encoder-dec"):
+    with raises(TokenizerError, "prompt 0 has decoder_text, which is what the decoder of an encoder-dec"):
         plain.capture(hookmap.load_prompts(rows), "resid_post", max_new_tokens=0)
     with pytest.raises(TokenizerError, match=r"^2 prompts cannot be read:\n  - prompt 0: .*\n  - prompt 2 has "):
         hm = hookmap.open(build(DECODERS["t5"]), tokenizer=tiny_tokenizer())

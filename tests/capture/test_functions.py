@@ -9,6 +9,7 @@ from nnsight import NNsight
 from support import plain_hooks
 from support.opened import EACH_FAMILY, RAGGED, opened
 from support.plain_hooks import FAMILIES, LAYERS
+from support.raises import raises
 from support.written_by_hand import LENGTHS, NEW, WIDTH, held_against_hooks, single
 
 import hookmap
@@ -79,7 +80,7 @@ def test_functions_and_documents_are_written_in_forward_order() -> None:
 
 
 def test_a_point_that_is_not_proved_is_refused_for_a_function_too() -> None:
-    with pytest.raises(hookmap.InterventionError, match="before any module shows them"):
+    with raises(hookmap.InterventionError, "before any module shows them"):
         opened("llama").capture(RAGGED, (), max_new_tokens=0, interventions=[hookmap.apply(by_position, "pattern", 1)])
 
 
@@ -226,7 +227,7 @@ def test_a_sample_stops_where_its_function_says_so(engine: Any) -> None:
 
 def test_a_harvest_has_nothing_to_stop() -> None:
     stop = hookmap.watch(lambda rows, at: at.stop(), "resid_mid", 1)
-    with pytest.raises(hookmap.InterventionError, match=r"max_new_tokens=0 generates nothing"):
+    with raises(hookmap.InterventionError, "max_new_tokens=0 generates nothing"):
         opened("llama").capture(RAGGED, (), max_new_tokens=0, interventions=[stop])
 
 
@@ -244,7 +245,7 @@ def test_writing_beside_edits_stored_in_an_nnsight_model_is_refused() -> None:
     assert all(torch.equal(found.read(n, "resid_post", 1), expected.read(n, "resid_post", 1)) for n in range(3))
     with given.edit(inplace=True):
         given.model.layers[0].output[:] = 0
-    with pytest.raises(hookmap.InterventionError, match="edits are stored in this nnsight model"):
+    with raises(hookmap.InterventionError, "edits are stored in this nnsight model"):
         hm.capture(RAGGED, (), max_new_tokens=0, interventions=applied)
 
 
@@ -254,7 +255,7 @@ def test_a_document_holds_no_function(tmp_path: Path) -> None:
     for given in (str(file), [{"do": "apply", "fn": by_position, "point": "resid_pre"}]):
         with pytest.raises(hookmap.InterventionError, match=r"a document holds no function, .* give hookmap.apply"):
             opened("llama").capture(RAGGED, (), max_new_tokens=0, interventions=given)
-    with pytest.raises(hookmap.InterventionError, match="apply\\(by_position\\): a function is Python code"):
+    with raises(hookmap.InterventionError, "apply(by_position): a function is Python code"):
         dump_interventions([hookmap.apply(by_position, "resid_pre")])
 
 
@@ -266,7 +267,7 @@ def test_a_capture_goes_on_only_with_the_same_function(tmp_path: Path) -> None:
     assert prints[0] == prints[1] and len({str(each) for each in prints}) == 3
     hm = opened("llama")
     hm.capture(RAGGED, ["resid_pre"], [1], 0, store=tmp_path / "run", interventions=[times(2)])
-    with pytest.raises(hookmap.StoreError, match="interventions"):
+    with raises(hookmap.StoreError, "interventions"):
         hm.capture(RAGGED, ["resid_pre"], [1], 0, store=tmp_path / "run", resume=True, interventions=[times(3)])
     again = hm.capture(RAGGED, ["resid_pre"], [1], 0, store=tmp_path / "run", resume=True, interventions=[times(2)])
     assert len(again) == len(RAGGED)

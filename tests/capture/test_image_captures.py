@@ -330,7 +330,7 @@ def test_a_patch_takes_rows_of_a_text_with_images_that_no_template_reads(hm: Any
         assert torch.allclose(patched["resid_post", layer][0], expected["resid_post", layer][0], rtol=1e-4, atol=1e-5)
     digest = hashlib.sha256((data.parent / "cat.png").read_bytes()).hexdigest()
     assert hookmap.open_store(tmp_path / "run").manifest.settings["interventions"][0]["images_sha256"] == [digest]
-    with pytest.raises(ApiError, match="no image is read there"):
+    with raises(ApiError, "no image is read there"):
         read([edit], hm, None)  # type: ignore[arg-type]  # no session is named
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from support import plain_hooks
 from support.opened import EACH_FAMILY, RAGGED, opened
 from support.plain_hooks import FAMILIES, LAYERS
+from support.raises import raises
 from support.written_by_hand import LENGTHS, NEW, WIDTH, held_against_hooks, single
 
 import hookmap
@@ -186,5 +187,5 @@ def test_a_source_is_read_on_the_model_that_the_patch_is_given_to() -> None:
 
 
 def test_a_view_of_what_cannot_be_written_is_refused_at_once() -> None:
-    with pytest.raises(hookmap.InterventionError, match="before any module shows them"):
+    with raises(hookmap.InterventionError, "before any module shows them"):
         opened("llama").edited({"do": "scale", "factor": 2.0, "point": "pattern"})

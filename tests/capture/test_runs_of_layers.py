@@ -345,7 +345,7 @@ def test_runs_of_a_source_that_do_not_pair_are_refused() -> None:
         with pytest.raises(hookmap.HookmapError, match=told):
             hm.capture([PROMPTS[0]], "resid_post", 1, 0, interventions=[edit])
     once = {"do": "patch", "point": "resid_post", "layers": 0, "source": {"prompt": tuple(PROMPTS[0]), "calls": 1}}
-    with pytest.raises(InterventionError, match="layer 0 runs once in one forward pass: no call 1"):
+    with raises(InterventionError, "layer 0 runs once in one forward pass: no call 1"):
         hm.capture([PROMPTS[0]], "resid_post", 1, 0, interventions=[once])
 
 
