@@ -1,4 +1,4 @@
-"""What a worker makes of steps, without vLLM: rows behind a stop, rows seen twice or never, modules that are skipped."""
+"""What a worker makes of steps, without vLLM: rows behind a stop, rows seen twice or never, modules not reached."""
 
 from collections.abc import Mapping
 from pathlib import Path
