@@ -31,6 +31,8 @@ from hookmap.errors import HookmapError  # noqa: E402 - behind the environment t
 from hookmap.vllm.backend import choose  # noqa: E402 - behind the environment that it reads
 
 LIMIT = 1e-5
+MANY = 3
+"""points that are not the same: where there are more, vLLM computes something else than transformers"""
 HEAD = """# Families on vLLM, one by one
 
 Made by `benchmarks/vllm_families.py` on {versions}. A tiny checkpoint of each model type, random
@@ -103,10 +105,12 @@ def of_family(name: str, folder: Path, expected: Any, bf16: bool) -> dict[str, A
         engine.close()
     row["status"] = "transformers" if row["class"].startswith("Transformers") else "native"
     distances: dict[str, list[float]] = {}
-    for key in rows.keys() & exact.keys():
+    for key in (key for key in read if key in exact):  # in the order of the forward pass
         same_shape = rows[key].shape == exact[key].shape
         far = vllm_families.distance(rows[key], exact[key]) if same_shape else float("inf")
         distances.setdefault(key[0], []).append(far)
+        if far > LIMIT:
+            row.setdefault("first", f"{key[0]} of layer {key[1]}")
     worst = {point: max(each) for point, each in distances.items()}
     row["points"] = sum(far <= LIMIT for far in worst.values())
     row["distance"] = max([far for far in worst.values() if far <= LIMIT], default=None)
@@ -150,7 +154,11 @@ def line(row: dict[str, Any]) -> str:
         return f"| {row['type']} | {way} | | | | {row['why']} |\n"
     total = row["points"] + len(row["far"]) + len(row["absent"])
     bf16 = "{:.1e} ({:.1e})".format(*row["bf16"]) if "bf16" in row else ""
-    notes = [*row["absent"], *(f"{point} ({far:.0e})" for point, far in row["far"].items())]
+    notes = list(row["absent"])
+    if len(row["far"]) > MANY:
+        notes.append(f"other numbers from {row['first']} on, up to {max(row['far'].values()):.0e}")
+    else:
+        notes += [f"{point} ({far:.0e})" for point, far in row["far"].items()]
     notes += [f"its own modules: {row['why']}"] if row["why"] else []
     distance = "" if row["distance"] is None else f"{row['distance']:.1e}"
     return f"| {row['type']} | {way} | {row['points']} of {total} | {distance} | {bf16} | {', '.join(notes)} |\n"

@@ -47,19 +47,20 @@ def plain_parts(model: nn.Module) -> None:
 
 def _embedding(layer: Any, ids: torch.Tensor) -> torch.Tensor:
     """The rows of the tokens; of several ranks each has some, and they add up."""
-    return F.embedding(ids, layer.weight)
+    weight = getattr(layer, "weight", None)
+    if weight is None or weight.shape[-1] != layer.embedding_dim:  # packed
+        weight = torch.empty(layer.num_embeddings_per_partition, layer.embedding_dim, device=ids.device)
+    return F.embedding(ids, weight)
 
 
 class _Product:
     """The product with a weight, whatever the weight is packed as."""
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if layer.quant_method is self and getattr(layer, "weight", None) is not None and layer.weight.ndim == 2:
-            weight = layer.weight
-        else:
-            weight = x.new_empty(0)
-        if weight.shape[-1:] != x.shape[-1:]:  # packed
-            outputs = getattr(layer, "output_size_per_partition", None) or layer.output_size
+        sizes = ("output_size_per_partition", "output_size", "num_embeddings_per_partition")
+        outputs = next(getattr(layer, name) for name in sizes if hasattr(layer, name))
+        weight = getattr(layer, "weight", None)
+        if weight is None or weight.shape != (outputs, x.shape[-1]):  # packed
             weight = torch.empty(outputs, x.shape[-1], device=x.device, dtype=x.dtype)
         return F.linear(x, weight.to(x.dtype), bias)
 

@@ -13,7 +13,8 @@ from hookmap.errors import DiscoveryError
 from hookmap.vllm.backend import choose
 from hookmap.vllm.discover import discover
 from hookmap.vllm.places import ModelPlaces, Place
-from hookmap.vllm.plain_parts import PlainScans
+from hookmap.vllm.plain_parts import PlainScans, plain_parts
+from hookmap.vllm.twin import config_of_twin, running
 
 CLOSE = 1e-5
 """of a row, in float32"""
@@ -143,6 +144,17 @@ def kinds_of(model_type: str, folder: Path) -> list[tuple[str, str, str]]:
 )
 def test_kinds_of_blocks_are_told_from_stand_ins_for_kernels(model_type: str, kinds: Any, tmp_path: Path) -> None:
     assert kinds_of(model_type, tmp_path) == kinds
+
+
+def test_a_product_with_a_packed_weight_is_a_product_with_a_plain_one(llama: Path) -> None:
+    config = config_of_twin(config_of(llama), 1)
+    with running(config), torch.device("meta"):
+        from vllm.model_executor.layers.linear import ReplicatedLinear
+
+        layer = ReplicatedLinear(8, 4, bias=False)
+        layer.weight = torch.nn.Parameter(torch.empty(4, 2, dtype=torch.int32), requires_grad=False)
+        plain_parts(torch.nn.Sequential(layer))
+        assert layer(torch.empty(1, 7, 8))[0].shape == (1, 7, 4)
 
 
 def test_an_operator_of_vllm_that_is_not_known_is_refused() -> None:
