@@ -110,7 +110,7 @@ def _opened(config: Any) -> Any:
 def _shallow(config: Any) -> Any:
     """The first layers alone, where the config is still one that transformers takes."""
     text = config.get_text_config()
-    count = text.num_hidden_layers
+    count = getattr(text, "num_hidden_layers", 0)
     if count <= LAYERS:
         return config
     fewer = copy.deepcopy(config)

@@ -139,3 +139,24 @@ def test_its_gguf_file_is_the_same_model(source: str, hm: Any) -> None:
     ours, folder = (each.capture([CHAT], points="resid_post", layers=29, max_new_tokens=6) for each in (opened, hm))
     assert ours.texts == folder.texts
     assert torch.equal(ours["resid_post", 29], folder["resid_post", 29])
+
+
+def test_the_loss_is_the_models_own_and_a_gradient_says_what_a_small_change_does(exact: Any) -> None:
+    """By a finite difference in the stream of layer 8, at one token."""
+    text = "When Mary and John went to the store, John gave a drink to"
+    ids = torch.tensor([exact.tokenizer(text)["input_ids"]])
+    torch.testing.assert_close(
+        exact.loss(text)[0].mean(), exact.model(ids, labels=ids).loss.detach(), rtol=1e-4, atol=1e-5
+    )
+    metric = hookmap.metrics.logit_difference(" Mary", " John")
+    gradient = exact.gradients(text, metric, "resid_pre", [8]).read(0, "resid_pre", 8)[4]
+    step = 0.05 * gradient / gradient.norm()
+    up, down = (
+        float(
+            exact.measure(text, metric, [{"do": "steer", "point": "resid_pre", "layers": 8, "positions": [4], **each}])[
+                0
+            ]
+        )
+        for each in ({"vector": step}, {"vector": -step})
+    )
+    assert abs((up - down) / 0.1 - float(gradient.norm())) < 0.03 * float(gradient.norm())
