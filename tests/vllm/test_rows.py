@@ -264,3 +264,11 @@ def test_memory_is_that_of_the_requests_that_run_together(on_vllm: Any) -> None:
     on_vllm.capture(prompts(64, 9), "resid_post", max_new_tokens=4)
     assert held() == before
     assert before["resid_post", 0] < 64 * 12
+
+
+def test_a_seeds_draws_do_not_depend_on_how_a_prompt_is_cut(on_vllm: Any) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.3, "seed": 5}
+    [own] = prompts(1, 13, seed=12)
+    # Of 24 tokens a step, 4 are left beside the one prompt, and all that it needs beside the other.
+    beside = [on_vllm.capture([first, own], "resid_post", [0], **options) for first in prompts(1, 20) + prompts(1, 3)]
+    assert beside[0].tokens[1] == beside[1].tokens[1]
