@@ -40,6 +40,9 @@ MODULES = {
     "Inputs": ("datasets", "datasets.records", "demo", "activations"),
     "Looking and changing": (
         "capture.interventions.documents",
+        "capture.interventions.functions",
+        "analysis.metrics",
+        "analysis.gradients",
         "analysis.patching",
         "analysis.lens",
         "analysis.attribution",
