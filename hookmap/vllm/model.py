@@ -88,7 +88,7 @@ class VllmModel(HookedModel):
 
     @cached_property
     def _unembedding(self) -> VllmUnembedding:
-        return VllmUnembedding(self)
+        return VllmUnembedding(self, self.engine_of_vllm)
 
     def lens(self, source: Any, point: str = "resid_post", layers: Layers = "all", **options: Any) -> Lens:
         """See `HookedModel.lens`; the final norm and the logits are computed in vLLM's worker."""
@@ -161,7 +161,7 @@ def open_on_vllm(
     try:
         module = _without_weights(source, config, llm.llm_engine.vllm_config.model_config.dtype, loads)
         opened = VllmModel(VllmEngine(llm, module), tokenizer, source, why_none)
-        self_test(opened)
+        self_test(opened, opened.engine_of_vllm)
     except BaseException:
         llm.llm_engine.engine_core.shutdown()
         raise

@@ -1,26 +1,23 @@
 """What a model on vLLM must show when it is opened: rows of a prompt and of new tokens, told from each other."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from hookmap.errors import CaptureError
+from hookmap.model import HookedModel
 from hookmap.stores.ledger import tensor_name
-
-if TYPE_CHECKING:
-    from hookmap.vllm.model import VllmModel
+from hookmap.vllm.engine import VllmEngine
 
 _TOKENS, _NEW = 5, 3
 _NEAR = {torch.float32: 1e-3, torch.float64: 1e-6}
 """of a row's size; of narrower dtypes, 0.25: kernels for prompts and for new tokens round differently"""
 
 
-def self_test(model: "VllmModel") -> None:
+def self_test(model: HookedModel, engine: VllmEngine) -> None:
     """Generates a few tokens, and reads them again as a prompt: the rows must be the same.
 
     Raises CaptureError where they are not, and where a layer's output is not what enters the next one.
     """
-    tapped, count = model.engine_of_vllm.tapped, model.map.num_layers
+    tapped, count = engine.tapped, model.map.num_layers
     points = {
         point: layers
         for point in ("resid_pre", "resid_post")
@@ -39,7 +36,7 @@ def self_test(model: "VllmModel") -> None:
         off = float(((made - again).norm(dim=-1) / again.norm(dim=-1).clamp_min(1e-30)).max())
         if not off <= near:
             raise CaptureError(
-                f"vLLM {model.engine_of_vllm.version}: the rows of {tensor_name(key)} are others while tokens are "
+                f"vLLM {engine.version}: the rows of {tensor_name(key)} are others while tokens are "
                 f"generated than when they are read, by {off:.2g} of their size. Open the model with hookmap.open."
             )
         after = ("resid_pre", key[1] + 1) if key[0] == "resid_post" and key[1] is not None else None
@@ -47,5 +44,5 @@ def self_test(model: "VllmModel") -> None:
             raise CaptureError(f"{tensor_name(key)} is not what enters the next layer: the map is another model's.")
 
 
-def _there(model: "VllmModel", point: str, layer: int) -> bool:
+def _there(model: HookedModel, point: str, layer: int) -> bool:
     return model.map.unavailable(point, layer) is None

@@ -1,14 +1,11 @@
 """From the residual stream to logits, in vLLM's worker: its final norm, and the logits that it computes from that."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from safetensors.torch import load, save
 
 from hookmap.errors import SelectionError
-
-if TYPE_CHECKING:
-    from hookmap.vllm.model import VllmModel
+from hookmap.model import HookedModel
+from hookmap.vllm.engine import VllmEngine
 
 _TOKENS = 6
 _TOLERANCE = {torch.float32: 1e-4}
@@ -20,9 +17,9 @@ class VllmUnembedding:
 
     dtype: torch.dtype
 
-    def __init__(self, model: "VllmModel") -> None:
+    def __init__(self, model: HookedModel, engine: VllmEngine) -> None:
         """Raises SelectionError where the norm, of the last layer's stream, does not give the rows that it gave."""
-        self._engine = model.engine_of_vllm
+        self._engine = engine
         tokens = [(1 + 37 * n) % (model.map.d_vocab or _TOKENS) for n in range(_TOKENS)]
         points = {"resid_post": [model.map.num_layers - 1], "final_norm": "all"}
         run = model.capture([tokens], points, max_new_tokens=0)

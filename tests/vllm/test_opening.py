@@ -57,7 +57,7 @@ def test_positions_that_differ_fail_the_requests_and_not_the_engine(
 
 
 def test_the_self_test_sees_rows_of_other_tokens(on_vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    testing.self_test(on_vllm)
+    testing.self_test(on_vllm, on_vllm.engine_of_vllm)
     session = worker_of(on_vllm)._session
     put = session.slabs.put
 
@@ -66,7 +66,7 @@ def test_the_self_test_sees_rows_of_other_tokens(on_vllm: Any, monkeypatch: pyte
 
     monkeypatch.setattr(session.slabs, "put", moved)
     with pytest.raises(CaptureError, match="are others while tokens are generated"):
-        testing.self_test(on_vllm)
+        testing.self_test(on_vllm, on_vllm.engine_of_vllm)
 
 
 def test_the_plugin_does_nothing_unless_asked(checkpoint: Path) -> None:
