@@ -10,6 +10,7 @@ from torch import nn
 
 from hookmap.analysis.attribution import Attribution, attribute
 from hookmap.analysis.gradients import GradientEstimate, Gradients, estimate_gradients, gradients
+from hookmap.analysis.heads import HeadScores, head_scores
 from hookmap.analysis.lens import Lens, lens
 from hookmap.analysis.metrics import losses, measure
 from hookmap.analysis.patching import Sweep, sweep
@@ -91,6 +92,17 @@ class HookedModel(Hooked):
         Raises SelectionError with the reason where the residual stream is not a plain sum of branches.
         """
         return attribute(self, prompt, target, against, **options)
+
+    @takes(TemplateOptions, head_scores)
+    def head_scores(self, prompts: Any = None, layers: Layers = "all", **options: Any) -> HeadScores:
+        """How much each attention head attends where induction, previous-token, duplicate-token and sink heads do.
+
+        The heads read `samples` texts of `length` different random tokens (50, or all that the tokenizer has), each
+        repeated once and drawn with `seed`; or `prompts`, as in capture. The model runs with eager attention.
+        Layers without attention weights are in `.missing`, with the reason. See `hookmap.analysis.heads.HeadScores`.
+        Raises SelectionError with the reasons where no layer has attention weights.
+        """
+        return head_scores(self, prompts, layers, **options)
 
     @takes(MeasureOptions)
     def measure(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from hookmap.analysis.attribution import Attribution
+    from hookmap.analysis.heads import HeadScores
 
 FORMATS = (".png", ".svg", ".html")
 MISSING = 'pictures need Altair and vl-convert: pip install "hookmap[viz]"'
@@ -138,6 +139,36 @@ def attention(
         .facet(facet=alt.Facet("head:N", title=None, sort=names), columns=2 if len(names) <= 4 else 4)
     )
     return chart.properties(title=title, background="white")
+
+
+def head_scores(scores: HeadScores, kinds: Sequence[str] | None = None, *, title: str = "") -> Any:
+    """An Altair chart of scores of heads: for each kind, all unless given, a heat map of layers upwards and heads.
+
+    Raises SelectionError for a kind that is not there, CaptureError where Altair is not installed.
+    """
+    alt = load_altair()
+    named = list(scores.scores) if kinds is None else list(kinds)
+    rows = [
+        {"kind": kind.replace("_", " "), "layer": name, "head": head, "value": _short(value)}
+        for kind in named
+        for name, row in zip(scores.rows, scores[kind].tolist(), strict=True)
+        for head, value in enumerate(row)
+        if math.isfinite(value)
+    ]
+    heads = scores[named[0]].shape[1]
+    chart = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_rect(stroke="white", strokeWidth=0.5)
+        .encode(
+            x=alt.X("head:O", title="head", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            y=alt.Y("layer:N", title="layer", sort=[*scores.rows[::-1]], axis=alt.Axis(labelOverlap=True)),
+            color=alt.Color("value:Q", title=None, scale=alt.Scale(scheme="blues", domain=[0, 1])),
+            tooltip=["kind:N", "layer:N", "head:O", alt.Tooltip("value:Q", format=".3f")],
+        )
+        .properties(width=max(100, 14 * heads), height=12 * len(scores.rows))
+        .facet(facet=alt.Facet("kind:N", title=None, sort=[k.replace("_", " ") for k in named]), columns=4)
+    )
+    return chart.properties(title=title or "where heads look, as a share of their attention", background="white")
 
 
 def _heads(count: int, heads: Sequence[int] | None) -> list[tuple[int, int]]:
