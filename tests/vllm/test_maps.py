@@ -128,6 +128,7 @@ def kinds_of(model_type: str, folder: Path) -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize(
     ("model_type", "kinds"),
     [
+        ("bloom", [("0,1,2", "sequential", "attention+dense")]),  # it asks for the numbers of its heads' slopes
         ("falcon", [("0,1,2", "parallel", "attention+dense")]),
         ("falcon_h1", [("0,1,2", "sequential", "attention+dense")]),
         ("mamba2", [("0", "mixer_only", "recurrent"), ("1,2", "mixer_only", "recurrent")]),

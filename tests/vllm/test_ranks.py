@@ -16,7 +16,6 @@ def test_the_parts_of_two_ranks_are_what_transformers_has(tmp_path: Path, monkey
     folder = vllm_families.save("llama", tmp_path / "llama")
     expected = vllm_families.by_transformers(folder)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]), prepend=":")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     engine = LLM(
         str(folder), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128,
         disable_log_stats=True, tensor_parallel_size=2, distributed_executor_backend="mp",
