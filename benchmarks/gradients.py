@@ -30,6 +30,8 @@ SECONDS = 900
 TEXTS = [[5, 9, 3], [4, 20, 11, 7, 30, 8, 2, 90, 41], [17, 3, 60, 22, 9, 6]]
 RIGHT, WRONG = 5, 9
 LARGEST = 1e-5
+NOTHING = 1e-14
+"""of the largest gradient of a text: rounding of 0, as that of a router that chooses one expert and norms its weight"""
 LAYERS = 8
 """the most layers of a copy, where its config allows it"""
 
@@ -140,12 +142,13 @@ def _of(hm: Any) -> dict[str, Any]:
     refused: dict[str, str] = {}
     held, worst = Counter[str](), 0.0
     expected = [_by_hand(hm, selectors, ids) for ids in TEXTS]
+    largest = [max(float(own.norm()) for own in each.values()) for each in expected]
     for group in _that_have_one(hm, selectors, refused):
         found = hm.gradients(TEXTS, _difference, _wanted(group), calls=_calls(group))
         for selector in group:
             for number in range(len(TEXTS)):
                 own = expected[number].get(selector.key)
-                if own is None or not own.any():
+                if own is None or float(own.norm()) <= NOTHING * largest[number]:
                     held[f"{selector.point}: {'zero' if own is not None else 'not held'}"] += 1
                     continue
                 rows = found.read(number, *selector.key).double()
