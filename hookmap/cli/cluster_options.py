@@ -57,6 +57,13 @@ def _listed(layers: Any) -> list[int]:
     return [layers] if isinstance(layers, int) else list(layers)
 
 
+def on_vllm(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `hookmap.open` that `hookmap.open_on_vllm` has, too. Raises click.UsageError for others."""
+    if named := [name for name in ("map", "device", "config") if options[name] is not None]:
+        raise click.UsageError(f"vLLM chooses {', '.join(named)}: leave them out with --engine vllm")
+    return {name: options[name] for name in ("tokenizer", "dtype", "trust_remote_code")}
+
+
 def opened_elsewhere(
     model: str | None, given: dict[str, Any], engine: str, cluster: dict[str, Any], until: ExitStack
 ) -> "RayModel | RemoteModel | VllmModel":
@@ -68,9 +75,7 @@ def opened_elsewhere(
         with working("connecting to Ray"):
             return until.enter_context(hookmap.open_on_ray(model, **cluster, **options))
     if engine == "vllm":
-        options.pop("check")
-        if named := [name for name in ("map", "device", "config") if options.pop(name) is not None]:
-            raise click.UsageError(f"vLLM chooses {', '.join(named)}: leave them out with --engine vllm")
+        options = on_vllm(options)
         with working(f"starting vLLM with {model}"):
             return until.enter_context(hookmap.open_on_vllm(model, **cluster, **options))
     here = {name: options.pop(name) for name in ("map", "tokenizer")}

@@ -28,7 +28,7 @@ loading = option_group(
         "--config",
         metavar="FIELD=VALUE",
         multiple=True,
-        callback=lambda context, option, given: _fields(given),
+        callback=lambda context, option, given: fields_of(given),
         help="A field over its config.json's, such as sliding_window=64; may be given several times.",
     ),
     trust_remote_code,
@@ -41,7 +41,7 @@ loading = option_group(
 """which model and how it is loaded; `opened` reads them"""
 
 
-def _fields(given: tuple[str, ...]) -> dict[str, Any] | None:
+def fields_of(given: tuple[str, ...]) -> dict[str, Any] | None:
     """Parse each `FIELD=VALUE`: the value as JSON if it is valid JSON, else as text. Raises click.BadParameter."""
     found: dict[str, Any] = {}
     for each in given:

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,15 @@ class Ended:
     """what it generated"""
 
 
+Taken = tuple[str | None, list[int], dict[str, torch.Tensor]]
+"""what went wrong, the positions kept, and rows by the names of tensors"""
+
+
+def asked_of(rows: Mapping[str, Sequence[int]]) -> str:
+    """The argument of `hookmap_take`. `rows`: of each request, how many tokens of each of its sequences have rows."""
+    return json.dumps([[name, list(counts)] for name, counts in rows.items()])
+
+
 class VllmEngine:
     """An `LLM` of vLLM with hookmap's worker. One run at a time."""
 
@@ -42,9 +51,8 @@ class VllmEngine:
         self.module = self.root = self.runner = module
         self.lock = threading.Lock()
         self._llm = llm
-        core = llm.llm_engine.engine_core
-        self._closed = wake_when_dead(core)
-        self._packed = not hasattr(core, "engine_core")
+        self._closed = self._watched()
+        self._packed = self._in_processes()
         """whether the workers are in other processes"""
         said = json.loads(self.call("hookmap_describe"))
         if "error" in said:
@@ -61,7 +69,11 @@ class VllmEngine:
         self.runner_name: str = said["runner"]
         self.in_flight, self.step_tokens = said["batch"]
         """requests that run together, and tokens of a step, at most"""
-        self.longest: int = llm.llm_engine.vllm_config.model_config.max_model_len
+        self.longest: int = self._config().model_config.max_model_len
+
+    def channel(self, told: Callable[[str, Any], None]) -> "VllmEngine":
+        """Where one run adds its requests. `told`: called with each output, where the engine tells of them."""
+        return self
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The answer of the first worker; all do it. Raises CaptureError where vLLM's engine has died."""
@@ -76,12 +88,7 @@ class VllmEngine:
         """Put a request in the queue. Raises CaptureError where vLLM refuses it."""
         from vllm.exceptions import VLLMValidationError
 
-        prompt: dict[str, Any] = {"prompt_token_ids": list(tokens)}
-        if spec.points or spec.edits is not None:
-            parameters.extra_args = {NAME: spec.model_dump(mode="json", exclude_defaults=True)}
-            parameters.skip_reading_prefix_cache = True
-        if (salt := spec.salt(len(tokens))) is not None:
-            prompt["cache_salt"] = salt
+        prompt = prepared(tokens, parameters, spec)
         with self._alive():
             try:
                 self._llm.llm_engine.add_request(name, prompt, parameters)
@@ -94,15 +101,17 @@ class VllmEngine:
             outputs = self._llm.llm_engine.step()
         return [Ended(output.request_id, tuple(output.outputs[0].token_ids)) for output in outputs if output.finished]
 
-    def take(self, wanted: Sequence[tuple[str, int]]) -> list[tuple[str | None, list[int], dict[str, torch.Tensor]]]:
-        """Of each request that has ended: what went wrong, the positions kept, and rows by the names of tensors.
+    def take(self, wanted: Sequence[tuple[str, int]]) -> list[Taken]:
+        """What each request that has ended left. `wanted`: its name, and how many of its tokens have rows."""
+        return self.taken(
+            self._each("hookmap_take", asked_of({name: [tokens] for name, tokens in wanted}), self._packed)
+        )
 
-        `wanted`: the name of each request, and how many of its tokens have rows.
-        """
-        asked = json.dumps([[name, [tokens]] for name, tokens in wanted])
+    def taken(self, of_ranks: Sequence[Any]) -> list[Taken]:
+        """What workers have answered to `hookmap_take`, with the parts of all ranks joined."""
         read: Any = load if self._packed else dict
         found = []
-        for ranks in zip(*self._each("hookmap_take", asked, self._packed), strict=True):
+        for ranks in zip(*of_ranks, strict=True):
             error = next((error for error, _, _ in ranks if error is not None), None)
             parts = [read(rows) if rows else {} for _, _, rows in ranks]
             rows = (
@@ -138,16 +147,43 @@ class VllmEngine:
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
+        with alive(self._closed):
             yield
-        except EngineDeadError as error:
-            self._closed.set()
-            raise CaptureError(
-                "vLLM's engine has died, and the requests that ran with it. Open the model again; a capture in a "
-                "folder goes on with resume=True."
-            ) from error
+
+    def _watched(self) -> threading.Event:
+        return wake_when_dead(self._llm.llm_engine.engine_core)
+
+    def _in_processes(self) -> bool:
+        return not hasattr(self._llm.llm_engine.engine_core, "engine_core")
+
+    def _config(self) -> Any:
+        return self._llm.llm_engine.vllm_config
+
+
+@contextmanager
+def alive(closed: threading.Event) -> Iterator[None]:
+    """Inside, an engine that has died is a CaptureError, and nobody needs to watch it any more."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        closed.set()
+        raise CaptureError(
+            "vLLM's engine has died, and the requests that ran with it. Open the model again; a capture in a "
+            "folder goes on with resume=True."
+        ) from error
+
+
+def prepared(tokens: Sequence[int], parameters: Any, spec: RequestSpec) -> dict[str, Any]:
+    """The prompt of a request that asks for `spec`, which is put into its parameters."""
+    prompt: dict[str, Any] = {"prompt_token_ids": list(tokens)}
+    if spec.points or spec.edits is not None:
+        parameters.extra_args = {NAME: spec.model_dump(mode="json", exclude_defaults=True)}
+        parameters.skip_reading_prefix_cache = True
+    if (salt := spec.salt(len(tokens))) is not None:
+        prompt["cache_salt"] = salt
+    return prompt
 
 
 def _key(plain: Sequence[Any]) -> Key:

@@ -1,8 +1,8 @@
 """`hookmap.open_on_vllm`: a model that vLLM runs, with the captures and interventions of `hookmap.open`."""
 
 import os
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -29,6 +29,7 @@ from hookmap.vllm.engine import VllmEngine
 from hookmap.vllm.plugin import register
 from hookmap.vllm.run import VllmGenerating, VllmHarvesting
 from hookmap.vllm.self_test import self_test
+from hookmap.vllm.shared_engine import SharedEngine, in_loop, new_loop
 from hookmap.vllm.spec import NAME
 from hookmap.vllm.unembedding import VllmUnembedding
 
@@ -87,12 +88,13 @@ class VllmModel(HookedModel):
         return self._proofs
 
     @cached_property
-    def _unembedding(self) -> VllmUnembedding:
+    def unembedding(self) -> VllmUnembedding:
+        """What a lens computes logits with. Raises SelectionError where the model has no such thing."""
         return VllmUnembedding(self, self.engine_of_vllm)
 
     def lens(self, source: Any, point: str = "resid_post", layers: Layers = "all", **options: Any) -> Lens:
         """See `HookedModel.lens`; the final norm and the logits are computed in vLLM's worker."""
-        return lens(self, source, point, layers, unembedding=self._unembedding, **options)
+        return lens(self, source, point, layers, unembedding=self.unembedding, **options)
 
     def _refused(self, *_: Any, **__: Any) -> Any:
         raise ModelError(f"{self.name} runs on vLLM, and this needs the model's own modules: hookmap.open(...).")
@@ -133,6 +135,7 @@ def open_on_vllm(
     revision: str | None = None,
     trust_remote_code: bool = False,
     processes: bool | None = None,
+    shared: bool = False,
     **settings: Any,
 ) -> VllmModel:
     """A model that vLLM runs, to capture from at the speed of a serving engine.
@@ -140,7 +143,8 @@ def open_on_vllm(
     model: a hub id or a local folder. taps: points that the compiled model can capture and write, names or
     {point: layers}; the residual stream and the branches' outputs of all layers unless given. eager: nothing is
     compiled, and every point of the map can be captured. dtype: "auto" is the checkpoint's own. processes: whether
-    vLLM's engine runs in processes of its own; as VLLM_ENABLE_V1_MULTIPROCESSING says unless given.
+    vLLM's engine runs in processes of its own; as VLLM_ENABLE_V1_MULTIPROCESSING says unless given. shared: several
+    threads may run it at once, in the same batches; the engine is in processes of its own then.
     settings: any argument of vLLM's `LLM`, such as max_model_len, max_num_seqs or tensor_parallel_size.
 
     Raises ModelError where vLLM is missing or does not load the model, TokenizerError, DiscoveryError where the
@@ -157,13 +161,23 @@ def open_on_vllm(
             tokenizer = load_tokenizer(source, **loads)
         except TokenizerError as error:
             why_none = str(error)
-    llm = _llm(source, taps, eager, processes, {**settings, "dtype": _dtype_name(dtype), **loads})
+    settings |= {"dtype": _dtype_name(dtype), **loads}
+    engine: Callable[[nn.Module], VllmEngine]
+    if shared:
+        loop = new_loop()
+        llm = _llm(source, taps, eager, True, settings, partial(in_loop, loop))
+        close, engine = llm.shutdown, partial(SharedEngine, llm, loop)
+        chosen = llm.vllm_config.model_config.dtype
+    else:
+        llm = _llm(source, taps, eager, processes, settings, _in_this_thread)
+        close, engine = llm.llm_engine.engine_core.shutdown, partial(VllmEngine, llm)
+        chosen = llm.llm_engine.vllm_config.model_config.dtype
     try:
-        module = _without_weights(source, config, llm.llm_engine.vllm_config.model_config.dtype, loads)
-        opened = VllmModel(VllmEngine(llm, module), tokenizer, source, why_none)
+        module = without_weights(source, config, chosen, loads)
+        opened = VllmModel(engine(module), tokenizer, source, why_none)
         self_test(opened, opened.engine_of_vllm)
     except BaseException:
-        llm.llm_engine.engine_core.shutdown()
+        close()
         raise
     return opened
 
@@ -182,10 +196,22 @@ def _refuse_without_vllm() -> None:
             continue
 
 
-def _llm(source: str, taps: Any, eager: bool, processes: bool | None, settings: dict[str, Any]) -> Any:
+def _in_this_thread(source: str, settings: dict[str, Any]) -> Any:
+    from vllm import LLM
+
+    return LLM(source, **settings)
+
+
+def _llm(
+    source: str,
+    taps: Any,
+    eager: bool,
+    processes: bool | None,
+    settings: dict[str, Any],
+    made: Callable[[str, dict[str, Any]], Any],
+) -> Any:
     chosen_processes = {} if processes is None else {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # read when the engine's config is made
-    from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
     register()
@@ -202,14 +228,14 @@ def _llm(source: str, taps: Any, eager: bool, processes: bool | None, settings: 
             if chosen.why:
                 log.warning("%s: runs on transformers' modules inside vLLM: %s", source, chosen.why)
         with patch.dict(os.environ, chosen_processes):
-            return LLM(source, **settings)
+            return made(source, settings)
     except HookmapError:
         raise
     except Exception as error:
         raise ModelError(f"vLLM does not open {source!r}: {type(error).__name__}: {error}") from error
 
 
-def _without_weights(source: str, config: Any, dtype: Any, loads: Mapping[str, Any]) -> nn.Module:
+def without_weights(source: str, config: Any, dtype: Any, loads: Mapping[str, Any]) -> nn.Module:
     """The model as transformers builds it, on the meta device, with the checkpoint's generation settings."""
     from transformers import GenerationConfig
 

@@ -4,6 +4,7 @@ It is asked for by vLLM's own `additional_config={"hookmap": {...}}`, on the com
 """
 
 import functools
+import os
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +17,19 @@ DEFAULT_TAPS = ("resid_pre", "resid_mid", "resid_post", "mixer_out", "mlp_out")
 """points that a compiled model has taps for, where it has the points"""
 
 
+class ServingSettings(BaseModel):
+    """What `vllm serve` may keep for requests with a `hookmap` field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sessions: str | None = Field(default=None, min_length=1, description="the folder of the sessions; null: none")
+    max_bytes: int = Field(default=20 * 2**30, ge=1, description="of all sessions; the oldest go first")
+    max_sessions: int = Field(default=10_000, ge=1, description="the oldest go first")
+    max_age: float = Field(default=7 * 24 * 3600.0, gt=0, description="seconds that a session stays")
+    request_bytes: int = Field(default=2 * 2**30, ge=1, description="of activations that a request may keep")
+    inline_bytes: int = Field(default=16 * 2**20, ge=1, description="of activations that an answer may carry")
+
+
 class EngineSettings(BaseModel):
     """What `additional_config["hookmap"]` may say."""
 
@@ -26,6 +40,7 @@ class EngineSettings(BaseModel):
         description="points that a compiled model can capture and write, with their layers; the stream and what the "
         "branches add, of all layers, unless given",
     )
+    serving: ServingSettings = ServingSettings()
     version: str = Field(default="", description="of hookmap: compiled code is not shared between versions")
 
 
@@ -46,6 +61,7 @@ def register() -> None:
             if self.worker_cls not in ("auto", WORKER):
                 raise CaptureError(f"worker_cls={self.worker_cls!r}: hookmap brings a worker of its own. Leave it out.")
             self.worker_cls = WORKER
+            os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # read when the config is made, below
             self.additional_config = {**self.additional_config, NAME: settings.model_dump()}
             self.async_scheduling = False  # tokens of a step would not be known when it begins
             if not current_platform.is_cpu():  # a graph that is replayed calls no Python

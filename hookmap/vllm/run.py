@@ -57,7 +57,13 @@ class _OnVllm(_Base):
         if any(self.prompts[number].inputs is not None for number in numbers):
             raise CaptureError("prompts with images do not run on vLLM here: open the model with hookmap.open.")
         with self.engine.lock:
-            _Serving(self, sink).serve(numbers)
+            Serving(self, sink).serve(numbers)
+
+    def stepped(self, number: int, output: Any) -> None:
+        """vLLM tells what it has added to a request: called where an engine serves many runs at once."""
+
+    def going_on(self) -> None:
+        """Called after each step, also where no request of this run was in it. What it raises ends the run."""
 
     def parameters(self, number: int) -> Any:
         """vLLM's SamplingParams of a prompt."""
@@ -111,12 +117,13 @@ class VllmHarvesting(_OnVllm, Harvesting):
         return SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True, output_kind=_final())
 
 
-class _Serving:
+class Serving:
     """The requests of one run."""
 
     def __init__(self, run: Any, sink: Sink) -> None:
-        self._run, self._sink, self._engine = run, sink, run.engine
-        self._name = uuid4().hex[:12]
+        self._run, self._sink = run, sink
+        self._engine = run.engine.channel(lambda name, output: run.stepped(self._running[name], output))
+        self.name = uuid4().hex[:12]
         self._running: dict[str, int] = {}
         """name of a request -> number of its prompt"""
         self._held: list[tuple[list[Activation], Sample]] = []
@@ -134,18 +141,18 @@ class _Serving:
     def serve(self, numbers: Sequence[int]) -> None:
         """Run these prompts, and hand their rows to the sink. Raises CaptureError."""
         if self._run.edits:
-            self._engine.call("hookmap_plan", self._name, *to_wire(self._run.edits))
+            self._engine.call("hookmap_plan", self.name, *to_wire(self._run.edits))
         try:
             self._serve(deque(numbers), self._engine.in_flight)
             self._serve(deque(self._alone), 1)
-            self._flush()
+            self.flush()
         except BaseException:
             self._give_up()
             raise
         finally:
             if self._run.edits:
                 with contextlib.suppress(CaptureError):  # the engine has died, and told so
-                    self._engine.call("hookmap_forget", self._name)
+                    self._engine.call("hookmap_forget", self.name)
 
     def _serve(self, waiting: deque[int], at_once: int) -> None:
         while waiting or self._running:
@@ -154,24 +161,29 @@ class _Serving:
             if ended := self._engine.step():
                 self._end(ended, last=at_once == 1)
                 self._run.memory.look()
+            self._run.going_on()
             if self._held and time.monotonic() - self._held_since > HELD_SECONDS:
-                self._flush()
+                self.flush()
 
     def _add(self, number: int) -> None:
-        run, prompt, name = self._run, self._run.prompts[number], f"{self._name}.{number}"
-        edits = None
-        if run.edits:
-            only, images = pairs_of(run.edits, number), sorted(prompt.image_positions)
-            edits = PlannedEdits(plan=self._name, sample=number, only=only, images=images)
-        spec = RequestSpec(
-            points=self._points, rows=self._rows, matching=sorted(run.matching), edits=edits,
-            images=sorted(prompt.image_positions),
-        )  # fmt: skip
+        run, prompt, name = self._run, self._run.prompts[number], f"{self.name}.{number}"
         try:
-            self._engine.add(name, prompt.token_ids, run.parameters(number), spec)
+            self._engine.add(name, prompt.token_ids, run.parameters(number), self.spec(number))
         except CaptureError as error:
             raise CaptureError(f"prompt {number}: {error}") from error
         self._running[name] = number
+
+    def spec(self, number: int) -> RequestSpec:
+        """What the request of a prompt asks of hookmap's worker."""
+        run, prompt = self._run, self._run.prompts[number]
+        edits = None
+        if run.edits:
+            only, images = pairs_of(run.edits, number), sorted(prompt.image_positions)
+            edits = PlannedEdits(plan=self.name, sample=number, only=only, images=images)
+        return RequestSpec(
+            points=self._points, rows=self._rows, matching=sorted(run.matching), edits=edits,
+            images=sorted(prompt.image_positions),
+        )  # fmt: skip
 
     def _end(self, ended: Sequence[Ended], last: bool) -> None:
         """Take the rows of requests that have ended."""
@@ -189,9 +201,10 @@ class _Serving:
                 continue
             if error is not None:
                 raise CaptureError(f"sample {number}: {error}")
-            self._hold(number, new[each.name], positions, rows)
+            self.hold(number, new[each.name], positions, rows)
 
-    def _hold(self, number: int, new: Sequence[int], positions: list[int], rows: dict[str, torch.Tensor]) -> None:
+    def hold(self, number: int, new: Sequence[int], positions: list[int], rows: dict[str, torch.Tensor]) -> None:
+        """A sample is finished: it goes to the sink with the next group."""
         run, prompt, selection = self._run, self._run.prompts[number], self._run.selection
         kept: Any = None if selection.everything else tuple(positions)
         if selection.mean:
@@ -215,7 +228,7 @@ class _Serving:
         self._held.append((activations, sample))
         self._held_bytes += sum(each.tensor.nbytes for each in activations)
         if self._held_bytes >= HELD_BYTES:
-            self._flush()
+            self.flush()
 
     def _cast(
         self, key: Any, number: int, rows: torch.Tensor, positions: list[int]
@@ -243,7 +256,7 @@ class _Serving:
             log.warning("%s These are stored as infinities; the manifest counts all of them.", told)
         run.lost.update({each.name: each.rows for each in lost})
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Hand what is held to the sink: first all rows, then all ends, so that it is one group on the disk."""
         held, self._held, self._held_bytes = self._held, [], 0
         for activations, _ in held:
@@ -257,7 +270,7 @@ class _Serving:
     def _give_up(self) -> None:
         """Something failed: what is finished is kept, what runs is aborted."""
         try:
-            self._flush()
+            self.flush()
         finally:
             with contextlib.suppress(CaptureError):  # the engine has died, and told so
                 self._engine.drop(list(self._running))

@@ -139,6 +139,15 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
         data: bytes = save({name: tensor.cpu().contiguous() for name, tensor in found.items()})
         return data
 
+    def hookmap_row(self, request: str, position: int) -> bytes:
+        """What is kept of one token of a request that runs, as safetensors; b"" where nothing is."""
+        held = next((self._session.requests[name] for name in self._session.names(request)), None)
+        if held is None or position not in held.positions:
+            return b""
+        slot = held.slots[held.positions.index(position)]
+        packed: bytes = save({tensor_name(key): self._session.slabs.get(key, [slot]) for key in held.keys})
+        return packed
+
     def hookmap_drop(self, requests: Sequence[str]) -> None:
         """Forget requests that were aborted, by the names they were added under."""
         for request in requests:

@@ -42,6 +42,15 @@ def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None
 )
 @click.option("--layers", metavar="LAYERS", help="Which layers: 8,12,16 or 0-3 or all.  [default: all]")
 @calls_option
+@click.option("--engine", type=click.Choice(["hooks", "vllm"]), help="What runs the model.  [default: hooks]")
+@click.option("--eager", is_flag=True, default=None, help="With --engine vllm: compile nothing, and keep every point.")
+@click.option(
+    "--vllm",
+    metavar="FIELD=VALUE",
+    multiple=True,
+    callback=lambda context, option, given: model_options.fields_of(given),
+    help="With --engine vllm: an argument of vLLM's LLM, such as max_model_len=4096; may be given several times.",
+)
 @click.option("--sessions", metavar="DIR", help="The folder of the sessions.  [default: sessions]")
 @amount(
     "--max-bytes",
@@ -77,6 +86,7 @@ def command(
 
     Try a running server with `hookmap smoke URL`. Every field and route: docs/server.md
     """
+    from hookmap.cli.cluster_options import on_vllm
     from hookmap.cli.configuration import Serving, read_section
     from hookmap.cli.console import working
     from hookmap.cli.settings import choose_model, chosen_calls, chosen_tensors, load_settings, refuse_unknown
@@ -87,6 +97,11 @@ def command(
     chosen, of_layers = chosen_tensors(settings, points, layers, default="resid_post")
     of_calls = chosen_calls(settings, calls)
     serving = read_section(Serving, "serve", settings, given)
+    loads = model_options.loads(given, settings)
+    if serving.engine == "vllm":
+        loads = {**(serving.vllm or {}), **on_vllm(loads), "eager": serving.eager}
+    elif serving.eager or serving.vllm:
+        raise click.UsageError("--eager and --vllm need --engine vllm")
     model = choose_model(model, settings)
     with working("importing torch and transformers"):
         from hookmap.services.server.run import serve
@@ -105,7 +120,8 @@ def command(
         total_bytes=int(serving.max_bytes * _GIB),
         max_age=serving.max_age * 3600,
         drain=float(serving.drain),
-        loads=model_options.loads(given, settings),
+        engine=serving.engine,
+        loads=loads,
         **serving.model_dump(include=set(_AS_TYPED)),
     )
     if not limits.local and not key:

@@ -48,6 +48,26 @@ class Result:
 
 
 Event = list[Token] | Result | ApiError
+
+
+class Queue(Protocol):
+    """What runs the jobs of one model."""
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have not begun."""
+
+    @property
+    def running(self) -> int:
+        """Jobs that the model works on."""
+
+    def submit(self, job: "Job") -> None:
+        """Queue a job. Raises ApiError: 429 where the queue is full, 503 where the model is being unloaded."""
+
+    def close(self, timeout: float | None = None) -> None:
+        """Take no more jobs; those that wait may run for `timeout` seconds, and are cancelled then."""
+
+
 Ended = Callable[["Job", Event], None]
 """called with a job and its last event"""
 

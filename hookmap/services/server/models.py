@@ -21,8 +21,11 @@ from hookmap.model import open as open_model
 from hookmap.services.server.batch_limits import BatchLimits
 from hookmap.services.server.editing import Documents
 from hookmap.services.server.errors import ApiError, missing
+from hookmap.services.server.jobs import Queue
 from hookmap.services.server.scheduler import Scheduler
 from hookmap.services.server.settings import Settings
+from hookmap.services.server.vllm_scheduler import VllmScheduler
+from hookmap.vllm.model import VllmModel, open_on_vllm
 
 log = logging.getLogger("hookmap.server")
 
@@ -33,7 +36,7 @@ class Loaded:
 
     name: str
     hm: HookedModel
-    scheduler: Scheduler
+    scheduler: Queue
     created: int
     context: int | None
     """the most tokens of a prompt and its completion; None: no limit is known"""
@@ -76,18 +79,31 @@ class Models:
             why = f"{type(hm.root).__name__} is an encoder-decoder: what it generates continues no prompt"
         if why is not None:
             raise ModelError(f"{why}, and the server's answers do. Capture it without the server: hookmap capture")
-        context, batch = context_of(hm), self._settings.batch
+        scheduler = self._on_vllm(name, hm) if isinstance(hm, VllmModel) else self._in_batches(name, hm)
+        loaded = Loaded(name, hm, scheduler, int(time.time()), context_of(hm))
+        self._loaded[name] = loaded
+        return loaded
+
+    def open(self, source: str) -> HookedModel:
+        """Open a model as the settings say. Raises ModelError."""
+        if self._settings.engine == "vllm":
+            return open_on_vllm(source, shared=True, **self._settings.loads)
+        return open_model(source, **self._settings.loads)
+
+    def _on_vllm(self, name: str, hm: VllmModel) -> Queue:
+        log.info("%s: requests join vLLM's batches, up to %d", name, hm.engine_of_vllm.in_flight)
+        return VllmScheduler(hm, self._settings.queue)
+
+    def _in_batches(self, name: str, hm: HookedModel) -> Queue:
+        batch = self._settings.batch
         if batch > 1:
             log.info("%s: trying whether prompts may be padded to share a batch", name)
         why = "each runs alone" if batch == 1 else hm.why_no_pads
         if batch > 1:
             log.info("%s: plain requests share batches%s", name, f" where of one length: {why}" if why else "")
         padded = 0 if why else whole_batch_limit(hm.root.config) or sys.maxsize
-        limits = BatchLimits(batch, self._settings.batch_tokens, context, padded)
-        scheduler = Scheduler(name, hm, self._settings.queue, limits)
-        loaded = Loaded(name, hm, scheduler, int(time.time()), context)
-        self._loaded[name] = loaded
-        return loaded
+        limits = BatchLimits(batch, self._settings.batch_tokens, context_of(hm), padded)
+        return Scheduler(name, hm, self._settings.queue, limits)
 
     def load(self, source: str) -> Loaded:
         """Open an allowed model, unless it is loaded already. Raises ApiError, ModelError.
@@ -101,7 +117,7 @@ class Models:
         with self._changing:  # two requests for one model load it once
             if name in self._loaded:
                 return self._loaded[name]
-            return self.add(name, open_model(allowed, **self._settings.loads))
+            return self.add(name, self.open(allowed))
 
     def called(self, source: str, name: str | None = None) -> str:
         """What clients call a model of this source. `name`: what they call it from now on."""
@@ -112,8 +128,12 @@ class Models:
     def unload(self, name: str) -> None:
         """Let the waiting requests of a model run, then free its weights. Raises ApiError 404."""
         with self._changing:
-            self.get(name).scheduler.close(self._settings.drain)
+            loaded = self.get(name)
+            loaded.scheduler.close(self._settings.drain)
+            if isinstance(loaded.hm, VllmModel):
+                loaded.hm.close()
             del self._loaded[name]
+            del loaded
             self.interventions.pop(name, None)
         gc.collect()
         if torch.cuda.is_available():
@@ -123,6 +143,8 @@ class Models:
         """End the thread of every model; requests that still wait are cancelled."""
         for loaded in self.all:
             loaded.scheduler.close(0.0)
+            if isinstance(loaded.hm, VllmModel):
+                loaded.hm.close()
 
 
 def name_of(source: str) -> str:
@@ -138,5 +160,6 @@ def context_of(hm: HookedModel) -> int | None:
     config: Any = hm.root.config
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     told = getattr(hm.tokenizer, "model_max_length", None)
-    limits = [limit for limit in (most, told) if isinstance(limit, int) and 0 < limit < 10**9]
+    served = hm.engine_of_vllm.longest if isinstance(hm, VllmModel) else None
+    limits = [limit for limit in (most, told, served) if isinstance(limit, int) and 0 < limit < 10**9]
     return min(limits, default=None)

@@ -28,6 +28,7 @@ from hookmap.stores.interface import Store
 from hookmap.stores.ledger import tensor_name
 from hookmap.stores.manifest import manifest_of_run
 from hookmap.stores.memory import MemoryStore
+from hookmap.vllm.model import VllmModel
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class SessionRecorder:
     def end(self, samples: Sequence[Sample], lost: Mapping[str, int]) -> dict[str, Any]:
         """Close the session, which can be read from now on."""
         assert self._writer is not None and self._session is not None
-        self._writer.note({"engine": "hooks", "why": "served", **_overflow(self.selection, lost)})
+        engine = "vllm" if isinstance(self._hm, VllmModel) else "hooks"
+        self._writer.note({"engine": engine, "why": "served", **_overflow(self.selection, lost)})
         self._writer.close(finished=True)
         meta = described(open_store(self._folder), f"/v1/activations/sessions/{self._session.id}")
         meta |= _overflow(self.selection, lost)

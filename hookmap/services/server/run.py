@@ -6,7 +6,6 @@ import socket
 import uvicorn
 
 from hookmap.errors import HookmapError
-from hookmap.model import open as open_model
 from hookmap.services.server.app import make_app
 from hookmap.services.server.models import Models
 from hookmap.services.server.sessions import Sessions
@@ -24,7 +23,7 @@ def serve(source: str | None, settings: Settings, name: str | None = None) -> No
     sessions = Sessions(settings.root, settings.total_bytes, settings.max_age)
     models = Models(settings)
     if source is not None:
-        hm = open_model(source, **settings.loads)
+        hm = models.open(source)
         hm.map.selectors(settings.points, settings.layers, settings.calls)  # wrong names are told now
         models.add(models.called(source, name), hm)
     config = uvicorn.Config(

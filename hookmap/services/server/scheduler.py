@@ -57,7 +57,7 @@ class Scheduler:
             if self._closing:
                 raise unloading()
             if len(self._waiting) >= self._queue:
-                raise self._queue_full()
+                raise queue_full(len(self._waiting), self._seconds)
             self._waiting.append(job)
             self._changed.notify_all()
 
@@ -73,16 +73,6 @@ class Scheduler:
                 for job in (*self._waiting, *self._running):
                     job.cancelled.set()
             self._thread.join()
-
-    def _queue_full(self) -> ApiError:
-        seconds = max(1, round(self._seconds * len(self._waiting)))
-        return ApiError(
-            429,
-            f"{len(self._waiting)} requests wait for this model already, the most it lets wait; "
-            f"try again in {seconds} s.",
-            code="queue_full",
-            headers={"Retry-After": str(seconds)},
-        )
 
     def _work(self) -> None:
         while jobs := self._next():
@@ -123,7 +113,7 @@ class Scheduler:
     def _ended(self, memory: MemoryUse, start: float, together: int, job: Job, event: Event) -> None:
         if self._cut_off and isinstance(event, ApiError) and event.code == "cancelled":
             event = unloading()
-        _log(job, event, memory, time.perf_counter() - start, together)
+        log_end(job, event, memory, time.perf_counter() - start, together)
         with self._changed:
             self._running.remove(job)
         job.tell(event)
@@ -136,7 +126,19 @@ def _memory_use(device: torch.device) -> MemoryUse:
     return MemoryUse(device=device)
 
 
-def _log(job: Job, event: Event, memory: MemoryUse, seconds: float, together: int) -> None:
+def queue_full(waiting: int, each: float) -> ApiError:
+    """The error for a request that finds so many waiting, of `each` seconds."""
+    seconds = max(1, round(each * waiting))
+    return ApiError(
+        429,
+        f"{waiting} requests wait for this model already, the most it lets wait; try again in {seconds} s.",
+        code="queue_full",
+        headers={"Retry-After": str(seconds)},
+    )
+
+
+def log_end(job: Job, event: Event, memory: MemoryUse, seconds: float, together: int = 1) -> None:
+    """Log how a request ended. `together`: requests of its batch."""
     figures = ", ".join(f"{name} {value / 1e6:.1f}" for name, value in memory.figures().items())
     if isinstance(event, Result):
         new = sum(map(len, event.new))

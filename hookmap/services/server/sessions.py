@@ -53,12 +53,20 @@ class Session:
 class Sessions:
     """Makes, finds and removes sessions. Every method may be called from any thread."""
 
-    def __init__(self, root: Path, total_bytes: int, max_age: float, clock: Callable[[], float] = time.time) -> None:
-        """Finds the finished sessions of an earlier server, and removes those that it left unfinished.
+    def __init__(
+        self,
+        root: Path,
+        total_bytes: int,
+        max_age: float,
+        clock: Callable[[], float] = time.time,
+        most: int | None = None,
+    ) -> None:
+        """Finds the finished sessions of an earlier server, and removes those that it left unfinished. `most`: of them.
 
         Raises StoreError where another server uses the folder.
         """
         self._root, self._total, self._max_age, self._clock = root.absolute(), total_bytes, max_age, clock
+        self._most = most
         self._lock = threading.RLock()
         self._sessions: dict[str, Session] = {}
         self._root.mkdir(parents=True, exist_ok=True)
@@ -158,7 +166,8 @@ class Sessions:
                 old = self._clock() - session.created > self._max_age
                 goes = coming > 0 or session is not finished[-1]
                 used = sum(each.bytes for each in self._sessions.values())
-                if old or (goes and used + coming > self._total):
+                many = self._most is not None and len(self._sessions) + (coming > 0) > self._most
+                if old or (goes and (many or used + coming > self._total)):
                     self._remove(session)
 
     def _remove(self, session: Session) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -51,8 +51,10 @@ class Settings:
     """seconds for which a finished session is kept"""
     drain: float = 30.0
     """seconds for which requests may go on when the server is told to stop"""
+    engine: Literal["hooks", "vllm"] = "hooks"
+    """what runs the models"""
     loads: dict[str, Any] = field(default_factory=dict)
-    """options of `hookmap.open` for every model: dtype, device, map, tokenizer"""
+    """options of `hookmap.open` for every model: dtype, device, map, tokenizer; or those of `hookmap.open_on_vllm`"""
 
     @property
     def local(self) -> bool:

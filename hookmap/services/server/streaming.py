@@ -16,8 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from hookmap.loading.generation import end_tokens
 from hookmap.services.server.errors import ApiError, cancelled
-from hookmap.services.server.jobs import Event, Job, Result
-from hookmap.services.server.scheduler import Scheduler
+from hookmap.services.server.jobs import Event, Job, Queue, Result
 from hookmap.services.server.text import RowText
 from hookmap.services.server.tokens import Token
 
@@ -40,7 +39,7 @@ class Wire(Protocol):
         """The answer in one piece. `tokens`: all that the job sent."""
 
 
-async def answer(request: Request, scheduler: Scheduler, job: Job, wire: Wire, streams: bool) -> Response:
+async def answer(request: Request, scheduler: Queue, job: Job, wire: Wire, streams: bool) -> Response:
     """Run the job and answer. Raises ApiError."""
     events: asyncio.Queue[Event] = asyncio.Queue()
     loop, wants_tokens = asyncio.get_running_loop(), streams or job.top_logprobs is not None or job.summary is not None

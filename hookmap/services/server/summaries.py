@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hookmap.analysis.lens import STREAM_POINTS
-from hookmap.analysis.unembedding import Unembedding, unembedding_of
+from hookmap.analysis.unembedding import Unembeds, unembedding_of
 from hookmap.capture.engines.observation import Observer
 from hookmap.capture.rows import NUMBERS
 from hookmap.errors import HookmapError
@@ -22,6 +22,7 @@ from hookmap.maps.selectors import Selector
 from hookmap.model import HookedModel
 from hookmap.services.server.errors import bad
 from hookmap.services.server.requests import SummaryRequest
+from hookmap.vllm.model import VllmModel
 
 PARAM = "hookmap.summary"
 
@@ -46,12 +47,12 @@ class Summary:
     selectors: tuple[Selector, ...]
     """one point, at each layer"""
 
-    def reading(self, hm: HookedModel) -> Unembedding | None:
+    def reading(self, hm: HookedModel) -> Unembeds | None:
         """What the lens applies. It is verified at its first use, for which the model runs. Raises ApiError."""
         if self.of != "lens":
             return None
         try:
-            return unembedding_of(hm)
+            return hm.unembedding if isinstance(hm, VllmModel) else unembedding_of(hm)
         except HookmapError as error:
             raise bad(str(error), PARAM, type(error).__name__) from error
 
@@ -110,7 +111,7 @@ class Summarising(Observer):
     def __init__(
         self,
         summary: Summary,
-        unembedding: Unembedding | None,
+        unembedding: Unembeds | None,
         selectors: Sequence[Selector],
         *args: Any,
         **options: Any,
@@ -136,11 +137,13 @@ class Summarising(Observer):
         with self.aside(), torch.no_grad():
             newest = [self._newest[number] for number in sorted(self._newest)]
             stacked = torch.stack([each.to(newest[-1].device) for each in newest], dim=1)
-            return [self._figures(rows, length - 2 - self.layout.pads(row)) for row, rows in enumerate(stacked)]
+            positions = [length - 2 - self.layout.pads(row) for row in range(len(stacked))]
+            return [figures_of(self._unembedding, *each) for each in zip(stacked, positions, strict=True)]
 
-    def _figures(self, rows: torch.Tensor, position: int) -> Figures:
-        """`rows`: of one token, [layers] lengths, or [layers, d_model]."""
-        if self._unembedding is None:
-            return Figures(position, tuple(rows.tolist()))
-        found = self._unembedding(rows[None].to(self._unembedding.dtype))[0].float().softmax(-1).max(-1)
-        return Figures(position, tuple(found.values.tolist()), tuple(found.indices.tolist()))
+
+def figures_of(unembedding: Unembeds | None, rows: torch.Tensor, position: int) -> Figures:
+    """The figures of one token. `rows`: [layers] lengths, or [layers, d_model] for the lens."""
+    if unembedding is None:
+        return Figures(position, tuple(rows.tolist()))
+    found = unembedding(rows[None].to(unembedding.dtype))[0].float().softmax(-1).max(-1)
+    return Figures(position, tuple(found.values.tolist()), tuple(found.indices.tolist()))

@@ -12,7 +12,7 @@ import torch
 from transformers import StoppingCriteria
 
 from hookmap.activations import Activation, Sample, Sink
-from hookmap.analysis.unembedding import Unembedding
+from hookmap.analysis.unembedding import Unembeds
 from hookmap.capture.batches import Generating
 from hookmap.capture.engines.observation import Observer
 from hookmap.capture.engines.pass_rows import BatchLayout
@@ -83,7 +83,7 @@ class WatchedRun(Generating):
     top_logprobs: int | None = None
     """the number of likeliest tokens that are sent with each token; None: no logprobs"""
     summary: Summary | None = None
-    unembedding: Unembedding | None = None
+    unembedding: Unembeds | None = None
     """what the summary's lens applies"""
     summarising: Summarising | None = None
     """the summary of the batch that runs"""

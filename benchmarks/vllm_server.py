@@ -1,0 +1,136 @@
+"""200 requests, 16 in flight, mixed lengths, half captured: hookmap on vLLM, vLLM with taps, and vLLM alone.
+
+    python benchmarks/vllm_server.py ~/.cache/hookmap/SmolLM2-135M-Instruct
+
+Needs vLLM. Each server is a process of its own; they take turns, and each turn starts with the next one. Printed are
+tokens per second of all requests and of plain ones alone, and the time to the first token of a short request, beside a
+long one and idle. Plain requests of a server with taps must cost what those of vLLM alone do.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+from machine import describe
+
+POINTS = {"points": {"resid_mid": [8, 12, 16], "resid_post": [8, 12, 16]}}
+TAPS = {"taps": POINTS["points"]}
+LENGTHS = ((16, 16), (64, 32), (256, 32), (512, 64))
+"""tokens of prompt and answer, in turn"""
+SHORT, LONG = (16, 8), (1024, 256)
+
+
+def prompt(length: int, number: int) -> list[int]:
+    """Token ids that begin differently for each number, so that no cache helps."""
+    return [100 + (number * 7919 + at * 31) % 20_000 for at in range(length)]
+
+
+@contextlib.contextmanager
+def serving(kind: str, model: str, folder: Path, port: int) -> Iterator[str]:
+    """A running server of this kind; its address."""
+    common = ["--max-model-len=2048", "--max-num-seqs=16"]
+    taps = json.dumps({"hookmap": {**TAPS, "serving": {"sessions": str(folder / kind)}}})
+    commands = {
+        "hookmap": ["-m", "hookmap", "serve", model, "--engine=vllm", f"--sessions={folder / kind}",
+                    f"--vllm=taps={json.dumps(POINTS['points'])}", "--vllm=max_model_len=2048",
+                    "--vllm=max_num_seqs=16"],
+        "taps": ["-m", "vllm.entrypoints.openai.api_server", "--model", model, *common, "--additional-config", taps],
+        "vllm": ["-m", "vllm.entrypoints.openai.api_server", "--model", model, *common],
+    }  # fmt: skip
+    with open(folder / f"{kind}.log", "wb") as log:
+        command = [sys.executable, *commands[kind], f"--port={port}"]
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            assert process.poll() is None, (folder / f"{kind}.log").read_text()[-3000:]
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def ask(url: str, size: tuple[int, int], number: int, captured: bool) -> tuple[int, float]:
+    """Tokens that came, and seconds to the first of them."""
+    name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+    body: dict[str, Any] = {"model": name, "prompt": prompt(size[0], number), "max_tokens": size[1], "temperature": 0}
+    body |= {"stream": True, "stream_options": {"include_usage": True}, **({"hookmap": POINTS} if captured else {})}
+    start, first, tokens = time.perf_counter(), 0.0, 0
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=600) as answer:
+        assert answer.status_code == 200, answer.read()
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                chunk = json.loads(line.removeprefix("data: "))
+                first = first or time.perf_counter() - start
+                tokens = (chunk.get("usage") or {}).get("completion_tokens") or tokens
+    return tokens, first
+
+
+def throughput(url: str, requests: int, share: int, first: int) -> float:
+    """Tokens per second of so many requests, 16 in flight. `share`: of two, how many are captured."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(16) as together:
+        found = list(together.map(lambda n: ask(url, LENGTHS[n % 4], first + n, (n // 4) % 2 < share), range(requests)))
+    return sum(tokens for tokens, _ in found) / (time.perf_counter() - start)
+
+
+def first_token(url: str, number: int, beside: bool) -> float:
+    """Seconds to the first token of a short request; beside a long one that has begun."""
+    with ThreadPoolExecutor(1) as together:
+        if beside:
+            long = together.submit(ask, url, LONG, number + 1, False)
+            time.sleep(0.5)
+        found = ask(url, SHORT, number, False)[1]
+        if beside:
+            long.result()
+    return found
+
+
+def main() -> None:
+    """Measure, and print one JSON document for each turn and one at the end."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--turns", type=int, default=3)
+    given = parser.parse_args()
+    print(json.dumps(describe()), flush=True)
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = ("hookmap", "taps", "vllm")
+        for turn in range(given.turns):
+            for kind in (*kinds[turn % 3 :], *kinds[: turn % 3]):
+                with serving(kind, given.model, Path(folder), 8500 + turn * 3 + kinds.index(kind)) as url:
+                    throughput(url, 16, 0, 10**6)  # warm
+                    figures = {"plain tokens/s": throughput(url, given.requests, 0, 0)}
+                    if kind != "vllm":
+                        figures["half captured tokens/s"] = throughput(url, given.requests, 1, 10**4)
+                    for name, beside in (("idle", False), ("beside a long one", True)):
+                        times = [first_token(url, 10**5 + 10 * n, beside) for n in range(5)]
+                        figures[f"first token, {name}, s"] = statistics.median(times)
+                for name, value in figures.items():
+                    found.setdefault(f"{kind}: {name}", []).append(value)
+                print(json.dumps({"turn": turn, "server": kind, **figures}), flush=True)
+    print(json.dumps({name: statistics.median(values) for name, values in found.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""One request on vLLM: a capture whose tokens are sent as they come. It ends when its client leaves."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from hookmap.analysis.unembedding import Unembeds
+from hookmap.capture.rows import RowSelection
+from hookmap.errors import CaptureError
+from hookmap.loading.memory import MemoryUse
+from hookmap.services.server.editing import planned
+from hookmap.services.server.errors import bad, cancelled
+from hookmap.services.server.jobs import Job, Result
+from hookmap.services.server.summaries import PARAM, Figures, Summary, figures_of
+from hookmap.services.server.tokens import Token
+from hookmap.services.server.watched_run import Gathered
+from hookmap.stores.ledger import tensor_name
+from hookmap.vllm.model import VllmModel
+from hookmap.vllm.run import VllmGenerating
+
+
+def run_on_vllm(hm: VllmModel, job: Job) -> Result:
+    """Run a job beside those that run. Raises ApiError, and CaptureError where vLLM's engine fails."""
+    recorder = job.recorder
+    check(hm, job)
+    run = ServedRun(
+        hm.engine_of_vllm,  # type: ignore[arg-type]  # no engine of the hooks' kind
+        hm.tokenizer,
+        recorder.selectors if recorder else job.summary.selectors if job.summary else (),
+        job.prompts,
+        recorder.selection if recorder else RowSelection(),
+        recorder.matching if recorder else frozenset(),
+        None,
+        MemoryUse(),
+        max_new_tokens=job.max_new_tokens,
+        config=job.config,
+        stop=job.stop,
+        seed=job.seed,
+        tell=job.tell,
+        cancelled=job.cancelled.is_set,
+        top_logprobs=job.top_logprobs,
+        summary=job.summary,
+        unembedding=job.summary.reading(hm) if job.summary else None,
+        echo=job.echo,
+        reads_only=job.reads_only,
+    )
+    if job.interventions:
+        run.edits = planned(hm, job.interventions, job.prompts, job.max_new_tokens).edits
+        hm.engine_of_vllm.refuse_untapped([edit.selector.key for edit in run.edits])
+    try:
+        sink = Gathered(recorder.begin() if recorder else None, job.reads_only)
+        run.batch(range(len(job.prompts)), sink)
+        samples = sorted(sink.samples, key=lambda sample: sample.sample)
+        new = tuple(sample.token_ids[sample.prompt_tokens :] for sample in samples)
+        return Result(new, recorder.end(samples, run.lost) if recorder else None)
+    except BaseException:
+        if recorder:
+            recorder.drop()
+        raise
+
+
+def check(hm: VllmModel, job: Job) -> None:
+    """Raises ApiError for what vLLM does not do."""
+    if job.summary is not None and job.recorder is not None:
+        raise bad("summary: on vLLM, either figures or rows: give return: none beside it.", PARAM)
+    if any(prompt.inputs is not None for prompt in job.prompts):
+        raise bad("images do not run on vLLM here: serve with --engine hooks.", "messages")
+    try:
+        asks = job.recorder or job.summary
+        hm.engine_of_vllm.refuse_untapped([selector.key for selector in asks.selectors] if asks else [])
+    except Exception as error:
+        raise bad(str(error), "hookmap.points", type(error).__name__) from error
+
+
+@dataclass
+class ServedRun(VllmGenerating):
+    """A run that sends each token of each row."""
+
+    tell: Callable[[list[Token]], None] = field(default=lambda tokens: None)
+    cancelled: Callable[[], bool] = field(default=lambda: False)
+    top_logprobs: int | None = None
+    """the number of likeliest tokens that are sent with each token; None: no logprobs"""
+    summary: Summary | None = None
+    unembedding: Unembeds | None = None
+    echo: bool = False
+    reads_only: bool = False
+    """whether the prompt is only read: one token is generated, and neither sent nor recorded"""
+    _echoed: set[int] = field(default_factory=set)
+    _told: Counter[int] = field(default_factory=Counter)
+    """tokens of each row that were told"""
+
+    def parameters(self, number: int) -> Any:
+        """See `VllmGenerating.parameters`."""
+        from vllm.sampling_params import RequestOutputKind
+
+        found = super().parameters(number)
+        found.output_kind = RequestOutputKind.DELTA
+        found.logprobs = self.top_logprobs
+        found.prompt_logprobs = (self.top_logprobs or 0) if self.echo else None
+        if self.echo:
+            found.skip_reading_prefix_cache = True
+        return found
+
+    def stepped(self, number: int, output: Any) -> None:
+        """Send what has come."""
+        if self.echo and number not in self._echoed:
+            self._echoed.add(number)
+            ids = self.prompts[number].token_ids
+            if len(output.prompt_logprobs or ()) != len(ids):
+                raise CaptureError(f"vLLM gave logprobs of {len(output.prompt_logprobs or ())} of {len(ids)} tokens.")
+            read = zip(ids, output.prompt_logprobs, strict=True)
+            self.tell([self._token(number, id, each, prompt=True) for id, each in read])
+        if not self.reads_only:
+            (one,) = output.outputs
+            likely = one.logprobs or [None] * len(one.token_ids)
+            tokens = [self._token(number, id, each) for id, each in zip(one.token_ids, likely, strict=True)]
+            if self.summary is not None:
+                tokens = [replace(token, figures=self._figures(number, output.request_id)) for token in tokens]
+            self.tell(tokens)
+
+    def _figures(self, number: int, name: str) -> Figures:
+        """Those of the row that the next token was predicted from. Raises CaptureError where it is missing."""
+        assert self.summary is not None
+        position = len(self.prompts[number].token_ids) + self._told[number] - 1
+        self._told[number] += 1
+        kept: dict[str, torch.Tensor] = load(self.engine.call("hookmap_row", name, position) or save({}))
+        if missing := [tensor_name(each.key) for each in self.summary.selectors if tensor_name(each.key) not in kept]:
+            raise CaptureError(f"vLLM's worker has no row of token {position}: {', '.join(missing)}.")
+        rows = torch.cat([kept[tensor_name(each.key)] for each in self.summary.selectors])
+        return figures_of(self.unembedding, rows if self.unembedding else rows.flatten(1).float().norm(dim=1), position)
+
+    def going_on(self) -> None:
+        """Raises ApiError where the client has left."""
+        if self.cancelled():
+            raise cancelled()
+
+    def _token(self, row: int, id: int, likely: Mapping[int, Any] | None, prompt: bool = False) -> Token:
+        if likely is None:
+            return Token(row, id, prompt=prompt)
+        return Token(row, id, likely[id].logprob, likeliest(likely, self.top_logprobs or 0), prompt=prompt)
+
+
+def likeliest(likely: Mapping[int, Any], count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` likeliest tokens and their logprobs; vLLM adds the token itself where it is none of them."""
+    best = sorted(likely.items(), key=lambda item: -item[1].logprob)[:count]
+    return tuple((id, each.logprob) for id, each in best)

@@ -1,0 +1,203 @@
+"""The entry point for `vllm serve`: its chat and completions understand a `hookmap` field. Nothing of it is ignored.
+
+vLLM's own routes stay: a request with the field is checked before vLLM reads it, marked, and known again in
+`AsyncLLM.generate`; its answer gets `activations_meta`. A request without the field passes through.
+"""
+
+import asyncio
+import functools
+import importlib
+import json
+import re
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from hookmap.errors import HookmapError
+from hookmap.vllm.spec import NAME
+
+SERVED = (
+    ("vllm.entrypoints.openai.chat_completion.serving", "OpenAIServingChat", "create_chat_completion"),
+    ("vllm.entrypoints.openai.completion.serving", "OpenAIServingCompletion", "create_completion"),
+)
+"""where vLLM answers the requests that may have the field"""
+REFUSING = (
+    ("vllm.entrypoints.openai.chat_completion.batch_serving", "OpenAIServingChatBatch", "create_batch_chat_completion"),
+    ("vllm.entrypoints.openai.responses.serving", "OpenAIServingResponses", "create_responses"),
+    ("vllm.entrypoints.anthropic.serving", "AnthropicServingMessages", "create_messages"),
+)
+"""those that must not ignore it"""
+_SEE = re.compile(r"\s*See what there is: hookmap show .*")
+ELSEWHERE = f"{NAME}: activations are kept and edited on /v1/chat/completions and /v1/completions only."
+
+
+def register() -> None:
+    """Prepare vLLM's API server, where one starts in this process. May be called any number of times."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    made = EngineArgs.create_engine_config
+    if getattr(made, "_hookmap_serving", False):
+        return
+
+    @functools.wraps(made)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if UsageContext.OPENAI_API_SERVER in (*args, *kwargs.values()):
+            install()
+        return made(self, *args, **kwargs)
+
+    create_engine_config._hookmap_serving = True  # type: ignore[attr-defined]
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def install() -> None:
+    """Wrap what answers requests, and what runs them."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if hasattr(AsyncLLM.generate, "plain"):
+        return
+    plain = AsyncLLM.generate
+
+    @functools.wraps(plain)
+    def generate(self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> Any:
+        mark = (getattr(sampling_params, "extra_args", None) or {}).get(NAME)
+        if mark is None:
+            return plain(self, prompt, sampling_params, request_id, **kwargs)
+        return _captured(plain, self, mark, prompt, sampling_params, request_id, kwargs)
+
+    generate.plain = plain  # type: ignore[attr-defined]
+    AsyncLLM.generate = generate
+    for places, wrap in ((SERVED, _answering), (REFUSING, _refusing)):
+        for module, name, method in places:
+            kind = getattr(importlib.import_module(module), name)
+            setattr(kind, method, wrap(getattr(kind, method)))
+
+
+def field_of(request: Any) -> tuple[str, Any] | None:
+    """The client's field, with what it holds; None where there is none. Raises ApiError for two of them."""
+    from hookmap.services.server.errors import bad
+
+    own, vllms = (getattr(request, "model_extra", None) or {}), (getattr(request, "vllm_xargs", None) or {})
+    if NAME in own and NAME in vllms:
+        raise bad(f"{NAME} and vllm_xargs.{NAME}: give one of them.", NAME)
+    if NAME in own:
+        return NAME, own[NAME]
+    return (f"vllm_xargs.{NAME}", vllms[NAME]) if NAME in vllms else None
+
+
+def _answering(create: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(create)
+    async def answer(self: Any, request: Any, raw_request: Any = None) -> Any:
+        from hookmap.services.vllm_requests import MARKED, admitted
+
+        try:
+            if (field := field_of(request)) is None:
+                return await create(self, request, raw_request)
+            asked = await asyncio.to_thread(admitted, self.engine_client, asyncio.get_running_loop(), request, field)
+        except HookmapError as error:
+            return _error(self, error)
+        request.vllm_xargs = {**(request.vllm_xargs or {}), NAME: asked.mark}
+        MARKED[asked.mark] = asked
+        streams = False
+        try:
+            found = await create(self, request, raw_request)
+            streams = hasattr(found, "__aiter__")
+            if streams:
+                return _streamed(self, found, asked)
+            if asked.ended:
+                meta = await asyncio.to_thread(asked.recorded)
+                found.session_id, found.activations_meta = meta["session_id"], meta
+            return found
+        except HookmapError as error:
+            return _error(self, error)
+        finally:
+            if not streams:
+                MARKED.pop(asked.mark, None)
+
+    return answer
+
+
+async def _streamed(serving: Any, chunks: AsyncIterator[str], asked: Any) -> AsyncIterator[str]:
+    """The stream with a chunk more before its end, which says what was recorded."""
+    from hookmap.services.vllm_requests import MARKED
+
+    head: dict[str, Any] = {}
+    try:
+        async for chunk in chunks:
+            if not head and chunk.startswith("data: {"):
+                first = json.loads(chunk.removeprefix("data: "))
+                head = {name: first[name] for name in ("id", "object", "created", "model") if name in first}
+            if chunk.startswith("data: [DONE]") and asked.ended:
+                try:
+                    meta = await asyncio.to_thread(asked.recorded)
+                    told = {**head, "choices": [], "session_id": meta["session_id"], "activations_meta": meta}
+                except HookmapError as error:
+                    told = _error(serving, error).model_dump()
+                yield f"data: {json.dumps(told)}\n\n"
+            yield chunk
+    finally:
+        MARKED.pop(asked.mark, None)
+
+
+def _refusing(create: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(create)
+    async def answer(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            if field_of(request) is not None:
+                return self.create_error_response(ELSEWHERE, param=NAME)
+        except HookmapError as error:
+            return _error(self, error)
+        return await create(self, request, *args, **kwargs)
+
+    return answer
+
+
+async def _captured(
+    plain: Callable[..., Any], llm: Any, mark: Any, prompt: Any, parameters: Any, name: str, kwargs: dict[str, Any]
+) -> AsyncIterator[Any]:
+    """The outputs of a request that `_answering` has marked; its rows are taken before the last of them."""
+    from vllm.exceptions import VLLMValidationError
+
+    from hookmap.services.vllm_requests import MARKED
+
+    asked = MARKED.get(mark) if isinstance(mark, str) else None
+    if asked is None or asked.begun:
+        raise VLLMValidationError(ELSEWHERE, parameter=NAME)
+    try:
+        prompt, parameters = await asyncio.to_thread(asked.begin, prompt, parameters)
+    except HookmapError as error:
+        raise VLLMValidationError(_SEE.sub("", str(error)), parameter=asked.field) from error
+    name = f"{name}-{mark}"  # a client may give two requests one id
+    try:
+        async for output in plain(llm, prompt, parameters, name, **kwargs):
+            asked.note(output)
+            if output.finished:
+                try:
+                    asked.end(await llm.collective_rpc("hookmap_take", args=asked.taking(name)))
+                except HookmapError as error:
+                    raise VLLMValidationError(str(error), parameter=asked.field) from error
+            yield output
+    finally:
+        _LEFT.add(task := asyncio.ensure_future(_forget(llm, name, asked)))
+        task.add_done_callback(_LEFT.discard)
+
+
+_LEFT: set[Any] = set()
+"""tasks that must not be collected while they run"""
+
+
+async def _forget(llm: Any, name: str, asked: Any) -> None:
+    if not asked.ended:
+        await llm.abort(name)
+        await llm.collective_rpc("hookmap_drop", args=([name],))
+    if asked.plan is not None:
+        await llm.collective_rpc("hookmap_forget", args=(asked.plan,))
+
+
+def _error(serving: Any, error: HookmapError) -> Any:
+    """vLLM's own answer for an error."""
+    from http import HTTPStatus
+
+    status = HTTPStatus(getattr(error, "status", 400))
+    kind = "BadRequestError" if status < 500 else "InternalServerError"
+    told = _SEE.sub("", str(error))  # it names the model's folder, and a command that is not the client's
+    return serving.create_error_response(told, kind, status, getattr(error, "param", None) or NAME)

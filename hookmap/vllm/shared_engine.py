@@ -1,0 +1,150 @@
+"""vLLM's `AsyncLLM`, which serves the requests of many runs at once: each run has a channel, and may have a thread."""
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from torch import nn
+
+from hookmap.errors import CaptureError
+from hookmap.vllm.engine import Ended, VllmEngine, prepared
+from hookmap.vllm.spec import RequestSpec
+
+LOOK = 0.2
+"""seconds after which a run that waits for its requests looks whether it is to go on"""
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """An event loop that runs in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="vLLM", daemon=True).start()
+    return loop
+
+
+def in_loop(loop: asyncio.AbstractEventLoop, source: str, settings: dict[str, Any]) -> Any:
+    """An AsyncLLM whose outputs are read in this loop."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(source, disable_log_stats=True, **settings))
+
+    async def begin() -> None:
+        llm._run_output_handler()
+
+    asyncio.run_coroutine_threadsafe(begin(), loop).result()
+    return llm
+
+
+class SharedEngine(VllmEngine):
+    """An `AsyncLLM` of vLLM with hookmap's worker. Every method may be called from any thread but the loop's."""
+
+    exclusive = False
+
+    def __init__(self, llm: Any, loop: asyncio.AbstractEventLoop, module: nn.Module) -> None:
+        """`loop`: where the outputs of `llm` are read."""
+        self._loop = loop
+        super().__init__(llm, module)
+        self.lock = contextlib.nullcontext()  # type: ignore[assignment]  # each run has a channel
+
+    def channel(self, told: Callable[[str, Any], None]) -> "Channel":  # type: ignore[override]
+        """See `VllmEngine.channel`."""
+        return Channel(self, told)
+
+    def follow(self, name: str, prompt: Any, parameters: Any, arrived: Callable[[str, Any], None]) -> None:
+        """Put a request in the queue. `arrived` is called in the loop, with its outputs, or an exception at the end."""
+
+        generate = type(self._llm).generate
+        generate = getattr(generate, "plain", generate)  # a server's is for its clients
+
+        async def run() -> None:
+            try:
+                async for output in generate(self._llm, prompt, parameters, name):
+                    arrived(name, output)
+            except Exception as error:  # told to the run
+                arrived(name, error)
+
+        asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+    def drop(self, names: Sequence[str]) -> None:
+        """See `VllmEngine.drop`."""
+        if names:
+            with self._alive():
+                self.result(self._llm.abort(list(names)))
+            self.call("hookmap_drop", list(names))
+
+    def close(self) -> None:
+        """See `VllmEngine.close`."""
+        self._llm.shutdown()
+
+    def _each(self, method: str, *arguments: Any) -> list[Any]:
+        with self._alive():
+            found: list[Any] = self.result(self._llm.collective_rpc(method, args=arguments))
+        return found
+
+    def result(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """What this gives in the loop. Raises EngineDeadError, which vLLM does not where it waits for an answer."""
+        found = asyncio.run_coroutine_threadsafe(work, self._loop)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return found.result(LOOK)
+            self.look()
+
+    def look(self) -> None:
+        """Raises EngineDeadError where the engine has died."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._llm.engine_core.resources.engine_dead or not self._loop.is_running():
+            raise EngineDeadError
+
+    def _watched(self) -> threading.Event:
+        return threading.Event()  # `look` is enough
+
+    def _in_processes(self) -> bool:
+        return True
+
+    def _config(self) -> Any:
+        return self._llm.vllm_config
+
+
+class Channel:
+    """The requests of one run on a shared engine. See `VllmEngine` for the methods."""
+
+    def __init__(self, engine: SharedEngine, told: Callable[[str, Any], None]) -> None:
+        self._engine, self._told = engine, told
+        self._arrived = queue.SimpleQueue[tuple[str, Any]]()
+        self._tokens: dict[str, list[int]] = {}
+        self.call, self.take, self.in_flight = engine.call, engine.take, engine.in_flight
+
+    def add(self, name: str, tokens: Sequence[int], parameters: Any, spec: RequestSpec) -> None:
+        """What vLLM refuses is told by `step`."""
+        self._tokens[name] = []
+        prompt = prepared(tokens, parameters, spec)
+        self._engine.follow(name, prompt, parameters, lambda *what: self._arrived.put(what))
+
+    def step(self) -> list[Ended]:
+        """Wait for what arrives next, for a moment. Raises CaptureError where vLLM refuses a request, or has died."""
+        try:
+            name, output = self._arrived.get(timeout=LOOK)
+        except queue.Empty:
+            with self._engine._alive():
+                self._engine.look()
+            return []
+        if isinstance(output, Exception):
+            with self._engine._alive():
+                try:
+                    raise output
+                except ValueError as error:
+                    raise CaptureError(f"vLLM refuses this request: {error}") from error
+        if name not in self._tokens:  # it was dropped
+            return []
+        self._tokens[name] += output.outputs[0].token_ids
+        self._told(name, output)
+        return [Ended(name, tuple(self._tokens.pop(name)))] if output.finished else []
+
+    def drop(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._tokens.pop(name, None)
+        self._engine.drop(names)
