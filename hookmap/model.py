@@ -10,11 +10,13 @@ from torch import nn
 
 from hookmap.analysis.attribution import Attribution, attribute
 from hookmap.analysis.gradients import GradientEstimate, Gradients, estimate_gradients, gradients
+from hookmap.analysis.head_outputs import stack_head_results
 from hookmap.analysis.heads import HeadScores, head_scores
 from hookmap.analysis.lens import Lens, lens
 from hookmap.analysis.metrics import losses, measure
 from hookmap.analysis.patching import Sweep, sweep
 from hookmap.analysis.steering import SteeringVector, make_vector
+from hookmap.analysis.tokens import token_texts
 from hookmap.analysis.weights import Weight, weights, weights_from
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.hooked import Hooked
@@ -27,10 +29,12 @@ from hookmap.capture.options import (
     VectorOptions,
     takes,
 )
+from hookmap.capture.result import Capture
+from hookmap.capture.stacks import Stack
 from hookmap.discovery.library import given_map
 from hookmap.discovery.map_of_model import understood
 from hookmap.discovery.weights import Weights
-from hookmap.errors import ModelError, TokenizerError
+from hookmap.errors import ModelError, SelectionError, TokenizerError
 from hookmap.loading import configs
 from hookmap.loading.checkpoints import load_model, load_processor, load_tokenizer
 from hookmap.loading.config_fields import with_fields
@@ -87,7 +91,10 @@ class HookedModel(Hooked):
 
         The parts sum to the logit.
 
+        prompt: one prompt, or a capture or store that holds the points; `sample` then chooses a sample of it.
         target, against: tokens, as text or ids; target is the model's own prediction unless given.
+        direction: in place of tokens, a vector [d_model] or a steering vector (of a probe, too). The parts sum to its
+        product with the stream that leaves `layer`, the last unless given; no norm stands between.
         positions: as in capture. heads: split attention into its heads.
         Raises SelectionError with the reason where the residual stream is not a plain sum of branches.
         """
@@ -103,6 +110,27 @@ class HookedModel(Hooked):
         Raises SelectionError with the reasons where no layer has attention weights.
         """
         return head_scores(self, prompts, layers, **options)
+
+    @takes(TemplateOptions)
+    def to_str_tokens(self, prompt: Any, **options: Unpack[TemplateOptions]) -> list[str]:
+        """The text of each token of one prompt, as a harvest reads it: a text, messages, or token ids.
+
+        Raises SelectionError where it is not one, TokenizerError.
+        """
+        encoded = self.encode(prompt, **options)
+        if len(encoded) != 1:
+            raise SelectionError(f"to_str_tokens reads one prompt, got {len(encoded)}: call it for each.")
+        (found,) = encoded
+        return [*token_texts(self, found.token_ids, range(len(found.token_ids)), found.image_positions)]
+
+    def stack_head_results(self, run: Capture, layers: Layers = "all") -> Stack:
+        """What each attention head adds to the residual stream, from a capture of `z` and `mixer_out`.
+
+        Gives (labels, values): `mixer_out[0] head 0`, …, and values [heads, batch, pos, d_model] of all layers
+        captured, or of `layers`. The heads of a layer sum to its `mixer_out` but for the projection's bias: checked.
+        Raises SelectionError with the reason where the mixer is not such a sum.
+        """
+        return stack_head_results(self, run, layers)
 
     @takes(MeasureOptions)
     def measure(

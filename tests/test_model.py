@@ -322,6 +322,7 @@ METHODS = (
     "lens",
     "attribute",
     "head_scores",
+    "to_str_tokens",
     "steering_vector",
     "measure",
     "loss",

@@ -9,32 +9,36 @@ A stream in bfloat16 is its sum but for rounding, which is a summand by itself.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
-from hookmap.activations import Key, call_of, key_of
-from hookmap.analysis.head_outputs import head_outputs
+from hookmap.activations import Key, Sample, call_of, key_of
+from hookmap.analysis.directions import Aim, aimed
+from hookmap.analysis.head_outputs import close_to, head_outputs
 from hookmap.analysis.tokens import row_positions, token_id, token_text, token_texts
 from hookmap.analysis.unembedding import Unembedding, apply, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import not_finite
 from hookmap.capture.options import TemplateOptions
 from hookmap.capture.result import Capture
+from hookmap.capture.stacks import label, rounding
 from hookmap.errors import SelectionError
 from hookmap.maps.calls import last_run
-from hookmap.maps.points import PointName
+from hookmap.maps.summands import summands
+from hookmap.stores.interface import Store
 from hookmap.wording import counted
 
 if TYPE_CHECKING:
+    from hookmap.analysis.steering import SteeringVector
     from hookmap.capture.hooked import Hooked
 
 log = logging.getLogger("hookmap")
 
 BIAS = "bias"
 ROUNDING = "rounding"
-_BRANCHES = ("mixer_out", "cross_attn_out", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,18 @@ class Attribution:
     against: str | None
     """the token whose logit is subtracted, or None"""
     before_soft_cap: bool
+    direction: str = ""
+    """where the parts add to a direction and not to a logit: which stream it reads; `logit` is what it reads there"""
 
     def __repr__(self) -> str:
         sizes = f"{counted(len(self.parts), 'part')} × {counted(len(self.positions), 'position')}"
+        if self.direction:
+            return f"<Attribution of the {self.direction}: {sizes}>"
         return f"<Attribution of a logit: {sizes}>" if self.against is None else f"<Attribution of two logits: {sizes}>"
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON data."""
-        names = ("parts", "positions", "tokens", "target", "against", "before_soft_cap")
+        names = ("parts", "positions", "tokens", "target", "against", "before_soft_cap", "direction")
         found = {name: getattr(self, name) for name in names}
         return {**found, "values": self.values.tolist(), "logit": self.logit.tolist()}
 
@@ -78,60 +86,100 @@ def attribute(
     *,
     positions: Any = "last",
     heads: bool = False,
+    direction: torch.Tensor | Sequence[float] | SteeringVector | None = None,
+    layer: int | None = None,
+    sample: int = 0,
     **template: Unpack[TemplateOptions],
 ) -> Attribution:
     """See `HookedModel.attribute`."""
-    unembedding = unembedding_of(hm)
     names = _summands(hm)
-    ends = [f"blocks.{last_run(hm.map)[0]}.hook_resid_post", "blocks.0.hook_resid_pre"]
-    points = list(dict.fromkeys(key[0] for key in names[1:]))
-    if heads:
-        points += ["z"]  # raises SelectionError where no layer has heads
+    if direction is None and layer is not None:
+        raise SelectionError("layer= is of the stream that a direction reads: give direction=, or leave it out.")
+    aim = None if direction is None else aimed(hm.map, names, direction, layer, (target, against))
+    names, whole = (names, key_of("resid_post", *last_run(hm.map))) if aim is None else (aim.names, aim.whole)
+    unembedding = unembedding_of(hm) if aim is None else None
+    if isinstance(prompt, Capture | Store):
+        run: Capture | Store = prompt
+        _refuse_missing(run, [*names, whole], heads)
+    else:
+        run, sample = _captured(hm, prompt, [*names, whole], heads, positions, template), 0
+    close = unembedding.tolerance if unembedding else close_to(run, whole)
+    with lock_of(hm.model).shared():
+        split = _Split(hm, run, run.sample(sample), whole, close, *_parts(hm, run, names, heads, close, sample))
+        if unembedding is None:
+            assert aim is not None
+            return _projected(split, aim)
+        return _read(split, unembedding, target, against)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A sample's stream, and the parts that it is said to be the sum of."""
+
+    hm: Hooked
+    run: Capture | Store
+    sample: Sample
+    whole: Key
+    close: float
+    labels: list[str]
+    parts: torch.Tensor
+
+
+def _captured(hm: Hooked, prompt: Any, keys: list[Key], heads: bool, positions: Any, template: Any) -> Capture:
+    points = list(dict.fromkeys(key[0] for key in keys[1:-1])) + (["z"] if heads else [])
+    ends = [f"blocks.{keys[-1][1]}.hook_{keys[-1][0]}", "blocks.0.hook_resid_pre"]
     encoded = hm.encode(prompt, **template)
     if len(encoded) != 1:
         raise SelectionError(f"an attribution is of one prompt, got {len(encoded)}: call it for each.")
     run = hm.capture(encoded, [*points, *ends], "all", max_new_tokens=0, positions=positions)
     if not all(bool(run.read(0, *key).isfinite().all()) for key in run.keys):
         raise not_finite(hm, encoded[0], "direct logit attribution")
-    with lock_of(hm.model).shared():
-        return _read(hm, unembedding, run, names, target, against, heads)
+    return run
+
+
+def _refuse_missing(run: Capture | Store, keys: list[Key], heads: bool) -> None:
+    missing = [key for key in dict.fromkeys(keys) if key not in run.keys]
+    if heads and "z" not in run.points:
+        missing.append(("z", None))
+    if missing:
+        shown = ", ".join(label(key) if key[1] is not None else key[0] for key in missing[:6])
+        points = list(dict.fromkeys([*(key[0] for key in keys), *(["z"] if heads else [])]))
+        raise SelectionError(
+            f"this capture has no {shown}{', …' if len(missing) > 6 else ''}, which an attribution needs: "
+            f"hm.capture(prompts, {points})."
+        )
+
+
+def _projected(split: _Split, aim: Aim) -> Attribution:
+    """The parts of the stream, as the direction reads them."""
+    positions = row_positions(split.sample)
+    stream = split.run.read(split.sample.sample, *split.whole)
+    labels, parts = _exact_parts(split.hm, stream, split.labels, split.parts, positions, split.close)
+    return Attribution(
+        tuple(labels),
+        positions,
+        token_texts(split.hm, split.sample.token_ids, positions, split.sample.image_positions or ()),
+        parts @ aim.vector,
+        stream.float() @ aim.vector,
+        target=("",) * len(positions),
+        against=None,
+        before_soft_cap=False,
+        direction=f"direction at {label(aim.whole)}",
+    )
 
 
 def _summands(hm: Hooked) -> list[Key]:
-    """The summands of the stream, of each run of each layer, in forward order.
-
-    Raises SelectionError where it is no sum.
-    """
-    first = key_of("resid_pre", 0, None if hm.map.kind_of(0).calls == 1 else 0)
-    found, problems = [first], []
-    for kind in hm.map.kinds:
-        layers = f"layers {', '.join(map(str, kind.layers))}" if len(kind.layers) < hm.map.num_layers else "the blocks"
-        if "stream" in kind.axes:
-            problems.append(f"{layers} have several residual streams")
-        elif kind.norm_placement == "post" and "resid_mid_sum" in kind.points:
-            problems.append(f"{layers} norm the stream itself, so it is no sum of what the branches add")
-        for branch in _BRANCHES:
-            if branch not in kind.points and getattr(kind, branch.removesuffix("_out")) is not None:
-                problems.append(f"{layers} have no {branch}: {kind.unavailable.get(branch, 'unknown')}")
-    if problems:
-        raise _refused(hm, "; ".join(problems))
-    for selector in hm.map.selectors([p for p in hm.map.points if PointName.of(p).base in _BRANCHES], "all"):
-        found.append(selector.key)
-    return found
+    """The summands of the stream, in forward order. Raises SelectionError where it is no sum."""
+    found = summands(hm.map)
+    if isinstance(found, str):
+        raise _refused(hm, found)
+    return [*found]
 
 
-def _read(
-    hm: Hooked,
-    unembedding: Unembedding,
-    run: Capture,
-    names: list[Key],
-    target: int | str | None,
-    against: int | str | None,
-    heads: bool,
-) -> Attribution:
-    sample, close = run.samples[0], unembedding.tolerance
-    positions, last = row_positions(sample), run.read(0, "resid_post", *last_run(hm.map))
-    labels, parts = _exact_parts(hm, last, *_parts(hm, run, names, heads, close), positions, close)
+def _read(split: _Split, unembedding: Unembedding, target: int | str | None, against: int | str | None) -> Attribution:
+    hm, sample, close = split.hm, split.sample, split.close
+    positions, last = row_positions(sample), split.run.read(sample.sample, *split.whole)
+    labels, parts = _exact_parts(hm, last, split.labels, split.parts, positions, close)
     logits = apply(unembedding.before_cap, last[None])[0]
     aim = logits.argmax(-1).cpu() if target is None else torch.full((len(positions),), token_id(hm, target))
     other = None if against is None else token_id(hm, against, "against")
@@ -168,7 +216,7 @@ def _exact_parts(
     Raises SelectionError where more than rounding is missing.
     """
     left, largest = last.float() - parts.sum(0), float(last.float().abs().max())
-    allowed = _rounding(parts, last.dtype)
+    allowed = rounding(parts, last.dtype)
     apart = float((left.abs() - allowed).max()) / largest
     if not apart <= close:
         raise _refused(
@@ -212,15 +260,6 @@ def _reads(
     return reads.cpu(), _picked(logits.detach().float().cpu(), aim, other)
 
 
-def _rounding(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[pos, d_model]: the most that the additions of the stream may have rounded away in its dtype.
-
-    Each addition rounds by up to half a unit in the last place of the stream at that layer, which may be far larger
-    than at the end. Twice that is allowed, because the output of a branch may be a sum itself.
-    """
-    return torch.finfo(dtype).eps * (parts.cumsum(0).abs().sum(0) + parts.abs().sum(0))
-
-
 def _tell_rounding(
     left: torch.Tensor, parts: torch.Tensor, labels: list[str], rows: tuple[int, ...], last: torch.Tensor, close: float
 ) -> None:
@@ -249,23 +288,25 @@ def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _parts(hm: Hooked, run: Capture, names: list[Key], heads: bool, close: float) -> tuple[list[str], torch.Tensor]:
+def _parts(
+    hm: Hooked, run: Capture | Store, names: list[Key], heads: bool, close: float, sample: int
+) -> tuple[list[str], torch.Tensor]:
     """The labels of the parts, and the parts, float32 [parts, pos, d_model]."""
     labels, parts = [], []
     for key in names:
-        label = f"{key[0]}[{', '.join(map(str, key[1:]))}]"
+        name = label(key)
         if heads and key[0] == "mixer_out" and key_of("z", key[1], call_of(key)) in run.keys:
-            own, rest = head_outputs(hm, run, key, close)
-            labels += [f"{label} head {n}" for n in range(len(own))]
+            own, rest = head_outputs(hm, run, key, close, sample)
+            labels += [f"{name} head {n}" for n in range(len(own))]
             parts += [*own]
             if not bool(rest.abs().max() > close * own.abs().max()):
                 parts[-1] = parts[-1] + rest  # rounding
                 continue
-            labels.append(f"{label} bias")
+            labels.append(f"{name} bias")
             parts.append(rest)
         else:
-            labels.append(label)
-            parts.append(run.read(0, *key).float())
+            labels.append(name)
+            parts.append(run.read(sample, *key).float())
     return labels, torch.stack(parts)
 
 

@@ -79,9 +79,8 @@ def bars(attribution: Attribution, column: int = -1) -> Any:
         {"part": part, "branch": part.partition("[")[0], "value": _short(value)}
         for part, value in zip(attribution.parts, values, strict=True)
     ]
-    against = "" if attribution.against is None else f" − {printable(attribution.against)}"
     cap = ", before the soft-cap" if attribution.before_soft_cap else ""
-    what = f"logit {printable(attribution.target[column])}{against}"
+    what = added_to(attribution, column)
     chart = (
         alt.Chart(alt.Data(values=rows))
         .mark_bar()
@@ -94,6 +93,14 @@ def bars(attribution: Attribution, column: int = -1) -> Any:
     )
     title = f"{what} = {float(attribution.logit[column]):.3f}, the sum of its parts"
     return finished(chart, title, 420, 14 * len(rows))
+
+
+def added_to(attribution: Attribution, column: int = -1) -> str:
+    """What the parts of one position add to, in words: a logit, a difference of two, or a direction."""
+    if attribution.direction:
+        return attribution.direction
+    against = "" if attribution.against is None else f" − logit {printable(attribution.against)}"
+    return f"logit {printable(attribution.target[column])}{against}"
 
 
 def attention(

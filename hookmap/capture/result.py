@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from hookmap.activations import Key, Sample, call_of, key_of
+from hookmap.capture.stacks import Stack, accumulated, decomposed
 from hookmap.errors import SelectionError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import RESIDUAL_AXES, PointName, axes_of, parse_point
 from hookmap.maps.selectors import Selector
 from hookmap.stores.folder import write_store
 from hookmap.stores.interface import Store, Tokens, as_html, call_and_tokens, completions, place_of
+from hookmap.stores.joining import Rows, flat_rows, layers_meant, stacked
 from hookmap.stores.manifest import Manifest
 from hookmap.wording import counted
 
@@ -73,10 +75,15 @@ class Capture:
 
         `run["resid_mid", 8, 2]` is of the layer's call 2, where it runs several times in one forward pass.
 
+        `run["resid_mid"]` is of every layer captured, in the order of `keys_of`: [layers, batch, pos, d], or a list of
+        [layers, pos, d]; a layer that runs several times has an entry for each run.
+
         `run["pattern", 8]` is [batch, heads, query, key], or a list of [heads, query, key].
         `run["blocks.8.hook_resid_mid"]` and `run["logits"]` are understood too, and negative layers count from the
         end. Raises SelectionError for a tensor that was not captured.
         """
+        if (keys := layers_meant(self, where)) is not None:
+            return stacked((self[key] for key in keys), len(keys), str(where))
         key = self.key(*place_of(where))
         found = self.store[key]
         if "key" not in PointName.of(key[0]).definition.axes:
@@ -101,6 +108,33 @@ class Capture:
         run, tokens = call_and_tokens(call, tokens)
         key = self.key(point, layer, run)
         return self.store.read(sample, key[0], key[1], call_of(key), tokens)
+
+    def rows(self, point: str, layer: int | None = None, call: int | None = None) -> Rows:
+        """All rows of all samples behind each other, [rows, d], and where those of each sample begin; see `Store.rows`.
+
+        `values, offsets = run.rows("resid_post", 8)`: sample i has `values[offsets[i] : offsets[i + 1]]`.
+        """
+        key = self.key(point, layer, call)
+        return flat_rows(self.store, self.store.key(key[0], key[1], call_of(key)))
+
+    def accumulated_resid(self, mid: bool = False) -> Stack:
+        """The residual stream as it grows: `resid_pre` of each layer captured, and `resid_post` of the last.
+
+        mid: `resid_mid` of each layer, too, where it was captured. Gives (labels, values): values
+        [parts, batch, pos, d_model]. Raises SelectionError with the points to capture.
+        """
+        return accumulated(self, mid)
+
+    def decompose_resid(self, layer: int | None = None) -> Stack:
+        """The stream that enters a layer, or that leaves the last one, as what the embedding and each branch added.
+
+        Gives (labels, values): `resid_pre[0]`, `mixer_out[0]`, `mlp_out[0]`, …; values [parts, batch, pos, d_model],
+        whose sum is `resid_pre` of `layer`, or `resid_post` of the last layer: checked for each sample, within the
+        rounding of the stream's dtype.
+        Raises SelectionError with the points to capture, and with the reason where the stream is no sum (a norm on the
+        stream itself, a factor, several streams, a branch that the map does not have).
+        """
+        return decomposed(self, layer)
 
     def to_xarray(
         self, point: str, layer: int | None = None, sample: int | None = None, call: int | None = None

@@ -16,6 +16,7 @@ from hookmap import html
 from hookmap.activations import Activation, Key, Sample, Sink, call_of, key_of
 from hookmap.errors import SelectionError
 from hookmap.maps.points import PointName, axes_of, parse_point
+from hookmap.stores.joining import Rows, flat_rows, join, layers_meant, stacked
 from hookmap.wording import counted, did_you_mean, sentence
 
 Tokens: TypeAlias = "slice | Sequence[int] | None"
@@ -139,12 +140,25 @@ class Store(ABC):
         return self._rows(sample, key, rows)
 
     def __getitem__(self, where: "str | Key") -> "torch.Tensor | list[torch.Tensor]":
-        """All rows of all samples: [batch, pos, d] where every sample has as many rows, else a list of [pos, d]."""
+        """All rows of all samples: [batch, pos, d] where every sample has as many rows, else a list of [pos, d].
+
+        `store["resid_post"]` is of every layer held, in the order of `keys_of`: [layers, batch, pos, d].
+        """
+        if (keys := layers_meant(self, where)) is not None:
+            return stacked((self[key] for key in keys), len(keys), str(where))
         key = self.key(*place_of(where))
         return join(
             [sample.rows for sample in self.samples],
             (self._rows(sample.sample, key, range(sample.rows)) for sample in self.samples),
         )
+
+    def rows(self, point: str, layer: int | None = None, call: int | None = None) -> Rows:
+        """All rows of all samples behind each other, [rows, d], and where those of each sample begin.
+
+        The shape is the same whatever the texts' lengths. Raises SelectionError, also for points with a row as wide as
+        the text (`pattern`).
+        """
+        return flat_rows(self, self.key(point, layer, call))
 
     def to_xarray(
         self, point: str, layer: int | None = None, sample: int | None = None, call: int | None = None
@@ -341,22 +355,6 @@ def _is_whole(value: Any) -> bool:
 
 def _first(values: Sequence[Any], count: int) -> str:
     return f"{', '.join(map(repr, values[:count]))}{', …' if len(values) > count else ''}"
-
-
-def join(rows: Sequence[int], parts: Iterable[torch.Tensor]) -> "torch.Tensor | list[torch.Tensor]":
-    """One tensor [batch, pos, d] where every part has as many rows, else the list of parts [pos, d].
-
-    `rows`: rows of each part, so that one tensor is filled part by part and nothing is held twice.
-    """
-    if len(set(rows)) != 1:
-        return list(parts)
-    joined: torch.Tensor | None = None
-    for place, part in enumerate(parts):
-        if joined is None:
-            joined = part.new_empty((len(rows), *part.shape))
-        joined[place] = part
-    assert joined is not None  # there is at least one part
-    return joined
 
 
 def unknown_sample(number: int, known: Sequence[int]) -> SelectionError:

@@ -244,7 +244,7 @@ class TestEveryStore:
             (lambda store: store.read(3, "resid_pre", 0), "sample 3 is not in this capture: .* 0 to 2"),
             (lambda store: store["resid_pre", 5], "does not hold resid_pre of layer 5. It holds .* layers 0, 1"),
             (lambda store: store["resid_post", 0], "does not hold resid_post of layer 0. Did you mean resid_"),
-            (lambda store: store["resid_pre"], "tensor of each layer: say which"),
+            (lambda store: store.read(0, "resid_pre"), "tensor of each layer: say which"),
             (lambda store: store["residmid", 0], "did you mean resid_mid"),
             (lambda store: store.read(0, "resid_pre", 0, [7]), "positions 7 are not in sample 0: it has rows 0 to 6"),
             (lambda store: store.read(0, "resid_pre", 0, range(-2, 3)), "positions -2 are not in sample 0"),

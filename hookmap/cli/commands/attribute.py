@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 @one_prompt.options
 @click.option("--target", metavar="TOKEN", help="The token whose logit is split.  [default: the model's prediction]")
 @click.option("--against", metavar="TOKEN", help="Subtract the logit of this token.")
+@click.option("--direction", metavar="FILE", help="Split what a steering vector's file reads in the stream, no logit.")
+@click.option("--layer", type=int, metavar="N", help="Of that file's layers, which one.  [default: its only one]")
 @click.option(
     "--position",
     type=int,
@@ -34,6 +36,8 @@ def command(
     model: str | None,
     target: str | None,
     against: str | None,
+    direction: str | None,
+    layer: int | None,
     position: int,
     heads: bool,
     top: int,
@@ -55,8 +59,11 @@ def command(
     """
     one_prompt.check_prompt(given)
     one_prompt.check_pictures((png, html))
+    from hookmap.analysis.steering import load_vector
+
+    aim: dict[str, Any] = {"direction": load_vector(direction) if direction else None, "layer": layer}
     hm = model_options.opened(model, given, quiet=as_json)
-    found = hm.attribute(one_prompt.chosen_prompt(hm, given), target, against, positions=[position], heads=heads)
+    found = hm.attribute(one_prompt.chosen_prompt(hm, given), target, against, positions=[position], heads=heads, **aim)
 
     def chart() -> Any:
         from hookmap.analysis.charts import bars
@@ -73,15 +80,14 @@ def command(
 def _show(found: "Attribution", top: int) -> None:
     from rich.markup import escape
 
-    from hookmap.analysis.charts import printable
+    from hookmap.analysis.charts import added_to, printable
     from hookmap.cli.console import console, table
 
-    against = "" if found.against is None else f" − logit {printable(found.against)}"
     cap = ", before the soft-cap" if found.before_soft_cap else ""
     position, total = found.positions[0], float(found.logit[0])
     screen = console()
     screen.print(
-        f"\n[bold]{escape(f'logit {printable(found.target[0])}{against}')} = {total:.3f}[/]  "
+        f"\n[bold]{escape(added_to(found, 0))} = {total:.3f}[/]  "
         f"[dim]at token {position} ({escape(printable(found.tokens[0]))}){cap}[/]\n"
     )
     order = found.values[:, 0].abs().argsort(descending=True).tolist()
