@@ -50,6 +50,7 @@ MODULES = {
         "analysis.steering",
         "analysis.gguf",
     ),
+    "On vLLM": ("vllm.model", "vllm.discover"),
     "Stores": ("stores.folder", "stores.memory", "stores.background", "stores.manifest", "stores.copying"),
     "Probes": ("analysis.probes", "analysis.probes.run", "analysis.probes.saved"),
     "Evaluation": ("evaluation.gsm8k", "evaluation.gsm8k.run", "evaluation.gsm8k.task", "evaluation.gsm8k.results"),
