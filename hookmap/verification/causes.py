@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor
 
+from hookmap.maps.selectors import Selector
 from hookmap.maps.templates import BlockKind
 from hookmap.verification.check import Check, relative_error
 from hookmap.verification.context import Context, branch_modules, first_and_last
-from hookmap.verification.runner import observe, other_weights
+from hookmap.verification.runner import Hook, at, forward, keep, observe, other_weights
 
 _ROLES = ("mixer", "cross_attn", "mlp")
 
@@ -34,14 +36,47 @@ def _cause(run: Context, layer: int, role: str, expected: dict[str, bool], weigh
         for point in seen
         if (point, layer) in after
     }
-    if moved.get(read := f"{role}_in") and not expected[read]:  # by a norm in the branch's module, which makes it?
-        matrices = {name: weight for name, weight in weights.items() if weight.ndim > 1}
-        after, _ = observe(run.model, run.given, [seen[read]], weights=matrices)
+    if moved.get(read := f"{role}_in") and not expected[read]:
+        behind = [selector for point, selector in seen.items() if expected[point]]
+        own = _behind_what_is_read(run, seen[read], behind, weights)
+        after, _ = observe(run.model, run.given, [seen[read]], weights=own)
         moved[read] = relative_error(after[read, layer], run.values[read, layer]) > run.tolerance
     wrong = [f"{p} {'moved' if has else 'did not move'}" for p, has in moved.items() if has != expected[p]]
     right = [f"{point} {'moves' if expected[point] else 'stays'}" for point in moved]
     what = {"mlp": "MLP", "cross_attn": "cross-attention"}.get(role, role)
     return Check("cause", (layer,), not wrong, f"other {what} weights in layer {layer}: " + ", ".join(wrong or right))
+
+
+def _behind_what_is_read(
+    run: Context, read: Selector, behind: list[Selector], weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights without those that make what the branch reads, by right.
+
+    A norm in the branch's module does, with vectors. So does a module that also decides how the branch joins several
+    streams (hyper-connections): its weights move what comes after though the branch reads the same.
+    """
+    parts: dict[int, Tensor] = {}
+    before: list[str] = []
+
+    def enters(owner: str) -> Hook:
+        return Hook(owner, "input", lambda *_: None if parts else before.append(owner))
+
+    owners: dict[str, dict[str, Tensor]] = {}
+    for name, weight in weights.items():
+        owners.setdefault(name.rpartition(".")[0], {})[name] = weight
+    hooks = [at(term, partial(keep, parts, number)) for number, term in enumerate(read.terms)]
+    forward(run.model, run.given, [*hooks, *map(enters, owners)])
+    same = [at(term, partial(_write, parts, number)) for number, term in enumerate(read.terms)]
+    own = {name: weight for name, weight in weights.items() if weight.ndim > 1}
+    for owner in dict.fromkeys(before):
+        after, _ = observe(run.model, run.given, behind, same, owners[owner])
+        if any(relative_error(tensor, run.values[key]) > run.tolerance for key, tensor in after.items()):
+            own = {name: weight for name, weight in own.items() if name not in owners[owner]}
+    return own
+
+
+def _write(parts: dict[int, Tensor], number: int, tensor: Tensor) -> None:
+    tensor.copy_(parts[number])
 
 
 def _shared(run: Context, kind: BlockKind, role: str, layer: int) -> list[str]:

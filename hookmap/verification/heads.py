@@ -91,7 +91,8 @@ def _turn(run: Context, point: str, read: str, layer: int) -> Check:
     own = run.values[point, layer].shape[2]
     place = run.given.positions // 2
     after = _under(run, point, layer, read, _times(run, point, layer, own - 1, place, -1.0))
-    if point in ("v", "z") and ("pattern", layer) in after:
+    is_key = point == "v" and _is_k(run, layer)
+    if point in ("v", "z") and ("pattern", layer) in after and not is_key:
         error = relative_error(after["pattern", layer], run.values["pattern", layer])
         if error > run.tolerance:
             detail = f"{point} of layer {layer} decides the pattern, as q or k does"
@@ -104,11 +105,17 @@ def _turn(run: Context, point: str, read: str, layer: int) -> Check:
     where = f" in heads {heads}" if before.dim() > 3 else ""
     detail = f"{what}: {read} moves{where} at positions {layer_ranges(places)}"
     right = _are_its_heads(run, point, read, layer, change, heads) and _see(run, point, layer, place, places)
-    if right and ("pattern", layer) not in run.values:
+    if right and (is_key or ("pattern", layer) not in run.values):
         held = point in ("v", "z")
         right = _holds_values(run, point, read, layer, place, turned - before) == held
         detail += "" if right else f", {'not as' if held else 'as'} what is weighed does"
     return Check("head", (layer,), right, detail)
+
+
+def _is_k(run: Context, layer: int) -> bool:
+    """Whether the map says that keys and values are one tensor (DeepSeek-V4), which decides the pattern by right."""
+    k, v = (run.selector.get((point, layer)) for point in ("k", "v"))
+    return k is not None and v is not None and k.terms == v.terms
 
 
 def _are_its_heads(run: Context, point: str, read: str, layer: int, change: Tensor, heads: list[int]) -> bool:

@@ -72,6 +72,23 @@ class BraidedOut(Apart):
         return self.back(z.permute(0, 2, 3, 1).flatten(2))
 
 
+class OneTensor(Mix):
+    """Keys and values are one tensor, sized by position; the size is taken off behind the attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.weigh = nn.Linear(D, D), nn.Linear(D, D // 2), nn.Softmax(-1)
+        self.sizes = nn.Parameter(torch.rand(16, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.shape[1]
+        q, sizes = self.q(x).unflatten(-1, (2, -1)).transpose(1, 2), self.sizes[:count]
+        kv = self.kv(x)[:, None] * sizes
+        mask = torch.full((count, count), float("-inf"), dtype=x.dtype).triu(1)
+        z = self.weigh(q @ kv.transpose(2, 3) + mask) @ kv
+        return self.back((z / sizes).transpose(1, 2).flatten(2))
+
+
 def ladder(mix: Callable[[], nn.Module]) -> Ladder:
     class Own(Rung):
         def __init__(self, i: int) -> None:
@@ -110,6 +127,12 @@ def test_what_stands_nowhere_is_refused_and_the_rest_is_read(mix: Callable[[], A
         torch.testing.assert_close(seen[name], by_hand[name], atol=1e-5, rtol=1e-5)
     for name, reason in missing.items():
         assert reason in (found.unavailable(name, 1) or "(it is there)")
+
+
+def test_keys_and_values_of_one_tensor_decide_the_pattern_by_right() -> None:
+    (kind,) = check(ladder(OneTensor)).kinds
+    assert kind.points["k"].terms == kind.points["v"].terms and "pattern" in kind.points
+    assert "z = pattern @ v" not in kind.relations
 
 
 class Convolved(Behind):

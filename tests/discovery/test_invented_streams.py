@@ -138,6 +138,12 @@ def test_streams_in_one_tensor_are_mixed_by_fixed_numbers(block: type[coupled.Hy
     assert (found.kinds[0].branch_order, found.kinds[0].norm_placement) == ("sequential", "pre")
 
 
+def test_what_decides_how_a_branch_joins_streams_may_make_what_it_reads() -> None:
+    (kind,) = check(coupled.Streams(coupled.HyperOfTokens)).kinds
+    assert kind.mixer.modules == ("rungs.{i}.one", "rungs.{i}.blend")
+    assert (kind.branch_order, kind.norm_placement) == ("sequential", "pre")
+
+
 @pytest.mark.parametrize("model", [coupled.OfAllBefore, coupled.OfAStack, coupled.AttendingToDepth])
 def test_what_enters_a_block_is_made_of_all_before(model: type[coupled.OfAllBefore]) -> None:
     assert not check(model()).joined

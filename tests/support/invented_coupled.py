@@ -117,6 +117,40 @@ class HyperByConstants(Hyper):
         return torch.rand(shape) + 0.3
 
 
+class Connection(nn.Module):
+    """Says for each token how a branch reads two streams and joins them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.says = nn.Parameter(torch.randn(8, 2 * D) * D**-0.5)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, ...]:
+        read, write, mix = F.linear(F.rms_norm(h.flatten(2), (2 * D,)), self.says).split([2, 2, 4], -1)
+        mixed = mix.unflatten(-1, (2, 2)).softmax(-1) @ h
+        return (read.sigmoid()[..., None] * h).sum(2), write, mixed
+
+
+class HyperOfTokens(Joined):
+    """Two streams in one tensor. One module makes what a branch reads, and how it joins the streams."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.one, self.two = Connection(), Connection()
+
+    def forward(self, h: Tensor) -> Tensor:
+        x, write, mixed = self.one(h)
+        n = self.calm(x)
+        o = self.blend(n)
+        a = write[..., None] * o[:, :, None]
+        y = mixed + a
+        x, write, mixed = self.two(y)
+        m = self.cool(x)
+        g = self.think(m)
+        f = write[..., None] * g[:, :, None]
+        note(self.i, mixer_out_raw=o, mlp_out_raw=g)
+        return told(self.i, h, n, a, y, m, f, mixed + f)
+
+
 class Streams(Ladder):
     """The model around them."""
 
