@@ -40,7 +40,7 @@ def plain(checkpoint: Path) -> Any:
     return on_vllm.Plain.of(checkpoint)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # an engine in this process ends with the next one that is closed here
 def on_vllm(checkpoint: Path, plain: Any) -> Iterator[Any]:
     """It on vLLM, eager, in this process, with little room: chunks, preemptions and hits of the prefix cache."""
     from support import on_vllm as support
