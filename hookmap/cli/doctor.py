@@ -30,6 +30,7 @@ WITHOUT = {
     "server": "hookmap serve",
     "vision": "prompts with images",
     "viz": "pictures (--png, --html)",
+    "vllm": "captures on vLLM (--engine vllm)",
 }
 """extra -> what needs it"""
 COLLECTIONS = ("all", "docs", "test")

@@ -38,7 +38,8 @@ def _cause(run: Context, layer: int, role: str, expected: dict[str, bool], weigh
     }
     if moved.get(read := f"{role}_in") and not expected[read]:
         behind = [selector for point, selector in seen.items() if expected[point]]
-        own = _behind_what_is_read(run, seen[read], behind, weights)
+        modules = branch_modules(run.map, run.map.kind_of(layer), role, layer)
+        own = _behind_what_is_read(run, seen[read], behind, weights, modules)
         after, _ = observe(run.model, run.given, [seen[read]], weights=own)
         moved[read] = relative_error(after[read, layer], run.values[read, layer]) > run.tolerance
     wrong = [f"{p} {'moved' if has else 'did not move'}" for p, has in moved.items() if has != expected[p]]
@@ -48,29 +49,41 @@ def _cause(run: Context, layer: int, role: str, expected: dict[str, bool], weigh
 
 
 def _behind_what_is_read(
-    run: Context, read: Selector, behind: list[Selector], weights: dict[str, Tensor]
+    run: Context, read: Selector, behind: list[Selector], weights: dict[str, Tensor], modules: list[str]
 ) -> dict[str, Tensor]:
     """The weights without those that make what the branch reads, by right.
 
     A norm in the branch's module does, with vectors. So does a module that also decides how the branch joins several
-    streams (hyper-connections): its weights move what comes after though the branch reads the same.
+    streams (hyper-connections): its weights move what comes after though the branch reads the same. And so does what
+    runs in front of the norm that stands before the branch, such as weights of a sum of earlier streams.
     """
     parts: dict[int, Tensor] = {}
     before: list[str] = []
+    front: list[str] = []
+    norms = [
+        term.module
+        for term in read.terms
+        if term.side == "output" and not any(f"{term.module}.".startswith(f"{root}.") for root in modules)
+    ]
 
     def enters(owner: str) -> Hook:
         return Hook(owner, "input", lambda *_: None if parts else before.append(owner))
+
+    def begins(norm: str) -> Hook:
+        return Hook(norm, "input", lambda *_: None if front else front.extend(before))
 
     owners: dict[str, dict[str, Tensor]] = {}
     for name, weight in weights.items():
         owners.setdefault(name.rpartition(".")[0], {})[name] = weight
     hooks = [at(term, partial(keep, parts, number)) for number, term in enumerate(read.terms)]
-    forward(run.model, run.given, [*hooks, *map(enters, owners)])
+    forward(run.model, run.given, [*hooks, *map(enters, owners), *map(begins, norms)])
     same = [at(term, partial(_write, parts, number)) for number, term in enumerate(read.terms)]
     own = {name: weight for name, weight in weights.items() if weight.ndim > 1}
     for owner in dict.fromkeys(before):
         after, _ = observe(run.model, run.given, behind, same, owners[owner])
-        if any(relative_error(tensor, run.values[key]) > run.tolerance for key, tensor in after.items()):
+        if owner in front or any(
+            relative_error(tensor, run.values[key]) > run.tolerance for key, tensor in after.items()
+        ):
             own = {name: weight for name, weight in own.items() if name not in owners[owner]}
     return own
 

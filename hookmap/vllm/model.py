@@ -26,9 +26,9 @@ from hookmap.maps.selectors import Selector
 from hookmap.model import HookedModel
 from hookmap.vllm.backend import choose
 from hookmap.vllm.engine import VllmEngine
+from hookmap.vllm.opening import self_test
 from hookmap.vllm.plugin import register
 from hookmap.vllm.run import VllmGenerating, VllmHarvesting
-from hookmap.vllm.self_test import self_test
 from hookmap.vllm.shared_engine import SharedEngine, in_loop, new_loop
 from hookmap.vllm.spec import NAME
 from hookmap.vllm.unembedding import VllmUnembedding
