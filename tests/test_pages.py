@@ -36,7 +36,7 @@ NOT_RUN = {
     "takes minutes": 3,
     "another program": 1,
     "needs the real model": 1,
-    "needs vLLM": 3,
+    "needs vLLM": 5,
 }
 
 

@@ -83,7 +83,7 @@ def test_bars_are_the_parts_and_an_svg_shows_their_names(tmp_path: Path) -> None
     chart = bars(found)
     assert [row["value"] for row in chart.to_dict()["data"]["values"]] == [1.0, -2.0, 0.5]
     drawn = save_picture(chart, tmp_path / "bars.svg").read_text("utf-8")
-    assert all(part in drawn for part in parts) and "logit x − y = -0.500" in drawn
+    assert all(part in drawn for part in parts) and "logit x − logit y = -0.500" in drawn
 
 
 def test_attention_shows_what_a_query_may_see_of_each_head() -> None:

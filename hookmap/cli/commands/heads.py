@@ -41,10 +41,11 @@ def command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Score MODEL's attention heads as induction, previous-token, duplicate-token and sink heads.
+    """Find MODEL's induction heads and others like them.
 
-    A score is the attention that a head pays, on average, where such a head looks: 0 none, 1 all of it. The model
-    reads random tokens that are repeated, and runs with eager attention, which gives its weights.
+    Heads are scored as induction, previous-token, duplicate-token and attention-sink heads. A score is the
+    attention that a head pays, on average, where such a head looks: 0 none, 1 all of it. The model reads random
+    tokens that are repeated, and runs with eager attention, which gives its weights.
 
     \b
     hookmap heads

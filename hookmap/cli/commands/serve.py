@@ -43,7 +43,12 @@ def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None
 @click.option("--layers", metavar="LAYERS", help="Which layers: 8,12,16 or 0-3 or all.  [default: all]")
 @calls_option
 @click.option("--engine", type=click.Choice(["hooks", "vllm"]), help="What runs the model.  [default: hooks]")
-@click.option("--eager", is_flag=True, default=None, help="With --engine vllm: compile nothing, and keep every point.")
+@click.option(
+    "--eager",
+    is_flag=True,
+    default=None,
+    help="With --engine vllm: compile nothing, and keep every point.  [default: False]",
+)
 @click.option(
     "--vllm",
     metavar="FIELD=VALUE",
