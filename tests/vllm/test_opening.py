@@ -9,7 +9,7 @@ import torch
 from support.on_vllm import SETTINGS
 
 from hookmap.errors import CaptureError
-from hookmap.vllm import self_test as testing
+from hookmap.vllm import opening as testing
 from hookmap.vllm.plugin import WORKER, register
 from hookmap.vllm.rows import RunnerV1, Segment, check_positions, rows_of
 
