@@ -79,11 +79,13 @@ def _behind_what_is_read(
     forward(run.model, run.given, [*hooks, *map(enters, owners), *map(begins, norms)])
     same = [at(term, partial(_write, parts, number)) for number, term in enumerate(read.terms)]
     own = {name: weight for name, weight in weights.items() if weight.ndim > 1}
-    for owner in dict.fromkeys(before):
+
+    def acts_beside(owner: str) -> bool:
         after, _ = observe(run.model, run.given, behind, same, owners[owner])
-        if owner in front or any(
-            relative_error(tensor, run.values[key]) > run.tolerance for key, tensor in after.items()
-        ):
+        return any(relative_error(tensor, run.values[key]) > run.tolerance for key, tensor in after.items())
+
+    for owner in dict.fromkeys(before):
+        if owner in front or acts_beside(owner):
             own = {name: weight for name, weight in own.items() if name not in owners[owner]}
     return own
 

@@ -111,8 +111,8 @@ class Scheduler:
                 ended(job, event)
 
     def _ended(self, memory: MemoryUse, start: float, together: int, job: Job, event: Event) -> None:
-        if self._cut_off and isinstance(event, ApiError) and event.code == "cancelled":
-            event = unloading()
+        if self._cut_off:
+            event = unloading_for_cancelled(event)
         log_end(job, event, memory, time.perf_counter() - start, together)
         with self._changed:
             self._running.remove(job)
@@ -135,6 +135,11 @@ def queue_full(waiting: int, each: float) -> ApiError:
         code="queue_full",
         headers={"Retry-After": str(seconds)},
     )
+
+
+def unloading_for_cancelled(event: Event) -> Event:
+    """What a job is told that ended because the model is unloaded, and not because its client left."""
+    return unloading() if isinstance(event, ApiError) and event.code == "cancelled" else event
 
 
 def log_end(job: Job, event: Event, memory: MemoryUse, seconds: float, together: int = 1) -> None:

@@ -6,9 +6,9 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 from hookmap.loading.memory import MemoryUse
-from hookmap.services.server.errors import ApiError, cancelled, failed, unloading
+from hookmap.services.server.errors import cancelled, failed, unloading
 from hookmap.services.server.jobs import Event, Job
-from hookmap.services.server.scheduler import log_end, queue_full
+from hookmap.services.server.scheduler import log_end, queue_full, unloading_for_cancelled
 from hookmap.services.server.vllm_run import run_on_vllm
 from hookmap.vllm.model import VllmModel
 
@@ -67,8 +67,8 @@ class VllmScheduler:
             event: Event = cancelled() if job.cancelled.is_set() else run_on_vllm(self._hm, job)
         except BaseException as error:
             event = failed(error, [job.id])
-        if self._cut_off and isinstance(event, ApiError) and event.code == "cancelled":
-            event = unloading()
+        if self._cut_off:
+            event = unloading_for_cancelled(event)
         seconds = time.perf_counter() - start
         log_end(job, event, MemoryUse(), seconds)
         with self._changed:
