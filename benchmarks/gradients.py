@@ -11,12 +11,7 @@ The ledger has a line for each class that is done; a run goes on with it. `--pag
 
 import copy
 import inspect
-import json
-import logging
-import multiprocessing
-import signal
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from every_class import compared, quietly
 
 SECONDS = 900
 TEXTS = [[5, 9, 3], [4, 20, 11, 7, 30, 8, 2, 90, 41], [17, 3, 60, 22, 9, 6]]
@@ -37,22 +33,9 @@ LAYERS = 8
 
 
 def main(given: list[str]) -> None:
-    from hookmap.sweep.build import classes
-
     ledger, page = (_path(given, name) for name in ("--ledger", "--page"))
     types = [name for name in given if not name.startswith("-")]
-    of = {architecture: model_type for model_type, architecture in classes().items()}
-    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger is not None and ledger.exists() else []
-    found = {each["type"]: each for each in map(json.loads, lines)}
-    wanted = [name for name in types or sorted(of.values()) if name not in found]
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=8) as pool:
-        for each in pool.imap_unordered(compare, wanted):
-            print(each, file=sys.stderr, flush=True)
-            found[each["type"]] = each
-            if ledger is not None:
-                with ledger.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(each) + "\n")
-    told = "".join(f"{line}\n" for line in tell([found[name] for name in sorted(found)]))
+    told = "".join(f"{line}\n" for line in tell(compared(compare, types, ledger)))
     if page is None:
         print(told)
     else:
@@ -72,14 +55,8 @@ def compare(model_type: str) -> dict[str, Any]:
     from hookmap.loading.narrow import narrow
     from hookmap.sweep.configs import config_of
 
-    torch.set_num_threads(1)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("hookmap").setLevel(logging.ERROR)
-    signal.signal(signal.SIGALRM, _stop)
-    signal.alarm(SECONDS)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quietly(SECONDS):
             config = narrow(config_of(model_type))
             fewer = _shallow(config)
             try:
@@ -90,8 +67,6 @@ def compare(model_type: str) -> dict[str, Any]:
                 return {"type": model_type, **_of(_opened(config))}  # the first layers alone are no model
     except Exception as error:  # a model's own code raises what it likes
         return {"type": model_type, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    finally:
-        signal.alarm(0)
 
 
 def _opened(config: Any) -> Any:
@@ -264,10 +239,6 @@ def _by_hand(hm: Any, selectors: Sequence[Any], ids: list[int]) -> dict[Any, tor
             split = replace(term, side="output", index=None).resolve((), {}, gradient)
             expected[key] = term.arrange(split, 1, len(ids))[0] / term.scale
     return expected
-
-
-def _stop(*_: Any) -> None:
-    raise TimeoutError(f"not done after {SECONDS} s")
 
 
 def tell(found: list[dict[str, Any]]) -> list[str]:

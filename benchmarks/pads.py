@@ -8,16 +8,12 @@ thinks of it, whether hookmap pads them, and how far apart the rows and tokens a
 The ledger has a line for each class that is done; a run goes on with it, and prints the table of all.
 """
 
-import json
-import logging
-import multiprocessing
-import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from every_class import compared, quietly
 
 from hookmap.loading.float64 import in_float64
 
@@ -31,23 +27,10 @@ LAST_BITS = 1e-4
 
 
 def main(given: list[str]) -> None:
-    from hookmap.sweep.build import classes
-
     jobs = int(given.pop(given.index("--jobs") + 1)) if "--jobs" in given else 1
     ledger = Path(given.pop(given.index("--ledger") + 1)) if "--ledger" in given else None
     types = [name for name in given if not name.startswith("-")]
-    of = {architecture: model_type for model_type, architecture in classes().items()}
-    lines = ledger.read_text(encoding="utf-8").splitlines() if ledger is not None and ledger.exists() else []
-    found = {each["type"]: each for each in map(json.loads, lines)}
-    wanted = [name for name in types or sorted(of.values()) if name not in found]
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=8) as pool:
-        for each in pool.imap_unordered(compare, wanted):
-            print(each, file=sys.stderr, flush=True)
-            found[each["type"]] = each
-            if ledger is not None:
-                with ledger.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(each) + "\n")
-    tell([found[name] for name in sorted(found)])
+    tell(compared(compare, types, ledger, jobs))
 
 
 def compare(model_type: str) -> dict[str, Any]:
@@ -58,14 +41,8 @@ def compare(model_type: str) -> dict[str, Any]:
     from hookmap.sweep.configs import config_of
     from hookmap.verification.verify import redraw
 
-    torch.set_num_threads(1)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("hookmap").setLevel(logging.ERROR)
-    signal.signal(signal.SIGALRM, _stop)
-    signal.alarm(SECONDS)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quietly(SECONDS):
             config = narrow(config_of(model_type))
             _look_less_far(config)
             model = build(config, "cpu", torch.float32)
@@ -74,8 +51,6 @@ def compare(model_type: str) -> dict[str, Any]:
             return {"type": model_type, "generation": _of(hm, NEW), "harvest": _of(hm, 0)}
     except Exception as error:  # a model's own code raises what it likes
         return {"type": model_type, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    finally:
-        signal.alarm(0)
 
 
 def _of(hm: Any, new: int) -> dict[str, Any]:
@@ -135,10 +110,6 @@ def _look_less_far(config: Any) -> None:
             _look_less_far(value)
         elif name in WINDOWS and isinstance(value, int) and value > WINDOW:
             setattr(config, name, WINDOW)
-
-
-def _stop(*_: Any) -> None:
-    raise TimeoutError(f"not done after {SECONDS} s")
 
 
 def tell(found: list[dict[str, Any]]) -> None:
