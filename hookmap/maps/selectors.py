@@ -6,6 +6,7 @@ terms, and is the sum over them of `scale * tensor`.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from hookmap.activations import Key, key_of
@@ -55,6 +56,12 @@ class Term:
     visits: int | None = None
     """how many operations of that name the forward has, where that is known"""
 
+    @cached_property
+    def bare(self) -> bool:
+        """Whether the tensor is the point's share of the model's own, [batch, pos, ...], as it lies there."""
+        arranged = self.flat or self.axes is not None or self.rows != "all"
+        return not arranged and self.scale == 1.0 and self.weight is None
+
     @property
     def at(self) -> str:
         """The module's path, and the operation in it: `model.layers.3.self_attn:bmm#1`."""
@@ -74,7 +81,7 @@ class Term:
             return self._tensor(output)
         else:
             where, place = output, self.index
-        if hasattr(where, "shape"):
+        if type(where) is not tuple and hasattr(where, "shape"):
             raise self._wrong(f"a bare tensor of shape {list(where.shape)}")
         try:
             if isinstance(place, str) and is_dataclass(where) and not isinstance(where, Mapping):

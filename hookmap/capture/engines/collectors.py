@@ -48,6 +48,8 @@ class EveryRow:
         self._transfer, self._deliver, self._cast = transfer, deliver, Cast(dtype)
         self.lost = self._cast.lost
         self._block: torch.Tensor | None = None
+        self._columns: Sequence[torch.Tensor] = ()
+        """the block's columns, [batch, 1, ...] each: made once, since a view costs as much as the copy into it"""
         self._passes: list[PassRows] = []
 
     def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
@@ -60,9 +62,10 @@ class EveryRow:
             size = tensor.shape[0] * tensor[0, 0].numel() * tensor.dtype.itemsize
             passes = max(1, min(BLOCK_PASSES, BLOCK_BYTES // max(1, size)))
             self._block = _new_block((tensor.shape[0], passes, *tensor.shape[2:]), tensor.dtype, tensor.device)
-        self._block[:, len(self._passes)] = tensor[:, 0]
+            self._columns = self._block.unsqueeze(2).unbind(1)
+        self._columns[len(self._passes)].copy_(tensor)
         self._passes.append(rows)
-        if len(self._passes) == self._block.shape[1]:
+        if len(self._passes) == len(self._columns):
             self._flush()
 
     def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -82,7 +85,7 @@ class EveryRow:
         if self._block is None:
             return
         passes, block = self._passes, self._block[:, : len(self._passes)]
-        self._block, self._passes = None, []
+        self._block, self._columns, self._passes = None, (), []
         if self._cast.dtype is not None:
             out = _new_block(tuple(block.shape), self._cast.dtype, block.device)
             block = self._cast(block, lambda: _numbers(passes, len(block)), lead=2, out=out)

@@ -169,7 +169,6 @@ class Observer:
                 call = self._calls[boundary] = self._calls.get(boundary, -1) + 1
             for number, position, term in targets:
                 if term.call is None or term.call == call:
-                    self._refuse_second(number, position, term)
                     self._see(number, position, term, term.resolve(args, kwargs, output))
 
         return watch
@@ -224,19 +223,15 @@ class Observer:
                 position = number if positions is None else None if positions == "mean" else positions[number]
                 yield Overflow(tensor_name(selector.key), len(lost), self.layout.samples[row], position)
 
-    def _refuse_second(self, number: int, position: int, term: Term) -> None:
-        """Raises CaptureError where the running pass has shown this term before."""
-        running = self._batch.passes
-        if self._seen_in[number] == running or (number, position) in self._terms:
-            raise CaptureError(
-                f"{self.selectors[number]}: {term.module or 'model'} was called more than once in forward pass "
-                f"{running}, expected once. A module that several layers share, or a layer that runs several times for "
-                "this text, has no one tensor there: choose a point on a module that runs once."
-            )
-
     def _see(self, number: int, position: int, term: Term, tensor: torch.Tensor) -> None:
-        """One term of a selector has passed; its sum may be complete now."""
+        """One term has passed; the sum may be complete now. Raises CaptureError where it passed before."""
         selector = self.selectors[number]
+        if self._seen_in[number] == self._batch.passes or (number, position) in self._terms:
+            raise CaptureError(
+                f"{selector}: {term.module or 'model'} was called more than once in forward pass {self._batch.passes}, "
+                "expected once. A module that several layers share, or a layer that runs several times for this text, "
+                "has no one tensor there: choose a point on a module that runs once."
+            )
         tensor = self._new_columns(tensor, term, selector)
         if len(selector.terms) > 1:
             # Copied: what comes later in the pass may write over it.
@@ -245,7 +240,7 @@ class Observer:
                 return
             parts = [self._terms.pop((number, other)) for other in range(len(selector.terms))]
             tensor = self._sum(selector.terms, parts)
-        else:
+        elif not term.bare:
             tensor = term.times(tensor, self._parameter(term))
         self.show(number, tensor)
 
@@ -275,10 +270,12 @@ class Observer:
 
     def _take(self, number: int, tensor: torch.Tensor) -> None:
         """A selector is complete; `tensor`: [batch, new, ...], the model's own."""
-        collector, tensor = self._collectors[number], self._features(tensor)
+        collector = self._collectors[number]
+        if self.selection.features is not None:
+            tensor = self._features(tensor)
         if number not in self._no_rows:
             self._no_rows[number] = collector.nothing(tensor)
-        collector.take(self._rows_in(tensor), tensor)
+        collector.take(self._batch.kept if self._logit_columns is None else self._rows_in(tensor), tensor)
 
     def _rows_in(self, tensor: torch.Tensor) -> PassRows:
         """The rows of this tensor that are kept: a tensor of logits may lack columns that nobody needs."""
@@ -292,8 +289,9 @@ class Observer:
     def _new_columns(self, tensor: torch.Tensor, term: Term, selector: Selector) -> torch.Tensor:
         """A view of the columns that were fed for the first time: `[batch, new, ...]`."""
         kept, width, computed = self._batch.kept, self._batch.width or 0, self._logit_columns
-        self._refuse_empty_places(tensor, term, selector)
-        tensor = term.arrange(tensor, kept.batch, width)
+        if not term.bare:
+            self._refuse_empty_places(tensor, term, selector)
+            tensor = term.arrange(tensor, kept.batch, width)
         if tensor.shape[0] != kept.batch or tensor.shape[1] != width:
             if computed is not None and of_logits(selector) and tensor.shape[:2] == (kept.batch, len(computed)):
                 return tensor
