@@ -152,6 +152,7 @@ def generate(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
     return [str(text) for text in tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])]
 
 
+@pytest.mark.slow
 def test_the_model_answers_heldout_problems(model: Any, tokenizer: Any) -> None:
     asked = sample_problems(60, 99, "heldout")
     answers = generate(model, tokenizer, [problem.question for problem in asked])
@@ -162,6 +163,7 @@ def test_the_model_answers_heldout_problems(model: Any, tokenizer: Any) -> None:
     assert right >= 42
 
 
+@pytest.mark.slow
 def test_an_answer_does_not_depend_on_the_batch(model: Any, tokenizer: Any) -> None:
     questions = [problem.question for problem in sample_problems(6, 5, "heldout")]
     together = [answer.replace(tokenizer.pad_token, "") for answer in generate(model, tokenizer, questions)]

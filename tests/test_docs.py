@@ -111,6 +111,7 @@ def is_there(dotted: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_every_file_and_module_that_a_text_names_is_there() -> None:
     """A file's path starts at the repository, at hookmap/, or beside the module whose docstring names it."""
     wrong = []

@@ -36,6 +36,7 @@ def test_the_help_of_every_command_imports_nothing_heavy() -> None:
     assert heavy_after(run + each) == []
 
 
+@pytest.mark.slow
 def test_the_tests_above_can_fail() -> None:
     assert "pydantic" in heavy_after("import hookmap; hookmap.ArchitectureMap")
     assert "torch" in heavy_after("import hookmap; hookmap.discover")

@@ -303,6 +303,7 @@ def hub() -> Iterator[str]:
         ("nobody/nothing", "offline", "hf download nobody/nothing"),
     ],
 )
+@pytest.mark.slow
 def test_what_the_hub_refuses_is_one_sentence(name: str, endpoint: str, message: str, hub: str, tmp_path: Path) -> None:
     """In a process of its own: the hub's client reads its settings when it is imported."""
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1" if endpoint == "offline" else "0"}

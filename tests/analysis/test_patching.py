@@ -156,6 +156,7 @@ def invoke(*arguments: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line_patches_sweeps_and_steers(tmp_path: Path) -> None:
     prompts = [f"Tom has 3 apples. He buys {n} more. How many apples does Tom have?" for n in (4, 5)]
     pair = ["--clean", prompts[0], "--corrupted", prompts[1], "--layers", "8"]

@@ -280,6 +280,7 @@ def test_a_resumed_run_must_be_the_same_run(hm: HookedModel, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.slow
 def test_a_stream_to_a_folder_holds_no_more_the_longer_it_gets(tmp_path: Path, folder: bool) -> None:
     """Bytes of the rows alive, at their highest, over one shard (256 rows) and over the two after it.
 

@@ -194,6 +194,7 @@ except hookmap.CaptureError as error:
 """
 
 
+@pytest.mark.slow
 def test_the_default_engine_works_where_nnsight_cannot_be_imported(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WITHOUT_NNSIGHT, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

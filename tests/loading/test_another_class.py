@@ -43,6 +43,7 @@ _NAMED = {
 
 
 @pytest.mark.parametrize("name", _NAMED)
+@pytest.mark.slow
 def test_the_class_that_the_config_names_is_the_one_that_is_mapped(name: str) -> None:
     kind, sizes, causal = _NAMED[name]
     config = kind(**sizes, architectures=[name])
@@ -54,6 +55,7 @@ def test_the_class_that_the_config_names_is_the_one_that_is_mapped(name: str) ->
 
 
 @pytest.mark.parametrize("name", ["BartForConditionalGeneration", "BertForMaskedLM", "LlamaForSequenceClassification"])
+@pytest.mark.slow
 def test_a_folder_is_opened_as_the_class_that_it_names(name: str, tmp_path: Path) -> None:
     kind, sizes, _ = _NAMED[name]
     made = getattr(transformers, name)(kind(**sizes))

@@ -41,6 +41,7 @@ def test_a_copy_that_is_too_large_is_refused_with_the_figure_and_never_made(monk
 
 
 @pytest.mark.skipif(not hasattr(transformers, "InklingConfig"), reason="transformers is older than Inkling")
+@pytest.mark.slow
 def test_a_vision_tower_that_widens_with_depth_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inkling's default tower of 24 layers is 3 TB, and its text model's 66 layers stay."""
     asked = _never_on_the_cpu(monkeypatch)

@@ -275,6 +275,7 @@ def run(*arguments: str) -> Any:
 
 
 @pytest.mark.parametrize("tokens", ["0", "1"])
+@pytest.mark.slow
 def test_texts_are_read_as_they_are_and_messages_through_the_template_by_every_command(
     own_folder: None, tokens: str
 ) -> None:
@@ -292,6 +293,7 @@ def test_texts_are_read_as_they_are_and_messages_through_the_template_by_every_c
         assert ("--chat sends each as a user's message" in done.stderr) == (tokens != "0" and not typed)
 
 
+@pytest.mark.slow
 def test_commands_about_one_prompt_follow_the_same_rule(own_folder: None) -> None:
     demo = hookmap.open(MODEL_PATH, device="cpu")
     for command, places in (("lens", "positions"), ("attribute", "positions")):
@@ -310,6 +312,7 @@ def _scale() -> str:
     return "edits.yaml"
 
 
+@pytest.mark.slow
 def test_how_a_template_is_filled_can_be_typed_and_stand_in_the_file(own_folder: None) -> None:
     chat = [{"role": "user", "content": "1+2="}, {"role": "assistant", "content": "3"}]
     Path("p.jsonl").write_text(json.dumps(chat) + "\n")

@@ -65,6 +65,7 @@ def terms_of(document: dict[str, Any], name: str, layer: int) -> list[tuple[str,
 
 
 @pytest.mark.parametrize("path", MAPS, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_a_reader_that_knows_the_page_alone_finds_every_tensor(path: Path) -> None:
     document, found = json.loads(path.read_text(encoding="utf-8")), load(path)
     names = {name for kind in found.kinds for name in kind.points}

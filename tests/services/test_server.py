@@ -56,6 +56,7 @@ def test_a_stream_is_the_same_text_and_ends_with_usage_and_done(served: Served, 
     assert "usage" not in raw, "only who asks gets it"
 
 
+@pytest.mark.slow
 def test_max_tokens_ends_with_length_and_a_seed_repeats(served: Served, client: OpenAI) -> None:
     def ask(seed: int) -> Any:
         asked: dict[str, Any] = {"temperature": 4.0, "top_p": 0.99, "max_tokens": 12, "seed": seed}
@@ -127,6 +128,7 @@ def test_logprobs_are_of_the_models_own_distribution(
     assert [piece[0] for piece in pieces if piece] == content
 
 
+@pytest.mark.slow
 def test_completions_take_texts_and_tokens_and_are_what_generate_gives(served: Served, client: OpenAI) -> None:
     ids = served.hm.tokenizer("2+2=")["input_ids"]
     prompts: list[Any] = ["2+2=", ["2+2=", "Tom has"], ids, [ids, ids[:2]]]

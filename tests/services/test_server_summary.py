@@ -115,6 +115,7 @@ def test_what_has_no_figures_is_refused(served: Served, summary: dict[str, Any],
     assert told in error["message"] and error["param"].startswith("hookmap.summary")
 
 
+@pytest.mark.slow
 def test_the_structure_offers_what_can_be_asked(served: Served) -> None:
     found = served.get("/v1/model/structure").json()["summary"]
     assert found == offered(served.hm.map)

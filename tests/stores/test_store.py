@@ -92,6 +92,7 @@ class TestEveryStore:
 
     @given(run=runs())
     @settings(max_examples=60)
+    @pytest.mark.slow
     def test_every_row_comes_back_as_it_was(self, place: Callable[[Run, Path], Memory | Folder], run: Run) -> None:
         with tempfile.TemporaryDirectory(dir=FAST) as folder:
             made = place(run, Path(folder))

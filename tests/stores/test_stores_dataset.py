@@ -103,6 +103,7 @@ def test_rows_of_a_sample_are_spread_over_the_epoch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.slow
 def test_workers_share_the_rows(tmp_path: Path, workers: int) -> None:
     store = numbered(tmp_path / "c")
     data = store.dataset(["resid_pre", "resid_mid"], 0, batch_size=64, shuffle_rows=200)

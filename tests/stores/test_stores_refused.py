@@ -137,6 +137,7 @@ def mounted(script: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_going_on_where_nothing_can_be_written_says_so(tmp_path: Path) -> None:
     write_or_resume(tmp_path / "c", demo_run())
     program = f"{sys.executable} {Path(__file__).parents[1] / 'support' / 'store_runs.py'}"
@@ -149,6 +150,7 @@ def test_going_on_where_nothing_can_be_written_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["pt", "numpy", "datasets", "saelens --layer 1 --context 6", "probelab"])
+@pytest.mark.slow
 def test_an_export_to_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path, layout: str) -> None:
     if layout[0] in "ds":
         pytest.importorskip("datasets")
@@ -203,6 +205,7 @@ def test_half_a_surrogate_pair_in_a_record_is_refused(record: dict[str, Any]) ->
         PromptRecord("a prompt", **record)
 
 
+@pytest.mark.slow
 def test_half_a_surrogate_pair_in_a_capture_is_shown_and_not_exported_as_utf8(tmp_path: Path) -> None:
     """A folder of another program may hold one: JSON can."""
     pytest.importorskip("datasets")

@@ -31,6 +31,7 @@ _EYE = {
 @pytest.mark.parametrize(
     "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.many) for name in plain_hooks.FAMILIES]
 )
+@pytest.mark.slow
 def test_no_wrong_map_passes(name: str) -> None:
     model = plain_hooks.build(name)
     redraw(model)
@@ -89,6 +90,7 @@ def test_no_wrong_map_of_a_tower_passes(name: str) -> None:
 
 
 @pytest.mark.usefixtures("seeded")
+@pytest.mark.slow
 def test_keys_in_a_tuple_beside_the_stream_make_no_map_wrong_and_no_wrong_map_right() -> None:
     """No term names them: what reads them is checked with those of the same run."""
     model = invented_coupled.ValuesOfPrevious(invented_coupled.Borrowed).eval()

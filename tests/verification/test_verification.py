@@ -145,6 +145,7 @@ def test_the_weights_are_as_they_were() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_without_weights_a_narrow_copy_is_verified_and_the_result_says_why(tmp_path: Path) -> None:
     plain_hooks.FAMILIES["llama"].config().save_pretrained(tmp_path)
     result = verify(tmp_path)
