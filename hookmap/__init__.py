@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hookmap import metrics
     from hookmap.capture.interventions.functions import apply, watch
     from hookmap.capture.result import Capture
+    from hookmap.datasets.pairs import Pair, load_pairs
     from hookmap.datasets.records import load_prompts
     from hookmap.discovery.discover import discover
     from hookmap.discovery.library import load_map
@@ -52,6 +53,7 @@ __all__ = [
     "MapMismatchError",
     "MapNotFoundError",
     "ModelError",
+    "Pair",
     "SelectionError",
     "Selector",
     "StoreError",
@@ -60,6 +62,7 @@ __all__ = [
     "apply",
     "discover",
     "load_map",
+    "load_pairs",
     "load_prompts",
     "metrics",
     "open",
@@ -75,10 +78,12 @@ __all__ = [
 _HOMES = {
     "ArchitectureMap": "hookmap.maps.document",
     "Capture": "hookmap.capture.result",
+    "Pair": "hookmap.datasets.pairs",
     "Selector": "hookmap.maps.selectors",
     "apply": "hookmap.capture.interventions.functions",
     "discover": "hookmap.discovery.discover",
     "load_map": "hookmap.discovery.library",
+    "load_pairs": "hookmap.datasets.pairs",
     "load_prompts": "hookmap.datasets.records",
     "open": "hookmap.model",
     "open_on_ray": "hookmap.services.ray.model",

@@ -1,6 +1,7 @@
 """What a run is measured by, `hookmap.metrics.logit_difference(" Mary", " John")`: see `hookmap.analysis.metrics`."""
 
 from hookmap.analysis.metrics import (
+    NAMES,
     Metric,
     Reading,
     kl_divergence,
@@ -10,4 +11,4 @@ from hookmap.analysis.metrics import (
     probability,
 )
 
-__all__ = ["Metric", "Reading", "kl_divergence", "log_probability", "logit_difference", "loss", "probability"]
+__all__ = ["NAMES", "Metric", "Reading", "kl_divergence", "log_probability", "logit_difference", "loss", "probability"]

@@ -14,8 +14,9 @@ from hookmap.analysis.head_outputs import stack_head_results
 from hookmap.analysis.heads import HeadScores, head_scores
 from hookmap.analysis.lens import Lens, lens
 from hookmap.analysis.metrics import losses, measure
-from hookmap.analysis.patching import Sweep, sweep
+from hookmap.analysis.patching import sweep
 from hookmap.analysis.steering import SteeringVector, make_vector
+from hookmap.analysis.sweeps import Sweep
 from hookmap.analysis.tokens import token_texts
 from hookmap.analysis.weights import Weight, weights, weights_from
 from hookmap.capture.engines.model_lock import lock_of
@@ -65,11 +66,25 @@ class HookedModel(Hooked):
         return weights(self, self._weights, point, layer, call)
 
     @takes(TemplateOptions, sweep)
-    def sweep(self, clean: Any, corrupted: Any, target: Any, against: Any = None, **options: Any) -> Sweep:
-        """Patch each layer and position of the clean run into the corrupted one, and measure the clean answer.
+    def sweep(
+        self, clean: Any, corrupted: Any = None, target: Any = None, against: Any = None, **options: Any
+    ) -> Sweep:
+        """Patch each cell of the clean run into the corrupted one, and measure how far the clean answer comes back.
 
-        target, against: the next tokens of the two prompts, as text or ids. batch_size: patches that run together. For
-        the other options see `hookmap.analysis.patching.sweep`.
+        clean, corrupted: one prompt each, of the same number of tokens; target, against: the next tokens of the two,
+        as texts or ids. Or `clean` alone: pairs, a file of them (`hookmap.load_pairs`) or a list of `hookmap.Pair`.
+        metric: a name of `hookmap.metrics.NAMES`, one of `hookmap.metrics`, or a function of (logits, at); unless
+        given, the difference of both answers' logits, or the probability of the only one.
+        point: one or several. over: what is patched one by one: "positions", "heads", both, or "layers" alone; the
+        rest of a layer is patched together. positions, heads: which; layers, calls: as in capture. A layer that runs
+        several times is patched in each of `calls` in turn, from the same run or from those of `source_calls`.
+        noising: patch corrupted values into the clean run instead.
+        to: patch only the paths to these: "logits", or heads and branches, "q@9.6,q@9.9" or "mlp_in@4"; attention
+        behind the patch is held as it was, and with through_mlps=False MLPs, too.
+        batch_size: runs at a time. store: a file that values are written to as they come; resume: go on with it.
+        progress: called with the number of runs done and of all.
+        Raises SelectionError, TokenizerError, DataError, StoreError, CaptureError where a prompt's stream is not
+        finite, and InterventionError where prompts do not pair or the metric of both is the same within its noise.
         """
         return sweep(self, clean, corrupted, target, against, **options)
 

@@ -15,7 +15,8 @@ PUBLIC = {
     "ArchitectureMap", "Capture", "CaptureError", "DataError", "DeployError", "DiscoveryError", "HookmapError",
     "InterventionError", "MapError", "MapMismatchError", "MapNotFoundError", "ModelError", "SelectionError", "Selector",
     "StoreError", "TokenizerError", "__version__", "discover", "load_map", "load_prompts", "open", "open_on_ray",
-    "open_on_vllm", "open_remote", "open_store", "verify", "apply", "watch", "metrics",
+    "open_on_vllm", "open_remote", "open_store", "verify", "apply", "watch", "metrics", "Pair",
+    "load_pairs",
 }  # fmt: skip
 
 

@@ -50,15 +50,17 @@ def heat_map(
             "word": "" if words is None else printable(words[row][column]),
             "cell": "" if words is None else printable(words[row][column], cell),
         }
-        for row, name in enumerate(grid.rows if grid.calls else grid.layers)
+        for row, name in enumerate(grid.layers if grid.numbered else grid.rows)
         for column, (position, token) in enumerate(zip(grid.positions, grid.tokens, strict=True))
     ]
     colour, dark = _colours(grid, log)
     width = 18 if words is None else 7 * cell + 8
+    named = {"position": "position", "token": "token"} if grid.column == "position" else {"token": grid.column}
+    named = {"layer": "layer", **named, **({"word": "word"} if words else {})}
     base = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X("column:O", title="position", axis=_token_axis(grid.tokens)),
-        y=alt.Y("layer:O", sort=[*grid.rows[::-1]] if grid.calls else "descending", title=f"{grid.point}, layer"),
-        tooltip=[alt.Tooltip(f"{n}:N", title=n) for n in ("layer", "position", "token", *(["word"] if words else []))]
+        x=alt.X("column:O", title=grid.column, axis=_token_axis(grid.tokens)),
+        y=alt.Y("layer:O", sort="descending" if grid.numbered else [*grid.rows[::-1]], title=f"{grid.point}, layer"),
+        tooltip=[alt.Tooltip(f"{field}:N", title=title) for field, title in named.items()]
         + [alt.Tooltip("value:Q", title=grid.metric, format=".4~g")],
     )
     drawn = base.mark_rect(stroke="white", strokeWidth=0.5).encode(

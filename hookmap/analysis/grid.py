@@ -32,15 +32,25 @@ class Grid:
     point: str
     calls: tuple[int | None, ...] = ()
     """which run of its layer each row is of, None where it runs once; empty where all do"""
+    column: str = "position"
+    """what the columns are, or `head`: then `positions` are heads, and `tokens` their names"""
+    points: tuple[str, ...] = ()
+    """the point of each row; empty where it is the same"""
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """What each row is called: `8`, or `8 call 2`."""
+        """What each row is called: `8`, `8 call 2`, or of several points `mlp_out 8`."""
         calls = self.calls or (None,) * len(self.layers)
-        return tuple(
+        names = (
             str(layer) if call is None else f"{layer} call {call}"
             for layer, call in zip(self.layers, calls, strict=True)
         )
+        return tuple(f"{p} {name}" for p, name in zip(self.points, names, strict=True)) if self.points else (*names,)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the layers alone tell the rows apart."""
+        return not self.calls and not self.points
 
     def __post_init__(self) -> None:
         """Raises CaptureError where the labels do not fit the values' shape."""
@@ -52,29 +62,35 @@ class Grid:
             )
 
     def __repr__(self) -> str:
-        sizes = f"{counted(len(self.layers), 'row')} × {counted(len(self.positions), 'position')}"
+        sizes = f"{counted(len(self.layers), 'row')} × {counted(len(self.positions), self.column)}"
         return f"<Grid of {self.metric}: {self.point}, {sizes}>"
 
     def save(self, path: str | Path) -> Path:
         """Write PATH.safetensors (values, labels) and PATH.csv (layer, position, token, value); returns the first.
 
-        Where layers run several times, the table has a column `call` too.
+        The table has a column `call` where layers run several times, `point` where rows are of several, and `head` in
+        the place of position and token.
         """
         from safetensors.torch import save_file
 
         base = Path(path).with_suffix("")
         labels = {name: getattr(self, name) for name in ("layers", "positions", "tokens", "metric", "point")}
-        labels |= {"calls": self.calls} if self.calls else {}
+        labels |= {name: getattr(self, name) for name in ("calls", "points") if getattr(self, name)}
+        labels |= {} if self.column == "position" else {"column": self.column}
         base.parent.mkdir(parents=True, exist_ok=True)
         values = base.with_suffix(".safetensors")
         save_file({"values": self.values.contiguous()}, values, metadata={"hookmap.grid": json.dumps(labels)})
+        of_rows = {"point": self.points, "layer": self.layers, "call": self.calls}
+        of_rows = {name: each for name, each in of_rows.items() if each}
+        of_columns = {"position": self.positions, "token": self.tokens}
+        of_columns = of_columns if self.column == "position" else {self.column: self.tokens}
         with base.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
-            table.writerow(["layer", *(["call"] if self.calls else []), "position", "token", "value"])
+            table.writerow([*of_rows, *of_columns, "value"])
             for number, row in enumerate(self.values.tolist()):
-                where = [self.layers[number], *([self.calls[number]] if self.calls else [])]
-                for position, token, value in zip(self.positions, self.tokens, row, strict=True):
-                    table.writerow([*where, position, token, value])
+                where = [each[number] for each in of_rows.values()]
+                for column, value in enumerate(row):
+                    table.writerow([*where, *(each[column] for each in of_columns.values()), value])
         return values
 
 
@@ -89,4 +105,7 @@ def load_grid(path: str | Path) -> Grid:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise StoreError(f"{path}: no grid that hookmap wrote ({type(error).__name__}: {error}).") from error
     lists = {name: tuple(labels[name]) for name in ("layers", "positions", "tokens")}
-    return Grid(values, metric=labels["metric"], point=labels["point"], **lists, calls=tuple(labels.get("calls", ())))
+    more = {name: tuple(labels.get(name, ())) for name in ("calls", "points")}
+    return Grid(
+        values, metric=labels["metric"], point=labels["point"], **lists, **more, column=labels.get("column", "position")
+    )

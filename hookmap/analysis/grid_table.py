@@ -29,7 +29,8 @@ def grid_table(
     table = Table(box=None, pad_edge=False, padding=0, header_style="bold", title=grid.metric, title_justify="left")
     table.add_column("layer ", justify="right")
     for position, token in list(zip(grid.positions, grid.tokens, strict=True))[first:]:
-        table.add_column(Text(f" {position} \n {printable(token, _WIDE)} "), justify="center", no_wrap=True)
+        name = f" {position} \n {printable(token, _WIDE)} " if grid.column == "position" else f" {token} "
+        table.add_column(Text(name), justify="center", no_wrap=True)
     for row in range(len(grid.layers) - 1, -1, -1):
         cells = [Text(f"{grid.rows[row]} ")]
         for column in range(first, len(grid.positions)):

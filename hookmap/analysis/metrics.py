@@ -19,10 +19,11 @@ from hookmap.capture.interventions.edits import EditedTokens
 from hookmap.capture.interventions.functions import At, Called, watch
 from hookmap.capture.interventions.plan import EditPlan
 from hookmap.capture.interventions.watching import Watch
-from hookmap.capture.options import MeasureOptions, TemplateOptions, of_kind, with_defaults
+from hookmap.capture.options import BatchOptions, MeasureOptions, TemplateOptions, of_kind, with_defaults
 from hookmap.capture.rows import row_selection
 from hookmap.errors import InterventionError, SelectionError
 from hookmap.loading.prompts import Prompt, records
+from hookmap.wording import counted, did_you_mean, sentence
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
@@ -143,6 +144,43 @@ def loss() -> Metric:
     return _Loss()
 
 
+NAMES = ("logit_difference", "probability", "log_probability", "kl_divergence", "loss")
+"""what metrics of pairs are called wherever a name is given"""
+
+
+def named(name: str, answers: Sequence[Any], wrong: Sequence[Any], clean: Any) -> Metric:
+    """The metric of this name, of prompts that have these answers. Raises SelectionError.
+
+    wrong: the wrong answers, None where there is none. clean: the prompts that a divergence is from.
+    """
+    if name not in NAMES:
+        near = sentence(did_you_mean(name, NAMES, n=1))
+        raise SelectionError(f"metric {name!r}: expected one of {', '.join(NAMES)}, or a function.{near}")
+    if name == "kl_divergence":
+        return kl_divergence(clean)
+    if name == "loss":
+        return loss()
+    right, other = ([_single(each) for each in side] for side in (answers, wrong))
+    _refuse_lacking(name, "answer", "target", right)
+    if name == "logit_difference":
+        _refuse_lacking(name, "wrong", "against", other)
+        return logit_difference(right, other)
+    return (probability if name == "probability" else log_probability)(right)
+
+
+def _refuse_lacking(name: str, column: str, argument: str, given: Sequence[Any]) -> None:
+    if lacking := [number for number, each in enumerate(given) if each is None]:
+        raise SelectionError(
+            f"{name} needs {argument}=, or the column {column!r} of pairs: {counted(len(lacking), 'pair')} of "
+            f"{len(given)} {'has' if len(lacking) == 1 else 'have'} none, the first is pair {lacking[0]}."
+        )
+
+
+def _single(answer: Any) -> Any:
+    """An id in place of a tuple of one."""
+    return answer[0] if isinstance(answer, tuple) and len(answer) == 1 else answer
+
+
 @dataclass(frozen=True)
 class _Difference(Metric):
     right: Any
@@ -211,7 +249,7 @@ def measure(hm: Hooked, prompts: Any, metric: Any, interventions: Any = (), **op
     def take(logits: torch.Tensor, at: At) -> None:
         values[at.sample] = bound(logits, at.sample).cpu()
 
-    _read(hm, bound.prompts, bound.positions, take, interventions, options)
+    read_logits(hm, bound.prompts, bound.positions, take, interventions, batches_of(options))
     return torch.stack([values[number] for number in range(len(bound.prompts))])
 
 
@@ -226,7 +264,7 @@ def losses(hm: Hooked, texts: Any, interventions: Any = (), **options: Any) -> l
         wide = logits if logits.dtype == torch.float64 else logits.float()
         found[at.sample] = _losses(wide, Reading(at.sample, at.positions, tokens, len(tokens))).cpu()
 
-    _read(hm, prompts, "all", take, interventions, options)
+    read_logits(hm, prompts, "all", take, interventions, batches_of(options))
     return [found[number] for number in range(len(prompts))]
 
 
@@ -236,12 +274,18 @@ def encoded(hm: Hooked, prompts: Any, options: Mapping[str, Any]) -> tuple[Promp
     return hm.encode(records(prompts, chosen["prompt_column"]), **of_kind(TemplateOptions, chosen))
 
 
-def _read(
-    hm: Hooked, prompts: Sequence[Prompt], positions: str, take: Any, interventions: Any, options: Mapping[str, Any]
+def batches_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """How many prompts run together, of `MeasureOptions`. Raises TypeError for another name."""
+    return of_kind(BatchOptions, with_defaults(MeasureOptions, options))
+
+
+def read_logits(
+    hm: Hooked, prompts: Sequence[Prompt], positions: str, take: Any, interventions: Any, how: Mapping[str, Any]
 ) -> None:
-    """Show `take` the logits of each prompt at these positions, in one forward pass over it."""
-    chosen = with_defaults(MeasureOptions, options)
-    batches = {name: chosen[name] for name in ("batch_size", "batch_tokens")}
+    """Show `take` the logits of each prompt at these positions, in one forward pass over it.
+
+    how: further arguments of `capture`, such as `batch_size`.
+    """
     given = watch(take, "logits", positions=positions)
     edits: Any
     if isinstance(interventions, EditPlan):
@@ -251,7 +295,7 @@ def _read(
     else:
         edits = (*read_interventions(interventions), given)
     try:
-        hm.capture(list(prompts), (), max_new_tokens=0, interventions=edits, engine="hooks", **batches)
+        hm.capture(list(prompts), (), max_new_tokens=0, interventions=edits, engine="hooks", **how)
     except InterventionError as error:
         if isinstance(error.__cause__, SelectionError):
             raise error.__cause__ from error.__cause__.__cause__

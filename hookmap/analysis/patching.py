@@ -1,152 +1,205 @@
-"""Activation patching: which layer and position carry the difference between two prompts.
+"""Activation patching: which layer, position or head carries the difference between two prompts.
 
-The clean prompt's tensor at one token is written into the run of the corrupted prompt, and a metric of the next token
-says how far the clean answer returns. This is done for each layer and position, many of them in one batch.
+The clean prompt's tensor in one cell (a head of a layer, a token) is written into the run of the corrupted prompt, and
+a metric says how far the clean answer returns. This is done for each cell and each pair of prompts, many in a batch.
 """
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
-from hookmap.analysis.grid import Grid
-from hookmap.analysis.tokens import token_id, token_text, token_texts
-from hookmap.capture.finiteness import not_finite
-from hookmap.capture.interventions.edits import Edit, why_not_heads
+from hookmap.activations import Key
+from hookmap.analysis.baselines import Baselines, baselines
+from hookmap.analysis.metrics import Bound, read_logits
+from hookmap.analysis.pairs import EncodedPairs, encode_pairs
+from hookmap.analysis.paths import Paths, paths_to
+from hookmap.analysis.sweep_cells import Cells, Job, cells_of
+from hookmap.analysis.sweep_file import SweepFile
+from hookmap.analysis.sweeps import Sweep, names_of
+from hookmap.capture.interventions.digests import digest_of
+from hookmap.capture.interventions.edits import Edit
+from hookmap.capture.interventions.functions import At
 from hookmap.capture.interventions.operations import Patched
 from hookmap.capture.interventions.plan import EditPlan
 from hookmap.capture.interventions.sources import key_in_source
-from hookmap.capture.options import TemplateOptions
-from hookmap.capture.rows import row_selection
+from hookmap.capture.options import Progress, TemplateOptions
+from hookmap.capture.result import Capture
+from hookmap.datasets.pairs import Pair
 from hookmap.errors import InterventionError, SelectionError
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.describe import layers_text
 from hookmap.maps.selectors import Selector
 
 if TYPE_CHECKING:
+    import os
+
     from hookmap.capture.hooked import Hooked
 
-Metric = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""logits of the next token [n, d_vocab] -> its values, float32 [n], and their sensitivity [n]: how much a value changes
-at most for a given relative change of the logits, so that sensitivity * rounding is the metric's own rounding"""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The result of a sweep."""
-
-    grid: Grid
-    """the metric of the corrupted prompt with one tensor patched, [layers, positions]"""
-    clean: float
-    """the metric of the clean prompt"""
-    corrupted: float
-    """the metric of the corrupted prompt without a patch"""
-    noise: float = 0.0
-    """how far the metric may differ between equal runs: by the rounding of the logits, and by the batch size"""
-
-    def __repr__(self) -> str:
-        found = f"clean {self.clean:.4g}, corrupted {self.corrupted:.4g}, noise {self.noise:.1g}"
-        return f"<Sweep: {repr(self.grid)[1:-1]}; {found}>"
-
-    @property
-    def above_noise(self) -> torch.Tensor:
-        """[layers, positions], bool: whether the patch moves the metric from `corrupted` by more than the noise.
-
-        Where it is False, the effect cannot be told from 0. It is False too where the metric is nan.
-        """
-        return (self.grid.values - self.corrupted).abs() > self.noise
-
-    @property
-    def effect(self) -> Grid:
-        """How far the patch moves the metric from corrupted (0) to clean (1)."""
-        values = (self.grid.values - self.corrupted) / (self.clean - self.corrupted)
-        return replace(self.grid, values=values, metric=f"effect on the {self.grid.metric}: 0 corrupted, 1 clean")
-
-    def save(self, path: str | Path) -> Path:
-        """Writes the effect as PATH.safetensors and PATH.csv (see `Grid.save`), and the metrics as PATH.json."""
-        written = self.effect.save(path)
-        found = {"metric": self.grid.metric, "clean": self.clean, "corrupted": self.corrupted, "noise": self.noise}
-        found["above_noise"] = self.above_noise.tolist()
-        written.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        return written
+_BATCHES = 16
+"""batches that are planned together"""
 
 
 def sweep(
-    hm: "Hooked",
+    hm: Hooked,
     clean: Any,
-    corrupted: Any,
-    target: str | int,
-    against: str | int | None = None,
+    corrupted: Any = None,
+    target: Any = None,
+    against: Any = None,
     *,
-    point: str = "resid_pre",
+    metric: Any = None,
+    point: str | Sequence[str] = "resid_pre",
     layers: Any = "all",
-    calls: Any = "all",
-    source_calls: Any = None,
+    over: str | Sequence[str] = "positions",
     positions: Any = "all",
     heads: Sequence[int] | None = None,
+    calls: Any = "all",
+    source_calls: Any = None,
+    noising: bool = False,
+    to: str | Sequence[str] | None = None,
+    through_mlps: bool = True,
     batch_size: int = 32,
+    store: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
     **template: Unpack[TemplateOptions],
 ) -> Sweep:
-    """Patch `point` from `clean` into `corrupted`, each layer and position in turn.
-
-    A layer that runs several times in one forward pass is patched in each of its runs in turn, or in those of `calls`,
-    each from the same run of the clean prompt, or from those of `source_calls`, in order; one of these serves all.
-
-    clean, corrupted: one prompt each, with the same number of tokens. target: the next token of the clean prompt, as a
-    token id or a text of one token; against: that of the corrupted prompt. With both, the metric is the difference of
-    their logits, target - against; with a target alone, its probability. positions: as for a capture; the columns of
-    the grid, in the order given. heads: of a point with heads, such as z, patch only these, together. batch_size:
-    patches that run together. progress: called with the number of patches done and of all patches.
-
-    Raises SelectionError, TokenizerError, CaptureError where a prompt's stream is not finite, and InterventionError
-    where the prompts do not pair or the metric of both is the same within its noise.
-    """
-    prompts = [_one(hm.encode(given, **template)) for given in (clean, corrupted)]
-    _check_pair(prompts, hm.tokenizer)
-    metric, name = _metric(hm, target, against)
-    selectors = hm.selectors([point], layers, calls)
+    """See `HookedModel.sweep`."""
+    pairs = _pairs(hm, clean, corrupted, target, against, template)
+    if metric is None:
+        metric = "probability" if all(pair.wrong is None for pair in pairs.pairs) else "logit_difference"
+    bounds = pairs.bound(metric)
+    start, source = bounds if noising else bounds[::-1]
+    points = [point] if isinstance(point, str) else list(point)
+    selectors = hm.selectors(points, layers, calls)
+    paths = None
+    if to is not None:
+        paths, selectors = paths_to(hm, to, selectors, through_mlps, named=layers != "all")
     _check_written(hm, selectors)
-    chosen = None if heads is None else _chosen_heads(hm, selectors, heads)
-    columns = _columns(hm, prompts[1], positions)
+    cells = cells_of(hm, start, selectors, over, positions, heads)
     sources = [key_in_source(hm.map, selector, calls, source_calls) for selector in selectors]
-    rows = hm.capture(prompts[0], [point], layers, max_new_tokens=0, engine="hooks")
-    base, noise = _base(hm, prompts, metric, min(batch_size, len(columns)), name)
-    values = []
-    for number, (selector, source) in enumerate(zip(selectors, sources, strict=True)):
-        plan = _patches(selector, rows.read(0, *source), columns, chosen)
-        values.append(metric(_logits(hm, [prompts[1]] * len(columns), plan, batch_size))[0])
-        if progress is not None:
-            progress((number + 1) * len(columns), len(selectors) * len(columns))
-    tokens = token_texts(hm, prompts[1].token_ids, columns, prompts[1].image_positions)
-    numbers = tuple(-1 if s.layer is None else s.layer for s in selectors)
-    runs = tuple(s.call for s in selectors) if any(s.call is not None for s in selectors) else ()
-    grid = Grid(torch.stack(values), numbers, tuple(columns), tokens, name, selectors[0].point, runs)
-    return Sweep(grid, *base, noise)
+    rows = hm.capture(list(source.prompts), points, layers, max_new_tokens=0, engine="hooks", batch_size=batch_size)
+    found = baselines(hm, start, source, min(batch_size, cells.count))
+    run = _Run(hm, start, cells, _Rows(rows, len(pairs)), batch_size, paths and paths.frozen(start.prompts, batch_size))
+    told = _Told(cells.total, progress)
+    if resume and store is None:
+        raise SelectionError("resume=True needs the file to go on with: give store=FILE.")
+    if store is not None:
+        settings = _settings(rows, pairs, start, cells, metric, sources, noising, paths)
+        told.file = SweepFile(store, settings, resume)
+        told.values.update(told.file.found)
+    try:
+        for number, (selector, key) in enumerate(zip(selectors, sources, strict=True)):
+            run.row(number, selector, key, told)
+    finally:
+        if told.file is not None:
+            told.file.close()
+    return _result(pairs, cells, selectors, told.values, found, start, noising, paths)
 
 
-def _patches(
-    selector: Selector, clean: torch.Tensor, positions: Sequence[int], heads: tuple[int, ...] | None
-) -> EditPlan:
-    """Sample n of a batch gets the clean row at the n-th of these positions. `clean`: [tokens, ...]."""
-    row_of = {sample: {position: position} for sample, position in enumerate(positions)}
-    patched = Patched(clean if heads is None else clean[:, list(heads)], row_of.__getitem__)
-    return EditPlan((Edit(selector, patched, heads=heads, only=patched),), [])
+def _pairs(
+    hm: Hooked, clean: Any, corrupted: Any, target: Any, against: Any, template: Mapping[str, Any]
+) -> EncodedPairs:
+    """The pairs that were given, or the one of two prompts. Raises InterventionError and SelectionError."""
+    if corrupted is None:
+        if target is not None or against is not None:
+            raise SelectionError("target and against are of one clean and one corrupted prompt; pairs have their own.")
+        return encode_pairs(hm, clean, template)
+    prompts = [hm.encode(given, **template) for given in (clean, corrupted)]
+    if wrong := [len(found) for found in prompts if len(found) != 1]:
+        raise InterventionError(
+            f"a sweep is over one clean and one corrupted prompt, got {wrong[0]}. Give pairs: "
+            "hm.sweep([hookmap.Pair(clean, corrupted, target, against), …])."
+        )
+    return encode_pairs(hm, Pair(prompts[0][0], prompts[1][0], target, against), {})
 
 
-def _chosen_heads(hm: "Hooked", selectors: Sequence[Selector], heads: Sequence[int]) -> tuple[int, ...]:
-    """Raises InterventionError where a layer does not have these heads."""
-    chosen = tuple(heads)
-    for selector in selectors:
-        if wrong := why_not_heads(chosen, selector.point, hm.proofs.of(selector).row):
-            raise InterventionError(wrong)
-    return chosen
+@dataclass
+class _Told:
+    """What is done so far, and who is told of it."""
+
+    jobs: int
+    progress: Callable[[int, int], None] | None
+    values: dict[int, float] = field(default_factory=dict)
+    """job -> value"""
+    file: SweepFile | None = None
+    _new: dict[int, float] = field(default_factory=dict)
+
+    def take(self, job: int, value: float) -> None:
+        self._new[job] = value
+
+    def batch(self, state: Progress | None = None) -> None:
+        """A batch is over."""
+        if not self._new:
+            return
+        if self.file is not None:
+            self.file.add([*self._new], [*self._new.values()])
+        self.values |= self._new
+        self._new.clear()
+        if self.progress is not None:
+            self.progress(len(self.values), self.jobs)
 
 
-def _check_written(hm: "Hooked", selectors: Sequence[Selector]) -> None:
+@dataclass(frozen=True)
+class _Rows:
+    """The tensors of the run that patches come from, the rows of all pairs behind each other."""
+
+    run: Capture
+    pairs: int
+
+    def of(self, key: Key) -> tuple[torch.Tensor, list[int]]:
+        """[rows, ...], and where those of each pair begin."""
+        parts = [self.run.read(number, *key) for number in range(self.pairs)]
+        begins = [0]
+        for part in parts:
+            begins.append(begins[-1] + len(part))
+        return torch.cat(parts), begins
+
+
+@dataclass(frozen=True)
+class _Run:
+    hm: Hooked
+    start: Bound
+    """the metric of the prompts that are patched"""
+    cells: Cells
+    rows: _Rows
+    batch_size: int
+    paths: Paths | None
+
+    def row(self, number: int, selector: Selector, key: Key, told: _Told) -> None:
+        """Patch every cell of one row of the sweep, for each pair."""
+        left = [job for job in self.cells.jobs(number) if job.number not in told.values]
+        if not left:
+            return
+        values, begins = self.rows.of(key)
+        step = _BATCHES * self.batch_size
+        for first in range(0, len(left), step):
+            part = left[first : first + step]
+            maps = [{place: begins[job.pair] + place for place in job.places} for job in part]
+            head_of = (lambda sample, part=part: part[sample].head) if self.cells.heads is not None else None
+            own = self.cells.chosen
+            taken = values if own is None else values[:, list(own)]
+            patched = Patched(taken, maps.__getitem__, head_of)
+            plan = EditPlan((Edit(selector, patched, heads=own, only=patched),), [])
+            prompts = [self.start.prompts[job.pair] for job in part]
+            if self.paths is not None:
+                plan = self.paths.plan(selector, plan, prompts, [job.pair for job in part])
+            self._measure(prompts, plan, part, told)
+
+    def _measure(self, prompts: list[Prompt], plan: EditPlan, jobs: Sequence[Job], told: _Told) -> None:
+        def take(logits: torch.Tensor, at: At) -> None:
+            job = jobs[at.sample]
+            told.take(job.number, float(self.start(logits, job.pair)))
+
+        how = {"batch_size": self.batch_size, "batch_tokens": self.batch_size * max(len(p.token_ids) for p in prompts)}
+        read_logits(self.hm, prompts, self.start.positions, take, plan, {**how, "progress": told.batch})
+        told.batch()
+
+
+def _check_written(hm: Hooked, selectors: Sequence[Selector]) -> None:
     """Raises InterventionError where the point must not be written in some layers, with each reason once."""
     refused: dict[str, list[int]] = {}
     for selector in selectors:
@@ -157,109 +210,58 @@ def _check_written(hm: "Hooked", selectors: Sequence[Selector]) -> None:
         raise InterventionError(f"{selectors[0].point} is not written:\n" + "\n".join(lines))
 
 
-def _base(
-    hm: "Hooked", prompts: Sequence[Prompt], metric: Metric, together: int, name: str
-) -> tuple[tuple[float, float], float]:
-    """The metrics of clean and corrupted, and their noise. `together`: prompts of a batch. Raises CaptureError and
-    InterventionError.
-    """
-    alone = [_logits(hm, [prompt], None, 1) for prompt in prompts]
-    for prompt, logits in zip(prompts, alone, strict=True):
-        if not bool(metric(logits)[0].isfinite().all()):
-            raise not_finite(hm, prompt, "sweep")
-    eps = _eps(hm, alone[0])
-    (clean, clean_moves), (corrupted, corrupted_moves) = ([float(part) for part in metric(each)] for each in alone)
-    batched = metric(_logits(hm, [prompts[1]] * together, None, together))[0]
-    noise = float((batched - corrupted).abs().max()) + eps / 2 * (clean_moves + corrupted_moves)
-    if not abs(clean - corrupted) > noise:
-        rounded = eps > torch.finfo(torch.float32).eps
-        raise InterventionError(
-            f"the {name} is {clean:.6g} for the clean and {corrupted:.6g} for the corrupted prompt, and its noise is "
-            f"{noise:.2g}: a patch has nothing to bring back. Take prompts "
-            "whose answers differ more"
-            + (
-                ', or open the model in float32, which rounds less: dtype="float32" (--dtype float32).'
-                if rounded
-                else "."
-            )
-        )
-    return (clean, corrupted), noise
+def _settings(
+    rows: Capture,
+    pairs: EncodedPairs,
+    start: Bound,
+    cells: Cells,
+    metric: Any,
+    keys: Sequence[Key],
+    noising: bool,
+    paths: Paths | None,
+) -> dict[str, Any]:
+    """All that decides the values of a sweep, as plain data."""
+    measured = metric if isinstance(metric, str) else start.name
+    code = digest_of(metric) if callable(metric) else repr(metric)
+    return {
+        "model": {name: rows.manifest.settings.get(name) for name in ("weights", "interventions")},
+        "architecture": rows.manifest.architecture,
+        "source prompts": rows.manifest.settings["prompts_sha256"],
+        "prompts": [list(prompt.token_ids) for prompt in start.prompts],
+        "metric": [measured, code],
+        "answers": [[pair.answer, pair.wrong] for pair in pairs.pairs],
+        "tensors": [list(key) for key in keys],
+        "cells": [cells.heads, cells.chosen, cells.places],
+        "noising": noising,
+        "path": None if paths is None else paths.name,
+    }
 
 
-def _one(found: Sequence[Prompt]) -> Prompt:
-    if len(found) != 1:
-        raise InterventionError(f"a sweep is over one clean and one corrupted prompt, got {len(found)}.")
-    return found[0]
-
-
-def _check_pair(prompts: Sequence[Prompt], tokenizer: Any) -> None:
-    lengths = [len(prompt.token_ids) for prompt in prompts]
-    if lengths[0] != lengths[1]:
-        raise InterventionError(
-            f"the clean prompt has {lengths[0]} tokens and the corrupted one {lengths[1]}: a position must mean the "
-            "same in both. Change the prompts so that they are equally long."
-        )
-    if prompts[0].token_ids == prompts[1].token_ids and prompts[0].inputs == prompts[1].inputs:
-        raise InterventionError("the clean and the corrupted prompt are the same.")
-
-
-def _columns(hm: "Hooked", prompt: Prompt, positions: Any) -> list[int]:
-    """The positions of the prompt that are patched, in the order given. Raises SelectionError where there are none."""
-    chosen, length = row_selection(positions=positions), len(prompt.token_ids)
-    chosen.refuse_beyond([length], 0)
-    chosen.refuse_no_image([prompt.image_positions])
-    found = chosen.places(prompt.token_ids, length, hm.matching(chosen), prompt.image_positions)
-    if not found:
-        raise SelectionError(f"positions {positions!r}: none of the {length} tokens of the prompt is one of them.")
-    return found[-1:] if chosen.positions == "last" else found
-
-
-def _logits(hm: "Hooked", prompts: Sequence[Prompt], plan: EditPlan | None, batch_size: int) -> torch.Tensor:
-    """The logits of the token after each prompt, [n, d_vocab], in the dtype that they were computed in."""
-    run = hm.capture(
-        list(prompts),
-        ["logits"],
-        max_new_tokens=0,
-        positions="last_prompt",
-        batch_size=batch_size,
-        batch_tokens=batch_size * len(prompts[0].token_ids),
-        engine="hooks",
-        interventions=plan or (),
+def _result(
+    pairs: EncodedPairs,
+    cells: Cells,
+    selectors: Sequence[Selector],
+    values: Mapping[int, float],
+    found: Baselines,
+    start: Bound,
+    noising: bool,
+    paths: Paths | None,
+) -> Sweep:
+    every = torch.full(cells.shape, float("nan")).flatten()
+    every[list(values)] = torch.tensor([*values.values()], dtype=torch.float32)
+    sides = (found.start, found.source)
+    clean, corrupted = sides if noising else sides[::-1]
+    return Sweep(
+        every.reshape(cells.shape).movedim(-1, 0).contiguous(),
+        tuple(selector.key for selector in selectors),
+        cells.heads,
+        cells.positions,
+        cells.tokens,
+        clean,
+        corrupted,
+        found.noise,
+        start.name,
+        noising,
+        "" if paths is None else paths.name,
+        names_of([pair.id for pair in pairs.pairs]),
     )
-    found = run["logits"]
-    assert isinstance(found, torch.Tensor)  # every prompt has one row
-    return found[:, 0]
-
-
-def _eps(hm: "Hooked", logits: torch.Tensor) -> float:
-    """The machine epsilon of the dtype that the logits were computed in: models may cast them to a wider one later."""
-    head = hm.root.get_output_embeddings()  # type: ignore[operator]
-    weight = getattr(head, "weight", logits)
-    dtypes = {logits.dtype, weight.dtype if weight.is_floating_point() else logits.dtype}
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
-
-
-def _metric(hm: "Hooked", target: str | int, against: str | int | None) -> tuple[Metric, str]:
-    right, right_name = token_id(hm, target), _name(hm, target)
-    if against is None:
-
-        def probability(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            found = logits.float().softmax(-1)[:, right]
-            most = torch.maximum(logits[:, right].float().abs(), logits.float().amax(-1).abs())
-            return found, 2 * found * (1 - found) * most
-
-        return probability, f"probability of {right_name}"
-    other, other_name = token_id(hm, against, "against"), _name(hm, against)
-
-    def difference(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        one, two = logits[:, right].float(), logits[:, other].float()
-        return one - two, one.abs() + two.abs()
-
-    return difference, f"logit of {right_name} minus logit of {other_name}"
-
-
-def _name(hm: "Hooked", token: str | int) -> str:
-    """A token for people: its text in quotes; its id where it has none."""
-    if isinstance(token, int):
-        token = ("" if hm.tokenizer is None else token_text(hm, token)) or token
-    return repr(token)

@@ -137,7 +137,8 @@ def layout_of(numbers: Sequence[int], prompts: Sequence[Prompt], right: bool = F
     """The layout of a batch of these prompts, whose numbers in the run are `numbers`."""
     lengths = tuple(len(prompt.token_ids) for prompt in prompts)
     images = tuple(frozenset(prompt.image_positions) for prompt in prompts)
-    return BatchLayout(tuple(numbers), lengths, right, images if any(images) else ())
+    tokens = tuple(prompt.token_ids for prompt in prompts)
+    return BatchLayout(tuple(numbers), lengths, right, images if any(images) else (), tokens)
 
 
 def _refused_inputs(inputs: Mapping[str, Any], error: ValueError) -> None:

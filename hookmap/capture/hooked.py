@@ -138,7 +138,9 @@ class Hooked:
         generation = {name: value for name, value in options.items() if name not in given}
         check_names(generation, ["points", "layers", "max_new_tokens", *options_of(CaptureOptions)])
         chosen = with_defaults(RunOptions, given)
+        draws = generation.pop("num_return_sequences", None)
         request = self._request(prompts, points, layers, max_new_tokens, chosen)
+        request = request.drawn(1 if draws is None else draws, chosen["do_sample"])
         engine, why = self._engine_of(chosen["engine"])
         plan = self._plan(chosen["interventions"], request, chosen["engine"])
         run = run_of(request, engine, self.tokenizer, plan, chosen, generation, self.kinds)

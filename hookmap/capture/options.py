@@ -60,7 +60,7 @@ class RowOptions(TypedDict, total=False):
             "all",
             'tokens whose rows are stored: "all", "prompt", "generated", "last", "last_prompt", a span "4:20", '
             'positions (negative ones count from the end of the prompt), "image" (tokens that stand for an image), '
-            '"text" (the others), or "text=…": tokens whose text contains it',
+            '"text" (the others), or "text=…": tokens whose text contains it, or of the prompt that it lies in',
         ),
     ]
     every: Annotated[int, Option(1, "only positions that are multiples of it")]
@@ -177,6 +177,7 @@ class GenerationOptions(TypedDict, total=False):
     repetition_penalty: float
     no_repeat_ngram_size: int
     min_new_tokens: int
+    num_return_sequences: int
     eos_token_id: int | list[int] | None
     use_cache: bool
 

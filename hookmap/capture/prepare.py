@@ -18,7 +18,7 @@ from hookmap.capture.interventions.plan import EditPlan
 from hookmap.capture.places import check_engine
 from hookmap.capture.request import Request
 from hookmap.capture.result import Capture
-from hookmap.capture.rows import matching_tokens
+from hookmap.capture.rows import matching_tokens, refuse_nowhere
 from hookmap.capture.run import Run, device_of, log, vocabulary_of
 from hookmap.errors import CaptureError, InterventionError, StoreError, TokenizerError
 from hookmap.loading import generation as gen
@@ -155,13 +155,15 @@ def run_of(
 def _common(request: Request, engine: Engine, tokenizer: Any, progress: Any) -> dict[str, Any]:
     """Fields of both kinds of run."""
     device = device_of(engine)
+    matching = matching_tokens(request.selection, tokenizer, vocabulary_of(engine))
+    refuse_nowhere(matching, (prompt.token_ids for prompt in request.prompts))
     return {
         "engine": engine,
         "tokenizer": tokenizer,
         "selectors": request.selectors,
         "prompts": request.prompts,
         "selection": request.selection,
-        "matching": matching_tokens(request.selection, tokenizer, vocabulary_of(engine)),
+        "matching": matching,
         "progress": progress,
         "memory": MemoryUse(device=device if device.type == "cuda" else None),
     }

@@ -1,15 +1,17 @@
 """A capture as it is asked for: read and checked, before an engine is chosen. Pure."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 from hookmap.capture.batches import Batches, batches, generation_batches, harvest_batches
 from hookmap.capture.options import BATCH_SIZE
 from hookmap.capture.rows import RowSelection
+from hookmap.errors import CaptureError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.further_inputs import signature
+from hookmap.loading.generation import check_count
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.selectors import Selector
 
@@ -27,6 +29,25 @@ class Request:
     """0: a harvest, one forward pass over the prompts"""
     batch_size: int | None
     batch_tokens: int
+
+    def drawn(self, count: Any, do_sample: bool) -> "Request":
+        """Each prompt so many times, as samples behind each other; ids get the number of the draw. Raises CaptureError.
+
+        `do_sample`: whether their texts differ.
+        """
+        check_count("num_return_sequences", count)
+        if count == 1:
+            return self
+        if not do_sample or not self.max_new_tokens:
+            raise CaptureError(
+                f"num_return_sequences={count} needs do_sample=True and new tokens: otherwise all are the same."
+            )
+        prompts = tuple(
+            prompt if prompt.id is None else replace(prompt, id=f"{prompt.id}.{draw}")
+            for prompt in self.prompts
+            for draw in range(count)
+        )
+        return replace(self, prompts=prompts)
 
     @cached_property
     def lengths(self) -> list[int]:

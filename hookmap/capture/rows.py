@@ -6,10 +6,10 @@ count from the end of the prompt, because the end of the generated text is not k
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 
@@ -27,7 +27,7 @@ NAMED = ("all", "prompt", "generated", "last", "last_prompt", "image", "text")
 _GRAMMAR = (
     'expected "all", "prompt", "generated", "last" (of the whole sample), "last_prompt", a span such as "4:20" or '
     '"-5:", positions such as "0,3,-1", "image" (tokens that stand for an image), "text" (the others), or "text=…" '
-    "(tokens whose text contains it)"
+    "(tokens whose text contains it, or of the prompt that it lies in)"
 )
 _SPAN = re.compile(r"(-?\d{1,18})?:(-?\d{1,18})?(?::(\d{1,18}))?")
 NUMBERS = ("router_indices",)
@@ -74,17 +74,18 @@ class RowSelection:
         """Whether the selection depends on which tokens stand for an image."""
         return self.positions in ("image", "text")
 
-    def wanted(self, prompt_tokens: int, matching: frozenset[int] = frozenset(), images: Iterable[int] = ()) -> Wanted:
+    def wanted(self, prompt_tokens: int, matching: frozenset[int] = frozenset(), marked: Iterable[int] = ()) -> Wanted:
         """Which tokens of a sample are stored.
 
-        `prompt_tokens`: of its prompt; `matching`: see `matching_tokens`; `images`: positions that stand for an image.
+        `prompt_tokens`: of its prompt; `matching`: see `matching_tokens`; `marked`: positions that stand for an image,
+        or where `matching` is a phrase those of the phrase.
         """
-        chosen, every = self._chosen(prompt_tokens, matching, frozenset(images)), self.every
+        chosen, every = self._chosen(prompt_tokens, matching, frozenset(marked)), self.every
         if every == 1:
             return chosen
         return lambda position, token: position % every == 0 and chosen(position, token)
 
-    def _chosen(self, prompt: int, matching: frozenset[int], images: frozenset[int]) -> Wanted:
+    def _chosen(self, prompt: int, matching: frozenset[int], marked: frozenset[int]) -> Wanted:
         where = self.positions
         if where in ("all", "last"):
             return lambda position, token: True
@@ -95,7 +96,9 @@ class RowSelection:
         if where == "last_prompt":
             return lambda position, token: position == prompt - 1
         if self.reads_images:
-            return lambda position, token: (position in images) == (where == "image")
+            return lambda position, token: (position in marked) == (where == "image")
+        if isinstance(matching, Phrase):
+            return lambda position, token: position in marked
         if isinstance(where, str):
             return lambda position, token: token in matching
         if self.span:
@@ -114,7 +117,8 @@ class RowSelection:
         images: Iterable[int] = (),
     ) -> list[int]:
         """Positions of the tokens that are stored: single ones in the order given, others ascending."""
-        wanted = self.wanted(prompt_tokens, matching, images)
+        marked = matching.places(token_ids[:prompt_tokens]) if isinstance(matching, Phrase) else images
+        wanted = self.wanted(prompt_tokens, matching, marked)
         order: Iterable[int] = range(len(token_ids))
         if self.singles:
             order = [p for p in (_place(p, prompt_tokens) for p in self.singles) if 0 <= p < len(token_ids)]
@@ -188,6 +192,39 @@ class RowSelection:
         return list(self.features)
 
 
+class Phrase(frozenset[int]):
+    """A text of several tokens, in place of the ids of tokens that contain it. It is looked for in prompts alone."""
+
+    def __new__(cls, text: str, tokenizer: Any) -> Self:
+        made = super().__new__(cls)
+        made.text, made._tokenizer, made._found = text, tokenizer, {}
+        return made
+
+    text: str
+    _tokenizer: Any
+    _found: dict[tuple[int, ...], frozenset[int]]
+
+    def places(self, token_ids: Sequence[int]) -> frozenset[int]:
+        """The positions of the tokens that the text lies in, wherever it stands."""
+        ids = tuple(token_ids)
+        if ids not in self._found:
+            self._found[ids] = frozenset(self._places(ids))
+        return self._found[ids]
+
+    def _places(self, ids: tuple[int, ...]) -> Iterator[int]:
+        whole = text_of(self._tokenizer, ids)
+        starts = [match.start() for match in re.finditer(f"(?={re.escape(self.text)})", whole)]
+        if not starts:
+            return
+        # Where each token ends: a text that ends within a character is as long as with all of it, or longer.
+        ends = [len(text_of(self._tokenizer, ids[: count + 1])) for count in range(len(ids))]
+        begin = 0
+        for position, end in enumerate(ends):
+            if any(begin < start + len(self.text) and start < end for start in starts):
+                yield position
+            begin = end
+
+
 def row_selection(**given: Unpack[RowOptions]) -> RowSelection:
     """Read the options that a user gives. Raises SelectionError with every problem at once.
 
@@ -217,7 +254,10 @@ def row_selection(**given: Unpack[RowOptions]) -> RowSelection:
 
 
 def matching_tokens(chosen: RowSelection, tokenizer: Any, vocabulary: int) -> frozenset[int]:
-    """The token ids whose text contains that of `positions="text=…"`. Raises SelectionError where there is none."""
+    """The token ids whose text contains that of `positions="text=…"`; a `Phrase` where no single token contains it.
+
+    Raises SelectionError where there is no tokenizer.
+    """
     if not chosen.reads_tokens:
         return frozenset()
     text = str(chosen.positions).removeprefix("text=")
@@ -225,12 +265,26 @@ def matching_tokens(chosen: RowSelection, tokenizer: Any, vocabulary: int) -> fr
         raise SelectionError(f'positions="text={text}" needs a tokenizer: hookmap.open(model, tokenizer=...)')
     ids = sorted(token for token in known_ids(tokenizer) if token < vocabulary)
     found = frozenset(token for token in ids if text in text_of(tokenizer, [token]))
-    if not found:
+    return found or Phrase(text, tokenizer)
+
+
+def ids_of(matching: frozenset[int]) -> list[int]:
+    """The token ids, for another process. Raises SelectionError for a phrase."""
+    if isinstance(matching, Phrase):
         raise SelectionError(
-            f'positions="text={text}": no single token of this tokenizer contains that text. '
-            "Give a shorter text, such as a word without the space before it."
+            f'positions="text={matching.text}": a text of several tokens is looked for in this process alone: give '
+            "positions, or open the model with hookmap.open."
         )
-    return found
+    return sorted(matching)
+
+
+def refuse_nowhere(matching: frozenset[int], prompts: Iterable[Sequence[int]]) -> None:
+    """Raises SelectionError where `positions="text=…"` is a text that neither a token nor a prompt contains."""
+    if isinstance(matching, Phrase) and not any(matching.places(ids) for ids in prompts):
+        raise SelectionError(
+            f'positions="text={matching.text}": no single token of this tokenizer contains that text, and no prompt '
+            "does. Give a text that stands there, such as a word without the space before it."
+        )
 
 
 def _positions(given: Any, problems: list[str]) -> tuple[Any, bool]:

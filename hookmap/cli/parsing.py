@@ -44,6 +44,11 @@ def parse_calls(text: str, option: str = "--calls") -> str | list[int]:
     return words if words in ("all", "last") else _numbers(text, "call", "0,2 or 0-3 or all or last", option)
 
 
+def parse_heads(text: str) -> list[int]:
+    """The same of `--heads`, without `all`."""
+    return _numbers(text, "head", "0,3 or 0-3", "--heads")
+
+
 def _numbers(text: str, what: str, write: str, option: str) -> list[int]:
     found: list[int] = []
     for item in filter(None, (part.strip() for part in text.split(","))):

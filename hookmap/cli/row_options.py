@@ -12,7 +12,7 @@ row_options = option_group(
         "--positions",
         metavar="WHERE",
         help="Rows of which tokens: all, prompt, generated, last, last_prompt, a span 4:20 or -5:, positions 0,3,-1, "
-        "image (tokens of an image), text (the others), or text=… for tokens whose text contains it.  [default: all]",
+        "image (tokens of an image), text (the others), or text=… for tokens that contain it.  [default: all]",
     ),
     count("--every", "Only positions that N divides."),
     click.option("--mean/--no-mean", default=None, help="One row a sample: the mean over its positions."),

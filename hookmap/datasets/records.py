@@ -45,7 +45,7 @@ class PromptRecord:
     def __post_init__(self) -> None:
         """Checks that the table of samples can hold it, also a record made by hand."""
         try:
-            own = None if self.id is None else _name(self.id, "id")
+            own = None if self.id is None else read_name(self.id, "id")
             labels = None if self.labels is None else {_whole(str(k)): _label(v, k) for k, v in self.labels.items()}
         except ValueError as error:
             raise DataError(f"a record: {error}") from error
@@ -131,8 +131,8 @@ def _record(
         return row
     if not isinstance(row, Mapping):
         if (column := prompt or images or decoder) is not None:
-            raise ValueError(f"expected columns with {column!r} among them, found {_shown(row)}")
-        return PromptRecord(_prompt(row))
+            raise ValueError(f"expected columns with {column!r} among them, found {shown(row)}")
+        return PromptRecord(read_prompt(row))
     columns = list(map(str, row))
     field = prompt or next((field for field in FIELDS if field in row), None)
     wanted = [column for column in (field, name, images, decoder) if column]
@@ -142,14 +142,14 @@ def _record(
     if field is None:
         raise ValueError(f"expected one of the fields {', '.join(FIELDS)}, found {_listed(columns)}")
     if prompt is None and field in _NEVER_TEXT and isinstance(row[field], str):
-        raise ValueError(f"{field}: expected a list, found the text {_shown(row[field])}; to send it as it is, name it")
+        raise ValueError(f"{field}: expected a list, found the text {shown(row[field])}; to send it as it is, name it")
     key = name or ("id" if "id" in row and field != "id" else None)
-    own = None if key is None else _name(row[key], key)
+    own = None if key is None else read_name(row[key], key)
     begins = [decoder] if decoder else [c for c in DECODER if c in row and (labels == "all" or c not in labels)]
     apart = (field, key, images, *begins)
     kept = [column for column in columns if column not in apart] if labels == "all" else labels
     labels_kept = {str(c): _label(row[c], c) for c in kept}
-    found = _prompt(row[field])
+    found = read_prompt(row[field])
     if images is not None:
         found = _with_images(found, row[images], field)
     if begun := {column: row[column] for column in begins if row[column] is not None}:
@@ -162,7 +162,7 @@ def _with_images(text: Any, images: Any, field: str) -> Any:
     if images is None or images == []:
         return text
     if not isinstance(text, str):
-        raise ValueError(f"{field}: expected a text for the images, found {_shown(text)}; messages name their own")
+        raise ValueError(f"{field}: expected a text for the images, found {shown(text)}; messages name their own")
     return {"text": text, "images": list(images) if isinstance(images, list | tuple) else [images]}
 
 
@@ -176,7 +176,7 @@ def _with_decoder(prompt: Any, begun: Mapping[str, Any], field: str) -> Any:
     is_text, is_ids = isinstance(value, str), isinstance(value, list) and all(type(item) is int for item in value)
     if not (is_text and column != ids) and not (is_ids and column != text):
         expected = {text: "a text", ids: "a list of token ids"}.get(column, "a text or a list of token ids")
-        raise ValueError(f"{column}: expected {expected}, found {_shown(value)}")
+        raise ValueError(f"{column}: expected {expected}, found {shown(value)}")
     if isinstance(prompt, Mapping):
         raise ValueError(f"{field}: a prompt with images has no {column}: give what the model's processor makes of it")
     return {"prompt": prompt, text if is_text else ids: value}
@@ -186,13 +186,15 @@ def _listed(columns: Sequence[Any]) -> str:
     return ", ".join(map(str, columns)) or "none"
 
 
-def _name(value: Any, column: str) -> str:
+def read_name(value: Any, column: str) -> str:
+    """A record's own name. Raises ValueError for something else than a text or a whole number."""
     if isinstance(value, bool) or not isinstance(value, str | Integral) or value == "":
-        raise ValueError(f"{column}: expected a text or a whole number as a name, found {_shown(value)}")
+        raise ValueError(f"{column}: expected a text or a whole number as a name, found {shown(value)}")
     return _whole(str(value))
 
 
-def _prompt(value: Any) -> Any:
+def read_prompt(value: Any) -> Any:
+    """A text, messages or token ids. Raises ValueError for something else."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, str) and value:
@@ -202,7 +204,7 @@ def _prompt(value: Any) -> Any:
             return value
         if all(type(item) is int for item in value):
             return value
-    raise ValueError(f"expected a text, a list of chat messages or a list of token ids, found {_shown(value)}")
+    raise ValueError(f"expected a text, a list of chat messages or a list of token ids, found {shown(value)}")
 
 
 def _whole(text: str) -> str:
@@ -210,7 +212,7 @@ def _whole(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"half a surrogate pair in {_shown(text)}: read the file it comes from as UTF-8") from error
+        raise ValueError(f"half a surrogate pair in {shown(text)}: read the file it comes from as UTF-8") from error
     return text
 
 
@@ -240,9 +242,10 @@ def _plain(value: Any) -> Any:
         return str(value)
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
-    raise TypeError(f"{type(value).__name__} {_shown(value)}")
+    raise TypeError(f"{type(value).__name__} {shown(value)}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """The beginning of a value, for messages."""
     text = repr(value) if not isinstance(value, dict | list) else json.dumps(value, default=str)
     return f"{text[:60]}…" if len(text) > 60 else text

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from hookmap.activations import Key, key_of
 from hookmap.capture.interventions import operations
 from hookmap.capture.interventions.edits import Edit, EditedTokens, RowOperation, TokenAt
-from hookmap.capture.rows import RowSelection
+from hookmap.capture.rows import RowSelection, ids_of
 from hookmap.errors import InterventionError
 
 _KINDS: dict[str, Any] = {
@@ -104,7 +104,8 @@ def to_wire(edits: Sequence[Edit]) -> tuple[str, bytes]:
                 plain[each.name] = entering[id(value)]
             elif each.name != _OF_SAMPLES.get(type(operation)):
                 plain[each.name] = value
-        tokens = asdict(edit.tokens) | {"matching": sorted(edit.tokens.matching)}
+        matching = ids_of(edit.tokens.matching)
+        tokens = asdict(edit.tokens) | {"matching": matching}
         own = {name: getattr(edit, name) for name in ("heads", "means", "last")}
         key = list(edit.selector.key)
         documents.append({"key": key, "do": type(operation).__name__, "numbers": plain, "tokens": tokens, **own})

@@ -13,7 +13,7 @@ from hookmap.activations import Activation, Sample, Sink, call_of
 from hookmap.capture.batches import Generating, Harvesting
 from hookmap.capture.interventions.operations import Averaged
 from hookmap.capture.overflow import Cast, Overflow, in_words
-from hookmap.capture.rows import DTYPES, NUMBERS
+from hookmap.capture.rows import DTYPES, NUMBERS, ids_of
 from hookmap.capture.run import Run, log
 from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen
@@ -181,7 +181,7 @@ class Serving:
             only, images = pairs_of(run.edits, number), sorted(prompt.image_positions)
             edits = PlannedEdits(plan=self.name, sample=number, only=only, images=images)
         return RequestSpec(
-            points=self._points, rows=self._rows, matching=sorted(run.matching), edits=edits,
+            points=self._points, rows=self._rows, matching=ids_of(run.matching), edits=edits,
             images=sorted(prompt.image_positions),
         )  # fmt: skip
 

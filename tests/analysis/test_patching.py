@@ -36,7 +36,7 @@ def test_a_sweep_is_its_patches_one_by_one() -> None:
     shown: list[tuple[int, int]] = []
     found = sweep(hm, CLEAN, CORRUPTED, 7, 9, point="resid_mid", batch_size=3, progress=lambda *n: shown.append(n))
     assert found.grid.layers == (0, 1, 2) and found.grid.positions == (0, 1, 2, 3, 4)
-    assert shown == [(5, 15), (10, 15), (15, 15)]
+    assert shown == [(3, 15), (5, 15), (8, 15), (10, 15), (13, 15), (15, 15)]
     for layer in found.grid.layers:
         for place in found.grid.positions:
             patch = {
@@ -122,8 +122,8 @@ def test_what_cannot_be_swept_is_refused() -> None:
             sweep(hm, clean, corrupted, 7, 9, **options)  # type: ignore[arg-type]
     with raises(hookmap.SelectionError, "'generated': none of the 5 tokens"):
         sweep(hm, CLEAN, CORRUPTED, 7, 9, positions="generated")
-    with raises(hookmap.SelectionError, "target '12' is 2 tokens"):
-        sweep(demo(), asked(4), asked(5), "12")
+    with raises(hookmap.SelectionError, "'12' is 2 tokens"):
+        sweep(demo(), asked(4), asked(5), "12", "5")
     with raises(hookmap.InterventionError, "nothing to bring back"):
         sweep(hm, CLEAN, CORRUPTED, 7, 7)
 

@@ -351,7 +351,8 @@ def test_a_visit_too_few_or_too_many_is_refused(calls: list[int], message: str) 
     [
         ({"num_beams": 2}, "beam_search"),
         ({"prompt_lookup_num_tokens": 2}, "assisted_generation"),
-        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2 needs do_sample=True"),
+        ({"num_return_sequences": 0, "do_sample": True}, "num_return_sequences: expected a whole number"),
         ({"temperature": 0.5}, "do_sample=True"),
         ({"temprature": 0.5}, "did you mean temperature"),
         ({"max_new_tokens": -1}, "at least 0"),

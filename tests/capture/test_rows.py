@@ -11,6 +11,7 @@ from support.raises import raises
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
+import hookmap.datasets
 from hookmap.capture.result import Capture
 from hookmap.capture.rows import row_selection
 from hookmap.model import HookedModel
@@ -278,3 +279,50 @@ def test_samples_without_rows_know_how_wide_they_would_be(
 def test_attention_without_rows_knows_its_heads(hm: HookedModel) -> None:
     run = hm.capture(RAGGED, ["pattern"], [0], 3, positions="70:")
     assert run.store.read(0, "pattern", 0).shape == (0, 4, 11)
+
+
+def test_a_text_of_several_tokens_selects_the_tokens_of_the_prompt_that_it_lies_in(hm: HookedModel) -> None:
+    prompts = ["to be or not to be", "that is or not the question or no"]  # "or not" is two tokens of each
+    assert [hm.to_str_tokens(text)[2:4] for text in prompts] == [["or", "not"]] * 2
+    whole = hm.capture(prompts, "resid_mid", 1, max_new_tokens=0)
+    run = hm.capture(prompts, "resid_mid", 1, max_new_tokens=0, positions="text=or not")
+    assert [sample.row_positions for sample in run.samples] == [(2, 3), (2, 3)]
+    for number in range(2):
+        rows = whole.read(number, "resid_mid", 1)[[2, 3]]
+        torch.testing.assert_close(run.read(number, "resid_mid", 1), rows, rtol=1e-5, atol=1e-5)
+    twice = hm.capture("be or be or be or", "resid_mid", 1, max_new_tokens=0, positions="text=be or b")
+    assert twice.samples[0].row_positions == (0, 1, 2, 3, 4), "occurrences may share tokens"
+    for new in (0, 4):
+        edit = {"do": "ablate", "point": "resid_mid", "layers": 1, "positions": "text=or not"}
+        seen: list[tuple[int, ...]] = []
+        watch = hookmap.watch(lambda _, at, seen=seen: seen.append(at.positions), "resid_mid", 1, "text=or not")
+        edited = hm.capture(prompts, "resid_mid", 1, max_new_tokens=new, interventions=[edit, watch])
+        assert seen == [(2, 3), (2, 3)]
+        for number in range(2):
+            rows = edited.read(number, "resid_mid", 1)
+            assert not rows[[2, 3]].any() and rows[[0, 1, 4]].abs().amax(1).all()
+    swap = {
+        "do": "patch",
+        "point": "resid_mid",
+        "layers": 1,
+        "positions": "text=be or",
+        "source": {"prompt": prompts[0]},
+    }
+    patched = hm.capture("not be or", "resid_mid", 1, max_new_tokens=0, interventions=[swap])
+    source = hm.capture(prompts[0], "resid_mid", 1, max_new_tokens=0).read(0, "resid_mid", 1)
+    torch.testing.assert_close(patched.read(0, "resid_mid", 1)[1:3], source[1:3], rtol=1e-5, atol=1e-5)
+    with raises(hookmap.SelectionError, "text=or be", "no prompt"):
+        hm.capture(prompts, "resid_mid", 1, max_new_tokens=0, positions="text=or be")
+    with raises(hookmap.SelectionError, "text=or be", "no prompt"):
+        hm.capture(prompts, (), max_new_tokens=0, interventions=[{**edit, "positions": "text=or be"}])
+
+
+def test_a_prompts_several_sequences_are_samples_of_their_own(hm: HookedModel) -> None:
+    prompts = [hookmap.datasets.PromptRecord("to be", "a"), hookmap.datasets.PromptRecord("or not to be", "b")]
+    draws: dict[str, Any] = {"do_sample": True, "seed": 3, "max_new_tokens": 5}
+    run = hm.capture(prompts, "resid_post", 1, num_return_sequences=3, **draws)
+    assert [sample.id for sample in run.samples] == ["a.0", "a.1", "a.2", "b.0", "b.1", "b.2"]
+    by_hand = hm.capture([prompt.prompt for prompt in prompts for _ in range(3)], "resid_post", 1, **draws)
+    assert run.tokens == by_hand.tokens and len(set(run.tokens)) == 6
+    for number in range(6):
+        assert torch.equal(run.read(number, "resid_post", 1), by_hand.read(number, "resid_post", 1))

@@ -208,7 +208,7 @@ def _rows(sample: Sample, pool: str, chosen: RowSelection | None) -> Sequence[in
     if not found:
         raise SelectionError(f"sample {sample.sample} has no rows of {POOLS[pool]}: pool={pool} cannot be told.")
     if chosen is not None:
-        wanted = chosen.wanted(end, images=sample.image_positions or ())
+        wanted = chosen.wanted(end, marked=sample.image_positions or ())
         found = [row for row in found if wanted(own[row], -1)]
     if not found:
         raise SelectionError(

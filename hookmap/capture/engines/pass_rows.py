@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from hookmap.capture.overflow import RowNumber
-from hookmap.capture.rows import RowSelection
+from hookmap.capture.rows import Phrase, RowSelection
 from hookmap.errors import CaptureError
 
 
@@ -23,11 +23,19 @@ class BatchLayout:
     """padding follows the prompts instead of preceding them"""
     images: tuple[frozenset[int], ...] = ()
     """for each row, the positions whose tokens stand for parts of an image; empty where no row has such"""
+    tokens: tuple[tuple[int, ...], ...] = ()
+    """of each row's prompt"""
 
     @property
     def width(self) -> int:
         """Columns of the padded prompts."""
         return max(self.lengths)
+
+    def marked(self, row: int, matching: frozenset[int]) -> frozenset[int]:
+        """The positions of a row that a selection goes by: of the phrase that it selects, else those of images."""
+        if isinstance(matching, Phrase):
+            return matching.places(self.tokens[row])
+        return self.images[row] if self.images else frozenset()
 
     def pads(self, row: int) -> int:
         """Columns before the row's first token."""
@@ -99,9 +107,10 @@ class BatchRows:
         """of the running forward pass"""
         self._columns = layout.width
         self._positions: list[list[int]] = [[] for _ in layout.samples]
-        images = layout.images or [frozenset[int]()] * len(layout.lengths)
-        chosen = zip(layout.lengths, images, strict=True)
-        self._wanted = [selection.wanted(length, matching, image) for length, image in chosen]
+        self._wanted = [
+            selection.wanted(length, matching, layout.marked(row, matching))
+            for row, length in enumerate(layout.lengths)
+        ]
 
     @property
     def columns(self) -> range:

@@ -66,9 +66,9 @@ class EditedTokens:
         """Whether the steps select the token at this position."""
         return self.steps is None or self.steps.wanted(0)(step_of(position, prompt_tokens), -1)
 
-    def select(self, position: int, token: int, prompt_tokens: int, images: frozenset[int] = frozenset()) -> bool:
-        """Whether this token is written. `images`: positions that stand for an image."""
-        chosen = self.positions.wanted(prompt_tokens, self.matching, images)(position, token)
+    def select(self, position: int, token: int, prompt_tokens: int, marked: frozenset[int] = frozenset()) -> bool:
+        """Whether this token is written. `marked`: see `RowSelection.wanted`."""
+        chosen = self.positions.wanted(prompt_tokens, self.matching, marked)(position, token)
         return chosen and self.in_steps(position, prompt_tokens)
 
 
@@ -277,8 +277,8 @@ class Editor:
         sample, length = self._observer.layout.samples[row], self._observer.layout.lengths[row]
         if edit.only is not None:
             return edit.tokens.in_steps(position, length) and (sample, position) in edit.only
-        images = self._observer.layout.images
-        return edit.tokens.select(position, token, length, images[row] if images else frozenset())
+        marked = self._observer.layout.marked(row, edit.tokens.matching)
+        return edit.tokens.select(position, token, length, marked)
 
     def _positions_of(self, row: int) -> list[tuple[int, int]]:
         """The (column of the pass, position) of each token of a row; padding has none."""

@@ -72,10 +72,16 @@ class Patched:
     rows: torch.Tensor
     row_of: Callable[[int], Mapping[int, int]]
     """sample -> position -> index into `rows`"""
+    head_of: Callable[[int], int] | None = None
+    """sample -> the one head of it that is written; None for all that are there"""
 
     def __call__(self, rows: torch.Tensor, where: TokensAt, means: torch.Tensor | None) -> torch.Tensor:
         chosen = [self.row_of(token.sample)[token.position] for token in where]
-        return self.rows[chosen].to(rows.device, rows.dtype)
+        if self.head_of is None:
+            return self.rows[chosen].to(rows.device, rows.dtype)
+        written, heads = rows.clone(), [self.head_of(token.sample) for token in where]
+        written[range(len(heads)), heads] = self.rows[chosen, heads].to(rows.device, rows.dtype)
+        return written
 
     def __contains__(self, cell: object) -> bool:
         """Whether a (sample, position) has a row here; for `Edit.only`."""

@@ -33,7 +33,7 @@ from hookmap.capture.interventions.sources import Editable, Sources, key_in_sour
 from hookmap.capture.interventions.vectors import low_rank, read_rows, row_vector, unit_vector
 from hookmap.capture.interventions.watching import Watch
 from hookmap.capture.options import EngineName
-from hookmap.capture.rows import RowSelection, row_selection
+from hookmap.capture.rows import RowSelection, refuse_nowhere, row_selection
 from hookmap.errors import HookmapError, InterventionError, SelectionError
 from hookmap.loading.chat_template import Templating
 from hookmap.loading.prompts import Prompt
@@ -164,8 +164,9 @@ class _Planner:
 
     def _tokens(self, given: Intervention) -> EditedTokens:
         positions, steps = self._positions(given.positions), self._steps(given.steps)
-        self._check_reach(EditedTokens(positions, steps))
-        return EditedTokens(positions, steps, self._matching(positions))
+        found = EditedTokens(positions, steps, self._matching(positions))
+        self._check_reach(found)
+        return found
 
     def _positions(self, given: Any) -> RowSelection:
         try:
@@ -187,6 +188,7 @@ class _Planner:
         try:
             tokens.positions.refuse_beyond([len(prompt.token_ids) for prompt in self.prompts], self._more)
             tokens.positions.refuse_no_image(prompt.image_positions for prompt in self.prompts)
+            refuse_nowhere(tokens.matching, (prompt.token_ids for prompt in self.prompts))
         except SelectionError as error:
             self.note(str(error), unselected=True)
         if tokens.steps is not None and (never := [step for step in tokens.steps.singles if step > self._more]):

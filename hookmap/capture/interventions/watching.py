@@ -70,11 +70,11 @@ class Watching(Observer):
         """The (column of the tensor, token) of each row that the function wants of a sample."""
         length, sample = self.layout.lengths[row], self.layout.samples[row]
         first = rows.end - self.kept.new - self.layout.pads(row)
-        images = self.layout.images[row] if self.layout.images else frozenset[int]()
+        marked = self.layout.marked(row, watch.tokens.matching)
         found = []
         for column, new in zip(rows.columns[row], self.kept.columns[row], strict=True):
             position, token = first + new, self._ids[row][new]
-            if watch.tokens.select(position, token, length, images):
+            if watch.tokens.select(position, token, length, marked):
                 found.append((column, TokenAt(sample, position, token, step_of(position, length))))
         return found
 

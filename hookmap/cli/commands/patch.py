@@ -1,16 +1,14 @@
 """`hookmap patch`: a tensor of one prompt's run put into another's; or a sweep over layers and positions."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hookmap.cli import model_options, one_prompt
+from hookmap.cli import model_options, one_prompt, sweeping
 from hookmap.cli.chat_options import chat_options, templating
 from hookmap.cli.options import calls_option, count
 
 if TYPE_CHECKING:
-    from hookmap.analysis.patching import Sweep
     from hookmap.loading.prompts import Prompt
     from hookmap.model import HookedModel
 
@@ -18,8 +16,14 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", required=False)
 @model_options.loading
-@click.option("--clean", required=True, metavar="TEXT", help="The prompt whose values are taken.")
-@click.option("--corrupted", required=True, metavar="TEXT", help="The prompt they are put into; it has as many tokens.")
+@click.option("--clean", metavar="TEXT", help="The prompt whose values are taken.")
+@click.option("--corrupted", metavar="TEXT", help="The prompt they are put into; it has as many tokens.")
+@click.option(
+    "--pairs",
+    metavar="FILE",
+    help='Sweep over many pairs, in place of --clean and --corrupted: a data set of {"clean": …, "corrupted": …, '
+    '"answer": …, "wrong": …}.',
+)
 @click.option(
     "--image",
     "images",
@@ -49,22 +53,14 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Patch each layer and position alone, and measure how far it restores the clean answer.",
 )
-@click.option("--target", metavar="TOKEN", help="Sweep: the next token of the clean prompt.")
-@click.option(
-    "--against",
-    metavar="TOKEN",
-    help="Sweep: the next token of the corrupted prompt; the metric is then the difference of logits.",
-)
-@count("--batch-size", default=32)
-@click.option("-o", "--output", metavar="FILE", help="Sweep: write FILE.safetensors, FILE.csv and FILE.json.")
-@click.option("--png", metavar="FILE", help="Sweep: write a heat map to FILE.")
-@click.option("--html", metavar="FILE", help="Sweep: write an interactive heat map to FILE, self-contained.")
+@sweeping.options
 @count("--max-new-tokens", default=32)
 @chat_options
 def command(
     model: str | None,
-    clean: str,
-    corrupted: str,
+    clean: str | None,
+    corrupted: str | None,
+    pairs: str | None,
     images: tuple[str, ...],
     other_images: tuple[str, ...],
     answer: str | None,
@@ -74,12 +70,6 @@ def command(
     source_calls: str | None,
     positions: str,
     sweep: bool,
-    target: str | None,
-    against: str | None,
-    batch_size: int,
-    output: str | None,
-    png: str | None,
-    html: str | None,
     max_new_tokens: int,
     **given: Any,
 ) -> None:
@@ -92,46 +82,50 @@ def command(
     \b
     hookmap patch --clean "He buys 4 more." --corrupted "He buys 5 more." --point resid_mid --layers 8
     hookmap patch --clean … --corrupted … --answer "Tom has 3+" --sweep --target 4 --against 5 --png sweep.png
+    hookmap patch --pairs ioi.jsonl --point z --over heads --png heads.png -o ioi
 
-    Texts, and the name of the file that -o wrote, go to stdout; the table goes to stderr.
+    With --pairs the effect is a ratio of means over all pairs, with its bootstrap interval. Texts, and the name of the
+    file that -o wrote, go to stdout; tables go to stderr.
     """
-    from hookmap.cli.parsing import parse_calls, parse_layers
+    from hookmap.cli.parsing import parse_calls, parse_layers, parse_list
     from hookmap.cli.settings import load_settings, refuse_unknown
 
-    if sweep and not target:
+    chosen = sweeping.read(given, sweep or pairs is not None)
+    if (pairs is None) != (clean is not None) or (pairs is None) != (corrupted is not None):
+        raise click.UsageError("which prompts? --clean TEXT and --corrupted TEXT, or --pairs FILE")
+    if pairs and (typed := [n for n, v in (("image", images), ("answer", answer), *_of_one(chosen)) if v]):
+        raise click.UsageError(f"--{', --'.join(typed)}: of --clean and --corrupted; pairs have their own")
+    if sweep and not pairs and not chosen["target"] and chosen["metric"] not in ("kl_divergence", "loss"):
         raise click.UsageError("a sweep needs the token to look for: --target TOKEN (and --against TOKEN)")
-    if not sweep and (target or against or output or png or html):
-        raise click.UsageError("--target, --against, -o, --png and --html are of a sweep: add --sweep")
-    where: dict[str, Any] = {"point": point, "layers": parse_layers(layers), "positions": positions}
+    points = parse_list(point) if sweep or pairs else point
+    where: dict[str, Any] = {"point": points, "layers": parse_layers(layers), "positions": positions}
     where |= {"calls": parse_calls(calls or "all")}
     source = None if source_calls is None else parse_calls(source_calls, "--source-calls")
     if other_images and not images:
         raise click.UsageError("--corrupted-image stands in the place of --image: which is the clean prompt's?")
-    refuse_unknown(point, where["layers"], model, where["calls"], positions=positions)
-    one_prompt.check_pictures((png, html))
+    refuse_unknown(points, where["layers"], model, where["calls"], positions=positions)
+    one_prompt.check_pictures((chosen["png"], chosen["html"]))
+    read = sweeping.read_pairs(pairs) if pairs else None
     how = templating(given, load_settings())
     hm = model_options.opened(model, given, quiet=False)
-    pairs = ((clean, images), (corrupted, other_images or images))
-    prompts = [one_prompt.read(hm, text, files, answer, how) for text, files in pairs]
-    if not sweep:
-        _patch(hm, prompts, where, source, max_new_tokens)
+    where |= {"source_calls": source}
+    if read is not None:
+        sweeping.finish(sweeping.run(hm, (read,), {**where, **how}, chosen), chosen, one_prompt.save_pictures)
         return
-    found = _sweep(hm, prompts, str(target), against, {**where, "source_calls": source, "batch_size": batch_size})
-    _show(found)
-
-    def chart() -> Any:
-        from hookmap.analysis.charts import heat_map
-
-        return heat_map(found.effect)
-
-    one_prompt.save_pictures(chart, (png, html))
-    if output:
-        click.echo(str(found.save(output)))
+    both = ((str(clean), images), (str(corrupted), other_images or images))
+    prompts = [one_prompt.read(hm, text, files, answer, how) for text, files in both]
+    if sweep:
+        found = sweeping.run(hm, ([prompts[0]], [prompts[1]]), where, chosen)
+        sweeping.finish(found, chosen, one_prompt.save_pictures)
+    else:
+        _patch(hm, prompts, where, max_new_tokens)
 
 
-def _patch(
-    hm: "HookedModel", prompts: "list[Prompt]", where: dict[str, Any], source_calls: Any, max_new_tokens: int
-) -> None:
+def _of_one(chosen: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, chosen[name]) for name in ("target", "against")]
+
+
+def _patch(hm: "HookedModel", prompts: "list[Prompt]", where: dict[str, Any], max_new_tokens: int) -> None:
     from tempfile import TemporaryDirectory
 
     from hookmap.cli.console import working
@@ -139,49 +133,9 @@ def _patch(
     with working("generating"), TemporaryDirectory() as folder:
         store = f"{folder}/clean"  # a document has no place for what a processor made of a prompt
         hm.capture([prompts[0]], [where["point"]], max_new_tokens=0, store=store)
-        patch = {"do": "patch", **where, "source": {"store": store, "calls": source_calls}}
+        at = {name: where[name] for name in ("point", "layers", "calls", "positions")}
+        patch = {"do": "patch", **at, "source": {"store": store, "calls": where["source_calls"]}}
         patched = hm.generate([prompts[1]], [patch], None, max_new_tokens).texts
         plain = [hm.generate([prompt], (), None, max_new_tokens).texts[0] for prompt in prompts]
     for name, text in zip(("clean", "corrupted", "patched"), [*plain, *patched], strict=True):
         click.echo(f"{click.style(f'{name:10}', fg='cyan')} {text}")
-
-
-def _sweep(
-    hm: "HookedModel", prompts: "list[Prompt]", target: str, against: str | None, options: dict[str, Any]
-) -> "Sweep":
-    from hookmap.analysis.patching import sweep
-    from hookmap.cli.console import progress
-
-    with progress() as bars:
-        bar = bars.add_task("patches", total=None)
-
-        def show(done: int, total: int) -> None:
-            bars.update(bar, completed=done, total=total)
-
-        return sweep(hm, [prompts[0]], [prompts[1]], target, against, progress=show, **options)
-
-
-def _show(found: "Sweep", columns: int = 12) -> None:
-    """The positions with the largest effects, in the order of the text."""
-    from hookmap.analysis.grid_table import grid_table
-    from hookmap.cli.console import console
-
-    effect, told = found.effect, found.above_noise
-    largest = effect.values.abs().nan_to_num(0).amax(0)
-    most = sorted(largest.argsort(descending=True)[:columns].tolist())
-    shown = replace(
-        effect,
-        values=effect.values[:, most],
-        positions=tuple(effect.positions[n] for n in most),
-        tokens=tuple(effect.tokens[n] for n in most),
-    )
-    screen = console()
-    screen.print(grid_table(shown, told=told[:, most].tolist()))
-    screen.print(f"clean {found.clean:.3f}, corrupted {found.corrupted:.3f}; point {effect.point}", highlight=False)
-    if within := int((~told).sum()):
-        screen.print(
-            f"{within} of {told.numel()} effects are in the metric's noise, {found.noise:.2g}: in brackets",
-            highlight=False,
-        )
-    if others := [float(value) for n, value in enumerate(largest.tolist()) if n not in most]:
-        screen.print(f"{len(others)} other positions: {max(others):.2f} at most")

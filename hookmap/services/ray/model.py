@@ -179,6 +179,7 @@ class RayModel:
             (folder / mark).touch()
         except OSError as error:
             raise StoreError(f"cannot write to {folder}: {error.strerror}. Write to another folder: -o DIR") from error
+        options = {name: value for name, value in options.items() if name != "num_return_sequences"}  # are in the plan
         encoded, capture = self._pool.put(plan.prompts), RunningCapture(uuid4().hex, options, str(folder), mark)
         for batch in plan.batches:
             if left := [number for number in batch if number not in finished]:
