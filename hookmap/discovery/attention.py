@@ -7,7 +7,7 @@ leads back to the projections that made the queries, keys and values, and on to 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -17,12 +17,14 @@ from hookmap.discovery import aten
 from hookmap.discovery.dataflow import Operation
 from hookmap.discovery.head_layout import features, heads_of, push
 from hookmap.discovery.locate import Location
+from hookmap.discovery.operation_places import at_input, at_output
 from hookmap.discovery.values import Exposure
 from hookmap.discovery.wiring import Found, Missing, Places, Wiring, attempt, is_product
+from hookmap.maps.reading import BY_DATAFLOW
 from hookmap.maps.relations import Relation, Term
-from hookmap.maps.templates import Heads
+from hookmap.maps.templates import Heads, TermTemplate
 
-ATTENTION = ("q", "k", "v", "z", "pattern")
+ATTENTION = ("q", "k", "v", "q_rot", "k_rot", "attn_scores", "pattern", "z")
 _ON_SCORES = {
     *aten.MOVES, "maximum", "minimum", "clamp", "clamp_min", "add", "sub", "mul", "div", "tanh", "where", "masked_fill",
     "alias_update", "cat", "sigmoid",
@@ -40,6 +42,9 @@ class _Core:
     pattern: int | None
     """the weights as the second product reads them; None where one fused operation computes them"""
     result: int
+    softmax: Operation | None = None
+    product: Operation | None = None
+    """of queries and keys"""
 
 
 def attention_points(wiring: Wiring) -> Found:
@@ -54,7 +59,9 @@ def attention_points(wiring: Wiring) -> Found:
         "v": attempt(partial(_operand, wiring, core.value, "v")),
         "z": attempt(partial(_heads_out, wiring, core)),
         "pattern": attempt(partial(_pattern, wiring, core)),
+        "attn_scores": attempt(partial(_scores, wiring, core)),
     }
+    places |= {name: attempt(partial(_as_read, wiring, core, name, places[name[0]])) for name in ("q_rot", "k_rot")}
     return Found(places, tuple(_relations(wiring, core, places)))
 
 
@@ -90,13 +97,14 @@ def _cores_of(wiring: Wiring, op: Operation) -> Iterator[_Core]:
     for pattern, product in wiring.forward(op.outputs[0], _AFTER_SOFTMAX):
         square = wiring.shape(pattern)[-2:] == (seq, seq)
         if product.name == "bmm" and product.inputs[0] == pattern and square:
-            scores = _operands_of_scores(wiring, op.inputs[0])
+            scores = _product_of_scores(wiring, op.inputs[0])
             if scores is not None:
-                yield _Core(*scores, product.inputs[1], pattern, product.outputs[0])
+                query, key = scores.inputs[-2:]
+                yield _Core(query, key, product.inputs[1], pattern, product.outputs[0], op, scores)
 
 
-def _operands_of_scores(wiring: Wiring, scores: int) -> tuple[int, int] | None:
-    """Queries [heads, pos, d] and keys [heads, d, pos] of the one product that the scores come from.
+def _product_of_scores(wiring: Wiring, scores: int) -> Operation | None:
+    """The one product that the scores come from, of queries [heads, pos, d] and keys [heads, d, pos].
 
     A mask that is computed from the tokens (an index of the keys worth reading) is no part of the scores.
     """
@@ -115,8 +123,7 @@ def _operands_of_scores(wiring: Wiring, scores: int) -> tuple[int, int] | None:
     if len(products) != 1:
         return None
     (product,) = products.values()
-    query, key = product.inputs[-2:]
-    return (query, key) if wiring.shape(product.outputs[0])[-2:] == (wiring.block.seq,) * 2 else None
+    return product if wiring.shape(product.outputs[0])[-2:] == (wiring.block.seq,) * 2 else None
 
 
 def _is_batched_product(op: Operation) -> bool:
@@ -227,8 +234,112 @@ def _pattern(wiring: Wiring, core: _Core) -> Location:
         if places:
             # Of the modules inside the block the outermost one; the block itself only where there is no other.
             outermost = min(places, key=lambda p: (p.call is wiring.block.call, p.call.path.count("."), p.time))
-            return wiring.locator.at(outermost).with_terms(axes=("batch", "heads", "pos", "key"), flat=False)
+            found = wiring.locator.at(outermost).with_terms(axes=("batch", "heads", "pos", "key"), flat=False)
+            return replace(found, write=_written(wiring, core))
+    if (term := _written(wiring, core)) is not None:
+        return Location((term,), core.softmax.time if core.softmax else 0, BY_DATAFLOW)
     raise Missing("no module boundary exposes the attention weights")
+
+
+_PAIRS = ("batch", "heads", "pos", "key")
+_FUSED = "one fused operation computes the attention: load the model with eager attention"
+
+
+def _written(wiring: Wiring, core: _Core) -> TermTemplate | None:
+    """Where the weights are written: as softmax gives them, if the second product reads them so."""
+    op = core.softmax
+    if op is None or core.pattern is None or wiring.locator.rows != "all":
+        return None
+    tensor = core.pattern
+    while (made := wiring.block.values.flow.producer(tensor)) is not None and made is not op:
+        if made.name not in aten.MOVES:
+            return None
+        tensor = made.inputs[0]
+    found = at_output(wiring.locator, op.outputs[0], _axes_of_pairs(wiring, op.outputs[0])) if made is op else None
+    return None if found is None else found.terms[0]
+
+
+def _axes_of_pairs(wiring: Wiring, tensor: int) -> tuple[str, ...]:
+    """The axes of scores or weights. Raises Missing where they are no pairs of positions."""
+    shape = wiring.shape(tensor)
+    if shape[-2:] != (wiring.block.seq,) * 2:
+        raise Missing("softmax reads more than the scores of the keys: a sink, or keys of no token")
+    if len(shape) == 4 and shape[0] == 1:
+        return _PAIRS
+    if len(shape) == 3:
+        return ("batch*heads", "pos", "key")
+    raise Missing(f"the scores have axes of their own, {list(shape)}")
+
+
+def _scores(wiring: Wiring, core: _Core) -> Location:
+    """What softmax reads."""
+    if core.softmax is None:
+        raise Missing(_FUSED)
+    if wiring.locator.rows != "all":
+        raise Missing("the model adds positions of its own, which are keys too")
+    found = at_input(wiring.locator, core.softmax, 0, _axes_of_pairs(wiring, core.softmax.inputs[0]))
+    if found is None:
+        raise Missing("the softmax runs in a module that several layers share")
+    return found
+
+
+def _as_read(wiring: Wiring, core: _Core, name: str, projected: Location | str) -> Location:
+    """Queries or keys as the product of the scores reads them: back from it, through views, to what computes them."""
+    if core.softmax is None:
+        raise Missing(_FUSED)
+    flow, values = wiring.block.values.flow, wiring.block.values
+    tensor, size = core.query if name == "q_rot" else core.key, wiring.shape(core.query)[-1]
+    seen = [tensor]
+    while (op := flow.producer(tensor)) is not None and id(op) in wiring.inside:
+        full = [t for t in op.inputs if 0 not in wiring.shape(t)]  # a cache is empty yet
+        if op.name not in aten.MOVES and not (op.name == "cat" and len(full) == 1):
+            break
+        tensor = full[0]
+        seen.append(tensor)
+    else:
+        raise Missing("they are computed before this block, and enter it beside the stream")
+    if isinstance(projected, Location) and (
+        values.value(tensor) in _values_at(wiring, projected) or op.name in aten.PRODUCTS
+    ):
+        return projected  # nothing is done to what the projection gives
+    for place in wiring.locator.places(values.value(tensor)):
+        axes = _axes_of_heads(wiring, tensor, size)
+        if place.side == "output" and place.shape == wiring.shape(tensor) and axes is not None:
+            return wiring.locator.at(place).with_terms(axes=axes, flat=False)
+    for here in seen[::-1]:  # the first of its views that has heads, and places for these tokens alone
+        axes = _axes_of_heads(wiring, here, size)
+        if axes is not None and (found := at_output(wiring.locator, here, axes)) is not None:
+            return found
+    return _operand_of_scores(wiring, core, name)
+
+
+def _operand_of_scores(wiring: Wiring, core: _Core, name: str) -> Location:
+    """What the product itself reads; the keys with those of a cache, of which the last ones are the tokens'."""
+    assert core.product is not None
+    number = len(core.product.inputs) - (2 if name == "q_rot" else 1)
+    axes = ("batch*heads", "pos", "d_head") if name == "q_rot" else ("batch*heads", "d_head", "pos")
+    found = at_input(wiring.locator, core.product, number, axes)
+    if found is None:
+        raise Missing("the product of the scores runs in a module that several layers share")
+    return found if name == "q_rot" else found.with_terms(rows="last")
+
+
+def _values_at(wiring: Wiring, place: Location) -> set[int]:
+    """The values at the boundary of a location."""
+    paths = {term.module for term in place.terms}
+    calls = [c for c in wiring.block.values.flow.calls if wiring.locator.templated(c.path) in paths]
+    inside = [c for c in calls if wiring.block.call.enter <= c.enter and c.exit <= wiring.block.call.exit]
+    return {wiring.block.values.value(t) for c in inside for t in c.outputs.values()}
+
+
+def _axes_of_heads(wiring: Wiring, tensor: int, size: int) -> tuple[str, ...] | None:
+    """The axes of [1, heads, pos, d_head], [1, pos, heads, d_head] or [heads, pos, d_head]; None of another shape."""
+    shape, seq = wiring.shape(tensor), wiring.block.seq
+    if len(shape) == 4 and shape[0] == 1 and shape[-1] == size and seq in shape[1:3]:
+        return ("batch", "heads", "pos", "d_head") if shape[2] == seq else ("batch", "pos", "heads", "d_head")
+    if len(shape) == 3 and shape[1] == seq and shape[2] == size:
+        return ("batch*heads", "pos", "d_head")
+    return None
 
 
 def _is_of_pairs(wiring: Wiring, place: Exposure) -> bool:

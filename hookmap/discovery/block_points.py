@@ -22,6 +22,7 @@ from hookmap.discovery.branch_outputs import has_post_norm, locate_output, locat
 from hookmap.discovery.chained_mlps import why_no_mlp
 from hookmap.discovery.experts import ROUTER, mlp_points
 from hookmap.discovery.locate import Location, Locator
+from hookmap.discovery.norm_scales import NO_NORM, scale_of
 from hookmap.discovery.wiring import Found, Places, Wiring
 from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.relations import Relation
@@ -67,6 +68,7 @@ def points_of_block(block: Block) -> BlockPoints:
     places |= _attention_names(kinds, places)
     inside = _inside(block, kinds, locator)
     places |= inside.places
+    places |= _scales(block, inputs, locator)
     found = {name: place for name, place in places.items() if isinstance(place, Location)}
     linear = _linear(block, found)
     sums = [each for each in additions(block, middle, found, locator.parameter) if each.can_be_checked(linear)]
@@ -252,8 +254,21 @@ def _inside(block: Block, kinds: BranchKinds, locator: Locator) -> Found:
     return Found(places | absent, relations)
 
 
+def _scales(block: Block, inputs: Inputs, locator: Locator) -> Places:
+    """What the norm before each branch multiplies by."""
+    found: Places = {}
+    for name, (_, each) in inputs.items():
+        if not name.startswith("cross_attn"):
+            scale = PointName.of(name).numbered(f"{PointName.of(name).branch}_norm_scale")
+            is_normed = each.normed and each.value is not None
+            found[scale] = scale_of(locator, each.value) if is_normed and each.value is not None else NO_NORM
+    for role in ("mixer", "mlp"):
+        found.setdefault(f"{role}_norm_scale", _why_no_branch(block, role))
+    return found
+
+
 def _why_nothing_inside(block: Block) -> dict[str, str]:
     """The reasons that hold where no branch of the right kind is there."""
     no_attention = "this block's mixer is not attention" if block.role("mixer") else _why_no_branch(block, "mixer")
-    inside_mlp = dict.fromkeys(("mlp_post", *ROUTER), _why_no_branch(block, "mlp"))
+    inside_mlp = dict.fromkeys(("mlp_pre", "mlp_pre_linear", "mlp_post", *ROUTER), _why_no_branch(block, "mlp"))
     return {**dict.fromkeys(ATTENTION, no_attention), **inside_mlp}

@@ -373,7 +373,7 @@ def _templates(locations: dict[str, Location]) -> dict[str, PointTemplate]:
     times = sorted({location.time for location in locations.values()})
     ordered = sorted(locations.items(), key=lambda item: item[1].time)
     return {
-        n: PointTemplate(terms=t.terms, order=times.index(t.time), evidence=t.evidence, beside=t.beside)
+        n: PointTemplate(terms=t.terms, order=times.index(t.time), evidence=t.evidence, beside=t.beside, write=t.write)
         for n, t in ordered
     }
 

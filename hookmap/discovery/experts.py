@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import prod
 
 from hookmap.discovery import aten
+from hookmap.discovery.activations import before_activation
 from hookmap.discovery.dataflow import Operation
 from hookmap.discovery.locate import Location
 from hookmap.discovery.wiring import Found, Missing, Wiring, attempt
@@ -31,9 +32,10 @@ def _dense(wiring: Wiring) -> Found:
             raise Missing("the MLP branch is a sum of several modules")
         place = wiring.read_by(projections)
     except Missing as reason:
-        return Found({"mlp_post": str(reason), **no_router})
+        return Found({**dict.fromkeys(("mlp_pre", "mlp_pre_linear", "mlp_post"), str(reason)), **no_router})
+    before = before_activation(wiring, wiring.boundary_tensor(place))
     relations = wiring.applied(place, raw, "mlp_out_raw", "mlp_post")
-    return Found({"mlp_post": wiring.locator.at(place), **no_router}, relations)
+    return Found({**before, "mlp_post": wiring.locator.at(place), **no_router}, relations)
 
 
 def _mixture(wiring: Wiring, choice: Operation) -> Found:
@@ -42,7 +44,8 @@ def _mixture(wiring: Wiring, choice: Operation) -> Found:
     logits = attempt(lambda: _logits(wiring, choice, scoring))
     indices = attempt(lambda: _indices(wiring, choice))
     weights = attempt(lambda: _weights(wiring, choice))
-    places = {"mlp_post": no_post, "router_logits": logits, "router_indices": indices, "router_weights": weights}
+    no_post_either = dict.fromkeys(("mlp_pre", "mlp_pre_linear", "mlp_post"), no_post)
+    places = {**no_post_either, "router_logits": logits, "router_indices": indices, "router_weights": weights}
     ordered = isinstance(logits, Location) and _keeps_order(wiring, choice, scoring)
     return Found(places, (_TOP_K,) if ordered else ())
 

@@ -30,6 +30,8 @@ class Location:
     evidence: str
     beside: tuple[TermTemplate, ...] = ()
     """other tensors that the branch which reads it reads"""
+    write: TermTemplate | None = None
+    """where it is written, if not where it is read"""
 
     def with_terms(self, **update: object) -> Location:
         """The same location, with these fields in each of its terms."""
@@ -146,11 +148,15 @@ class Locator:
         if call.enter < self.within.enter or self.within.exit < call.exit:
             return False
         # A module that several layers share is no place of one layer's, except where all of the block is shared.
-        one_layers = self._is_shared or self._paths(call) == 1
+        one_layers = self.is_of_one_layer(call)
         input_of_model = exposure.side == "input" and call is self.within and self.templates is None
         has_positions = self.seq in (exposure.shape[:-1] or exposure.shape)
         lost = (self._is_turned and _is_flat(exposure)) or self._has_copies(exposure)
         return one_layers and not input_of_model and has_positions and not lost
+
+    def is_of_one_layer(self, call: ModuleCall) -> bool:
+        """Whether the module belongs to this layer alone, or all of the block is shared."""
+        return self._is_shared or self._paths(call) == 1
 
     def _has_copies(self, exposure: Exposure) -> bool:
         """Whether several rows of the batch are of one sequence there: [copies * batch, pos, d]."""

@@ -11,6 +11,7 @@ from hookmap.discovery.dataflow import ModuleCall, Operation
 from hookmap.discovery.layer_list import LayerList
 from hookmap.discovery.linear_steps import linear_path, norm_input, norm_source, steps
 from hookmap.discovery.locate import Location, Locator
+from hookmap.discovery.norm_scales import scale_of
 from hookmap.discovery.values import Values
 from hookmap.errors import DiscoveryError
 
@@ -57,7 +58,9 @@ def read_outside(values: Values, layers: LayerList, seq: int) -> Outside:
     ends = [values.value(t) for t in root.outputs.values()] if logits.value is None else [logits.value]
     norm, normed = _final_norm(values, layers, ends)
     final_norm = _why_no_norm(values, layers, ends) if norm is None else _place_of_norm(locator, norm)
-    places = {"embed": embed, "logits": logits.place, "final_norm": final_norm}
+    scale = scale_of(locator, norm) if norm is not None else str(final_norm)
+    places = {"embed": embed, "final_norm_scale": scale, "final_norm": final_norm}
+    places |= {"logits_raw": _raw_logits(values, locator, logits), "logits": logits.place}
     return Outside(
         locations={name: place for name, place in places.items() if isinstance(place, Location)},
         unavailable={name: reason for name, reason in places.items() if isinstance(reason, str)},
@@ -148,6 +151,26 @@ def _logits(values: Values, locator: Locator, root: ModuleCall, vocabulary: set[
         return _Logits(missing, value)
     # The model's own output, and not the unembedding's: in half precision a cast stands between the two.
     return _Logits(locator.at_root(value), value, shape[-1], _unembedding(values, root, value))
+
+
+def _raw_logits(values: Values, locator: Locator, logits: _Logits) -> Location | str:
+    """The logits as the unembedding gives them: behind its product and its bias."""
+    if isinstance(logits.place, str) or logits.value is None:
+        return str(logits.place)
+    raw = value = logits.value
+    while (op := values.producers.get(value)) is not None and op.name not in aten.PRODUCTS:
+        varying = [v for v in values.operands(op) if not values.is_constant(v)]
+        if not varying:
+            return "no product with weights makes the logits"
+        value = varying[0]
+        if op.name not in aten.MOVES | {"add", "sub"}:
+            raw = value
+    if raw == logits.value:
+        return logits.place
+    for place in locator.places(raw):
+        if place.shape[-1] == logits.d_vocab:
+            return locator.at(place)
+    return "no module boundary exposes it"
 
 
 def _unembedding(values: Values, root: ModuleCall, value: int) -> str | None:

@@ -73,8 +73,10 @@ def _place(runs: list[_Run], found: list[Location | None]) -> Location | str | N
         if [run.contents(place, own) for run in runs] == wanted:
             terms = [_over_runs(term, own, runs) for term in place.terms]
             others = [_over_runs(term, own, runs) for term in place.beside]
-            if None not in (*terms, *others):
-                return replace(place, terms=tuple(filter(None, terms)), beside=tuple(filter(None, others)))
+            write = None if place.write is None else _over_runs(place.write, own, runs)
+            if None not in (*terms, *others) and (place.write is None) == (write is None):
+                found_terms, found_others = tuple(filter(None, terms)), tuple(filter(None, others))
+                return replace(place, terms=found_terms, beside=found_others, write=write)
             reason = "the calls of its module are not at equal distances from one run of this layer to the next"
     if reason is None:
         said = [run.words(place) for run, place in zip(runs, places, strict=True)]
@@ -139,6 +141,12 @@ class _Run:
     def _value(self, term: TermTemplate, own: _Run) -> int | None:
         if (found := self._call(term, own)) is None:
             return None
+        if term.operation is not None:
+            alike = [o for o in self.values.flow.operations if (o.call, o.name) == (found[1].index, term.operation)]
+            if len(alike) <= (term.occurrence or 0) or term.visits not in (None, len(alike)):
+                return None
+            op, index = alike[term.occurrence or 0], term.index if isinstance(term.index, int) else 0
+            return self.values.value((op.inputs if term.side == "input" else op.outputs)[index])
         places = found[1].inputs if term.side == "input" else found[1].outputs
         tensor = places.get(term.index)
         return None if tensor is None else self.values.value(tensor)

@@ -71,7 +71,9 @@ def _kind(m: MapContents, kind: BlockKind) -> Iterator[str]:
 def _readers(kind: BlockKind, name: str, prefix: str) -> str:
     """The modules whose input is this state of the stream."""
     terms = kind.points[name].terms
-    return ", ".join(short_path(t.module, prefix) for t in terms if t.side == "input" and t.module != prefix)
+    return ", ".join(
+        short_path(t.module, prefix) for t in terms if t.side == "input" and t.module != prefix and t.operation is None
+    )
 
 
 def _points(points: dict[str, PointTemplate], prefix: str, unavailable: dict[str, str]) -> Iterator[str]:

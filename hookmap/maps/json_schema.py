@@ -28,6 +28,7 @@ def schema() -> dict[str, Any]:
     text = {"type": "string", "pattern": HEADS, "title": 'heads such as "32 x 128"'}
     of_term["heads"] = {"anyOf": [text, *of_term["heads"]["anyOf"]], **_said(term, "heads")}
     of_point = _properties(point, "terms", "evidence") | {"beside": {**places, **_said(point, "beside")}}
+    of_point["write"] = {**place, **_said(point, "write")}
     of_point["order"]["description"] += "; left out where the rows' order says it"
     defs |= {
         "Selector": {

@@ -13,6 +13,7 @@ from hookmap.wording import did_you_mean
 
 RESIDUAL_AXES = ("batch", "pos", "d_model")
 HEADS_AXES = ("batch", "pos", "heads", "d_head")
+SCALE_AXES = ("batch", "pos", "one")
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,37 @@ _ALL = (
     Point("mixer_out_raw", "the bare mixer's output, before post-norm, scale or gate"),
     Point("mixer_out", "exactly what the mixer branch adds to the residual stream"),
     Point("attn_in", "mixer_in, where the mixer is attention"),
+    Point("mixer_norm_scale", "what the mixer's pre-norm multiplies the stream by", axes=SCALE_AXES, deeper=True),
     Point("q", "the queries' projection, before norm and rotary embedding", axes=HEADS_AXES, deeper=True),
     Point("k", "the keys' projection, before norm and rotary embedding", axes=HEADS_AXES, deeper=True),
     Point("v", "the values' projection", axes=HEADS_AXES, deeper=True),
+    Point(
+        "q_rot",
+        "the queries as attention reads them: after norm and rotary embedding",
+        axes=HEADS_AXES,
+        deeper=True,
+        eager=True,
+    ),
+    Point(
+        "k_rot",
+        "the keys as attention reads them: after norm and rotary embedding",
+        axes=HEADS_AXES,
+        deeper=True,
+        eager=True,
+    ),
+    Point(
+        "attn_scores",
+        "the attention scores as softmax reads them: scaled, capped and masked; needs eager attention",
+        axes=("batch", "heads", "query", "key"),
+        deeper=True,
+        eager=True,
+    ),
     Point(
         "pattern",
         "the attention weights; needs eager attention",
         axes=("batch", "heads", "query", "key"),
         deeper=True,
+        eager=True,
     ),
     Point("z", "the heads' outputs, as the output projection reads them", axes=HEADS_AXES, deeper=True),
     Point("attn_out_raw", "mixer_out_raw, where the mixer is attention"),
@@ -70,6 +94,9 @@ _ALL = (
     Point("cross_attn_out_raw", "the bare cross-attention's output, before post-norm, scale or gate", absent=_NO_CROSS),
     Point("cross_attn_out", "exactly what the cross-attention adds to the residual stream", absent=_NO_CROSS),
     Point("mlp_in", "what the MLP reads: after its pre-norm"),
+    Point("mlp_norm_scale", "what the MLP's pre-norm multiplies the stream by", axes=SCALE_AXES, deeper=True),
+    Point("mlp_pre", "what the activation function reads", axes=("batch", "pos", "d_mlp"), deeper=True),
+    Point("mlp_pre_linear", "what its result is multiplied by", axes=("batch", "pos", "d_mlp"), deeper=True),
     Point("mlp_post", "what the down projection reads: after the gate", axes=("batch", "pos", "d_mlp"), deeper=True),
     _of_experts("router_logits", "the router's score of each expert", "experts"),
     _of_experts("router_indices", "the experts chosen for each token", "k"),
@@ -78,6 +105,20 @@ _ALL = (
     Point("mlp_out", "exactly what the MLP branch adds to the residual stream"),
     Point("resid_post", "the residual stream that leaves the block"),
     Point("final_norm", "the residual stream after the model's last norm", per_layer=False),
+    Point(
+        "final_norm_scale",
+        "what the model's last norm multiplies the stream by",
+        per_layer=False,
+        axes=SCALE_AXES,
+        deeper=True,
+    ),
+    Point(
+        "logits_raw",
+        "the logits before any soft-cap or scale",
+        per_layer=False,
+        axes=("batch", "pos", "d_vocab"),
+        deeper=True,
+    ),
     Point("logits", "the logits, after any soft-cap or scale", per_layer=False, axes=("batch", "pos", "d_vocab")),
 )
 
@@ -105,12 +146,20 @@ _TRANSFORMER_LENS = {
     "attn.hook_k": "k",
     "attn.hook_v": "v",
     "attn.hook_z": "z",
+    "attn.hook_rot_q": "q_rot",
+    "attn.hook_rot_k": "k_rot",
+    "attn.hook_attn_scores": "attn_scores",
     "attn.hook_pattern": "pattern",
+    "mlp.hook_pre": "mlp_pre",
+    "mlp.hook_pre_linear": "mlp_pre_linear",
     "mlp.hook_post": "mlp_post",
 }
 _FALSE_FRIENDS = {
     "hook_mlp_in": "TransformerLens's hook_mlp_in is the stream before the norm: use resid_mid (or mlp_in)",
     "hook_attn_in": "TransformerLens's hook_attn_in is the stream before the norm: use resid_pre (or attn_in)",
+    "ln1.hook_scale": "TransformerLens's hook_scale is what the norm divides by: 1 / mixer_norm_scale",
+    "ln2.hook_scale": "TransformerLens's hook_scale is what the norm divides by: 1 / mlp_norm_scale",
+    "ln_final.hook_scale": "TransformerLens's hook_scale is what the norm divides by: 1 / final_norm_scale",
     "attentions_input": "nnterp's attentions_input is the attention module's input: use attn_in",
 }
 _BLOCK_NAME = re.compile(r"^blocks\.(\d+)\.(.+)$")
@@ -159,8 +208,8 @@ class PointName:
         return self._renamed("mixer_", "attn_")
 
     def _renamed(self, old: str, new: str) -> str:
-        named = self.base.startswith(old) and not is_place(self.base)
-        return self.numbered(new + self.base.removeprefix(old) if named else self.base)
+        renamed = new + self.base.removeprefix(old)
+        return self.numbered(renamed if self.base.startswith(old) and renamed in POINTS else self.base)
 
 
 def axes_of(name: str, ndim: int) -> tuple[str, ...]:

@@ -150,6 +150,8 @@ def _read_point(name: str, row: Any, constants: Mapping[str, float]) -> dict[str
     elif misplaced := _OF_TERM & said.keys():
         raise ValueError(f"{', '.join(sorted(misplaced))} is said of one selector: write it into an object in the list")
     said["terms"] = [{"axes": usual_axes(name), **_read_term(term, constants)} for term in terms]
+    if "write" in said:
+        said["write"] = {"axes": usual_axes(name), **_read_term(said["write"], constants)}
     if "beside" in said:
         said["beside"] = [_read_term(term, constants) for term in said["beside"]]
     return said

@@ -18,7 +18,7 @@ from hookmap.maps.grammar import operation_text
 from hookmap.maps.places import template_of
 from hookmap.maps.points import POINTS, PointName, is_place, parse_point
 from hookmap.maps.requests import Request, layers_in, requests
-from hookmap.maps.templates import Heads, PointTemplate, boundary
+from hookmap.maps.templates import Heads, PointTemplate, TermTemplate, boundary
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,8 @@ class Selector:
     """a selector with a smaller number is complete earlier in the forward pass"""
     call: int | None = None
     """which run of the layer in one forward pass, 0-based; None where it runs once"""
+    write: Term | None = None
+    """where it is written, if that is not where it is read"""
     width: int | None = None
     """numbers in one row, or for each key of it, where that was measured"""
 
@@ -340,17 +342,18 @@ def of_template(m: MapContents, point: str, layer: int | None, template: PointTe
     def path(text: str) -> str:
         return text if layer is None else m.at_layer(text, layer)
 
-    terms = tuple(
-        Term(
+    def term(t: TermTemplate) -> Term:
+        return Term(
             path(t.module), t.side, t.index, t.scale, t.flat, t.axes, t.rows, t.call_in(run, runs), t.heads,
             weight=None if t.weight is None else path(t.weight),
             calls=runs if runs > 1 and t.call is None else None,
             operation=t.operation, occurrence=t.occurrence, visits=t.visits,
-        )
-        for t in template.terms
-    )  # fmt: skip
+        )  # fmt: skip
+
+    terms = tuple(map(term, template.terms))
+    write = None if template.write is None else term(template.write)
     index = _forward_index(m, point, layer, template.order, run)
-    return Selector(point, layer, terms, index, run if runs > 1 else None)
+    return Selector(point, layer, terms, index, run if runs > 1 else None, write)
 
 
 def _forward_index(m: MapContents, point: str, layer: int | None, order: int, run: int = 0) -> int:

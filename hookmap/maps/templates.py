@@ -128,6 +128,11 @@ class PointTemplate(Frozen):
     terms: tuple[TermTemplate, ...] = Field(min_length=1)
     order: int = Field(ge=0, description="place of the last term in the forward order of its block")
     evidence: str = Field(default="", description="what in the dataflow shows it")
+    write: TermTemplate | None = Field(
+        default=None,
+        description="where it is written, if that is not where it is read: the model has used the tensor before a "
+        "module shows it",
+    )
     beside: tuple[TermTemplate, ...] = Field(
         default=(),
         description="of `mixer_in`, `mlp_in`: what else of the tokens the branch reads (Gemma 4's embeddings)",

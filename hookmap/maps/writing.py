@@ -150,6 +150,8 @@ def _row(name: str, point: PointTemplate, order: dict[str, int]) -> Any:
     """A selector, a list of them, or an object with what else there is to say."""
     terms = [_term(term, reading.usual_axes(name)) for term in point.terms]
     rest = _but(_said(point), "terms", "order", "evidence") | order
+    if point.write:
+        rest["write"] = _term(point.write, reading.usual_axes(name))
     if point.beside:
         rest["beside"] = [_term(term) for term in point.beside]
     at = terms[0] if len(terms) == 1 else terms

@@ -11,7 +11,7 @@ from hookmap.errors import HookmapError
 from hookmap.loading.finiteness import in_words, is_stream
 from hookmap.maps.document import ArchitectureMap
 from hookmap.stores.ledger import tensor_name
-from hookmap.verification import causes, ends, heads, inside, reads, relations, streams
+from hookmap.verification import causes, ends, heads, inside, reads, relations, scores, streams
 from hookmap.verification.check import Check
 from hookmap.verification.context import Context, missing_modules, run_once
 
@@ -32,6 +32,9 @@ CHEAP: tuple[_Check, ...] = (
     inside.bare,
     inside.branches,
     heads.patterns,
+    scores.scores,
+    scores.activations,
+    scores.scales,
 )
 """those that one forward pass is enough for"""
 CHECKS: tuple[_Check, ...] = (
@@ -42,7 +45,15 @@ CHECKS: tuple[_Check, ...] = (
     ends.ends,
     causes.causes,
 )
-EACH_RUN = (relations.sums, streams.second_names, inside.branches, heads.patterns, heads.attentions)
+EACH_RUN = (
+    relations.sums,
+    streams.second_names,
+    inside.branches,
+    heads.patterns,
+    scores.scores,
+    scores.activations,
+    heads.attentions,
+)
 """those that are made of each run of the layers that run several times"""
 LAST_RUN = (heads.one_head, reads.reads, ends.ends)
 """those that run the model: of the first run, and of the last"""

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from hookmap.errors import CaptureError
 from hookmap.loading import modules, other_inputs
 from hookmap.loading.encoder_decoder import with_source
+from hookmap.loading.operations import Forward, showing
 from hookmap.maps.selectors import Selector, Term
 from hookmap.verification.check import Key
 
@@ -70,6 +71,8 @@ class Hook:
     module: str
     side: Literal["input", "output"]
     act: Callable[[Any, Any, Any], Any]
+    of: Term | None = None
+    """the term, where it is an operation in the module's forward: it is looked at there, and nothing is replaced"""
 
 
 def at(term: Term, use: Callable[[Tensor], object]) -> Hook:
@@ -80,7 +83,7 @@ def at(term: Term, use: Callable[[Tensor], object]) -> Hook:
         if term.call in (None, next(calls)):
             use(term.resolve(args, kwargs, output))
 
-    return Hook(term.module, term.side, act)
+    return Hook(term.module, term.side, act, term if term.operation else None)
 
 
 def keep(parts: dict[int, Tensor], number: int, tensor: Tensor) -> None:
@@ -105,8 +108,14 @@ def forward(
         # A model may begin with a random state (Huginn): every pass draws the same one.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(0)
+        forwards: dict[nn.Module, Forward] = {}
         for hook in hooks:
-            stack.callback(_register(model.get_submodule(hook.module), hook).remove)
+            module = model.get_submodule(hook.module)
+            if hook.of is None:
+                stack.callback(_register(module, hook).remove)
+            else:
+                forwards.setdefault(module, Forward(hook.module)).add(hook.of, hook.side, [hook.act])
+        stack.enter_context(showing(forwards, lambda: True))
         # With tied weights, torch would put a replaced weight in under all its names and take it out of one.
         return torch.func.functional_call(runs, replaced, (), kwargs, tie_weights=False)
 

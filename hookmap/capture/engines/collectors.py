@@ -162,12 +162,18 @@ class PatternRows:
     """Attention weights. Their rows grow with the keys; each is padded with zeros to the final number of keys."""
 
     def __init__(
-        self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None, pads: Sequence[int], keys: int
+        self,
+        transfer: Transfer,
+        deliver: Deliver,
+        dtype: torch.dtype | None,
+        pads: Sequence[int],
+        keys: int,
+        absent: float = 0.0,
     ) -> None:
-        """`pads`: columns before each row's first token. `keys`: the final number of keys."""
+        """`pads`: columns before each row's first token. `keys`: the final number of keys. `absent`: of no key."""
         self._transfer, self._deliver, self._cast = transfer, deliver, Cast(dtype)
         self.lost = self._cast.lost
-        self._pads, self._keys = pads, keys
+        self._pads, self._keys, self._absent = pads, keys, absent
 
     def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
         """See `Collector`; `tensor`: [batch, new, heads, keys seen]."""
@@ -175,7 +181,7 @@ class PatternRows:
             if kept:
                 numbers = [(row, rows.first[row] + n) for n in range(len(kept))]
                 own = self._cast(tensor[row, list(kept)], lambda numbers=numbers: numbers)  # type: ignore[misc]
-                placed = by_position(own, rows.end, self._pads[row], self._keys)
+                placed = by_position(own, rows.end, self._pads[row], self._keys, self._absent)
                 self._transfer.send(placed, self._to(row, rows.first[row]))
 
     def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -188,11 +194,11 @@ class PatternRows:
         return lambda host: self._deliver(row, first, host)
 
 
-def by_position(weights: torch.Tensor, end: int, pads: int, keys: int) -> torch.Tensor:
+def by_position(weights: torch.Tensor, end: int, pads: int, keys: int, absent: float = 0.0) -> torch.Tensor:
     """Attention weights [query, heads, keys seen] -> [query, heads, keys]: key n is the sample's position n.
 
     `end`: columns that the batch was fed. A cache holds the last keys (a sliding window drops the first ones), so the
-    last key is always column `end - 1`. Of keys that are not there, the value is 0.
+    last key is always column `end - 1`. Of keys that are not there, the value is `absent`.
     """
     first = end - weights.shape[-1] - pads
     if first + pads < 0:
@@ -201,7 +207,7 @@ def by_position(weights: torch.Tensor, end: int, pads: int, keys: int) -> torch.
             "which key is which token cannot be told. Generate without cache_implementation."
         )
     seen = weights[..., max(0, -first) :][..., :keys]
-    placed = weights.new_zeros(*weights.shape[:-1], keys)
+    placed = weights.new_full((*weights.shape[:-1], keys), absent)
     placed[..., max(0, first) : max(0, first) + seen.shape[-1]] = seen
     return placed
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from hookmap.capture.engines.observation import Observer, Side, Watch
-from hookmap.capture.engines.operations import Forward, showing
 from hookmap.capture.engines.parameters import parameters_of
 from hookmap.capture.engines.taps import Taps
 from hookmap.capture.interventions.edits import Editor
@@ -21,6 +20,7 @@ from hookmap.capture.interventions.writable import MODES, Mode, mode_of
 from hookmap.errors import CaptureError
 from hookmap.loading import generation as gen
 from hookmap.loading.modules import accepted
+from hookmap.loading.operations import Forward, showing
 from hookmap.loading.wrappers import generate_of, hooked_forward, runner_of
 from hookmap.maps.selectors import Selector, Term
 

@@ -22,10 +22,10 @@ from hookmap.capture.engines.nnsight_internals import (
     tree_over,
 )
 from hookmap.capture.engines.observation import Observer, Watch
-from hookmap.capture.engines.operations import Forward, showing
 from hookmap.capture.engines.parameters import parameters_of
 from hookmap.capture.interventions.edits import Editor
 from hookmap.errors import InterventionError
+from hookmap.loading.operations import Forward, showing
 from hookmap.loading.wrappers import generate_of, hooked_forward, runner_of
 
 

@@ -5,6 +5,7 @@ wide as the tokens that were fed. Rows of padding and of finished samples are ne
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -357,7 +358,8 @@ class Observer:
         deliver = self._deliver_of(selector)
         if selector.has_keys:
             pads = [self.layout.pads(row) for row in range(len(self.layout.samples))]
-            return PatternRows(self._transfer, deliver, dtype, pads, keys or self.layout.width)
+            absent = -math.inf if name.base == "attn_scores" else 0.0
+            return PatternRows(self._transfer, deliver, dtype, pads, keys or self.layout.width, absent)
         kind = MeanRow if self.selection.mean else LastRow if self.selection.one_row else EveryRow
         return kind(self._transfer, deliver, dtype)
 

@@ -97,7 +97,7 @@ class Edit:
 
     @property
     def target(self) -> BoundaryTensor:
-        return BoundaryTensor(self.selector.terms[0], mode_of(self.selector))
+        return BoundaryTensor(self.selector.write or self.selector.terms[0], mode_of(self.selector))
 
 
 class Editor:
@@ -214,9 +214,9 @@ class Editor:
         target = (module, side, mode)
         call = self._calls[target] = self._calls.get(target, -1) + 1
         for number, edit in self._targets[target]:
-            if call and edit.selector.terms[0].call is None:
+            if call and edit.target.term.call is None:
                 raise InterventionError(f"{edit.selector}: {module} was called more than once in one forward pass.")
-            if edit.selector.terms[0].call in (None, call):
+            if edit.target.term.call in (None, call):
                 given = self._write(number, edit, given)
         return given
 

@@ -19,9 +19,19 @@ from hookmap.maps.selectors import Selector
 from hookmap.maps.templates import BlockKind
 
 BRANCHES = {
-    "mixer": ("mixer_in", "q", "k", "v", "z", "mixer_out_raw", "mixer_out"),
+    "mixer": ("mixer_in", "q", "k", "v", "q_rot", "k_rot", "attn_scores", "pattern", "z", "mixer_out_raw", "mixer_out"),
     "cross_attn": ("cross_attn_in", "cross_attn_out_raw", "cross_attn_out"),
-    "mlp": ("mlp_in", "mlp_post", "router_logits", "router_indices", "router_weights", "mlp_out_raw", "mlp_out"),
+    "mlp": (
+        "mlp_in",
+        "mlp_pre",
+        "mlp_pre_linear",
+        "mlp_post",
+        "router_logits",
+        "router_indices",
+        "router_weights",
+        "mlp_out_raw",
+        "mlp_out",
+    ),
 }
 """branch -> its points, from what it reads to what it adds"""
 OUTS = tuple(point for points in BRANCHES.values() for point in points[-2:])
@@ -175,14 +185,14 @@ def expectations(kind: BlockKind, selector: Selector, shown: Collection[Key], is
     elif name.base.startswith("resid_"):
         yield AsUpstream(beside(selector, _DETERMINES[name.base]))
     else:
-        yield from _independent(kind, selector)
+        yield from _independent(kind, selector, shown)
         if name.base in OUTS:
             yield from _added(kind, selector, shown, isolated)
         else:
             yield _inside(kind, selector)
 
 
-def _independent(kind: BlockKind, selector: Selector) -> Iterator[Expectation]:
+def _independent(kind: BlockKind, selector: Selector, shown: Collection[Key]) -> Iterator[Expectation]:
     """The points before this one, and those of the other of two parallel branches."""
     base, own = PointName.of(selector.point).base, kind.points[selector.point]
     branch = next(points for points in BRANCHES.values() if base in points)
@@ -192,7 +202,7 @@ def _independent(kind: BlockKind, selector: Selector) -> Iterator[Expectation]:
         same_value = other == base or (other in OUTS and base in OUTS and other in branch)
         contains_it = len(template.terms) > 1 and set(template.terms) & set(own.terms)
         before = template.order <= own.order and not same_value and not contains_it
-        if (before or parallel) and not name.startswith("pattern"):
+        if (before or parallel) and (beside(selector, name) in shown):
             yield Unchanged(beside(selector, name), template.terms == own.terms)
 
 

@@ -29,7 +29,7 @@ from hookmap.maps.points import PointName, is_place
 from hookmap.maps.selectors import Selector
 from hookmap.maps.templates import BlockKind
 
-_FOLLOWS = {"embed": "resid_pre", "final_norm": "logits"}
+_FOLLOWS = {"embed": "resid_pre", "final_norm": "logits", "logits_raw": "logits"}
 """point of the whole model -> what is computed from it"""
 
 
@@ -64,8 +64,9 @@ class Proofs:
         key = (point, "" if kind is None else kind.name, call)
         if key not in self._found:
             place = point if is_place(point) else None
-            runs = TrialRuns(self._engine, self._map, kind, call, place, self._measured)
-            runs = runs if place else self._runs.setdefault(key[1:], runs)
+            eager = point if place is None and PointName.of(point).definition.eager else None
+            runs = TrialRuns(self._engine, self._map, kind, call, place, eager, self._measured)
+            runs = runs if place or eager else self._runs.setdefault(key[1:], runs)
             selector = runs.selector(point)
             reason = refusal(selector)
             try:
@@ -90,6 +91,9 @@ class Proofs:
     def _of_block(self, runs: TrialRuns, selector: Selector, kind: BlockKind) -> str | None:
         """What is wrong with writing a point of a block."""
         reads = self._isolates(selector.point, kind, selector.call)
+        if reads is not None and reads not in runs.patched:
+            read = runs.selector(reads)
+            runs.patched[reads] = runs.run({read: runs.upstream[read.key]})
         upstream = runs.upstream if reads is None else runs.patched[reads]
         written = runs.run({selector: upstream[selector.key]})
         runs.patched[selector.point] = written

@@ -16,6 +16,7 @@ from hookmap.capture.run import device_of, vocabulary_of
 from hookmap.loading.encoder_decoder import with_source
 from hookmap.loading.finiteness import is_stream
 from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector, select
 from hookmap.maps.templates import BlockKind
 
@@ -39,15 +40,17 @@ class TrialRuns:
         kind: BlockKind | None,
         call: int | None = None,
         place: str | None = None,
+        eager: str | None = None,
         measured: Measured = tuple,
     ) -> None:
         """`kind`: whose first layer is watched, one that another layer follows if there is such a one; in this call.
 
-        `place`: a tensor that is named by its place; it is watched, and the `end`. `measured`: see
+        `place`: a tensor that is named by its place; it is watched, and the `end`. `eager`: the one point that is
+        watched of those which only eager attention shows. `measured`: see
         `hookmap.capture.places.Places`.
         """
         self._engine, self._map, self._kind, self._call = engine, architecture_map, kind, call or 0
-        self._place, self._measured = place, measured
+        self._place, self._eager, self._measured = place, eager, measured
         self.patched: dict[str, Values] = {}
         """point -> the run in which it alone was written, with its value of `upstream`"""
 
@@ -108,7 +111,8 @@ class TrialRuns:
         model_points = list(self._map.model_points)
         if self._kind is None:
             return select(self._map, [*model_points, "resid_pre"], [0], [0])
-        own = select(self._map, [p for p in self._kind.points if not p.startswith("pattern")], *self._places())
+        plain = [p for p in self._kind.points if not PointName.of(p).definition.eager]
+        own = select(self._map, dict.fromkeys([*plain, *([self._eager] if self._eager else [])]), *self._places())
         if (after := self._after()) is not None:
             layer, call = after
             return (*own, *select(self._map, ["resid_pre", "resid_post"], [layer], [call]))

@@ -30,7 +30,11 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 def refusal(selector: Selector) -> str | None:
     """Why such a point can never be written; None where it may be possible. Then it must be proved: see `proofs`."""
     name = PointName.of(selector.point).base
-    if selector.has_keys and not any(term.operation for term in selector.terms):
+    if name.endswith("_norm_scale"):
+        return f"it is a part of the norm: write what the norm gives, {name.removesuffix('_norm_scale')}" + (
+            "_norm" if name.startswith("final") else "_in"
+        )
+    if selector.has_keys and selector.write is None and not any(term.operation for term in selector.terms):
         return "the model has used the attention weights before any module shows them: write z or v"
     if name == "router_indices":
         return "the experts chosen are numbers of experts, not values: write router_weights or mlp_in"
