@@ -308,9 +308,20 @@ def _as_read(wiring: Wiring, core: _Core, name: str, projected: Location | str) 
             return wiring.locator.at(place).with_terms(axes=axes, flat=False)
     for here in seen[::-1]:  # the first of its views that has heads, and places for these tokens alone
         axes = _axes_of_heads(wiring, here, size)
-        if axes is not None and (found := at_output(wiring.locator, here, axes)) is not None:
+        joins = getattr(flow.producer(here), "name", "") == "cat"
+        if axes is None or (joins and _caches_early(wiring, core)):
+            continue
+        if (found := at_output(wiring.locator, here, axes)) is not None:
             return found
     return _operand_of_scores(wiring, core, name)
+
+
+def _caches_early(wiring: Wiring, core: _Core) -> bool:
+    """Whether a cache may join its entries before keys and values are made: of latent ones they are made anew."""
+    try:
+        return any(_is_expanded(wiring, tensor) for tensor in (core.key, core.value))
+    except Missing:
+        return True
 
 
 def _operand_of_scores(wiring: Wiring, core: _Core, name: str) -> Location:

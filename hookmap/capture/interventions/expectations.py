@@ -35,6 +35,8 @@ BRANCHES = {
 }
 """branch -> its points, from what it reads to what it adds"""
 OUTS = tuple(point for points in BRANCHES.values() for point in points[-2:])
+_ONE_WHERE_NOTHING_IS_DONE = ({"q", "q_rot"}, {"k", "k_rot"})
+"""points that are one tensor in models without rotary embeddings"""
 _DETERMINES = {
     "mixer_in": "mixer_out_raw",
     "z": "mixer_out_raw",
@@ -201,7 +203,9 @@ def _independent(kind: BlockKind, selector: Selector, shown: Collection[Key]) ->
         parallel = kind.branch_order == "parallel" and not other.startswith("resid_") and other not in branch
         same_value = other == base or (other in OUTS and base in OUTS and other in branch)
         contains_it = len(template.terms) > 1 and set(template.terms) & set(own.terms)
-        before = template.order <= own.order and not same_value and not contains_it
+        same_value |= {other, base} in _ONE_WHERE_NOTHING_IS_DONE
+        behind = own.write is not None and other in branch and branch.index(other) > branch.index(base)
+        before = template.order <= own.order and not same_value and not contains_it and not behind
         if (before or parallel) and (beside(selector, name) in shown):
             yield Unchanged(beside(selector, name), template.terms == own.terms)
 

@@ -51,13 +51,17 @@ class Proofs:
         """`measured`: see `hookmap.capture.places.Places`."""
         self._engine, self._map, self._measured = engine, architecture_map, measured
         self._found: dict[tuple[str, str, int | None], Proof] = {}
-        self._runs: dict[tuple[str, int | None], TrialRuns] = {}
+        self._runs: dict[tuple[str, int | None, bool], TrialRuns] = {}
+        self._eager = False
+        """whether attention is eager now: its numbers are others in their last bits"""
         self._lock = threading.RLock()
 
     def of(self, selector: Selector) -> Proof:
         """Whether this point may be written in this kind of block."""
         kind = None if selector.layer is None else self._map.kind_of(selector.layer)
-        with self._lock, running(self._engine, reads_attention([selector])):
+        eager = reads_attention([selector])
+        with self._lock, running(self._engine, eager):
+            self._eager = eager
             return self._proof(PointName.of(selector.point).as_mixer(), kind, selector.call)
 
     def _proof(self, point: str, kind: BlockKind | None, call: int | None) -> Proof:
@@ -66,7 +70,7 @@ class Proofs:
             place = point if is_place(point) else None
             eager = point if place is None and PointName.of(point).definition.eager else None
             runs = TrialRuns(self._engine, self._map, kind, call, place, eager, self._measured)
-            runs = runs if place or eager else self._runs.setdefault(key[1:], runs)
+            runs = runs if place or eager else self._runs.setdefault((*key[1:], self._eager), runs)
             selector = runs.selector(point)
             reason = refusal(selector)
             try:

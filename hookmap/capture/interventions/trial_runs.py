@@ -112,7 +112,7 @@ class TrialRuns:
         if self._kind is None:
             return select(self._map, [*model_points, "resid_pre"], [0], [0])
         plain = [p for p in self._kind.points if not PointName.of(p).definition.eager]
-        own = select(self._map, dict.fromkeys([*plain, *([self._eager] if self._eager else [])]), *self._places())
+        own = select(self._map, [*dict.fromkeys([*plain, *([self._eager] if self._eager else [])])], *self._places())
         if (after := self._after()) is not None:
             layer, call = after
             return (*own, *select(self._map, ["resid_pre", "resid_post"], [layer], [call]))
