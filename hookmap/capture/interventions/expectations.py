@@ -204,8 +204,9 @@ def _independent(kind: BlockKind, selector: Selector, shown: Collection[Key]) ->
         same_value = other == base or (other in OUTS and base in OUTS and other in branch)
         contains_it = len(template.terms) > 1 and set(template.terms) & set(own.terms)
         same_value |= {other, base} in _ONE_WHERE_NOTHING_IS_DONE
-        behind = own.write is not None and other in branch and branch.index(other) > branch.index(base)
-        before = template.order <= own.order and not same_value and not contains_it and not behind
+        earlier = other == "resid_pre" or (other in branch and branch.index(other) < branch.index(base))
+        before = template.order <= own.order and not same_value and not contains_it
+        before &= own.write is None or earlier  # what is read at its place may be behind what is written
         if (before or parallel) and (beside(selector, name) in shown):
             yield Unchanged(beside(selector, name), template.terms == own.terms)
 
