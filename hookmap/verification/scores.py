@@ -64,11 +64,12 @@ def activations(run: Context) -> Iterator[Check]:
 
 def scales(run: Context) -> Iterator[Check]:
     """What a norm gives is the stream, or the stream without its mean, times the scale, times its weights."""
-    for role, streams in (("mixer", ("resid_pre",)), ("mlp", ("resid_mid", "resid_pre"))):
+    for role in ("mixer", "mlp"):
         for layer in run.layers_with(f"{role}_norm_scale"):
             scale, given = (run.values.get((name, layer)) for name in (f"{role}_norm_scale", f"{role}_in"))
-            candidates = [t for name in streams if (t := run.values.get((name, layer))) is not None]
-            if scale is None or given is None or not candidates or given.shape != candidates[0].shape:
+            states = (t for (name, at), t in run.values.items() if at == layer and name.startswith("resid_"))
+            candidates = [each for each in states if given is not None and each.shape == given.shape]
+            if scale is None or given is None or not candidates:
                 continue
             error = min(_norm_misfit(each.double(), scale.double(), given.double()) for each in candidates)
             detail = f"{role}_in = the stream * {role}_norm_scale * weights"
