@@ -1,0 +1,79 @@
+"""Scores, rotated queries and keys, activations and scales of norms: found, shown in every step, and written."""
+
+from typing import Any
+
+import pytest
+import torch
+from support import plain_hooks
+from support.opened import EACH_FAMILY, RAGGED, opened
+
+import hookmap
+from hookmap.loading import modules
+from hookmap.maps.parsing import parse
+from hookmap.verification.checks import checks_of
+
+POINTS = (
+    "mixer_norm_scale", "q_rot", "k_rot", "attn_scores", "pattern", "mlp_norm_scale", "mlp_pre", "mlp_pre_linear",
+    "final_norm_scale", "logits_raw",
+)  # fmt: skip
+
+
+def there(hm: Any) -> list[str]:
+    return [point for point in POINTS if point in hm.map.points]
+
+
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_every_step_of_a_generation_is_as_in_one_whole_pass(name: str) -> None:
+    hm = opened(name)
+    run = hm.capture(RAGGED, there(hm), max_new_tokens=6)
+    for number, sample in enumerate(run.samples):
+        whole = hm.capture([list(sample.token_ids)[: sample.rows]], there(hm), max_new_tokens=0)
+        for key in run.keys:
+            step, expected = run.read(number, *key), whole.read(0, *key)
+            if step.ndim == 3 and key[0] in ("attn_scores", "pattern"):
+                step = step[..., : expected.shape[-1]]
+            torch.testing.assert_close(step.clamp_min(-1e4), expected.clamp_min(-1e4), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_writing_them_is_proved(name: str) -> None:
+    hm = opened(name)
+    for kind in hm.map.kinds:
+        for point in POINTS:
+            if point in kind.points and not point.endswith("scale"):
+                assert hm.proofs.of(hm.map.selectors([point], [kind.layers[0]])[0]).reason is None, point
+
+
+def test_a_head_whose_pattern_is_ablated_gives_nothing() -> None:
+    hm = opened("llama")
+    edits = [{"do": "ablate", "point": "pattern", "layers": [1], "heads": [2]}]
+    run = hm.capture(RAGGED, ["pattern", "z"], [1], max_new_tokens=3, interventions=edits)
+    for number in range(len(RAGGED)):
+        assert not run.read(number, "z", 1)[:, 2].any() and not run.read(number, "pattern", 1)[:, 2].any()
+        assert run.read(number, "z", 1)[:, 1].any()
+
+
+@pytest.mark.parametrize(
+    ("point", "other"),
+    [("q_rot", "q"), ("k_rot", "k"), ("mlp_pre", "mlp_pre_linear"), ("mixer_norm_scale", "mlp_norm_scale")],
+)
+def test_a_map_with_another_tensor_in_its_place_is_refuted(point: str, other: str) -> None:
+    model = plain_hooks.build("llama")
+    found = hookmap.discover(model)
+    (kind,) = found.kinds
+    wrong = kind.model_copy(update={"points": {**kind.points, point: kind.points[other]}})
+    with modules.eager(model):
+        checks = list(checks_of(found.model_copy(update={"kinds": (wrong,)}), model, cheap=True))
+    assert not all(check.passed for check in checks)
+
+
+def test_the_document_is_read_back() -> None:
+    found = opened("qwen3").map
+    assert parse(found.to_document()) == found
+    assert found.kinds[0].points["pattern"].write is not None
+
+
+def test_scores_behind_the_keys_that_are_seen_are_minus_infinity() -> None:
+    run = opened("llama").capture(RAGGED, ["attn_scores", "pattern"], [1], max_new_tokens=2)
+    scores = run.read(1, "attn_scores", 1)
+    torch.testing.assert_close(scores.float().softmax(-1), run.read(1, "pattern", 1), rtol=1e-4, atol=1e-6)
