@@ -10,7 +10,7 @@ from hookmap.maps.layer_order import layers_of, pairs_of
 from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.templates import BlockKind, PointTemplate, at_name
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Proof(Frozen):

@@ -45,7 +45,7 @@ class ArchitectureMap(MapContents):
         return html.page(repr(self), html.table(("point", "layers", "where"), rows))
 
     def to_document(self) -> dict[str, Any]:
-        """The document as plain JSON data: schema 2, whose grammar is `hookmap.maps.grammar`."""
+        """The document as plain JSON data: schema 3, whose grammar is `hookmap.maps.grammar`."""
         return written(self)
 
     def to_json(self) -> str:

@@ -1,15 +1,18 @@
 """The small languages of a map's document: selectors, layers, heads, lists that repeat themselves. Text <-> values.
 
-    0.5 * model.layers.{i}.mlp.output[0]     a selector: [FACTOR * ][MODULE][:OPERATOR[#N]].input|output[INDEX]
+    0.5 * model.layers.{i}.mlp.output[0]     a selector: [FACTOR * ][MODULE][:OPERATOR[#N[/M]]].input|output[INDEX]
+    .mlp.output                              the same in a block, whose own path is left out
     0-33 except 5-29 by 6                    layers: numbers and ranges, `by` a step, `except` others
     ["block_a", "coda.[0-3]"]                names of layers: block_a, coda.0, coda.1, coda.2, coda.3
     32 x 128                                 heads: so many of so many features, side by side from the first feature on
     [{"5 times": ["a"]}, "b"]                a list: a, a, a, a, a, b
+    shapes, order, sum 2                     checks that proved a map, and how many statements, where not 1
 
-A selector without a module is of the model itself. OPERATOR is an operation in the module's own forward (not in that of
-a module in it): the one of its name, or the N-th of them from 0 on. FACTOR is a number, or `{a}`, the layer's constant
-`a`. INDEX is a position, or a name in single quotes. A MODULE with blanks, quotes, stars, colons or brackets in its
-path stands in such quotes, too. Inside them, a backslash stands before a quote and before a backslash.
+A selector without a module is of the model itself; one that begins with a dot goes on behind the block's path. OPERATOR
+is an operation in the module's own forward (not in that of a module in it): the one of its name, or the N-th from 0 on,
+of M that every forward has. FACTOR is a number, or `{a}`, the layer's constant `a`. INDEX is a position, or a name in
+single quotes. A MODULE with blanks, quotes, stars, colons or brackets in its path stands in such quotes, too. Inside
+them, a backslash stands before a quote and before a backslash.
 """
 
 import json
@@ -23,14 +26,18 @@ _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _CONSTANT = r"\{[a-hj-z][0-9]*\}"
 _QUOTED = r"'(?:[^'\\]|\\['\\])*'"
 _MODULE = rf"""[^\s'"*\[\]:]+|{_QUOTED}"""
-_OPERATION = r":([A-Za-z_][A-Za-z0-9_]*)(?:#(0|[1-9][0-9]*))?"
+_OPERATION = r":([A-Za-z_][A-Za-z0-9_]*)(?:#(0|[1-9][0-9]*)(?:/([1-9][0-9]*))?)?"
 SELECTOR = (
-    rf"^(?:({_NUMBER}|{_CONSTANT}) \* )?(?:(?:({_MODULE})(?:{_OPERATION})?|{_OPERATION})\.)?"
+    rf"^(?:({_NUMBER}|{_CONSTANT}) \* )?(?:(?:({_MODULE})(?:{_OPERATION})?|{_OPERATION})?(\.))?"
     rf"(input|output)(?:\[(-?[0-9]+|{_QUOTED})\])?$"
 )
 _RANGE = r"[0-9]+(?:-[0-9]+(?: by [1-9][0-9]*)?)?"
 LAYERS = rf"^{_RANGE}(?:, {_RANGE})*(?: except {_RANGE}(?:, {_RANGE})*)?$"
 HEADS = "^[1-9][0-9]* x [1-9][0-9]*$"
+_CHECK = r"[A-Za-z_-]+(?: [1-9][0-9]*)?"
+CHECKS = rf"^{_CHECK}(?:, {_CHECK})*$"
+BLOCK = "."
+"""the module that is a block itself, where paths are written from the block on"""
 CONSTANTS = "abcdefghjklmnopqrstuvwxyz"
 """names of constants; `{i}` is the layer"""
 _LONGEST = 100_000
@@ -47,13 +54,17 @@ class Place:
     operation: str | None = None
     occurrence: int | None = None
     """which operation of that name, from 0 on; None: the only one"""
+    visits: int | None = None
+    """how many operations of that name every forward has, where that is known"""
 
 
-def operation_text(operation: str | None, occurrence: int | None) -> str:
-    """`:bmm#1`; nothing where there is no operation."""
+def operation_text(operation: str | None, occurrence: int | None, visits: int | None = None) -> str:
+    """`:bmm#1`, or `:bmm#1/2` with `visits`; nothing where there is no operation."""
     if operation is None:
         return ""
-    return f":{operation}" + ("" if occurrence is None else f"#{occurrence}")
+    if occurrence is None:
+        return f":{operation}"
+    return f":{operation}#{occurrence}" + ("" if visits is None else f"/{visits}")
 
 
 def selector_text(place: Place, factor: float | str = 1.0) -> str:
@@ -61,9 +72,9 @@ def selector_text(place: Place, factor: float | str = 1.0) -> str:
     module, index = place.module, place.index
     times = "" if factor == 1.0 else f"{factor if isinstance(factor, str) else number_text(factor)} * "
     path = module if not module or (re.fullmatch(_MODULE, module) and module[0] != "'") else _quoted(module)
-    path += operation_text(place.operation, place.occurrence)
+    path += operation_text(place.operation, place.occurrence, place.visits)
     at = "" if index is None else f"[{_quoted(index) if isinstance(index, str) else index}]"
-    return f"{times}{path}{'.' if path else ''}{place.side}{at}"
+    return f"{times}{path}{'.' if path not in ('', BLOCK) else ''}{place.side}{at}"
 
 
 def read_selector(text: str) -> tuple[Place, float | str]:
@@ -71,12 +82,16 @@ def read_selector(text: str) -> tuple[Place, float | str]:
     found = re.match(SELECTOR, text)
     if found is None or text.endswith("\n"):
         raise ValueError(why_no_selector(text))
-    times, module, *operations, side, at = found.groups()
-    operation, occurrence = operations[:2] if module else operations[2:]
+    times, module, *operations, dot, side, at = found.groups()
+    operation, occurrence, visits = operations[:3] if module else operations[3:]
     index = None if at is None else _unquoted(at) if at[0] == "'" else int(at)
     factor = 1.0 if times is None else times if times[0] == "{" else float(times)
-    path = _unquoted(module) if module and module[0] == "'" else module or ""
-    return Place(path, side, index, operation, None if occurrence is None else int(occurrence)), factor
+    own = BLOCK if dot and not operation else ""
+    path = _unquoted(module) if module and module[0] == "'" else module or own
+    if operation and occurrence is None:
+        visits = 1
+    numbers = (None if each is None else int(each) for each in (occurrence, visits))
+    return Place(path, side, index, operation, *numbers), factor
 
 
 def why_no_selector(text: str) -> str:
@@ -202,6 +217,29 @@ def read_heads(text: str) -> dict[str, int]:
     """The inverse of `heads_text`."""
     number, _, d_head = text.partition(" x ")
     return {"stop": int(number) * int(d_head), "d_head": int(d_head)}
+
+
+def checks_text(checks: Mapping[str, int]) -> str:
+    """`shapes, order, sum 2`."""
+    return ", ".join(name if count == 1 else f"{name} {count}" for name, count in checks.items())
+
+
+def read_checks(text: str) -> dict[str, int]:
+    """The inverse of `checks_text`."""
+    pairs = (check.partition(" ") for check in text.split(", "))
+    return {name: int(count or 1) for name, _, count in pairs}
+
+
+def from_block(path: str, layers_path: str) -> str:
+    """A module's path as it is written in a kind of block: `.mlp` for `model.layers.{i}.mlp`, else the whole path."""
+    if path == layers_path:
+        return BLOCK
+    return path[len(layers_path) :] if path.startswith(f"{layers_path}.") else path
+
+
+def whole_path(path: str, layers_path: str) -> str:
+    """The inverse of `from_block`."""
+    return layers_path if path == BLOCK else layers_path + path if path.startswith(".") else path
 
 
 def folded(value: Any) -> Any:

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from hookmap.maps.contents import SCHEMA_VERSION, MapContents
-from hookmap.maps.grammar import HEADS, LAYERS, SELECTOR
+from hookmap.maps.grammar import CHECKS, HEADS, LAYERS, SELECTOR
 
 SCHEMA_ID = f"urn:hookmap:schema:architecture-map-{SCHEMA_VERSION}"
 _TEXT = {"type": "string"}
@@ -22,7 +22,7 @@ def schema() -> dict[str, Any]:
     made = MapContents.model_json_schema()
     defs: dict[str, Any] = made["$defs"]
     term, point, kind = defs.pop("TermTemplate"), defs.pop("PointTemplate"), defs["BlockKind"]
-    of_term = _properties(term, "module", "side", "index", "operation", "occurrence", "scale")
+    of_term = _properties(term, "module", "side", "index", "operation", "occurrence", "visits", "scale")
     place = {"anyOf": [_ref("Selector"), _ref("Term")]}
     places = {"type": "array", "items": place, "minItems": 1}
     text = {"type": "string", "pattern": HEADS, "title": 'heads such as "32 x 128"'}
@@ -35,10 +35,10 @@ def schema() -> dict[str, Any]:
             "type": "string",
             "pattern": SELECTOR,
             "title": 'a selector such as "0.5 * model.layers.{i}.mlp.output[0]"',
-            "description": "[FACTOR * ][MODULE][:OPERATOR[#N]].input|output[INDEX]; OPERATOR is an operation in the "
-            "module's own forward, the one of its name or the N-th of them; FACTOR is a number, or {a}, the layer's "
-            "constant a; {i} is the layer; INDEX is a position or a name in single quotes, among the arguments or in "
-            "the output",
+            "description": "[FACTOR * ][MODULE][:OPERATOR[#N[/M]]].input|output[INDEX]; what begins with a dot goes on "
+            "behind layers_path; OPERATOR is an operation in the module's own forward, the one of its name or the N-th "
+            "of M; FACTOR is a number, or {a}, the layer's constant a; {i} is the layer; INDEX is a position or a name "
+            "in single quotes, among the arguments or in the output",
         },
         "Term": _object({"at": _ref("Selector"), **of_term}, ["at"]),
         "Row": _object({"at": {"anyOf": [_ref("Selector"), places]}, **of_term, **of_point}, ["at"]),
@@ -72,10 +72,13 @@ def schema() -> dict[str, Any]:
         "points": _ref("Rows"),
         "unavailable": _ref("Names"),
     }
+    checks = defs["Proof"]["properties"]["checks"]
+    text = {"type": "string", "pattern": CHECKS, "title": 'checks such as "shapes, order, sum 2"'}
+    checks |= {"anyOf": [text, {key: checks.pop(key) for key in ("type", "additionalProperties")}]}
     del kind["properties"]["name"]
     kind["required"].remove("name")
     made["properties"] |= {
-        "schema_version": {"const": SCHEMA_VERSION},
+        "schema_version": {"enum": [2, SCHEMA_VERSION], "description": "what is written has the last one"},
         "model_points": _ref("Rows"),
         "model_unavailable": _ref("Names"),
         "kinds": {

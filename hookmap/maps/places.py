@@ -17,5 +17,4 @@ from hookmap.maps.templates import PointTemplate, TermTemplate
 def template_of(name: str) -> PointTemplate:
     """Where the tensor is that a place names; see `hookmap.maps.points.is_place`."""
     place, _ = read_selector(name)
-    visits = 1 if place.operation and place.occurrence is None else None
-    return PointTemplate(terms=(TermTemplate.model_validate({**asdict(place), "visits": visits}),), order=0)
+    return PointTemplate(terms=(TermTemplate.model_validate(asdict(place)),), order=0)

@@ -7,13 +7,22 @@ points, their places in the forward order, and kinds of block that differ in con
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from hookmap.maps.grammar import Place, read_heads, read_layers, read_selector, unfolded, unfolded_names
-from hookmap.maps.points import POINTS, PointName
+from hookmap.maps.grammar import (
+    Place,
+    read_checks,
+    read_heads,
+    read_layers,
+    read_selector,
+    unfolded,
+    unfolded_names,
+    whole_path,
+)
+from hookmap.maps.points import HEADS_AXES, POINTS, PointName
 from hookmap.maps.templates import TermTemplate
 
 T = TypeVar("T")
@@ -22,6 +31,8 @@ BY_DATAFLOW = "an operation of the module's own forward, by dataflow"
 """what shows a point whose last term is such an operation"""
 _CONSTANT = re.compile(r"\{([a-hj-z][0-9]*)\}")
 _CLASS = re.compile(r"at (\S+)")
+_HEADS_AS_READ = ["batch", "heads", "pos", "d_head"]
+"""the axes of queries, keys and values inside an attention"""
 _OF_TERM = TermTemplate.model_fields.keys() - {*asdict(Place("", "", None)), "scale"}
 
 
@@ -34,7 +45,8 @@ def read_map(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         known |= {f"{of}{name}" for name in said["points"] for of in ("", f"{kind}: ")}
     problems += [f"evidence: {name} has no row in this map" for name in evidence if name not in known]
     fields = {key: value for key, value in document.items() if key not in ("schema_version", "evidence")}
-    fields |= _read_points(document, "model_", {}, evidence, {"": document["architecture"]}, "", problems)
+    fields |= _read_points(document, "model_", {}, evidence, {"": document["architecture"]}, None, "", problems)
+    fields["proofs"] = [_read_proof(proof) for proof in document.get("proofs", [])]
     with _at("config", problems):
         fields["config"] = unfolded(document.get("config", {}))
     fields["layer_names"] = unfolded_names(document.get("layer_names", ()))
@@ -93,6 +105,7 @@ def _read_kinds(
     alike: dict[tuple[float, ...], list[int]] = {}
     for place, layer in enumerate(layers):
         alike.setdefault(tuple(values[place] for values in constants.values()), []).append(layer)
+    document = {key: with_paths(field, lambda path: whole_path(path, layers_path)) for key, field in document.items()}
     classes = classes_of_kind(document, layers_path)
     for numbers, own in alike.items():
         factors = dict(zip(constants, numbers, strict=True))
@@ -100,9 +113,21 @@ def _read_kinds(
         for number, relation in enumerate(document.get("relations", [])):
             with _at(f"{where}relations[{number}]", problems):
                 relations.append(_with_numbers(relation, factors))
-        points = _read_points(document, "", factors, evidence, classes, where, problems)
+        points = _read_points(document, "", factors, evidence, classes, layers_path, where, problems)
         rest = {key: value for key, value in document.items() if key != "constants"}
         yield {**rest, "layers": own, "relations": relations, **points}
+
+
+def with_paths(field: Any, change: Callable[[str], str]) -> Any:
+    """Any field of a kind; if it is a branch, with its modules' paths changed."""
+    if not isinstance(field, dict) or "modules" not in field:
+        return field
+    return field | {"modules": [change(path) for path in field["modules"]]}
+
+
+def _read_proof(said: Mapping[str, Any]) -> dict[str, Any]:
+    checks = said.get("checks", {})
+    return {**said, "checks": read_checks(checks) if isinstance(checks, str) else checks}
 
 
 def _with_numbers(relation: str, constants: Mapping[str, float]) -> str:
@@ -115,6 +140,7 @@ def _read_points(
     constants: Mapping[str, float],
     evidence: Mapping[str, str],
     classes: Mapping[str, str],
+    block: str | None,
     where: str,
     problems: list[str],
 ) -> dict[str, Any]:
@@ -126,7 +152,7 @@ def _read_points(
     for name, row in rows.items():
         with _at(f"{where}{prefix}points.{name}", problems):
             if row is not None:
-                point = _read_point(name, row, constants)
+                point = _read_point(name, row, constants, block)
                 last = point["terms"][-1]
                 order = point.setdefault("order", order + (boundary(last) != before))
                 before = boundary(last)
@@ -142,35 +168,43 @@ def _by_name(texts: Mapping[str, Sequence[str]], where: str, problems: list[str]
     return dict(pairs)
 
 
-def _read_point(name: str, row: Any, constants: Mapping[str, float]) -> dict[str, Any]:
+def _read_point(name: str, row: Any, constants: Mapping[str, float], block: str | None) -> dict[str, Any]:
     said = dict(row) if isinstance(row, dict) else {"at": row}
     terms = said.pop("at")
     if isinstance(terms, str):
         terms = [{"at": terms, **{key: said.pop(key) for key in _OF_TERM & said.keys()}}]
     elif misplaced := _OF_TERM & said.keys():
         raise ValueError(f"{', '.join(sorted(misplaced))} is said of one selector: write it into an object in the list")
-    said["terms"] = [{"axes": usual_axes(name), **_read_term(term, constants)} for term in terms]
+    said["terms"] = [_read_term(term, constants, block, name) for term in terms]
     if "write" in said:
-        said["write"] = {"axes": usual_axes(name), **_read_term(said["write"], constants)}
+        said["write"] = _read_term(said["write"], constants, block, name)
     if "beside" in said:
-        said["beside"] = [_read_term(term, constants) for term in said["beside"]]
+        said["beside"] = [_read_term(term, constants, block) for term in said["beside"]]
     return said
 
 
-def _read_term(row: Any, constants: Mapping[str, float]) -> dict[str, Any]:
+def _read_term(row: Any, constants: Mapping[str, float], block: str | None, point: str = "") -> dict[str, Any]:
     said = dict(row) if isinstance(row, dict) else {"at": row}
-    place, factor = read_selector(said.pop("at"))
+    text = said.pop("at")
+    place, factor = read_selector(text)
+    if block is None and place.module.startswith("."):
+        raise ValueError(f"{text}: a point of the whole model is in no block, its path begins at the model's root")
     if isinstance(said.get("heads"), str):
         said["heads"] = read_heads(said["heads"])
-    scale = _constant(factor, constants) if isinstance(factor, str) else factor
-    return {**asdict(place), "scale": scale, **said}
+    found = asdict(place) | {"module": place.module if block is None else whole_path(place.module, block)}
+    found["scale"] = _constant(factor, constants) if isinstance(factor, str) else factor
+    return {"axes": usual_axes(point, place.operation is not None), **found, **said}
 
 
-def usual_axes(name: str) -> list[str] | None:
+def usual_axes(name: str, at_operation: bool) -> list[str] | None:
     """The axes of a point's tensors where they stand: None for batch, pos, ...; the queries are positions."""
     point = POINTS.get(PointName.of(name).base)
-    axes = ["pos" if axis == "query" else axis for axis in point.axes] if point else []
-    return axes if axes[1:2] not in ([], ["pos"]) else None
+    if point is None or (point.axes == HEADS_AXES and not at_operation):
+        return None
+    if point.axes == HEADS_AXES:
+        return _HEADS_AS_READ
+    axes = ["pos" if axis == "query" else axis for axis in point.axes]
+    return axes if axes[1] != "pos" else None
 
 
 def _constant(name: str, constants: Mapping[str, float]) -> float:

@@ -67,12 +67,25 @@ class Term:
         """The module's path, and the operation in it: `model.layers.3.self_attn:bmm#1`."""
         return self.module + operation_text(self.operation, self.occurrence)
 
+    @property
+    def is_view(self) -> bool:
+        """Whether `resolve` gives a view that the model has not: heads of a tensor. No gradient flows through it."""
+        return self.heads is not None
+
     def resolve(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
         """The unscaled tensor, given what a plain PyTorch forward hook of `module` sees.
 
-        Of an operation, `args` are its tensors, and `output` what it gave. Raises CaptureError where the arguments or
-        the output have no such place.
+        Of an operation, `args` are its tensors, and `output` what it gave. Where `is_view`, `retain_grad` belongs on
+        `whole`. Raises CaptureError where the arguments or the output have no such place.
         """
+        return self.view(self.whole(args, kwargs, output))
+
+    def view(self, whole: Any) -> Any:
+        """What `resolve` gives of the whole tensor; of the whole tensor's gradient, the gradient of that."""
+        return whole if self.heads is None else self._split(whole, self.heads)
+
+    def whole(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """The tensor as the model has it, which gradients flow through; `resolve` may give a view of part of it."""
         where: Any
         if self.side == "input":
             where = kwargs if isinstance(self.index, str) else args
@@ -127,7 +140,7 @@ class Term:
     def _tensor(self, value: Any) -> Any:
         if not hasattr(value, "shape"):
             raise self._wrong(type(value).__name__)
-        return value if self.heads is None else self._split(value, self.heads)
+        return value
 
     def _split(self, value: Any, heads: Heads) -> Any:
         """[..., width] -> [..., heads, d_head], a view."""
@@ -196,11 +209,29 @@ class Selector:
     def scale(self) -> float:
         return self.terms[-1].scale
 
+    @property
+    def is_view(self) -> bool:
+        """Whether `resolve` gives a view that the model has not; see `Term.is_view`."""
+        return any(term.is_view for term in self.terms)
+
     def resolve(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
         """The unscaled tensor; see `Term.resolve`. A point with several terms has no single module: use `.terms`."""
+        return self._term.resolve(args, kwargs, output)
+
+    def whole(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """The tensor that gradients flow through; see `Term.whole`."""
+        return self._term.whole(args, kwargs, output)
+
+    def view(self, whole: Any) -> Any:
+        """What `resolve` gives of the whole tensor, or of its gradient; see `Term.view`."""
+        return self._term.view(whole)
+
+    @property
+    def _term(self) -> Term:
+        """The only one. Raises CaptureError where there are several."""
         if len(self.terms) > 1:
             raise CaptureError(f"{self} is a sum of {len(self.terms)} tensors: resolve each of .terms and add them.")
-        return self.terms[0].resolve(args, kwargs, output)
+        return self.terms[0]
 
     def __str__(self) -> str:
         where = " + ".join(map(str, self.terms))

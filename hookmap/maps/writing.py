@@ -14,8 +14,18 @@ from typing import Any
 from pydantic import BaseModel
 
 from hookmap.maps import reading
-from hookmap.maps.contents import SCHEMA_VERSION, MapContents
-from hookmap.maps.grammar import CONSTANTS, Place, folded, folded_names, heads_text, layers_pattern, selector_text
+from hookmap.maps.contents import SCHEMA_VERSION, MapContents, Proof
+from hookmap.maps.grammar import (
+    CONSTANTS,
+    Place,
+    checks_text,
+    folded,
+    folded_names,
+    from_block,
+    heads_text,
+    layers_pattern,
+    selector_text,
+)
 from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
 
 _FACTOR = re.compile(r'(?<=["( ])(-?[0-9][0-9.e+-]*)(?= \* )')
@@ -28,7 +38,8 @@ def written(m: MapContents) -> dict[str, Any]:
     for name, value in _said(m).items():
         match name:
             case "model_points":
-                document |= {f"model_{key}": said for key, said in _points(m.model_points, m.model_unavailable).items()}
+                said = _points(m.model_points, m.model_unavailable, None)
+                document |= {f"model_{key}": rows for key, rows in said.items()}
             case "kinds":
                 document["kinds"] = {name: _but(kind, "evidence") for name, kind in kinds.items()}
                 document["evidence"] = _by_text(_evidence(m, kinds))
@@ -37,7 +48,7 @@ def written(m: MapContents) -> dict[str, Any]:
             case "layer_names":
                 document["layer_names"] = folded_names(value)
             case "proofs":
-                document["proofs"] = [_said(proof) for proof in m.proofs]
+                document["proofs"] = [_proof(proof) for proof in m.proofs]
             case "model_unavailable":
                 pass  # beside model_points
             case _:
@@ -48,6 +59,10 @@ def written(m: MapContents) -> dict[str, Any]:
 def _said(part: BaseModel) -> dict[str, Any]:
     """Its fields that differ from their defaults."""
     return part.model_dump(mode="json", exclude_defaults=True)
+
+
+def _proof(proof: Proof) -> dict[str, Any]:
+    return _said(proof) | ({"checks": checks_text(proof.checks)} if proof.checks else {})
 
 
 def _but(document: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -69,7 +84,8 @@ def _kinds(m: MapContents) -> dict[str, dict[str, Any]]:
 def _kind(kind: BlockKind, layers_path: str) -> dict[str, Any]:
     ascending = kind.layers and sorted(set(kind.layers)) == list(kind.layers)
     said = _said(kind) | {"layers": layers_pattern(kind.layers) if ascending else list(kind.layers)}
-    told = _points(kind.points, kind.unavailable)
+    said = {key: reading.with_paths(field, lambda path: from_block(path, layers_path)) for key, field in said.items()}
+    told = _points(kind.points, kind.unavailable, layers_path)
     classes = reading.classes_of_kind(kind.model_dump(), layers_path)
     evidence = {name: _shown(point, classes) for name, point in kind.points.items()}
     return {**_but(said, "name", "unavailable"), **told, "evidence": evidence}
@@ -131,8 +147,8 @@ def _by_text(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return found
 
 
-def _points(points: Mapping[str, PointTemplate], lost: Mapping[str, str]) -> dict[str, Any]:
-    """The rows, and why other points are not there."""
+def _points(points: Mapping[str, PointTemplate], lost: Mapping[str, str], block: str | None) -> dict[str, Any]:
+    """The rows, and why other points are not there. `block`: the path of the block; None for those of the model."""
     rows: dict[str, Any] = {}
     order, before = -1, None
     in_order = dict(sorted(points.items(), key=lambda item: item[1].order))
@@ -141,31 +157,32 @@ def _points(points: Mapping[str, PointTemplate], lost: Mapping[str, str]) -> dic
         if point is not None:
             here = reading.boundary(point.terms[-1].model_dump())
             order += here != before
-            rows[name] = _row(name, point, {} if point.order == order else {"order": point.order})
+            rows[name] = _row(name, point, {} if point.order == order else {"order": point.order}, block)
             order, before = point.order, here
     return {"points": rows} | ({"unavailable": _by_text(lost.items())} if lost else {})
 
 
-def _row(name: str, point: PointTemplate, order: dict[str, int]) -> Any:
+def _row(name: str, point: PointTemplate, order: dict[str, int], block: str | None) -> Any:
     """A selector, a list of them, or an object with what else there is to say."""
-    terms = [_term(term, reading.usual_axes(name)) for term in point.terms]
+    terms = [_term(term, block, name) for term in point.terms]
     rest = _but(_said(point), "terms", "order", "evidence") | order
     if point.write:
-        rest["write"] = _term(point.write, reading.usual_axes(name))
+        rest["write"] = _term(point.write, block, name)
     if point.beside:
-        rest["beside"] = [_term(term) for term in point.beside]
+        rest["beside"] = [_term(term, block) for term in point.beside]
     at = terms[0] if len(terms) == 1 else terms
     if not rest:
         return at
     return {**(at if isinstance(at, dict) else {"at": at}), **rest}
 
 
-def _term(term: TermTemplate, usual_axes: list[str] | None = None) -> Any:
-    place = Place(term.module, term.side, term.index, term.operation, term.occurrence)
+def _term(term: TermTemplate, block: str | None, point: str = "") -> Any:
+    module = term.module if block is None else from_block(term.module, block)
+    place = Place(module, term.side, term.index, term.operation, term.occurrence, term.visits)
     at = selector_text(place, term.scale)
     rest = _but(_said(term), *asdict(place), "scale", "axes")
     axes = term.axes and list(term.axes)
-    if axes != usual_axes:
+    if axes != reading.usual_axes(point, term.operation is not None):
         rest["axes"] = axes
     if term.heads:
         rest["heads"] = heads_text(term.heads.model_dump()) or rest["heads"]

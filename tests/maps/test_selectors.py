@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.documents import hybrid
@@ -12,7 +13,8 @@ from hookmap import CaptureError, SelectionError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import parse
 from hookmap.maps.points import POINTS, parse_point
-from hookmap.maps.selectors import select
+from hookmap.maps.selectors import Selector, Term, select
+from hookmap.maps.templates import Heads
 
 MAP = parse(hybrid())
 
@@ -180,6 +182,11 @@ def test_layers_may_be_an_array_or_its_numbers() -> None:
         ("layers_output", "resid_post", None),
         ("mlps_input", "mlp_in", None),
         ("hook_embed", "embed", None),
+        ("blocks.3.attn.hook_rot_q", "q_rot", 3),
+        ("blocks.3.attn.hook_rot_k", "k_rot", 3),
+        ("attn.hook_attn_scores", "attn_scores", None),
+        ("blocks.0.mlp.hook_pre", "mlp_pre", 0),
+        ("mlp.hook_pre_linear", "mlp_pre_linear", None),
         (" resid_mid ", "resid_mid", None),
     ],
 )
@@ -205,6 +212,18 @@ def test_resolve_finds_the_tensor_in_what_a_plain_hook_sees() -> None:
     assert from_tuple.resolve((), {}, (y, None)) is y and from_tuple.scale == 0.5
     (bare,) = select(MAP, "mlp_out", 0)
     assert bare.resolve((x,), {}, y) is y
+
+
+def test_heads_are_a_view_of_the_tensor_that_the_model_has() -> None:
+    term = Term("attn.c_attn", "output", None, heads=Heads(start=32, stop=64, d_head=8))
+    selector, whole = Selector("k", 0, (term,), 0), torch.randn(2, 5, 96)
+    assert selector.is_view and not select(MAP, "mlp_out", 0)[0].is_view
+    assert selector.whole((), {}, whole) is whole
+    assert torch.equal(selector.resolve((), {}, whole), whole[..., 32:64].unflatten(-1, (4, 8)))
+    assert torch.equal(selector.view(whole), selector.resolve((), {}, whole))
+    (summed,) = select(MAP, "resid_post", 3)
+    with raises(CaptureError, "sum of 2 tensors"):
+        summed.whole((), {}, None)
 
 
 @pytest.mark.parametrize(("args", "kwargs", "output"), [((), {}, None), ((None,), {"x": 1}, ()), ((), {}, "text")])

@@ -6,8 +6,8 @@ L = "model.layers.{i}"
 STREAM = "attention and MLP run in parallel"
 
 
-def term(module: str, side: str, index: int | str | None = None, scale: float = 1.0) -> dict[str, Any]:
-    return {"module": module, "side": side, "index": index, "scale": scale}
+def term(module: str, side: str, index: int | str | None = None, scale: float = 1.0, **more: Any) -> dict[str, Any]:
+    return {"module": module, "side": side, "index": index, "scale": scale, **more}
 
 
 def point(order: int, *terms: dict[str, Any]) -> dict[str, Any]:
