@@ -15,6 +15,7 @@ from hookmap.loading.memory import available
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector
+from hookmap.maps.templates import Heads
 from hookmap.wording import counted
 
 _SMALLER = "choose fewer points or layers, positions=, every=, mean=, features=, keep_dtype=, or fewer new tokens"
@@ -65,7 +66,7 @@ def estimate(
 ) -> Estimate:
     """The size of a capture. `lengths`: tokens of each prompt; `itemsize`: bytes of one number of the model's dtype.
 
-    `batches`: indices of the prompts that run together. `d_mlp`: width of `mlp_post`, which maps do not have.
+    `batches`: indices of the prompts that run together. `d_mlp`: width of an MLP's activations, which maps do not have.
     `every_logit`: whether the model computes the logits of all tokens, even where few are stored.
     """
     selection = selection or RowSelection()
@@ -146,10 +147,11 @@ def _width(
         return selector.width * keys if selector.has_keys else _chosen(selection, selector.width)
     axes = PointName.of(selector.point).definition.axes
     mlp = architecture_map.kind_of(selector.layer).mlp if selector.layer is not None else None
-    heads = selector.terms[-1].heads
+    heads = selector.terms[-1].heads or _heads_before_rotation(architecture_map, selector)
     if heads is not None:
         return heads.groups * (heads.stop - heads.start) // heads.d_head * _chosen(selection, heads.d_head)
     widths = {
+        "one": 1,
         "d_vocab": architecture_map.d_vocab,
         "key": keys * (architecture_map.num_heads or 1),
         "d_mlp": d_mlp,
@@ -158,6 +160,16 @@ def _width(
     }
     width = next((width for axis in axes if (width := widths.get(axis))), architecture_map.d_model)
     return width if "key" in axes else _chosen(selection, width)
+
+
+def _heads_before_rotation(architecture_map: ArchitectureMap, selector: Selector) -> Heads | None:
+    """Of `q_rot` and `k_rot`: the heads of `q` and `k`. Keys that several projections make are as wide as queries."""
+    name = PointName.of(selector.point).base
+    if name not in ("q_rot", "k_rot") or selector.layer is None:
+        return None
+    points = architecture_map.kind_of(selector.layer).points
+    known = [points[each].terms[0].heads for each in (name[0], "q") if each in points]
+    return known[0] if known else None
 
 
 def _chosen(selection: RowSelection, width: int) -> int:

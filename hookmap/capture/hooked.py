@@ -292,7 +292,10 @@ class Hooked:
             request.max_new_tokens,
             next(self.root.parameters()).itemsize,
             groups,
-            max((self._d_mlp(s) for s in request.selectors if PointName.of(s.point).base == "mlp_post"), default=None),
+            max(
+                (self._d_mlp(s) for s in request.selectors if "d_mlp" in PointName.of(s.point).definition.axes),
+                default=None,
+            ),
             request.selection,
             every_logit=logits_parameter(self.root) is None,
         )
@@ -319,7 +322,8 @@ class Hooked:
 
     def _d_mlp(self, selector: Selector) -> int:
         """The input width of a down projection, whose weights are [d_mlp, d_model] or transposed."""
-        parameters = self.model.get_submodule(selector.module).parameters()
+        (down,) = self.map.selectors(PointName.of(selector.point).numbered("mlp_post"), selector.layer, calls=0)
+        parameters = self.model.get_submodule(down.module).parameters()
         return max((p.numel() for p in parameters), default=0) // self.map.d_model
 
     def encode(

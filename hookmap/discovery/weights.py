@@ -60,10 +60,9 @@ class WeightPlace:
         axes = ("experts",) * (found.ndim - 2)
         if self.heads is None:
             return found, (*axes, "in", "out")
-        cut = replace(self.heads, index=None, side="output")
         if self.name != "W_O":
-            return cut.resolve((), {}, found), (*axes, "in", "heads", "d_head")
-        return cut.resolve((), {}, found.mT).movedim(0, -1), ("heads", "d_head", "out")
+            return self.heads.view(found), (*axes, "in", "heads", "d_head")
+        return self.heads.view(found.mT).movedim(0, -1), ("heads", "d_head", "out")
 
 
 @dataclass(frozen=True)

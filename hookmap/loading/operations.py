@@ -93,6 +93,11 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """of each hooked module that runs: what is watched of it and what was counted; None for nothing"""
         self._on = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would enter and leave its compiler around each operation, which costs more than all else here."""
+        return False
+
     def pause(self) -> None:
         """A module begins, or its own code has ended."""
         self._frames.append(None)

@@ -43,6 +43,8 @@ CHECKS: tuple[_Check, ...] = (
     heads.one_head,
     reads.reads,
     ends.ends,
+    scores.preactivations,
+    scores.raw_logits,
     causes.causes,
 )
 EACH_RUN = (

@@ -60,7 +60,10 @@ def _made_of_raw(run: Context, kind: BlockKind, point: str, layer: int) -> Itera
         return
     if kind.points[point].terms == kind.points[added].terms:
         return
-    own, none, twice = run.values[added, layer], *(_times(run, point, added, layer, factor) for factor in (0.0, 2.0))
+    own, none, twice = (
+        run.values[added, layer],
+        *(read_times(run, point, added, layer, factor) for factor in (0.0, 2.0)),
+    )
     depends = relative_error(none, own) > run.tolerance
     error = relative_error(twice - own, own - none)
     if error > run.tolerance:
@@ -77,13 +80,13 @@ def _made_of_hidden(run: Context, kind: BlockKind, point: str, layer: int) -> It
     known = all((each, layer) in run.values for each in (point, made))
     if name.base != "mlp_post" or not known or any(text.endswith(f"({point})") for text in kind.relations):
         return
-    own, none, twice = run.values[made, layer], *(_times(run, point, made, layer, factor) for factor in (0.0, 2.0))
+    own, none, twice = run.values[made, layer], *(read_times(run, point, made, layer, factor) for factor in (0.0, 2.0))
     depends = relative_error(none, own) > run.tolerance and not torch.equal(run.values[point, layer], own)
     error = relative_error(twice - own, own - none)
     yield Check("ends", (layer,), depends and error <= run.tolerance, f"{made} is a product of {point}", error)
 
 
-def _times(run: Context, point: str, read: str, layer: int, factor: float) -> Tensor:
+def read_times(run: Context, point: str, read: str, layer: int, factor: float) -> Tensor:
     """`read` where all numbers of `point` are multiplied by a factor."""
     hooks = [at(term, lambda tensor: tensor.mul_(factor)) for term in run.selector[point, layer].terms]
     return observe(run.model, run.given, [run.selector[read, layer]], hooks)[0][read, layer]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hookmap.maps.describe import layer_ranges
-from hookmap.maps.selectors import Term
 from hookmap.maps.templates import BlockKind
 from hookmap.verification.check import Check, Key, relative_error
 from hookmap.verification.context import Context
@@ -178,9 +177,9 @@ def _times(run: Context, point: str, layer: int, head: int | None, place: int, f
     def act(args: Any, kwargs: Any, output: Any) -> Any:
         if term.call not in (None, next(calls)):
             return None
-        whole = replace(term, heads=None).resolve(args, kwargs, output)
+        whole = term.whole(args, kwargs, output)
         features = torch.arange(whole.shape[-1], device=whole.device)
-        mine = Term(term.module, "output", None, heads=term.heads).resolve((), {}, features)
+        mine = term.view(features)
         mine = mine.flatten() if head is None else mine[head]
         turned = whole if term.side == "input" else whole.clone()
         rows = turned.unflatten(0, (-1, width)) if term.flat else turned

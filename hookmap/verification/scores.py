@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
 from hookmap.verification.check import Check, relative_error
-from hookmap.verification.context import Context
+from hookmap.verification.context import Context, first_and_last, module_at
+from hookmap.verification.ends import read_times
+from hookmap.verification.runner import Hook, forward
 
 _MASKED = -1e4
 """a score below is a mask's"""
@@ -46,7 +49,7 @@ def _ordered(found: Tensor, products: Tensor) -> float:
 
 
 def activations(run: Context) -> Iterator[Check]:
-    """mlp_post is a function of mlp_pre alone, number by number, times mlp_pre_linear where that is there."""
+    """mlp_post is a function of mlp_pre alone, and no constant, times mlp_pre_linear where that is there."""
     for layer in run.layers_with("mlp_pre"):
         pre, post = (run.values[name, layer].float().flatten() for name in ("mlp_pre", "mlp_post"))
         linear = run.values.get(("mlp_pre_linear", layer))
@@ -57,23 +60,41 @@ def activations(run: Context) -> Iterator[Check]:
         order = pre.argsort()
         steps, rises = pre[order].diff(), post[order].diff().abs()
         allowed = 4 * steps * (1 + pre.abs().max()) + 1e-3 * post.abs().max()
-        wrong = float((rises > allowed).float().mean())
+        wrong = float((rises > allowed).float().mean()) if post.std() > 1e-3 * post.abs().mean() else 1.0
         detail = "mlp_post = f(mlp_pre)" + (" * mlp_pre_linear" if linear is not None else "")
         yield Check("activations", (layer,), wrong < 0.01, detail, wrong)
+
+
+def preactivations(run: Context) -> Iterator[Check]:
+    """What the activation function reads, and what its result is multiplied by, is W · mlp_in + b: nothing is bent."""
+    for _, layer in first_and_last(run.map):
+        for point in ("mlp_pre", "mlp_pre_linear"):
+            if all((each, layer) in run.values for each in ("mlp_in", point)):
+                none, twice = (read_times(run, "mlp_in", point, layer, factor) for factor in (0.0, 2.0))
+                own = run.values[point, layer]
+                error = relative_error(twice - own, own - none)
+                yield Check("activations", (layer,), error <= 10 * run.tolerance, f"{point} = W · mlp_in + b", error)
 
 
 def scales(run: Context) -> Iterator[Check]:
     """What a norm gives is the stream, or the stream without its mean, times the scale, times its weights."""
     for role in ("mixer", "mlp"):
         for layer in run.layers_with(f"{role}_norm_scale"):
-            scale, given = (run.values.get((name, layer)) for name in (f"{role}_norm_scale", f"{role}_in"))
-            states = (t for (name, at), t in run.values.items() if at == layer and name.startswith("resid_"))
-            candidates = [each for each in states if given is not None and each.shape == given.shape]
-            if scale is None or given is None or not candidates:
-                continue
-            error = min(_norm_misfit(each.double(), scale.double(), given.double()) for each in candidates)
-            detail = f"{role}_in = the stream * {role}_norm_scale * weights"
-            yield Check("scales", (layer,), error <= 10 * run.tolerance, detail, error)
+            states = [tensor for (name, at), tensor in run.values.items() if at == layer and name.startswith("resid_")]
+            yield from _scale(run, f"{role}_norm_scale", f"{role}_in", layer, states)
+    last = run.visits[-1] if run.visits else None
+    states = [tensor for (name, *at), tensor in run.states.items() if (*at,) == last and name.startswith("resid_")]
+    yield from _scale(run, "final_norm_scale", "final_norm", None, states)
+
+
+def _scale(run: Context, name: str, normed: str, layer: int | None, states: list[Tensor]) -> Iterator[Check]:
+    scale, given = run.values.get((name, layer)), run.values.get((normed, layer))
+    candidates = [each for each in states if given is not None and each.shape == given.shape]
+    if scale is None or given is None or not candidates:
+        return
+    error = min(_norm_misfit(each.double(), scale.double(), given.double()) for each in candidates)
+    layers = () if layer is None else (layer,)
+    yield Check("scales", layers, error <= 10 * run.tolerance, f"{normed} = the stream * {name} * weights", error)
 
 
 def _norm_misfit(stream: Tensor, scale: Tensor, given: Tensor) -> float:
@@ -87,3 +108,22 @@ def _norm_misfit(stream: Tensor, scale: Tensor, given: Tensor) -> float:
         plain = (x * y).sum(0) / x.square().sum(0).clamp_min(1e-12)
         errors.append(relative_error((x * plain).float(), y.float()))
     return min(errors)
+
+
+def raw_logits(run: Context) -> Iterator[Check]:
+    """The raw logits are what the unembedding gives, and a bias; the logits are made of them number by number."""
+    raw, path = run.values.get(("logits_raw", None)), run.map.lm_head_path
+    if raw is None or path is None or module_at(run.model, path) is None:
+        return
+    found: list[Tensor] = []
+
+    def keep(args: Any, kwargs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.shape == raw.shape:
+            found.append(output.detach().clone())
+
+    forward(run.model, run.given, [Hook(path, "output", keep)])
+    if found:
+        bias = raw - found[-1]
+        error = relative_error(raw - bias[:1, :1], found[-1])
+        detail = f"logits_raw = the output of {path}, and a bias"
+        yield Check("logits_raw", (), error <= run.tolerance, detail, error)

@@ -88,7 +88,8 @@ class _Translation:
         found = [self._terms(term, layer) for term in point.terms]
         if not all(found):
             return None
-        return point.model_copy(update={"terms": tuple(term for terms in found for term in terms), "beside": ()})
+        terms = tuple(term for terms in found for term in terms)
+        return point.model_copy(update={"terms": terms, "beside": (), "write": None})
 
     def _terms(self, term: TermTemplate, layer: int | None) -> tuple[TermTemplate, ...]:
         """The tensors in the pass as it is whose sum the term is; none where it stands nowhere."""
@@ -96,7 +97,7 @@ class _Translation:
         number = term.call or 0
         expression = self.there.expression_at(path, number, term.side, term.index)
         within = self._within(layer)
-        if expression is None or within is None or term.rows != "all":
+        if expression is None or within is None or term.rows != "all" or term.operation is not None:
             return ()
         boundaries = self.here.holding(expression, within)
         calls = self.here.calls(path)[number : number + 1]

@@ -125,6 +125,30 @@ def with_zeros(model: Any, point: str, place: Place, layer: int, ids: list[int],
     return torch.autograd.grad(difference(logits), [zeros])[0][0]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_hook_of_ones_own_retains_the_gradient_of_the_whole_tensor(name: str) -> None:
+    """`resolve` of heads gives a view that no gradient flows through; `view` of the whole one's gradient is its."""
+    hm, ids = opened(name), RAGGED[0]
+    (selector,) = hm.map.selectors("q", 1)
+    assert selector.is_view
+    seen: dict[str, torch.Tensor] = {}
+
+    def hook(_: Any, args: Any, output: Any) -> None:
+        seen["whole"], seen["view"] = selector.whole(args, {}, output), selector.resolve(args, {}, output)
+        seen["whole"].requires_grad_()
+        for tensor in seen.values():
+            tensor.retain_grad()
+
+    handle = hm.model.get_submodule(selector.module).register_forward_hook(hook)
+    logits = hm.model(torch.tensor([ids])).logits
+    handle.remove()
+    logits[0, -1, 7].backward()
+    hm.model.zero_grad()
+    found = hm.gradients([ids], lambda logits, at: logits[-1, 7], points="q", layers=1)
+    assert seen["view"].grad is None
+    torch.testing.assert_close(selector.view(seen["whole"].grad)[0], found.read(0, "q", 1), rtol=1e-4, atol=1e-7)
+
+
 def test_attention_weights_have_the_gradient_that_eager_attention_gives_them() -> None:
     hm, model = opened("llama"), wide("llama")
     found = hm.gradients(RAGGED, difference_at, "pattern", [1])

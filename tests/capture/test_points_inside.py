@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import plain_hooks
 from support.opened import EACH_FAMILY, RAGGED, opened
+from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.loading import modules
@@ -65,6 +67,41 @@ def test_a_map_with_another_tensor_in_its_place_is_refuted(point: str, other: st
     with modules.eager(model):
         checks = list(checks_of(found.model_copy(update={"kinds": (wrong,)}), model, cheap=True))
     assert not all(check.passed for check in checks)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
+def test_scores_are_those_of_rotated_queries_and_keys_by_hand(name: str) -> None:
+    """As the configs say: a scale, Gemma 2's cap, and a mask of what is behind a query, or before its window."""
+    hm = opened(name)
+    config = hm.model.config
+    run = hm.capture(RAGGED, ["q_rot", "k_rot", "attn_scores", "pattern"], [1], max_new_tokens=3)
+    for number in range(len(RAGGED)):
+        q, k = (run.read(number, point, 1).movedim(1, 0).numpy() for point in ("q_rot", "k_rot"))
+        scores, weights = (run.read(number, point, 1).movedim(1, 0) for point in ("attn_scores", "pattern"))
+        scale = getattr(config, "query_pre_attn_scalar", q.shape[-1]) ** -0.5
+        by_hand = q @ np.repeat(k, len(q) // len(k), 0).swapaxes(-1, -2) * scale
+        if cap := getattr(config, "attn_logit_softcapping", None):
+            by_hand = cap * np.tanh(by_hand / cap)
+        count = q.shape[1]
+        seen = np.tril(np.ones((count, count), bool))
+        own = scores[..., :count].numpy()
+        np.testing.assert_allclose(own[:, seen], by_hand[:, seen], rtol=1e-4, atol=1e-5)
+        assert (own[:, ~seen] < -1e30).all()
+        powers = np.exp(np.where(seen, by_hand, -np.inf))
+        np.testing.assert_allclose(weights[..., :count], powers / powers.sum(-1, keepdims=True), rtol=1e-4, atol=1e-6)
+
+
+def test_eager_attention_is_on_while_such_a_point_is_read_and_put_back() -> None:
+    model = plain_hooks.build("llama")
+    hm = hookmap.open(model, tokenizer=tiny_tokenizer())
+    for loaded in ("sdpa", "eager"):
+        model.set_attn_implementation(loaded)  # type: ignore[operator]
+        before = hm.capture(RAGGED, ["resid_post"], [1], max_new_tokens=2)
+        hm.capture(RAGGED, ["attn_scores", "q_rot"], [1], max_new_tokens=2)
+        assert model.config._attn_implementation == loaded  # type: ignore[union-attr]
+        after = hm.capture(RAGGED, ["resid_post"], [1], max_new_tokens=2)
+        for number in range(len(RAGGED)):
+            assert torch.equal(before.read(number, "resid_post", 1), after.read(number, "resid_post", 1))
 
 
 def test_the_document_is_read_back() -> None:

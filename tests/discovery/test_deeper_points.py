@@ -330,7 +330,8 @@ def test_an_invented_fused_projection_is_read_and_a_braided_one_is_refused() -> 
     assert k.module == "rungs.{i}.mix.blend" and k.heads is not None
     assert (k.heads.groups, k.heads.start, k.heads.stop, k.heads.d_head) == (1, 24, 48, 6)
     assert "no even slices" in braided.unavailable["k"]
-    assert "no module boundary" in straight.unavailable["pattern"]
+    (pattern,) = straight.points["pattern"].terms
+    assert (pattern.module, pattern.operation) == ("rungs.{i}.mix", "_softmax"), "no module hands it over"
 
 
 # Names ------------------------------------------------------------------------------------------------------------
@@ -370,9 +371,13 @@ def test_nnterps_attention_probabilities_are_the_pattern() -> None:
     "name", ["gpt2", "qwen3", "falcon_40b", "falcon_sequential", "opt", "deepseek_v3", "qwen3_moe"]
 )
 def test_a_capture_of_them_is_what_one_pass_over_all_tokens_shows(name: str) -> None:
-    """Padded, with a cache, token by token: the same numbers as one plain eager pass over each finished sequence."""
+    """Padded, with a cache, token by token: the same numbers as one plain eager pass over each finished sequence.
+
+    Of modules: what is an operation in one is in tests/capture/test_points_inside.py.
+    """
     model, found = _opened(name)
-    names = [p for p in found.points if POINTS[p.partition(".")[0]].deeper and found.unavailable(p, 1) is None]
+    deeper = [p for p, point in POINTS.items() if point.deeper and point.per_layer and p in found.kind_of(1).points]
+    names = [p for p in deeper if not any(term.operation for term in found.selectors(p, 1)[0].terms)]
     run = hookmap.open(model).capture(RAGGED, names, [1], max_new_tokens=5)
     selectors = found.selectors(names, 1)
     for number, tokens in enumerate(run.tokens):

@@ -13,7 +13,9 @@ from transformer_lens.model_bridge import TransformerBridge
 NAMES = {
     "resid_pre": ["hook_resid_pre"], "resid_mid": ["hook_resid_mid"], "resid_post": ["hook_resid_post"],
     "mixer_out": ["hook_attn_out", "hook_mixer_out"], "mlp_out": ["hook_mlp_out"],
-    "z": ["attn.hook_z"], "pattern": ["attn.hook_pattern"],
+    "z": ["attn.hook_z"], "pattern": ["attn.hook_pattern"], "attn_scores": ["attn.hook_attn_scores"],
+    "q": ["attn.hook_q"], "k": ["attn.hook_k"], "q_rot": ["attn.hook_rot_q"], "k_rot": ["attn.hook_rot_k"],
+    "mlp_pre": ["mlp.hook_pre"], "mlp_pre_linear": ["mlp.hook_pre_linear"], "mlp_post": ["mlp.hook_post"],
 }  # fmt: skip
 
 
@@ -64,7 +66,9 @@ def ask(bridge: Any, folder: Path, found: q.Answers) -> None:
     found.ask("logits", lambda: logits[0])
     for point in NAMES:
         for layer in range(q.LAYERS):
-            found.ask(f"read {point} {layer}", lambda point=point, layer=layer: cache[at(point, layer)][0])
+            found.ask(
+                f"read {point} {layer}", lambda point=point, layer=layer: q.seen(point, cache[at(point, layer)][0])
+            )
     found.ask("lens", lambda: cache.logit_lens(positions=None, return_type="probs").values[1:, 0])
     for point in ("resid_post", "resid_mid", "mlp_out"):
         found.ask(f"steer {point}", partial(written, point, steered))

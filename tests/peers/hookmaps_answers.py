@@ -12,6 +12,7 @@ import hookmap
 
 POINTS = (
     "resid_pre", "resid_mid", "resid_post", "mixer_out", "mixer_out_raw", "mlp_out", "mlp_out_raw", "z", "pattern",
+    "q", "k", "q_rot", "k_rot", "attn_scores", "mlp_pre", "mlp_pre_linear", "mlp_post",
 )  # fmt: skip
 
 
@@ -26,7 +27,7 @@ def hookmaps_answers(folder: Path) -> q.Answers:
 
     def read(point: str, layer: int) -> torch.Tensor:
         run = hm.capture([q.TOKENS], [point], [layer], max_new_tokens=0)[point, layer]
-        return run[0]
+        return q.seen(point, run[0])
 
     def written(do: str, point: str, **what: Any) -> torch.Tensor:
         edit = {"do": do, "point": point, "layers": q.LAYER, **what}

@@ -20,6 +20,11 @@ STRENGTH = 2.0
 VECTOR = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1)) * 3
 
 
+def seen(point: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Of scores, those of keys that a query sees: the others are a mask's, and programs put other numbers there."""
+    return tensor.tril() if point == "attn_scores" else tensor
+
+
 class Answers:
     """What one program says of one model."""
 

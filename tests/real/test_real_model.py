@@ -73,6 +73,30 @@ def test_the_map_is_the_shipped_one_and_every_check_passes(source: str, hm: Any)
     assert result.passed, [check for check in result.checks if not check.passed]
 
 
+def test_what_attention_computes_in_each_step_is_that_of_one_whole_pass(exact: Any) -> None:
+    """With a cache and pads; and the scores are those of the rotated queries and keys by hand."""
+    prompts = ["The sky is", "In 1969, the first man who walked on the moon was", "2 + 2 ="]
+    points = ["q_rot", "k_rot", "attn_scores", "pattern", "z", "mlp_pre", "mlp_pre_linear", "mixer_norm_scale"]
+    run = exact.capture(prompts, points, [0, 15, 29], max_new_tokens=6)
+    for number, sample in enumerate(run.samples):
+        whole = exact.capture([list(sample.token_ids)[: sample.rows]], points, [0, 15, 29], max_new_tokens=0)
+        for point, layer in run.keys:
+            step, expected = run.read(number, point, layer), whole.read(0, point, layer)
+            if point in ("attn_scores", "pattern"):
+                step = step[..., : sample.rows]
+            # Keys of the first token are some 100 times as long as others, and so is their rounding.
+            scale = float(expected.clamp_min(-1e4).abs().max())
+            torch.testing.assert_close(step.clamp_min(-1e4), expected.clamp_min(-1e4), rtol=1e-3, atol=1e-4 * scale)
+        for layer in (0, 15, 29):
+            q, k = (run.read(number, point, layer).movedim(1, 0) for point in ("q_rot", "k_rot"))
+            products = q @ k.repeat_interleave(3, 0).mT / 8
+            scores = run.read(number, "attn_scores", layer).movedim(1, 0)[..., : sample.rows]
+            seen = torch.ones_like(scores, dtype=torch.bool).tril()
+            torch.testing.assert_close(scores[seen], products[seen], rtol=1e-3, atol=1e-3)
+            weights = run.read(number, "pattern", layer).movedim(1, 0)[..., : sample.rows]
+            torch.testing.assert_close(scores.softmax(-1), weights, rtol=1e-4, atol=1e-6)
+
+
 def test_a_batch_gives_the_rows_of_each_prompt_alone(exact: Any) -> None:
     prompts = ["The sky is", "In 1969, the first man who walked on the moon was", "2 + 2 ="]
     together = exact.capture(prompts, points="resid_post", layers=[14, 29], max_new_tokens=6, batch_size=3)

@@ -27,6 +27,7 @@ from hookmap.cli.main import main
 from hookmap.services.server.downloads import download_of
 from hookmap.services.server.errors import ApiError
 from hookmap.services.server.sessions import Sessions
+from hookmap.stores.ledger import tensor_name
 
 pytestmark = pytest.mark.slow
 
@@ -125,6 +126,25 @@ def test_a_request_may_give_each_point_layers_of_its_own(served: Served) -> None
     assert torch.equal(held["z.8"], run.read(0, "z", 8))
     answer = served.post("/v1/completions", **body, hookmap={**record, "layers": [3]})
     assert answer.status_code == 400 and "leave layers out" in answer.json()["error"]["message"]
+
+
+def test_places_and_operations_come_as_points_do_and_are_written(served: Served) -> None:
+    gate, softmax = "model.layers.{i}.mlp.gate_proj.output", "model.layers.{i}.self_attn:_softmax.output"
+    body = {"prompt": "1+1", "max_tokens": 3, "temperature": 0}
+    edits = [{"do": "ablate", "point": softmax, "layers": [8], "heads": [2]}]
+    points = [gate, softmax, "z", "attn_scores", "mlp_pre"]
+    record = {"points": points, "layers": [8], "return": "inline", "interventions": edits}
+    answer = served.post("/v1/completions", **body, hookmap=record)
+    assert answer.status_code == 200, answer.text
+    held = safetensors.torch.load(base64.b64decode(answer.json()["activations_meta"]["samples"][0]["safetensors"]))
+    run = served.hm.capture("1+1", points, [8], max_new_tokens=3, interventions=edits)
+    assert held.keys() == {tensor_name((point, 8)) for point in points}
+    for point in points:
+        assert torch.equal(held[tensor_name((point, 8))], run.read(0, point, 8)), point
+    assert not run.read(0, "z", 8)[:, 2].any() and torch.equal(run.read(0, gate, 8), run.read(0, "mlp_pre", 8))
+    wrong = {**record, "points": ["model.layers.{i}.mlp:nothing.output"]}
+    told = served.post("/v1/completions", **body, hookmap=wrong)
+    assert told.status_code == 400 and "--operations" in told.json()["error"]["message"]
 
 
 def test_what_cannot_be_kept_is_refused_before_anything_runs(served: Served) -> None:

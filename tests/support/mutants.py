@@ -1,6 +1,6 @@
 """Wrong maps: one point of one kind of block stands where its neighbour does."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hookmap.loading import modules
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.relations import Relation
-from hookmap.maps.templates import BlockKind
+from hookmap.maps.templates import PointTemplate
 from hookmap.verification.checks import checks_of
 from hookmap.verification.context import run_once
 
@@ -31,16 +31,20 @@ class Mutant:
 
 
 def mutants(found: ArchitectureMap, model: nn.Module) -> Iterator[Mutant]:
-    """Of each point of each kind: one mutant for the nearest points before and after it that hold another tensor.
+    """Of each point: one mutant for the nearest points before and after it that hold another tensor.
 
-    The neighbours have the same shape, so that only numbers can tell. Where two points hold the same numbers on every
-    layer, the one is no wrong place of the other. Each mutant comes twice: as it is, and without the relations that
-    name the point, as a discovery that is wrong would state it.
+    Of the model and of each kind. The neighbours have the same shape, so that only numbers can tell. Where two points
+    hold the same numbers on every layer, the one is no wrong place of the other. Each mutant of a kind comes twice: as
+    it is, and without the relations that name the point, as a discovery that is wrong would state it.
     """
     with modules.eager(model):
         values = run_once(found, model, 0).values
+    for point, other in _neighbours(found.model_points, [None], values):
+        taken = found.model_points[other].model_copy(update={"order": found.model_points[point].order})
+        changed = found.model_copy(update={"model_points": {**found.model_points, point: taken}})
+        yield Mutant("the model", point, other, True, changed)
     for number, kind in enumerate(found.kinds):
-        for point, other in _neighbours(kind, values):
+        for point, other in _neighbours(kind.points, kind.layers, values):
             wrong = {**kind.points, point: kind.points[other].model_copy(update={"order": kind.points[point].order})}
             for stated in (True, False):
                 relations = tuple(text for text in kind.relations if stated or not _names(text, point))
@@ -73,9 +77,11 @@ def _names(text: str, point: str) -> bool:
     return relation is None or point in relation.points()
 
 
-def _neighbours(kind: BlockKind, values: Any) -> Iterator[tuple[str, str]]:
-    layers = [layer for layer in kind.layers if all((name, layer) in values for name in kind.points)]
-    ordered = sorted(kind.points, key=lambda name: kind.points[name].order)
+def _neighbours(
+    points: Mapping[str, PointTemplate], layers: Sequence[int | None], values: Any
+) -> Iterator[tuple[str, str]]:
+    layers = [layer for layer in layers if all((name, layer) in values for name in points)]
+    ordered = sorted(points, key=lambda name: points[name].order)
     for place, point in enumerate(ordered):
         for side in (reversed(ordered[:place]), ordered[place + 1 :]):
             like = (other for other in side if _like(values, layers, point, other))
@@ -83,7 +89,7 @@ def _neighbours(kind: BlockKind, values: Any) -> Iterator[tuple[str, str]]:
                 yield point, other
 
 
-def _like(values: Any, layers: list[int], point: str, other: str) -> bool:
+def _like(values: Any, layers: Sequence[int | None], point: str, other: str) -> bool:
     """Whether the two have one shape, and other numbers on some layer."""
     pairs: list[tuple[Tensor, Tensor]] = [(values[point, layer], values[other, layer]) for layer in layers]
     return bool(pairs) and all(a.shape == b.shape for a, b in pairs) and not all(torch.equal(a, b) for a, b in pairs)

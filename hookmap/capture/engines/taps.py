@@ -7,7 +7,6 @@ written. The graph begins at the first tap.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -90,7 +89,7 @@ class Taps:
         return None if given is begun else given
 
     def _tap(self, number: int, selector: Selector, term: Term, given: ModuleIO) -> ModuleIO:
-        tensor = replace(term, heads=None).resolve(*given)
+        tensor = term.whole(*given)
         if not tensor.is_floating_point():
             raise CaptureError(f"{selector}: its values are whole numbers, which have no gradient: leave it out.")
         if term.operation is not None and term.side == "output":
@@ -132,8 +131,7 @@ class Taps:
         with torch.no_grad():
             for number, selector in enumerate(self.selectors):
                 term, gradient = self._edges[number][0], found[number]
-                whole = replace(term, side="output", index=None).resolve((), {}, gradient)
-                arranged = term.arrange(whole, *shape)
+                arranged = term.arrange(term.view(gradient), *shape)
                 weight = None if term.weight is None else parameter_at(term.weight)
                 self.gradients.show(number, _of_product(selector, term, arranged, weight))
 

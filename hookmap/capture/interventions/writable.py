@@ -79,7 +79,7 @@ class BoundaryTensor:
         Raises InterventionError where the tensor is not of this shape. `what`: the point, for the message.
         """
         bare = replace(self.term, heads=None)
-        tensor = bare.resolve(*given)
+        tensor = self.term.whole(*given)
         whole = tensor if self.mode == "in place" else tensor.clone()
         view = self._view(bare, whole, shape)
         if view is None:
