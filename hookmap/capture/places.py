@@ -13,7 +13,8 @@ from hookmap.capture.run import device_of, running, vocabulary_of
 from hookmap.errors import CaptureError, HookmapError, SelectionError
 from hookmap.loading.encoder_decoder import with_source
 from hookmap.maps.points import is_place
-from hookmap.maps.selectors import Selector, Term
+from hookmap.maps.selectors import Selector
+from hookmap.maps.terms import Term
 from hookmap.wording import did_you_mean, sentence
 
 _SIZES = ((2, 5), (3, 5), (2, 7), (1, 5))

@@ -20,7 +20,8 @@ from hookmap.discovery.values import Values
 from hookmap.errors import DiscoveryError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName
-from hookmap.maps.selectors import Selector, Term, layers_of
+from hookmap.maps.selectors import Selector, layers_of
+from hookmap.maps.terms import Term
 
 POINTS_WITH_WEIGHTS = ("mixer_in", "z", "mixer_out", "mlp_in", "mlp_out")
 _PASSING = aten.MOVES | aten.POINTWISE | {"alias_update", "copy", "nan_to_num", "cat", "_fused_rms_norm", "mean"}

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hookmap.errors import CaptureError
-from hookmap.maps.selectors import Term
+from hookmap.maps.terms import Term
 from hookmap.wording import counted
 
 Call = Callable[[Sequence[Any], Mapping[str, Any], Any], Any]

@@ -16,8 +16,9 @@ from hookmap.loading import modules, other_inputs, towers
 from hookmap.loading.encoder_decoder import decoder_embedding, is_encoder_decoder
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PointName
-from hookmap.maps.selectors import Selector, Term, select
+from hookmap.maps.selectors import Selector, select
 from hookmap.maps.templates import BlockKind, BranchInfo
+from hookmap.maps.terms import Term
 from hookmap.verification.check import Check, Key, relative_error
 from hookmap.verification.runner import BATCH, POSITIONS, Given, Hook, at, forward, observe_runs
 

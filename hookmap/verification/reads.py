@@ -17,8 +17,9 @@ from torch import Tensor
 
 from hookmap.maps.describe import layer_ranges
 from hookmap.maps.points import PointName
-from hookmap.maps.selectors import Selector, Term, of_template
+from hookmap.maps.selectors import Selector, of_template
 from hookmap.maps.templates import BlockKind
+from hookmap.maps.terms import Term
 from hookmap.verification.check import Check, Key, relative_error
 from hookmap.verification.context import Context, modules_of
 from hookmap.verification.runner import BATCH, Hook, at, forward, keep, observe, other_weights

@@ -21,7 +21,8 @@ from hookmap.errors import CaptureError
 from hookmap.loading import modules, other_inputs
 from hookmap.loading.encoder_decoder import with_source
 from hookmap.loading.operations import Forward, showing
-from hookmap.maps.selectors import Selector, Term
+from hookmap.maps.selectors import Selector
+from hookmap.maps.terms import Term
 from hookmap.verification.check import Key
 
 BATCH, POSITIONS = 2, 9

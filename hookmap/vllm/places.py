@@ -7,7 +7,7 @@ import torch
 
 from hookmap.activations import Key
 from hookmap.maps.document import ArchitectureMap
-from hookmap.maps.selectors import Term
+from hookmap.maps.terms import Term
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import nn
 from hookmap.activations import Key
 from hookmap.capture.interventions.writable import ModuleIO, passed_on
 from hookmap.errors import CaptureError
-from hookmap.maps.selectors import Term
+from hookmap.maps.terms import Term
 from hookmap.vllm.places import ModelPlaces
 
 Tensors = Sequence[torch.Tensor]

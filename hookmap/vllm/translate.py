@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.values import Values
 from hookmap.maps.document import ArchitectureMap
-from hookmap.maps.selectors import Selector, Term
+from hookmap.maps.selectors import Selector
 from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
+from hookmap.maps.terms import Term
 from hookmap.vllm.boundaries import Boundaries, Boundary
 from hookmap.vllm.expressions import Book, Expressions
 from hookmap.vllm.places import ModelPlaces, Place

@@ -11,7 +11,8 @@ from hookmap.capture.engines.observation import Observer
 from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.errors import CaptureError
-from hookmap.maps.selectors import Selector, Term
+from hookmap.maps.selectors import Selector
+from hookmap.maps.terms import Term
 
 STREAM = Selector("resid_post", 0, (Term("block", "output", None),), 0)
 WIDTH = 4

@@ -18,8 +18,8 @@ from hookmap.capture.engines.hooks import HooksEngine
 from hookmap.capture.interventions.proofs import Proofs
 from hookmap.capture.interventions.writable import BoundaryTensor, passed_on
 from hookmap.maps.document import ArchitectureMap
-from hookmap.maps.selectors import Term
 from hookmap.maps.templates import Heads
+from hookmap.maps.terms import Term
 
 ALWAYS = {"pattern", "router_logits", "router_indices"}
 

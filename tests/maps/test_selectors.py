@@ -13,8 +13,9 @@ from hookmap import CaptureError, SelectionError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import parse
 from hookmap.maps.points import POINTS, parse_point
-from hookmap.maps.selectors import Selector, Term, select
+from hookmap.maps.selectors import Selector, select
 from hookmap.maps.templates import Heads
+from hookmap.maps.terms import Term
 
 MAP = parse(hybrid())
 

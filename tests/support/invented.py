@@ -19,7 +19,8 @@ from support import mutants
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover
-from hookmap.maps.selectors import Selector, Term
+from hookmap.maps.selectors import Selector
+from hookmap.maps.terms import Term
 from hookmap.verification.verify import verify
 
 D, V, DEPTH = 24, 50, 3

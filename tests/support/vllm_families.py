@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hookmap.activations import Key
-from hookmap.maps.selectors import Term
+from hookmap.maps.terms import Term
 
 _PLAIN = {
     "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96,

@@ -9,7 +9,7 @@ import torch
 
 import hookmap
 from hookmap.errors import CaptureError
-from hookmap.maps.selectors import Term
+from hookmap.maps.terms import Term
 from hookmap.vllm.places import ModelPlaces, Place
 from hookmap.vllm.rows import Segment
 from hookmap.vllm.session import Session

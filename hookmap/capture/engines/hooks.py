@@ -22,7 +22,8 @@ from hookmap.loading import generation as gen
 from hookmap.loading.modules import accepted
 from hookmap.loading.operations import Forward, showing
 from hookmap.loading.wrappers import generate_of, hooked_forward, runner_of
-from hookmap.maps.selectors import Selector, Term
+from hookmap.maps.selectors import Selector
+from hookmap.maps.terms import Term
 
 
 class _SawAllError(Exception):

@@ -22,7 +22,8 @@ from hookmap.capture.overflow import Overflow, in_words
 from hookmap.capture.rows import DTYPES, NUMBERS, RowSelection
 from hookmap.errors import CaptureError
 from hookmap.maps.points import PointName, is_place
-from hookmap.maps.selectors import Selector, Term
+from hookmap.maps.selectors import Selector
+from hookmap.maps.terms import Term
 from hookmap.stores.ledger import tensor_name
 
 Side = Literal["input", "output"]

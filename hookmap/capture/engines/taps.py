@@ -17,7 +17,8 @@ from hookmap.capture.engines.observation import Observer, Side
 from hookmap.capture.engines.parameters import parameters_of
 from hookmap.capture.interventions.writable import Mode, ModuleIO, mode_of, passed_on
 from hookmap.errors import CaptureError
-from hookmap.maps.selectors import Selector, Term
+from hookmap.maps.selectors import Selector
+from hookmap.maps.terms import Term
 
 
 class _Result(NamedTuple):

@@ -18,7 +18,8 @@ from hookmap.capture.interventions.writable import BoundaryTensor, Cells, Module
 from hookmap.capture.rows import RowSelection
 from hookmap.errors import InterventionError
 from hookmap.maps.points import PointName, is_place
-from hookmap.maps.selectors import Selector, Term
+from hookmap.maps.selectors import Selector
+from hookmap.maps.terms import Term
 
 
 class TokenAt(NamedTuple):

@@ -14,7 +14,8 @@ import torch
 
 from hookmap.errors import InterventionError
 from hookmap.maps.points import PointName
-from hookmap.maps.selectors import Selector, Term
+from hookmap.maps.selectors import Selector
+from hookmap.maps.terms import Term
 
 Mode = Literal["replace", "in place"]
 MODES: tuple[Mode, ...] = ("in place", "replace")
