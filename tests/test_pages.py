@@ -1,14 +1,13 @@
 """The docs cannot drift: what they show runs, and gives what they show."""
 
 import gc
-import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
+from support.notebooks import NOTEBOOKS, code_of, session, shows
 from support.pages import CHECKOUT, Session, agree, blocks, parse
 
 pytestmark = pytest.mark.slow
@@ -55,18 +54,11 @@ def test_a_page_runs_and_prints_what_it_shows(name: str) -> None:
     gc.collect()  # what is left open is closed here, and no other test hears of it
 
 
-def test_the_notebook_runs_and_prints_what_it_shows() -> None:
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_and_prints_what_it_shows(name: str) -> None:
     pytest.importorskip("vl_convert")
-    notebook = json.loads((CHECKOUT / "docs" / "notebooks" / "lenses.ipynb").read_text(encoding="utf-8"))
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert all(cell["outputs"] for cell in cells)
-    Session("lenses.ipynb", "\n".join(map(as_page, cells))).run()
-
-
-def as_page(cell: dict[str, Any]) -> str:
-    """A cell of a notebook as blocks of a page."""
-    printed = "".join(line for output in cell["outputs"] if output.get("name") == "stdout" for line in output["text"])
-    return f"```python\n{''.join(cell['source'])}\n```\n\n```text\n{printed}\n```\n"
+    assert all(cell["outputs"] for cell in code_of(name) if shows(cell)), "python scripts/run_notebooks.py"
+    session(name).run()
 
 
 def test_what_does_not_run_is_counted() -> None:

@@ -59,7 +59,7 @@ class Differentiating(Harvesting):
             each.every_logit |= all_logits or any(of_logits(edit.selector) for edit in self.edits)
         inputs = fed(self, prompts, layout, 0) | {"use_cache": False, **without_loss(self.engine.root)}
         assert isinstance(self.engine, HooksEngine)
-        with differentiated(self.engine.module), self._turn():
+        with differentiated(self.engine.module), self._turn(), torch.enable_grad():
             self.engine.differentiate(observer, inputs, editor, taps)
             found = [self.metric(logits.found[row], number) for row, number in enumerate(numbers)]
             taps.differentiate(torch.stack(found).sum(), self.engine.module)

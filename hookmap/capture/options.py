@@ -252,6 +252,16 @@ def of_kind(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def as_of(other: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Show another function's parameters in the signature of one that hands all of its own on to it."""
+
+    def documented(function: Function) -> Function:
+        function.__signature__ = inspect.signature(other)  # type: ignore[attr-defined]
+        return function
+
+    return documented
+
+
 def takes(kind: type, of: Callable[..., Any] | None = None) -> Callable[[Function], Function]:
     """Show the options of `kind`, which a function takes as **options, in its signature and its docstring.
 

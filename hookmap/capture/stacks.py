@@ -13,6 +13,7 @@ from hookmap.maps.calls import last_run
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.summands import summands
 from hookmap.stores.joining import stacked
+from hookmap.wording import counted
 
 _CLOSE = 1e-4
 """what a sum may be off besides the rounding of its dtype, relative to the largest value of the stream"""
@@ -25,6 +26,12 @@ class Stack(NamedTuple):
     """`resid_pre[0]`, `mixer_out[0]`, …: what each part is"""
     values: torch.Tensor | list[torch.Tensor]
     """[parts, batch, pos, d_model], or of samples with different numbers of rows a list of [parts, pos, d_model]"""
+
+    def __repr__(self) -> str:
+        parts = counted(len(self.labels), "part")
+        sizes = [list(each.shape) for each in ([self.values] if isinstance(self.values, torch.Tensor) else self.values)]
+        shown = ", ".join(map(str, sizes[:3])) + (", …" if len(sizes) > 3 else "")
+        return f"<Stack of {parts}, {self.labels[0]} to {self.labels[-1]}: {shown}>"
 
 
 class Held(Protocol):

@@ -5,6 +5,7 @@ from typing import Any
 
 from hookmap.capture.engines import Engine
 from hookmap.capture.engines.remote import RemoteEngine
+from hookmap.capture.options import as_of
 from hookmap.capture.padding import Pads
 from hookmap.capture.prepare import Prepared
 from hookmap.discovery.discover import discover
@@ -36,6 +37,7 @@ class RemoteModel(HookedModel):
             raise CaptureError(f"engine: this model has no weights here, and runs remotely only; got {name!r}.")
         return self._remote, self._where
 
+    @as_of(HookedModel.prepare)
     def prepare(self, prompts: Any, *selection: Any, **options: Any) -> Prepared:
         """See `HookedModel.prepare`. Raises CaptureError for a seed: the generators are another machine's."""
         if options.get("seed") is not None:

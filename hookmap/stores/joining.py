@@ -9,6 +9,7 @@ import torch
 from hookmap.activations import Key, call_of
 from hookmap.errors import SelectionError
 from hookmap.maps.points import PointName, parse_point
+from hookmap.wording import counted
 
 
 class Rows(NamedTuple):
@@ -18,6 +19,9 @@ class Rows(NamedTuple):
     """[rows, d]"""
     offsets: tuple[int, ...]
     """[samples + 1]: rows of sample i are values[offsets[i] : offsets[i + 1]]"""
+
+    def __repr__(self) -> str:
+        return f"<Rows {list(self.values.shape)} of {counted(len(self.offsets) - 1, 'sample')}>"
 
 
 def join(rows: Sequence[int], parts: Iterable[torch.Tensor]) -> "torch.Tensor | list[torch.Tensor]":

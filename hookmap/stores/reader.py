@@ -114,11 +114,21 @@ class CaptureStore(Store):
         return torch.frombuffer(data, dtype=what.dtype).reshape(rows, *what.shape)
 
     def dataset(
-        self, points: "str | Sequence[str] | Mapping[str, Any]", layers: "int | Sequence[int] | None" = None, **how: Any
+        self,
+        points: "str | Sequence[str] | Mapping[str, Any]",
+        layers: "int | Sequence[int] | None" = None,
+        *,
+        batch_size: int = 1024,
+        shuffle_rows: "int | None" = None,
+        seed: int = 0,
+        where: bool = False,
+        label: "str | None" = None,
     ) -> "RowDataset":
-        """Batches of rows in random order, for training: {"resid_mid.8": [batch, d], …}. See RowDataset for `how`.
+        """Batches of rows in random order, for training: {"resid_mid.8": [batch, d], …}.
 
         `layers`: of the points that have one; None for all that are held; or points={"resid_post": [3], "z": None}.
+        `shuffle_rows`: rows that the buffer holds, 16384 unless given; 0 leaves the order as it is on disk.
+        `where`: give "sample" [batch] and "position" [batch] too; `label`: and this label of each row's sample.
         Raises SelectionError.
         """
         from hookmap.stores.dataset import RowDataset  # it needs torch.utils.data, which a reader does not
@@ -131,7 +141,8 @@ class CaptureStore(Store):
             own = layers if its is None else its
             for layer in [own] if own is None or isinstance(own, int) else own:
                 keys += self.keys_of(name, layer)
-        return RowDataset(self, keys, **how)
+        held = {} if shuffle_rows is None else {"shuffle_rows": shuffle_rows}
+        return RowDataset(self, keys, batch_size=batch_size, seed=seed, where=where, label=label, **held)
 
     def _name(self) -> str:
         return f" {self.path}"

@@ -14,7 +14,7 @@ from hookmap.analysis.lens import Lens, lens
 from hookmap.capture.batches import Batches
 from hookmap.capture.engines import Engine
 from hookmap.capture.interventions.proofs import Proof
-from hookmap.capture.options import Layers
+from hookmap.capture.options import Layers, as_of
 from hookmap.capture.prepare import Prepared
 from hookmap.capture.request import Request
 from hookmap.capture.run import log
@@ -56,6 +56,7 @@ class VllmModel(HookedModel):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @as_of(HookedModel.prepare)
     def prepare(self, prompts: Any, *selection: Any, **options: Any) -> Prepared:
         """See `HookedModel.prepare`. Raises CaptureError for what vLLM does not run."""
         if options.get("before"):
@@ -92,6 +93,7 @@ class VllmModel(HookedModel):
         """What a lens computes logits with. Raises SelectionError where the model has no such thing."""
         return VllmUnembedding(self, self.engine_of_vllm)
 
+    @as_of(HookedModel.lens)
     def lens(self, source: Any, point: str = "resid_post", layers: Layers = "all", **options: Any) -> Lens:
         """See `HookedModel.lens`; the final norm and the logits are computed in vLLM's worker."""
         return lens(self, source, point, layers, unembedding=self.unembedding, **options)

@@ -296,3 +296,11 @@ def test_operations_have_the_gradient_of_the_tensor_that_they_read_or_give() -> 
         values = found.values.read(number, "pattern", 1)
         by_hand = values * (weights - (weights * values).sum(-1, keepdim=True))  # the derivative of a softmax
         torch.testing.assert_close(scores, by_hand, rtol=1e-4, atol=1e-7)
+
+
+def test_a_caller_without_gradients_gets_the_same_ones() -> None:
+    hm = hookmap.open(plain_hooks.build("llama"))
+    metric = hookmap.metrics.logit_difference(7, 9)
+    plain = hm.gradients([5, 17, 3], metric, "resid_pre", 1)
+    with torch.no_grad():
+        assert torch.equal(hm.gradients([5, 17, 3], metric, "resid_pre", 1)["resid_pre", 1], plain["resid_pre", 1])  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from hookmap.capture.estimate import Estimate, check_room
 from hookmap.capture.interventions.documents import read_interventions, refuse_functions
-from hookmap.capture.options import CaptureOptions, EstimateOptions, Layers, Points, Progress, takes
+from hookmap.capture.options import CaptureOptions, EstimateOptions, Layers, Points, Progress, TemplateOptions, takes
 from hookmap.capture.prepare import say_apart
 from hookmap.capture.result import Capture
 from hookmap.capture.run import log
@@ -66,6 +66,7 @@ class RayModel:
             plan: CapturePlan = self._pool.call("the map", "plan", [[0]], {"points": (), "max_new_tokens": 0})
         return plan.map
 
+    @takes(TemplateOptions)
     def encode(self, prompts: Any, chat: Chat = "auto", **template: Any) -> tuple[Prompt, ...]:
         """See `HookedModel.encode`."""
         return encode(prompts, self.tokenizer, Templating(chat, **template))
