@@ -95,6 +95,53 @@ def test_completions_have_them_for_every_prompt(served: Served) -> None:
         assert each["values"] == pytest.approx([float(row.norm())], rel=1e-6)
 
 
+@pytest.mark.parametrize("of", ["norm", "lens"])
+def test_the_prompts_rows_have_figures_where_they_are_asked_for(served: Served, of: str) -> None:
+    """They come with the first token, each beside the token that was read there and the one that came next."""
+    summary = {"point": "resid_post", "of": of, "layers": [3, 12, 19], "prompt": True}
+    asked: dict[str, Any] = {"n": 2, "temperature": 4.0, "seed": 3, "max_tokens": 3}
+    answer = served.chat(**asked, hookmap={"return": "none", "summary": summary}).json()
+    options: dict[str, Any] = {"do_sample": True, "temperature": 4.0, "top_k": 0, "top_p": 1.0}
+    run = served.hm.capture([MESSAGES] * 2, ["resid_post"], max_new_tokens=3, seed=3, batch_size=2, **options)
+    decode = served.hm.tokenizer.decode
+    for sample in run.samples:
+        told = [each for each in answer["activations_summary"] if each["choice"] == sample.sample]
+        ids, count = sample.token_ids, sample.prompt_tokens
+        assert [each["position"] for each in told] == list(range(sample.rows))
+        assert [each["token_id"] for each in told] == list(ids[1:])
+        assert [each.get("read_id") for each in told] == [*ids[:count], None, None]
+        assert [each.get("read") for each in told[:count]] == [decode([id]) for id in ids[:count]]
+        for number, layer in enumerate([3, 12, 19]):
+            rows = run.read(sample.sample, "resid_post", layer)
+            if of == "norm":
+                expected = rows.float().norm(dim=1)
+            else:
+                model = served.hm.model
+                with torch.no_grad():
+                    shares = model.lm_head(model.model.norm(rows)).float().softmax(-1)
+                expected = shares.amax(-1)
+                assert [each["tokens"][number] for each in told] == [decode([id]) for id in shares.argmax(-1).tolist()]
+            assert [each["values"][number] for each in told] == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_the_lens_tells_several_tokens_and_follows_one(served: Served) -> None:
+    follow = served.hm.tokenizer.encode("7")[0]
+    summary = {"point": "resid_post", "of": "lens", "top": 5, "follow": follow}
+    told = served.chat(max_tokens=2, hookmap={"return": "none", "summary": summary}).json()["activations_summary"]
+    run, model = served.hm.capture([MESSAGES], ["resid_post"], max_new_tokens=2), served.hm.model
+    for each in told:
+        for layer in each["layers"]:
+            with torch.no_grad():
+                row = run.read(0, "resid_post", layer)[each["position"]]
+                shares = model.lm_head(model.model.norm(row)).float().softmax(-1)
+            best = shares.topk(5)
+            assert [one["token_id"] for one in each["top"][layer]] == best.indices.tolist()
+            assert [one["probability"] for one in each["top"][layer]] == pytest.approx(best.values.tolist(), rel=1e-4)
+            assert each["top"][layer][0]["token"] == each["tokens"][layer]
+            assert each["ranks"][layer] == shares.argsort(descending=True).tolist().index(follow) + 1
+            assert each["probabilities"][layer] == pytest.approx(float(shares[follow]), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("summary", "told"),
     [
@@ -102,9 +149,13 @@ def test_completions_have_them_for_every_prompt(served: Served) -> None:
         ({"point": "resid_mid", "layers": [99]}, "99"),
         ({"point": "resid_mid", "layers": []}, "no layer"),
         ({"point": "pattern"}, "no length"),
+        ({"point": "q_rot"}, "eager attention only"),
         ({"point": "logits"}, "not of a layer"),
         ({"point": "mlp_in", "of": "lens"}, "not in the space of the residual stream"),
         ({"point": "resid_mid", "of": "mean"}, "'norm' or 'lens'"),
+        ({"point": "resid_mid", "top": 5}, "of the lens"),
+        ({"point": "resid_mid", "of": "lens", "follow": 259}, "0 to 258"),
+        ({"point": "resid_mid", "of": "lens", "top": 21}, "less than or equal to 20"),
         ({}, "Field required"),
     ],
 )

@@ -30,6 +30,9 @@ class SummaryRequest(_Request):
     of: Literal["norm", "lens"] = Field("norm", description="of the row: its length, or the lens's likeliest token")
     layers: str | int | list[int] = Field("all", description="numbers, negative from the end, or `all`")
     calls: str | int | list[int] = field_of("calls")
+    prompt: bool | None = Field(None, description="also of the prompt's rows, with the first token")
+    top: Annotated[int, Field(ge=1, le=20)] | None = Field(None, description="lens: so many likeliest tokens")
+    follow: Whole | None = Field(None, description="lens: the rank and probability of this token id")
 
 
 class Recording(_Request):

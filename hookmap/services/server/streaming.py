@@ -132,7 +132,11 @@ def summaries(job: Job, tokens: Sequence[Token], decode: Callable[[list[int]], s
     """`activations_summary` of a chunk or a whole answer, with an entry for each token; {} where none was asked for."""
     if job.summary is None:
         return {}
-    told = [job.summary.told(t.row, decode([t.id]), t.figures, decode) for t in tokens if t.figures is not None]
+    told = []
+    for token in tokens:
+        if token.figures is not None:
+            prompt = job.prompts[token.row].token_ids
+            told += job.summary.told(token.row, token.id, token.figures, prompt, decode)
     return {"activations_summary": told}
 
 

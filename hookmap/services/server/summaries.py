@@ -6,7 +6,7 @@ generated token has figures, also the last one, and they are known when the toke
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from hookmap.services.server.requests import SummaryRequest
 from hookmap.vllm.model import VllmModel
 
 PARAM = "hookmap.summary"
+MOST_ROWS = 100_000
+"""of a prompt's tokens times layers: each is unembedded by itself"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Figures:
     """for each layer the row's norm, or the probability of the lens's likeliest token"""
     tokens: tuple[int, ...] = ()
     """for each layer the lens's likeliest token"""
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """for each layer the lens's likeliest tokens and their probabilities, where more than one was asked for"""
+    followed: tuple[tuple[int, float], ...] = ()
+    """for each layer the rank of the token that is followed, 1 for the likeliest, and its probability"""
+    earlier: "tuple[Figures, ...]" = ()
+    """with the first generated token: those of the prompt's tokens before the last, where they were asked for"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,10 @@ class Summary:
     of: str
     selectors: tuple[Selector, ...]
     """one point, at each layer"""
+    prompt: bool = False
+    """whether the rows of the prompt have figures too"""
+    top: int = 1
+    follow: int | None = None
 
     def reading(self, hm: HookedModel) -> Unembeds | None:
         """What the lens applies. It is verified at its first use, for which the model runs. Raises ApiError."""
@@ -56,21 +68,54 @@ class Summary:
         except HookmapError as error:
             raise bad(str(error), PARAM, type(error).__name__) from error
 
-    def told(self, choice: int, token: str, figures: Figures, decode: Callable[[list[int]], str]) -> dict[str, Any]:
-        """The figures of a token as JSON."""
+    def told(
+        self, choice: int, token: int, figures: Figures, prompt: Sequence[int], decode: Callable[[list[int]], str]
+    ) -> list[dict[str, Any]]:
+        """The figures of a token as JSON, behind those of the prompt. `prompt`: its token ids."""
+        earlier = [
+            {**self._told(choice, prompt[each.position + 1], each, decode), **_read(prompt, each.position, decode)}
+            for each in figures.earlier
+        ]
+        own = self._told(choice, token, figures, decode)
+        if self.prompt and figures.position < len(prompt):
+            own |= _read(prompt, figures.position, decode)
+        return [*earlier, own]
+
+    def _told(self, choice: int, token: int, figures: Figures, decode: Callable[[list[int]], str]) -> dict[str, Any]:
         calls = [selector.call for selector in self.selectors]
-        words = {"tokens": [decode([id]) for id in figures.tokens]} if self.of == "lens" else {}
+        words: dict[str, Any] = {}
+        if self.of == "lens":
+            words["tokens"] = [decode([id]) for id in figures.tokens]
+        if figures.top:
+            words["top"] = [
+                [{"token": decode([id]), "token_id": id, "probability": _number(share)} for id, share in best]
+                for best in figures.top
+            ]
+        if figures.followed:
+            words["ranks"] = [rank for rank, _ in figures.followed]
+            words["probabilities"] = [_number(share) for _, share in figures.followed]
         return {
             "choice": choice,
             "position": figures.position,
-            "token": token,
+            "token": decode([token]),
+            "token_id": token,
             "point": self.selectors[0].point,
             "of": self.of,
             "layers": [selector.layer for selector in self.selectors],
             **({"calls": calls} if any(call is not None for call in calls) else {}),
-            "values": [value if math.isfinite(value) else None for value in figures.values],
+            "values": [_number(value) for value in figures.values],
             **words,
         }
+
+
+def _number(value: float) -> float | None:
+    """As JSON has it, which knows neither infinity nor NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _read(prompt: Sequence[int], position: int, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """The token of the prompt that stands at a position."""
+    return {"read": decode([prompt[position]]), "read_id": prompt[position]}
 
 
 def offered(architecture_map: ArchitectureMap) -> dict[str, list[str]]:
@@ -82,6 +127,11 @@ def offered(architecture_map: ArchitectureMap) -> dict[str, list[str]]:
 
 def summary_of(asked: SummaryRequest, architecture_map: ArchitectureMap) -> Summary:
     """Check a request's summary against the map. Raises ApiError."""
+    size = architecture_map.d_vocab
+    if asked.of != "lens" and (asked.top is not None or asked.follow is not None):
+        raise bad("summary: top and follow are of the lens; give of: lens.", f"{PARAM}.of")
+    if asked.follow is not None and size is not None and asked.follow >= size:
+        raise bad(f"summary: follow: token id {asked.follow}: the vocabulary is 0 to {size - 1}.", f"{PARAM}.follow")
     try:
         selectors = architecture_map.selectors([asked.point], asked.layers, asked.calls)
     except HookmapError as error:
@@ -90,7 +140,7 @@ def summary_of(asked: SummaryRequest, architecture_map: ArchitectureMap) -> Summ
         raise bad(f"summary: no layer of {asked.layers!r} has {asked.point}.", f"{PARAM}.layers")
     if why := _refusal(selectors[0].point, asked.of):
         raise bad(f"summary: {why}", f"{PARAM}.point")
-    return Summary(asked.of, selectors)
+    return Summary(asked.of, selectors, bool(asked.prompt), asked.top or 1, asked.follow)
 
 
 def _refusal(point: str, of: str) -> str | None:
@@ -100,6 +150,8 @@ def _refusal(point: str, of: str) -> str | None:
         return f"{point} is not of a layer."
     if "key" in axes or axes == PLACE_AXES or name in NUMBERS:
         return f"{point} has no length that says something; name another point."
+    if PointName.of(point).definition.eager:
+        return f"{point} is there in eager attention only, and answers come without. Keep its rows: points."
     if of == "lens" and name not in STREAM_POINTS:
         return f"no lens on {point}: it is not in the space of the residual stream. Use {', '.join(STREAM_POINTS)}."
     return None
@@ -116,10 +168,19 @@ class Summarising(Observer):
         *args: Any,
         **options: Any,
     ) -> None:
-        """`selectors` and the arguments after it: see `Observer`."""
+        """`selectors` and the arguments after it: see `Observer`. Raises ApiError for a prompt that is too long."""
         super().__init__((*selectors, *summary.selectors), *args, **options)
-        self._first, self._unembedding = len(selectors), unembedding
-        self._newest: dict[int, torch.Tensor] = {}
+        self._first, self._summary, self._unembedding = len(selectors), summary, unembedding
+        self._rows: dict[int, list[torch.Tensor]] = {}
+        """of each selector, [batch, new, ...] of the passes whose rows have no figures yet"""
+        self._waits = summary.prompt
+        """whether the figures of the prompt are still to come"""
+        rows = self.layout.width * len(self.layout.samples) * len(summary.selectors)
+        if summary.prompt and unembedding is not None and rows > MOST_ROWS:
+            raise bad(
+                f"summary: the lens of this prompt has {rows} cells, {MOST_ROWS} is the most; give fewer layers.",
+                f"{PARAM}.prompt",
+            )
 
     def _keeps(self, number: int) -> bool:
         return number >= self._first or super()._keeps(number)
@@ -128,22 +189,47 @@ class Summarising(Observer):
         if number < self._first:
             super()._take(number, tensor)
             return
-        row = tensor[:, -1]
+        rows = tensor if self._waits else tensor[:, -1:]
         # Copied, for later modules may write over it.
-        self._newest[number] = row.clone() if self._unembedding is not None else row.flatten(1).float().norm(dim=1)
+        found = rows.clone() if self._unembedding is not None else rows.flatten(2).float().norm(dim=2)
+        before = self._rows.get(number, []) if self._waits else []
+        self._rows[number] = [*before, found]
 
     def figures(self, length: int) -> list[Figures]:
         """The figures of each row of the batch, once it is `length` columns long."""
+        self._waits = False
         with self.aside(), torch.no_grad():
-            newest = [self._newest[number] for number in sorted(self._newest)]
-            stacked = torch.stack([each.to(newest[-1].device) for each in newest], dim=1)
-            positions = [length - 2 - self.layout.pads(row) for row in range(len(stacked))]
-            return [figures_of(self._unembedding, *each) for each in zip(stacked, positions, strict=True)]
+            rows = [torch.cat(self._rows[number], dim=1) for number in sorted(self._rows)]
+            self._rows = {}
+            stacked = torch.stack([each.to(rows[-1].device) for each in rows], dim=2)
+            first, found = length - 1 - stacked.shape[1], []
+            for row, columns in enumerate(stacked):
+                positions = [first + column - self.layout.pads(row) for column in range(len(columns))]
+                told = [
+                    figures_of(self._unembedding, each, position, self._summary)
+                    for each, position in zip(columns, positions, strict=True)
+                    if position >= 0
+                ]
+                found.append(replace(told[-1], earlier=tuple(told[:-1])))
+            return found
 
 
-def figures_of(unembedding: Unembeds | None, rows: torch.Tensor, position: int) -> Figures:
+def figures_of(unembedding: Unembeds | None, rows: torch.Tensor, position: int, summary: Summary) -> Figures:
     """The figures of one token. `rows`: [layers] lengths, or [layers, d_model] for the lens."""
     if unembedding is None:
         return Figures(position, tuple(rows.tolist()))
-    found = unembedding(rows[None].to(unembedding.dtype))[0].float().softmax(-1).max(-1)
-    return Figures(position, tuple(found.values.tolist()), tuple(found.indices.tolist()))
+    shares = unembedding(rows[None].to(unembedding.dtype))[0].float().softmax(-1)
+    best = shares.topk(min(summary.top, shares.shape[-1]), dim=-1)
+    pairs = [tuple(zip(*each, strict=True)) for each in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    followed: tuple[tuple[int, float], ...] = ()
+    if summary.follow is not None:
+        own = shares[:, summary.follow]
+        ranks = (shares > own[:, None]).sum(-1) + 1
+        followed = tuple(zip(ranks.tolist(), own.tolist(), strict=True))
+    return Figures(
+        position,
+        tuple(best.values[:, 0].tolist()),
+        tuple(best.indices[:, 0].tolist()),
+        tuple(pairs) if summary.top > 1 else (),
+        followed,
+    )

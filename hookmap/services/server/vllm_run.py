@@ -67,6 +67,8 @@ def check(hm: VllmModel, job: Job) -> None:
     """Raises ApiError for what vLLM does not do."""
     if job.summary is not None and job.recorder is not None:
         raise bad("summary: on vLLM, either figures or rows: give return: none beside it.", PARAM)
+    if job.summary is not None and job.summary.prompt:
+        raise bad("summary: on vLLM, figures are of generated tokens; leave prompt out.", f"{PARAM}.prompt")
     if any(prompt.inputs is not None for prompt in job.prompts):
         raise bad("images do not run on vLLM here: serve with --engine hooks.", "messages")
     try:
@@ -131,7 +133,8 @@ class ServedRun(VllmGenerating):
         if missing := [tensor_name(each.key) for each in self.summary.selectors if tensor_name(each.key) not in kept]:
             raise CaptureError(f"vLLM's worker has no row of token {position}: {', '.join(missing)}.")
         rows = torch.cat([kept[tensor_name(each.key)] for each in self.summary.selectors])
-        return figures_of(self.unembedding, rows if self.unembedding else rows.flatten(1).float().norm(dim=1), position)
+        rows = rows if self.unembedding else rows.flatten(1).float().norm(dim=1)
+        return figures_of(self.unembedding, rows, position, self.summary)
 
     def going_on(self) -> None:
         """Raises ApiError where the client has left."""
