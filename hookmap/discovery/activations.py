@@ -8,6 +8,7 @@ from hookmap.discovery import aten
 from hookmap.discovery.locate import Location
 from hookmap.discovery.operation_places import at_output
 from hookmap.discovery.wiring import Missing, Places, Wiring, attempt, is_product
+from hookmap.maps.points import NOT_GATED
 
 BENDS = {
     "silu", "gelu", "relu", "sigmoid", "tanh", "pow", "clamp", "clamp_min", "leaky_relu", "softplus", "exp", "where",
@@ -24,7 +25,7 @@ def before_activation(wiring: Wiring, post: int) -> Places:
     plain = [tensor for tensor, is_bent in arms if not is_bent]
     return {
         "mlp_pre": attempt(lambda: _only(wiring, bent, "activation function")),
-        "mlp_pre_linear": "nothing is multiplied by the activation function's result"
+        "mlp_pre_linear": NOT_GATED
         if not plain
         else attempt(lambda: _only(wiring, plain, "product behind the activation function")),
     }
@@ -34,14 +35,18 @@ def _only(wiring: Wiring, tensors: list[int], what: str) -> Location:
     if len(tensors) != 1:
         raise Missing(f"{len(tensors) or 'no'} tensors of this MLP are read by the {what}")
     (tensor,) = tensors
-    shape = wiring.shape(tensor)
-    for place in wiring.locator.places(wiring.block.values.value(tensor)):
-        if place.shape[-1] == shape[-1]:
-            return wiring.locator.at(place)
-    found = at_output(wiring.locator, tensor, None)
-    if found is None or wiring.block.seq not in shape[:-1]:
-        raise Missing("the operation that makes it does not run in the same way for every text")
-    return found
+    shape, flow = wiring.shape(tensor), wiring.block.values.flow
+    while True:
+        for place in wiring.locator.places(wiring.block.values.value(tensor)):
+            if place.shape[-1] == shape[-1]:
+                return wiring.locator.at(place)
+        found = at_output(wiring.locator, tensor, None)
+        if found is not None and wiring.block.seq in shape[:-1]:
+            return found
+        op = flow.producer(tensor)
+        if op is None or op.name not in aten.COPIES or id(op) not in wiring.inside:
+            raise Missing("the operation that makes it does not run in the same way for every text")
+        (tensor,) = op.inputs[:1]  # the same numbers, in another dtype
 
 
 def _arms(wiring: Wiring, post: int) -> Iterator[tuple[int, bool]]:

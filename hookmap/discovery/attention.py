@@ -255,7 +255,11 @@ def _written(wiring: Wiring, core: _Core) -> TermTemplate | None:
         if made.name not in aten.MOVES:
             return None
         tensor = made.inputs[0]
-    found = at_output(wiring.locator, op.outputs[0], _axes_of_pairs(wiring, op.outputs[0])) if made is op else None
+    try:
+        axes = _axes_of_pairs(wiring, op.outputs[0])
+    except Missing:  # more than the weights of the keys
+        return None
+    found = at_output(wiring.locator, op.outputs[0], axes) if made is op else None
     return None if found is None else found.terms[0]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,9 +110,24 @@ def record(
     the module in it that runs, where not all of it does.
     """
     names = {name: name for name in inputs} if names is None else names
+    modules = dict.fromkeys(model.modules())
+    flow = _recorded(model, modules, inputs, names, part)
+    if all(module in modules for module in model.modules()):
+        return flow
+    # Its first pass replaced modules, which the record cannot know, and the next ones run those.
+    return _recorded(model, dict.fromkeys(model.modules()), inputs, names, part)
+
+
+def _recorded(
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    inputs: dict[str, Any],
+    names: Mapping[str, str],
+    part: nn.Module | None,
+) -> Dataflow:
     recorder = _Recorder(model)
     handles = []
-    for module in dict.fromkeys(model.modules()):
+    for module in modules:
         handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
         handles.append(module.register_forward_hook(recorder.leave, with_kwargs=True))
     try:

@@ -43,6 +43,7 @@ def _at(locator: Locator, op: Operation, side: str, index: int | None, axes: Seq
         index=index,
         axes=None if axes is None else tuple(axes),
         flat=len(flow.tensors[tensor].shape) < 3 and axes is None,
+        rows=locator.rows,
         operation=op.name,
         occurrence=alike.index(op.time) if len(alike) > 1 or op.name == "cat" else None,
         visits=None if op.name == "cat" else len(alike),  # a cache joins, too

@@ -14,6 +14,8 @@ from hookmap.wording import did_you_mean
 RESIDUAL_AXES = ("batch", "pos", "d_model")
 HEADS_AXES = ("batch", "pos", "heads", "d_head")
 SCALE_AXES = ("batch", "pos", "one")
+NOT_GATED = "nothing is multiplied by the activation function's result"
+"""why a block has mlp_pre and no mlp_pre_linear"""
 
 
 @dataclass(frozen=True)

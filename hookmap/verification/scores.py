@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from hookmap.maps.points import NOT_GATED
 from hookmap.verification.check import Check, relative_error
 from hookmap.verification.context import Context, first_and_last, module_at
 from hookmap.verification.ends import read_times
 from hookmap.verification.runner import Hook, forward
 
+_FEW = 0.01
 _MASKED = -1e4
 """a score below is a mask's"""
 
@@ -27,7 +31,7 @@ def scores(run: Context) -> Iterator[Check]:
         if {("q_rot", layer), ("k_rot", layer)} <= run.values.keys():
             q, k = (run.values[name, layer].movedim(2, 1).float() for name in ("q_rot", "k_rot"))
             products = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-            error = min(_linear(found, products), _ordered(found, products))
+            error = min(_linear(found, products), _ordered(found, products), _by_key(found, products))
             holds = error <= 10 * run.tolerance
             yield Check("scores", (layer,), holds, "attn_scores = f(q_rot · k_rot) + what no token changes", error)
 
@@ -41,6 +45,15 @@ def _linear(found: Tensor, products: Tensor) -> float:
     return relative_error(a * ((a * b).sum() / a.square().sum().clamp_min(1e-12)), b)
 
 
+def _by_key(found: Tensor, products: Tensor) -> float:
+    """As `_linear`, where each key has a bias of its own, which its token decides: two queries of one key differ."""
+    free = (found > _MASKED)[:, :, 1:] & (found > _MASKED)[:, :, :-1]
+    a, b = (each.diff(dim=2)[free] for each in (products, found))
+    if not len(a):
+        return float("inf")
+    return relative_error(a * ((a * b).sum() / a.square().sum().clamp_min(1e-12)), b)
+
+
 def _ordered(found: Tensor, products: Tensor) -> float:
     """The largest step back of the scores where the products grow, of the scores' range: a cap keeps the order."""
     free = found > _MASKED
@@ -49,20 +62,51 @@ def _ordered(found: Tensor, products: Tensor) -> float:
 
 
 def activations(run: Context) -> Iterator[Check]:
-    """mlp_post is a function of mlp_pre alone, and no constant, times mlp_pre_linear where that is there."""
+    """mlp_post, before a norm inside the MLP, is f(mlp_pre), times mlp_pre_linear where that is there."""
     for layer in run.layers_with("mlp_pre"):
-        pre, post = (run.values[name, layer].float().flatten() for name in ("mlp_pre", "mlp_post"))
         linear = run.values.get(("mlp_pre_linear", layer))
-        if linear is not None:
-            other = linear.float().flatten()
-            large = other.abs() > 0.1 * other.abs().mean()
-            pre, post = pre[large], post[large] / other[large]
-        order = pre.argsort()
-        steps, rises = pre[order].diff(), post[order].diff().abs()
-        allowed = 4 * steps * (1 + pre.abs().max()) + 1e-3 * post.abs().max()
-        wrong = float((rises > allowed).float().mean()) if post.std() > 1e-3 * post.abs().mean() else 1.0
+        if linear is None and run.map.unavailable("mlp_pre_linear", layer) != NOT_GATED:
+            continue  # it is multiplied by something that the map does not name
+        pre, post = (run.values[name, layer].float() for name in ("mlp_pre", "mlp_post"))
+        wrong = _not_a_function(pre, linear, post)
+        if wrong >= _FEW and (normed := _before_norm(run, layer)) is not None:
+            wrong = _not_a_function(pre, linear, normed.float())
         detail = "mlp_post = f(mlp_pre)" + (" * mlp_pre_linear" if linear is not None else "")
-        yield Check("activations", (layer,), wrong < 0.01, detail, wrong)
+        yield Check("activations", (layer,), wrong < _FEW, detail, wrong)
+
+
+def _not_a_function(pre: Tensor, linear: Tensor | None, post: Tensor) -> float:
+    """The share of numbers where post / linear makes a step that a smooth function of pre would not."""
+    pre, post = pre.flatten(), post.flatten()
+    if linear is not None:
+        other = linear.float().flatten()
+        large = other.abs() > 0.1 * other.abs().mean()
+        pre, post = pre[large], post[large] / other[large]
+    if post.std() <= 1e-3 * post.abs().mean():
+        return 1.0
+    order = pre.argsort()
+    steps, rises = pre[order].diff(), post[order].diff().abs()
+    allowed = 4 * steps * (1 + pre.abs().max()) + 1e-3 * post.abs().max()
+    return float((rises > allowed).float().mean())
+
+
+def _before_norm(run: Context, layer: int) -> Tensor | None:
+    """What a module of the MLP turned into mlp_post, of the same shape; None where no module did."""
+    post, given, found = run.values["mlp_post", layer], dict[str, Tensor](), list[Tensor]()
+    inside = run.selector["mlp_post", layer].terms[-1].module.rpartition(".")[0]
+
+    def entered(path: str, args: Any, kwargs: Any, output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].shape == post.shape:
+            given[path] = args[0].detach().clone()
+
+    def left(path: str, args: Any, kwargs: Any, output: Any) -> None:
+        if path in given and isinstance(output, Tensor) and torch.equal(output, post):
+            found.append(given[path])
+
+    paths = [path for path, _ in run.model.named_modules() if path.startswith(f"{inside}.")]
+    sides: tuple[tuple[Literal["input", "output"], Callable[..., None]], ...] = (("input", entered), ("output", left))
+    forward(run.model, run.given, [Hook(path, side, partial(act, path)) for path in paths for side, act in sides])
+    return found[0] if found else None
 
 
 def preactivations(run: Context) -> Iterator[Check]:
