@@ -150,6 +150,11 @@ def _planned(hm: Hooked, prompts: Any, metric: Any, points: Any, layers: Any, op
     )
     given = {name: value for name, value in chosen.items() if name not in options_of(TemplateOptions)}
     prepared = hm.prepare(list(bound.prompts), points, layers, 0, **{**given, "prompt_column": None, "engine": "hooks"})
+    for selector in prepared.run.selectors:
+        if any(term.through or term.experts for term in selector.terms):
+            raise CaptureError(
+                f"{selector}: the model holds no such tensor, and it has no gradient: take that of z or of mlp_out."
+            )
     held = {each.name: getattr(prepared.run, each.name) for each in fields(prepared.run)}
     run = Differentiating(
         **held,

@@ -175,7 +175,7 @@ def check_engine(name: str, selectors: Sequence[Selector]) -> None:
     """Raises CaptureError where the engine does not see what these name."""
     if name in ("hooks", "nnsight"):
         return
-    if operations := sorted({str(term) for s in selectors for term in s.terms if term.operation}):
+    if operations := sorted({str(term) for s in selectors for term in s.terms if term.is_inside}):
         raise CaptureError(
             f"the {name} engine sees modules and not the operations in them: {', '.join(operations[:3])}. "
             'Open the model here, with engine="hooks".'

@@ -16,15 +16,16 @@ from torch import Tensor
 from hookmap.discovery import aten
 from hookmap.discovery.dataflow import Operation
 from hookmap.discovery.head_layout import features, heads_of, push
+from hookmap.discovery.head_projections import is_expanded, latent, result
 from hookmap.discovery.locate import Location
 from hookmap.discovery.operation_places import at_input, at_output
 from hookmap.discovery.values import Exposure
-from hookmap.discovery.wiring import Found, Missing, Places, Wiring, attempt, is_product
+from hookmap.discovery.wiring import Found, Missing, Places, Wiring, attempt
 from hookmap.maps.reading import BY_DATAFLOW
 from hookmap.maps.relations import Relation, Term
 from hookmap.maps.templates import Heads, TermTemplate
 
-ATTENTION = ("q", "k", "v", "q_rot", "k_rot", "attn_scores", "pattern", "z")
+ATTENTION = ("q_latent", "k_latent", "q", "k", "v", "q_rot", "k_rot", "attn_scores", "pattern", "z", "attn_result")
 _ON_SCORES = {
     *aten.MOVES, "maximum", "minimum", "clamp", "clamp_min", "add", "sub", "mul", "div", "tanh", "where", "masked_fill",
     "alias_update", "cat", "sigmoid",
@@ -60,6 +61,11 @@ def attention_points(wiring: Wiring) -> Found:
         "z": attempt(partial(_heads_out, wiring, core)),
         "pattern": attempt(partial(_pattern, wiring, core)),
         "attn_scores": attempt(partial(_scores, wiring, core)),
+    }
+    places |= {
+        "q_latent": attempt(partial(latent, wiring, core.query, "q_latent")),
+        "k_latent": attempt(partial(latent, wiring, core.value, "k_latent")),
+        "attn_result": attempt(lambda: result(wiring, _output_projections(wiring, core.result), places["z"])),
     }
     places |= {name: attempt(partial(_as_read, wiring, core, name, places[name[0]])) for name in ("q_rot", "k_rot")}
     return Found(places, tuple(_relations(wiring, core, places)))
@@ -147,15 +153,8 @@ def _operand(wiring: Wiring, tensor: int, name: str) -> Location:
     if heads is None:
         raise Missing("its heads are no even slices of the projection's output")
     # While generating, all keys and values so far are expanded again from a cache of compressed ones.
-    rows = {"rows": "last"} if name != "q" and _is_expanded(wiring, tensor) else {}
+    rows = {"rows": "last"} if name != "q" and is_expanded(wiring, tensor) else {}
     return _with_heads(wiring, place, heads, **rows)
-
-
-def _is_expanded(wiring: Wiring, tensor: int) -> bool:
-    """Whether the projection reads another projection's output, as in multi-head latent attention."""
-    reads = [t for op in wiring.projections(tensor) for t in op.inputs]
-    behind = [op for t in reads for _, op in wiring.back(t) if is_product(op) and id(op) in wiring.own]
-    return any(op.name != "convolution" or wiring.shape(op.inputs[1])[-1] == 1 for op in behind)
 
 
 def _are_keys_across(wiring: Wiring, tensor: int) -> bool:
@@ -323,7 +322,7 @@ def _as_read(wiring: Wiring, core: _Core, name: str, projected: Location | str) 
 def _caches_early(wiring: Wiring, core: _Core) -> bool:
     """Whether a cache may join its entries before keys and values are made: of latent ones they are made anew."""
     try:
-        return any(_is_expanded(wiring, tensor) for tensor in (core.key, core.value))
+        return any(is_expanded(wiring, tensor) for tensor in (core.key, core.value))
     except Missing:
         return True
 

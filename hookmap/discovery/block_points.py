@@ -23,6 +23,7 @@ from hookmap.discovery.chained_mlps import why_no_mlp
 from hookmap.discovery.experts import ROUTER, mlp_points
 from hookmap.discovery.locate import Location, Locator
 from hookmap.discovery.norm_scales import NO_NORM, scale_of
+from hookmap.discovery.scans import has_scan, scan_points
 from hookmap.discovery.wiring import Found, Places, Wiring
 from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.relations import Relation
@@ -247,6 +248,9 @@ def _inside(block: Block, kinds: BranchKinds, locator: Locator) -> Found:
             found.append((suffix, Found({name: reason.format(name + suffixes[before]) for name in ATTENTION})))
         elif kinds.mixers[number] == "attention":
             found.append((suffix, attention_points(Wiring(block, each, locator))))
+        wiring = Wiring(block, each, locator)
+        if kinds.mixers[number] == "recurrent" or (len(each.parts) > 1 and has_scan(wiring)):
+            found.append((suffix, Found(scan_points(wiring))))
     found += [(n, mlp_points(Wiring(block, each, locator), choice)) for (n, each), choice in mlps]
     places = {name + suffix: place for suffix, each in found for name, place in each.places.items()}
     absent: Places = {name: reason for name, reason in _why_nothing_inside(block).items() if name not in places}

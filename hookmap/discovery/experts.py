@@ -8,12 +8,15 @@ from math import prod
 from hookmap.discovery import aten
 from hookmap.discovery.activations import before_activation
 from hookmap.discovery.dataflow import Operation
+from hookmap.discovery.expert_rows import EXPERTS, expert_points
 from hookmap.discovery.locate import Location
+from hookmap.discovery.operation_places import at_output
 from hookmap.discovery.wiring import Found, Missing, Wiring, attempt
 from hookmap.maps.points import POINTS
 from hookmap.maps.relations import Relation, Term
 
-ROUTER = ("router_logits", "router_indices", "router_weights")
+ROUTER = ("router_logits", "router_indices", "router_weights", *EXPERTS)
+"""the points of mixtures of experts"""
 _MONOTONE = {*aten.MOVES, "_softmax", "sigmoid", "_log_softmax", "softplus", "sqrt"}
 _TOP_K = Relation("router_indices", (Term(1.0, "router_logits"),), "applied", "topk")
 
@@ -46,6 +49,7 @@ def _mixture(wiring: Wiring, choice: Operation) -> Found:
     weights = attempt(lambda: _weights(wiring, choice))
     no_post_either = dict.fromkeys(("mlp_pre", "mlp_pre_linear", "mlp_post"), no_post)
     places = {**no_post_either, "router_logits": logits, "router_indices": indices, "router_weights": weights}
+    places |= expert_points(wiring, choice, indices)
     ordered = isinstance(logits, Location) and _keeps_order(wiring, choice, scoring)
     return Found(places, (_TOP_K,) if ordered else ())
 
@@ -75,7 +79,13 @@ def _indices(wiring: Wiring, choice: Operation) -> Location:
     """The first boundary where the numbers of the chosen experts stand."""
     chosen = choice.outputs[1]
     copies = [tensor for tensor, _ in wiring.forward(chosen, aten.MOVES)]
-    return _first(wiring, [chosen, *copies], wiring.shape(chosen)[-1])
+    try:
+        return _first(wiring, [chosen, *copies], wiring.shape(chosen)[-1])
+    except Missing:
+        found = at_output(wiring.locator, chosen, None)
+        if found is None or wiring.block.seq not in wiring.shape(chosen)[:-1]:
+            raise
+        return found
 
 
 def _first(wiring: Wiring, tensors: list[int], width: int) -> Location:

@@ -141,6 +141,8 @@ class _Run:
     def _value(self, term: TermTemplate, own: _Run) -> int | None:
         if (found := self._call(term, own)) is None:
             return None
+        if term.experts is not None:  # in each run they are the same weights
+            return -1
         if term.operation is not None:
             alike = [o for o in self.values.flow.operations if (o.call, o.name) == (found[1].index, term.operation)]
             if len(alike) <= (term.occurrence or 0) or term.visits not in (None, len(alike)):

@@ -170,6 +170,8 @@ class Weights:
             yield from (use for use in behind if self.flow.tensors[use.op.outputs[0]].shape[-1] == width)
 
     def _tensor(self, term: Term) -> int:
+        if term.experts is not None:
+            raise DiscoveryError(f"{term} is of each chosen expert: the experts' weights write to mlp_out.")
         calls = [call for call in self.flow.calls if call.path == term.module]
         call = calls[term.call or 0] if len(calls) > (term.call or 0) else None
         places = {} if call is None else call.inputs if term.side == "input" else call.outputs

@@ -69,8 +69,8 @@ class Wiring:
 
     def tensor_of(self, value: int) -> int:
         """The tensor that first held a value."""
-        producers = self.block.values.producers
-        return producers[value].outputs[0] if value in producers else value
+        op = self.block.values.producers.get(value)
+        return value if op is None else next(t for t in op.outputs if self.block.values.value(t) == value)
 
     def boundary_tensor(self, place: Exposure) -> int:
         """The tensor at a module's boundary."""

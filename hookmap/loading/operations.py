@@ -1,7 +1,8 @@
 """Shows the operations of modules' own forwards: what each reads and gives, as PyTorch dispatches it.
 
 A dispatch mode is on only while the own code of a module runs that somebody watches, and not in the modules inside it
-or in hooks. So nothing else pays, and what a hook, an adapter or an edit computes is not counted.
+or in hooks. So nothing else pays, and what a hook, an adapter or an edit computes is not counted. It is on in all of a
+module whose experts are watched: see `hookmap.loading.expert_rows`.
 """
 
 import sys
@@ -17,11 +18,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hookmap.errors import CaptureError
+from hookmap.loading.expert_rows import ExpertRows
 from hookmap.maps.terms import Term
 from hookmap.wording import counted
 
 Call = Callable[[Sequence[Any], Mapping[str, Any], Any], Any]
 """what is called with args, kwargs and output; see `hookmap.capture.engines.hooks`"""
+
+
+@dataclass
+class _Experts:
+    """What is watched of the experts in one module."""
+
+    chosen: Term
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    """side of the products -> what is called with the rows"""
+    choice: torch.Tensor | None = None
+    """of the running pass"""
+    rows: ExpertRows | None = None
+
+    def note(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        """The router's choice passes."""
+        self.choice = self.chosen.resolve(args, kwargs, output).detach()
 
 
 @dataclass
@@ -35,9 +53,16 @@ class Forward:
     """operator -> how many of that name every forward has, where that is known or was seen"""
     alone: set[str] = field(default_factory=set)
     """operators that were named without a number"""
+    experts: dict[str, _Experts] = field(default_factory=dict)
+    """path of a parameter in the module -> what is watched of the experts whose weights it holds"""
 
     def add(self, term: Term, side: str, calls: list[Call]) -> None:
-        """`calls`: what is called at this side of the term's operation."""
+        """`calls`: what is called at this side of the term's operation, or with the rows of its experts."""
+        if term.experts is not None:
+            assert term.chosen is not None
+            own = self.experts.setdefault(self.inside(term.experts), _Experts(term.chosen))
+            own.calls.setdefault(side, []).extend(calls)
+            return
         assert term.operation is not None
         sides = self.calls.setdefault((term.operation, term.occurrence or 0), {})
         sides.setdefault(side, []).extend(calls)
@@ -45,6 +70,28 @@ class Forward:
             self.visits.setdefault(term.operation, term.visits)
         if term.occurrence is None:
             self.alone.add(term.operation)
+
+    def inside(self, path: str) -> str:
+        """The path from this module on."""
+        return path.removeprefix(self.path).lstrip(".")
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> list[ExpertRows]:
+        """The module is called. What follows its experts' rows."""
+        for parameter, own in self.experts.items():
+            own.rows = ExpertRows(module, parameter, args, kwargs)
+        return [own.rows for own in self.experts.values() if own.rows is not None]
+
+    def end(self) -> None:
+        """The forward is over: show the experts' rows. Raises CaptureError; see `ExpertRows.rows`."""
+        for own in self.experts.values():
+            if own.choice is None:
+                raise CaptureError(f"{own.chosen}: the router's choice was not seen before {self.path} ended.")
+            assert own.rows is not None
+            for side, calls in own.calls.items():
+                found = own.rows.rows(side, own.choice)
+                for call in calls:
+                    call((found,), {}, found)
+            own.choice = own.rows = None
 
     def check(self, counts: Mapping[str, int]) -> None:
         """The forward is over. Raises CaptureError where an operator ran another number of times than expected."""
@@ -91,6 +138,8 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._forwards, self._looks, self._then = forwards, looks, then
         self._frames: list[tuple[Forward, dict[str, int]] | None] = []
         """of each hooked module that runs: what is watched of it and what was counted; None for nothing"""
+        self._rows: list[list[ExpertRows]] = []
+        """of each module that runs whose experts are watched"""
         self._on = False
 
     @classmethod
@@ -103,18 +152,23 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._frames.append(None)
         self._switch()
 
-    def begin(self, module: nn.Module) -> None:
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """The own code of a watched module begins."""
         if self._looks():
             self._frames[-1] = (self._forwards[module], {})
+            if rows := self._forwards[module].begin(module, args, kwargs):
+                self._rows.append(rows)
             self._switch()
 
-    def end(self) -> None:
-        """The own code of a watched module has ended. Raises CaptureError; see `Forward.check`."""
+    def end(self, module: nn.Module) -> None:
+        """The own code of a watched module has ended. Raises CaptureError; see `Forward.check` and `Forward.end`."""
         frame, self._frames[-1] = self._frames[-1], None
+        if frame is not None and frame[0].experts:
+            self._rows.pop()
         self._switch()
         if frame is not None:
             frame[0].check(frame[1])
+            frame[0].end()
 
     def leave(self, module: nn.Module) -> None:
         """A module has returned, and its hooks have run."""
@@ -126,10 +180,11 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def close(self) -> None:
         """The run is over, or an error ended it."""
         self._frames.clear()
+        self._rows.clear()
         self._switch()
 
     def _switch(self) -> None:
-        on = bool(self._frames) and self._frames[-1] is not None
+        on = bool(self._rows) or (bool(self._frames) and self._frames[-1] is not None)
         if on and not self._on:
             self.__enter__()  # type: ignore[no-untyped-call]
         elif self._on and not on:
@@ -141,10 +196,19 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if is_composite(func):  # in inference mode it comes undivided
             with self:
                 return func.decompose(*args, **kwargs)
-        frame = self._frames[-1]
-        assert frame is not None
-        forward, counts = frame
         operator = operator_name(func)
+        for rows in (each for group in self._rows for each in group):
+            rows.before(func, operator, args)
+        result = self._run(func, operator, args, kwargs)
+        for rows in (each for group in self._rows for each in group):
+            rows.after(func, operator, args, kwargs, result)
+        return result
+
+    def _run(self, func: Any, operator: str, args: Any, kwargs: Any) -> Any:
+        frame = self._frames[-1] if self._frames else None
+        if frame is None:  # inside another module, of whose experts the rows are followed
+            return func(*args, **kwargs)
+        forward, counts = frame
         number = counts.get(operator, 0)
         counts[operator] = number + 1
         calls = forward.calls.get((operator, number))
@@ -208,15 +272,41 @@ def showing(
     if not forwards:
         yield
         return
+    experts = [(module, forward, own) for module, forward in forwards.items() for own in forward.experts.values()]
+    forwards = dict(forwards)
+    for module, forward, own in experts:
+        if own.chosen.is_inside:
+            router = module.get_submodule(forward.inside(own.chosen.module))
+            forwards.setdefault(router, Forward(own.chosen.module)).add(own.chosen, own.chosen.side, [own.note])
     mode, me = Operations(forwards, looks, then), threading.get_ident()
     mine = (lambda: True) if any_thread else (lambda: threading.get_ident() == me)
     with ExitStack() as hooks:
         hooks.callback(mode.close)
         if "torch._dynamo" in sys.modules:  # compiled code dispatches no operation: it runs as it was written
             hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        for module, forward, own in experts:
+            if not own.chosen.is_inside:
+                _note_choice(hooks, module, forward, own, mine)
         for module in dict.fromkeys(each for own in forwards for each in own.modules()):
             _hook(hooks, mode, module, mine, module in forwards)
         yield
+
+
+def _note_choice(
+    hooks: ExitStack, module: nn.Module, forward: Forward, own: _Experts, mine: Callable[[], bool]
+) -> None:
+    """The router's choice is noted where it passes."""
+
+    def note(args: Any, kwargs: Any, output: Any) -> None:
+        if mine():
+            own.note(args, kwargs, output)
+
+    at = module.get_submodule(forward.inside(own.chosen.module))
+    if own.chosen.side == "input":
+        handle = at.register_forward_pre_hook(lambda _, args, kwargs: note(args, kwargs, None), with_kwargs=True)
+    else:
+        handle = at.register_forward_hook(lambda _, args, output: note(args, {}, output))
+    hooks.callback(handle.remove)
 
 
 def _hook(hooks: ExitStack, mode: Operations, module: nn.Module, mine: Callable[[], bool], own: bool) -> None:
@@ -231,6 +321,11 @@ def _hook(hooks: ExitStack, mode: Operations, module: nn.Module, mine: Callable[
 
     hooks.callback(module.register_forward_pre_hook(on(mode.pause), prepend=True).remove)
     if own:
-        hooks.callback(module.register_forward_pre_hook(on(lambda: mode.begin(module))).remove)
-        hooks.callback(module.register_forward_hook(on(mode.end), prepend=True).remove)
+
+        def begin(_: Any, args: Any, kwargs: Any) -> None:
+            if mine():
+                mode.begin(module, args, kwargs)
+
+        hooks.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        hooks.callback(module.register_forward_hook(on(lambda: mode.end(module)), prepend=True).remove)
     hooks.callback(module.register_forward_hook(on(lambda: mode.leave(module))).remove)

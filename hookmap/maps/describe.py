@@ -72,7 +72,9 @@ def _readers(kind: BlockKind, name: str, prefix: str) -> str:
     """The modules whose input is this state of the stream."""
     terms = kind.points[name].terms
     return ", ".join(
-        short_path(t.module, prefix) for t in terms if t.side == "input" and t.module != prefix and t.operation is None
+        short_path(t.module, prefix)
+        for t in terms
+        if t.side == "input" and t.module != prefix and (t.operation, t.experts) == (None, None)
     )
 
 

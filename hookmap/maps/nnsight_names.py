@@ -42,7 +42,7 @@ def _whole(template: PointTemplate) -> tuple[str, str] | None:
     usual = (
         term.scale == 1.0
         and term.weight is None
-        and term.operation is None
+        and (term.operation, term.experts, term.through) == (None, None, None)
         and not term.flat
         and term.axes is None
         and term.heads is None

@@ -16,6 +16,10 @@ HEADS_AXES = ("batch", "pos", "heads", "d_head")
 SCALE_AXES = ("batch", "pos", "one")
 NOT_GATED = "nothing is multiplied by the activation function's result"
 """why a block has mlp_pre and no mlp_pre_linear"""
+LATENT_AXES = ("batch", "pos", "d_latent")
+EXPERT_AXES = ("batch", "pos", "k")
+PLACE_AXES = ("batch", "pos", "...")
+"""of a tensor that is named by its place: what else its axes are, the model knows"""
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,13 @@ class Point:
     """the reason where a map has neither the point nor a reason of its own"""
 
 
+_NO_SCAN = "this block's mixer has no scan"
+_NO_EXPERTS = "this block has no mixture of experts"
 _NO_CROSS = "this block has no attention to an encoder's positions"
 
 
 def _of_experts(name: str, meaning: str, axis: str) -> Point:
-    absent = "this block has no mixture of experts"
-    return Point(name, meaning, axes=("batch", "pos", axis), deeper=True, absent=absent)
+    return Point(name, meaning, axes=("batch", "pos", axis), deeper=True, absent=_NO_EXPERTS)
 
 
 _ALL = (
@@ -50,6 +55,20 @@ _ALL = (
     Point("mixer_out", "exactly what the mixer branch adds to the residual stream"),
     Point("attn_in", "mixer_in, where the mixer is attention"),
     Point("mixer_norm_scale", "what the mixer's pre-norm multiplies the stream by", axes=SCALE_AXES, deeper=True),
+    Point(
+        "q_latent",
+        "the compressed queries, as the projection to the heads' queries reads them",
+        axes=LATENT_AXES,
+        deeper=True,
+        absent="the queries are not projected from something compressed",
+    ),
+    Point(
+        "k_latent",
+        "the compressed keys and values, as the projection to the heads' values reads them",
+        axes=LATENT_AXES,
+        deeper=True,
+        absent="keys and values are not projected from something compressed",
+    ),
     Point("q", "the queries' projection, before norm and rotary embedding", axes=HEADS_AXES, deeper=True),
     Point("k", "the keys' projection, before norm and rotary embedding", axes=HEADS_AXES, deeper=True),
     Point("v", "the values' projection", axes=HEADS_AXES, deeper=True),
@@ -81,7 +100,24 @@ _ALL = (
         deeper=True,
         eager=True,
     ),
+    Point(
+        "scan_in", "what enters the scan of a mixer that is no attention", axes=PLACE_AXES, deeper=True, absent=_NO_SCAN
+    ),
+    Point("scan_out", "what the scan gives, before its gate and norm", axes=PLACE_AXES, deeper=True, absent=_NO_SCAN),
+    Point(
+        "mixer_gate",
+        "what the scan's output is multiplied by, before its activation function",
+        axes=PLACE_AXES,
+        deeper=True,
+        absent=_NO_SCAN,
+    ),
     Point("z", "the heads' outputs, as the output projection reads them", axes=HEADS_AXES, deeper=True),
+    Point(
+        "attn_result",
+        "what each head gives: its z times its part of the output projection; with the bias they sum to attn_out_raw",
+        axes=("batch", "pos", "heads", "d_model"),
+        deeper=True,
+    ),
     Point("attn_out_raw", "mixer_out_raw, where the mixer is attention"),
     Point("attn_out", "mixer_out, where the mixer is attention"),
     Point(
@@ -103,6 +139,26 @@ _ALL = (
     _of_experts("router_logits", "the router's score of each expert", "experts"),
     _of_experts("router_indices", "the experts chosen for each token", "k"),
     _of_experts("router_weights", "the weights of the chosen experts' outputs", "k"),
+    Point(
+        "expert_post",
+        "what the down projection of each chosen expert reads, in the order of router_indices",
+        axes=(*EXPERT_AXES, "d_expert"),
+        deeper=True,
+        absent=_NO_EXPERTS,
+    ),
+    Point(
+        "expert_out",
+        "what each chosen expert gives, before its weight, in the order of router_indices",
+        axes=(*EXPERT_AXES, "d_model"),
+        deeper=True,
+        absent=_NO_EXPERTS,
+    ),
+    Point(
+        "shared_expert_out",
+        "what the experts that every token has add to mlp_out_raw, after their gate",
+        deeper=True,
+        absent=_NO_EXPERTS,
+    ),
     Point("mlp_out_raw", "the bare MLP's output, before post-norm or scale"),
     Point("mlp_out", "exactly what the MLP branch adds to the residual stream"),
     Point("resid_post", "the residual stream that leaves the block"),
@@ -152,9 +208,11 @@ _TRANSFORMER_LENS = {
     "attn.hook_rot_k": "k_rot",
     "attn.hook_attn_scores": "attn_scores",
     "attn.hook_pattern": "pattern",
+    "attn.hook_result": "attn_result",
     "mlp.hook_pre": "mlp_pre",
     "mlp.hook_pre_linear": "mlp_pre_linear",
     "mlp.hook_post": "mlp_post",
+    "mlp.hook_expert_indices": "router_indices",
 }
 _FALSE_FRIENDS = {
     "hook_mlp_in": "TransformerLens's hook_mlp_in is the stream before the norm: use resid_mid (or mlp_in)",
@@ -226,8 +284,6 @@ def why_absent(name: str) -> str:
     return point.absent if point else ""
 
 
-PLACE_AXES = ("batch", "pos", "...")
-"""of a tensor that is named by its place: what else its axes are, the model knows"""
 _PLACE = re.compile(r".\.(?:input|output)(?:\[.*\])?$")
 _LAYER = re.compile(r"\{i(\+\d+)?\}")
 

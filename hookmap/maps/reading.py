@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 BY_DATAFLOW = "an operation of the module's own forward, by dataflow"
 """what shows a point whose last term is such an operation"""
+PATHS = {"experts", "through"}
+"""the fields of a term that are paths from the block on"""
 _CONSTANT = re.compile(r"\{([a-hj-z][0-9]*)\}")
 _CLASS = re.compile(r"at (\S+)")
 _HEADS_AS_READ = ["batch", "heads", "pos", "d_head"]
@@ -192,6 +194,7 @@ def _read_term(row: Any, constants: Mapping[str, float], block: str | None, poin
     if isinstance(said.get("heads"), str):
         said["heads"] = read_heads(said["heads"])
     found = asdict(place) | {"module": place.module if block is None else whole_path(place.module, block)}
+    said |= {key: whole_path(said[key], block) for key in PATHS & said.keys() if block is not None}
     found["scale"] = _constant(factor, constants) if isinstance(factor, str) else factor
     return {"axes": usual_axes(point, place.operation is not None), **found, **said}
 
@@ -215,7 +218,8 @@ def _constant(name: str, constants: Mapping[str, float]) -> float:
 
 def boundary(term: Mapping[str, Any]) -> tuple[Any, ...]:
     """What is passed in one moment: points at one boundary have one place in the forward order."""
-    return term["module"], term["side"], term.get("call"), term.get("operation"), term.get("occurrence")
+    inside = term.get("operation"), term.get("occurrence"), term.get("experts")
+    return term["module"], term["side"], term.get("call"), *inside
 
 
 def classes_of_kind(kind: Mapping[str, Any], layers_path: str) -> dict[str, str]:
@@ -229,7 +233,7 @@ def classes_of_kind(kind: Mapping[str, Any], layers_path: str) -> dict[str, str]
 
 def evidence_of(text: str | None, last: Mapping[str, Any], classes: Mapping[str, str]) -> str:
     """The sentence of a point whose last term this is: `at CLASS` in short, or None where the class is known."""
-    if last.get("operation"):
+    if last.get("operation") or last.get("experts"):
         return BY_DATAFLOW if text is None else text
     if text is None:
         text = f"at {classes[last['module']]}" if last["module"] in classes else ""

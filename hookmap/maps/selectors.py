@@ -228,14 +228,23 @@ def of_template(m: MapContents, point: str, layer: int | None, template: PointTe
     def path(text: str) -> str:
         return text if layer is None else m.at_layer(text, layer)
 
+    chosen: Term | None = None
+
     def term(t: TermTemplate) -> Term:
         return Term(
             path(t.module), t.side, t.index, t.scale, t.flat, t.axes, t.rows, t.call_in(run, runs), t.heads,
             weight=None if t.weight is None else path(t.weight),
             calls=runs if runs > 1 and t.call is None else None,
             operation=t.operation, occurrence=t.occurrence, visits=t.visits,
+            experts=None if t.experts is None else path(t.experts), chosen=chosen,
+            through=None if t.through is None else path(t.through),
         )  # fmt: skip
 
+    if layer is not None and any(t.experts is not None for t in template.terms):
+        indices = PointName.of(point).numbered("router_indices")
+        if (choice := m.kind_of(layer).points.get(indices)) is None:
+            raise SelectionError(f"{point}[{layer}]: the map has no {indices}, in whose order its rows are.")
+        chosen = term(choice.terms[0])
     terms = tuple(map(term, template.terms))
     write = None if template.write is None else term(template.write)
     index = _forward_index(m, point, layer, template.order, run)

@@ -72,6 +72,17 @@ class TermTemplate(Frozen):
         ge=1,
         description="how many operations of that name every forward has, where that is known",
     )
+    experts: str | None = Field(
+        default=None,
+        description="path of a parameter that holds the weights of all experts: the point is what the products with it "
+        "read (side `input`) or what the experts give (`output`) inside the module, of each token for the experts that "
+        "the router chose for it, in the order of `router_indices`",
+    )
+    through: str | None = Field(
+        default=None,
+        description="path of a parameter, with `.T` behind it where it is transposed: the point is each head's "
+        "features times the head's rows of it; a capture reads it in the model",
+    )
     scale: float = Field(default=1.0, description="the constant that the model multiplies it by, outside modules")
     weight: str | None = Field(
         default=None,
@@ -109,8 +120,11 @@ class TermTemplate(Frozen):
     def text(self, prefix: str = "", times: str = " * ") -> str:
         """Factor, module path from `prefix` on, side and index: `0.5 * mlp.output[0]`."""
         weight = None if self.weight is None else short_path(self.weight, prefix)
+        if self.experts is not None:
+            return boundary(short_path(self.experts, prefix), self.side, None)
         module = short_path(self.module, prefix) + operation_text(self.operation, self.occurrence)
-        return boundary(module, self.side, self.index, self.scale, times, weight)
+        product = "" if self.through is None else f" @ {short_path(self.through, prefix)}"
+        return boundary(module, self.side, self.index, self.scale, times, weight) + product
 
 
 def text_of_all(terms: Sequence[TermTemplate], prefix: str = "", times: str = " * ") -> str:

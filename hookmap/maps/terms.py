@@ -1,4 +1,4 @@
-"""One tensor at the boundary of a module or of an operation: how it is read there. Pure: no model, no torch."""
+"""One tensor at the boundary of a module, an operation or its experts, and how it is read. Pure: no model, no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from hookmap.errors import CaptureError
+from hookmap.maps.arranging import is_matrix, of_each_head, unmerged
 from hookmap.maps.grammar import operation_text
 from hookmap.maps.templates import Heads, boundary
 
@@ -44,22 +45,41 @@ class Term:
     """which operation of that name in it, 0-based; None: the only one"""
     visits: int | None = None
     """how many operations of that name the forward has, where that is known"""
+    experts: str | None = None
+    """path of the parameter with the weights of all experts: the term is what the products with it read or give, as
+    rows [batch * pos, k, ...] of the chosen experts"""
+    chosen: "Term | None" = None
+    """where the router's choice is, of a term with `experts`"""
+    through: str | None = None
+    """path of the parameter, perhaps with `.T`, that each head's features are multiplied by"""
 
     @cached_property
     def bare(self) -> bool:
         """Whether the tensor is the point's share of the model's own, [batch, pos, ...], as it lies there."""
         arranged = self.flat or self.axes is not None or self.rows != "all"
-        return not arranged and self.scale == 1.0 and self.weight is None
+        return not arranged and self.scale == 1.0 and self.parameter is None and self.experts is None
 
     @property
     def at(self) -> str:
-        """The module's path, and the operation in it: `model.layers.3.self_attn:bmm#1`."""
+        """The module's path, and the operation or the experts in it: `model.layers.3.self_attn:bmm#1`."""
+        if self.experts is not None:
+            return f"{self.module}:{self.experts.removeprefix(f'{self.module}.')}"
         return self.module + operation_text(self.operation, self.occurrence)
 
     @property
     def is_view(self) -> bool:
         """Whether `resolve` gives a view that the model has not: heads of a tensor. No gradient flows through it."""
         return self.heads is not None
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether it is no module's input or output, but seen in the module's forward."""
+        return self.operation is not None or self.experts is not None
+
+    @property
+    def parameter(self) -> str | None:
+        """Path of the parameter whose value `times` needs."""
+        return self.weight if self.through is None else self.through.removesuffix(".T")
 
     def resolve(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> Any:
         """The unscaled tensor, given what a plain PyTorch forward hook of `module` sees.
@@ -97,34 +117,34 @@ class Term:
 
     def arrange(self, tensor: Any, batch: int, width: int) -> Any:
         """What `resolve` gave as `[batch, width, ...]`: a view of the `width` tokens that the model was fed."""
-        if self.flat and tensor.shape[0] == batch * width:
+        if (self.flat or self.experts is not None) and tensor.shape[0] == batch * width:
             tensor = tensor.reshape(batch, width, *tensor.shape[1:])
         if self.axes is not None:
-            tensor, axes = self._unmerged(tensor, self.axes, batch)
+            found = unmerged(tensor, self.axes, {"batch": batch, "pos": width})
+            if isinstance(found, str):
+                raise self._wrong(found)
+            tensor, axes = found
             tensor = tensor.movedim((axes.index("batch"), axes.index("pos")), (0, 1))
         if self.rows != "all" and tensor.shape[1] > width:
             tensor = tensor[:, :width] if self.rows == "first" else tensor[:, -width:]
         return tensor
 
-    def _unmerged(self, tensor: Any, axes: tuple[str, ...], batch: int) -> tuple[Any, list[str]]:
-        """The tensor with each axis `batch*heads` as two, and their names."""
-        found: list[str] = []
-        for name in axes:
-            parts = name.split("*")
-            if len(parts) > 1:
-                if tensor.shape[len(found)] % batch:
-                    raise self._wrong(f"{tensor.shape[len(found)]} {name} of {batch} rows")
-                tensor = tensor.unflatten(len(found), (batch, -1))
-            found += parts
-        return tensor, found
-
     def times(self, tensor: Any, parameter: Any = None) -> Any:
-        """`scale * tensor`, and times the parameter of `weight`, whose value in the model is `parameter`."""
-        if self.weight is not None:
+        """`scale * tensor`, times what `parameter` is in the model: the parameter of `weight` or `through`."""
+        if self.parameter is not None:
             if parameter is None:
-                raise CaptureError(f"{self}: the value of {self.weight} is needed, a parameter of the model.")
-            tensor = tensor * parameter.detach().to(tensor.device)
+                raise CaptureError(f"{self}: the value of {self.parameter} is needed, a parameter of the model.")
+            own = parameter.detach().to(tensor.device)
+            tensor = tensor * own if self.through is None else self._of_each_head(tensor, own)
         return tensor if self.scale == 1.0 else tensor * self.scale
+
+    def _of_each_head(self, tensor: Any, weight: Any) -> Any:
+        """[batch, pos, heads, d_head] -> [batch, pos, heads, d_model], by the parameter of `through`."""
+        if not is_matrix(weight):
+            raise CaptureError(
+                f"{self}: {self.parameter} is packed (quantised), and has no rows to multiply by: take z."
+            )
+        return of_each_head(tensor, weight.T if str(self.through).endswith(".T") else weight)
 
     def _tensor(self, value: Any) -> Any:
         if not hasattr(value, "shape"):
@@ -150,5 +170,8 @@ class Term:
         )
 
     def __str__(self) -> str:
+        if self.experts is not None:
+            return boundary(self.experts, self.side, None)
         module = (self.module or "model") + operation_text(self.operation, self.occurrence)
-        return boundary(module, self.side, self.index, self.scale, weight=self.weight)
+        product = "" if self.through is None else f" @ {self.through}"
+        return boundary(module, self.side, self.index, self.scale, weight=self.weight) + product

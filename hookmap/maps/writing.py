@@ -182,6 +182,7 @@ def _term(term: TermTemplate, block: str | None, point: str = "") -> Any:
     at = selector_text(place, term.scale)
     rest = _but(_said(term), *asdict(place), "scale", "axes")
     axes = term.axes and list(term.axes)
+    rest |= {key: from_block(rest[key], block) for key in reading.PATHS & rest.keys() if block is not None}
     if axes != reading.usual_axes(point, term.operation is not None):
         rest["axes"] = axes
     if term.heads:

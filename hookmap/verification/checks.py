@@ -11,7 +11,7 @@ from hookmap.errors import HookmapError
 from hookmap.loading.finiteness import in_words, is_stream
 from hookmap.maps.document import ArchitectureMap
 from hookmap.stores.ledger import tensor_name
-from hookmap.verification import causes, ends, heads, inside, reads, relations, scores, streams
+from hookmap.verification import causes, ends, heads, inside, reads, relations, scans, scores, streams, weights
 from hookmap.verification.check import Check
 from hookmap.verification.context import Context, missing_modules, run_once
 
@@ -35,12 +35,16 @@ CHEAP: tuple[_Check, ...] = (
     scores.scores,
     scores.activations,
     scores.scales,
+    weights.results,
+    weights.latents,
+    weights.experts,
 )
 """those that one forward pass is enough for"""
 CHECKS: tuple[_Check, ...] = (
     *CHEAP,
     heads.attentions,
     heads.one_head,
+    scans.scans,
     reads.reads,
     ends.ends,
     scores.preactivations,
@@ -54,6 +58,9 @@ EACH_RUN = (
     heads.patterns,
     scores.scores,
     scores.activations,
+    weights.results,
+    weights.latents,
+    weights.experts,
     heads.attentions,
 )
 """those that are made of each run of the layers that run several times"""

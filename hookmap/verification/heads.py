@@ -89,7 +89,7 @@ def _is_proved(kind: BlockKind, point: str) -> bool:
 def _turn(run: Context, point: str, read: str, layer: int) -> Check:
     own = run.values[point, layer].shape[2]
     place = run.given.positions // 2
-    after = _under(run, point, layer, read, _times(run, point, layer, own - 1, place, -1.0))
+    after = _under(run, point, layer, read, times(run, point, layer, own - 1, place, -1.0))
     is_key = point == "v" and _is_k(run, layer)
     if point in ("v", "z") and ("pattern", layer) in after and not is_key:
         error = relative_error(after["pattern", layer], run.values["pattern", layer])
@@ -136,12 +136,12 @@ def _holds_values(run: Context, point: str, read: str, layer: int, place: int, t
     (BitNet) ends the proportion, and values of an earlier block that are added to these the other.
     """
     zero, others = (
-        _under(each, point, layer, read, _times(run, point, layer, None, place, 0.0))[read, layer]
+        _under(each, point, layer, read, times(run, point, layer, None, place, 0.0))[read, layer]
         for each in (run, replace(run, given=run.given.other()))
     )
     if all(relative_error(each, zero[:1, :1].expand_as(each)) <= run.tolerance for each in (zero, others)):
         return True
-    one = _under(run, point, layer, read, _times(run, point, layer, run.values[point, layer].shape[2] - 1, place, 0.0))
+    one = _under(run, point, layer, read, times(run, point, layer, run.values[point, layer].shape[2] - 1, place, 0.0))
     change = (one[read, layer] - run.values[read, layer]).double()
     return relative_error(2 * change, turned) <= run.tolerance
 
@@ -169,7 +169,7 @@ def _see(run: Context, point: str, layer: int, place: int, places: list[int]) ->
     return bool(places) and seen and (places[0] >= place or bool(weights.triu(1).any()))
 
 
-def _times(run: Context, point: str, layer: int, head: int | None, place: int, factor: float) -> Hook:
+def times(run: Context, point: str, layer: int, head: int | None, place: int, factor: float) -> Hook:
     """A hook that multiplies one head's features at one position, or all heads' at all, in the term's call."""
     term, width = run.selector[point, layer].terms[0], run.given.positions
     calls = itertools.count()

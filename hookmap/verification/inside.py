@@ -15,7 +15,8 @@ from hookmap.verification.check import Check, relative_error
 from hookmap.verification.context import Context, modules_of
 
 _ONE_TENSOR = (
-    "mixer_in", "cross_attn_in", "mlp_in", "q", "k", "v", "q_rot", "k_rot", "attn_scores", "pattern", "z",
+    "mixer_in", "cross_attn_in", "mlp_in", "q_latent", "k_latent", "q", "k", "v", "q_rot", "k_rot", "attn_scores",
+    "pattern", "z",
     "mlp_pre", "mlp_pre_linear", "mlp_post",
     "router_logits", "router_indices", "router_weights",
 )  # fmt: skip

@@ -84,7 +84,7 @@ def at(term: Term, use: Callable[[Tensor], object]) -> Hook:
         if term.call in (None, next(calls)):
             use(term.resolve(args, kwargs, output))
 
-    return Hook(term.module, term.side, act, term if term.operation else None)
+    return Hook(term.module, term.side, act, term if term.is_inside else None)
 
 
 def keep(parts: dict[int, Tensor], number: int, tensor: Tensor) -> None:
@@ -184,7 +184,7 @@ def _register(module: nn.Module, hook: Hook) -> RemovableHandle:
 
 
 def _total(model: nn.Module, given: Given, selector: Selector, parts: Mapping[int, Tensor]) -> Tensor:
-    weights = [None if t.weight is None else operator.attrgetter(t.weight)(model) for t in selector.terms]
+    weights = [None if t.parameter is None else operator.attrgetter(t.parameter)(model) for t in selector.terms]
     arranged = [term.arrange(parts[n], given.batch, given.positions) for n, term in enumerate(selector.terms)]
     tensors = [t.times(tensor, weight) for t, tensor, weight in zip(selector.terms, arranged, weights, strict=True)]
     if len(shapes := {tuple(tensor.shape) for tensor in tensors}) > 1:

@@ -36,7 +36,7 @@ def order(run: Context) -> Iterator[Check]:
     place = {crossing: number for number, crossing in reversed(list(enumerate(run.crossings)))}
     wrong, last, last_name = [], -1, ""
     for selector in run.selectors:
-        if any(term.operation for term in selector.terms):
+        if any(term.is_inside for term in selector.terms):
             continue  # between boundaries: its module's own code is not watched here
         here = max(place.get((term.module, term.side, term.call or 0), -1) for term in selector.terms)
         name = f"{selector.point}{list(selector.key[1:])}"

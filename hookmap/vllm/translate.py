@@ -100,6 +100,8 @@ class _Translation:
         within = self._within(layer)
         if expression is None or within is None or term.rows != "all" or term.operation is not None:
             return ()
+        if term.experts is not None or term.through is not None:
+            return ()
         boundaries = self.here.holding(expression, within)
         calls = self.here.calls(path)[number : number + 1]
         same = [each for each in boundaries if each.call in calls and each.side == term.side]

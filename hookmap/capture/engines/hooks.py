@@ -77,7 +77,7 @@ class HooksEngine:
         with contextlib.ExitStack() as hooks:
             for term in terms:
                 module = module_at(self.module, self.root, term.module)
-                if term.operation is None:
+                if not term.is_inside:
                     hooks.callback(_register(module, term.side, partial(keep, term)))
                 else:
                     forwards.setdefault(module, Forward(term.module)).add(term, term.side, [partial(keep, term)])

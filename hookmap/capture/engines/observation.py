@@ -88,7 +88,7 @@ class Observer:
                 self._targets.setdefault((term.at, term.side), []).append((number, position, term))
                 if term.calls is not None:
                     self._expected[term.at, term.side] = term.calls
-                if term.operation is not None:
+                if term.is_inside:
                     self.operations[term.at] = term
 
     @property
@@ -264,7 +264,7 @@ class Observer:
         return total
 
     def _parameter(self, term: Term) -> torch.Tensor | None:
-        return None if term.weight is None else self.parameter_at(term.weight)
+        return None if term.parameter is None else self.parameter_at(term.parameter)
 
     def _keeps(self, number: int) -> bool:
         """Whether rows of this selector are kept of the running pass."""

@@ -26,6 +26,12 @@ def parameters_of(model: torch.nn.Module) -> Callable[[str], torch.Tensor]:
             raise CaptureError(
                 f"{type(model).__name__} has no parameter {path!r}: the map is another model's: run `hookmap discover`."
             ) from error
+        own = model.get_submodule(owner)
+        if not any(name in kept for kept in (own._parameters, own._buffers, getattr(own, "parametrizations", {}))):
+            raise CaptureError(
+                f"{path}: a {type(own).__name__} stands there now, which computes with more than this parameter (an "
+                "adapter). Merge it, or discover the model as it is now: `hookmap.open` it again."
+            )
         if found.is_meta:  # accelerate keeps it elsewhere until its module runs
             no_parameters(path)
         tensor: torch.Tensor = found

@@ -19,7 +19,24 @@ from hookmap.maps.selectors import Selector
 from hookmap.maps.templates import BlockKind
 
 BRANCHES = {
-    "mixer": ("mixer_in", "q", "k", "v", "q_rot", "k_rot", "attn_scores", "pattern", "z", "mixer_out_raw", "mixer_out"),
+    "mixer": (
+        "mixer_in",
+        "q_latent",
+        "k_latent",
+        "q",
+        "k",
+        "v",
+        "q_rot",
+        "k_rot",
+        "attn_scores",
+        "pattern",
+        "scan_in",
+        "mixer_gate",
+        "scan_out",
+        "z",
+        "mixer_out_raw",
+        "mixer_out",
+    ),
     "cross_attn": ("cross_attn_in", "cross_attn_out_raw", "cross_attn_out"),
     "mlp": (
         "mlp_in",
@@ -29,6 +46,7 @@ BRANCHES = {
         "router_logits",
         "router_indices",
         "router_weights",
+        "shared_expert_out",
         "mlp_out_raw",
         "mlp_out",
     ),

@@ -37,6 +37,13 @@ def refusal(selector: Selector) -> str | None:
         )
     if selector.has_keys and selector.write is None and not any(term.operation for term in selector.terms):
         return "the model has used the attention weights before any module shows them: write z or v"
+    if name == "attn_result":
+        return "it is computed from z and the output projection's weights, and the model holds no such tensor: write z"
+    if name in ("expert_post", "expert_out"):
+        return (
+            "its rows are gathered from what the model computes in another order, expert by expert: write "
+            "router_weights, mlp_in or mlp_out"
+        )
     if name == "router_indices":
         return "the experts chosen are numbers of experts, not values: write router_weights or mlp_in"
     if (weight := selector.terms[0].weight) is not None:
