@@ -29,29 +29,46 @@ def scores(run: Context) -> Iterator[Check]:
             seen = weights.sum(-1, keepdim=True) > 0  # a query of no key: its row is set to 0 afterwards
             yield run.equal("scores", (layer,), "pattern = softmax(attn_scores)", weights * seen, by_softmax * seen)
         if {("q_rot", layer), ("k_rot", layer)} <= run.values.keys():
-            q, k = (run.values[name, layer].movedim(2, 1).float() for name in ("q_rot", "k_rot"))
-            products = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
-            error = min(_linear(found, products), _ordered(found, products), _by_key(found, products))
+            error = _products_misfit(run, layer, found)
             holds = error <= 10 * run.tolerance
-            yield Check("scores", (layer,), holds, "attn_scores = f(q_rot · k_rot) + what no token changes", error)
+            yield Check("scores", (layer,), holds, "attn_scores = f(q_rot · k_rot) + what keys do not change", error)
+
+
+def _products_misfit(run: Context, layer: int, found: Tensor) -> float:
+    """How far the scores are from a function of the products of queries and keys, and a bias."""
+    q, k = (run.values[name, layer].movedim(2, 1).float() for name in ("q_rot", "k_rot"))
+    times = q.shape[1] // k.shape[1]
+    # The queries that share a key are neighbours, or (JetMoE) every so many heads.
+    ways = [q @ k.repeat_interleave(times, 1).mT, q @ k.repeat(1, times, 1, 1).mT][: 2 if times > 1 else 1]
+    fits = (_linear, _ordered, _by_key)
+    error = min(fit(found, products) for products in ways for fit in fits)
+    if error > 10 * run.tolerance:  # the bias depends on the queries' tokens (Inkling): what keys alone change
+        twice, none = (
+            read_times(run, "k_rot", "attn_scores", layer, factor).movedim(2, 1).float() for factor in (2.0, 0.0)
+        )
+        free = (found > _MASKED) & (twice > _MASKED)
+        bent = relative_error((twice - found)[free], (found - none)[free])
+        error = max(bent, min(_factor_misfit(products[free], (twice - found)[free]) for products in ways))
+    return error
+
+
+def _factor_misfit(a: Tensor, b: Tensor) -> float:
+    """How far b is from a times one number."""
+    return relative_error(a * ((a * b).sum() / a.square().sum().clamp_min(1e-12)), b) if len(a) else float("inf")
 
 
 def _linear(found: Tensor, products: Tensor) -> float:
     """How far from factor * products + what is the same for each text: a mask, a bias of distances."""
     free = (found > _MASKED).all(0)  # [heads, query, key]
     a, b = ((each[0] - each[1])[free] for each in (products, found))
-    if not len(a):
-        return float("inf")
-    return relative_error(a * ((a * b).sum() / a.square().sum().clamp_min(1e-12)), b)
+    return _factor_misfit(a, b)
 
 
 def _by_key(found: Tensor, products: Tensor) -> float:
     """As `_linear`, where each key has a bias of its own, which its token decides: two queries of one key differ."""
     free = (found > _MASKED)[:, :, 1:] & (found > _MASKED)[:, :, :-1]
     a, b = (each.diff(dim=2)[free] for each in (products, found))
-    if not len(a):
-        return float("inf")
-    return relative_error(a * ((a * b).sum() / a.square().sum().clamp_min(1e-12)), b)
+    return _factor_misfit(a, b)
 
 
 def _ordered(found: Tensor, products: Tensor) -> float:
@@ -69,7 +86,7 @@ def activations(run: Context) -> Iterator[Check]:
             continue  # it is multiplied by something that the map does not name
         pre, post = (run.values[name, layer].float() for name in ("mlp_pre", "mlp_post"))
         wrong = _not_a_function(pre, linear, post)
-        if wrong >= _FEW and (normed := _before_norm(run, layer)) is not None:
+        if wrong >= _FEW and (normed := _made_into(run, "mlp_post", layer)) is not None:
             wrong = _not_a_function(pre, linear, normed.float())
         detail = "mlp_post = f(mlp_pre)" + (" * mlp_pre_linear" if linear is not None else "")
         yield Check("activations", (layer,), wrong < _FEW, detail, wrong)
@@ -90,20 +107,19 @@ def _not_a_function(pre: Tensor, linear: Tensor | None, post: Tensor) -> float:
     return float((rises > allowed).float().mean())
 
 
-def _before_norm(run: Context, layer: int) -> Tensor | None:
-    """What a module of the MLP turned into mlp_post, of the same shape; None where no module did."""
-    post, given, found = run.values["mlp_post", layer], dict[str, Tensor](), list[Tensor]()
-    inside = run.selector["mlp_post", layer].terms[-1].module.rpartition(".")[0]
+def _made_into(run: Context, point: str, layer: int | None) -> Tensor | None:
+    """What one module turned into a point, of the same shape; None where no module did."""
+    own, given, found = run.values[point, layer], dict[str, Tensor](), list[Tensor]()
 
     def entered(path: str, args: Any, kwargs: Any, output: Any) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].shape == post.shape:
+        if args and isinstance(args[0], Tensor) and args[0].shape == own.shape:
             given[path] = args[0].detach().clone()
 
     def left(path: str, args: Any, kwargs: Any, output: Any) -> None:
-        if path in given and isinstance(output, Tensor) and torch.equal(output, post):
+        if path in given and isinstance(output, Tensor) and torch.equal(output, own):
             found.append(given[path])
 
-    paths = [path for path, _ in run.model.named_modules() if path.startswith(f"{inside}.")]
+    paths = [path for path, module in run.model.named_modules() if not any(module.children())]
     sides: tuple[tuple[Literal["input", "output"], Callable[..., None]], ...] = (("input", entered), ("output", left))
     forward(run.model, run.given, [Hook(path, side, partial(act, path)) for path in paths for side, act in sides])
     return found[0] if found else None
@@ -137,6 +153,8 @@ def _scale(run: Context, name: str, normed: str, layer: int | None, states: list
     if scale is None or given is None or not candidates:
         return
     error = min(_norm_misfit(each.double(), scale.double(), given.double()) for each in candidates)
+    if error > 10 * run.tolerance and (read := _made_into(run, normed, layer)) is not None:  # a mixture of streams
+        error = _norm_misfit(read.double(), scale.double(), given.double())
     layers = () if layer is None else (layer,)
     yield Check("scales", layers, error <= 10 * run.tolerance, f"{normed} = the stream * {name} * weights", error)
 
