@@ -40,7 +40,7 @@ def _products_misfit(run: Context, layer: int, found: Tensor) -> float:
     times = q.shape[1] // k.shape[1]
     # The queries that share a key are neighbours, or (JetMoE) every so many heads.
     ways = [q @ k.repeat_interleave(times, 1).mT, q @ k.repeat(1, times, 1, 1).mT][: 2 if times > 1 else 1]
-    fits = (_linear, _ordered, _by_key)
+    fits = (_linear, _ordered, _by_key, _by_query)
     error = min(fit(found, products) for products in ways for fit in fits)
     if error > 10 * run.tolerance:  # the bias depends on the queries' tokens (Inkling): what keys alone change
         twice, none = (
@@ -66,9 +66,18 @@ def _linear(found: Tensor, products: Tensor) -> float:
 
 def _by_key(found: Tensor, products: Tensor) -> float:
     """As `_linear`, where each key has a bias of its own, which its token decides: two queries of one key differ."""
-    free = (found > _MASKED)[:, :, 1:] & (found > _MASKED)[:, :, :-1]
-    a, b = (each.diff(dim=2)[free] for each in (products, found))
-    return _factor_misfit(a, b)
+    return _side_by_side(found, products, 2)
+
+
+def _by_query(found: Tensor, products: Tensor) -> float:
+    """As `_linear`, where each query has a bias of its own: its largest score is taken off before softmax."""
+    return _side_by_side(found, products, 3)
+
+
+def _side_by_side(found: Tensor, products: Tensor, axis: int) -> float:
+    size = found.shape[axis] - 1
+    free = (found > _MASKED).narrow(axis, 1, size) & (found > _MASKED).narrow(axis, 0, size)
+    return _factor_misfit(*(each.diff(dim=axis)[free] for each in (products, found)))
 
 
 def _ordered(found: Tensor, products: Tensor) -> float:
