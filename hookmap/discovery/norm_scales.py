@@ -39,6 +39,6 @@ def _factor(locator: Locator, tensor: int) -> Location | None:
     while (op := locator.values.flow.producer(tensor)) is not None and op.name in aten.MOVES:
         tensor = op.inputs[0]
     shape = locator.values.flow.tensors[tensor].shape
-    if op is None or op.name != "rsqrt" or shape[-1:] != (1,) or locator.seq not in shape[:-1]:
+    if op is None or op.name != "rsqrt" or shape[-2:] != (locator.seq, 1):
         return None
     return at_output(locator, tensor, None)
