@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hookmap.analysis.attribution import Attribution, attribute
-from hookmap.analysis.gradients import GradientEstimate, Gradients, estimate_gradients, gradients
+from hookmap.analysis.by_gradients import ByGradients
 from hookmap.analysis.head_outputs import stack_head_results
 from hookmap.analysis.heads import HeadScores, head_scores
 from hookmap.analysis.lens import Lens, lens
@@ -20,12 +20,9 @@ from hookmap.analysis.sweeps import Sweep
 from hookmap.analysis.tokens import token_texts
 from hookmap.analysis.weights import Weight, weights, weights_from
 from hookmap.capture.engines.model_lock import lock_of
-from hookmap.capture.hooked import Hooked
 from hookmap.capture.options import (
-    GradientOptions,
     Layers,
     MeasureOptions,
-    Points,
     TemplateOptions,
     VectorOptions,
     takes,
@@ -45,7 +42,7 @@ from hookmap.maps.document import ArchitectureMap
 from hookmap.verification.opening import hold
 
 
-class HookedModel(Hooked):
+class HookedModel(ByGradients):
     """A causal language model to capture from and analyse. Made by `hookmap.open`."""
 
     @cached_property
@@ -166,38 +163,6 @@ class HookedModel(Hooked):
         interventions: as in capture. Raises SelectionError for a text of one token, and what capture raises.
         """
         return losses(self, texts, interventions, **options)
-
-    @takes(GradientOptions)
-    def gradients(
-        self,
-        prompts: Any,
-        metric: Any,
-        points: Points = "resid_post",
-        layers: Layers = "all",
-        **options: Unpack[GradientOptions],
-    ) -> Gradients:
-        """d metric / d point of each row, `g["resid_post", 8]` [batch, pos, d], beside the values, `g.values`.
-
-        metric: as of `measure`; its answers are read by the model behind the prompts. points, layers: as in capture;
-        a point that a module reads counts what that module makes of it, any other point all that follows. Where
-        interventions write, the gradient is that of what they wrote.
-        One forward and one backward pass for each batch, from the first point on; the parameters get no gradients. The
-        memory is said before (`estimate_gradients`). bfloat16 and float16 round gradients, and a note says so.
-        Raises SelectionError, and CaptureError where a point has no gradient or memory does not suffice.
-        """
-        return gradients(self, prompts, metric, points, layers, **options)
-
-    @takes(GradientOptions)
-    def estimate_gradients(
-        self,
-        prompts: Any,
-        metric: Any,
-        points: Points = "resid_post",
-        layers: Layers = "all",
-        **options: Unpack[GradientOptions],
-    ) -> GradientEstimate:
-        """The memory that `gradients` takes with the same arguments: measured on short texts, and extended."""
-        return estimate_gradients(self, prompts, metric, points, layers, **options)
 
     @takes(VectorOptions, make_vector)
     def steering_vector(

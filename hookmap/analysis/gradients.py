@@ -96,39 +96,55 @@ def gradients(
     hm: Hooked, prompts: Any, metric: Any, points: Any = "resid_post", layers: Any = "all", **options: Any
 ) -> Gradients:
     """See `HookedModel.gradients`."""
-    plan = _planned(hm, prompts, metric, points, layers, options)
-    expected = plan.estimate()
-    log.info("gradients: %s", expected)
-    check_room(expected, plan.run.device)
-    say_apart(plan.prepared.apart)
+    plan = planned(hm, prompts, metric, points, layers, options)
+    expected = plan.checked()
     note = ""
     dtype = next(hm.root.parameters()).dtype
     if dtype in _ROUNDING:
         name = str(dtype).removeprefix("torch.")
         note = f"computed in {name}, which rounds them by about {_ROUNDING[dtype]} of their size"
         log.warning('%s: open the model in float32 for exact ones, dtype="float32"', note)
-    keys = [selector.key for selector in plan.run.selectors]
-    values, found = MemoryStore(keys), MemoryStore(keys)
-    plan.run.gradients = found
-    plan.run.all(plan.prepared.groups, values)
-    captures = [Capture(store, plan.run.selectors, hm.map, plan.prepared.manifest) for store in (found, values)]
-    measured = torch.tensor([plan.run.measured[number] for number in range(len(plan.bound.prompts))])
-    return Gradients(captures[0], captures[1], measured, plan.bound.name, expected, note)
+    found, values = plan.all()
+    return Gradients(found, values, plan.measured, plan.bound.name, expected, note)
 
 
 def estimate_gradients(
     hm: Hooked, prompts: Any, metric: Any, points: Any = "resid_post", layers: Any = "all", **options: Any
 ) -> GradientEstimate:
     """See `HookedModel.estimate_gradients`."""
-    return _planned(hm, prompts, metric, points, layers, options).estimate()
+    return planned(hm, prompts, metric, points, layers, options).estimate()
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """Forward and backward passes that are planned and checked, but have not run."""
+
     hm: Hooked
     run: Differentiating
     prepared: Prepared
     bound: Bound
+
+    def checked(self) -> GradientEstimate:
+        """The estimate, which the log gets too. Raises CaptureError where it is more than the memory."""
+        expected = self.estimate()
+        log.info("gradients: %s", expected)
+        check_room(expected, self.run.device)
+        say_apart(self.prepared.apart)
+        return expected
+
+    def all(self) -> tuple[Capture, Capture]:
+        """Run every batch: the gradients, and the values of the same passes."""
+        run, keys = self.run, [selector.key for selector in self.run.selectors]
+        values, found = MemoryStore(keys), MemoryStore(keys)
+        run.gradients = found
+        run.all(self.prepared.groups, values)
+        first, second = (Capture(each, run.selectors, self.hm.map, self.prepared.manifest) for each in (found, values))
+        return first, second
+
+    @property
+    def measured(self) -> torch.Tensor:
+        """The metric of each prompt, once all have run."""
+        return torch.tensor([self.run.measured[number] for number in range(len(self.bound.prompts))])
 
     def estimate(self) -> GradientEstimate:
         """Measures the graph on short texts, and extends it to the largest batch."""
@@ -141,7 +157,8 @@ class _Plan:
         return GradientEstimate(int(graph), 2 * self.prepared.expected.bytes, where)
 
 
-def _planned(hm: Hooked, prompts: Any, metric: Any, points: Any, layers: Any, options: Mapping[str, Any]) -> _Plan:
+def planned(hm: Hooked, prompts: Any, metric: Any, points: Any, layers: Any, options: Mapping[str, Any]) -> Plan:
+    """Plans `gradients`; `metric` may be bound already, `prompts` are not read then. Raises what it raises."""
     chosen = with_defaults(GradientOptions, options)
     bound = (
         metric
@@ -164,7 +181,7 @@ def _planned(hm: Hooked, prompts: Any, metric: Any, points: Any, layers: Any, op
         gradients=MemoryStore(()),
         begin=_begin(hm, prepared.run.selectors),
     )
-    return _Plan(hm, run, prepared, bound)
+    return Plan(hm, run, prepared, bound)
 
 
 def _logits(hm: Hooked) -> Selector:

@@ -20,6 +20,7 @@ from hookmap.capture.interventions.functions import At, Called, watch
 from hookmap.capture.interventions.plan import EditPlan
 from hookmap.capture.interventions.watching import Watch
 from hookmap.capture.options import BatchOptions, MeasureOptions, TemplateOptions, of_kind, with_defaults
+from hookmap.capture.result import Capture
 from hookmap.capture.rows import row_selection
 from hookmap.errors import InterventionError, SelectionError
 from hookmap.loading.prompts import Prompt, records
@@ -86,6 +87,16 @@ class Bound:
                 f"the metric {self.name} of prompt {sample}: expected a tensor of one number, got {got}"
             )
         return found.reshape(())
+
+    def of(self, numbers: Sequence[int]) -> Bound:
+        """The same metric of these prompts alone, in this order."""
+
+        def measure(logits: torch.Tensor, at: Reading) -> torch.Tensor:
+            return self.measure(logits, replace(at, sample=numbers[at.sample]))
+
+        prompts = tuple(self.prompts[number] for number in numbers)
+        lengths = tuple(self.lengths[number] for number in numbers)
+        return replace(self, prompts=prompts, measure=measure, lengths=lengths)
 
     @property
     def positions(self) -> str:
@@ -244,13 +255,27 @@ class _Loss(Metric):
 def measure(hm: Hooked, prompts: Any, metric: Any, interventions: Any = (), **options: Any) -> torch.Tensor:
     """See `HookedModel.measure`. `metric` may be bound already; `prompts` are not read then."""
     bound = metric if isinstance(metric, Bound) else bind(hm, metric, encoded(hm, prompts, options))
+    return measure_and_capture(hm, bound, (), interventions=interventions, **options)[0]
+
+
+def measure_and_capture(
+    hm: Hooked,
+    bound: Bound,
+    points: Any,
+    layers: Any = "all",
+    calls: Any = "all",
+    interventions: Any = (),
+    **options: Any,
+) -> tuple[torch.Tensor, Capture]:
+    """The metric of each prompt, and points of the same pass."""
     values: dict[int, torch.Tensor] = {}
 
     def take(logits: torch.Tensor, at: At) -> None:
         values[at.sample] = bound(logits, at.sample).cpu()
 
-    read_logits(hm, bound.prompts, bound.positions, take, interventions, batches_of(options))
-    return torch.stack([values[number] for number in range(len(bound.prompts))])
+    how = {**batches_of(options), "points": points, "layers": layers, "calls": calls}
+    run = read_logits(hm, bound.prompts, bound.positions, take, interventions, how)
+    return torch.stack([values[number] for number in range(len(bound.prompts))]), run
 
 
 def losses(hm: Hooked, texts: Any, interventions: Any = (), **options: Any) -> list[torch.Tensor]:
@@ -281,10 +306,10 @@ def batches_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_logits(
     hm: Hooked, prompts: Sequence[Prompt], positions: str, take: Any, interventions: Any, how: Mapping[str, Any]
-) -> None:
+) -> Capture:
     """Show `take` the logits of each prompt at these positions, in one forward pass over it.
 
-    how: further arguments of `capture`, such as `batch_size`.
+    how: further arguments of `capture`, such as `batch_size`, and what it stores: nothing unless given.
     """
     given = watch(take, "logits", positions=positions)
     edits: Any
@@ -295,7 +320,8 @@ def read_logits(
     else:
         edits = (*read_interventions(interventions), given)
     try:
-        hm.capture(list(prompts), (), max_new_tokens=0, interventions=edits, engine="hooks", **how)
+        chosen = {"points": (), **how}
+        return hm.capture(list(prompts), max_new_tokens=0, interventions=edits, engine="hooks", **chosen)
     except InterventionError as error:
         if isinstance(error.__cause__, SelectionError):
             raise error.__cause__ from error.__cause__.__cause__

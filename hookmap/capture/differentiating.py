@@ -12,6 +12,7 @@ from hookmap.activations import Activation, Sink
 from hookmap.capture.batches import Harvesting, fed, layout_of, without_loss
 from hookmap.capture.engines.collectors import Collector
 from hookmap.capture.engines.hooks import HooksEngine
+from hookmap.capture.engines.local_graph import LocalGraph
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.engines.observation import Observer, of_logits
 from hookmap.capture.engines.pass_rows import BatchLayout, PassRows
@@ -38,6 +39,8 @@ class Differentiating(Harvesting):
     """where the graph begins, unless at the first point"""
     measured: dict[int, float] = field(default_factory=dict)
     """the metric of each sample"""
+    local: Callable[[LocalGraph], None] | None = None
+    """asks for derivatives between the points of a batch, before its graph is freed"""
 
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
         try:
@@ -62,7 +65,9 @@ class Differentiating(Harvesting):
         with differentiated(self.engine.module), self._turn(), torch.enable_grad():
             self.engine.differentiate(observer, inputs, editor, taps)
             found = [self.metric(logits.found[row], number) for row, number in enumerate(numbers)]
-            taps.differentiate(torch.stack(found).sum(), self.engine.module)
+            taps.differentiate(torch.stack(found).sum(), self.engine.module, keep=self.local is not None)
+            if self.local is not None:
+                self.local(LocalGraph(taps, layout))
         self.measured.update(zip(numbers, (float(value.detach()) for value in found), strict=True))
         for each in (observer, gradients):
             each.finish(layout.width)

@@ -249,6 +249,11 @@ class Hooked:
         view._standing = (self, found)
         return view
 
+    @property
+    def standing(self) -> bool:
+        """Whether this is a view, with interventions that stay."""
+        return self._standing is not None
+
     def _plan(self, interventions: Any, request: Request, engine: EngineName) -> EditPlan | None:
         plan: EditPlan | None
         if isinstance(interventions, EditPlan):

@@ -78,7 +78,7 @@ class HooksEngine:
             for term in terms:
                 module = module_at(self.module, self.root, term.module)
                 if not term.is_inside:
-                    hooks.callback(_register(module, term.side, partial(keep, term)))
+                    hooks.callback(register(module, term.side, partial(keep, term)))
                 else:
                     forwards.setdefault(module, Forward(term.module)).add(term, term.side, [partial(keep, term)])
             hooks.enter_context(showing(forwards, lambda: True))
@@ -104,7 +104,7 @@ class HooksEngine:
         for each in observers:
             each.parameter_at = parameters_of(self.module)
         with contextlib.ExitStack() as hooks:
-            hooks.callback(_register(self.root, "input", partial(self._begin, observers, editor, generating)))
+            hooks.callback(register(self.root, "input", partial(self._begin, observers, editor, generating)))
             edited = (*(() if editor is None else editor.boundaries), *(() if taps is None else taps.boundaries))
             watched = [boundary for each in observers if each not in also for boundary in each.boundaries]
             operations = {} if editor is None else editor.operations
@@ -119,7 +119,7 @@ class HooksEngine:
                 module = module_at(self.module, self.root, path)
                 # Hooks run in the order of registration: each sees what the ones before it passed on.
                 for call in _calls_at(path, side, observer, editor, ends_early, taps):
-                    hooks.callback(_register(module, side, call))
+                    hooks.callback(register(module, side, call))
             looked = [observer, *([] if editor is None or editor.watching is None else [editor.watching])]
             end = partial(_end_pass, looked) if ends_early else _go_on
             hooks.enter_context(showing(forwards, lambda: observer.looks, end))
@@ -226,8 +226,8 @@ def _written(
 _Call = Callable[[Sequence[Any], Mapping[str, Any], Any], Any]
 
 
-def _register(module: nn.Module, side: Side, call: _Call) -> Callable[[], None]:
-    """Register a hook at a boundary. Returns what removes it."""
+def register(module: nn.Module, side: Side, call: _Call) -> Callable[[], None]:
+    """Register a hook at a boundary, for passes of this thread. Returns what removes it."""
     if side == "input":
         return module.register_forward_pre_hook(_on_input(call), with_kwargs=True).remove
     return module.register_forward_hook(_on_output(call)).remove

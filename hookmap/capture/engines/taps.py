@@ -46,6 +46,8 @@ class Taps:
         self._calls: dict[tuple[str, Side, Mode], int] = {}
         self._edges: dict[int, tuple[Term, GradientEdge | _Result]] = {}
         """of each selector, the term that was seen last, and its edge"""
+        self.found: Sequence[torch.Tensor] = ()
+        """of each selector, the gradient of its term's tensor, as it lies there; where the graph is kept"""
 
     @property
     def observers(self) -> tuple[Observer, ...]:
@@ -112,31 +114,60 @@ class Taps:
         self._edges[number] = (term, get_gradient_edge(tensor))
         return given
 
-    def differentiate(self, total: torch.Tensor, module: torch.nn.Module) -> None:
-        """Hand the gradients of `total` to `gradients`. Raises CaptureError where a point has none."""
+    def differentiate(self, total: torch.Tensor, module: torch.nn.Module, keep: bool = False) -> None:
+        """Hand the gradients of `total` to `gradients`. Raises CaptureError where a point has none.
+
+        keep: keep autograd's graph, for what is asked of it afterwards (`LocalGraph`).
+        """
         if not total.requires_grad:
             raise CaptureError(
                 "the metric does not depend on these points: it is computed from something else than the logits, or "
                 "detached from them."
             )
         self._check_sums(total)
-        edges = [self._edge(number) for number in range(len(self.selectors))]
-        found = torch.autograd.grad(total, edges, allow_unused=True)
+        edges = [self.edge(number) for number in range(len(self.selectors))]
+        found = torch.autograd.grad(total, edges, allow_unused=True, retain_graph=keep)
         if without := [str(s) for s, gradient in zip(self.selectors, found, strict=True) if gradient is None]:
             listed = "\n".join(f"  - {name}" for name in without)
             raise CaptureError(
                 f"the metric does not depend on these points, as far as autograd sees:\n{listed}\n"
                 "Nothing behind reads the tensor there, or the model detaches it: leave them out."
             )
-        parameter_at, shape = parameters_of(module), (self.gradients.kept.batch, len(self.gradients.columns))
+        self._parameter_at = parameters_of(module)
+        self.found = found if keep else ()
         with torch.no_grad():
-            for number, selector in enumerate(self.selectors):
-                term, gradient = self._edges[number][0], found[number]
-                arranged = term.arrange(term.view(gradient), *shape)
-                weight = None if term.weight is None else parameter_at(term.weight)
-                self.gradients.show(number, _of_product(selector, term, arranged, weight))
+            for number in range(len(self.selectors)):
+                self.gradients.show(number, self.of_point(number, found[number]))
 
-    def _edge(self, number: int) -> GradientEdge:
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of the batch, and columns that the pass is fed."""
+        return self.gradients.kept.batch, len(self.gradients.columns)
+
+    def term(self, number: int) -> Term:
+        """The term of a selector at whose tensor its gradient is taken."""
+        return self._edges[number][0]
+
+    def of_point(self, number: int, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of a point, [batch, pos, ...], from that of the tensor of its term."""
+        term = self.term(number)
+        weight = None if term.weight is None else self._parameter_at(term.weight)
+        return _of_product(self.selectors[number], term, self.arranged(number, gradient), weight)
+
+    def share(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
+        """What a tensor as it lies at the selector's term adds to the point, [batch, pos, ...]."""
+        term = self.term(number)
+        weight = None if term.weight is None else self._parameter_at(term.weight)
+        found: torch.Tensor = term.times(self.arranged(number, tensor), weight)
+        return found
+
+    def arranged(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as it lies at the selector's term, as [batch, pos, ...]."""
+        term = self.term(number)
+        found: torch.Tensor = term.arrange(term.view(tensor), *self.shape)
+        return found
+
+    def edge(self, number: int) -> GradientEdge:
         """Raises CaptureError where the result of an operation has no edge of its own."""
         edge = self._edges[number][1]
         if isinstance(edge, GradientEdge):
@@ -157,7 +188,7 @@ class Taps:
         sums = [n for n, s in enumerate(self.selectors) if len(s.terms) > 1 and all(t.scale > 0 for t in s.terms)]
         readers = _readers(total) if sums else Counter[tuple[Any, int]]()
         for number in sums:
-            edge = self._edge(number)
+            edge = self.edge(number)
             if readers[edge.node, edge.output_nr] != 1:
                 raise CaptureError(
                     f"{self.selectors[number]}: no single tensor of the model holds this sum, and the tensor that it "
