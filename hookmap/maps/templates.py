@@ -123,7 +123,7 @@ class TermTemplate(Frozen):
         if self.experts is not None:
             return boundary(short_path(self.experts, prefix), self.side, None)
         module = short_path(self.module, prefix) + operation_text(self.operation, self.occurrence)
-        product = "" if self.through is None else f" @ {short_path(self.through, prefix)}"
+        product = "" if self.through is None else f" @ {short_path(self.through, self.module)}"
         return boundary(module, self.side, self.index, self.scale, times, weight) + product
 
 

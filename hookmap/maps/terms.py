@@ -173,5 +173,5 @@ class Term:
         if self.experts is not None:
             return boundary(self.experts, self.side, None)
         module = (self.module or "model") + operation_text(self.operation, self.occurrence)
-        product = "" if self.through is None else f" @ {self.through}"
+        product = "" if self.through is None else f" @ {self.through.removeprefix(f'{self.module}.')}"
         return boundary(module, self.side, self.index, self.scale, weight=self.weight) + product

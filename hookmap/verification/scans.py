@@ -14,6 +14,8 @@ from hookmap.verification.heads import times
 from hookmap.verification.runner import Hook, observe
 
 _POINTS = ("scan_in", "scan_out", "mixer_gate")
+_PROJECTED = {"q_latent": "q", "k_latent": "v"}
+"""what is compressed -> what proves it, where that is there"""
 
 
 def scans(run: Context) -> Iterator[Check]:
@@ -22,7 +24,8 @@ def scans(run: Context) -> Iterator[Check]:
     """
     for kind in run.map.kinds:
         layer, place = kind.layers[0], run.given.positions // 2
-        there = [run.selector[name, layer] for name in _POINTS if (name, layer) in run.values]
+        names = (*_POINTS, *(name for name, made in _PROJECTED.items() if (made, layer) not in run.values))
+        there = [run.selector[name, layer] for name in names if (name, layer) in run.values]
         read = run.selector.get(("mixer_in", layer))
         if not there or read is None or read.side != "output" or len(read.terms) > 1:
             continue
@@ -33,7 +36,7 @@ def scans(run: Context) -> Iterator[Check]:
             moved = (change > run.tolerance).nonzero().flatten().tolist()
             behind = bool(moved) and moved[0] == place and (name == "scan_in" or moved[-1] > place)
             alone = moved in ([place], [place, place + 1])  # the next one too: a token shift (RWKV)
-            right = alone if name == "mixer_gate" else behind
+            right = alone if name == "mixer_gate" or name in _PROJECTED else behind
             detail = f"the sign of mixer_in at position {place} turned: {name} moves at {moved}"
             yield Check("scan", (layer,), right, detail)
         yield from _gated(run, layer, place)

@@ -11,6 +11,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.errors import CaptureError, InterventionError
+from hookmap.maps.parsing import parse
 from hookmap.model import HookedModel
 
 POINTS = ["router_indices", "expert_post", "expert_out"]
@@ -133,3 +134,12 @@ def test_they_are_not_written() -> None:
     edits = [{"do": "ablate", "point": "expert_out", "layers": [1]}]
     with pytest.raises(InterventionError, match="write router_weights"):
         opened("qwen3_moe").capture(RAGGED, ["resid_post"], [1], max_new_tokens=1, interventions=edits)
+
+
+def test_the_document_is_read_back_and_a_term_says_where_it_is() -> None:
+    found = opened("deepseek_v3").map
+    assert parse(found.to_document()) == found
+    post, out, result = (found.selectors(name, [1])[0] for name in ("expert_post", "expert_out", "attn_result"))
+    assert str(post) == "expert_post[1] = model.layers.1.mlp.experts.down_proj.input"
+    assert str(out) == "expert_out[1] = model.layers.1.mlp.experts.down_proj.output"
+    assert str(result) == "attn_result[1] = model.layers.1.self_attn.o_proj.input[0] @ weight.T"
