@@ -143,8 +143,9 @@ def _shared(wiring: Wiring, products: set[int]) -> Location:
             tensor = next(t for t in op.inputs if t not in beside)
         elif op.name in _SAME_SUM and op.inputs:
             tensor = op.inputs[-1 if op.name in ("copy", "alias_update") else 0]
-        else:
-            break
+        else:  # through a norm behind the sum (A.X K1), along what has its shape
+            alike = [t for t in op.inputs if wiring.shape(t) == wiring.shape(tensor) and _comes_of(wiring, t, products)]
+            tensor = alike[0] if op.name in aten.LIGHT and alike else None
     raise Missing("every token has only the experts that the router chooses for it")
 
 

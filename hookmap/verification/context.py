@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -267,3 +267,22 @@ def _layer_hooks(found: ArchitectureMap, model: nn.Module, layers_run: list[int]
 
 def _block(found: ArchitectureMap, layer: int) -> str:
     return found.at_layer(found.layers_path, layer)
+
+
+def made_into(run: Context, point: str, layer: int | None, below: str = "") -> Tensor | None:
+    """What one module below a path turned into a point, of the same shape; None where no module did."""
+    own, given, found = run.values[point, layer], dict[str, Tensor](), list[Tensor]()
+
+    def entered(path: str, args: Any, kwargs: Any, output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].shape == own.shape:
+            given[path] = args[0].detach().clone()
+
+    def left(path: str, args: Any, kwargs: Any, output: Any) -> None:
+        if path in given and isinstance(output, Tensor) and torch.equal(output, own):
+            found.append(given[path])
+
+    every = run.model.named_modules()
+    paths = [path for path, module in every if path.startswith(below) and not any(module.children())]
+    sides: tuple[tuple[Literal["input", "output"], Callable[..., None]], ...] = (("input", entered), ("output", left))
+    forward(run.model, run.given, [Hook(path, side, partial(act, path)) for path in paths for side, act in sides])
+    return found[0] if found else None

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from hookmap.maps.points import NOT_GATED
 from hookmap.verification.check import Check, relative_error
-from hookmap.verification.context import Context, first_and_last, module_at
+from hookmap.verification.context import Context, first_and_last, made_into, module_at
 from hookmap.verification.ends import read_times
 from hookmap.verification.runner import Hook, forward
 
@@ -95,7 +93,7 @@ def activations(run: Context) -> Iterator[Check]:
             continue  # it is multiplied by something that the map does not name
         pre, post = (run.values[name, layer].float() for name in ("mlp_pre", "mlp_post"))
         wrong = _not_a_function(pre, linear, post)
-        if wrong >= _FEW and (normed := _made_into(run, "mlp_post", layer)) is not None:
+        if wrong >= _FEW and (normed := _before_a_norm(run, layer)) is not None:
             wrong = _not_a_function(pre, linear, normed.float())
         detail = "mlp_post = f(mlp_pre)" + (" * mlp_pre_linear" if linear is not None else "")
         yield Check("activations", (layer,), wrong < _FEW, detail, wrong)
@@ -116,22 +114,9 @@ def _not_a_function(pre: Tensor, linear: Tensor | None, post: Tensor) -> float:
     return float((rises > allowed).float().mean())
 
 
-def _made_into(run: Context, point: str, layer: int | None) -> Tensor | None:
-    """What one module turned into a point, of the same shape; None where no module did."""
-    own, given, found = run.values[point, layer], dict[str, Tensor](), list[Tensor]()
-
-    def entered(path: str, args: Any, kwargs: Any, output: Any) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].shape == own.shape:
-            given[path] = args[0].detach().clone()
-
-    def left(path: str, args: Any, kwargs: Any, output: Any) -> None:
-        if path in given and isinstance(output, Tensor) and torch.equal(output, own):
-            found.append(given[path])
-
-    paths = [path for path, module in run.model.named_modules() if not any(module.children())]
-    sides: tuple[tuple[Literal["input", "output"], Callable[..., None]], ...] = (("input", entered), ("output", left))
-    forward(run.model, run.given, [Hook(path, side, partial(act, path)) for path in paths for side, act in sides])
-    return found[0] if found else None
+def _before_a_norm(run: Context, layer: int) -> Tensor | None:
+    """What a module of the MLP itself turned into mlp_post."""
+    return made_into(run, "mlp_post", layer, run.selector["mlp_post", layer].terms[-1].module.rpartition(".")[0] + ".")
 
 
 def preactivations(run: Context) -> Iterator[Check]:
@@ -162,7 +147,7 @@ def _scale(run: Context, name: str, normed: str, layer: int | None, states: list
     if scale is None or given is None or not candidates:
         return
     error = min(_norm_misfit(each.double(), scale.double(), given.double()) for each in candidates)
-    if error > 10 * run.tolerance and (read := _made_into(run, normed, layer)) is not None:  # a mixture of streams
+    if error > 10 * run.tolerance and (read := made_into(run, normed, layer)) is not None:  # a mixture of streams
         error = _norm_misfit(read.double(), scale.double(), given.double())
     layers = () if layer is None else (layer,)
     yield Check("scales", layers, error <= 10 * run.tolerance, f"{normed} = the stream * {name} * weights", error)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hookmap.maps.points import PointName
 from hookmap.verification.check import Check, relative_error
-from hookmap.verification.context import Context
+from hookmap.verification.context import Context, made_into
 
 
 def results(run: Context) -> Iterator[Check]:
@@ -73,12 +73,17 @@ def _sum(run: Context, name: PointName, layer: int, out: Tensor) -> Iterator[Che
     weights = run.values.get((name.numbered("router_weights"), layer))
     if whole is None:
         return
-    routed = whole - run.values.get((name.numbered("shared_expert_out"), layer), torch.zeros_like(whole))
+    shared = run.values.get((name.numbered("shared_expert_out"), layer), torch.zeros_like(whole))
+    routed = whole - shared
     sums = [out.sum(2)] + ([] if weights is None else [(out * weights.unsqueeze(-1)).sum(2)])
     if any(each.shape != routed.shape for each in sums):
         yield Check("experts", (layer,), False, "expert_out is as wide as mlp_out_raw")
         return
     error = min(_multiple(each, routed) for each in sums)
+    if error > run.tolerance:  # a norm stands in the MLP behind the sum (A.X K1)
+        raw = name.numbered("mlp_out_raw")
+        before = made_into(run, raw, layer, run.selector[raw, layer].terms[-1].module + ".")
+        error = error if before is None else min(_multiple(each, before - shared) for each in sums)
     detail = "expert_out * router_weights, summed over the experts, with shared_expert_out, is mlp_out_raw"
     yield Check("experts", (layer,), error <= run.tolerance, detail, error)
 

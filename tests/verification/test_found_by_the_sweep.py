@@ -28,6 +28,24 @@ FEW: dict[str, Any] = {**TWO, "num_attention_heads": 4, "num_key_value_heads": 2
             ["mixer_norm_scale", "mlp_norm_scale"],
             id="cpmant",
         ),
+        # A norm stands behind the sum of the experts.
+        pytest.param(
+            "axk1",
+            {
+                **FEW,
+                "n_routed_experts": 4,
+                "n_group": 2,
+                "topk_group": 1,
+                "num_experts_per_tok": 2,
+                "first_k_dense_replace": 0,
+                "moe_intermediate_size": 32,
+                "kv_lora_rank": 16,
+                "q_lora_rank": 24,
+                "num_key_value_heads": 4,
+            },
+            ["shared_expert_out", "expert_out"],
+            id="axk1",
+        ),
         # The activations are computed in float32, whatever the dtype; softmax reads a sink beside the scores.
         pytest.param("gpt_oss", {**FEW, "num_local_experts": 4}, ["pattern"], id="gpt_oss"),
     ],
