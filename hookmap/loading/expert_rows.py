@@ -275,6 +275,7 @@ class ExpertRows:
         `chosen`: numbers of experts, [..., k]. Raises CaptureError where a chosen expert's row was not seen, or twice.
         """
         chosen = chosen.reshape(-1, chosen.shape[-1])
+        found: list[tuple[Tensor, Tensor]]
         if side == "input":
             found = self._read
         else:
@@ -282,6 +283,7 @@ class ExpertRows:
             found = self._weighted or [(label, t) for label, t in last if label is not None]
         if self._trouble or not found or len(chosen) != self._positions:
             raise CaptureError(f"{self._parameter}: {self._trouble or self._unseen(found, chosen)}. {_ASK}")
+        found = [(label, tensor) for label, tensor in found if label.numel()]  # an expert may have no token
         device = found[0][1].device
         labels = torch.cat([label.flatten() for label, _ in found]).to(device)
         values = torch.cat([tensor.reshape(label.numel(), -1) for label, tensor in found])

@@ -86,6 +86,20 @@ def test_experts_that_all_tokens_go_through_are_told_apart() -> None:
         torch.testing.assert_close(run.read(row, "expert_post", 1), post.detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_experts_in_a_module_of_their_own_some_without_a_token_are_found() -> None:
+    """JetMoE sorts its tokens in one module, and multiplies them in another, also those of experts that have none."""
+    hm = opened("jetmoe")
+    run = hm.capture(RAGGED, [*POINTS, "mlp_in"], [1], max_new_tokens=3)
+    own: Any = hm.model.get_submodule("model.layers.1.mlp")
+    for row in range(len(RAGGED)):
+        x, chosen = run.read(row, "mlp_in", 1), run.read(row, "router_indices", 1)
+        gate, up = torch.einsum("td,tkfd->tkf", x, own.input_linear.weight[chosen]).chunk(2, -1)
+        post = own.activation(gate) * up
+        out = torch.einsum("tkf,tkdf->tkd", post, own.output_linear.weight[chosen])
+        torch.testing.assert_close(run.read(row, "expert_post", 1), post.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run.read(row, "expert_out", 1), out.detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_else_of_the_run_changes() -> None:
     hm = opened("qwen3_moe")
     hm.model.set_experts_implementation("grouped_mm")

@@ -31,6 +31,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **_COMMON, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
     ),
+    "jetmoe": lambda: tf.JetMoeConfig(
+        **_COMMON, num_local_experts=4, num_experts_per_tok=2, kv_channels=8
+    ),
     "llama4": lambda: tf.Llama4TextConfig(
         **_COMMON, head_dim=8, num_local_experts=4, num_experts_per_tok=2, intermediate_size_mlp=40,
         interleave_moe_layer_step=1, attention_chunk_size=32,
