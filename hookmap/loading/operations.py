@@ -49,6 +49,8 @@ class Forward:
     path: str
     calls: dict[tuple[str, int], dict[str, list[Call]]] = field(default_factory=dict)
     """(operator, which of that name) -> side -> what is called"""
+    operators: set[str] = field(default_factory=set)
+    """those of `calls`"""
     visits: dict[str, int] = field(default_factory=dict)
     """operator -> how many of that name every forward has, where that is known or was seen"""
     alone: set[str] = field(default_factory=set)
@@ -64,6 +66,7 @@ class Forward:
             own.calls.setdefault(side, []).extend(calls)
             return
         assert term.operation is not None
+        self.operators.add(term.operation)
         sides = self.calls.setdefault((term.operation, term.occurrence or 0), {})
         sides.setdefault(side, []).extend(calls)
         if term.visits is not None:
@@ -193,45 +196,43 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if is_composite(func):  # in inference mode it comes undivided
+        _, name, is_composite = _KNOWN.get(id(func)) or _known(func)
+        if is_composite:  # in inference mode it comes undivided
             with self:
                 return func.decompose(*args, **kwargs)
-        operator = operator_name(func)
+        if not self._rows:
+            return self._run(func, name, args, kwargs)
         for rows in (each for group in self._rows for each in group):
-            rows.before(func, operator, args)
-        result = self._run(func, operator, args, kwargs)
+            rows.before(func, name, args)
+        result = self._run(func, name, args, kwargs)
         for rows in (each for group in self._rows for each in group):
-            rows.after(func, operator, args, kwargs, result)
+            rows.after(func, name, args, kwargs, result)
         return result
 
-    def _run(self, func: Any, operator: str, args: Any, kwargs: Any) -> Any:
+    def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         frame = self._frames[-1] if self._frames else None
         if frame is None:  # inside another module, of whose experts the rows are followed
             return func(*args, **kwargs)
         forward, counts = frame
-        number = counts.get(operator, 0)
-        counts[operator] = number + 1
-        calls = forward.calls.get((operator, number))
+        number = counts.get(name, 0)
+        counts[name] = number + 1
+        calls = forward.calls.get((name, number)) if name in forward.operators else None
         return func(*args, **kwargs) if calls is None else _shown(func, args, kwargs, calls)
 
 
-_NAMES: dict[Any, str] = {}
-_COMPOSITE: dict[Any, bool] = {}
+_KNOWN: dict[int, tuple[Any, str, bool]] = {}
+"""id of an operator -> the operator, its name, and whether PyTorch divides it; hashing one takes a call of Python"""
 
 
-def operator_name(func: Any) -> str:
-    """The overload packet: `add` for aten.add.Tensor and aten.add_.Tensor alike."""
-    if func not in _NAMES:
-        _NAMES[func] = func._schema.name.split("::")[-1].rstrip("_")
-    return _NAMES[func]
+def _known(func: Any) -> tuple[Any, str, bool]:
+    """The name is that of the overload packet: `add` for aten.add.Tensor and aten.add_.Tensor alike.
 
-
-def is_composite(func: Any) -> bool:
-    """Whether PyTorch divides it into other operations before it reaches a dispatch mode, unless in inference mode."""
-    if func not in _COMPOSITE:
-        key = "CompositeImplicitAutograd"
-        _COMPOSITE[func] = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
-    return _COMPOSITE[func]
+    A composite one is divided into others before it reaches a dispatch mode, unless in inference mode.
+    """
+    is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    found = func, func._schema.name.split("::")[-1].rstrip("_"), is_composite
+    _KNOWN[id(func)] = found
+    return found
 
 
 def _shown(func: Any, args: Any, kwargs: Any, calls: Mapping[str, list[Call]]) -> Any:
