@@ -94,7 +94,7 @@ def _first(wiring: Wiring, tensors: list[int], width: int) -> Location:
         for place in wiring.locator.places(value):
             if place.shape[-1] == width:
                 return wiring.locator.at(place)
-    raise Missing("no module boundary exposes it")
+    raise Missing(wiring.locator.why_nowhere(wiring.block.values.value(tensors[0])))
 
 
 def _weights(wiring: Wiring, choice: Operation) -> Location:
@@ -107,7 +107,7 @@ def _weights(wiring: Wiring, choice: Operation) -> Location:
         if place.shape[-1] == width
     ]
     if not places:
-        raise Missing("no module boundary exposes it")
+        raise Missing("no module hands over one weight for each chosen expert")
     return wiring.locator.at(max(places, key=lambda each: each[0])[1])
 
 

@@ -172,7 +172,22 @@ class Locator:
         if shared := [e.call.path for e in places if not self._is_shared and self._paths(e.call) > 1]:
             path = self.templated(min(shared, key=lambda path: path.count(".")))
             return f"only {path} has it, which serves several layers: no path says whose call it is"
-        return NOWHERE
+        return next(filter(None, map(self._computed, values)), NOWHERE)
+
+    def _computed(self, value: int) -> str | None:
+        """Which operation makes a value that no module hands over; None where none in this call does."""
+        op = self.values.producers.get(value)
+        if op is None or op.call < 0 or not self.within.enter < op.time < self.within.exit:
+            return None
+        call = self.values.flow.calls[op.call]
+        where = f"the operation `{op.name}` in the forward of {self.templated(call.path) or 'the model'} computes it"
+        if call.enter < self.within.enter:
+            return f"{where}, which runs every layer in turn: no place there is one layer's"
+        shape = self.values.shape(op.outputs[0])
+        return f"no module hands it over: {where}, as a tensor of {', '.join(map(self._axis, shape))}"
+
+    def _axis(self, size: int) -> str:
+        return "tokens" if size == self.seq else str(size)
 
     @cached_property
     def _is_shared(self) -> bool:

@@ -19,6 +19,7 @@ from support import mutants
 from torch import Tensor, nn
 
 from hookmap.discovery.discover import discover
+from hookmap.loading.operations import Forward, showing
 from hookmap.maps.selectors import Selector
 from hookmap.maps.terms import Term
 from hookmap.verification.verify import verify
@@ -60,8 +61,9 @@ def read(
     model: nn.Module, selectors: Iterable[Selector], ids: Tensor = IDS, **settings: Any
 ) -> dict[tuple[Selector, int], Tensor]:
     """What plain hooks in one run find at the terms of the selectors, (selector, number of the term) -> tensor: in the
-    call that the term names, else in the last."""
+    call that the term names, else in the last. At an operation in a module's forward, what a dispatch mode finds."""
     found: dict[tuple[Selector, int], Tensor] = {}
+    forwards: dict[nn.Module, Forward] = {}
 
     def kept(selector: Selector, number: int) -> Any:
         term, calls = selector.terms[number], count()
@@ -70,12 +72,16 @@ def read(
             if term.call in (None, next(calls)):
                 found[selector, number] = term.resolve(args, kwargs, output).detach().clone()
 
+        if term.operation is not None:
+            own = forwards.setdefault(model.get_submodule(term.module), Forward(term.module))
+            own.add(term, term.side, [lambda args, kwargs, output: hook(None, args, kwargs, output)])
+            return None
         return model.get_submodule(term.module).register_forward_hook(hook, with_kwargs=True)
 
     handles = [kept(selector, number) for selector in selectors for number in range(len(selector.terms))]
-    with torch.no_grad():
+    with torch.no_grad(), showing(forwards, lambda: True):
         model(ids, **settings)
-    for handle in handles:
+    for handle in filter(None, handles):
         handle.remove()
     return found
 
