@@ -175,12 +175,14 @@ class Locator:
         return next(filter(None, map(self._computed, values)), NOWHERE)
 
     def _computed(self, value: int) -> str | None:
-        """Which operation makes a value that no module hands over; None where none in this call does."""
+        """Which operation makes a value that no module hands over; None where none does."""
         op = self.values.producers.get(value)
-        if op is None or op.call < 0 or not self.within.enter < op.time < self.within.exit:
+        if op is None or op.call < 0:
             return None
         call = self.values.flow.calls[op.call]
         where = f"the operation `{op.name}` in the forward of {self.templated(call.path) or 'the model'} computes it"
+        if call.exit < self.within.enter:
+            return f"{where}, before this layer begins"
         if call.enter < self.within.enter:
             return f"{where}, which runs every layer in turn: no place there is one layer's"
         shape = self.values.shape(op.outputs[0])

@@ -48,7 +48,7 @@ def test_a_term_names_the_parameter_that_multiplies_it() -> None:
     "block", [streams.Sphere, streams.SphereByLength, streams.SphereBySize, streams.SphereOfGroups]
 )
 def test_norms_on_the_stream_are_written_out(block: type[streams.Sphere]) -> None:
-    found = check(Ladder(block), dict.fromkeys(("mixer_out", "mlp_out"), "no module boundary exposes it"))
+    found = check(Ladder(block), dict.fromkeys(("mixer_out", "mlp_out"), "no module hands it over: the operation"))
     assert found.kinds[0].branch_order == "sequential" and found.kinds[0].norm_placement == "post"
 
 
@@ -132,7 +132,7 @@ def test_what_is_no_addition_is_named(block: type[streams.Joined], operator: str
 
 @pytest.mark.parametrize("block", [coupled.Hyper, coupled.HyperByConstants])
 def test_streams_in_one_tensor_are_mixed_by_fixed_numbers(block: type[coupled.Hyper]) -> None:
-    reason = "no module boundary exposes it"
+    reason = "no module hands it over: the operation"
     found = check(coupled.Streams(block), dict.fromkeys(("mixer_out", "resid_mid", "mlp_out"), reason))
     assert found.kinds[0].axes == ("batch", "pos", "stream", "d_model")
     assert (found.kinds[0].branch_order, found.kinds[0].norm_placement) == ("sequential", "pre")
