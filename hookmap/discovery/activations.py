@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from hookmap.discovery import aten
 from hookmap.discovery.locate import Location
-from hookmap.discovery.operation_places import at_output
+from hookmap.discovery.operation_places import at_output, before_casts
 from hookmap.discovery.wiring import Missing, Places, Wiring, attempt, is_product
 from hookmap.maps.points import NOT_GATED
 
@@ -35,18 +35,15 @@ def _only(wiring: Wiring, tensors: list[int], what: str) -> Location:
     if len(tensors) != 1:
         raise Missing(f"{len(tensors) or 'no'} tensors of this MLP are read by the {what}")
     (tensor,) = tensors
-    shape, flow = wiring.shape(tensor), wiring.block.values.flow
-    while True:
-        for place in wiring.locator.places(wiring.block.values.value(tensor)):
+    shape = wiring.shape(tensor)
+    for alike in before_casts(wiring.locator, tensor):
+        for place in wiring.locator.places(wiring.block.values.value(alike)):
             if place.shape[-1] == shape[-1]:
                 return wiring.locator.at(place)
-        found = at_output(wiring.locator, tensor, None)
+        found = at_output(wiring.locator, alike, None)
         if found is not None and wiring.block.seq in shape[:-1]:
             return found
-        op = flow.producer(tensor)
-        if op is None or op.name not in aten.COPIES or id(op) not in wiring.inside:
-            raise Missing("the operation that makes it does not run in the same way for every text")
-        (tensor,) = op.inputs[:1]  # the same numbers, in another dtype
+    raise Missing("the operation that makes it does not run in the same way for every text")
 
 
 def _arms(wiring: Wiring, post: int) -> Iterator[tuple[int, bool]]:

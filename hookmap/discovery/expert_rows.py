@@ -13,7 +13,7 @@ from math import prod
 from hookmap.discovery import aten
 from hookmap.discovery.dataflow import Operation
 from hookmap.discovery.locate import Location
-from hookmap.discovery.operation_places import at_output
+from hookmap.discovery.operation_places import at_output, before_casts
 from hookmap.discovery.wiring import Missing, Places, Wiring, attempt, is_product
 from hookmap.maps.reading import BY_DATAFLOW
 from hookmap.maps.templates import TermTemplate
@@ -165,11 +165,11 @@ def _comes_of(wiring: Wiring, tensor: int, products: set[int]) -> bool:
 
 
 def _placed(wiring: Wiring, tensor: int) -> Location:
-    value = wiring.block.values.value(tensor)
-    places = [each for each in wiring.locator.places(value) if each.side == "output"]
-    if places:
-        return wiring.locator.at(min(places, key=lambda each: each.call.path.count(".")))
-    found = at_output(wiring.locator, tensor, None)
-    if found is None or wiring.block.seq not in wiring.shape(tensor)[:-1]:
-        raise Missing("the operation that makes it does not run in the same way for every text")
-    return found
+    for alike in before_casts(wiring.locator, tensor):
+        places = [e for e in wiring.locator.places(wiring.block.values.value(alike)) if e.side == "output"]
+        if places:
+            return wiring.locator.at(min(places, key=lambda each: each.call.path.count(".")))
+        found = at_output(wiring.locator, alike, None)
+        if found is not None and wiring.block.seq in wiring.shape(alike)[:-1]:
+            return found
+    raise Missing("the operation that makes it does not run in the same way for every text")

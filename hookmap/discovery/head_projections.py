@@ -35,6 +35,8 @@ def latent(wiring: Wiring, tensor: int, name: str) -> Location:
     if len(found) != 1:
         raise Missing(POINTS[name].absent)
     tensor = wiring.tensor_of(found[0])
+    if len(wiring.shape(tensor)) > 3:
+        raise Missing("the model makes it with an axis of its own beside batch and positions")
     places = [place for place in wiring.locator.places(found[0]) if place.shape == wiring.shape(tensor)]
     outputs = [place for place in places if place.side == "output"]
     if not places and wiring.block.seq in wiring.shape(tensor)[:-1]:

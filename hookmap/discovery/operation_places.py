@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hookmap.discovery import aten
 from hookmap.discovery.dataflow import Operation
@@ -20,6 +20,15 @@ def at_output(locator: Locator, tensor: int, axes: Sequence[str] | None) -> Loca
     if op is None:
         return None
     return _at(locator, op, "output", op.outputs.index(tensor) if len(op.outputs) > 1 else None, axes)
+
+
+def before_casts(locator: Locator, tensor: int) -> Iterator[int]:
+    """The tensor, and those with the same numbers that it was cast or copied from, inside the locator's call."""
+    yield tensor
+    flow = locator.values.flow
+    while (op := flow.producer(tensor)) is not None and op.name in aten.COPIES and op.time > locator.within.enter:
+        (tensor,) = op.inputs[:1]
+        yield tensor
 
 
 def at_input(locator: Locator, op: Operation, number: int, axes: Sequence[str] | None) -> Location | None:
