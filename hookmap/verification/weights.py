@@ -80,12 +80,29 @@ def _sum(run: Context, name: PointName, layer: int, out: Tensor) -> Iterator[Che
         yield Check("experts", (layer,), False, "expert_out is as wide as mlp_out_raw")
         return
     error = min(_multiple(each, routed) for each in sums)
+    if weights is None and error > run.tolerance:
+        error = _some_weights(out, routed)
     if error > run.tolerance:  # a norm stands in the MLP behind the sum (A.X K1)
         raw = name.numbered("mlp_out_raw")
         before = made_into(run, raw, layer, run.selector[raw, layer].terms[-1].module + ".")
         error = error if before is None else min(_multiple(each, before - shared) for each in sums)
     detail = "expert_out * router_weights, summed over the experts, with shared_expert_out, is mlp_out_raw"
     yield Check("experts", (layer,), error <= run.tolerance, detail, error)
+
+
+def _some_weights(out: Tensor, routed: Tensor) -> float:
+    """How far it is from a sum with some weight for each chosen expert of each token, and a bias: the nearest such."""
+    each, rows = out.flatten(0, 1).double(), routed.flatten(0, 1).double()  # [tokens, k, d], [tokens, d]
+    tokens, count, width = each.shape
+    if 2 * (tokens * count + width) > tokens * width:
+        return float("inf")  # they would explain anything
+    columns = torch.zeros(tokens, width, tokens * count + width, dtype=each.dtype, device=each.device)
+    for token in range(tokens):
+        columns[token, :, token * count : (token + 1) * count] = each[token].T
+    columns[:, :, tokens * count :] = torch.eye(width, dtype=each.dtype, device=each.device)
+    matrix = columns.flatten(0, 1)
+    found = matrix @ torch.linalg.lstsq(matrix, rows.flatten()[:, None]).solution
+    return relative_error(found.view_as(rows), rows)
 
 
 def _multiple(summed: Tensor, routed: Tensor) -> float:

@@ -13,6 +13,7 @@ import hookmap
 from hookmap.errors import CaptureError, InterventionError
 from hookmap.maps.parsing import parse
 from hookmap.model import HookedModel
+from hookmap.verification.verify import verify
 
 POINTS = ["router_indices", "expert_post", "expert_out"]
 FUSED = ["qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "deepseek_v3", "gpt_oss"]
@@ -157,3 +158,9 @@ def test_the_document_is_read_back_and_a_term_says_where_it_is() -> None:
     assert str(post) == "expert_post[1] = model.layers.1.mlp.experts.down_proj.input"
     assert str(out) == "expert_out[1] = model.layers.1.mlp.experts.down_proj.output"
     assert str(result) == "attn_result[1] = model.layers.1.self_attn.o_proj.input[0] @ weight.T"
+
+
+def test_experts_whose_weights_no_module_shows_are_proved() -> None:
+    checks = verify(experts_by_hand.build("jetmoe")).checks
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
+    assert sum(check.name == "experts" for check in checks) == 4
