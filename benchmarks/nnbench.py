@@ -147,7 +147,7 @@ def _cells() -> None:
     @on("attention_pattern")
     def attention_pattern(be: Any, hm: Any, prompts: Any, *, layers: Any = "all") -> torch.Tensor:
         [prompt] = prompts
-        run = hm.capture(prompt, "pattern", layers, max_new_tokens=0, positions="last")
+        run = hm.capture(prompt, "pattern", layers, max_new_tokens=0)
         return torch.stack([run.read(0, *key)[-1] for key in run.keys]).log()
 
     @on("attribution_patching")
@@ -187,7 +187,7 @@ def _cells() -> None:
 
         def build() -> Any:
             chosen = range(len(blocks)) if layers == "all" else layers
-            seen = [blocks[i].self_attn.source.attention_interface_0.output[1][0, :, -1, :] for i in chosen]
+            seen = [blocks[i].self_attn.output[1][0, :, -1, :] for i in chosen]
             return torch.log(torch.stack(seen))
 
         return be.run(model, prompts, build)
