@@ -25,6 +25,8 @@ from hookmap.errors import (
 
 if TYPE_CHECKING:
     from hookmap import metrics
+    from hookmap.analysis.examples.files import open_examples
+    from hookmap.analysis.reductions.files import open_statistics
     from hookmap.capture.interventions.functions import apply, watch
     from hookmap.capture.result import Capture
     from hookmap.datasets.pairs import Pair, load_pairs
@@ -66,9 +68,11 @@ __all__ = [
     "load_prompts",
     "metrics",
     "open",
+    "open_examples",
     "open_on_ray",
     "open_on_vllm",
     "open_remote",
+    "open_statistics",
     "open_store",
     "verify",
     "watch",
@@ -86,9 +90,11 @@ _HOMES = {
     "load_pairs": "hookmap.datasets.pairs",
     "load_prompts": "hookmap.datasets.records",
     "open": "hookmap.model",
+    "open_examples": "hookmap.analysis.examples.files",
     "open_on_ray": "hookmap.services.ray.model",
     "open_on_vllm": "hookmap.vllm.model",
     "open_remote": "hookmap.services.nnsight_server",
+    "open_statistics": "hookmap.analysis.reductions.files",
     "open_store": "hookmap.stores",
     "verify": "hookmap.verification.verify",
     "watch": "hookmap.capture.interventions.functions",

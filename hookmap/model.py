@@ -14,6 +14,7 @@ from hookmap.analysis.head_outputs import stack_head_results
 from hookmap.analysis.heads import HeadScores, head_scores
 from hookmap.analysis.lens import Lens, lens
 from hookmap.analysis.metrics import losses, measure
+from hookmap.analysis.over_texts import OverTexts
 from hookmap.analysis.patching import sweep
 from hookmap.analysis.steering import SteeringVector, make_vector
 from hookmap.analysis.sweeps import Sweep
@@ -42,7 +43,7 @@ from hookmap.maps.document import ArchitectureMap
 from hookmap.verification.opening import hold
 
 
-class HookedModel(ByGradients):
+class HookedModel(ByGradients, OverTexts):
     """A causal language model to capture from and analyse. Made by `hookmap.open`."""
 
     @cached_property

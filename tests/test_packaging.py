@@ -80,7 +80,20 @@ def test_the_extras_are_those_of_the_docs_and_all_holds_each(wheel: zipfile.ZipF
     (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
     document = message_from_bytes(wheel.read(name))
     extras = set(document.get_all("Provides-Extra", []))
-    assert extras == {"all", "data", "docs", "eval", "gguf", "scale", "server", "test", "vision", "viz", "vllm"}
+    assert extras == {
+        "all",
+        "data",
+        "docs",
+        "eval",
+        "gguf",
+        "scale",
+        "server",
+        "stats",
+        "test",
+        "vision",
+        "viz",
+        "vllm",
+    }
     needs = [Requirement(line) for line in document.get_all("Requires-Dist", [])]
     core = {need.name for need in needs if need.marker is None}
 

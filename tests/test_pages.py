@@ -34,7 +34,7 @@ NOT_RUN = {
     "installs packages": 6,
     "takes minutes": 3,
     "another program": 1,
-    "needs the real model": 1,
+    "needs the real model": 3,
     "needs vLLM": 5,
 }
 

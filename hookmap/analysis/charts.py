@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hookmap.analysis.grid import Grid
-from hookmap.errors import CaptureError, StoreError
+from hookmap.errors import CaptureError, SelectionError, StoreError
 from hookmap.extras import needed
 from hookmap.stores.durable_files import writing
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from hookmap.analysis.attribution import Attribution
     from hookmap.analysis.heads import HeadScores
+    from hookmap.analysis.outliers import OutlierFeatures
 
 FORMATS = (".png", ".svg", ".html")
 MISSING = 'pictures need Altair and vl-convert: pip install "hookmap[viz]"'
@@ -178,6 +179,36 @@ def head_scores(scores: HeadScores, kinds: Sequence[str] | None = None, *, title
         .facet(facet=alt.Facet("kind:N", title=None, sort=[k.replace("_", " ") for k in named]), columns=4)
     )
     return chart.properties(title=title or "where heads look, as a share of their attention", background="white")
+
+
+def outlier_features(found: OutlierFeatures, top: int = 20, *, title: str = "") -> Any:
+    """An Altair chart of the largest magnitude of the `top` largest features of each point, by layer, on a log scale.
+
+    Raises SelectionError where there are no such features, CaptureError where Altair is not installed.
+    """
+    alt, charts = load_altair(), []
+    for point in found.points:
+        features = [each.feature for each in found.of(point)[:top]]
+        if not features:
+            continue
+        keys, sizes = found.magnitudes(point, features)
+        names = ["" if key[1] is None else str(key[1]) + "".join(f" call {c}" for c in key[2:]) for key in keys]
+        rows = [
+            {"layer": name, "feature": str(feature), "value": _short(max(value, 1e-3))}
+            for name, row in zip(names, sizes.tolist(), strict=True)
+            for feature, value in zip(features, row, strict=True)
+        ]
+        drawn = alt.Chart(alt.Data(values=rows)).mark_rect(stroke="white", strokeWidth=0.5)
+        drawn = drawn.encode(
+            x=alt.X("feature:N", title=f"feature of {point}", sort=[str(each) for each in features]),
+            y=alt.Y("layer:N", title="layer", sort=names[::-1], axis=alt.Axis(labelOverlap=True)),
+            color=alt.Color("value:Q", title="largest |x|", scale=alt.Scale(scheme="blues", type="log", clamp=True)),
+            tooltip=["layer:N", "feature:N", alt.Tooltip("value:Q", format=".4~g")],
+        )
+        charts.append(drawn.properties(width=max(120, 26 * len(features)), height=12 * len(names)))
+    if not charts:
+        raise SelectionError("no outlier features and no massive activations: there is nothing to draw.")
+    return alt.hconcat(*charts).properties(title=title or "the largest magnitudes, by layer", background="white")
 
 
 def _heads(count: int, heads: Sequence[int] | None) -> list[tuple[int, int]]:

@@ -4,13 +4,14 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
 from pathlib import Path
 from typing import Any
 
+from hookmap.activations import Sink
 from hookmap.capture.batches import Generating, Harvesting, read_by
 from hookmap.capture.engines import Engine
 from hookmap.capture.estimate import Estimate, check_room
@@ -68,6 +69,13 @@ class Prepared:
         made = [Capture(s, self.run.selectors, self.map, getattr(s, "manifest", manifest)) for s in stores]
         made[0].before = made[1] if self._before else None
         return made[0]
+
+    def into(self, sink: Sink, finished: Set[int] = frozenset()) -> None:
+        """Run every batch with an unfinished sample, and hand a sink its rows where they are: on the device."""
+        self.run.rows_stay = True
+        log.info("run: %s; engine %s (%s)", self.expected, self.run.engine.name, self.why)
+        self.run.all(self.groups, Lacking(sink, finished), finished)
+        _log_memory(self.run)
 
     @property
     def _before(self) -> bool:

@@ -56,6 +56,8 @@ class Run(ABC):
     watches: tuple[Watch, ...] = ()
     before: Sink | None = None
     """sink of the rows before the edits"""
+    rows_stay: bool = False
+    """whether the sink gets rows on the device that they were made on; else on the host"""
     _most: int | None = None
     """how many prompts fit into memory together, once a larger batch did not"""
 
@@ -137,7 +139,13 @@ class Run(ABC):
 
     def _observer(self, layout: BatchLayout, sink: Sink) -> Observer:
         return Observer(
-            self.selectors, layout, sink.write, keys=self._keys, selection=self.selection, matching=self.matching
+            self.selectors,
+            layout,
+            sink.write,
+            keys=self._keys,
+            selection=self.selection,
+            matching=self.matching,
+            rows_stay=self.rows_stay,
         )
 
     @property
@@ -151,15 +159,21 @@ class Run(ABC):
         return running(self.engine, reads_attention((*self.selectors, *written, *watched)))
 
     def _finish(self, sink: Sink, observer: Observer, row: int, prompt: Prompt, new: list[int]) -> None:
-        rows, positions = observer.rows(row)
-        text, ids, known = decode(new, self.tokenizer), (*prompt.token_ids, *new), len(prompt.token_ids)
         number = observer.layout.samples[row]
-        pictured = (prompt.image_positions, prompt.pictures or None) if prompt.inputs is not None else (None, None)
-        own = (prompt.id, prompt.labels, *pictured, prompt.encoder_token_ids)
-        sample = Sample(number, prompt.text, text, ids, known, rows, positions, *own)
+        sample = sample_of(number, prompt, decode(new, self.tokenizer), new, *observer.rows(row))
         sink.finish(sample)
         if self.before is not None and self.edits:
             self.before.finish(sample)
+
+    def expected(self, number: int) -> Sample:
+        """What the sample of this prompt will be, where nothing is generated."""
+        prompt, selection = self.prompts[number], self.selection
+        known = (len(prompt.token_ids), self.matching, prompt.image_positions)
+        places = sorted(selection.places(prompt.token_ids, *known))
+        if selection.mean:
+            return sample_of(number, prompt, "", [], min(1, len(places)), "mean")
+        places = places[-1:] if selection.one_row else places
+        return sample_of(number, prompt, "", [], len(places), None if selection.everything else tuple(places))
 
     def _too_long(self, longest: int, error: IndexError) -> None:
         """Raises CaptureError where the model has fewer positions, and the given error otherwise."""
@@ -174,6 +188,14 @@ class Run(ABC):
     def _show(self, tokens_done: int) -> None:
         if self.progress is not None:
             self.progress(Progress(self.done, len(self.prompts), tokens_done, self.max_new_tokens))
+
+
+def sample_of(number: int, prompt: Prompt, text: str, new: Sequence[int], rows: int, positions: Any) -> Sample:
+    """The sample that a prompt has become. `new`: the tokens generated, whose text is `text`."""
+    pictured = (prompt.image_positions, prompt.pictures or None) if prompt.inputs is not None else (None, None)
+    own = (prompt.id, prompt.labels, *pictured, prompt.encoder_token_ids)
+    ids = (*prompt.token_ids, *new)
+    return Sample(number, prompt.text, text, ids, len(prompt.token_ids), rows, positions, *own)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ WITHOUT = {
     "gguf": "control vectors as GGUF",
     "scale": "captures on Ray (--engine ray)",
     "server": "hookmap serve",
+    "stats": "quantiles of activations",
     "vision": "prompts with images",
     "viz": "pictures (--png, --html)",
     "vllm": "captures on vLLM (--engine vllm)",

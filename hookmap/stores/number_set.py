@@ -74,6 +74,10 @@ class NumberSet(MutableSet[int]):
             made = NumberSet(numbers)
             self._starts, self._stops = made._starts, made._stops
 
+    def ranges(self) -> list[tuple[int, int]]:
+        """The first and the last number of each range, ascending."""
+        return [(start, stop - 1) for start, stop in zip(self._starts, self._stops, strict=True)]
+
     def copy(self) -> "NumberSet":
         """Another set of the same numbers."""
         made = NumberSet()

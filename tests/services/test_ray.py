@@ -126,6 +126,29 @@ def test_interventions_and_harvests_run_on_workers_too(hm: Any) -> None:
     assert_same(hm.capture(PROMPTS[:4], **harvest), one.capture(PROMPTS[:4], **harvest))
 
 
+def test_two_workers_sum_up_what_one_machine_sums_up(hm: Any, tmp_path: Path) -> None:
+    how: dict[str, Any] = {
+        "reductions": ["mean", "kurtosis", "covariance", "max"],
+        "by": ["sink", "token"],
+        "batch_size": 1,
+    }
+    seen: list[int] = []
+    found = hm.reduce(
+        PROMPTS, "resid_post", [8], **how, store=tmp_path / "s", progress=lambda p: seen.append(p.samples_done)
+    )
+    alone = hookmap.open(MODEL_PATH).reduce(PROMPTS, "resid_post", [8], **how)
+    assert found.complete and len(found.samples) == len(PROMPTS) and seen[-1] == len(PROMPTS) and len(seen) > 1
+    one, other = found["resid_post", 8], alone["resid_post", 8]
+    for name in other.names:
+        torch.testing.assert_close(one[name], other[name])
+        tables = [each.by("token") for each in (one, other)]
+        assert tables[0].groups == tables[1].groups
+        torch.testing.assert_close(tables[0][name], tables[1][name], equal_nan=True)
+    assert hookmap.open_statistics(tmp_path / "s").complete
+    with pytest.raises(SelectionError, match="no position"):
+        hm.reduce(PROMPTS, "resid_post", [8], by="position", mean=True)
+
+
 def test_an_error_of_a_worker_is_the_error_that_one_machine_raises(hm: Any, tmp_path: Path) -> None:
     for options, kind, text in (
         ({"points": ["resid_mdi"]}, SelectionError, "resid_mid"),

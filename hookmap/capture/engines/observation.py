@@ -46,8 +46,12 @@ class Observer:
         keys: int | None = None,
         selection: RowSelection | None = None,
         matching: frozenset[int] = frozenset(),
+        rows_stay: bool = False,
     ) -> None:
-        """`keys`: the length of a row of attention weights, zeros after the keys that a query sees."""
+        """`keys`: the length of a row of attention weights, zeros after the keys that a query sees.
+
+        `rows_stay`: activations are on the device that they were made on; else on the host.
+        """
         self.selectors = tuple(selectors)
         self.layout = layout
         self.selection = selection or RowSelection()
@@ -60,7 +64,7 @@ class Observer:
         self._batch = BatchRows(layout, self.selection, matching)
         self._write = write
         self._looks = True
-        self._transfer = Transfer()
+        self._transfer = Transfer(rows_stay)
         self._collectors = [self.collector(selector, keys) for selector in self.selectors]
         self._feature_indices: dict[tuple[int, torch.device], torch.Tensor | None] = {}
         """(width of a row, device) -> the features that are kept; None for all"""

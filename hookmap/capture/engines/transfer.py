@@ -13,14 +13,16 @@ IN_FLIGHT = 64 * 2**20
 class Transfer:
     """Delivers tensors on the host, in the order in which they were sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, stays: bool = False) -> None:
+        """`stays`: tensors are delivered where they are instead."""
+        self._stays = stays
         self._waiting: deque[tuple[Any, torch.Tensor, Callable[[torch.Tensor], None]]] = deque()
         self._bytes = 0
         self._streams: dict[torch.device, Any] = {}
 
     def send(self, tensor: torch.Tensor, arrived: Callable[[torch.Tensor], None]) -> None:
         """Copy `tensor`, held by nobody else. `arrived` gets it on the host now, or at a later `send` or `finish`."""
-        if tensor.device.type == "cpu":
+        if self._stays or tensor.device.type == "cpu":
             arrived(tensor)
         elif tensor.device.type != "cuda":
             arrived(tensor.cpu())

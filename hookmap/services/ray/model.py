@@ -11,13 +11,18 @@ import os
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
 from uuid import uuid4
 
+from hookmap.analysis.kept import Kept
+from hookmap.analysis.reductions.files import STATISTICS, from_bytes
+from hookmap.analysis.reductions.run import groupings, reduce
+from hookmap.analysis.reductions.statistics import Statistics
+from hookmap.analysis.reductions.wanted import DEFAULT, Wanted, wanted
 from hookmap.capture.estimate import Estimate, check_room
 from hookmap.capture.interventions.documents import read_interventions, refuse_functions
 from hookmap.capture.options import CaptureOptions, EstimateOptions, Layers, Points, Progress, TemplateOptions, takes
@@ -32,11 +37,14 @@ from hookmap.loading.generation import check_count
 from hookmap.loading.prompts import Prompt, encode, records
 from hookmap.maps.document import ArchitectureMap
 from hookmap.services.ray.pool import Pool, Task
-from hookmap.services.ray.worker import BatchResult, CapturePlan, RunningCapture
+from hookmap.services.ray.worker import BatchResult, CapturePlan, Reducing, RunningCapture
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.memory import MemoryStore
 from hookmap.stores.shard import SHARD_FOLDER
+
+PART_BATCHES = 64
+"""batches whose sums a worker sends together, at most"""
 
 
 class RayModel:
@@ -125,6 +133,44 @@ class RayModel:
             held = MemoryStore(made.store.keys)
             made.store.write_to(held)
             return Capture(held, made.selectors, made.map, made.manifest)
+
+    @takes(CaptureOptions, reduce)
+    def reduce(
+        self,
+        prompts: Any,
+        points: Points = "resid_post",
+        layers: Layers = "all",
+        reductions: str | Iterable[str] = DEFAULT,
+        max_new_tokens: int = 0,
+        **options: Any,
+    ) -> Statistics:
+        """See `HookedModel.reduce`. Each worker sums up some batches; the driver merges, and writes the folder."""
+        how = {name: options.pop(name, None) for name in ("by", "edges", "direction", "store", "resume", "progress")}
+        chosen = wanted(reductions, groupings(how["by"], options), how["edges"], how["direction"])
+        named = _named(points, layers, max_new_tokens, options)
+        prompts = records(prompts, named.pop("prompt_column", None))
+        with self._alone():
+            plan: Reducing = self._pool.call("the plan", "begin", self._pool.put(prompts), named, chosen)
+            say_apart(plan.apart)
+            kept = Kept(from_bytes(plan.statistics), STATISTICS, how["store"], bool(how["resume"]))
+            results = self._pool.each(self._parts(plan, named, chosen, kept.result.samples.copy()))
+            with contextlib.closing(results):
+                for _, data in results:
+                    kept.result.absorb(from_bytes(data))
+                    kept.now_and_then()
+                    if how["progress"] is not None:
+                        how["progress"](Progress(len(kept.result.samples), len(plan.prompts), 0, 0))
+        return kept.end(len(plan.prompts))
+
+    def _parts(self, plan: Reducing, options: dict[str, Any], chosen: Wanted, finished: Set[int]) -> Iterator[Task]:
+        """The batches with samples that are not finished, several to a task: each sends its sums."""
+        encoded, id = self._pool.put(plan.prompts), uuid4().hex
+        left = [batch for batch in plan.batches if any(number not in finished for number in batch)]
+        size = max(1, min(PART_BATCHES, len(left) // (4 * self.workers)))
+        for start in range(0, len(left), size):
+            part = left[start : start + size]
+            held = frozenset(number for batch in part for number in batch if number in finished)
+            yield Task(f"the part from sample {part[0][0]} on", "reduce", (id, options, chosen, encoded, part, held))
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

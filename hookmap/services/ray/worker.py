@@ -1,11 +1,14 @@
 """A worker: it holds a model, plans a capture, and runs batches into a shared folder. It does not know Ray."""
 
 import socket
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hookmap.analysis.reductions.files import to_bytes
+from hookmap.analysis.reductions.run import begun, into
+from hookmap.analysis.reductions.wanted import Wanted
 from hookmap.capture.estimate import Estimate
 from hookmap.capture.prepare import Prepared
 from hookmap.errors import StoreError
@@ -70,6 +73,17 @@ class BatchResult:
     """by tensor, the number of rows that became infinite in the dtype that is kept"""
 
 
+@dataclass(frozen=True)
+class Reducing:
+    """Statistics as a worker has planned them: the driver hands out the batches, and merges."""
+
+    prompts: tuple[Prompt, ...]
+    batches: tuple[tuple[int, ...], ...]
+    statistics: bytes
+    """of nothing yet, as the content of a file"""
+    apart: str | None
+
+
 class Worker:
     """One model, and the capture that it has prepared last."""
 
@@ -126,6 +140,29 @@ class Worker:
         run.memory.look()
         memory = max(run.memory.peak, used())
         return BatchResult(tuple(writer.groups), tuple(run.halved[told:]), memory, dict(run.lost - lost))
+
+    def begin(self, prompts: Any, options: Mapping[str, Any], reducing: Wanted) -> Reducing:
+        """Validate and plan statistics without summing up. Raises what `HookedModel.reduce` does."""
+        prepared = self._hooked.prepare(prompts, **options)
+        data = to_bytes(begun(prepared, reducing))
+        return Reducing(tuple(prepared.run.prompts), prepared.groups, data, prepared.apart)
+
+    def reduce(
+        self,
+        id: str,
+        options: Mapping[str, Any],
+        reducing: Wanted,
+        prompts: Sequence[Prompt],
+        batches: Sequence[Sequence[int]],
+        finished: Set[int],
+    ) -> bytes:
+        """The sums of some batches, as the content of a file; those of `finished` samples are left out."""
+        if self._prepared is None or self._prepared[0] != id:
+            self._prepared = id, self._hooked.prepare(tuple(prompts), **options)
+        prepared = replace(self._prepared[1], groups=tuple(map(tuple, batches)))
+        statistics = begun(prepared, reducing)
+        into(prepared, statistics, finished=finished)
+        return to_bytes(statistics)
 
     @property
     def _hooked(self) -> HookedModel:

@@ -1,0 +1,108 @@
+"""A result that grows batch by batch, and the file that a killed run goes on from."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from hookmap.errors import StoreError
+from hookmap.stores.durable_files import write_all, write_whole, writing
+from hookmap.stores.location import local, reading
+from hookmap.stores.number_set import NumberSet
+
+SECONDS = 60.0
+"""between two files of a run that goes on"""
+
+
+class Result(Protocol):
+    """What grows."""
+
+    samples: NumberSet
+    """numbers of the samples that are in it"""
+    complete: bool
+    """whether every sample of the run is"""
+
+    def identity(self) -> dict[str, Any]:
+        """What a run has to have in common with it to go on with it, as plain data."""
+
+
+R = TypeVar("R", bound=Result)
+
+
+class Kind(Generic[R]):
+    """How one kind of result is a file in a folder."""
+
+    def __init__(
+        self, file: str, name: str, make: str, write: Callable[[R], bytes], read: Callable[[bytes, Any], R]
+    ) -> None:
+        """`name`: in words, plural. `make`: a command that makes one. `write`, `read`: its content; of its path."""
+        self.file, self.name, self.make, self._write, self._read = file, name, make, write, read
+
+    def save(self, result: R, folder: str | os.PathLike[str]) -> Path:
+        """Write the folder's file, whole or not at all; the folder is made. Raises StoreError."""
+        path, data = local(folder) / self.file, self._write(result)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda file: write_all(file, data))
+        return path
+
+    def open(self, folder: str | os.PathLike[str]) -> R:
+        """What is in a folder, or in the file itself; complete or not. Raises StoreError."""
+        path = local(folder)
+        path = path / self.file if path.is_dir() else path
+        if not path.is_file():
+            raise StoreError(
+                f"{folder} holds no {self.name}: there is no file {self.file}. Make them: {self.make} -o {folder}"
+            )
+        with reading(path):
+            data = path.read_bytes()
+        return self._read(data, path)
+
+    def refuse_used(self, folder: str | os.PathLike[str]) -> None:
+        """Raises StoreError where the folder holds some already."""
+        if (local(folder) / self.file).exists():
+            raise StoreError(
+                f"{folder} already holds {self.name}. Go on with them (resume=True, --resume), or write to another "
+                "folder: -o DIR"
+            )
+
+
+class Kept(Generic[R]):
+    """A result of a run, and the folder that it is written to now and then, where there is one."""
+
+    def __init__(self, result: R, kind: Kind[R], store: str | os.PathLike[str] | None, resume: bool) -> None:
+        """Raises StoreError: no folder to go on with, one that is used, one of another run, one that takes nothing."""
+        if resume and store is None:
+            raise StoreError("resume=True needs the folder to go on with: give store=FOLDER.")
+        self.result, self._kind, self._store, self._written = result, kind, store, time.monotonic()
+        if store is not None and resume:
+            self.result = self._resumed(result, store)
+        elif store is not None:
+            kind.refuse_used(store)
+            kind.save(result, store)  # a folder that cannot be written to is known before the model runs
+
+    def now_and_then(self) -> None:
+        """Write, where the last time was a minute ago."""
+        if self._store is not None and time.monotonic() - self._written > SECONDS:
+            self._kind.save(self.result, self._store)
+            self._written = time.monotonic()
+
+    def end(self, samples: int) -> R:
+        """Write; the result is complete where it has so many samples."""
+        self.result.complete = len(self.result.samples) == samples
+        if self._store is not None:
+            self._kind.save(self.result, self._store)
+        return self.result
+
+    def _resumed(self, run: R, store: str | os.PathLike[str]) -> R:
+        found = self._kind.open(store)
+        here, now = found.identity(), run.identity()
+        lines = [
+            f"  - {name}: the folder has {here.get(name)!r:.200}, this run has {now.get(name)!r:.200}"
+            for name in dict.fromkeys((*here, *now))
+            if here.get(name) != now.get(name)
+        ]
+        if lines:
+            raise StoreError(f"{store} is of another run:\n" + "\n".join(lines) + "\nWrite to another folder: -o DIR")
+        return found

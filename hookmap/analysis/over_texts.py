@@ -1,0 +1,71 @@
+"""What a model gives over many texts without keeping rows: statistics, outlier features, examples."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from hookmap.analysis.examples.result import Examples
+from hookmap.analysis.examples.run import examples
+from hookmap.analysis.outliers import OutlierFeatures, outliers
+from hookmap.analysis.reductions.run import reduce
+from hookmap.analysis.reductions.statistics import Statistics
+from hookmap.analysis.reductions.wanted import DEFAULT
+from hookmap.capture.hooked import Hooked
+from hookmap.capture.options import CaptureOptions, EstimateOptions, Layers, Points, takes
+
+
+class OverTexts(Hooked):
+    """The part of `HookedModel` that sums up rows, or keeps the few that matter."""
+
+    @takes(CaptureOptions, reduce)
+    def reduce(
+        self,
+        prompts: Any,
+        points: Points = "resid_post",
+        layers: Layers = "all",
+        reductions: str | Iterable[str] = DEFAULT,
+        max_new_tokens: int = 0,
+        **options: Any,
+    ) -> Statistics:
+        """Statistics of points of layers, summed up while the model runs: no row is kept, and memory stays flat.
+
+        reductions: of count, mean, variance, std, skewness, kurtosis, min, max, covariance, quantiles, histogram,
+        outlier and massive (of each feature), norm and cosine (of each row). by: groups of rows besides all of them:
+        "sink" (the first token of each text apart; the default), "position", "token", "label:NAME". edges: of bins.
+        direction: for cosine, a vector [d], one for each layer, or a steering vector.
+        prompts, points, layers and the options: as in capture. store: a folder for the sums, written every minute and
+        at the end; with resume, a killed run goes on from there. Rows with an infinity or nan are counted apart.
+        Raises SelectionError, and what capture raises.
+        """
+        return reduce(self, prompts, points, layers, reductions, max_new_tokens, **options)
+
+    @takes(EstimateOptions)
+    def outliers(
+        self, prompts: Any, points: Points = "resid_post", layers: Layers = "all", **options: Any
+    ) -> OutlierFeatures:
+        """Outlier features (Dettmers et al. 2022) and massive activations (Sun et al. 2024) of points, over texts.
+
+        Definitions: see `hookmap.analysis.outliers`. The share of layers is of those that are read: read all.
+        Raises SelectionError, and what `reduce` raises.
+        """
+        return outliers(self, prompts, points, layers, **options)
+
+    @takes(CaptureOptions, examples)
+    def examples(
+        self,
+        prompts: Any,
+        points: Points = "mlp_post",
+        layers: Layers = "all",
+        max_new_tokens: int = 0,
+        **options: Any,
+    ) -> Examples:
+        """Maximally activating examples: for each feature the tokens of the largest values, and random ones, in a pass.
+
+        features: which numbers of a row, all unless given. norms: in their place the L2 norm over a row's last axis, of
+        `z` one of each head. directions: in their place products with vectors [d], by name.
+        k, random: examples of each feature. context: tokens shown before and after. skip: tokens at the start of each
+        text that are no examples (attention sinks). positive: only values above 0 are.
+        prompts, points, layers and the options: as in capture. store, resume: as of `reduce`.
+        `examples.of(("mlp_post", 8), 17).top` are those of a feature; `hookmap.analysis.examples.page.save_page` shows
+        them. Raises SelectionError, and what capture raises.
+        """
+        return examples(self, prompts, points, layers, max_new_tokens, **options)
