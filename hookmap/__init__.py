@@ -25,6 +25,7 @@ from hookmap.errors import (
 
 if TYPE_CHECKING:
     from hookmap import metrics
+    from hookmap.analysis.dictionaries.loading import load_dictionary
     from hookmap.analysis.examples.files import open_examples
     from hookmap.analysis.reductions.files import open_statistics
     from hookmap.capture.interventions.functions import apply, watch
@@ -63,6 +64,7 @@ __all__ = [
     "__version__",
     "apply",
     "discover",
+    "load_dictionary",
     "load_map",
     "load_pairs",
     "load_prompts",
@@ -86,6 +88,7 @@ _HOMES = {
     "Selector": "hookmap.maps.selectors",
     "apply": "hookmap.capture.interventions.functions",
     "discover": "hookmap.discovery.discover",
+    "load_dictionary": "hookmap.analysis.dictionaries.loading",
     "load_map": "hookmap.discovery.library",
     "load_pairs": "hookmap.datasets.pairs",
     "load_prompts": "hookmap.datasets.records",

@@ -53,7 +53,7 @@ class OverTexts(Hooked):
     def examples(
         self,
         prompts: Any,
-        points: Points = "mlp_post",
+        points: Points | None = None,
         layers: Layers = "all",
         max_new_tokens: int = 0,
         **options: Any,
@@ -61,9 +61,10 @@ class OverTexts(Hooked):
         """Maximally activating examples: for each feature the tokens of the largest values, and random ones, in a pass.
 
         features: which numbers of a row, all unless given. norms: in their place the L2 norm over a row's last axis, of
-        `z` one of each head. directions: in their place products with vectors [d], by name.
+        `z` one of each head. directions: in their place products with vectors [d], by name. dictionary: in their place
+        the features of a sparse autoencoder, at the point that it reads. points: `mlp_post` unless given.
         k, random: examples of each feature. context: tokens shown before and after. skip: tokens at the start of each
-        text that are no examples (attention sinks). positive: only values above 0 are.
+        text that are no examples (attention sinks). positive: only values above 0 are; the default of dictionaries.
         prompts, points, layers and the options: as in capture. store, resume: as of `reduce`.
         `examples.of(("mlp_post", 8), 17).top` are those of a feature; `hookmap.analysis.examples.page.save_page` shows
         them. Raises SelectionError, and what capture raises.

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from hookmap.activations import Key
+from hookmap.analysis.dictionaries.dictionary import Dictionary
 from hookmap.errors import SelectionError
 from hookmap.stores.ledger import tensor_name
 
-NEURONS, NORMS, DIRECTIONS = "neurons", "norms", "directions"
+NEURONS, NORMS, DIRECTIONS, DICTIONARY = "neurons", "norms", "directions", "dictionary"
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,12 @@ class Features:
     """How the features of a row are computed. Made by `features_of`."""
 
     kind: str = NEURONS
-    """NEURONS: the row's own numbers, flattened; NORMS: the L2 norm over the last axis; DIRECTIONS: products"""
+    """NEURONS: the row's own numbers; NORMS: L2 norms over the last axis; DIRECTIONS: products; DICTIONARY: its own"""
     numbers: tuple[int, ...] | None = None
     """which of them; None for all"""
     directions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """float32 [d]; by name"""
+    dictionary: Dictionary | None = None
 
     def of(self, rows: torch.Tensor, key: Key) -> torch.Tensor:
         """[n, *row] -> [n, features], float32 or the rows' own dtype. Raises SelectionError where they do not fit."""
@@ -38,6 +40,8 @@ class Features:
         if self.kind == NORMS:
             found: torch.Tensor = torch.linalg.vector_norm(rows.float(), dim=-1)
             found = found[:, None] if found.ndim == 1 else found.flatten(1)
+        elif self.dictionary is not None:
+            found = self.dictionary.to(rows.device).encode(rows.flatten(1))
         else:
             found = rows.flatten(1)
         if self.numbers is None:
@@ -55,10 +59,13 @@ class Features:
         return [str(number) for number in (range(count) if self.numbers is None else self.numbers)]
 
     def as_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "numbers": None if self.numbers is None else list(self.numbers)}
+        found = {"kind": self.kind, "numbers": None if self.numbers is None else list(self.numbers)}
+        return found if self.dictionary is None else {**found, "dictionary": self.dictionary.digest}
 
 
-def features_of(features: Any = None, norms: bool = False, directions: Any = None) -> Features:
+def features_of(
+    features: Any = None, norms: bool = False, directions: Any = None, dictionary: Dictionary | None = None
+) -> Features:
     """Read what a user gives. Raises SelectionError with every problem at once."""
     problems = []
     numbers: tuple[int, ...] | None = None
@@ -80,6 +87,10 @@ def features_of(features: Any = None, norms: bool = False, directions: Any = Non
             problems.append(f"directions {', '.join(bad)}: expected vectors [d] of finite numbers, all of one width.")
         if norms or numbers is not None:
             problems.append("directions are features of their own: leave features and norms out.")
+    if dictionary is not None and (norms or vectors):
+        problems.append("a dictionary has features of its own: leave norms and directions out.")
     if problems:
         raise SelectionError("\n".join(problems))
+    if dictionary is not None:
+        return Features(DICTIONARY, numbers, dictionary=dictionary)
     return Features(DIRECTIONS if vectors else NORMS if norms else NEURONS, numbers, vectors)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from hookmap.analysis.dictionaries.loading import as_dictionary
 from hookmap.analysis.examples.collecting import Collector
 from hookmap.analysis.examples.features import features_of
 from hookmap.analysis.examples.files import EXAMPLES
@@ -28,26 +29,31 @@ if TYPE_CHECKING:
 def examples(
     hm: Hooked,
     prompts: Any,
-    points: Points = "mlp_post",
+    points: Points | None = None,
     layers: Layers = "all",
     max_new_tokens: int = 0,
     *,
     features: int | Sequence[int] | str | None = None,
     norms: bool = False,
     directions: Any = None,
+    dictionary: Any = None,
     k: int = 20,
     random: int = 20,
     context: tuple[int, int] = (24, 8),
     skip: int = 1,
-    positive: bool = False,
+    positive: bool | None = None,
     examples_seed: int = 0,
     store: str | os.PathLike[str] | None = None,
     resume: bool = False,
     **options: Any,
 ) -> Examples:
     """See `HookedModel.examples`."""
-    chosen = features_of(features, norms, directions)
+    learned = None if dictionary is None else as_dictionary(dictionary)
+    chosen = features_of(features, norms, directions, learned)
+    positive = learned is not None if positive is None else positive
     settings = _settings(k, random, context, skip, positive, examples_seed)
+    if points is None:
+        points = {learned.reads[0]: "all" if learned.reads[1] is None else learned.reads[1]} if learned else "mlp_post"
     if wrong := [name for name in ("positions", "every", "mean", "features", "before") if options.get(name)]:
         raise SelectionError(f"{', '.join(wrong)}: examples look at every row: leave them out.")
     prepared = hm.prepare(prompts, points, layers, max_new_tokens, **options)
