@@ -5,5 +5,4 @@ loading.py      reads a folder or a hub id; formats.py: what each program's file
 saving.py       writes SAELens's files
 writing.py      a dictionary in a run: spliced in, features clamped, steered, left out
 evaluating.py   how good it is, by SAEBench's core metrics
-training.py     trains one on a live model or a store
 """
