@@ -17,12 +17,12 @@ import torch
 
 from hookmap.activations import Key, Sample, call_of, key_of
 from hookmap.analysis.directions import Aim, aimed
-from hookmap.analysis.head_outputs import close_to, head_outputs
+from hookmap.analysis.head_outputs import close_to, head_outputs, neuron_outputs
 from hookmap.analysis.tokens import row_positions, token_id, token_text, token_texts
 from hookmap.analysis.unembedding import Unembedding, apply, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
 from hookmap.capture.finiteness import not_finite
-from hookmap.capture.options import TemplateOptions
+from hookmap.capture.options import Layers, TemplateOptions
 from hookmap.capture.result import Capture
 from hookmap.capture.stacks import label, rounding
 from hookmap.errors import SelectionError
@@ -86,6 +86,7 @@ def attribute(
     *,
     positions: Any = "last",
     heads: bool = False,
+    neurons: Layers = (),
     direction: torch.Tensor | Sequence[float] | SteeringVector | None = None,
     layer: int | None = None,
     sample: int = 0,
@@ -95,21 +96,30 @@ def attribute(
     names = _summands(hm)
     if direction is None and layer is not None:
         raise SelectionError("layer= is of the stream that a direction reads: give direction=, or leave it out.")
+    split = _layers_of_neurons(hm, neurons)
     aim = None if direction is None else aimed(hm.map, names, direction, layer, (target, against))
     names, whole = (names, key_of("resid_post", *last_run(hm.map))) if aim is None else (aim.names, aim.whole)
     unembedding = unembedding_of(hm) if aim is None else None
     if isinstance(prompt, Capture | Store):
         run: Capture | Store = prompt
-        _refuse_missing(run, [*names, whole], heads)
+        _refuse_missing(run, [*names, whole], heads, bool(split))
     else:
-        run, sample = _captured(hm, prompt, [*names, whole], heads, positions, template), 0
+        run, sample = _captured(hm, prompt, [*names, whole], heads, bool(split), positions, template), 0
     close = unembedding.tolerance if unembedding else close_to(run, whole)
     with lock_of(hm.model).shared():
-        split = _Split(hm, run, run.sample(sample), whole, close, *_parts(hm, run, names, heads, close, sample))
+        parts = _parts(hm, run, names, heads, split, close, sample)
+        stream = _Split(hm, run, run.sample(sample), whole, close, *parts)
         if unembedding is None:
             assert aim is not None
-            return _projected(split, aim)
-        return _read(split, unembedding, target, against)
+            return _projected(stream, aim)
+        return _read(stream, unembedding, target, against)
+
+
+def _layers_of_neurons(hm: Hooked, neurons: Layers) -> frozenset[int]:
+    """The layers whose MLPs are split. Raises SelectionError where they have no neurons."""
+    if isinstance(neurons, tuple) and not neurons:
+        return frozenset()
+    return frozenset(s.layer for s in hm.selectors("mlp_post", neurons) if s.layer is not None)
 
 
 @dataclass(frozen=True)
@@ -125,8 +135,10 @@ class _Split:
     parts: torch.Tensor
 
 
-def _captured(hm: Hooked, prompt: Any, keys: list[Key], heads: bool, positions: Any, template: Any) -> Capture:
-    points = list(dict.fromkeys(key[0] for key in keys[1:-1])) + (["z"] if heads else [])
+def _captured(
+    hm: Hooked, prompt: Any, keys: list[Key], heads: bool, neurons: bool, positions: Any, template: Any
+) -> Capture:
+    points = [*dict.fromkeys(key[0] for key in keys[1:-1]), *_inside(heads, neurons)]
     ends = [f"blocks.{keys[-1][1]}.hook_{keys[-1][0]}", "blocks.0.hook_resid_pre"]
     encoded = hm.encode(prompt, **template)
     if len(encoded) != 1:
@@ -137,13 +149,17 @@ def _captured(hm: Hooked, prompt: Any, keys: list[Key], heads: bool, positions: 
     return run
 
 
-def _refuse_missing(run: Capture | Store, keys: list[Key], heads: bool) -> None:
+def _inside(heads: bool, neurons: bool) -> list[str]:
+    """The points inside branches that the parts of branches are computed from."""
+    return [*(["z"] if heads else []), *(["mlp_post"] if neurons else [])]
+
+
+def _refuse_missing(run: Capture | Store, keys: list[Key], heads: bool, neurons: bool) -> None:
     missing = [key for key in dict.fromkeys(keys) if key not in run.keys]
-    if heads and "z" not in run.points:
-        missing.append(("z", None))
+    missing += [(point, None) for point in _inside(heads, neurons) if point not in run.points]
     if missing:
         shown = ", ".join(label(key) if key[1] is not None else key[0] for key in missing[:6])
-        points = list(dict.fromkeys([*(key[0] for key in keys), *(["z"] if heads else [])]))
+        points = list(dict.fromkeys([*(key[0] for key in keys), *_inside(heads, neurons)]))
         raise SelectionError(
             f"this capture has no {shown}{', …' if len(missing) > 6 else ''}, which an attribution needs: "
             f"hm.capture(prompts, {points})."
@@ -289,24 +305,34 @@ def _named(dtype: torch.dtype) -> str:
 
 
 def _parts(
-    hm: Hooked, run: Capture | Store, names: list[Key], heads: bool, close: float, sample: int
+    hm: Hooked,
+    run: Capture | Store,
+    names: list[Key],
+    heads: bool,
+    neurons: frozenset[int],
+    close: float,
+    sample: int,
 ) -> tuple[list[str], torch.Tensor]:
     """The labels of the parts, and the parts, float32 [parts, pos, d_model]."""
     labels, parts = [], []
     for key in names:
         name = label(key)
+        own, kind, rest = None, "head", torch.zeros(1)
         if heads and key[0] == "mixer_out" and key_of("z", key[1], call_of(key)) in run.keys:
             own, rest = head_outputs(hm, run, key, close, sample)
-            labels += [f"{name} head {n}" for n in range(len(own))]
-            parts += [*own]
-            if not bool(rest.abs().max() > close * own.abs().max()):
-                parts[-1] = parts[-1] + rest  # rounding
-                continue
-            labels.append(f"{name} bias")
-            parts.append(rest)
-        else:
+        elif key[0] == "mlp_out" and key[1] in neurons:
+            (own, rest), kind = neuron_outputs(hm, run, key, close, sample), "neuron"
+        if own is None:
             labels.append(name)
             parts.append(run.read(sample, *key).float())
+            continue
+        labels += [f"{name} {kind} {n}" for n in range(len(own))]
+        parts += [*own]
+        if not bool(rest.abs().max() > close * own.abs().max()):
+            parts[-1] = parts[-1] + rest  # rounding
+            continue
+        labels.append(f"{name} bias")
+        parts.append(rest)
     return labels, torch.stack(parts)
 
 

@@ -1,4 +1,4 @@
-"""What each attention head adds to the stream: the output projection of its own part of `z`."""
+"""What each attention head, or each neuron of an MLP, adds to the stream: the output projection of its own part."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from hookmap.capture.result import Capture
 from hookmap.capture.stacks import Stack, label
 from hookmap.errors import SelectionError
 from hookmap.loading import modules
+from hookmap.maps.points import PointName
 from hookmap.stores.interface import Store
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
 
+_MORE = "between its output projection and the stream stands more than a constant"
+_TOGETHER = 256
+"""neurons that are projected together"""
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -49,8 +53,45 @@ def head_outputs(
     if found.shape[1:] != whole.shape or not float((heads.sum(0) + bias - whole).abs().max()) <= close * float(
         whole.abs().max()
     ):
-        raise _refused(hm, layer, "between its output projection and the stream stands more than a constant")
+        raise _refused(hm, layer, _MORE)
     return heads, whole - heads.sum(0)
+
+
+def neuron_outputs(
+    hm: Hooked, run: Capture | Store, key: Key, close: float, sample: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From a capture of mlp_post and mlp_out: [neurons, pos, d_model], and the rest of mlp_out, a bias, [pos, d_model].
+
+    As `head_outputs`. Raises SelectionError where the MLP has no such neurons, or adds more than them and a bias.
+    """
+    layer, call = key[1], call_of(key)
+    assert layer is not None
+    point = PointName.of(key[0]).numbered("mlp_post")
+    (post_at,), (out_at,) = hm.map.selectors(point, layer, call or 0), hm.map.selectors(key[0], layer, call or 0)
+    term, post, whole = post_at.terms[0], run.read(sample, point, layer, call), run.read(sample, *key).float()
+    if len(post_at.terms) > 1 or term.side != "input" or term.operation is not None:
+        raise _refused(hm, layer, f"{point} is not what one module reads", "neurons", "MLP")
+    project, count = hm.model.get_submodule(term.module), post.shape[-1]
+
+    def added(first: int, last: int) -> torch.Tensor:
+        """Of neurons first to last, each alone; of none, the bias."""
+        alone = torch.zeros(max(1, last - first), *post.shape, dtype=post.dtype)
+        for neuron in range(first, last):
+            alone[neuron - first, :, neuron] = post[:, neuron]
+        with torch.no_grad():
+            given = alone.to(modules.device_of(project))
+            found = project(given.flatten(0, 1) if term.flat else given)
+        found = (found[0] if isinstance(found, tuple) else found).float().cpu() * out_at.scale
+        rows: torch.Tensor = found.reshape(len(alone), len(post), -1)
+        return rows
+
+    bias = added(0, 0)[0]
+    parts = [added(start, min(start + _TOGETHER, count)) - bias for start in range(0, count, _TOGETHER)]
+    neurons = torch.cat(parts)
+    apart = (neurons.sum(0) + bias - whole).abs().max() if bias.shape == whole.shape else torch.tensor(float("nan"))
+    if not float(apart) <= close * float(whole.abs().max()):
+        raise _refused(hm, layer, _MORE, "neurons", "MLP")
+    return neurons, whole - neurons.sum(0)
 
 
 def stack_head_results(hm: Hooked, run: Capture, layers: Layers) -> Stack:
@@ -77,8 +118,8 @@ def close_to(run: Capture | Store, key: Key) -> float:
     return _CLOSE.get(run.read(run.samples[0].sample, *key).dtype, 4e-2)
 
 
-def _refused(hm: Hooked, layer: int, reason: str) -> SelectionError:
+def _refused(hm: Hooked, layer: int, reason: str, what: str = "heads", branch: str = "mixer") -> SelectionError:
     return SelectionError(
-        f"no attribution to the heads of layer {layer} of {hm.map.architecture}: {reason}. Leave heads out: the "
-        "mixer as a whole is attributed."
+        f"no attribution to the {what} of layer {layer} of {hm.map.architecture}: {reason}. Leave {what} out: the "
+        f"{branch} as a whole is attributed."
     )

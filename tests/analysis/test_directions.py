@@ -1,16 +1,20 @@
 """Attribution to a direction, and of stored captures, against products by hand."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from support import plain_hooks
 from support.opened import opened
 from support.raises import raises
 
 import hookmap
 from hookmap.analysis.steering import About, SteeringVector
+from hookmap.cli.main import main
+from hookmap.demo import MODEL_PATH
 
 TOKENS = [5, 17, 3, 60, 22, 9]
 VECTOR = torch.linspace(-1, 2, 32)
@@ -106,3 +110,52 @@ def test_the_tokens_of_a_prompt_are_those_that_the_tokenizer_makes() -> None:
     assert hm.to_str_tokens(text) == [hm.tokenizer.decode([token]) for token in ids] == hm.to_str_tokens(ids)
     with raises(hookmap.SelectionError, "one prompt, got 2"):
         hm.to_str_tokens([text, text])
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_each_neuron_is_its_activation_times_its_row_of_the_output_projection(family: str) -> None:
+    model = plain_hooks.build(family)
+    path = {"llama": "model.layers.1.mlp.down_proj", "opt": "model.decoder.layers.1.fc2"}[family]
+    project = model.get_submodule(path)
+    if family == "opt":
+        project.bias.data.normal_()
+    hm = hookmap.open(model)
+    with plain_hooks.watching(hm.model, {"post": (path, "input")}) as seen:
+        hm.model(torch.tensor([TOKENS]), use_cache=False)
+    post = seen["post"][0].reshape(len(TOKENS), -1)
+    found = hm.attribute(TOKENS, direction=VECTOR, positions="all", neurons=[1])
+    rows = dict(zip(found.parts, found.values, strict=True))
+    assert sum(" neuron " in part for part in rows) == 48 and "mlp_out[0]" in rows and "mlp_out[1]" not in rows
+    for neuron in (0, 17, 46):
+        want = post[:, neuron] * (project.weight[:, neuron] @ VECTOR)
+        torch.testing.assert_close(rows[f"mlp_out[1] neuron {neuron}"], want, atol=1e-4, rtol=1e-4)
+    if family == "opt":
+        bias = (project.bias @ VECTOR).expand(len(TOKENS))
+        torch.testing.assert_close(rows["mlp_out[1] bias"], bias, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.values.sum(0), found.logit, atol=1e-4, rtol=1e-4)
+    logits = hm.attribute(TOKENS, target=13, neurons="all", heads=True)
+    torch.testing.assert_close(logits.values.sum(0), logits.logit, atol=1e-4, rtol=1e-4)
+
+
+def test_neurons_that_are_not_there_are_refused() -> None:
+    with raises(hookmap.SelectionError, "mlp_post"):
+        opened("mixtral").attribute(TOKENS, neurons=[1])
+    with raises(hookmap.SelectionError, "mlp_post", "hm.capture"):
+        opened("llama").attribute(opened("llama").capture([TOKENS], POINTS, max_new_tokens=0), neurons=[1])
+
+
+@pytest.mark.slow
+def test_the_command_line_splits_a_direction_and_neurons(tmp_path: Path) -> None:
+    hm = hookmap.open(MODEL_PATH)
+    vector = hm.steering_vector(["1+1=2", "3+2=5"], ["1+1=3", "3+2=4"], layers=[12, 16])
+    file = str(tmp_path / "v.safetensors")
+    vector.save(file)
+    given = ["--prompt", "3+4=", "--no-chat", "--direction", file, "--json"]
+    done = CliRunner().invoke(main, ["attribute", *given, "--layer", "12", "--neurons", "12"])
+    assert done.exit_code == 0, done.stderr
+    got, want = json.loads(done.stdout), hm.attribute("3+4=", direction=vector, layer=12, neurons=12)
+    assert got["parts"] == list(want.parts) and got["direction"] == "direction at resid_post[12]"
+    assert torch.allclose(torch.tensor(got["values"]), want.values)
+    assert any(part.startswith("mlp_out[12] neuron") for part in got["parts"])
+    wrong = CliRunner().invoke(main, ["attribute", *given])
+    assert wrong.exit_code == 1 and "layers 12, 16" in wrong.stderr

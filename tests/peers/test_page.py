@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from programs import PEERS
 from safetensors.torch import load_file
-from support.coming_from import ASKED, CHECKOUT, differing, script
+from support.coming_from import ASKED, CHECKOUT, READ, differing, script
 
 _SAVE = """
 import torch
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 found = {{name: globals()[name] for name in {asked} if name in globals()}}
 save_file({{name: torch.as_tensor(of).detach().contiguous() for name, of in found.items()}}, {file!r})
 """
-NAMES = {"transformer-lens": ("TransformerLens", set(ASKED)), "nnterp": ("nnterp", {*ASKED} - {"mid"})}
+NAMES = {"transformer-lens": ("TransformerLens", set(ASKED)), "nnterp": ("nnterp", {*READ} - {"mid"})}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,14 +4,18 @@ Each is held against plain hooks around transformers' own `generate`, or against
 """
 
 import os
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.coming_from import ASKED, CHECKOUT, differing, script
+from support.notebooks import ANY_MODEL, session
 
 import hookmap
+from hookmap.datasets.ioi import ioi_pairs
 
 pytestmark = pytest.mark.real
 
@@ -202,3 +206,65 @@ def test_the_loss_is_the_models_own_and_a_gradient_says_what_a_small_change_does
         for each in ({"vector": step}, {"vector": -step})
     )
     assert abs((up - down) / 0.1 - float(gradient.norm())) < 0.03 * float(gradient.norm())
+
+
+def test_a_sweep_over_pairs_of_names_is_patches_by_plain_hooks(exact: Any) -> None:
+    pairs = ioi_pairs(exact.tokenizer, 3)
+    assert all(len(exact.tokenizer(each)["input_ids"]) == 1 for pair in pairs for each in (pair.answer, pair.wrong))
+    found = exact.sweep(pairs, point="z", over="heads", layers=[12, 20])
+    assert found.clean > 1 > -1 > found.corrupted, "it knows which name comes"
+    number, (row, layer), head = 1, (1, 20), 4
+    pair, project, rows = pairs[number], exact.model.model.layers[layer].self_attn.o_proj, []
+    clean, corrupted = (
+        exact.tokenizer(text, return_tensors="pt")["input_ids"] for text in (pair.clean, pair.corrupted)
+    )
+    width = project.in_features // 9
+
+    def put(_: Any, args: Any) -> Any:
+        new = args[0].clone()
+        new[..., head * width : (head + 1) * width] = rows[0][..., head * width : (head + 1) * width]
+        return (new,)
+
+    with torch.no_grad():
+        keep = project.register_forward_pre_hook(lambda _, args: rows.append(args[0].clone()))
+        exact.model(clean)
+        keep.remove()
+        patch = project.register_forward_pre_hook(put)
+        logits = exact.model(corrupted).logits[0, -1]
+        patch.remove()
+    right, wrong = (exact.tokenizer(text)["input_ids"][0] for text in (pair.answer, pair.wrong))
+    assert float(found.values[number, row, head, 0]) == pytest.approx(float(logits[right] - logits[wrong]), abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ANY_MODEL)
+def test_the_notebooks_run_on_it(name: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    session(name, checked=False).run()
+
+
+def test_the_page_for_those_who_come_from_nnsight_gives_the_same_numbers_on_it(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32; of the sweep over all heads, two layers."""
+    monkeypatch.chdir(CHECKOUT)
+    nnsight, ours = (runpy.run_path(str(on_real(program, source, tmp_path))) for program in ("nnsight", "hookmap"))
+    nnsight["swept"] = nnsight["swept"][:, [0, 15]]
+    assert differing({name: nnsight[name] for name in ASKED}, {name: ours[name] for name in ASKED}, 1e-3) == []
+
+
+def on_real(program: str, source: str, folder: Path) -> Path:
+    path = script(program, folder)
+    text = path.read_text(encoding="utf-8")
+    for old, new in (
+        ("hookmap/demo/model", source),
+        ("[:, 8]", "[:, 3]"),  # where the digit is
+        ('"positions": [8]', '"positions": [3]'),
+        ("torch.linspace(-1, 1, 64)", "torch.linspace(-1, 1, 576)"),
+        ('device="cpu")', 'device="cpu", dtype="float32")'),
+        ("dispatch=True)", "dispatch=True, torch_dtype=torch.float32)"),
+        ('over="heads")', 'over="heads", layers=[0, 15])'),
+        ("for n, layer in enumerate(layers):", "for n, layer in [(0, layers[0]), (15, layers[15])]:"),
+    ):
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+    return path

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-ASKED = ("post", "mid", "generated", "ablated", "steered", "patched", "lens")
+READ = ("post", "mid", "generated", "ablated", "steered", "patched", "lens")
+ASKED = (*READ, "clamped", "gradient", "swept", "loss", "stacked", "parts", "added")
 
 
 def script(program: str, folder: Path) -> Path:
@@ -18,10 +19,10 @@ def script(program: str, folder: Path) -> Path:
     return path
 
 
-def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], close: float = 1e-4) -> list[str]:
     """The variables that are not the same tensor, within float32's rounding over a few dozen sums."""
-    return [name for name in found if not same(found[name], expected[name])]
+    return [name for name in found if not same(found[name], expected[name], close)]
 
 
-def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+def same(found: torch.Tensor, expected: torch.Tensor, close: float) -> bool:
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=close, atol=close)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     help="The position of the token, from 0; negative from the end.",
 )
 @click.option("--heads", is_flag=True, help="Split attention into its heads.")
+@click.option("--neurons", metavar="LAYERS", help="Split the MLPs of these layers into their neurons: 8,12 or 0-3.")
 @count("--top", "How many parts to show.", default=12)
 @click.option("--png", metavar="FILE", help="Write a bar chart of all parts to FILE.")
 @click.option("--html", metavar="FILE", help="Write an interactive bar chart to FILE, self-contained.")
@@ -40,6 +41,7 @@ def command(
     layer: int | None,
     position: int,
     heads: bool,
+    neurons: str | None,
     top: int,
     png: str | None,
     html: str | None,
@@ -60,10 +62,12 @@ def command(
     one_prompt.check_prompt(given)
     one_prompt.check_pictures((png, html))
     from hookmap.analysis.steering import load_vector
+    from hookmap.cli.parsing import parse_layers
 
     aim: dict[str, Any] = {"direction": load_vector(direction) if direction else None, "layer": layer}
     hm = model_options.opened(model, given, quiet=as_json)
-    found = hm.attribute(one_prompt.chosen_prompt(hm, given), target, against, positions=[position], heads=heads, **aim)
+    aim |= {"heads": heads, "neurons": parse_layers(neurons) if neurons else ()}
+    found = hm.attribute(one_prompt.chosen_prompt(hm, given), target, against, positions=[position], **aim)
 
     def chart() -> Any:
         from hookmap.analysis.charts import bars
