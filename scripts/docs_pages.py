@@ -37,7 +37,7 @@ OBJECTS = (
 )
 """what the public functions return, beside the public names"""
 MODULES = {
-    "Inputs": ("datasets", "datasets.records", "demo", "activations"),
+    "Inputs": ("datasets", "datasets.records", "datasets.pairs", "datasets.ioi", "demo", "activations"),
     "Looking and changing": (
         "capture.interventions.documents",
         "capture.interventions.functions",

@@ -55,6 +55,8 @@ BRANCHES = {
 OUTS = tuple(point for points in BRANCHES.values() for point in points[-2:])
 _ONE_WHERE_NOTHING_IS_DONE = ({"q", "q_rot"}, {"k", "k_rot"})
 """points that are one tensor in models without rotary embeddings"""
+_COMPUTED_OF = {"attn_result": "z"}
+"""a point that lies where another does, because it is computed from it"""
 _DETERMINES = {
     "mixer_in": "mixer_out_raw",
     "z": "mixer_out_raw",
@@ -224,6 +226,7 @@ def _independent(kind: BlockKind, selector: Selector, shown: Collection[Key]) ->
         same_value |= {other, base} in _ONE_WHERE_NOTHING_IS_DONE
         earlier = other == "resid_pre" or (other in branch and branch.index(other) < branch.index(base))
         before = template.order <= own.order and not same_value and not contains_it
+        before &= _COMPUTED_OF.get(other) != base
         before &= own.write is None or earlier  # what is read at its place may be behind what is written
         if (before or parallel) and (beside(selector, name) in shown):
             yield Unchanged(beside(selector, name), template.terms == own.terms)
