@@ -117,7 +117,7 @@ class _Trial:
         self._engine, self._tokenizer, self._harvest, self._forces = engine, tokenizer, harvest, forces
         read = "final_norm" if "final_norm" in architecture_map.model_points else "resid_post"
         self._selector = select(architecture_map, [read], [architecture_map.num_layers - 1], "last")[0]
-        *self._short, self._long = _apart(examples) if examples else _prompts(engine)
+        *self._short, self._long = _apart(examples) if examples else trial_prompts(engine)
 
     def fault(self) -> str | None:
         """How padding changes the rows, in words; None where it does not."""
@@ -216,7 +216,7 @@ def _apart(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [ordered[0], ordered[-1], ordered[0]]
 
 
-def _prompts(engine: Engine) -> list[Prompt]:
+def trial_prompts(engine: Engine) -> list[Prompt]:
     """Two short prompts and a long one, of random tokens without special ones."""
     config: Any = engine.root.config
     settings = list(_settings(config.to_dict()))

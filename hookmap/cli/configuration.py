@@ -111,8 +111,10 @@ class Serving(Section):
     eager: bool = Field(False, description="with engine vllm: compile nothing")
     vllm: Kwargs | None = Field(None, description="with engine vllm: arguments of vLLM's LLM, such as max_model_len")
     queue: Count = Field(64, description="requests that may wait for the model; more get 429")
-    batch: Count = Field(8, description="rows of plain requests that wait together and run together; 1: each alone")
+    batch: Count = Field(16, description="rows that run together, and join while others run; 1: each alone")
+    deterministic: bool = Field(False, description="each request alone: its answer depends on no other")
     batch_tokens: Count = Field(32768, description="of such a batch: rows times the longest prompt and answer")
+    connections: Count = Field(1000, description="clients that may be connected; more get 503")
     max_new_tokens: Count = Field(4096, description="that a request may ask for")
     drain: Count = Field(30, description="seconds that running requests get at the end")
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from hookmap.errors import CaptureError
 from hookmap.wording import did_you_mean
 
-_OF_ONE_ROW = frozenset(
+OF_ONE_ROW = frozenset(
     "do_sample temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff eos_token_id".split()
 )
 """settings that look at nothing but a row's next scores; others may count pads as tokens of the row"""
@@ -119,15 +119,15 @@ def as_json(config: GenerationConfig) -> dict[str, Any]:
 
 def counts_pads(config: GenerationConfig) -> bool:
     """Whether a setting may take pads for tokens of the row, as transformers' repetition_penalty does."""
-    return bool(as_json(config).keys() - _OF_ONE_ROW - _NO_MATTER - _BY_COLUMNS)
+    return bool(as_json(config).keys() - OF_ONE_ROW - _NO_MATTER - _BY_COLUMNS)
 
 
 def of_one_row(config: GenerationConfig) -> dict[str, Any] | None:
     """The settings that decide a row's next token, where it does not matter what else is in the batch, or when."""
     found = as_json(config)
-    if found.keys() - _OF_ONE_ROW - _NO_MATTER:
+    if found.keys() - OF_ONE_ROW - _NO_MATTER:
         return None
-    return {name: value for name, value in found.items() if name in _OF_ONE_ROW}
+    return {name: value for name, value in found.items() if name in OF_ONE_ROW}
 
 
 def unserved(config: GenerationConfig, served: Collection[str]) -> list[str]:

@@ -135,6 +135,11 @@ def text_of(tokenizer: Any, token_ids: Sequence[int], **settings: Any) -> str:
         return str(tokenizer.decode([token for token in token_ids if token in known], **settings))
 
 
+def encode_text(text: str, tokenizer: Any, special: bool = True) -> tuple[int, ...]:
+    """The token ids of a text; `special`: with the tokenizer's own special tokens. Raises TokenizerError."""
+    return _ids_of_text(text, 0, tokenizer) if special else _token_ids(text, 0, tokenizer, add_special_tokens=False)
+
+
 def known_ids(tokenizer: Any) -> set[int]:
     """The ids that the tokenizer has; a model's embedding may have more."""
     return set(tokenizer.get_vocab().values())

@@ -22,7 +22,7 @@ from hookmap.services.server.editing import planned, read
 from hookmap.services.server.errors import bad
 from hookmap.services.server.recording import InlineRecorder, RecordingPlan, SessionRecorder, plan
 from hookmap.services.server.requests import Recording, Sampling
-from hookmap.services.server.sessions import Sessions
+from hookmap.services.server.sessions import SERVED, Sessions
 from hookmap.services.server.settings import Settings
 from hookmap.services.server.watched_run import Gathered
 from hookmap.vllm.engine import asked_of
@@ -148,11 +148,13 @@ class Asked:
 
     def _recorder(self, kept: RecordingPlan) -> InlineRecorder | SessionRecorder:
         if kept.inline:
-            return InlineRecorder(kept)
+            return InlineRecorder(kept, self._served.hm.tokenizer)
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens", "stop")
         told: dict[str, Any] = {"sampling": {name: getattr(self._parameters, name) for name in names}}
         if self._changes:
             told["interventions"] = fingerprint(self._changes)
+        if self._recording.label:
+            told[SERVED] = {"label": self._recording.label}
         assert self._served.sessions is not None
         return SessionRecorder(kept, self._served.sessions, self._served.hm, self._served.name, told)
 

@@ -1,4 +1,4 @@
-"""Plain requests that wait together share a batch, and nobody can tell: each gets what is its own."""
+"""Requests join the batch that runs, and nobody can tell: each gets what is its own."""
 
 import contextlib
 import logging
@@ -72,13 +72,18 @@ def together(
             waiting: list[Future[Any]] = []
             for ask in asks:
                 waiting.append(people.submit(ask))
-                until(lambda: scheduler.waiting == len(waiting))  # they come in this order
+                until(lambda: scheduler.waiting + scheduler.running > len(waiting))  # they come in this order
         finally:
             free.set()
         assert running.result().status_code == 200
         answers = [each.result() for each in waiting]
         served.idle()
     return answers, seen[1:]
+
+
+def decoding(seen: list[tuple[int, int]]) -> list[int]:
+    """The rows of the passes that decode; prompts are read one by one."""
+    return [rows for rows, width in seen if width == 1]
 
 
 def asked(number: int, **body: Any) -> dict[str, Any]:
@@ -134,8 +139,9 @@ def test_each_gets_what_it_gets_alone_streamed_or_whole(served: Served, caplog: 
     assert {choices[0]["finish_reason"] for choices, _ in alone} == {"stop", "length"}
     ways = [whole, streamed, streamed, whole]
     found, seen = together(served, [lambda n=n: ways[n](served, **asked(n)) for n in range(4)])
-    assert {rows for rows, _ in seen} == {4}, "one batch"
-    assert len(seen) == max(usage["completion_tokens"] for _, usage in alone)
+    assert decoding(seen)[0] == 4, "one batch"
+    assert len(decoding(seen)) == max(usage["completion_tokens"] for _, usage in alone) - 1
+    assert len(seen) - len(decoding(seen)) == 4, "each prompt is read by itself"
     for one, other in zip(found, alone, strict=True):
         same(one, other)
     assert sum("in a batch of 4 requests" in record.getMessage() for record in caplog.records) == 4
@@ -149,7 +155,7 @@ def test_choices_and_lists_of_prompts_share_batches_too(served: Served) -> None:
         lambda: whole(served, **asked(0, n=2)),
     ]
     (lists, (choices, usage)), seen = together(served, asks)
-    assert seen[0][0] == 5, "three prompts and two choices"
+    assert decoding(seen)[0] == 5, "three prompts and two choices"
     assert [choice["text"] for choice in lists["choices"]] == alone.texts
     assert lists["usage"]["prompt_tokens"] == sum(sample.prompt_tokens for sample in alone.samples)
     expected, one = whole(served, **asked(0))
@@ -162,7 +168,7 @@ def test_rows_that_are_drawn_are_drawn_from_their_own_distribution(served: Serve
     drawn = {"temperature": 1.0, "top_k": 1}
     alone = [whole(served, **asked(number)) for number in range(4)]
     found, seen = together(served, [lambda n=n: whole(served, **asked(n, **drawn)) for n in range(4)])
-    assert seen[0][0] == 4
+    assert decoding(seen)[0] == 4
     for one, other in zip(found, alone, strict=True):
         same(one, other)
 
@@ -170,34 +176,56 @@ def test_rows_that_are_drawn_are_drawn_from_their_own_distribution(served: Serve
 @pytest.mark.parametrize(
     "body",
     [
-        {"seed": 1},
-        {"temperature": 0.5},
+        {"seed": 1, "temperature": 2.0},
+        {"temperature": 0.5, "top_k": 1},
         {"repetition_penalty": 1.5},
-        {"hookmap": {"points": ["embed"], "layers": "all", "return": "inline"}},
+        {"hookmap": {"points": ["resid_mid", "q"], "layers": [3, 9], "return": "inline"}},
         {"hookmap": {"interventions": [STEER], "return": "none"}},
+        {"hookmap": {"return": "none", "summary": {"point": "resid_post", "of": "lens", "layers": [3, -1]}}},
+    ],
+    ids="seed temperature penalty capture intervention summary".split(),
+)
+def test_each_has_settings_captures_and_interventions_of_its_own(served: Served, body: dict[str, Any]) -> None:
+    alone = [whole(served, **asked(0)), whole(served, **asked(1, **body))]
+    found, seen = together(served, [lambda: whole(served, **asked(0)), lambda: whole(served, **asked(1, **body))])
+    assert decoding(seen)[0] == 2
+    for one, other in zip(found, alone, strict=True):
+        same(one, other)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"hookmap": {"points": ["pattern"], "layers": [2], "return": "inline"}},
+        {"hookmap": {"points": ["logits"], "return": "inline"}},
         {"max_tokens": 900, "stop": "T"},
     ],
-    ids="seed temperature penalty capture intervention tokens".split(),
+    ids="pattern logits tokens".split(),
 )
 def test_what_cannot_be_shared_runs_alone(tmp_path: Path, body: dict[str, Any]) -> None:
     with serving(tmp_path, batch_tokens=1000) as served:
         asks = [lambda: whole(served, **asked(0)), lambda: whole(served, **asked(1, **body))]
-        _, seen = together(served, asks)
+        found, seen = together(served, asks)
         assert {rows for rows, _ in seen} == {1}
+        same(found[1], whole(served, **asked(1, **body)))
 
 
-def test_no_row_is_led_behind_the_last_position_of_the_model(served: Served) -> None:
-    """A row that has ended is fed on while others go on: both fit into 1024 positions, not side by side."""
-    wide = asked(0, messages=[{"role": "user", "content": "x" * 980}], max_tokens=5)
+def test_a_row_at_the_last_position_of_the_model_runs_beside_a_short_one(served: Served) -> None:
+    wide = asked(0, messages=[{"role": "user", "content": "x" * 990}], max_tokens=None, stop="zz")
     asks = [lambda: whole(served, **wide), lambda: whole(served, **asked(1, max_tokens=100))]
-    _, seen = together(served, asks)
-    assert {rows for rows, _ in seen} == {1}
+    alone = [ask() for ask in asks]
+    assert 1000 < alone[0][1]["total_tokens"] <= 1024
+    found, seen = together(served, asks)
+    assert max(decoding(seen)) == 2
+    for one, other in zip(found, alone, strict=True):
+        same(one, other)
 
 
 def test_with_a_batch_of_one_nobody_shares(tmp_path: Path) -> None:
     with serving(tmp_path, batch=1) as served:
-        _, seen = together(served, [lambda: whole(served, **asked(0))] * 2)
+        found, seen = together(served, [lambda: whole(served, **asked(0))] * 2)
         assert {rows for rows, _ in seen} == {1}
+        assert found[0] == found[1] == whole(served, **asked(0)), "to the last bit"
 
 
 def test_a_row_that_ends_is_answered_while_others_go_on(served: Served) -> None:
@@ -205,7 +233,7 @@ def test_a_row_that_ends_is_answered_while_others_go_on(served: Served) -> None:
 
     def wait_for_the_short_one(rows: int, width: int) -> None:
         passes.append(rows)
-        assert len(passes) != 12 or answered.wait(240), "the short answer waits for the long one"
+        assert len(passes) != 14 or answered.wait(240), "the short answer waits for the long one"
 
     def short() -> Any:
         found = whole(served, **asked(0, max_tokens=3))
@@ -213,7 +241,7 @@ def test_a_row_that_ends_is_answered_while_others_go_on(served: Served) -> None:
         return found
 
     found, seen = together(served, [lambda: whole(served, **asked(3)), short], wait_for_the_short_one)
-    assert seen[0][0] == 2 and len(seen) > 12
+    assert decoding(seen)[0] == 2 and len(seen) > 14
     same(found[0], whole(served, **asked(3)))
 
 
@@ -225,9 +253,9 @@ def test_who_leaves_a_batch_does_not_end_it(served: Served, caplog: pytest.LogCa
     def leave() -> None:
         body = asked(2, stream=True, max_tokens=60, stop=None)
         with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=240) as answer:
-            for line in answer.iter_lines():
-                if "content" in line:
-                    return
+            lines = (line for line in answer.iter_lines() if "content" in line)
+            for _ in zip(range(4), lines, strict=False):
+                pass
 
     def give_the_server_time(rows: int, width: int) -> None:
         passes.append(rows)
@@ -235,7 +263,7 @@ def test_who_leaves_a_batch_does_not_end_it(served: Served, caplog: pytest.LogCa
             time.sleep(0.2)
 
     found, seen = together(served, [leave, lambda: whole(served, **asked(3))], give_the_server_time)
-    assert seen[0][0] == 2
+    assert decoding(seen)[0] == 2
     same(found[1], whole(served, **asked(3)))
     assert sum(": cancelled in" in record.getMessage() for record in caplog.records) == 1
 
@@ -245,15 +273,16 @@ def test_memory_that_runs_out_halves_the_batch_and_nothing_is_lost(served: Serve
 
     def refuse(rows: int, width: int) -> None:
         passes.append(rows)
-        if rows > 2 and len(passes) > 4:
+        if rows > 2 and len(passes) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory (forced by a test)")
 
     passes: list[int] = []
     alone = [whole(served, **asked(number)) for number in range(4)]
     ways = [whole, streamed, streamed, whole]
     found, seen = together(served, [lambda n=n: ways[n](served, **asked(n)) for n in range(4)], refuse)
-    assert [rows for rows, _ in seen[:6]] == [4, 4, 4, 4, 4, 2]
-    assert {rows for rows, _ in seen[5:]} == {2}
+    rows = decoding(seen)
+    refused = rows.index(2)
+    assert rows[:refused] == [4] * refused and refused >= 4 and max(rows[refused:]) == 2
     for one, other in zip(found, alone, strict=True):
         same(one, other)
 
@@ -270,25 +299,28 @@ def test_drawn_rows_that_are_halved_draw_on(served: Served) -> None:
     body = asked(0, n=4, seed=11, temperature=4.0, max_tokens=20)
     choices, usage = whole(served, **body)
     [found], seen = together(served, [lambda: whole(served, **body)], refuse)
-    assert {rows for rows, _ in seen} == {4, 2}
+    assert {rows for rows, _ in seen} == {4, 2, 1}
     assert (found[0], found[1]) == (choices, usage)
     assert len({choice["message"]["content"] for choice in choices}) == 4
 
 
-def test_the_one_that_does_not_fit_alone_is_the_only_one_refused(served: Served) -> None:
+@pytest.mark.parametrize("kept", [False, True], ids=["plain", "kept"])
+def test_the_one_that_does_not_fit_alone_is_the_only_one_refused(served: Served, kept: bool) -> None:
     def refuse(rows: int, width: int) -> None:
         if width > 200:
             raise torch.OutOfMemoryError("CUDA out of memory (forced by a test)")
 
-    wide = asked(0, messages=[{"role": "user", "content": "x" * 400}])
+    before = {session.id for session in served.sessions.all()}
+    wide = asked(0, messages=[{"role": "user", "content": "x" * 400}], store_activations=kept)
     asks: list[Any] = [lambda n=n: whole(served, **asked(n)) for n in range(3)]
     asks.insert(1, lambda: served.post("/v1/chat/completions", **wide))
     found, seen = together(served, asks, refuse)
-    assert seen[0][0] == 4
+    assert max(decoding(seen)) >= 2, "those behind it wait for its turn, and run together"
     refused = found.pop(1)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "out_of_memory")
     for number, one in enumerate(found):
         same(one, whole(served, **asked(number)))
+    assert {session.id for session in served.sessions.all()} == before
 
 
 def test_what_breaks_before_a_batch_runs_is_told_and_the_next_request_runs(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_those_that_wait_join_in_their_order_while_there_is_room() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [job(5, seed=1), job(5, interventions=("any",)), job(5, echo=True), job(16), job(5, new=16)],
+    [job(5, seed=1), job(5, interventions=("any",)), job(5, prompt_logprobs=0), job(16), job(5, new=16)],
     ids="seed intervention echo prompt completion".split(),
 )
 def test_what_may_not_or_does_not_fit_runs_alone(other: Job) -> None:

@@ -518,14 +518,17 @@ def test_interventions_are_those_of_capture_in_a_request_and_as_defaults(tmp_pat
         assert str(tmp_path) not in gone.text
 
 
-def test_interventions_that_leave_no_numbers_are_told_and_logprobs_stay_json(served: Served) -> None:
-    """Scores of NaN: nothing can be drawn from them, and the likeliest token has no logprob."""
+@pytest.mark.parametrize("more", [{}, {"temperature": 1.0}, {"logprobs": True}, {"points": ["logits"]}])
+def test_interventions_that_leave_no_numbers_are_told(served: Served, more: dict[str, Any]) -> None:
+    """Also where the answer is greedy, and could name some token all the same."""
     scale = {"do": "scale", "point": "resid_post", "layers": [8], "factor": 1e38}
-    asked: dict[str, Any] = {"max_tokens": 2, "hookmap": {"return": "none", "interventions": [scale]}}
-    drawn = served.chat(**asked, temperature=1.0)
-    assert (drawn.status_code, drawn.json()["error"]["code"]) == (400, "not_finite")
-    whole = served.chat(**asked, logprobs=True, top_logprobs=1).json()["choices"][0]["logprobs"]["content"]
-    assert [token["logprob"] for token in whole] == [-9999.0] * 2
-    lines = [line for line in served.chat(**asked, logprobs=True, stream=True).text.split("\n") if 'logprob"' in line]
-    assert len(lines) == 2 and all('"logprob":-9999.0' in line for line in lines)
+    kept = {"points": more["points"], "return": "inline"} if "points" in more else {"return": "none"}
+    asked: dict[str, Any] = {"max_tokens": 2, "hookmap": {**kept, "interventions": [scale]}}
+    asked |= {name: value for name, value in more.items() if name != "points"}
+    for stream in (False, True):
+        told = served.chat(**asked, stream=stream)
+        assert told.status_code == 400, told.text
+        error = told.json()["error"]
+        assert (error["code"], error["param"]) == ("not_finite", "hookmap.interventions")
+        assert "scale of resid_post, layers 8" in error["message"]
     assert served.chat(max_tokens=1).status_code == 200

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from hookmap.demo import MODEL_PATH
 from hookmap.model import HookedModel
 from hookmap.services.server.app import make_app
 from hookmap.services.server.models import Models
+from hookmap.services.server.run import config_of
 from hookmap.services.server.sessions import Sessions
 from hookmap.services.server.settings import Settings
 
@@ -43,7 +45,8 @@ class Served:
     headers: dict[str, str] = field(default_factory=dict)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, headers=self.headers, timeout=240)
+        headers = {"Content-Type": "application/json", **self.headers}
+        return httpx.post(self.url + path, content=json.dumps(body), headers=headers, timeout=240)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
         return httpx.get(self.url + path, headers={**self.headers, **headers}, timeout=240)
@@ -64,13 +67,16 @@ class Served:
 
 @contextlib.contextmanager
 def serving(root: Path, hm: HookedModel | None = None, **limits: Any) -> Iterator[Served]:
-    """A server with these settings on a free port; it is told to stop at the end, and must."""
-    settings = Settings(root=root, **{"points": ("resid_mid",), "layers": (8, 12), **limits})
-    sessions = Sessions(settings.root, settings.total_bytes, settings.max_age)
+    """A server with these settings on a free port; it is told to stop at the end, and must.
+
+    `free`: what the disk of the sessions has left; see `Sessions`.
+    """
+    free = {"free": limits.pop("free")} if "free" in limits else {}
+    settings = Settings(root=root, **{"points": ("resid_mid",), "layers": (8, 12), "port": 0, **limits})
+    sessions = Sessions(settings.root, settings.total_bytes, settings.max_age, **free)
     models = Models(settings)
     models.add(NAME, hm or demo())
-    config = uvicorn.Config(make_app(settings, models, sessions), port=0, log_level="warning", ws="none")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(config_of(make_app(settings, models, sessions), settings))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

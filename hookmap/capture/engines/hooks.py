@@ -90,13 +90,20 @@ class HooksEngine:
             )
         return {term: seen[term.call or 0] for term, seen in found.items() if len(seen) > (term.call or 0)}
 
+    def watching(self, observer: Observer, editor: Editor | None = None) -> contextlib.AbstractContextManager[None]:
+        """Inside, the passes of the model on this thread are shown to the observer while it looks, and edited.
+
+        The caller runs the model, and says which logits it computes.
+        """
+        return self._watching(observer, editor, generating=None)
+
     @contextlib.contextmanager
     def _watching(
         self,
         observer: Observer,
         editor: Editor | None,
         ends_early: bool = False,
-        generating: bool = False,
+        generating: bool | None = False,
         taps: Taps | None = None,
     ) -> Iterator[None]:
         also = () if taps is None else taps.observers
@@ -129,16 +136,18 @@ class HooksEngine:
         self,
         observers: Sequence[Observer],
         editor: Editor | None,
-        generating: bool,
+        generating: bool | None,
         args: Any,
         kwargs: Any,
         output: Any,
     ) -> Any:
-        """The model is called with these arguments; what it gets in their place."""
+        """The model is called with these arguments; what it gets in their place. `generating`: see `logits_of_pass`."""
         if not observers[0].looks:
             return None
         for each in (*observers, *(() if editor is None else (editor,))):
             each.begin_pass(args, kwargs)
+        if generating is None:
+            return None
         return args, {**kwargs, **logits_of_pass(self.root, generating, *observers)}, output
 
 

@@ -295,9 +295,7 @@ class Observer:
     def _new_columns(self, tensor: torch.Tensor, term: Term, selector: Selector) -> torch.Tensor:
         """A view of the columns that were fed for the first time: `[batch, new, ...]`."""
         kept, width, computed = self._batch.kept, self._batch.width or 0, self._logit_columns
-        if not term.bare:
-            self._refuse_empty_places(tensor, term, selector)
-            tensor = term.arrange(tensor, kept.batch, width)
+        tensor = self._arranged(tensor, term, selector)
         if tensor.shape[0] != kept.batch or tensor.shape[1] != width:
             if computed is not None and of_logits(selector) and tensor.shape[:2] == (kept.batch, len(computed)):
                 return tensor
@@ -308,6 +306,14 @@ class Observer:
                 "use_cache=False), or the map was made for another version of it: run `hookmap discover` again."
             )
         return tensor if kept.new == width else tensor[:, -kept.new :]
+
+    def _arranged(self, tensor: torch.Tensor, term: Term, selector: Selector) -> torch.Tensor:
+        """A view of the rows of this layout: `[batch, width, ...]`."""
+        if term.bare:
+            return tensor
+        self._refuse_empty_places(tensor, term, selector)
+        found: torch.Tensor = term.arrange(tensor, self._batch.kept.batch, self._batch.width or 0)
+        return found
 
     def _refuse_empty_places(self, tensor: torch.Tensor, term: Term, selector: Selector) -> None:
         """Raises CaptureError where a cache has places for tokens to come: which place is which token is not told."""

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import (
     BaseModel,
@@ -386,6 +386,9 @@ def _problem(error: Any, items: Any) -> str:
     do = items[number].get("do") if isinstance(number, int) and isinstance(items[number], dict) else None
     if do in ("apply", "watch"):
         return _NO_DOCUMENT.format(do=do)
+    if error["type"].startswith("union_tag"):
+        kinds = ", ".join(kind.model_fields["do"].default for kind in get_args(get_args(Document)[0]))
+        return f"expected do: one of {kinds}" + (f"; got {do!r}" if do is not None else "")
     return str(error["msg"]).removeprefix("Value error, ")
 
 

@@ -222,9 +222,9 @@ class Editor:
         return given
 
     def _write(self, number: int, edit: Edit, given: ModuleIO) -> ModuleIO:
-        cells, where = self._chosen(edit)
-        shape = (len(self._observer.layout.samples), len(self._observer.columns))
-        means = self._means_of(number, edit.target, given, cells[0], shape) if edit.means else None
+        own, where = self._chosen(edit)
+        cells, shape = self._placed(own), self._shape()
+        means = self._means_of(number, edit.target, given, own[0]) if edit.means else None
         if number in self._written:
             self._refuse_old_tokens(edit, given, shape)
         if not where:
@@ -232,7 +232,7 @@ class Editor:
 
         def change(rows: torch.Tensor) -> torch.Tensor:
             if edit.selector.has_keys:
-                pads = [self._observer.layout.pads(row) for row in cells[0]]
+                pads = [self._observer.layout.pads(row) for row in own[0]]
                 end = self._observer.columns.stop
                 changed = on_keys(rows, pads, end, lambda aligned: _on_heads(edit, aligned, where, means))
             else:
@@ -246,6 +246,14 @@ class Editor:
 
         self._written.add(number)
         return edit.target.write(given, shape, cells, change, str(edit.selector))
+
+    def _shape(self) -> tuple[int, int]:
+        """Rows and columns of the tensors of the running pass."""
+        return len(self._observer.layout.samples), len(self._observer.columns)
+
+    def _placed(self, cells: Cells) -> Cells:
+        """Cells of this layout, as those tensors have them."""
+        return cells
 
     def _refuse_old_tokens(self, edit: Edit, given: ModuleIO, shape: tuple[int, int]) -> None:
         """Raises InterventionError where the tensor also holds tokens of earlier passes, out of a cache."""
@@ -290,12 +298,10 @@ class Editor:
         found = ((column, absolute - pads) for column, absolute in enumerate(self._observer.columns))
         return [(column, position) for column, position in found if 0 <= position < end]
 
-    def _means_of(
-        self, number: int, target: BoundaryTensor, given: ModuleIO, rows: list[int], shape: tuple[int, int]
-    ) -> torch.Tensor | None:
+    def _means_of(self, number: int, target: BoundaryTensor, given: ModuleIO, rows: list[int]) -> torch.Tensor | None:
         """The mean over the prompt of each of these rows, computed in the pass that is fed the prompt."""
         begins = self._observer.columns.start == 0
-        for row in range(shape[0]) if begins else sorted(set(rows)):
+        for row in range(len(self._observer.layout.samples)) if begins else sorted(set(rows)):
             if not begins and (number, row) in self._means:
                 continue
             length = self._observer.layout.lengths[row]
@@ -305,7 +311,8 @@ class Editor:
                     "the mean over a prompt is asked for, and the model is fed the prompt in pieces: "
                     "generate without prefill_chunk_size, or give the mean as a vector."
                 )
-            self._means[number, row] = target.read(given, shape, ([row] * len(prompt), prompt)).float().mean(0)
+            cells = self._placed(([row] * len(prompt), prompt))
+            self._means[number, row] = target.read(given, self._shape(), cells).float().mean(0)
         return torch.stack([self._means[number, row] for row in rows]) if rows else None
 
 

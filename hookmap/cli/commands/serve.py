@@ -10,7 +10,7 @@ from hookmap.cli import model_options
 from hookmap.cli.options import amount, calls_option, count
 
 _GIB = 2**30
-_AS_TYPED = ("host", "port", "queue", "batch", "batch_tokens", "max_new_tokens", "inline_bytes")
+_AS_TYPED = ("host", "port", "queue", "batch_tokens", "connections", "max_new_tokens", "inline_bytes")
 
 
 def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -66,8 +66,15 @@ def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None
 @amount("--request-bytes", "GIB", "The most activations that one request may store.  [default: 2.0]")
 @count("--inline-bytes", "The most activations inside an answer.  [default: 16777216]", unit="BYTES")
 @count("--queue", "Requests that may wait for the model; more get 429.  [default: 64]")
-@count("--batch", "Plain requests that wait together run together, up to N rows; 1: each runs alone.  [default: 8]")
+@count("--batch", "Requests run together, up to N rows, and join while others run; 1: each alone.  [default: 16]")
+@click.option(
+    "--deterministic",
+    is_flag=True,
+    default=None,
+    help="Each request runs alone: its answer depends on no other.  [default: False]",
+)
 @count("--batch-tokens", "The most tokens of such a batch: rows times the longest prompt and answer.  [default: 32768]")
+@count("--connections", "Clients that may be connected; more get 503.  [default: 1000]")
 @count("--max-new-tokens", "The most tokens that a request may ask for.  [default: 4096]")
 @count("--drain", "How long running requests may go on when the server is told to stop.  [default: 30]", unit="SECONDS")
 @model_options.loading
@@ -107,6 +114,8 @@ def command(
         loads = {**(serving.vllm or {}), **on_vllm(loads), "eager": serving.eager}
     elif serving.eager or serving.vllm:
         raise click.UsageError("--eager and --vllm need --engine vllm")
+    if serving.deterministic and serving.engine == "vllm":
+        raise click.UsageError("--deterministic needs --engine hooks; of vLLM: VLLM_BATCH_INVARIANT=1 hookmap serve …")
     model = choose_model(model, settings)
     with working("importing torch and transformers"):
         from hookmap.services.server.run import serve
@@ -125,6 +134,7 @@ def command(
         total_bytes=int(serving.max_bytes * _GIB),
         max_age=serving.max_age * 3600,
         drain=float(serving.drain),
+        batch=1 if serving.deterministic else serving.batch,
         engine=serving.engine,
         loads=loads,
         **serving.model_dump(include=set(_AS_TYPED)),

@@ -1,7 +1,8 @@
 """`hookmap serve`: an OpenAI-compatible API that also records activations. Start in `app.py`, which names every route.
 
 The way of a request: `requests` (its fields) -> `chat` or `completions` (its prompt) -> `admission` (limits; a job) ->
-`scheduler` (its turn) -> `shared_run` or `watched_run` (the model runs) -> `text` (what may be sent) -> `streaming`.
+`scheduler` (its turn) -> `running_batch`, which it joins, or where it cannot `shared_run` and `watched_run` -> `text`
+(what may be sent) -> `streaming`.
 """
 
 from hookmap.errors import HookmapError

@@ -1,6 +1,6 @@
 """Turns a request into a job for the scheduler, or refuses it: its settings and its limits. Nothing runs here."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import GenerationConfig
@@ -12,17 +12,20 @@ from hookmap.loading.wrappers import generation_config_of
 from hookmap.model import HookedModel
 from hookmap.services.server.echo import check_room
 from hookmap.services.server.editing import Documents, read
-from hookmap.services.server.errors import ApiError, bad
+from hookmap.services.server.errors import bad
 from hookmap.services.server.jobs import Job
 from hookmap.services.server.models import Loaded
 from hookmap.services.server.recording import InlineRecorder, RecordingPlan, SessionRecorder, plan
 from hookmap.services.server.requests import Recording, Sampling
-from hookmap.services.server.sessions import Sessions
+from hookmap.services.server.scores import ScoreChanges
+from hookmap.services.server.sessions import SERVED, Sessions
 from hookmap.services.server.settings import Settings
 from hookmap.services.server.summaries import summary_of
 
 LEAST_TEMPERATURE = 0.01
 """a smaller one overflows; vLLM's limit"""
+_SHOWN = 200
+"""characters of what was asked that a list of sessions shows"""
 
 
 def admit(
@@ -58,13 +61,17 @@ def admit(
         stop=asked.stops,
         seed=asked.seed,
         interventions=interventions,
+        changes=score_changes(asked, hm.vocabulary, gen.end_tokens(config), limit),
         top_logprobs=asked.logprob_count,
+        prompt_logprobs=max(asked.logprob_count or 0, asked.prompt_logprobs or 0) if asked.reads_prompt else None,
         summary=summary_of(field.summary, hm.map) if field.summary else None,
-        echo=asked.reads_prompt,
         reads_only=asked.reads_only,
     )
-    if (what := plan(asked, hm, settings, job.prompts, limit)) is not None:
-        job.recorder = InlineRecorder(what) if what.inline else session_recorder(what, job, model, sessions)
+    if (what := plan(asked, hm, settings, job.prompts, limit, sessions)) is not None:
+        inline = what.inline
+        job.recorder = (
+            InlineRecorder(what, hm.tokenizer) if inline else session_recorder(what, asked, job, model, sessions)
+        )
     if job.echo and any(change.point == "logits" for change in interventions):
         raise bad(
             "echo: logprobs of a prompt are told before an intervention on logits; leave one of them out.", "echo"
@@ -72,8 +79,12 @@ def admit(
     return job
 
 
-def session_recorder(what: RecordingPlan, job: Job, model: Loaded, sessions: Sessions) -> SessionRecorder:
-    """A recorder whose session says how the request was answered."""
+def session_recorder(
+    what: RecordingPlan, asked: Sampling, job: Job, model: Loaded, sessions: Sessions
+) -> SessionRecorder:
+    """A recorder whose session says how the request was answered, and what its client calls it."""
+    label = asked.hookmap.label if asked.hookmap else None
+    own = {"label": label, "metadata": asked.metadata, "prompt": asked.title[:_SHOWN]}
     answered: dict[str, Any] = {
         "generation": gen.as_json(job.config),
         "seed": job.seed,
@@ -81,10 +92,11 @@ def session_recorder(what: RecordingPlan, job: Job, model: Loaded, sessions: Ses
         "batch_size": job.choices,
         "request": job.id,
         "prompts": len(job.prompts),
+        SERVED: {name: value for name, value in own.items() if value},
     }
     if job.interventions:
         answered["interventions"] = fingerprint(job.interventions)
-    return SessionRecorder(what, sessions, model.hm, model.name, answered)
+    return SessionRecorder(what, sessions, model.hm, model.name, answered, bool(asked.return_token_ids))
 
 
 def generation_config(asked: Sampling, hm: HookedModel, limit: int) -> GenerationConfig:
@@ -92,7 +104,31 @@ def generation_config(asked: Sampling, hm: HookedModel, limit: int) -> Generatio
     own = generation_config_of(hm.hooks.runner, hm.root)
     options = sampling_options(asked, own)
     drawn = "temperature" in options
-    return gen.settings(own, hm.tokenizer, max_new_tokens=limit, do_sample=drawn, options=options)
+    config = gen.settings(own, hm.tokenizer, max_new_tokens=limit, do_sample=drawn, options=options)
+    if asked.ignore_eos or asked.stop_token_ids:
+        check_ids("stop_token_ids", asked.stop_token_ids or (), hm.vocabulary)
+        own_ends = () if asked.ignore_eos else gen.end_tokens(config)
+        # Where there is none, transformers would take the model's own again: a token that never comes stands for it.
+        config.eos_token_id = list(dict.fromkeys((*own_ends, *(asked.stop_token_ids or ())))) or [hm.vocabulary]
+    return config
+
+
+def score_changes(asked: Sampling, vocabulary: int, ends: Sequence[int], limit: int) -> ScoreChanges:
+    """What the request changes of the scores. Raises ApiError."""
+    if (least := asked.min_tokens or 0) > limit:
+        raise bad(f"min_tokens: {least} are more than the {limit} that may be generated.", "min_tokens")
+    if wrong := [key for key in asked.logit_bias or {} if not key.isascii() or not key.isdecimal()]:
+        raise bad(f"logit_bias: expected token ids, got {wrong[0]!r:.40}.", "logit_bias")
+    bias = {int(key[:12]): value for key, value in (asked.logit_bias or {}).items()}
+    check_ids("logit_bias", bias, vocabulary)
+    ends = tuple(end for end in ends if end < vocabulary)
+    return ScoreChanges(asked.presence_penalty or 0.0, asked.frequency_penalty or 0.0, bias, least, ends)
+
+
+def check_ids(name: str, ids: Iterable[int], size: int) -> None:
+    """Raises ApiError for token ids outside of the vocabulary."""
+    if wrong := [token for token in ids if not 0 <= token < size]:
+        raise bad(f"{name}: token ids {wrong[:5]}: the model's vocabulary is 0 to {size - 1}.", name)
 
 
 def check_choices(rows: int, most: int) -> None:
@@ -104,8 +140,7 @@ def check_choices(rows: int, most: int) -> None:
 def check_tokens(prompts: Sequence[Prompt], size: int) -> None:
     """Raises ApiError for token ids outside of the vocabulary."""
     for prompt in prompts:
-        if wrong := [token for token in prompt.token_ids if not 0 <= token < size]:
-            raise ApiError(400, f"token ids {wrong[:5]}: the model's vocabulary is 0 to {size - 1}.", param="prompt")
+        check_ids("prompt", prompt.token_ids, size)
 
 
 def check_context(prompt: int, new: int, context: int | None) -> None:

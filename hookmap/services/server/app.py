@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import io
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
@@ -18,26 +18,27 @@ from hookmap._version import __version__
 from hookmap.errors import SelectionError
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.tree import tree
-from hookmap.services.server import errors, page
+from hookmap.services.server import errors, page, tokenizing
 from hookmap.services.server.admission import admit
 from hookmap.services.server.chat import ChatWire, prompt_of
 from hookmap.services.server.completions import CompletionWire, TextCompletion, prompts_of
 from hookmap.services.server.downloads import download_of
 from hookmap.services.server.editing import described as described_edits
 from hookmap.services.server.editing import planned, read
-from hookmap.services.server.errors import ApiError, bad
+from hookmap.services.server.errors import ApiError, bad, missing
 from hookmap.services.server.guard import Guard
 from hookmap.services.server.jobs import Job
 from hookmap.services.server.metrics import Metrics
 from hookmap.services.server.models import Loaded, Models
 from hookmap.services.server.ranges import DOCUMENTED as RANGED
 from hookmap.services.server.ranges import ranged
-from hookmap.services.server.recording import described
+from hookmap.services.server.recording import described, tokens_of
 from hookmap.services.server.requests import ChatRequest, CompletionRequest, Sampling
 from hookmap.services.server.sessions import Sessions
 from hookmap.services.server.settings import Settings
 from hookmap.services.server.streaming import answer
 from hookmap.services.server.summaries import offered
+from hookmap.services.server.text import Cutter
 from hookmap.stores.ledger import tensor_name
 
 _SWEEP = 60.0
@@ -91,8 +92,9 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
     app.add_middleware(Guard, settings=settings, done=done)
     errors.install(app)
     page.install(app)
+    tokenizing.install(app, settings, models)
     _generation(app, settings, models, sessions)
-    _sessions(app, sessions)
+    _sessions(app, models, sessions)
     _models(app, models)
     _interventions(app, models, sessions)
 
@@ -100,6 +102,11 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
     async def health() -> dict[str, Any]:
         """Whether the server is up, its version and the loaded models; needs no key."""
         return {"status": "ok", "version": __version__, "models": [loaded.name for loaded in models.all]}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """The server's version."""
+        return {"version": __version__}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics_text() -> Response:
@@ -129,19 +136,25 @@ def _answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 
 
 def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sessions) -> None:
-    encoding = asyncio.Lock()  # tokenizers are not made for several threads at once
-
-    async def job_of(asked: Sampling, request: Request, model: Loaded, prompts: Callable[[], Sequence[Prompt]]) -> Job:
+    async def job_of(
+        asked: Sampling, request: Request, model: Loaded, prompts: Callable[[Any], Sequence[Prompt]]
+    ) -> Job:
         id, defaults = request.scope["request_id"], models.interventions_of(model)
-        async with encoding:
-            encoded = await asyncio.to_thread(prompts)
-            return await asyncio.to_thread(admit, asked, id, model, encoded, settings, sessions, defaults)
+
+        def read(tokenizer: Any) -> Job:
+            return admit(asked, id, model, prompts(tokenizer), settings, sessions, defaults)
+
+        return await model.encoding.run(asked.characters, read)
 
     @app.post("/v1/chat/completions", responses=_answers(ChatCompletion))
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """An answer to messages, in one piece or as a stream; the `hookmap` field keeps and edits activations."""
         model = models.get(asked.model)
-        job = await job_of(asked, request, model, lambda: [prompt_of(asked, model.hm, settings.image_pixels)])
+
+        def prompts(tokenizer: Any) -> Sequence[Prompt]:
+            return [prompt_of(asked, model.hm, settings.image_pixels, tokenizer)]
+
+        job = await job_of(asked, request, model, prompts)
         wire = ChatWire(asked, job, model.name, model.hm.tokenizer)
         return await answer(request, model.scheduler, job, wire, bool(asked.stream))
 
@@ -149,16 +162,30 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         """What follows each prompt, in one piece or as a stream; the `hookmap` field keeps and edits activations."""
         model = models.get(asked.model)
-        job = await job_of(asked, request, model, lambda: prompts_of(asked, model.hm.tokenizer))
+        job = await job_of(asked, request, model, lambda tokenizer: prompts_of(asked, tokenizer))
         wire = CompletionWire(asked, job, model.name, model.hm.tokenizer)
         return await answer(request, model.scheduler, job, wire, bool(asked.stream))
 
 
-def _sessions(app: FastAPI, sessions: Sessions) -> None:
+def _sessions(app: FastAPI, models: Models, sessions: Sessions) -> None:
     @app.get("/v1/activations/sessions")
-    async def listed() -> dict[str, Any]:
-        """Every session, oldest first."""
-        return {"object": "list", "data": [session.described() for session in sessions.all()]}
+    async def listed(
+        label: str | None = None,
+        metadata: Annotated[list[str] | None, Query(description="KEY:VALUE; all of them, where given often")] = None,
+        order: Literal["asc", "desc"] = "asc",
+        after: str | None = None,
+        limit: Annotated[int | None, Query(ge=1, le=2**31)] = None,
+    ) -> dict[str, Any]:
+        """Sessions, oldest first unless `order` is desc, of this label and these metadata; `after`: an id."""
+        found = [each for each in sessions.all() if each.about.fits(label, metadata or ())]
+        found = found[:: -1 if order == "desc" else 1]
+        if after is not None:
+            ids = [each.id for each in found]
+            if after not in ids:
+                raise missing("after: no session of this list has this id.", "session_not_found")
+            found = found[ids.index(after) + 1 :]
+        shown = [session.described() for session in found[:limit]]
+        return {"object": "list", "data": shown, "has_more": len(shown) < len(found)}
 
     @app.get("/v1/activations/sessions/{id}")
     @app.get("/v1/activations/session/{id}")
@@ -167,7 +194,7 @@ def _sessions(app: FastAPI, sessions: Sessions) -> None:
         session = sessions.get(id)
         if not session.finished:
             return session.described()
-        return await asyncio.to_thread(_described, sessions, id)
+        return await asyncio.to_thread(_described, sessions, id, models.tokenizer_of)
 
     @app.delete("/v1/activations/sessions/{id}")
     @app.delete("/v1/activations/session/{id}")
@@ -193,12 +220,15 @@ def _sessions(app: FastAPI, sessions: Sessions) -> None:
         return await asyncio.to_thread(_download, sessions, id, (point, layer, call), choice, tokens, request.headers)
 
 
-def _described(sessions: Sessions, id: str) -> dict[str, Any]:
+def _described(sessions: Sessions, id: str, tokenizer_of: Callable[[str | None], Any]) -> dict[str, Any]:
     with sessions.reading(id) as store:
         session = sessions.get(id)
         meta = described(store, f"/v1/activations/sessions/{session.id}")
+        stop, tokenizer = store.manifest.settings.get("stop") or (), tokenizer_of(session.model)
         for sample, told in zip(store.samples, meta["samples"], strict=True):
-            told |= {"prompt": sample.prompt, "text": sample.text, "token_ids": list(sample.token_ids)}
+            text = Cutter(stop)  # as it was answered; the tokens behind the stop string were generated, too
+            told |= {"prompt": sample.prompt, "text": text.add(sample.text) + text.end()}
+            told |= tokens_of(sample, tokenizer)
     return {**session.described(), **meta}
 
 

@@ -21,6 +21,14 @@ class BatchLimits:
     padded: int = 0
     """columns up to which prompts of different lengths may share a batch"""
 
+    def takes(self, job: Job) -> bool:
+        """Whether rows of other lengths may stand beside each row of the job, however long it becomes."""
+        return max(len(prompt.token_ids) for prompt in job.prompts) + job.max_new_tokens <= self.padded
+
+    def hold(self, rows: int, columns: int) -> bool:
+        """Whether so many rows of at most so many tokens may run together."""
+        return rows <= self.rows and rows * columns <= self.tokens
+
     def companions(self, first: Job, waiting: Iterable[Job]) -> list[Job]:
         """The waiting jobs that run together with the first one, in their order."""
         rows, found = _rows(first), list[Job]()

@@ -21,7 +21,8 @@ from hookmap.model import HookedModel
 from hookmap.services.server.errors import bad
 from hookmap.services.server.jobs import Job, Result
 from hookmap.services.server.requests import ChatRequest, Message, Part
-from hookmap.services.server.streaming import extras, made, reason_of, summaries, usage_of
+from hookmap.services.server.spelling import RowBytes, Spelling
+from hookmap.services.server.streaming import extras, made, prompt_logprobs, reason_of, summaries, usage_of
 from hookmap.services.server.text import RowText
 from hookmap.services.server.tokens import LEAST, Token
 from hookmap.services.server.tool_calls import Call, ToolText, reads_calls, template_of
@@ -30,12 +31,11 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 """of images, as OpenAI takes them"""
 
 
-def prompt_of(asked: ChatRequest, hm: HookedModel, pixels: int) -> Prompt:
+def prompt_of(asked: ChatRequest, hm: HookedModel, pixels: int, tokenizer: Any) -> Prompt:
     """The prompt that the model's chat template makes of the messages. Raises TokenizerError, ApiError.
 
-    `pixels`: the most that the images of the request may have together.
+    `pixels`: the most that the images of the request may have together. `tokenizer`: the model's, or a copy.
     """
-    tokenizer = hm.tokenizer
     tools = [] if asked.tool_choice == "none" else asked.tools or []
     check_template(tools, tokenizer)
     options = dict(asked.chat_template_kwargs or {})
@@ -138,22 +138,26 @@ class ChatWire:
         tools = bool(asked.tools) and asked.tool_choice != "none" and reads_calls(tokenizer)
         self._rows = [_ChoiceText(tokenizer, job, tools) for _ in job.prompts]
         self._job, self._tokenizer, self._logprobs = job, tokenizer, bool(asked.logprobs)
+        spelling = Spelling(tokenizer)
+        self._bytes = [RowBytes(spelling) for _ in job.prompts]
         self._usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        self._ids, self._of_prompt, self._spelling = bool(asked.return_token_ids), asked.prompt_logprobs, spelling
         self._head: dict[str, Any] = {"id": f"chatcmpl-{job.id}", "created": int(time.time()), "model": model}
 
     def opening(self) -> Iterator[ChatCompletionChunk]:
         """The role of each choice."""
+        prompt = {"prompt_token_ids": list(self._job.prompts[0].token_ids)} if self._ids else {}
         for row in range(len(self._rows)):
-            yield self._chunk(row, ChoiceDelta(role="assistant", content=""))
+            yield self._chunk(row, ChoiceDelta(role="assistant", content="")).model_copy(update=prompt)
 
     def piece(self, token: Token) -> ChatCompletionChunk | None:
         """A chunk with the text that this token completes; with logprobs or a summary every token has a chunk."""
         text = self._rows[token.row].add(token.id)
         logprobs = ChoiceLogprobs(content=[self._told(token)], refusal=None) if self._logprobs else None
         more = summaries(self._job, [token], partial(text_of, self._tokenizer))
-        if not text and logprobs is None and not more:
+        if not text and logprobs is None and not more and not self._ids:
             return None
-        chunk = self._chunk(token.row, made(ChoiceDelta, content=text), logprobs=logprobs)
+        chunk = self._chunk(token.row, made(ChoiceDelta, content=text), logprobs=logprobs, ids=[token.id])
         return chunk.model_copy(update=more)
 
     def closing(self, result: Result) -> Iterator[ChatCompletionChunk]:
@@ -178,6 +182,11 @@ class ChatWire:
         """The answer with every choice."""
         choices = [self._choice(number, result, tokens) for number in range(len(self._rows))]
         more = {**summaries(self._job, tokens, partial(text_of, self._tokenizer)), **extras(result)}
+        if self._ids:
+            more["prompt_token_ids"] = list(self._job.prompts[0].token_ids)
+        if self._of_prompt is not None:
+            read = [token for token in tokens if token.prompt and token.row == 0]
+            more["prompt_logprobs"] = prompt_logprobs(read, self._of_prompt, self._spelling)
         usage = usage_of(self._job, result)
         return ChatCompletion(**self._head, object="chat.completion", choices=choices, usage=usage, **more)
 
@@ -189,27 +198,39 @@ class ChatWire:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message |= {"content": text if text.strip() else None, "tool_calls": [_call(call) for call in calls]}
-        told = [self._told(token) for token in tokens if token.row == number]
+        told = [self._told(token) for token in tokens if token.row == number and not token.prompt]
+        more: dict[str, Any] = {"token_ids": list(new)} if self._ids else {}
         return Choice(
             index=number,
             finish_reason="tool_calls" if calls else reason_of(self._job, row.text, new),
             message=ChatCompletionMessage.model_validate(message),
             logprobs=ChoiceLogprobs(content=told, refusal=None) if self._logprobs else None,
+            **more,
         )
 
     def _chunk(
-        self, row: int, delta: ChoiceDelta, reason: str | None = None, logprobs: Any = None
+        self,
+        row: int,
+        delta: ChoiceDelta,
+        reason: str | None = None,
+        logprobs: Any = None,
+        ids: Sequence[int] = (),
     ) -> ChatCompletionChunk:
-        choice = made(ChunkChoice, index=row, delta=delta, finish_reason=reason, logprobs=logprobs)
+        more = {"token_ids": list(ids)} if self._ids else {}
+        choice = made(ChunkChoice, index=row, delta=delta, finish_reason=reason, logprobs=logprobs, **more)
         return made(ChatCompletionChunk, **self._head, object="chat.completion.chunk", choices=[choice])
 
     def _told(self, token: Token) -> ChatCompletionTokenLogprob:
-        tops = [TopLogprob(**self._token(id, logprob)) for id, logprob in token.top]
-        return ChatCompletionTokenLogprob(**self._token(token.id, token.logprob or 0.0), top_logprobs=tops)
+        row = self._bytes[token.row]
+        tops = [TopLogprob(**self._token(row, id, logprob)) for id, logprob in token.top]
+        own = self._token(row, token.id, token.logprob or 0.0)
+        row.add(token.id)
+        return ChatCompletionTokenLogprob(**own, top_logprobs=tops)
 
-    def _token(self, id: int, logprob: float) -> dict[str, Any]:
-        text = text_of(self._tokenizer, [id])
-        return {"token": text, "logprob": max(LEAST, logprob), "bytes": list(text.encode())}
+    def _token(self, row: RowBytes, id: int, logprob: float) -> dict[str, Any]:
+        own = row.of(id)
+        told = None if own is None else list(own)
+        return {"token": text_of(self._tokenizer, [id]), "logprob": max(LEAST, logprob), "bytes": told}
 
 
 def _call(call: Call) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """POST /v1/completions: texts or token ids -> prompts, and the answer as OpenAI writes it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,8 @@ from hookmap.loading.prompts import Prompt, encode, text_of
 from hookmap.services.server.errors import bad
 from hookmap.services.server.jobs import Job, Result
 from hookmap.services.server.requests import CompletionRequest
-from hookmap.services.server.streaming import extras, made, reason_of, summaries, usage_of
+from hookmap.services.server.spelling import RowBytes, Spelling
+from hookmap.services.server.streaming import extras, made, prompt_logprobs, reason_of, summaries, usage_of
 from hookmap.services.server.text import RowText
 from hookmap.services.server.tokens import LEAST, Token
 
@@ -50,24 +51,28 @@ class CompletionWire:
         self._texts = [RowText(tokenizer, job.stop) for _ in job.prompts]
         echoed = job.prompts if asked.echo else ()
         self._echoed = [prompt.text or text_of(tokenizer, prompt.token_ids) for prompt in echoed]
-        self._offsets = [0] * len(job.prompts)
+        self._spelling = Spelling(tokenizer)
+        self._bytes = [RowBytes(self._spelling) for _ in job.prompts]
         self._job, self._tokenizer, self._logprobs = job, tokenizer, asked.logprobs is not None
+        self._echoes, self._of_prompt, self._count = asked.echoes_logprobs, asked.prompt_logprobs, asked.logprobs or 0
+        self._ids = bool(asked.return_token_ids)
         self._usage = bool(asked.stream_options and asked.stream_options.include_usage)
 
         self._head: dict[str, Any] = {"id": f"cmpl-{job.id}", "created": int(time.time()), "model": model}
 
     def opening(self) -> Iterator[TextCompletion]:
-        """The prompt of each choice, where an echo is asked for."""
-        for number, prompt in enumerate(self._echoed):
-            yield self._chunk(number, prompt)
+        """The prompt of each choice, where an echo or its token ids are asked for."""
+        for number in range(len(self._texts)) if self._echoed or self._ids else ():
+            yield self._chunk(number, self._echoed[number] if self._echoed else "", begins=True)
 
     def piece(self, token: Token) -> TextCompletion | None:
         """A chunk with the text that this token completes; with logprobs or a summary every token has a chunk."""
         text = "" if token.prompt else self._texts[token.row].add(token.id)
         more = summaries(self._job, [token], partial(text_of, self._tokenizer))
-        if not text and not self._logprobs and not more:
+        if not text and not self._logprobs and not more and not self._ids:
             return None
-        chunk = self._chunk(token.row, text, logprobs=self._told([token]) if self._logprobs else None)
+        ids = () if token.prompt else (token.id,)
+        chunk = self._chunk(token.row, text, logprobs=self._told([token]) if self._logprobs else None, ids=ids)
         return chunk.model_copy(update=more)
 
     def closing(self, result: Result) -> Iterator[TextCompletion]:
@@ -88,32 +93,65 @@ class CompletionWire:
         for number, row in enumerate(self._texts):
             text = row.whole(result.new[number])
             text = self._echoed[number] + text if self._echoed else text
-            own = [token for token in tokens if token.row == number]
+            every = [token for token in tokens if token.row == number]
+            own = [token for token in every if self._echoes or not token.prompt]
             logprobs = self._told(own) if self._logprobs else None
             reason: Any = self._reason(number, result)
-            choices.append(TextChoice(index=number, text=text, finish_reason=reason, logprobs=logprobs))
+            ids = self._token_ids(number, result.new[number], begins=True)
+            if self._of_prompt is not None:
+                read = [token for token in every if token.prompt]
+                ids["prompt_logprobs"] = prompt_logprobs(read, self._of_prompt, self._spelling)
+            choices.append(TextChoice(index=number, text=text, finish_reason=reason, logprobs=logprobs, **ids))
         more = {**summaries(self._job, tokens, partial(text_of, self._tokenizer)), **extras(result)}
         usage = usage_of(self._job, result)
         return TextCompletion(**self._head, object="text_completion", choices=choices, usage=usage, **more)
 
-    def _chunk(self, row: int, text: str, reason: str | None = None, logprobs: Any = None) -> TextCompletion:
+    def _chunk(
+        self,
+        row: int,
+        text: str,
+        reason: str | None = None,
+        logprobs: Any = None,
+        ids: Sequence[int] = (),
+        begins: bool = False,
+    ) -> TextCompletion:
         # The reason is null until the last chunk, as OpenAI sends it.
-        choice = made(TextChoice, index=row, text=text, finish_reason=reason, logprobs=logprobs)
+        more = self._token_ids(row, ids, begins)
+        choice = made(TextChoice, index=row, text=text, finish_reason=reason, logprobs=logprobs, **more)
         return made(TextCompletion, **self._head, object="text_completion", choices=[choice])
+
+    def _token_ids(self, row: int, new: Sequence[int], begins: bool) -> dict[str, Any]:
+        """As vLLM's `return_token_ids` writes them; {} where nobody asked."""
+        if not self._ids:
+            return {}
+        prompt = {"prompt_token_ids": list(self._job.prompts[row].token_ids)} if begins else {}
+        return {"token_ids": list(new), **prompt}
 
     def _reason(self, number: int, result: Result) -> str:
         new = result.new[number]
         return reason_of(self._job, self._texts[number], new) if new else "length"  # it was only read
 
     def _told(self, tokens: list[Token]) -> NullableLogprobs:
-        decode = partial(text_of, self._tokenizer)
-        texts, offsets = [decode([token.id]) for token in tokens], []
-        for token, text in zip(tokens, texts, strict=True):
-            offsets.append(self._offsets[token.row])
-            self._offsets[token.row] += len(text)
-        logprobs = [None if token.logprob is None else max(LEAST, token.logprob) for token in tokens]
-        tops: list[dict[str, float] | None] = []
-        for token, text, logprob in zip(tokens, texts, logprobs, strict=True):
-            likeliest = {decode([id]): max(LEAST, value) for id, value in reversed(token.top)}
-            tops.append(None if logprob is None else likeliest | {text: logprob})
-        return NullableLogprobs(tokens=texts, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)
+        name = self._spelling.name
+        offsets, own, tops = list[int](), list[float | None](), list[dict[str, float] | None]()
+        for token in tokens:
+            row = self._bytes[token.row]
+            offsets.append(row.offset)
+            if token.prompt:
+                row.echo(token.id, self._echoed[token.row])
+            else:
+                row.add(token.id)
+            own.append(None if token.logprob is None else max(LEAST, token.logprob))
+            tops.append(None if token.logprob is None else self._likeliest(token))
+        names = [name(token.id) for token in tokens]
+        return NullableLogprobs(tokens=names, token_logprobs=own, top_logprobs=tops, text_offset=offsets)
+
+    def _likeliest(self, token: Token) -> dict[str, float]:
+        """The likeliest tokens and the token itself, each under a name of its own: two may have one text."""
+        found, taken = dict[str, float](), dict[str, int]()
+        for id, logprob in ((token.id, token.logprob or 0.0), *token.top[: self._count]):
+            name = self._spelling.name(id)
+            if taken.setdefault(name, id) != id:
+                name = f"token_id:{id}"
+            found[name] = max(LEAST, logprob)
+        return found

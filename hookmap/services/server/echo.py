@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,21 +59,22 @@ class Echo:
 
     def tokens(self, row: int) -> list[Token]:
         """The prompt's tokens, for one of its choices. The first has no logprob."""
-        return [Token(row, each.id, each.logprob, each.top, prompt=True) for each in self._read]
+        return [replace(each, row=row) for each in self._read]
 
     def _tokens(self, prompt: Sequence[int], logits: torch.Tensor) -> list[Token]:
         """`logits`: [pos, d_vocab]."""
         if len(logits) != len(prompt):
             raise CaptureError(f"the model gave logits of {len(logits)} of {len(prompt)} tokens: there is no echo.")
-        found = [Token(0, prompt[0])]
+        found = [Token(0, prompt[0], prompt=True)]
         for start in range(0, len(prompt) - 1, _CHUNK):
             after = list(prompt[start + 1 : start + 1 + _CHUNK])
             logprobs = logits[start : start + len(after)].float().log_softmax(-1)
-            own = logprobs.gather(1, torch.tensor(after, device=logprobs.device)[:, None])[:, 0].tolist()
+            own = logprobs.gather(1, torch.tensor(after, device=logprobs.device)[:, None])
+            ranks = ((logprobs > own).sum(1) + 1).tolist()
             best = logprobs.topk(min(self._count, logprobs.shape[1]))
             tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             found += [
-                Token(0, id, logprob, tuple(zip(*top, strict=True)))
-                for id, logprob, top in zip(after, own, tops, strict=True)
+                Token(0, id, logprob, tuple(zip(*top, strict=True)), rank, prompt=True)
+                for id, logprob, top, rank in zip(after, own[:, 0].tolist(), tops, ranks, strict=True)
             ]
         return found

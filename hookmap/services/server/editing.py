@@ -51,6 +51,15 @@ def described(given: Documents) -> list[dict[str, Any]]:
     return [each.model_dump(mode="json") for each in read_interventions(list(given))]
 
 
+def in_words(given: Sequence[Intervention]) -> list[str]:
+    """Each intervention by its kind and place, as `scale of resid_post, layers 8`."""
+    found = []
+    for each in given:
+        layers = each.layers if isinstance(each.layers, str) else ", ".join(map(str, each.layers))
+        found.append(f"{each.do} of {each.point}, layers {layers}")
+    return found
+
+
 def _refused(error: HookmapError) -> ApiError:
     return bad(str(error), PARAM, getattr(error, "code", None) or type(error).__name__)
 

@@ -3,7 +3,7 @@
 import gc
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from hookmap.errors import HookmapError, StoreError
 
 log = logging.getLogger("hookmap.server")
 
+NOT_FINITE = "not_finite"
+"""the code of answers to requests whose scores are no numbers"""
 _NO_NUMBERS = "probability tensor contains either"
 """in torch's message when a distribution with NaN is drawn from"""
 _SEE = re.compile("See what there is: hookmap show .*")
@@ -99,6 +101,23 @@ def unloading() -> ApiError:
     return ApiError(503, "this model is being unloaded.", code="model_unloading")
 
 
+def not_finite(interventions: Sequence[str] = (), param: str | None = None) -> ApiError:
+    """400 where these interventions, in words, leave scores that are no numbers; 500 where the model itself does."""
+    if interventions:
+        return bad(
+            f"with {' and '.join(interventions)} the model's scores are not all numbers: what is written is too large "
+            "for its dtype. Make it smaller.",
+            param,
+            NOT_FINITE,
+        )
+    return ApiError(
+        500,
+        "the model's own scores for this text are not all numbers: it overflows in its dtype. The server may serve it "
+        "in another one: hookmap serve --dtype float32",
+        code=NOT_FINITE,
+    )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, so that a smaller request may succeed."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in _first_line(error)
@@ -136,11 +155,7 @@ def of_exception(error: BaseException) -> ApiError:
             headers={"Retry-After": "1"},
         )
     if _NO_NUMBERS in _first_line(error):
-        return bad(
-            "the model's scores are not all numbers: what the interventions write is too large for its dtype, or the "
-            "model overflows by itself. Make what is written smaller.",
-            code="not_finite",
-        )
+        return not_finite()
     if isinstance(error, StoreError):  # it names folders, and commands that are not the client's
         return ApiError(
             500, "a session cannot be written or read; the server's log has the reason.", code="store_failed"
@@ -148,6 +163,13 @@ def of_exception(error: BaseException) -> ApiError:
     if isinstance(error, HookmapError):
         return ApiError(500, str(error), code=type(error).__name__)
     return ApiError(500, "the server failed on this request; its log has the reason.", code="internal_error")
+
+
+def unkept(error: BaseException) -> ApiError:
+    """What an answer says whose session the disk refused: the system's reason, and no folder's name."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    why = (cause.strerror if isinstance(cause, OSError) else None) or "the server's log has the reason"
+    return ApiError(507, f"the rows could not be kept: {why}. The answer itself is whole.", code="store_failed")
 
 
 def _first_line(error: BaseException) -> str:
@@ -177,7 +199,7 @@ def install(app: FastAPI) -> None:
             message = f"expected the header Content-Type: application/json, found {kind}"
             return bad(message, code="invalid_request").response()
         problems = [(_place(each), _told(each)) for each in error.errors()]
-        message = "; ".join(f"{place}: {told}" if place else told for place, told in problems[:10])
+        message = "\n".join(f"{place}: {told}" if place else told for place, told in problems[:10])
         return bad(message, param=problems[0][0] or None, code="invalid_request").response()
 
     @app.exception_handler(HTTPException)

@@ -15,6 +15,7 @@ from hookmap.loading import generation as gen
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.selectors import Selector
 from hookmap.services.server.errors import ApiError
+from hookmap.services.server.scores import ScoreChanges
 from hookmap.services.server.summaries import Summary
 from hookmap.services.server.tokens import Token
 
@@ -87,12 +88,15 @@ class Job:
     seed: int | None
     recorder: Recorder | None = None
     interventions: tuple[Intervention, ...] = ()
+    changes: ScoreChanges = field(default_factory=ScoreChanges)
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    """the number of likeliest tokens that are sent with each token of the prompt; None: no logprobs of the prompt"""
     summary: Summary | None = None
-    echo: bool = False
-    """whether the prompts' own logprobs are reported"""
     reads_only: bool = False
     """whether the prompt is only read: one token is generated, because a run must, and neither sent nor recorded"""
+    joins: bool = False
+    """whether it joins the batch that runs; the scheduler decides"""
     emit: Callable[[Event], None] = field(default=lambda event: None)
     """called in the scheduler's thread: with the tokens of each step, then with a Result or an ApiError"""
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -103,6 +107,11 @@ class Job:
             self.emit(event)
         except RuntimeError:  # its event loop is gone
             self.cancelled.set()
+
+    @property
+    def echo(self) -> bool:
+        """Whether the prompts' own logprobs are sent."""
+        return self.prompt_logprobs is not None
 
     @property
     def plain(self) -> bool:
@@ -117,6 +126,6 @@ class Job:
         A seed promises the same draws again, and a recorded tensor is that of the prompt alone: pads would change both
         in the last bits.
         """
-        if not self.plain or self.seed is not None:
+        if not self.plain or self.seed is not None or self.changes:
             return None
         return gen.of_one_row(self.config)

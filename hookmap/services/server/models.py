@@ -20,8 +20,10 @@ from hookmap.model import HookedModel
 from hookmap.model import open as open_model
 from hookmap.services.server.batch_limits import BatchLimits
 from hookmap.services.server.editing import Documents
+from hookmap.services.server.encoding import Encoding
 from hookmap.services.server.errors import ApiError, missing
 from hookmap.services.server.jobs import Queue
+from hookmap.services.server.joining import why_no_joins
 from hookmap.services.server.scheduler import Scheduler
 from hookmap.services.server.settings import Settings
 from hookmap.services.server.vllm_scheduler import VllmScheduler
@@ -40,6 +42,7 @@ class Loaded:
     created: int
     context: int | None
     """the most tokens of a prompt and its completion; None: no limit is known"""
+    encoding: Encoding
 
 
 class Models:
@@ -72,6 +75,11 @@ class Models:
         """The interventions of requests that give none."""
         return self.interventions.get(loaded.name, ())
 
+    def tokenizer_of(self, name: str | None) -> Any:
+        """The tokenizer of a loaded model; None where none of this name is loaded."""
+        found = self._loaded.get(name or "")
+        return None if found is None else found.hm.tokenizer
+
     def add(self, name: str, hm: HookedModel) -> Loaded:
         """Serve an open model. Raises ModelError for one that continues no text."""
         why = why_it_generates_nothing(hm.root)
@@ -80,7 +88,7 @@ class Models:
         if why is not None:
             raise ModelError(f"{why}, and the server's answers do. Capture it without the server: hookmap capture")
         scheduler = self._on_vllm(name, hm) if isinstance(hm, VllmModel) else self._in_batches(name, hm)
-        loaded = Loaded(name, hm, scheduler, int(time.time()), context_of(hm))
+        loaded = Loaded(name, hm, scheduler, int(time.time()), context_of(hm), Encoding(hm.tokenizer, context_of(hm)))
         self._loaded[name] = loaded
         return loaded
 
@@ -96,14 +104,17 @@ class Models:
 
     def _in_batches(self, name: str, hm: HookedModel) -> Queue:
         batch = self._settings.batch
+        padded, joins = 0, False
         if batch > 1:
-            log.info("%s: trying whether prompts may be padded to share a batch", name)
-        why = "each runs alone" if batch == 1 else hm.why_no_pads
-        if batch > 1:
-            log.info("%s: plain requests share batches%s", name, f" where of one length: {why}" if why else "")
-        padded = 0 if why else whole_batch_limit(hm.root.config) or sys.maxsize
+            log.info("%s: trying whether prompts may share a batch", name)
+            why = hm.why_no_pads
+            padded = 0 if why else whole_batch_limit(hm.root.config) or sys.maxsize
+            alone = why_no_joins(hm)
+            joins = alone is None
+            how = "join the batch that runs" if joins else f"share batches that wait together, for {alone}"
+            log.info("%s: requests %s%s", name, how, f"; of one length: {why}" if why else "")
         limits = BatchLimits(batch, self._settings.batch_tokens, context_of(hm), padded)
-        return Scheduler(name, hm, self._settings.queue, limits)
+        return Scheduler(name, hm, self._settings.queue, limits, joins)
 
     def load(self, source: str) -> Loaded:
         """Open an allowed model, unless it is loaded already. Raises ApiError, ModelError.

@@ -5,6 +5,7 @@ const at = id => document.getElementById(id);
 let offers = {norm: [], lens: []};  // the points that each figure can be of
 let last = null;  // the messages and the settings of the answer that is shown
 let running = null;  // aborts the answer that comes
+let later = null;  // the next look at the sessions, while one is being written
 
 function make(tag, set = {}, ...children) {
   const found = Object.assign(document.createElement(tag), set);
@@ -141,8 +142,11 @@ async function* events(stream) {  // the JSON of server-sent events
 
 // The heat map
 
+const howToRead = at("cell").textContent;
+
 function newMap() {
   at("map").replaceChildren();
+  at("cell").textContent = howToRead;  // what it said was of a cell that is gone
   return {told: [], rows: [], low: [], high: [], cursor: null};
 }
 
@@ -215,8 +219,10 @@ function arrows(event) {
 
 const size = bytes => bytes < 1e6 ? (bytes / 1e3).toFixed(1) + " kB" : (bytes / 1e6).toFixed(1) + " MB";
 
-async function sessions() {
+async function sessions() {  // one that is being written is looked at again: it ends, or it goes
+  clearTimeout(later);
   const found = (await (await call("/v1/activations/sessions")).json()).data;
+  if (found.some(each => each.status === "running")) later = setTimeout(() => guarded(sessions), 500);
   at("total").textContent = found.length ? `${found.length}, ${size(found.reduce((sum, each) => sum + each.bytes, 0))}` : "none";
   const head = make("tr", {}, ...["Id", "Model", "Made", "Size", ""].map(name => make("th", {scope: "col", className: name === "Size" ? "number" : ""}, name)));
   at("sessions").replaceChildren(...(found.length ? [make("thead", {}, head), make("tbody", {}, ...found.map(session))] : []));

@@ -19,11 +19,13 @@ Positive = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 
 
-class _Request(BaseModel):
+class Strict(BaseModel):
+    """A body in which an unknown field is refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class SummaryRequest(_Request):
+class SummaryRequest(Strict):
     """`summary` of the `hookmap` field: figures that are sent with each generated token."""
 
     point: str
@@ -35,7 +37,7 @@ class SummaryRequest(_Request):
     follow: Whole | None = Field(None, description="lens: the rank and probability of this token id")
 
 
-class Recording(_Request):
+class Recording(Strict):
     """The `hookmap` field: what is kept of the run, as `HookedModel.capture` takes it."""
 
     points: str | list[str] | dict[str, str | int | list[int] | None] | None = Field(
@@ -53,16 +55,17 @@ class Recording(_Request):
     interventions: list[dict[str, Any]] | None = None
     return_: Literal["store", "inline", "none"] = Field("store", alias="return", description="where rows go")
     summary: SummaryRequest | None = None
+    label: Annotated[str, Field(max_length=512)] | None = Field(None, description="what the session is found by")
 
 
-class StreamOptions(_Request):
+class StreamOptions(Strict):
     """What a stream ends with."""
 
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
-class Sampling(_Request):
+class Sampling(Strict):
     """The fields of both routes."""
 
     model: str | None = Field(None, description="the loaded model; the first one where left out")
@@ -79,10 +82,16 @@ class Sampling(_Request):
     stream_options: StreamOptions | None = None
     hookmap: Recording | None = Field(None, description="keep activations of this run")
     store_activations: bool | None = Field(None, description="keep the server's points and layers")
+    return_token_ids: bool | None = Field(None, description="the token ids of the prompt and the answer, as in vLLM")
+    metadata: dict[str, str] | None = Field(None, description="up to 16 texts, kept with the session")
 
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="off the scores of tokens of the answer")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="the same, as often as each stands there")
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, description="by token id")
+    min_tokens: Whole | None = Field(None, description="before which neither the end nor stop_token_ids may come")
+    ignore_eos: bool | None = Field(None, description="go on behind the model's own end")
+    stop_token_ids: list[int] | None = Field(None, description="tokens that end the answer as the model's own end does")
+    prompt_logprobs: int | None = Field(None, ge=0, le=20, description="of the prompt's tokens, as in vLLM")
     user: Any = None
 
     @property
@@ -98,7 +107,7 @@ class Sampling(_Request):
     @property
     def reads_prompt(self) -> bool:
         """Whether logprobs of the prompt are asked for."""
-        return False
+        return self.prompt_logprobs is not None
 
     @property
     def reads_only(self) -> bool:
@@ -106,14 +115,37 @@ class Sampling(_Request):
         return False
 
     @property
+    def title(self) -> str:
+        """What is asked, as a list of sessions shows it."""
+        return ""
+
+    @property
+    def characters(self) -> int:
+        """Of the longest prompt, before a template adds to it."""
+        return 0
+
+    @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def refused(self) -> None:
         """Raises ApiError for what is asked and not supported."""
-        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
-            if getattr(self, name):
-                raise bad(f"{name} is not done by this server: leave it out, or see repetition_penalty.", name)
+        if self.prompt_logprobs is not None and self.stream:
+            raise bad("prompt_logprobs come with an answer in one piece: leave stream out.", "prompt_logprobs")
+        if self.store_activations is not None and self.hookmap is not None:
+            keeps = self.hookmap.return_ != "none"
+            if keeps != self.store_activations:
+                asks = "keep rows" if keeps else "keep none"
+                told = str(self.store_activations).lower()
+                raise bad(
+                    f"store_activations: {told}, and the hookmap field asks to {asks}: leave one of them out.",
+                    "store_activations",
+                )
+        given = [*(self.metadata or {}).items()]
+        if len(given) > 16 or any(len(key) > 64 or len(value) > 512 for key, value in given):
+            raise bad("metadata: expected at most 16 names of 64 characters, each a text of up to 512.", "metadata")
+        if any(HALF.search(key + value) for key, value in given):
+            raise bad("metadata: half a surrogate pair is no text.", "metadata")
         if self.stream_options and not self.stream:
             raise bad("stream_options is for stream: true.", "stream_options")
         if len(self.stops) > 16:
@@ -152,14 +184,14 @@ class Message(BaseModel):
     audio: Any = None
 
 
-class Function(_Request):
+class Function(Strict):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(_Request):
+class Tool(Strict):
     type: Literal["function"]
     function: Function
 
@@ -180,7 +212,6 @@ class ChatRequest(Sampling):
     response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     modalities: list[str] | None = None
-    metadata: Any = None
     store: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
@@ -193,6 +224,17 @@ class ChatRequest(Sampling):
     @property
     def logprob_count(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def title(self) -> str:
+        content = next((each.content for each in reversed(self.messages) if each.role == "user"), None) or ""
+        return content if isinstance(content, str) else " ".join(part.text or "" for part in content)
+
+    @property
+    def characters(self) -> int:
+        contents = [each.content or "" for each in self.messages]
+        parts = [[text] if isinstance(text, str) else [part.text or "" for part in text] for text in contents]
+        return sum(len(text) for part in parts for text in part)
 
     def refused(self) -> None:
         super().refused()
@@ -233,11 +275,26 @@ class CompletionRequest(Sampling):
 
     @property
     def reads_prompt(self) -> bool:
+        return self.echoes_logprobs or super().reads_prompt
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        """Whether those of the prompt stand before those of the completion."""
         return bool(self.echo) and self.logprobs is not None
 
     @property
     def reads_only(self) -> bool:
         return bool(self.echo) and self.max_tokens == 0
+
+    @property
+    def title(self) -> str:
+        first = self.prompt if isinstance(self.prompt, str) or not self.prompt else self.prompt[0]
+        return first if isinstance(first, str) else ""
+
+    @property
+    def characters(self) -> int:
+        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return max((len(text) for text in texts if isinstance(text, str)), default=0)
 
     def refused(self) -> None:
         super().refused()

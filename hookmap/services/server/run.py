@@ -4,9 +4,11 @@ import logging
 import socket
 
 import uvicorn
+from fastapi import FastAPI
 
 from hookmap.errors import HookmapError
 from hookmap.services.server.app import make_app
+from hookmap.services.server.connections import timed
 from hookmap.services.server.models import Models
 from hookmap.services.server.sessions import Sessions
 from hookmap.services.server.settings import Settings
@@ -26,15 +28,22 @@ def serve(source: str | None, settings: Settings, name: str | None = None) -> No
         hm = models.open(source)
         hm.map.selectors(settings.points, settings.layers, settings.calls)  # wrong names are told now
         models.add(models.called(source, name), hm)
-    config = uvicorn.Config(
-        make_app(settings, models, sessions),
+    config = config_of(make_app(settings, models, sessions), settings)
+    uvicorn.Server(config).run()
+
+
+def config_of(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
         host=settings.host,
         port=settings.port,
+        http=timed(settings),
+        ws="none",
         timeout_graceful_shutdown=int(settings.drain),
         log_config=None,  # its own sends requests to stdout
         server_header=False,
     )
-    uvicorn.Server(config).run()
 
 
 def _refuse_taken(host: str, port: int) -> None:

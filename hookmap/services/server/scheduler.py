@@ -1,14 +1,12 @@
-"""One thread for each model, and a bounded queue before it: first come, first served.
+"""Runs the requests of a model: most join a batch that runs, those that cannot run one after another beside it.
 
-A request that records or changes activations, or draws with a seed, runs alone: in a batch with others, pads would
-change the last bits of its arithmetic. Plain requests that wait together may share a batch (`batch_limits`).
+Two threads, which share the model: hooks of one ignore the passes of the other. Where requests of a model join nothing,
+or a batch has one row, there is one thread: plain requests that wait together then share a batch (`batch_limits`).
 """
 
-import logging
 import threading
 import time
-from collections import deque
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 
@@ -16,88 +14,108 @@ from hookmap.capture.run import device_of
 from hookmap.loading.memory import MemoryUse
 from hookmap.model import HookedModel
 from hookmap.services.server.batch_limits import BatchLimits
-from hookmap.services.server.errors import ApiError, cancelled, failed, unloading
-from hookmap.services.server.jobs import Event, Job, Result
+from hookmap.services.server.errors import cancelled, failed
+from hookmap.services.server.job_queue import JobQueue
+from hookmap.services.server.jobs import Event, Job
+from hookmap.services.server.joining import why_alone
+from hookmap.services.server.running_batch import RunningBatch
 from hookmap.services.server.shared_run import SharedRun
 from hookmap.services.server.watched_run import run_watched
 
-log = logging.getLogger("hookmap.server")
+_READ_AT_ONCE = 1024
+"""tokens of prompts that are read between two steps of the rows that run; the last prompt may exceed it"""
 
 
-class Scheduler:
-    """Runs the jobs of one model. Whatever goes wrong with one, the next ones run."""
+class Scheduler(JobQueue):
+    """Whatever goes wrong with one job, the next ones run."""
 
-    def __init__(self, name: str, hm: HookedModel, queue: int, limits: BatchLimits) -> None:
-        """`queue`: jobs that may wait. `limits`: which of them run together."""
-        self._hm, self._queue, self._limits = hm, queue, limits
-        self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
-        self._changed = threading.Condition()
-        self._closing = False
-        self._cut_off = False
-        """whether jobs were cancelled because the model is unloaded, not because a client left"""
-        self._seconds = 1.0
-        """the duration of recent jobs, a moving average"""
-        self._thread = threading.Thread(target=self._work, name=f"model {name}", daemon=True)
-        self._thread.start()
+    def __init__(self, name: str, hm: HookedModel, queue: int, limits: BatchLimits, joins: bool = False) -> None:
+        """`limits`: what a batch may hold. `joins`: whether requests join a batch that runs."""
+        super().__init__(queue)
+        self._hm, self._limits, self._joins = hm, limits, joins
+        work = [self._run_others, *([self._run_joined] if joins else [])]
+        self._threads = [threading.Thread(target=each, name=f"model {name}", daemon=True) for each in work]
+        for thread in self._threads:
+            thread.start()
 
     @property
-    def waiting(self) -> int:
-        """Jobs in the queue."""
-        return len(self._waiting)
-
-    @property
-    def running(self) -> int:
-        """Jobs that the model works on."""
-        return len(self._running)
+    def together(self) -> int:
+        """See `JobQueue`."""
+        return self._limits.rows if self._joins else 1
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raises ApiError: 429 where the queue is full, 503 where the model is being unloaded."""
-        with self._changed:
-            if self._closing:
-                raise unloading()
-            if len(self._waiting) >= self._queue:
-                raise queue_full(len(self._waiting), self._seconds)
-            self._waiting.append(job)
-            self._changed.notify_all()
+        """See `Queue`."""
+        job.joins = self._joins and self._limits.takes(job) and why_alone(job, self._hm) is None
+        super().submit(job)
 
-    def close(self, timeout: float | None = None) -> None:
-        """Take no more jobs; those that wait may run for `timeout` seconds, and are cancelled then."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            with self._changed:
-                self._cut_off = True
-                for job in (*self._waiting, *self._running):
-                    job.cancelled.set()
-            self._thread.join()
+    def _stop(self) -> None:
+        for thread in self._threads:
+            thread.join()
 
-    def _work(self) -> None:
+    # The batch that runs
+
+    def _run_joined(self) -> None:
+        begun = dict[Job, tuple[float, MemoryUse]]()
+
+        def ended(job: Job, event: Event, together: int) -> None:
+            start, memory = begun.pop(job)
+            self._end(job, event, memory, time.perf_counter() - start, together)
+
+        batch = RunningBatch(self._hm, self._limits, ended)
+        try:
+            while self._waits(batch):
+                try:
+                    read = 0
+                    while read < _READ_AT_ONCE and (job := self._joining(batch)) is not None:
+                        memory = _memory_use(device_of(self._hm.hooks))
+                        begun[job] = time.perf_counter(), memory
+                        self._begin(job)
+                        batch.begin(job, memory)
+                        read += sum(len(prompt.token_ids) for prompt in job.prompts)
+                    batch.step()
+                except BaseException as error:  # nothing of one request ends this thread
+                    batch.fail(error)
+        finally:
+            batch.close()
+
+    def _waits(self, batch: RunningBatch) -> bool:
+        """Wait for work. False: there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: not batch.idle or self._closing or any(job.joins for job in self._waiting))
+            return not batch.idle or any(job.joins for job in self._waiting)
+
+    def _joining(self, batch: RunningBatch) -> Job | None:
+        """The first job that waits to join, where there is room for it."""
+        with self._changed:
+            first = next((job for job in self._waiting if job.joins), None)
+        return first if first is not None and batch.has_room(first) else None
+
+    # All others
+
+    def _run_others(self) -> None:
         while jobs := self._next():
-            start = time.perf_counter()
             self._run(jobs)
-            self._seconds = 0.8 * self._seconds + 0.2 * (time.perf_counter() - start) / len(jobs)
             del jobs  # or their tensors would stay in memory until the next ones come
 
     def _next(self) -> list[Job]:
         """Wait for a job, and take it with those that may share its batch. []: the thread ends."""
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._waiting) or self._closing)
-            if not self._waiting:
+            self._changed.wait_for(lambda: self._closing or any(not job.joins for job in self._waiting))
+            waiting = [job for job in self._waiting if not job.joins]
+            if not waiting:
                 return []
-            first = self._waiting.popleft()
-            jobs = [first, *self._limits.companions(first, self._waiting)]
-            for job in jobs[1:]:
-                self._waiting.remove(job)
-            self._running = list(jobs)
+            jobs = [waiting[0], *self._limits.companions(waiting[0], waiting[1:])]
+            self._begin(*jobs)
             return jobs
 
-    def _run(self, jobs: list[Job]) -> None:
+    def _run(self, jobs: Sequence[Job]) -> None:
         """Run jobs, and tell each its last event."""
-        memory = _memory_use(device_of(self._hm.hooks))
-        ended = partial(self._ended, memory, time.perf_counter(), len(jobs))
+        left, memory, start = list(jobs), _memory_use(device_of(self._hm.hooks)), time.perf_counter()
+
+        def ended(job: Job, event: Event) -> None:
+            left.remove(job)
+            self._end(job, event, memory, time.perf_counter() - start, len(jobs))
+
         try:
             if jobs[0].plain:
                 SharedRun(self._hm, jobs, memory, ended).run(self._limits)
@@ -105,18 +123,9 @@ class Scheduler:
                 (job,) = jobs
                 ended(job, cancelled() if job.cancelled.is_set() else run_watched(self._hm, job, memory))
         except BaseException as error:
-            left = list(self._running)
             event = failed(error, [job.id for job in left])
-            for job in left:
+            for job in list(left):
                 ended(job, event)
-
-    def _ended(self, memory: MemoryUse, start: float, together: int, job: Job, event: Event) -> None:
-        if self._cut_off:
-            event = unloading_for_cancelled(event)
-        log_end(job, event, memory, time.perf_counter() - start, together)
-        with self._changed:
-            self._running.remove(job)
-        job.tell(event)
 
 
 def _memory_use(device: torch.device) -> MemoryUse:
@@ -124,31 +133,3 @@ def _memory_use(device: torch.device) -> MemoryUse:
         return MemoryUse()
     torch.cuda.reset_peak_memory_stats(device)
     return MemoryUse(device=device)
-
-
-def queue_full(waiting: int, each: float) -> ApiError:
-    """The error for a request that finds so many waiting, of `each` seconds."""
-    seconds = max(1, round(each * waiting))
-    return ApiError(
-        429,
-        f"{waiting} requests wait for this model already, the most it lets wait; try again in {seconds} s.",
-        code="queue_full",
-        headers={"Retry-After": str(seconds)},
-    )
-
-
-def unloading_for_cancelled(event: Event) -> Event:
-    """What a job is told that ended because the model is unloaded, and not because its client left."""
-    return unloading() if isinstance(event, ApiError) and event.code == "cancelled" else event
-
-
-def log_end(job: Job, event: Event, memory: MemoryUse, seconds: float, together: int = 1) -> None:
-    """Log how a request ended. `together`: requests of its batch."""
-    figures = ", ".join(f"{name} {value / 1e6:.1f}" for name, value in memory.figures().items())
-    if isinstance(event, Result):
-        new = sum(map(len, event.new))
-        outcome = f"{new} tokens, {new / max(seconds, 1e-9):.1f} tokens/s"
-    else:
-        outcome = getattr(event, "code", None) or "failed"
-    beside = f", in a batch of {together} requests" if together > 1 else ""
-    log.info("request %s: %s in %.2f s%s; memory in MB: %s", job.id, outcome, seconds, beside, figures)

@@ -9,8 +9,8 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,30 @@ from hookmap.errors import HookmapError, StoreError
 from hookmap.services.server.errors import ApiError, missing
 from hookmap.stores import open_store
 from hookmap.stores.durable_files import AppendedFile
-from hookmap.stores.manifest import MANIFEST, read_manifest
+from hookmap.stores.manifest import MANIFEST, Manifest, read_manifest
 from hookmap.stores.reader import CaptureStore
 from hookmap.stores.write_access import lock
 
 _ID = re.compile(r"act-[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class About:
+    """What a client finds its session by."""
+
+    label: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    prompt: str = ""
+    """the beginning of what was asked"""
+    points: tuple[str, ...] = ()
+
+    def fits(self, label: str | None, metadata: Collection[str]) -> bool:
+        """Whether it has this label, and each of these `key:value`."""
+        own = {f"{key}:{value}" for key, value in self.metadata.items()}
+        return label in (None, self.label) and own.issuperset(metadata)
+
+
+NOTHING = About()
 
 
 @dataclass
@@ -35,6 +54,7 @@ class Session:
     """seconds since 1970"""
     bytes: int
     """on disk; while the session is written, the most that it may take"""
+    about: About = NOTHING
     finished: bool = False
 
     def described(self) -> dict[str, Any]:
@@ -47,6 +67,10 @@ class Session:
             "created": int(self.created),
             "bytes": self.bytes,
             "status": state,
+            "label": self.about.label,
+            "metadata": dict(self.about.metadata),
+            "prompt": self.about.prompt,
+            "points": list(self.about.points),
         }
 
 
@@ -60,13 +84,14 @@ class Sessions:
         max_age: float,
         clock: Callable[[], float] = time.time,
         most: int | None = None,
+        free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
     ) -> None:
         """Finds the finished sessions of an earlier server, and removes those that it left unfinished. `most`: of them.
 
-        Raises StoreError where another server uses the folder.
+        `free`: bytes that the disk of a folder has left. Raises StoreError where another server uses the folder.
         """
         self._root, self._total, self._max_age, self._clock = root.absolute(), total_bytes, max_age, clock
-        self._most = most
+        self._most, self._free = most, free
         self._lock = threading.RLock()
         self._sessions: dict[str, Session] = {}
         self._root.mkdir(parents=True, exist_ok=True)
@@ -82,25 +107,41 @@ class Sessions:
         """Release the folder for another server."""
         self._own.close()
 
-    def begin(self, model: str | None, expected: int) -> tuple[Session, Path]:
+    def begin(self, model: str | None, expected: int, about: About = NOTHING) -> tuple[Session, Path]:
         """A new session of at most `expected` bytes, and the path of its folder, which does not exist yet.
 
         Removes the oldest finished sessions to make room. Raises ApiError where that is not enough.
         """
         with self._lock:
-            used = sum(session.bytes for session in self._sessions.values() if not session.finished)
-            if used + expected > self._total:
-                raise ApiError(
-                    503,
-                    f"no room for up to {expected} bytes of activations: {used} of {self._total} bytes are in use by "
-                    "running requests. Try again, or keep less.",
-                    code="no_room",
-                    headers={"Retry-After": "5"},
-                )
+            self.check_room(expected)
             self.sweep(expected)
-            session = Session(f"act-{secrets.token_hex(16)}", model, self._clock(), expected)
+            session = Session(f"act-{secrets.token_hex(16)}", model, self._clock(), expected, about)
             self._sessions[session.id] = session
             return session, self._root / session.id
+
+    def check_room(self, expected: int) -> None:
+        """Raises ApiError where not even the removal of all finished sessions makes room for so many bytes."""
+        with self._lock:
+            done = sum(session.bytes for session in self._sessions.values() if session.finished)
+            used = sum(session.bytes for session in self._sessions.values()) - done
+            held, free = f"{used} bytes are in use by running requests", self._free(self._root)
+        again = {"Retry-After": "5"} if used else {}
+        if used + expected > self._total:
+            raise ApiError(
+                503,
+                f"no room for up to {expected} bytes of activations: of {self._total} bytes of sessions {held}. "
+                "Try again, or keep less.",
+                code="no_room",
+                headers=again,
+            )
+        if used + expected > free + done:
+            raise ApiError(
+                503 if expected <= free + done else 507,
+                f"no room for up to {expected} bytes of activations: the server's disk has {free} left, sessions that "
+                f"may go have {done}, and {held}. Keep less, inline or none" + (", or try again." if used else "."),
+                code="no_room",
+                headers=again,
+            )
 
     def end(self, session: Session) -> None:
         """Mark a session as finished: its folder is complete."""
@@ -166,9 +207,14 @@ class Sessions:
                 old = self._clock() - session.created > self._max_age
                 goes = coming > 0 or session is not finished[-1]
                 used = sum(each.bytes for each in self._sessions.values())
+                full = coming > 0 and self._unwritten() + coming > self._free(self._root)
                 many = self._most is not None and len(self._sessions) + (coming > 0) > self._most
-                if old or (goes and (many or used + coming > self._total)):
+                if old or (goes and (many or full or used + coming > self._total)):
                     self._remove(session)
+
+    def _unwritten(self) -> int:
+        """The most that running sessions may still take."""
+        return sum(session.bytes for session in self._sessions.values() if not session.finished)
 
     def _remove(self, session: Session) -> None:
         self._sessions.pop(session.id, None)
@@ -183,7 +229,22 @@ class Sessions:
             shutil.rmtree(folder, ignore_errors=True)
             return
         created = (folder / MANIFEST).stat().st_mtime
-        self._sessions[folder.name] = Session(folder.name, manifest.model, created, _size(folder), finished=True)
+        about = about_of(manifest)
+        self._sessions[folder.name] = Session(folder.name, manifest.model, created, _size(folder), about, finished=True)
+
+
+SERVED = "served"
+"""where the settings of a manifest say what its client called it"""
+
+
+def about_of(manifest: Manifest) -> About:
+    """What the manifest of a session says of it; nothing, where another program wrote that."""
+    given = manifest.settings.get(SERVED, {})
+    given = given if isinstance(given, dict) else {}
+    label, metadata, prompt = (given.get(name) for name in ("label", "metadata", "prompt"))
+    known = {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+    points = tuple(dict.fromkeys(tensor.point for tensor in manifest.tensors))
+    return About(label if isinstance(label, str) else None, known, prompt if isinstance(prompt, str) else "", points)
 
 
 def _size(folder: Path) -> int:

@@ -30,8 +30,8 @@ class Settings:
     calls: str | tuple[int, ...] = "all"
     queue: int = 64
     """requests that may wait for a model"""
-    batch: int = 8
-    """rows of plain requests that may share a batch; 1: each request runs alone"""
+    batch: int = 16
+    """rows that may run together; 1: each request runs alone, so that no other changes its last bits"""
     batch_tokens: int = 32768
     """the most tokens of such a batch: its rows times the longest prompt and completion"""
     max_new_tokens: int = 4096
@@ -39,6 +39,12 @@ class Settings:
     max_choices: int = 16
     """the most rows of one request: `n` times its prompts"""
     body_bytes: int = 4 * 2**20
+    connections: int = 1000
+    """clients that may be connected"""
+    header_seconds: float = 15.0
+    """how long the headers of a request may take, from the beginning of the connection or their first byte"""
+    body_seconds: float = 60.0
+    """how long its body may take"""
     image_pixels: int = 2**24
     """the most pixels of the images of one request, each with an equal share: a small file can hold many"""
     request_bytes: int = 2 * 2**30

@@ -5,7 +5,7 @@ Each row has its own stop strings, limit and logprobs. A request is answered whe
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,9 @@ from hookmap.loading.stopping import Ending
 from hookmap.loading.wrappers import generate_of
 from hookmap.model import HookedModel
 from hookmap.services.server.batch_limits import BatchLimits
-from hookmap.services.server.errors import ApiError, cancelled, failed, is_out_of_memory
+from hookmap.services.server.errors import ApiError, cancelled, failed, is_out_of_memory, not_finite
 from hookmap.services.server.jobs import Ended, Job, Result
-from hookmap.services.server.tokens import Likely, Token, beside, told
+from hookmap.services.server.tokens import Finite, Likely, Token, beside, told
 
 _LOOK = 64
 """steps between looks at the memory in use"""
@@ -58,12 +58,20 @@ class Choice:
         self.ended = last or self.left == 0 or self.ending.at(self.new[-self.ending.reach :])
 
 
+def choices_of(job: Job, hm: HookedModel) -> list[Choice]:
+    """The choices of a job, before their first token. Raises CaptureError."""
+    ending, device = Ending(job.config, job.stop, hm.tokenizer), device_of(hm.hooks)
+    seed = job.seed if job.config.do_sample else None
+    own = [None if seed is None else own_generator(seed, number, device) for number in range(len(job.prompts))]
+    return [Choice(job, number, ending, generator) for number, generator in enumerate(own)]
+
+
 class SharedRun:
     """Runs plain jobs that may share batches. `ended` is called for each job as soon as it has ended."""
 
     def __init__(self, hm: HookedModel, jobs: Sequence[Job], memory: MemoryUse, ended: Ended) -> None:
         self._hm, self._memory, self._ended = hm, memory, ended
-        self._open = {job: list(_choices(job, hm)) for job in jobs}
+        self._open = {job: choices_of(job, hm) for job in jobs}
         """the choices of jobs that have not ended"""
 
     def run(self, limits: BatchLimits) -> None:
@@ -72,9 +80,13 @@ class SharedRun:
         for batch in batches:
             in_parts(batch, self._run_part)
 
-    def after_step(self, choices: Sequence[Choice], tokens: list[int], last: list[bool], likely: Likely | None) -> None:
-        """Give each choice its newest token, and send it. `last`: see `Choice.add`."""
+    def after_step(
+        self, choices: Sequence[Choice], tokens: list[int], last: list[bool], wrong: list[bool], likely: Likely | None
+    ) -> None:
+        """Give each choice its newest token, and send it. `last`: see `Choice.add`; `wrong`: see `Finite`."""
         self._end_cancelled()
+        for job in {choice.job for choice, each in zip(choices, wrong, strict=True) if each and not choice.ended}:
+            self._end(job, not_finite())
         new: dict[Job, list[Token]] = {}
         for place, (choice, token) in enumerate(zip(choices, tokens, strict=True)):
             if not choice.ended:
@@ -118,9 +130,13 @@ class SharedRun:
         likely = Likely() if any(choice.job.top_logprobs is not None for choice in choices) else None
         inputs = padded([choice.tokens for choice in choices], layout, config.pad_token_id, device_of(hooks))
         inputs = generating(hooks.root, inputs, config, self._hm.tokenizer)
-        inputs["stopping_criteria"] = [_AfterStep(self, choices, likely)]
+        finite = Finite()
+        inputs["stopping_criteria"] = [_AfterStep(self, choices, finite, likely)]
+        inputs["logits_processor"] = [finite]
         if likely is not None:
-            config, inputs["logits_processor"] = beside(likely, config)
+            config, processors = beside(likely, config)
+            inputs["logits_processor"] += processors
+        inputs["logits_processor"] += choices[0].job.changes.processors(layout.width)  # they run alone
         drawing: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if generators := [choice.generator for choice in choices if choice.generator is not None]:
             inputs["custom_generate"] = draws = OwnDraws(generators)
@@ -153,21 +169,14 @@ class SharedRun:
 class _AfterStep(StoppingCriteria):  # type: ignore[misc]  # transformers' base is not typed
     """`SharedRun.after_step`, as transformers calls it; says which rows have ended."""
 
-    def __init__(self, run: SharedRun, choices: Sequence[Choice], likely: Likely | None) -> None:
-        self._run, self._choices, self._likely = run, choices, likely
+    def __init__(self, run: SharedRun, choices: Sequence[Choice], finite: Finite, likely: Likely | None) -> None:
+        self._run, self._choices, self._finite, self._likely = run, choices, finite, likely
         self._steps = 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
         last = self._choices[0].ending.own(input_ids).tolist()  # jobs of one batch have the same settings
-        self._run.after_step(self._choices, input_ids[:, -1].tolist(), last, self._likely)
+        self._run.after_step(self._choices, input_ids[:, -1].tolist(), last, self._finite.wrong, self._likely)
         if self._steps % _LOOK == 0:
             self._run.look()
         self._steps += 1
         return torch.tensor([choice.ended for choice in self._choices], device=input_ids.device)
-
-
-def _choices(job: Job, hm: HookedModel) -> Iterator[Choice]:
-    ending, device = Ending(job.config, job.stop, hm.tokenizer), device_of(hm.hooks)
-    seed = job.seed if job.config.do_sample else None
-    for number in range(len(job.prompts)):
-        yield Choice(job, number, ending, None if seed is None else own_generator(seed, number, device))

@@ -17,8 +17,9 @@ from starlette.types import Receive, Scope, Send
 from hookmap.loading.generation import end_tokens
 from hookmap.services.server.errors import ApiError, cancelled
 from hookmap.services.server.jobs import Event, Job, Queue, Result
+from hookmap.services.server.spelling import Spelling
 from hookmap.services.server.text import RowText
-from hookmap.services.server.tokens import Token
+from hookmap.services.server.tokens import LEAST, Token
 
 Made = TypeVar("Made", bound=BaseModel)
 
@@ -42,7 +43,9 @@ class Wire(Protocol):
 async def answer(request: Request, scheduler: Queue, job: Job, wire: Wire, streams: bool) -> Response:
     """Run the job and answer. Raises ApiError."""
     events: asyncio.Queue[Event] = asyncio.Queue()
-    loop, wants_tokens = asyncio.get_running_loop(), streams or job.top_logprobs is not None or job.summary is not None
+    loop = asyncio.get_running_loop()
+    told = (job.top_logprobs, job.prompt_logprobs, job.summary)
+    wants_tokens = streams or any(each is not None for each in told)
 
     def emit(event: Event) -> None:
         if wants_tokens or not isinstance(event, list):
@@ -63,6 +66,7 @@ async def answer(request: Request, scheduler: Queue, job: Job, wire: Wire, strea
         raise
     if isinstance(event, ApiError):
         raise event
+    tokens.sort(key=lambda token: token.row)  # of one choice they stay in order
     return JSONResponse(wire.whole(event, tokens).model_dump(mode="json", exclude_unset=True))
 
 
@@ -138,6 +142,24 @@ def summaries(job: Job, tokens: Sequence[Token], decode: Callable[[list[int]], s
             prompt = job.prompts[token.row].token_ids
             told += job.summary.told(token.row, token.id, token.figures, prompt, decode)
     return {"activations_summary": told}
+
+
+def prompt_logprobs(tokens: Sequence[Token], count: int, spelling: Spelling) -> list[dict[str, Any] | None]:
+    """Of each token of a prompt, as vLLM writes it: by id, the token itself and the `count` likeliest."""
+    found = list[dict[str, Any] | None]()
+    for token in tokens:
+        if token.logprob is None:
+            found.append(None)
+            continue
+        likely: dict[int, tuple[float, int | None]] = {token.id: (token.logprob, token.rank)}
+        likely |= {id: (logprob, place) for place, (id, logprob) in enumerate(token.top[:count], 1)}
+        found.append(
+            {
+                str(id): {"logprob": max(LEAST, logprob), "rank": rank, "decoded_token": spelling.text(id)}
+                for id, (logprob, rank) in likely.items()
+            }
+        )
+    return found
 
 
 def reason_of(job: Job, text: RowText, new: tuple[int, ...]) -> Literal["stop", "length"]:

@@ -22,6 +22,8 @@ class Token:
     """in the model's own distribution, before temperature, top_p and penalties"""
     top: tuple[tuple[int, float], ...] = ()
     """the likeliest tokens at this place, and their logprobs"""
+    rank: int | None = None
+    """of a token of the prompt: 1 for the likeliest"""
     figures: Figures | None = None
     """where the request asked for a summary"""
     prompt: bool = False
@@ -43,6 +45,22 @@ class Likely(LogitsProcessor):  # type: ignore[misc]  # transformers' base is no
         own = self._logprobs[place]
         values, ids = own.topk(min(count, len(own)))
         return Token(row, chosen, float(own[chosen]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+class Finite(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not typed
+    """Notes the rows whose scores leave no choice: NaN or infinity is among them, or nothing else than -inf.
+
+    Their scores become zeros, so that the other rows of the batch go on.
+    """
+
+    def __init__(self) -> None:
+        self.wrong: list[bool] = []
+        """for each row of the batch, of the newest step"""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        right = scores.amax(-1).isfinite()  # the largest of scores with NaN is NaN
+        self.wrong = [not each for each in right.tolist()]
+        return scores.masked_fill(~right[:, None], 0.0) if any(self.wrong) else scores
 
 
 def beside(likely: Likely, config: GenerationConfig) -> tuple[GenerationConfig, list[LogitsProcessor]]:

@@ -15,6 +15,7 @@ from hookmap.loading.memory import MemoryUse
 from hookmap.services.server.editing import planned
 from hookmap.services.server.errors import bad, cancelled
 from hookmap.services.server.jobs import Job, Result
+from hookmap.services.server.scores import ScoreChanges
 from hookmap.services.server.summaries import PARAM, Figures, Summary, figures_of
 from hookmap.services.server.tokens import Token
 from hookmap.services.server.watched_run import Gathered
@@ -45,8 +46,10 @@ def run_on_vllm(hm: VllmModel, job: Job) -> Result:
         top_logprobs=job.top_logprobs,
         summary=job.summary,
         unembedding=job.summary.reading(hm) if job.summary else None,
-        echo=job.echo,
+        prompt_logprobs=job.prompt_logprobs,
+        changes=job.changes,
         reads_only=job.reads_only,
+        vocabulary=hm.vocabulary,
     )
     if job.interventions:
         run.edits = planned(hm, job.interventions, job.prompts, job.max_new_tokens).edits
@@ -88,9 +91,11 @@ class ServedRun(VllmGenerating):
     """the number of likeliest tokens that are sent with each token; None: no logprobs"""
     summary: Summary | None = None
     unembedding: Unembeds | None = None
-    echo: bool = False
+    prompt_logprobs: int | None = None
+    changes: ScoreChanges = field(default_factory=ScoreChanges)
     reads_only: bool = False
     """whether the prompt is only read: one token is generated, and neither sent nor recorded"""
+    vocabulary: int = 0
     _echoed: set[int] = field(default_factory=set)
     _told: Counter[int] = field(default_factory=Counter)
     """tokens of each row that were told"""
@@ -102,14 +107,19 @@ class ServedRun(VllmGenerating):
         found = super().parameters(number)
         found.output_kind = RequestOutputKind.DELTA
         found.logprobs = self.top_logprobs
-        found.prompt_logprobs = (self.top_logprobs or 0) if self.echo else None
-        if self.echo:
+        found.prompt_logprobs = self.prompt_logprobs
+        found.presence_penalty, found.frequency_penalty = self.changes.presence, self.changes.frequency
+        found.logit_bias = dict(self.changes.bias) or None
+        found.min_tokens = self.changes.least
+        found.stop_token_ids = [token for token in found.stop_token_ids or () if token < self.vocabulary]
+        found._all_stop_token_ids = set(found.stop_token_ids)  # it was made of those
+        if self.prompt_logprobs is not None:
             found.skip_reading_prefix_cache = True
         return found
 
     def stepped(self, number: int, output: Any) -> None:
         """Send what has come."""
-        if self.echo and number not in self._echoed:
+        if self.prompt_logprobs is not None and number not in self._echoed:
             self._echoed.add(number)
             ids = self.prompts[number].token_ids
             if len(output.prompt_logprobs or ()) != len(ids):
@@ -144,7 +154,8 @@ class ServedRun(VllmGenerating):
     def _token(self, row: int, id: int, likely: Mapping[int, Any] | None, prompt: bool = False) -> Token:
         if likely is None:
             return Token(row, id, prompt=prompt)
-        return Token(row, id, likely[id].logprob, likeliest(likely, self.top_logprobs or 0), prompt=prompt)
+        count, rank = (self.prompt_logprobs, likely[id].rank) if prompt else (self.top_logprobs, None)
+        return Token(row, id, likely[id].logprob, likeliest(likely, count or 0), rank, prompt=prompt)
 
 
 def likeliest(likely: Mapping[int, Any], count: int) -> tuple[tuple[int, float], ...]:

@@ -49,6 +49,7 @@ def unit_file(folder: Path, drain: int) -> str:
         f'ExecStart=/bin/sh "{launcher}"',
         "Restart=on-failure",
         "RestartSec=5",
+        "LimitNOFILE=65536",
         f"TimeoutStopSec={drain + 15}",
         "[Install]",
         "WantedBy=default.target",

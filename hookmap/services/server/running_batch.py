@@ -1,0 +1,295 @@
+"""The batch of one model that runs: requests join it between two steps, and leave when they have ended.
+
+A request is taken apart into its prompts. The choices of a prompt are read together, without pads, and then decoded
+beside the rows of all others. Each has its own settings, limit, stop strings, captures and interventions.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from hookmap.capture.run import running
+from hookmap.loading.memory import MemoryUse
+from hookmap.model import HookedModel
+from hookmap.services.server.batch_limits import BatchLimits
+from hookmap.services.server.errors import ApiError, cancelled, failed, is_out_of_memory
+from hookmap.services.server.jobs import Event, Job, Result
+from hookmap.services.server.row_batch import RowBatch
+from hookmap.services.server.sampling import Sampler
+from hookmap.services.server.shared_run import Choice, choices_of
+from hookmap.services.server.tokens import Token
+from hookmap.services.server.watched_part import WatchedPart
+from hookmap.services.server.watched_run import Gathered, WatchedRun, fault, watched
+
+log = logging.getLogger("hookmap.server")
+_LOOK = 64
+"""steps between looks at the memory in use"""
+Ended = Callable[[Job, Event, int], None]
+"""called with a job, its last event, and the most jobs that it ran beside, itself counted"""
+
+
+@dataclass(eq=False)
+class Guest:
+    """A job in the batch."""
+
+    job: Job
+    memory: MemoryUse
+    parts: "list[Part]" = field(default_factory=list)
+    run: WatchedRun | None = None
+    """of one that reads or writes activations"""
+    sink: Gathered | None = None
+    together: int = 1
+
+
+@dataclass(eq=False)
+class Part:
+    """The choices of one prompt of a job, or some of them."""
+
+    guest: Guest
+    choices: list[Choice]
+    sampler: Sampler
+    watched: WatchedPart | None = None
+    ended: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Tokens that a row of it may come to."""
+        return max(len(choice.tokens) + choice.left for choice in self.choices)
+
+
+class RunningBatch:
+    """One thread calls it. What goes wrong with a job ends that job."""
+
+    def __init__(self, hm: HookedModel, limits: BatchLimits, ended: Ended) -> None:
+        self._hm, self._limits, self._ended = hm, limits, ended
+        self._rows = RowBatch(hm.hooks.root, limits.columns)
+        self._places: list[tuple[Part, Choice]] = []
+        """of each row"""
+        self._waiting: deque[Part] = deque()
+        """parts of guests that are not in the batch yet"""
+        self._guests: list[Guest] = []
+        self._steps = 0
+        self._most: int | None = None
+        """rows that fit into memory, once more did not; until the batch is empty"""
+        self._finishing = ThreadPoolExecutor(1, thread_name_prefix="ending")
+        """closes sessions, while the batch goes on"""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs."""
+        return not self._guests
+
+    def has_room(self, job: Job) -> bool:
+        """Whether its first rows may join now."""
+        columns = max(len(prompt.token_ids) for prompt in job.prompts) + job.max_new_tokens
+        return not self._waiting and self._holds(job.choices, columns)
+
+    def begin(self, job: Job, memory: MemoryUse) -> None:
+        """Take a job in: read its prompts, as many as fit, and send their first tokens."""
+        guest = Guest(job, memory)
+        self._guests.append(guest)
+        for each in self._guests:
+            each.together = max(each.together, len(self._guests))
+        try:
+            if not job.plain:
+                guest.run = watched(self._hm, job, memory)
+                guest.sink = Gathered(job.recorder.begin() if job.recorder else None)
+            choices = choices_of(job, self._hm)
+            for first in range(0, len(choices), job.choices):
+                own = choices[first : first + job.choices]
+                guest.parts.append(Part(guest, own, Sampler(self._hm, job, job.prompts[first].token_ids)))
+            self._waiting += guest.parts
+        except BaseException as error:
+            self._leave(guest, failed(error, [job.id]))
+        self._fill()
+
+    def step(self) -> None:
+        """Give each row its next token."""
+        for guest in [guest for guest in self._guests if guest.job.cancelled.is_set()]:
+            self._leave(guest, cancelled())
+        self._fill()
+        if self._places:
+            self._decode()
+        if self._steps % _LOOK == 0:
+            for guest in self._guests:
+                guest.memory.look()
+        self._steps += 1
+
+    def fail(self, error: BaseException) -> None:
+        """End all that runs with this error."""
+        event = failed(error, [guest.job.id for guest in self._guests])
+        for guest in list(self._guests):
+            self._leave(guest, event)
+        self._rows.clear()
+        self._places.clear()
+
+    def close(self) -> None:
+        """Return when every session is closed."""
+        self._finishing.shutdown()
+
+    def _fill(self) -> None:
+        """Let those join that wait in here and fit."""
+        while self._waiting and self._holds(len(self._waiting[0].choices), self._waiting[0].columns):
+            self._join(self._waiting.popleft())
+
+    def _holds(self, rows: int, columns: int) -> bool:
+        if not self._places:
+            return True
+        if self._most is not None and len(self._places) + rows > self._most:
+            return False
+        longest = max(columns, *(part.columns for part, _ in self._places))
+        return self._limits.hold(len(self._places) + rows, longest)
+
+    def _join(self, part: Part) -> None:
+        """Read the prompt of a part, and send its first tokens."""
+        guest, tokens = part.guest, part.choices[0].tokens
+        try:
+            if guest.run is not None:
+                assert guest.sink is not None
+                part.watched = WatchedPart(guest.run, [choice.number for choice in part.choices], guest.sink)
+                part.watched.stand(len(part.choices), range(len(part.choices)))
+            with running(self._hm.hooks), WatchedPart.looking([part.watched]):
+                logits, read = self._rows.read(tokens, len(part.choices))
+            places = [(part, choice) for choice in part.choices]
+            self._after(logits, places)
+        except Exception as error:
+            if is_out_of_memory(error) and self._places and part.watched is None:
+                self._most = len(self._places)  # it is read when others have left
+                self._waiting.appendleft(part)
+                failed(error, [guest.job.id], again=True)
+            else:
+                self._leave(guest, failed(error, [guest.job.id]))
+            return
+        if not part.ended and guest in self._guests:
+            self._rows.join(read, len(part.choices), len(tokens))
+            self._places += places
+            self._drop_ended()
+
+    def _decode(self) -> None:
+        """One step of all rows."""
+        places = self._places
+        pads = [part.guest.job.config.pad_token_id for part, _ in places]
+        newest = [pad if choice.ended else choice.new[-1] for (_, choice), pad in zip(places, pads, strict=True)]
+        rows = dict[Part, list[int]]()
+        for row, (part, _) in enumerate(places):
+            rows.setdefault(part, []).append(row)
+        for part, own in rows.items():
+            if part.watched is not None:
+                part.watched.stand(len(places), sorted(own, key=lambda row: places[row][1].number))
+        try:
+            with running(self._hm.hooks), WatchedPart.looking([part.watched for part in rows]):
+                logits = self._rows.step(newest)
+        except Exception as error:
+            self._halve(error) if is_out_of_memory(error) else self.fail(error)
+            return
+        self._after(logits, list(places))
+        self._drop_ended()
+
+    def _after(self, logits: torch.Tensor, places: Sequence[tuple[Part, Choice]]) -> None:
+        """Give each choice its newest token, and send it."""
+        right = logits.amax(-1).isfinite().tolist()  # the largest of scores with NaN is NaN
+        for row, (part, choice) in enumerate(places):
+            if not right[row] and not choice.ended:
+                logits[row] = 0.0
+                self._leave(part.guest, fault(self._hm, part.guest.job))
+        chosen = Sampler.choose(logits, [(part.sampler, choice) for part, choice in places])
+        told = dict[Part, list[Token]]()
+        for row, (part, choice) in enumerate(places):
+            if choice.ended or part.ended:
+                continue
+            choice.add(chosen[row], part.sampler.ends(choice, chosen[row]))
+            count = part.guest.job.top_logprobs
+            token = Token(choice.number, chosen[row])
+            if count is not None:
+                own = logits[row].log_softmax(-1)
+                best = own.topk(min(count, len(own)))
+                likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+                token = replace(token, logprob=float(own[chosen[row]]), top=likeliest)
+            told.setdefault(part, []).append(token)
+        for part in dict.fromkeys(part for part, _ in places):
+            self._tell(part, told.get(part, []))
+
+    def _tell(self, part: Part, tokens: list[Token]) -> None:
+        """Send the newest tokens of a part, and end what has ended."""
+        if part.ended:
+            return
+        guest = part.guest
+        try:
+            if part.watched is not None:
+                tokens = part.watched.stepped(part.choices, tokens)
+            guest.job.tell(tokens)
+            if all(choice.ended for choice in part.choices):
+                if part.watched is not None:
+                    part.watched.finish(part.choices)
+                part.ended = True
+        except Exception as error:
+            self._leave(guest, failed(error, [guest.job.id]))
+            return
+        if all(each.ended for each in guest.parts):
+            new = {choice.number: tuple(choice.new) for each in guest.parts for choice in each.choices}
+            self._leave(guest, Result(tuple(new[number] for number in sorted(new))))
+
+    def _drop_ended(self) -> None:
+        """Take out the rows of parts that have ended, and of choices that nobody watches."""
+        for row in range(len(self._places) - 1, -1, -1):
+            part, choice = self._places[row]
+            if part.ended or (choice.ended and part.watched is None):
+                self._rows.leave(row)
+                self._places[row] = self._places[-1]
+                self._places.pop()
+        if not self._places:
+            self._most = None
+
+    def _leave(self, guest: Guest, event: Result | ApiError) -> None:
+        """A guest has ended: it is answered, once its session is closed."""
+        if guest not in self._guests:
+            return
+        self._guests.remove(guest)
+        for part in guest.parts:
+            part.ended = True
+            if part.watched is not None:
+                part.watched.close()
+        self._waiting = deque(part for part in self._waiting if part.guest is not guest)
+        self._drop_ended()
+        recorder = guest.job.recorder
+        if recorder is None:
+            self._ended(guest.job, event, guest.together)
+        else:
+            self._finishing.submit(self._close_session, guest, event)
+
+    def _close_session(self, guest: Guest, event: Result | ApiError) -> None:
+        job, recorder = guest.job, guest.job.recorder
+        assert recorder is not None
+        try:
+            if isinstance(event, Result):
+                assert guest.sink is not None and guest.run is not None
+                samples = sorted(guest.sink.samples, key=lambda sample: sample.sample)
+                event = replace(event, meta=recorder.end(samples, guest.run.lost))
+            else:
+                recorder.drop()
+        except BaseException as error:
+            event = failed(error, [job.id])
+            recorder.drop()
+        self._ended(job, event, guest.together)
+
+    def _halve(self, error: BaseException) -> None:
+        """Memory ran out in a step: half of the rows go on, the others when those have left."""
+        places, several = list(self._places), len(self._places) > 1
+        guests = list(dict.fromkeys(part.guest for part, _ in places))
+        event = failed(error, [guest.job.id for guest in guests], again=several)
+        self._rows.clear()
+        self._places.clear()
+        for guest in guests:
+            if not several or guest.run is not None:  # rows that were kept cannot be kept again
+                self._leave(guest, event)
+        self._most = max(1, len(places) // 2)
+        again = list[Part]()
+        for part in dict.fromkeys(part for part, _ in places if part.guest in self._guests):
+            each = [Part(part.guest, [choice], part.sampler, ended=choice.ended) for choice in part.choices]
+            part.guest.parts = [own for own in part.guest.parts if own is not part] + each
+            again += [own for own in each if not own.ended]
+        self._waiting.extendleft(reversed(again))

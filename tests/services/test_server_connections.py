@@ -1,0 +1,93 @@
+"""Connections that send nothing, or slowly: they take no place from those that ask."""
+
+import contextlib
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.served import Served, serving
+
+pytestmark = pytest.mark.slow
+
+
+def connected(served: Served) -> socket.socket:
+    host, _, port = served.url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def received(connection: socket.socket) -> bytes:
+    """All that comes until the server closes; b"" where it closes in silence."""
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            found += piece
+    return found
+
+
+def test_half_a_request_is_told_that_it_came_too_late(tmp_path: Path) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serving(tmp_path, header_seconds=1.0, body_seconds=1.0) as served:
+        for sent, missing in (
+            (b"", b"headers"),
+            (head, b"headers"),
+            (head + b"Content-Length: 100\r\n\r\n{", b"body"),
+            (head[:20], b"headers"),
+        ):
+            with contextlib.closing(connected(served)) as connection:
+                if sent == head[:20]:  # the second request of a connection
+                    connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    first = b""
+                    while b"}" not in first:
+                        first += connection.recv(65536)
+                    assert first.startswith(b"HTTP/1.1 200")
+                start = time.monotonic()
+                connection.sendall(sent)
+                answer = received(connection)
+            assert answer.startswith(b"HTTP/1.1 408 "), answer
+            assert b"the " + missing + b" of the request did not come in time" in answer
+            assert time.monotonic() - start < 20
+            told = json.loads(answer.rpartition(b"\r\n\r\n")[2])
+            assert told["error"]["code"] == "request_timeout"
+
+
+def test_who_reads_slowly_or_thinks_between_two_requests_is_left_alone(tmp_path: Path) -> None:
+    """The limits are of requests: a long answer, and a client that is asked for nothing, have their time."""
+    with (
+        serving(tmp_path, header_seconds=1.0, body_seconds=1.0) as served,
+        contextlib.closing(connected(served)) as own,
+    ):
+        body = json.dumps({"prompt": "1+1=", "max_tokens": 400, "ignore_eos": True, "stream": True, "temperature": 0})
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        own.sendall(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        time.sleep(2.5)
+        answer = received(own)
+        assert answer.startswith(b"HTTP/1.1 200") and b"data: [DONE]" in answer
+
+
+def test_silent_connections_make_room_for_those_that_ask(tmp_path: Path) -> None:
+    with serving(tmp_path, connections=20) as served, contextlib.ExitStack() as held:
+        silent = [held.enter_context(contextlib.closing(connected(served))) for _ in range(130)]
+        assert served.get("/health").status_code == 200
+        assert served.chat(max_tokens=1).status_code == 200
+        assert received(silent[0]) == b"", "the oldest silent one went"
+
+
+def test_where_all_connections_are_busy_a_new_one_is_told_so(tmp_path: Path) -> None:
+    body: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True}
+    with serving(tmp_path, connections=2) as served, ThreadPoolExecutor(2) as people:
+        busy = [people.submit(served.chat, **body) for _ in range(2)]
+        end = time.monotonic() + 60
+        while served.models.all[0].scheduler.running < 2:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        with contextlib.closing(connected(served)) as third:
+            answer = received(third)
+        assert (
+            answer.startswith(b"HTTP/1.1 503")
+            and json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]["code"] == "busy"
+        )
+        assert [each.result().status_code for each in busy] == [200, 200]
