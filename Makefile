@@ -10,6 +10,7 @@
 # make real           fetches a really trained model (93 MB, once), and runs the tests on it
 # make test-peers     compares with TransformerLens and nnterp, each in an environment of its own (docs/comparison.md)
 # make test-clients   openai, litellm, inspect_ai and lm-eval against `hookmap serve`, each in its own environment
+# make test-clients-vllm  openai, litellm and inspect_ai against `hookmap serve --engine vllm`, and against vLLM's server
 # make docs          builds the documentation as a site in site/, offline; a broken link or name fails
 # make format, make schema: what a contributor needs; see CONTRIBUTING.md
 #
@@ -32,7 +33,7 @@ VERSIONS := 5.0.0 5.9.0 5.16.1 5.20.2
 CORE_TESTS := tests/discovery/test_discovery.py tests/capture/test_engines.py tests/loading/test_multimodal.py
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: demo real test test-fast test-maps test-oldest test-versions test-newest test-vllm lock test-peers test-clients setup check docs format schema clean
+.PHONY: demo real test test-fast test-maps test-oldest test-versions test-newest test-vllm lock test-peers test-clients test-clients-vllm setup check docs format schema clean
 
 demo: .venv/.ready
 	@rm -rf demo-output
@@ -88,6 +89,10 @@ test-peers: .venv/.ready-for-tests .venv-peer-transformer-lens/.ready .venv-peer
 
 test-clients: .venv/.ready-for-tests .venv-clients/.ready
 	$(OFFLINE) $(BIN)/python tests/clients/run.py
+
+test-clients-vllm: .venv-vllm/.ready .venv-clients/.ready
+	$(OFFLINE) .venv-vllm/bin/python tests/clients/run.py --server vllm
+	$(OFFLINE) .venv-vllm/bin/python tests/clients/run.py --server vllm-serve
 
 LOCKED := pyproject.toml constraints.txt scripts/setup.py
 

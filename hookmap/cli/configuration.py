@@ -102,6 +102,7 @@ class Serving(Section):
     served_model_name: Text | None = Field(None, description="what clients call the model; else its own")
     allow: Texts = Field([], description="models that may be loaded")
     allowed_host: Texts = Field([], description="names of this server besides localhost")
+    function: Texts = Field([], description="functions that interventions may name, package.module:function")
     sessions: Text = Field("sessions", description="the folder of the sessions")
     max_bytes: Amount = Field(20.0, description="GiB of all sessions; the oldest finished go first")
     max_age: Amount = Field(168.0, description="hours that a session stays")

@@ -69,11 +69,11 @@ def _arms(wiring: Wiring, post: int) -> Iterator[tuple[int, bool]]:
 def _ends(wiring: Wiring, tensor: int, on_way: set[int], seen: set[int]) -> Iterator[tuple[int, bool]]:
     readers = [op for op in wiring.readers.get(tensor, []) if id(op) in on_way]
     plain = len(readers) == 1 and not is_product(readers[0]) and readers[0].name in aten.MOVES | _SUMS
-    if not plain:
+    parts = len(readers) > 1 and all(op.name in aten.CUTS for op in readers)  # two products in one tensor
+    if not (plain or parts):
         bends = len(readers) > 1 or any(op.name in BENDS for op in readers)
         if readers and not any(map(is_product, readers)):
             yield tensor, bends
         return
-    for output in readers[0].outputs:
-        if output in seen:
-            yield from _ends(wiring, output, on_way, seen)
+    for output in (output for op in readers for output in op.outputs if output in seen):
+        yield from _ends(wiring, output, on_way, seen)

@@ -27,7 +27,6 @@ from hookmap.services.server.settings import Settings
 from hookmap.services.server.watched_run import Gathered
 from hookmap.vllm.engine import asked_of
 from hookmap.vllm.model import VllmModel, without_weights
-from hookmap.vllm.plans import to_wire
 from hookmap.vllm.plugin import settings_of
 from hookmap.vllm.run import Serving, VllmGenerating
 from hookmap.vllm.shared_engine import SharedEngine
@@ -94,7 +93,7 @@ class Asked:
             serving.name = self.plan
             self._run.edits = planned(hm, self._changes, self._prompts[:1], most).edits
             hm.engine_of_vllm.refuse_untapped([edit.selector.key for edit in self._run.edits])
-            hm.engine_of_vllm.call("hookmap_plan", self.plan, *to_wire(self._run.edits))
+            hm.engine_of_vllm.plan(self.plan, self._run.edits)
         spec = serving.spec(0)
         parameters = parameters.clone()
         parameters.extra_args = {**parameters.extra_args, NAME: spec.model_dump(mode="json", exclude_defaults=True)}
@@ -191,7 +190,8 @@ def admitted(llm: Any, loop: asyncio.AbstractEventLoop, request: Any, field: tup
         problems.append(f"{name}.return: this server keeps no sessions; ask for inline, or: {SWITCH}")
     changes: tuple[Intervention, ...] = ()
     try:
-        changes = read(recording.interventions or [], served.hm, served.sessions or _NoSessions())  # type: ignore[arg-type]
+        sessions: Any = served.sessions or _NoSessions()
+        changes = read(recording.interventions or [], served.hm, sessions, served.settings.functions)
     except HookmapError as error:
         problems.append(f"{name}.interventions: {error}")
     try:
@@ -212,9 +212,11 @@ def _opened(llm: Any, loop: asyncio.AbstractEventLoop) -> Served:
     module = without_weights(model.model, config, model.dtype, loads)
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
     hm = VllmModel(SharedEngine(llm, loop, module), tokenizer, model.model)
-    own = settings_of({NAME: llm.vllm_config.additional_config[NAME]}).serving
+    engine = settings_of({NAME: llm.vllm_config.additional_config[NAME]})
+    own = engine.serving
     settings = Settings(
         root=Path(own.sessions or "."),
+        functions=tuple(engine.functions),
         request_bytes=own.request_bytes,
         total_bytes=own.max_bytes,
         inline_bytes=own.inline_bytes,

@@ -5,6 +5,7 @@ vLLM's own routes stay: a request with the field is checked before vLLM reads it
 """
 
 import asyncio
+import contextlib
 import functools
 import importlib
 import json
@@ -26,6 +27,8 @@ REFUSING = (
     ("vllm.entrypoints.anthropic.serving", "AnthropicServingMessages", "create_messages"),
 )
 """those that must not ignore it"""
+LOOK = 0.2
+"""seconds after which a request that waits for the workers looks whether the engine lives"""
 _SEE = re.compile(r"\s*See what there is: hookmap show .*")
 ELSEWHERE = f"{NAME}: activations are kept and edited on /v1/chat/completions and /v1/completions only."
 
@@ -172,7 +175,7 @@ async def _captured(
             asked.note(output)
             if output.finished:
                 try:
-                    asked.end(await llm.collective_rpc("hookmap_take", args=asked.taking(name)))
+                    asked.end(await _answers(llm, "hookmap_take", *asked.taking(name)))
                 except HookmapError as error:
                     raise VLLMValidationError(str(error), parameter=asked.field) from error
             yield output
@@ -186,11 +189,28 @@ _LEFT: set[Any] = set()
 
 
 async def _forget(llm: Any, name: str, asked: Any) -> None:
-    if not asked.ended:
-        await llm.abort(name)
-        await llm.collective_rpc("hookmap_drop", args=([name],))
-    if asked.plan is not None:
-        await llm.collective_rpc("hookmap_forget", args=(asked.plan,))
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    with contextlib.suppress(EngineDeadError):  # nothing is left to forget
+        if not asked.ended:
+            await llm.abort(name)
+            await _answers(llm, "hookmap_drop", [name])
+        if asked.plan is not None:
+            await _answers(llm, "hookmap_forget", asked.plan)
+
+
+async def _answers(llm: Any, method: str, *arguments: Any) -> Any:
+    """What the workers answer. Raises EngineDeadError where the engine has ended: vLLM itself waits for ever then."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    asking = asyncio.ensure_future(llm.collective_rpc(method, args=arguments))
+    try:
+        while not (await asyncio.wait({asking}, timeout=LOOK))[0]:
+            if llm.engine_core.resources.engine_dead:
+                raise EngineDeadError
+        return asking.result()
+    finally:
+        asking.cancel()
 
 
 def _error(serving: Any, error: HookmapError) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
+from hookmap.discovery import aten
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.dataflow import Place as Argument
+from hookmap.maps.templates import TermTemplate
 from hookmap.vllm.expressions import Expressions
 
 
@@ -38,6 +41,7 @@ class Boundaries:
         self._expressions = expressions
         self._found: dict[int, list[Boundary]] = {}
         self._calls: dict[str, list[ModuleCall]] = {}
+        self._visits = Counter(id(call.module) for call in expressions.values.flow.calls)
         for call in expressions.values.flow.calls:
             self._calls.setdefault(call.path, []).append(call)
             for boundary in _of_call(expressions, call):
@@ -53,6 +57,19 @@ class Boundaries:
         tensor = self._tensor_at(path, number, side, index)
         return None if tensor is None else self._expressions.of(tensor)
 
+    def expression_of_operation(self, path: str, number: int, term: TermTemplate) -> tuple[int, tuple[int, ...]] | None:
+        """What an operation in a module's own forward reads or gives, and its shape; None where there is none."""
+        flow = self._expressions.values.flow
+        for call in self.calls(path)[number : number + 1]:
+            own = [op for op in flow.operations if op.name == term.operation and flow.calls[op.call] is call]
+            for op in own[term.occurrence or 0 :][:1]:
+                tensor = (op.inputs if term.side == "input" else op.outputs)[int(term.index or 0)]
+                shape = flow.tensors[tensor].shape
+                while (made := flow.producer(tensor)) is not None and made.name in aten.TURNS | aten.RESHAPES:
+                    tensor = made.inputs[0]
+                return self._expressions.of(tensor), shape
+        return None
+
     def shape_at(self, path: str, number: int, side: str, index: Argument) -> tuple[int, ...] | None:
         """The shape of what stands there."""
         tensor = self._tensor_at(path, number, side, index)
@@ -66,11 +83,15 @@ class Boundaries:
         return None
 
     def holding(self, expression: int, within: ModuleCall) -> list[Boundary]:
-        """The boundaries inside one call, and of it, where the expression stands; single tensors first."""
+        """The boundaries inside one call, and of it, where the expression stands; single tensors first.
+
+        Modules that several layers share (vLLM has one rotary embedding for all) are no place of one layer.
+        """
         inside = [
             each
             for each in self._found.get(expression, [])
             if within.enter <= each.call.enter and each.call.exit <= within.exit
+            if self._visits[id(each.call.module)] == 1
         ]
         return sorted(inside, key=lambda each: len(each.tensors))
 

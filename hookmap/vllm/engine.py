@@ -1,6 +1,7 @@
 """vLLM's engine as hookmap drives it: requests go in, their texts and rows come out. In this process or in workers."""
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +14,14 @@ from torch import nn
 
 from hookmap import errors
 from hookmap.activations import Key, key_of
+from hookmap.capture.interventions.edits import Edit
 from hookmap.errors import CaptureError, InterventionError, SelectionError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import parse
 from hookmap.stores.ledger import tensor_name
 from hookmap.vllm.alive import wake_when_dead
 from hookmap.vllm.places import Place
+from hookmap.vllm.plans import Functions, to_wire
 from hookmap.vllm.spec import NAME, RequestSpec
 
 
@@ -54,7 +57,7 @@ class VllmEngine:
         self._closed = self._watched()
         self._packed = self._in_processes()
         """whether the workers are in other processes"""
-        said = json.loads(self.call("hookmap_describe"))
+        said, *others = map(json.loads, self._each("hookmap_describe"))
         if "error" in said:
             kind, message = said["error"]
             raise getattr(errors, kind, CaptureError)(message)
@@ -69,6 +72,8 @@ class VllmEngine:
         self.runner_name: str = said["runner"]
         self.in_flight, self.step_tokens = said["batch"]
         """requests that run together, and tokens of a step, at most"""
+        handed = not others and not self._packed and said["process"] == os.getpid()
+        self.functions = Functions(frozenset(said["functions"]), handed)
         self.longest: int = self._config().model_config.max_model_len
 
     def channel(self, told: Callable[[str, Any], None]) -> "VllmEngine":
@@ -83,6 +88,12 @@ class VllmEngine:
         with self._alive():
             found: list[Any] = self._llm.collective_rpc(method, args=arguments)
         return found
+
+    def plan(self, name: str, edits: Sequence[Edit]) -> None:
+        """Give workers the interventions of a run, which requests name. Raises InterventionError."""
+        wrong = [why for why in self._each("hookmap_plan", name, *to_wire(edits, self.functions)) if why is not None]
+        if wrong:
+            raise InterventionError(wrong[0])
 
     def add(self, name: str, tokens: Sequence[int], parameters: Any, spec: RequestSpec) -> None:
         """Put a request in the queue. Raises CaptureError where vLLM refuses it."""

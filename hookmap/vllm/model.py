@@ -138,6 +138,7 @@ def open_on_vllm(
     trust_remote_code: bool = False,
     processes: bool | None = None,
     shared: bool = False,
+    functions: Iterable[str] = (),
     **settings: Any,
 ) -> VllmModel:
     """A model that vLLM runs, to capture from at the speed of a serving engine.
@@ -146,7 +147,8 @@ def open_on_vllm(
     {point: layers}; the residual stream and the branches' outputs of all layers unless given. eager: nothing is
     compiled, and every point of the map can be captured. dtype: "auto" is the checkpoint's own. processes: whether
     vLLM's engine runs in processes of its own; as VLLM_ENABLE_V1_MULTIPROCESSING says unless given. shared: several
-    threads may run it at once, in the same batches; the engine is in processes of its own then.
+    threads may run it at once, in the same batches; the engine is in processes of its own then. functions: names,
+    "package.module:function", that workers in processes of their own may import for `hookmap.apply`.
     settings: any argument of vLLM's `LLM`, such as max_model_len, max_num_seqs or tensor_parallel_size.
 
     Raises ModelError where vLLM is missing or does not load the model, TokenizerError, DiscoveryError where the
@@ -167,11 +169,11 @@ def open_on_vllm(
     engine: Callable[[nn.Module], VllmEngine]
     if shared:
         loop = new_loop()
-        llm = _llm(source, taps, eager, True, settings, partial(in_loop, loop))
+        llm = _llm(source, taps, eager, functions, True, settings, partial(in_loop, loop))
         close, engine = llm.shutdown, partial(SharedEngine, llm, loop)
         chosen = llm.vllm_config.model_config.dtype
     else:
-        llm = _llm(source, taps, eager, processes, settings, _in_this_thread)
+        llm = _llm(source, taps, eager, functions, processes, settings, _in_this_thread)
         close, engine = llm.llm_engine.engine_core.shutdown, partial(VllmEngine, llm)
         chosen = llm.llm_engine.vllm_config.model_config.dtype
     try:
@@ -208,6 +210,7 @@ def _llm(
     source: str,
     taps: Any,
     eager: bool,
+    functions: Iterable[str],
     processes: bool | None,
     settings: dict[str, Any],
     made: Callable[[str, dict[str, Any]], Any],
@@ -219,7 +222,8 @@ def _llm(
     register()
     if taps is not None and not isinstance(taps, Mapping):
         taps = dict.fromkeys([taps] if isinstance(taps, str) else taps, "all")
-    own = {"taps": None if eager or taps is None else dict(taps)}
+    named = [functions] if isinstance(functions, str) else list(functions)
+    own = {"taps": None if eager or taps is None else dict(taps), "functions": named}
     additional = {**(settings.pop("additional_config", None) or {}), NAME: own}
     settings = {name: value for name, value in settings.items() if value is not None}
     settings |= {"enforce_eager": eager, "additional_config": additional}

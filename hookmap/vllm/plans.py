@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors.torch import load, save
@@ -12,8 +13,12 @@ from safetensors.torch import load, save
 from hookmap.activations import Key, key_of
 from hookmap.capture.interventions import operations
 from hookmap.capture.interventions.edits import Edit, EditedTokens, RowOperation, TokenAt
+from hookmap.capture.interventions.functions import Called, apply
+from hookmap.capture.interventions.importable import function_of, name_of
 from hookmap.capture.rows import RowSelection, ids_of
 from hookmap.errors import InterventionError
+from hookmap.maps.document import ArchitectureMap
+from hookmap.maps.selectors import select
 
 _KINDS: dict[str, Any] = {
     each.__name__: each
@@ -33,9 +38,48 @@ _KINDS: dict[str, Any] = {
         operations.Swapped,
     )
 }
-"""what a worker computes; functions of one's own are not among them"""
+"""what a worker computes, besides functions of one's own"""
 _OF_SAMPLES = {operations.Patched: "row_of", operations.Swapped: "pair_of"}
 """operations that differ from sample to sample, and the field that says how"""
+_HANDED: dict[str, Any] = {}
+"""functions on their way to a worker in this process"""
+
+
+@dataclass(frozen=True)
+class Functions:
+    """How functions of one's own reach the workers."""
+
+    allowed: frozenset[str] = frozenset()
+    """names, "package.module:function", that workers in other processes import; their operator gave them"""
+    handed: bool = False
+    """whether the worker is in this process, and takes any function as it is"""
+
+    def sent(self, called: Called) -> dict[str, str]:
+        """What tells a worker of the function. Raises InterventionError, which says what to do."""
+        if self.handed:
+            _HANDED[token := uuid4().hex] = called.given.fn
+            return {"handed": token}
+        name = name_of(called.given.fn, sorted(self.allowed))
+        at = f"{called.selector}: vLLM's workers are other processes"
+        if name is None:
+            raise InterventionError(
+                f"{at}, which cannot import {called.given.name}. Define it in a module that they can import and name "
+                'it when the model is opened, functions=["package.module:function"]; or open it with processes=False.'
+            )
+        if name not in self.allowed:
+            raise InterventionError(
+                f"{at}, which import only the functions that are named when they are started: "
+                f'hookmap.open_on_vllm(…, functions=["{name}"]), or `hookmap serve --function {name}`.'
+            )
+        return {"name": name}
+
+    def taken(self, sent: Mapping[str, str]) -> Any:
+        """The function, in the worker. Raises InterventionError for one that is not allowed."""
+        if "handed" in sent:
+            return _HANDED.pop(sent["handed"])
+        if sent["name"] not in self.allowed:
+            raise InterventionError(f"{sent['name']}: this worker was not told to import it.")
+        return function_of(sent["name"])
 
 
 @dataclass
@@ -81,21 +125,19 @@ class WorkerPlan:
     @property
     def reads_tokens(self) -> bool:
         """Whether an edit selects by token ids."""
-        return any(edit.tokens.positions.reads_tokens for edit in self.edits)
+        return any(edit.tokens.positions.reads_tokens or isinstance(edit.operation, Called) for edit in self.edits)
 
 
-def to_wire(edits: Sequence[Edit]) -> tuple[str, bytes]:
-    """Edits as JSON, and their tensors as safetensors. Raises InterventionError for functions of one's own."""
+def to_wire(edits: Sequence[Edit], functions: Functions) -> tuple[str, bytes]:
+    """Edits as JSON, and their tensors as safetensors. Raises InterventionError for functions that cannot be sent."""
     documents, tensors = [], dict[str, torch.Tensor]()
     entering = {id(edit.operation): number for number, edit in enumerate(edits)}
     for number, edit in enumerate(edits):
         operation, plain = edit.operation, dict[str, Any]()
-        if type(operation).__name__ not in _KINDS:
-            raise InterventionError(
-                f"{edit.selector}: a function of one's own runs in this process, and vLLM's workers are others. Open "
-                "the model with hookmap.open."
-            )
-        own_fields: tuple[Any, ...] = fields(operation) if is_dataclass(operation) else ()
+        is_function = isinstance(operation, Called)
+        if isinstance(operation, Called):
+            plain = dict(functions.sent(operation))
+        own_fields: tuple[Any, ...] = fields(operation) if is_dataclass(operation) and not is_function else ()
         for each in own_fields:
             value = getattr(operation, each.name)
             if isinstance(value, torch.Tensor):
@@ -112,12 +154,15 @@ def to_wire(edits: Sequence[Edit]) -> tuple[str, bytes]:
     return json.dumps(documents), save(tensors)
 
 
-def from_wire(text: str, data: bytes) -> WorkerPlan:
-    """The plan that `to_wire` wrote. Raises InterventionError for an operation that is not known."""
+def from_wire(text: str, data: bytes, architecture_map: ArchitectureMap, functions: Functions) -> WorkerPlan:
+    """The plan that `to_wire` wrote. Raises InterventionError for an operation that is not known, or not allowed."""
     tensors = load(data)
     plan = WorkerPlan()
     for number, document in enumerate(json.loads(text)):
+        key, heads = key_of(*document["key"]), None if document["heads"] is None else tuple(document["heads"])
         kind = _KINDS.get(document["do"])
+        if document["do"] == Called.__name__:
+            kind, document["numbers"] = _called(functions.taken(document["numbers"]), key, heads, architecture_map), {}
         if kind is None:
             raise InterventionError(f"{document['do']}: vLLM's worker knows {', '.join(_KINDS)}.")
         given = document["numbers"] | {
@@ -135,10 +180,15 @@ def from_wire(text: str, data: bytes) -> WorkerPlan:
             None if tokens["steps"] is None else _selection(tokens["steps"]),
             frozenset(tokens["matching"]),
         )
-        heads = None if document["heads"] is None else tuple(document["heads"])
-        key, means, last = key_of(*document["key"]), document["means"], document["last"]
+        means, last = document["means"], document["last"]
         plan.edits.append(WorkerEdit(key, kind(**given), read, heads, means, last, pairs))
     return plan
+
+
+def _called(fn: Any, key: Key, heads: tuple[int, ...] | None, architecture_map: ArchitectureMap) -> Any:
+    layers = "all" if key[1] is None else [key[1]]
+    selector = next(each for each in select(architecture_map, {key[0]: layers}) if each.key == key)
+    return partial(Called, apply(fn, key[0], layers, heads=heads), selector)
 
 
 def pairs_of(edits: Sequence[Edit], sample: int) -> dict[str, dict[str, int]]:

@@ -40,6 +40,12 @@ class EngineSettings(BaseModel):
         description="points that a compiled model can capture and write, with their layers; the stream and what the "
         "branches add, of all layers, unless given",
     )
+    functions: list[str] = Field(
+        default=[], description='functions that interventions may name, "package.module:function": workers import them'
+    )
+    untaken_bytes: int = Field(
+        default=2**32, ge=0, description="of requests that have ended and whose rows nobody takes; the oldest go first"
+    )
     serving: ServingSettings = ServingSettings()
     version: str = Field(default="", description="of hookmap: compiled code is not shared between versions")
 

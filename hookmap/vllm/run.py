@@ -21,7 +21,7 @@ from hookmap.loading.prompts import decode
 from hookmap.maps.points import PointName
 from hookmap.stores.ledger import tensor_name
 from hookmap.vllm.engine import Ended, VllmEngine
-from hookmap.vllm.plans import pairs_of, to_wire
+from hookmap.vllm.plans import pairs_of
 from hookmap.vllm.session import IN_PIECES
 from hookmap.vllm.spec import PlannedEdits, RequestSpec, RowsKept
 
@@ -141,7 +141,7 @@ class Serving:
     def serve(self, numbers: Sequence[int]) -> None:
         """Run these prompts, and hand their rows to the sink. Raises CaptureError."""
         if self._run.edits:
-            self._engine.call("hookmap_plan", self.name, *to_wire(self._run.edits))
+            self._engine.plan(self.name, self._run.edits)
         try:
             self._serve(deque(numbers), self._engine.in_flight)
             self._serve(deque(self._alone), 1)

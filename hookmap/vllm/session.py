@@ -6,20 +6,19 @@ is known already, and what is not computed at all (a cached prefix) is an error.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from hookmap.activations import Key
 from hookmap.capture.interventions.edits import TokenAt, step_of
-from hookmap.capture.rows import RowSelection
 from hookmap.errors import CaptureError, HookmapError, InterventionError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import select
 from hookmap.stores.ledger import tensor_name
-from hookmap.vllm.buffer import Slabs, Slots
+from hookmap.vllm.buffer import Chosen, Slabs, Slots
+from hookmap.vllm.captured import Captured, Cells, Step
 from hookmap.vllm.plans import WorkerEdit, WorkerPlan
 from hookmap.vllm.rows import Segment, StepRows
 from hookmap.vllm.spec import RequestSpec, spec_of
@@ -27,56 +26,8 @@ from hookmap.vllm.taps import Boundary, Read, Tensors, Write
 
 IN_PIECES = "vLLM read the prompt in pieces"
 """how the reason of a request begins that may be right where it runs alone"""
-
-
-@dataclass
-class Captured:
-    """A request that asks for something, from its first step until its rows are taken."""
-
-    name: str
-    spec: RequestSpec
-    prompt_tokens: int
-    keys: frozenset[Key] = frozenset()
-    selection: RowSelection = field(default_factory=RowSelection)
-    plan: WorkerPlan | None = None
-    next: int = 0
-    """how many positions were seen, from 0 on without a gap"""
-    positions: list[int] = field(default_factory=list)
-    """those whose rows are kept"""
-    slots: list[int] = field(default_factory=list)
-    """of each kept row"""
-    means: dict[int, torch.Tensor] = field(default_factory=dict)
-    """number of an edit -> the mean over the prompt"""
-    failed: str | None = None
-
-    def fail(self, why: str) -> None:
-        """The first reason stays."""
-        self.failed = self.failed or why
-
-
-@dataclass
-class _Cells:
-    """The rows that one edit writes in this step."""
-
-    requests: list[Captured] = field(default_factory=list)
-    """of each row"""
-    rows: list[int] = field(default_factory=list)
-    where: list[TokenAt] = field(default_factory=list)
-
-
-@dataclass
-class _Step:
-    segments: dict[str, Segment] = field(default_factory=dict)
-    involved: dict[str, Captured] = field(default_factory=dict)
-    kept: dict[frozenset[Key], tuple[list[int], list[int]]] = field(default_factory=dict)
-    """points -> the rows of the step that are kept, and their slots"""
-    cells: dict[Key, dict[tuple[bool, int, int], tuple[WorkerEdit, _Cells]]] = field(default_factory=dict)
-    """point -> (whether it comes last, plan, number of the edit) -> the edit, and what it writes"""
-    indices: dict[tuple[frozenset[Key], ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    parts: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)
-    """of points that are sums, the terms that were seen"""
-    seen: set[tuple[Key, int]] = field(default_factory=set)
-    done: set[Key] = field(default_factory=set)
+UNTAKEN = 4096
+"""requests that have ended and that nobody asked for, at most"""
 
 
 class Session:
@@ -90,8 +41,12 @@ class Session:
         written: set[Key],
         tap: Callable[[Iterable[Key]], None],
         parameter_at: Callable[[str], torch.Tensor],
+        untaken_bytes: int = 2**32,
     ) -> None:
-        """`terms`: of each point. `written`: points that may be written. `tap`: makes points seen, or raises."""
+        """`terms`: of each point. `written`: points that may be written. `tap`: makes points seen, or raises.
+
+        `untaken_bytes`: the most that is kept of requests that have ended and whose rows nobody has taken.
+        """
         self._rows, self._map, self._terms, self._written = rows, architecture_map, terms, written
         self._tap, self._parameter_at = tap, parameter_at
         self.plans: dict[str, WorkerPlan] = {}
@@ -100,12 +55,13 @@ class Session:
         self._slots = Slots()
         self._plain: set[str] = set()
         """requests that ask for nothing"""
-        self._step: _Step | None = None
+        self._step: Step | None = None
         self._keys_of: dict[str, frozenset[Key]] = {}
+        self._untaken_bytes = untaken_bytes
 
     def begin(self, segments: Iterable[Segment]) -> list[Segment]:
         """A step of these rows is about to run. Returns those of requests that ask for something."""
-        step = _Step()
+        step = Step()
         for segment in segments:
             request = self._request(segment.request)
             if request is None or request.failed is not None:
@@ -138,13 +94,17 @@ class Session:
             return
         for write in boundary.writes:
             for edit, cells in step.cells.get(write.key, {}).values():
-                with self._failing(cells.requests or step.involved.values()):
+                try:
                     self._write(step, write, edit, cells, tensors)
+                except _FAILURES as error:
+                    _fail(cells.requests or step.involved.values(), error)
         for read in boundary.reads:
             groups = tuple(keys for keys in step.kept if read.key in keys)
             if groups:
-                with self._failing(step.involved.values()):
+                try:
                     self._read(step, read, groups, tensors)
+                except _FAILURES as error:
+                    _fail(step.involved.values(), error)
 
     def end(self) -> None:
         """The step has run."""
@@ -163,7 +123,10 @@ class Session:
         """
         request = self.requests.pop(name, None)
         if request is None:
-            raise CaptureError(f"vLLM's worker knows no request {name!r}: it has not run, or its rows were taken.")
+            raise CaptureError(
+                f"vLLM's worker knows no request {name!r}: it has not run, its rows were taken, or nobody took them "
+                f"and others came: {self._untaken_bytes} bytes are kept (additional_config hookmap.untaken_bytes)."
+            )
         self._slots.give_back(request.slots)
         for edit in request.plan.edits if request.plan else ():
             if edit.pairs is not None and request.spec.edits is not None:
@@ -211,6 +174,7 @@ class Session:
         return self.requests[name]
 
     def _new(self, name: str, arguments: Any) -> Captured:
+        self._make_room()
         request = Captured(name, RequestSpec(), self._rows.prompt_tokens(name))
         try:
             spec = request.spec = spec_of(arguments) or RequestSpec()
@@ -222,6 +186,19 @@ class Session:
         except HookmapError as error:
             request.fail(str(error))
         return request
+
+    def _make_room(self) -> None:
+        """Forget the oldest of the requests that have ended, where more is kept of them than may be."""
+        if self.slabs.nbytes <= self._untaken_bytes and len(self.requests) <= UNTAKEN:
+            return
+        ended = [each for each in self.requests.values() if not self._rows.known(each.name)]
+        sizes = [self.slabs.size_of(each.keys, len(each.slots)) for each in ended]
+        kept = sum(sizes)
+        for number, (request, size) in enumerate(zip(ended, sizes, strict=True)):
+            if kept <= self._untaken_bytes and len(ended) - number <= UNTAKEN:
+                return
+            self.drop(request.name)
+            kept -= size
 
     def _keys(self, spec: RequestSpec) -> frozenset[Key]:
         """Of what a request names; one object for equal requests. Raises SelectionError."""
@@ -248,7 +225,7 @@ class Session:
                 edit.pairs[spec.edits.sample] = {int(position): row for position, row in pairs.items()}
         return plan
 
-    def _begin(self, step: _Step, request: Captured, segment: Segment) -> None:
+    def _begin(self, step: Step, request: Captured, segment: Segment) -> None:
         end = segment.position + segment.stop - segment.first
         if segment.position > request.next:
             raise CaptureError(
@@ -277,7 +254,7 @@ class Session:
         if request.plan is not None:
             self._choose(step, request, segment, tokens)
 
-    def _choose(self, step: _Step, request: Captured, segment: Segment, tokens: list[int] | None) -> None:
+    def _choose(self, step: Step, request: Captured, segment: Segment, tokens: list[int] | None) -> None:
         """The rows of this request that are written in this step."""
         assert request.plan is not None and request.spec.edits is not None
         sample, images = request.spec.edits.sample, frozenset(request.spec.edits.images)
@@ -300,12 +277,12 @@ class Session:
             if not chosen and not edit.means:
                 continue
             mine = step.cells.setdefault(edit.key, {})
-            _, cells = mine.setdefault((edit.last, id(request.plan), number), (edit, _Cells()))
+            _, cells = mine.setdefault((edit.last, id(request.plan), number), (edit, Cells()))
             cells.requests += [request] * len(chosen)
             cells.rows += [row for row, _ in chosen]
             cells.where += [token for _, token in chosen]
 
-    def _write(self, step: _Step, write: Write, edit: WorkerEdit, cells: _Cells, tensors: Tensors) -> None:
+    def _write(self, step: Step, write: Write, edit: WorkerEdit, cells: Cells, tensors: Tensors) -> None:
         if edit.means:
             self._note_means(step, write, edit, tensors)
         live = [n for n, request in enumerate(cells.requests) if request.failed is None]
@@ -329,7 +306,7 @@ class Session:
         for part in others:
             part.put(tensors, rows, torch.zeros_like(new))
 
-    def _note_means(self, step: _Step, write: Write, edit: WorkerEdit, tensors: Tensors) -> None:
+    def _note_means(self, step: Step, write: Write, edit: WorkerEdit, tensors: Tensors) -> None:
         """The mean over each prompt that is read in this step, as the rows are before this edit."""
         for name, request in step.involved.items():
             if request.plan is None or request.failed is not None or all(e is not edit for e in request.plan.edits):
@@ -350,7 +327,7 @@ class Session:
             total = total + each
         return total
 
-    def _read(self, step: _Step, read: Read, groups: tuple[frozenset[Key], ...], tensors: Tensors) -> None:
+    def _read(self, step: Step, read: Read, groups: tuple[frozenset[Key], ...], tensors: Tensors) -> None:
         if (read.key, read.number) in step.seen:
             raise CaptureError(f"{tensor_name(read.key)}: its module was called more than once in a step of vLLM.")
         step.seen.add((read.key, read.number))
@@ -371,24 +348,21 @@ class Session:
         step.done.add(read.key)
 
     def _index(
-        self, step: _Step, groups: tuple[frozenset[Key], ...], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, step: Step, groups: tuple[frozenset[Key], ...], device: torch.device
+    ) -> tuple[torch.Tensor, Chosen]:
         """The kept rows of these groups, and their slots."""
         if groups not in step.indices:
             rows = [row for keys in groups for row in step.kept[keys][0]]
             slots = [slot for keys in groups for slot in step.kept[keys][1]]
-            step.indices[groups] = (
-                torch.tensor(rows, dtype=torch.long, device=device),
-                torch.tensor(slots, dtype=torch.long),
-            )
+            step.indices[groups] = torch.tensor(rows, dtype=torch.long, device=device), Chosen(slots)
         return step.indices[groups]
 
-    @contextlib.contextmanager
-    def _failing(self, requests: Iterable[Captured]) -> Iterator[None]:
-        """What is raised inside is the failure of these requests."""
-        try:
-            yield
-        except (HookmapError, RuntimeError, LookupError, TypeError, ValueError) as error:
-            why = str(error) if isinstance(error, HookmapError) else f"{type(error).__name__}: {error}"
-            for request in requests:
-                request.fail(why)
+
+_FAILURES = (HookmapError, RuntimeError, LookupError, TypeError, ValueError)
+"""of a request, and not of the engine"""
+
+
+def _fail(requests: Iterable[Captured], error: Exception) -> None:
+    why = str(error) if isinstance(error, HookmapError) else f"{type(error).__name__}: {error}"
+    for request in requests:
+        request.fail(why)

@@ -116,7 +116,7 @@ class Channel:
         self._engine, self._told = engine, told
         self._arrived = queue.SimpleQueue[tuple[str, Any]]()
         self._tokens: dict[str, list[int]] = {}
-        self.call, self.take, self.in_flight = engine.call, engine.take, engine.in_flight
+        self.call, self.plan, self.take, self.in_flight = engine.call, engine.plan, engine.take, engine.in_flight
 
     def add(self, name: str, tokens: Sequence[int], parameters: Any, spec: RequestSpec) -> None:
         """What vLLM refuses is told by `step`."""

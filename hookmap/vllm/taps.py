@@ -108,16 +108,19 @@ _HANDLERS: dict[int, Callable[[Tensors], None]] = {}
 _NUMBERS = count()
 
 
-@torch.library.custom_op("hookmap::write_and_read", mutates_args=("tensors", "sink"))
-def write_and_read(tensors: Sequence[torch.Tensor], sink: torch.Tensor) -> None:
-    """Run the handler whose number the sink holds; it may write into the tensors."""
+def _handle(tensors: Tensors, sink: torch.Tensor) -> None:
+    """Run the handler whose number the sink holds."""
     _HANDLERS[int(sink)](tensors)
 
 
-@torch.library.custom_op("hookmap::read", mutates_args=("sink",))
-def read(tensors: Sequence[torch.Tensor], sink: torch.Tensor) -> None:
-    """Run the handler whose number the sink holds; it writes nothing. The sink keeps the compiler from dropping it."""
-    _HANDLERS[int(sink)](tensors)
+# Defined by hand, since torch.library.custom_op wraps each call in some ten microseconds of Python.
+_OPERATORS: Any = torch.library.Library("hookmap", "DEF")  # type: ignore[no-untyped-call]
+_OPERATORS.define("write_and_read(Tensor(a!)[] tensors, Tensor(b!) sink) -> ()")
+_OPERATORS.define("read(Tensor[] tensors, Tensor(a!) sink) -> ()")  # the sink keeps the compiler from dropping it
+for _name in ("write_and_read", "read"):
+    _OPERATORS.impl(_name, _handle, "CompositeExplicitAutograd")
+    _OPERATORS._register_fake(_name, lambda tensors, sink: None)
+write_and_read, read = torch.ops.hookmap.write_and_read.default, torch.ops.hookmap.read.default
 
 
 class Taps:

@@ -5,14 +5,15 @@ Where a boundary holds one half of the stream, its two tensors are the terms.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.values import Values
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector
-from hookmap.maps.templates import BlockKind, PointTemplate, TermTemplate
+from hookmap.maps.templates import BlockKind, Heads, PointTemplate, TermTemplate
 from hookmap.maps.terms import Term
 from hookmap.vllm.boundaries import Boundaries, Boundary
 from hookmap.vllm.expressions import Book, Expressions
@@ -20,6 +21,7 @@ from hookmap.vllm.places import ModelPlaces, Place
 from hookmap.vllm.writable import how_written
 
 _NOWHERE = "no module boundary of vLLM's model holds it"
+_IN_A_KERNEL = "vLLM's kernels compute it, or hold it in one tensor with another: no module shows it by itself"
 _NO_LOGITS = "vLLM computes logits only for the positions that it samples from: unembed final_norm"
 _READ_BEFORE = "something reads it before any module shows it"
 
@@ -35,6 +37,10 @@ def translated(seen: ArchitectureMap, joined: Values, values: Values, batch: boo
     return ModelPlaces(
         found, {selector.key: translation.place(found, selector) for selector in found.selectors(found.points)}
     )
+
+
+def _why_lost(point: PointTemplate) -> str:
+    return _IN_A_KERNEL if any(term.operation is not None for term in point.terms) else _NOWHERE
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ class _Translation:
             name = f"{kind.name}#{twins + 1}" if twins else kind.name
             kinds.append(kind.model_copy(update={"layers": tuple(layers), "name": name}))
         points = {name: self._template(point, None) for name, point in self.seen.model_points.items()}
-        lost = {name: _NOWHERE for name, point in points.items() if point is None} | {"logits": _NO_LOGITS}
+        lost = {name: _why_lost(self.seen.model_points[name]) for name, point in points.items() if point is None}
+        lost |= dict.fromkeys(("logits", "logits_raw"), _NO_LOGITS)
         update = {
             "kinds": tuple(kinds),
             "model_points": {n: point for n, point in points.items() if point is not None and n not in lost},
@@ -79,7 +86,7 @@ class _Translation:
     def _kind(self, layer: int) -> BlockKind:
         kind = self.seen.kind_of(layer)
         points = {name: self._template(point, layer) for name, point in kind.points.items()}
-        lost = dict.fromkeys((name for name, point in points.items() if point is None), _NOWHERE)
+        lost = {name: _why_lost(kind.points[name]) for name, point in points.items() if point is None}
         rest = kind.without(lost)
         kept = {name: point for name, point in points.items() if point is not None}
         name = kind.name.split("#")[0]
@@ -96,11 +103,13 @@ class _Translation:
         """The tensors in the pass as it is whose sum the term is; none where it stands nowhere."""
         path = self._path(term.module, layer)
         number = term.call or 0
+        if term.experts is not None or term.through is not None:
+            return ()
+        if term.operation is not None:
+            return tuple(self._of_heads(term, path, number, layer))
         expression = self.there.expression_at(path, number, term.side, term.index)
         within = self._within(layer)
-        if expression is None or within is None or term.rows != "all" or term.operation is not None:
-            return ()
-        if term.experts is not None or term.through is not None:
+        if expression is None or within is None or term.rows != "all":
             return ()
         boundaries = self.here.holding(expression, within)
         calls = self.here.calls(path)[number : number + 1]
@@ -111,6 +120,23 @@ class _Translation:
             if len(boundary.tensors) == 1 or term.heads is None:
                 return tuple(self._at(term, boundary, layer))
         return ()
+
+    def _of_heads(self, term: TermTemplate, path: str, number: int, layer: int | None) -> Iterator[TermTemplate]:
+        """What an operation of the twin's own shows head by head, where a module of vLLM's reads the same in a row."""
+        found, within = self.there.expression_of_operation(path, number, term), self._within(layer)
+        if found is None or within is None or term.axes is None or "d_head" not in term.axes or term.rows != "all":
+            return
+        expression, shape = found
+        tokens, size = (shape[term.axes.index(axis)] for axis in ("pos", "d_head"))
+        width = prod(shape) // tokens
+        for boundary in self.here.holding(expression, within):
+            wide = self.here.shape_at(boundary.call.path, 0, boundary.side, boundary.indices[0])
+            in_a_row = wide is not None and wide[-2:] == (tokens, width) and len(boundary.tensors) == 1
+            if in_a_row and self._is_one_layers(boundary.call.path, layer):
+                heads = Heads(stop=width, d_head=size)
+                bare = {"operation": None, "occurrence": None, "visits": None, "call": None, "heads": heads}
+                yield from self._at(term.model_copy(update=bare), boundary, layer)
+                return
 
     def _at(self, term: TermTemplate, boundary: Boundary, layer: int | None) -> Iterable[TermTemplate]:
         module = self._templated(boundary.call.path, layer)

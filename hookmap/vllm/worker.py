@@ -4,6 +4,7 @@ Arguments and results are plain JSON data and bytes, so that they pass between p
 """
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from hookmap.stores.ledger import tensor_name
 from hookmap.vllm.discover import discover
 from hookmap.vllm.draws import prepare
 from hookmap.vllm.places import ModelPlaces, Place
-from hookmap.vllm.plans import from_wire
+from hookmap.vllm.plans import Functions, from_wire
 from hookmap.vllm.plugin import DEFAULT_TAPS
 from hookmap.vllm.rows import StepRows, check_positions, rows_of
 from hookmap.vllm.session import Session
@@ -68,7 +69,10 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
             asked = self.vllm_config.additional_config[NAME]["taps"]
             points = asked or {name: "all" for name in DEFAULT_TAPS if name in found.points}
             self._taps.tap({selector.key for selector in select(found, points)})
-        self._session = Session(rows, found, self._taps.terms, self._taps.written, self._tap, parameters_of(model))
+        most = self.vllm_config.additional_config[NAME]["untaken_bytes"]
+        self._session = Session(
+            rows, found, self._taps.terms, self._taps.written, self._tap, parameters_of(model), most
+        )
         self._taps.handler = self._session
         _watch(runner, rows, self._session)
 
@@ -80,6 +84,12 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
                     "with eager=True for all points."
                 )
             self._taps.tap(keys)
+
+    @property
+    def _functions(self) -> list[str]:
+        """Those that may be imported here."""
+        found: list[str] = self.vllm_config.additional_config[NAME]["functions"]
+        return found
 
     def hookmap_describe(self) -> str:
         """The map, and what each point is, as JSON; or what went wrong when the model was loaded."""
@@ -97,13 +107,20 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
                 "weights": weights_of(self.model_runner.get_model()),
                 "vllm": vllm_version,
                 "runner": type(self.model_runner).__name__,
+                "process": os.getpid(),
+                "functions": self._functions,
                 "batch": [self.scheduler_config.max_num_seqs, self.scheduler_config.max_num_batched_tokens],
             }
         )
 
-    def hookmap_plan(self, name: str, document: str, tensors: bytes) -> None:
-        """Keep the interventions of a run until `hookmap_forget`."""
-        self._session.plans[name] = from_wire(document, tensors)
+    def hookmap_plan(self, name: str, document: str, tensors: bytes) -> str | None:
+        """Keep the interventions of a run until `hookmap_forget`. Returns why it cannot."""
+        try:
+            plan = from_wire(document, tensors, self._found.map, Functions(frozenset(self._functions)))
+        except HookmapError as error:
+            return str(error)
+        self._session.plans[name] = plan
+        return None
 
     def hookmap_forget(self, name: str) -> None:
         """The run with this plan is over."""
@@ -171,6 +188,11 @@ def _refuse_unserved(config: Any) -> None:
         raise CaptureError(
             f"pipeline_parallel_size={stages}: each stage has a part of the layers, and captures read one process. "
             "Share the model by tensor_parallel_size."
+        )
+    if (engines := config.parallel_config.data_parallel_size) > 1:
+        raise CaptureError(
+            f"data_parallel_size={engines}: a request's rows are in one of the engines, and captures ask the first. "
+            "Run a capture for each part of the prompts, in folders of their own, and join these: hookmap store merge."
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from nnsight import NNsight
-from support import plain_hooks
+from support import own_functions, plain_hooks
 from support.opened import EACH_FAMILY, RAGGED, opened
 from support.plain_hooks import FAMILIES, LAYERS
 from support.raises import raises
@@ -14,6 +14,7 @@ from support.written_by_hand import LENGTHS, NEW, WIDTH, held_against_hooks, sin
 
 import hookmap
 from hookmap.capture.interventions.documents import dump_interventions, fingerprint
+from hookmap.capture.interventions.importable import name_of
 
 Rows = torch.Tensor
 
@@ -125,7 +126,7 @@ def test_a_wrong_function_is_named_with_its_sample_layer_and_step(fault: str, sa
 def test_arguments_that_make_no_function_are_all_said() -> None:
     with pytest.raises(hookmap.InterventionError) as found:
         hookmap.apply("rows", 3, layers="some", heads="z")  # type: ignore[arg-type]
-    for part in ("fn: expected a function of (rows, at), got str", "point: ", "layers: ", "heads: "):
+    for part in ("fn: 'rows' is no name of a function", "point: ", "layers: ", "heads: "):
         assert f"hookmap.apply: {part}" in str(found.value)
 
 
@@ -271,3 +272,19 @@ def test_a_capture_goes_on_only_with_the_same_function(tmp_path: Path) -> None:
         hm.capture(RAGGED, ["resid_pre"], [1], 0, store=tmp_path / "run", resume=True, interventions=[times(3)])
     again = hm.capture(RAGGED, ["resid_pre"], [1], 0, store=tmp_path / "run", resume=True, interventions=[times(2)])
     assert len(again) == len(RAGGED)
+
+
+def test_a_function_may_be_named() -> None:
+    hm = opened("llama")
+    named, given = (hookmap.apply(fn, "resid_pre", 1) for fn in (own_functions.TURNED, own_functions.turned))
+    runs = [hm.capture(RAGGED, ["resid_post"], [1], NEW, interventions=[each]) for each in (named, given)]
+    assert runs[0].tokens == runs[1].tokens and named.fn is own_functions.turned
+    for name, told in (
+        ("no name", "no name of a function"),
+        ("support.own_functions:missing", "has no attribute 'missing'"),
+        ("support.missing:turned", "No module named"),
+        ("support.own_functions:TURNED", "expected a function of"),
+    ):
+        with raises(hookmap.InterventionError, told):
+            hookmap.apply(name, "resid_pre", 1)
+    assert [name_of(fn) for fn in (own_functions.turned, lambda rows, at: rows)] == [own_functions.TURNED, None]

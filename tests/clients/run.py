@@ -1,37 +1,56 @@
-"""Starts `hookmap serve` with the demo model and lets other people's clients use it, each in an environment of its own.
+"""Starts a server with the demo model and lets other people's clients use it, each in an environment of its own.
 
     make test-clients
+    make test-clients-vllm
 
---envs: the folder of the environments (`scripts/setup.py --clients` makes them). Names of clients choose some of them.
+--server: hookmap's own; hookmap's on vLLM; or vLLM's, with the plugin. --envs: the folder of the environments
+(`scripts/setup.py --clients` makes them). Names of clients choose some of them.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
-
-from hookmap.demo import MODEL_PATH, sample_problems
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-CLIENTS = ("openai", "litellm", "inspect", "lm_eval")
+sys.path.insert(0, str(HERE.parent))
+
+from support import wide_demo  # noqa: E402 - in the folder above
+
+from hookmap.demo import MODEL_PATH, sample_problems  # noqa: E402 - behind the path
+
+CLIENTS = {
+    "hooks": ("openai", "litellm", "inspect", "lm_eval"),
+    "vllm": ("openai", "litellm", "inspect"),
+    "vllm-serve": ("litellm", "inspect"),
+}
+"""of each server, those that use it"""
+NAME = "hookmap-demo"
 SAMPLES = 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clients", nargs="*", metavar="CLIENT", help=", ".join(CLIENTS))
+    parser.add_argument("clients", nargs="*", metavar="CLIENT", help=", ".join(CLIENTS["hooks"]))
+    parser.add_argument("--server", choices=CLIENTS, default="hooks")
     parser.add_argument("--envs", type=Path, default=ROOT / ".venv-clients")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         problems = Path(folder) / "problems.jsonl"
         write_problems(problems)
-        server, url = serve(Path(folder))
+        server, url = serve(given.server, Path(folder))
         try:
-            failed = [name for name in given.clients or CLIENTS if not run(name, given.envs, url, problems)]
+            clients = given.clients or CLIENTS[given.server]
+            failed = [name for name in clients if not run(name, given.envs, url, problems)]
         finally:
             server.terminate()
             server.wait(60)
@@ -47,19 +66,34 @@ def write_problems(path: Path) -> None:
             file.write(json.dumps({**row, "choices": [problem.answer_text, *wrong]}) + "\n")
 
 
-def serve(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
+def command_of(kind: str, folder: Path) -> list[str]:
+    """What starts a server of this kind, but for its port."""
+    own, sessions = ["-m", "hookmap.cli", "serve"], str(folder / "sessions")
+    if kind == "hooks":
+        return [*own, "--sessions", sessions, "--device", "cpu"]
+    model = str(wide_demo.save(folder / "model"))
+    if kind == "vllm":
+        return [*own, model, f"--served-model-name={NAME}", "--sessions", sessions, "--engine", "vllm", "--eager"]
+    asked = json.dumps({"hookmap": {"serving": {"sessions": sessions}}})
+    vllm = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, f"--served-model-name={NAME}"]
+    return [*vllm, "--enforce-eager", "--additional-config", asked]
+
+
+def serve(kind: str, folder: Path) -> tuple["subprocess.Popen[bytes]", str]:
     """The server, when it answers, and its address."""
     log = folder / "log"
-    command = [sys.executable, "-m", "hookmap.cli", "serve", "--port", "0", "--sessions", str(folder / "sessions")]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, *command_of(kind, folder), "--port", str(port)]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as errors:
-        server = subprocess.Popen([*command, "--device", "cpu"], stderr=errors, stdout=errors, cwd=folder)
-    while " running on http" not in (text := log.read_text(encoding="utf-8")):
-        try:
-            server.wait(0.2)
-        except subprocess.TimeoutExpired:
-            continue
-        sys.exit(f"the server ended:\n{text}")
-    return server, "http://" + text.partition(" running on http://")[2].split()[0]
+        server = subprocess.Popen(command, stderr=errors, stdout=errors, cwd=folder, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    while server.poll() is None:
+        with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(f"{url}/health"):
+            return server, url
+        time.sleep(0.2)
+    sys.exit(f"the server ended:\n{log.read_text(encoding='utf-8')}")
 
 
 def run(name: str, envs: Path, url: str, problems: Path) -> bool:

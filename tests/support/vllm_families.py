@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -102,20 +103,28 @@ def token_ids(count: int = 40) -> torch.Tensor:
 
 
 def by_transformers(folder: Path, dtype: str = "float32") -> dict[Key, torch.Tensor]:
-    """Every point of transformers' model of a checkpoint, rows [tokens, ...], by plain hooks."""
+    """Every point of transformers' model of a checkpoint, rows [tokens, ...], by plain hooks.
+
+    What no module shows is read by hookmap's own engine, which tests of it hold against sums by hand.
+    """
     from transformers import AutoModelForCausalLM
 
     import hookmap
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
     found = hookmap.discover(model)
-    wanted = [point for point in found.points if point not in ("pattern", "logits")]
+    wanted = [point for point in found.points if point not in ("pattern", "attn_scores", "logits", "logits_raw")]
     terms = {selector.key: selector.terms for selector in found.selectors(wanted)}
+    inside = {key: each for key, each in terms.items() if any(term.operation for term in each)}
+    terms = {key: each for key, each in terms.items() if key not in inside}
     ids = token_ids()
     with torch.no_grad(), watched(model, terms) as read:
         model(ids.unsqueeze(0))
     found_rows = read().items()
     rows = {key: t.reshape(len(ids), *t.shape[(1 if len(t) == len(ids) else 2) :]) for key, t in found_rows}
+    if inside:
+        own = hookmap.open(model, check=False).capture([ids.tolist()], sorted({key[0] for key in inside}), "all", 0)
+        rows |= {key: own.read(0, *key) for key in inside}
     # Before the scale, which Gemma's module has inside it.
     return {**rows, ("embed", None): model.get_input_embeddings().weight.detach()[ids]}
 
@@ -157,6 +166,24 @@ def _total(tensors: list[torch.Tensor]) -> torch.Tensor:
     for each in tensors[1:]:
         total = total + each
     return total
+
+
+@contextlib.contextmanager
+def repaired(model_type: str) -> Iterator[None]:
+    """Inside, vLLM 0.32 computes on the CPU what transformers does, where it otherwise does not.
+
+    BLOOM was trained with the approximation of GELU by tanh. The kernel of rotary embeddings reads queries
+    [tokens, heads, d] as [tokens, d].
+    """
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+    from vllm.model_executor.models import bloom
+
+    with pytest.MonkeyPatch.context() as patch:
+        if model_type == "bloom":
+            patch.setattr(bloom, "get_act_fn", lambda name: nn.GELU(approximate="tanh"))
+        if model_type == "deepseek_v2":
+            patch.setattr(RotaryEmbedding, "forward_cpu", lambda layer, *given: layer.forward_native(*given))
+        yield
 
 
 class OnVllm:

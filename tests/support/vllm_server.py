@@ -51,10 +51,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def hookmaps(checkpoint: Path, folder: Path, key: str) -> Iterator[Server]:
-    """`hookmap serve --engine vllm`."""
+def hookmaps(checkpoint: Path, folder: Path, key: str, *more: str) -> Iterator[Server]:
+    """`hookmap serve --engine vllm`. `more`: further options."""
     given = [f"--vllm={name}={json.dumps(value)}" for name, value in SIZES.items() if name != "dtype"]
-    more = ["--dtype=float32", f"--sessions={folder}", f"--served-model-name={MODEL}", f"--key={key}", "--drain=5"]
+    given += ["--dtype=float32", f"--sessions={folder}", f"--served-model-name={MODEL}", f"--key={key}", "--drain=5"]
     command = ["-m", "hookmap", "serve", str(checkpoint), "--engine=vllm", "--eager", *given, *more]
     with _running(command, folder, True, {"Authorization": f"Bearer {key}"}) as server:
         yield server
@@ -75,7 +75,8 @@ def vllms(checkpoint: Path, folder: Path, hookmap: dict[str, Any] | None) -> Ite
 @contextlib.contextmanager
 def _running(command: list[str], folder: Path, own: bool, headers: dict[str, str]) -> Iterator[Server]:
     port, log = free_port(), folder.with_suffix(".log")
-    own_environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
+    own_environment = {**os.environ, "PYTHONPATH": paths, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "HF_HUB_OFFLINE": "1"}
     with open(log, "wb") as said:
         process = subprocess.Popen(
             [sys.executable, *command, f"--port={port}"], stdout=said, stderr=said, stdin=subprocess.DEVNULL,

@@ -1,13 +1,17 @@
 """Interventions on vLLM give the tokens and rows that they give on transformers."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import own_functions
 from support.on_vllm import Plain, held_against, prompts
 
 import hookmap
+from hookmap.capture.interventions.edits import Edit
+from hookmap.capture.interventions.functions import Called
 from hookmap.errors import CaptureError, InterventionError
 
 NEW = 6
@@ -102,14 +106,13 @@ def test_different_edits_share_a_batch_with_plain_requests(on_vllm: Any, own: An
     from hookmap.capture.interventions.documents import read_interventions
     from hookmap.capture.interventions.plan import plan_edits
     from hookmap.loading.chat_template import Templating
-    from hookmap.vllm.plans import to_wire
     from hookmap.vllm.spec import PlannedEdits, RequestSpec
 
     engine, ids = on_vllm.engine_of_vllm, asked()[0]
     names = ["steer the stream", "zero a branch", "scale heads"]
     for name in names:
         planned = plan_edits(on_vllm, read_interventions(EDITS[name]), on_vllm.encode([ids]), NEW, Templating())
-        engine.call("hookmap_plan", name, *to_wire(planned.edits))
+        engine.plan(name, planned.edits)
     specs = [RequestSpec(edits=PlannedEdits(plan=name)) for name in names] + [RequestSpec()]
     for number, spec in enumerate(specs):
         engine.add(f"e{number}", ids, SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True), spec)
@@ -148,9 +151,61 @@ def test_a_mean_over_a_prompt_that_is_read_in_pieces_is_refused(on_vllm: Any) ->
         on_vllm.generate(long, [{**EDITS["swap"][0], "positions": [1, 30]}], max_new_tokens=2)
 
 
-def test_functions_and_points_without_a_place_are_refused(on_vllm: Any, plain: Plain) -> None:
-    with pytest.raises(InterventionError, match=r"a function of one's own runs in this process"):
-        on_vllm.generate([[1, 2]], [hookmap.apply(lambda rows, at: rows, point="resid_post", layers=0)])
+def test_functions_of_ones_own_are_called_as_the_hooks_engine_calls_them(on_vllm: Any, own: Any) -> None:
+    told: list[Any] = []
+
+    def noted(rows: torch.Tensor, at: Any) -> torch.Tensor:
+        told.append((at.point, at.layer, at.heads, at.sample, at.positions, at.tokens, at.steps))
+        return own_functions.turned(rows, at)
+
+    edits = [
+        hookmap.apply(noted, "resid_post", 1, positions="text=be"),
+        hookmap.apply(noted, "z", [0], heads=[1], steps=[1, 2]),
+        hookmap.apply(own_functions.TURNED, "mlp_out", 2),
+    ]
+    seen, runs = [], []
+    for model, more in ((own, {"batch_size": 1}), (on_vllm, {})):
+        runs.append(model.generate(asked(), edits, {"points": WATCHED}, max_new_tokens=NEW, **more))
+        seen.append(sorted(told))
+        told.clear()
+    assert runs[0].tokens == runs[1].tokens != own.generate(asked(), max_new_tokens=NEW).tokens
+    assert {each[3] for each in seen[0]} == {*range(len(asked()))}
+    pieces = [[(*each[:4], *row) for each in mine for row in zip(*each[4:], strict=True)] for mine in seen]
+    assert sorted(pieces[0]) == sorted(pieces[1])
+
+
+def test_a_function_that_fails_ends_its_run_alone(on_vllm: Any, plain: Plain) -> None:
+    for name, said in ((own_functions.BROKEN, "step 2: expected rows of shape"), (own_functions.STOPPING, "at.stop()")):
+        with pytest.raises(CaptureError, match=re.escape(said)):
+            on_vllm.generate([[1, 2]], [hookmap.apply(name, "resid_post", 0)], max_new_tokens=5)
+    held_against(plain, on_vllm.capture(prompts(1, 5), max_new_tokens=2, points=["resid_post"]), ["resid_post"])
+
+
+def test_workers_in_other_processes_import_what_they_are_told_to(on_vllm: Any) -> None:
+    from hookmap.vllm.plans import Functions, from_wire, to_wire
+
+    def edit(fn: Any) -> Any:
+        given = hookmap.apply(fn, "resid_post", 0)
+        [selector] = on_vllm.selectors("resid_post", [0])
+        return [Edit(selector, Called(given, selector), tokens_told=True)]
+
+    allowed = Functions(frozenset({own_functions.TURNED}))
+    plan = from_wire(*to_wire(edit(own_functions.turned), allowed), on_vllm.map, allowed)
+    assert plan.edits[0].operation.given.fn is own_functions.turned and plan.reads_tokens
+    for fn, told in (
+        (lambda rows, at: rows, "cannot import .*lambda.*functions="),
+        (own_functions.broken, r'functions=\["support.own_functions:broken"\]'),
+    ):
+        with pytest.raises(InterventionError, match=told):
+            to_wire(edit(fn), allowed)
+    sent = to_wire(edit(own_functions.turned), allowed)
+    with pytest.raises(InterventionError, match="was not told to import it"):
+        from_wire(*sent, on_vllm.map, Functions())
+
+
+def test_points_without_a_place_are_refused(on_vllm: Any, plain: Plain) -> None:
+    with pytest.raises(InterventionError, match="no function sees the values"):
+        on_vllm.generate([[1, 2]], [hookmap.watch(lambda rows, at: None, point="resid_post", layers=0)])
     with pytest.raises(InterventionError, match="before=True"):
         on_vllm.capture([[1, 2]], "resid_post", interventions=EDITS["skip a branch"], before=True)
     held_against(plain, on_vllm.capture(prompts(1, 5), max_new_tokens=2, points=["resid_post"]), ["resid_post"])

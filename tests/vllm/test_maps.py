@@ -68,6 +68,20 @@ def test_queries_keys_and_values_are_parts_of_one_projection(places: ModelPlaces
     ]  # fmt: skip
 
 
+def test_rotated_queries_are_read_and_written_where_attention_is_given_them(places: ModelPlaces) -> None:
+    for point, index, width in (("q_rot", 0, 64), ("k_rot", 1, 32)):
+        term = places.places[point, 2].read[0]  # all layers share the rotary embedding's module
+        assert (str(term), term.operation) == (f"model.layers.2.self_attn.attn.input[{index}]", None)
+        assert term.heads is not None and (term.heads.start, term.heads.stop, term.heads.d_head) == (0, width, 32)
+        assert written(places, point, 2) == [str(term)]
+
+
+@pytest.mark.parametrize("point", ["attn_scores", "pattern", "mlp_pre", "mlp_pre_linear", "mixer_norm_scale"])
+def test_what_only_kernels_hold_is_refused_with_that_reason(places: ModelPlaces, point: str) -> None:
+    assert "vLLM's kernels compute it, or hold it in one tensor with another" in str(places.map.unavailable(point, 1))
+    assert (point, 1) not in places.places
+
+
 def test_logits_of_all_positions_are_nowhere_and_the_head_has_a_name(places: ModelPlaces) -> None:
     assert "samples" in str(places.map.unavailable("logits"))
     assert (places.map.lm_head_path, places.map.final_norm_path) == ("lm_head", "model.norm")
@@ -215,6 +229,25 @@ def test_every_point_is_what_transformers_has_there(family: tuple[vllm_families.
     distances = {key: vllm_families.distance(rows[key], expected[key]) for key in rows.keys() & expected.keys()}
     assert {key: far for key, far in distances.items() if not far < CLOSE} == {}
     assert {"resid_pre", "mixer_out", "mlp_out", "resid_post", "q", "k", "v", "z"} <= {key[0] for key in distances}
+    if engine.model.config.model_type in ("llama", "qwen3", "mixtral"):
+        assert {"q_rot", "k_rot"} <= {key[0] for key in distances}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["bloom", "deepseek_v2"])
+def test_the_map_is_right_where_vllm_computes_other_numbers(model_type: str, tmp_path: Path) -> None:
+    folder = vllm_families.save(model_type, tmp_path / model_type)
+    expected = vllm_families.by_transformers(folder)
+    with vllm_families.repaired(model_type):
+        engine = vllm_families.OnVllm(folder)
+        try:
+            places = discover(engine.worker.vllm_config)
+            rows = engine.rows({key: place.read for key, place in places.places.items()})
+        finally:
+            engine.close()
+    distances = {key: vllm_families.distance(rows[key], expected[key]) for key in rows.keys() & expected.keys()}
+    assert {key: far for key, far in distances.items() if not far < CLOSE} == {}
+    assert {"mixer_out", "z", "mlp_post", "resid_post"} <= {key[0] for key in distances}
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_the_self_test_sees_rows_of_other_tokens(on_vllm: Any, monkeypatch: pyte
     session = worker_of(on_vllm)._session
     put = session.slabs.put
 
-    def moved(key: Any, slots: torch.Tensor, rows: torch.Tensor) -> None:
+    def moved(key: Any, slots: Any, rows: torch.Tensor) -> None:
         put(key, slots, rows.roll(1, 0))
 
     monkeypatch.setattr(session.slabs, "put", moved)
@@ -88,8 +88,8 @@ def test_the_plugin_does_nothing_unless_asked(checkpoint: Path) -> None:
 def test_ways_to_run_whose_rows_are_no_samples_are_refused() -> None:
     from hookmap.vllm.worker import _refuse_unserved
 
-    def config(speculative: Any, stages: int) -> Any:
-        parallel = SimpleNamespace(pipeline_parallel_size=stages)
+    def config(speculative: Any, stages: int, engines: int = 1) -> Any:
+        parallel = SimpleNamespace(pipeline_parallel_size=stages, data_parallel_size=engines)
         return SimpleNamespace(speculative_config=speculative, parallel_config=parallel)
 
     _refuse_unserved(config(None, 1))
@@ -97,6 +97,8 @@ def test_ways_to_run_whose_rows_are_no_samples_are_refused() -> None:
         _refuse_unserved(config(object(), 1))
     with pytest.raises(CaptureError, match="pipeline_parallel_size=2"):
         _refuse_unserved(config(None, 2))
+    with pytest.raises(CaptureError, match="data_parallel_size=2"):
+        _refuse_unserved(config(None, 1, 2))
 
 
 def worker_of(model: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load
 from support import vllm_server
 from support.on_vllm import Plain, held_against, prompts
+from support.own_functions import BROKEN, TURNED
 from support.vllm_server import Server
 
 import hookmap
@@ -31,7 +32,8 @@ KEY = "sesame"
 
 @pytest.fixture(scope="module")
 def hookmaps(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with vllm_server.hookmaps(checkpoint, tmp_path_factory.mktemp("own") / "sessions", KEY) as server:
+    sessions = tmp_path_factory.mktemp("own") / "sessions"
+    with vllm_server.hookmaps(checkpoint, sessions, KEY, f"--function={TURNED}") as server:
         yield server
 
 
@@ -39,7 +41,13 @@ def hookmaps(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def vllms(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("vllm") / "sessions"
     serving = {"sessions": str(folder), "max_sessions": 20, "request_bytes": 100_000, "inline_bytes": 20_000}
-    with vllm_server.vllms(checkpoint, folder, {"serving": serving}) as server:
+    with vllm_server.vllms(checkpoint, folder, {"serving": serving, "functions": [TURNED]}) as server:
+        yield server
+
+
+@pytest.fixture
+def killed(checkpoint: Path, tmp_path: Path) -> Iterator[Server]:
+    with vllm_server.hookmaps(checkpoint, tmp_path / "sessions", KEY) as server:
         yield server
 
 
@@ -135,6 +143,23 @@ def test_openais_client(server: Server, plain: Plain) -> None:
         client.completions.create(**asked, extra_body={"hookmap": {"points": ["nope"]}})
 
 
+def test_a_function_that_the_operator_allows(server: Server, checkpoint: Path) -> None:
+    [prompt] = prompts(1, 20, seed=13)
+    applied = {"do": "apply", "fn": TURNED, "point": "mlp_out", "layers": [1]}
+    asked = {"points": ["resid_post"], "interventions": [applied]}
+    answer = server.complete(prompt, hookmap=asked)
+    assert answer.status_code == 200, answer.text
+    own = hookmap.open(str(checkpoint), dtype="float32").capture(
+        [prompt], ["resid_post"], interventions=[hookmap.apply(TURNED, "mlp_out", [1])], max_new_tokens=NEW
+    )
+    store = hookmap.open_store(server.sessions / answer.json()["session_id"])
+    assert store.samples[0].token_ids == own.samples[0].token_ids
+    torch.testing.assert_close(store.read(0, "resid_post", 2), own.read(0, "resid_post", 2), rtol=1e-4, atol=1e-3)
+    for name in (BROKEN, "os:getcwd", None):
+        refused = server.complete(prompt, hookmap={**asked, "interventions": [{**applied, "fn": name}]})
+        assert refused.status_code == 400 and "is no function that this server calls" in refused.text
+
+
 def test_vllms_own_way_of_further_arguments(vllms: Server, plain: Plain) -> None:
     [prompt] = prompts(1, 20, seed=8)
     answer = vllms.complete(prompt, vllm_xargs={"hookmap": '{"points": ["resid_mid", "resid_post"]}'}).json()
@@ -215,10 +240,14 @@ def test_a_plugin_that_is_not_switched_on_refuses(checkpoint: Path, tmp_path: Pa
         assert not server.sessions.exists()
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_torn_is_readable_after_a_signal(how: signal.Signals, request: pytest.FixtureRequest) -> None:
-    """The last of the file: SIGTERM ends vLLM's server, SIGKILL hookmap's."""
-    server: Server = request.getfixturevalue("vllms" if how == signal.SIGTERM else "hookmaps")
+@pytest.mark.parametrize(
+    ("name", "how"), [("vllms", signal.SIGTERM), ("hookmaps", signal.SIGTERM), ("killed", signal.SIGKILL)]
+)
+def test_a_signal_ends_a_server_that_works_and_nothing_torn_is_readable(
+    name: str, how: signal.Signals, request: pytest.FixtureRequest
+) -> None:
+    """The last of the file: it ends all servers."""
+    server: Server = request.getfixturevalue(name)
     given = prompts(12, 20, seed=11)
 
     def ask(prompt: list[int]) -> None:
@@ -233,10 +262,9 @@ def test_nothing_torn_is_readable_after_a_signal(how: signal.Signals, request: p
     time.sleep(1.0)
     server.process.send_signal(how)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        server.process.wait(20)
-    with contextlib.suppress(ProcessLookupError):
+        server.process.wait(60)
+    with contextlib.suppress(ProcessLookupError):  # its engine looks for it now and then
         os.killpg(server.process.pid, signal.SIGKILL)
-    server.process.wait(20)
     for each in asking:
         each.join(60)
     for folder in server.sessions.glob("act-*"):

@@ -12,7 +12,7 @@ from hookmap.errors import CaptureError
 from hookmap.maps.terms import Term
 from hookmap.vllm.places import ModelPlaces, Place
 from hookmap.vllm.rows import Segment
-from hookmap.vllm.session import Session
+from hookmap.vllm.session import UNTAKEN, Session
 from hookmap.vllm.taps import Taps
 
 KEY = ("resid_post", 0)
@@ -23,6 +23,7 @@ class Scripted:
 
     def __init__(self, asked: dict[str, Any]) -> None:
         self.asked, self.now = asked, list[Segment]()
+        self.ended: set[str] = set()
 
     def segments(self) -> list[Segment]:
         return self.now
@@ -37,7 +38,7 @@ class Scripted:
         return [100 + position for position in range(segment.position, segment.position + segment.stop - segment.first)]
 
     def known(self, request: str) -> bool:
-        return True
+        return request not in self.ended
 
 
 class Model(torch.nn.Module):
@@ -51,13 +52,15 @@ class Model(torch.nn.Module):
 class Worker:
     """A session on a model of one module, and the steps of its requests."""
 
-    def __init__(self, checkpoint: Path, **asked: Any) -> None:
+    def __init__(self, checkpoint: Path, untaken_bytes: int = 2**32, **asked: Any) -> None:
         term = Term("block", "output", None, flat=True)
         self.model = Model()
         found = ModelPlaces(hookmap.discover(checkpoint), {KEY: Place((term,), (term,))})
         taps = Taps(self.model, found, compiled=False)
         self.rows = Scripted({name: {"hookmap": document} for name, document in asked.items()})
-        self.session = Session(self.rows, found.map, taps.terms, taps.written, taps.tap, lambda path: torch.ones(1))
+        self.session = Session(
+            self.rows, found.map, taps.terms, taps.written, taps.tap, lambda path: torch.ones(1), untaken_bytes
+        )
         taps.handler = self.session
 
     def step(self, *segments: tuple[str, int, int], calls: int = 1) -> None:
@@ -134,6 +137,30 @@ def test_slots_of_requests_that_have_ended_are_used_again(checkpoint: Path) -> N
         worker.step((name, 0, 200))
         assert worker.taken(name, 200)[1] == list(range(200))
     assert len(worker.session.slabs.slabs[KEY]) == 256
+
+
+def test_rows_that_nobody_takes_are_bounded(checkpoint: Path) -> None:
+    names = [f"r{number}" for number in range(50)]
+    worker = Worker(checkpoint, 2**14, runs=ALL, **dict.fromkeys(names, ALL))
+    worker.step(("runs", 0, 300))
+    for name in names:  # 100 rows of 16 bytes each
+        worker.step((name, 0, 100))
+        worker.rows.ended.add(name)
+    assert [name for name in names if name in worker.session.requests] == names[-11:]
+    assert worker.session.slabs.nbytes < 2 * 2**15
+    with pytest.raises(CaptureError, match=r"nobody took them and others came: 16384 bytes are kept"):
+        worker.taken("r0", 100)
+    assert worker.taken("r49", 100)[0] == [*range(100)]
+    assert worker.taken("runs", 300)[1] == [*range(300)]  # one that runs loses nothing
+
+
+def test_requests_that_keep_no_rows_are_bounded_too(checkpoint: Path) -> None:
+    names = [f"r{number}" for number in range(UNTAKEN + 9)]
+    worker = Worker(checkpoint, **{name: {"points": {}} for name in names})
+    for name in names:
+        worker.step((name, 0, 1))
+        worker.rows.ended.add(name)
+    assert len(worker.session.requests) == UNTAKEN + 1
 
 
 def test_requests_of_the_same_name_are_told_from_others(checkpoint: Path) -> None:

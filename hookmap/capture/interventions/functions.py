@@ -57,7 +57,7 @@ class At:
 
 
 def apply(
-    fn: Callable[[Rows, At], Rows],
+    fn: Callable[[Rows, At], Rows] | str,
     point: str,
     layers: Any = "all",
     positions: Any = "all",
@@ -70,13 +70,14 @@ def apply(
     rows: [n, d] in the model's dtype, a copy, of the chosen tokens of one sample: never of pads. Points with heads have
     [n, heads, d_head]. at: an `At`, where they are. The function gives rows of the same shape, dtype and device, and
     finite ones where it got such; else, or where it raises, the run ends with InterventionError.
+    A name "package.module:function" is imported.
     point, layers, positions, steps, heads, calls: as of every intervention. Raises InterventionError.
     """
     return _made("apply", fn, point, layers, positions, steps, heads, calls)
 
 
 def watch(
-    fn: Callable[[Rows, At], Any],
+    fn: Callable[[Rows, At], Any] | str,
     point: str,
     layers: Any = "all",
     positions: Any = "all",
@@ -109,7 +110,7 @@ class Called:
     given: Function
     selector: Selector
     batch: Editor | None = None
-    """that of the batch that runs"""
+    """that of the batch that runs; None on vLLM, which makes the batches itself"""
 
     def in_batch(self, batch: Editor) -> "Called":
         return replace(self, batch=batch)
@@ -142,7 +143,8 @@ class Called:
             start += len(tokens)
 
     def _stop(self, sample: int) -> None:
-        assert self.batch is not None  # a function is called in a batch
+        if self.batch is None:
+            raise InterventionError("at.stop() ends no request of vLLM's: give stop strings, or max_new_tokens.")
         self.batch.stop(sample)
 
     def _call(self, rows: torch.Tensor, at: At) -> Any:

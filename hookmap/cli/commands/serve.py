@@ -38,6 +38,12 @@ def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None
 @click.option("--allow", metavar="MODEL", multiple=True, help="A model that may be loaded; may be given several times.")
 @click.option("--allowed-host", metavar="NAME", multiple=True, help="A name of this server besides localhost.")
 @click.option(
+    "--function",
+    metavar="PACKAGE.MODULE:NAME",
+    multiple=True,
+    help="A function that interventions of requests may name; may be given several times.",
+)
+@click.option(
     "--points", metavar="NAMES", help="The points that `store_activations: true` stores.  [default: resid_post]"
 )
 @click.option("--layers", metavar="LAYERS", help="Which layers: 8,12,16 or 0-3 or all.  [default: all]")
@@ -127,6 +133,7 @@ def command(
         admin_key=admin_key or None,
         hosts=tuple(serving.allowed_host),
         allow=(*serving.allow, model),
+        functions=tuple(serving.function),
         points=tuple(chosen) if isinstance(chosen, list) else chosen,
         layers=of_layers if isinstance(of_layers, str) else tuple(of_layers),
         calls=of_calls if isinstance(of_calls, str) else tuple(of_calls),

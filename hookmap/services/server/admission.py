@@ -51,7 +51,8 @@ def admit(
         check_room(hm, choices * longest, settings.request_bytes)
     config = generation_config(asked, hm, limit)
     field = asked.hookmap or Recording.model_validate({})
-    interventions = read(defaults if field.interventions is None else field.interventions, hm, sessions)
+    given = defaults if field.interventions is None else field.interventions
+    interventions = read(given, hm, sessions, settings.functions)
     job = Job(
         id=id,
         prompts=tuple(prompt for prompt in prompts for _ in range(choices)),

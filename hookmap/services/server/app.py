@@ -293,7 +293,7 @@ def _interventions(app: FastAPI, models: Models, sessions: Sessions) -> None:
     async def set_defaults(asked: Defaults) -> dict[str, Any]:
         """Those of every request to this model that brings none of its own; an empty list takes them away."""
         loaded = models.get(asked.model)
-        found = read(asked.interventions, loaded.hm, sessions)
+        found = read(asked.interventions, loaded.hm, sessions, models.functions)
         await asyncio.to_thread(planned, loaded.hm, found, (), 0)
         models.interventions[loaded.name] = asked.interventions
         return told(loaded)

@@ -51,6 +51,7 @@ class Models:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._loaded: dict[str, Loaded] = {}
+        self.functions = settings.functions
         self.interventions: dict[str, Documents] = {}
         """used for requests that give none, by the model's name"""
         self._names: dict[str, str] = {}
@@ -95,7 +96,7 @@ class Models:
     def open(self, source: str) -> HookedModel:
         """Open a model as the settings say. Raises ModelError."""
         if self._settings.engine == "vllm":
-            return open_on_vllm(source, shared=True, **self._settings.loads)
+            return open_on_vllm(source, shared=True, functions=self.functions, **self._settings.loads)
         return open_model(source, **self._settings.loads)
 
     def _on_vllm(self, name: str, hm: VllmModel) -> Queue:

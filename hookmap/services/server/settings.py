@@ -57,6 +57,8 @@ class Settings:
     """seconds for which a finished session is kept"""
     drain: float = 30.0
     """seconds for which requests may go on when the server is told to stop"""
+    functions: tuple[str, ...] = ()
+    """functions that interventions of requests may name, "package.module:function": they are imported and called"""
     engine: Literal["hooks", "vllm"] = "hooks"
     """what runs the models"""
     loads: dict[str, Any] = field(default_factory=dict)
