@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from hookmap.capture.interventions.digests import digest_of
-from hookmap.capture.interventions.importable import function_of
+from hookmap.capture.interventions.importable import named
 from hookmap.datasets.messages import relative_to
 from hookmap.errors import InterventionError
 from hookmap.frozen import Frozen
@@ -264,11 +264,7 @@ class Function(_Intervention):
     @field_validator("fn")
     @classmethod
     def _callable(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            try:
-                return function_of(value)
-            except InterventionError as error:
-                raise ValueError(str(error)) from error
+        value = named(value)
         if not callable(value):
             raise ValueError(f"expected a function of (rows, at), got {type(value).__name__}")
         return value

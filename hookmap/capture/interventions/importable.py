@@ -26,6 +26,14 @@ def function_of(name: str) -> Any:
     return found
 
 
+def named(value: Any) -> Any:
+    """What a name says; anything else as it is. Raises ValueError."""
+    try:
+        return function_of(value) if isinstance(value, str) else value
+    except InterventionError as error:
+        raise ValueError(str(error)) from error
+
+
 def name_of(fn: Any, known: Iterable[str] = ()) -> str | None:
     """The name that another process can import this function by, one of the `known` first; None where there is none."""
     own = f"{getattr(fn, '__module__', None)}:{getattr(fn, '__qualname__', '')}"
