@@ -57,7 +57,13 @@ def test_a_head_whose_pattern_is_ablated_gives_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("point", "other"),
-    [("q_rot", "q"), ("k_rot", "k"), ("mlp_pre", "mlp_pre_linear"), ("mixer_norm_scale", "mlp_norm_scale")],
+    [
+        ("q_rot", "q"),
+        ("k_rot", "k"),
+        ("k_rot", "v"),
+        ("mlp_pre", "mlp_pre_linear"),
+        ("mixer_norm_scale", "mlp_norm_scale"),
+    ],
 )
 def test_a_map_with_another_tensor_in_its_place_is_refuted(point: str, other: str) -> None:
     model = plain_hooks.build("llama")
