@@ -86,7 +86,7 @@ def test_writing_only_what_the_norm_reads_is_found_out() -> None:
         ("llama", "mixer_in", {"module": "model.layers.{i}", "side": "input", "index": 0}, "writes resid_pre too"),
         ("llama", "mlp_in", {"module": "model.layers.{i}.input_layernorm"}, "mixer_in too|resid_mid too"),
         ("granite", "mixer_out", {"scale": 1.0}, "resid_mid"),
-        ("llama", "mlp_post", {"module": "model.layers.{i}.mlp.up_proj", **_OUT}, "mlp_out"),
+        ("llama", "mlp_post", {"module": "model.layers.{i}.mlp.up_proj", **_OUT}, "writes mlp_pre_linear too"),
         ("gpt2", "resid_mid", {"module": "transformer.h.{i}.attn", "side": "output"}, "resid_post"),
         ("cohere", "mixer_in", {"module": "model.layers.{i}.input_layernorm", **_OUT}, "writes mlp_in too"),
         ("olmo2", "mixer_in", {"module": "model.layers.{i}", "side": "input", "index": 0}, "writes resid_pre too"),
