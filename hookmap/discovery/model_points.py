@@ -162,6 +162,8 @@ def _raw_logits(values: Values, locator: Locator, logits: _Logits) -> Location |
         varying = [v for v in values.operands(op) if not values.is_constant(v)]
         if not varying:
             return "no product with weights makes the logits"
+        if op.name in ("add", "sub") and len(varying) > 1:
+            return "several products make the logits together"
         value = varying[0]
         if op.name not in aten.MOVES | {"add", "sub"}:
             raw = value

@@ -23,7 +23,7 @@ def scale_of(locator: Locator, value: int) -> Location | str:
         if op is None or tensor is None:
             return _DIVIDES
         if (index := _FACTORS.get(op.name)) is not None and len(op.outputs) > index:
-            return at_output(locator, op.outputs[index], None) or _DIVIDES
+            return (_of_tokens(locator, op.outputs[index]) and at_output(locator, op.outputs[index], None)) or _DIVIDES
         if op.name not in _ON_THE_WAY:
             return _DIVIDES
         for part in op.inputs:
@@ -38,7 +38,10 @@ def _factor(locator: Locator, tensor: int) -> Location | None:
     """The tensor, if it is one number for each token that a reciprocal root gives, through views and casts."""
     while (op := locator.values.flow.producer(tensor)) is not None and op.name in aten.MOVES:
         tensor = op.inputs[0]
-    shape = locator.values.flow.tensors[tensor].shape
-    if op is None or op.name != "rsqrt" or shape[-2:] != (locator.seq, 1):
+    if op is None or op.name != "rsqrt" or not _of_tokens(locator, tensor):
         return None
     return at_output(locator, tensor, None)
+
+
+def _of_tokens(locator: Locator, tensor: int) -> bool:
+    return locator.values.flow.tensors[tensor].shape[-2:] == (locator.seq, 1)

@@ -86,6 +86,11 @@ class Context:
         """The attention weights, [batch, heads, query, key]: a capture has the queries first."""
         return self.values["pattern", layer].movedim(2, 1)
 
+    def limit(self, *keys: Key) -> float:
+        """The tolerance, or what the dtypes of these points round by, where a model casts by itself to a coarse one."""
+        dtypes = [self.values[key].dtype for key in keys if key in self.values]
+        return max(self.tolerance, *(4 * torch.finfo(each).eps for each in dtypes if each.is_floating_point), 0.0)
+
     def equal(self, name: str, layers: tuple[int, ...], detail: str, found: Tensor, expected: Tensor) -> Check:
         """The check that one tensor is another."""
         error = relative_error(found, expected)

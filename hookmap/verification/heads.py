@@ -26,10 +26,11 @@ def patterns(run: Context) -> Iterator[Check]:
     sums = torch.stack([each.sum(-1).flatten() for each in weights if each.numel()])
     ahead = max(float(each.triu(1).abs().max()) for each in weights)
     least = min(float(each.min()) for each in weights)
-    whole = float((sums - 1).abs().max()) <= run.tolerance
+    limit = run.limit(*(("pattern", layer) for layer in layers))
+    whole = float((sums - 1).abs().max()) <= limit
     rows = "sum to 1" if whole else "sum to less than 1 (attention sinks take the rest)"
     causal = "none looks ahead" if ahead <= run.tolerance else "some look ahead (this model is not causal)"
-    passed = least >= 0 and bool((sums <= 1 + run.tolerance).all())
+    passed = least >= 0 and bool((sums <= 1 + limit).all())
     detail = f"rows of pattern {rows}, none negative, {causal}"
     yield Check("pattern", tuple(layers), passed, detail, max(0.0, -least))
 
