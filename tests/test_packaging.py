@@ -58,7 +58,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_every_map(wheel: zipfile.
         "hookmap/demo/model/model.safetensors",
         "hookmap/demo/model/tokenizer.json",
         "hookmap/demo/emotions.yaml",
-        "hookmap/services/server/page.js",
+        "hookmap/services/server/static/page.js",
         "hookmap/services/deploy/enter.sh",
     ):
         assert name in held, name

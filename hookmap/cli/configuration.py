@@ -104,6 +104,7 @@ class Serving(Section):
     allowed_host: Texts = Field([], description="names of this server besides localhost")
     function: Texts = Field([], description="functions that interventions may name, package.module:function")
     sessions: Text = Field("sessions", description="the folder of the sessions")
+    vectors: Text | None = Field(None, description="a folder of steering vectors that are offered to clients")
     max_bytes: Amount = Field(20.0, description="GiB of all sessions; the oldest finished go first")
     max_age: Amount = Field(168.0, description="hours that a session stays")
     request_bytes: Amount = Field(2.0, description="GiB of activations that one request may keep")

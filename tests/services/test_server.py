@@ -13,6 +13,7 @@ from support.served import MESSAGES, NAME, QUESTION, Served, serving
 
 from hookmap.demo import MODEL_PATH
 from hookmap.loading.prompts import encode
+from hookmap.services.server.page import FILES
 
 
 def generated(served: Served, **options: Any) -> tuple[list[str], list[list[int]]]:
@@ -323,12 +324,12 @@ def test_the_question_is_sent_as_a_template_writes_it(served: Served) -> None:
 
 
 def test_the_page_may_ask_nobody_else(served: Served) -> None:
-    for path, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+    for path, (_, kind) in FILES.items():
         page = served.get(path)
         assert page.headers["content-type"].startswith(kind)
         rules = dict(rule.split(" ", 1) for rule in page.headers["content-security-policy"].split("; "))
         assert rules["default-src"] == "'none'" and rules["connect-src"] == rules["script-src"] == "'self'"
-        assert "http://" not in page.text and "https://" not in page.text
+        assert "https://" not in page.text and "http://" not in page.text.replace("http://www.w3.org/2000/svg", "")
 
 
 @pytest.mark.parametrize("echo", [None, True])

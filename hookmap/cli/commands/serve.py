@@ -63,6 +63,7 @@ def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None
     help="With --engine vllm: an argument of vLLM's LLM, such as max_model_len=4096; may be given several times.",
 )
 @click.option("--sessions", metavar="DIR", help="The folder of the sessions.  [default: sessions]")
+@click.option("--vectors", metavar="DIR", help="A folder of steering vectors (hookmap vector) to offer to clients.")
 @amount(
     "--max-bytes",
     "GIB",
@@ -129,6 +130,7 @@ def command(
     refuse_unknown(chosen, of_layers, model, of_calls)
     limits = Settings(
         root=Path(serving.sessions),
+        vectors=Path(serving.vectors) if serving.vectors else None,
         key=key or None,
         admin_key=admin_key or None,
         hosts=tuple(serving.allowed_host),

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from openai.types import Model
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict
@@ -18,8 +18,9 @@ from hookmap._version import __version__
 from hookmap.errors import SelectionError
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.tree import tree
-from hookmap.services.server import errors, page, tokenizing
+from hookmap.services.server import errors, page, tokenizing, vectors
 from hookmap.services.server.admission import admit
+from hookmap.services.server.archives import zipped
 from hookmap.services.server.chat import ChatWire, prompt_of
 from hookmap.services.server.completions import CompletionWire, TextCompletion, prompts_of
 from hookmap.services.server.downloads import download_of
@@ -40,6 +41,7 @@ from hookmap.services.server.streaming import answer
 from hookmap.services.server.summaries import offered
 from hookmap.services.server.text import Cutter
 from hookmap.stores.ledger import tensor_name
+from hookmap.vllm.model import VllmModel
 
 _SWEEP = 60.0
 """seconds between looks at the age of sessions"""
@@ -93,6 +95,7 @@ def make_app(settings: Settings, models: Models, sessions: Sessions) -> FastAPI:
     errors.install(app)
     page.install(app)
     tokenizing.install(app, settings, models)
+    vectors.install(app, settings.vectors)
     _generation(app, settings, models, sessions)
     _sessions(app, models, sessions)
     _models(app, models)
@@ -203,6 +206,17 @@ def _sessions(app: FastAPI, models: Models, sessions: Sessions) -> None:
         await asyncio.to_thread(sessions.delete, id)
         return {"id": id, "object": "activations.session", "deleted": True}
 
+    @app.get(
+        "/v1/activations/sessions/{id}/archive",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"application/zip": {}}}},
+    )
+    async def archive(id: str) -> Response:
+        """The whole session as a zip file of its folder."""
+        folder = sessions.folder(id)
+        headers = {"Content-Disposition": f'attachment; filename="{folder.name}.zip"'}
+        return StreamingResponse(zipped(folder, folder.name), media_type="application/zip", headers=headers)
+
     @app.get("/v1/activations/sessions/{id}/tensors", response_class=Response, responses=RANGED)
     @app.get("/v1/activations/session/{id}/tensors", response_class=Response, responses=RANGED)
     async def tensors(
@@ -309,13 +323,16 @@ def _structure(loaded: Loaded) -> dict[str, Any]:
     modules = {path: type(module).__name__ for path, module in loaded.hm.model.named_modules()}
     here = loaded.hm.map.model_copy(update={"model_id": loaded.name})  # not the folder it came from
     drawn = io.StringIO()
-    screen = Console(width=160, file=drawn, color_system=None)
+    screen = Console(width=1000, file=drawn, color_system=None)
     screen.print(tree(here, modules))
     return {
         "model": loaded.name,
         "points": list(dict.fromkeys(selector.point for selector in here.selectors())),
         "layers": here.num_layers,
         "summary": offered(here),
+        "places": page.places(here),
+        "heads": here.num_heads,
+        "reads_prompt": not isinstance(loaded.hm, VllmModel),
         "map": here.to_document(),
         "tree": drawn.getvalue(),
     }

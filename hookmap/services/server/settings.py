@@ -24,6 +24,8 @@ class Settings:
     """host names that requests may use besides the loopback's; checked only when listening on the loopback"""
     allow: tuple[str, ...] = ()
     """models that requests may load"""
+    vectors: Path | None = None
+    """the folder of the steering vectors that are offered"""
     points: str | tuple[str, ...] | Mapping[str, Any] = ("resid_post",)
     """what is recorded for `store_activations: true`, and for a `hookmap` field that names no points"""
     layers: str | tuple[int, ...] = "all"
