@@ -115,7 +115,7 @@ def by_transformers(folder: Path, dtype: str = "float32") -> dict[Key, torch.Ten
     found = hookmap.discover(model)
     wanted = [point for point in found.points if point not in ("pattern", "attn_scores", "logits", "logits_raw")]
     terms = {selector.key: selector.terms for selector in found.selectors(wanted)}
-    inside = {key: each for key, each in terms.items() if any(term.operation for term in each)}
+    inside = {key: each for key, each in terms.items() if any(term.is_inside for term in each)}
     terms = {key: each for key, each in terms.items() if key not in inside}
     ids = token_ids()
     with torch.no_grad(), watched(model, terms) as read:
@@ -140,7 +140,9 @@ def watched(model: nn.Module, terms: Mapping[Key, tuple[Term, ...]]) -> Iterator
         handles.append(_watch(modules[term.module], term, seen))
 
     def read() -> dict[Key, torch.Tensor]:
-        return {key: _total([t.times(seen[t], parameters.get(t.weight)) for t in each]) for key, each in terms.items()}
+        return {
+            key: _total([t.times(seen[t], parameters.get(t.parameter)) for t in each]) for key, each in terms.items()
+        }
 
     try:
         yield read
