@@ -44,24 +44,46 @@ def row_of(kind: dict[str, Any], name: str) -> Any:
     return next((row for first in firsts if (row := row_of(kind, first + dot + number)) is not None), None)
 
 
-def terms_of(document: dict[str, Any], name: str, layer: int) -> list[tuple[str, str, int | str | None, float]]:
-    """Module, side, index and factor of each tensor that the point is the sum of."""
+SELECTOR = re.compile(
+    r"(?:(?P<factor>\S+) \* )?(?:(?P<module>[^:]*?)(?::(?P<operator>\w+)(?:#(?P<number>\d+)(?:/\d+)?)?)?(?P<dot>\.))?"
+    r"(?P<side>input|output)(?:\[(?:(?P<place>\d+)|'(?P<key>.*)')\])?"
+)
+
+
+def term_of(document: dict[str, Any], kind: dict[str, Any], said: dict[str, Any], layer: int) -> tuple[Any, ...]:
+    """What finds one tensor in the model."""
+
+    def path(text: str) -> str:
+        whole = document["layers_path"] + text.removesuffix(".") if text.startswith(".") else text
+        return whole.replace("{i}", name_of(document, layer)).replace("{i+1}", str(layer + 1))
+
+    found = SELECTOR.fullmatch(said["at"])
+    assert found is not None, said
+    factor = found["factor"] or "1"
+    if factor.startswith("{"):
+        factor = kind["constants"][factor.strip("{}")][layers_of(kind["layers"]).index(layer)]
+    module = found["module"] or ("." if found["dot"] and not found["operator"] else "")
+    index = int(found["place"]) if found["place"] else found["key"]
+    number = int(found["number"]) if found["number"] else None
+    others = (path(said[key]) if key in said else None for key in ("experts", "through", "weight"))
+    return path(module), found["side"], index, float(factor), found["operator"], number, *others
+
+
+def terms_of(document: dict[str, Any], name: str, layer: int) -> tuple[list[tuple[Any, ...]], tuple[Any, ...] | None]:
+    """Each tensor that the point is the sum of; and the one where it is written, if that is another."""
     kind = next(kind for kind in document["kinds"].values() if layer in layers_of(kind["layers"]))
     row = row_of(kind, name)
-    row = row["at"] if isinstance(row, dict) else row
-    found = []
-    for term in row if isinstance(row, list) else [row]:
-        text = term["at"] if isinstance(term, dict) else term
-        *factor, place = text.split(" * ")
-        module, side, number, key = re.fullmatch(r"(?:(.*)\.)?(input|output)(?:\[(?:(\d+)|'(.*)')\])?", place).groups()
-        if factor and factor[0].startswith("{"):
-            values = kind["constants"][factor[0].strip("{}")]
-            factor = [values[layers_of(kind["layers"]).index(layer)]]
-        index = int(number) if number else key
-        found.append(
-            ((module or "").replace("{i}", name_of(document, layer)), side, index, float(factor[0]) if factor else 1.0)
-        )
-    return found
+    row = row if isinstance(row, dict) else {"at": row}
+    rows = row["at"] if isinstance(row["at"], list) else [row]
+    terms = [term_of(document, kind, term if isinstance(term, dict) else {"at": term}, layer) for term in rows]
+    write = row.get("write")
+    write = {"at": write} if isinstance(write, str) else write
+    return terms, None if write is None else term_of(document, kind, write, layer)
+
+
+def expected(term: Any) -> tuple[Any, ...]:
+    which = term.operation, term.occurrence, term.experts, term.through, term.weight
+    return term.module, term.side, term.index, term.scale, *which
 
 
 @pytest.mark.parametrize("path", MAPS, ids=lambda path: path.stem)
@@ -71,5 +93,8 @@ def test_a_reader_that_knows_the_page_alone_finds_every_tensor(path: Path) -> No
     names = {name for kind in found.kinds for name in kind.points}
     for selector in found.selectors(sorted(names), "all"):
         assert selector.layer is not None
-        terms = [(term.module, term.side, term.index, term.scale) for term in selector.terms]
-        assert terms_of(document, selector.point, selector.layer) == terms, (selector.point, selector.layer)
+        whole = (
+            [expected(term) for term in selector.terms],
+            None if selector.write is None else expected(selector.write),
+        )
+        assert terms_of(document, selector.point, selector.layer) == whole, (selector.point, selector.layer)
