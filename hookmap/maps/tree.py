@@ -1,11 +1,13 @@
 """A tree of the model with its points marked where they are, read in the order of the forward pass.
 
 Pure: map (+ the names and classes of the model's modules, where a model is at hand) -> a rich tree. Layers of one kind
-are one branch. A point at a module's input stands on the line before the module, at its output on the line after it.
+are one branch. A point at a module's input stands on the line before the module, at its output on the line after it,
+at an operation of its own forward among its children.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from rich.markup import escape
 from rich.tree import Tree
@@ -19,11 +21,12 @@ _LAST = 10**9
 
 @dataclass
 class _Module:
-    """One module: the points before and after it, and its children in the order in which they are shown."""
+    """One module: the points before, inside and after it, and its children in the order in which they are shown."""
 
     name: str = ""
     class_name: str = ""
     before: list[tuple[int, str]] = field(default_factory=list)
+    inside: list[tuple[int, str]] = field(default_factory=list)
     after: list[tuple[int, str]] = field(default_factory=list)
     children: "dict[str, _Module]" = field(default_factory=dict)
     kinds: "list[tuple[str, _Module, Sequence[BlockKind]]]" = field(default_factory=list)
@@ -38,7 +41,7 @@ class _Module:
 
     def order(self) -> int:
         """Place of its first point in the forward pass; modules without points come last."""
-        own = [order for order, _ in (*self.before, *self.after)]
+        own = [order for order, _ in (*self.before, *self.inside, *self.after)]
         return min([*own, *(child.order() for child in self.children.values())], default=_LAST)
 
 
@@ -124,14 +127,18 @@ def _mark(root: _Module, *points: Mapping[str, PointTemplate], prefix: str) -> N
         module = root.child(path)
         where = where_of_all([each[names[0]] for each in points], prefix)
         line = f"[cyan]● {escape(' = '.join(names))}[/]  [dim]{escape(where)}[/]"
-        (module.before if last.side == "input" else module.after).append((point.order, line))
+        lines = module.inside if last.operation else module.before if last.side == "input" else module.after
+        lines.append((point.order, line))
 
 
 def _grow(branch: Tree, module: _Module) -> None:
-    """Adds to `branch` the points at the module's input, its children, and the points at its output."""
-    for _, line in sorted(module.before):
+    """Adds to `branch` the points at the module's input, its children and what is inside, the points at its output."""
+    for line in _in_order(module.before):
         branch.add(line)
+    inside = sorted(module.inside, key=itemgetter(0))
     for child in module.children.values():
+        while inside and inside[0][0] < child.order() < _LAST:
+            branch.add(inside.pop(0)[1])
         if child.kinds:  # the list may hold more than blocks: an embedding before them, a norm behind
             others = {name: other for name, other in child.children.items() if other.order() < _LAST}
             first = {name: other for name, other in others.items() if other.order() == 0}
@@ -143,13 +150,17 @@ def _grow(branch: Tree, module: _Module) -> None:
             _grow(branch, _Module(children={name: other for name, other in others.items() if name not in first}))
             continue
         class_name = f"  [dim]{escape(child.class_name)}[/]" if child.class_name else ""
-        for _, line in sorted(child.before):
+        for line in _in_order(child.before):
             branch.add(line)
-        _grow(branch.add(f"{escape(child.name)}{class_name}"), _Module(children=child.children))
-        for _, line in sorted(child.after):
+        _grow(branch.add(f"{escape(child.name)}{class_name}"), _Module(inside=child.inside, children=child.children))
+        for line in _in_order(child.after):
             branch.add(line)
-    for _, line in sorted(module.after):
+    for line in (*(line for _, line in inside), *_in_order(module.after)):
         branch.add(line)
+
+
+def _in_order(lines: Sequence[tuple[int, str]]) -> list[str]:
+    return [line for _, line in sorted(lines, key=itemgetter(0))]
 
 
 def _missing_of(tree_: Tree, kinds: Sequence[BlockKind]) -> None:

@@ -133,7 +133,7 @@ def test_show_draws_each_point_next_to_its_module(tmp_path: Path) -> None:
     in_order = [
         "layers 0–2: LlamaDecoderLayer", "● resid_pre", "input_layernorm", "● mixer_in = attn_in", "self_attn",
         "● mixer_out = attn_out = mixer_out_raw = attn_out_raw", "● resid_mid", "post_attention_layernorm", "● mlp_in",
-        "mlp", "● resid_post", "norm", "● final_norm", "lm_head", "● logits",
+        "mlp", "● resid_post", "norm", "● final_norm", "lm_head", "● logits = logits_raw",
     ]  # fmt: skip
     assert [place[text] for text in in_order] == sorted(place[text] for text in in_order)
     assert lines.count("q_proj  Linear") == 1, "layers of one kind are one branch"
