@@ -82,6 +82,8 @@ class Differentiating(Harvesting):
 class _Logits(Observer):
     """Gives the logits that a metric reads, with autograd's graph."""
 
+    with_graph = True
+
     def __init__(self, selector: Selector, layout: BatchLayout, positions: str, matching: frozenset[int]) -> None:
         self.found: dict[int, torch.Tensor] = {}
         """row of the batch -> [n, d_vocab]"""

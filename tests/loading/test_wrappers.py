@@ -394,6 +394,28 @@ def test_a_loop_of_its_own_that_cannot_draw_with_a_seed_is_refused(kind: Any) ->
         hm.capture([IDS], ["resid_mid"], [1], max_new_tokens=NEW, do_sample=True, seed=1)
 
 
+@pytest.mark.parametrize("engine", ["hooks", "nnsight"])
+@pytest.mark.parametrize("rows", [{}, {"positions": "last"}, {"mean": True}], ids=["all", "last", "mean"])
+def test_a_loop_of_its_own_that_runs_with_a_graph_is_captured_without_it(engine: str, rows: dict[str, Any]) -> None:
+    points = ["resid_mid", "attn_out", "attn_result", *([] if rows else ["pattern"])]
+
+    def run(graph: bool, settings: dict[str, Any]) -> hookmap.Capture:
+        torch.manual_seed(1)
+        hm = hookmap.open(OwnLoop(plain_hooks.build("llama")))
+        with torch.set_grad_enabled(graph):
+            return hm.capture([IDS], points, [LAYER], max_new_tokens=8, engine=engine, **settings, **rows)
+
+    vector = torch.linspace(-3, 3, 32).tolist()
+    steer = {"do": "steer", "point": "resid_mid", "layers": LAYER, "vector": vector}
+    settings: dict[str, Any]
+    for settings in ({}, {"interventions": [steer]}):
+        found, without = run(True, settings), run(False, settings)
+        assert found.tokens == without.tokens
+        for point in points:
+            assert found[point, LAYER].equal(without[point, LAYER])
+            assert not found[point, LAYER].requires_grad
+
+
 def test_an_adapter_draws_with_a_seed_as_its_own_generate_does() -> None:
     model = peft.get_peft_model(plain_hooks.build("llama"), adapters()["LORA"]())
     settings = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.5}

@@ -38,6 +38,9 @@ class Observer:
     that are not complete.
     """
 
+    with_graph = False
+    """whether autograd's graph is kept of what is taken, where the model runs with one"""
+
     def __init__(
         self,
         selectors: Sequence[Selector],
@@ -252,6 +255,8 @@ class Observer:
 
     def show(self, number: int, tensor: torch.Tensor) -> None:
         """A selector's tensor in the running pass, whole: [batch, new columns, ...], or those computed of logits."""
+        if tensor.requires_grad and not self.with_graph:
+            tensor = tensor.detach()
         self._seen_in[number] = self._batch.passes
         self._left -= 1
         if self._keeps(number):
