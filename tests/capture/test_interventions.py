@@ -484,14 +484,14 @@ def test_every_problem_with_the_model_is_said_at_once() -> None:
         {"do": "scale", "point": "z", "heads": [9], "factor": 1},
         {"do": "clamp", "point": "resid_mid", "feature": 32, "max": 1},
         {"do": "patch", "point": "resid_mid", "positions": "all", "source": {"prompt": SOURCE}},
-        {"do": "scale", "point": "pattern", "factor": 1},
+        {"do": "scale", "point": "attn_result", "factor": 1},
     ]
     with pytest.raises(hookmap.SelectionError) as found:
         hm.generate(RAGGED, wrong, None, 2)
     for part in (
         "did you mean resid_mid", "layer 7 is out of range", "Use last_prompt", "steps '-1'", "expected [32], a row",
         "direction of length 0", "resid_mid has no heads", "has 0 to 3", "feature 32 is not there",
-        "the source has 4 rows", "before any module shows them",
+        "the source has 4 rows", "the model holds no such tensor: write z",
     ):  # fmt: skip
         assert part in str(found.value), (part, str(found.value))
 

@@ -187,5 +187,5 @@ def test_a_source_is_read_on_the_model_that_the_patch_is_given_to() -> None:
 
 
 def test_a_view_of_what_cannot_be_written_is_refused_at_once() -> None:
-    with raises(hookmap.InterventionError, "before any module shows them"):
-        opened("llama").edited({"do": "scale", "factor": 2.0, "point": "pattern"})
+    with raises(hookmap.InterventionError, "the model holds no such tensor: write z"):
+        opened("llama").edited({"do": "scale", "factor": 2.0, "point": "attn_result"})
