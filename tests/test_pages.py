@@ -34,8 +34,8 @@ NOT_RUN = {
     "installs packages": 6,
     "takes minutes": 3,
     "another program": 1,
-    "needs the real model": 3,
-    "needs vLLM": 5,
+    "needs the real model": 6,
+    "needs vLLM": 6,
 }
 
 
