@@ -115,7 +115,7 @@ def test_what_cannot_be_swept_is_refused() -> None:
     for clean, corrupted, options, message in (
         (CLEAN, CORRUPTED[:3], {}, "has 5 tokens and the corrupted one 3"),
         (CLEAN, CLEAN, {}, "are the same"),
-        (CLEAN, CORRUPTED, {"point": "pattern"}, "has used the attention weights"),
+        (CLEAN, CORRUPTED, {"point": "attn_result"}, "the model holds no such tensor: write z"),
         ([CLEAN, CLEAN], CORRUPTED, {}, "one clean and one corrupted prompt, got 2"),
     ):
         with pytest.raises(hookmap.InterventionError, match=message):

@@ -14,7 +14,7 @@ import safetensors.torch
 from hookmap.activations import Activation, Sample, Sink, call_of
 from hookmap.capture.estimate import check_room, in_words
 from hookmap.capture.options import RowOptions, options_of
-from hookmap.capture.rows import RowSelection, row_selection
+from hookmap.capture.rows import RowSelection, refuse_nowhere, row_selection
 from hookmap.errors import StoreError
 from hookmap.loading.prompts import Prompt, text_of
 from hookmap.maps.selectors import Selector
@@ -88,7 +88,9 @@ def plan(
         check_room(expected, None)
     elif sessions is not None:
         sessions.check_room(expected.bytes)
-    return RecordingPlan(selectors, chosen, hm.matching(chosen), inline, expected.bytes)
+    matching = hm.matching(chosen)
+    refuse_nowhere(matching, (prompt.token_ids for prompt in prompts))
+    return RecordingPlan(selectors, chosen, matching, inline, expected.bytes)
 
 
 def _given(field: Recording, settings: Settings) -> dict[str, Any]:
