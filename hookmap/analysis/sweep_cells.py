@@ -95,14 +95,18 @@ def cells_of(
     if each is None and chosen is not None:
         _check_heads(hm, selectors, chosen)
     wanted = row_selection(positions=positions)
+    matching = hm.matching(wanted)
     if "positions" not in swept:
-        together = tuple((tuple(_places(hm, wanted, p, n)),) for p, n in zip(start.prompts, start.lengths, strict=True))
+        together = tuple(
+            (tuple(_places(wanted, matching, prompt, length)),)
+            for prompt, length in zip(start.prompts, start.lengths, strict=True)
+        )
         _refuse_none(positions, [len(found[0]) for found in together], start.lengths)
         return Cells(len(start.prompts), each, chosen if each is None else None, lacking, None, (), together)
     prompts = [replace(p, token_ids=p.token_ids[:n]) for p, n in zip(start.prompts, start.lengths, strict=True)]
     wanted.refuse_beyond(start.lengths, 0)
     wanted.refuse_no_image([prompt.image_positions for prompt in prompts])
-    places = [_places(hm, wanted, prompt, n) for prompt, n in zip(prompts, start.lengths, strict=True)]
+    places = [_places(wanted, matching, prompt, n) for prompt, n in zip(prompts, start.lengths, strict=True)]
     _refuse_none(positions, [len(found) for found in places], start.lengths)
     names = _aligned(positions, places, start.lengths)
     texts = [
@@ -114,8 +118,8 @@ def cells_of(
     return Cells(len(start.prompts), each, chosen if each is None else None, lacking, names, tokens, columns)
 
 
-def _places(hm: Hooked, wanted: RowSelection, prompt: Prompt, length: int) -> list[int]:
-    found = wanted.places(prompt.token_ids, length, hm.matching(wanted), prompt.image_positions)
+def _places(wanted: RowSelection, matching: frozenset[int], prompt: Prompt, length: int) -> list[int]:
+    found = wanted.places(prompt.token_ids, length, matching, prompt.image_positions)
     return found[-1:] if wanted.positions == "last" else found
 
 
