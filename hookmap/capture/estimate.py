@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,18 +63,21 @@ def estimate(
     d_mlp: int | None = None,
     selection: RowSelection | None = None,
     every_logit: bool = False,
+    d_expert: int | None = None,
 ) -> Estimate:
     """The size of a capture. `lengths`: tokens of each prompt; `itemsize`: bytes of one number of the model's dtype.
 
-    `batches`: indices of the prompts that run together. `d_mlp`: width of an MLP's activations, which maps do not have.
-    `every_logit`: whether the model computes the logits of all tokens, even where few are stored.
+    `batches`: indices of the prompts that run together. `d_mlp`: width of an MLP's activations, which maps do not have,
+    and `d_expert` of one expert's. `every_logit`: whether the model computes the logits of all tokens, even where few
+    are stored.
     """
     selection = selection or RowSelection()
     selection.refuse(selectors)
     new = max(0, max_new_tokens - 1)
     rows = sum(_rows(selection, length, length + new) * often for length, often in Counter(lengths).items())
     keys = max(lengths, default=0) + new
-    row = [_width(architecture_map, s, keys, d_mlp, selection) * _itemsize(s, selection, itemsize) for s in selectors]
+    inside = {"d_mlp": d_mlp, "d_expert": d_expert}
+    row = [_width(architecture_map, s, keys, inside, selection) * _itemsize(s, selection, itemsize) for s in selectors]
     at_once = {length: _rows(selection, length, length) for length in set(lengths)}
     largest = max((sum(at_once[lengths[n]] for n in batch) for batch in batches), default=0) * max(row, default=0)
     if every_logit and any("d_vocab" in PointName.of(s.point).definition.axes for s in selectors):
@@ -140,24 +143,31 @@ def _itemsize(selector: Selector, selection: RowSelection, itemsize: int) -> int
 
 
 def _width(
-    architecture_map: ArchitectureMap, selector: Selector, keys: int, d_mlp: int | None, selection: RowSelection
+    architecture_map: ArchitectureMap,
+    selector: Selector,
+    keys: int,
+    inside: Mapping[str, int | None],
+    selection: RowSelection,
 ) -> int:
-    """Numbers in one row of a point."""
+    """Numbers in one row of a point. `inside`: the widths that maps do not have, by their axes."""
     if selector.width is not None:
         return selector.width * keys if selector.has_keys else _chosen(selection, selector.width)
     axes = PointName.of(selector.point).definition.axes
     mlp = architecture_map.kind_of(selector.layer).mlp if selector.layer is not None else None
     heads = selector.terms[-1].heads or _heads_before_rotation(architecture_map, selector)
     if heads is not None:
-        return heads.groups * (heads.stop - heads.start) // heads.d_head * _chosen(selection, heads.d_head)
+        each = architecture_map.d_model if "d_model" in axes else heads.d_head
+        return heads.groups * (heads.stop - heads.start) // heads.d_head * _chosen(selection, each)
     widths = {
         "one": 1,
         "d_vocab": architecture_map.d_vocab,
         "key": keys * (architecture_map.num_heads or 1),
-        "d_mlp": d_mlp,
         "experts": mlp.experts if mlp else None,
         "k": mlp.experts_per_token if mlp else None,
+        **inside,
     }
+    if "k" in axes[:-1]:  # each chosen expert has a tensor as wide as the last axis
+        return (widths["k"] or 1) * _chosen(selection, widths.get(axes[-1]) or architecture_map.d_model)
     width = next((width for axis in axes if (width := widths.get(axis))), architecture_map.d_model)
     return width if "key" in axes else _chosen(selection, width)
 

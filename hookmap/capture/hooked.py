@@ -303,6 +303,7 @@ class Hooked:
             ),
             request.selection,
             every_logit=logits_parameter(self.root) is None,
+            d_expert=max((self._d_expert(s) for s in request.selectors), default=0) or None,
         )
 
     def engine(self, name: EngineName = "auto") -> tuple[str, str]:
@@ -330,6 +331,12 @@ class Hooked:
         (down,) = self.map.selectors(PointName.of(selector.point).numbered("mlp_post"), selector.layer, calls=0)
         parameters = self.model.get_submodule(down.module).parameters()
         return max((p.numel() for p in parameters), default=0) // self.map.d_model
+
+    def _d_expert(self, selector: Selector) -> int:
+        """Of a point of experts: the width in one; the weights are [experts, d_model, d_expert] or transposed."""
+        owner, _, name = (selector.terms[-1].experts or "").rpartition(".")
+        weights = getattr(self.model.get_submodule(owner), name, None) if name else None
+        return 0 if weights is None else weights.numel() // (weights.shape[0] * self.map.d_model)
 
     def encode(
         self,

@@ -373,11 +373,11 @@ def test_nnterps_attention_probabilities_are_the_pattern() -> None:
 def test_a_capture_of_them_is_what_one_pass_over_all_tokens_shows(name: str) -> None:
     """Padded, with a cache, token by token: the same numbers as one plain eager pass over each finished sequence.
 
-    Of modules: what is an operation in one is in tests/capture/test_points_inside.py.
+    Of modules: what is inside one is in tests/capture/test_points_inside.py and test_expert_points.py.
     """
     model, found = _opened(name)
     deeper = [p for p, point in POINTS.items() if point.deeper and point.per_layer and p in found.kind_of(1).points]
-    names = [p for p in deeper if not any(term.operation for term in found.selectors(p, 1)[0].terms)]
+    names = [p for p in deeper if not any(term.is_inside for term in found.selectors(p, 1)[0].terms)]
     run = hookmap.open(model).capture(RAGGED, names, [1], max_new_tokens=5)
     selectors = found.selectors(names, 1)
     for number, tokens in enumerate(run.tokens):
@@ -385,6 +385,12 @@ def test_a_capture_of_them_is_what_one_pass_over_all_tokens_shows(name: str) -> 
         with eager(model):
             plain = read(model, selectors, fed, attention_mask=torch.ones_like(fed), use_cache=False)
         seen = {s.point: s.terms[0].arrange(tensor, 1, fed.shape[1])[0] for (s, _), tensor in plain.items()}
+        if "attn_result" in seen:
+            (term,) = found.selectors("attn_result", 1)[0].terms
+            weight = model.get_parameter(str(term.parameter)).detach()
+            rows = weight.T if str(term.through).endswith(".T") else weight
+            z = seen["attn_result"]
+            seen["attn_result"] = torch.einsum("phd,hdm->phm", z, rows.reshape(*z.shape[1:], -1))
         for point in names:
             got = run.read(number, point, 1)
             got = got[..., : len(got)] if point == "pattern" else got
