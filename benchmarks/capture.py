@@ -5,7 +5,7 @@
 
 Random weights, greedy, one process; the ways take turns, and each figure is the median over the rounds of its time
 divided by plain `generate`'s in the same round. Peers that need other packages run in environments of their own, in the
-same rounds, over a plain `generate` there: --peer nnterp=/path/to/python, --peer transformer_lens=/path/to/python
+same rounds, over a plain `generate` there: --peer nnterp=/path/to/python, also transformer_lens and interp_engine
 """
 
 import argparse
@@ -115,11 +115,10 @@ class Bench:
 class Peer:
     """A peer's process, which runs a way when it is told to."""
 
-    def __init__(self, name: str, python: str, shape: str, new: int) -> None:
+    def __init__(self, name: str, python: str, shape: str, new: int, *attention: str) -> None:
         script = Path(__file__).parent / "peer.py"
-        self._process = subprocess.Popen(
-            [python, str(script), name, shape, str(new)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command = [python, str(script), name, shape, str(new), *attention]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         while self._read().strip() != "ready":  # it may print a word of its own first
             pass
 

@@ -21,12 +21,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(shape: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+def build(
+    shape: str, dtype: torch.dtype = torch.float32, device: str = "cpu", attention: str | None = None
+) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
         **SHAPES[shape], num_hidden_layers=LAYERS, eos_token_id=None, pad_token_id=0, bos_token_id=1
     )
-    return transformers.AutoModelForCausalLM.from_config(config).to(device, dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return model.to(device, dtype).eval()
 
 
 def plain(model: nn.Module, new: int, batch: int = 1) -> None:

@@ -1,56 +1,59 @@
-"""What operations cost: CPU time of generating with the attention scores of 3 and of all layers, over eager plain.
+"""What operations cost: generating with the attention scores of 3 and of all layers, over plain eager attention.
 
-    python -m benchmarks.operations MODEL [ROUNDS]
+    python benchmarks/operations.py [--peer transformer_lens=PYTHON] [--peer interp_engine=PYTHON] [--rounds 7]
 
-They are run one after the other, again and again: medians of each run's ratio to the plain run of its round. `pattern`
-is what a module hands over, `attn_scores` what an operation in it reads: between the two stands what operations cost.
+The narrow model of benchmarks/narrow.py, random weights, greedy, one process; the ways take turns, and each figure is
+the median over the rounds of its processor time divided by plain `generate`'s in the same round, a peer's over a plain
+one in its own environment. `pattern` is what a module hands over, `attn_scores` what an operation in it reads.
 """
 
+import argparse
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
+from capture import Peer
+from machine import describe
+from narrow import ALL, FEW, PROMPT, build, plain
 
 import hookmap
-from hookmap.loading.modules import eager
-
-TOKENS = 24
 
 
-def main(name: str, rounds: int = 7) -> None:
-    """Print the medians as multiples of a plain `generate`."""
-    hm = hookmap.open(name, dtype="float32")
-    ids = torch.arange(5, 37)[None]
-    count = hm.map.num_layers
-    three = [0, count // 2, count - 1]
-    settings: dict[str, Any] = {"max_new_tokens": TOKENS, "chat": False}
-
-    def plain() -> None:
-        with eager(hm.model):
-            hm.model.generate(ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)  # type: ignore[operator]
-
-    def watched(point: str, layers: Any) -> Callable[[], Any]:
-        return lambda: hm.capture(ids.tolist(), [point], layers, min_new_tokens=TOKENS, **settings)
-
-    runs = {
-        "plain": plain,
-        "pattern, 3 layers": watched("pattern", three),
-        "attn_scores, 3 layers": watched("attn_scores", three),
-        "pattern, all layers": watched("pattern", "all"),
-        "attn_scores, all layers": watched("attn_scores", "all"),
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    model = build("narrow", attention="eager")
+    hm = hookmap.open(model)
+    peers = {
+        name: Peer(name, python, "narrow", given.new, "eager") for name, python in (p.split("=") for p in given.peer)
     }
-    times: dict[str, list[float]] = {label: [] for label in runs}
-    for label, run in (*runs.items(), *list(runs.items()) * rounds):
-        start = time.process_time()
-        run()
-        times[label].append(time.process_time() - start)
-    for label, values in times.items():
-        ratios = [own / plain for own, plain in zip(values[1:], times["plain"][1:], strict=True)]
-        print(f"{label}: {statistics.median(ratios):.3f} ({statistics.median(values[1:]):.2f} s)")
+    ratios: dict[str, list[float]] = {}
+    for number in range(given.rounds + 1):
+        begun = time.process_time()
+        plain(model, given.new)
+        base = time.process_time() - begun
+        bases = {name: peer.run("plain") for name, peer in peers.items()}
+        for point in ("pattern", "attn_scores"):
+            for way, layers in (("few", FEW), ("all", ALL)):
+                label = f"{point}, {'all' if way == 'all' else len(layers)} layers"
+                begun = time.process_time()
+                hm.capture([PROMPT], [point], layers, given.new)
+                ratios.setdefault(f"hookmap | {label}", []).append((time.process_time() - begun) / base)
+                for name, peer in peers.items():
+                    ratios.setdefault(f"{name} | {label}", []).append(peer.run(f"{way} {point}") / bases[name])
+        if not number:  # the first round warms up
+            for figures in ratios.values():
+                figures.clear()
+    print(describe(), end="\n\n")
+    print(f"narrow, {given.new} new tokens after {len(PROMPT)}; {given.rounds} rounds\n")
+    print("| of | what | over plain generate |\n|---|---|---|")
+    for name, found in ratios.items():
+        print(f"| {name} | {statistics.median(found):.2f} |")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:3]))
+    main()
