@@ -191,8 +191,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._written: dict[int, list[torch.Tensor]] = {}
         self._stack: list[int] = []
         self._paths: dict[int, list[str]] = {}
-        named = itertools.chain(model.named_parameters(), model.named_buffers())
-        self._parameters = {id(tensor): path for path, tensor in named}
+        # Held: a tensor that a module gives up while it runs would leave its `id` to another.
+        self._named = list(itertools.chain(model.named_parameters(), model.named_buffers()))
+        self._parameters = {id(tensor): path for path, tensor in self._named}
         self._turns: dict[str, itertools.count[int]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             self._paths.setdefault(id(module), []).append(path)
@@ -207,10 +208,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flow.tensors.append(TensorInfo(tuple(tensor.shape), tensor.dtype, producer))
         if id(tensor) not in self._ids:
             self._keep(tensor)
-        if producer is None and id(tensor) in self._parameters:
-            self.flow.parameters[number] = self._parameters[id(tensor)]
+        if producer is None and (path := self._parameters.get(id(tensor)) or self._brought(tensor)) is not None:
+            self.flow.parameters[number] = path
         self._ids[id(tensor)] = number
         return number
+
+    def _brought(self, tensor: torch.Tensor) -> str | None:
+        """The path of a parameter that came when its module was called: accelerate keeps some on a disk till then."""
+        if not self._stack:
+            return None
+        call = self.flow.calls[self._stack[-1]]
+        own = (name for name, parameter in call.module._parameters.items() if parameter is tensor)
+        return next((f"{call.path}.{name}" if call.path else name for name in own), None)
 
     def _keep(self, tensor: torch.Tensor) -> None:
         """Keeps the tensor alive, or forgets it when it dies: Python uses the `id` of a dead object again."""

@@ -88,6 +88,19 @@ def _brings_weights(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("_hf_hook"), "offload", False) is True
 
 
+def tensor_at(model: nn.Module, path: str) -> torch.Tensor:
+    """A parameter or a buffer, also where accelerate keeps it elsewhere till its module runs; else AttributeError."""
+    owner, _, name = path.rpartition(".")
+    own = model.get_submodule(owner)
+    found: torch.Tensor = getattr(own, name)
+    if found.is_meta and _brings_weights(own):
+        from accelerate.utils import align_module_device
+
+        with align_module_device(own):
+            found = getattr(own, name)
+    return found
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a forward pass computes, also where accelerate keeps the weights elsewhere until they are needed."""
     for module in model.modules():

@@ -6,7 +6,6 @@ A run reads the tensors that selectors name. A hook may change a tensor on its w
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -184,7 +183,7 @@ def _register(module: nn.Module, hook: Hook) -> RemovableHandle:
 
 
 def _total(model: nn.Module, given: Given, selector: Selector, parts: Mapping[int, Tensor]) -> Tensor:
-    weights = [None if t.parameter is None else operator.attrgetter(t.parameter)(model) for t in selector.terms]
+    weights = [None if t.parameter is None else modules.tensor_at(model, t.parameter) for t in selector.terms]
     arranged = [term.arrange(parts[n], given.batch, given.positions) for n, term in enumerate(selector.terms)]
     tensors = [t.times(tensor, weight) for t, tensor, weight in zip(selector.terms, arranged, weights, strict=True)]
     if len(shapes := {tuple(tensor.shape) for tensor in tensors}) > 1:

@@ -22,6 +22,7 @@ from torch import nn
 import hookmap
 from hookmap.analysis.steering import load_vector
 from hookmap.cli.main import main
+from hookmap.discovery.dataflow import record
 from hookmap.loading.config_fields import with_fields
 from hookmap.maps.diff import differences
 from hookmap.verification.verify import verify
@@ -211,6 +212,25 @@ def test_a_model_dispatched_over_devices(how: str, tmp_path: Path) -> None:
     whole = hookmap.open(plain_hooks.build("llama")).capture(IDS, ["resid_post"], [2], max_new_tokens=NEW)
     torch.testing.assert_close(run["resid_post", 2], whole["resid_post", 2])
     _edits_as_a_plain_hook_does(model)
+
+
+def test_a_weight_that_comes_while_its_module_runs_is_no_other_ones() -> None:
+    """accelerate drops a parameter for another: Python gives the dropped one's id to what comes next."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(300)))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    flow = record(model, {"input": torch.zeros(2, 4)})
+    read = {(op.call, flow.parameters[t]) for op in flow.operations for t in op.inputs if t in flow.parameters}
+    assert read == {(c.index, f"{c.path}.{name}") for c in flow.calls if c.path for name in ("weight", "bias")}
+
+
+def test_what_heads_give_where_weights_are_kept_away() -> None:
+    model = accelerate.cpu_offload(plain_hooks.build("llama"), execution_device=torch.device("cpu"))
+    run = hookmap.open(model).capture(IDS, ["z", "attn_result"], [1], max_new_tokens=2)
+    weight = plain_hooks.build("llama").get_parameter("model.layers.1.self_attn.o_proj.weight").detach()
+    z = run.read(0, "z", 1)
+    expected = torch.einsum("phd,hdm->phm", z, weight.T.reshape(*z.shape[1:], -1))
+    torch.testing.assert_close(run.read(0, "attn_result", 1), expected)
+    assert verify(model).passed
 
 
 def _edits_as_a_plain_hook_does(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from hookmap.errors import CaptureError
+from hookmap.loading.modules import tensor_at
 
 
 def no_parameters(path: str) -> torch.Tensor:
@@ -21,7 +22,7 @@ def parameters_of(model: torch.nn.Module) -> Callable[[str], torch.Tensor]:
     def parameter_at(path: str) -> torch.Tensor:
         owner, _, name = path.rpartition(".")
         try:
-            found = getattr(model.get_submodule(owner), name)
+            found = tensor_at(model, path)
         except AttributeError as error:
             raise CaptureError(
                 f"{type(model).__name__} has no parameter {path!r}: the map is another model's: run `hookmap discover`."
@@ -32,9 +33,8 @@ def parameters_of(model: torch.nn.Module) -> Callable[[str], torch.Tensor]:
                 f"{path}: a {type(own).__name__} stands there now, which computes with more than this parameter (an "
                 "adapter). Merge it, or discover the model as it is now: `hookmap.open` it again."
             )
-        if found.is_meta:  # accelerate keeps it elsewhere until its module runs
+        if found.is_meta:
             no_parameters(path)
-        tensor: torch.Tensor = found
-        return tensor
+        return found
 
     return parameter_at
