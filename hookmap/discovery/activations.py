@@ -22,6 +22,9 @@ def before_activation(wiring: Wiring, post: int) -> Places:
     """mlp_pre and mlp_pre_linear of the tensor that the down projection reads."""
     arms = dict.fromkeys(_arms(wiring, post))
     bent = [tensor for tensor, is_bent in arms if is_bent]
+    if any(_is_bent_before(wiring, tensor) for tensor in bent):
+        reason = "what the activation function reads is no linear function of what this MLP reads"
+        return dict.fromkeys(("mlp_pre", "mlp_pre_linear"), reason)
     plain = [tensor for tensor, is_bent in arms if not is_bent]
     return {
         "mlp_pre": attempt(lambda: _only(wiring, bent, "activation function")),
@@ -29,6 +32,13 @@ def before_activation(wiring: Wiring, post: int) -> Places:
         if not plain
         else attempt(lambda: _only(wiring, plain, "product behind the activation function")),
     }
+
+
+def _is_bent_before(wiring: Wiring, tensor: int) -> bool:
+    """Whether what is projected to a tensor comes from another projection of the branch through what is not linear."""
+    products = [op for _, op in wiring.back(tensor) if is_product(op) and id(op) in wiring.own]
+    before = [[op for _, op in wiring.back(each) if id(op) in wiring.own] for op in products for each in op.inputs]
+    return any(any(map(is_product, ops)) and any(op.name in BENDS for op in ops) for ops in before)
 
 
 def _only(wiring: Wiring, tensors: list[int], what: str) -> Location:

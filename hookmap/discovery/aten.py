@@ -85,6 +85,8 @@ ALONG_AN_INDEX = {"index_select", "gather", "scatter", "scatter_add", "scatter_r
 """operators that read or write in the order of an index along one axis: the tensor, the axis, the index"""
 DECAYS = {"exp", "softplus", "cumsum"}
 """how a scan forgets"""
+CUMULATIVE = {"cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "_logcumsumexp"}
+"""operators that carry a value along an axis"""
 RECURRENT = {"mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"}
 
 

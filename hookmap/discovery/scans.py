@@ -6,15 +6,17 @@ on its one side to the projection that makes the gate, on the other to what the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from hookmap.discovery import aten
+from hookmap.discovery.dataflow import Operation
 from hookmap.discovery.head_layout import features, heads_of, push
 from hookmap.discovery.linear_steps import norm_source
 from hookmap.discovery.locate import Location
 from hookmap.discovery.mixing import is_shift
 from hookmap.discovery.values import Exposure
-from hookmap.discovery.wiring import Missing, Places, Wiring, attempt
+from hookmap.discovery.wiring import Missing, Places, Wiring, attempt, is_product
 
 SCAN = ("scan_in", "scan_out", "mixer_gate")
 _PLAIN = {*aten.MOVES, *aten.POINTWISE, "alias_update", "copy"}
@@ -27,9 +29,10 @@ def scan_points(wiring: Wiring) -> Places:
         read = _read_by_projection(wiring)
         way = list(_way(wiring, read))
         gate, scanned = _factors(wiring, way[-1])
+        ungated = way if scanned is None else list(_way(wiring, scanned))
+        _check_scan(wiring, ungated[-1])
     except Missing as reason:
         return dict.fromkeys(SCAN, str(reason))
-    ungated = way if scanned is None else list(_way(wiring, scanned))
     places: Places = {"scan_out": attempt(lambda: _first(wiring, ungated, read))}
     places["mixer_gate"] = (
         "nothing is multiplied by a function of what the mixer reads before its output projection"
@@ -50,6 +53,39 @@ def _read_by_projection(wiring: Wiring) -> int:
     if len(projections) != 1 or len(varying) != 1:
         raise Missing("no one projection stands at the end of this mixer")
     return varying[0]
+
+
+def _check_scan(wiring: Wiring, value: int) -> None:
+    """What stands at the end of the way back must be what a scan gives: no projection of it, and nothing before it."""
+    values = wiring.block.values
+    if not _carries(wiring, values.cone(value, wiring.block.states, wiring.block.call)[0]):
+        behind = _carries(wiring, wiring.branch.ops)
+        raise Missing(
+            "the scan is not in what the last projection reads"
+            if behind
+            else "no operation of this mixer is seen to carry a state along the text"
+        )
+    op = values.producers[value]
+    if is_product(op) and _has_constant(wiring, op):
+        raise Missing("another product with weights stands between the scan and the output projection")
+
+
+def _carries(wiring: Wiring, ops: list[Operation]) -> bool:
+    """Whether operations carry a state from position to position.
+
+    One operator does, a loop computes one step for each position, or pieces of the text are multiplied by each other.
+    """
+    mixing = wiring.block.mixing(ops)
+    steps = Counter(op.name for op in mixing if op.name in aten.POINTWISE)
+    return (
+        any(op.name in aten.RECURRENT | aten.CUMULATIVE for op in ops)
+        or any(op.name in aten.BATCHED_PRODUCTS and not _has_constant(wiring, op) for op in mixing)
+        or max(steps.values(), default=0) >= wiring.block.seq - 2
+    )
+
+
+def _has_constant(wiring: Wiring, op: Operation) -> bool:
+    return any(_is_constant(wiring, each) for each in wiring.block.values.operands(op))
 
 
 def has_scan(wiring: Wiring) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hookmap.maps.points import NOT_GATED
+from hookmap.maps.points import NOT_GATED, PointName
 from hookmap.verification.check import Check, relative_error
 from hookmap.verification.context import Context, first_and_last, made_into, module_at
 from hookmap.verification.ends import read_times
@@ -128,14 +128,16 @@ def _before_a_norm(run: Context, layer: int) -> Tensor | None:
 
 def preactivations(run: Context) -> Iterator[Check]:
     """What the activation function reads, and what its result is multiplied by, is W · mlp_in + b: nothing is bent."""
-    for _, layer in first_and_last(run.map):
-        for point in ("mlp_pre", "mlp_pre_linear"):
-            if all((each, layer) in run.values for each in ("mlp_in", point)):
-                none, twice = (read_times(run, "mlp_in", point, layer, factor) for factor in (0.0, 2.0))
+    for kind, layer in first_and_last(run.map):
+        for point in kind.points:
+            name = PointName.of(point)
+            read = name.numbered("mlp_in")
+            if name.base in ("mlp_pre", "mlp_pre_linear") and {(read, layer), (point, layer)} <= run.values.keys():
+                none, twice = (read_times(run, read, point, layer, factor) for factor in (0.0, 2.0))
                 own = run.values[point, layer]
                 error = relative_error(twice - own, own - none)
                 holds = error <= max(10 * run.tolerance, run.limit((point, layer)))
-                yield Check("activations", (layer,), holds, f"{point} = W · mlp_in + b", error)
+                yield Check("activations", (layer,), holds, f"{point} = W · {read} + b", error)
 
 
 def scales(run: Context) -> Iterator[Check]:

@@ -267,7 +267,9 @@ class Chain(Rung):
 
 
 def test_the_steps_of_an_mlp_are_not_the_blocks() -> None:
-    assert check(Ladder(Chain)).layers_path == "rungs.{i}"
+    found = check(Ladder(Chain))
+    assert found.layers_path == "rungs.{i}"
+    assert found.unavailable("mlp_pre", 0).startswith("what the activation function reads is no linear function")
 
 
 class Shift(Rung):
@@ -363,7 +365,49 @@ _WAYS: dict[str, Callable[[Alone, Tensor], Tensor]] = {
 @pytest.mark.parametrize("way", _WAYS)
 def test_every_way_to_mix_positions_is_a_mixer(way: str) -> None:
     rung = type("Alone_", (Alone,), {"way": _WAYS[way]})
-    check(Ladder(rung), {"mlp_out": "no MLP", "resid_mid": "no MLP"})
+    found = check(Ladder(rung), {"mlp_out": "no MLP", "resid_mid": "no MLP"})
+    assert not {"scan_in", "scan_out"} & found.kinds[0].points.keys()
+
+
+class Scan(Rung):
+    """The output projection reads what mixes the positions, which a module of its own gives."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__(i)
+        self.along, self.back = Way(), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.calm(x)
+        s = self.along(n)
+        a = self.back(s)
+        note(self.i, resid_pre=x, mixer_in=n, mixer_out=a, resid_post=x + a)
+        return x + a
+
+
+class Way(nn.Module):
+    way: Callable[[None, Tensor], Tensor]
+
+    def forward(self, n: Tensor) -> Tensor:
+        return type(self).way(None, n)
+
+
+_STATES = {"running maximum", "logarithms", "one step"}
+_NO_STATES = {"fourier", "maximum", "softmax", "statistics", "turned round", "pooling in place", "sorting", "median"}
+
+
+@pytest.mark.parametrize("way", sorted(_STATES | _NO_STATES))
+def test_a_scan_is_what_carries_a_state_along_the_text(way: str) -> None:
+    class Own(Scan):
+        def __init__(self, i: int) -> None:
+            super().__init__(i)
+            self.along = type("Way_", (Way,), {"way": _WAYS[way]})()
+
+    found = check(Ladder(Own), {"mlp_out": "no MLP", "resid_mid": "no MLP"})
+    if way in _STATES:
+        (term,) = found.kinds[0].points["scan_out"].terms
+        assert term.text() in ("rungs.{i}.along.output", "rungs.{i}.back.input[0]")
+    else:
+        assert found.unavailable("scan_out", 0) == "no operation of this mixer is seen to carry a state along the text"
 
 
 class Recurrent(Rung):
@@ -383,6 +427,7 @@ class Recurrent(Rung):
 def test_a_state_in_a_python_loop_mixes_positions() -> None:
     found = check(Ladder(Recurrent), {"mlp_out": "no MLP", "resid_mid": "no MLP"})
     assert found.kinds[0].mixer.type == "recurrent"
+    assert "scan is not in what the last projection reads" in (found.unavailable("scan_out", 0) or "")
 
 
 class GatedByTheStream(Rung):
