@@ -17,11 +17,27 @@ def is_expanded(wiring: Wiring, tensor: int) -> bool:
 
 def _compressed(wiring: Wiring, tensor: int) -> list[int]:
     """The tensors that the projections behind a tensor read, if a projection of this branch makes them."""
-    found = []
-    for read in (t for op in wiring.projections(tensor) for t in op.inputs):
+    found, beside = [], _beside(wiring, tensor)
+    for read in (t for op in wiring.projections(tensor) if op.time not in beside for t in op.inputs):
         behind = [op for _, op in wiring.back(read) if is_product(op) and id(op) in wiring.own]
         if any(op.name != "convolution" or wiring.shape(op.inputs[1])[-1] == 1 for op in behind):
             found.append(read)
+    return found
+
+
+def _beside(wiring: Wiring, tensor: int) -> set[int]:
+    """The times of projections added to another whose input theirs are compressed from: low-rank adapters (LoRA)."""
+    found: set[int] = set()
+    for _, addition in wiring.back(tensor):
+        if addition.name not in aten.ADDITIONS:
+            continue
+        sides = [{op.time: op for op in wiring.projections(t)} for t in addition.inputs]
+        for own, other in ((a, b) for a in sides for b in sides if a and b and not a.keys() & b.keys()):
+            read = {wiring.block.values.value(t) for op in other.values() for t in op.inputs}
+            for time, op in own.items():
+                behind = [each for t in op.inputs for _, each in wiring.back(t) if is_product(each)]
+                if any(wiring.block.values.value(t) in read for each in behind for t in each.inputs):
+                    found.add(time)
     return found
 
 

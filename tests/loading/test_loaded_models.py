@@ -99,9 +99,16 @@ def quantised(bits: str, name: str, folder: Path) -> nn.Module:
 def test_the_map_of_a_quantised_model_is_the_unquantised_ones(bits: str, name: str, tmp_path: Path) -> None:
     model, expected = quantised(bits, name, tmp_path), plain_map(name, **_WIDE[name])
     found = hookmap.discover(model)
-    assert not list(differences(expected, found)) and found.config_hash == expected.config_hash
-    assert verify(model).passed
+    _is_the_same_but_for_packed_weights(expected, found)
+    assert found.config_hash == expected.config_hash and verify(model).passed
     same_as_plain_hooks(model, name)
+
+
+def _is_the_same_but_for_packed_weights(plain: hookmap.ArchitectureMap, found: hookmap.ArchitectureMap) -> None:
+    """What heads give is computed from the rows of a weight, which has none where it is packed."""
+    assert all(": attn_result: " in each for each in differences(plain, found)), list(differences(plain, found))
+    with raises(hookmap.HookmapError, "the weights of the output projection are packed"):
+        found.selectors("attn_result", 1)
 
 
 @pytest.mark.parametrize("bits", _QUANTISED)
@@ -110,8 +117,10 @@ def test_a_quantised_folder_opens_quantised(bits: str, tmp_path: Path) -> None:
     hm = hookmap.open(tmp_path / "quantised", device="cpu")
     assert any("bit" in type(module).__name__ for module in hm.model.modules())
     expected = plain_map("llama", **_WIDE["llama"])
-    assert not list(differences(expected, hm.map))
-    assert not list(differences(expected, hookmap.discover(tmp_path / "quantised")))
+    _is_the_same_but_for_packed_weights(expected, hm.map)
+    assert not list(differences(expected, hookmap.discover(tmp_path / "quantised"))), "of its config: unquantised"
+    with raises(hookmap.HookmapError, "no attn_result", "packed"):
+        hm.capture(IDS, ["attn_result"], [1])
     same_as_plain_hooks(hm.model, "llama")
 
 
@@ -180,9 +189,27 @@ def test_a_lora_is_part_of_what_is_captured(name: str) -> None:
 
 
 @_PEFT
+def test_a_lora_on_the_output_projection_leaves_no_rows_of_one_weight() -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    wrapped = peft.get_peft_model(plain_hooks.build("llama"), peft.LoraConfig(r=4, target_modules=["o_proj"])).eval()
+    with raises(hookmap.HookmapError, "no attn_result", "no one projection reads the heads' outputs"):
+        hookmap.discover(wrapped).selectors("attn_result", 1)
+
+
+@_PEFT
+def test_latents_are_compressed_by_the_model_and_not_by_an_adapter() -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    targets = ["q_b_proj", "kv_b_proj"]
+    config = peft.LoraConfig(r=4, target_modules=targets)
+    found = hookmap.discover(peft.get_peft_model(plain_hooks.build("deepseek_v3"), config).eval())
+    places = [selector.module for selector in found.selectors(["q_latent", "k_latent"], [1])]
+    assert [place.rpartition(".")[2] for place in places] == ["q_a_layernorm", "kv_a_layernorm"]
+
+
+@_PEFT
 def test_a_lora_on_a_quantised_model(tmp_path: Path) -> None:
     wrapped = lora("llama", quantised("4 bit", "llama", tmp_path))
-    assert set(hookmap.discover(wrapped).points) == set(plain_map("llama").points)
+    assert set(hookmap.discover(wrapped).points) == set(plain_map("llama").points) - {"attn_result"}
     same_as_plain_hooks(wrapped, "llama", prefix="base_model.model.")
 
 
