@@ -1,5 +1,6 @@
 """The peers: where each is installed, how it is asked, and where it is known to say something else than hookmap."""
 
+import math
 import os
 import subprocess
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Peer:
 
 
 _FOR_THE_NORM_ALONE = ("steer resid_mid", "patch resid_mid")
+_PATTERN_FOR_SCORES = ("read attn_scores *",)
 
 PEERS = {
     peer.name: peer
@@ -57,8 +59,16 @@ PEERS = {
             frozenset({"falcon_40b"}),
             {
                 **dict.fromkeys(SEQUENTIAL, _FOR_THE_NORM_ALONE),
-                "deepseek_v3": (*_FOR_THE_NORM_ALONE, "ablate head"),
-                "bert": ("steer resid_mid", "read resid_mid *", "read mixer_out *", "ablate mixer_out"),
+                "gptj": _PATTERN_FOR_SCORES,
+                **dict.fromkeys(("jamba", "opt"), (*_FOR_THE_NORM_ALONE, *_PATTERN_FOR_SCORES)),
+                "deepseek_v3": (*_FOR_THE_NORM_ALONE, *_PATTERN_FOR_SCORES, "read ?_rot *", "ablate head"),
+                "bert": (
+                    "steer resid_mid",
+                    "read resid_mid *",
+                    "read mixer_out *",
+                    "ablate mixer_out",
+                    *_PATTERN_FOR_SCORES,
+                ),
             },
         ),
         Peer(
@@ -77,7 +87,9 @@ PEERS = {
 
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest number."""
+    """The largest difference, as a share of the largest number; infinite between tensors of other shapes."""
+    if found.shape != expected.shape:
+        return math.inf
     return float((found - expected).abs().max() / expected.abs().max())
 
 

@@ -75,12 +75,12 @@ def test_a_peer_agrees_save_where_it_is_known_not_to(peer: Peer, name: str, ours
         return
     shared = {question: other.tensors[question] for question in other.tensors if question in own.tensors}
     assert len(shared) > 12, other.refused
-    for question, tensor in shared.items():
-        found = like(own.tensors[question], question, tensor)
-        if peer.differs_on(name, question):
-            assert apart(tensor, found) > OTHER, f"{peer.name} agrees now: {question}"
-        else:
-            assert apart(tensor, found) < ROUNDING, question
+    distances = {
+        question: apart(tensor, like(own.tensors[question], question, tensor)) for question, tensor in shared.items()
+    }
+    known = {question for question in shared if peer.differs_on(name, question)}
+    assert not {question: apart for question, apart in distances.items() if question not in known and apart >= ROUNDING}
+    assert not {question for question in known if distances[question] <= OTHER}, f"{peer.name} agrees now"
 
 
 @pytest.mark.parametrize("name", [name for name in SEQUENTIAL if name not in ("bloom", "opt")])  # a norm shows it there
