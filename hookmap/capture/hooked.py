@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self, Unpack
 
@@ -11,6 +12,7 @@ from hookmap.capture.batches import Batches, Generating, Harvesting
 from hookmap.capture.engines import Engine, nnsight_engine
 from hookmap.capture.engines.hooks import HooksEngine
 from hookmap.capture.estimate import Estimate, estimate
+from hookmap.capture.features import Dictionary, dictionaries_of, in_forward_order, placed, without_features
 from hookmap.capture.interventions.documents import Intervention, read_interventions
 from hookmap.capture.interventions.plan import EditPlan, plan_edits
 from hookmap.capture.interventions.proofs import Proofs
@@ -139,17 +141,30 @@ class Hooked:
         check_names(generation, ["points", "layers", "max_new_tokens", *options_of(CaptureOptions)])
         chosen = with_defaults(RunOptions, given)
         draws = generation.pop("num_return_sequences", None)
-        request = self._request(prompts, points, layers, max_new_tokens, chosen)
+        learned = dictionaries_of(chosen["dictionaries"], chosen)
+        asked = without_features(points) if learned else points
+        request = self._request(prompts, asked, layers, max_new_tokens, chosen)
+        featured = None
+        if learned:
+            read = [(each, self._read_by(each, chosen["calls"])) for each in learned]
+            featured = placed(request.selectors, read)
+            every = in_forward_order((*request.selectors, *(each for _, found in read for each in found)))
+            request = replace(request, selectors=every)
         request = request.drawn(1 if draws is None else draws, chosen["do_sample"])
         engine, why = self._engine_of(chosen["engine"])
         plan = self._plan(chosen["interventions"], request, chosen["engine"])
         run = run_of(request, engine, self.tokenizer, plan, chosen, generation, self.kinds)
         groups, why_apart = self._batches(request, run.why_no_pads)
         expected = self._estimate(request, groups)
-        manifest = manifest_of(request, run, self.map, self.name, plan, chosen["before"])
+        manifest = manifest_of(request, run, self.map, self.name, plan, chosen["before"], featured)
         if chosen["before"]:
             expected = expected.twice()
-        return Prepared(run, groups, manifest, self.map, expected, why, why_apart)
+        return Prepared(run, groups, manifest, self.map, expected, why, why_apart, featured)
+
+    def _read_by(self, dictionary: Dictionary, calls: Any) -> tuple[Selector, ...]:
+        """Where the rows are that a dictionary reads. Raises SelectionError."""
+        point, layer = dictionary.reads[:2]
+        return self.selectors({point: "all" if layer is None else layer}, calls=calls)
 
     @takes(CaptureOptions)
     def generate(

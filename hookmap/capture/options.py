@@ -196,6 +196,14 @@ class RunOptions(EstimateOptions, GenerationOptions, WriteOptions, total=False):
             "nnsight model",
         ),
     ]
+    dictionaries: Annotated[
+        Any,
+        Option(
+            (),
+            "sparse autoencoders or transcoders whose features are stored, sparse, as the point features of the layer "
+            'that each reads; points="features" stores nothing else',
+        ),
+    ]
     before: Annotated[
         bool,
         Option(

@@ -15,6 +15,7 @@ from hookmap.activations import Sink
 from hookmap.capture.batches import Generating, Harvesting, read_by
 from hookmap.capture.engines import Engine
 from hookmap.capture.estimate import Estimate, check_room
+from hookmap.capture.features import Featured
 from hookmap.capture.interventions.plan import EditPlan
 from hookmap.capture.places import check_engine
 from hookmap.capture.request import Request
@@ -54,6 +55,8 @@ class Prepared:
     """why this engine was chosen"""
     apart: str | None = None
     """why prompts of different lengths do not share batches; None where they do"""
+    featured: Featured | None = None
+    """dictionaries whose features are stored"""
 
     def capture(self, store: str | os.PathLike[str] | None, resume: bool) -> Capture:
         """Run every batch, into memory or into a folder. Raises what `Hooked.capture` raises."""
@@ -66,7 +69,9 @@ class Prepared:
         manifest = self.manifest
         if self.run.lost and store is None:
             manifest = manifest.model_copy(update={"runs": (self._note(),)})
-        made = [Capture(s, self.run.selectors, self.map, getattr(s, "manifest", manifest)) for s in stores]
+        rows = {*manifest.keys}
+        selectors = [each for each in self.run.selectors if each.key in rows]
+        made = [Capture(s, selectors, self.map, getattr(s, "manifest", manifest)) for s in stores]
         made[0].before = made[1] if self._before else None
         return made[0]
 
@@ -74,8 +79,15 @@ class Prepared:
         """Run every batch with an unfinished sample, and hand a sink its rows where they are: on the device."""
         self.run.rows_stay = True
         log.info("run: %s; engine %s (%s)", self.expected, self.run.engine.name, self.why)
-        self.run.all(self.groups, Lacking(sink, finished), finished)
+        self.run.all(self.groups, Lacking(self._of_rows(sink), finished), finished)
         _log_memory(self.run)
+
+    def _of_rows(self, sink: Sink) -> Sink:
+        """What takes the run's rows for a sink of what is stored."""
+        if self.featured is None:
+            return sink
+        self.run.rows_stay = True  # a dictionary reads them where the model is
+        return self.featured.into(sink)
 
     @property
     def _before(self) -> bool:
@@ -85,7 +97,7 @@ class Prepared:
     def _in_memory(self) -> list[Store]:
         stores = [MemoryStore(self.manifest.keys) for _ in range(1 + self._before)]
         self.run.before = stores[1] if self._before else None
-        self.run.all(self.groups, stores[0])
+        self.run.all(self.groups, self._of_rows(stores[0]))
         _log_memory(self.run)
         return [*stores]
 
@@ -98,7 +110,7 @@ class Prepared:
 
     def _in_folder(self, store: str | os.PathLike[str], resume: bool) -> list[Store]:
         run, manifest = self.run, self.manifest
-        if not run.selectors:
+        if not manifest.keys:
             raise StoreError("a capture folder needs at least one tensor: name points, or leave store= out.")
         with contextlib.ExitStack() as closing:
             folder = (FolderWriter.resume if resume else FolderWriter.create)(store, manifest)
@@ -108,7 +120,7 @@ class Prepared:
                 run.before = Lacking(writers[1], writers[1].finished)
             finished = reduce(and_, (writer.finished for writer in writers))
             try:
-                run.all(self.groups, Lacking(writers[0], writers[0].finished), finished)
+                run.all(self.groups, Lacking(self._of_rows(writers[0]), writers[0].finished), finished)
             except BaseException:
                 if run.lost:  # the finished samples stay, and the manifest must name the rows that overflowed
                     with contextlib.suppress(StoreError):
@@ -178,7 +190,13 @@ def _common(request: Request, engine: Engine, tokenizer: Any, progress: Any) -> 
 
 
 def manifest_of(
-    request: Request, run: Run, architecture_map: ArchitectureMap, name: str | None, plan: EditPlan | None, before: bool
+    request: Request,
+    run: Run,
+    architecture_map: ArchitectureMap,
+    name: str | None,
+    plan: EditPlan | None,
+    before: bool,
+    featured: Featured | None = None,
 ) -> Manifest:
     """The manifest of a run that has not begun. `name`: of the model, a hub id or a path."""
     settings: dict[str, Any] = {**run.settings, **request.batch_settings}
@@ -188,8 +206,10 @@ def manifest_of(
         settings["interventions"] = plan.settings
     if before:
         settings["before"] = True
+    if featured is not None:
+        settings["dictionaries"] = featured.as_json()
     return manifest_of_run(
-        [selector.key for selector in request.selectors],
+        [selector.key for selector in request.selectors] if featured is None else featured.keys,
         model=name,
         architecture=architecture_map.architecture,
         architecture_map=architecture_map.to_document(),

@@ -35,8 +35,11 @@ def announce(hm: "Model", prompts: list[Any], run: dict[str, Any], folder: Path)
 
 def _estimated(run: dict[str, Any]) -> dict[str, Any]:
     """Those arguments of `capture` that `estimate` takes too."""
+    from hookmap.capture.features import without_features
     from hookmap.capture.options import EstimateOptions, of_kind
 
+    if run.get("dictionaries"):
+        run = {**run, "points": without_features(run["points"])}
     return {name: run[name] for name in ("points", "layers", "max_new_tokens")} | of_kind(EstimateOptions, run)
 
 

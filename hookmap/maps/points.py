@@ -182,6 +182,16 @@ _ALL = (
 
 POINTS: dict[str, Point] = {point.name: point for point in _ALL}
 
+FEATURES = "features"
+"""the point of a dictionary's features, which no model has: a capture computes it of the point that is read"""
+_FEATURES = Point(
+    FEATURES,
+    "the features of a dictionary, kept sparse",
+    axes=("batch", "pos", FEATURES),
+    deeper=True,
+    absent="features are those of a dictionary: give it, dictionaries=[hookmap.load_dictionary(PATH)]",
+)
+
 # Names of other tools that mean the same tensor. A name of theirs that means another tensor is not an alias:
 # TransformerLens's `hook_mlp_in` is the stream *before* the norm, ours is after it.
 _NNTERP = {
@@ -244,6 +254,8 @@ class PointName:
 
     @property
     def definition(self) -> Point:
+        if self.base == FEATURES:
+            return _FEATURES
         return _at_place(self.base) if is_place(self.base) else POINTS[self.base]
 
     def numbered(self, base: str) -> str:
@@ -330,7 +342,7 @@ def parse_point(name: str) -> ParsedPoint | str:
         layer, text = int(match[1]), match[2]
     point = _TRANSFORMER_LENS.get(text) or _NNTERP.get(text) or text
     parts = PointName.of(point)
-    if parts.base in POINTS and (not parts.number or parts.number.isdecimal()):
+    if (parts.base in POINTS or parts.base == FEATURES) and (not parts.number or parts.number.isdecimal()):
         return ParsedPoint(point, layer)
     if text in _FALSE_FRIENDS:
         return _FALSE_FRIENDS[text]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hookmap.activations import Activation, Sample
 from hookmap.errors import StoreError
 from hookmap.stores.closing import Closing
+from hookmap.stores.sparse import size_of
 
 if TYPE_CHECKING:
     from hookmap.stores.folder import FolderWriter
@@ -82,7 +83,7 @@ class BackgroundWriter(Closing):
 
     def write(self, activation: Activation) -> None:
         """Take rows, whose memory must not change from then on. Raises the error of an earlier call."""
-        self._hold(lambda: self._writer.write(activation), activation.tensor.nbytes)
+        self._hold(lambda: self._writer.write(activation), size_of(activation.tensor))
         if self._held_bytes * AT_ONCE >= self._in_flight:
             self._hand_over()
 

@@ -10,6 +10,7 @@ import torch
 from hookmap.activations import Activation, Key
 from hookmap.stores.ledger import tensor_name
 from hookmap.stores.shard import Block
+from hookmap.stores.sparse import parts_of, size_of
 from hookmap.stores.table import Span
 
 HARD = 2
@@ -56,10 +57,10 @@ class Buffer:
         tensor = activation.tensor
         if tensor.requires_grad or not tensor.is_cpu:  # asked first: both calls make a new tensor, a token each
             tensor = tensor.detach().cpu()
-        rows, size = tensor.shape[0], tensor.nbytes
+        rows, size = tensor.shape[0], size_of(tensor)
         if not rows:
             return
-        if tensor.untyped_storage().nbytes() > size:
+        if not tensor.is_sparse and tensor.untyped_storage().nbytes() > size:
             tensor = tensor.clone()  # a view would keep what it is a view of in memory
         self._pieces.setdefault(key, {}).setdefault(activation.sample, []).append((activation.start, tensor))
         self._rows[key] = self._rows.get(key, 0) + rows
@@ -71,7 +72,11 @@ class Buffer:
         for key in self._keys:
             if found := self._pieces.get(key):
                 pieces = [tensor for sample in sorted(found) for _, tensor in found[sample]]
-                blocks.append(Block(tensor_name(key), self._rows[key], pieces))
+                if pieces[0].is_sparse:
+                    parts = parts_of(torch.cat(pieces))._asdict()
+                    blocks += [Block(f"{tensor_name(key)}.{name}", len(part), [part]) for name, part in parts.items()]
+                else:
+                    blocks.append(Block(tensor_name(key), self._rows[key], pieces))
         return blocks
 
     def spans(self, shard: int) -> dict[int, list[Span]]:

@@ -21,6 +21,7 @@ from hookmap.stores.manifest import Counts, Manifest, read_manifest
 from hookmap.stores.number_set import NumberSet
 from hookmap.stores.reader import CaptureStore
 from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, read_header, shard_name
+from hookmap.stores.sparse import rows_held
 from hookmap.stores.table import SAMPLES, SHARDS, Entry, Table, decode_entry, decode_shard, is_intact
 from hookmap.stores.table_index import Committed, left_of
 
@@ -151,7 +152,7 @@ def _problems(folder: Location, manifest: Manifest, entry: Entry, wrong: Callabl
 
     def rows_of(shard: int) -> dict[str, int]:
         header = read_header(folder / SHARD_FOLDER / shard_name(shard))
-        return {name: stored.shape[0] for name, stored in header.items()}
+        return rows_held({name: stored.shape[0] for name, stored in header.items()})
 
     yield from entry_problems(manifest, None, entry, rows_of)
 

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hookmap.activations import Key, Sample
 from hookmap.errors import SelectionError
+from hookmap.maps.points import FEATURES, PointName
 from hookmap.stores.ledger import tensor_name
 
 SHUFFLE_ROWS = 2**14
@@ -74,6 +75,8 @@ class RowDataset(IterableDataset[_Rows]):
         self._keys = [store.key(*key) for key in keys]
         if not self._keys or len(set(self._keys)) != len(self._keys):
             raise SelectionError(f"rows of which tensors? Expected each once, got {list(keys)}.")
+        if sparse := [tensor_name(key) for key in self._keys if PointName.of(key[0]).base == FEATURES]:
+            raise SelectionError(f"{', '.join(sparse)}: sparse rows make no batches: read them, store.rows(…).")
         if batch_size < 1 or shuffle_rows < 0:
             raise SelectionError(f"expected batch_size over 0 and shuffle_rows, got {batch_size} and {shuffle_rows}.")
         self._batch_size, self._shuffle_rows, self._seed = batch_size, shuffle_rows, seed

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from hookmap.activations import Key, Sample, call_of
-from hookmap.errors import StoreError
+from hookmap.errors import SelectionError, StoreError
 from hookmap.extras import needed
-from hookmap.maps.points import transformer_lens_name
+from hookmap.maps.points import FEATURES, PointName, transformer_lens_name
 from hookmap.stores.copying import ROWS
 from hookmap.stores.durable_files import temporary
 from hookmap.stores.interface import Store
@@ -89,6 +89,15 @@ def export(
 
 def _keys(store: Store, point: str | None, layer: int | None, call: int | None) -> tuple[Key, ...]:
     """The tensors to export. `layer` alone: of every point that has one; `call` alone: of every layer that has it."""
+    found = _named(store, point, layer, call)
+    if sparse := [tensor_name(key) for key in found if PointName.of(key[0]).base == FEATURES]:
+        raise SelectionError(
+            f"{', '.join(sparse)}: sparse rows have no other format: name another tensor, point=POINT (--point)."
+        )
+    return found
+
+
+def _named(store: Store, point: str | None, layer: int | None, call: int | None) -> tuple[Key, ...]:
     if point is not None and (call is None or layer is not None):
         return store.keys_of(point, layer, call)
     if layer is not None and layer < 0 and store.num_layers is not None:

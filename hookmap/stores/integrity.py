@@ -9,6 +9,7 @@ from hookmap.stores.location import Location, sizes
 from hookmap.stores.manifest import Manifest, read_manifest
 from hookmap.stores.number_set import NumberSet
 from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, read_header, sha256_of, shard_name
+from hookmap.stores.sparse import rows_held
 from hookmap.stores.table import SAMPLES, SHARDS, Entry, decode_entry, read_shards
 from hookmap.stores.table_index import Committed, scan
 
@@ -44,10 +45,9 @@ def shard_problems(path: Location, info: ShardInfo, manifest: Manifest) -> Itera
     except StoreError as error:
         yield _first_line(error)
         return
-    specs = {spec.name: spec for spec in manifest.tensors}
+    said = {name: what for spec in manifest.tensors for name, what in spec.stored.items()}
     for name, stored in found.items():
-        spec = specs.get(name)
-        if spec is None or (spec.dtype, spec.row_shape) != (stored.dtype, stored.shape[1:]):
+        if said.get(name) != (stored.dtype, stored.shape[1:]):
             row = f"{stored.dtype} rows of {list(stored.shape[1:])}"
             yield f"{path}, tensor {name}: {row} are not what the manifest says"
     if (digest := sha256_of(path)) != info.sha256:
@@ -63,7 +63,7 @@ def _table_problems(folder: Location, manifest: Manifest, committed: Committed) 
             header = read_header(folder / SHARD_FOLDER / shard_name(shard))
         except StoreError:  # told before
             return None
-        return {name: stored.shape[0] for name, stored in header.items()}
+        return rows_held({name: stored.shape[0] for name, stored in header.items()})
 
     with path.open("rb") as file:
         for number in range(1, len(committed.numbers) + 1):

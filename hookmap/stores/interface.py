@@ -17,6 +17,7 @@ from hookmap.activations import Activation, Key, Sample, Sink, call_of, key_of
 from hookmap.errors import SelectionError
 from hookmap.maps.points import PointName, axes_of, parse_point
 from hookmap.stores.joining import Rows, flat_rows, join, layers_meant, stacked
+from hookmap.stores.sparse import compact
 from hookmap.wording import counted, did_you_mean, sentence
 
 Tokens: TypeAlias = "slice | Sequence[int] | None"
@@ -209,7 +210,8 @@ class Store(ABC):
         key, lengths, not_finite, first = self.key(point, layer, call), array("d"), 0, None
         for sample in self.samples:
             for start in range(0, sample.rows, NORM_ROWS):
-                rows = self._rows(sample.sample, key, range(start, min(start + NORM_ROWS, sample.rows))).flatten(1)
+                rows = self._rows(sample.sample, key, range(start, min(start + NORM_ROWS, sample.rows)))
+                rows = compact(rows)[1] if rows.is_sparse else rows.flatten(1)
                 good = rows.isfinite().all(1)
                 if first is None and not bool(good.all()):
                     first = (sample.sample, position_of(sample, start + int((~good).nonzero()[0])))

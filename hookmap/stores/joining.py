@@ -9,6 +9,7 @@ import torch
 from hookmap.activations import Key, call_of
 from hookmap.errors import SelectionError
 from hookmap.maps.points import PointName, parse_point
+from hookmap.stores import sparse
 from hookmap.wording import counted
 
 
@@ -31,8 +32,11 @@ def join(rows: Sequence[int], parts: Iterable[torch.Tensor]) -> "torch.Tensor | 
     """
     if len(set(rows)) != 1:
         return list(parts)
+    parts = iter(parts)
     joined: torch.Tensor | None = None
     for place, part in enumerate(parts):
+        if part.is_sparse:
+            return sparse.stacked([part, *parts])
         if joined is None:
             joined = part.new_empty((len(rows), *part.shape))
         joined[place] = part
@@ -52,6 +56,8 @@ def stacked(
     for place, part in enumerate(parts):
         whole = isinstance(part, torch.Tensor)
         pieces = [part] if isinstance(part, torch.Tensor) else part
+        if pieces[0].is_sparse:
+            raise SelectionError(f"{name} is of several layers, and sparse: say which layer.")
         if not made:
             made = [piece.new_empty((count, *piece.shape)) for piece in pieces]
         for target, piece in zip(made, pieces, strict=True):
@@ -82,6 +88,9 @@ def flat_rows(held: Any, key: Key) -> Rows:
     values: torch.Tensor | None = None
     for place, sample in enumerate(samples):
         rows = held.read(sample.sample, key[0], key[1], call_of(key))
+        if rows.is_sparse:
+            every = (held.read(each.sample, key[0], key[1], call_of(key)) for each in samples)
+            return Rows(torch.cat(list(every)).coalesce(), offsets)
         if values is None:
             values = rows.new_empty((offsets[-1], *rows.shape[1:]))
         values[offsets[place] : offsets[place + 1]] = rows

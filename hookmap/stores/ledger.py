@@ -17,6 +17,7 @@ class RowSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
     """without the token axis: (d_model,) for the residual stream"""
+    sparse: bool = False
 
 
 def tensor_name(key: Key) -> str:
@@ -86,7 +87,13 @@ class Ledger:
     def _check_spec(self, key: Key, tensor: torch.Tensor) -> None:
         shape = tuple(tensor.shape)  # of a torch.Size, a slice takes ten times as long
         known = self.specs.get(key)
-        if known is not None and known.dtype == tensor.dtype and known.shape == shape[1:] and shape[1:]:
+        if (
+            known is not None
+            and known.dtype == tensor.dtype
+            and known.shape == shape[1:]
+            and shape[1:]
+            and known.sparse == tensor.is_sparse
+        ):
             return
         if len(shape) < 2:
             raise CaptureError(f"{tensor_name(key)}: expected [tokens, d], got shape {list(shape)}.")
@@ -95,4 +102,4 @@ class Ledger:
                 f"{tensor_name(key)}: expected rows of {known.dtype} {list(known.shape)}, as before, "
                 f"got {tensor.dtype} {list(shape[1:])}."
             )
-        self.specs[key] = RowSpec(tensor.dtype, shape[1:])
+        self.specs[key] = RowSpec(tensor.dtype, shape[1:], tensor.is_sparse)

@@ -18,16 +18,18 @@ from pydantic import (
 from hookmap.activations import Key, call_of, key_of
 from hookmap.errors import MapError, StoreError
 from hookmap.frozen import Frozen
+from hookmap.maps.points import FEATURES, PointName
 from hookmap.stores.durable_files import write_all, write_whole
 from hookmap.stores.ledger import RowSpec, tensor_name
 from hookmap.stores.location import Location, RemotePath, local, reading
 from hookmap.stores.shard import DTYPES, NAMES
+from hookmap.stores.sparse import INDEX_DTYPE, INDICES, OFFSET_DTYPE, OFFSETS, VALUES
 from hookmap.strict_json import read_json
 
 MANIFEST = "manifest.json"
 FORMAT: Final = "hookmap-capture"
-FORMAT_VERSIONS: Final = (1, 2)
-"""2: a tensor is of one call of a layer that runs several times"""
+FORMAT_VERSIONS: Final = (1, 2, 3)
+"""2: a tensor is of one call of a layer that runs several times; 3: a tensor is sparse"""
 
 SHARD_TOKENS = 256
 SHARD_BYTES = 16 * 2**20
@@ -45,6 +47,7 @@ class TensorSpec(Frozen):
     call: int | None = Field(default=None, ge=0, description="which run of a layer that runs several times; else null")
     dtype: str | None = Field(default=None, description="safetensors' name; null until the first samples are finished")
     row_shape: tuple[int, ...] | None = Field(default=None, description="of one row: [d]; null as `dtype` is")
+    sparse: bool = Field(default=False, description="whether shards hold NAME.values, NAME.indices and NAME.offsets")
 
     @model_validator(mode="after")
     def _is_one_tensor(self) -> "TensorSpec":
@@ -64,7 +67,18 @@ class TensorSpec(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if (key, value) != ("call", None)}
+        usual = {"call": None, "sparse": False}
+        return {key: value for key, value in handler(self).items() if key not in usual or value != usual[key]}
+
+    @property
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The tensors of a shard that hold it: dtype and shape of a row of each; none before it is known."""
+        if self.dtype is None or self.row_shape is None:
+            return {}
+        if not self.sparse:
+            return {self.name: (self.dtype, self.row_shape)}
+        dtypes = {VALUES: self.dtype, INDICES: INDEX_DTYPE, OFFSETS: OFFSET_DTYPE}
+        return {f"{self.name}.{part}": (dtype, ()) for part, dtype in dtypes.items()}
 
 
 class Counts(Frozen):
@@ -80,7 +94,7 @@ class Manifest(Frozen):
     """The whole document."""
 
     format: Literal["hookmap-capture"] = FORMAT
-    format_version: Literal[1, 2] = 1
+    format_version: Literal[1, 2, 3] = 1
     finished: bool = Field(default=False, description="false while it is written, and after a kill until it is resumed")
     model: str | None = Field(description="hub id or path, as the run was given it")
     architecture: str | None
@@ -127,7 +141,7 @@ class Manifest(Frozen):
     def specs(self) -> dict[Key, RowSpec]:
         """What one row of each tensor is, as far as it is known."""
         return {
-            spec.key: RowSpec(DTYPES[spec.dtype], spec.row_shape)
+            spec.key: RowSpec(DTYPES[spec.dtype], spec.row_shape, spec.sparse)
             for spec in self.tensors
             if spec.dtype is not None and spec.row_shape is not None
         }
@@ -172,13 +186,17 @@ def manifest_of_run(
     if len(set(keys)) != len(keys):
         raise StoreError(f"a capture needs tensors, each once, got {list(keys)}.")
     points, layers = _points_and_layers(keys)
+    sparse = {key for key in keys if PointName.of(key[0]).base == FEATURES}
     return Manifest(
-        format_version=1 if all(call_of(key) is None for key in keys) else 2,
+        format_version=3 if sparse else 1 if all(call_of(key) is None for key in keys) else 2,
         model=model,
         architecture=architecture,
         points=points,
         layers=layers,
-        tensors=tuple(TensorSpec(name=tensor_name(key), point=key[0], layer=key[1], call=call_of(key)) for key in keys),
+        tensors=tuple(
+            TensorSpec(name=tensor_name(key), point=key[0], layer=key[1], call=call_of(key), sparse=key in sparse)
+            for key in keys
+        ),
         settings=_plain(settings or {}),
         shard_tokens=shard_tokens,
         shard_bytes=shard_bytes,

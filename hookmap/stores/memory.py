@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from hookmap.activations import Activation, Key, Sample
+from hookmap.stores import sparse
 from hookmap.stores.interface import Store, unknown_sample
 from hookmap.stores.ledger import Ledger
 
@@ -58,7 +59,10 @@ class MemoryStore(Store):
         pieces = self._pieces.get((sample, key))
         if not pieces:  # a sample without rows
             spec = self._ledger.specs.get(key)
-            return torch.empty(0, *spec.shape, dtype=spec.dtype) if spec else torch.empty(0, 0)
+            nothing = torch.empty(0, *spec.shape, dtype=spec.dtype) if spec else torch.empty(0, 0)
+            return nothing.to_sparse() if spec and spec.sparse else nothing
+        if pieces[0].is_sparse:
+            return sparse.rows_at(pieces[0], rows)
         if isinstance(rows, range) and rows.step == 1:
             return pieces[0][rows.start : rows.stop].clone()
         return pieces[0][list(rows)]

@@ -16,6 +16,7 @@ from hookmap.stores.interface import Store, unknown_sample
 from hookmap.stores.location import Location, location, sizes
 from hookmap.stores.manifest import Manifest, TensorSpec, read_manifest
 from hookmap.stores.shard import DTYPES, SHARD_FOLDER, Stored, read_header, read_into, shard_name
+from hookmap.stores.sparse import INDICES, OFFSETS, VALUES, Parts, from_parts
 from hookmap.stores.table import OPTIONAL, SAMPLES, Entry, Span, Table
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class CaptureStore(Store):
     def shard_rows(self, shard: int, key: Key, row: int, rows: int) -> torch.Tensor:
         """Contiguous rows of one tensor in one shard, across sample boundaries: [rows, *row]. Raises StoreError."""
         spec, what = self.manifest.tensors[self._places[key]], self._specs[key]
+        if spec.sparse:
+            return self._sparse_rows(shard, spec, row, rows)
         stored = self._stored(shard, spec)
         if row + rows > stored.shape[0]:
             raise self._contradiction(shard, spec, f"{row + rows} rows", f"{stored.shape[0]}")
@@ -174,7 +177,7 @@ class CaptureStore(Store):
             "samples": len(self),
             "rows": rows,
             "shards": self._table.committed.shards,
-            "bytes": sum(rows * _row_bytes(spec) for spec in manifest.tensors),
+            "bytes": sum(map(self._bytes_of, manifest.tensors)),
             "bytes_on_disk": sum(sizes(self.path).values()),
             "settings": manifest.settings,
             "overflow": _overflow(manifest),
@@ -192,8 +195,10 @@ class CaptureStore(Store):
             **({} if spec.call is None else {"call": spec.call}),
             "dtype": spec.dtype,
             "shape": [rows, *(spec.row_shape or ())],
-            "bytes": rows * _row_bytes(spec),
+            "bytes": self._bytes_of(spec),
         }
+        if spec.sparse:
+            found["sparse"] = True
         if norms:
             norms_found = self.row_norms(*spec.key)
             named = {"mean_norm": "mean", "median_norm": "median", "largest_norm": "largest", "largest_share": "share"}
@@ -205,13 +210,25 @@ class CaptureStore(Store):
                 found["first_not_finite"] = dict(zip(("sample", "position"), norms_found.first_not_finite, strict=True))
         return found
 
+    def _bytes_of(self, spec: TensorSpec) -> int:
+        """Of a tensor's rows; a sparse one's are asked of every shard."""
+        if not spec.sparse:
+            return self._table.committed.rows * _row_bytes(spec)
+        headers = (self._read_header(shard) for shard in range(self._table.committed.shards))
+        return sum(header[name].bytes for header in headers for name in spec.stored if name in header)
+
     def _rows(self, sample: int, key: Key, rows: Sequence[int]) -> torch.Tensor:
         entry, place = self._entry(sample), self._places[key]
         spec = self._specs.get(key)
         if spec is None:  # no sample has rows yet
             return torch.empty(0, 0)
         if not len(rows):
-            return torch.empty(0, *spec.shape, dtype=spec.dtype)
+            nothing = torch.empty(0, *spec.shape, dtype=spec.dtype)
+            return nothing.to_sparse() if spec.sparse else nothing
+        if spec.sparse:
+            where = [each for first, stop in _runs(rows) for each in self._where(entry, place, first, stop)]
+            tensor = self.manifest.tensors[place]
+            return torch.cat([self._sparse_rows(shard, tensor, row, n) for shard, row, n in where]).coalesce()
         row_bytes = math.prod(spec.shape) * spec.dtype.itemsize
         data = bytearray(len(rows) * row_bytes)
         view = memoryview(data)
@@ -224,6 +241,15 @@ class CaptureStore(Store):
         """Read rows first..stop-1 of one sample of one tensor into `view`, which they fill."""
         spec = self.manifest.tensors[place]
         row_bytes = len(view) // (stop - first)
+        for shard, row, rows in self._where(entry, place, first, stop):
+            stored = self._stored(shard, spec)
+            if row + rows > stored.shape[0]:
+                raise self._contradiction(shard, spec, f"{row + rows} rows", f"{stored.shape[0]}")
+            read_into(self._shard_path(shard), [(stored.offset + row * row_bytes, view[: rows * row_bytes])])
+            view = view[rows * row_bytes :]
+
+    def _where(self, entry: Entry, place: int, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Where rows first..stop-1 of one sample of one tensor are, in order: shard, row, number of rows."""
         reached = first
         for span in entry.spans:
             if reached == stop:
@@ -231,27 +257,48 @@ class CaptureStore(Store):
             if not (span.first <= place < span.end and span.start <= reached < span.start + span.rows):
                 continue
             until = min(stop, span.start + span.rows)
-            stored = self._stored(span.shard, spec)
-            row = span.row + reached - span.start
-            if row + until - reached > stored.shape[0]:
-                raise self._contradiction(span.shard, spec, f"{row + until - reached} rows", f"{stored.shape[0]}")
-            piece = view[(reached - first) * row_bytes : (until - first) * row_bytes]
-            read_into(self._shard_path(span.shard), [(stored.offset + row * row_bytes, piece)])
+            yield span.shard, span.row + reached - span.start, until - reached
             reached = until
         if reached != stop:
+            name = self.manifest.tensors[place].name
             raise StoreError(
                 f"{self.path / SAMPLES}: sample {entry.sample.sample} has {entry.sample.rows} rows, and no span for "
-                f"row {reached} of {spec.name}.\nSee every problem: hookmap inspect {self.path} --verify"
+                f"row {reached} of {name}.\nSee every problem: hookmap inspect {self.path} --verify"
             )
 
-    def _stored(self, shard: int, spec: TensorSpec) -> Stored:
-        stored = self._header(shard).get(spec.name)
+    def _sparse_rows(self, shard: int, spec: TensorSpec, row: int, rows: int) -> torch.Tensor:
+        """Contiguous rows of a sparse tensor in one shard. Raises StoreError."""
+        values, indices, offsets = (self._stored(shard, spec, part) for part in (VALUES, INDICES, OFFSETS))
+        if row + rows >= offsets.shape[0]:
+            raise self._contradiction(shard, spec, f"{row + rows} rows", f"{offsets.shape[0] - 1}")
+        at = self._numbers(shard, offsets, row, rows + 1)
+        first, last = int(at[0]), int(at[-1])
+        if bool((at.diff() < 0).any()) or first < 0 or last > min(values.shape[0], indices.shape[0]):
+            raise self._contradiction(shard, spec, "offsets that ascend, into its values", "others")
+        width = (spec.row_shape or (0,))[0]
+        numbers, which = (self._numbers(shard, each, first, last - first) for each in (values, indices))
+        try:
+            return from_parts(Parts(numbers, which, at), width)
+        except RuntimeError as error:
+            expected = f"indices from 0 to {width - 1}, ascending in a row"
+            raise self._contradiction(shard, spec, expected, "others") from error
+
+    def _numbers(self, shard: int, stored: Stored, first: int, count: int) -> torch.Tensor:
+        """Some numbers of a tensor with one axis."""
+        if not count:
+            return torch.empty(0, dtype=DTYPES[stored.dtype])
+        data = bytearray(count * stored.row_bytes)
+        read_into(self._shard_path(shard), [(stored.offset + first * stored.row_bytes, memoryview(data))])
+        return torch.frombuffer(data, dtype=DTYPES[stored.dtype])
+
+    def _stored(self, shard: int, spec: TensorSpec, part: str | None = None) -> Stored:
+        """What a shard holds of a tensor; `part`: of a sparse one."""
+        name = spec.name if part is None else f"{spec.name}.{part}"
+        stored, (dtype, shape) = self._header(shard).get(name), spec.stored[name]
         if stored is None:
             raise self._contradiction(shard, spec, "it", "no such tensor")
-        if stored.dtype != spec.dtype or stored.shape[1:] != spec.row_shape:
-            raise self._contradiction(
-                shard, spec, f"{spec.dtype} rows of {spec.row_shape}", f"{stored.dtype} of {stored.shape[1:]}"
-            )
+        if stored.dtype != dtype or stored.shape[1:] != shape:
+            raise self._contradiction(shard, spec, f"{dtype} rows of {shape}", f"{stored.dtype} of {stored.shape[1:]}")
         return stored
 
     def _contradiction(self, shard: int, spec: TensorSpec, expected: str, found: str) -> StoreError:

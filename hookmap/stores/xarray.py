@@ -57,6 +57,8 @@ def to_xarray(run: Run, point: str, layer: int | None, sample: int | None, call:
 def _array(xarray: Any, run: Run, key: Key, sample: int | None) -> Any:
     found = run[key]
     name, number = key[:2]
+    if found[0].is_sparse:
+        raise SelectionError(f"{name} is sparse, and xarray has only dense arrays: take run[{name!r}, {number}].")
     if isinstance(found, list) and sample is None:
         rows = sorted({each.rows for each in run.samples})
         raise SelectionError(

@@ -25,7 +25,7 @@ ELSEWHERE = {
     "interventions": "intervene",
 }
 """options that a command line has by another name, or not at all"""
-PER_RUN = {"resume", "before", *ELSEWHERE}
+PER_RUN = {"resume", "before", "dictionaries", *ELSEWHERE}
 """options that no file of settings gives"""
 
 

@@ -498,8 +498,8 @@ class TestDamage:
             (_edit("manifest.json", lambda text: text[:100]), r"manifest\.json is broken: expected JSON"),
             (_edit("manifest.json", lambda text: b"[]"), "expected format 'hookmap-capture', found a list"),
             (
-                _edit("manifest.json", lambda text: text.replace(b'"format_version": 1', b'"format_version": 3')),
-                "expected format_version 1 or 2, found 3.*pip install -U hookmap",
+                _edit("manifest.json", lambda text: text.replace(b'"format_version": 1', b'"format_version": 4')),
+                "expected format_version 1 or 2 or 3, found 4.*pip install -U hookmap",
             ),
             (_edit("manifest.json", lambda text: text.replace(b'"BF16"', b'"BF17"')), "tensors.0.*BF17"),
             (_edit("manifest.json", lambda text: text.replace(b'"layers"', b'"leyers"')), "(?s)layers.*leyers"),

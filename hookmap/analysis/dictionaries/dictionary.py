@@ -11,6 +11,7 @@ from hookmap.activations import Key, key_of
 from hookmap.analysis.dictionaries.writing import Writing
 from hookmap.errors import SelectionError
 from hookmap.stores.ledger import tensor_name
+from hookmap.stores.sparse import CHUNK
 
 Tensor = torch.Tensor
 Activation = Literal["relu", "topk", "jumprelu", "threshold", "gated"]
@@ -154,6 +155,14 @@ class Dictionary(Writing):
         else:
             found = self._activated(before + self.encoder_bias, norms)
         return found if norms is None or self.activation == "topk" else found * norms
+
+    def active(self, rows: Tensor) -> Tensor:
+        """[n, d_in] -> [n, features], a sparse tensor (COO) of the active ones; a few rows are dense at a time.
+
+        Raises SelectionError for another width.
+        """
+        step = max(1, CHUNK // self.features)
+        return torch.cat([self.encode(part).to_sparse() for part in torch.split(rows, step)]).coalesce()
 
     def _activated(self, before: Tensor, norms: Tensor | None) -> Tensor:
         if self.activation == "relu":

@@ -54,6 +54,8 @@ def examples(
     settings = _settings(k, random, context, skip, positive, examples_seed)
     if points is None:
         points = {learned.reads[0]: "all" if learned.reads[1] is None else learned.reads[1]} if learned else "mlp_post"
+    if options.get("dictionaries"):
+        raise SelectionError("dictionaries: examples of features are of one at a time, dictionary=…")
     if wrong := [name for name in ("positions", "every", "mean", "features", "before") if options.get(name)]:
         raise SelectionError(f"{', '.join(wrong)}: examples look at every row: leave them out.")
     prepared = hm.prepare(prompts, points, layers, max_new_tokens, **options)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from hookmap.analysis.reductions.wanted import KINDS, LABEL, POSITION, SINK
 from hookmap.capture.estimate import in_words
 from hookmap.errors import CaptureError
 from hookmap.loading.memory import available
+from hookmap.stores import sparse
 from hookmap.stores.interface import position_of
 from hookmap.stores.ledger import tensor_name
 
@@ -63,7 +65,15 @@ class Reducer(Gathering):
         self._most, self._needed = dict(most or {}), dict[tuple[Key, str], int]()
 
     def take(self, key: Key, rows: torch.Tensor, pieces: list[Activation]) -> None:
-        """Sum up the rows of a batch."""
+        """Sum up the rows of a batch; sparse ones a few at a time."""
+        if not rows.is_sparse:
+            self._sum(key, rows, pieces)
+            return
+        for piece in pieces:
+            for first, dense in sparse.pieces(piece.tensor):
+                self._sum(key, dense, [replace(piece, start=piece.start + first, tensor=dense)])
+
+    def _sum(self, key: Key, rows: torch.Tensor, pieces: list[Activation]) -> None:
         self._rows.setdefault(key, tuple(rows.shape[1:]))
         if not len(rows):
             return

@@ -16,7 +16,7 @@ from hookmap.capture.options import Layers, Points
 from hookmap.capture.prepare import Prepared, say_apart
 from hookmap.capture.rows import NUMBERS
 from hookmap.errors import SelectionError
-from hookmap.maps.points import PointName
+from hookmap.maps.points import FEATURES, PointName
 from hookmap.stores.interface import Store
 from hookmap.stores.manifest import versions
 from hookmap.stores.number_set import NumberSet
@@ -69,12 +69,12 @@ def groupings(by: str | Iterable[str] | None, options: Mapping[str, Any]) -> str
 
 def begun(prepared: Prepared, chosen: Wanted) -> Statistics:
     """Statistics of a run that has not begun. Raises SelectionError for what cannot be reduced."""
-    refuse([selector.key for selector in prepared.run.selectors], chosen, (p.labels for p in prepared.run.prompts))
+    keys = prepared.manifest.keys
+    refuse(keys, chosen, (p.labels for p in prepared.run.prompts))
     if wide := dict.fromkeys(s.point for s in prepared.run.selectors if s.has_keys):
         raise SelectionError(f"{', '.join(wide)}: a row is as wide as its text: no statistics of it.")
     manifest = prepared.manifest
     about = {"model": manifest.model, "architecture": manifest.architecture, "settings": manifest.settings}
-    keys = tuple(selector.key for selector in prepared.run.selectors)
     return Statistics(chosen, keys, {**about, "versions": versions()})
 
 
@@ -82,6 +82,9 @@ def refuse(keys: Iterable[Key], chosen: Wanted, labels: Iterable[Mapping[str, An
     """Raises SelectionError for points without numbers to sum up, and labels that no sample has."""
     if numbers := dict.fromkeys(key[0] for key in keys if PointName.of(key[0]).base in NUMBERS):
         raise SelectionError(f"{', '.join(numbers)} are numbers of experts: there are no statistics of them.")
+    features = any(PointName.of(key[0]).base == FEATURES for key in keys)
+    if features and (meant := [name for name in ("outlier", "massive", "covariance") if name in chosen.reductions]):
+        raise SelectionError(f"{', '.join(meant)}: not of a dictionary's features. Choose other reductions.")
     names = [by.removeprefix(LABEL) for by in chosen.by if by.startswith(LABEL)]
     if names:
         held = {name: value for each in labels for name, value in (each or {}).items()}

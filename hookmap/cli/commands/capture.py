@@ -1,5 +1,6 @@
 """`hookmap capture`: generate, and keep the chosen tensors in a folder."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from numbers import Integral
 from pathlib import Path
@@ -20,6 +21,13 @@ _TENSORS = option_group(
     click.option("--points", metavar="NAMES", help="Which tensors: resid_pre,resid_mid or resid_post@3,5,z@8 or all."),
     click.option("--layers", metavar="LAYERS", help="Which layers: 8,12,16 or 0-3 or -1 or all.  [default: all]"),
     calls_option,
+)
+_DICTIONARIES = click.option(
+    "--dictionary",
+    "dictionaries",
+    multiple=True,
+    metavar="DIR",
+    help="Also keep the features of this sparse autoencoder, a folder or a hub id; --points features: those alone.",
 )
 _FOLDER = option_group(
     click.option("-o", "--output", metavar="DIR", help="The capture folder.  [default: a new one in captures/]"),
@@ -58,6 +66,7 @@ _INTERVENTIONS = option_group(
 @prompt_options
 @_FOLDER
 @_BATCHES
+@_DICTIONARIES
 @row_options
 @dtype_options
 @_ENGINE
@@ -99,6 +108,7 @@ def command(model: str | None, output: str | None, resume: bool, **given: Any) -
     engine = typed_or_set(given, settings, "engine").get("engine", "auto")
     cluster = cluster_of(engine, given, settings)
     written = _interventions(given.pop("intervene"), given.pop("before"))
+    written |= _dictionaries(given.pop("dictionaries"))
     batches = {"max_new_tokens": 64} | typed_or_set(given, settings, "max_new_tokens", "batch_size", "batch_tokens")
     drawn = sampling(given, settings, generates=batches["max_new_tokens"] > 0)
     rows = row_selection(given, settings)
@@ -108,7 +118,10 @@ def command(model: str | None, output: str | None, resume: bool, **given: Any) -
     if cluster is not None and engine == "vllm":
         cluster |= taps_of(points, layers, written.get("interventions", ()))
     model = choose_model(model, settings)
-    refuse_unknown(points, layers, model, calls, **rows)
+    from hookmap.capture.features import without_features
+
+    asked: Any = without_features(points) or "all" if written.get("dictionaries") else points
+    refuse_unknown(asked, layers, model, calls, **rows)
 
     with ExitStack() as stack:
         if cluster is None:
@@ -151,6 +164,15 @@ def _interventions(file: str | None, before: bool) -> dict[str, Any]:
     from hookmap.capture.interventions.documents import load_interventions
 
     return {"interventions": load_interventions(file), "before": before}
+
+
+def _dictionaries(sources: Sequence[str]) -> dict[str, Any]:
+    """Read before the weights of the model are loaded, as interventions are."""
+    if not sources:
+        return {}
+    from hookmap.analysis.dictionaries.loading import load_dictionary
+
+    return {"dictionaries": tuple(map(load_dictionary, sources))}
 
 
 def _folder(output: str | None, resume: bool) -> Path:

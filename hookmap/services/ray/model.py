@@ -305,6 +305,8 @@ def open_on_ray(
 def _named(points: Points, layers: Layers, max_new_tokens: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `HookedModel.capture` by their names. A file of interventions is read here, on the driver."""
     named = {"points": points, "layers": layers, "max_new_tokens": max_new_tokens, **options}
+    if named.get("dictionaries"):
+        raise CaptureError("dictionaries are read on one machine only: leave them out, or hookmap.open the model.")
     if "interventions" in named:
         named["interventions"] = read_interventions(named["interventions"])
         refuse_functions(
