@@ -109,7 +109,7 @@ class HookedModel(ByGradients, OverTexts):
         direction: in place of tokens, a vector [d_model] or a steering vector (of a probe, too). The parts sum to its
         product with the stream that leaves `layer`, the last unless given; no norm stands between.
         positions: as in capture. heads: split attention into its heads. neurons: layers whose MLPs are split into
-        their neurons.
+        their neurons. experts: layers whose mixtures are split into their experts.
         Raises SelectionError with the reason where the residual stream is not a plain sum of branches.
         """
         return attribute(self, prompt, target, against, **options)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
-from hookmap.activations import Key, Sample, call_of, key_of
+from hookmap.activations import Key, Sample, key_of
+from hookmap.analysis.branches import points_of
 from hookmap.analysis.directions import Aim, aimed
-from hookmap.analysis.head_outputs import close_to, head_outputs, neuron_outputs
+from hookmap.analysis.head_outputs import close_to
+from hookmap.analysis.stream_parts import Inside, inside_of, parts_of
 from hookmap.analysis.tokens import row_positions, token_id, token_text, token_texts
 from hookmap.analysis.unembedding import Unembedding, apply, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
@@ -87,6 +89,7 @@ def attribute(
     positions: Any = "last",
     heads: bool = False,
     neurons: Layers = (),
+    experts: Layers = (),
     direction: torch.Tensor | Sequence[float] | SteeringVector | None = None,
     layer: int | None = None,
     sample: int = 0,
@@ -96,30 +99,23 @@ def attribute(
     names = _summands(hm)
     if direction is None and layer is not None:
         raise SelectionError("layer= is of the stream that a direction reads: give direction=, or leave it out.")
-    split = _layers_of_neurons(hm, neurons)
+    inside = inside_of(hm, heads, neurons, experts)
     aim = None if direction is None else aimed(hm.map, names, direction, layer, (target, against))
     names, whole = (names, key_of("resid_post", *last_run(hm.map))) if aim is None else (aim.names, aim.whole)
     unembedding = unembedding_of(hm) if aim is None else None
     if isinstance(prompt, Capture | Store):
         run: Capture | Store = prompt
-        _refuse_missing(run, [*names, whole], heads, bool(split))
+        _refuse_missing(run, [*names, whole, *inside.keys(hm.map, names)], heads)
     else:
-        run, sample = _captured(hm, prompt, [*names, whole], heads, bool(split), positions, template), 0
+        run, sample = _captured(hm, prompt, [*names, whole], inside, positions, template), 0
     close = unembedding.tolerance if unembedding else close_to(run, whole)
     with lock_of(hm.model).shared():
-        parts = _parts(hm, run, names, heads, split, close, sample)
+        parts = parts_of(hm, run, names, inside, close, sample)
         stream = _Split(hm, run, run.sample(sample), whole, close, *parts)
         if unembedding is None:
             assert aim is not None
             return _projected(stream, aim)
         return _read(stream, unembedding, target, against)
-
-
-def _layers_of_neurons(hm: Hooked, neurons: Layers) -> frozenset[int]:
-    """The layers whose MLPs are split. Raises SelectionError where they have no neurons."""
-    if isinstance(neurons, tuple) and not neurons:
-        return frozenset()
-    return frozenset(s.layer for s in hm.selectors("mlp_post", neurons) if s.layer is not None)
 
 
 @dataclass(frozen=True)
@@ -135,31 +131,24 @@ class _Split:
     parts: torch.Tensor
 
 
-def _captured(
-    hm: Hooked, prompt: Any, keys: list[Key], heads: bool, neurons: bool, positions: Any, template: Any
-) -> Capture:
-    points = [*dict.fromkeys(key[0] for key in keys[1:-1]), *_inside(heads, neurons)]
-    ends = [f"blocks.{keys[-1][1]}.hook_{keys[-1][0]}", "blocks.0.hook_resid_pre"]
+def _captured(hm: Hooked, prompt: Any, keys: list[Key], inside: Inside, positions: Any, template: Any) -> Capture:
+    wanted: dict[str, Any] = points_of([keys[0], keys[-1], *inside.keys(hm.map, keys)])
+    wanted |= dict.fromkeys([*(key[0] for key in keys[1:-1]), *(["z"] if inside.heads else [])], "all")
     encoded = hm.encode(prompt, **template)
     if len(encoded) != 1:
         raise SelectionError(f"an attribution is of one prompt, got {len(encoded)}: call it for each.")
-    run = hm.capture(encoded, [*points, *ends], "all", max_new_tokens=0, positions=positions)
+    run = hm.capture(encoded, wanted, max_new_tokens=0, positions=positions)
     if not all(bool(run.read(0, *key).isfinite().all()) for key in run.keys):
         raise not_finite(hm, encoded[0], "direct logit attribution")
     return run
 
 
-def _inside(heads: bool, neurons: bool) -> list[str]:
-    """The points inside branches that the parts of branches are computed from."""
-    return [*(["z"] if heads else []), *(["mlp_post"] if neurons else [])]
-
-
-def _refuse_missing(run: Capture | Store, keys: list[Key], heads: bool, neurons: bool) -> None:
+def _refuse_missing(run: Capture | Store, keys: list[Key], heads: bool) -> None:
     missing = [key for key in dict.fromkeys(keys) if key not in run.keys]
-    missing += [(point, None) for point in _inside(heads, neurons) if point not in run.points]
+    missing += [("z", None)] if heads and "z" not in run.points else []
     if missing:
         shown = ", ".join(label(key) if key[1] is not None else key[0] for key in missing[:6])
-        points = list(dict.fromkeys([*(key[0] for key in keys), *_inside(heads, neurons)]))
+        points = list(dict.fromkeys([*(key[0] for key in keys), *(["z"] if heads else [])]))
         raise SelectionError(
             f"this capture has no {shown}{', …' if len(missing) > 6 else ''}, which an attribution needs: "
             f"hm.capture(prompts, {points})."
@@ -302,38 +291,6 @@ def _tell_rounding(
 
 def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _parts(
-    hm: Hooked,
-    run: Capture | Store,
-    names: list[Key],
-    heads: bool,
-    neurons: frozenset[int],
-    close: float,
-    sample: int,
-) -> tuple[list[str], torch.Tensor]:
-    """The labels of the parts, and the parts, float32 [parts, pos, d_model]."""
-    labels, parts = [], []
-    for key in names:
-        name = label(key)
-        own, kind, rest = None, "head", torch.zeros(1)
-        if heads and key[0] == "mixer_out" and key_of("z", key[1], call_of(key)) in run.keys:
-            own, rest = head_outputs(hm, run, key, close, sample)
-        elif key[0] == "mlp_out" and key[1] in neurons:
-            (own, rest), kind = neuron_outputs(hm, run, key, close, sample), "neuron"
-        if own is None:
-            labels.append(name)
-            parts.append(run.read(sample, *key).float())
-            continue
-        labels += [f"{name} {kind} {n}" for n in range(len(own))]
-        parts += [*own]
-        if not bool(rest.abs().max() > close * own.abs().max()):
-            parts[-1] = parts[-1] + rest  # rounding
-            continue
-        labels.append(f"{name} bias")
-        parts.append(rest)
-    return labels, torch.stack(parts)
 
 
 def _frozen_norm(

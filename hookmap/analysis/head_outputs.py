@@ -18,7 +18,8 @@ from hookmap.stores.interface import Store
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
 
-_MORE = "between its output projection and the stream stands more than a constant"
+MORE = "between its output projection and the stream stands more than a constant"
+"""why a branch is not the sum of what its parts give"""
 _TOGETHER = 256
 """neurons that are projected together"""
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -38,7 +39,7 @@ def head_outputs(
     (z_at,), (out_at,) = hm.map.selectors("z", layer, call or 0), hm.map.selectors("mixer_out", layer, call or 0)
     term, z, whole = z_at.terms[0], run.read(sample, "z", layer, call), run.read(sample, *key).float()
     if len(z_at.terms) > 1 or term.side != "input" or term.heads is None or term.heads.start or term.heads.groups > 1:
-        raise _refused(hm, layer, "its output projection does not read the heads side by side")
+        raise refused(hm, layer, "its output projection does not read the heads side by side")
     project, scale = hm.model.get_submodule(term.module), out_at.scale
     count = z.shape[1]
     alone = torch.zeros(count + 1, *z.shape, dtype=z.dtype)  # the last one has no head: it gives the bias
@@ -53,7 +54,7 @@ def head_outputs(
     if found.shape[1:] != whole.shape or not float((heads.sum(0) + bias - whole).abs().max()) <= close * float(
         whole.abs().max()
     ):
-        raise _refused(hm, layer, _MORE)
+        raise refused(hm, layer, MORE)
     return heads, whole - heads.sum(0)
 
 
@@ -70,7 +71,7 @@ def neuron_outputs(
     (post_at,), (out_at,) = hm.map.selectors(point, layer, call or 0), hm.map.selectors(key[0], layer, call or 0)
     term, post, whole = post_at.terms[0], run.read(sample, point, layer, call), run.read(sample, *key).float()
     if len(post_at.terms) > 1 or term.side != "input" or term.operation is not None:
-        raise _refused(hm, layer, f"{point} is not what one module reads", "neurons", "MLP")
+        raise refused(hm, layer, f"{point} is not what one module reads", "neurons", "MLP")
     project, count = hm.model.get_submodule(term.module), post.shape[-1]
 
     def added(first: int, last: int) -> torch.Tensor:
@@ -90,7 +91,7 @@ def neuron_outputs(
     neurons = torch.cat(parts)
     apart = (neurons.sum(0) + bias - whole).abs().max() if bias.shape == whole.shape else torch.tensor(float("nan"))
     if not float(apart) <= close * float(whole.abs().max()):
-        raise _refused(hm, layer, _MORE, "neurons", "MLP")
+        raise refused(hm, layer, MORE, "neurons", "MLP")
     return neurons, whole - neurons.sum(0)
 
 
@@ -118,7 +119,8 @@ def close_to(run: Capture | Store, key: Key) -> float:
     return _CLOSE.get(run.read(run.samples[0].sample, *key).dtype, 4e-2)
 
 
-def _refused(hm: Hooked, layer: int, reason: str, what: str = "heads", branch: str = "mixer") -> SelectionError:
+def refused(hm: Hooked, layer: int, reason: str, what: str = "heads", branch: str = "mixer") -> SelectionError:
+    """The error that says why a branch is no sum of these."""
     return SelectionError(
         f"no attribution to the {what} of layer {layer} of {hm.map.architecture}: {reason}. Leave {what} out: the "
         f"{branch} as a whole is attributed."

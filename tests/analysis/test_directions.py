@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from support import plain_hooks
+from support import experts_by_hand, plain_hooks
 from support.opened import opened
 from support.raises import raises
+from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
 from hookmap.analysis.steering import About, SteeringVector
@@ -159,3 +160,51 @@ def test_the_command_line_splits_a_direction_and_neurons(tmp_path: Path) -> None
     assert any(part.startswith("mlp_out[12] neuron") for part in got["parts"])
     wrong = CliRunner().invoke(main, ["attribute", *given])
     assert wrong.exit_code == 1 and "layers 12, 16" in wrong.stderr
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_each_expert_is_what_it_gives_to_its_tokens_times_its_weight(name: str) -> None:
+    """By plain arithmetic on the experts' own weights."""
+    model = experts_by_hand.build(name)
+    hm = hookmap.open(model, tokenizer=tiny_tokenizer())
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    with experts_by_hand.watched(experts) as seen:
+        hm.model(torch.tensor([TOKENS]), use_cache=False)
+    x, chosen, weights = seen[0]
+    _, given = experts_by_hand.rows(experts, x, chosen)
+    found = hm.attribute(TOKENS, direction=VECTOR, positions="all", experts=[1])
+    rows = dict(zip(found.parts, found.values, strict=True))
+    numbers = sorted({*chosen.flatten().tolist()})
+    assert [part for part in rows if "expert " in part] == [f"mlp_out[1] expert {number}" for number in numbers]
+    for number in numbers:
+        want = ((given @ VECTOR) * weights * (chosen == number)).sum(1)
+        torch.testing.assert_close(rows[f"mlp_out[1] expert {number}"], want, atol=1e-4, rtol=1e-4)
+    assert ("mlp_out[1] shared experts" in rows) == (name in ("qwen2_moe", "deepseek_v3"))
+    assert "mlp_out[1]" not in rows and "mlp_out[0]" in rows
+    torch.testing.assert_close(found.values.sum(0), found.logit, atol=1e-4, rtol=1e-4)
+    logits = hm.attribute(TOKENS, target=13, experts="all", heads=name != "deepseek_v3")
+    torch.testing.assert_close(logits.values.sum(0), logits.logit, atol=1e-4, rtol=1e-4)
+    assert any(part.startswith("mlp_out[0] expert") for part in logits.parts) == (name != "deepseek_v3")
+
+
+def test_experts_whose_inputs_are_weighted_are_attributed_too() -> None:
+    """Llama 4: each expert computes every token, times a weight that is 0 where the token does not have it."""
+    model = experts_by_hand.build("llama4")
+    hm = hookmap.open(model, tokenizer=tiny_tokenizer())
+    with plain_hooks.watching(model, {"given": ("model.layers.1.feed_forward.experts", "output")}) as seen:
+        hm.model(torch.tensor([TOKENS]), use_cache=False)
+    by_hand = (seen["given"][0].view(4, len(TOKENS), 32) @ VECTOR).unbind()
+    found = hm.attribute(TOKENS, direction=VECTOR, positions="all", experts=[1])
+    rows = dict(zip(found.parts, found.values, strict=True))
+    for number, want in enumerate(by_hand):
+        values = rows.get(f"mlp_out[1] expert {number}", torch.zeros(len(TOKENS)))
+        torch.testing.assert_close(values, want, atol=1e-4, rtol=1e-4)
+    assert "mlp_out[1] shared experts" in rows
+    torch.testing.assert_close(found.values.sum(0), found.logit, atol=1e-4, rtol=1e-4)
+
+
+def test_experts_that_are_not_there_are_refused() -> None:
+    with raises(hookmap.SelectionError, "expert_out"):
+        opened("llama").attribute(TOKENS, experts=[1])
+    with raises(hookmap.SelectionError, "expert_out", "router_indices", "hm.capture"):
+        opened("mixtral").attribute(opened("mixtral").capture([TOKENS], POINTS, max_new_tokens=0), experts=[1])

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--heads", is_flag=True, help="Split attention into its heads.")
 @click.option("--neurons", metavar="LAYERS", help="Split the MLPs of these layers into their neurons: 8,12 or 0-3.")
+@click.option("--experts", metavar="LAYERS", help="Split the mixtures of these layers into their experts.")
 @count("--top", "How many parts to show.", default=12)
 @click.option("--png", metavar="FILE", help="Write a bar chart of all parts to FILE.")
 @click.option("--html", metavar="FILE", help="Write an interactive bar chart to FILE, self-contained.")
@@ -42,6 +43,7 @@ def command(
     position: int,
     heads: bool,
     neurons: str | None,
+    experts: str | None,
     top: int,
     png: str | None,
     html: str | None,
@@ -66,7 +68,8 @@ def command(
 
     aim: dict[str, Any] = {"direction": load_vector(direction) if direction else None, "layer": layer}
     hm = model_options.opened(model, given, quiet=as_json)
-    aim |= {"heads": heads, "neurons": parse_layers(neurons) if neurons else ()}
+    split = {"neurons": neurons, "experts": experts}
+    aim |= {"heads": heads} | {name: parse_layers(layers) if layers else () for name, layers in split.items()}
     found = hm.attribute(one_prompt.chosen_prompt(hm, given), target, against, positions=[position], **aim)
 
     def chart() -> Any:
