@@ -79,7 +79,7 @@ test-vllm: .venv-vllm/.ready
 # The model is kept in ~/.cache/hookmap; HOOKMAP_REAL_MODEL names another one.
 real: .venv/.ready-for-tests
 	source="$$($(BIN)/python scripts/real_model.py)" && \
-	  $(OFFLINE) HOOKMAP_REAL_MODEL="$$source" $(BIN)/python -m pytest -m real tests/real
+	  $(OFFLINE) HOOKMAP_REAL_MODEL="$$source" $(BIN)/python -m pytest -m real tests/real tests/peers/test_page.py
 
 lock:
 	$(PYTHON) scripts/setup.py --lock

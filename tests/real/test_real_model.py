@@ -3,15 +3,13 @@
 Each is held against plain hooks around transformers' own `generate`, or against what such a model is known to do.
 """
 
-import os
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.coming_from import ASKED, CHECKOUT, differing, script
+from support.coming_from import ASKED, CHECKOUT, SWEPT, differing, on_real
 from support.notebooks import ANY_MODEL, session
 
 import hookmap
@@ -21,24 +19,6 @@ pytestmark = pytest.mark.real
 
 CHAT = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
 CLEAN, CORRUPTED = "The capital of France is", "The capital of Italy is"
-
-
-@pytest.fixture(scope="module")
-def source() -> str:
-    if "HOOKMAP_REAL_MODEL" not in os.environ:
-        pytest.skip("no real model here: run `make real`")
-    return os.environ["HOOKMAP_REAL_MODEL"]
-
-
-@pytest.fixture(scope="module")
-def hm(source: str) -> Any:
-    return hookmap.open(source, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def exact(source: str) -> Iterator[Any]:
-    """In float32: the model's own rounding is out of the way."""
-    return hookmap.open(source, device="cpu", dtype=torch.float32)
 
 
 def test_rows_are_those_of_plain_hooks_around_generate(hm: Any) -> None:
@@ -245,26 +225,7 @@ def test_the_notebooks_run_on_it(name: str, source: str, tmp_path: Path, monkeyp
 def test_the_page_for_those_who_come_from_nnsight_gives_the_same_numbers_on_it(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32; of the sweep over all heads, two layers."""
     monkeypatch.chdir(CHECKOUT)
     nnsight, ours = (runpy.run_path(str(on_real(program, source, tmp_path))) for program in ("nnsight", "hookmap"))
-    nnsight["swept"] = nnsight["swept"][:, [0, 15]]
+    nnsight["swept"] = nnsight["swept"][:, SWEPT]
     assert differing({name: nnsight[name] for name in ASKED}, {name: ours[name] for name in ASKED}, 1e-3) == []
-
-
-def on_real(program: str, source: str, folder: Path) -> Path:
-    path = script(program, folder)
-    text = path.read_text(encoding="utf-8")
-    for old, new in (
-        ("hookmap/demo/model", source),
-        ("[:, 8]", "[:, 3]"),  # where the digit is
-        ('"positions": [8]', '"positions": [3]'),
-        ("torch.linspace(-1, 1, 64)", "torch.linspace(-1, 1, 576)"),
-        ('device="cpu")', 'device="cpu", dtype="float32")'),
-        ("dispatch=True)", "dispatch=True, torch_dtype=torch.float32)"),
-        ('over="heads")', 'over="heads", layers=[0, 15])'),
-        ("for n, layer in enumerate(layers):", "for n, layer in [(0, layers[0]), (15, layers[15])]:"),
-    ):
-        text = text.replace(old, new)
-    path.write_text(text, encoding="utf-8")
-    return path
