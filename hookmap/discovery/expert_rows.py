@@ -86,14 +86,12 @@ def _of_experts(wiring: Wiring, op: Operation) -> _Weights | None:
 
 def _parameter(wiring: Wiring, choice: Operation, products: Mapping[int, _Weights]) -> str:
     found = list(dict.fromkeys(products.values()))
-    if not found:
-        raise Missing("no parameter holds the weights of all its experts")
     if len(found) > 1:
         paths = ", ".join(wiring.locator.templated(each.path) for each in found)
         raise Missing(f"several parameters make the experts' outputs: {paths}")
-    experts = wiring.shape(choice.inputs[0])[-1]
-    if found[0].experts != experts:
-        raise Missing(f"the router chooses among {experts} experts, and {found[0].experts} of them have weights")
+    # Experts without weights may be all that a layer's router happens to choose: the reason is the same then.
+    if not found or found[0].experts != wiring.shape(choice.inputs[0])[-1]:
+        raise Missing("no parameter holds the weights of all its experts")
     return found[0].path
 
 
