@@ -78,8 +78,8 @@ class Generating(Run):
 
     def _inputs(self, prompts: Sequence[Prompt], layout: BatchLayout, finished: Finished) -> dict[str, Any]:
         inputs = fed(self, prompts, layout, self.config.pad_token_id)
-        inputs = generating(self.engine.root, inputs, self.config, self.tokenizer)
-        inputs |= {"generation_config": self.config, "stopping_criteria": [finished]}
+        inputs = generating(self.engine.root, inputs)
+        inputs |= {"generation_config": gen.without_stop_strings(self.config), "stopping_criteria": [finished]}
         if self.seed is not None and self.config.do_sample:
             own = [own_generator(self.seed, number, self.device) for number in layout.samples]
             inputs["custom_generate"] = OwnDraws(own)
@@ -168,13 +168,10 @@ def padded(rows: Sequence[Sequence[int]], layout: BatchLayout, pad: int, device:
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def generating(root: Any, inputs: dict[str, Any], config: GenerationConfig, tokenizer: Any) -> dict[str, Any]:
+def generating(root: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `generate` for these inputs. transformers refuses arguments that the model does not use."""
     used = {"input_ids", *read_by(root)}
-    given = {name: value for name, value in inputs.items() if name in used}
-    if config.stop_strings:
-        given["tokenizer"] = tokenizer
-    return given | without_loss(root)
+    return {name: value for name, value in inputs.items() if name in used} | without_loss(root)
 
 
 def read_by(root: Any) -> set[str]:

@@ -42,6 +42,29 @@ HALF = re.compile("[\ud800-\udfff]")
 """half a surrogate pair: what JSON and a command line may hold, and no text does"""
 
 
+class _StopStringsElsewhere(GenerationConfig):  # type: ignore[misc]  # transformers' base is not typed
+    """Settings without stop strings, also where the model's own have some, which `generate` puts in place of None."""
+
+    @property
+    def stop_strings(self) -> None:
+        return None
+
+    @stop_strings.setter
+    def stop_strings(self, value: Any) -> None:
+        pass
+
+
+def without_stop_strings(config: GenerationConfig) -> GenerationConfig:
+    """A copy for `generate`, whose caller looks for stop strings itself: see `hookmap.loading.stopping.Ending`.
+
+    transformers needs a tokenizer to look for them, and drops it beside a custom_generate.
+    """
+    found = copy.copy(config)
+    found.__dict__.pop("stop_strings", None)
+    found.__class__ = _StopStringsElsewhere
+    return found
+
+
 def settings(
     own: GenerationConfig, tokenizer: Any, *, max_new_tokens: int, do_sample: bool, options: Mapping[str, Any]
 ) -> GenerationConfig:

@@ -82,7 +82,9 @@ def test_functions_and_documents_are_written_in_forward_order() -> None:
 
 def test_a_point_that_is_not_proved_is_refused_for_a_function_too() -> None:
     with raises(hookmap.InterventionError, "the model holds no such tensor: write z"):
-        opened("llama").capture(RAGGED, (), max_new_tokens=0, interventions=[hookmap.apply(by_position, "attn_result", 1)])
+        opened("llama").capture(
+            RAGGED, (), max_new_tokens=0, interventions=[hookmap.apply(by_position, "attn_result", 1)]
+        )
 
 
 def wrong(fault: str) -> Any:

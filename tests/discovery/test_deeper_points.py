@@ -373,7 +373,7 @@ def test_nnterps_attention_probabilities_are_the_pattern() -> None:
 def test_a_capture_of_them_is_what_one_pass_over_all_tokens_shows(name: str) -> None:
     """Padded, with a cache, token by token: the same numbers as one plain eager pass over each finished sequence.
 
-    Of modules: what is inside one is in tests/capture/test_points_inside.py and test_expert_points.py.
+    Of modules: what is inside one is in tests/capture/test_points_inside.py and tests/capture/test_expert_points.py.
     """
     model, found = _opened(name)
     deeper = [p for p, point in POINTS.items() if point.deeper and point.per_layer and p in found.kind_of(1).points]

@@ -25,6 +25,7 @@ from hookmap.cli.main import main
 from hookmap.discovery.dataflow import record
 from hookmap.loading.config_fields import with_fields
 from hookmap.maps.diff import differences
+from hookmap.services.server.joining import why_no_joins
 from hookmap.verification.verify import verify
 
 pytestmark = pytest.mark.slow
@@ -330,6 +331,7 @@ def test_the_model_s_own_stop_strings_end_a_row_as_transformers_ends_it(
     new = len(free) - tokens.shape[1]
     words = tokenizer.batch_decode([[token] for token in free[-new:]])
     lengths = []
+    assert why_no_joins(demo()) is None, "requests join each other's batch"
     # A text that comes, one that begins in the prompt, and one that never comes.
     for strings in (["never", "".join(words[1:3])], [text[-1] + words[0]], ["never"]):
         monkeypatch.setattr(model.generation_config, "stop_strings", strings)
@@ -337,11 +339,14 @@ def test_the_model_s_own_stop_strings_end_a_row_as_transformers_ends_it(
         run = demo().capture(tokens.tolist(), "resid_post", 1, max_new_tokens=12)
         assert run.tokens[0] == tuple(expected)
         assert run["resid_post", 1].shape[1] == len(expected) - 1
+        likeliest = demo().capture(tokens.tolist(), (), max_new_tokens=12, do_sample=True, top_k=1, seed=0)
+        assert likeliest.tokens == run.tokens
         lengths.append(len(expected) - tokens.shape[1])
         with serving(tmp_path / str(len(lengths))) as server:
-            asked = {"prompt": tokens[0].tolist(), "max_tokens": 12, "temperature": 0}
-            answer = server.post("/v1/completions", **asked).json()
-        assert answer["usage"]["completion_tokens"] == lengths[-1]
+            asked = {"prompt": tokens[0].tolist(), "max_tokens": 12}
+            for ways in ({"temperature": 0}, {"top_k": 1, "seed": 0}, {"temperature": 0, "echo": True}):
+                answer = server.post("/v1/completions", **asked, **ways).json()
+                assert answer["usage"]["completion_tokens"] == lengths[-1]
     assert lengths == [3, 1, new]
     assert len(demo().capture(tokens.tolist(), (), max_new_tokens=12, stop=words[1]).tokens[0]) == tokens.shape[1] + 2
     for other, said in ((None, r"stop_strings=.* need a tokenizer"), (tiny_tokenizer(), r"transformers cannot look")):

@@ -87,8 +87,10 @@ PEERS = {
 
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest number; infinite between tensors of other shapes."""
-    if found.shape != expected.shape:
+    """The largest difference, as a share of the largest number; infinite where the sizes do not fit each other."""
+    try:
+        torch.broadcast_shapes(found.shape, expected.shape)
+    except RuntimeError:
         return math.inf
     return float((found - expected).abs().max() / expected.abs().max())
 

@@ -386,7 +386,7 @@ def test_what_is_refused_is_shown_in_words_and_can_be_sent_again(page: Any, serv
 def test_stop_ends_the_answer_and_the_run_and_leaves_no_session(page: Any, served: Served) -> None:
     opened(page, served, 40)
     before = {each.id for each in served.sessions.all()}
-    hook = slowly(0.1)
+    hook = slowly(0.5)
     try:
         page.fill("#text", QUESTION)
         page.press("#text", "Enter")

@@ -63,9 +63,8 @@ def processors_of(hm: HookedModel, job: Job, prompt: Sequence[int]) -> Any:
         return input_ids
 
     ids = torch.tensor([list(prompt)], device=device_of(hm.hooks))
-    given = {"attention_mask": torch.ones_like(ids), "generation_config": job.config, "custom_generate": keep}
-    if job.config.stop_strings:
-        given["tokenizer"] = hm.tokenizer
+    config = gen.without_stop_strings(job.config)
+    given = {"attention_mask": torch.ones_like(ids), "generation_config": config, "custom_generate": keep}
     with running(hm.hooks):
         hm.hooks.root.generate(ids, **given)  # type: ignore[operator]
     return found[0]

@@ -4,7 +4,6 @@ Each row has its own stop strings, limit and logprobs. A request is answered whe
 """
 
 import contextlib
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from hookmap.capture.batches import generating, padded
 from hookmap.capture.engines.pass_rows import BatchLayout
 from hookmap.capture.halving import in_parts
 from hookmap.capture.run import device_of, running
+from hookmap.loading.generation import without_stop_strings
 from hookmap.loading.memory import MemoryUse
 from hookmap.loading.sampling import OwnDraws, own_generator
 from hookmap.loading.stopping import Ending
@@ -124,12 +124,12 @@ class SharedRun:
 
     def _generate(self, choices: Sequence[Choice]) -> BaseException | None:
         """Generate until all of them have ended. Choices that already have tokens continue after these."""
-        hooks, config = self._hm.hooks, copy.copy(choices[0].job.config)
+        hooks, config = self._hm.hooks, without_stop_strings(choices[0].job.config)
         config.max_new_tokens = max(choice.left for choice in choices)
         layout = BatchLayout(tuple(range(len(choices))), tuple(len(choice.tokens) for choice in choices))
         likely = Likely() if any(choice.job.top_logprobs is not None for choice in choices) else None
         inputs = padded([choice.tokens for choice in choices], layout, config.pad_token_id, device_of(hooks))
-        inputs = generating(hooks.root, inputs, config, self._hm.tokenizer)
+        inputs = generating(hooks.root, inputs)
         finite = Finite()
         inputs["stopping_criteria"] = [_AfterStep(self, choices, finite, likely)]
         inputs["logits_processor"] = [finite]
