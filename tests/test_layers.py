@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "hookmap"
 LEAVES = frozenset("errors activations extras frozen html placeholders strict_json wording _version demo".split())
 ORDER = (
-    "maps", "datasets", "loading", "stores", "discovery", "verification", "sweep", "capture", "analysis", "metrics",
-    "model", "vllm", "services", "evaluation", "cli",
+    "maps", "light", "datasets", "loading", "stores", "discovery", "verification", "sweep", "capture", "analysis",
+    "metrics", "model", "vllm", "services", "evaluation", "cli",
 )  # fmt: skip
 """what each room may know: the rooms before it, and the leaves"""
 LONGEST = 400

@@ -4,14 +4,17 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from support.without_torch import without_heavy
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +33,41 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     (file,) = folder.glob("*.whl")
     assert file.stat().st_size < LARGEST
     return zipfile.ZipFile(file)
+
+
+@pytest.fixture(scope="module")
+def from_sdist(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel that the source distribution builds, unpacked in a folder where nothing of the checkout is."""
+    folder = tmp_path_factory.mktemp("sdist")
+    code = "import sys; from hatchling.build import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, folder], cwd=CHECKOUT, check=True, capture_output=True)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    code = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
+    (unpacked,) = (each for each in folder.iterdir() if each.is_dir())
+    subprocess.run([sys.executable, "-c", code, folder], cwd=unpacked, check=True, capture_output=True)
+    (file,) = folder.glob("*.whl")
+    return zipfile.ZipFile(file)
+
+
+def test_the_source_distribution_builds_the_same_wheel(wheel: zipfile.ZipFile, from_sdist: zipfile.ZipFile) -> None:
+    ours, theirs = ({each.filename: each.CRC for each in file.infolist()} for file in (wheel, from_sdist))
+    assert ours == theirs
+
+
+def test_maps_are_had_from_the_wheel_where_torch_is_not_installed(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """Away from the checkout, so that the maps are those inside the wheel."""
+    wheel.extractall(tmp_path)
+    done = without_heavy("Qwen3ForCausalLM", str(tmp_path))
+    assert done.stdout.splitlines()[1:] == ["model.layers.8.self_attn.o_proj.weight", ""], done.stderr
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((CHECKOUT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (cited["title"], cited["version"]) == (project["name"], project["version"])
+    assert {"cff-version", "message", "authors", "type", "license"} <= set(cited)
 
 
 def test_inspect_finds_the_provider_of_an_installation(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The docs cannot drift: what they show runs, and gives what they show."""
 
 import gc
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,9 @@ pytestmark = pytest.mark.slow
 FOUND = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in FOUND}
 RUN_ELSEWHERE = {"coming-from.md"}  # the same names in four programs, a script of each: tests/test_coming_from.py
-PAGES = [name for name, text in TEXTS.items() if "```" in text and name not in RUN_ELSEWHERE]
+REAL = ["real-model.md"]  # they run on a really trained model: `make real-docs`
+REAL_MODEL = os.environ.get("HOOKMAP_REAL_MODEL")
+PAGES = [name for name, text in TEXTS.items() if "```" in text and name not in RUN_ELSEWHERE and name not in REAL]
 NEEDS = {
     "capture.md": "xarray",
     "elsewhere.md": "ray",
@@ -27,11 +30,13 @@ NEEDS = {
     "probes.md": "sklearn",
     "server.md": "openai",
     "steering-vectors.md": "gguf",
+    "task-probe.md": "sklearn",
+    "task-serve.md": "openai",
 }
 # All reasons that there are, and how many blocks each holds back. One more is a decision: can it not run?
 NOT_RUN = {
-    "asks another machine": 5,
-    "installs packages": 6,
+    "asks another machine": 6,
+    "installs packages": 7,
     "takes minutes": 3,
     "another program": 1,
     "needs the real model": 6,
@@ -54,6 +59,25 @@ def test_a_page_runs_and_prints_what_it_shows(name: str) -> None:
     gc.collect()  # what is left open is closed here, and no other test hears of it
 
 
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("name", REAL)
+def test_a_page_of_the_real_model_runs_and_prints_what_it_shows(name: str, tmp_path: Path) -> None:
+    if REAL_MODEL is None or not Path(REAL_MODEL).is_dir():
+        pytest.skip("no folder of the real model here: run `make real-docs`")
+    (tmp_path / "SmolLM2-135M-Instruct").symlink_to(REAL_MODEL)
+    Session(name, TEXTS[name]).run()
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_commands_of_the_real_models_pages_are_understood(name: str) -> None:
+    page = Session(name, TEXTS[name])
+    shell = [block for block in page.blocks if block.language in ("sh", "console")]
+    assert shell and not any(block.not_run for block in page.blocks)
+    for block in shell:
+        page.parsed(block)
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs_and_prints_what_it_shows(name: str) -> None:
     pytest.importorskip("vl_convert")
@@ -63,6 +87,12 @@ def test_a_notebook_runs_and_prints_what_it_shows(name: str) -> None:
 
 def test_what_does_not_run_is_counted() -> None:
     assert Counter(block.not_run for name in PAGES for block in blocks(TEXTS[name]) if block.not_run) == NOT_RUN
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if name.startswith("task-")])
+def test_a_task_page_shows_an_example_within_a_screenful(name: str) -> None:
+    before, fence, _ = TEXTS[name].partition("```")
+    assert fence and before.count("\n") < 8 and len(before) < 600
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -1,0 +1,140 @@
+"""Maps, vectors, probes and dictionaries go to a hub and come back, over HTTP: huggingface_hub, and a server here."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.hub_server import Hub, hub_on_this_machine
+from support.raises import raises
+
+from hookmap import SelectionError, light
+from hookmap.analysis.hub import from_pretrained, push_to_hub
+
+MAKE = """
+import sys
+import torch
+from hookmap import light
+from hookmap.analysis import steering
+from hookmap.analysis.dictionaries.dictionary import About, Dictionary
+from hookmap.analysis.hub import from_pretrained, push_to_hub
+from hookmap.analysis.probes import saved
+
+steps = torch.arange(8.0)
+key = ("resid_post", 3)
+THINGS = {
+    "map": light.load_map("Qwen3ForCausalLM"),
+    "vector": steering.SteeringVector(
+        steering.About(point="resid_post", method="pca", model="/home/me/model"), {3: steps}
+    ),
+    "probes": saved.Probes(saved.About(label="odd", method="ridge", pool="last", samples=9), {key: steps}, {key: 0.5}),
+    "dictionary": Dictionary(torch.ones(4, 8), torch.ones(8, 4), steps, torch.zeros(4), about=About("resid_post", 3)),
+}
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with hub_on_this_machine() as found:
+        yield found
+
+
+def talk(hub: Hub, folder: Path, code: str) -> "subprocess.CompletedProcess[str]":
+    """In a process of its own: the client reads the hub's address once."""
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder), "HF_TOKEN": "hf_ours",
+        "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+    return subprocess.run([sys.executable, "-c", MAKE + code], capture_output=True, text=True, env=environment)
+
+
+COMPARE = """
+for name, thing in THINGS.items():
+    print(push_to_hub(thing, f"me/{name}", folder="sub/dir" if name == "vector" else ""))
+assert from_pretrained("me/map") == THINGS["map"]
+vector = from_pretrained("me/vector", folder="sub/dir")
+assert torch.equal(vector[3], steps) and vector.about == THINGS["vector"].about
+probes = from_pretrained("me/probes")
+assert torch.equal(probes.weights[key], steps) and probes.biases == {key: 0.5}
+rows = torch.linspace(-1, 1, 12).reshape(3, 4)
+assert torch.allclose(from_pretrained("me/dictionary").encode(rows), THINGS["dictionary"].encode(rows))
+print("all came back")
+"""
+
+
+@pytest.mark.slow
+def test_what_is_pushed_comes_back_the_same(hub: Hub, tmp_path: Path) -> None:
+    done = talk(hub, tmp_path, COMPARE)
+    assert done.stdout.splitlines()[-1:] == ["all came back"], done.stderr
+    assert done.stdout.startswith(f"{hub.address}/me/map/commit/")
+    assert {repo: sorted(files) for repo, files in hub.files.items()} == {
+        "me/map": ["README.md", "map.json"],
+        "me/vector": ["sub/dir/README.md", "sub/dir/vector.safetensors"],
+        "me/probes": ["README.md", "probes.safetensors"],
+        "me/dictionary": ["README.md", "cfg.json", "sae_weights.safetensors"],
+    }
+    assert json.loads(hub.files["me/map"]["map.json"]) == light.load_map("Qwen3ForCausalLM").to_document()
+    assert b"/home/me" not in hub.files["me/vector"]["sub/dir/README.md"]
+    assert hub.tokens == {"Bearer hf_ours"}
+
+
+@pytest.mark.slow
+def test_what_a_repository_should_not_hold_is_refused(hub: Hub, tmp_path: Path) -> None:
+    """Nothing is got but files of known names; a hub that claims others, outside the folder, writes nothing there."""
+    hub.files["me/empty"] = {"model.pkl": b"cos\nsystem\n", "README.md": b""}
+    hub.files["me/broken"] = {"vector.safetensors": b"not this"}
+    hub.files["me/both"] = {"map.json": b"{}", "probes.safetensors": b""}
+    hub.lists_also = ("../../map.json", "/tmp/vector.safetensors")
+    code = """
+from hookmap import HookmapError
+for name in ("me/empty", "me/broken", "me/both", "me/none"):
+    try:
+        from_pretrained(name)
+    except HookmapError as error:
+        print(type(error).__name__, str(error).replace(chr(10), " "))
+"""
+    done = talk(hub, tmp_path / "cache", code)
+    empty, broken, both, none = done.stdout.splitlines()
+    assert "expected map.json" in empty and "none of them" in empty
+    assert broken.startswith("StoreError") and "vector.safetensors" in broken
+    assert "map.json and probes.safetensors" in both and "folder=" in both
+    assert none.startswith("StoreError") and "no such repository" in none
+    assert not any("model.pkl" in asked or "/tmp" in asked for asked in hub.asked)
+    assert not (tmp_path / "map.json").exists()
+
+
+@pytest.mark.slow
+def test_a_hub_that_forbids_it_is_an_error_with_what_to_type(hub: Hub, tmp_path: Path) -> None:
+    hub.refuses = True
+    code = """
+from hookmap import StoreError
+try:
+    push_to_hub(THINGS["vector"], "other/name")
+except StoreError as error:
+    print(error)
+"""
+    done = talk(hub, tmp_path, code)
+    assert "cannot upload to other/name" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("folder", ["../up", "/etc", "a/../../b", "a\\b", "*"])
+def test_a_folder_that_leads_elsewhere_is_refused(folder: str) -> None:
+    with raises(SelectionError, repr(folder)):
+        from_pretrained("me/map", folder=folder)
+    with raises(SelectionError, repr(folder)):
+        push_to_hub(light.load_map("Qwen3ForCausalLM"), "me/map", folder=folder)
+
+
+@pytest.mark.parametrize("repo", ["../up", "a/b/c", "/etc/passwd", ""])
+def test_what_is_no_repository_is_refused(repo: str) -> None:
+    with raises(SelectionError, "owner/name"):
+        from_pretrained(repo)
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    with raises(SelectionError, "Tensor", "hf upload"):
+        push_to_hub(torch.zeros(3), "me/tensor")  # type: ignore[arg-type]
