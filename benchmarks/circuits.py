@@ -1,11 +1,12 @@
 """Attribution to nodes and edges on a real model: what it costs, how true it is, and how faithful its circuits are.
 
-    python benchmarks/circuits.py MODEL [--pairs N] [--rounds N]
+    python benchmarks/circuits.py MODEL [--pairs N] [--rounds N] [--cost]
 
 Pairs are made here: "When Mary and John went to the store, John gave a drink to", whose answer is the name that is
 there once (IOI), and the same with the other name repeated. Half of them choose a circuit's edges (EAP and EAP-IG); the
 other half say how faithful it is, as the circuit track of the benchmark MIB does: CPR and CMD. Costs are CPU time, over
 that of a plain forward and backward pass over the same prompts, in turns; the median.
+`--cost` measures these alone, in a minute or two.
 """
 
 import argparse
@@ -46,12 +47,15 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cost", action="store_true", help="what nodes and edges cost, and no more")
     given = parser.parse_args()
     torch.set_num_threads(1)
     hm = hookmap.open(given.model, dtype="float32", device="cpu")
     found = pairs(hm, given.pairs)
     print(describe())
     cost(hm, found[: max(1, given.pairs // 2)], given.rounds)
+    if given.cost:
+        return
     faithful(hm, found[: given.pairs // 2], found[given.pairs // 2 :])
 
 

@@ -4,7 +4,8 @@
 
 A narrow copy of each causal language model class of transformers, in float64 and of few layers, is opened. Three
 texts of unlike lengths run in one batch, and the gradient of a logit difference is taken at every point of each kind of
-block, and of the model. By hand: each text alone, zeros added to each point by a plain hook, and their gradient.
+block, and of the model. By hand: each text alone, zeros added to each point by a plain hook, and their gradient; or
+that of the tensor itself, where the model's code has read it before the hook.
 
 The ledger has a line for each class that is done; a run goes on with it. `--page` writes the table of all.
 """
@@ -29,6 +30,7 @@ RIGHT, WRONG = 5, 9
 LARGEST = 1e-5
 NOTHING = 1e-14
 """of the largest gradient of a text: rounding of 0, as that of a router that chooses one expert and norms its weight"""
+_NO_TENSOR = "the model holds no such tensor"
 LAYERS = 8
 """the most layers of a copy, where its config allows it"""
 
@@ -205,7 +207,7 @@ def _by_hand(hm: Any, selectors: Sequence[Any], ids: list[int]) -> dict[Any, tor
     """The gradient of zeros added to each point, for one text alone: key -> [pos, ...]."""
     from hookmap.capture.interventions.writable import mode_of, passed_on
 
-    zeros: dict[Any, tuple[Any, torch.Tensor]] = {}
+    zeros: dict[Any, tuple[Any, torch.Tensor, torch.Tensor]] = {}
     calls = Counter[Any]()
 
     def add(selector: Any, term: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -216,7 +218,7 @@ def _by_hand(hm: Any, selectors: Sequence[Any], ids: list[int]) -> dict[Any, tor
         given = (args, kwargs, output)
         tensor = replace(term, heads=None).resolve(*given)
         own = torch.zeros_like(tensor, requires_grad=True)
-        zeros[selector.key] = (term, own)
+        zeros[selector.key] = (term, own, tensor)
         if mode_of(selector) == "in place" or (len(selector.terms) > 1 and term.side == "input"):
             tensor += own
             return None
@@ -255,9 +257,12 @@ def _by_hand(hm: Any, selectors: Sequence[Any], ids: list[int]) -> dict[Any, tor
             handle.remove()
         for parameter in wanted:
             parameter.requires_grad_(True)
-    found = torch.autograd.grad(_difference(logits[0], None), [own for _, own in zeros.values()], allow_unused=True)
+    metric = _difference(logits[0], None)
+    found = torch.autograd.grad(metric, [own for _, own, _ in zeros.values()], allow_unused=True, retain_graph=True)
     expected = {}
-    for (key, (term, _)), gradient in zip(zeros.items(), found, strict=True):
+    for (key, (term, _, tensor)), gradient in zip(zeros.items(), found, strict=True):
+        if gradient is None and tensor.requires_grad:
+            (gradient,) = torch.autograd.grad(metric, tensor, allow_unused=True, retain_graph=True)
         if gradient is not None:
             split = replace(term, side="output", index=None).resolve((), {}, gradient)
             expected[key] = term.arrange(split, 1, len(ids))[0] / term.scale
@@ -272,6 +277,8 @@ def tell(found: list[dict[str, Any]]) -> list[str]:
     wrong = [each for each in found if "wrong" in each]
     worst = max((each["worst"] for each in ran), default=0.0)
     points = sum(count for each in ran for name, count in each["held"].items() if ":" not in name)
+    nowhere = sorted({point for each in ran for point, why in each["refused"].items() if _NO_TENSOR in why})
+    unheld = Counter(name for each in ran for name in each["held"] if name.endswith(": not held"))
     made = "Made by `python benchmarks/gradients.py --page docs/gradients-table.md` with transformers"
     lines = [
         "# Gradients of every architecture",
@@ -279,17 +286,22 @@ def tell(found: list[dict[str, Any]]) -> list[str]:
         f"{made} {transformers.__version__}; do not edit it. A narrow copy of",
         "each class, in float64 and of few layers, takes the gradient of a logit difference at every point of",
         "each kind of block, in a padded batch. By hand: each text alone, zeros added to the point by a plain hook,",
-        "and their gradient. Whole numbers, attention weights and what no module's boundary shows are left out.",
+        "and their gradient; or that of the tensor itself, where the model has read it before the hook. Whole numbers,",
+        "attention weights and what no module's boundary shows are left out.",
         "",
         f"{len(ran)} of {len(found)} classes ran; {points} tensors were held, and the largest relative error is",
         f"{worst:.0e}. {len(wrong)} classes differ by more than {LARGEST:g}.",
+        "",
+        f"In no model have {', '.join(f'`{name}`' for name in nowhere)} a gradient: it holds no such tensor."
+        + "".join(f" By hand `{name.partition(':')[0]}` has none in {n} classes." for name, n in unheld.items()),
         "",
         "| model type | no gradient, and why |",
         "|---|---|",
     ]
     for each in ran:
-        if each["refused"]:
-            told = "; ".join(f"`{point}`: {why.partition('. ')[0]}" for point, why in each["refused"].items())
+        refused = {point: why for point, why in each["refused"].items() if point not in nowhere}
+        if refused:
+            told = "; ".join(f"`{point}`: {why.partition('. ')[0]}" for point, why in refused.items())
             lines.append(f"| {each['type']} | {told} |")
     lines += [f"| {each['type']} | differs: {each['wrong']} |" for each in wrong]
     lines += [f"| {each['type']} | did not run: {each['error']} |" for each in found if "error" in each]

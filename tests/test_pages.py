@@ -39,7 +39,7 @@ NOT_RUN = {
     "installs packages": 7,
     "takes minutes": 3,
     "another program": 1,
-    "needs the real model": 6,
+    "needs the real model": 7,
     "needs vLLM": 6,
 }
 
