@@ -58,18 +58,16 @@ def expert_outputs(hm: Hooked, run: Capture | Store, key: Key, close: float, sam
     whole = run.read(sample, *key).float()
     (added,) = hm.map.selectors(key[0], layer, call or 0)
     rest = whole if shared is None else whole - shared.float() * added.scale
-    given = given.float()
-    ways = [given] if weights is None else [given * weights.float()[..., None], given]  # the second: weighted before
-    if given.shape[::2] != rest.shape:
+    rows = given.float() if weights is None else given.float() * weights.float()[..., None]
+    summed = rows.sum(1)
+    if summed.shape != rest.shape:
         raise refused(hm, layer, MORE, "experts", "MLP")
-    for rows in ways:
-        summed = rows.sum(1)
-        rows = rows * (summed * rest).sum() / summed.square().sum()  # some mixtures scale the sum
-        if float((rows.sum(1) - rest).abs().max()) <= close * float(whole.abs().max()):
-            numbers = tuple(sorted({*chosen.flatten().tolist()}))
-            routed = torch.stack([(rows * (chosen == number)[..., None]).sum(1) for number in numbers])
-            left = whole - routed.sum(0)
-            if shared is None:
-                routed[-1] += left  # rounding
-            return ExpertOutputs(numbers, routed, None if shared is None else left)
-    raise refused(hm, layer, MORE, "experts", "MLP")
+    rows = rows * (summed * rest).sum() / summed.square().sum()  # some mixtures scale the sum
+    if not float((rows.sum(1) - rest).abs().max()) <= close * float(whole.abs().max()):
+        raise refused(hm, layer, MORE, "experts", "MLP")
+    numbers = tuple(sorted({*chosen.flatten().tolist()}))
+    routed = torch.stack([(rows * (chosen == number)[..., None]).sum(1) for number in numbers])
+    left = whole - routed.sum(0)
+    if shared is None:
+        routed[-1] += left  # rounding
+    return ExpertOutputs(numbers, routed, None if shared is None else left)
