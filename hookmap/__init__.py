@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hookmap import metrics
     from hookmap.analysis.dictionaries.loading import load_dictionary
     from hookmap.analysis.examples.files import open_examples
+    from hookmap.analysis.jacobian_lens import load_jacobian_lens
     from hookmap.analysis.reductions.files import open_statistics
     from hookmap.capture.interventions.functions import apply, watch
     from hookmap.capture.result import Capture
@@ -65,6 +66,7 @@ __all__ = [
     "apply",
     "discover",
     "load_dictionary",
+    "load_jacobian_lens",
     "load_map",
     "load_pairs",
     "load_prompts",
@@ -89,6 +91,7 @@ _HOMES = {
     "apply": "hookmap.capture.interventions.functions",
     "discover": "hookmap.discovery.discover",
     "load_dictionary": "hookmap.analysis.dictionaries.loading",
+    "load_jacobian_lens": "hookmap.analysis.jacobian_lens",
     "load_map": "hookmap.discovery.library",
     "load_pairs": "hookmap.datasets.pairs",
     "load_prompts": "hookmap.datasets.records",

@@ -93,7 +93,8 @@ class HookedModel(ByGradients, OverTexts):
         source: one prompt, or a capture or store that holds the point; `sample` then chooses a sample of it.
         point: of the stream (resid_pre, resid_mid, resid_post) or a branch (mixer_out, mlp_out). layers, calls,
         positions: as in capture. top: likeliest tokens to keep. target: a token's text or id, whose probability and
-        rank are told; the model's own prediction unless given.
+        rank are told; the model's own prediction unless given. jacobian: a Jacobian lens that goes before the norm
+        (`hookmap.load_jacobian_lens`, `hm.fit_jacobian_lens`), of its layers and the last.
         Raises SelectionError with the reason where the model's logits cannot be computed from its residual stream.
         """
         return lens(self, source, point, layers, **options)

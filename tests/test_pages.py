@@ -37,7 +37,7 @@ NEEDS = {
 NOT_RUN = {
     "asks another machine": 6,
     "installs packages": 7,
-    "takes minutes": 3,
+    "takes minutes": 4,
     "another program": 1,
     "needs the real model": 7,
     "needs vLLM": 6,

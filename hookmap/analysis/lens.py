@@ -10,6 +10,7 @@ import torch
 
 from hookmap.activations import Key, Sample, call_of, key_of
 from hookmap.analysis.grid import Grid
+from hookmap.analysis.jacobian_lens import JacobianLens
 from hookmap.analysis.tokens import row_positions, token_id, token_text, token_texts
 from hookmap.analysis.unembedding import Unembeds, unembedding_of
 from hookmap.capture.engines.model_lock import lock_of
@@ -20,6 +21,7 @@ from hookmap.errors import SelectionError
 from hookmap.loading.prompts import Prompt
 from hookmap.maps.calls import last_run, listed
 from hookmap.maps.points import PointName, parse_point
+from hookmap.maps.selectors import layers_of
 from hookmap.stores.interface import Store
 from hookmap.wording import counted
 
@@ -116,11 +118,14 @@ def lens(
     positions: Any = "all",
     target: int | str | None = None,
     sample: int = 0,
+    jacobian: JacobianLens | None = None,
     unembedding: Unembeds | None = None,
     **template: Unpack[TemplateOptions],
 ) -> Lens:
     """See `HookedModel.lens`. `unembedding`: of a model whose weights are elsewhere; else it is read from the model."""
     name = _stream_point(point)
+    if jacobian is not None:
+        layers = _of_jacobian(hm, jacobian, name, layers)
     unembeds: Unembeds = unembedding_of(hm) if unembedding is None else unembedding
     run, prompt = source, None
     if not isinstance(source, (Capture, Store)):
@@ -140,7 +145,25 @@ def lens(
         raise SelectionError(f"the capture has no sample {sample}: it has {len(run.samples)}.")
     with lock_of(hm.model).shared():
         aim = None if target is None else token_id(hm, target)
-        return _Reading(hm, unembeds, run, found, name, chosen, prompt).lens(top, aim)
+        return _Reading(hm, unembeds, run, found, name, chosen, prompt, jacobian).lens(top, aim)
+
+
+def _of_jacobian(hm: Hooked, jacobian: JacobianLens, point: str, layers: Any) -> Any:
+    """The layers to read with a Jacobian lens: unless named, those that it has and the last. Raises SelectionError."""
+    last = hm.map.num_layers - 1
+    if point != "resid_post" or jacobian.d_model != hm.map.d_model or last_run(hm.map) != (last, None):
+        raise SelectionError(
+            f"the Jacobian lens is of resid_post of a model of width {jacobian.d_model} whose layers run once; this is "
+            f"{point}, width {hm.map.d_model}."
+        )
+    if beyond := [layer for layer in jacobian.layers if layer >= last]:
+        raise SelectionError(f"the Jacobian lens has layers {beyond}, and this model's last is {last}.")
+    if isinstance(layers, str):
+        return [*jacobian.layers, last]
+    chosen = layers_of(hm.map, layers)
+    if lacking := [layer for layer in chosen if layer != last and layer not in jacobian.matrices]:
+        raise SelectionError(f"the Jacobian lens has no layers {lacking}: it has {list(jacobian.layers)}.")
+    return list(chosen)
 
 
 def _chosen(hm: Hooked, run: Capture | Store, point: str, layers: Any, calls: Any) -> tuple[Key, ...]:
@@ -184,6 +207,7 @@ class _Reading:
     """what is read, a row of the lens each"""
     prompt: Prompt | None
     """of the sample, where it was captured for this lens just now, and can run again"""
+    jacobian: JacobianLens | None = None
 
     def lens(self, top: int, target: int | None) -> Lens:
         """`target`: a token id, or None for the model's own prediction at each position."""
@@ -232,6 +256,8 @@ class _Reading:
         rows = self.run.read(self.sample.sample, key[0], key[1], call_of(key), positions)
         if not bool(rows.isfinite().all()):
             self._refuse_not_finite(key)
+        if self.jacobian is not None and key[1] is not None and key[1] in self.jacobian.matrices:
+            rows = self.jacobian.transport(rows, key[1])
         return self.unembedding(rows[None].to(self.unembedding.dtype))[0].float()
 
     def _refuse_not_finite(self, key: Key) -> None:

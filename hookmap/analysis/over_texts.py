@@ -3,14 +3,24 @@
 from collections.abc import Iterable
 from typing import Any
 
+from hookmap.analysis.dictionaries.training import Training, train_dictionary
 from hookmap.analysis.examples.result import Examples
 from hookmap.analysis.examples.run import examples
+from hookmap.analysis.jacobian_lens import JacobianLens, fit_jacobian_lens
 from hookmap.analysis.outliers import OutlierFeatures, outliers
 from hookmap.analysis.reductions.run import reduce
 from hookmap.analysis.reductions.statistics import Statistics
 from hookmap.analysis.reductions.wanted import DEFAULT
 from hookmap.capture.hooked import Hooked
-from hookmap.capture.options import CaptureOptions, EstimateOptions, Layers, Points, takes
+from hookmap.capture.options import (
+    CaptureOptions,
+    EstimateOptions,
+    Layers,
+    MeasureOptions,
+    Points,
+    TemplateOptions,
+    takes,
+)
 
 
 class OverTexts(Hooked):
@@ -48,6 +58,35 @@ class OverTexts(Hooked):
         Raises SelectionError, and what `reduce` raises.
         """
         return outliers(self, prompts, points, layers, **options)
+
+    @takes(MeasureOptions, train_dictionary)
+    def train_dictionary(
+        self, texts: Any, point: str = "resid_post", layer: int | None = None, **options: Any
+    ) -> Training:
+        """Train a sparse autoencoder on a point's rows while the model reads texts: no row is written to disk.
+
+        texts: as prompts of a capture; or a capture on disk (`hookmap.open_store`), whose rows are read.
+        kind: "topk" (Gao et al. 2024) or "jumprelu" (Rajamanoharan et al. 2024). features: 8 for each number of a row
+        unless given. k: active ones of a row, exactly or, of jumprelu, aimed at on average. passes: over the texts.
+        batch_rows: of a step. learning_rate: 2e-4 for 16,384 features unless given, with the root of their number.
+        buffer_rows: shuffled together. silent_rows: without which a feature counts as dead. skip: tokens at the start
+        of each text that are left out (attention sinks). training_seed: of the weights and orders.
+        store: a folder for the files, which SAELens reads, too, and while it runs for its state, written every minute;
+        with resume, a killed run goes on from there. tell: called with a `Progressed` for each buffer.
+        `.dictionary` of the result is the dictionary, `.log` how it went. Raises SelectionError, StoreError, and what
+        capture raises.
+        """
+        return train_dictionary(self, texts, point, layer, **options)
+
+    @takes(TemplateOptions, fit_jacobian_lens)
+    def fit_jacobian_lens(self, texts: Any, layers: Layers = "all", **options: Any) -> JacobianLens:
+        """Fit a Jacobian lens (Gurnee et al. 2026): how a layer's stream moves the last one's, a mean over texts.
+
+        One forward pass over each text, and d_model / rows_at_once backward passes. skip: first tokens of each text
+        that are left out, as its last is; shorter texts are left out whole. progress: called with the texts done and
+        all. `hm.lens(prompt, jacobian=…)` reads with it. Raises SelectionError.
+        """
+        return fit_jacobian_lens(self, texts, layers, **options)
 
     @takes(CaptureOptions, examples)
     def examples(

@@ -16,6 +16,9 @@ from hookmap.stores.durable_files import write_all, write_whole, writing
 
 _KINDS = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "threshold": "jumprelu", "gated": "gated"}
 
+_SAELENS = "6.0.0"
+"""the first version with this format: it takes files that name none for older ones, and drops their metadata"""
+
 
 def save_dictionary(found: Dictionary, folder: str | os.PathLike[str]) -> Path:
     """Write a dictionary so that `load_dictionary` and SAELens read it. Raises StoreError for a folder that has one."""
@@ -36,6 +39,7 @@ def _config(found: Dictionary) -> dict[str, Any]:
         prefix = "" if kind == "standard" else f"{kind}_"
         kind = f"{prefix}{'skip_' if found.skip is not None else ''}transcoder"
     metadata = {
+        "sae_lens_version": _SAELENS,
         "model_name": about.model,
         "hook_name": None if about.point is None else _hook(about.point, about.layer),
         "prepend_bos": about.prepend_bos,

@@ -12,6 +12,7 @@ from hookmap.cli.prompts_file import chosen_prompts, prompt_options
 
 if TYPE_CHECKING:
     from hookmap.analysis.dictionaries.dictionary import Dictionary
+    from hookmap.analysis.dictionaries.trainer import Progressed
 
 _WHERE = option_group(
     click.option("--folder", default="", metavar="NAME", help="The folder in a hub id's repository."),
@@ -22,7 +23,7 @@ _WHERE = option_group(
 
 @click.group()
 def command() -> None:
-    """Look at sparse autoencoders and transcoders, and evaluate them.
+    """Look at sparse autoencoders and transcoders, evaluate them, and train some.
 
     DICTIONARY is a folder or a hub id: of SAELens, dictionary_learning, Gemma Scope, or plain safetensors.
     """
@@ -108,6 +109,70 @@ def evaluate(
         rows.add_row(name, value)
     screen.print(rows)
     screen.print(f"[dim]{metrics.tokens} tokens[/]")
+
+
+@command.command()
+@click.argument("model", required=False)
+@prompt_options
+@click.option("--store", "capture", metavar="DIR", help="Train on the rows of this capture, and run no model.")
+@click.option("--point", default="resid_post", show_default=True, metavar="NAME", help="What it reads.")
+@click.option("--layer", type=click.IntRange(min=0), metavar="N", help="Of which layer.")
+@click.option("--kind", type=click.Choice(["topk", "jumprelu"]), default="topk", show_default=True)
+@count("--features", "How many features.  [default: 8 for each number of a row]")
+@count("--k", "Active features of a token: exactly, or of jumprelu on average.  [default: 32]")
+@count("--passes", "Over all texts.  [default: 1]")
+@count("--batch-rows", "Rows of a step.  [default: 1024]")
+@click.option("--learning-rate", type=float, metavar="X", help="[default: 2e-4 for 16,384 features, more for fewer]")
+@count("--buffer-rows", "Rows that are shuffled together.  [default: 65536]")
+@count("--skip-first", "Tokens at the start of each text that are left out.  [default: 1]", least=0)
+@click.option("--training-seed", type=int, default=0, show_default=True, metavar="N", help="Of weights and orders.")
+@click.option("-o", "--output", required=True, metavar="DIR", help="The folder for the dictionary, as SAELens's files.")
+@click.option("--resume", is_flag=True, help="Go on with the training in DIR.")
+@count("--batch-size", "How many texts run together.")
+@count("--batch-tokens", "How many tokens are read at once.  [default: 4096]")
+@chat_options
+@loading
+def train(model: str | None, capture: str | None, output: str, resume: bool, **given: Any) -> None:
+    """Train a sparse autoencoder on what MODEL computes while it reads texts, or on a capture.
+
+    No row is written to disk but the capture's own. A killed run goes on with --resume, and gives the same numbers.
+
+    \b
+    hookmap dictionary train Qwen/Qwen3-0.6B --prompts texts.jsonl --layer 14 -o sae
+    hookmap dictionary train --store captures/0001 --layer 14 --kind jumprelu -o sae
+    """
+    from hookmap.cli.console import console
+    from hookmap.cli.settings import load_settings, typed_or_set
+
+    settings = load_settings()
+    how = templating(given, settings)
+    names = ("kind", "features", "k", "passes", "batch_rows", "learning_rate", "buffer_rows", "training_seed")
+    chosen = {name: value for name in names if (value := given.pop(name)) is not None}
+    if (skip := given.pop("skip_first")) is not None:
+        chosen["skip"] = skip
+    point, layer = given.pop("point"), given.pop("layer")
+    prompts = chosen_prompts(given, settings, how.get("chat"))
+    if (prompts is None) == (capture is None):
+        raise click.UsageError("on what? Give texts (--prompts FILE, --prompt TEXT) or a capture (--store DIR)")
+    screen = console()
+
+    def tell(state: "Progressed") -> None:
+        screen.print(
+            f"[dim]{state.rows} rows: explained variance {state.explained_variance:.3f}, L0 {state.l0:.1f}, "
+            f"dead {state.dead:.1%}[/]"
+        )
+
+    chosen |= {"store": output, "resume": resume, "tell": tell}
+    if capture is not None:
+        import hookmap
+        from hookmap.analysis.dictionaries.training import train_dictionary
+
+        made = train_dictionary(None, hookmap.open_store(capture), point, layer, **chosen)
+    else:
+        batches = typed_or_set(given, settings, "batch_size", "batch_tokens")
+        made = opened(model, given).train_dictionary(prompts, point, layer, **chosen, **batches, **how)
+    screen.print(repr(made.dictionary), markup=False)
+    click.echo(output)
 
 
 def _loaded(source: str, folder: str, point: str | None, layer: int | None) -> "Dictionary":
