@@ -16,7 +16,7 @@ PUBLIC = {
     "InterventionError", "MapError", "MapMismatchError", "MapNotFoundError", "ModelError", "SelectionError", "Selector",
     "StoreError", "TokenizerError", "__version__", "discover", "load_map", "load_prompts", "open", "open_on_ray",
     "open_on_vllm", "open_remote", "open_store", "verify", "apply", "watch", "metrics", "Pair",
-    "load_pairs", "open_statistics", "open_examples", "load_dictionary",
+    "load_pairs", "open_statistics", "open_examples", "load_dictionary", "load_jacobian_lens",
 }  # fmt: skip
 
 

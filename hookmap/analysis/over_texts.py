@@ -6,6 +6,7 @@ from typing import Any
 from hookmap.analysis.dictionaries.training import Training, train_dictionary
 from hookmap.analysis.examples.result import Examples
 from hookmap.analysis.examples.run import examples
+from hookmap.analysis.expert_outliers import LayerExperts, expert_outliers
 from hookmap.analysis.jacobian_lens import JacobianLens, fit_jacobian_lens
 from hookmap.analysis.outliers import OutlierFeatures, outliers
 from hookmap.analysis.reductions.run import reduce
@@ -58,6 +59,15 @@ class OverTexts(Hooked):
         Raises SelectionError, and what `reduce` raises.
         """
         return outliers(self, prompts, points, layers, **options)
+
+    @takes(MeasureOptions)
+    def expert_outliers(self, prompts: Any, layers: Layers = "all", **options: Any) -> dict[int, LayerExperts]:
+        """By layer, what each expert of a mixture writes to the stream at the most, and how often it is chosen.
+
+        What it writes is its output times its weight. Experts behind the last one that was chosen have no entry.
+        Raises SelectionError with the reason where no layer has experts, and what capture raises.
+        """
+        return expert_outliers(self, prompts, layers, **options)
 
     @takes(MeasureOptions, train_dictionary)
     def train_dictionary(

@@ -125,3 +125,24 @@ def test_the_command_takes_positions_for_every_pool(store: MemoryStore, tmp_path
     assert found["positions"] == "1:" and found["chosen"]["auroc"] > 0.99
     wrong = CliRunner().invoke(main, [*typed, "first"])
     assert wrong.exit_code == 1 and "positions 'first': expected" in wrong.stderr
+
+
+@pytest.mark.parametrize("pool", ["last", "mean", "each"])
+def test_sparse_rows_are_probed_as_dense_ones(pool: str, tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    dense, sparse = MemoryStore([KEY]), MemoryStore([("features", 3)])
+    for number in range(40):
+        rows = torch.relu(torch.randn(6, WIDTH, generator=draw) - 1)
+        rows[:, 4] += 2 * (number % 2)
+        dense.write(Activation(number, *KEY, 0, rows))
+        sparse.write(Activation(number, "features", 3, 0, rows.to_sparse()))
+        for store in (dense, sparse):
+            store.finish(Sample(number, str(number), "", (number, *range(6)), 6, 6, labels={"odd": bool(number % 2)}))
+    expected, found = (probe(store, "odd", pool=pool, method="ridge", shuffles=5) for store in (dense, sparse))
+    assert [place.auroc for place in found.report.places] == [place.auroc for place in expected.report.places]
+    assert found.report.places[0].auroc == 1
+    assert torch.equal(found.probes.weights["features", 3], expected.probes.weights[KEY])
+    rows = sparse.read(3, "features", 3)
+    torch.testing.assert_close(found.probes.logits(rows, "features", 3), expected.probes.logits(rows.to_dense(), *KEY))
+    names = {path.name for path in found.save(tmp_path / "probes")}
+    assert "probes.safetensors" in names and not any(name.startswith("vector") for name in names)

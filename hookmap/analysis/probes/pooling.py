@@ -161,9 +161,10 @@ def _at(
     for index, number in enumerate(numbers):
         sample = store.sample(number)
         rows = store.rows_at(number, key, rows_of([position + sample.prompt_tokens for position in wanted], sample))
-        if not bool(rows.isfinite().all()):
+        flat = _flat(rows)
+        if not bool(flat.isfinite().all()):
             raise _not_finite(store, key, number, range(sample.rows))
-        found[:, index] = _flat(rows).numpy()
+        found[:, index] = flat.numpy()
     for index, position in enumerate(wanted):
         yield position, found[index].copy()  # a view would keep all positions in memory
 
@@ -171,7 +172,7 @@ def _at(
 def _not_finite(store: Store, key: Key, number: int, rows: Sequence[int]) -> SelectionError:
     """The error that names the first of these rows with an infinity or nan."""
     sample = store.sample(number)
-    bad = next((row for row in rows if not bool(store.rows_at(number, key, [row]).isfinite().all())), rows[0])
+    bad = next((row for row in rows if not bool(_flat(store.rows_at(number, key, [row])).isfinite().all())), rows[0])
     at = position_of(sample, bad)
     where = "its mean" if at is None else f"position {at}"
     return SelectionError(
@@ -218,4 +219,4 @@ def _rows(sample: Sample, pool: str, chosen: RowSelection | None) -> Sequence[in
 
 
 def _flat(rows: torch.Tensor) -> torch.Tensor:
-    return rows.flatten(1).float()
+    return (rows.to_dense() if rows.is_sparse else rows.flatten(1)).float()

@@ -24,6 +24,7 @@ from hookmap.analysis.probes.report import Report, number
 from hookmap.analysis.probes.saved import About, Probes
 from hookmap.capture.result import Capture
 from hookmap.errors import SelectionError
+from hookmap.maps.points import FEATURES, PointName
 from hookmap.stores.interface import Store
 
 log = logging.getLogger("hookmap")
@@ -52,7 +53,9 @@ class Probing:
         target = Path(folder)
         written = documents.save_report(self.report, target)
         written.append(self.probes.save(target / documents.PROBES))
-        for point, call in dict.fromkeys((key[0], call_of(key)) for key in self.probes.weights if key[1] is not None):
+        layered = [key for key in self.probes.weights if key[1] is not None]
+        written_to = [key for key in layered if PointName.of(key[0]).base != FEATURES]  # no run writes features
+        for point, call in dict.fromkeys((key[0], call_of(key)) for key in written_to):
             name = f"vector-{point}" if call is None else f"vector-{point}-call{call}"
             written.append(self.probes.vector(point, call).save(target / f"{name}.safetensors"))
         return written

@@ -47,7 +47,8 @@ class Probes:
         if (key := key_of(point, layer, call)) not in self.weights:
             held = ", ".join(map(tensor_name, self.weights))
             raise SelectionError(f"no probe of {tensor_name(key)}: there are probes of {held}.")
-        return rows.flatten(1).float() @ self.weights[key] + self.biases[key]
+        flat = rows if rows.is_sparse else rows.flatten(1)
+        return torch.mv(flat.float(), self.weights[key]) + self.biases[key]
 
     def vector(self, point: str, call: int | None = None) -> steering.SteeringVector:
         """A steering vector from the weights of one point, scaled to length 1 in each layer; it points to the label.
