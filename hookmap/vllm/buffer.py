@@ -56,7 +56,7 @@ class Slabs:
     def __init__(self) -> None:
         self.slabs: dict[Key, torch.Tensor] = {}
         self._rows: dict[Key, npt.NDArray[Any]] = {}
-        """of each slab, its rows as so many bytes: NumPy copies each at once, in a quarter of PyTorch's time"""
+        """of each slab, its rows as so many bytes: NumPy copies each at once, in a third of PyTorch's time"""
 
     def put(self, key: Key, slots: Chosen, rows: torch.Tensor) -> None:
         """Keep a copy of `rows`, [n, ...], in these slots."""
@@ -74,7 +74,9 @@ class Slabs:
 
     def get(self, key: Key, slots: Sequence[int]) -> torch.Tensor:
         """A copy of the rows in these slots. Raises KeyError where the point has never been seen."""
-        return self.slabs[key].index_select(0, torch.tensor(slots, dtype=torch.long))
+        slab = self.slabs[key]
+        rows = torch.from_numpy(self._rows[key][np.array(slots, dtype=np.intp)].view(np.uint8))
+        return rows.view(slab.dtype).reshape(len(slots), *slab.shape[1:])
 
     @property
     def nbytes(self) -> int:

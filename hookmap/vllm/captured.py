@@ -58,7 +58,7 @@ class Step:
     """points -> the rows of the step that are kept, and their slots"""
     cells: dict[Key, dict[tuple[bool, int, int], tuple[WorkerEdit, Cells]]] = field(default_factory=dict)
     """point -> (whether it comes last, plan, number of the edit) -> the edit, and what it writes"""
-    indices: dict[tuple[frozenset[Key], ...], tuple[torch.Tensor, Chosen]] = field(default_factory=dict)
+    indices: dict[tuple[frozenset[Key], ...], tuple[torch.Tensor | slice, Chosen]] = field(default_factory=dict)
     parts: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)
     """of points that are sums, the terms that were seen"""
     seen: set[tuple[Key, int]] = field(default_factory=set)

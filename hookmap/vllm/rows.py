@@ -5,9 +5,9 @@ tokens that it has run before. A runner's adapter says which rows are which requ
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from hookmap.errors import CaptureError
@@ -16,8 +16,7 @@ SUPPORTED = ("0.32",)
 """versions of vLLM whose runner the adapters were written and tested for"""
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """The consecutive rows of one request in one step."""
 
     request: str
@@ -65,11 +64,10 @@ class RunnerV1:
     def segments(self) -> list[Segment]:
         """See `StepRows`."""
         batch = self._runner.input_batch
-        starts = self._runner.query_start_loc.np
-        return [
-            Segment(name, int(starts[place]), int(starts[place + 1]), int(batch.num_computed_tokens_cpu[place]))
-            for place, name in enumerate(batch.req_ids)
-        ]
+        names = batch.req_ids
+        starts = self._runner.query_start_loc.np[: len(names) + 1].tolist()
+        positions = batch.num_computed_tokens_cpu[: len(names)].tolist()
+        return [*map(Segment, names, starts, starts[1:], positions)]
 
     def arguments(self, request: str) -> Mapping[str, Any] | None:
         """See `StepRows`."""
@@ -114,10 +112,10 @@ def check_positions(segments: Sequence[Segment], positions: torch.Tensor) -> Non
 
     `positions`: [tokens] of the step, or [axes, tokens] where positions have several (multimodal rotary embeddings).
     """
-    fed = positions if positions.ndim == 1 else positions[0]
-    expected = torch.cat([torch.arange(s.position, s.position + s.stop - s.first) for s in segments])
-    rows = torch.cat([torch.arange(s.first, s.stop) for s in segments])
-    if len(fed) <= int(rows[-1]) or not torch.equal(fed[rows.to(fed.device)].cpu(), expected.to(fed.dtype)):
+    fed = (positions if positions.ndim == 1 else positions[0]).cpu().numpy()
+    rows = np.concatenate([np.arange(s.first, s.stop) for s in segments])
+    shifts = np.repeat([s.position - s.first for s in segments], [s.stop - s.first for s in segments])
+    if len(fed) <= rows[-1] or not np.array_equal(fed[rows], rows + shifts):
         raise CaptureError(
             "the positions that vLLM feeds the model are not those that its runner tells of: the rows of this step "
             "cannot be told. Please report this with the version of vLLM and the model."

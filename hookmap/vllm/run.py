@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence, Set
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -33,6 +34,8 @@ else:
 HELD_BYTES = 2**23
 HELD_SECONDS = 1.0
 """finished samples go to the sink together once they are so large or so old: a group costs the disk a few files"""
+TAKEN_AT_ONCE = 8
+"""requests whose rows are asked for together: the disk writes those of some while others are taken"""
 _SERVED = frozenset(
     "do_sample temperature top_k top_p min_p repetition_penalty min_new_tokens eos_token_id stop_strings".split()
 )
@@ -77,6 +80,12 @@ class VllmGenerating(_OnVllm, Generating):
         """See `_OnVllm.parameters`. Raises CaptureError for settings that vLLM does not have."""
         from vllm import SamplingParams
 
+        seed = None if self.seed is None else (self.seed * 1_000_003 + number) % 2**63
+        return SamplingParams(**self._settings, seed=seed if self.config.do_sample else None)
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """Those of all prompts."""
         if unserved := gen.unserved(self.config, _SERVED):
             raise CaptureError(
                 f"{', '.join(unserved)}: vLLM has no such setting. It has "
@@ -90,10 +99,8 @@ class VllmGenerating(_OnVllm, Generating):
         if config.do_sample:
             given = {"temperature": config.temperature, "top_k": config.top_k or 0, "top_p": config.top_p or 1.0}
             given["min_p"] = config.min_p or 0.0
-            if self.seed is not None:
-                given["seed"] = (self.seed * 1_000_003 + number) % 2**63
-        return SamplingParams(
-            **{"temperature": 0.0, **given},
+        return dict(
+            {"temperature": 0.0, **given},
             max_tokens=self.max_new_tokens,
             min_tokens=config.min_new_tokens or 0,
             repetition_penalty=config.repetition_penalty or 1.0,
@@ -187,8 +194,13 @@ class Serving:
 
     def _end(self, ended: Sequence[Ended], last: bool) -> None:
         """Take the rows of requests that have ended."""
+        mine = [each for each in ended if each.name in self._running]
+        for start in range(0, len(mine), TAKEN_AT_ONCE):
+            self._take(mine[start : start + TAKEN_AT_ONCE], last)
+
+    def _take(self, ended: Sequence[Ended], last: bool) -> None:
         run = self._run
-        mine = [(each, self._running.pop(each.name)) for each in ended if each.name in self._running]
+        mine = [(each, self._running.pop(each.name)) for each in ended]
         new = {each.name: () if isinstance(run, Harvesting) else each.tokens for each, _ in mine}
         counts = [
             (each.name, len(run.prompts[number].token_ids) + max(0, len(new[each.name]) - 1)) for each, number in mine

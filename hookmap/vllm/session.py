@@ -22,7 +22,7 @@ from hookmap.vllm.captured import Captured, Cells, Step
 from hookmap.vllm.plans import WorkerEdit, WorkerPlan
 from hookmap.vllm.rows import Segment, StepRows
 from hookmap.vllm.spec import RequestSpec, spec_of
-from hookmap.vllm.taps import Boundary, Read, Tensors, Write
+from hookmap.vllm.taps import Boundary, Read, Taps, Tensors, Write
 
 IN_PIECES = "vLLM read the prompt in pieces"
 """how the reason of a request begins that may be right where it runs alone"""
@@ -37,17 +37,16 @@ class Session:
         self,
         rows: StepRows,
         architecture_map: ArchitectureMap,
-        terms: dict[Key, int],
-        written: set[Key],
+        taps: Taps,
         tap: Callable[[Iterable[Key]], None],
         parameter_at: Callable[[str], torch.Tensor],
         untaken_bytes: int = 2**32,
     ) -> None:
-        """`terms`: of each point. `written`: points that may be written. `tap`: makes points seen, or raises.
+        """`taps`: of the worker's model. `tap`: makes points seen, or raises.
 
         `untaken_bytes`: the most that is kept of requests that have ended and whose rows nobody has taken.
         """
-        self._rows, self._map, self._terms, self._written = rows, architecture_map, terms, written
+        self._rows, self._map, self._taps = rows, architecture_map, taps
         self._tap, self._parameter_at = tap, parameter_at
         self.plans: dict[str, WorkerPlan] = {}
         self.requests: dict[str, Captured] = {}
@@ -75,13 +74,14 @@ class Session:
             step.involved[segment.request] = request
         step.cells = {key: dict(sorted(mine.items(), key=lambda item: item[0])) for key, mine in step.cells.items()}
         self._step = step if step.involved else None
+        self._taps.wake((*step.kept, tuple(step.cells)) if step.involved else ())
         return list(step.segments.values())
 
     def fail(self, why: str) -> None:
         """Something is wrong with the whole step that is about to run: no row of it is kept."""
         for request in self._step.involved.values() if self._step else ():
             request.fail(why)
-        self._step = None
+        self._rest()
 
     def writes(self, boundary: Boundary) -> bool:
         """Whether a request of this step may be written at this boundary."""
@@ -105,16 +105,24 @@ class Session:
                     self._read(step, read, groups, tensors)
                 except _FAILURES as error:
                     _fail(step.involved.values(), error)
+        for read in boundary.reads if step.parts else ():
+            if read.number in (parts := step.parts.get(read.key, {})):
+                parts[read.number] = parts[read.number].clone()  # what the model does next may overwrite a view
 
     def end(self) -> None:
         """The step has run."""
-        step, self._step = self._step, None
+        step = self._step
         if step is None:
             return
+        self._rest()
         for keys, (rows, _) in step.kept.items():
             if rows and (missed := sorted(tensor_name(key) for key in keys - step.done)):
                 for request in (each for each in step.involved.values() if each.keys == keys):
                     request.fail(f"a step of vLLM did not reach {', '.join(missed)}: the model skipped these modules.")
+
+    def _rest(self) -> None:
+        self._step = None
+        self._taps.wake(())
 
     def take(self, name: str, tokens: int) -> tuple[list[int], dict[Key, torch.Tensor]]:
         """Positions and rows of a request that has ended; it is forgotten. `tokens`: how many of its tokens have a row.
@@ -216,7 +224,7 @@ class Session:
         if plan is None:
             raise InterventionError(f"no plan {spec.edits.plan!r} of interventions was given to vLLM's worker.")
         keys = {edit.key for edit in plan.edits}
-        if refused := sorted(tensor_name(key) for key in keys - self._written):
+        if refused := sorted(tensor_name(key) for key in keys - self._taps.written):
             raise InterventionError(f"{', '.join(refused)} cannot be written on vLLM.")
         self._tap(keys)
         for number, pairs in spec.edits.only.items():
@@ -335,7 +343,7 @@ class Session:
         term = read.part.term
         parameter = None if term.weight is None else self._parameter_at(term.weight)
         found = term.times(read.part.rows(tensors, rows), parameter)
-        if (count := self._terms[read.key]) > 1:
+        if (count := self._taps.terms[read.key]) > 1:
             parts = step.parts.setdefault(read.key, {})
             parts[read.number] = found
             if len(parts) < count:
@@ -349,12 +357,14 @@ class Session:
 
     def _index(
         self, step: Step, groups: tuple[frozenset[Key], ...], device: torch.device
-    ) -> tuple[torch.Tensor, Chosen]:
+    ) -> tuple[torch.Tensor | slice, Chosen]:
         """The kept rows of these groups, and their slots."""
         if groups not in step.indices:
             rows = [row for keys in groups for row in step.kept[keys][0]]
             slots = [slot for keys in groups for slot in step.kept[keys][1]]
-            step.indices[groups] = torch.tensor(rows, dtype=torch.long, device=device), Chosen(slots)
+            whole = bool(rows) and rows == list(range(rows[0], rows[0] + len(rows)))
+            where = slice(rows[0], rows[-1] + 1) if whole else torch.tensor(rows, dtype=torch.long, device=device)
+            step.indices[groups] = where, Chosen(slots)
         return step.indices[groups]
 
 

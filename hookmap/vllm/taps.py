@@ -5,9 +5,9 @@ are there before. Each boundary, one side of one module, is a single operator: i
 then reads what they capture. Two requests never share a row, so that one pass serves all of them.
 """
 
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
@@ -31,9 +31,13 @@ class Part:
     """as if the tensor were a module's output"""
     tensor: int
 
-    def rows(self, tensors: Tensors, rows: torch.Tensor) -> torch.Tensor:
-        """A copy of these rows, [n, ...], split into heads where the term is; unscaled. Raises CaptureError."""
-        found: torch.Tensor = self.term.resolve((), {}, self._of(tensors).index_select(0, rows))
+    def rows(self, tensors: Tensors, rows: torch.Tensor | slice) -> torch.Tensor:
+        """These rows, [n, ...], split into heads where the term is; unscaled. Raises CaptureError.
+
+        A copy, but for a slice, of which it is a view: what the model does next may write there.
+        """
+        whole = self._of(tensors)
+        found: torch.Tensor = self.term.view(whole[rows] if isinstance(rows, slice) else whole.index_select(0, rows))
         return found
 
     def put(self, tensors: Tensors, rows: torch.Tensor, values: torch.Tensor) -> None:
@@ -103,14 +107,15 @@ class Handler(Protocol):
         """The model passes a boundary: write into the tensors, then read them."""
 
 
-_HANDLERS: dict[int, Callable[[Tensors], None]] = {}
-"""number in a sink -> what runs when the model passes that boundary"""
+_AWAKE: dict[int, Callable[[Tensors], None]] = {}
+"""number of a boundary where the running step reads or writes -> what runs when the model passes it"""
 _NUMBERS = count()
 
 
 def _handle(tensors: Tensors, sink: torch.Tensor) -> None:
-    """Run the handler whose number the sink holds."""
-    _HANDLERS[int(sink)](tensors)
+    """The model passes the boundary whose number the sink holds. Where no request asks for anything, that is all."""
+    if _AWAKE and (handler := _AWAKE.get(int(sink))) is not None:
+        handler(tensors)
 
 
 # Defined by hand, since torch.library.custom_op wraps each call in some ten microseconds of Python.
@@ -139,7 +144,10 @@ class Taps:
         self.tapped: set[Key] = set()
         """points that can be captured and written now"""
         self._of: dict[Key, set[tuple[str, str]]] = {}
-        self._hooked: set[tuple[str, str]] = set()
+        self._hooked: dict[tuple[str, str], int] = {}
+        """boundaries with hooks, and their numbers"""
+        self._handlers: dict[Hashable, dict[int, Callable[[Tensors], None]]] = {}
+        self._awake: Iterable[int] = ()
         order = {s.key: s.forward_index for s in found.map.selectors(found.map.points)}
         for key, place in sorted(found.places.items(), key=lambda item: order.get(item[0], 0)):
             for number, term in enumerate(place.read):
@@ -156,26 +164,39 @@ class Taps:
         keys = set(keys) - self.tapped
         if unknown := sorted(str(key) for key in keys if key not in self._of):
             raise CaptureError(f"{', '.join(unknown)}: no place in vLLM's modules is known for it.")
-        for place in {place for key in keys for place in self._of[key]} - self._hooked:
-            self._hook(self.boundaries[place])
-            self._hooked.add(place)
-        self.tapped |= {key for key, places in self._of.items() if places <= self._hooked}
+        for place in {place for key in keys for place in self._of[key]} - self._hooked.keys():
+            self._handlers.clear()
+            self._hooked[place] = self._hook(self.boundaries[place])
+        self.tapped |= {key for key, places in self._of.items() if places <= self._hooked.keys()}
+
+    def wake(self, groups: tuple[Iterable[Key], ...]) -> None:
+        """Show the handler the boundaries of these points, and no others, until the next call."""
+        for number in self._awake:
+            _AWAKE.pop(number, None)
+        if groups not in self._handlers:
+            if len(self._handlers) >= 256:
+                self._handlers.clear()
+            places = {place for keys in groups for key in keys for place in self._of[key]} & self._hooked.keys()
+            self._handlers[groups] = {
+                self._hooked[place]: partial(self.handler.at, self.boundaries[place]) for place in places
+            }
+        self._awake = self._handlers[groups]
+        _AWAKE.update(self._handlers[groups])
 
     def _at(self, key: Key, term: Term) -> Boundary:
         place = (term.module, term.side)
         self._of.setdefault(key, set()).add(place)
         return self.boundaries.setdefault(place, Boundary(*place))
 
-    def _hook(self, boundary: Boundary) -> None:
+    def _hook(self, boundary: Boundary) -> int:
+        """Returns the boundary's number."""
         try:
             module = self._model.get_submodule(boundary.module)
         except AttributeError as error:
             raise CaptureError(f"{type(self._model).__name__} has no module {boundary.module!r}.") from error
         number, name = next(_NUMBERS), f"_hookmap_{boundary.side}"
-        pass_by = self._compiled(boundary, name) if self.compiled else self._eager(boundary)
-        own = weakref.ref(self)
+        pass_by = self._compiled(boundary, name) if self.compiled else self._eager(boundary, number)
         if self.compiled:
-            _HANDLERS[number] = lambda tensors: _shown(own, boundary, tensors)
             # A buffer is an input of the compiled graph, so that the graphs of all layers are the same.
             module.register_buffer(name, torch.tensor(number), persistent=False)
         if boundary.side == "input":
@@ -186,6 +207,7 @@ class Taps:
             module.register_forward_hook(
                 lambda module, args, kwargs, output: pass_by(module, (args, kwargs, output)), with_kwargs=True
             )
+        return number
 
     def _compiled(self, boundary: Boundary, name: str) -> Callable[[nn.Module, ModuleIO], Any]:
         """A hook that the compiler traces: it always copies what may be replaced."""
@@ -200,10 +222,12 @@ class Taps:
 
         return pass_by
 
-    def _eager(self, boundary: Boundary) -> Callable[[nn.Module, ModuleIO], Any]:
+    def _eager(self, boundary: Boundary, own: int) -> Callable[[nn.Module, ModuleIO], Any]:
         """A hook that copies only where something is written."""
 
         def pass_by(module: nn.Module, given: ModuleIO) -> Any:
+            if own not in _AWAKE:
+                return None
             tensors = [_tensor(term, given) for term in boundary.terms]
             replaced = boundary.replaced if self.handler.writes(boundary) else ()
             for number in replaced:
@@ -212,11 +236,6 @@ class Taps:
             return _passed(given, [(boundary.terms[number], tensors[number]) for number in replaced])
 
         return pass_by
-
-
-def _shown(taps: Callable[[], Taps | None], boundary: Boundary, tensors: Tensors) -> None:
-    if (found := taps()) is not None:
-        found.handler.at(boundary, tensors)
 
 
 def _tensor(term: Term, given: ModuleIO) -> torch.Tensor:

@@ -70,9 +70,7 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
             points = asked or {name: "all" for name in DEFAULT_TAPS if name in found.points}
             self._taps.tap({selector.key for selector in select(found, points)})
         most = self.vllm_config.additional_config[NAME]["untaken_bytes"]
-        self._session = Session(
-            rows, found, self._taps.terms, self._taps.written, self._tap, parameters_of(model), most
-        )
+        self._session = Session(rows, found, self._taps, self._tap, parameters_of(model), most)
         self._taps.handler = self._session
         _watch(runner, rows, self._session)
 

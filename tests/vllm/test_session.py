@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hookmap
+from hookmap.activations import Key
 from hookmap.errors import CaptureError
 from hookmap.maps.terms import Term
 from hookmap.vllm.places import ModelPlaces, Place
@@ -15,7 +16,8 @@ from hookmap.vllm.rows import Segment
 from hookmap.vllm.session import UNTAKEN, Session
 from hookmap.vllm.taps import Taps
 
-KEY = ("resid_post", 0)
+KEY: Key = ("resid_post", 0)
+SUM: Key = ("resid_mid", 0)
 
 
 class Scripted:
@@ -42,25 +44,23 @@ class Scripted:
 
 
 class Model(torch.nn.Module):
-    """One module whose output is what the session reads."""
+    """A module whose output is what the session reads, and one whose output is added to it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.block = torch.nn.Identity()
+        self.block, self.branch = torch.nn.Identity(), torch.nn.Identity()
 
 
 class Worker:
-    """A session on a model of one module, and the steps of its requests."""
+    """A session on that model, and the steps of its requests."""
 
     def __init__(self, checkpoint: Path, untaken_bytes: int = 2**32, **asked: Any) -> None:
-        term = Term("block", "output", None, flat=True)
+        term, branch = (Term(module, "output", None, flat=True) for module in ("block", "branch"))
         self.model = Model()
-        found = ModelPlaces(hookmap.discover(checkpoint), {KEY: Place((term,), (term,))})
+        found = ModelPlaces(hookmap.discover(checkpoint), {KEY: Place((term,), (term,)), SUM: Place((term, branch))})
         taps = Taps(self.model, found, compiled=False)
         self.rows = Scripted({name: {"hookmap": document} for name, document in asked.items()})
-        self.session = Session(
-            self.rows, found.map, taps.terms, taps.written, taps.tap, lambda path: torch.ones(1), untaken_bytes
-        )
+        self.session = Session(self.rows, found.map, taps, taps.tap, lambda path: torch.ones(1), untaken_bytes)
         taps.handler = self.session
 
     def step(self, *segments: tuple[str, int, int], calls: int = 1) -> None:
@@ -72,13 +72,15 @@ class Worker:
             first += count
         self.session.begin(self.rows.now)
         for _ in range(calls):
-            self.model.block(torch.tensor(values, dtype=torch.float32)[:, None].repeat(1, 4))
+            rows = torch.tensor(values, dtype=torch.float32)[:, None].repeat(1, 4)
+            self.model.block(rows)
+            self.model.branch(rows.mul_(10))  # as compiled code does, which gives memory that is free to others
         self.session.end()
 
-    def taken(self, name: str, tokens: int) -> tuple[list[int], list[float]]:
+    def taken(self, name: str, tokens: int, key: Key = KEY) -> tuple[list[int], list[float]]:
         """Positions, and the first number of each row."""
         positions, rows = self.session.take(name, tokens)
-        return positions, rows[KEY][:, 0].tolist()
+        return positions, rows[key][:, 0].tolist()
 
 
 ALL = {"points": {"resid_post": [0]}}
@@ -130,6 +132,24 @@ def test_a_module_that_is_skipped_or_runs_twice_is_an_error(checkpoint: Path) ->
     assert worker.taken("fine", 3) == ([0, 1, 2], [0, 1, 2])
 
 
+def test_terms_are_those_that_the_model_had_when_it_passed_them(checkpoint: Path) -> None:
+    worker = Worker(checkpoint, **{name: {"points": {"resid_mid": [0]}} for name in "abc"}, plain={"points": {}})
+    worker.step(("a", 0, 2), ("b", 0, 3))  # rows side by side
+    worker.step(("plain", 0, 2), ("a", 2, 1), ("plain", 2, 1), ("c", 0, 2))  # and others between them
+    for name, count in (("a", 3), ("b", 3), ("c", 2)):
+        assert worker.taken(name, count, SUM)[1] == [11 * position for position in range(count)]
+
+
+def test_boundaries_of_what_nobody_asks_for_are_passed_by(checkpoint: Path) -> None:
+    worker = Worker(checkpoint, plain={"points": {}}, a=ALL)
+    shown, at = [], worker.session.at
+    worker.session.at = lambda boundary, tensors: (shown.append(boundary.module), at(boundary, tensors))  # type: ignore
+    worker.step(("plain", 0, 2))
+    worker.step(("a", 0, 1), ("plain", 2, 1))
+    worker.step(("plain", 3, 1))
+    assert shown == ["block"]
+
+
 def test_slots_of_requests_that_have_ended_are_used_again(checkpoint: Path) -> None:
     names = [f"r{number}" for number in range(50)]
     worker = Worker(checkpoint, **dict.fromkeys(names, ALL))
@@ -170,3 +190,4 @@ def test_requests_of_the_same_name_are_told_from_others(checkpoint: Path) -> Non
     worker.step(("n-bb", 0, 1))
     assert worker.session.names("n") == ["n-bb"]
     assert worker.session.names("m-n") == ["m-n-cc"]
+    assert worker.session.names("m") == []
