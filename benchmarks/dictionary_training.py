@@ -45,7 +45,7 @@ def theirs(rows: torch.Tensor, features: int, k: int, batch: int) -> float:
 
     config = sae_lens.TopKTrainingSAEConfig(d_in=rows.shape[1], d_sae=features, k=k)
     total = len(rows) // batch * batch
-    asked = SAETrainerConfig(total, batch, logger=LoggingConfig(log_to_wandb=False))
+    asked = SAETrainerConfig(total, batch, lr_end=3e-5, logger=LoggingConfig(log_to_wandb=False))
     trainer: Any = SAETrainer(asked, sae_lens.TopKTrainingSAE(config), Batches())
     begun = time.perf_counter()
     trainer.fit()
