@@ -130,6 +130,9 @@ def _of(hm: Any) -> dict[str, Any]:
                     held[f"{selector.point}: {'zero' if own is not None else 'not held'}"] += 1
                     continue
                 rows = found.read(number, *selector.key).double()
+                if not bool(own.isfinite().all()) and torch.equal(own.isfinite(), rows.isfinite()):
+                    refused[selector.point] = "it is not finite, by hand and here, at the same places"
+                    continue
                 error = float((rows - own).norm() / own.norm().clamp_min(1e-300))
                 if not error <= LARGEST:
                     by_itself = ", by rounding: the model computes in float32 by itself" if _narrows(hm) else ""
@@ -277,7 +280,8 @@ def tell(found: list[dict[str, Any]]) -> list[str]:
     wrong = [each for each in found if "wrong" in each]
     worst = max((each["worst"] for each in ran), default=0.0)
     points = sum(count for each in ran for name, count in each["held"].items() if ":" not in name)
-    nowhere = sorted({point for each in ran for point, why in each["refused"].items() if _NO_TENSOR in why})
+    nowhere = {point for each in ran for point, why in each["refused"].items() if _NO_TENSOR in why}
+    named = sorted({f"`{point.partition(' ')[0]}`" for point in nowhere})
     unheld = Counter(name for each in ran for name in each["held"] if name.endswith(": not held"))
     made = "Made by `python benchmarks/gradients.py --page docs/gradients-table.md` with transformers"
     lines = [
@@ -292,7 +296,7 @@ def tell(found: list[dict[str, Any]]) -> list[str]:
         f"{len(ran)} of {len(found)} classes ran; {points} tensors were held, and the largest relative error is",
         f"{worst:.0e}. {len(wrong)} classes differ by more than {LARGEST:g}.",
         "",
-        f"In no model have {', '.join(f'`{name}`' for name in nowhere)} a gradient: it holds no such tensor."
+        f"No model has a gradient of {', '.join(named)}: it holds no such tensor."
         + "".join(f" By hand `{name.partition(':')[0]}` has none in {n} classes." for name, n in unheld.items()),
         "",
         "| model type | no gradient, and why |",
@@ -305,7 +309,17 @@ def tell(found: list[dict[str, Any]]) -> list[str]:
             lines.append(f"| {each['type']} | {told} |")
     lines += [f"| {each['type']} | differs: {each['wrong']} |" for each in wrong]
     lines += [f"| {each['type']} | did not run: {each['error']} |" for each in found if "error" in each]
+    left = sorted(_types() - {each["type"] for each in found})
+    if left:
+        lines += ["", f"Not held yet, {len(left)} classes: {', '.join(left)}."]
     return lines
+
+
+def _types() -> set[str]:
+    """Of every causal language model class."""
+    from hookmap.sweep.build import classes
+
+    return {*{architecture: name for name, architecture in classes().items()}.values()}  # one of each class
 
 
 if __name__ == "__main__":
