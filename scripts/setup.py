@@ -30,8 +30,11 @@ CLIENTS = {
     "litellm": ["litellm>=1.80"],
     "inspect": ["inspect-ai>=0.3.285", "openai>=3.4"],
     "lm_eval": ["lm-eval[api]>=0.4.11", "transformers>=5"],
+    "langchain": ["langchain-openai>=1.1"],
 }
 """programs that use the server, each in an environment of its own: their pins clash"""
+OF_NODE = {"ai_sdk": ["ai@6", "@ai-sdk/openai@3", "@ai-sdk/openai-compatible@2"]}
+"""the same for node, where it is installed"""
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 CONSTRAINTS_VLLM = ROOT / "constraints-vllm.txt"
@@ -194,6 +197,10 @@ def make_clients() -> None:
         venv = ROOT / ".venv-clients" / name
         say(f"installing {name}")
         run(*make_environment(venv), "install", "-qq", *needs)
+    for name, needs in OF_NODE.items() if shutil.which("npm") else ():
+        say(f"installing {name}")
+        folder = str(ROOT / ".venv-clients" / name)
+        run("npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", folder, *needs)
     (ROOT / ".venv-clients" / ".ready").touch()
 
 

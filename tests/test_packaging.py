@@ -124,6 +124,7 @@ def test_the_extras_are_those_of_the_docs_and_all_holds_each(wheel: zipfile.ZipF
         "docs",
         "eval",
         "gguf",
+        "grammar",
         "scale",
         "server",
         "stats",

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from support import wide_demo  # noqa: E402 - in the folder above
 from hookmap.demo import MODEL_PATH, sample_problems  # noqa: E402 - behind the path
 
 CLIENTS = {
-    "hooks": ("openai", "litellm", "inspect", "lm_eval"),
+    "hooks": ("openai", "litellm", "inspect", "lm_eval", "langchain", "ai_sdk"),
     "vllm": ("openai", "litellm", "inspect"),
     "vllm-serve": ("litellm", "inspect"),
 }
@@ -50,6 +51,9 @@ def main() -> None:
         server, url = serve(given.server, Path(folder))
         try:
             clients = given.clients or CLIENTS[given.server]
+            if "ai_sdk" in clients and not given.clients and shutil.which("node") is None:
+                clients = [name for name in clients if name != "ai_sdk"]
+                print("ai_sdk: left out, there is no node")
             failed = [name for name in clients if not run(name, given.envs, url, problems)]
         finally:
             server.terminate()
@@ -99,10 +103,16 @@ def serve(kind: str, folder: Path) -> tuple["subprocess.Popen[bytes]", str]:
 def run(name: str, envs: Path, url: str, problems: Path) -> bool:
     """One client; what it prints and whether it was content."""
     python = sys.executable if name == "openai" else str(envs / name / "bin" / "python")
-    command = [python, str(HERE / f"with_{name}.py"), url, str(problems)]
+    program = ["node", str(HERE / "with_ai_sdk.mjs")] if name == "ai_sdk" else [python, str(HERE / f"with_{name}.py")]
+    command = [*program, url, str(problems)]
     command += [str(MODEL_PATH)] if name == "lm_eval" else []
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1", "HF_DATASETS_CACHE": str(problems.parent / "cache")}
+    environment |= {
+        "NODE_FOLDER": str((envs / name).resolve()),
+        "HF_HUB_OFFLINE": "1",
+        "NO_PROXY": "127.0.0.1",
+        "HF_DATASETS_CACHE": str(problems.parent / "cache"),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=problems.parent)
     print(done.stdout.strip().splitlines()[-1] if done.returncode == 0 else f"{name}: failed", flush=True)
     if done.returncode:

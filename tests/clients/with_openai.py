@@ -37,6 +37,16 @@ def main() -> None:
                 pass
             assert stream.get_final_completion().choices[0].message.content == text
 
+    asked = {"model": "hookmap-demo", "temperature": 0, "max_output_tokens": 160}
+    for question, text in zip(questions, alone, strict=True):
+        assert client.responses.create(input=question, **asked).output_text == text
+        with client.responses.stream(input=question, **asked) as stream:
+            for _ in stream:
+                pass
+            assert stream.get_final_response().output_text == text
+    vectors = client.embeddings.create(model="hookmap-demo", input=questions[:2]).data
+    assert len({len(vector.embedding) for vector in vectors}) == 1 and len(vectors) == 2
+
     summary = {"return": "none", "summary": {"point": "resid_post", "of": "lens"}}
     chunks = create(messages=messages("1+1?"), stream=True, **WITH, extra_body={"hookmap": summary})
     told = [chunk.activations_summary[0]["token"] for chunk in chunks if hasattr(chunk, "activations_summary")]
@@ -48,7 +58,8 @@ def main() -> None:
         raise AssertionError("the demo's chat template takes no tools")
     except openai.BadRequestError as error:
         assert error.param == "tools", error
-    print(f"openai {openai.__version__}: {right} of {len(problems)} right; streamed, at once, figures, tools")
+    did = "streamed, at once, responses, embeddings, figures, tools"
+    print(f"openai {openai.__version__}: {right} of {len(problems)} right; {did}")
 
 
 if __name__ == "__main__":

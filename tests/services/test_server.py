@@ -177,7 +177,7 @@ def test_the_model_list_and_the_error_for_another_model(client: OpenAI, served: 
             "messages",
             "prompt 0, message 0 has an image, and Qwen3ForCausalLM reads text only",
         ),
-        ({"response_format": {"type": "json_object"}}, "response_format", "no constrained decoding"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type", "json_object or json_schema"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "chat template takes none"),
         ({"tool_choice": "required"}, "tool_choice", "cannot force a call"),
         ({"stop": ""}, "stop", "1 to 1000 characters"),

@@ -154,3 +154,26 @@ def test_what_only_constrained_decoding_could_promise_is_refused(
     with raises(openai.BadRequestError, "no constrained decoding") as error:
         client.chat.completions.create(model=NAME, messages=ASK, **options)  # type: ignore[call-overload]
     assert error.value.param == param
+
+
+def test_responses_have_the_calls_as_items_and_take_what_the_tools_gave(client: OpenAI, served: Served) -> None:
+    tools: list[Any] = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    asked: dict[str, Any] = {"model": NAME, "tools": tools, "temperature": 0}
+    first = client.responses.create(**asked, input=ASK)
+    message, *calls = first.output
+    assert (message.type, first.output_text, first.status) == ("message", "Let me see. ", "completed")
+    told = [(call.type, call.name, json.loads(call.arguments)) for call in calls]
+    assert told == [("function_call", "add", {"a": 3, "b": 4}), ("function_call", "now", {"zone": "Zürich"})]
+    with client.responses.stream(**asked, input=ASK) as stream:
+        seen = [event.type for event in stream]
+        streamed = stream.get_final_response()
+    assert [(call.name, call.arguments) for call in streamed.output[1:]] == [
+        (each.name, each.arguments) for each in calls
+    ]
+    assert seen.count("response.output_item.done") == 3 and "response.function_call_arguments.done" in seen
+    results = [
+        {"type": "function_call_output", "call_id": call.call_id, "output": text}
+        for call, text in zip(calls, ["7", "noon"], strict=True)
+    ]
+    second = client.responses.create(**asked, input=[*ASK, *(item.to_dict() for item in first.output), *results])
+    assert second.output_text == LAST

@@ -91,3 +91,40 @@ def test_where_all_connections_are_busy_a_new_one_is_told_so(tmp_path: Path) -> 
             and json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]["code"] == "busy"
         )
         assert [each.result().status_code for each in busy] == [200, 200]
+
+
+def test_who_reads_nothing_holds_up_nobody(tmp_path: Path) -> None:
+    """Clients ask for long streams and read none of them: what they would be sent waits, others are answered."""
+    body = json.dumps({"prompt": "1+1=", "max_tokens": 300, "ignore_eos": True, "stream": True, "logprobs": 5})
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serving(tmp_path) as served, contextlib.ExitStack() as held:
+        slow = [held.enter_context(contextlib.closing(connected(served))) for _ in range(3)]
+        for each in slow:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            each.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        assert served.chat(max_tokens=4).status_code == 200
+        served.idle()
+        assert served.chat(max_tokens=4).status_code == 200
+        answer = b""
+        while b"data: [DONE]" not in answer:
+            answer += slow[0].recv(65536)
+        assert answer.count(b"data: {") > 300, "it was all there"
+
+
+def test_long_prompts_of_many_leave_a_short_request_alone(tmp_path: Path) -> None:
+    """Eight callers with 4 MB each: what can never fit is refused by its length, before anything is tokenized."""
+
+    def short(served: Served) -> float:
+        start = time.perf_counter()
+        assert served.chat(max_tokens=4).status_code == 200
+        return time.perf_counter() - start
+
+    with serving(tmp_path) as served, ThreadPoolExecutor(8) as people:
+        idle = min(short(served) for _ in range(3))
+        long = "x " * (2 * 10**6 - 100)
+        sent = [people.submit(served.post, "/v1/completions", prompt=long, max_tokens=1) for _ in range(8)]
+        beside = min(short(served) for _ in range(3))
+        answers = [each.result() for each in sent]
+    assert {each.status_code for each in answers} == {400}
+    assert {each.json()["error"]["code"] for each in answers} == {"context_length_exceeded"}
+    assert beside < 2 * idle + 0.5, (idle, beside)

@@ -13,6 +13,7 @@ from hookmap.model import HookedModel
 from hookmap.services.server.echo import check_room
 from hookmap.services.server.editing import Documents, read
 from hookmap.services.server.errors import bad
+from hookmap.services.server.grammar import grammar_of
 from hookmap.services.server.jobs import Job
 from hookmap.services.server.models import Loaded
 from hookmap.services.server.recording import InlineRecorder, RecordingPlan, SessionRecorder, plan
@@ -62,7 +63,7 @@ def admit(
         stop=asked.stops,
         seed=asked.seed,
         interventions=interventions,
-        changes=score_changes(asked, hm.vocabulary, gen.end_tokens(config), limit),
+        changes=score_changes(asked, hm, gen.end_tokens(config), limit),
         top_logprobs=asked.logprob_count,
         prompt_logprobs=max(asked.logprob_count or 0, asked.prompt_logprobs or 0) if asked.reads_prompt else None,
         summary=summary_of(field.summary, hm.map) if field.summary else None,
@@ -114,8 +115,9 @@ def generation_config(asked: Sampling, hm: HookedModel, limit: int) -> Generatio
     return config
 
 
-def score_changes(asked: Sampling, vocabulary: int, ends: Sequence[int], limit: int) -> ScoreChanges:
+def score_changes(asked: Sampling, hm: HookedModel, ends: Sequence[int], limit: int) -> ScoreChanges:
     """What the request changes of the scores. Raises ApiError."""
+    vocabulary = hm.vocabulary
     if (least := asked.min_tokens or 0) > limit:
         raise bad(f"min_tokens: {least} are more than the {limit} that may be generated.", "min_tokens")
     if wrong := [key for key in asked.logit_bias or {} if not key.isascii() or not key.isdecimal()]:
@@ -123,7 +125,8 @@ def score_changes(asked: Sampling, vocabulary: int, ends: Sequence[int], limit: 
     bias = {int(key[:12]): value for key, value in (asked.logit_bias or {}).items()}
     check_ids("logit_bias", bias, vocabulary)
     ends = tuple(end for end in ends if end < vocabulary)
-    return ScoreChanges(asked.presence_penalty or 0.0, asked.frequency_penalty or 0.0, bias, least, ends)
+    grammar = grammar_of(asked.format, hm, ends)
+    return ScoreChanges(asked.presence_penalty or 0.0, asked.frequency_penalty or 0.0, bias, least, ends, grammar)
 
 
 def check_ids(name: str, ids: Iterable[int], size: int) -> None:

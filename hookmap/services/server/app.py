@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -26,6 +27,8 @@ from hookmap.services.server.completions import CompletionWire, TextCompletion, 
 from hookmap.services.server.downloads import download_of
 from hookmap.services.server.editing import described as described_edits
 from hookmap.services.server.editing import planned, read
+from hookmap.services.server.embeddings import MOST, EmbeddingRequest, Embeddings, EmbeddingWire
+from hookmap.services.server.embeddings import prompts_of as embedded_texts
 from hookmap.services.server.errors import ApiError, bad, missing
 from hookmap.services.server.guard import Guard
 from hookmap.services.server.jobs import Job
@@ -35,6 +38,8 @@ from hookmap.services.server.ranges import DOCUMENTED as RANGED
 from hookmap.services.server.ranges import ranged
 from hookmap.services.server.recording import described, tokens_of
 from hookmap.services.server.requests import ChatRequest, CompletionRequest, Sampling
+from hookmap.services.server.response_requests import ResponseRequest, renamed
+from hookmap.services.server.responses import Answered, ResponseWire
 from hookmap.services.server.sessions import Sessions
 from hookmap.services.server.settings import Settings
 from hookmap.services.server.streaming import answer
@@ -168,6 +173,35 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
         job = await job_of(asked, request, model, lambda tokenizer: prompts_of(asked, tokenizer))
         wire = CompletionWire(asked, job, model.name, model.hm.tokenizer)
         return await answer(request, model.scheduler, job, wire, bool(asked.stream))
+
+    @app.post("/v1/responses", responses=_answers(Answered))
+    async def responses(asked: ResponseRequest, request: Request) -> Response:
+        """An answer to items, in one piece or as events; nothing of it is kept but what the `hookmap` field names."""
+        model, chat = models.get(asked.model), asked.chat()
+
+        def prompts(tokenizer: Any) -> Sequence[Prompt]:
+            return [prompt_of(chat, model.hm, settings.image_pixels, tokenizer)]
+
+        try:
+            job = await job_of(chat, request, model, prompts)
+        except ApiError as error:
+            raise renamed(error) from None
+        wire = ResponseWire(asked, job, model.name, model.hm.tokenizer)
+        return await answer(request, model.scheduler, job, wire, bool(asked.stream))
+
+    @app.post("/v1/embeddings", response_model=Embeddings)
+    async def embeddings(asked: EmbeddingRequest, request: Request) -> Response:
+        """A vector of each text: one row of a named point, over its tokens or of its last one."""
+        model = models.get(asked.model)
+        reading, limits = asked.reading(model.hm), dataclasses.replace(settings, max_choices=MOST)
+
+        def read(tokenizer: Any) -> Job:
+            prompts = embedded_texts(asked, tokenizer)
+            defaults = models.interventions_of(model)
+            return admit(reading, request.scope["request_id"], model, prompts, limits, sessions, defaults)
+
+        job = await model.encoding.run(asked.characters, read)
+        return await answer(request, model.scheduler, job, EmbeddingWire(asked, job, model.name), streams=False)
 
 
 def _sessions(app: FastAPI, models: Models, sessions: Sessions) -> None:

@@ -22,7 +22,7 @@ from hookmap.services.server.errors import bad
 from hookmap.services.server.jobs import Job, Result
 from hookmap.services.server.requests import ChatRequest, Message, Part
 from hookmap.services.server.spelling import RowBytes, Spelling
-from hookmap.services.server.streaming import extras, made, prompt_logprobs, reason_of, summaries, usage_of
+from hookmap.services.server.streaming import Nameless, extras, made, prompt_logprobs, reason_of, summaries, usage_of
 from hookmap.services.server.text import RowText
 from hookmap.services.server.tokens import LEAST, Token
 from hookmap.services.server.tool_calls import Call, ToolText, reads_calls, template_of
@@ -116,7 +116,7 @@ def with_arguments(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-class _ChoiceText:
+class ChoiceText:
     """The text and the tool calls of one choice, as its tokens come."""
 
     def __init__(self, tokenizer: Any, job: Job, tools: bool) -> None:
@@ -131,15 +131,34 @@ class _ChoiceText:
         return before + rest, calls
 
 
-class ChatWire:
+class RowLogprobs:
+    """The logprobs of the tokens of one row, one after the other, as OpenAI writes them."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        self._spelling, self._bytes = spelling, RowBytes(spelling)
+
+    def of(self, token: Token) -> ChatCompletionTokenLogprob:
+        """Those of the next token, and of the likeliest in its place."""
+        tops = [TopLogprob(**self._token(id, logprob)) for id, logprob in token.top]
+        own = self._token(token.id, token.logprob or 0.0)
+        self._bytes.add(token.id)
+        return ChatCompletionTokenLogprob(**own, top_logprobs=tops)
+
+    def _token(self, id: int, logprob: float) -> dict[str, Any]:
+        own = self._bytes.of(id)
+        told = None if own is None else list(own)
+        return {"token": self._spelling.text(id), "logprob": max(LEAST, logprob), "bytes": told}
+
+
+class ChatWire(Nameless):
     """Writes chat completions. See `streaming.Wire`."""
 
     def __init__(self, asked: ChatRequest, job: Job, model: str, tokenizer: Any) -> None:
         tools = bool(asked.tools) and asked.tool_choice != "none" and reads_calls(tokenizer)
-        self._rows = [_ChoiceText(tokenizer, job, tools) for _ in job.prompts]
+        self._rows = [ChoiceText(tokenizer, job, tools) for _ in job.prompts]
         self._job, self._tokenizer, self._logprobs = job, tokenizer, bool(asked.logprobs)
         spelling = Spelling(tokenizer)
-        self._bytes = [RowBytes(spelling) for _ in job.prompts]
+        self._told = [RowLogprobs(spelling) for _ in job.prompts]
         self._usage = bool(asked.stream_options and asked.stream_options.include_usage)
         self._ids, self._of_prompt, self._spelling = bool(asked.return_token_ids), asked.prompt_logprobs, spelling
         self._head: dict[str, Any] = {"id": f"chatcmpl-{job.id}", "created": int(time.time()), "model": model}
@@ -150,15 +169,15 @@ class ChatWire:
         for row in range(len(self._rows)):
             yield self._chunk(row, ChoiceDelta(role="assistant", content="")).model_copy(update=prompt)
 
-    def piece(self, token: Token) -> ChatCompletionChunk | None:
+    def piece(self, token: Token) -> Sequence[ChatCompletionChunk]:
         """A chunk with the text that this token completes; with logprobs or a summary every token has a chunk."""
         text = self._rows[token.row].add(token.id)
-        logprobs = ChoiceLogprobs(content=[self._told(token)], refusal=None) if self._logprobs else None
+        logprobs = ChoiceLogprobs(content=[self._told[token.row].of(token)], refusal=None) if self._logprobs else None
         more = summaries(self._job, [token], partial(text_of, self._tokenizer))
         if not text and logprobs is None and not more and not self._ids:
-            return None
+            return ()
         chunk = self._chunk(token.row, made(ChoiceDelta, content=text), logprobs=logprobs, ids=[token.id])
-        return chunk.model_copy(update=more)
+        return (chunk.model_copy(update=more),)
 
     def closing(self, result: Result) -> Iterator[ChatCompletionChunk]:
         """The rest of each choice and why it ended, then usage. The last chunk says what was recorded."""
@@ -198,7 +217,7 @@ class ChatWire:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message |= {"content": text if text.strip() else None, "tool_calls": [_call(call) for call in calls]}
-        told = [self._told(token) for token in tokens if token.row == number and not token.prompt]
+        told = [self._told[number].of(token) for token in tokens if token.row == number and not token.prompt]
         more: dict[str, Any] = {"token_ids": list(new)} if self._ids else {}
         return Choice(
             index=number,
@@ -219,18 +238,6 @@ class ChatWire:
         more = {"token_ids": list(ids)} if self._ids else {}
         choice = made(ChunkChoice, index=row, delta=delta, finish_reason=reason, logprobs=logprobs, **more)
         return made(ChatCompletionChunk, **self._head, object="chat.completion.chunk", choices=[choice])
-
-    def _told(self, token: Token) -> ChatCompletionTokenLogprob:
-        row = self._bytes[token.row]
-        tops = [TopLogprob(**self._token(row, id, logprob)) for id, logprob in token.top]
-        own = self._token(row, token.id, token.logprob or 0.0)
-        row.add(token.id)
-        return ChatCompletionTokenLogprob(**own, top_logprobs=tops)
-
-    def _token(self, row: RowBytes, id: int, logprob: float) -> dict[str, Any]:
-        own = row.of(id)
-        told = None if own is None else list(own)
-        return {"token": text_of(self._tokenizer, [id]), "logprob": max(LEAST, logprob), "bytes": told}
 
 
 def _call(call: Call) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from hookmap.services.server.errors import bad
 from hookmap.services.server.jobs import Job, Result
 from hookmap.services.server.requests import CompletionRequest
 from hookmap.services.server.spelling import RowBytes, Spelling
-from hookmap.services.server.streaming import extras, made, prompt_logprobs, reason_of, summaries, usage_of
+from hookmap.services.server.streaming import Nameless, extras, made, prompt_logprobs, reason_of, summaries, usage_of
 from hookmap.services.server.text import RowText
 from hookmap.services.server.tokens import LEAST, Token
 
@@ -44,7 +44,7 @@ class TextCompletion(Completion):
     choices: list[TextChoice]  # type: ignore[assignment]
 
 
-class CompletionWire:
+class CompletionWire(Nameless):
     """Writes completions. See `streaming.Wire`."""
 
     def __init__(self, asked: CompletionRequest, job: Job, model: str, tokenizer: Any) -> None:
@@ -65,15 +65,15 @@ class CompletionWire:
         for number in range(len(self._texts)) if self._echoed or self._ids else ():
             yield self._chunk(number, self._echoed[number] if self._echoed else "", begins=True)
 
-    def piece(self, token: Token) -> TextCompletion | None:
+    def piece(self, token: Token) -> Sequence[TextCompletion]:
         """A chunk with the text that this token completes; with logprobs or a summary every token has a chunk."""
         text = "" if token.prompt else self._texts[token.row].add(token.id)
         more = summaries(self._job, [token], partial(text_of, self._tokenizer))
         if not text and not self._logprobs and not more and not self._ids:
-            return None
+            return ()
         ids = () if token.prompt else (token.id,)
         chunk = self._chunk(token.row, text, logprobs=self._told([token]) if self._logprobs else None, ids=ids)
-        return chunk.model_copy(update=more)
+        return (chunk.model_copy(update=more),)
 
     def closing(self, result: Result) -> Iterator[TextCompletion]:
         """The rest of each choice and why it ended, then usage. The last chunk says what was recorded."""

@@ -105,6 +105,11 @@ class Sampling(Strict):
         return None
 
     @property
+    def format(self) -> dict[str, Any] | None:
+        """What the text must fit, as `response_format` says it."""
+        return None
+
+    @property
     def reads_prompt(self) -> bool:
         """Whether logprobs of the prompt are asked for."""
         return self.prompt_logprobs is not None
@@ -222,6 +227,10 @@ class ChatRequest(Sampling):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def format(self) -> dict[str, Any] | None:
+        return self.response_format
+
+    @property
     def logprob_count(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -238,8 +247,10 @@ class ChatRequest(Sampling):
 
     def refused(self) -> None:
         super().refused()
-        if self.response_format and self.response_format.get("type") != "text":
-            raise bad("response_format: this server does no constrained decoding; only text.", "response_format")
+        if (self.response_format or {}).get("type", "text") != "text":
+            others = ("min_tokens", "ignore_eos", "stop_token_ids", *(() if self.tool_choice == "none" else ("tools",)))
+            if beside := [name for name in others if getattr(self, name)]:
+                raise bad(f"response_format decides what may come: leave {', '.join(beside)} out.", "response_format")
         if self.reasoning_effort is not None:
             raise bad("reasoning_effort is not done; see chat_template_kwargs.", "reasoning_effort")
         if self.modalities not in (None, ["text"]):
@@ -248,8 +259,7 @@ class ChatRequest(Sampling):
             raise bad("top_logprobs needs logprobs: true.", "top_logprobs")
         if self.tool_choice not in (None, "auto", "none"):
             raise bad(
-                "tool_choice: this server does no constrained decoding, so that it cannot force a call; "
-                "give auto or none.",
+                "tool_choice: this server cannot force a call; give auto or none, or a response_format.",
                 "tool_choice",
             )
         if self.tool_choice == "auto" and not self.tools:

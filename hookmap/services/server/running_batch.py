@@ -196,7 +196,9 @@ class RunningBatch:
             if not right[row] and not choice.ended:
                 logits[row] = 0.0
                 self._leave(part.guest, fault(self._hm, part.guest.job))
-        chosen = Sampler.choose(logits, [(part.sampler, choice) for part, choice in places])
+        chosen, wrong = Sampler.choose(logits, [(part.sampler, choice) for part, choice in places])
+        for row, error in wrong.items():
+            self._leave(places[row][0].guest, failed(error, [places[row][0].guest.job.id]))
         told = dict[Part, list[Token]]()
         for row, (part, choice) in enumerate(places):
             if choice.ended or part.ended:

@@ -27,18 +27,24 @@ class Sampler:
         return self._stops and bool(choice.ending.own(torch.tensor([[*choice.tokens, token]]))[0])
 
     @staticmethod
-    def choose(logits: torch.Tensor, rows: "Sequence[tuple[Sampler, Choice]]") -> list[int]:
-        """The next token of each row. `logits`: [rows, d_vocab], in float32."""
+    def choose(
+        logits: torch.Tensor, rows: "Sequence[tuple[Sampler, Choice]]"
+    ) -> tuple[list[int], dict[int, Exception]]:
+        """The next token of each row, and what went wrong with some. `logits`: [rows, d_vocab], in float32."""
         together = dict[str | int, list[int]]()
         for row, (sampler, _) in enumerate(rows):
             together.setdefault(row if sampler._key is None else sampler._key, []).append(row)
-        chosen = [0] * len(rows)
+        chosen, wrong = [0] * len(rows), dict[int, Exception]()
         for own in together.values():
             sampler = rows[own[0]][0]
-            found = sampler._chosen(logits[own], [rows[row][1] for row in own])
+            try:
+                found = sampler._chosen(logits[own], [rows[row][1] for row in own])
+            except Exception as error:  # of one request: the others go on
+                wrong |= dict.fromkeys(own, error)
+                continue
             for row, token in zip(own, found.tolist(), strict=True):
                 chosen[row] = token
-        return chosen
+        return chosen, wrong
 
     def _chosen(self, scores: torch.Tensor, choices: Sequence[Choice]) -> torch.Tensor:
         read = [(0,)] * len(choices) if self._key is not None else [choice.tokens for choice in choices]

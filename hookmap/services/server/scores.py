@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessor
 
+from hookmap.services.server.grammar import Grammar
+
 
 @dataclass(frozen=True)
 class ScoreChanges:
@@ -18,13 +20,20 @@ class ScoreChanges:
     least: int = 0
     """new tokens before which none of `ends` may come"""
     ends: tuple[int, ...] = ()
+    grammar: Grammar | None = None
+    """what the text must fit"""
 
     def __bool__(self) -> bool:
+        return bool(self._adds or self.grammar)
+
+    @property
+    def _adds(self) -> bool:
         return bool(self.presence or self.frequency or self.bias or self.least)
 
     def processors(self, prompt: int) -> Sequence[LogitsProcessor]:
         """What `generate` takes. `prompt`: columns of the prompts, pads included."""
-        return [_Changing(self, prompt)] if self else []
+        adds = [_Changing(self, prompt)] if self._adds else []
+        return [*adds, *([self.grammar.processor(prompt)] if self.grammar else [])]
 
 
 class _Changing(LogitsProcessor):  # type: ignore[misc]  # transformers' base is not typed

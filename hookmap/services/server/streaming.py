@@ -1,10 +1,9 @@
-"""From a job's events to an HTTP answer: one JSON document, or a stream of chunks that ends with [DONE].
+"""From a job's events to an HTTP answer: one JSON document, or a stream of chunks.
 
 A client that leaves cancels its job. Nothing is sent before the first token, so that an earlier error has a status.
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -15,7 +14,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from hookmap.loading.generation import end_tokens
-from hookmap.services.server.errors import ApiError, cancelled
+from hookmap.services.server.errors import ApiError, ErrorBody, cancelled
 from hookmap.services.server.jobs import Event, Job, Queue, Result
 from hookmap.services.server.spelling import Spelling
 from hookmap.services.server.text import RowText
@@ -27,17 +26,33 @@ Made = TypeVar("Made", bound=BaseModel)
 class Wire(Protocol):
     """How one of OpenAI's routes writes an answer."""
 
+    named: bool
+    """whether each chunk is an event named by its `type`; else the chunks are nameless, and [DONE] ends them"""
+
     def opening(self) -> Iterator[BaseModel]:
         """The chunks before the first token."""
 
-    def piece(self, token: Token) -> BaseModel | None:
-        """The chunk for a token, if it makes one."""
+    def piece(self, token: Token) -> Sequence[BaseModel]:
+        """The chunks that a token makes."""
 
     def closing(self, result: Result) -> Iterator[BaseModel]:
         """The chunks after the last token."""
 
+    def failing(self, error: ApiError) -> BaseModel:
+        """The last chunk of a stream that fails."""
+
     def whole(self, result: Result, tokens: list[Token]) -> BaseModel:
         """The answer in one piece. `tokens`: all that the job sent."""
+
+
+class Nameless:
+    """A `Wire` as chat and completions have it."""
+
+    named = False
+
+    def failing(self, error: ApiError) -> ErrorBody:
+        """See `Wire`."""
+        return ErrorBody.model_validate(error.body())
 
 
 async def answer(request: Request, scheduler: Queue, job: Job, wire: Wire, streams: bool) -> Response:
@@ -90,18 +105,16 @@ async def _left(request: Request) -> None:
 
 async def _chunks(event: Event, events: "asyncio.Queue[Event]", wire: Wire) -> AsyncIterator[str]:
     for chunk in wire.opening():
-        yield _written(chunk)
+        yield _written(chunk, wire)
     while isinstance(event, list):
         for token in event:
-            if (piece := wire.piece(token)) is not None:
-                yield _written(piece)
+            for piece in wire.piece(token):
+                yield _written(piece, wire)
         event = await events.get()
-    if isinstance(event, ApiError):
-        yield f"data: {json.dumps(event.body())}\n\n"
-    else:
-        for chunk in wire.closing(event):
-            yield _written(chunk)
-    yield "data: [DONE]\n\n"
+    for chunk in (wire.failing(event),) if isinstance(event, ApiError) else wire.closing(event):
+        yield _written(chunk, wire)
+    if not wire.named:
+        yield "data: [DONE]\n\n"
 
 
 def made(kind: type[Made], **fields: Any) -> Made:
@@ -109,8 +122,9 @@ def made(kind: type[Made], **fields: Any) -> Made:
     return BaseModel.model_construct.__func__(kind, **fields)  # type: ignore[attr-defined,no-any-return]
 
 
-def _written(chunk: BaseModel) -> str:
-    return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
+def _written(chunk: BaseModel, wire: Wire) -> str:
+    name = f"event: {chunk.type}\n" if wire.named else ""  # type: ignore[attr-defined]
+    return f"{name}data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
 
 class _Stream(StreamingResponse):

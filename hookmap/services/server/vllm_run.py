@@ -72,6 +72,8 @@ def check(hm: VllmModel, job: Job) -> None:
         raise bad("summary: on vLLM, either figures or rows: give return: none beside it.", PARAM)
     if job.summary is not None and job.summary.prompt:
         raise bad("summary: on vLLM, figures are of generated tokens; leave prompt out.", f"{PARAM}.prompt")
+    if job.changes.grammar is not None:
+        raise bad("response_format: not on vLLM here; serve with --engine hooks.", "response_format")
     if any(prompt.inputs is not None for prompt in job.prompts):
         raise bad("images do not run on vLLM here: serve with --engine hooks.", "messages")
     try:

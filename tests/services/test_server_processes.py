@@ -1,0 +1,169 @@
+"""Servers as processes of their own: stopped, killed, started again, two on one folder, and a folder that shrinks."""
+
+import contextlib
+import json
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.served import MESSAGES
+
+import hookmap
+
+pytest.importorskip("fastapi", reason='pip install "hookmap[server]"')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
+
+RECORD = {"points": ["resid_mid"], "layers": [8]}
+FILES = 1024
+"""that each server may have open: what systems give by default"""
+
+
+@dataclass
+class Started:
+    """A running `hookmap serve`."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def post(self, **body: Any) -> httpx.Response:
+        whole = {"messages": MESSAGES, "temperature": 0, "max_tokens": 3, **body}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=whole, timeout=240)
+
+    def sessions(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = httpx.get(f"{self.url}/v1/activations/sessions", timeout=60).json()["data"]
+        return found
+
+
+def command(root: Path, port: int) -> list[str]:
+    own = [sys.executable, "-m", "hookmap.cli", "serve", "--device", "cpu", "--port", str(port)]
+    return [*own, "--sessions", str(root)]
+
+
+@contextlib.contextmanager
+def started(root: Path) -> Iterator[Started]:
+    """A server on this folder of sessions, when it answers."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = root.parent / f"log-{port}"
+    limited = ["/bin/sh", "-c", f'ulimit -n {FILES}; exec "$@"', "sh"]
+    with log.open("wb") as errors:
+        process = subprocess.Popen([*limited, *command(root, port)], stdout=errors, stderr=errors, cwd=root.parent)
+    url, end = f"http://127.0.0.1:{port}", time.monotonic() + 240
+    try:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        yield Started(url, process, log)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(60)
+
+
+def stream(server: Started, number: int) -> tuple[bool, list[str]]:
+    """A long recorded answer: whether it came to an end, and what came of it."""
+    body = {
+        "messages": MESSAGES,
+        "max_tokens": 60,
+        "temperature": 5.0,
+        "seed": number,
+        "stream": True,
+        "hookmap": RECORD,
+    }
+    lines: list[str] = []
+    try:
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=240) as answer:
+            lines += [line for line in answer.iter_lines() if line]
+    except httpx.TransportError:
+        return False, lines
+    return True, lines
+
+
+def until_running(server: Started, count: int) -> None:
+    """Return when so many sessions are being written."""
+    end = time.monotonic() + 120
+    while sum(session["status"] == "running" for session in server.sessions()) < count:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_what_was_finished_outlives_kill_9_and_sigterm_lets_all_that_runs_end(tmp_path: Path) -> None:
+    root = tmp_path / "sessions"
+    with started(root) as server, ThreadPoolExecutor(4) as people:
+        kept = server.post(hookmap=RECORD, metadata={"of": "before"}).json()["session_id"]
+        running = [people.submit(stream, server, number) for number in range(4)]
+        until_running(server, 4)
+        server.process.kill()
+        assert not any(each.result()[0] for each in running)
+    assert len(list(root.glob("act-*"))) > 1, "it was killed in the middle"
+    with started(root) as server, ThreadPoolExecutor(4) as people:
+        (session,) = server.sessions()
+        assert (session["id"], session["status"], session["metadata"]) == (kept, "finished", {"of": "before"})
+        assert [folder.name for folder in root.glob("act-*")] == [kept], "nothing is left of the others"
+        answer = httpx.get(f"{server.url}/v1/activations/sessions/{kept}/tensors?point=resid_mid&layer=8", timeout=60)
+        rows = hookmap.open_store(root / kept).read(0, "resid_mid", 8)
+        assert answer.status_code == 200 and len(answer.content) >= rows.nbytes
+
+        running = [people.submit(stream, server, number) for number in range(4)]
+        until_running(server, 4)
+        server.process.send_signal(signal.SIGTERM)
+        answers = [each.result() for each in running]
+        assert all(ended and lines[-1] == "data: [DONE]" for ended, lines in answers)
+        assert server.process.wait(120) in (0, -signal.SIGTERM)
+    for _, lines in answers:
+        store = hookmap.open_store(root / json.loads(lines[-2][6:])["session_id"])
+        (sample,) = store.samples
+        assert len(store.read(0, "resid_mid", 8)) == len(sample.token_ids) - 1
+
+
+def test_two_servers_a_folder_that_shrinks_and_1300_idle_sockets(tmp_path: Path) -> None:
+    root = tmp_path / "sessions"
+    with started(root) as server:
+        second = subprocess.run(command(root, 0), capture_output=True, text=True, timeout=240, cwd=tmp_path)
+        assert second.returncode == 1 and "--sessions" in second.stderr and "Traceback" not in second.stderr
+
+        gone, cut, whole = (server.post(hookmap=RECORD).json()["session_id"] for _ in range(3))
+        shutil.rmtree(root / gone)
+        (shard,) = (root / cut).rglob("*.safetensors")
+        shard.write_bytes(shard.read_bytes()[:100])
+        for id in (gone, cut):
+            for path in ("", "/tensors?point=resid_mid&layer=8", "/archive"):
+                answer = httpx.get(f"{server.url}/v1/activations/sessions/{id}{path}", timeout=60)
+                if answer.status_code != 200:  # of one whose shard alone is broken the rest can be read
+                    assert answer.status_code in (404, 500, 503) and answer.json()["error"]["code"], answer.text
+                    assert str(root) not in answer.text
+                assert (id, path) == (cut, "") or path == "/archive" or answer.status_code != 200
+        answer = httpx.get(f"{server.url}/v1/activations/sessions/{whole}/tensors?point=resid_mid&layer=8", timeout=60)
+        assert answer.status_code == 200
+        assert httpx.delete(f"{server.url}/v1/activations/sessions/{gone}", timeout=60).status_code == 200
+        assert server.post(hookmap=RECORD).status_code == 200
+        shutil.rmtree(root)
+        assert server.post().status_code == 200, "what keeps nothing needs no folder"
+        assert server.post(hookmap=RECORD).status_code in (200, 500, 507), server.log.read_text()
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard < 4096:
+            pytest.skip(f"this process may open {hard} files only")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+        host, _, port = server.url.removeprefix("http://").partition(":")
+        with contextlib.ExitStack() as held:
+            held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            for _ in range(1300):
+                held.enter_context(contextlib.closing(socket.create_connection((host, int(port)), timeout=30)))
+            assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+            assert server.post().status_code == 200
