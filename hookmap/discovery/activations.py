@@ -35,10 +35,18 @@ def before_activation(wiring: Wiring, post: int) -> Places:
 
 
 def _is_bent_before(wiring: Wiring, tensor: int) -> bool:
-    """Whether what is projected to a tensor comes from another projection of the branch through what is not linear."""
+    """Whether what is projected to a tensor comes from the stream only through another projection and what bends."""
     products = [op for _, op in wiring.back(tensor) if is_product(op) and id(op) in wiring.own]
-    before = [[op for _, op in wiring.back(each) if id(op) in wiring.own] for op in products for each in op.inputs]
-    return any(any(map(is_product, ops)) and any(op.name in BENDS for op in ops) for ops in before)
+    return any(_is_bent(wiring, read) for op in products for read in op.inputs)
+
+
+def _is_bent(wiring: Wiring, tensor: int) -> bool:
+    value, stream = wiring.block.values.value, {*wiring.block.states}
+    ops = [op for _, op in wiring.back(tensor) if id(op) in wiring.own]
+    read = (tensor, *(each for op in ops if not is_product(op) for each in op.inputs))
+    if any(value(each) in stream for each in read):  # a gate of hyper-connections bends, and multiplies the stream
+        return False
+    return any(map(is_product, ops)) and any(op.name in BENDS for op in ops)
 
 
 def _only(wiring: Wiring, tensors: list[int], what: str) -> Location:
