@@ -209,7 +209,7 @@ def _opened(llm: Any, loop: asyncio.AbstractEventLoop) -> Served:
     model = llm.vllm_config.model_config
     loads = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
     config = configs.load_config(model.model, **loads)
-    module = without_weights(model.model, config, model.dtype, loads)
+    module = without_weights(model.model, config, llm.vllm_config, loads)
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
     hm = VllmModel(SharedEngine(llm, loop, module), tokenizer, model.model)
     engine = settings_of({NAME: llm.vllm_config.additional_config[NAME]})

@@ -31,6 +31,7 @@ from hookmap.vllm.plugin import register
 from hookmap.vllm.run import VllmGenerating, VllmHarvesting
 from hookmap.vllm.shared_engine import SharedEngine, in_loop, new_loop
 from hookmap.vllm.spec import NAME
+from hookmap.vllm.twin import config_of_twin
 from hookmap.vllm.unembedding import VllmUnembedding
 
 
@@ -171,13 +172,13 @@ def open_on_vllm(
         loop = new_loop()
         llm = _llm(source, taps, eager, functions, True, settings, partial(in_loop, loop))
         close, engine = llm.shutdown, partial(SharedEngine, llm, loop)
-        chosen = llm.vllm_config.model_config.dtype
+        running = llm.vllm_config
     else:
         llm = _llm(source, taps, eager, functions, processes, settings, _in_this_thread)
         close, engine = llm.llm_engine.engine_core.shutdown, partial(VllmEngine, llm)
-        chosen = llm.llm_engine.vllm_config.model_config.dtype
+        running = llm.llm_engine.vllm_config
     try:
-        module = without_weights(source, config, chosen, loads)
+        module = without_weights(source, config, running, loads)
         opened = VllmModel(engine(module), tokenizer, source, why_none)
         self_test(opened, opened.engine_of_vllm)
     except BaseException:
@@ -241,11 +242,16 @@ def _llm(
         raise ModelError(f"vLLM does not open {source!r}: {type(error).__name__}: {error}") from error
 
 
-def without_weights(source: str, config: Any, dtype: Any, loads: Mapping[str, Any]) -> nn.Module:
-    """The model as transformers builds it, on the meta device, with the checkpoint's generation settings."""
-    from transformers import GenerationConfig
+def without_weights(source: str, config: Any, running: Any, loads: Mapping[str, Any]) -> nn.Module:
+    """The model as transformers builds it, on the meta device, with the checkpoint's generation settings.
 
-    module = configs.build(config, "meta", dtype, bool(loads["trust_remote_code"]))
+    `running`: vLLM's config. Classes of transformers that vLLM has run in this process ask for one.
+    """
+    from transformers import GenerationConfig
+    from vllm.config import set_current_vllm_config
+
+    with set_current_vllm_config(config_of_twin(running, 1)):
+        module = configs.build(config, "meta", running.model_config.dtype, bool(loads["trust_remote_code"]))
     try:
         module.generation_config = GenerationConfig.from_pretrained(source, revision=loads["revision"])
     except OSError:

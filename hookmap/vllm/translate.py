@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
+from hookmap.activations import Key
 from hookmap.discovery.dataflow import ModuleCall
 from hookmap.discovery.values import Values
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector
 from hookmap.maps.templates import BlockKind, Heads, PointTemplate, TermTemplate
 from hookmap.maps.terms import Term
+from hookmap.stores.ledger import tensor_name
 from hookmap.vllm.boundaries import Boundaries, Boundary
 from hookmap.vllm.expressions import Book, Expressions
 from hookmap.vllm.places import ModelPlaces, Place
@@ -35,8 +38,25 @@ def translated(seen: ArchitectureMap, joined: Values, values: Values, batch: boo
     translation = _Translation.of(seen, joined, values, batch)
     found = translation.map()
     return ModelPlaces(
-        found, {selector.key: translation.place(found, selector) for selector in found.selectors(found.points)}
+        found, _apart({selector.key: translation.place(found, selector) for selector in found.selectors(found.points)})
     )
+
+
+def _apart(places: dict[Key, Place]) -> dict[Key, Place]:
+    """Refuses to write what one module reads where the same tensor is written as the stream itself."""
+    stream = {_where(term): key for key, place in places.items() if place.in_place for term in place.write}
+    found = {}
+    for key, place in places.items():
+        other = next((stream[_where(term)] for term in place.write if _where(term) in stream), None)
+        if other is not None and not place.in_place:
+            why = f"it is the same tensor as {tensor_name(other)}, which is written there: write that one"
+            place = replace(place, write=(), why_not_written=why)
+        found[key] = place
+    return found
+
+
+def _where(term: Term) -> tuple[Any, ...]:
+    return term.module, term.side, term.index
 
 
 def _why_lost(point: PointTemplate) -> str:
