@@ -1,7 +1,9 @@
 """Starts the server: opens the model, then the port, and answers requests until it is told to stop."""
 
 import logging
+import math
 import socket
+import time
 
 import uvicorn
 from fastapi import FastAPI
@@ -57,11 +59,30 @@ def _refuse_taken(host: str, port: int) -> None:
         ) from error
 
 
+class _NoFilesLeft(logging.Filter):
+    """One line a minute where no connection can be accepted: asyncio writes thousands of tracebacks a second then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = -math.inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "out of system resource" not in record.getMessage():
+            return True
+        if (now := time.monotonic()) < self._next:
+            return False
+        self._next = now + 60
+        record.msg = "no connection is accepted: all files that this process may open are open; see ulimit -n"
+        record.args = record.exc_info = None
+        return True
+
+
 def _log_to_stderr() -> None:
-    """Log uvicorn's lines and hookmap's in one format."""
+    """Log uvicorn's lines, hookmap's and the event loop's in one format."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name in ("hookmap", "uvicorn"):
+    logging.getLogger("asyncio").addFilter(_NoFilesLeft())
+    for name in ("hookmap", "uvicorn", "asyncio"):
         logger = logging.getLogger(name)
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
