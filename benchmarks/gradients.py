@@ -13,6 +13,7 @@ The ledger has a line for each class that is done; a run goes on with it. `--pag
 import copy
 import inspect
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -69,7 +70,8 @@ def compare(model_type: str) -> dict[str, Any]:
                     raise
                 return {"type": model_type, **_of(_opened(config))}  # the first layers alone are no model
     except Exception as error:  # a model's own code raises what it likes
-        return {"type": model_type, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        said = textwrap.shorten(str(error), 200, placeholder=" …")
+        return {"type": model_type, "error": f"{type(error).__name__}: {said}"}
 
 
 def _opened(config: Any) -> Any:
@@ -180,7 +182,7 @@ def _that_have_one(hm: Any, selectors: Sequence[Any], refused: dict[str, str]) -
                     break
             except HookmapError as error:
                 if name is not None:
-                    said = " ".join(str(error).split())[:200]
+                    said = textwrap.shorten(str(error), 200, placeholder=" …")
                     refused[name + (f" (call {call})" if call or chosen[0].call is not None else "")] = said
         if good:
             groups.append(good)
