@@ -26,6 +26,7 @@ WITHOUT = {
     "data": "prompts from Parquet files and Hugging Face data sets, exports to them",
     "eval": "hookmap eval, hookmap experiment, hookmap probe",
     "gguf": "control vectors as GGUF",
+    "grammar": "response_format with a JSON schema, in hookmap serve",
     "scale": "captures on Ray (--engine ray)",
     "server": "hookmap serve",
     "stats": "quantiles of activations",

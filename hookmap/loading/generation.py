@@ -60,8 +60,9 @@ def without_stop_strings(config: GenerationConfig) -> GenerationConfig:
     transformers needs a tokenizer to look for them, and drops it beside a custom_generate.
     """
     found = copy.copy(config)
-    found.__dict__.pop("stop_strings", None)
-    found.__class__ = _StopStringsElsewhere
+    if found.stop_strings:  # else it stays transformers' own class, which a remote server has, too
+        found.__dict__.pop("stop_strings")
+        found.__class__ = _StopStringsElsewhere
     return found
 
 

@@ -623,8 +623,9 @@ def test_threads_write_only_their_own_runs() -> None:
 
 def test_the_model_is_as_it_was_after_a_run() -> None:
     hm = opened("gpt2")
+    own = plain_hooks.hooks_on(hm.model)
     before = hm.capture(RAGGED, ["resid_post"], max_new_tokens=2)
     hm.generate(RAGGED, [{"do": "scale", "point": "resid_mid", "factor": 9.0}], None, 2)
     after = hm.capture(RAGGED, ["resid_post"], max_new_tokens=2)
     assert all(torch.equal(before.read(0, *key), after.read(0, *key)) for key in before.keys)
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in hm.model.modules())
+    assert plain_hooks.hooks_on(hm.model) == own

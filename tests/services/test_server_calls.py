@@ -140,18 +140,11 @@ def test_activations_are_kept_beside_calls(client: OpenAI, served: Served) -> No
     [
         ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "add"}}}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}},
-            "response_format",
-        ),
     ],
-    ids=["required", "named", "json", "schema"],
+    ids=["required", "named"],
 )
-def test_what_only_constrained_decoding_could_promise_is_refused(
-    client: OpenAI, options: dict[str, Any], param: str
-) -> None:
-    with raises(openai.BadRequestError, "no constrained decoding") as error:
+def test_a_call_is_not_forced(client: OpenAI, options: dict[str, Any], param: str) -> None:
+    with raises(openai.BadRequestError, "cannot force a call") as error:
         client.chat.completions.create(model=NAME, messages=ASK, **options)  # type: ignore[call-overload]
     assert error.value.param == param
 

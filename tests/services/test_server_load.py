@@ -23,6 +23,7 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
+from support.plain_hooks import hooks_on
 from support.served import MESSAGES, Served, demo, serving
 
 import hookmap
@@ -125,6 +126,7 @@ async def mixed(served: Served, count: int, in_flight: int) -> dict[int, Any]:
 
 def check(served: Served, count: int, in_flight: int) -> None:
     """Every answer and every tensor of a mixed load is that of `capture`, and nothing else is left."""
+    own = hooks_on(demo().model)
     with little_memory():
         answers = asyncio.run(mixed(served, count, in_flight))
         served.idle()
@@ -150,7 +152,7 @@ def check(served: Served, count: int, in_flight: int) -> None:
             # Beside others the last bits of later rows are others; rows of somebody else would be far away.
             torch.testing.assert_close(rows, run.read(0, point, layer), atol=1e-3, rtol=1e-3)
     assert {session.id for session in served.sessions.all()} == ids, "who left leaves no session"
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in demo().model.modules())
+    assert hooks_on(demo().model) == own
 
 
 def test_a_mixed_load_gives_everyone_what_is_theirs(served: Served) -> None:

@@ -388,3 +388,8 @@ def generate(model: nn.Module, family: Family, token_ids: list[list[int]], **set
         sequences = model.generate(**inputs, pad_token_id=0, **settings)
     handle.remove()
     return Reference(sequences, {key: torch.cat(parts, dim=1) for key, parts in seen.items()}, len(calls))
+
+
+def hooks_on(model: Any) -> set[int]:
+    """The hooks on a model's modules, by `id`. transformers' own stay there after `output_hidden_states=True`."""
+    return {id(hook) for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())}

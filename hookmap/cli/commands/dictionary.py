@@ -23,7 +23,7 @@ _WHERE = option_group(
 
 @click.group()
 def command() -> None:
-    """Look at sparse autoencoders and transcoders, evaluate them, and train some.
+    """Read, evaluate and train sparse autoencoders.
 
     DICTIONARY is a folder or a hub id: of SAELens, dictionary_learning, Gemma Scope, or plain safetensors.
     """
