@@ -77,6 +77,13 @@ class Sample:
         return () if self.positions == "mean" else range(self.rows) if self.positions is None else self.positions
 
 
+def size_of(rows: "torch.Tensor") -> int:
+    """Bytes of rows, dense or sparse, as a shard holds them."""
+    if not rows.is_sparse:
+        return rows.nbytes
+    return int(rows._nnz()) * (rows.dtype.itemsize + 4) + 8 * rows.shape[0]
+
+
 class Sink(Protocol):
     """What takes activations as they come: memory, or a folder of shards."""
 

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Set
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hookmap.activations import Activation, Sample
+from hookmap.activations import Activation, Sample, size_of
 from hookmap.errors import StoreError
 from hookmap.stores.closing import Closing
-from hookmap.stores.sparse import size_of
 
 if TYPE_CHECKING:
     from hookmap.stores.folder import FolderWriter

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from hookmap.activations import Activation, Key
+from hookmap.activations import Activation, Key, size_of
 from hookmap.stores.ledger import tensor_name
 from hookmap.stores.shard import Block
-from hookmap.stores.sparse import parts_of, size_of
+from hookmap.stores.sparse import parts_of
 from hookmap.stores.table import Span
 
 HARD = 2

@@ -52,13 +52,6 @@ def rows_at(rows: Tensor, numbers: Sequence[int]) -> Tensor:
     return rows.index_select(0, torch.tensor(list(numbers), dtype=torch.long, device=rows.device)).coalesce()
 
 
-def size_of(rows: Tensor) -> int:
-    """Bytes of rows, dense or sparse, as a shard holds them."""
-    if not rows.is_sparse:
-        return rows.nbytes
-    return int(rows._nnz()) * (rows.dtype.itemsize + 4) + 8 * rows.shape[0]
-
-
 def compact(rows: Tensor) -> tuple[Tensor, Tensor]:
     """(columns, dense rows [rows, columns]): the features that are active in some of these sparse rows, ascending."""
     rows = rows.coalesce()
