@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from hookmap.capture.differentiating import differentiated
+from hookmap.capture.engines.hooks import register
 from hookmap.errors import SelectionError, StoreError
 from hookmap.loading.hub import explain, quiet, reachable
 from hookmap.maps.selectors import Selector, layers_of
 from hookmap.stores.durable_files import write_all, write_whole, writing
 from hookmap.stores.location import local
+from hookmap.stores.torch_files import read_torch_file
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
@@ -97,13 +100,7 @@ def load_jacobian_lens(source: str | os.PathLike[str], file: str | None = None) 
         raise StoreError(f"there is no file {path}. Of a hub id, name the file in it, too: file=NAME.")
     if path.suffix == ".safetensors":
         return _safetensors(path)
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's errors, zip's and torch's own
-        first = str(error).strip().partition("\n")[0]
-        if "Weights only load failed" in str(error):
-            first = "it holds more than tensors, and unpickling that would run whatever code is in it"
-        raise StoreError(f"{path} is not loaded: {first}.") from error
+    found = read_torch_file(path, "Save its matrices as safetensors, where you trust it: J.0, J.1, …")
     held = found.get("J") if isinstance(found, Mapping) else None
     if not isinstance(held, Mapping) or not all(_is_layer(n) and isinstance(t, Tensor) for n, t in held.items()):
         raise StoreError(f"{path} is no Jacobian lens: expected matrices by layer under the key J.")
@@ -209,14 +206,5 @@ def _watched(hm: Hooked, selectors: Sequence[Selector]) -> Iterator[dict[int, Te
 
     with contextlib.ExitStack() as hooks:
         for each in selectors:
-            module = hm.model.get_submodule(each.module)
-            if each.side == "input":
-                hook = module.register_forward_pre_hook(
-                    lambda _, args, kwargs, each=each: take(each, args, kwargs, None), with_kwargs=True
-                )
-            else:
-                hook = module.register_forward_hook(
-                    lambda _, args, kwargs, output, each=each: take(each, args, kwargs, output), with_kwargs=True
-                )
-            hooks.callback(hook.remove)
+            hooks.callback(register(hm.model.get_submodule(each.module), each.side, partial(take, each)))
         yield seen

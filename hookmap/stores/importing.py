@@ -2,9 +2,7 @@
 
 import itertools
 import os
-import pickle
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,9 @@ from hookmap.errors import StoreError
 from hookmap.maps.points import POINTS, PointName, parse_point
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.manifest import manifest_of_run
+from hookmap.stores.torch_files import read_torch_file
 
+_TRUSTED = "Save its tensors alone, where you trust it: torch.save({name: tensor, …}, FILE)"
 _LAYER_FIRST = re.compile(r"^(?:layers?[._]?)?(\d+)[./](.+)$")
 _LAYER_LAST = re.compile(r"^(.+)[./](\d+)$")
 _CALL = re.compile(r"^(.+)\.call(\d+)$")
@@ -36,7 +36,7 @@ def import_pt(
     The file is read with `weights_only=True`: one that holds anything but plain data is refused before any of it runs.
     Its samples have no prompts and tokens. Raises StoreError with all that does not fit.
     """
-    loaded = _load(Path(file))
+    loaded = read_torch_file(Path(file), _TRUSTED)
     if not isinstance(loaded, Mapping):
         raise StoreError(f"{file} holds a {type(loaded).__name__}: {_ACCEPTED}.")
     tensors: dict[Key, Any] = {}
@@ -64,23 +64,6 @@ def import_pt(
                 writer.write(Activation(number, key[0], key[1], 0, samples[key][number], call_of(key)))
             writer.finish(Sample(number, "", "", (), 0, count))
     return len(rows), [name for name in left_out if name != "offsets"]
-
-
-def _load(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of pickle's protocol: what is refused is told below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise StoreError(f"{path} is not there.") from error
-    except pickle.UnpicklingError as error:
-        what = str(error).split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL" in str(error) else "an unknown instruction"
-        raise StoreError(
-            f"{path} holds more than plain tensors ({what}): it could run any program when it is loaded, and was not. "
-            "Save its tensors alone, where you trust it: torch.save({name: tensor, …}, FILE)"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read as a file of torch.save: {str(error).splitlines()[0]}") from error
 
 
 def _entries(found: Mapping[Any, Any], outer: Any, path: str) -> Iterator[tuple[Key | None, Any, str]]:

@@ -16,6 +16,7 @@ from hookmap.analysis.dictionaries.dictionary import About, Dictionary
 from hookmap.errors import SelectionError, StoreError
 from hookmap.loading.hub import explain, quiet, reachable
 from hookmap.maps.points import parse_point
+from hookmap.stores.torch_files import read_torch_file
 from hookmap.strict_json import read_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -119,14 +120,8 @@ def _safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _pickled(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a `.pt` file, by torch's unpickler that builds nothing but tensors. Raises StoreError."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's errors, zip's and torch's own
-        first = str(error).strip().partition("\n")[0]
-        if "Weights only load failed" in str(error):
-            first = "it holds more than tensors, and unpickling that would run whatever code is in it"
-        raise StoreError(f"{path} is not loaded: {first}. Give the weights as safetensors.") from error
+    """Tensors of a `.pt` file. Raises StoreError."""
+    found = read_torch_file(path, "Give the weights as safetensors.")
     if not isinstance(found, Mapping) or not all(isinstance(each, torch.Tensor) for each in found.values()):
         raise StoreError(f"{path}: expected tensors by name, found a {type(found).__name__}.")
     return dict(found)
