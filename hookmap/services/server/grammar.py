@@ -114,7 +114,8 @@ class _Following(LogitsProcessor):  # type: ignore[misc]  # transformers' base i
                 found = before.deep_copy()
                 found.consume_token(new[-1])
             if found.is_error():
-                raise bad(f"{PARAM}: this schema cannot be followed: {found.get_error():.300}", PARAM)
+                told = found.get_error().partition("\n")[0]
+                raise bad(f"{PARAM}: this schema cannot be followed: {told:.300}", PARAM)
             self._matchers[new] = found
             self._matchers = {key: each for key, each in self._matchers.items() if len(key) >= len(new) - 1}
         return self._matchers[new]
