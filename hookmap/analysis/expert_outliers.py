@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookmap.activations import Activation, Key, Sample
-from hookmap.analysis.gathering import Gathering
+from hookmap.analysis.gathering import Gathering, refuse_other_rows
 from hookmap.capture.options import Layers
 from hookmap.capture.prepare import say_apart
 from hookmap.errors import SelectionError
@@ -56,9 +56,7 @@ class LayerExperts:
 
 def expert_outliers(hm: Hooked, prompts: Any, layers: Layers = "all", **options: Any) -> dict[int, LayerExperts]:
     """See `HookedModel.expert_outliers`."""
-    refused = ("positions", "every", "mean", "features", "before", "dictionaries", "keep_dtype")
-    if wrong := [name for name in refused if options.get(name)]:
-        raise SelectionError(f"{', '.join(wrong)}: every row of the texts is read: leave them out.")
+    refuse_other_rows(options, "every row of the texts is read", "dictionaries", "keep_dtype")
     prepared = hm.prepare(prompts, [OUT, INDICES, WEIGHTS], layers, 0, **options)
     say_apart(prepared.apart)
     sink = _Experts(tuple(selector.key for selector in prepared.run.selectors))

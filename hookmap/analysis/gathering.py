@@ -2,12 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
 from hookmap.activations import Activation, Key, Sample
+from hookmap.errors import SelectionError
 from hookmap.stores.ledger import Ledger
 from hookmap.stores.number_set import NumberSet
+
+
+def refuse_other_rows(options: Mapping[str, Any], why: str, *more: str) -> None:
+    """Raises SelectionError for options of a capture that take rows away or change them, and those named in `more`."""
+    names = ("positions", "every", "mean", "features", "before", *more)
+    if wrong := [name for name in names if options.get(name)]:
+        raise SelectionError(f"{', '.join(wrong)}: {why}: leave them out.")
 
 
 class Gathering(ABC):

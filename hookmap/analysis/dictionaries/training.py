@@ -24,7 +24,7 @@ from hookmap.analysis.dictionaries.dictionary import About, Dictionary
 from hookmap.analysis.dictionaries.loading import CONFIG
 from hookmap.analysis.dictionaries.saving import save_dictionary
 from hookmap.analysis.dictionaries.trainer import KINDS, Learning, Progressed, Trainer, blocks
-from hookmap.analysis.gathering import Gathering
+from hookmap.analysis.gathering import Gathering, refuse_other_rows
 from hookmap.analysis.kept import Kept
 from hookmap.analysis.kept import Kind as KeptKind
 from hookmap.capture.prepare import Prepared, say_apart
@@ -257,9 +257,7 @@ Feed = Callable[[Training, Tell | None, Callable[[], None]], None]
 def _of_model(
     hm: Hooked, texts: Any, point: str, layer: int | None, asked: _Asked, options: dict[str, Any]
 ) -> tuple[Training, Feed]:
-    refused = ("positions", "every", "mean", "features", "before", "dictionaries", "max_new_tokens")
-    if wrong := [name for name in refused if options.get(name)]:
-        raise SelectionError(f"{', '.join(wrong)}: a training reads every row of the texts: leave them out.")
+    refuse_other_rows(options, "a training reads every row of the texts", "dictionaries", "max_new_tokens")
     prepared = hm.prepare(texts, {point: "all" if layer is None else layer}, max_new_tokens=0, **options)
     if len(prepared.run.selectors) != 1:
         names = ", ".join(tensor_name(each.key) for each in prepared.run.selectors)

@@ -12,6 +12,7 @@ from hookmap.analysis.examples.collecting import Collector
 from hookmap.analysis.examples.features import features_of
 from hookmap.analysis.examples.files import EXAMPLES
 from hookmap.analysis.examples.result import Examples, Settings
+from hookmap.analysis.gathering import refuse_other_rows
 from hookmap.analysis.kept import Kept
 from hookmap.analysis.tokens import token_text
 from hookmap.capture.options import Layers, Points
@@ -56,8 +57,7 @@ def examples(
         points = {learned.reads[0]: "all" if learned.reads[1] is None else learned.reads[1]} if learned else "mlp_post"
     if options.get("dictionaries"):
         raise SelectionError("dictionaries: examples of features are of one at a time, dictionary=…")
-    if wrong := [name for name in ("positions", "every", "mean", "features", "before") if options.get(name)]:
-        raise SelectionError(f"{', '.join(wrong)}: examples look at every row: leave them out.")
+    refuse_other_rows(options, "examples look at every row")
     prepared = hm.prepare(prompts, points, layers, max_new_tokens, **options)
     run = prepared.run
     if numbers := dict.fromkeys(s.point for s in run.selectors if PointName.of(s.point).base in NUMBERS or s.has_keys):
