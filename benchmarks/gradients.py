@@ -215,7 +215,7 @@ def _by_hand(hm: Any, selectors: Sequence[Any], ids: list[int]) -> dict[Any, tor
     """The gradient of zeros added to each point, for one text alone: key -> [pos, ...]."""
     from hookmap.capture.interventions.writable import mode_of, passed_on
 
-    zeros: dict[Any, tuple[Any, torch.Tensor, torch.Tensor]] = {}
+    zeros: dict[Any, tuple[Any, torch.Tensor, torch.Tensor, bool]] = {}
     calls = Counter[Any]()
 
     def add(selector: Any, term: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -226,7 +226,7 @@ def _by_hand(hm: Any, selectors: Sequence[Any], ids: list[int]) -> dict[Any, tor
         given = (args, kwargs, output)
         tensor = replace(term, heads=None).resolve(*given)
         own = torch.zeros_like(tensor, requires_grad=True)
-        zeros[selector.key] = (term, own, tensor)
+        zeros[selector.key] = (term, own, tensor, len(selector.terms) > 1)
         if mode_of(selector) == "in place" or (len(selector.terms) > 1 and term.side == "input"):
             tensor += own
             return None
@@ -240,8 +240,11 @@ def _by_hand(hm: Any, selectors: Sequence[Any], ids: list[int]) -> dict[Any, tor
         passed = do((), {}, output)
         return None if passed is None else passed[2]
 
+    first: dict[Any, Any] = {}
     handles = []
     for selector in selectors:
+        if len(selector.terms) > 1 and first.setdefault(selector.terms, selector) is not selector:
+            continue  # attn_out is mixer_out
         for term in selector.terms:
             module = hm.root if not term.module else hm.model.get_submodule(term.module)
             do = partial(add, selector, term)
@@ -266,15 +269,19 @@ def _by_hand(hm: Any, selectors: Sequence[Any], ids: list[int]) -> dict[Any, tor
         for parameter in wanted:
             parameter.requires_grad_(True)
     metric = _difference(logits[0], None)
-    found = torch.autograd.grad(metric, [own for _, own, _ in zeros.values()], allow_unused=True, retain_graph=True)
+    found = torch.autograd.grad(metric, [own for _, own, *_ in zeros.values()], allow_unused=True, retain_graph=True)
     expected = {}
-    for (key, (term, _, tensor)), gradient in zip(zeros.items(), found, strict=True):
-        if gradient is None and tensor.requires_grad:
+    for (key, (term, _, tensor, summed)), gradient in zip(zeros.items(), found, strict=True):
+        read_before = (
+            gradient is None or summed
+        )  # a sum's last term may be a tensor that a module has read, and hands on
+        if read_before and tensor.requires_grad:
             (gradient,) = torch.autograd.grad(metric, tensor, allow_unused=True, retain_graph=True)
         if gradient is not None:
             split = replace(term, side="output", index=None).resolve((), {}, gradient)
             expected[key] = term.arrange(split, 1, len(ids))[0] / term.scale
-    return expected
+    same = {selector.key: first.get(selector.terms, selector).key for selector in selectors}
+    return {key: expected[place] for key, place in same.items() if place in expected}
 
 
 def tell(found: list[dict[str, Any]]) -> list[str]:
