@@ -1,10 +1,11 @@
 """The settings with which a capture generates. One row for each prompt, no beams."""
 
 import copy
+import functools
 import inspect
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -174,7 +175,13 @@ def takes(root: nn.Module, argument: str) -> bool:
 
 def logits_parameter(root: nn.Module) -> inspect.Parameter | None:
     """The argument of the model's forward that says which logits it computes: `logits_to_keep`, or a sibling of it."""
-    parameters = inspect.signature(type(root).forward).parameters.values()
+    return _logits_parameter_of(type(root).forward)
+
+
+@functools.lru_cache(maxsize=64)
+def _logits_parameter_of(forward: Callable[..., Any]) -> inspect.Parameter | None:
+    """Asked on every forward pass."""
+    parameters = inspect.signature(forward).parameters.values()
     return next((each for each in parameters if _WHICH_LOGITS.search(each.name)), None)
 
 

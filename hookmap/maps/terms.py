@@ -87,7 +87,8 @@ class Term:
         Of an operation, `args` are its tensors, and `output` what it gave. Where `is_view`, `retain_grad` belongs on
         `whole`. Raises CaptureError where the arguments or the output have no such place.
         """
-        return self.view(self.whole(args, kwargs, output))
+        whole = self.whole(args, kwargs, output)
+        return whole if self.heads is None else self._split(whole, self.heads)
 
     def view(self, whole: Any) -> Any:
         """What `resolve` gives of the whole tensor; of the whole tensor's gradient, the gradient of that."""

@@ -1,5 +1,6 @@
 """manifest.json: what a capture is of, and whether it is finished."""
 
+import functools
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -277,6 +278,11 @@ _MAKE = "Make a capture: hookmap capture MODEL --points resid_mid --layers 8 -o 
 
 def versions() -> dict[str, str]:
     """Of the libraries that decide what a capture's numbers are."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     from hookmap._version import __version__
 
     found = {"hookmap": __version__, "python": platform.python_version()}
