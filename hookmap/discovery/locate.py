@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -84,6 +84,16 @@ class Locator:
         what = "enters" if exposure.side == "input" else "leaves"
         return Location((term,), exposure.time, f"the tensor that {what} {name}")
 
+    def before_widening(self, value: int) -> Iterator[int]:
+        """The value, and those with the same numbers in narrower dtypes that it was cast from."""
+        yield value
+        while (op := self.values.producers.get(value)) is not None and op.name == "_to_copy":
+            (source,) = self.values.operands(op)[:1]
+            if not self._widens(source, value):
+                return
+            value = source
+            yield value
+
     def difference(self, after: int, before: int) -> Location | None:
         """after - before, where each has a boundary of its own; exact up to the rounding of the model's addition."""
         a, b = self.locate(after), self.locate(before)
@@ -127,10 +137,7 @@ class Locator:
         shape = self.values.shape(value)
         if not prod(shape) == (shape[-1] if shape else 1) in (1, self.values.shape(of)[-1]):
             return None
-        op = self.values.producers.get(value)
-        if op is not None and op.name == "_to_copy" and self._widens(self.values.operands(op)[0], value):
-            value = self.values.operands(op)[0]
-        path = self.values.parameters.get(value)
+        path = self.values.parameters.get(list(self.before_widening(value))[-1])
         return None if path is None else self.templated(path)
 
     def templated(self, path: str) -> str:

@@ -169,10 +169,11 @@ def _raw_logits(values: Values, locator: Locator, logits: _Logits) -> Location |
             raw = value
     if raw == logits.value:
         return logits.place
-    for place in locator.places(raw):
+    alike = list(locator.before_widening(raw))
+    for place in (place for each in alike for place in locator.places(each)):
         if place.shape[-1] == logits.d_vocab:
             return locator.at(place)
-    return "no module boundary exposes it"
+    return locator.why_nowhere(*reversed(alike))
 
 
 def _unembedding(values: Values, root: ModuleCall, value: int) -> str | None:

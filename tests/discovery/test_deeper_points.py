@@ -463,3 +463,26 @@ def test_they_go_to_a_folder_and_come_back(tmp_path: Any) -> None:
         for number in range(len(RAGGED)):
             assert torch.equal(store.read(number, *key), run.read(number, *key)), key
     assert store.read(0, "router_indices", 1).dtype == torch.int64
+
+
+class _Capped(tf.LlamaForCausalLM):
+    """Caps its logits in float32, as BEAM and xLSTM do."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().forward(*args, **kwargs)
+        found.logits = 30 * torch.tanh(found.logits.float() / 30)
+        return found
+
+
+def test_raw_logits_are_found_before_a_cast_that_widens_them() -> None:
+    config = tf.LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = _Capped(config).to(torch.bfloat16).eval()
+    raw: list[torch.Tensor] = []
+    hm = hookmap.open(model)
+    with model.lm_head.register_forward_hook(lambda _, args, output: raw.append(output)):
+        run = hm.capture([_IDS[0].tolist()], ["logits_raw", "logits"], max_new_tokens=0)
+    torch.testing.assert_close(run["logits_raw"], raw[0], atol=0, rtol=0)
+    torch.testing.assert_close(run["logits"], 30 * torch.tanh(raw[0].float() / 30), atol=0, rtol=0)
