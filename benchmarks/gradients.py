@@ -262,7 +262,8 @@ def _by_hand(hm: Any, selectors: Sequence[Any], ids: list[int]) -> dict[Any, tor
             "use_cache": False,
         }
         takes = inspect.signature(hm.root.forward).parameters
-        logits = hm.model(**{name: value for name, value in given.items() if name in takes}).logits
+        further = any(each.kind is each.VAR_KEYWORD for each in takes.values())
+        logits = hm.model(**{name: value for name, value in given.items() if further or name in takes}).logits
     finally:
         for handle in handles:
             handle.remove()
