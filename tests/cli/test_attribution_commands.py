@@ -70,6 +70,18 @@ def test_saliency_is_that_of_python(folder: str) -> None:
     assert "of it is missed" in run(*asked).stderr
 
 
+def test_a_logit_is_split_into_experts_as_in_python(tmp_path: Path) -> None:
+    folder = str(tmp_path / "moe")
+    plain_hooks.build("qwen3_moe").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    found = hookmap.open(folder).attribute(PAIR["clean"], "to", experts=[1])
+    said = told("attribute", folder, "--prompt", PAIR["clean"], "--target", "to", "--experts", "1")
+    assert said["parts"] == list(found.parts) and sum("expert" in part for part in found.parts) > 1
+    assert [each[0] for each in said["values"]] == pytest.approx(found.values[:, 0].tolist(), rel=1e-4, abs=1e-6)
+    refused = run("attribute", folder, "--prompt", PAIR["clean"], "--target", "to", "--experts", "9", code=1)
+    assert "9" in refused.stderr and "Traceback" not in refused.output
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
