@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hookmap._version import __version__
+from hookmap.deprecation import HookmapDeprecationWarning
 from hookmap.errors import (
     CaptureError,
     DataError,
@@ -51,6 +52,7 @@ __all__ = [
     "DataError",
     "DeployError",
     "DiscoveryError",
+    "HookmapDeprecationWarning",
     "HookmapError",
     "InterventionError",
     "MapError",

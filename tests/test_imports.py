@@ -12,7 +12,8 @@ import hookmap
 HEAVY = ("torch", "transformers", "nnsight", "numpy", "pydantic", "jsonschema", "safetensors", "rich", "yaml")
 
 PUBLIC = {
-    "ArchitectureMap", "Capture", "CaptureError", "DataError", "DeployError", "DiscoveryError", "HookmapError",
+    "ArchitectureMap", "Capture", "CaptureError", "DataError", "DeployError", "DiscoveryError",
+    "HookmapDeprecationWarning", "HookmapError",
     "InterventionError", "MapError", "MapMismatchError", "MapNotFoundError", "ModelError", "SelectionError", "Selector",
     "StoreError", "TokenizerError", "__version__", "discover", "load_map", "load_prompts", "open", "open_on_ray",
     "open_on_vllm", "open_remote", "open_store", "verify", "apply", "watch", "metrics", "Pair",

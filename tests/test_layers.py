@@ -2,12 +2,15 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "hookmap"
-LEAVES = frozenset("errors activations extras frozen html placeholders strict_json wording _version demo".split())
+LEAVES = frozenset(
+    "errors deprecation activations extras frozen html placeholders strict_json wording _version demo".split()
+)
 ORDER = (
     "maps", "light", "datasets", "loading", "stores", "discovery", "verification", "sweep", "capture", "analysis",
     "metrics", "model", "vllm", "services", "evaluation", "cli",
@@ -39,6 +42,7 @@ def imported(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
                     yield whole if whole in known else str(node.module)
 
 
+@cache
 def edges(package: Path) -> list[tuple[str, str]]:
     known = modules(package)
     return [(name, other) for name, file in known.items() for other in imported(name, file, known) if other != name]

@@ -14,8 +14,8 @@ from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import RESIDUAL_AXES, PointName, axes_of, parse_point
 from hookmap.maps.selectors import Selector
 from hookmap.stores.folder import write_store
-from hookmap.stores.interface import Store, Tokens, as_html, call_and_tokens, completions, place_of
-from hookmap.stores.joining import Rows, flat_rows, layers_meant, stacked
+from hookmap.stores.interface import Store, Tokens, as_html, completions, place_of
+from hookmap.stores.joining import Rows, call_and_tokens, flat_rows, layers_meant, stacked
 from hookmap.stores.manifest import Manifest
 from hookmap.wording import counted
 
@@ -103,7 +103,7 @@ class Capture:
     ) -> torch.Tensor:
         """Rows of one sample, [pos, d], without reading the others; of `pattern` [query, heads, key], zeros behind.
 
-        `call`: of a layer that runs several times; tokens may stand in its place.
+        `call`: of a layer that runs several times.
         """
         run, tokens = call_and_tokens(call, tokens)
         key = self.key(point, layer, run)

@@ -87,12 +87,17 @@ class _Use:
 
 def _is_end(name: str, base: str) -> bool:
     """Whether a weight with this name writes to a point or reads it, other than as what a branch reads."""
-    ends = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "z mixer_out mixer_out_raw", "W_in": "mlp_post", "W_E": "embed"}
-    ends |= {
-        "W_gate": "mlp_post",
+    ends = {
+        "W_Q": "q",
+        "W_K": "k",
+        "W_V": "v",
+        "W_O": "z attn_result mixer_out mixer_out_raw",
+        "W_in": "mlp_pre mlp_pre_linear mlp_post",
+        "W_gate": "mlp_pre mlp_post",
         "W_out": "mlp_post mlp_out mlp_out_raw",
         "W_router": "router_logits",
-        "W_U": "logits",
+        "W_E": "embed",
+        "W_U": "logits logits_raw",
     }
     return base in ends[name].split()
 
@@ -115,8 +120,8 @@ class Weights:
         name = PointName.of(PointName.of(point).as_mixer())
         uses = list(self._uses(name, beside))
         found = [use.place for use in uses if _is_end(use.place.name, name.base)]
-        tensor = self._tensor(beside[point].terms[-1])
         if name.base in ("final_norm", "mixer_in", "mlp_in"):
+            tensor = self._tensor(beside[point].terms[-1])
             found += self._norm(tensor)
         if name.base in ("mixer_in", "mlp_in"):
             reached = {id(op) for op in self._reached(tensor)}
@@ -133,16 +138,16 @@ class Weights:
             if name.base in ("mixer_in", base) and (selector := beside.get(name.numbered(base))) is not None:
                 term = selector.terms[-1]
                 yield from (use.named(own, heads=term) for use in self._behind(self._tensor(term)))
-        if name.base == "z" and (selector := beside.get(str(name))) is not None:
+        if name.base in ("z", "attn_result") and (selector := beside.get(name.numbered("z"))) is not None:
             term = selector.terms[-1]
             for op in self._reached(self._tensor(term), aten.MOVES):
-                if (place := self._product(op, "reads")) is not None:
+                if (place := self._product(op, "reads" if name.base == "z" else "writes")) is not None:
                     yield _Use(replace(place, name="W_O", heads=term), op)
         if name.base in ("mixer_out", "mixer_out_raw"):
             yield from (use.named("W_O") for use in self._ends(str(name), beside))
-        if name.base in ("mlp_in", "mlp_post", "mlp_out", "mlp_out_raw"):
+        if name.base in ("mlp_in", "mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out", "mlp_out_raw"):
             yield from self._of_mlp(name, beside)
-        for base, own in (("router_logits", "W_router"), ("embed", "W_E"), ("logits", "W_U")):
+        for base, own in (("router_logits", "W_router"), ("embed", "W_E"), ("logits", "W_U"), ("logits_raw", "W_U")):
             if name.base == base or (name.base, base) == ("mlp_in", "router_logits"):
                 selector = beside.get(name.numbered(base))
                 yield from (
@@ -152,14 +157,17 @@ class Weights:
                 )
 
     def _of_mlp(self, name: PointName, beside: Mapping[str, Selector]) -> Iterator[_Use]:
-        for out in self._ends(name.end("out_raw") if name.base != "mlp_post" else name.numbered("mlp_out_raw"), beside):
+        for out in self._ends(name.numbered("mlp_out_raw"), beside):
             reads = name.base == "mlp_post"
             yield replace(out, place=replace(out.place, name="W_out", side="reads" if reads else "writes"))
             weight = _TAKES_WEIGHT[out.op.name]
             for tensor in (t for n, t in enumerate(out.op.inputs) if n != weight):
                 inner = list(self._behind(tensor))
-                gated = len({use.key for use in inner}) > 1 and any(use.bent for use in inner)
-                yield from (use.named("W_gate" if gated and use.bent else "W_in") for use in inner)
+                bent = {use.key for use in inner if use.bent}
+                gated = bool(bent) and len({use.key for use in inner}) > 1
+                for use in inner:
+                    if name.base not in ("mlp_pre", "mlp_pre_linear") or (name.base == "mlp_pre") == (use.key in bent):
+                        yield use.named("W_gate" if gated and use.key in bent else "W_in")
 
     def _ends(self, point: str, beside: Mapping[str, Selector]) -> Iterator[_Use]:
         """The products whose results a branch gives, whatever order the tokens of its experts have."""

@@ -16,7 +16,7 @@ from hookmap import html
 from hookmap.activations import Activation, Key, Sample, Sink, call_of, key_of
 from hookmap.errors import SelectionError
 from hookmap.maps.points import PointName, axes_of, parse_point
-from hookmap.stores.joining import Rows, flat_rows, join, layers_meant, stacked
+from hookmap.stores.joining import Rows, call_and_tokens, flat_rows, join, layers_meant, stacked
 from hookmap.stores.sparse import compact
 from hookmap.wording import counted, did_you_mean, sentence
 
@@ -114,7 +114,7 @@ class Store(ABC):
     ) -> torch.Tensor:
         """Rows of one sample, [tokens, d], in the model's own dtype: `read(3, "resid_mid", 8, tokens=[0, 4])`.
 
-        `call`: of a layer that runs several times; tokens may stand in its place.
+        `call`: of a layer that runs several times.
         A slice is cut at the sample's end, as Python's are; other positions must be inside the sample.
         Raises SelectionError for a sample, point, layer or position that this store does not have.
         """
@@ -308,11 +308,6 @@ def place_of(where: Any) -> tuple[str, int | None, int | None]:
             f'expected ["point"], ["point", layer] such as ["resid_mid", 8], or ["point", layer, call], got {where!r}.'
         )
     return point, None if layer is None else int(layer), None if call is None else int(call)
-
-
-def call_and_tokens(call: "int | Tokens", tokens: Tokens) -> tuple[Any, Any]:
-    """The call and the tokens that `read` is given: tokens may stand in the place of the call."""
-    return (call, tokens) if isinstance(call, Integral | None) else (None, call)
 
 
 def rows_of(tokens: Tokens, sample: Sample) -> Sequence[int]:

@@ -1,12 +1,14 @@
-"""Tensors of several samples, or of several layers, as one."""
+"""Tensors of several samples, or of several layers, as one; and what `read` is given."""
 
 import itertools
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 
 from hookmap.activations import Key, call_of
+from hookmap.deprecation import deprecated
 from hookmap.errors import SelectionError
 from hookmap.maps.points import PointName, parse_point
 from hookmap.stores import sparse
@@ -97,3 +99,13 @@ def flat_rows(held: Any, key: Key) -> Rows:
     if values is None:
         raise SelectionError("this capture has no finished samples yet.")
     return Rows(values, offsets)
+
+
+def call_and_tokens(call: Any, tokens: Any) -> tuple[Any, Any]:
+    """The call and the tokens that `read` is given; in 0.1 tokens stood in the place of the call."""
+    if isinstance(call, Integral | None):
+        return call, tokens
+    if tokens is not None:
+        raise SelectionError(f"read is given tokens twice, {call!r} and {tokens!r}: write tokens=… once.")
+    deprecated("read(sample, point, layer, tokens)", "read(sample, point, layer, tokens=tokens)", gone_in="0.4")
+    return None, call

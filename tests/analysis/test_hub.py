@@ -1,4 +1,4 @@
-"""Maps, vectors, probes and dictionaries go to a hub and come back, over HTTP: huggingface_hub, and a server here."""
+"""Maps, vectors, probes, dictionaries and captures go to a hub and come back: huggingface_hub, and a server here."""
 
 import json
 import os
@@ -43,13 +43,13 @@ def hub() -> Iterator[Hub]:
         yield found
 
 
-def talk(hub: Hub, folder: Path, code: str) -> "subprocess.CompletedProcess[str]":
+def talk(hub: Hub, folder: Path, code: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
     """In a process of its own: the client reads the hub's address once."""
     environment = {
         **os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder), "HF_TOKEN": "hf_ours",
         "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1",
     }  # fmt: skip
-    return subprocess.run([sys.executable, "-c", MAKE + code], capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, "-c", MAKE + code], capture_output=True, text=True, env=environment, cwd=cwd)
 
 
 COMPARE = """
@@ -80,6 +80,105 @@ def test_what_is_pushed_comes_back_the_same(hub: Hub, tmp_path: Path) -> None:
     assert json.loads(hub.files["me/map"]["map.json"]) == light.load_map("Qwen3ForCausalLM").to_document()
     assert b"/home/me" not in hub.files["me/vector"]["sub/dir/README.md"]
     assert hub.tokens == {"Bearer hf_ours"}
+
+
+CAPTURES = """
+from pathlib import Path
+from hookmap import HookmapError, open_store
+from hookmap.activations import Activation, Sample
+from hookmap.stores.folder import FolderWriter
+from hookmap.stores.manifest import manifest_of_run
+
+def written(folder, count, finished=True):
+    manifest = manifest_of_run([key], model="owner/model", shard_tokens=2)
+    with FolderWriter.create(folder, manifest) as writer:
+        for number in range(count):
+            rows = torch.arange(2 * 8).reshape(2, 8) + 100.0 * number
+            writer.write(Activation(number, *key, 0, rows))
+            writer.finish(Sample(number, f"prompt {number}", "text", (1, 2, 3), 2, 2))
+        writer.close(finished=finished)
+    return open_store(folder)
+
+def same(found, store):
+    assert found.verify() == [] and len(found) == len(store) and found.texts == store.texts
+    assert torch.equal(found[key], store[key]) and found.manifest == store.manifest
+"""
+
+
+@pytest.mark.slow
+def test_a_capture_is_pushed_in_its_files_and_read_where_they_were_put(hub: Hub, tmp_path: Path) -> None:
+    """Its shards by Git LFS; what is in the folder beside the capture stays here, and a shorter one leaves no shard."""
+    code = """
+whole, short = written("whole", 3), written("short", 1)
+Path("whole/notes.txt").write_text("mine")
+print(push_to_hub(whole, "me/runs", folder="a"))
+same(from_pretrained("me/runs", folder="a", repo_type="dataset"), whole)
+push_to_hub(short, "me/runs", folder="a")
+same(from_pretrained("me/runs", folder="a", repo_type="dataset"), short)
+push_to_hub(whole, "me/runs")
+for wrong in (lambda: push_to_hub(written("half", 2, finished=False), "me/runs"), lambda: from_pretrained("me/runs")):
+    try:
+        wrong()
+    except HookmapError as error:
+        print(error)
+"""
+    done = talk(hub, tmp_path / "cache", CAPTURES + code, cwd=tmp_path)
+    address, half, elsewhere = done.stdout.splitlines() or [done.stderr] * 3
+    assert address.startswith(f"{hub.address}/datasets/me/runs/commit/"), done.stderr
+    assert "half is not finished" in half and "--resume" in half
+    assert "no such repository" in elsewhere and 'repo_type="dataset"' in elsewhere
+    names = ["manifest.json", "samples.jsonl", "shards.jsonl"]
+    shards = [f"shards/00000{number}.safetensors" for number in range(3)]
+    held = hub.files.pop("datasets/me/runs")
+    assert hub.files == {} and sorted(held) == sorted(
+        ["README.md", *names, *shards, *(f"a/{name}" for name in ("README.md", *names, shards[0]))]
+    )
+    for name in (*names, *shards):
+        assert held[name] == (tmp_path / "whole" / name).read_bytes()
+    card = held["a/README.md"].decode()
+    assert 'from_pretrained("me/runs", folder="a", repo_type="dataset")' in card and "of owner/model" in card
+
+
+@pytest.mark.slow
+def test_a_capture_in_memory_is_written_to_the_hub(hub: Hub, tmp_path: Path) -> None:
+    code = """
+import hookmap
+from hookmap.demo import MODEL_PATH
+run = hookmap.open(MODEL_PATH).capture("1+2=", points=["resid_mid"], layers=[2], max_new_tokens=2)
+push_to_hub(run, "me/run")
+found = from_pretrained("me/run", repo_type="dataset")
+assert torch.equal(found["resid_mid", 2], run["resid_mid", 2]) and found.tokens == run.tokens
+print(found.finished, found.verify())
+"""
+    done = talk(hub, tmp_path, code)
+    assert done.stdout == "True []\n", done.stderr
+
+
+@pytest.mark.slow
+def test_a_broken_or_hostile_capture_is_refused(hub: Hub, tmp_path: Path) -> None:
+    code = """
+push_to_hub(written("whole", 3), "me/runs")
+"""
+    assert talk(hub, tmp_path / "cache", CAPTURES + code, cwd=tmp_path).returncode == 0
+    held = hub.files["datasets/me/runs"]
+    hub.files["datasets/me/torn"] = {**held, "samples.jsonl": held["samples.jsonl"][:-40]}
+    changed = held["shards/000001.safetensors"]
+    hub.files["datasets/me/changed"] = {**held, "shards/000001.safetensors": changed[:-1] + b"\1"}
+    hub.files["datasets/me/hostile"] = {**held, "shards/../../../x.safetensors": changed}
+    code = """
+for name in ("me/hostile", "me/torn"):
+    try:
+        from_pretrained(name, repo_type="dataset")
+    except HookmapError as error:
+        print(f"{type(error).__name__}: {error}".splitlines()[0])
+print(from_pretrained("me/changed", repo_type="dataset").verify())
+"""
+    done = talk(hub, tmp_path / "other", CAPTURES + code, cwd=tmp_path)
+    hostile, torn, verified = done.stdout.splitlines() or [done.stderr] * 3
+    assert hostile.startswith("StoreError: cannot load me/hostile"), "the client itself refuses the path"
+    assert torn.startswith("StoreError") and "samples.jsonl" in torn
+    assert "000001.safetensors was changed" in verified
+    assert list(tmp_path.rglob("x.safetensors")) == []
 
 
 @pytest.mark.slow
@@ -133,6 +232,11 @@ def test_a_folder_that_leads_elsewhere_is_refused(folder: str) -> None:
 def test_what_is_no_repository_is_refused(repo: str) -> None:
     with raises(SelectionError, "owner/name"):
         from_pretrained(repo)
+
+
+def test_another_kind_of_repository_is_refused() -> None:
+    with raises(SelectionError, "'space'", "model, dataset"):
+        from_pretrained("me/map", repo_type="space")  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_shared_is_refused() -> None:

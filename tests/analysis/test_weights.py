@@ -80,6 +80,33 @@ def test_a_dense_mlp_is_computed_with_its_weights(name: str) -> None:
             )
 
 
+@pytest.mark.parametrize("name", EACH_FAMILY)
+def test_what_the_activation_function_reads_is_what_the_mlp_reads_times_one_weight(name: str) -> None:
+    """Gated or not: GPT-2's only inner product is W_in, of a gated MLP the argument is W_gate's, the factor W_in's."""
+    hm = opened(name)
+    for layer in range(hm.map.num_layers):
+        points = [p for p in ("mlp_pre", "mlp_pre_linear") if hm.map.unavailable(p, layer) is None]
+        if not points:
+            continue
+        run = hm.capture(IDS, ["mlp_in", *points], [layer], max_new_tokens=0)
+        for point, w_name in zip(points, ["W_in"] if len(points) == 1 else ["W_gate", "W_in"], strict=True):
+            [w] = hm.weights(point, layer)
+            assert (w.name, w.side, w.axes) == (w_name, "writes", ("in", "out"))
+            close(biased(run.read(0, "mlp_in", layer) @ w.tensor, w), run.read(0, point, layer))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_heads_results_and_bare_logits_have_the_weights_of_what_they_are_made_of(name: str) -> None:
+    hm = opened(name)
+    [result], [w_o] = hm.weights("attn_result", 1), hm.weights("z", 1)
+    assert (result.name, result.side, result.axes) == ("W_O", "writes", ("heads", "d_head", "out"))
+    assert torch.equal(result.tensor, w_o.tensor)
+    if "logits_raw" in hm.map.points:
+        run = hm.capture(IDS, ["final_norm", "logits_raw"], max_new_tokens=0)
+        w_u = named(hm, "logits_raw")["W_U"]
+        close(run.read(0, "final_norm") @ w_u.tensor, run.read(0, "logits_raw"))
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_experts_in_one_parameter_give_the_mixture_s_output(name: str) -> None:
     hm, layer = opened(name), 1

@@ -62,7 +62,9 @@ def test_positions(hm: HookedModel, whole: tuple[int, Capture], spec: str, tmp_p
         for key in run.keys:
             if expected:
                 assert torch.equal(run.read(number, *key), full.read(number, *key)[expected]), key
-                assert torch.equal(run.read(number, *key, [expected[-1]]), full.read(number, *key)[expected[-1:]])
+                assert torch.equal(
+                    run.read(number, *key, tokens=[expected[-1]]), full.read(number, *key)[expected[-1:]]
+                )
     assert not hookmap.open_store(tmp_path / "run").verify()
 
 
@@ -110,7 +112,7 @@ def test_the_mean_over_positions(hm: HookedModel, whole: tuple[int, Capture], po
             assert run.samples[number].positions == "mean"
             torch.testing.assert_close(run.read(number, "resid_mid", 1)[0], rows.double().mean(0).float())
             with raises(hookmap.SelectionError, "one mean over positions"):
-                run.read(number, "resid_mid", 1, [0])
+                run.read(number, "resid_mid", 1, tokens=[0])
             with raises(hookmap.SelectionError, "one mean"):
                 run.steps(number)
 

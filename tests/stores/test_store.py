@@ -117,11 +117,11 @@ class TestEveryStore:
             edge = st.one_of(st.none(), st.integers(-40, 40))
             step = data.draw(st.one_of(st.none(), st.integers(1, 5)))
             where = slice(data.draw(edge), data.draw(edge), step)
-            assert same(store.read(2, "resid_mid", 1, where), rows[where])
+            assert same(store.read(2, "resid_mid", 1, tokens=where), rows[where])
             places = data.draw(st.lists(st.integers(0, 29), max_size=8))
-            assert same(store.read(2, "resid_mid", 1, places), rows[places])
+            assert same(store.read(2, "resid_mid", 1, tokens=places), rows[places])
             backwards = range(29, data.draw(st.integers(-1, 29)), -3)
-            assert same(store.read(2, "resid_mid", 1, backwards), rows[list(backwards)])
+            assert same(store.read(2, "resid_mid", 1, tokens=backwards), rows[list(backwards)])
 
     def test_samples_of_one_length_are_one_tensor(self, place: type[Memory | Folder], tmp_path: Path) -> None:
         run = Run(resid(), [[(1, 2, 9), (0, 5, 9)]])
@@ -247,8 +247,11 @@ class TestEveryStore:
             (lambda store: store["resid_post", 0], "does not hold resid_post of layer 0. Did you mean resid_"),
             (lambda store: store.read(0, "resid_pre"), "tensor of each layer: say which"),
             (lambda store: store["residmid", 0], "did you mean resid_mid"),
-            (lambda store: store.read(0, "resid_pre", 0, [7]), "positions 7 are not in sample 0: it has rows 0 to 6"),
-            (lambda store: store.read(0, "resid_pre", 0, range(-2, 3)), "positions -2 are not in sample 0"),
+            (
+                lambda store: store.read(0, "resid_pre", 0, tokens=[7]),
+                "positions 7 are not in sample 0: it has rows 0 to 6",
+            ),
+            (lambda store: store.read(0, "resid_pre", 0, tokens=range(-2, 3)), "positions -2 are not in sample 0"),
             (lambda store: store.read(0, "resid_pre", 0, tokens=3), "tokens must be a slice"),
             (lambda store: store.read(0, "resid_pre", 0, 3), "resid_pre of layer 0 has no call 3"),
             (lambda store: store.read(0, "resid_pre", "0"), "layer '0' is not a whole number"),
@@ -306,9 +309,9 @@ class TestTheFolder:
         store = written(run, tmp_path / "c")
         store.sample(0)  # the table's line, once
         before = _bytes_read()
-        assert same(store.read(0, "resid_mid", 5, slice(100, 110)), run.rows(0, ("resid_mid", 5))[100:110])
+        assert same(store.read(0, "resid_mid", 5, tokens=slice(100, 110)), run.rows(0, ("resid_mid", 5))[100:110])
         cold = _bytes_read() - before
-        store.read(0, "resid_mid", 5, slice(100, 110))
+        store.read(0, "resid_mid", 5, tokens=slice(100, 110))
         warm = _bytes_read() - before - cold
         assert warm < 10 * 512 * 2 + 1000  # 10 rows; the rest is /proc/self/io itself
         assert cold - warm < 3000  # the header of the one shard that holds them, of 0.8 MB

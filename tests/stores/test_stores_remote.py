@@ -38,7 +38,7 @@ def test_a_remote_capture_is_read_as_one_here(tmp_path: Path, kind: str) -> None
     for number in RUN.samples:
         for key in RUN.keys:
             assert torch.equal(store.read(number, *key), RUN.rows(number, key))
-    assert torch.equal(store.read(2, "resid_mid", 1, [3, 20]), RUN.rows(2, ("resid_mid", 1))[[3, 20]])
+    assert torch.equal(store.read(2, "resid_mid", 1, tokens=[3, 20]), RUN.rows(2, ("resid_mid", 1))[[3, 20]])
     found, expected = store.describe(), here.describe()
     assert found.pop("path") != expected.pop("path") and found == expected
 
@@ -85,7 +85,7 @@ def test_a_slice_asks_for_its_bytes_and_a_header(tmp_path: Path) -> None:
     store = hookmap.open_store("counting:///bucket/c")
     store.sample(2)
     Counting.asked = 0
-    rows = store.read(2, "resid_mid", 1, range(2))
+    rows = store.read(2, "resid_mid", 1, tokens=range(2))
     assert torch.equal(rows, RUN.rows(2, ("resid_mid", 1))[:2])
     assert rows.nbytes <= Counting.asked <= rows.nbytes + 1000, "a shard has 24 kB"
 

@@ -76,7 +76,7 @@ def test_an_id_of_several_samples_is_refused() -> None:
 def test_tokens_are_positions_whatever_was_kept(store: Store) -> None:
     kept = rows(SAMPLES[1], ("resid_mid", 0))
     for tokens, places in (([7], [2]), ([11, 2, 2], [3, 0, 0]), (range(2, 4), [0, 1]), ([], [])):
-        assert torch.equal(store.read(1, "resid_mid", 0, tokens), kept[places])
+        assert torch.equal(store.read(1, "resid_mid", 0, tokens=tokens), kept[places])
 
 
 @given(start=st.integers(-15, 15) | st.none(), stop=st.integers(-15, 15) | st.none(), step=st.integers(1, 4))
@@ -89,7 +89,7 @@ def test_a_slice_is_of_positions_and_gives_those_that_were_kept(start: int | Non
     memory.finish(sample)
     wanted = set(range(len(IDS))[start:stop:step])
     expected = [place for place, position in enumerate(CHOSEN) if position in wanted]
-    found = memory.read(1, "resid_mid", 0, slice(start, stop, step))
+    found = memory.read(1, "resid_mid", 0, tokens=slice(start, stop, step))
     assert torch.equal(found, rows(sample, ("resid_mid", 0))[expected])
 
 
@@ -108,7 +108,7 @@ def test_a_slice_is_of_positions_and_gives_those_that_were_kept(start: int | Non
 )
 def test_a_position_that_was_not_kept_is_refused(store: Store, sample: int, tokens: object, message: str) -> None:
     with pytest.raises(SelectionError, match=message):
-        store.read(sample, "resid_mid", 0, tokens)
+        store.read(sample, "resid_mid", 0, tokens=tokens)
 
 
 @pytest.mark.parametrize("wrong", ["[2, 2, 7, 11]", "[2, 3, 7]", "[11, 7, 3, 2]", '"median"', "[-1, 3, 7, 11]"])

@@ -1,7 +1,7 @@
 """A hub on this machine: the few calls that huggingface_hub makes to put files into a repository and to get them.
 
 It is no mock of the client: huggingface_hub talks to it over HTTP, in a process whose HF_ENDPOINT is its address.
-Written from the client's requests; the real hub was not asked.
+Written from the client's requests; the real hub was not asked. Like that one it takes .safetensors by Git LFS.
 """
 
 import base64
@@ -23,7 +23,9 @@ class Hub:
 
     address: str = ""
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    """repository -> path in it -> content"""
+    """repository, `datasets/` in front of one of data -> path in it -> content"""
+    large: dict[str, bytes] = field(default_factory=dict)
+    """SHA-256 -> content, of what came by Git LFS"""
     asked: list[str] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)
     refuses: bool = False
@@ -70,23 +72,42 @@ def hub_on_this_machine() -> Iterator[Hub]:
             elif path == "/api/repos/create":
                 asked = json.loads(body)
                 repo = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+                repo = f"datasets/{repo}" if asked.get("type") == "dataset" else repo
                 hub.files.setdefault(repo, {})
                 self.say({"url": f"{hub.address}/{repo}"})
             elif path == "/api/validate-yaml":
                 self.say({"errors": [], "warnings": []})
-            elif found := re.fullmatch(r"/api/models/(.+)/preupload/main", path):
+            elif found := re.fullmatch(r"/api/(?:models/)?(.+)/preupload/main", path):
                 names = [each["path"] for each in json.loads(body)["files"]]
-                self.say({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
-            elif found := re.fullmatch(r"/api/models/(.+)/commit/main", path):
+                modes = {n: "lfs" if n.endswith(".safetensors") else "regular" for n in names}
+                self.say({"files": [{"path": n, "uploadMode": modes[n], "shouldIgnore": False} for n in names]})
+            elif path.endswith(".git/info/lfs/objects/batch"):
+                objects = [
+                    {**each, "actions": {"upload": {"href": f"{hub.address}/large/{each['oid']}"}}}
+                    for each in json.loads(body)["objects"]
+                ]
+                self.say({"transfer": "basic", "objects": objects})
+            elif found := re.fullmatch(r"/api/(?:models/)?(.+)/commit/main", path):
+                held = hub.files[found[1]]
                 for line in map(json.loads, body.splitlines()):
+                    value = line["value"]
                     if line["key"] == "file":
-                        assert line["value"]["encoding"] == "base64"
-                        data = base64.b64decode(line["value"]["content"])
-                        hub.files[found[1]][line["value"]["path"]] = data
+                        assert value["encoding"] == "base64"
+                        held[value["path"]] = base64.b64decode(value["content"])
+                    elif line["key"] == "lfsFile":
+                        held[value["path"]] = hub.large[value["oid"]]
+                    elif line["key"] == "deletedFile":
+                        del held[value["path"]]
                 oid = hub.commit(found[1])
                 self.say({"success": True, "commitOid": oid, "commitUrl": f"{hub.address}/{found[1]}/commit/{oid}"})
             else:
                 self.say({"error": f"unknown: {path}"}, 404)
+
+        def do_PUT(self) -> None:
+            path, data = urlsplit(self.path).path, self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            assert path == f"/large/{hashlib.sha256(data).hexdigest()}"
+            hub.large[path.rpartition("/")[2]] = data
+            self.answer(200)
 
         def do_GET(self) -> None:
             path = self.asked_for()
@@ -97,7 +118,9 @@ def hub_on_this_machine() -> Iterator[Hub]:
                     return
                 tag = f'"{hashlib.sha1(data).hexdigest()}"'
                 self.answer(200, data, ETag=tag, X_Repo_Commit=hub.commit(found[1]))
-            elif (found := re.fullmatch(r"/api/models/(.+?)/(revision|tree)/(\w+)", path)) and found[1] in hub.files:
+            elif (found := re.fullmatch(r"/api/(?:models/)?(.+?)/(revision|tree)/(\w+)", path)) and found[
+                1
+            ] in hub.files:
                 held = [*hub.files[found[1]], *hub.lists_also]
                 if found[2] == "tree":
                     sizes = hub.files[found[1]]
