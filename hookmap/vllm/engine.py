@@ -146,11 +146,6 @@ class VllmEngine:
                 "there. Open it with taps={point: layers} that names them, or with eager=True for all points."
             )
 
-    def refuse_unwritten(self, key: Key) -> None:
-        """Raises InterventionError where a point cannot be written."""
-        if (why := self.why_not_written.get(key)) is not None:
-            raise InterventionError(why)
-
     def close(self) -> None:
         """End the engine and its workers."""
         self._closed.set()
