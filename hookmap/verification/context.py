@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -274,16 +275,22 @@ def _block(found: ArchitectureMap, layer: int) -> str:
     return found.at_layer(found.layers_path, layer)
 
 
-def made_into(run: Context, point: str, layer: int | None, below: str = "") -> Tensor | None:
-    """What one module below a path turned into a point, of the same shape; None where no module did."""
+def made_into(run: Context, point: str, layer: int | None, below: str = "", width: int | None = None) -> Tensor | None:
+    """What one module below a path turned into a point, [..., width]; None where no module did.
+
+    `width`: of what the module read; of the point itself where that is None.
+    """
     own, given, found = run.values[point, layer], dict[str, Tensor](), list[Tensor]()
+    shape = (*own.shape[:-1], width or own.shape[-1])
 
     def entered(path: str, args: Any, kwargs: Any, output: Any) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].shape == own.shape:
-            given[path] = args[0].detach().clone()
+        if args and isinstance(args[0], Tensor) and args[0].numel() == prod(shape) and args[0].shape[-1] == shape[-1]:
+            given[path] = args[0].detach().reshape(shape).clone()
 
     def left(path: str, args: Any, kwargs: Any, output: Any) -> None:
-        if path in given and isinstance(output, Tensor) and torch.equal(output, own):
+        if path not in given or not isinstance(output, Tensor) or output.numel() != own.numel():
+            return
+        if torch.equal(output.reshape(own.shape), own):
             found.append(given[path])
 
     every = run.model.named_modules()

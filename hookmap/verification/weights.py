@@ -51,7 +51,7 @@ def experts(run: Context) -> Iterator[Check]:
         if weights.ndim == 2:  # those of all experts one below the other
             weights = weights.view(-1, post.shape[-1], weights.shape[-1])
         error = min(_misfit(post, out, chosen, turned.detach()) for turned in (weights, weights.mT))
-        detail = "expert_out = expert_post @ W_down[expert] + b[expert]"
+        detail = "expert_out = expert_post @ W_down[expert] + b[expert], or the norm of that"
         yield Check("experts", (layer,), error <= run.tolerance, detail, error)
         yield from _sum(run, name, layer, out)
 
@@ -60,12 +60,20 @@ def _misfit(post: Tensor, out: Tensor, chosen: Tensor, weights: Tensor) -> float
     """How far it is from the product with each row's own expert, and something that is the same for each expert."""
     if (post.shape[-1], out.shape[-1]) != tuple(weights.shape[1:]):
         return float("inf")
-    found = torch.empty_like(out)
+    found, bare = torch.empty_like(out), torch.empty_like(out)
     for expert in sorted({*chosen.flatten().tolist()}):
         own = chosen == expert
-        product = post[own] @ weights[expert].to(post.dtype)
+        bare[own] = product = post[own] @ weights[expert].to(post.dtype)
         found[own] = product + (out[own] - product).mean(0)
-    return relative_error(found, out)
+    return min(relative_error(found, out), _norm_misfit(bare.flatten(0, -2), out.flatten(0, -2)))
+
+
+def _norm_misfit(rows: Tensor, normed: Tensor) -> float:
+    """How far it is from an RMS norm of the rows, whose weights are multiplied before or after."""
+    ratios = normed / rows
+    weights = (ratios / ratios.median(-1, keepdim=True).values).median(0).values
+    scaled = rows * weights
+    return min(_multiple(scaled * each.square().mean(-1, keepdim=True).rsqrt(), normed) for each in (rows, scaled))
 
 
 def _sum(run: Context, name: PointName, layer: int, out: Tensor) -> Iterator[Check]:
@@ -74,19 +82,20 @@ def _sum(run: Context, name: PointName, layer: int, out: Tensor) -> Iterator[Che
     weights = run.values.get((name.numbered("router_weights"), layer))
     if whole is None:
         return
-    shared = run.values.get((name.numbered("shared_expert_out"), layer), torch.zeros_like(whole))
-    routed = whole - shared
+    shared = run.values.get((name.numbered("shared_expert_out"), layer))
     sums = [out.sum(2)] + ([] if weights is None else [(out * weights.unsqueeze(-1)).sum(2)])
-    if any(each.shape != routed.shape for each in sums):
-        yield Check("experts", (layer,), False, "expert_out is as wide as mlp_out_raw")
-        return
-    error = min(_multiple(each, routed) for each in sums)
-    if weights is None and error > run.tolerance:
-        error = _some_weights(out, routed)
-    if error > run.tolerance:  # a norm stands in the MLP behind the sum (A.X K1)
+
+    def misfit(given: Tensor | None) -> float:
+        if given is None or given.shape != sums[0].shape:
+            return float("inf")
+        routed = given - shared if shared is not None and shared.shape == given.shape else given
+        error = min(_multiple(each, routed) for each in sums)
+        return _some_weights(out, routed) if weights is None and error > run.tolerance else error
+
+    if (error := misfit(whole)) > run.tolerance:  # a norm stands in the MLP behind the sum (A.X K1), or a projection
         raw = name.numbered("mlp_out_raw")
-        before = made_into(run, raw, layer, run.selector[raw, layer].terms[-1].module + ".")
-        error = error if before is None else min(_multiple(each, before - shared) for each in sums)
+        below = run.selector[raw, layer].terms[-1].module
+        error = min(error, misfit(made_into(run, raw, layer, below, out.shape[-1])))
     detail = "expert_out * router_weights, summed over the experts, with shared_expert_out, is mlp_out_raw"
     yield Check("experts", (layer,), error <= run.tolerance, detail, error)
 
