@@ -8,7 +8,7 @@
 # make test-vllm      the tests of hookmap on vLLM, in .venv-vllm: vLLM's CPU build where there is no NVIDIA GPU
 # make lock           writes constraints.txt and constraints-vllm.txt anew, the versions that all other targets install
 # make real           fetches a really trained model (93 MB, once), and runs the tests on it
-# make real-docs      runs the pages that show that model, and holds what they print against what they show
+# make real-docs      runs every block of the pages that shows that model, and holds what it prints against what they show
 # make test-peers     compares with TransformerLens and nnterp, each in an environment of its own (docs/comparison.md)
 # make test-clients   openai, litellm, inspect_ai and lm-eval against `hookmap serve`, each in its own environment
 # make test-clients-vllm  openai, litellm and inspect_ai against `hookmap serve --engine vllm`, and against vLLM's server
@@ -50,6 +50,7 @@ check:
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+	$(BIN)/proselint check --config .proselintrc.json *.md docs/*.md
 	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: .venv/.ready-for-tests

@@ -25,13 +25,6 @@ PROBES = (
 EXPERIMENT = ("differences", "auroc-mean_answer-resid_post")
 
 
-def first_block(page: str) -> str:
-    """The first Python of a page."""
-    found = re.search(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert found is not None
-    return found[1]
-
-
 def run(command: str) -> None:
     """`hookmap COMMAND`, in this process."""
     print(f"$ hookmap {command}", flush=True)
@@ -51,11 +44,13 @@ def draw() -> None:
 
 
 def problems_of_the_page() -> str:
-    """The page's capture of five times as many problems, with the bundled model from anywhere."""
+    """The page's capture of sums, with five times as many problems and the bundled model from anywhere."""
     from hookmap.demo import MODEL_PATH
 
-    code = first_block("probes.md")
-    assert "(120, " in code
+    page = (DOCS / "probes.md").read_text(encoding="utf-8")
+    (code,) = (
+        text for text in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if "(120, " in text
+    )
     return code.replace("(120, ", "(600, ").replace("hookmap/demo/model", str(MODEL_PATH))
 
 

@@ -1,10 +1,10 @@
-"""Draws the pictures of docs/lenses.md from the bundled demo model: `python scripts/draw_lenses.py`."""
+"""Draws the pictures of docs/lenses.md that are of the bundled demo model: `python scripts/draw_lenses.py`."""
 
 from pathlib import Path
 from typing import Any
 
 import hookmap
-from hookmap.analysis.charts import attention, bars, heat_map, save_picture
+from hookmap.analysis.charts import attention, bars, save_picture
 from hookmap.demo import MODEL_PATH
 
 QUESTION = "Tom has 3 apples. He buys 4 more. How many apples does Tom have?"
@@ -22,13 +22,10 @@ def charts() -> dict[str, Any]:
     """File name -> chart."""
     hm = hookmap.open(MODEL_PATH)
     prompt = tokens(hm)
-    lens = hm.lens(prompt, positions="-18:")
     run = hm.capture([prompt], "pattern", LAYER, max_new_tokens=0)
     weights, letters = run["pattern", LAYER][0], [hm.tokenizer.decode([token]) for token in prompt]
     shown = weights[:, -18:, -18:]
     return {
-        "lens.svg": heat_map(lens.grid(), lens.words, title="What each layer would say next"),
-        "lens_kl.svg": heat_map(lens.grid("kl")),
         "attribution.svg": bars(hm.attribute(prompt, against="8")),
         "attention.svg": attention(shown, letters[-18:], title=f"Attention of layer {LAYER}, the last 18 tokens"),
     }

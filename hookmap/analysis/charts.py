@@ -141,7 +141,7 @@ def attention(
         .mark_rect()
         .encode(
             x=alt.X("k:O", title="key", axis=_token_axis(tokens)),
-            y=alt.Y("q:O", title="query", axis=_token_axis(tokens)),
+            y=alt.Y("q:O", title="query", axis=_token_axis(tokens, level=True)),
             color=alt.Color("value:Q", title=None, scale=alt.Scale(scheme="blues", domain=[0, 1])),
             tooltip=["head:N", "query:N", "key:N", alt.Tooltip("value:Q", format=".4~g")],
         )
@@ -298,10 +298,10 @@ def load_altair() -> Any:
     return altair
 
 
-def _token_axis(tokens: Sequence[str]) -> Any:
-    """An axis whose columns are labelled with tokens; columns with the same token stay apart."""
+def _token_axis(tokens: Sequence[str], *, level: bool = False) -> Any:
+    """An axis whose columns are labelled with tokens; columns with the same token stay apart. level: not aslant."""
     labels = json.dumps([printable(token, _LABEL) for token in tokens])
-    angle = 0 if all(len(printable(token)) <= 2 for token in tokens) else -60
+    angle = 0 if level or all(len(printable(token)) <= 2 for token in tokens) else -60
     return load_altair().Axis(labelExpr=f"{labels}[datum.value]", labelAngle=angle, labelOverlap=False)
 
 

@@ -4,7 +4,8 @@
 ```console          each line behind `$ ` is a command, the lines below it are what it prints, `…` is what is left out
 ```sh               commands whose output is not shown
 ```yaml title="F"   (or json, …) is what stands in the file F
-<!-- not run: why --> above a block: it does not run, but its hookmap commands are parsed
+<!-- not run: why --> above a block: it does not run, but its hookmap commands are parsed, and its Python is compiled
+<!-- not run: needs the real model --> blocks of a page are a session by themselves: Session(…, real=True)
 
 hookmap's commands run in this process; with a last `&` one runs beside until the page ends. Port 8000 is any free one:
 its server is given `--port 8000`.
@@ -20,9 +21,11 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import click
@@ -36,6 +39,7 @@ FENCE = re.compile(
     r'^```(?P<language>\w*)(?: title="(?P<file>\S+)")?\n(?P<text>.*?)^```$',
     re.MULTILINE | re.DOTALL,
 )
+REAL = "needs the real model"
 NUMBER = r"\d+\.\d+(?:e[-+]\d+)?"
 # What each run has of its own: times, memory, versions, ids, the spaces that line a table up.
 VARIES = (r"\d[\d.]* s\b", r"\d[\d.]* [MG]B", r"\d[\d.]* kB on disk", r"\d+\.\d+\.\d+\w*", r"\b[0-9a-f]{12,}\b", r"\s+")
@@ -62,6 +66,15 @@ def blocks(page: str) -> list[Block]:
     assert len(re.findall("^ *```", page, re.MULTILINE)) == 2 * len(found), "a fence of another form"
     assert page.count("<!-- not run") == sum(block.not_run is not None for block in found), "a mark above no block"
     return found
+
+
+def of_the_real_model(page: Sequence[Block]) -> Iterator[Block]:
+    """The blocks that need the real model, and what they print, as blocks that run."""
+    wanted = False
+    for block in page:
+        wanted = block.not_run == REAL or (wanted and block.language == "text" and not block.not_run)
+        if wanted:
+            yield replace(block, not_run=None)
 
 
 def agree(shown: str, printed: str) -> bool:
@@ -109,11 +122,14 @@ def words_of(line: str) -> tuple[dict[str, str], list[str]]:
 class Session:
     """What the blocks of a page share: names, variables, what runs beside. The working folder is the page's own."""
 
-    def __init__(self, name: str, page: str) -> None:
+    def __init__(self, name: str, page: str, *, real: bool = False) -> None:
+        """real: of the blocks that need the real model, and no others."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.name, self.blocks = name, blocks(re.sub(r"(:|port )8000", rf"\g<1>{self.port}", page))
+        if real:
+            self.blocks = list(of_the_real_model(self.blocks))
         self.names: dict[str, Any] = {"__name__": "__main__"}
         self.variables = {"PYTHONPATH": str(CHECKOUT)}
         self.beside: list[subprocess.Popen[str]] = []
@@ -139,7 +155,8 @@ class Session:
         if block.language in ("sh", "console"):
             (self.parsed if block.not_run else self.shell)(block)
         elif block.not_run:
-            return
+            if block.language == "python":
+                self.compiled(block)
         elif block.language == "python":
             self.printed = self.python(block, text_follows)
         else:
@@ -156,7 +173,7 @@ class Session:
     def python(self, block: Block, may_raise: bool) -> str:
         """What it prints, and the error that it ends with."""
         out = io.StringIO()
-        code = compile("\n" * block.line + block.text, self.name, "exec", dont_inherit=True)
+        code = self.compiled(block)
         try:
             with contextlib.redirect_stdout(out):
                 exec(code, self.names)  # noqa: S102 - the page is ours
@@ -165,6 +182,9 @@ class Session:
                 raise
             out.write("".join(traceback.format_exception_only(error)))
         return out.getvalue()
+
+    def compiled(self, block: Block) -> CodeType:
+        return compile("\n" * block.line + block.text, self.name, "exec", dont_inherit=True)
 
     def parsed(self, block: Block) -> None:
         for line, _ in steps(block):
