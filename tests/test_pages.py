@@ -39,9 +39,9 @@ NEEDS = {
 NOT_RUN = {
     "asks another machine": 6,
     "installs packages": 7,
-    "takes minutes": 6,
+    "takes minutes": 7,
     "another program": 1,
-    "needs the real model": 26,
+    "needs the real model": 24,
     "needs vLLM": 6,
 }
 
