@@ -53,6 +53,7 @@ MODULES = {
         "analysis.lens",
         "analysis.attribution",
         "analysis.charts",
+        "analysis.effect_charts",
         "analysis.steering",
         "analysis.gguf",
     ),

@@ -96,6 +96,12 @@ def test_attention_shows_what_a_query_may_see_of_each_head() -> None:
         attention(pattern, ["a", "b"])
 
 
+def test_long_tokens_of_queries_are_written_level_so_that_rows_do_not_lie_on_each_other() -> None:
+    chart = attention(torch.rand(1, 2, 2).tril(), ["Lovelace", " Turing"]).to_dict()
+    axes = chart["spec"]["encoding"]
+    assert (axes["x"]["axis"]["labelAngle"], axes["y"]["axis"]["labelAngle"]) == (-60, 0)
+
+
 def named(chart: Any) -> dict[str, list[float]]:
     """Of each head that a chart of attention shows, by its name, the values of its cells, row by row."""
     found: dict[str, list[float]] = {}
