@@ -10,6 +10,7 @@
 # make real           fetches a really trained model (93 MB, once), and runs the tests on it
 # make real-docs      runs every block of the pages that shows that model, and holds what it prints against what they show
 # make test-peers     compares with TransformerLens and nnterp, each in an environment of its own (docs/comparison.md)
+# make correctness    asks hookmap and five others for the same points of every class, and writes the tables of docs/comparison.md
 # make test-clients   openai, litellm, inspect_ai and lm-eval against `hookmap serve`, each in its own environment
 # make test-clients-vllm  openai, litellm and inspect_ai against `hookmap serve --engine vllm`, and against vLLM's server
 # make docs          builds the documentation as a site in site/, offline; a broken link or name fails
@@ -32,9 +33,10 @@ BROKEN_5.0.0 := jamba phi
 VERSIONS := 5.0.0 5.9.0 5.16.1 5.20.2
 # What must be right on every version of transformers, held against plain hooks and transformers' own outputs.
 CORE_TESTS := tests/discovery/test_discovery.py tests/capture/test_engines.py tests/loading/test_multimodal.py
+PEERS := transformer-lens nnterp interp-engine torchlens
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: demo real real-docs test test-fast test-maps test-oldest test-versions test-newest test-vllm lock test-peers test-clients test-clients-vllm setup check docs format schema clean
+.PHONY: demo real real-docs test test-fast test-maps test-oldest test-versions test-newest test-vllm lock test-peers correctness test-clients test-clients-vllm setup check docs format schema clean
 
 demo: .venv/.ready
 	@rm -rf demo-output
@@ -94,6 +96,10 @@ lock:
 
 test-peers: .venv/.ready-for-tests .venv-peer-transformer-lens/.ready .venv-peer-nnterp/.ready
 	$(OFFLINE) $(BIN)/python -m pytest tests/peers
+
+# Hours on one core. A run that was stopped goes on: correctness/ledger.jsonl.
+correctness: .venv/.ready-for-tests $(PEERS:%=.venv-peer-%/.ready)
+	$(OFFLINE) $(BIN)/python benchmarks/correctness.py --write
 
 test-clients: .venv/.ready-for-tests .venv-clients/.ready
 	$(OFFLINE) $(BIN)/python tests/clients/run.py

@@ -1,5 +1,6 @@
 """What benchmarks over all classes share: a pool, a time limit for each class, and a ledger to go on with."""
 
+import copy
 import json
 import logging
 import multiprocessing
@@ -55,3 +56,21 @@ def quietly(seconds: int) -> Iterator[None]:
             yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def shallow(config: Any, layers: int) -> Any:
+    """The first layers alone, where the config is still one that transformers takes."""
+    text = config.get_text_config()
+    count = getattr(text, "num_hidden_layers", 0)
+    if count <= layers:
+        return config
+    fewer = copy.deepcopy(config)
+    inner = fewer.get_text_config()
+    for name, value in list(vars(inner).items()):
+        if isinstance(value, list) and len(value) == count:
+            setattr(inner, name, value[:layers])
+    try:
+        inner.num_hidden_layers = layers
+        return type(fewer).from_dict(fewer.to_dict())
+    except Exception:  # a config's own checks raise what they like
+        return config

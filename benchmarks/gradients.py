@@ -10,7 +10,6 @@ that of the tensor itself, where the model's code has read it before the hook.
 The ledger has a line for each class that is done; a run goes on with it. `--page` writes the table of all.
 """
 
-import copy
 import inspect
 import sys
 import textwrap
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from every_class import compared, quietly
+from every_class import compared, quietly, shallow
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SECONDS = 900
@@ -64,7 +63,7 @@ def compare(model_type: str) -> dict[str, Any]:
     try:
         with quietly(SECONDS):
             config = narrow(config_of(model_type))
-            fewer = _shallow(config)
+            fewer = shallow(config, LAYERS)
             try:
                 return {"type": model_type, **_of(_opened(fewer))}
             except Exception:
@@ -89,24 +88,6 @@ def _opened(config: Any) -> Any:
             part.config._experts_implementation = "eager"  # the others have no float64
     model.double()
     return hm
-
-
-def _shallow(config: Any) -> Any:
-    """The first layers alone, where the config is still one that transformers takes."""
-    text = config.get_text_config()
-    count = getattr(text, "num_hidden_layers", 0)
-    if count <= LAYERS:
-        return config
-    fewer = copy.deepcopy(config)
-    inner = fewer.get_text_config()
-    for name, value in list(vars(inner).items()):
-        if isinstance(value, list) and len(value) == count:
-            setattr(inner, name, value[:LAYERS])
-    try:
-        inner.num_hidden_layers = LAYERS
-        return type(fewer).from_dict(fewer.to_dict())
-    except Exception:  # a config's own checks raise what they like
-        return config
 
 
 def _of(hm: Any) -> dict[str, Any]:
