@@ -157,7 +157,7 @@ def test_the_model_list_and_the_error_for_another_model(client: OpenAI, served: 
     assert client.models.retrieve(NAME).id == NAME
     with pytest.raises(openai.NotFoundError) as error:
         client.chat.completions.create(model="other", messages=MESSAGES)
-    assert error.value.code == "model_not_found"
+    assert (error.value.code, error.value.param) == ("model_not_found", "model")
     assert "Loaded: hookmap-demo" in error.value.message
 
 
@@ -185,12 +185,22 @@ def test_the_model_list_and_the_error_for_another_model(client: OpenAI, served: 
         ({"max_tokens": 5000}, "max_tokens", "at most 4096"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "cannot be given"),
-        ({"chat_template_kwargs": {"enable_thinkin": True}}, None, "the chat template reads no enable_thinkin"),
+        (
+            {"chat_template_kwargs": {"enable_thinkin": True}},
+            "chat_template_kwargs",
+            "the chat template reads no enable_thinkin",
+        ),
         ({"messages": [{"role": "user", "content": "x", "images": ["y"]}]}, "messages", "parts of type image_url"),
-        ({"hookmap": {"positions": "text=zzzz"}}, None, "no single token"),
-        ({"hookmap": {"positions": [9999]}}, None, "positions 9999: no prompt has them"),
-        ({"hookmap": {"positions": "0:" + "9" * 5000}}, None, "positions"),
-        ({"hookmap": {"features": 3, "features_seed": 2**70}}, None, "64 bits"),
+        ({"hookmap": {"positions": "text=zzzz"}}, "hookmap.positions", "no single token"),
+        ({"hookmap": {"positions": [9999]}}, "hookmap.positions", "positions 9999: no prompt has them"),
+        ({"hookmap": {"positions": "0:" + "9" * 5000}}, "hookmap.positions", "positions"),
+        ({"hookmap": {"layers": [99]}}, "hookmap.layers", "layer 99 is out of range"),
+        ({"hookmap": {"points": ["resid_mdi"], "layers": [3]}}, "hookmap.points", "did you mean resid_mid"),
+        ({"hookmap": {"points": ["resid_mdi"], "layers": [99]}}, "hookmap", "2 problems"),
+        ({"hookmap": {"features": [64]}}, "hookmap.features", "0 to 63"),
+        ({"max_completion_tokens": 5000}, "max_completion_tokens", "max_completion_tokens: 5000"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "expected a text"),
+        ({"hookmap": {"features": 3, "features_seed": 2**70}}, "hookmap.features_seed", "64 bits"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )
@@ -238,6 +248,11 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_figures(served: Served) 
     long = [{"role": "user", "content": "x" * 2000}]
     error = served.chat(messages=long, max_tokens=None).json()["error"]
     assert error["code"] == "context_length_exceeded" and "maximum context length is 1024" in error["message"]
+    assert error["param"] == "messages"
+    for count in (2000, 10**6):  # the second is refused by its characters
+        for path, field in (("completions", "prompt"), ("responses", "input"), ("embeddings", "input")):
+            error = served.post(f"/v1/{path}", **{field: "x" * count}).json()["error"]
+            assert (error["code"], error["param"]) == ("context_length_exceeded", field), path
     (prompt,) = encode([MESSAGES], served.hm.tokenizer)
     left = 1024 - len(prompt.token_ids)
     assert served.chat(max_tokens=left + 1).json()["error"]["code"] == "context_length_exceeded"
@@ -253,7 +268,11 @@ def test_broken_bodies_and_ways_are_told_as_errors_are(served: Served) -> None:
     assert bare.status_code == 400 and "Content-Type: application/json" in bare.json()["error"]["message"]
     nowhere = served.get("/v1/nothing").json()["error"]
     assert nowhere["type"] == "not_found_error" and "nothing at /v1/nothing" in nowhere["message"]
-    assert served.get("/v1/chat/completions").status_code == 405
+    way = served.get("/v1/chat/completions")
+    assert way.status_code == 405 and "expected POST" in way.json()["error"]["message"]
+    for body in (b"", b"[]"):
+        empty = httpx.post(url, content=body, headers={"Content-Type": "application/json"})
+        assert empty.status_code == 400 and "expected a JSON object" in empty.json()["error"]["message"]
     half = httpx.post(
         url,
         content=b'{"messages": [{"role": "user", "content": "\\ud800"}]}',

@@ -1,15 +1,19 @@
 """Connections that send nothing, or slowly: they take no place from those that ask."""
 
+import asyncio
 import contextlib
 import json
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.served import Served, serving
+from support.served import Served, demo, serving
+
+from hookmap.services.server.encoding import LONG, Encoding
 
 pytestmark = pytest.mark.slow
 
@@ -128,3 +132,28 @@ def test_long_prompts_of_many_leave_a_short_request_alone(tmp_path: Path) -> Non
     assert {each.status_code for each in answers} == {400}
     assert {each.json()["error"]["code"] for each in answers} == {"context_length_exceeded"}
     assert beside < 2 * idle + 0.5, (idle, beside)
+
+
+def test_a_long_text_that_may_fit_is_read_beside_short_ones_by_another_tokenizer() -> None:
+    encoding = Encoding(demo().tokenizer, None)
+    begun, free, seen = threading.Event(), threading.Event(), list[Any]()
+
+    def read(tokenizer: Any) -> None:
+        begun.set()
+        assert free.wait(60)
+        seen.append(tokenizer)
+
+    async def both() -> Any:
+        long = asyncio.create_task(encoding.run(LONG, read))
+        await asyncio.to_thread(begun.wait, 60)
+        short = await asyncio.wait_for(encoding.run(LONG - 1, lambda tokenizer: tokenizer), 30)
+        assert not long.done()
+        free.set()
+        await long
+        return short
+
+    try:
+        short = asyncio.run(both())
+    finally:
+        free.set()
+    assert seen != [short], "no tokenizer is used in two threads at once"

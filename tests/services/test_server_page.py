@@ -314,6 +314,52 @@ def test_changes_by_form_give_a_second_answer_beside_the_plain_one(page: Any, se
     )
 
 
+def test_a_clamp_by_form_is_answered_as_a_plain_hook_would_have_it(page: Any, served: Served) -> None:
+    opened(page, served)
+    ask(page)
+    page.click("#changing summary")
+    page.select_option("#kind", "clamp")
+    assert [page.is_visible(f) for f in ("#feature", "#value", "#vector", "#change-head")] == [True, True, False, False]
+    assert page.input_value("#clamp-point") == "mlp_post"
+    page.select_option("#change-layer", "12")
+    page.fill("#feature", "5")
+    page.fill("#value", "60")
+    page.press("#value", "Enter")
+    page.wait_for_selector("#changes li:has-text('feature 5 of mlp_post clamped to 60.0 (layer 12)')")
+    page.click("#again")
+    page.wait_for_selector("article:nth-child(2)")
+    done(page)
+
+    def clamp(_: Any, args: Any) -> Any:
+        rows = args[0].clone()
+        rows[..., 5] = 60.0
+        return (rows,)
+
+    def greedy() -> tuple[str, list[float]]:
+        """The answer, and the lengths of the rows that leave block 15."""
+        ids = served.hm.tokenizer.apply_chat_template(
+            MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        rows: list[torch.Tensor] = []
+        block = served.hm.model.model.layers[15]
+        with block.register_forward_hook(lambda _, args, out: rows.append(out)):
+            out = served.hm.model.generate(**ids, max_new_tokens=TOKENS, do_sample=False)
+        norms = torch.cat(rows, 1)[0].float().norm(dim=-1).tolist()
+        new = out[0, ids["input_ids"].shape[1] :]
+        return served.hm.tokenizer.decode(new, skip_special_tokens=True), norms
+
+    plain = greedy()
+    with served.hm.model.model.layers[12].mlp.down_proj.register_forward_pre_hook(clamp):
+        changed = greedy()
+    assert page.locator("#talk .assistant").all_text_contents() == [plain[0], changed[0]] and plain[0] != changed[0]
+    assert [float(text.replace(",", "")) for text in cells(page)[15]] == pytest.approx(changed[1], rel=6e-3)
+
+    page.fill("#feature", "100000")  # more than there are: told in words, and the chat goes on
+    page.press("#value", "Enter")
+    page.click("#again")
+    assert "100000" in told(page)
+
+
 def test_what_is_kept_is_chosen_and_found_again_downloaded_and_deleted(
     page: Any, served: Served, tmp_path: Path
 ) -> None:

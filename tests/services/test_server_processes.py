@@ -52,14 +52,16 @@ def command(root: Path, port: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(root: Path) -> Iterator[Started]:
-    """A server on this folder of sessions, when it answers."""
+def started(root: Path, *more: str) -> Iterator[Started]:
+    """A server on this folder of sessions, when it answers. `more`: options."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = root.parent / f"log-{port}"
     limited = ["/bin/sh", "-c", f'ulimit -n {FILES}; exec "$@"', "sh"]
     with log.open("wb") as errors:
-        process = subprocess.Popen([*limited, *command(root, port)], stdout=errors, stderr=errors, cwd=root.parent)
+        process = subprocess.Popen(
+            [*limited, *command(root, port), *more], stdout=errors, stderr=errors, cwd=root.parent
+        )
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + 240
     try:
         while True:
@@ -129,6 +131,19 @@ def test_what_was_finished_outlives_kill_9_and_sigterm_lets_all_that_runs_end(tm
         store = hookmap.open_store(root / json.loads(lines[-2][6:])["session_id"])
         (sample,) = store.samples
         assert len(store.read(0, "resid_mid", 8)) == len(sample.token_ids) - 1
+
+
+def test_a_deterministic_server_gives_the_same_answer_to_the_last_bit_whatever_the_load(tmp_path: Path) -> None:
+    asked = {"max_tokens": 30, "ignore_eos": True, "logprobs": True, "top_logprobs": 3}
+
+    def ask(server: Started, number: int) -> Any:
+        body = {"messages": [{"role": "user", "content": f"{number}+{number}? " * (number + 1)}], **asked}
+        return server.post(**body).json()["choices"]
+
+    with started(tmp_path / "sessions", "--deterministic") as server, ThreadPoolExecutor(6) as people:
+        together = list(people.map(lambda number: ask(server, number), range(6)))
+        assert together == [ask(server, number) for number in range(6)]
+        assert "in a batch of" not in server.log.read_text()
 
 
 def test_two_servers_a_folder_that_shrinks_and_1300_idle_sockets(tmp_path: Path) -> None:

@@ -134,11 +134,11 @@ def test_no_room_is_told_before_anything_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
 def test_an_answer_whose_session_is_lost_on_the_way_is_whole(tmp_path: Path, streams: bool) -> None:
-    """The folder of the sessions goes while the model writes."""
+    """The folder of the sessions goes while the model writes: more rows come than wait for the disk to the end."""
     root = tmp_path / "sessions"
     record = {"points": "all", "layers": "all"}
     with serving(root) as served:
-        plain = served.chat(max_tokens=8).json()["choices"][0]["message"]["content"]
+        plain = served.chat(max_tokens=40).json()["choices"][0]["message"]["content"]
         passes = []
 
         def lose(*_: Any) -> None:
@@ -149,7 +149,7 @@ def test_an_answer_whose_session_is_lost_on_the_way_is_whole(tmp_path: Path, str
 
         hook = demo().model.register_forward_pre_hook(lose)
         try:
-            answer = served.chat(max_tokens=8, hookmap=record, stream=streams)
+            answer = served.chat(max_tokens=40, hookmap=record, stream=streams)
         finally:
             hook.remove()
         assert answer.status_code == 200, answer.text

@@ -147,13 +147,13 @@ def check_tokens(prompts: Sequence[Prompt], size: int) -> None:
         check_ids("prompt", prompt.token_ids, size)
 
 
-def check_context(prompt: int, new: int, context: int | None) -> None:
-    """Raises ApiError where so many tokens do not fit into the model."""
+def check_context(prompt: int, new: int, context: int | None, field: str) -> None:
+    """Raises ApiError where so many tokens do not fit into the model. `field`: that of the prompt."""
     if context is not None and prompt + new > context:
         raise bad(
             f"This model's maximum context length is {context} tokens. However, you requested {prompt + new} "
             f"tokens ({prompt} in the prompt, {new} in the completion). Shorten the prompt or max_tokens.",
-            "messages",
+            field,
             "context_length_exceeded",
         )
 
@@ -161,16 +161,14 @@ def check_context(prompt: int, new: int, context: int | None) -> None:
 def tokens_to_generate(asked: Sampling, prompt: int, context: int | None, most: int) -> int:
     """How many tokens may be generated after a prompt of so many. `most`: the server's limit. Raises ApiError."""
     if asked.reads_only:
-        check_context(prompt, 0, context)
+        check_context(prompt, 0, context, asked.reads)
         return 1
-    limit = asked.token_limit
+    limit, name = asked.token_limit, asked.limits
     if limit == 0:
-        raise bad(
-            "max_tokens: expected at least 1, got 0; only completions with echo read without writing.", "max_tokens"
-        )
+        raise bad(f"{name}: expected at least 1, got 0; only completions with echo read without writing.", name)
     if limit is not None and limit > most:
-        raise bad(f"max_tokens: {limit} were asked for, and this server generates at most {most}.", "max_tokens")
-    check_context(prompt, limit or 1, context)
+        raise bad(f"{name}: {limit} were asked for, and this server generates at most {most}.", name)
+    check_context(prompt, limit or 1, context, asked.reads)
     if limit is not None:
         return limit
     return most if context is None else min(most, context - prompt)

@@ -152,7 +152,7 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
         def read(tokenizer: Any) -> Job:
             return admit(asked, id, model, prompts(tokenizer), settings, sessions, defaults)
 
-        return await model.encoding.run(asked.characters, read)
+        return await model.encoding.run(asked.characters, read, asked.reads)
 
     @app.post("/v1/chat/completions", responses=_answers(ChatCompletion))
     async def chat(asked: ChatRequest, request: Request) -> Response:
@@ -200,7 +200,10 @@ def _generation(app: FastAPI, settings: Settings, models: Models, sessions: Sess
             defaults = models.interventions_of(model)
             return admit(reading, request.scope["request_id"], model, prompts, limits, sessions, defaults)
 
-        job = await model.encoding.run(asked.characters, read)
+        try:
+            job = await model.encoding.run(asked.characters, read, "input")
+        except ApiError as error:
+            raise asked.blamed(error) from None
         return await answer(request, model.scheduler, job, EmbeddingWire(asked, job, model.name), streams=False)
 
 

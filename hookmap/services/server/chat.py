@@ -49,13 +49,13 @@ def prompt_of(asked: ChatRequest, hm: HookedModel, pixels: int, tokenizer: Any) 
     how = Templating(True, begins, goes_on, options, generates=True)
     images = sum(_is_image(part) for message in asked.messages for part in _parts(message))
     limits = Limits(files=False, most_pixels=pixels // max(1, images), formats=FORMATS)
-    messages = [_message(message) for message in asked.messages]
+    messages = [_message(message, place) for place, message in enumerate(asked.messages)]
     try:
         return templated(messages, 0, tokenizer, how, hm.reader, limits)
     except TokenizerError as error:
-        if images:
-            raise bad(str(error), "messages", "image_refused") from error
-        raise
+        of_template = str(error).startswith("chat_template_kwargs")
+        code = "image_refused" if images else type(error).__name__
+        raise bad(str(error), "chat_template_kwargs" if of_template else "messages", code) from error
 
 
 def _parts(message: Message) -> Sequence[Part]:
@@ -66,9 +66,15 @@ def _is_image(part: Part) -> bool:
     return part.type == "image_url" and part.image_url is not None
 
 
-def _message(message: Message) -> dict[str, Any]:
-    """A message as chat templates take it: its text one string, the role `developer` as `system`. Raises ApiError."""
+def _message(message: Message, place: int) -> dict[str, Any]:
+    """A message as chat templates take it: its text one string, the role `developer` as `system`. Raises ApiError.
+
+    `place`: of the message in the request.
+    """
     content: Any = message.content
+    if content is None and message.role in ("system", "developer", "user"):
+        where = f"messages.{place}.content"
+        raise bad(f"{where}: expected a text, or parts; only an assistant's message may have none.", where)
     if (
         message.images
         or message.audio

@@ -9,7 +9,7 @@ from openai.types import Completion, CompletionChoice
 from openai.types.completion_choice import Logprobs
 
 from hookmap.loading.prompts import Prompt, encode, text_of
-from hookmap.services.server.errors import bad
+from hookmap.services.server.errors import bad, blaming
 from hookmap.services.server.jobs import Job, Result
 from hookmap.services.server.requests import CompletionRequest
 from hookmap.services.server.spelling import RowBytes, Spelling
@@ -22,7 +22,7 @@ def prompts_of(asked: CompletionRequest, tokenizer: Any) -> tuple[Prompt, ...]:
     """The prompts of a request, with the tokenizer's own special tokens. Raises TokenizerError, ApiError."""
     if not asked.prompt:
         raise bad("prompt: expected a text, token ids, or a list of such; got nothing.", "prompt")
-    return encode(asked.prompt, tokenizer, chat=False)
+    return blaming("prompt", lambda: encode(asked.prompt, tokenizer, chat=False))
 
 
 class NullableLogprobs(Logprobs):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from hookmap.loading.prompts import Prompt, encode
 from hookmap.model import HookedModel
-from hookmap.services.server.errors import ApiError, bad
+from hookmap.services.server.errors import ApiError, bad, blaming
 from hookmap.services.server.jobs import Job, Result
 from hookmap.services.server.requests import CompletionRequest, Recording, Strict
 from hookmap.services.server.streaming import Nameless
@@ -72,7 +72,8 @@ class EmbeddingRequest(Strict):
 
     def reading(self, hm: HookedModel) -> CompletionRequest:
         """A completion that generates nothing and keeps the rows. Raises ApiError."""
-        of_layers = any(selector.layer is not None for selector in hm.selectors(points=[self.point], layers="all"))
+        found = blaming("point", lambda: hm.selectors(points=[self.point], layers="all"))
+        of_layers = any(selector.layer is not None for selector in found)
         if not of_layers and self.layer is not None:
             raise bad(f"layer: {self.point} is a point of the whole model; leave layer out.", "layer")
         layers = [-1 if self.layer is None else self.layer] if of_layers else "all"
@@ -81,10 +82,17 @@ class EmbeddingRequest(Strict):
         record = Recording.model_validate(kept)
         return CompletionRequest.model_construct(prompt="", echo=True, max_tokens=0, hookmap=record)
 
+    def blamed(self, error: ApiError) -> ApiError:
+        """An error about that completion, in the words of this request."""
+        message, param = str(error), error.param or ""
+        own = {"prompt": "input", "hookmap.layers": "layer"}.get(param, "point" if param[:7] == "hookmap" else param)
+        message = message.replace("prompt:", "input:", 1) if message.startswith("prompt:") else message
+        return ApiError(error.status, message, param=own or None, code=error.code, headers=error.headers)
+
 
 def prompts_of(asked: EmbeddingRequest, tokenizer: Any) -> tuple[Prompt, ...]:
     """The texts as tokens, with the tokenizer's own special ones. Raises TokenizerError, ApiError."""
-    return encode(list(asked.texts), tokenizer, chat=False)
+    return blaming("input", lambda: encode(list(asked.texts), tokenizer, chat=False))
 
 
 class EmbeddingWire(Nameless):

@@ -21,16 +21,19 @@ class Encoding:
         self._tokenizer, self._context = tokenizer, context
         self._short, self._long = asyncio.Lock(), asyncio.Lock()
 
-    async def run(self, characters: int, work: Callable[[Any], _T]) -> _T:
-        """What `work` makes of the tokenizer, in a thread. `characters`: of the text. Raises ApiError for too many."""
-        self.check(characters)
+    async def run(self, characters: int, work: Callable[[Any], _T], field: str) -> _T:
+        """What `work` makes of the tokenizer, in a thread. `characters`: of the text, which is in this field.
+
+        Raises ApiError for too many.
+        """
+        self.check(characters, field)
         if characters < LONG or self._tokenizer is None:
             async with self._short:
                 return await asyncio.to_thread(work, self._tokenizer)
         async with self._long:
             return await asyncio.to_thread(lambda: work(self._second))
 
-    def check(self, characters: int) -> None:
+    def check(self, characters: int, field: str) -> None:
         """Raises ApiError where no tokens that fit into the model have so many characters."""
         if self._context is None or self._tokenizer is None or characters <= self._context:
             return
@@ -38,7 +41,7 @@ class Encoding:
             raise bad(
                 f"This model's maximum context length is {self._context} tokens, which have at most {most} characters. "
                 f"However, your prompt has {characters}. Shorten it.",
-                "messages",
+                field,
                 "context_length_exceeded",
             )
 

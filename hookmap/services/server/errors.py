@@ -3,8 +3,8 @@
 import gc
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from fastapi import FastAPI, Request
@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from hookmap.errors import HookmapError, StoreError
 
 log = logging.getLogger("hookmap.server")
+_T = TypeVar("_T")
 
 NOT_FINITE = "not_finite"
 """the code of answers to requests whose scores are no numbers"""
@@ -86,9 +87,33 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, message, param=param, code=code)
 
 
-def missing(message: str, code: str = "not_found") -> ApiError:
+def blaming(param: str, call: Callable[..., _T], fields: Mapping[str, Any] | None = None) -> _T:
+    """`call(**fields)`; what hookmap refuses is refused by the field of the request that is at fault.
+
+    That is `param`, and of its own `fields` the first one without which the call succeeds. Raises ApiError 400.
+    """
+    given = dict(fields or {})
+    try:
+        return call(**given)
+    except ApiError:
+        raise
+    except HookmapError as error:
+        fault = next((name for name in given if _succeeds(call, {**given}, name)), None)
+        raise bad(str(error), f"{param}.{fault}" if fault else param, type(error).__name__) from error
+
+
+def _succeeds(call: Callable[..., Any], given: dict[str, Any], without: str) -> bool:
+    del given[without]
+    try:
+        call(**given)
+    except HookmapError:
+        return False
+    return True
+
+
+def missing(message: str, code: str = "not_found", param: str | None = None) -> ApiError:
     """404: there is no such thing."""
-    return ApiError(404, message, code=code)
+    return ApiError(404, message, param=param, code=code)
 
 
 def cancelled() -> ApiError:
@@ -207,6 +232,8 @@ def install(app: FastAPI) -> None:
         told = str(error.detail)
         if told == "Not Found":  # starlette's own, of a path without a route
             told = f"there is nothing at {request.url.path}; the routes: {request.base_url}openapi.json"
+        if error.status_code == 405 and (known := (error.headers or {}).get("Allow")):
+            told = f"{request.method} is not understood at {request.url.path}; expected {known}"
         return ApiError(error.status_code, told, headers=error.headers).response()
 
     @app.exception_handler(Exception)
@@ -226,4 +253,6 @@ def _told(problem: Mapping[str, Any]) -> str:
         return "unknown field; docs/server.md lists those that are known"
     if problem["type"] == "json_invalid":
         return f"the body is not JSON: {problem.get('ctx', {}).get('error', '')}"
+    if problem["loc"] == ("body",) and problem["type"] in ("missing", "model_attributes_type"):
+        return "expected a JSON object as the body"
     return str(problem["msg"])

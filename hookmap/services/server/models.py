@@ -69,7 +69,7 @@ class Models:
         found = self._loaded.get(name or "")
         if found is None:
             loaded = ", ".join(self._loaded) or "none"
-            raise missing(f"the model {name!r} is not loaded. Loaded: {loaded}.", "model_not_found")
+            raise missing(f"the model {name!r} is not loaded. Loaded: {loaded}.", "model_not_found", "model")
         return found
 
     def interventions_of(self, loaded: Loaded) -> Documents:

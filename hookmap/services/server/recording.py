@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -19,7 +20,7 @@ from hookmap.errors import StoreError
 from hookmap.loading.prompts import Prompt, text_of
 from hookmap.maps.selectors import Selector
 from hookmap.model import HookedModel
-from hookmap.services.server.errors import ApiError, bad, unkept
+from hookmap.services.server.errors import ApiError, bad, blaming, unkept
 from hookmap.services.server.requests import Recording, Sampling
 from hookmap.services.server.sessions import Session, Sessions, about_of
 from hookmap.services.server.settings import Settings
@@ -68,11 +69,11 @@ def plan(
         return None
     what = _given(field, settings)
     rows = field.model_dump(include=set(options_of(RowOptions)))
-    chosen = row_selection(**rows)
-    selectors = hm.selectors(**what)
+    chosen = blaming("hookmap", row_selection, rows)
+    selectors = blaming("hookmap", hm.selectors, what)
     if not selectors:
         raise bad("hookmap: no point of any layer is selected.", "hookmap.points")
-    expected = hm.estimate(list(prompts), **what, max_new_tokens=max_new_tokens, **rows)
+    expected = blaming("hookmap", partial(hm.estimate, list(prompts), **what, max_new_tokens=max_new_tokens), rows)
     inline, of_request = field.return_ == "inline", min(settings.request_bytes, settings.total_bytes)
     name, most = ("an answer", settings.inline_bytes) if inline else ("a request", of_request)
     if expected.bytes > most:
@@ -88,8 +89,8 @@ def plan(
         check_room(expected, None)
     elif sessions is not None:
         sessions.check_room(expected.bytes)
-    matching = hm.matching(chosen)
-    refuse_nowhere(matching, (prompt.token_ids for prompt in prompts))
+    matching = blaming("hookmap.positions", partial(hm.matching, chosen))
+    blaming("hookmap.positions", partial(refuse_nowhere, matching, [prompt.token_ids for prompt in prompts]))
     return RecordingPlan(selectors, chosen, matching, inline, expected.bytes)
 
 
@@ -102,7 +103,7 @@ def _given(field: Recording, settings: Settings) -> dict[str, Any]:
         points = list(points)  # the server's own points on the layers of the request
     calls = settings.calls if field.calls is None else field.calls
     listed = [list(each) if isinstance(each, tuple) else each for each in (layers, calls)]
-    return {"points": points, "layers": listed[0], "calls": listed[1]}
+    return {"layers": listed[0], "calls": listed[1], "points": points}
 
 
 class SessionRecorder:

@@ -4,7 +4,7 @@ OpenAI's fields that change no answer here are ignored. Those that would change 
 where they ask for something (`refused`).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -68,6 +68,8 @@ class StreamOptions(Strict):
 class Sampling(Strict):
     """The fields of both routes."""
 
+    reads: ClassVar[str] = "messages"
+    """the field of the prompt"""
     model: str | None = Field(None, description="the loaded model; the first one where left out")
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -98,6 +100,11 @@ class Sampling(Strict):
     def token_limit(self) -> int | None:
         """The most tokens that may be generated; None: as many as fit."""
         return self.max_tokens
+
+    @property
+    def limits(self) -> str:
+        """The field of that limit."""
+        return "max_tokens"
 
     @property
     def logprob_count(self) -> int | None:
@@ -227,6 +234,10 @@ class ChatRequest(Sampling):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
+    def limits(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
     def format(self) -> dict[str, Any] | None:
         return self.response_format
 
@@ -269,6 +280,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
+    reads: ClassVar[str] = "prompt"
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = Field(None, description="the prompt before the completion, with its logprobs where asked")

@@ -44,7 +44,12 @@ def install(app: FastAPI, settings: Settings, models: Models) -> None:
         model = models.get(asked.model)
         _refuse(asked)
         length = len(asked.prompt or "") or _chat(asked).characters
-        ids = await model.encoding.run(length, lambda tokenizer: _ids(asked, model, tokenizer, settings.image_pixels))
+        field = "messages" if asked.prompt is None else "prompt"
+
+        def read(tokenizer: Any) -> list[int]:
+            return _ids(asked, model, tokenizer, settings.image_pixels)
+
+        ids = await model.encoding.run(length, read, field)
         names = model.hm.tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
         return {"count": len(ids), "max_model_len": model.context, "tokens": ids, "token_strs": names}
 
@@ -53,7 +58,7 @@ def install(app: FastAPI, settings: Settings, models: Models) -> None:
         """The text of token ids, special tokens included."""
         model = models.get(asked.model)
         check_ids("tokens", asked.tokens, model.hm.vocabulary)
-        return {"prompt": await model.encoding.run(0, lambda tokenizer: text_of(tokenizer, asked.tokens))}
+        return {"prompt": await model.encoding.run(0, lambda tokenizer: text_of(tokenizer, asked.tokens), "tokens")}
 
 
 def _refuse(asked: TokenizeRequest) -> None:
