@@ -7,6 +7,7 @@
 # make test-newest    the core tests on the newest version of everything, in .venv-newest; prints how maps differ there
 # make test-vllm      the tests of hookmap on vLLM, in .venv-vllm: vLLM's CPU build where there is no NVIDIA GPU
 # make lock           writes constraints.txt and constraints-vllm.txt anew, the versions that all other targets install
+# make -j3 environments  sets up .venv, that of the oldest transformers and that of vLLM, beside each other
 # make real           fetches a really trained model (93 MB, once), and runs the tests on it
 # make real-docs      runs every block of the pages that shows that model, and holds what it prints against what they show
 # make test-peers     compares with TransformerLens and nnterp, each in an environment of its own (docs/comparison.md)
@@ -36,7 +37,7 @@ CORE_TESTS := tests/discovery/test_discovery.py tests/capture/test_engines.py te
 PEERS := transformer-lens nnterp interp-engine torchlens
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: demo real real-docs test test-fast test-maps test-oldest test-versions test-newest test-vllm lock test-peers correctness test-clients test-clients-vllm setup check docs format schema clean
+.PHONY: demo real real-docs test test-fast test-maps test-oldest test-versions test-newest test-vllm lock test-peers correctness test-clients test-clients-vllm setup environments check docs format schema clean
 
 demo: .venv/.ready
 	@rm -rf demo-output
@@ -84,7 +85,8 @@ test-vllm: .venv-vllm/.ready
 # The model is kept in ~/.cache/hookmap; HOOKMAP_REAL_MODEL names another one.
 real: .venv/.ready-for-tests
 	source="$$($(BIN)/python scripts/real_model.py)" && \
-	  $(OFFLINE) HOOKMAP_REAL_MODEL="$$source" $(BIN)/python -m pytest -m real tests/real tests/peers/test_page.py
+	  $(OFFLINE) HOOKMAP_REAL_MODEL="$$source" $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+	  -m real tests/real tests/peers/test_page.py
 
 # The pages show the copy that a wheel carries: every machine can make it.
 real-docs: .venv/.ready-for-tests
@@ -129,6 +131,8 @@ $(VERSIONS:%=.venv-%/.ready): .venv-%/.ready: $(LOCKED)
 	$(PYTHON) scripts/setup.py --clients
 
 setup: .venv/.ready-for-tests
+
+environments: .venv/.ready-for-tests .venv-$(firstword $(VERSIONS))/.ready .venv-vllm/.ready
 
 docs: .venv/.ready-for-tests
 	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,6 +1,7 @@
 """Runs the notebooks of docs/notebooks and writes what their cells show: `python scripts/run_notebooks.py [FILES]`.
 
-Needs no Jupyter. The notebooks run on the bundled demo model, or on the one that HOOKMAP_REAL_MODEL names.
+Needs no Jupyter. The notebooks run on the bundled demo model, or on the one that HOOKMAP_REAL_MODEL names. Where
+pyproject.toml names a repository on GitHub (`[project.urls]`, Repository), each gets a badge that opens it on Colab.
 """
 
 import ast
@@ -9,21 +10,36 @@ import contextlib
 import io
 import json
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "notebooks"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "notebooks"
+COLAB = "https://colab.research.google.com"
 
 
 def main(names: list[str]) -> None:
     for path in [Path(name) for name in names] or sorted(FOLDER.glob("*.ipynb")):
         notebook = json.loads(path.read_text(encoding="utf-8"))
+        first = [line for line in notebook["cells"][0]["source"] if COLAB not in line]
+        notebook["cells"][0]["source"] = [*badge(path.name), *first]
         space: dict[str, Any] = {"__name__": "__main__"}
         cells = (cell for cell in notebook["cells"] if cell["cell_type"] == "code")
         for number, cell in enumerate(cells, start=1):
             cell["execution_count"], cell["outputs"] = number, run("".join(cell["source"]), space, number)
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(path)
+
+
+def badge(name: str, pyproject: str | None = None) -> list[str]:
+    """The line that opens a notebook on Colab; none where the project has no repository on GitHub yet."""
+    project = tomllib.loads(pyproject or (ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    owner, github, repository = project.get("urls", {}).get("Repository", "").partition("https://github.com/")
+    if owner or not github:
+        return []
+    where = f"{COLAB}/github/{repository.strip('/')}/blob/main/docs/notebooks/{name}"
+    return [f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({where})\n"]
 
 
 def run(source: str, space: dict[str, Any], number: int) -> list[dict[str, Any]]:

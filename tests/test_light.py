@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.opened import EACH_FAMILY, RAGGED, opened
+from support.opened import EACH_STRUCTURE, RAGGED, opened
 from support.raises import raises
 from support.without_torch import REFUSED, without_heavy
 
@@ -64,7 +64,7 @@ def parameters_beside(hm: Any, layer: int) -> list[tuple[str, light.WeightPath]]
     return found
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_each_parameter_makes_or_reads_the_point_in_a_plain_forward_pass(name: str) -> None:
     """Plain hooks around the module that owns it: its input times the parameter, as its axes say, is its output."""
     hm: Any = opened(name)
@@ -101,7 +101,7 @@ def test_each_parameter_makes_or_reads_the_point_in_a_plain_forward_pass(name: s
         torch.testing.assert_close(rows, tensor, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_it_names_no_parameter_that_the_dataflow_does_not(name: str) -> None:
     hm: Any = opened(name)
     for layer in {0, hm.map.num_layers - 1}:

@@ -72,6 +72,7 @@ def test_an_nnsight_model_still_traces_afterwards() -> None:
     assert (hidden[0] if isinstance(hidden, tuple) else hidden).shape[-2:] == (3, 32)
 
 
+@pytest.mark.slow
 def test_the_stored_edits_of_an_nnsight_model_apply() -> None:
     """The edited model is the one that was opened; its edit is seen, and only until it is cleared."""
     import nnsight

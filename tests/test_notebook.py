@@ -78,6 +78,7 @@ def test_keys_are_completed_and_each_is_one_that_can_be_read(gpt2: ArchitectureM
     assert all(len(run[key]) == len(run.store[key]) == 2 for key in run._ipython_key_completions_())
 
 
+@pytest.mark.slow
 def test_the_bundled_model_in_xarray_has_named_axes() -> None:
     pytest.importorskip("xarray", reason="pip install xarray")
     run = hookmap.open(MODEL_PATH).capture("1+2=", points=["z", "logits"], layers=[2, 5], max_new_tokens=0)

@@ -3,12 +3,15 @@
 import gc
 import os
 import re
+import runpy
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import click
 import pytest
-from support.notebooks import NOTEBOOKS, code_of, session, shows
+from support.notebooks import NOTEBOOKS, code_of, first_of, session, shows
 from support.pages import CHECKOUT, REAL, Session, agree, blocks, parse
 
 pytestmark = pytest.mark.slow
@@ -94,6 +97,34 @@ def test_a_notebook_runs_and_prints_what_it_shows(name: str) -> None:
     pytest.importorskip("vl_convert")
     assert all(cell["outputs"] for cell in code_of(name) if shows(cell)), "python scripts/run_notebooks.py"
     session(name).run()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_begins_with_a_cell_that_sets_colab_up(name: str, tmp_path: Path) -> None:
+    """Where hookmap is installed it starts nothing; elsewhere one pip. The badge comes with the repository."""
+    source = "".join(code_of(name)[0]["source"])
+    extras = re.findall(r"hookmap\[[a-z,]+\]", source)
+    assert len(extras) == 1
+    pip = tmp_path / "python"
+    pip.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
+    pip.chmod(0o755)
+    for isolated, told in ([], False), (["-I", "-S"], True):
+        code = f"import sys; sys.executable = {str(pip)!r}\n{source}"
+        subprocess.run(
+            [sys.executable, *isolated, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(CHECKOUT)}
+        )
+        assert (tmp_path / "told").exists() == told
+    assert (tmp_path / "told").read_text() == f"-m pip install -q {extras[0]}\n"
+    run_notebooks = runpy.run_path(str(CHECKOUT / "scripts" / "run_notebooks.py"))
+    first = first_of(name)
+    assert first.startswith("".join(run_notebooks["badge"](name)) or "# ")
+
+
+def test_the_badge_opens_the_notebook_of_the_projects_repository() -> None:
+    badge = runpy.run_path(str(CHECKOUT / "scripts" / "run_notebooks.py"))["badge"]
+    (line,) = badge("a.ipynb", '[project.urls]\nRepository = "https://github.com/them/hookmap/"')
+    assert line.endswith("(https://colab.research.google.com/github/them/hookmap/blob/main/docs/notebooks/a.ipynb)\n")
+    assert badge("a.ipynb", "[project]") == badge("a.ipynb", '[project.urls]\nRepository = "https://else.org/x"') == []
 
 
 def test_what_does_not_run_is_counted() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import plain_hooks
-from support.opened import EACH_FAMILY, RAGGED, opened
+from support.opened import EACH_STRUCTURE, RAGGED, opened
 from support.plain_hooks import FAMILIES, Place
 from support.raises import raises
 
@@ -73,7 +73,7 @@ def near(found: torch.Tensor, expected: torch.Tensor, what: Any = "") -> None:
     assert error < 1e-5, (what, error)
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_gradients_at_every_point_are_those_of_autograd_by_hand(name: str) -> None:
     hm, family = opened(name), FAMILIES[name]
     wanted = [parameter.requires_grad for parameter in hm.model.parameters()]

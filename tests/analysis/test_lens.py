@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support import plain_hooks
-from support.opened import EACH_FAMILY
+from support.opened import EACH_STRUCTURE
 from support.raises import raises
 from support.tiny_tokenizer import tiny_tokenizer
 
@@ -39,7 +39,7 @@ def logits_of(hm: HookedModel, tokens: list[int]) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_the_lens_at_the_last_layer_is_the_models_own_logits_to_the_bit(name: str) -> None:
     hm = opened(name)
     run = hm.capture([TOKENS], ["resid_post"], -1, max_new_tokens=0)
@@ -47,7 +47,7 @@ def test_the_lens_at_the_last_layer_is_the_models_own_logits_to_the_bit(name: st
     assert torch.equal(found, logits_of(hm, TOKENS))
 
 
-@pytest.mark.parametrize("name", sorted(plain_hooks.FAMILIES.keys() - {"bert"}))  # its stream is normed itself
+@pytest.mark.parametrize("name", [p for p in EACH_STRUCTURE if p.values != ("bert",)])  # its stream is normed itself
 def test_the_parts_of_an_attribution_sum_to_the_logit(name: str) -> None:
     hm = opened(name)
     logits = logits_of(hm, TOKENS)

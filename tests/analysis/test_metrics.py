@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.opened import EACH_FAMILY, RAGGED, opened
+from support.opened import EACH_STRUCTURE, RAGGED, opened
 from support.raises import raises
 
 import hookmap
@@ -21,7 +21,7 @@ def close(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found, torch.as_tensor(expected), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_a_loss_is_that_of_transformers_for_each_token(name: str) -> None:
     hm = opened(name)
     found = hm.loss(RAGGED)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from support import plain_hooks
-from support.opened import EACH_FAMILY, RAGGED, opened
+from support.opened import EACH_STRUCTURE, RAGGED, opened
 from support.raises import raises
 
 import hookmap
@@ -25,7 +25,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_the_heads_outputs_times_w_o_are_the_attention_s_output(name: str) -> None:
     hm = opened(name)
     for layer in range(hm.map.num_layers):
@@ -38,7 +38,7 @@ def test_the_heads_outputs_times_w_o_are_the_attention_s_output(name: str) -> No
         close(biased(found, w), run.read(0, "mixer_out_raw", layer))
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_what_attention_reads_times_w_q_w_k_w_v_are_q_k_v(name: str) -> None:
     hm = opened(name)
     for layer in range(hm.map.num_layers):
@@ -58,7 +58,7 @@ def test_what_attention_reads_times_w_q_w_k_w_v_are_q_k_v(name: str) -> None:
                 close((expected - found).std(0), torch.zeros_like(expected[0]))
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_a_dense_mlp_is_computed_with_its_weights(name: str) -> None:
     hm = opened(name)
     for layer in range(hm.map.num_layers):
@@ -80,7 +80,7 @@ def test_a_dense_mlp_is_computed_with_its_weights(name: str) -> None:
             )
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_what_the_activation_function_reads_is_what_the_mlp_reads_times_one_weight(name: str) -> None:
     """Gated or not: GPT-2's only inner product is W_in, of a gated MLP the argument is W_gate's, the factor W_in's."""
     hm = opened(name)
@@ -130,7 +130,7 @@ def test_experts_in_one_parameter_give_the_mixture_s_output(name: str) -> None:
     close(total, run.read(0, "mlp_out_raw", layer))
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_the_embedding_and_the_unembedding(name: str) -> None:
     hm = opened(name)
     run = hm.capture(IDS, ["embed"], max_new_tokens=0)

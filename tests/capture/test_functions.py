@@ -7,7 +7,7 @@ import pytest
 import torch
 from nnsight import NNsight
 from support import own_functions, plain_hooks
-from support.opened import EACH_FAMILY, RAGGED, opened
+from support.opened import EACH_STRUCTURE, RAGGED, opened
 from support.plain_hooks import FAMILIES, LAYERS
 from support.raises import raises
 from support.written_by_hand import LENGTHS, NEW, WIDTH, held_against_hooks, single
@@ -24,7 +24,7 @@ def by_position(rows: Rows, at: Any) -> Rows:
     return rows * (1 + torch.tensor(at.positions, dtype=rows.dtype)).unsqueeze(-1)
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_what_a_function_gives_is_written_as_hand_written_hooks_write_it(name: str) -> None:
     for point in single(name):
         applied = hookmap.apply(by_position, point=point, layers=1)
@@ -148,7 +148,7 @@ def test_a_function_may_run_the_model_itself() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Module '.*' has a submodule named 'output'")  # nnsight's, of BERT
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 @pytest.mark.parametrize("engine", ["hooks", "nnsight"])
 def test_a_watch_is_shown_the_rows_that_plain_hooks_see(name: str, engine: Any) -> None:
     """Sums of terms, too: OPT's `resid_mid` is one."""

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from support import experts_by_hand, plain_hooks
-from support.opened import EACH_FAMILY, RAGGED, opened
+from support.opened import EACH_STRUCTURE, RAGGED, opened
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
@@ -13,7 +13,7 @@ from hookmap.errors import CaptureError, InterventionError
 from hookmap.verification.verify import verify
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_with_a_bias_the_heads_results_sum_to_what_attention_gives(name: str) -> None:
     hm = opened(name)
     for kind in hm.map.kinds:

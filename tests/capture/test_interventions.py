@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import plain_hooks
-from support.opened import EACH_FAMILY, RAGGED, opened
+from support.opened import EACH_STRUCTURE, RAGGED, opened
 from support.plain_hooks import FAMILIES, LAYERS
 from support.raises import raises
 from support.tiny_tokenizer import tiny_tokenizer
@@ -26,7 +26,7 @@ UNIT = VECTOR / VECTOR.norm()
 SOURCE = [60, 61, 62, 63]
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_a_steer_is_what_hand_written_hooks_do_on_every_point(name: str) -> None:
     hm = opened(name)
     for point in single(name):
@@ -90,7 +90,7 @@ KINDS: dict[str, tuple[dict[str, Any], Change]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_every_kind_of_intervention_is_what_hand_written_hooks_do(name: str) -> None:
     points = single(name)
     for number, (document, change) in enumerate(KINDS.values()):
@@ -98,7 +98,7 @@ def test_every_kind_of_intervention_is_what_hand_written_hooks_do(name: str) -> 
         held_against_hooks(name, point, 1, change, {**document, "point": point, "layers": [1]})
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_a_patch_puts_in_the_rows_of_another_prompt(name: str) -> None:
     for point in single(name):
         rows = source_rows(name, point, 1)
@@ -161,7 +161,7 @@ def test_what_is_written_nowhere_or_named_twice_is_refused(where: dict[str, Any]
         opened("llama").generate(RAGGED, [{"do": "scale", "point": "mlp_out", "factor": 2, **where}], None, 3)
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_what_changes_nothing_changes_no_bit(name: str) -> None:
     """No intervention, a steer by zero, a scale by one, a clamp without an end, an ablation of tokens that are not
     there, each prompt patched into itself.
@@ -191,7 +191,7 @@ def test_what_changes_nothing_changes_no_bit(name: str) -> None:
                 assert torch.equal(run.read(0, *key), plain.read(0, *key)), (key, new)
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_the_last_stream_patched_everywhere_gives_the_logits_of_its_source(name: str) -> None:
     hm = opened(name)
     source = hm.capture(SOURCE, ["logits"], max_new_tokens=0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import plain_hooks
-from support.opened import EACH_FAMILY, RAGGED, opened
+from support.opened import EACH_STRUCTURE, RAGGED, opened
 from support.plain_hooks import FAMILIES, LAYERS
 from support.raises import raises
 from support.written_by_hand import LENGTHS, NEW, WIDTH, held_against_hooks, single
@@ -98,7 +98,7 @@ def without_block(model: Any, path: str) -> Iterator[None]:
         handle.remove()
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_a_block_that_is_skipped_passes_the_stream_on(name: str) -> None:
     hm, family = opened(name), FAMILIES[name]
     with without_block(hm.model, family.block.replace("{i}", "1")):
@@ -111,7 +111,7 @@ def test_a_block_that_is_skipped_passes_the_stream_on(name: str) -> None:
             assert torch.equal(run.read(number, "resid_pre", layer), expected), layer
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_a_branch_that_is_skipped_adds_nothing(name: str) -> None:
     for what in ("mixer", "mlp"):
         if f"{what}_out" in single(name):

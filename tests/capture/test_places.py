@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import plain_hooks
-from support.opened import EACH_FAMILY, RAGGED, opened
+from support.opened import EACH_STRUCTURE, RAGGED, opened
 from support.raises import raises
 from support.tiny_tokenizer import tiny_tokenizer
 from torch import nn
@@ -167,7 +167,7 @@ def test_compiled_modules_run_as_they_are_written() -> None:
     assert all(same(rows(usual, name), rows(compiled, name)) for name in names)
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_every_module_inside_a_block_has_a_tensor_or_a_reason(name: str) -> None:
     """Held against plain hooks: a place is refused, or is what a hook sees in the same pass."""
     hm = opened(name)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import plain_hooks
-from support.opened import EACH_FAMILY, RAGGED, opened
+from support.opened import EACH_STRUCTURE, RAGGED, opened
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
@@ -24,7 +24,7 @@ def there(hm: Any) -> list[str]:
     return [point for point in POINTS if point in hm.map.points]
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_every_step_of_a_generation_is_as_in_one_whole_pass(name: str) -> None:
     hm = opened(name)
     run = hm.capture(RAGGED, there(hm), max_new_tokens=6)
@@ -37,7 +37,7 @@ def test_every_step_of_a_generation_is_as_in_one_whole_pass(name: str) -> None:
             torch.testing.assert_close(step.clamp_min(-1e4), expected.clamp_min(-1e4), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_writing_them_is_proved(name: str) -> None:
     hm = opened(name)
     for kind in hm.map.kinds:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.opened import EACH_FAMILY, RAGGED, opened
+from support.opened import EACH_STRUCTURE, RAGGED, opened
 from support.raises import raises
 
 import hookmap
@@ -30,7 +30,7 @@ def stream_of(hm: Any, ids: list[int], number: int) -> torch.Tensor:
     return seen[0].reshape(len(ids), -1)
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_the_parts_of_the_stream_sum_to_what_hooks_see_of_it(name: str) -> None:
     hm = opened(name)
     points = [point for point in POINTS if point in hm.map.points]

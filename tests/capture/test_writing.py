@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import plain_hooks
-from support.opened import EACH_FAMILY, opened
+from support.opened import EACH_STRUCTURE, opened
 from support.raises import raises
 from transformers import AutoModelForCausalLM, XLNetConfig
 from transformers.modeling_outputs import BaseModelOutput
@@ -34,7 +34,7 @@ def reason(proofs: Proofs, found: ArchitectureMap, point: str, layer: int = 0) -
     return proofs.of(found.selectors([point], [layer])[0]).reason
 
 
-@pytest.mark.parametrize("name", EACH_FAMILY)
+@pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_every_point_is_proved_save_what_the_model_has_used_already(name: str) -> None:
     hm = opened(name)
     refused = {

@@ -15,6 +15,8 @@ from hookmap.demo import MODEL_PATH
 from hookmap.loading.prompts import encode
 from hookmap.services.server.page import FILES
 
+pytestmark = pytest.mark.slow
+
 
 def generated(served: Served, **options: Any) -> tuple[list[str], list[list[int]]]:
     """What `generate` gives for the question, called directly: texts and the new token ids."""

@@ -11,6 +11,8 @@ from support.served import MESSAGES, Served
 
 from hookmap.services.server.summaries import offered
 
+pytestmark = pytest.mark.slow
+
 
 def figures(served: Served, summary: dict[str, Any], **body: Any) -> list[dict[str, Any]]:
     """Those of a request, which are the same streamed and in one piece."""

@@ -352,6 +352,7 @@ def test_the_command_merges(tmp_path: Path) -> None:
     assert code == 1 and "already holds a capture" in text
 
 
+@pytest.mark.slow
 def test_a_large_capture_is_copied_with_its_batches(tmp_path: Path) -> None:
     write_or_resume(tmp_path / "c", demo_run())
     repair(tmp_path / "c", tmp_path / "new")

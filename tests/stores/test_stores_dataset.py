@@ -113,6 +113,7 @@ def test_workers_share_the_rows(tmp_path: Path, workers: int) -> None:
 
 
 @pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.slow
 def test_each_pass_of_workers_has_another_order(tmp_path: Path, persistent: bool) -> None:
     """Persistent ones once gave the first order for ever."""
     data = numbered(tmp_path / "c").dataset(["resid_pre", "resid_mid"], 0, batch_size=64, shuffle_rows=200)

@@ -12,6 +12,11 @@ ANY_MODEL = [name for name in NOTEBOOKS if "HOOKMAP_REAL_MODEL" in (FOLDER / nam
 """those that run on the model of that variable, too"""
 
 
+def first_of(name: str) -> str:
+    """The text that it begins with."""
+    return "".join(json.loads((FOLDER / name).read_text(encoding="utf-8"))["cells"][0]["source"])
+
+
 def code_of(name: str) -> list[dict[str, Any]]:
     notebook = json.loads((FOLDER / name).read_text(encoding="utf-8"))
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
