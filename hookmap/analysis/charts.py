@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from hookmap.analysis.attribution import Attribution
+    from hookmap.analysis.expert_outliers import LayerExperts
     from hookmap.analysis.heads import HeadScores
     from hookmap.analysis.outliers import OutlierFeatures
 
@@ -209,6 +210,32 @@ def outlier_features(found: OutlierFeatures, top: int = 20, *, title: str = "") 
     if not charts:
         raise SelectionError("no outlier features and no massive activations: there is nothing to draw.")
     return alt.hconcat(*charts).properties(title=title or "the largest magnitudes, by layer", background="white")
+
+
+def expert_outliers(found: Mapping[int, LayerExperts], *, title: str = "") -> Any:
+    """An Altair chart of the largest magnitude that each expert of each layer writes to the stream, on a log scale.
+
+    Raises CaptureError where Altair is not installed.
+    """
+    alt = load_altair()
+    rows = [
+        {"layer": str(layer), "expert": each["expert"], "value": _short(max(each["largest"], 1e-3)),
+         "feature": each["feature"], "share": _short(each["share"])}
+        for layer, own in found.items()
+        for each in own.as_json()
+        if own.chosen[each["expert"]]
+    ]  # fmt: skip
+    names, count = [str(layer) for layer in found], max(len(own.chosen) for own in found.values())
+    drawn = alt.Chart(alt.Data(values=rows)).mark_rect(stroke="white", strokeWidth=0.5)
+    drawn = drawn.encode(
+        x=alt.X("expert:O", title="expert", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        y=alt.Y("layer:N", title="layer", sort=names[::-1], axis=alt.Axis(labelOverlap=True)),
+        color=alt.Color("value:Q", title="largest |x|", scale=alt.Scale(scheme="blues", type="log", clamp=True)),
+        tooltip=["layer:N", "expert:O", alt.Tooltip("value:Q", format=".4~g"), "feature:N",
+                 alt.Tooltip("share:Q", format=".1%", title="tokens")],
+    )  # fmt: skip
+    drawn = drawn.properties(width=max(160, 14 * count), height=max(60, 14 * len(names)))
+    return drawn.properties(title=title or "what each expert writes to the stream, at the most", background="white")
 
 
 def _heads(count: int, heads: Sequence[int] | None) -> list[tuple[int, int]]:

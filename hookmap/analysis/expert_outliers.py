@@ -37,7 +37,7 @@ class LayerExperts:
     @property
     def share(self) -> Tensor:
         """float64 [experts]: the share of the tokens that each was chosen for."""
-        return self.chosen.double() / self.tokens
+        return self.chosen.double() / max(1, self.tokens)
 
     def of(self, feature: int, top: int = 5) -> tuple[tuple[int, float], ...]:
         """The experts that wrote the largest magnitudes to a feature, and those. Raises SelectionError."""
@@ -94,10 +94,12 @@ class _Experts(Gathering):
 
 
 def _of_rows(out: Tensor, indices: Tensor, weights: Tensor) -> LayerExperts:
-    """out: [n, k, d]; indices, weights: [n, k]."""
+    """out: [n, k, d]; indices, weights: [n, k]. Tokens with an infinity or nan are left out."""
+    good = out.isfinite().flatten(1).all(1) & weights.isfinite().all(1)
+    out, indices, weights = (each[good] for each in (out, indices, weights))
     wrote = (out.double() * weights.double()[..., None]).abs().flatten(0, 1)
     which = indices.flatten().long()
-    count = int(which.max()) + 1
+    count = int(which.max()) + 1 if len(which) else 0
     chosen = torch.bincount(which, minlength=count)
     sums = torch.zeros(count, dtype=torch.float64, device=which.device).index_add_(0, which, weights.double().flatten())
     largest = wrote.new_zeros(count, wrote.shape[1])

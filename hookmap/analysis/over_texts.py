@@ -9,6 +9,7 @@ from hookmap.analysis.examples.run import examples
 from hookmap.analysis.expert_outliers import LayerExperts, expert_outliers
 from hookmap.analysis.jacobian_lens import JacobianLens, fit_jacobian_lens
 from hookmap.analysis.outliers import OutlierFeatures, outliers
+from hookmap.analysis.probes.streamed.run import StreamedProbes, train_probe
 from hookmap.analysis.reductions.run import reduce
 from hookmap.analysis.reductions.statistics import Statistics
 from hookmap.analysis.reductions.wanted import DEFAULT
@@ -19,6 +20,7 @@ from hookmap.capture.options import (
     Layers,
     MeasureOptions,
     Points,
+    RunOptions,
     TemplateOptions,
     takes,
 )
@@ -88,6 +90,24 @@ class OverTexts(Hooked):
         """
         return train_dictionary(self, texts, point, layer, **options)
 
+    @takes(RunOptions, train_probe)
+    def train_probe(
+        self, texts: Any, label: str = "label", points: Points = "resid_post", layers: Layers = "all", **options: Any
+    ) -> StreamedProbes:
+        """Train linear probes of a label while the model reads texts, one of each tensor: no row is kept.
+
+        texts: as prompts of a capture; or a capture (`hookmap.open_store`), whose rows are read. label: of each text,
+        or a list with one for each of its tokens. labels: a table with `id` that has it, or a function of a `Sample`.
+        kind: "classes" (softmax) or "regression" (least squares). pool: the rows that a text's label is of: "last",
+        "mean", "max", … group: the label that names a text's question; whole questions are held out. skip: tokens at
+        the start of each text that no mean and no label of tokens reads. shuffles: labels of controls, learnt beside.
+        passes: over the texts. batch_rows, learning_rate: of a step of Adam. decay: of the weights. buffer_rows:
+        shuffled together. training_seed: of the parts and orders. With dictionaries=, points="features" are theirs.
+        `.report` has the scores on texts that no probe saw, `.probes` the weights. Raises SelectionError, DataError,
+        and what capture raises.
+        """
+        return train_probe(self, texts, label, points, layers, **options)
+
     @takes(TemplateOptions, fit_jacobian_lens)
     def fit_jacobian_lens(self, texts: Any, layers: Layers = "all", **options: Any) -> JacobianLens:
         """Fit a Jacobian lens (Gurnee et al. 2026): how a layer's stream moves the last one's, a mean over texts.
@@ -111,7 +131,8 @@ class OverTexts(Hooked):
 
         features: which numbers of a row, all unless given. norms: in their place the L2 norm over a row's last axis, of
         `z` one of each head. directions: in their place products with vectors [d], by name. dictionary: in their place
-        the features of a sparse autoencoder, at the point that it reads. points: `mlp_post` unless given.
+        the features of a sparse autoencoder, at the point that it reads. choices: the weights of a router's experts at
+        the tokens that have them. points: `mlp_post` unless given. prompts: also a capture (`hookmap.open_store`).
         k, random: examples of each feature. context: tokens shown before and after. skip: tokens at the start of each
         text that are no examples (attention sinks). positive: only values above 0 are; the default of dictionaries.
         prompts, points, layers and the options: as in capture. store, resume: as of `reduce`.

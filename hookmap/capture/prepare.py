@@ -79,10 +79,10 @@ class Prepared:
         """Run every batch with an unfinished sample, and hand a sink its rows where they are: on the device."""
         self.run.rows_stay = True
         log.info("run: %s; engine %s (%s)", self.expected, self.run.engine.name, self.why)
-        self.run.all(self.groups, Lacking(self._of_rows(sink), finished), finished)
+        self.run.all(self.groups, Lacking(self.of_rows(sink), finished), finished)
         _log_memory(self.run)
 
-    def _of_rows(self, sink: Sink) -> Sink:
+    def of_rows(self, sink: Sink) -> Sink:
         """What takes the run's rows for a sink of what is stored."""
         if self.featured is None:
             return sink
@@ -97,7 +97,7 @@ class Prepared:
     def _in_memory(self) -> list[Store]:
         stores = [MemoryStore(self.manifest.keys) for _ in range(1 + self._before)]
         self.run.before = stores[1] if self._before else None
-        self.run.all(self.groups, self._of_rows(stores[0]))
+        self.run.all(self.groups, self.of_rows(stores[0]))
         _log_memory(self.run)
         return [*stores]
 
@@ -120,7 +120,7 @@ class Prepared:
                 run.before = Lacking(writers[1], writers[1].finished)
             finished = reduce(and_, (writer.finished for writer in writers))
             try:
-                run.all(self.groups, Lacking(self._of_rows(writers[0]), writers[0].finished), finished)
+                run.all(self.groups, Lacking(self.of_rows(writers[0]), writers[0].finished), finished)
             except BaseException:
                 if run.lost:  # the finished samples stay, and the manifest must name the rows that overflowed
                     with contextlib.suppress(StoreError):

@@ -32,12 +32,12 @@ class _Commands(click.Group):
         return super().make_context(info_name, args, parent, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
+        return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(commands.__path__))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        command: click.Command = import_module(f"{commands.__name__}.{cmd_name}").command
+        command: click.Command = import_module(f"{commands.__name__}.{cmd_name.replace('-', '_')}").command
         if not any(option.name == "debug" for option in command.params):
             command.params.append(_debug_option())
         _complete_paths(command)

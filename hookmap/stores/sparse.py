@@ -62,6 +62,27 @@ def compact(rows: Tensor) -> tuple[Tensor, Tensor]:
     return columns, dense
 
 
+def by_columns(rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same for some of the columns at a time, so that memory stays flat: (columns, dense rows of them)."""
+    rows = rows.coalesce()
+    row, column = rows.indices()
+    columns, place = torch.unique(column, return_inverse=True)
+    step = max(1, CHUNK // max(1, rows.shape[0]))
+    for start in range(0, len(columns), step):
+        here = (place >= start) & (place < start + step)
+        dense = rows.values().new_zeros(rows.shape[0], min(step, len(columns) - start))
+        dense[row[here], place[here] - start] = rows.values()[here]
+        yield columns[start : start + step], dense
+
+
+def finite(rows: Tensor) -> Tensor:
+    """bool [rows]: whether each of these sparse rows is finite."""
+    rows = rows.coalesce()
+    found = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+    found[rows.indices()[0][~rows.values().isfinite()]] = False
+    return found
+
+
 def pieces(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Sparse rows written out, so many at a time that memory stays flat: (the first row, dense rows)."""
     step = max(1, CHUNK // rows.shape[1])

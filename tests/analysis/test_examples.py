@@ -19,14 +19,18 @@ from support.tiny_tokenizer import WORDS, tiny_tokenizer
 
 import hookmap
 from hookmap.activations import Activation, Key, Sample
+from hookmap.analysis.dictionaries.dictionary import About, Dictionary
 from hookmap.analysis.examples.best import NOTHING, Best, Entries, Rows
 from hookmap.analysis.examples.collecting import Collector
 from hookmap.analysis.examples.features import features_of
 from hookmap.analysis.examples.files import EXAMPLES, open_examples
 from hookmap.analysis.examples.page import save_page
-from hookmap.analysis.examples.result import Examples, Settings
+from hookmap.analysis.examples.result import QUANTILES, Examples, Settings
+from hookmap.analysis.examples.run import examples
 from hookmap.cli.main import main
 from hookmap.errors import CaptureError, SelectionError, StoreError
+from hookmap.stores import sparse
+from hookmap.stores.memory import MemoryStore
 
 TEXTS = [[(7 * n + 3 * m) % 90 + 1 for m in range(4 + n % 5)] for n in range(30)]
 
@@ -231,6 +235,109 @@ def test_experts_have_examples() -> None:
         np.testing.assert_allclose(top, np.sort(rows[:, expert])[::-1][:2], rtol=1e-5)
 
 
+def shown(found: Examples, key: Key, feature: int) -> list[Any]:
+    own = found.of(key, feature)
+    return [[(e.value, e.sample, e.position, e.tokens) for e in each] for each in (own.top, own.random, own.quantiles)]
+
+
+def test_a_capture_has_the_examples_of_its_run(tmp_path: Path) -> None:
+    hm, how = opened("llama"), {"k": 4, "random": 5, "context": (3, 2)}
+    hm.capture(TEXTS, ["mlp_post", "z"], [0, 2], 0, store=tmp_path / "run")
+    stored = hm.examples(hookmap.open_store(tmp_path / "run"), **how)
+    run = hm.examples(TEXTS, ["mlp_post", "z"], [0, 2], **how)
+    assert stored.complete and stored.keys == run.keys and len(stored.samples) == len(TEXTS)
+    for key in run.keys:
+        for feature in range(0, len(run.names(key)), 11):
+            assert shown(stored, key, feature) == shown(run, key, feature)
+    norms = hm.examples(hm.capture(TEXTS, "z", [2], 0), norms=True, **how)
+    assert shown(norms, ("z", 2), 1) == shown(hm.examples(TEXTS, "z", [2], norms=True, **how), ("z", 2), 1)
+    hm.capture(TEXTS, "mlp_post", [0], 0, positions="last", store=tmp_path / "last")
+    hm.capture(TEXTS, "pattern", [0], 0, store=tmp_path / "wide")
+    for folder, more, words in (
+        ("last", {}, ("lacks rows", "capture all positions")),
+        ("wide", {}, ("pattern", "no features")),
+        ("run", {"batch_size": 3}, ("rows already",)),
+        ("run", {"choices": True}, ("choices",)),
+    ):
+        with raises(SelectionError, *words):
+            hm.examples(hookmap.open_store(tmp_path / folder), **more)
+    with raises(SelectionError, "nothing to look for"):
+        hm.examples(MemoryStore([("mlp_post", 0)]))
+
+
+@pytest.mark.parametrize("chunk", [2**22, 64])
+def test_stored_features_of_a_dictionary_have_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """In pieces of few features, too: no matrix [tokens, features] is written out."""
+    hm, how = opened("gpt2"), {"k": 3, "random": 4, "context": (3, 2)}
+    encoder = torch.randn(hm.map.d_model, 200, generator=torch.Generator().manual_seed(0)) / hm.map.d_model**0.5
+    bias = torch.full((200,), -1.2)
+    sae = Dictionary(encoder, encoder.T.contiguous(), bias, torch.zeros(hm.map.d_model), about=About("resid_post", 1))
+    hm.capture(TEXTS, "features", max_new_tokens=0, dictionaries=[sae], store=tmp_path / "run")
+    run = hm.examples(TEXTS, dictionary=sae, **how)
+    monkeypatch.setattr(sparse, "CHUNK", chunk)
+    store = hookmap.open_store(tmp_path / "run")
+    found = examples(None, store, "features", positive=True, **how)
+    some = examples(None, store, "features", positive=True, features=[150, 3], **how)
+    silent = 0
+    for feature in range(200):
+        own, other = found.of(("features", 1), feature), run.of(("resid_post", 1), feature)
+        assert shown(found, ("features", 1), feature) == shown(run, ("resid_post", 1), feature)
+        assert own.density == other.density and all(each.value > 0 for each in (*own.top, *own.random))
+        silent += not own.top
+        if own.top:
+            around = [0.0 if value is None else value for value in own.top[0].values]
+            np.testing.assert_allclose(around, other.top[0].values, rtol=1e-5, atol=1e-6)
+    assert 0 < silent < 150
+    assert some.names(("features", 1)) == ["150", "3"]
+    assert shown(some, ("features", 1), 3) == shown(found, ("features", 1), 3)
+    with raises(SelectionError, "sparse"):
+        examples(None, store, "features", norms=True)
+
+
+def test_choices_of_a_router_have_examples() -> None:
+    hm = opened("mixtral")
+    found = hm.examples(TEXTS, layers=[1], choices=True, k=3, random=4, batch_size=4)
+    run = hm.capture(TEXTS, ["router_indices", "router_weights"], [1], 0)
+    indices, where = places(run, ("router_indices", 1), 1)
+    weights, _ = places(run, ("router_weights", 1), 1)
+    experts = len(found.names(("router_weights", 1)))
+    for expert in range(experts):
+        mine = (indices == expert) * weights
+        given = mine.max(1)
+        own = found.of(("router_weights", 1), expert)
+        np.testing.assert_allclose([each.value for each in own.top], np.sort(given[given > 0])[::-1][:3], rtol=1e-6)
+        assert own.density == pytest.approx((given > 0).mean())
+        for each in (*own.top, *own.random):
+            assert each.value == pytest.approx(given[where.index((each.sample, each.position))])
+    assert experts == 4 and found.keys == (("router_weights", 1),)
+    with raises(SelectionError, "no mixture of experts"):
+        opened("gpt2").examples(TEXTS, choices=True)
+    with raises(SelectionError, "choices", "norms"):
+        hm.examples(TEXTS, choices=True, norms=True)
+
+
+def test_quantile_samples_are_numpys_and_random_ones_are_even() -> None:
+    hm = opened("llama")
+    found = hm.examples(TEXTS, layers=[1], k=1, random=11, features=[0, 5])
+    for feature in (0, 5):
+        own = found.of(("mlp_post", 1), feature)
+        values = [each.value for each in own.random]
+        expected = np.quantile(values, QUANTILES, method="nearest")
+        np.testing.assert_allclose([each.value for each in own.quantiles], expected)
+    rows, where = places(hm.capture(TEXTS, "mlp_post", [1], 0), ("mlp_post", 1), 1)
+    counts = np.zeros(len(where))
+    for seed in range(60):
+        drawn = hm.examples(TEXTS, layers=[1], k=1, random=20, features=[0], examples_seed=seed)
+        for each in drawn.of(("mlp_post", 1), 0).random:
+            counts[where.index((each.sample, each.position))] += 1
+    # Each of n tokens is drawn 20 of n times: a binomial of 60, whose mean over a third of them is near that.
+    share = 20 / len(where)
+    order = np.argsort(rows[:, 0])
+    assert all(abs(third.mean() / 60 - share) < 0.25 * share for third in np.array_split(counts[order], 3))
+
+
 def test_an_empty_feature_has_no_examples() -> None:
     best = Best(2, 3, 1)
     best.absorb(Entries(*(torch.empty(0, dtype=torch.int64) for _ in range(5)), torch.empty(0, 1), torch.empty(0, 1)))
@@ -254,6 +361,13 @@ def test_the_command_and_its_page(tmp_path: Path) -> None:
     assert top["tokens"][top["at"]] in WORDS and len(document["features"][0]["top"]) == 3
     page = (tmp_path / "p.html").read_text()
     assert "http" not in page.replace("http-equiv", "") and WORDS[1] in page
+    stored = ["capture", str(tmp_path / "m"), "--points", "mlp_post", "--layers", "1", "--prompt", text, "--no-chat"]
+    kept = CliRunner().invoke(main, [*stored, "--max-new-tokens", "0", "-o", "c"])
+    assert kept.exit_code == 0, kept.output
+    of_rows = ["examples", "--store", "c", "--features", "2,5", "--context", "2,1", "--top", "3", "--json"]
+    again = CliRunner().invoke(main, of_rows)
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["features"][0]["top"] == document["features"][0]["top"]
     for wrong in (["--features", "-3"], ["--context", "2"], ["--from", "e", "--features", "x"]):
         assert CliRunner().invoke(main, ["examples", *wrong]).exit_code == 2
     assert CliRunner().invoke(main, ["examples"]).exit_code == 2

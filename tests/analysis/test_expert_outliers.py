@@ -1,10 +1,18 @@
 """What each expert writes is held against a loop over the stored rows of a whole capture."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from click.testing import CliRunner
+from support import plain_hooks
 from support.opened import RAGGED, opened
 from support.raises import raises
+from support.tiny_tokenizer import WORDS, tiny_tokenizer
 
+from hookmap.analysis.expert_outliers import _of_rows
+from hookmap.cli.main import main
 from hookmap.errors import SelectionError
 
 
@@ -42,3 +50,34 @@ def test_each_experts_writes_are_those_of_the_rows() -> None:
 def test_a_dense_model_has_none() -> None:
     with raises(SelectionError, "no mixture of experts"):
         opened("gpt2").expert_outliers(RAGGED)
+
+
+def test_tokens_that_are_not_finite_are_left_out() -> None:
+    out, indices, weights = torch.ones(3, 2, 4), torch.tensor([[0, 1], [1, 2], [0, 2]]), torch.full((3, 2), 0.5)
+    out[1, 0, 2] = torch.nan
+    found = _of_rows(out, indices, weights)
+    assert found.tokens == 2 and found.chosen.tolist() == [2, 1, 1] and bool((found.largest == 0.5).all())
+    nothing = _of_rows(out[1:2], indices[1:2], weights[1:2])
+    assert nothing.tokens == 0 and nothing.as_json() == [] and nothing.share.tolist() == []
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_the_command_tells_of_experts(tmp_path: Path) -> None:
+    plain_hooks.build("mixtral").save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    run = ["outliers", str(tmp_path / "m"), "--prompt", " ".join(WORDS[:8]), "--experts"]
+    printed = CliRunner().invoke(main, [*run, "--json"])
+    assert printed.exit_code == 0, printed.output
+    by = json.loads(printed.stdout)["experts"]
+    assert {*by} == {str(layer) for layer in range(len(by))} and len(by) > 1
+    largest = max((each["largest"], layer, each["expert"]) for layer, own in by.items() for each in own)
+    shown = CliRunner().invoke(main, [*run, "--top", "1"])
+    row = next(line for line in shown.stderr.splitlines() if f"{largest[0]:.5g}" in line)
+    assert row.split()[:2] == [largest[1], str(largest[2])] and "more: --top" in shown.stderr
+    plain_hooks.build("gpt2").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    dense = CliRunner().invoke(main, ["outliers", str(tmp_path / "dense"), *run[2:]])
+    assert dense.exit_code == 1 and "no mixture of experts" in dense.stderr
+    pytest.importorskip("vl_convert")
+    drawn = CliRunner().invoke(main, [*run, "--svg", "e.svg"])
+    assert drawn.exit_code == 0 and "expert" in (tmp_path / "e.svg").read_text()

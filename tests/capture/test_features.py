@@ -1,7 +1,9 @@
 """Features of dictionaries as a point: what the dictionary encodes of the rows, sparse in memory and on disk."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ from support.raises import raises
 
 import hookmap
 from hookmap.analysis.dictionaries.dictionary import About, Dictionary
+from hookmap.analysis.dictionaries.loading import as_dictionary
+from hookmap.analysis.dictionaries.packing import from_bytes
 from hookmap.analysis.dictionaries.saving import save_dictionary
 from hookmap.cli.main import main
-from hookmap.errors import CaptureError, SelectionError, StoreError
+from hookmap.errors import SelectionError, StoreError
 from hookmap.model import HookedModel
 from hookmap.services.ray.model import _named
 from hookmap.stores.reader import CaptureStore
@@ -194,8 +198,9 @@ def test_bad_input_is_refused(hm: HookedModel, relu: Dictionary, tmp_path: Path)
         hm.capture(RAGGED, "features", dictionaries=[dictionary(hm.map.d_model, layer=99)])
     with raises(SelectionError, "dictionary="):
         hm.examples(RAGGED, "features", dictionaries=[relu])
-    with raises(CaptureError, "one machine"):
-        _named("features", "all", 0, {"dictionaries": [relu]})
+    theirs = as_dictionary(SimpleNamespace(encode=relu.encode, decode=relu.decode, d_in=relu.d_in), "resid_post", 1)
+    with raises(SelectionError, "Foreign", "load_dictionary"):
+        _named("features", "all", 0, {"dictionaries": [theirs]})
     hm.capture(RAGGED, "features", max_new_tokens=0, dictionaries=[relu], store=tmp_path / "run")
     store = hookmap.open_store(tmp_path / "run")
     assert isinstance(store, CaptureStore)
@@ -203,6 +208,25 @@ def test_bad_input_is_refused(hm: HookedModel, relu: Dictionary, tmp_path: Path)
         store.dataset("features", 1)
     said = CliRunner().invoke(main, ["store", "export", str(tmp_path / "run"), "--to", "numpy", "-o", "out"])
     assert said.exit_code and "sparse" in said.output
+
+
+def test_a_dictionary_is_sent_to_workers_as_it_is(relu: Dictionary) -> None:
+    """By way of bytes of safetensors: nothing is pickled."""
+    d = relu.d_in
+    some = torch.randn(F, generator=torch.Generator().manual_seed(2))
+    gated = replace(
+        relu, activation="gated", gate={"bias": some, "magnitude": some / 9, "magnitude_bias": some},
+        input_bias=torch.ones(d), normalisation="layer_norm",
+    )  # fmt: skip
+    skips = dictionary(d, activation="topk", k=3, by_norms=True, skip=torch.eye(d))
+    jumps = dictionary(d, activation="jumprelu", threshold=some.abs())
+    rows = torch.randn(9, d, generator=torch.Generator().manual_seed(3))
+    for each in (relu, gated, skips, jumps):
+        (packed,) = _named("features", "all", 0, {"dictionaries": each})["dictionaries"]
+        again = from_bytes(packed)
+        assert isinstance(packed, bytes) and again.about == each.about and again.digest == each.digest
+        assert torch.equal(again.encode(rows), each.encode(rows))
+        assert torch.equal(again.reconstruct(rows), each.reconstruct(rows))
 
 
 def test_the_command_keeps_features(tmp_path: Path) -> None:

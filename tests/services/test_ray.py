@@ -18,7 +18,7 @@ import torch
 from support.raises import raises
 
 import hookmap
-from hookmap.demo import MODEL_PATH
+from hookmap.demo import DICTIONARY_PATH, MODEL_PATH
 from hookmap.errors import (
     CaptureError,
     InterventionError,
@@ -149,6 +149,22 @@ def test_two_workers_sum_up_what_one_machine_sums_up(hm: Any, tmp_path: Path) ->
         hm.reduce(PROMPTS, "resid_post", [8], by="position", mean=True)
 
 
+def test_workers_read_and_sum_up_features_of_dictionaries(hm: Any, tmp_path: Path) -> None:
+    sae, one = hookmap.load_dictionary(DICTIONARY_PATH), hookmap.open(MODEL_PATH)
+    how: dict[str, Any] = {"max_new_tokens": 0, "dictionaries": [sae], "batch_size": 2}
+    run, alone = (each.capture(PROMPTS, ["features", "resid_post"], [8], **how) for each in (hm, one))
+    assert run.keys == alone.keys and run.manifest.settings["dictionaries"] == alone.manifest.settings["dictionaries"]
+    folder = hm.capture(PROMPTS, "features", store=tmp_path / "run", **how)
+    assert folder.selectors == () and folder.store.verify() == []
+    for number in range(len(PROMPTS)):
+        expected = alone.read(number, "features", 8).to_dense()
+        assert torch.equal(run.read(number, "features", 8).to_dense(), expected)
+        assert torch.equal(folder.read(number, "features", 8).to_dense(), expected)
+    sums = [each.reduce(PROMPTS, "features", reductions=["mean", "max"], **how)["features", 8] for each in (hm, one)]
+    for name in ("mean", "max"):
+        torch.testing.assert_close(sums[0][name], sums[1][name])
+
+
 def test_an_error_of_a_worker_is_the_error_that_one_machine_raises(hm: Any, tmp_path: Path) -> None:
     for options, kind, text in (
         ({"points": ["resid_mdi"]}, SelectionError, "resid_mid"),
@@ -205,7 +221,7 @@ def test_a_capture_inside_the_progress_of_another_is_refused(hm: Any, tmp_path: 
 
 SHUT_DOWN = """
 import sys, ray, hookmap
-from hookmap.demo import MODEL_PATH
+from hookmap.demo import DICTIONARY_PATH, MODEL_PATH
 with hookmap.open_on_ray(MODEL_PATH, workers=1) as hm:
     for _ in range(2):
         try:
@@ -301,7 +317,7 @@ def test_only_parts_are_adopted(alone: hookmap.Capture, tmp_path: Path) -> None:
 
 DRIVER = """
 import sys, hookmap
-from hookmap.demo import MODEL_PATH
+from hookmap.demo import DICTIONARY_PATH, MODEL_PATH
 with hookmap.open_on_ray(MODEL_PATH, workers=2) as hm:
     hm.capture({prompts}, **{options}, store=sys.argv[1])
 """
@@ -330,7 +346,7 @@ def test_a_killed_driver_leaves_what_was_finished(alone: hookmap.Capture, tmp_pa
 NODES = """
 import sys, hookmap
 from ray.cluster_utils import Cluster
-from hookmap.demo import MODEL_PATH
+from hookmap.demo import DICTIONARY_PATH, MODEL_PATH
 cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1}})
 others = [cluster.add_node(num_cpus=1) for _ in range(2)]
 killed = []

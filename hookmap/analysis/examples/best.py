@@ -68,16 +68,17 @@ class Best:
     def k(self) -> int:
         return self.tensors["score"].shape[1]
 
-    def entries(self, scores: Tensor, values: Tensor, rows: Rows) -> Entries:
+    def entries(self, scores: Tensor, values: Tensor, rows: Rows, columns: Tensor | None = None) -> Entries:
         """The rows that are among the best so far, at most k for each feature.
 
-        `scores`: [n, features], NOTHING where a row is no example; `values`: [n, features], what is shown.
+        `scores`: [n, features], NOTHING where a row is no example; `values`: [n, features], what is shown. `columns`:
+        which features these are; None: all.
         """
-        feature, row = self._chosen(scores)
+        feature, row = self._chosen(scores, columns)
         around = rows.around[row]
         shown = values[around.clamp(min=0), feature[:, None]].float().masked_fill(around < 0, float("nan"))
         return Entries(
-            feature,
+            feature if columns is None else columns[feature],
             scores[row, feature].float(),
             values[row, feature].float(),
             rows.samples[row],
@@ -86,12 +87,13 @@ class Best:
             shown,
         )
 
-    def _chosen(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """(feature, row) of the scores above the least one held, by feature, at most k of each."""
+    def _chosen(self, scores: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(which of `scores`, row) of the scores above the least one held, by feature, at most k of each."""
         if not self.k:
             nothing = torch.empty(0, dtype=torch.int64, device=scores.device)
             return nothing, nothing
         least = self.tensors["score"][:, -1]
+        least = least if columns is None else least[columns]
         above = scores > least
         if int(above.sum()) > _FEW * self.k * scores.shape[1]:  # the first batches: nearly every score is above
             k = min(self.k, len(scores))

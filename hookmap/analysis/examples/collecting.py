@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -12,9 +13,22 @@ from hookmap.analysis.gathering import Gathering
 from hookmap.capture.estimate import in_words
 from hookmap.errors import CaptureError
 from hookmap.loading.memory import available
+from hookmap.stores import sparse
 from hookmap.stores.ledger import tensor_name
 
 log = logging.getLogger("hookmap")
+
+
+class _Part(NamedTuple):
+    """What a batch gives for some features of a tensor."""
+
+    key: Key
+    columns: torch.Tensor | None
+    """which; None: all"""
+    top: Entries
+    random: Entries
+    positive: torch.Tensor
+    """tokens at which each is above 0"""
 
 
 class Collector(Gathering):
@@ -29,7 +43,9 @@ class Collector(Gathering):
         """`known`, `after`: as of `Gathering`."""
         super().__init__(examples.keys, examples.samples, known, after)
         self.examples = examples
-        self._pending: list[tuple[Key, Entries, Entries, torch.Tensor, int, int]] = []
+        self._pending: list[_Part] = []
+        self._counted: list[tuple[Key, int, int]] = []
+        """tensor, tokens that were looked at, rows that are not finite"""
         self._rows: tuple[object, Rows | None, torch.Tensor] = (None, None, torch.empty(0))
 
     def take(self, key: Key, rows: torch.Tensor, pieces: list[Activation]) -> None:
@@ -39,22 +55,28 @@ class Collector(Gathering):
         if key not in self.examples.tensors:
             self.examples.tensors[key] = self._nothing(key, values)
         held, (where, drawn) = self.examples.tensors[key], self._rows_of(pieces, rows.device)
-        finite = values.isfinite().all(1)
+        finite = sparse.finite(values) if values.is_sparse else values.isfinite().all(1)
         counts = finite & (where.positions >= settings.skip)
-        positive = (values > 0) & counts[:, None]
-        meant = positive if settings.positive else counts[:, None]
-        top = held.top.entries(torch.where(meant, values, NOTHING), values, where)
-        draws = drawn[:, None].expand(-1, values.shape[1])
-        random = held.random.entries(torch.where(meant, draws, NOTHING), values, where)
-        lost = int((~finite).sum())
-        self._pending.append((key, top, random, positive.sum(0), int(counts.sum()), lost))
+        for columns, part in sparse.by_columns(values) if values.is_sparse else ((None, values),):
+            positive = (part > 0) & counts[:, None]
+            meant = positive if settings.positive else counts[:, None]
+            top = held.top.entries(torch.where(meant, part, NOTHING), part, where, columns)
+            draws = drawn[:, None].expand(-1, part.shape[1])
+            random = held.random.entries(torch.where(meant, draws, NOTHING), part, where, columns)
+            self._pending.append(_Part(key, columns, top, random, positive.sum(0)))
+        self._counted.append((key, int(counts.sum()), int((~finite).sum())))
 
     def commit(self, samples: Mapping[int, Sample]) -> None:
-        for key, top, random, positive, tokens, lost in self._pending:
+        for key, columns, top, random, positive in self._pending:
             held = self.examples.tensors[key]
             held.top.absorb(top)
             held.random.absorb(random)
-            held.positive += positive
+            if columns is None:
+                held.positive += positive
+            else:
+                held.positive[columns] += positive
+        for key, tokens, lost in self._counted:
+            held = self.examples.tensors[key]
             held.tokens += tokens
             if lost and not any(each.not_finite for each in self.examples.tensors.values()):
                 log.warning("%s has rows that are not finite: they are no examples.", tensor_name(key))
@@ -63,7 +85,7 @@ class Collector(Gathering):
         self.forget()
 
     def forget(self) -> None:
-        self._pending = []
+        self._pending, self._counted = [], []
 
     def _nothing(self, key: Key, values: torch.Tensor) -> TensorExamples:
         """Raises CaptureError where the examples of all tensors would not fit into memory."""

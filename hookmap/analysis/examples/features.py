@@ -27,7 +27,12 @@ class Features:
     dictionary: Dictionary | None = None
 
     def of(self, rows: torch.Tensor, key: Key) -> torch.Tensor:
-        """[n, *row] -> [n, features], float32 or the rows' own dtype. Raises SelectionError where they do not fit."""
+        """[n, *row] -> [n, features], float32 or the rows' own dtype; sparse where the rows are.
+
+        Raises SelectionError where they do not fit.
+        """
+        if rows.is_sparse and self.kind != NEURONS:
+            raise SelectionError(f"{tensor_name(key)} is sparse: its examples are of its own features.")
         if self.kind == DIRECTIONS:
             flat = rows.flatten(1).float()
             matrix = torch.stack(list(self.directions.values()), 1).to(flat.device)
@@ -43,14 +48,14 @@ class Features:
         elif self.dictionary is not None:
             found = self.dictionary.to(rows.device).encode(rows.flatten(1))
         else:
-            found = rows.flatten(1)
+            found = rows if rows.is_sparse else rows.flatten(1)
         if self.numbers is None:
             return found
         if beyond := [number for number in self.numbers if number >= found.shape[1]]:
             raise SelectionError(
                 f"features {beyond[:5]} are not in {tensor_name(key)}: it has 0 to {found.shape[1] - 1}."
             )
-        return found[:, list(self.numbers)]
+        return found.index_select(1, torch.tensor(self.numbers, device=found.device))
 
     def names(self, count: int) -> list[str]:
         """What each feature is called: its number, or the direction's name."""

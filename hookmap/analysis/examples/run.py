@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from hookmap.analysis.dictionaries.loading import as_dictionary
+from hookmap.analysis.examples.choices import INDICES, WEIGHTS, Choices, keys_of_choices
 from hookmap.analysis.examples.collecting import Collector
 from hookmap.analysis.examples.features import features_of
 from hookmap.analysis.examples.files import EXAMPLES
 from hookmap.analysis.examples.result import Examples, Settings
+from hookmap.analysis.examples.stored import examples_of_store
 from hookmap.analysis.gathering import refuse_other_rows
 from hookmap.analysis.kept import Kept
 from hookmap.analysis.tokens import token_text
@@ -21,6 +23,7 @@ from hookmap.capture.rows import NUMBERS
 from hookmap.errors import SelectionError
 from hookmap.loading.generation import check_count
 from hookmap.maps.points import PointName
+from hookmap.stores.interface import Store
 from hookmap.stores.manifest import versions
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def examples(
-    hm: Hooked,
+    hm: Hooked | None,
     prompts: Any,
     points: Points | None = None,
     layers: Layers = "all",
@@ -38,6 +41,7 @@ def examples(
     norms: bool = False,
     directions: Any = None,
     dictionary: Any = None,
+    choices: bool = False,
     k: int = 20,
     random: int = 20,
     context: tuple[int, int] = (24, 8),
@@ -48,33 +52,58 @@ def examples(
     resume: bool = False,
     **options: Any,
 ) -> Examples:
-    """See `HookedModel.examples`."""
+    """See `HookedModel.examples`; `hm` may be None where prompts is a store: then tokens are shown by their ids."""
     learned = None if dictionary is None else as_dictionary(dictionary)
     chosen = features_of(features, norms, directions, learned)
-    positive = learned is not None if positive is None else positive
+    stored = prompts if isinstance(prompts, Store) else getattr(prompts, "store", None)
+    if choices and (norms or learned or chosen.directions or stored is not None or points is not None):
+        raise SelectionError("choices are of a router that runs: leave points, norms, directions and dictionary out.")
+    if positive is None:
+        positive = learned is not None or choices
     settings = _settings(k, random, context, skip, positive, examples_seed)
-    if points is None:
+    text = str if hm is None else cache(partial(token_text, hm))
+    if isinstance(stored, Store):
+        if options or max_new_tokens or store is not None or resume:
+            raise SelectionError("a capture has its rows already: leave out what a run takes, and store=.")
+        if points is None:
+            points = "all"
+        return examples_of_store(stored, points, layers, chosen, settings, text, _about(prompts))
+    if hm is None:
+        raise SelectionError("texts need a model that reads them: hookmap.open(MODEL).examples(texts, …)")
+    if choices:
+        points = (INDICES, WEIGHTS)
+    elif points is None:
         points = {learned.reads[0]: "all" if learned.reads[1] is None else learned.reads[1]} if learned else "mlp_post"
     if options.get("dictionaries"):
         raise SelectionError("dictionaries: examples of features are of one at a time, dictionary=…")
     refuse_other_rows(options, "examples look at every row")
     prepared = hm.prepare(prompts, points, layers, max_new_tokens, **options)
     run = prepared.run
-    if numbers := dict.fromkeys(s.point for s in run.selectors if PointName.of(s.point).base in NUMBERS or s.has_keys):
+    numbers = {s.point: None for s in run.selectors if PointName.of(s.point).base in NUMBERS or s.has_keys}
+    if numbers and not choices:
         raise SelectionError(f"{', '.join(numbers)}: a row of it has no features to look for.")
     say_apart(prepared.apart)
     about: dict[str, Any] = {"model": prepared.manifest.model, "architecture": prepared.manifest.architecture}
     about |= {"settings": prepared.manifest.settings, "versions": versions()}
-    found = Examples(chosen, settings, tuple(selector.key for selector in run.selectors), about)
-    found.text = cache(lambda token: token_text(hm, token))
+    keys = tuple(selector.key for selector in run.selectors)
+    found = Examples(chosen, settings, keys_of_choices(keys) if choices else keys, about)
+    found.text = text
     kept = Kept(found, EXAMPLES, store, resume)
-    kept.result.text = found.text
+    kept.result.text = text
     there = kept.result.samples.copy()
     known = None
     if not run.max_new_tokens:
         known = {n: run.expected(n) for n in range(len(run.prompts)) if n not in there}.__getitem__
-    prepared.into(Collector(kept.result, known, kept.now_and_then), there)
+    collector = Collector(kept.result, known, kept.now_and_then)
+    experts = max(((kind.mlp.experts if kind.mlp else 0) or 0 for kind in prepared.map.kinds), default=0)
+    prepared.into(Choices(collector, experts) if choices else collector, there)
     return kept.end(len(run.prompts))
+
+
+def _about(source: Any) -> dict[str, Any]:
+    """Of which run a capture is."""
+    manifest = getattr(source, "manifest", None)
+    return {name: getattr(manifest, name, None) for name in ("model", "architecture")}
 
 
 def _settings(k: Any, random: Any, context: Any, skip: Any, positive: bool, seed: int) -> Settings:

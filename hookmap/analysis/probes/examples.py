@@ -7,7 +7,7 @@ Samples that are left out are counted by reason.
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -98,8 +98,8 @@ def read_examples(
     """
     if positive is not None and above is not None:
         raise SelectionError("positive or above, not both: which of them says what is positive?")
-    more = {} if table is None else _table(table, [name for name in (label, group) if name is not None])
-    ids = _ids(store, more)
+    more = {} if table is None else label_table(table, [name for name in (label, group) if name is not None])
+    ids = known_ids(store.samples, more)
     values: list[Any] = []
     numbers: list[int] = []
     groups: list[int] = []
@@ -111,7 +111,7 @@ def read_examples(
             break
         known = {**(sample.labels or {}), **more.get(sample.id, {})}
         seen.update(known.keys())
-        question = _prompt(sample) if group is None else as_value(known.get(group))
+        question = question_of(sample) if group is None else as_value(known.get(group))
         if why := _why_not(sample, known, label, question, group):
             left_out[why] += 1
             continue
@@ -141,7 +141,7 @@ def _samples(count: int) -> str:
     return counted(count, "sample")
 
 
-def _table(source: Any, columns: list[str]) -> dict[str | None, dict[str, Any]]:
+def label_table(source: Any, columns: list[str]) -> dict[str | None, dict[str, Any]]:
     """The rows by id. A later row of an id may fill blanks, but must not contradict an earlier one in `columns`."""
     where, rows = rows_of(source)
     found: dict[str | None, dict[str, Any]] = {}
@@ -167,13 +167,13 @@ def _id(given: Any) -> str:
     return str(int(given)) if isinstance(given, float) and given.is_integer() else str(given)
 
 
-def _ids(store: Store, table: Mapping[str | None, Any]) -> set[str | None]:
+def known_ids(samples: Iterable[Sample], table: Mapping[str | None, Any]) -> set[str | None]:
     """The ids of the samples. Raises SelectionError where an id of the table has samples with different prompts."""
     prompts: dict[str | None, str] = {}
-    for sample in store.samples if table else ():
+    for sample in samples if table else ():
         if sample.id is None:
             continue
-        own = _prompt(sample)
+        own = question_of(sample)
         if sample.id in table and prompts.setdefault(sample.id, own) != own:
             raise SelectionError(
                 f"id {sample.id!r} is of several samples with different prompts: which of them is the table's?"
@@ -181,7 +181,7 @@ def _ids(store: Store, table: Mapping[str | None, Any]) -> set[str | None]:
     return set(prompts)
 
 
-def _prompt(sample: Sample) -> str:
+def question_of(sample: Sample) -> str:
     """A digest of the prompt's tokens, which identifies the question."""
     return hashlib.sha256(repr(sample.token_ids[: sample.prompt_tokens]).encode()).hexdigest()
 

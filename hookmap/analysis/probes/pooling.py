@@ -140,7 +140,7 @@ def _pooled(
 ) -> Matrix:
     found = np.empty((len(numbers), width), dtype=np.float32)
     for index, number in enumerate(numbers):
-        rows = _rows(store.sample(number), pool, chosen)
+        rows = pooled_rows(store.sample(number), pool, chosen)
         total, norms = np.zeros(width, dtype=np.float64), []
         for start in range(0, len(rows), _ROWS):
             read = _flat(store.rows_at(number, key, rows[start : start + _ROWS])).double()
@@ -180,7 +180,7 @@ def _not_finite(store: Store, key: Key, number: int, rows: Sequence[int]) -> Sel
     )
 
 
-def _rows(sample: Sample, pool: str, chosen: RowSelection | None) -> Sequence[int]:
+def pooled_rows(sample: Sample, pool: str, chosen: RowSelection | None) -> Sequence[int]:
     """The rows of a sample that the pool averages. Raises SelectionError where the capture holds none of them."""
     positions = sample.positions
     if positions == "mean" and chosen is not None:

@@ -151,7 +151,7 @@ def reduce_store(
         raise SelectionError("this capture has no finished samples: there is nothing to sum up.")
     statistics = Statistics(chosen, keys, {"model": None, "versions": versions()})
     reducer = Reducer(statistics, source.sample)
-    for batch in _batches(source):
+    for batch in batches(source):
         for key in keys:
             for sample in batch:
                 rows = source.rows_at(sample.sample, key, range(sample.rows))
@@ -177,7 +177,8 @@ def held(source: Store, points: Points, layers: Layers) -> tuple[Key, ...]:
     return tuple(key for key in source.keys if key in found)
 
 
-def _batches(source: Store) -> Iterator[list[Sample]]:
+def batches(source: Store) -> Iterator[list[Sample]]:
+    """The samples of a store, some thousand rows at a time."""
     batch: list[Sample] = []
     for sample in source.samples:
         batch.append(sample)

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 @click.option("--features", metavar="LIST", help="Which features: 0,17,507 or 0-99.  [default: all]")
 @click.option("--norms", is_flag=True, help="The norms of rows, of z those of each head, in place of features.")
 @click.option("--direction", "directions", metavar="FILE", multiple=True, help="A steering vector's file; repeatable.")
+@click.option("--choices", is_flag=True, help="What routers choose, in place of a point: features are experts.")
+@click.option("--dictionary", metavar="DIR", help="The features of this sparse autoencoder, where it reads.")
 @prompt_options
+@click.option("--store", metavar="DIR", help="Look at the rows of this capture, and run no model.")
 @count("--top", "Examples of the largest value, of each feature.", default=20)
 @count("--random", "Random examples, of each feature.", least=0, default=20)
 @click.option("--context", default="24,8", show_default=True, metavar="N,M", help="Tokens shown before and after.")
@@ -56,6 +59,7 @@ def command(
     \b
     hookmap examples --points mlp_post --layers 8 --prompts texts.jsonl -o examples
     hookmap examples --from examples --features 0-99 --html examples.html
+    hookmap examples --store captures/0001 --points features --positive -o examples
 
     The name of DIR goes to stdout, or with --json everything.
     """
@@ -68,7 +72,8 @@ def command(
         found = open_examples(source)
         chosen = _named(found, numbers)
     else:
-        found = _of_model(model, output, as_json, numbers, given)
+        of = _of_store if given["store"] else _of_model
+        found = of(model, output, as_json, numbers, given)
         chosen = _named(found, None)
     if html:
         from hookmap.analysis.examples.page import save_page
@@ -105,7 +110,6 @@ def _of_model(
     model: str | None, output: str | None, quiet: bool, numbers: list[int] | None, given: dict[str, Any]
 ) -> "Examples":
     from hookmap.analysis.examples.files import EXAMPLES
-    from hookmap.analysis.steering import load_vector
     from hookmap.cli.console import progress
     from hookmap.cli.settings import (
         choose_model,
@@ -118,7 +122,9 @@ def _of_model(
 
     settings = load_settings()
     how = templating(given, settings)
-    points, layers = chosen_tensors({}, given.pop("points"), given.pop("layers"), "mlp_post")
+    own, of = given.pop("points"), given.pop("layers")
+    points, layers = chosen_tensors({}, own, of, "mlp_post")
+    named = own is None and (given["choices"] or given["dictionary"])  # they say which points themselves
     calls = chosen_calls(settings, given.pop("calls"))
     prompts = chosen_prompts(given, settings, how.get("chat"))
     if prompts is None:
@@ -127,20 +133,59 @@ def _of_model(
         raise click.UsageError("--resume needs the folder to go on with: -o DIR")
     if output and not given["resume"]:
         EXAMPLES.refuse_used(output)
-    wanted: dict[str, Any] = {"features": numbers, "norms": given["norms"], "positive": given["positive"]}
-    if given["directions"]:
-        wanted["directions"] = _directions([(file, load_vector(file)) for file in given["directions"]])
-    wanted |= {"k": given["top"], "random": given["random"], "skip": given["skip_first"]}
-    wanted["context"] = _context(given["context"])
     batches = typed_or_set(given, settings, "batch_size", "batch_tokens")
     model = choose_model(model, settings)
-    refuse_unknown(points, layers, model, calls)
+    refuse_unknown(() if named else points, layers, model, calls)
     hm = opened(model, given, quiet)
     with progress() as bars:
         bar = bars.add_task("texts", total=len(prompts))
         run = {**how, **batches, "calls": calls, "store": output, "resume": given["resume"]}
         run["progress"] = lambda state: bars.update(bar, completed=state.samples_done)
-        return hm.examples(prompts, points, layers, given["max_new_tokens"], **wanted, **run)
+        of_points = None if named else points
+        return hm.examples(
+            prompts, of_points, layers, given["max_new_tokens"], features=numbers, **_wanted(given), **run
+        )
+
+
+def _of_store(
+    model: str | None, output: str | None, quiet: bool, numbers: list[int] | None, given: dict[str, Any]
+) -> "Examples":
+    import hookmap
+    from hookmap.analysis.examples.files import EXAMPLES
+    from hookmap.analysis.examples.run import examples
+    from hookmap.cli.settings import chosen_tensors
+    from hookmap.loading.checkpoints import load_tokenizer
+    from hookmap.loading.prompts import text_of
+
+    if output:
+        EXAMPLES.refuse_used(output)
+    store = hookmap.open_store(given["store"])
+    names, layers = chosen_tensors({}, given["points"], given["layers"], "all")
+    found = examples(None, store, names, layers, features=numbers, **_wanted(given))
+    named = given["tokenizer"] or model or found.about["model"]
+    if named:
+        tokenizer = load_tokenizer(named, trust_remote_code=bool(given["trust_remote_code"]))
+        found.text = lambda token: text_of(tokenizer, [token])
+    if output:
+        EXAMPLES.save(found, output)
+    return found
+
+
+def _wanted(given: dict[str, Any]) -> dict[str, Any]:
+    """What examples are looked for, as `HookedModel.examples` takes it."""
+    from hookmap.analysis.steering import load_vector
+
+    found: dict[str, Any] = {"norms": given["norms"], "choices": given["choices"], "k": given["top"]}
+    found |= {"random": given["random"], "skip": given["skip_first"], "context": _context(given["context"])}
+    if given["positive"]:
+        found["positive"] = True
+    if given["directions"]:
+        found["directions"] = _directions([(file, load_vector(file)) for file in given["directions"]])
+    if given["dictionary"]:
+        from hookmap.analysis.dictionaries.loading import load_dictionary
+
+        found["dictionary"] = load_dictionary(given["dictionary"])
+    return found
 
 
 def _directions(vectors: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,13 +11,14 @@ import os
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
 from uuid import uuid4
 
+from hookmap.analysis.dictionaries.packing import to_bytes
 from hookmap.analysis.kept import Kept
 from hookmap.analysis.reductions.files import STATISTICS, from_bytes
 from hookmap.analysis.reductions.run import groupings, reduce
@@ -305,8 +306,9 @@ def open_on_ray(
 def _named(points: Points, layers: Layers, max_new_tokens: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `HookedModel.capture` by their names. A file of interventions is read here, on the driver."""
     named = {"points": points, "layers": layers, "max_new_tokens": max_new_tokens, **options}
-    if named.get("dictionaries"):
-        raise CaptureError("dictionaries are read on one machine only: leave them out, or hookmap.open the model.")
+    if given := named.get("dictionaries"):
+        each = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+        named["dictionaries"] = tuple(map(to_bytes, each))
     if "interventions" in named:
         named["interventions"] = read_interventions(named["interventions"])
         refuse_functions(

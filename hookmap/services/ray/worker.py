@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hookmap.analysis.dictionaries.packing import from_bytes
 from hookmap.analysis.reductions.files import to_bytes
 from hookmap.analysis.reductions.run import begun, into
 from hookmap.analysis.reductions.wanted import Wanted
@@ -101,11 +102,11 @@ class Worker:
 
     def plan(self, prompts: Any, options: Mapping[str, Any]) -> CapturePlan:
         """Validate and plan a capture without running it. Raises what `HookedModel.capture` does."""
-        prepared = self._hooked.prepare(prompts, **options)
-        run = prepared.run
+        prepared = self._prepare(prompts, options)
+        run, rows = prepared.run, {*prepared.manifest.keys}
         return CapturePlan(
             tuple(run.prompts),
-            run.selectors,
+            tuple(each for each in run.selectors if each.key in rows),
             prepared.groups,
             prepared.manifest,
             prepared.map,
@@ -132,18 +133,18 @@ class Worker:
                 "itself. Write to a disk that all machines share: -o DIR"
             )
         if self._prepared is None or self._prepared[0] != capture.id:
-            self._prepared = capture.id, self._hooked.prepare(tuple(prompts), **capture.options)
+            self._prepared = capture.id, self._prepare(tuple(prompts), capture.options)
         run, manifest = self._prepared[1].run, self._prepared[1].manifest
         writer = PartWriter(folder, manifest.keys, manifest.shard_tokens, manifest.shard_bytes)
         told, lost = len(run.halved), run.lost.copy()
-        run.together(batch, Lacking(writer, {*batch} - {*wanted}))
+        run.together(batch, Lacking(self._prepared[1].of_rows(writer), {*batch} - {*wanted}))
         run.memory.look()
         memory = max(run.memory.peak, used())
         return BatchResult(tuple(writer.groups), tuple(run.halved[told:]), memory, dict(run.lost - lost))
 
     def begin(self, prompts: Any, options: Mapping[str, Any], reducing: Wanted) -> Reducing:
         """Validate and plan statistics without summing up. Raises what `HookedModel.reduce` does."""
-        prepared = self._hooked.prepare(prompts, **options)
+        prepared = self._prepare(prompts, options)
         data = to_bytes(begun(prepared, reducing))
         return Reducing(tuple(prepared.run.prompts), prepared.groups, data, prepared.apart)
 
@@ -158,11 +159,17 @@ class Worker:
     ) -> bytes:
         """The sums of some batches, as the content of a file; those of `finished` samples are left out."""
         if self._prepared is None or self._prepared[0] != id:
-            self._prepared = id, self._hooked.prepare(tuple(prompts), **options)
+            self._prepared = id, self._prepare(tuple(prompts), options)
         prepared = replace(self._prepared[1], groups=tuple(map(tuple, batches)))
         statistics = begun(prepared, reducing)
         into(prepared, statistics, finished=finished)
         return to_bytes(statistics)
+
+    def _prepare(self, prompts: Any, options: Mapping[str, Any]) -> Prepared:
+        """A capture that is planned; its dictionaries come as bytes."""
+        packed = options.get("dictionaries") or ()
+        more = {"dictionaries": tuple(map(from_bytes, packed))} if packed else {}
+        return self._hooked.prepare(prompts, **{**options, **more})
 
     @property
     def _hooked(self) -> HookedModel:

@@ -1,0 +1,52 @@
+"""Maximally activating examples of a capture that is stored: the model does not run again."""
+
+from collections.abc import Callable
+from typing import Any
+
+from hookmap.activations import Activation, call_of
+from hookmap.analysis.examples.collecting import Collector
+from hookmap.analysis.examples.features import Features
+from hookmap.analysis.examples.result import Examples, Settings
+from hookmap.analysis.reductions.run import batches, held
+from hookmap.capture.options import Layers, Points
+from hookmap.capture.rows import NUMBERS
+from hookmap.errors import SelectionError
+from hookmap.maps.points import PointName
+from hookmap.stores.interface import Store
+from hookmap.stores.manifest import versions
+
+
+def examples_of_store(
+    source: Store,
+    points: Points,
+    layers: Layers,
+    features: Features,
+    settings: Settings,
+    text: Callable[[int], str],
+    about: dict[str, Any],
+) -> Examples:
+    """The examples that a run over the same texts would have given. Raises SelectionError and StoreError."""
+    keys = held(source, points, layers)
+    wrong = [key[0] for key in keys if PointName.of(key[0]).base in NUMBERS]
+    wrong += [key[0] for key in keys if "key" in PointName.of(key[0]).definition.axes]
+    if wrong:
+        raise SelectionError(f"{', '.join(dict.fromkeys(wrong))}: a row of it has no features to look for.")
+    if not len(source):
+        raise SelectionError("this capture has no finished samples: there is nothing to look for.")
+    if some := next((sample for sample in source.samples if sample.positions is not None), None):
+        raise SelectionError(
+            f"sample {some.sample} of this capture lacks rows of some of its tokens, and examples show what stands "
+            "around each: capture all positions."
+        )
+    found = Examples(features, settings, keys, {**about, "versions": versions()})
+    found.text = text
+    collector = Collector(found, source.sample)
+    for batch in batches(source):
+        for key in keys:
+            for sample in batch:
+                rows = source.rows_at(sample.sample, key, range(sample.rows))
+                collector.write(Activation(sample.sample, key[0], key[1], 0, rows, call_of(key)))
+        for sample in batch:
+            collector.finish(sample)
+    found.complete = True
+    return found
