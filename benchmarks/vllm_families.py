@@ -95,7 +95,7 @@ def of_family(name: str, folder: Path, expected: Any, bf16: bool) -> dict[str, A
         engine = vllm_families.OnVllm(folder, model_impl=backend.model_impl)
     except Exception as error:
         return {"type": name, "status": "does not run", "why": short(error)}
-    read = {key: place.read for key, place in backend.places.places.items()}
+    read = {key: place.terms for key, place in backend.places.places.items()}
     row: dict[str, Any] = {"type": name, "class": type(engine.model).__name__, "why": short(backend.why)}
     try:
         rows = engine.rows(read)

@@ -3,8 +3,9 @@
     python benchmarks/vllm_server.py ~/.cache/hookmap/SmolLM2-135M-Instruct
 
 Needs vLLM. Each server is a process of its own; they take turns, and each turn starts with the next one. Printed are
-tokens per second of all requests and of plain ones alone, and the time to the first token of a short request, beside a
-long one and idle. Plain requests of a server with taps must cost what those of vLLM alone do.
+tokens per second of all requests and of plain ones alone, and the time to the first token of a short request: idle,
+beside a long one that writes its answer, and beside one whose prompt is being read. Plain requests of a server with
+taps must cost what those of vLLM alone do.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +31,9 @@ POINTS = {"points": {"resid_mid": [8, 12, 16], "resid_post": [8, 12, 16]}}
 TAPS = {"taps": POINTS["points"]}
 LENGTHS = ((16, 16), (64, 32), (256, 32), (512, 64))
 """tokens of prompt and answer, in turn"""
-SHORT, LONG = (16, 8), (1024, 256)
+SHORT, LONG = (16, 8), (1024, 64)
+BESIDE = ("writing", "being read", "captured and writing", "captured and being read")
+"""what a long request does while a short one waits for its first token"""
 
 
 def prompt(length: int, number: int) -> list[int]:
@@ -69,8 +73,10 @@ def serving(kind: str, model: str, folder: Path, port: int) -> Iterator[str]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def ask(url: str, size: tuple[int, int], number: int, captured: bool) -> tuple[int, float]:
-    """Tokens that came, and seconds to the first of them."""
+def ask(
+    url: str, size: tuple[int, int], number: int, captured: bool, began: threading.Event | None = None
+) -> tuple[int, float]:
+    """Tokens that came, and seconds to the first of them. `began` is set when that has come."""
     name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     body: dict[str, Any] = {"model": name, "prompt": prompt(size[0], number), "max_tokens": size[1], "temperature": 0}
     body |= {"stream": True, "stream_options": {"include_usage": True}, **({"hookmap": POINTS} if captured else {})}
@@ -81,6 +87,8 @@ def ask(url: str, size: tuple[int, int], number: int, captured: bool) -> tuple[i
             if line.startswith("data: {"):
                 chunk = json.loads(line.removeprefix("data: "))
                 first = first or time.perf_counter() - start
+                if began is not None:
+                    began.set()
                 tokens = (chunk.get("usage") or {}).get("completion_tokens") or tokens
     return tokens, first
 
@@ -93,14 +101,15 @@ def throughput(url: str, requests: int, share: int, first: int) -> float:
     return sum(tokens for tokens, _ in found) / (time.perf_counter() - start)
 
 
-def first_token(url: str, number: int, beside: bool) -> float:
-    """Seconds to the first token of a short request; beside a long one that has begun."""
+def first_token(url: str, number: int, beside: str | None) -> float:
+    """Seconds to the first token of a short request, alone or beside a long one."""
     with ThreadPoolExecutor(1) as together:
-        if beside:
-            long = together.submit(ask, url, LONG, number + 1, False)
-            time.sleep(0.5)
+        if beside is not None:
+            began = threading.Event()
+            long = together.submit(ask, url, LONG, number + 1, beside.startswith("captured"), began)
+            began.wait(600) if beside.endswith("writing") else time.sleep(0.1)
         found = ask(url, SHORT, number, False)[1]
-        if beside:
+        if beside is not None:
             long.result()
     return found
 
@@ -111,6 +120,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--times", type=int, default=5, help="first tokens of each kind, whose median counts")
     given = parser.parse_args()
     print(json.dumps(describe()), flush=True)
     found: dict[str, list[float]] = {}
@@ -123,8 +133,9 @@ def main() -> None:
                     figures = {"plain tokens/s": throughput(url, given.requests, 0, 0)}
                     if kind != "vllm":
                         figures["half captured tokens/s"] = throughput(url, given.requests, 1, 10**4)
-                    for name, beside in (("idle", False), ("beside a long one", True)):
-                        times = [first_token(url, 10**5 + 10 * n, beside) for n in range(5)]
+                    for beside in (None, *BESIDE[: 2 if kind == "vllm" else 4]):
+                        times = [first_token(url, 10**5 + 10 * n, beside) for n in range(given.times)]
+                        name = "idle" if beside is None else f"beside a long one, {beside}"
                         figures[f"first token, {name}, s"] = statistics.median(times)
                 for name, value in figures.items():
                     found.setdefault(f"{kind}: {name}", []).append(value)

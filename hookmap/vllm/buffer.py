@@ -33,11 +33,13 @@ class Slots:
 
     def take(self, count: int) -> list[int]:
         """So many numbers that nobody has."""
-        reused = self._free[len(self._free) - count :] if count <= len(self._free) else self._free[:]
-        del self._free[len(self._free) - len(reused) :]
-        new = range(self._next, self._next + count - len(reused))
+        left = max(0, len(self._free) - count)
+        taken = self._free[left:]
+        del self._free[left:]
+        new = range(self._next, self._next + count - len(taken))
         self._next = new.stop
-        return [*reused, *new]
+        taken += new
+        return taken
 
     def give_back(self, numbers: Sequence[int]) -> None:
         """Nobody needs these any more."""

@@ -11,6 +11,7 @@ from hookmap.vllm.buffer import Chosen
 from hookmap.vllm.plans import WorkerEdit, WorkerPlan
 from hookmap.vllm.rows import Segment
 from hookmap.vllm.spec import RequestSpec
+from hookmap.vllm.taps import Read
 
 
 @dataclass
@@ -23,6 +24,10 @@ class Captured:
     keys: frozenset[Key] = frozenset()
     selection: RowSelection = field(default_factory=RowSelection)
     plan: WorkerPlan | None = None
+    keeps_all: bool = False
+    """whether every row is kept"""
+    reads_tokens: bool = False
+    """whether a token's id decides what is kept or written"""
     next: int = 0
     """how many positions were seen, from 0 on without a gap"""
     positions: list[int] = field(default_factory=list)
@@ -61,5 +66,5 @@ class Step:
     indices: dict[tuple[frozenset[Key], ...], tuple[torch.Tensor | slice, Chosen]] = field(default_factory=dict)
     parts: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)
     """of points that are sums, the terms that were seen"""
-    seen: set[tuple[Key, int]] = field(default_factory=set)
+    seen: set[Read] = field(default_factory=set)
     done: set[Key] = field(default_factory=set)

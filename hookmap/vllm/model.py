@@ -1,12 +1,12 @@
 """`hookmap.open_on_vllm`: a model that vLLM runs, with the captures and interventions of `hookmap.open`."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
-from unittest.mock import patch
 
 from torch import nn
 
@@ -216,7 +216,6 @@ def _llm(
     settings: dict[str, Any],
     made: Callable[[str, dict[str, Any]], Any],
 ) -> Any:
-    chosen_processes = {} if processes is None else {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes))}
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # read when the engine's config is made
     from vllm.engine.arg_utils import EngineArgs
 
@@ -234,12 +233,27 @@ def _llm(
             settings["model_impl"] = chosen.model_impl
             if chosen.why:
                 log.warning("%s: runs on transformers' modules inside vLLM: %s", source, chosen.why)
-        with patch.dict(os.environ, chosen_processes):
+        with _in_processes(processes):
             return made(source, settings)
     except HookmapError:
         raise
     except Exception as error:
         raise ModelError(f"vLLM does not open {source!r}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _in_processes(chosen: bool | None) -> Iterator[None]:
+    """Inside, vLLM's engine starts in processes of its own or in this one; None: as its variable says."""
+    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    before = os.environ.get(name)
+    try:
+        if chosen is not None:
+            os.environ[name] = str(int(chosen))
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def without_weights(source: str, config: Any, running: Any, loads: Mapping[str, Any]) -> nn.Module:

@@ -12,7 +12,7 @@ from hookmap.maps.terms import Term
 
 @dataclass(frozen=True)
 class Place:
-    """Where one point of one layer is read, and where it is written.
+    """Where one point of one layer is read and written.
 
     What a term's module sees is [tokens, ...], without batch; of a term that is not `flat`, of transformers' modules
     inside vLLM, it is [1, tokens, ...].
@@ -20,10 +20,9 @@ class Place:
     vLLM hands the residual stream on as a pair whose sum it is, so that a point may have several terms.
     """
 
-    read: tuple[Term, ...]
-    """the point is the sum of `term.times(tensor, parameter)` over them, in this order"""
-    write: tuple[Term, ...] = ()
-    """at one boundary of one module: the first is given the new value, divided by its scale, and the others zeros"""
+    terms: tuple[Term, ...]
+    """the point is the sum of `term.times(tensor, parameter)` over them, in this order. Where it may be written they are
+    at one boundary of one module: the first is given the new value, divided by its scale, and the others zeros"""
     in_place: bool = False
     """its tensors are overwritten, since others than this module read them; else the module is given other tensors"""
     width: int = 0
@@ -33,7 +32,7 @@ class Place:
     copies: int = 1
     """how many ranks, one after another, hold the same part; all of them, where there is one part"""
     why_not_written: str | None = None
-    """why the point must not be written; None where `write` says where it is"""
+    """why the point must not be written; None where it may"""
 
     def whole(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         """The point, [tokens, ...], of what each rank has of it, in their order."""

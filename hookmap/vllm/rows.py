@@ -113,9 +113,10 @@ def check_positions(segments: Sequence[Segment], positions: torch.Tensor) -> Non
     `positions`: [tokens] of the step, or [axes, tokens] where positions have several (multimodal rotary embeddings).
     """
     fed = (positions if positions.ndim == 1 else positions[0]).cpu().numpy()
-    rows = np.concatenate([np.arange(s.first, s.stop) for s in segments])
-    shifts = np.repeat([s.position - s.first for s in segments], [s.stop - s.first for s in segments])
-    if len(fed) <= rows[-1] or not np.array_equal(fed[rows], rows + shifts):
+    first, stop, position = map(np.array, list(zip(*segments, strict=True))[1:])
+    count = stop - first
+    rows = np.repeat(stop - np.cumsum(count), count) + np.arange(count.sum())
+    if len(fed) <= rows[-1] or not np.array_equal(fed[rows], rows + np.repeat(position - first, count)):
         raise CaptureError(
             "the positions that vLLM feeds the model are not those that its runner tells of: the rows of this step "
             "cannot be told. Please report this with the version of vLLM and the model."

@@ -6,7 +6,7 @@ is known already, and what is not computed at all (a cached prefix) is an error.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from hookmap.vllm.captured import Captured, Cells, Step
 from hookmap.vllm.plans import WorkerEdit, WorkerPlan
 from hookmap.vllm.rows import Segment, StepRows
 from hookmap.vllm.spec import RequestSpec, spec_of
-from hookmap.vllm.taps import Boundary, Read, Taps, Tensors, Write
+from hookmap.vllm.taps import Boundary, Part, Read, Taps, Tensors, Write
 
 IN_PIECES = "vLLM read the prompt in pieces"
 """how the reason of a request begins that may be right where it runs alone"""
@@ -105,9 +105,6 @@ class Session:
                     self._read(step, read, groups, tensors)
                 except _FAILURES as error:
                     _fail(step.involved.values(), error)
-        for read in boundary.reads if step.parts else ():
-            if read.number in (parts := step.parts.get(read.key, {})):
-                parts[read.number] = parts[read.number].clone()  # what the model does next may overwrite a view
 
     def end(self) -> None:
         """The step has run."""
@@ -169,28 +166,30 @@ class Session:
         return sorted(own, key=lambda name: int(name.partition("_")[0]))
 
     def _request(self, name: str) -> Captured | None:
-        if name in self._plain:
-            return None
-        if name not in self.requests:
+        if (known := self.requests.get(name)) is not None:
+            return known
+        if name not in self._plain:
             arguments = self._rows.arguments(name)
             if not arguments or "hookmap" not in arguments:
                 if len(self._plain) > 4096:
                     self._plain = {each for each in self._plain if self._rows.known(each)}
                 self._plain.add(name)
-                return None
-            self.requests[name] = self._new(name, arguments)
-        return self.requests[name]
+            else:
+                self.requests[name] = self._new(name, arguments)
+        return self.requests.get(name)
 
     def _new(self, name: str, arguments: Any) -> Captured:
         self._make_room()
         request = Captured(name, RequestSpec(), self._rows.prompt_tokens(name))
         try:
             spec = request.spec = spec_of(arguments) or RequestSpec()
-            request.selection = spec.rows.selection()
+            selection = request.selection = spec.rows.selection()
+            request.keeps_all = selection.positions == "all" and selection.every == 1
             request.keys = self._keys(spec)
             self._tap(request.keys)
             if spec.edits is not None:
                 request.plan = self._plan(spec)
+            request.reads_tokens = selection.reads_tokens or (request.plan is not None and request.plan.reads_tokens)
         except HookmapError as error:
             request.fail(str(error))
         return request
@@ -240,19 +239,15 @@ class Session:
                 f"tokens {request.next} to {segment.position - 1} were not computed for this request, but read from "
                 "vLLM's prefix cache: it has no rows of them. Send it with skip_reading_prefix_cache=True."
             )
-        reads = request.selection.reads_tokens or (request.plan is not None and request.plan.reads_tokens)
-        tokens = self._rows.token_ids(segment) if reads else None
-        shift = segment.first - segment.position
+        tokens = self._rows.token_ids(segment) if request.reads_tokens else None
         if request.keys:
-            fresh = range(request.next, max(end, request.next))
-            kept: Iterable[int] = fresh
-            if not (request.selection.everything or request.selection.positions == "all"):
+            kept: Sequence[int] = range(request.next, end)
+            if not request.keeps_all:
                 images = frozenset(request.spec.images)
                 wanted = request.selection.wanted(request.prompt_tokens, frozenset(request.spec.matching), images)
-                kept = [p for p in fresh if wanted(p, -1 if tokens is None else tokens[p - segment.position])]
-            elif request.selection.every > 1:
-                kept = [p for p in fresh if p % request.selection.every == 0]
-            slots = self._slots.take(len(kept))  # type: ignore[arg-type]
+                kept = [p for p in kept if wanted(p, -1 if tokens is None else tokens[p - segment.position])]
+            slots = self._slots.take(len(kept))
+            shift = segment.first - segment.position
             request.positions += kept
             request.slots += slots
             rows, into = step.kept.setdefault(request.keys, ([], []))
@@ -329,31 +324,28 @@ class Session:
                 )
 
     def _value(self, write: Write, tensors: Tensors, rows: torch.Tensor) -> torch.Tensor:
-        found = [part.term.times(part.rows(tensors, rows)) for part in write.parts]
-        total: torch.Tensor = found[0]
-        for each in found[1:]:
-            total = total + each
-        return total
+        return _sum([self._share(part, tensors, rows) for part in write.parts])
 
     def _read(self, step: Step, read: Read, groups: tuple[frozenset[Key], ...], tensors: Tensors) -> None:
-        if (read.key, read.number) in step.seen:
+        if read in step.seen:
             raise CaptureError(f"{tensor_name(read.key)}: its module was called more than once in a step of vLLM.")
-        step.seen.add((read.key, read.number))
+        step.seen.add(read)
         rows, slots = self._index(step, groups, tensors[0].device)
-        term = read.part.term
-        parameter = None if term.weight is None else self._parameter_at(term.weight)
-        found = term.times(read.part.rows(tensors, rows), parameter)
-        if (count := self._taps.terms[read.key]) > 1:
+        found = [self._share(part, tensors, rows) for part in read.parts]
+        if read.numbers is not None:
             parts = step.parts.setdefault(read.key, {})
-            parts[read.number] = found
-            if len(parts) < count:
+            for number, share in zip(read.numbers, found, strict=True):
+                parts[number] = share.clone()  # what the model does next may overwrite a view
+            if len(parts) < self._taps.terms[read.key]:
                 return
-            del step.parts[read.key]
-            found = parts[0]
-            for number in range(1, count):
-                found = found + parts[number]
-        self.slabs.put(read.key, slots, found)
+            found = [parts[number] for number in sorted(parts)]
+        self.slabs.put(read.key, slots, _sum(found))
         step.done.add(read.key)
+
+    def _share(self, part: Part, tensors: Tensors, rows: torch.Tensor | slice) -> torch.Tensor:
+        parameter = None if part.term.weight is None else self._parameter_at(part.term.weight)
+        found: torch.Tensor = part.term.times(part.rows(tensors, rows), parameter)
+        return found
 
     def _index(
         self, step: Step, groups: tuple[frozenset[Key], ...], device: torch.device
@@ -366,6 +358,13 @@ class Session:
             where = slice(rows[0], rows[-1] + 1) if whole else torch.tensor(rows, dtype=torch.long, device=device)
             step.indices[groups] = where, Chosen(slots)
         return step.indices[groups]
+
+
+def _sum(terms: list[torch.Tensor]) -> torch.Tensor:
+    total = terms[0]
+    for each in terms[1:]:
+        total = total + each
+    return total
 
 
 _FAILURES = (HookmapError, RuntimeError, LookupError, TypeError, ValueError)

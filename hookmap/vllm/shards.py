@@ -26,4 +26,4 @@ def sharded(whole: ModelPlaces, rank: ModelPlaces, ranks: int) -> ModelPlaces:
 
 
 def _boundaries(place: Place) -> list[str]:
-    return list(map(str, (*place.read, *place.write)))
+    return list(map(str, place.terms))

@@ -56,14 +56,14 @@ class Part:
         return tensor if self.term.flat else tensor[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # it is a key in each step
 class Read:
-    """One term of a point that is read here."""
+    """A point that is read here, or some of its terms."""
 
     key: Key
-    number: int
-    """which of the point's terms"""
-    part: Part
+    parts: tuple[Part, ...]
+    numbers: tuple[int, ...] | None = None
+    """which of the point's terms they are; None: all"""
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ class Taps:
         """`compiled`: whether vLLM will compile the model."""
         self._model, self.compiled = model, compiled
         self.boundaries: dict[tuple[str, str], Boundary] = {}
-        self.terms = {key: len(place.read) for key, place in found.places.items()}
+        self.terms = {key: len(place.terms) for key, place in found.places.items()}
         """how many terms each point is the sum of"""
-        self.written = {key for key, place in found.places.items() if place.write}
+        self.written = {key for key, place in found.places.items() if place.why_not_written is None}
         self.tapped: set[Key] = set()
         """points that can be captured and written now"""
         self._of: dict[Key, set[tuple[str, str]]] = {}
@@ -150,14 +150,17 @@ class Taps:
         self._awake: Iterable[int] = ()
         order = {s.key: s.forward_index for s in found.map.selectors(found.map.points)}
         for key, place in sorted(found.places.items(), key=lambda item: order.get(item[0], 0)):
-            for number, term in enumerate(place.read):
-                at = self._at(key, term)
-                at.reads.append(Read(key, number, at.part(term)))
-            if place.write:
-                at = self._at(key, place.write[0])
-                at.writes.append(Write(key, tuple(at.part(term) for term in place.write)))
+            there: dict[tuple[str, str], list[int]] = {}
+            for number, term in enumerate(place.terms):
+                there.setdefault((term.module, term.side), []).append(number)
+            for numbers in there.values():
+                at = self._at(key, place.terms[numbers[0]])
+                parts = tuple(at.part(place.terms[number]) for number in numbers)
+                at.reads.append(Read(key, parts, None if len(there) == 1 else tuple(numbers)))
+            if place.why_not_written is None:
+                at.writes.append(Write(key, parts))
                 if not place.in_place:
-                    at.replaced |= {part.tensor for part in at.writes[-1].parts}
+                    at.replaced |= {part.tensor for part in parts}
 
     def tap(self, keys: Iterable[Key]) -> None:
         """Put hooks where these points are read and written. Raises CaptureError for points that cannot be reached."""

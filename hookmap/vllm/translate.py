@@ -44,13 +44,13 @@ def translated(seen: ArchitectureMap, joined: Values, values: Values, batch: boo
 
 def _apart(places: dict[Key, Place]) -> dict[Key, Place]:
     """Refuses to write what one module reads where the same tensor is written as the stream itself."""
-    stream = {_where(term): key for key, place in places.items() if place.in_place for term in place.write}
+    stream = {_where(term): key for key, place in places.items() if place.in_place for term in place.terms}
     found = {}
     for key, place in places.items():
-        other = next((stream[_where(term)] for term in place.write if _where(term) in stream), None)
-        if other is not None and not place.in_place:
+        other = next((stream[_where(term)] for term in place.terms if _where(term) in stream), None)
+        if other is not None and not place.in_place and place.why_not_written is None:
             why = f"it is the same tensor as {tensor_name(other)}, which is written there: write that one"
-            place = replace(place, write=(), why_not_written=why)
+            place = replace(place, why_not_written=why)
         found[key] = place
     return found
 
@@ -191,7 +191,7 @@ class _Translation:
             why = _READ_BEFORE if len(selector.terms) == 1 else f"no one module holds it: {selector}"
             return Place(selector.terms, width=width, why_not_written=why)
         terms, how = where
-        return Place(selector.terms, terms, in_place=how == "in place", width=width)
+        return Place(terms, in_place=how == "in place", width=width)
 
     def _width(self, term: Term) -> int:
         if term.heads is not None:

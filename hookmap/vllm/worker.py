@@ -141,7 +141,7 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
 
         Raises SelectionError where the final norm is not one module's output.
         """
-        terms = self._found.places[FINAL_NORM].read if FINAL_NORM in self._found.places else ()
+        terms = self._found.places[FINAL_NORM].terms if FINAL_NORM in self._found.places else ()
         if len(terms) != 1 or terms[0].side != "output":
             raise SelectionError("no lens: the final norm of this model is not the output of one module.")
         model = self.model_runner.get_model()

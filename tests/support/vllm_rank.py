@@ -21,7 +21,7 @@ class Watching:
     def watch(self) -> int:
         """Hooks on every place; returns how many points there are."""
         self.places = discover(self.vllm_config).places
-        self._watched = watched(self.model_runner.model, {key: place.read for key, place in self.places.items()})
+        self._watched = watched(self.model_runner.model, {key: place.terms for key, place in self.places.items()})
         self._read = self._watched.__enter__()
         return len(self.places)
 

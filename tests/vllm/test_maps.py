@@ -37,31 +37,32 @@ def places(llama: Path) -> ModelPlaces:
     return discover(config_of(llama))
 
 
-def read(places: ModelPlaces, *key: Any) -> str:
-    return " + ".join(map(str, places.places[key].read))
-
-
-def written(places: ModelPlaces, *key: Any) -> list[str]:
-    return list(map(str, places.places[key].write))
+def of(places: ModelPlaces, *key: Any) -> str:
+    """Where a point is read and written."""
+    place = places.places[key]
+    return " + ".join(map(str, place.terms)) + ("" if place.why_not_written is None else ", not written")
 
 
 def test_a_stream_in_two_tensors_is_the_sum_of_both(places: ModelPlaces) -> None:
-    assert read(places, "resid_pre", 1) == "model.layers.1.input[1] + model.layers.1.input[2]"
-    assert read(places, "resid_post", 1) == "model.layers.1.output[0] + model.layers.1.output[1]"
+    assert of(places, "resid_pre", 1) == "model.layers.1.input[1] + model.layers.1.input[2]"
+    assert of(places, "resid_post", 1) == "model.layers.1.output[0] + model.layers.1.output[1]"
 
 
 def test_the_first_block_is_given_one_tensor(places: ModelPlaces) -> None:
-    assert read(places, "resid_pre", 0) == "model.layers.0.input[1]"
+    assert of(places, "resid_pre", 0) == "model.layers.0.input[1]"
 
 
-def test_the_middle_of_the_stream_is_written_before_the_norm_that_shows_it(places: ModelPlaces) -> None:
+def test_the_middle_of_the_stream_is_where_the_norm_reads_it_and_the_map_names_what_the_norm_shows(
+    places: ModelPlaces,
+) -> None:
     norm = "model.layers.1.post_attention_layernorm"
-    assert read(places, "resid_mid", 1) == f"{norm}.output[1]"
-    assert written(places, "resid_mid", 1) == [f"{norm}.input[0]", f"{norm}.input[1]"]
+    assert of(places, "resid_mid", 1) == f"{norm}.input[0] + {norm}.input[1]"
+    [selector] = places.map.selectors({"resid_mid": [1]})
+    assert [*map(str, selector.terms)] == [f"{norm}.output[1]"]
 
 
 def test_queries_keys_and_values_are_parts_of_one_projection(places: ModelPlaces) -> None:
-    terms = [places.places[point, 2].read[0] for point in ("q", "k", "v")]
+    terms = [places.places[point, 2].terms[0] for point in ("q", "k", "v")]
     assert {str(term) for term in terms} == {"model.layers.2.self_attn.qkv_proj.output[0]"}
     assert [(term.heads.start, term.heads.stop, term.heads.d_head) for term in terms if term.heads] == [
         (0, 64, 32), (64, 96, 32), (96, 128, 32),
@@ -70,10 +71,10 @@ def test_queries_keys_and_values_are_parts_of_one_projection(places: ModelPlaces
 
 def test_rotated_queries_are_read_and_written_where_attention_is_given_them(places: ModelPlaces) -> None:
     for point, index, width in (("q_rot", 0, 64), ("k_rot", 1, 32)):
-        term = places.places[point, 2].read[0]  # all layers share the rotary embedding's module
+        term = places.places[point, 2].terms[0]  # all layers share the rotary embedding's module
         assert (str(term), term.operation) == (f"model.layers.2.self_attn.attn.input[{index}]", None)
         assert term.heads is not None and (term.heads.start, term.heads.stop, term.heads.d_head) == (0, width, 32)
-        assert written(places, point, 2) == [str(term)]
+        assert of(places, point, 2) == str(term)
 
 
 @pytest.mark.parametrize("point", ["attn_scores", "pattern", "mlp_pre", "mlp_pre_linear", "mixer_norm_scale"])
@@ -186,7 +187,7 @@ def test_what_its_own_modules_do_not_show_is_looked_for_in_those_of_transformers
     backend = choose(lambda implementation: config_of(folder, model_impl=implementation))
     assert backend.model_impl == "transformers"
     assert "its modules in vLLM cannot be read" in backend.why
-    assert not backend.places.places["resid_pre", 1].read[0].flat
+    assert not backend.places.places["resid_pre", 1].terms[0].flat
     assert "transformers' modules inside vLLM" in backend.places.map.discovered_by
 
 
@@ -225,7 +226,7 @@ def family(request: pytest.FixtureRequest, checkpoints: dict[str, Path], expecte
 def test_every_point_is_what_transformers_has_there(family: tuple[vllm_families.OnVllm, Any]) -> None:
     engine, expected = family
     places = discover(engine.worker.vllm_config)
-    rows = engine.rows({key: place.read for key, place in places.places.items()})
+    rows = engine.rows({key: place.terms for key, place in places.places.items()})
     distances = {key: vllm_families.distance(rows[key], expected[key]) for key in rows.keys() & expected.keys()}
     assert {key: far for key, far in distances.items() if not far < CLOSE} == {}
     assert {"resid_pre", "mixer_out", "mlp_out", "resid_post", "q", "k", "v", "z"} <= {key[0] for key in distances}
@@ -242,7 +243,7 @@ def test_the_map_is_right_where_vllm_computes_other_numbers(model_type: str, tmp
         engine = vllm_families.OnVllm(folder)
         try:
             places = discover(engine.worker.vllm_config)
-            rows = engine.rows({key: place.read for key, place in places.places.items()})
+            rows = engine.rows({key: place.terms for key, place in places.places.items()})
         finally:
             engine.close()
     distances = {key: vllm_families.distance(rows[key], expected[key]) for key in rows.keys() & expected.keys()}
@@ -255,7 +256,7 @@ def test_another_place_is_far_from_it(family: tuple[vllm_families.OnVllm, Any]) 
     """What the test above compares can fail: one half of the stream, or the stream one layer on, is another tensor."""
     engine, expected = family
     places = discover(engine.worker.vllm_config)
-    wrong = {("resid_pre", 1): places.places["resid_pre", 2].read, ("z", 1): places.places["z", 2].read}
+    wrong = {("resid_pre", 1): places.places["resid_pre", 2].terms, ("z", 1): places.places["z", 2].terms}
     rows = engine.rows(wrong)
     assert all(vllm_families.distance(rows[key], expected[key]) > 0.1 for key in wrong)
     assert all(torch.isfinite(rows[key]).all() for key in wrong)

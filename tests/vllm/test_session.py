@@ -57,7 +57,8 @@ class Worker:
     def __init__(self, checkpoint: Path, untaken_bytes: int = 2**32, **asked: Any) -> None:
         term, branch = (Term(module, "output", None, flat=True) for module in ("block", "branch"))
         self.model = Model()
-        found = ModelPlaces(hookmap.discover(checkpoint), {KEY: Place((term,), (term,)), SUM: Place((term, branch))})
+        places = {KEY: Place((term,)), SUM: Place((term, branch), why_not_written="no one module holds it")}
+        found = ModelPlaces(hookmap.discover(checkpoint), places)
         taps = Taps(self.model, found, compiled=False)
         self.rows = Scripted({name: {"hookmap": document} for name, document in asked.items()})
         self.session = Session(self.rows, found.map, taps, taps.tap, lambda path: torch.ones(1), untaken_bytes)

@@ -71,11 +71,13 @@ from support.on_vllm import POINTS, SETTINGS, prompts
 from hookmap.vllm import run
 
 run.HELD_BYTES = 1
-with hookmap.open_on_vllm(sys.argv[1], eager=True, processes=True, max_num_seqs=4, **SETTINGS) as model:
-    print("opened", flush=True)
-    model.capture(prompts(400, 9), POINTS, max_new_tokens=8, store=sys.argv[2], resume=len(sys.argv) > 3)
-    print("captured", flush=True)
+folder, store, executor = sys.argv[1:]
+how = {"processes": True, "distributed_executor_backend": executor}
+with hookmap.open_on_vllm(folder, eager=True, max_num_seqs=4, **how, **SETTINGS) as model:
+    model.capture(prompts(400, 9), POINTS, max_new_tokens=8, store=store)
 """
+WHOM = {"engine": b"EngineCore", "worker": b"Worker"}
+"""what vLLM calls these processes"""
 
 
 def children(process: int) -> list[int]:
@@ -85,12 +87,12 @@ def children(process: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["engine", "client"])
+@pytest.mark.parametrize("whom", ["worker", "engine", "client"])
 def test_a_kill_loses_nothing_that_is_finished(checkpoint: Path, plain: Plain, tmp_path: Path, whom: str) -> None:
     folder, tests = tmp_path / "run", Path(__file__).parent.parent
     client = subprocess.Popen(
-        [sys.executable, "-c", CLIENT, str(checkpoint), str(folder)], cwd=tests, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, "-c", CLIENT, str(checkpoint), str(folder), "mp" if whom == "worker" else "uni"], cwd=tests,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     workers: list[int] = []
     try:
@@ -99,14 +101,14 @@ def test_a_kill_loses_nothing_that_is_finished(checkpoint: Path, plain: Plain, t
             assert client.poll() is None and time.monotonic() < until, client.stderr and client.stderr.read()[-3000:]
             time.sleep(0.02)
         workers = children(client.pid)
-        engines = [each for each in workers if b"EngineCore" in Path(f"/proc/{each}/cmdline").read_bytes()]
-        os.kill(engines[0] if whom == "engine" else client.pid, signal.SIGKILL)
+        named = [each for each in workers if WHOM.get(whom, b"?") in Path(f"/proc/{each}/cmdline").read_bytes()]
+        os.kill(client.pid if whom == "client" else named[0], signal.SIGKILL)
         client.wait(timeout=120)
     finally:
         for each in [client.pid, *workers]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each, signal.SIGKILL)
-    if whom == "engine":
+    if whom != "client":
         assert client.stderr is not None and "vLLM's engine has died" in client.stderr.read()
     half = hookmap.open_store(folder)
     assert not half.manifest.finished and 12 <= len(half) < 400
