@@ -47,7 +47,7 @@ def plain_vllm(given: argparse.Namespace) -> Runs:
 
 
 def hookmap_on_vllm(given: argparse.Namespace) -> Runs:
-    """Nothing captured, three layers in memory, all of them into a folder."""
+    """Nothing captured, three layers in memory, all of them in memory and into a folder."""
     import hookmap
 
     model = hookmap.open_on_vllm(given.model, taps=POINTS, **settings(given))
@@ -56,6 +56,7 @@ def hookmap_on_vllm(given: argparse.Namespace) -> Runs:
     return {
         "idle taps": lambda: model.generate(asked, **options),
         "3 layers x 2 points": lambda: model.capture(asked, POINTS, [middle - 2, middle, middle + 2], **options),
+        "all layers x 2 points": lambda: model.capture(asked, POINTS, **options),
         "all layers x 2 points to disk": lambda: model.capture(
             asked, POINTS, store=Path(given.folder) / str(next(numbers)), **options
         ),

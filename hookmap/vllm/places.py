@@ -21,8 +21,8 @@ class Place:
     """
 
     terms: tuple[Term, ...]
-    """the point is the sum of `term.times(tensor, parameter)` over them, in this order. Where it may be written they are
-    at one boundary of one module: the first is given the new value, divided by its scale, and the others zeros"""
+    """the point is the sum of `term.times(tensor, parameter)` over them, in this order. Where it may be written, they
+    are at one boundary of one module: the first is given the new value, divided by its scale, and the others zeros"""
     in_place: bool = False
     """its tensors are overwritten, since others than this module read them; else the module is given other tensors"""
     width: int = 0

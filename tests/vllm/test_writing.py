@@ -12,8 +12,11 @@ from support.tiny_tokenizer import tiny_tokenizer
 import hookmap
 from hookmap.errors import InterventionError
 
-FAMILIES = ("qwen3", "gemma2", "gpt2", "olmo2")
-"""with norms of heads; in a sandwich of norms; with one projection for q, k and v and biases; transformers' modules"""
+FAMILIES = ("qwen3", "gemma2", "gpt2", "olmo2", "exaone4")
+"""with norms of heads; in a sandwich of norms; with one projection for q, k and v and biases; transformers' modules;
+vLLM's own without a norm before a branch"""
+BARE = ("olmo2", "exaone4")
+"""their branches read the stream itself"""
 ASKED = [[1, 4, 9, 77, 31], [2, 5, 8, 200, 11, 13, 90, 54], [3] * 30]
 NEW = 6
 WATCHED = ["resid_pre", "resid_mid", "mixer_out", "mlp_out", "resid_post"]
@@ -33,10 +36,8 @@ EDITS: dict[str, list[dict[str, Any]]] = {
         {"do": "ablate", "point": "mixer_out", "layers": [0]},
         {"do": "noise", "point": "mlp_out", "layers": [1], "std": 1.0},
     ],
-    "reads": [
-        {"do": "scale", "point": "mixer_in", "layers": [1], "factor": -0.4},
-        {"do": "scale", "point": "mlp_in", "layers": [2], "factor": 2.0},
-    ],
+    "what the mixer reads": [{"do": "scale", "point": "mixer_in", "layers": [1], "factor": -0.4}],
+    "what the MLP reads": [{"do": "scale", "point": "mlp_in", "layers": [2], "factor": 2.0}],
     "inside": [
         {"do": "scale", "point": "z", "layers": [0, 2], "heads": [1], "factor": -3.0},
         {"do": "clamp", "point": "mlp_post", "layers": "all", "feature": 5, "value": 4.0},
@@ -77,7 +78,7 @@ def test_edits_are_those_of_the_hooks_engine(expected: Any, family: str) -> None
     settings = {**SETTINGS, **SCARCE, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 24}
     with hookmap.open_on_vllm(folder, eager=True, **settings) as model:
         for name, run in runs.items():
-            if family == "olmo2" and name == "reads":  # no norm is before its MLP
+            if family in BARE and name == "what the MLP reads":
                 with pytest.raises(InterventionError, match=r"mlp_in of layer 2 .* the same tensor as resid_mid\.2"):
                     model.generate(ASKED, EDITS[name], max_new_tokens=2)
                 continue
