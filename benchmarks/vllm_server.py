@@ -77,7 +77,7 @@ def ask(
     url: str, size: tuple[int, int], number: int, captured: bool, began: threading.Event | None = None
 ) -> tuple[int, float]:
     """Tokens that came, and seconds to the first of them. `began` is set when that has come."""
-    name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+    name = httpx.get(f"{url}/v1/models", timeout=600).json()["data"][0]["id"]
     body: dict[str, Any] = {"model": name, "prompt": prompt(size[0], number), "max_tokens": size[1], "temperature": 0}
     body |= {"stream": True, "stream_options": {"include_usage": True}, **({"hookmap": POINTS} if captured else {})}
     start, first, tokens = time.perf_counter(), 0.0, 0

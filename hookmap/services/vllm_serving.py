@@ -69,10 +69,27 @@ def install() -> None:
 
     generate.plain = plain  # type: ignore[attr-defined]
     AsyncLLM.generate = generate
+    AsyncLLM.shutdown = _shutting_down(AsyncLLM.shutdown)
     for places, wrap in ((SERVED, _answering), (REFUSING, _refusing)):
         for module, name, method in places:
             kind = getattr(importlib.import_module(module), name)
             setattr(kind, method, wrap(getattr(kind, method)))
+
+
+def _shutting_down(shutdown: Callable[..., None]) -> Callable[..., None]:
+    """Requests that run end with the engine: vLLM 0.32 leaves them waiting, and its server waits for them."""
+
+    @functools.wraps(shutdown)
+    def shut_down(self: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        shutdown(self, *args, **kwargs)
+        handler = getattr(self, "output_handler", None)
+        if handler is not None and NAME in (self.vllm_config.additional_config or {}):
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                handler.get_loop().call_soon_threadsafe(self.output_processor.propagate_error, EngineDeadError())
+
+    return shut_down
 
 
 def field_of(request: Any) -> tuple[str, Any] | None:
