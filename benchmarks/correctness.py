@@ -58,9 +58,9 @@ def main() -> None:
     from tables import printed, write, wrong_of
 
     if given.write:
-        write(ledger.lines, CHECKOUT / "docs")
+        write(ledger.lines, len(every_type()), CHECKOUT / "docs")
     else:
-        print(printed(ledger.lines))
+        print(printed(ledger.lines, len(every_type())))
     if own := wrong_of("hookmap", ledger.lines):
         raise SystemExit(f"hookmap gives another tensor than it says: {', '.join(own)}")
 

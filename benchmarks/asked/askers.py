@@ -254,8 +254,8 @@ def torchlens(folder: Path, asked: Asked, said: Said) -> None:
 def output_of(module: Any) -> torch.Tensor:
     try:
         return value_of(module.out)
-    except ValueError:  # several outputs
-        return value_of(module.outs[0])
+    except ValueError:  # several outputs: [batch, pos, width], and not the weights
+        return next(value_of(out) for out in module.outs if value_of(out).ndim == 3)
 
 
 def value_of(facet: Any) -> torch.Tensor:

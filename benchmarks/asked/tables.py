@@ -19,13 +19,16 @@ REASONS = 6
 Lines = dict[str, dict[str, Any]]
 
 
-def printed(lines: Lines) -> str:
-    return "\n".join(f"{name}\n\n{text}" for name, text in {**tables(lines), "classes": by_class(lines)}.items())
+def printed(lines: Lines, every: int) -> str:
+    return "\n".join(f"{name}\n\n{text}" for name, text in {**tables(lines, every), "classes": by_class(lines)}.items())
 
 
-def write(lines: Lines, docs: Path) -> None:
-    """Raises SystemExit where a page has no place for a table."""
-    for page, found in (("comparison.md", tables(lines)), ("comparison-classes.md", {"classes": by_class(lines)})):
+def write(lines: Lines, every: int, docs: Path) -> None:
+    """`every`: how many classes there are. Raises SystemExit where a page has no place for a table."""
+    for page, found in (
+        ("comparison.md", tables(lines, every)),
+        ("comparison-classes.md", {"classes": by_class(lines)}),
+    ):
         path = docs / page
         text = path.read_text(encoding="utf-8")
         for name, table in found.items():
@@ -38,17 +41,17 @@ def write(lines: Lines, docs: Path) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def tables(lines: Lines) -> dict[str, str]:
+def tables(lines: Lines, every: int) -> dict[str, str]:
     asked = {name: line for name, line in lines.items() if line["said"]}
     return {
-        "asked": _asked(lines, asked),
+        "asked": _asked(lines, asked, every),
         "points": _points(asked),
         "wrong": _wrong(asked),
         "refused": _refused(asked),
     }
 
 
-def _asked(lines: Lines, asked: Lines) -> str:
+def _asked(lines: Lines, asked: Lines, every: int) -> str:
     """What ran, in sentences."""
     images = sum(name.endswith("+image") for name in asked)
     recorded = sum(line["recorded"] for line in asked.values())
@@ -65,7 +68,8 @@ def _asked(lines: Lines, asked: Lines) -> str:
         f"{recorded} of them the blocks that plain hooks find read what transformers records as `hidden_states`. "
         f"{ran}."
     )
-    told += f" Not all classes were asked of: {', '.join(fewer)}." if fewer else ""
+    told += f" **Not a whole run: there are {every} classes.**" if len(lines) < every else ""
+    told += f" Fewer were asked of some: {', '.join(fewer)}." if fewer else ""
     told += f" Left out, for no plain reference was made ({len(left)}): {', '.join(left)}." if left else ""
     return told + "\n"
 

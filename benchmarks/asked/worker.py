@@ -1,7 +1,7 @@
 """Asks one program for many models: `PYTHON worker.py PROGRAM CHECKPOINTS ANSWERS TYPES`, in its own environment.
 
-Imports the program once. Each model then has a process of its own, with a limit of time and of memory: whatever it
-does, the next one is asked.
+Imports the program once. Each model then has a process of its own, with a limit of processor time and of memory:
+whatever it does, the next one is asked.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -20,6 +21,9 @@ import torch
 from askers import PACKAGES, PROGRAMS, Asked, Said, in_a_line
 
 SECONDS = 240
+"""of processor time: the machine may be busy"""
+PATIENCE = 20
+"""times as long by the clock, for what waits and computes nothing"""
 MODULES = "modules.list"
 MEMORY = 10 * 2**30
 
@@ -38,9 +42,10 @@ def main(program: str, checkpoints: Path, answers: Path, types: list[str]) -> No
                 ask(program, checkpoints / model_type, answers / model_type)
             finally:
                 os._exit(0)
-        ended = wait(child, begun + SECONDS)
+        ended = wait(child, begun + PATIENCE * SECONDS)
         if not (answers / f"{model_type}.json").exists():
-            why = f"its process ended with {ended}" if ended is not None else f"not done after {SECONDS} s"
+            late = ended is None or os.WTERMSIG(ended) == signal.SIGXCPU
+            why = f"not done after {SECONDS} s of processor time" if late else f"its process ended with status {ended}"
             Said(failed={"load": why}).save(answers / model_type)
         import_like(answers / MODULES)
         print(program, model_type, f"{time.monotonic() - begun:.1f} s", flush=True)
@@ -53,6 +58,7 @@ def versions(program: str) -> str:
 
 def ask(program: str, checkpoint: Path, answer: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     torch.set_num_threads(1)
     logging.disable(logging.ERROR)
     quiet = os.open(os.devnull, os.O_WRONLY)
