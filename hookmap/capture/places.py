@@ -14,7 +14,7 @@ from hookmap.errors import CaptureError, HookmapError, SelectionError
 from hookmap.loading.encoder_decoder import with_source
 from hookmap.maps.points import is_place
 from hookmap.maps.selectors import Selector
-from hookmap.maps.terms import Term
+from hookmap.maps.terms import PlaceError, Term
 from hookmap.wording import did_you_mean, sentence
 
 _SIZES = ((2, 5), (3, 5), (2, 7), (1, 5))
@@ -77,7 +77,8 @@ class Places:
         except HookmapError as error:
             if len(there) > 1:  # which of them it is: each alone
                 return found | {p: made for p, term in there.items() for made in self._measure({p: term}).values()}
-            return found | dict.fromkeys(there, str(error))
+            said = error.seen if isinstance(error, PlaceError) else str(error)  # no map named this place
+            return found | dict.fromkeys(there, said)
         for place, term in there.items():
             try:
                 found[place] = _axes_of(term, [tensors[place] for tensors in seen])

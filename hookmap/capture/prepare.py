@@ -263,7 +263,7 @@ def _check_vocabulary(engine: Engine, prompts: Sequence[Prompt]) -> None:
         if wrong:
             raise TokenizerError(
                 f"prompt {number} has token ids {wrong[:5]}, and the model's vocabulary is 0 to {size - 1}. "
-                "The tokenizer is another model's."
+                "Give this model's own tokenizer, or ids that it made."
             )
 
 

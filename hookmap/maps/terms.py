@@ -11,6 +11,15 @@ from hookmap.maps.grammar import operation_text
 from hookmap.maps.templates import Heads, boundary
 
 
+class PlaceError(CaptureError):
+    """A place that a run does not have."""
+
+    def __init__(self, seen: str, why: str) -> None:
+        super().__init__(f"{seen} {why}")
+        self.seen = seen
+        """what stands there, without a cause: nobody may have mapped it"""
+
+
 @dataclass(frozen=True)
 class Term:
     """One tensor at the boundary of a module, or of an operation in its forward, times a constant and a parameter.
@@ -162,13 +171,12 @@ class Term:
         grouped = value.unflatten(-1, (heads.groups, pitch))[..., heads.start : heads.stop]
         return grouped.unflatten(-1, (-1, heads.d_head)).flatten(-3, -2)
 
-    def _wrong(self, found: str) -> CaptureError:
+    def _wrong(self, found: str) -> PlaceError:
         why = "The map was made for another version of this model: run `hookmap discover` again."
         if self.axes is not None and "key" in self.axes:
             why = 'Attention weights need eager attention: load the model with attn_implementation="eager".'
-        return CaptureError(
-            f"{self} is not there: expected a tensor at index {self.index!r} of the {self.side}, found {found}. {why}"
-        )
+        where = f"as the {self.side}" if self.index is None else f"at index {self.index!r} of the {self.side}"
+        return PlaceError(f"{self} is not there: expected a tensor {where}, found {found}.", why)
 
     def __str__(self) -> str:
         if self.experts is not None:

@@ -385,7 +385,7 @@ def test_settings_that_have_no_row_for_each_token_are_refused(
         ([], "no prompts"),
         ([[]], "no tokens"),
         ([""], "no tokens"),
-        ([[1, 2, 500]], "vocabulary is 0 to 96"),
+        ([[1, 2, 500]], "vocabulary is 0 to 96. Give this model's own tokenizer, or ids that it made"),
         ([3.5], "expected a string"),
         ([[{"content": "no role"}]], "expected a string"),
         (None, "got NoneType"),

@@ -268,14 +268,17 @@ def test_rows_of_keys_take_no_vector_and_no_mean(do: dict[str, Any]) -> None:
         (f"{ATTENTION}:mul.input", ("mul#0", "mul#4")),
         (f"{ATTENTION}:nothing.output", ("nothing", "_softmax")),
         (f"{ATTENTION}:_softmax.input[4]", ("[4]",)),
+        (f"{ATTENTION}.output", ("as the output", "tuple")),
+        ("model.layers.{i}.mlp.output[0]", ("index 0 of the output", "a bare tensor")),
         ("model.rotary_emb.output[0]", ("[1, 5, 8]",)),
         ("model.layers.{i}.self attn.output", ("quotes",)),
         ("2 * model.layers.{i}.mlp.output", ("factor",)),
     ],
 )
 def test_a_place_that_is_not_there_says_what_is(place: str, named: tuple[str, ...]) -> None:
-    with raises(hookmap.SelectionError, *named):
+    with raises(hookmap.SelectionError, *named) as caught:
         opened("llama").capture(RAGGED, [place], [1] if "{i}" in place else "all", max_new_tokens=0)
+    assert "another version" not in str(caught.value)  # the user named it: no map is to blame
 
 
 class OneMore(nn.Module):
