@@ -8,6 +8,11 @@ _POINTER_BYTES = 1024
 """which a pointer never has: three short lines"""
 
 
+def why_no_file(path: Path) -> str:
+    """What is wrong with a path that is not a file."""
+    return f"{path} is a folder: expected a file." if path.is_dir() else f"{path}: there is no such file."
+
+
 def is_pointer(path: Path) -> bool:
     """Whether this is a Git LFS pointer instead of the file's content."""
     try:

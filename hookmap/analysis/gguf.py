@@ -18,6 +18,7 @@ import torch
 from hookmap.analysis.steering import About, SteeringVector, from_file, load_vector
 from hookmap.errors import StoreError
 from hookmap.extras import needed
+from hookmap.placeholders import why_no_file
 from hookmap.stores.durable_files import writing
 
 ARCHITECTURE = "controlvector"
@@ -65,7 +66,7 @@ def write_gguf(vector: SteeringVector, path: str | Path, model_hint: str | None 
 def read_gguf(path: str | Path) -> SteeringVector:
     """Read the control vector in a GGUF file. Raises StoreError, with what was found, for another file."""
     if not Path(path).is_file():
-        raise StoreError(f"{path}: there is no such file.")
+        raise StoreError(why_no_file(Path(path)))
     try:
         reader = _gguf().GGUFReader(path)
         fields = {name: _text(field) for name, field in reader.fields.items()}

@@ -60,7 +60,9 @@ class Kind(Generic[R]):
         return self._read(data, path)
 
     def refuse_used(self, folder: str | os.PathLike[str]) -> None:
-        """Raises StoreError where the folder holds some already."""
+        """Raises StoreError where the folder holds some already, or is a file."""
+        if local(folder).is_file():
+            raise StoreError(f"{folder} is a file: expected a new folder. Write to another one: -o DIR")
         if (local(folder) / self.file).exists():
             raise StoreError(
                 f"{folder} already holds {self.name}. Go on with them (resume=True, --resume), or write to another "

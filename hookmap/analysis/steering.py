@@ -29,7 +29,7 @@ from hookmap.maps.calls import listed
 from hookmap.maps.describe import layers_text
 from hookmap.maps.points import parse_point
 from hookmap.maps.selectors import Selector
-from hookmap.placeholders import is_pointer, pointers_told
+from hookmap.placeholders import is_pointer, pointers_told, why_no_file
 from hookmap.stores.durable_files import writing
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def load_vector(path: str | Path) -> SteeringVector:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise StoreError(f"{path}: there is no such file. Make one: hookmap vector make --pairs FILE.jsonl -o {path}")
+        new = f"{path}/FILE.safetensors" if Path(path).is_dir() else path
+        raise StoreError(f"{why_no_file(Path(path))} Make one: hookmap vector make --pairs FILE.jsonl -o {new}")
     if is_pointer(Path(path)):
         raise StoreError(pointers_told(Path(path).parent, [Path(path).name]))
     try:

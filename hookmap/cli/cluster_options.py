@@ -34,10 +34,12 @@ def cluster_of(engine: str, given: dict[str, Any], settings: dict[str, Any]) -> 
     """
     names = ("workers", "address", "cpus_per_worker", "gpus_per_worker", "eager")
     found = {name: value for name in names if (value := given.pop(name)) is not None}
-    taken = {"ray": names[:-1], "remote": ("address",), "vllm": ("eager",)}.get(engine, ())
+    of_engines = {"ray": names[:-1], "remote": ("address",), "vllm": ("eager",)}
+    taken = of_engines.get(engine, ())
     if wrong := [name for name in found if name not in taken]:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
-        raise click.UsageError(f"{flags} needs --engine {'vllm' if wrong == ['eager'] else 'ray'}")
+        needed = {name: " or ".join(each for each, takes in of_engines.items() if name in takes) for name in wrong}
+        told = (f"--{name.replace('_', '-')} needs --engine {engines}" for name, engines in needed.items())
+        raise click.UsageError(", ".join(told))
     return {name: settings[name] for name in taken if name in settings} | found if taken else None
 
 

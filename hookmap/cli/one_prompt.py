@@ -32,7 +32,9 @@ options = option_group(
 
 def check_prompt(given: dict[str, Any]) -> None:
     """Before a model is loaded. Raises click.UsageError."""
-    if given["images"] and not given["prompt"]:
+    if given["prompt"] == "":
+        raise click.UsageError("--prompt is empty: give a text, or leave --prompt out for the default one")
+    if given["images"] and given["prompt"] is None:
         raise click.UsageError("--image goes with --prompt: which text stands behind it?")
 
 
@@ -40,7 +42,7 @@ def chosen_prompt(hm: "HookedModel", given: dict[str, Any]) -> "Prompt":
     """The prompt with its images, followed by the answer. `given` loses the options of the chat template."""
     how = templating(given, load_settings())
     prompt, answer = given["prompt"], given["answer"]
-    if not prompt:
+    if prompt is None:
         prompt, answer = DEFAULT_PROMPT, DEFAULT_ANSWER if answer is None else answer
         click.echo(f"prompt: {prompt} (the default; give your own with --prompt and --answer)", err=True)
         how = of_default_prompt(hm.tokenizer, how)

@@ -352,6 +352,11 @@ def test_layers_that_are_none_are_wrong_usage(text: str) -> None:
         (("inspect", "run", "--texts", "-1"), "x>=0"),
         (("capture", "--points", "embed", "--prompt", "a", "--prompts", "p.jsonl"), "not both"),
         (("discover", "--jsn"), "--json"),
+        (("lens", "--prompt", ""), "--prompt is empty"),
+        (("attribute", "--prompt", ""), "--prompt is empty"),
+        (("saliency", "--prompt", "", "--target", "a"), "--prompt is empty"),
+        (("capture", "--points", "embed", "--address", "auto"), "--address needs --engine ray or remote"),
+        (("capture", "--points", "embed", "--eager", "--workers", "2"), "--workers needs --engine ray, --eager needs"),
     ],
 )
 def test_wrong_usage_exits_2_and_says_what_is_right(args: tuple[str, ...], message: str) -> None:
@@ -531,6 +536,20 @@ def test_a_damaged_capture_fails_inspect_verify() -> None:
     shard = next(Path("run").rglob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-8])
     assert "is damaged" in failed("inspect", "run", "--no-norms", "--verify")
+
+
+def test_a_folder_in_a_file_s_place_is_called_a_folder() -> None:
+    Path("dir.safetensors").mkdir()
+    for command in (("vector", "show", "dir.safetensors"), ("steer", "--vector", "dir.safetensors")):
+        assert "dir.safetensors is a folder: expected a file" in failed(*command)
+
+
+def test_a_file_in_a_folder_s_place_is_told_before_the_model_is_loaded() -> None:
+    Path("file").write_text("kept")
+    for command in (("stats",), ("examples", "--features", "0")):
+        told = failed(*command, "--points", "resid_post", "--layers", "3", "--prompt", "a", "-o", "file")
+        assert "file is a file: expected a new folder" in told and "loading" not in told
+    assert Path("file").read_text() == "kept"
 
 
 def test_a_used_folder_is_not_written_over() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from hookmap.capture.interventions.documents import VectorFile
 from hookmap.errors import InterventionError
-from hookmap.placeholders import is_pointer, pointers_told
+from hookmap.placeholders import is_pointer, pointers_told, why_no_file
 
 
 def read_vector(given: Any) -> torch.Tensor:
@@ -103,7 +103,7 @@ def _opened(file: Path) -> Iterator[Any]:
     if file.suffix != ".safetensors":
         raise InterventionError(f"{file}: vectors are read from .safetensors files only.")
     if not file.is_file():
-        raise InterventionError(f"{file}: there is no such file.")
+        raise InterventionError(why_no_file(file))
     if is_pointer(file):
         raise InterventionError(pointers_told(file.parent, [file.name]))
     try:
