@@ -71,7 +71,7 @@ def repair(folder: str, output: str, as_json: bool) -> None:
     if found.missing:
         click.echo(f"lost: {found.missing} more that the manifest counts are in no line of the table", err=True)
     lost_in_all = len(found.lost) + found.missing
-    click.echo(f"kept {found.kept} samples in {output}, lost {lost_in_all}", err=True)
+    click.echo(f"kept {counted(found.kept, 'sample')} in {output}, lost {lost_in_all}", err=True)
     if lost_in_all or found.changed:
         click.echo(f"To make them again: the same hookmap capture command with -o {output} --resume", err=True)
 
@@ -105,7 +105,7 @@ def merge(folders: tuple[str, ...], same_ids: Any, output: str, as_json: bool) -
     for line in found.renamed:
         click.echo(f"renamed: {line}", err=True)
     numbers = ", numbered anew in the order of the folders" if found.renumbered else ""
-    click.echo(f"{found.samples} samples in {output}{numbers}", err=True)
+    click.echo(f"{counted(found.samples, 'sample')} in {output}{numbers}", err=True)
 
 
 @command.command()
@@ -153,5 +153,5 @@ def import_(file: str, model: str | None, output: str) -> None:
     samples, left_out = import_pt(file, output, model=model)
     if left_out:
         click.echo(f"left out: {', '.join(left_out)}", err=True)
-    click.echo(f"{samples} samples in {output}", err=True)
+    click.echo(f"{counted(samples, 'sample')} in {output}", err=True)
     click.echo(output)

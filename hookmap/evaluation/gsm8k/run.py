@@ -9,7 +9,7 @@ from hookmap.evaluation.gsm8k.problems import DEMO
 from hookmap.evaluation.gsm8k.results import BATCHES, LOGS, write, write_results
 from hookmap.evaluation.gsm8k.task import MODES, PROMPTS, gsm8k
 from hookmap.evaluation.inspect_provider import MAX_TOKENS, HookmapAPI, remove_captures
-from hookmap.stores.durable_files import temporary
+from hookmap.stores.durable_files import temporary, writing
 
 SETTINGS, INSPECTS = "settings.json", "inspect:"
 _SCORER_OF = {"gsm8k": "strict", "bare": "strict", "inspect_evals": "inspect_evals"}
@@ -121,5 +121,8 @@ def _same_run(folder: Path, settings: dict[str, Any]) -> None:
         return
     if folder.is_dir() and any(path not in (file, temporary(file)) for path in folder.iterdir()):
         raise StoreError(f"{folder} is not empty, and holds no evaluation. Give another folder: -o")
-    folder.mkdir(parents=True, exist_ok=True)
-    write(file, json.dumps(wanted, indent=2) + "\n")
+    if folder.is_file():
+        raise StoreError(f"{folder} is a file: expected a new folder. Give another one: -o")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write(file, json.dumps(wanted, indent=2) + "\n")
