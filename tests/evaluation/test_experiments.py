@@ -366,3 +366,5 @@ def test_a_stage_that_needs_another_says_so_and_what_cannot_be_kept_is_refused_f
     (tmp_path / "mine.txt").write_text("mine", "utf-8")
     with raises(hookmap.StoreError, "not empty"):
         run(Experiment.model_validate(SMALL), tmp_path, "configure")
+    with raises(hookmap.StoreError, "cannot write", "mine.txt"):
+        run(Experiment.model_validate(SMALL), tmp_path / "mine.txt")

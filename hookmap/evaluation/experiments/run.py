@@ -11,6 +11,7 @@ from hookmap.errors import CaptureError, SelectionError, StoreError
 from hookmap.evaluation.experiments.document import STAGES, Experiment, Stage
 from hookmap.evaluation.experiments.report import PROBES, Report, make_report
 from hookmap.evaluation.gsm8k.results import write
+from hookmap.stores.durable_files import writing
 
 CONFIG, GENERATED, ANSWERS, REPORT, PAGE = (
     "config.json",
@@ -63,8 +64,9 @@ def _configure(experiment: Experiment, folder: Path, tell: Told | None) -> None:
             raise SelectionError("captures.points: name a point of a layer, such as resid_post.")
     if folder.is_dir() and any(folder.iterdir()):
         raise StoreError(f"{folder} is not empty, and holds no experiment. Give another folder: -o")
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / CONFIG, _config(experiment))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / CONFIG, _config(experiment))
 
 
 def _generate(experiment: Experiment, folder: Path, tell: Told | None) -> None:
