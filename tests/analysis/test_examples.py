@@ -270,7 +270,8 @@ def test_stored_features_of_a_dictionary_have_examples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     """In pieces of few features, too: no matrix [tokens, features] is written out."""
-    hm, how = opened("gpt2"), {"k": 3, "random": 4, "context": (3, 2)}
+    hm = opened("gpt2")
+    how: dict[str, Any] = {"k": 3, "random": 4, "context": (3, 2)}
     encoder = torch.randn(hm.map.d_model, 200, generator=torch.Generator().manual_seed(0)) / hm.map.d_model**0.5
     bias = torch.full((200,), -1.2)
     sae = Dictionary(encoder, encoder.T.contiguous(), bias, torch.zeros(hm.map.d_model), about=About("resid_post", 1))

@@ -28,7 +28,8 @@ from hookmap.analysis.reductions.statistics import Statistics
 from hookmap.analysis.reductions.wanted import wanted
 from hookmap.cli.main import main
 from hookmap.datasets import PromptRecord
-from hookmap.errors import CaptureError, SelectionError, StoreError
+from hookmap.errors import CaptureError, SelectionError, StoreError, TokenizerError
+from hookmap.stores.memory import MemoryStore
 
 EVERYTHING = [
     "mean",
@@ -86,6 +87,22 @@ def rows_of(run: Any, key: Any) -> tuple[torch.Tensor, list[tuple[int, int, int]
     """All rows of a tensor, and the sample, position and token of each."""
     where = [(s.sample, p, s.token_ids[p]) for s in run.samples for p in s.row_positions]
     return torch.cat([run.store.read(s.sample, *key) for s in run.samples]), where
+
+
+def test_no_texts_are_told() -> None:
+    """Of everything that sums up texts, or learns from them; and a capture without a sample."""
+    hm, store = opened("llama"), MemoryStore([("resid_post", 1)])
+    for run in (
+        hm.reduce,
+        hm.outliers,
+        hm.examples,
+        lambda texts: hm.train_dictionary(texts, "resid_post", 1),
+        lambda texts: hm.train_probe(texts, "label"),
+    ):
+        with raises(TokenizerError, "no prompts given"):
+            run([])
+    with raises(SelectionError, "no finished samples"):
+        reduce_store(store)
 
 
 @pytest.mark.parametrize("new", [0, 5])
