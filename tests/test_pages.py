@@ -42,9 +42,9 @@ NEEDS = {
 NOT_RUN = {
     "asks another machine": 6,
     "installs packages": 7,
-    "takes minutes": 7,
+    "takes minutes": 8,
     "another program": 1,
-    "needs the real model": 24,
+    "needs the real model": 23,
     "needs vLLM": 6,
 }
 
