@@ -42,7 +42,7 @@ NEEDS = {
 NOT_RUN = {
     "asks another machine": 6,
     "installs packages": 7,
-    "takes minutes": 8,
+    "takes minutes": 9,
     "another program": 1,
     "needs the real model": 23,
     "needs vLLM": 6,
@@ -131,7 +131,8 @@ def test_what_does_not_run_is_counted() -> None:
     assert Counter(block.not_run for name in PAGES for block in blocks(TEXTS[name]) if block.not_run) == NOT_RUN
 
 
-@pytest.mark.parametrize("name", [*PAGES, *RUN_ELSEWHERE])
+# The comparison begins with what others do better.
+@pytest.mark.parametrize("name", [name for name in (*PAGES, *RUN_ELSEWHERE) if name != "comparison.md"])
 def test_a_page_shows_an_example_within_a_screenful(name: str) -> None:
     before, fence, _ = TEXTS[name].partition("```")
     assert fence and before.count("\n") < 10 and len(before) < 700
