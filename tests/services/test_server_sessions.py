@@ -1,6 +1,7 @@
 """Sessions as people find them again, and answers whose session the disk refuses."""
 
 import json
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -133,17 +134,21 @@ def test_no_room_is_told_before_anything_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
-def test_an_answer_whose_session_is_lost_on_the_way_is_whole(tmp_path: Path, streams: bool) -> None:
-    """The folder of the sessions goes while the model writes: more rows come than wait for the disk to the end."""
+@pytest.mark.parametrize(("how", "why"), [("gone", "No such file"), ("full", "File too large")])
+def test_an_answer_whose_session_is_lost_on_the_way_is_whole(tmp_path: Path, streams: bool, how: str, why: str) -> None:
+    """While the model writes the folder goes, which is seen at the end, or the system takes no more bytes."""
     root = tmp_path / "sessions"
     record = {"points": "all", "layers": "all"}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with serving(root) as served:
         plain = served.chat(max_tokens=40).json()["choices"][0]["message"]["content"]
         passes = []
 
         def lose(*_: Any) -> None:
             passes.append(threading.get_ident())
-            if len(passes) == 3:
+            if len(passes) == 3 and how == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+            elif len(passes) == 3:
                 for folder in root.glob("act-*"):
                     shutil.rmtree(folder)
 
@@ -152,6 +157,7 @@ def test_an_answer_whose_session_is_lost_on_the_way_is_whole(tmp_path: Path, str
             answer = served.chat(max_tokens=40, hookmap=record, stream=streams)
         finally:
             hook.remove()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert answer.status_code == 200, answer.text
         if streams:
             lines = [line[6:] for line in answer.text.splitlines() if line]
@@ -165,7 +171,7 @@ def test_an_answer_whose_session_is_lost_on_the_way_is_whole(tmp_path: Path, str
         assert text == plain
         meta = last["activations_meta"]
         assert last["session_id"] is meta["session_id"] is None
-        assert meta["error"]["code"] == "store_failed" and "No such file" in meta["error"]["message"]
+        assert meta["error"]["code"] == "store_failed" and why in meta["error"]["message"]
         assert str(tmp_path) not in answer.text and meta["tensors"] == []
         assert served.sessions.all() == []
         assert served.chat(max_tokens=1, hookmap=RECORD).json()["session_id"] is not None
