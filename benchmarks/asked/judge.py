@@ -219,6 +219,8 @@ class Judge:
         path, columns = found
         last = columns[-(len(columns) // heads) :]
         role, changed = self.reference.role(self.number, path, last)
+        if role != point and point == "v" and self.layer.heads is None:  # in some models values are in the mask, too
+            return Verdict(UNJUDGED, f"turning its sign acts as {role}, and no output projection is found")
         if role != point:
             return Verdict(WRONG if role in "qkv" else UNJUDGED, f"turning its sign acts as {role}")
         every = self._heads()
