@@ -48,9 +48,8 @@ def problems_of_the_page() -> str:
     from hookmap.demo import MODEL_PATH
 
     page = (DOCS / "probes.md").read_text(encoding="utf-8")
-    (code,) = (
-        text for text in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if "(120, " in text
-    )
+    blocks: list[str] = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (code,) = (text for text in blocks if "(120, " in text)
     return code.replace("(120, ", "(600, ").replace("hookmap/demo/model", str(MODEL_PATH))
 
 
