@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from hookmap.errors import SelectionError
 from hookmap.frozen import Frozen
 from hookmap.maps.layer_order import layers_of, pairs_of
 from hookmap.maps.points import POINTS, PointName
@@ -124,8 +125,15 @@ class MapContents(Frozen):
         return at_name(template, self.layer_names[layer] if self.layer_names else str(layer))
 
     def kind_of(self, layer: int) -> BlockKind:
-        """The kind of block that `layer` (0-based) is."""
-        return next(kind for kind in self.kinds if layer in kind.layers)
+        """The kind of block that `layer` is, from the end where negative. Raises SelectionError where there is none."""
+        number = layer + self.num_layers if layer < 0 else layer
+        for kind in self.kinds:
+            if number in kind.layers:
+                return kind
+        raise SelectionError(
+            f"layer {layer} is out of range: the model has layers 0 to {self.num_layers - 1} "
+            f"(or -{self.num_layers} to -1)."
+        )
 
     @property
     def points(self) -> tuple[str, ...]:

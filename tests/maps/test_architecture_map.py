@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.documents import hybrid, uniform
 from support.raises import raises
 
-from hookmap import MapError, MapNotFoundError
+from hookmap import MapError, MapNotFoundError, SelectionError
 from hookmap.maps.json_schema import schema
 from hookmap.maps.parsing import load, parse
 from hookmap.maps.points import POINTS
@@ -133,3 +133,11 @@ def test_a_missing_or_binary_file_is_a_map_error(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with raises(MapError, "cannot be read"):
         load(tmp_path / "binary.json")
+
+
+def test_the_kind_of_a_layer_that_is_not_there_is_told() -> None:
+    found = parse(hybrid())
+    assert found.kind_of(-1) == found.kind_of(found.num_layers - 1)
+    for layer in (found.num_layers, -found.num_layers - 1):
+        with raises(SelectionError, str(layer), f"0 to {found.num_layers - 1}"):
+            found.kind_of(layer)
