@@ -144,9 +144,9 @@ def test_a_long_text_that_may_fit_is_read_beside_short_ones_by_another_tokenizer
         seen.append(tokenizer)
 
     async def both() -> Any:
-        long = asyncio.create_task(encoding.run(LONG, read))
+        long = asyncio.create_task(encoding.run(LONG, read, "prompt"))
         await asyncio.to_thread(begun.wait, 60)
-        short = await asyncio.wait_for(encoding.run(LONG - 1, lambda tokenizer: tokenizer), 30)
+        short = await asyncio.wait_for(encoding.run(LONG - 1, lambda tokenizer: tokenizer, "prompt"), 30)
         assert not long.done()
         free.set()
         await long

@@ -45,7 +45,7 @@ _BETWEEN = FiniteRange(min=0, min_open=True, max=1, max_open=True)
 @chat_options
 @loading
 def command(model: str | None, store: str | None, output: str | None, as_json: bool, **given: Any) -> None:
-    """Train linear probes of a label while MODEL reads texts, or on a capture. No row is kept.
+    """Train linear probes while MODEL reads texts. No row is kept.
 
     --label names what is learnt: a class or a number of each text, or a list with one for each of its tokens. Whole
     questions are held out. Beside each probe: labels of controls, random directions, and the tokens alone.
