@@ -44,7 +44,7 @@ NOT_RUN = {
     "installs packages": 7,
     "takes minutes": 9,
     "another program": 1,
-    "needs the real model": 23,
+    "needs the real model": 26,
     "needs vLLM": 6,
 }
 
