@@ -94,7 +94,7 @@ def command(
     calls: str | None,
     **given: Any,
 ) -> None:
-    """Serve MODEL as OpenAI's API is, and record activations.
+    """Serve MODEL through OpenAI's API, and record activations.
 
     Existing clients work unchanged; a field `hookmap` in a request says which activations to keep of it.
 

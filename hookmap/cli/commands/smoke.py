@@ -13,7 +13,7 @@ from hookmap.cli.options import FiniteRange
 @click.option("--json", "as_json", is_flag=True, help="Print the steps as JSON on stdout.")
 @click.pass_context
 def command(ctx: click.Context, url: str, key: str | None, model: str | None, timeout: float, as_json: bool) -> None:
-    """Walk through a running server.
+    """Try a running server, step by step.
 
     Health, load, structure, chat, a stream, a capture with its rows counted, sessions, a download, delete. It deletes
     the session that it made. The exit code is 1 where a step fails.
