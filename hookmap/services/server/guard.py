@@ -1,5 +1,6 @@
 """Checks every request before its route: the server's name, the key, the body's size. Gives each answer an id."""
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -19,6 +20,8 @@ OPEN = ("/health", *FILES)
 """paths that need no key: the page contains nothing of the model, and asks for the key itself"""
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _ADMIN = ("/models/load", "/models/unload")
+_LARGE = 2**18
+"""bytes of a body that takes milliseconds of the event loop to parse"""
 
 
 class Guard:
@@ -26,6 +29,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, done: Callable[[Scope, int, float], None]) -> None:
         self._app, self._settings, self._done = app, settings, done
+        self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,6 +46,10 @@ class Guard:
             seen += len(message.get("body", b""))
             if seen > self._settings.body_bytes:
                 raise HTTPException(413, self._too_large())
+            if seen > _LARGE and not message.get("more_body"):
+                # Its end is parsed as soon as it is handed on: one at a time, so that others' requests come between.
+                await self._turn.acquire()
+                asyncio.get_running_loop().call_soon(self._turn.release)
             return message
 
         async def named(message: Message) -> None:
