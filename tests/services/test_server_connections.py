@@ -14,6 +14,8 @@ import pytest
 from support.served import Served, demo, serving
 
 from hookmap.services.server.encoding import LONG, Encoding
+from hookmap.services.server.guard import Guard
+from hookmap.services.server.settings import Settings
 
 pytestmark = pytest.mark.slow
 
@@ -157,3 +159,31 @@ def test_a_long_text_that_may_fit_is_read_beside_short_ones_by_another_tokenizer
     finally:
         free.set()
     assert seen != [short], "no tokenizer is used in two threads at once"
+
+
+def test_others_are_served_between_large_bodies(tmp_path: Path) -> None:
+    """Bodies of 1 MB that end at the same moment: each is parsed in one go, so a turn of the loop lies between two."""
+    order = list[str]()
+
+    async def parse(scope: Any, receive: Any, send: Any) -> None:
+        assert len((await receive())["body"]) == 2**20
+        order.append("parsed")
+
+    async def body() -> Any:
+        return {"type": "http.request", "body": bytes(2**20), "more_body": False}
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    async def others() -> None:
+        while order.count("parsed") < 6:
+            order.append("other")
+            await asyncio.sleep(0)
+
+    async def all_at_once() -> None:
+        guard = Guard(parse, Settings(root=tmp_path), lambda *_: None)
+        scope = {"type": "http", "path": "/v1/completions", "method": "POST", "headers": [(b"host", b"localhost")]}
+        await asyncio.gather(*(guard({**scope}, body, send) for _ in range(6)), others())
+
+    asyncio.run(all_at_once())
+    assert "parsed parsed" not in " ".join(order)
