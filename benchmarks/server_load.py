@@ -7,7 +7,7 @@
 
 Load: tokens per second of plain and of captured requests (3 layers x 2 points, stored) over those of `generate` on 16
 prompts of one length, and processor time for each token, which other work on the machine changes less; the time to the
-first token of a short request, idle, beside one of 400 tokens, and beside eight callers with prompts of 4 MB.
+first token of a short request, idle, beside one of 400 tokens, and beside eight callers with 4 MB each every second.
 Alone: how many greedy answers under load differ from those of `--deterministic`, and what that costs; `--from 50`
 asks the second half. Prompts are pieces of this repository's pages.
 """
@@ -112,12 +112,12 @@ class Asked:
         return found
 
     def beside_megabytes(self) -> float:
-        """The same beside eight callers who send 4 MB each again and again, from a process of their own."""
+        """The same beside eight callers who send 4 MB each, once a second, from a process of their own."""
         flood = multiprocessing.get_context("spawn").Process(target=_flood, args=(str(self.client.base_url), 20.0))
         flood.start()
         try:
             time.sleep(4)  # it imports first
-            return statistics.median(self.first_token() for _ in range(5))
+            return statistics.median(self.first_token() for _ in range(15))
         finally:
             flood.kill()
             flood.join()
@@ -132,6 +132,7 @@ def _flood(url: str, seconds: float) -> None:
             while time.perf_counter() < ends:
                 answer = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
                 assert answer.status_code == 400, answer.text
+                time.sleep(1)
 
     with ThreadPoolExecutor(8) as people:
         list(people.map(send, range(8)))
