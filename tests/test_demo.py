@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from support.raises import raises
 
+import hookmap
+from hookmap.cli.main import main
 from hookmap.demo import MODEL_PATH, Problem, sample_problems
 from hookmap.demo.problems import final_answer, split_of, stream
 
@@ -34,6 +37,18 @@ def by_hand(question: str) -> int:
     for verb, amount in re.findall(r"(buys|finds|gets|loses|sells|gives away) (\d+)", question):
         total += int(amount) if verb in ("buys", "finds", "gets") else -int(amount)
     return total
+
+
+def test_its_path_in_a_checkout_names_it_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "hookmap/demo/model"
+    hm = hookmap.open(name, device="cpu")
+    assert hm.to_str_tokens("3+4=") == ["3", "+", "4", "="]
+    assert hm.root.num_parameters() == hookmap.open(MODEL_PATH, device="cpu").root.num_parameters()
+    assert CliRunner().invoke(main, ["show", name, "--layers", "8"]).exit_code == 0
+    (tmp_path / name).mkdir(parents=True)
+    with raises(hookmap.ModelError, f"{name} is no model folder"):
+        hookmap.open(name)
 
 
 def test_importing_the_package_imports_no_framework() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from hookmap.demo import bundled
 from hookmap.errors import ModelError
 from hookmap.placeholders import is_gguf, pointers, pointers_told
 
@@ -26,6 +27,7 @@ def for_transformers(source: str | Path) -> tuple[str | Path, dict[str, Any]]:
 
     With them it does not wait for an unreachable hub, and reads a GGUF file: a local one, or `owner/name/FILE.gguf`.
     """
+    source = bundled(source)
     offline = {"local_files_only": True} if Path(source).exists() or not reachable() else {}
     if not is_gguf(source):
         return source, offline
@@ -66,7 +68,7 @@ def is_hub_id(source: str | Path) -> bool:
 
 def check_source(source: str | Path) -> None:
     """Raises ModelError where `source` can be neither a model folder nor a hub id."""
-    folder = Path(source)
+    folder = Path(bundled(source))
     if folder.is_dir():
         if names := pointers(folder, ("config.json", "generation_config.json", "*.index.json")):
             raise ModelError(f"cannot load the model {str(source)!r}: {pointers_told(folder, names)}")
@@ -100,7 +102,10 @@ def check_source(source: str | Path) -> None:
             "or in Python give hookmap.demo.MODEL_PATH."
         )
     elif not is_hub_id(source):
-        raise ModelError(f"there is no folder {source}. Give a folder that save_pretrained wrote, or a hub id.")
+        raise ModelError(
+            f"there is no folder {source}. Give a folder that save_pretrained wrote, or a hub id; "
+            "the bundled demo model is hookmap/demo/model."
+        )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from hookmap.capture.options import Layers, as_of
 from hookmap.capture.prepare import Prepared
 from hookmap.capture.request import Request
 from hookmap.capture.run import log
+from hookmap.demo import bundled
 from hookmap.errors import CaptureError, HookmapError, InterventionError, ModelError, TokenizerError
 from hookmap.loading import configs
 from hookmap.loading.checkpoints import load_tokenizer
@@ -156,7 +157,8 @@ def open_on_vllm(
     dataflow of vLLM's modules is not understood, and CaptureError for a version of vLLM that is not known.
     """
     _refuse_without_vllm()
-    source, loads = os.fspath(model), dict[str, Any](trust_remote_code=trust_remote_code, revision=revision)
+    source = str(bundled(os.fspath(model)))
+    loads = dict[str, Any](trust_remote_code=trust_remote_code, revision=revision)
     config = configs.load_config(source, **loads)
     why_none = NO_TOKENIZER
     if isinstance(tokenizer, str | os.PathLike):

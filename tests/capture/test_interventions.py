@@ -18,6 +18,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 from support.written_by_hand import LENGTHS, NEW, WIDTH, Change, Rows, held_against_hooks, single
 
 import hookmap
+from hookmap.analysis.steering import About, SteeringVector
 from hookmap.capture.interventions.documents import Steer, dump_interventions, load_interventions, read_interventions
 
 D = 32
@@ -469,6 +470,16 @@ def test_every_problem_of_the_documents_is_said_at_once() -> None:
         "one of them",
     ):
         assert part in text, text
+
+
+@pytest.mark.parametrize(
+    "given", [SteeringVector(About(point="resid_post", method="pca"), {1: torch.ones(D)}), len, None, 3]
+)
+def test_what_is_no_document_is_told_how_it_is_given(given: Any) -> None:
+    told = ("hookmap.apply(", ".interventions(", f"got {type(given).__name__}")
+    for each, number in ((given, 0), ([{"do": "scale", "point": "z", "factor": 2}, given], 1)):
+        with raises(hookmap.InterventionError, f"intervention {number}: expected a document", *told):
+            read_interventions(each)
 
 
 def test_every_problem_with_the_model_is_said_at_once() -> None:

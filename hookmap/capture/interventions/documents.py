@@ -288,9 +288,9 @@ def read_interventions(given: Any) -> "tuple[Intervention, ...]":
     """Validate interventions, or documents of them. Raises InterventionError with every problem at once."""
     if isinstance(given, str | os.PathLike):
         return load_interventions(given)
-    items = [given] if isinstance(given, dict | BaseModel) else list(given) if isinstance(given, Iterable) else given
-    own = {n: item for n, item in enumerate(items) if isinstance(item, Function)} if isinstance(items, list) else {}
-    others = [item for item in items if not isinstance(item, Function)] if own else items
+    items = list(given) if isinstance(given, Iterable) and not isinstance(given, dict | BaseModel) else [given]
+    own = {n: item for n, item in enumerate(items) if isinstance(item, Function)}
+    others = [item for item in items if not isinstance(item, Function)]
     try:
         found = iter(_LIST.validate_python(others))
     except ValidationError as error:
@@ -326,10 +326,9 @@ def load_interventions(path: str | os.PathLike[str]) -> "tuple[Intervention, ...
     return tuple(_LIST.validate_python([_relative_to(item.model_dump(), file.parent) for item in found]))
 
 
-_NO_DOCUMENT = (
-    "a document holds no function, and nothing in one is run as code: give hookmap.{do}(fn, …) in Python, "
-    "where the model is open"
-)
+_NO_DOCUMENT = "a document holds no function, and nothing in one is run as code: in Python give hookmap.{do}(fn, …)"
+_ANOTHER = """expected a document, {{"do": "steer", …}}, got {kind}. \
+A function is given by hookmap.apply(fn, point, layers), a steering vector by vector.interventions(strength)"""
 
 
 def dump_interventions(interventions: "Iterable[Intervention]") -> str:
@@ -382,10 +381,12 @@ def _relative_to(document: dict[str, Any], folder: Path) -> dict[str, Any]:
     return document
 
 
-def _problem(error: Any, items: Any) -> str:
-    """What pydantic says, or that a document holds no function."""
-    number = error["loc"][0] if error["loc"] else None
-    do = items[number].get("do") if isinstance(number, int) and isinstance(items[number], dict) else None
+def _problem(error: Any, items: list[Any]) -> str:
+    """What pydantic says, or that a document holds no function, or how to make one of what is none."""
+    item = items[error["loc"][0]]
+    if not isinstance(item, dict | BaseModel):
+        return _ANOTHER.format(kind=type(item).__name__)
+    do = dict(item).get("do")
     if do in ("apply", "watch"):
         return _NO_DOCUMENT.format(do=do)
     if error["type"].startswith("union_tag"):
@@ -394,7 +395,6 @@ def _problem(error: Any, items: Any) -> str:
     return str(error["msg"]).removeprefix("Value error, ")
 
 
-def _where(location: tuple[int | str, ...], items: Any) -> str:
-    number, rest = location[0] if location else "", [str(part) for part in location[1:]]
-    name = items[number].get("do", "") if isinstance(number, int) and isinstance(items[number], dict) else ""
-    return " ".join(filter(None, [f"intervention {number}", f"({name})" if name else "", ".".join(rest[1:])]))
+def _where(at: tuple[Any, ...], items: list[Any]) -> str:
+    do = items[at[0]].get("do") if isinstance(items[at[0]], dict) else None
+    return " ".join(filter(None, [f"intervention {at[0]}", f"({do})" if do else "", ".".join(map(str, at[2:]))]))
