@@ -45,7 +45,7 @@ NOT_RUN = {
     "installs packages": 7,
     "takes minutes": 9,
     "another program": 1,
-    "needs the real model": 26,
+    "needs the real model": 27,
     "needs vLLM": 6,
 }
 

@@ -96,11 +96,6 @@ def check_source(source: str | Path) -> None:
             )
     elif folder.is_file():  # transformers would take any JSON with a model_type, such as a map, for a config
         raise ModelError(f"{folder} is a file: expected a model folder or a hub id. A map: hookmap show {folder}")
-    elif folder == Path("hookmap/demo/model"):  # as pages name it, which are read elsewhere, too
-        raise ModelError(
-            f"{source} is the demo model's folder in a checkout, and not here. It is installed, too: leave MODEL out, "
-            "or in Python give hookmap.demo.MODEL_PATH."
-        )
     elif not is_hub_id(source):
         raise ModelError(
             f"there is no folder {source}. Give a folder that save_pretrained wrote, or a hub id; "

@@ -477,7 +477,8 @@ def test_every_problem_of_the_documents_is_said_at_once() -> None:
 )
 def test_what_is_no_document_is_told_how_it_is_given(given: Any) -> None:
     told = ("hookmap.apply(", ".interventions(", f"got {type(given).__name__}")
-    for each, number in ((given, 0), ([{"do": "scale", "point": "z", "factor": 2}, given], 1)):
+    before = {"do": "scale", "point": "z", "factor": 2}
+    for each, number in ((given, 0), ([before, given], 1), ([before, hookmap.apply(len, "z", layers=1), given], 2)):
         with raises(hookmap.InterventionError, f"intervention {number}: expected a document", *told):
             read_interventions(each)
 

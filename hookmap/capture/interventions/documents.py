@@ -289,14 +289,14 @@ def read_interventions(given: Any) -> "tuple[Intervention, ...]":
     if isinstance(given, str | os.PathLike):
         return load_interventions(given)
     items = list(given) if isinstance(given, Iterable) and not isinstance(given, dict | BaseModel) else [given]
-    own = {n: item for n, item in enumerate(items) if isinstance(item, Function)}
-    others = [item for item in items if not isinstance(item, Function)]
+    documents = [n for n, item in enumerate(items) if not isinstance(item, Function)]
     try:
-        found = iter(_LIST.validate_python(others))
+        found = iter(_LIST.validate_python([items[n] for n in documents]))
     except ValidationError as error:
-        lines = [f"  - {_where(e['loc'], others)}: {_problem(e, others)}" for e in error.errors()]
+        wrong = [(documents[int(e["loc"][0])], e) for e in error.errors()]
+        lines = [f"  - {_where(n, items[n], e['loc'][2:])}: {_problem(e, items[n])}" for n, e in wrong]
         raise InterventionError("these are no interventions:\n" + "\n".join(dict.fromkeys(lines))) from error
-    return tuple(own[n] if n in own else next(found) for n in range(len(items)))
+    return tuple(item if isinstance(item, Function) else next(found) for item in items)
 
 
 def refuse_functions(interventions: "Iterable[Intervention]", why: str) -> None:
@@ -381,9 +381,8 @@ def _relative_to(document: dict[str, Any], folder: Path) -> dict[str, Any]:
     return document
 
 
-def _problem(error: Any, items: list[Any]) -> str:
+def _problem(error: Any, item: Any) -> str:
     """What pydantic says, or that a document holds no function, or how to make one of what is none."""
-    item = items[error["loc"][0]]
     if not isinstance(item, dict | BaseModel):
         return _ANOTHER.format(kind=type(item).__name__)
     do = dict(item).get("do")
@@ -395,6 +394,6 @@ def _problem(error: Any, items: list[Any]) -> str:
     return str(error["msg"]).removeprefix("Value error, ")
 
 
-def _where(at: tuple[Any, ...], items: list[Any]) -> str:
-    do = items[at[0]].get("do") if isinstance(items[at[0]], dict) else None
-    return " ".join(filter(None, [f"intervention {at[0]}", f"({do})" if do else "", ".".join(map(str, at[2:]))]))
+def _where(number: int, item: Any, field: tuple[int | str, ...]) -> str:
+    do = item.get("do") if isinstance(item, dict) else None
+    return " ".join(filter(None, [f"intervention {number}", f"({do})" if do else "", ".".join(map(str, field))]))

@@ -51,7 +51,7 @@ def command(
 
     \b
     hookmap lens
-    hookmap lens Qwen/Qwen3-0.6B --prompt "The capital of France is" --no-chat --png lens.png --html lens.html
+    hookmap lens Qwen/Qwen3-0.6B --prompt "The capital of France is" --png lens.png --html lens.html
 
     The table goes to stderr, the JSON to stdout.
     """
