@@ -144,7 +144,7 @@ def _refused(asked: Lines) -> str:
 def _without_names(reason: str) -> str:
     """The reason, cut: what differs from class to class stands in quotes or in capitals in most messages."""
     reason = re.sub(r"/\S+", "…", reason)
-    reason = re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`|\b\w*[a-z]\w*(For|LM|Model|Decoder)\w*\b", "…", reason)
+    reason = re.sub(r"(?<!\w)'[^']*'|\"[^\"]*\"|`[^`]*`|\b\w*[a-z]\w*(For|LM|Model|Decoder)\w*\b", "…", reason)
     return reason[:160].replace("|", "\\|")
 
 
