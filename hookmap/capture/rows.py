@@ -35,6 +35,12 @@ NUMBERS = ("router_indices",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def without_features(points: Iterable[str]) -> tuple[str, ...]:
+    """Those of these points whose rows are no vectors of one width: indices, and rows as wide as their text."""
+    names = [PointName.of(point) for point in dict.fromkeys(points)]
+    return tuple(str(name) for name in names if name.base in NUMBERS or "key" in name.definition.axes)
+
+
 @dataclass(frozen=True)
 class RowSelection:
     """Which rows a capture stores. Made by `row_selection`."""

@@ -3,15 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from hookmap.activations import Activation, call_of
 from hookmap.analysis.examples.collecting import Collector
 from hookmap.analysis.examples.features import Features
 from hookmap.analysis.examples.result import Examples, Settings
-from hookmap.analysis.reductions.run import batches, held
+from hookmap.analysis.reductions.run import held, replay
 from hookmap.capture.options import Layers, Points
-from hookmap.capture.rows import NUMBERS
+from hookmap.capture.rows import without_features
 from hookmap.errors import SelectionError
-from hookmap.maps.points import PointName
 from hookmap.stores.interface import Store
 from hookmap.stores.manifest import versions
 
@@ -27,10 +25,8 @@ def examples_of_store(
 ) -> Examples:
     """The examples that a run over the same texts would have given. Raises SelectionError and StoreError."""
     keys = held(source, points, layers)
-    wrong = [key[0] for key in keys if PointName.of(key[0]).base in NUMBERS]
-    wrong += [key[0] for key in keys if "key" in PointName.of(key[0]).definition.axes]
-    if wrong:
-        raise SelectionError(f"{', '.join(dict.fromkeys(wrong))}: a row of it has no features to look for.")
+    if wrong := without_features(key[0] for key in keys):
+        raise SelectionError(f"{', '.join(wrong)}: a row of it has no features to look for.")
     if not len(source):
         raise SelectionError("this capture has no finished samples: there is nothing to look for.")
     if some := next((sample for sample in source.samples if sample.positions is not None), None):
@@ -40,13 +36,6 @@ def examples_of_store(
         )
     found = Examples(features, settings, keys, {**about, "versions": versions()})
     found.text = text
-    collector = Collector(found, source.sample)
-    for batch in batches(source):
-        for key in keys:
-            for sample in batch:
-                rows = source.rows_at(sample.sample, key, range(sample.rows))
-                collector.write(Activation(sample.sample, key[0], key[1], 0, rows, call_of(key)))
-        for sample in batch:
-            collector.finish(sample)
+    replay(source, keys, Collector(found, source.sample))
     found.complete = True
     return found

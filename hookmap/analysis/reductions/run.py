@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
-from hookmap.activations import Activation, Key, Sample, call_of
+from hookmap.activations import Activation, Key, Sample, Sink, call_of
 from hookmap.analysis.kept import Kept
 from hookmap.analysis.reductions.files import STATISTICS
 from hookmap.analysis.reductions.reducer import Reducer
@@ -150,14 +150,7 @@ def reduce_store(
     if not len(source):
         raise SelectionError("this capture has no finished samples: there is nothing to sum up.")
     statistics = Statistics(chosen, keys, {"model": None, "versions": versions()})
-    reducer = Reducer(statistics, source.sample)
-    for batch in batches(source):
-        for key in keys:
-            for sample in batch:
-                rows = source.rows_at(sample.sample, key, range(sample.rows))
-                reducer.write(Activation(sample.sample, key[0], key[1], 0, rows, call_of(key)))
-        for sample in batch:
-            reducer.finish(sample)
+    replay(source, keys, Reducer(statistics, source.sample))
     statistics.complete = True
     return statistics
 
@@ -177,8 +170,18 @@ def held(source: Store, points: Points, layers: Layers) -> tuple[Key, ...]:
     return tuple(key for key in source.keys if key in found)
 
 
-def batches(source: Store) -> Iterator[list[Sample]]:
-    """The samples of a store, some thousand rows at a time."""
+def replay(source: Store, keys: tuple[Key, ...], sink: Sink) -> None:
+    """Hand a sink the rows of a store, some thousand at a time, as a run would. Raises StoreError."""
+    for batch in _batches(source):
+        for key in keys:
+            for sample in batch:
+                rows = source.rows_at(sample.sample, key, range(sample.rows))
+                sink.write(Activation(sample.sample, key[0], key[1], 0, rows, call_of(key)))
+        for sample in batch:
+            sink.finish(sample)
+
+
+def _batches(source: Store) -> Iterator[list[Sample]]:
     batch: list[Sample] = []
     for sample in source.samples:
         batch.append(sample)

@@ -31,10 +31,9 @@ from hookmap.analysis.probes.streamed.trial import Trial
 from hookmap.analysis.reductions.run import held
 from hookmap.capture.options import Layers, Points
 from hookmap.capture.prepare import say_apart
-from hookmap.capture.rows import NUMBERS
+from hookmap.capture.rows import without_features
 from hookmap.errors import SelectionError
 from hookmap.loading.generation import check_count
-from hookmap.maps.points import PointName
 from hookmap.stores.interface import Store
 
 if TYPE_CHECKING:
@@ -149,11 +148,8 @@ def _refuse(keys: Sequence[Key]) -> None:
     """Raises SelectionError for tensors whose rows are no vectors of one width."""
     if not keys:
         raise SelectionError("no tensor to probe: name points and layers.")
-    names = [PointName.of(key[0]) for key in keys]
-    wrong = [n for n, key in zip(names, keys, strict=True) if n.base in NUMBERS or "key" in n.definition.axes]
-    if wrong:
-        told = ", ".join(dict.fromkeys(map(str, wrong)))
-        raise SelectionError(f"{told}: its rows are no vectors of one width, which a probe needs.")
+    if wrong := without_features(key[0] for key in keys):
+        raise SelectionError(f"{', '.join(wrong)}: its rows are no vectors of one width, which a probe needs.")
 
 
 def _of_model(
