@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookmap.cli.options import FiniteRange, count
+from hookmap.cli.probe_report import interval, name_of, tell, three
 
 if TYPE_CHECKING:
     from hookmap.analysis.probes.report import Report, Tested
@@ -82,15 +83,7 @@ def command(
             progress=lambda done, total: bars.update(bar, completed=done, total=total),
             **how,
         )
-    written = found.save(output) if output else []
-    if as_json:
-        click.echo(found.report.model_dump_json(indent=2))
-        return
-    _show(found.report)
-    for path in written:
-        click.echo(f"wrote {path}", err=True)
-    if output:
-        click.echo(output)
+    tell(found, output, as_json, _show)
 
 
 def _span(text: str | None) -> slice | None:
@@ -121,37 +114,26 @@ def _show(report: "Report") -> None:
         rows.add_row(_name(place), *_cells(place))
     rows.add_row("[bold]chosen in training[/]", *_cells(chosen), end_section=True)
     for control in report.controls:
-        rows.add_row(f"[dim]{control.name}[/]", _three(control.auroc), _interval(control))
+        rows.add_row(f"[dim]{control.name}[/]", three(control.auroc), interval(control))
     screen.print(rows)
     for what, why in [*((_name(p), p.why) for p in report.places), *((c.name, c.why) for c in report.controls)]:
         if why:
             screen.print(f"[dim]{what}: {why}[/]")
     names = ", ".join(dict.fromkeys(map(_name, chosen.places)))
     screen.print(
-        f"chosen: {names}; recall at 1 % false positives {_three(chosen.recall_at_1_percent)}, "
-        f"calibration error {_three(chosen.calibration_error)}, Brier {_three(chosen.brier)}"
+        f"chosen: {names}; recall at 1 % false positives {three(chosen.recall_at_1_percent)}, "
+        f"calibration error {three(chosen.calibration_error)}, Brier {three(chosen.brier)}"
     )
     screen.print(f"{report.shuffles} shuffles of the labels: {report.seconds:.1f} s of fits")
     best = report.best_control
     if best is not None and (chosen.low or 0) <= (best.auroc or 0):
-        screen.print(f"[yellow]the probe does not clearly beat {best.name} ({_three(best.auroc)})[/]")
+        screen.print(f"[yellow]the probe does not clearly beat {best.name} ({three(best.auroc)})[/]")
 
 
 def _name(place: Any) -> str:
-    from hookmap.wording import in_call
-
-    at = "" if place.position is None else f" at {place.position}"
-    return f"{place.point}{'' if place.layer is None else f' {place.layer}'}{in_call(place.call)}{at}"
+    return name_of(place) + ("" if place.position is None else f" at {place.position}")
 
 
 def _cells(score: "Tested") -> list[str]:
     more = (score.shuffled, score.selectivity, score.p)
-    return [_three(score.auroc), _interval(score), *map(_three, more)]
-
-
-def _interval(score: Any) -> str:
-    return "" if score.low is None else f"{score.low:.3f}–{score.high:.3f}"
-
-
-def _three(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return [three(score.auroc), interval(score), *map(three, more)]

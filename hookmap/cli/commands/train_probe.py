@@ -7,6 +7,7 @@ import click
 from hookmap.cli.chat_options import chat_options, templating
 from hookmap.cli.model_options import loading, opened
 from hookmap.cli.options import FiniteRange, calls_option, count
+from hookmap.cli.probe_report import interval, name_of, tell, three
 from hookmap.cli.prompts_file import chosen_prompts, prompt_options
 
 if TYPE_CHECKING:
@@ -72,15 +73,7 @@ def command(model: str | None, store: str | None, output: str | None, as_json: b
     if (prompts is None) == (store is None):
         raise click.UsageError("on what? Give texts (--prompts FILE) or a capture (--store DIR)")
     found = _of_store(store, given, asked) if store else _of_model(model, prompts, how, as_json, given, asked)
-    written = found.save(output) if output else []
-    if as_json:
-        click.echo(found.report.model_dump_json(indent=2))
-        return
-    _show(found.report)
-    for path in written:
-        click.echo(f"wrote {path}", err=True)
-    if output:
-        click.echo(output)
+    tell(found, output, as_json, _show)
 
 
 def _of_store(store: str, given: dict[str, Any], asked: dict[str, Any]) -> "StreamedProbes":
@@ -117,7 +110,6 @@ def _show(report: "StreamReport") -> None:
     from rich.markup import escape
 
     from hookmap.cli.console import console, table
-    from hookmap.wording import in_call
 
     screen, measure = console(), _MEASURES[report.measure]
     what = f"{len(report.classes)} classes" if report.classes else "numbers"
@@ -129,22 +121,14 @@ def _show(report: "StreamReport") -> None:
         screen.print(f"[yellow]left out: {texts} with {escape(reason)}[/]")
     rows = table("probe", f">{measure}", "95 %", ">control", ">selectivity", ">random directions")
     for place in report.places if len(report.places) <= 40 else (report.best,):
-        name = f"{place.point}{'' if place.layer is None else f' {place.layer}'}{in_call(place.call)}"
-        interval = "" if place.low is None else f"{place.low:.3f}–{place.high:.3f}"
         more = (place.control, place.selectivity, place.random_directions)
-        rows.add_row(name, _three(place.score), interval, *map(_three, more))
+        rows.add_row(name_of(place), three(place.score), interval(place), *map(three, more))
     screen.print(rows)
-    screen.print(f"tokens alone: {_three(report.tokens_alone)}; {_SIMPLEST[report.measure]}: {_three(report.simplest)}")
+    screen.print(f"tokens alone: {three(report.tokens_alone)}; {_SIMPLEST[report.measure]}: {three(report.simplest)}")
     best = report.best
-    screen.print(
-        f"chosen on other texts: {best.point}{'' if best.layer is None else f' {best.layer}'}{in_call(best.call)}"
-    )
+    screen.print(f"chosen on other texts: {name_of(best)}")
     if max(report.tokens_alone or 0, report.simplest or 0) >= (best.low or 0):
         screen.print("[yellow]the probe does not clearly beat what the tokens alone tell[/]")
 
 
 _SIMPLEST = {"accuracy": "the commonest class", "r2": "the mean"}
-
-
-def _three(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
