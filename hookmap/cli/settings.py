@@ -35,14 +35,14 @@ def typed_or_set(given: dict[str, Any], settings: dict[str, Any], *names: str) -
 
 def choose_model(typed: str | None, settings: dict[str, Any]) -> str:
     """The model of this run. If it was not typed, stderr says which model it is and what named it."""
-    from hookmap.demo import MODEL_PATH, bundled
-
     if typed:
-        return str(bundled(typed))
+        return typed
     if "model" in settings:
         variable = f"{PREFIX}MODEL"
         model, source = str(settings["model"]), f"named by {variable if os.environ.get(variable) else FILE_NAME}"
     else:
+        from hookmap.demo import MODEL_PATH
+
         model, source = str(MODEL_PATH), "the bundled demo model"
     click.echo(f"model: {model} ({source})", err=True)
     return model

@@ -130,10 +130,12 @@ class MapContents(Frozen):
         for kind in self.kinds:
             if number in kind.layers:
                 return kind
-        raise SelectionError(
-            f"layer {layer} is out of range: the model has layers 0 to {self.num_layers - 1} "
-            f"(or -{self.num_layers} to -1)."
-        )
+        raise SelectionError(f"layer {layer} is out of range: {self.layers_there}.")
+
+    @property
+    def layers_there(self) -> str:
+        """Which layers may be named, for messages."""
+        return f"the model has layers 0 to {self.num_layers - 1} (or -{self.num_layers} to -1)"
 
     @property
     def points(self) -> tuple[str, ...]:

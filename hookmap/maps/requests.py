@@ -71,8 +71,7 @@ def layers_in(m: MapContents, given: Any) -> tuple[tuple[int, ...], list[str]]:
     count = m.num_layers
     if is_all(given):
         return tuple(range(count)), []
-    there = f"the model has layers 0 to {count - 1} (or -{count} to -1)"
-    chosen, problems = whole_numbers(given, count, "layer", "or 'all'", lambda: there)
+    chosen, problems = whole_numbers(given, count, "layer", "or 'all'", lambda: m.layers_there)
     return tuple(dict.fromkeys(layer % count for layer in chosen)), problems
 
 
