@@ -65,10 +65,10 @@ def _misfit(post: Tensor, out: Tensor, chosen: Tensor, weights: Tensor) -> float
         own = chosen == expert
         bare[own] = product = post[own] @ weights[expert].to(post.dtype)
         found[own] = product + (out[own] - product).mean(0)
-    return min(relative_error(found, out), _norm_misfit(bare.flatten(0, -2), out.flatten(0, -2)))
+    return min(relative_error(found, out), rms_norm_misfit(bare.flatten(0, -2), out.flatten(0, -2)))
 
 
-def _norm_misfit(rows: Tensor, normed: Tensor) -> float:
+def rms_norm_misfit(rows: Tensor, normed: Tensor) -> float:
     """How far it is from an RMS norm of the rows, whose weights are multiplied before or after."""
     ratios = normed / rows
     weights = (ratios / ratios.median(-1, keepdim=True).values).median(0).values

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hookmap.verification.weights import _norm_misfit
+from hookmap.verification.weights import rms_norm_misfit
 
 
 def _normed(rows: torch.Tensor) -> torch.Tensor:
@@ -16,13 +16,13 @@ def test_a_norm_of_what_an_expert_gives_is_one(where: str) -> None:
     rows = torch.randn(36, 16, generator=generator)
     weights = 1 + 0.5 * torch.randn(16, generator=generator)
     normed = _normed(rows * weights) if where == "before" else _normed(rows) * weights
-    assert _norm_misfit(rows, normed) < 1e-5
+    assert rms_norm_misfit(rows, normed) < 1e-5
 
 
 def test_rows_times_the_routers_weights_are_no_norm() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(36, 16, generator=generator)
     normed = _normed(rows) * (1 + 0.5 * torch.randn(16, generator=generator))
-    assert _norm_misfit(rows, normed * torch.rand(36, 1, generator=generator)) > 0.1
-    assert _norm_misfit(rows, rows) > 0.01
-    assert _norm_misfit(rows, normed.roll(1, 0)) > 0.1
+    assert rms_norm_misfit(rows, normed * torch.rand(36, 1, generator=generator)) > 0.1
+    assert rms_norm_misfit(rows, rows) > 0.01
+    assert rms_norm_misfit(rows, normed.roll(1, 0)) > 0.1
