@@ -4,6 +4,8 @@ import json
 import resource
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,29 @@ def test_no_room_is_told_before_anything_runs(tmp_path: Path) -> None:
         assert served.chat(max_tokens=1).status_code == 200
 
 
+def test_no_room_is_told_while_others_run(tmp_path: Path) -> None:
+    """At once, and not when the request's turn comes."""
+    with serving(tmp_path, free=lambda folder: 5000, batch=1) as served:
+        begun, free = threading.Event(), threading.Event()
+
+        def hold(*_: Any) -> None:
+            begun.set()
+            assert free.wait(60)
+
+        hook = demo().model.register_forward_pre_hook(hold)
+        with ThreadPoolExecutor(2) as people:
+            try:
+                running = people.submit(served.chat, max_tokens=1)
+                assert begun.wait(60)
+                answer = people.submit(served.chat, max_tokens=1, hookmap=RECORD | {"layers": "all"}).result(30)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (507, "no_room")
+                free.set()
+                assert running.result().status_code == 200
+            finally:
+                free.set()
+                hook.remove()
+
+
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(("how", "why"), [("gone", "No such file"), ("full", "File too large")])
 def test_an_answer_whose_session_is_lost_on_the_way_is_whole(tmp_path: Path, streams: bool, how: str, why: str) -> None:
@@ -175,3 +200,30 @@ def test_an_answer_whose_session_is_lost_on_the_way_is_whole(tmp_path: Path, str
         assert str(tmp_path) not in answer.text and meta["tensors"] == []
         assert served.sessions.all() == []
         assert served.chat(max_tokens=1, hookmap=RECORD).json()["session_id"] is not None
+
+
+def test_rows_that_come_after_the_disk_refused_some_are_let_go(tmp_path: Path) -> None:
+    """The first text of a request is refused when it is written; those behind it are answered all the same."""
+    body = {"prompt": ["a b", "c d", "e f"], "max_tokens": 8, "temperature": 0}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with serving(tmp_path / "sessions", batch=1) as served:
+        plain = [each["text"] for each in served.post("/v1/completions", **body).json()["choices"]]
+        passes = []
+
+        def fill(*_: Any) -> None:
+            passes.append(1)
+            if len(passes) == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+            elif len(passes) == 9:
+                time.sleep(1)  # the writer's thread has seen it
+
+        hook = demo().model.register_forward_pre_hook(fill)
+        try:
+            answer = served.post("/v1/completions", **body, hookmap={"points": "all", "layers": "all"})
+        finally:
+            hook.remove()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert answer.status_code == 200, answer.text
+        assert [each["text"] for each in answer.json()["choices"]] == plain
+        assert answer.json()["activations_meta"]["error"]["code"] == "store_failed"
+        assert served.sessions.all() == []
