@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -24,7 +24,7 @@ class Result(Protocol):
     """whether every sample of the run is"""
 
     def identity(self) -> dict[str, Any]:
-        """What a run has to have in common with it to go on with it, as plain data."""
+        """What a run has to have in common with it to go on with it, as plain data; of objects each entry is told."""
 
 
 R = TypeVar("R", bound=Result)
@@ -99,7 +99,7 @@ class Kept(Generic[R]):
 
     def _resumed(self, run: R, store: str | os.PathLike[str]) -> R:
         found = self._kind.open(store)
-        here, now = found.identity(), run.identity()
+        here, now = (dict(_each(of.identity())) for of in (found, run))
         lines = [
             f"  - {name}: the folder has {here.get(name)!r:.200}, this run has {now.get(name)!r:.200}"
             for name in dict.fromkeys((*here, *now))
@@ -108,3 +108,12 @@ class Kept(Generic[R]):
         if lines:
             raise StoreError(f"{store} is of another run:\n" + "\n".join(lines) + "\nWrite to another folder: -o DIR")
         return found
+
+
+def _each(identity: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries, and those of objects one by one: `settings.dtype`."""
+    for name, value in identity.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", own) for key, own in value.items())
+        else:
+            yield name, value

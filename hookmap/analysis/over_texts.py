@@ -103,8 +103,10 @@ class OverTexts(Hooked):
         the start of each text that no mean and no label of tokens reads. shuffles: labels of controls, learnt beside.
         passes: over the texts. batch_rows, learning_rate: of a step of Adam. decay: of the weights. buffer_rows:
         shuffled together. training_seed: of the parts and orders. With dictionaries=, points="features" are theirs.
+        store: a folder for report and probes, and while it runs for its state, written every minute; with resume, a
+        killed run goes on from there.
         `.report` has the scores on texts that no probe saw, `.probes` the weights. Raises SelectionError, DataError,
-        and what capture raises.
+        StoreError, and what capture raises.
         """
         return train_probe(self, texts, label, points, layers, **options)
 

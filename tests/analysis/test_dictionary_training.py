@@ -100,6 +100,8 @@ def test_a_training_that_stopped_goes_on(tmp_path: Path) -> None:
     assert held.passes == 1 and 0 < len(held.samples) < len(TEXTS)
     with raises(StoreError, "another run", "rate"):
         hm.train_dictionary(TEXTS, "resid_post", 1, resume=True, learning_rate=0.1, **run)
+    with raises(StoreError, "another run", "settings.prompts"):
+        hm.train_dictionary(TEXTS[1:] + TEXTS[:1], "resid_post", 1, resume=True, **run)
     with raises(StoreError, "already holds", "--resume"):
         hm.train_dictionary(TEXTS, "resid_post", 1, **run)
     made = hm.train_dictionary(TEXTS, "resid_post", 1, resume=True, **run)

@@ -1,6 +1,10 @@
 """Streamed probes are held against scikit-learn, NumPy, and rows of a capture of the same texts."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,12 @@ from hookmap.activations import Activation, Key, Sample
 from hookmap.analysis.dictionaries.dictionary import About, Dictionary
 from hookmap.analysis.probes.saved import load_probes
 from hookmap.analysis.probes.streamed.learner import Learner, Learning, Scaling
-from hookmap.analysis.probes.streamed.reading import TOKENS, Block
+from hookmap.analysis.probes.streamed.progress import PROGRESS
+from hookmap.analysis.probes.streamed.reading import TOKENS, Block, Takes
 from hookmap.analysis.probes.streamed.run import _of_model, _of_store, train_probe
 from hookmap.analysis.probes.streamed.scores import Scores
 from hookmap.analysis.probes.streamed.targets import CHOICE, TEST, TRAIN, read_targets
+from hookmap.analysis.probes.streamed.trial import Trial
 from hookmap.cli.main import main
 from hookmap.datasets import PromptRecord
 from hookmap.errors import CaptureError, SelectionError, StoreError
@@ -222,11 +228,10 @@ def test_a_model_that_runs_gives_the_rows_of_its_capture(pool: str) -> None:
     def take(where: str) -> Any:
         return lambda key, block: blocks[where].setdefault(key, []).append(block)
 
-    keys, targets, read = _of_model(
-        hm, TEXTS, ["resid_post", "mlp_post"], [0, 2], 8, 0, "a", None, asked, {"batch_size": 3}
-    )
-    read((TRAIN, TEST), 1, take("model"))
-    _of_store(run.store, keys, run.samples, 8, 0, "a", None, asked)[1]((TRAIN, TEST), 1, take("store"))
+    prepared = hm.prepare(TEXTS, ["resid_post", "mlp_post"], [0, 2], 0, batch_size=3)
+    keys, targets, read = _of_model(prepared, 8, 0, "a", None, asked)
+    read((TRAIN, TEST), 1, Takes(take("model")), set())
+    _of_store(run.store, keys, run.samples, 8, 0, "a", None, asked)[1]((TRAIN, TEST), 1, Takes(take("store")), set())
     for key in (*keys, TOKENS):
         for where in blocks:
             held = blocks[where][key]
@@ -265,8 +270,9 @@ def test_features_of_a_dictionary_stay_sparse(pool: str, tmp_path: Path, monkeyp
             seen.update(zip(block.questions.tolist(), block.rows.to_dense(), strict=True))
 
     asked = {"pool": pool, "skip": 1}
-    keys, targets, read = _of_model(hm, TEXTS, "features", "all", 16, 0, "a", None, asked, {"dictionaries": [sae]})
-    read((TRAIN,), 0, take)
+    prepared = hm.prepare(TEXTS, "features", "all", 0, dictionaries=[sae])
+    keys, targets, read = _of_model(prepared, 16, 0, "a", None, asked)
+    read((TRAIN,), 0, Takes(take), set())
     assert keys == (("features", 1),) and len(seen) == len(targets.numbers(TRAIN))
     for number in targets.numbers(TRAIN):
         own = run.read(number, "features", 1).to_dense()
@@ -344,6 +350,116 @@ def test_what_cannot_be_learnt_is_refused() -> None:
     empty = MemoryStore(KEYS)
     with raises(SelectionError, "no text has a label"):
         train_probe(None, empty, "colour")
+
+
+SHORT: dict[str, Any] = {"layers": [0, 2], "passes": 3, "batch_rows": 4, "buffer_rows": 5, "batch_size": 3}
+
+
+def same_result(one: Any, other: Any) -> bool:
+    """Every number of the reports, and every bit of the probes."""
+    told = [each.report.model_dump(exclude={"seconds"}) for each in (one, other)]
+    return told[0] == told[1] and all(
+        torch.equal(value, other.probes.weights[key])
+        and torch.equal(torch.as_tensor(one.probes.biases[key]), torch.as_tensor(other.probes.biases[key]))
+        for key, value in one.probes.weights.items()
+    )
+
+
+class Stop(Exception):
+    pass
+
+
+def blocks_until(patch: pytest.MonkeyPatch, last: float = float("inf")) -> list[Key]:
+    """The tensors whose blocks are learnt or scored from now on; it stops at the block behind `last` of them."""
+    seen: list[Key] = []
+
+    def counted(of: Any) -> Any:
+        def take(self: Trial, key: Key, block: Block) -> None:
+            if len(seen) == last:
+                raise Stop
+            seen.append(key)
+            of(self, key, block)
+
+        return take
+
+    for name in ("learn", "score"):
+        patch.setattr(Trial, name, counted(getattr(Trial, name)))
+    return seen
+
+
+@pytest.mark.parametrize(("stop", "passes"), [(1, 0), (10, 0), (20, 1), (33, 2), (46, 2), (50, 3)])
+def test_a_training_that_stopped_goes_on(
+    tmp_path: Path, stop: int, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it stopped: in the first buffers, in a later pass, while it scores; in classes and in numbers."""
+    store, kind, folder = planted(60), "regression" if stop % 2 else "classes", tmp_path / "p"
+    run: dict[str, Any] = {"label": "size", "kind": kind, "passes": 3, "batch_rows": 8, "buffer_rows": 6}
+    monkeypatch.setattr("hookmap.analysis.probes.streamed.run._TEXTS", 5)
+    monkeypatch.setattr("hookmap.analysis.kept.SECONDS", 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        every = blocks_until(patch)
+        whole = train_probe(None, store, **run)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        blocks_until(patch, stop)
+        train_probe(None, store, **run, store=folder)
+    held = PROGRESS.open(folder)
+    assert {path.name for path in folder.iterdir()} == {PROGRESS.file} and held.passes == passes
+    with raises(StoreError, "another run", "passes: the folder has 3, this run has 4", "labels"):
+        train_probe(None, store, **{**run, "passes": 4, "shuffles": 2}, store=folder, resume=True)
+    with raises(StoreError, "already holds", "--resume"):
+        train_probe(None, store, **run, store=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        left = blocks_until(patch)
+        again = train_probe(None, store, **run, store=folder, resume=True)
+    assert same_result(again, whole)
+    assert left == every[stop // 3 * 3 :]  # two layers and the tokens are a buffer
+    assert {path.name for path in folder.iterdir()} == {"report.json", "probes.safetensors"}
+    with raises(StoreError, "already holds a report", "-o DIR"):
+        train_probe(None, store, **run, store=folder, resume=True)
+
+
+KILLED = """
+import os, signal, sys
+from test_streamed_probes import SHORT, TEXTS
+from support.opened import opened
+from hookmap.analysis import kept
+kept.SECONDS = 0.0
+done = []
+def stop(state):
+    done.append(state)
+    if len(done) > 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+opened("llama").train_probe(TEXTS, "a", **SHORT, store=sys.argv[1], progress=stop)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_to_the_same_probes(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}:{Path(hookmap.__file__).parent.parent}"}
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "p"], env=env, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    held = PROGRESS.open(tmp_path / "p")
+    assert held.passes == 1 and held.samples
+    hm = opened("llama")
+    for name, wrong in (
+        ("passes", {"passes": 2}),
+        ("tensors", {"layers": [1]}),
+        ("learning_rate", {"learning_rate": 0.1}),
+    ):
+        with raises(StoreError, "another run", name):
+            hm.train_probe(TEXTS, "a", **{**SHORT, **wrong}, store=tmp_path / "p", resume=True)
+    with raises(StoreError, "another run", "settings.prompts"):
+        hm.train_probe(TEXTS[:30], "a", **SHORT, store=tmp_path / "p", resume=True)
+    again = hm.train_probe(TEXTS, "a", **SHORT, store=tmp_path / "p", resume=True)
+    assert same_result(again, hm.train_probe(TEXTS, "a", **SHORT))
+    with raises(StoreError, "no trainings of probes"):
+        hm.train_probe(TEXTS, "a", **SHORT, store=tmp_path / "new", resume=True)
+    (tmp_path / "broken").mkdir()
+    for broken in (b"", b"\x10\0\0\0\0\0\0\0 nothing"):
+        (tmp_path / "broken" / PROGRESS.file).write_bytes(broken)
+        with raises(StoreError, "broken"):
+            hm.train_probe(TEXTS, "a", **SHORT, store=tmp_path / "broken", resume=True)
 
 
 @pytest.mark.usefixtures("own_folder")

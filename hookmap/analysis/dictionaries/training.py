@@ -152,7 +152,7 @@ def _from_bytes(data: bytes, where: Any) -> Training:
 
 
 TRAINING = KeptKind(
-    "training.safetensors", "a dictionary's training", "hookmap dictionary train", _to_bytes, _from_bytes
+    "training.safetensors", "trainings of dictionaries", "hookmap dictionary train", _to_bytes, _from_bytes
 )
 
 

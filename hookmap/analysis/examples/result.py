@@ -178,7 +178,7 @@ class Examples:
     def identity(self) -> dict[str, Any]:
         """What a run has to have in common with these to go on with them."""
         vectors = {name: value.tolist() for name, value in self.features.directions.items()}
-        settings = {f"settings.{name}": value for name, value in self.about.get("settings", {}).items()}
+        settings = {"settings": self.about.get("settings", {})}
         named = {name: self.about.get(name) for name in ("model", "architecture")}
         tensors = [tensor_name(key) for key in self.keys]
         how = {"features": self.features.as_json(), "directions": vectors, "examples": self.settings.as_json()}

@@ -14,7 +14,7 @@ from hookmap.analysis import steering
 from hookmap.errors import SelectionError, StoreError
 from hookmap.frozen import Frozen
 from hookmap.placeholders import is_pointer, pointers_told
-from hookmap.stores.durable_files import writing
+from hookmap.stores.durable_files import write_all, write_whole, writing
 from hookmap.stores.ledger import tensor_name
 
 _METADATA = "hookmap.probes"
@@ -84,15 +84,16 @@ class Probes:
 
         Raises StoreError.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {f"{tensor_name(key)}.weight": value.contiguous() for key, value in self.weights.items()}
         tensors |= {
             f"{tensor_name(key)}.bias": torch.as_tensor(value).reshape(-1) for key, value in self.biases.items()
         }
         keys = json.dumps([list(key) for key in self.weights])
+        data = save(tensors, {_METADATA: self.about.model_dump_json(), "keys": keys})
         with writing(path):
-            save_file(tensors, path, metadata={_METADATA: self.about.model_dump_json(), "keys": keys})
+            write_whole(Path(path), lambda file: write_all(file, data))
         return Path(path)
 
 

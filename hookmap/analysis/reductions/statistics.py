@@ -261,7 +261,7 @@ class Statistics:
     def identity(self) -> dict[str, Any]:
         """What a run has to have in common with these to go on with them."""
         directions = {layer: value.tolist() for layer, value in self.wanted.directions.items()}
-        settings = {f"settings.{name}": value for name, value in self.about.get("settings", {}).items()}
+        settings = {"settings": self.about.get("settings", {})}
         named = {name: self.about.get(name) for name in ("model", "architecture")}
         tensors = [tensor_name(key) for key in self.keys]
         return {"tensors": tensors, **self.wanted.as_json(), "directions": directions, **named, **settings}

@@ -42,14 +42,18 @@ _BETWEEN = FiniteRange(min=0, min_open=True, max=1, max_open=True)
 @count("--batch-size", "How many texts run together.")
 @count("--batch-tokens", "How many tokens are read at once.  [default: 4096]")
 @click.option("-o", "--output", metavar="DIR", help="Write report and probes.  [default: nothing]")
+@click.option("--resume", is_flag=True, help="Go on with the training in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout, and no table.")
 @chat_options
 @loading
-def command(model: str | None, store: str | None, output: str | None, as_json: bool, **given: Any) -> None:
+def command(
+    model: str | None, store: str | None, output: str | None, resume: bool, as_json: bool, **given: Any
+) -> None:
     """Train linear probes while MODEL reads texts. No row is kept.
 
     --label names what is learnt: a class or a number of each text, or a list with one for each of its tokens. Whole
-    questions are held out. Beside each probe: labels of controls, random directions, and the tokens alone.
+    questions are held out. Beside each probe: labels of controls, random directions, and the tokens alone. A killed
+    run goes on with --resume, and gives the same numbers.
 
     \b
     hookmap train-probe Qwen/Qwen3-0.6B --prompts texts.jsonl --label topic --layers 8,14,20 -o probes
@@ -62,11 +66,14 @@ def command(model: str | None, store: str | None, output: str | None, as_json: b
     settings = load_settings()
     how = templating(given, settings)
     named = given["labels"]
+    if resume and not output:
+        raise click.UsageError("--resume needs the folder to go on with: -o DIR")
     if not named or named == ("all",):
         raise click.UsageError("which label is learnt? Give --label NAME")
     asked = {name: given.pop(name) for name in ("kind", "group", "pool", "shuffles", "passes", "batch_rows")}
     asked |= {name: given.pop(name) for name in ("learning_rate", "decay", "training_seed")}
     asked |= {"label": named[0], "labels": given.pop("table"), "skip": given.pop("skip_first")}
+    asked |= {"store": output, "resume": resume}
     kept = named if asked["labels"] is None else named[1:]  # a table has the label itself
     given["labels"] = tuple(dict.fromkeys((*kept, *([asked["group"]] if asked["group"] else []))))
     prompts = chosen_prompts(given, settings, how.get("chat"))

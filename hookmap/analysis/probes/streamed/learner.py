@@ -6,7 +6,7 @@ were standardised, and Ridge(alpha = rows · decay). Adam, with a rate that fall
 learnt beside the real ones, from the same rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -88,6 +88,34 @@ class Learner:
         self._first = {name: torch.zeros_like(each) for name, each in self._weights.items()}
         self._second = {name: torch.zeros_like(each) for name, each in self._weights.items()}
         self.seen, self._steps = 0, 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything but `learning`, as tensors that a file can hold."""
+        found = {name: each for name, each in vars(self.scaling).items() if each is not None}
+        for group, tensors in (("weight", self._weights), ("first", self._first), ("second", self._second)):
+            found |= {f"{group}-{name}": each for name, each in tensors.items()}
+        return found | {"seen": torch.tensor(self.seen), "steps": torch.tensor(self._steps)}
+
+    @classmethod
+    def from_state(cls, learning: Learning, state: Mapping[str, Tensor]) -> Self:
+        """The same again. Raises KeyError where the tensors are no state."""
+        scaling = Scaling(state.get("mean"), state["factor"], state.get("projection"))
+        found = cls(learning, scaling, len(state["weight-weight"]))
+        for group, tensors in (("weight", found._weights), ("first", found._first), ("second", found._second)):
+            for name, each in tensors.items():
+                each.copy_(state[f"{group}-{name}"])
+        found.seen, found._steps = int(state["seen"]), int(state["steps"])
+        return found
+
+    def to(self, device: torch.device) -> Self:
+        """Go where the rows are."""
+        if self.scaling.factor.device != device:
+            mean, factor, seen = (None if x is None else x.to(device) for x in vars(self.scaling).values())
+            assert factor is not None
+            self.scaling = Scaling(mean, factor, seen)
+            for tensors in (self._weights, self._first, self._second):
+                tensors.update({name: each.to(device) for name, each in tensors.items()})
+        return self
 
     def learn(self, rows: Tensor, values: Tensor) -> None:
         """Learn rows [n, d] with their labels [sets, n], in an order of its own, `batch` at a time."""

@@ -30,13 +30,23 @@ class Block(NamedTuple):
     """rows that were left out, because they are not finite"""
 
 
+class Takes(NamedTuple):
+    """Who takes what is read."""
+
+    rows: Callable[[Key, Block], None]
+    """the blocks of each tensor in turn"""
+    texts: Callable[[list[int]], None] = lambda numbers: None
+    """then the numbers of the texts whose rows they were, all of them"""
+
+
 class Buffers:
     """Rows of texts, pooled; handed on when there are enough."""
 
-    def __init__(self, targets: Targets, tokens: int, use: Callable[[Key, Block], None], size: int) -> None:
-        """`tokens`: ids are below it. `use`: gets the blocks of each tensor in turn. `size`: rows of a block."""
-        self._targets, self._tokens, self._use, self._size = targets, tokens, use, size
+    def __init__(self, targets: Targets, tokens: int, takes: Takes, size: int) -> None:
+        """`tokens`: ids are below it. `size`: rows of a block."""
+        self._targets, self._tokens, self._takes, self._size = targets, tokens, takes, size
         self._kept: dict[Key, list[tuple[Tensor, list[int]]]] = {}
+        self._numbers: list[int] = []
         self._count = 0
 
     def pooled(self, rows: Tensor, numbers: Sequence[int]) -> Tensor:
@@ -55,6 +65,7 @@ class Buffers:
         """The rows of all tensors of these texts were taken."""
         told = self._of_tokens(samples)
         self.add(TOKENS, told, [*samples])
+        self._numbers += samples
         self._count += told.shape[0]
         if self._count >= self._size:
             self.flush()
@@ -94,7 +105,9 @@ class Buffers:
                 rows = rows.index_select(0, places.to(rows.device))
                 values, questions = values[:, places], questions[places]
             if len(questions):
-                self._use(key, Block(rows, values.to(rows.device), questions, lost))
+                self._takes.rows(key, Block(rows, values.to(rows.device), questions, lost))
+        numbers, self._numbers = self._numbers, []
+        self._takes.texts(numbers)
 
 
 class Reading(Gathering):

@@ -81,10 +81,10 @@ REPORT, PROBES = "report.json", "probes.safetensors"
 
 def save_report(report: StreamReport, folder: Path) -> Path:
     """Write report.json. Raises StoreError."""
-    from hookmap.stores.durable_files import writing
+    from hookmap.stores.durable_files import write_all, write_whole, writing
 
-    path = folder / REPORT
+    path, data = folder / REPORT, report.model_dump_json(indent=2).encode() + b"\n"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_whole(path, lambda file: write_all(file, data))
     return path

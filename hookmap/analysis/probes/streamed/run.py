@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,12 @@ import torch
 
 from hookmap.activations import Key, Sample
 from hookmap.analysis.gathering import refuse_other_rows
+from hookmap.analysis.kept import Kept
 from hookmap.analysis.probes.saved import About, Probes
 from hookmap.analysis.probes.streamed.learner import Learning
-from hookmap.analysis.probes.streamed.reading import Block, Buffers, Reading
-from hookmap.analysis.probes.streamed.report import PROBES, StreamReport, save_report
+from hookmap.analysis.probes.streamed.progress import PROGRESS, Progress
+from hookmap.analysis.probes.streamed.reading import Buffers, Reading, Takes
+from hookmap.analysis.probes.streamed.report import PROBES, REPORT, StreamReport, save_report
 from hookmap.analysis.probes.streamed.targets import (
     CHOICE,
     KINDS,
@@ -30,19 +33,24 @@ from hookmap.analysis.probes.streamed.targets import (
 from hookmap.analysis.probes.streamed.trial import Trial
 from hookmap.analysis.reductions.run import held
 from hookmap.capture.options import Layers, Points
-from hookmap.capture.prepare import say_apart
+from hookmap.capture.prepare import Prepared, say_apart
 from hookmap.capture.rows import without_features
-from hookmap.errors import SelectionError
+from hookmap.errors import SelectionError, StoreError
 from hookmap.loading.generation import check_count
+from hookmap.stores.durable_files import writing
 from hookmap.stores.interface import Store
+from hookmap.stores.ledger import tensor_name
+from hookmap.stores.location import local
+from hookmap.stores.manifest import versions
+from hookmap.stores.number_set import NumberSet
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
 
 _ROWS, _TEXTS = 4096, 64
 """of a store that are read together"""
-Pass = Callable[[Sequence[Part], int, Callable[[Key, Block], None]], None]
-"""reads the texts of some parts once, in the order of the pass with this number"""
+Pass = Callable[[Sequence[Part], int, Takes, Set[int]], None]
+"""reads the texts of some parts once, but those that were read, in the order of the pass with this number"""
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,13 @@ class StreamedProbes:
     probes: Probes
     """one for each tensor, of all of `train`: `probes.logits(rows, point, layer)` are [n, classes], or the numbers"""
 
-    def save(self, folder: str | Path) -> list[Path]:
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write report.json and probes.safetensors. Raises StoreError."""
         target = Path(folder)
-        return [save_report(self.report, target), self.probes.save(target / PROBES)]
+        with writing(target):
+            target.mkdir(parents=True, exist_ok=True)
+        probes = self.probes.save(target / PROBES)
+        return [save_report(self.report, target), probes]  # the report last: where it is, both are
 
 
 def train_probe(
@@ -78,10 +89,14 @@ def train_probe(
     decay: float = 1e-3,
     buffer_rows: int = 4096,
     training_seed: int = 0,
+    store: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> StreamedProbes:
     """See `HookedModel.train_probe`; `hm` may be None where texts is a store."""
     begun = time.perf_counter()
+    if store is not None and (local(store) / REPORT).exists():
+        raise StoreError(f"{store} already holds a report of probes. Write to another folder: -o DIR")
     _check(kind, pool, learning_rate, decay)
     for name, value, least in (
         ("skip", skip, 0), ("shuffles", shuffles, 1), ("passes", passes, 1), ("batch_rows", batch_rows, 1),
@@ -92,30 +107,43 @@ def train_probe(
     if isinstance(texts, Store) or isinstance(getattr(texts, "store", None), Store):
         if options:
             raise SelectionError(f"{', '.join(options)}: a store has its rows already: leave these out.")
-        store = texts if isinstance(texts, Store) else texts.store
-        keys, samples, source = held(store, points, layers), store.samples, str(getattr(store, "path", "memory"))
-        model = getattr(getattr(texts, "manifest", None), "model", None)
-        targets, read = _of_store(store, keys, samples, buffer_rows, training_seed, label, labels, asked)
+        rows = texts if isinstance(texts, Store) else texts.store
+        keys, samples, source = held(rows, points, layers), rows.samples, str(getattr(rows, "path", "memory"))
+        manifest = getattr(rows, "manifest", None)
+        model, run = getattr(manifest, "model", None), getattr(manifest, "settings", {})
+        targets, read = _of_store(rows, keys, samples, buffer_rows, training_seed, label, labels, asked)
     elif hm is None:
         raise SelectionError("texts need a model that reads them: hookmap.open(MODEL).train_probe(texts, …)")
     else:
         refuse_other_rows(options, "a probe chooses its rows by its label and pool=", "max_new_tokens")
-        keys, targets, read = _of_model(
-            hm, texts, points, layers, buffer_rows, training_seed, label, labels, asked, options
-        )
-        model, source = hm.name, "texts"
+        prepared = hm.prepare(texts, points, layers, max_new_tokens=0, **options)
+        keys, targets, read = _of_model(prepared, buffer_rows, training_seed, label, labels, asked)
+        model, run, source = hm.name, prepared.manifest.settings, "texts"
     learning = Learning(
         len(targets.classes), 1 + shuffles, max(1, targets.rows(TRAIN) * passes), batch_rows, learning_rate, decay,
         training_seed,
     )  # fmt: skip
     trial = Trial(learning, targets)
-    for number in range(passes):
-        trial.counting = not number
-        read((TRAIN,), number, trial.learn)
-    trial.counting = True
-    read((CHOICE, TEST), 0, trial.score)
     settings: dict[str, Any] = {"passes": passes, "batch_rows": batch_rows, "learning_rate": learning_rate}
     settings |= {"decay": decay, "skip": skip, "seed": training_seed, "shuffles": shuffles}
+    same = {"model": model, "tensors": [tensor_name(key) for key in keys], "label": label, "kind": kind, "pool": pool}
+    same |= {**settings, "buffer_rows": buffer_rows, "labels": targets.digest, "settings": run, "versions": versions()}
+    kept = Kept(Progress(same, trial), PROGRESS, store, resume)
+    progress = kept.result
+    if progress.trial is None:
+        progress.go_on(trial, keys)
+
+    def done(numbers: list[int]) -> None:
+        progress.samples.update(numbers)
+        kept.now_and_then()
+
+    while progress.passes <= passes:
+        number = progress.passes
+        learns = number < passes
+        trial.counting = not number or not learns
+        takes = Takes(trial.learn if learns else trial.score, done)
+        read((TRAIN,) if learns else (CHOICE, TEST), number if learns else 0, takes, progress.samples.copy())
+        progress.passes, progress.samples = number + 1, NumberSet()
     report = trial.report(keys, model=model, source=source, label=label, begun=begun, **settings)
     about = About(
         label=label,
@@ -126,7 +154,11 @@ def train_probe(
         kind=kind,
         classes=targets.classes,
     )
-    return StreamedProbes(report, trial.probes(keys, about))
+    found = StreamedProbes(report, trial.probes(keys, about))
+    if store is not None:
+        found.save(store)
+        (local(store) / PROGRESS.file).unlink(missing_ok=True)  # what it was needed for is done
+    return found
 
 
 def _check(kind: Any, pool: Any, rate: Any, decay: Any) -> None:
@@ -153,18 +185,8 @@ def _refuse(keys: Sequence[Key]) -> None:
 
 
 def _of_model(
-    hm: Hooked,
-    texts: Any,
-    points: Points,
-    layers: Layers,
-    size: int,
-    seed: int,
-    label: str,
-    labels: Any,
-    asked: Mapping[str, Any],
-    options: Mapping[str, Any],
+    prepared: Prepared, size: int, seed: int, label: str, labels: Any, asked: Mapping[str, Any]
 ) -> tuple[tuple[Key, ...], Targets, Pass]:
-    prepared = hm.prepare(texts, points, layers, max_new_tokens=0, **options)
     keys, run = prepared.manifest.keys, prepared.run
     _refuse(keys)
     samples = [run.expected(number) for number in range(len(run.prompts))]
@@ -172,12 +194,12 @@ def _of_model(
     say_apart(prepared.apart)
     tokens = _tokens(samples, targets)
 
-    def read(parts: Sequence[Part], number: int, use: Callable[[Key, Block], None]) -> None:
+    def read(parts: Sequence[Part], number: int, takes: Takes, finished: Set[int]) -> None:
         wanted = {*targets.numbers(*parts)}
         groups = [own for group in prepared.groups if (own := tuple(n for n in group if n in wanted))]
         random.Random(f"{seed} {number}").shuffle(groups)
-        buffers = Buffers(targets, tokens, use, size)
-        replace(prepared, groups=tuple(groups)).into(Reading(keys, targets, buffers, samples.__getitem__))
+        buffers = Buffers(targets, tokens, takes, size)
+        replace(prepared, groups=tuple(groups)).into(Reading(keys, targets, buffers, samples.__getitem__), finished)
         buffers.flush()
 
     return keys, targets, read
@@ -197,11 +219,11 @@ def _of_store(
     targets = read_targets(samples, label, labels, **asked)
     tokens = _tokens(samples, targets)
 
-    def read(parts: Sequence[Part], number: int, use: Callable[[Key, Block], None]) -> None:
+    def read(parts: Sequence[Part], number: int, takes: Takes, finished: Set[int]) -> None:
         numbers = [*targets.numbers(*parts)]
         random.Random(f"{seed} {number}").shuffle(numbers)
-        buffers = Buffers(targets, tokens, use, size)
-        for batch in _batches(numbers, targets):
+        buffers = Buffers(targets, tokens, takes, size)
+        for batch in _batches([each for each in numbers if each not in finished], targets):
             for key in keys:
                 parts_of = [store.rows_at(n, key, targets.of[n].rows.tolist()) for n in batch]
                 rows = torch.cat([each if each.is_sparse else each.flatten(1) for each in parts_of])

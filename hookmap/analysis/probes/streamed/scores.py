@@ -1,7 +1,9 @@
 """How well held-out texts are told: accuracy of classes, R² of numbers, with intervals that count whole questions."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -35,6 +37,23 @@ class Scores:
         """[true class, class told], of the real labels"""
         self._moments = np.zeros(5)
         """of the numbers told and true: sums, squares, products"""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every sum, as tensors that a file can hold."""
+        found = {name: torch.from_numpy(getattr(self, f"_{name}")) for name in ("gained", "possible", "moments")}
+        counts = {"rows": torch.tensor(self.rows), "loss": torch.tensor(self._loss, dtype=torch.float64)}
+        return {**found, **counts, "confusion": torch.from_numpy(self.confusion)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> Self:
+        """The same again. Raises KeyError where the tensors are no state."""
+        found = cls(len(state["confusion"]), *state["gained"].shape)
+        found._gained, found._possible, found._moments = (
+            state[name].numpy().copy() for name in ("gained", "possible", "moments")
+        )
+        found.rows, found._loss = int(state["rows"]), float(state["loss"])
+        found.confusion = state["confusion"].numpy().copy()
+        return found
 
     def take(self, scores: torch.Tensor, values: torch.Tensor, questions: torch.Tensor) -> None:
         """scores: [n, sets, outputs]; values: [sets, n]; questions: int64 [n]."""

@@ -1,5 +1,6 @@
 """What a streamed probe learns: a class or a number for each text or each token, and which texts it never sees."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,15 @@ class Targets:
     @property
     def outputs(self) -> int:
         return len(self.classes) or 1
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what each text tells, and of the part that it is in."""
+        made = hashlib.sha256(repr((self.classes, self.mean, self.deviation)).encode())
+        for number, each in self.of.items():
+            made.update(f"{number} {each.part} {each.question}".encode())
+            made.update(each.rows.tobytes() + each.values.tobytes())
+        return made.hexdigest()
 
     def numbers(self, *parts: Part) -> tuple[int, ...]:
         """The samples of these parts."""

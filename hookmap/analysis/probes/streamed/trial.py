@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,8 @@ log = logging.getLogger("hookmap")
 
 _SCORED = 4096
 """rows that are scored at a time"""
+_OWN, _RANDOM = "own", "random"
+_PARTS = (CHOICE, TEST)
 
 
 class Trial:
@@ -41,25 +43,58 @@ class Trial:
             self._tests[each.question] = each.part == TEST
         self._scores: dict[tuple[str, Key, bool], Scores] = {}
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that was learnt, scored and left out, as tensors that a file can hold."""
+        found = {f"lost/{tensor_name(key)}": torch.tensor(count) for key, count in self._lost.items()}
+        for name, learners in ((_OWN, self._learners), (_RANDOM, self._random)):
+            for key, learner in learners.items():
+                found |= {f"{name}/{tensor_name(key)}/{part}": each for part, each in learner.state().items()}
+        for (name, key, is_test), scores in self._scores.items():
+            where = f"{name}-{_PARTS[is_test]}/{tensor_name(key)}"
+            found |= {f"{where}/{part}": each for part, each in scores.state().items()}
+        return found
+
+    def restore(self, state: Mapping[str, torch.Tensor], keys: Sequence[Key]) -> None:
+        """Go on from a `state` of the same run. Raises KeyError where the tensors are none."""
+        for key in (*keys, TOKENS):
+            name = tensor_name(key)
+            if f"lost/{name}" in state:
+                self._lost[key] = int(state[f"lost/{name}"])
+            if own := _under(f"{_OWN}/{name}/", state):
+                self._learners[key] = Learner.from_state(self._of_labels(key), own)
+            if own := _under(f"{_RANDOM}/{name}/", state):
+                self._random[key] = Learner.from_state(self._alone, own)
+            for which in (_OWN, _RANDOM):
+                for is_test, part in enumerate(_PARTS):
+                    if own := _under(f"{which}-{part}/{name}/", state):
+                        self._scores[which, key, bool(is_test)] = Scores.from_state(own)
+
+    @property
+    def _alone(self) -> Learning:
+        """Of the real labels, without those of the controls."""
+        return replace(self._learning, sets=1)
+
+    def _of_labels(self, key: Key) -> Learning:
+        return self._alone if key == TOKENS else self._learning
+
     def learn(self, key: Key, block: Block) -> None:
         """Learn a block of rows."""
         self._lose(key, block)
         if key not in self._learners:
             self._begin(key, block.rows)
-        own = self._learners[key]
+        own = self._learners[key].to(block.rows.device)
         own.learn(block.rows, block.values[: own.learning.sets])
         if key in self._random:
-            self._random[key].learn(block.rows, block.values[:1])
+            self._random[key].to(block.rows.device).learn(block.rows, block.values[:1])
 
     def _begin(self, key: Key, first: torch.Tensor) -> None:
         scaling = Scaling.of(first)
-        alone = replace(self._learning, sets=1)
         width = first.shape[1]
-        self._learners[key] = Learner(alone if key == TOKENS else self._learning, scaling, width)
+        self._learners[key] = Learner(self._of_labels(key), scaling, width)
         if key != TOKENS:
             outputs = self._learning.outputs
             seen = scaling.random(width, outputs, self._learning.seed)
-            self._random[key] = Learner(alone, seen, outputs)
+            self._random[key] = Learner(self._alone, seen, outputs)
 
     def _lose(self, key: Key, block: Block) -> None:
         if self.counting and block.lost:
@@ -73,9 +108,10 @@ class Trial:
         if key not in self._learners:
             return
         tests = torch.from_numpy(self._tests)[block.questions]
-        for name, learner in (("own", self._learners[key]), ("random", self._random.get(key))):
+        for name, learner in ((_OWN, self._learners[key]), (_RANDOM, self._random.get(key))):
             if learner is None:
                 continue
+            learner.to(block.rows.device)
             for part, rows in pieces(block.rows, _SCORED):
                 found = learner.scores(rows).cpu()
                 values = block.values[: learner.learning.sets, part].cpu()
@@ -95,9 +131,9 @@ class Trial:
         return None if found is None else found.of()
 
     def _place(self, key: Key) -> Place:
-        own, sums = self._score("own", key), self._scores.get(("own", key, True))
+        own, sums = self._score(_OWN, key), self._scores.get((_OWN, key, True))
         control = None if sums is None else sums.controls
-        by_chance, choice = self._score("random", key), self._score("own", key, is_test=False)
+        by_chance, choice = self._score(_RANDOM, key), self._score(_OWN, key, is_test=False)
         return Place(
             point=key[0],
             layer=key[1],
@@ -129,7 +165,7 @@ class Trial:
         learnt, tested = (
             np.concatenate([targets.of[n].values[0] for n in targets.numbers(part)]) for part in (TRAIN, TEST)
         )
-        alone = self._score("own", TOKENS)
+        alone = self._score(_OWN, TOKENS)
         return StreamReport(
             kind=targets.kind,
             measure="accuracy" if targets.classes else "r2",
@@ -145,7 +181,7 @@ class Trial:
             simplest=of_majority(len(targets.classes), learnt, tested) if targets.classes else 0.0,
             tokens_alone=alone.value if alone else None,
             best=best,
-            confusion=tuple(map(tuple, self._scores["own", best.key, True].confusion.tolist())),
+            confusion=tuple(map(tuple, self._scores[_OWN, best.key, True].confusion.tolist())),
             places=places,
             **settings,
         )
@@ -161,3 +197,7 @@ class Trial:
                 classes = bool(about.classes)
                 weights[key], biases[key] = (weight, bias) if classes else (weight[:, 0], float(bias[0]))
         return Probes(about, weights, biases)
+
+
+def _under(start: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(start): each for name, each in state.items() if name.startswith(start)}

@@ -1,0 +1,90 @@
+"""How far a streamed probing has come, and the file that a killed one goes on from.
+
+Between two buffers a run is the weights, the scores so far, and a list of the texts that were read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from hookmap.activations import Key
+from hookmap.analysis.kept import Kind
+from hookmap.analysis.probes.streamed.trial import Trial
+from hookmap.errors import StoreError
+from hookmap.frozen import Frozen
+from hookmap.stores.number_set import NumberSet
+from hookmap.strict_json import read_json
+
+FORMAT: Final = "hookmap-probe-training"
+
+
+@dataclass
+class Progress:
+    """Where a run is."""
+
+    source: Mapping[str, Any]
+    """what a run has to have in common with it to go on with it, as plain data"""
+    trial: Trial | None = None
+    """None of one that was read from a file, until `restore`"""
+    passes: int = 0
+    """finished ones over the texts to learn from; then one over those that are scored"""
+    samples: NumberSet = field(default_factory=NumberSet)
+    """those read in the running pass"""
+    complete: bool = False
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """of the trial, as it was read"""
+
+    def identity(self) -> dict[str, Any]:
+        return {**self.source}
+
+    def go_on(self, trial: Trial, keys: tuple[Key, ...]) -> None:
+        """Bring a trial of the same run to where it was. Raises StoreError."""
+        try:
+            trial.restore(self.state, keys)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise StoreError(f"{PROGRESS.file} is broken: {error}. Begin again in another folder: -o DIR") from error
+        self.trial, self.state = trial, {}
+
+
+class _Document(Frozen):
+    """The metadata of the file."""
+
+    format: Literal["hookmap-probe-training"] = FORMAT
+    format_version: Literal[1] = 1
+    source: dict[str, Any]
+    passes: int
+    samples: tuple[tuple[int, int], ...]
+    complete: bool
+
+
+def _to_bytes(progress: Progress) -> bytes:
+    document = _Document(
+        source=dict(progress.source),
+        passes=progress.passes,
+        samples=tuple(progress.samples.ranges()),
+        complete=progress.complete,
+    )
+    state = progress.state if progress.trial is None else progress.trial.state()
+    tensors = {name: each.detach().cpu().contiguous().clone() for name, each in state.items()}
+    return bytes(save(tensors, {"hookmap": document.model_dump_json()}))
+
+
+def _from_bytes(data: bytes, where: Any) -> Progress:
+    try:
+        size = int.from_bytes(data[:8], "little")
+        header = read_json(data[8 : 8 + size]) if size <= len(data) else {}
+        document = _Document.model_validate_json((header.get("__metadata__") or {}).get("hookmap", "{}"))
+        samples = NumberSet([n for first, last in document.samples for n in range(first, last + 1)])
+        return Progress(document.source, None, document.passes, samples, document.complete, load(data))
+    except ValidationError as error:
+        raise StoreError(f"{where} is no training of probes, or broken: {error.errors()[0]['msg']}.") from error
+    except (SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
+        raise StoreError(f"{where} is broken: {error}. Begin again in another folder: -o DIR") from error
+
+
+PROGRESS = Kind("training.safetensors", "trainings of probes", "hookmap train-probe", _to_bytes, _from_bytes)
