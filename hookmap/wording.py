@@ -1,6 +1,7 @@
 """The few turns of phrase that many messages share."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -23,3 +24,10 @@ def sentence(text: str | None) -> str:
 def in_call(call: int | None) -> str:
     """`, call 2`: behind a name of what a layer that runs several times has in each of its runs."""
     return "" if call is None else f", call {call}"
+
+
+def whole_number(text: str) -> int:
+    """A number of up to 18 ASCII digits. Raises ValueError for what `int` reads beside: full-width digits, `1_0`."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()):
+        raise ValueError(f"{text!r} is no whole number")
+    return int(text)

@@ -43,9 +43,9 @@ NEEDS = {
 NOT_RUN = {
     "asks another machine": 6,
     "installs packages": 7,
-    "takes minutes": 9,
+    "takes minutes": 8,
     "another program": 1,
-    "needs the real model": 27,
+    "needs the real model": 29,
     "needs vLLM": 6,
 }
 

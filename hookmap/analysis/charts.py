@@ -287,11 +287,21 @@ def bands(
     return finished(drawn, title, 420, 260)
 
 
-def save_picture(chart: Any, path: str | Path) -> Path:
-    """Write a chart to a .png, .svg or .html file. Raises StoreError for another ending, or where writing fails."""
+def check_picture(path: str | Path) -> Path:
+    """The path of a picture. Raises StoreError for another ending, and where it or what it lies in is no such thing."""
     target = Path(path)
     if target.suffix.lower() not in FORMATS:
         raise StoreError(f"{target}: a picture ends in {', '.join(FORMATS)}, got {target.suffix or 'no ending'!r}.")
+    if target.is_dir():
+        raise StoreError(f"{target} is a folder: expected a file. Name a file in it, such as {target / 'chart.png'}.")
+    if target.parent.exists() and not target.parent.is_dir():
+        raise StoreError(f"{target.parent} is a file: expected a folder. Name another one.")
+    return target
+
+
+def save_picture(chart: Any, path: str | Path) -> Path:
+    """Write a chart to a .png, .svg or .html file. Raises StoreError for another ending, or where writing fails."""
+    target = check_picture(path)
     load_altair()
     import vl_convert
 

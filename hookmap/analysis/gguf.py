@@ -80,7 +80,7 @@ def read_gguf(path: str | Path) -> SteeringVector:
         )
     directions = {}
     for name, (kind, data) in tensors.items():
-        match = re.fullmatch(r"direction\.(\d{1,6})", name)
+        match = re.fullmatch(r"direction\.([0-9]{1,6})", name)
         if match is None or kind != "F32" or data.ndim != 1:
             raise StoreError(
                 f"{path}: expected tensors direction.N of F32 [d_model], found {name} of {kind} {list(data.shape)}."

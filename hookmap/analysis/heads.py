@@ -16,7 +16,7 @@ import torch
 from hookmap.activations import call_of
 from hookmap.capture.finiteness import not_finite
 from hookmap.capture.options import Layers, TemplateOptions
-from hookmap.errors import SelectionError
+from hookmap.errors import SelectionError, TokenizerError
 from hookmap.loading.encoder_decoder import is_encoder_decoder, start_token
 from hookmap.loading.encoder_prompts import trial_prompt
 from hookmap.loading.prompts import Prompt, known_ids
@@ -145,6 +145,11 @@ def head_scores(
     **template: Unpack[TemplateOptions],
 ) -> HeadScores:
     """See `HookedModel.head_scores`."""
+    if prompts is None and template:
+        raise TokenizerError(
+            f"{', '.join(template)}: of the chat template, and without prompts heads read random tokens. "
+            "Give prompts, or leave it out."
+        )
     texts = _repeated(hm, length, samples, seed) if prompts is None else hm.encode(prompts, **template)
     selectors = hm.selectors("pattern", layers)  # raises SelectionError where no layer has it
     chosen = tuple(dict.fromkeys(s.layer for s in selectors if s.layer is not None))

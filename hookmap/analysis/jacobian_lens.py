@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -111,7 +112,7 @@ def load_jacobian_lens(source: str | os.PathLike[str], file: str | None = None) 
 
 
 def _is_layer(name: Any) -> bool:
-    return str(name).isdecimal()
+    return re.fullmatch("[0-9]{1,9}", str(name)) is not None
 
 
 def _fetched(source: str | os.PathLike[str], file: str) -> Path:

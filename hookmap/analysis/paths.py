@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SENDERS = {"z": "mixer_out", "mixer_out": "mixer_out", "mlp_post": "mlp_out", "mlp_out": "mlp_out", "resid_pre": ""}
 """points that a path may begin at, and the branch that each is a part of"""
-_RECEIVER = re.compile(r"(?P<point>[^@]+?)(?:@(?P<layer>-?\d+)(?:\.(?P<head>\d+))?)?")
+_RECEIVER = re.compile(r"(?P<point>[^@]+?)(?:@(?P<layer>-?[0-9]+)(?:\.(?P<head>[0-9]+))?)?")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,14 @@ from hookmap.maps.points import PointName, is_place, parse_point
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
 
-_NONE = "it is no product's input or result: its branches read it as attn_in and mlp_in, and write attn_out and mlp_out"
+_WHY_NONE = {
+    "resid": "branches read the stream as attn_in and mlp_in, and write to it what attn_out and mlp_out are",
+    "q_rot k_rot attn_scores pattern": "attention computes it from q and k, which weights write to",
+    "router_indices router_weights": "it is chosen by router_logits, which W_router writes to",
+    "expert_post expert_out": "each row is of another expert; mlp_in and mlp_out have the weights of all",
+    "mixer_norm_scale mlp_norm_scale final_norm_scale": "a norm computes it of the stream, without weights",
+}
+"""points, or how their names begin -> why there are no weights"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,12 @@ def weights(
     except DiscoveryError as error:
         raise SelectionError(f"no weights of {point}: {error}") from error
     if not places:
-        raise SelectionError(f"no weights write to {point} or read from it directly: {_NONE}.")
+        base = PointName.of(name).base
+        why = next((why for of, why in _WHY_NONE.items() if base in of.split() or base.startswith(f"{of}_")), None)
+        raise SelectionError(
+            f"no weights write to {point} or read from it directly"
+            + (f": {why}." if why else ". hm.weights('mlp_out', LAYER) or another point of its branch may have them.")
+        )
     return tuple(_weight(hm.model, place) for place in places)
 
 

@@ -19,6 +19,7 @@ from hookmap.errors import SelectionError
 from hookmap.loading.prompts import known_ids, text_of
 from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector
+from hookmap.wording import whole_number
 
 Wanted = Callable[[int, int], bool]
 """(position, token id) -> whether its row is stored"""
@@ -29,7 +30,7 @@ _GRAMMAR = (
     '"-5:", positions such as "0,3,-1", "image" (tokens that stand for an image), "text" (the others), or "text=…" '
     "(tokens whose text contains it, or of the prompt that it lies in)"
 )
-_SPAN = re.compile(r"(-?\d{1,18})?:(-?\d{1,18})?(?::(\d{1,18}))?")
+_SPAN = re.compile(r"(-?[0-9]{1,18})?:(-?[0-9]{1,18})?(?::([0-9]{1,18}))?")
 NUMBERS = ("router_indices",)
 """points whose values are indices: their dtype never changes, and a mean of them has no meaning"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -305,7 +306,7 @@ def _positions(given: Any, problems: list[str]) -> tuple[Any, bool]:
             if step != 0:
                 return (start, stop, step), True
         try:
-            given = [int(part) for part in text.split(",")]
+            given = [whole_number(part) for part in text.split(",")]
         except ValueError:
             problems.append(f"positions {text!r}: {_GRAMMAR}")
             return "all", False

@@ -5,6 +5,8 @@
 
 import os
 import pkgutil
+import re
+import shlex
 import sys
 from importlib import import_module
 from io import TextIOWrapper
@@ -14,6 +16,7 @@ import click
 
 from hookmap import HookmapError, __version__
 from hookmap.cli import commands
+from hookmap.cli.options import Folder, in_ascii
 from hookmap.wording import did_you_mean, sentence
 
 _PATHS = {"FILE", "FILE.pt", "DIR", "MODEL", "MAP", "MAP|MODEL", "STORE", "FROM", "TO"}
@@ -40,7 +43,7 @@ class _Commands(click.Group):
         command: click.Command = import_module(f"{commands.__name__}.{cmd_name.replace('-', '_')}").command
         if not any(option.name == "debug" for option in command.params):
             command.params.append(_debug_option())
-        _complete_paths(command)
+        _check_texts(command)
         return command
 
     def resolve_command(
@@ -58,6 +61,10 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except HookmapError as error:
             _fail(ctx, str(error), error)
+        except click.UsageError as error:
+            if (told := _one_too_many(error)) is None:
+                raise
+            raise click.UsageError(told, error.ctx) from error
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)
@@ -73,13 +80,39 @@ class _Commands(click.Group):
             _fail(ctx, f"{type(error).__name__}: {text}\n{hint}", error)
 
 
-def _complete_paths(command: click.Command) -> None:
-    """Let shells complete paths. The paths are not checked here: a MODEL may be a hub id."""
+def _check_texts(command: click.Command) -> None:
+    """Refuse files where folders belong and digits that are not ASCII; let shells complete paths.
+
+    Whether a path is there is not checked here: a MODEL may be a hub id.
+    """
     for param in command.params:
-        if param.type is click.STRING and (param.metavar or param.human_readable_name).strip("[].") in _PATHS:
+        name = (param.metavar or param.human_readable_name).strip("[].")
+        if name == "DIR" and isinstance(param.type, click.Path | click.types.StringParamType):
+            param.type = Folder(readable=False)
+        elif param.type is click.STRING and name in _PATHS:
             param.type = click.Path(readable=False)
+        elif isinstance(param.type, click.types.IntParamType | click.types.FloatParamType):
+            param.type = in_ascii(param.type)
     for below in command.commands.values() if isinstance(command, click.Group) else ():
-        _complete_paths(below)
+        _check_texts(below)
+
+
+def _one_too_many(error: click.UsageError) -> str | None:
+    """What to write where an argument is one too many, which click calls unexpected; None of other errors."""
+    match = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", error.message, re.DOTALL)
+    if match is None or error.ctx is None:
+        return None
+    command, name = error.ctx.command, error.ctx.command_path
+    takes = " ".join(each.make_metavar(error.ctx) for each in command.params if isinstance(each, click.Argument))
+    options = {option for each in command.params if isinstance(each, click.Option) for option in each.opts}
+    asked = {"--prompt": "A prompt", "--clean": "The prompt", "--prompts": "A file of prompts"}
+    option = next((option for option in asked if option in options), None)
+    instead = (
+        f"{asked[option]} is an option: {name} {takes} {option} {shlex.quote(match[1])}"
+        if option and takes
+        else f"For what it takes: {name} --help"
+    )
+    return f"{match[1]!r} is one argument too many: {name} takes {takes or 'options alone'}. {instead}"
 
 
 def _fail(ctx: click.Context, message: str, error: Exception) -> None:

@@ -70,11 +70,13 @@ def read(hm: "HookedModel", text: str, images: Sequence[str], answer: str | None
 
 
 def check_pictures(files: tuple[str | None, ...]) -> None:
-    """If a chart is asked for, check that Altair is installed, before a model is loaded. Raises CaptureError."""
-    if any(files):
-        from hookmap.analysis.charts import load_altair
+    """Before a model is loaded: that charts can be drawn, and their files written. Raises CaptureError, StoreError."""
+    if wanted := [file for file in files if file]:
+        from hookmap.analysis.charts import check_picture, load_altair
 
         load_altair()
+        for file in wanted:
+            check_picture(file)
 
 
 def save_pictures(chart: Any, files: tuple[str | None, ...]) -> None:

@@ -1,7 +1,11 @@
 """How options are written that several commands take."""
 
 import math
+import os
 from collections.abc import Callable
+from copy import copy
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +19,36 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(found):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return found
+
+
+class Folder(click.Path):
+    """A path that is a folder or is not there yet: a file in its place is refused before anything is loaded."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        check_folder(value, param.get_error_hint(ctx) if param and ctx else "")
+        return super().convert(value, param, ctx)
+
+
+def check_folder(path: str | None, option: str) -> None:
+    """Raises click.BadParameter where the path, or what it lies in, is a file."""
+    places = (Path(path), *Path(path).parents) if path else ()
+    if file := next((place for place in places if os.path.isfile(place)), None):  # no error of a name that none has
+        raise click.BadParameter(f"{file} is a file: expected a folder. Name another one.", param_hint=option)
+
+
+def in_ascii(number: "click.ParamType[Any]") -> "click.ParamType[Any]":
+    """The same type of number, which refuses what `int` and `float` read beside ASCII numerals: `１２`, `1_000`."""
+    own = copy(number)
+    own.convert = partial(_converted, number)  # type: ignore[method-assign]
+    return own
+
+
+def _converted(
+    number: "click.ParamType[Any]", value: Any, param: click.Parameter | None, ctx: click.Context | None
+) -> Any:
+    if isinstance(value, str) and (not value.isascii() or "_" in value):
+        number.fail(f"{value!r} is no number: write it in the digits 0 to 9.", param, ctx)
+    return number.convert(value, param, ctx)
 
 
 def count(name: str, help: str | None = None, *, least: int = 1, unit: str = "N", **how: Any) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ import click
 FILE_NAME = "hookmap.yaml"
 PREFIX = "HOOKMAP_"
 """each key is a variable, too: HOOKMAP_BATCH_SIZE"""
-_LAYERS = re.compile(r"(-?\d+)(?:[-–](-?\d+))?")
+_LAYERS = re.compile(r"(-?[0-9]{1,9})(?:[-–](-?[0-9]{1,9}))?")
 
 
 def parse_list(text: str) -> str | list[str]:

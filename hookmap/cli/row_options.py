@@ -6,6 +6,7 @@ import click
 
 from hookmap.cli.options import count, option_group
 from hookmap.cli.settings import typed_or_set
+from hookmap.wording import whole_number
 
 row_options = option_group(
     click.option(
@@ -53,6 +54,6 @@ def kept_dtype(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
 
 def _features(text: str) -> int | list[int]:
     try:
-        return [int(part) for part in text.removesuffix(",").split(",")] if "," in text else int(text)
+        return [whole_number(part) for part in text.removesuffix(",").split(",")] if "," in text else whole_number(text)
     except ValueError as error:
         raise click.BadParameter(f"{text!r}: write how many, or a list: 3,17,99", param_hint="--features") from error

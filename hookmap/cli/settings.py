@@ -34,7 +34,16 @@ def typed_or_set(given: dict[str, Any], settings: dict[str, Any], *names: str) -
 
 
 def choose_model(typed: str | None, settings: dict[str, Any]) -> str:
-    """The model of this run. If it was not typed, stderr says which model it is and what named it."""
+    """The model of this run. If it was not typed, stderr says which model it is and what named it.
+
+    Raises click.BadParameter for a text that can be no model's name.
+    """
+    if typed and len(typed.split()) > 1 and not Path(typed).exists():
+        raise click.BadParameter(
+            f"{typed!r} is no folder, and a hub id has no spaces. A text that the model is to read is an option: "
+            "--prompt TEXT, where the command has it",
+            param_hint="MODEL",
+        )
     if typed:
         return typed
     if "model" in settings:

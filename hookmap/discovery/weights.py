@@ -91,10 +91,10 @@ def _is_end(name: str, base: str) -> bool:
         "W_Q": "q",
         "W_K": "k",
         "W_V": "v",
-        "W_O": "z attn_result mixer_out mixer_out_raw",
+        "W_O": "z attn_result mixer_out mixer_out_raw cross_attn_out cross_attn_out_raw",
         "W_in": "mlp_pre mlp_pre_linear mlp_post",
         "W_gate": "mlp_pre mlp_post",
-        "W_out": "mlp_post mlp_out mlp_out_raw",
+        "W_out": "mlp_post mlp_out mlp_out_raw shared_expert_out",
         "W_router": "router_logits",
         "W_E": "embed",
         "W_U": "logits logits_raw",
@@ -120,16 +120,17 @@ class Weights:
         name = PointName.of(PointName.of(point).as_mixer())
         uses = list(self._uses(name, beside))
         found = [use.place for use in uses if _is_end(use.place.name, name.base)]
-        if name.base in ("final_norm", "mixer_in", "mlp_in"):
+        if name.base in ("final_norm", "mixer_in", "cross_attn_in", "mlp_in"):
             tensor = self._tensor(beside[point].terms[-1])
             found += self._norm(tensor)
-        if name.base in ("mixer_in", "mlp_in"):
+        if name.base in ("mixer_in", "cross_attn_in", "mlp_in"):
             reached = {id(op) for op in self._reached(tensor)}
             read = [replace(use.place, side="reads") for use in uses if id(use.op) in reached]
             found += read
             if not read:  # a mixer that is no attention
                 others = (self._product(op, "reads") for op in self._reached(tensor))
-                found += [place for place in others if place is not None]
+                queries = name.base == "cross_attn_in"  # keys and values are the encoder's
+                found += [replace(each, name="W_Q") if queries else each for each in others if each is not None]
         return list({(place.name, place.path, place.side): place for place in found}.values())
 
     def _uses(self, name: PointName, beside: Mapping[str, Selector]) -> Iterator[_Use]:
@@ -143,8 +144,12 @@ class Weights:
             for op in self._reached(self._tensor(term), aten.MOVES):
                 if (place := self._product(op, "reads" if name.base == "z" else "writes")) is not None:
                     yield _Use(replace(place, name="W_O", heads=term), op)
-        if name.base in ("mixer_out", "mixer_out_raw"):
-            yield from (use.named("W_O") for use in self._ends(str(name), beside))
+        for bases, own in (
+            (("mixer_out", "mixer_out_raw", "cross_attn_out", "cross_attn_out_raw"), "W_O"),
+            (("shared_expert_out",), "W_out"),
+        ):
+            if name.base in bases:
+                yield from (use.named(own) for use in self._ends(str(name), beside))
         if name.base in ("mlp_in", "mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out", "mlp_out_raw"):
             yield from self._of_mlp(name, beside)
         for base, own in (("router_logits", "W_router"), ("embed", "W_E"), ("logits", "W_U"), ("logits_raw", "W_U")):
@@ -182,6 +187,10 @@ class Weights:
             raise DiscoveryError(f"{term} is of each chosen expert: the experts' weights write to mlp_out.")
         calls = [call for call in self.flow.calls if call.path == term.module]
         call = calls[term.call or 0] if len(calls) > (term.call or 0) else None
+        if term.operation is not None and call is not None:
+            alike = [op for op in self.flow.operations if (op.call, op.name) == (call.index, term.operation)]
+            for op in alike[term.occurrence or 0 :][:1]:
+                return (op.inputs if term.side == "input" else op.outputs)[int(term.index or 0)]
         places = {} if call is None else call.inputs if term.side == "input" else call.outputs
         if term.operation is not None or term.index not in places:
             raise DiscoveryError(f"{term} is not in this model's dataflow: make its map anew.")

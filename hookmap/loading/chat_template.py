@@ -38,6 +38,12 @@ class Templating:
         if not isinstance(self.chat, bool) and self.chat != "auto":
             raise TokenizerError(f"chat: expected 'auto', True or False, got {self.chat!r}.")
 
+    @property
+    def of_template(self) -> tuple[str, ...]:
+        """The options given that say how the template is filled, and nothing where no template is."""
+        named = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+        return tuple(name for name in named if getattr(self, name) not in (None, {}))
+
     def ending(self, messages: Sequence[Mapping[str, Any]]) -> tuple[bool, bool]:
         """Whether the assistant's turn begins after these messages, and whether the last of them goes on.
 

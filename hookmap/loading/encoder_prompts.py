@@ -20,7 +20,7 @@ from hookmap.loading.chat_template import Chat, Templating
 from hookmap.loading.encoder_decoder import TOKENS, encoder_argument, source, start_token
 from hookmap.loading.further_inputs import FurtherInputs
 from hookmap.loading.modules import device_of
-from hookmap.loading.prompts import NO_TOKENIZER, Prompt, each_of, encode, encode_one
+from hookmap.loading.prompts import NO_TOKENIZER, Prompt, each_of, encode, encode_one, refuse_unread_options
 
 TEXT = "prompt"
 DECODER_TEXT, DECODER_IDS = DECODER
@@ -44,6 +44,7 @@ def encode_apart(
             _refuse_no_text(model)
         return tuple(as_decoder_reads(each, model) for each in encode(prompts, tokenizer, chat, why_none=why_none))
     how = chat if isinstance(chat, Templating) else Templating(chat)
+    refuse_unread_options(prompts, how)
 
     def read(prompt: Any, number: int) -> tuple[Prompt, ...]:
         if _says_more(prompt):

@@ -77,10 +77,44 @@ def encode(
         prompts = [prompts]
     if isinstance(prompts, Mapping | bytes | set | frozenset | IOBase) or not isinstance(prompts, Iterable):
         raise _not_a_prompt(prompts, 0)
+    prompts = list(prompts)
+    refuse_unread_options(prompts, how)
     encoded = each_of(prompts, lambda prompt, number: encode_one(prompt, number, tokenizer, how, why_none, reader))
     if not encoded:
         raise TokenizerError("no prompts given: expected a string, a list of strings, or chat messages, got none.")
     return encoded
+
+
+def refuse_unread_options(prompts: Sequence[Any], how: Templating) -> None:
+    """Raises TokenizerError for options of the chat template where no prompt goes through it."""
+    names = how.of_template
+    if not names or not prompts or not all(_is_read_as_it_is(each, how) for each in prompts):
+        return
+    them = "it" if len(names) == 1 else "them"
+    raise TokenizerError(
+        f"{', '.join(names)}: only the chat template reads {them}, and no prompt here goes through it. "
+        + (
+            f"Token ids are read as they are: leave {them} out, or give text or messages."
+            if how.chat is True
+            else "Give chat=True (--chat), which sends each text as a user's message, or give messages, or leave "
+            f"{them} out."
+        )
+    )
+
+
+def _is_read_as_it_is(prompt: Any, how: Templating) -> bool:
+    """Whether no chat template is filled for it."""
+    if isinstance(prompt, PromptRecord):
+        return _is_read_as_it_is(prompt.prompt, how)
+    if isinstance(prompt, Prompt) or (isinstance(prompt, Mapping) and "role" in prompt):
+        return False
+    if isinstance(prompt, Mapping):
+        text = prompt.get("prompt", prompt.get("text"))  # an encoder's text, a text with images, or no text
+        return text is None or _is_read_as_it_is(text, how)
+    prompt = _listed(prompt)
+    if isinstance(prompt, str):
+        return how.chat is not True
+    return isinstance(prompt, Sequence) and bool(prompt) and all(map(_is_token, prompt))
 
 
 def each_of(prompts: Iterable[Any], read: Callable[[Any, int], _T]) -> tuple[_T, ...]:

@@ -26,7 +26,7 @@ def read_yaml(file: Path) -> Any:
 
     rules_of = yaml.SafeLoader.yaml_implicit_resolvers.items()
     Loader.yaml_implicit_resolvers = {first: [rule for rule in rules if rule[0] != _INT] for first, rules in rules_of}
-    Loader.add_implicit_resolver(_INT, re.compile(r"^-?(?:0|[1-9]\d*)$"), list("-0123456789"))
+    Loader.add_implicit_resolver(_INT, re.compile(r"^-?(?:0|[1-9][0-9]*)$"), list("-0123456789"))
     try:
         return yaml.load(file.read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError) as error:

@@ -13,8 +13,8 @@ from itertools import groupby
 
 from hookmap.maps.grammar import repetitions
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
-_TOKEN = re.compile(r"\s*(?:(\d+)\s*x\s*\(|(\d+)(?:\s*-\s*(\d+))?|([),]))")
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
+_TOKEN = re.compile(r"\s*(?:(\d+)\s*x\s*\(|(\d+)(?:\s*-\s*(\d+))?|([),]))", re.ASCII)
 
 
 @lru_cache(maxsize=256)

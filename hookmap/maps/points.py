@@ -232,7 +232,7 @@ _FALSE_FRIENDS = {
     "ln_final.hook_scale": "TransformerLens's hook_scale is what the norm divides by: 1 / final_norm_scale",
     "attentions_input": "nnterp's attentions_input is the attention module's input: use attn_in",
 }
-_BLOCK_NAME = re.compile(r"^blocks\.(\d+)\.(.+)$")
+_BLOCK_NAME = re.compile(r"^blocks\.([0-9]+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ def parse_point(name: str) -> ParsedPoint | str:
         layer, text = int(match[1]), match[2]
     point = _TRANSFORMER_LENS.get(text) or _NNTERP.get(text) or text
     parts = PointName.of(point)
-    if (parts.base in POINTS or parts.base == FEATURES) and (not parts.number or parts.number.isdecimal()):
+    if (parts.base in POINTS or parts.base == FEATURES) and (not parts.number or re.fullmatch("[0-9]+", parts.number)):
         return ParsedPoint(point, layer)
     if text in _FALSE_FRIENDS:
         return _FALSE_FRIENDS[text]

@@ -129,7 +129,7 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _term(text: str) -> Term | None:
-    found = re.fullmatch(r"(?:(-?[\d.]\S*) \* )?(?:([^\W\d]\S*) \* )?(\w+(?:\.\d+)?)(?:\((.*)\))?", text)
+    found = re.fullmatch(r"(?:(-?[\d.]\S*) \* )?(?:([^\W\d]\S*) \* )?(\w+(?:\.\d+)?)(?:\((.*)\))?", text, re.ASCII)
     if found is None or (found[4] is not None and found[3] not in FUNCTIONS):
         return None
     of = _sum(found[4]) if found[4] is not None else ()

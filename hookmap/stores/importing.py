@@ -17,10 +17,10 @@ from hookmap.stores.manifest import manifest_of_run
 from hookmap.stores.torch_files import read_torch_file
 
 _TRUSTED = "Save its tensors alone, where you trust it: torch.save({name: tensor, …}, FILE)"
-_LAYER_FIRST = re.compile(r"^(?:layers?[._]?)?(\d+)[./](.+)$")
-_LAYER_LAST = re.compile(r"^(.+)[./](\d+)$")
-_CALL = re.compile(r"^(.+)\.call(\d+)$")
-_LAYER = re.compile(r"^(?:layers?[._]?)?(\d+)$")
+_LAYER_FIRST = re.compile(r"^(?:layers?[._]?)?(\d+)[./](.+)$", re.ASCII)
+_LAYER_LAST = re.compile(r"^(.+)[./](\d+)$", re.ASCII)
+_CALL = re.compile(r"^(.+)\.call(\d+)$", re.ASCII)
+_LAYER = re.compile(r"^(?:layers?[._]?)?(\d+)$", re.ASCII)
 _ACCEPTED = (
     'expected a dict of tensors with keys "resid_mid.8", "layer_8.resid_mid", "blocks.8.hook_resid_mid" or '
     '("resid_mid", 8), or dicts by layer or point inside; each tensor [tokens, d] or [samples, tokens, d], or a list '

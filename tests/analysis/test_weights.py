@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support import plain_hooks
 from support.opened import EACH_STRUCTURE, RAGGED, opened
 from support.raises import raises
@@ -36,6 +37,62 @@ def test_the_heads_outputs_times_w_o_are_the_attention_s_output(name: str) -> No
         assert w.axes == ("heads", "d_head", "out") and w.tensor is not None
         found = torch.einsum("nhd,hdo->no", run.read(0, "z", layer), w.tensor)
         close(biased(found, w), run.read(0, "mixer_out_raw", layer))
+
+
+@pytest.mark.parametrize("pre_norm", [False, True], ids=["bart", "pegasus"])
+def test_the_weights_of_cross_attention_are_its_own(pre_norm: bool) -> None:
+    config = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 16, "encoder_attention_heads": 2}
+    config |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 40}
+    torch.manual_seed(0)
+    if pre_norm:
+        model: Any = transformers.PegasusForConditionalGeneration(transformers.PegasusConfig(**config))
+    else:
+        model = transformers.BartForConditionalGeneration(transformers.BartConfig(**config))
+    hm = hookmap.open(model)
+    for layer, block in enumerate(model.model.decoder.layers):
+        reads, writes = named(hm, "cross_attn_in", layer), named(hm, "cross_attn_out", layer)
+        assert {name for name, each in reads.items() if each.side == "reads"} == {"W_Q"}
+        torch.testing.assert_close(reads["W_Q"].tensor, block.encoder_attn.q_proj.weight.T)
+        torch.testing.assert_close(writes["W_O"].tensor, block.encoder_attn.out_proj.weight.T)
+        assert writes["W_O"].bias is not None and writes.keys() == {"W_O"}
+        norm = block.encoder_attn_layer_norm if pre_norm else block.self_attn_layer_norm
+        assert reads["w_norm"].tensor.data_ptr() == norm.weight.data_ptr()
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Any:
+    """Of experts, one of which all tokens share."""
+    config = transformers.Qwen2MoeConfig(
+        num_hidden_layers=2, hidden_size=16, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32,
+        moe_intermediate_size=8, shared_expert_intermediate_size=24,
+        num_experts=4, num_experts_per_tok=2, vocab_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return hookmap.open(transformers.Qwen2MoeForCausalLM(config))
+
+
+def test_a_shared_expert_has_a_product_of_its_own(mixture: Any) -> None:
+    hm = mixture
+    run = hm.capture(IDS, ["shared_expert_out", "mlp_in"], [1], max_new_tokens=0)
+    expert = hm.model.model.layers[1].mlp.shared_expert
+    (w_out,) = hm.weights("shared_expert_out", 1)
+    assert w_out.tensor is not None and w_out.name == "W_out" and w_out.side == "writes"
+    x = run.read(0, "mlp_in", 1)
+    hidden = torch.nn.functional.silu(x @ expert.gate_proj.weight.T) * (x @ expert.up_proj.weight.T)
+    gate = torch.sigmoid(x @ hm.model.model.layers[1].mlp.shared_expert_gate.weight.T)
+    close(gate * (hidden @ w_out.tensor), run.read(0, "shared_expert_out", 1))
+
+
+def test_a_point_without_weights_says_what_has_them(mixture: Any) -> None:
+    for point, told in (
+        ("resid_mid", "attn_out and mlp_out"),
+        ("pattern", "from q and k"),
+        ("router_weights", "W_router"),
+        ("expert_out", "mlp_in and mlp_out have the weights of all"),
+        ("mlp_norm_scale", "a norm computes it"),
+    ):
+        with raises(hookmap.SelectionError, f"no weights write to {point}", told):
+            mixture.weights(point, 1)
 
 
 @pytest.mark.parametrize("name", EACH_STRUCTURE)

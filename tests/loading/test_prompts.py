@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hookmap
 from hookmap.cli.main import main
+from hookmap.datasets.records import PromptRecord
 from hookmap.demo import MODEL_PATH
 from hookmap.loading.prompts import encode
 from hookmap.model import HookedModel
@@ -165,6 +166,27 @@ def test_a_template_is_told_what_it_reads_and_nothing_else(hm: HookedModel) -> N
         fed(hm, CHAT, 2, add_generation_prompt=True, continue_final_message=True)
     with raises(hookmap.TokenizerError, "'auto'", "'yes'"):
         fed(hm, CHAT, 2, chat="yes")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"add_generation_prompt": False},
+        {"continue_final_message": True, "chat_template_kwargs": {"enable_thinking": False}},
+    ],
+)
+def test_what_only_a_template_reads_is_refused_where_none_is_filled(hm: HookedModel, how: dict[str, Any]) -> None:
+    for prompts in ("two plus two", ["two", "plus"], [[4, 5]], PromptRecord("two", "a", {})):
+        with raises(hookmap.TokenizerError, *how, "chat=True", "leave"):
+            hm.capture(prompts, "embed", max_new_tokens=0, **how)
+    with raises(hookmap.TokenizerError, *how, "Token ids are read as they are"):
+        hm.encode([4, 5], chat=True, **how)
+    with raises(hookmap.TokenizerError, *how, "random tokens"):
+        hm.head_scores(**how)
+    assert len(hm.encode(["two", CHAT], **how)) == 2
+    read = hm.encode("two")
+    assert hm.encode(read, **how) == read
 
 
 # Parts of a message ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hookmap.errors import SelectionError
 from hookmap.maps.points import parse_point
 
 Tensor = torch.Tensor
-_LEARNED_AT = re.compile(r"(?P<point>[a-z_]+?)_layer_(?P<layer>\d+)")
+_LEARNED_AT = re.compile(r"(?P<point>[a-z_]+?)_layer_(?P<layer>[0-9]+)")
 """`submodule_name` of dictionary_learning: resid_post_layer_12"""
 
 

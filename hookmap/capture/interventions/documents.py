@@ -242,7 +242,7 @@ class Skip(_Somewhere):
 
     do: Literal["skip"] = "skip"
     what: str = Field(
-        pattern=r"^(block|(mixer|mlp|cross_attn)(\.\d+)?)$",
+        pattern=r"^(block|(mixer|mlp|cross_attn)(\.[0-9]+)?)$",
         description='"block", whose stream leaves it as it entered; or "mixer", "mlp", "cross_attn", which add nothing '
         '("mlp.1": the branch with that number)',
     )

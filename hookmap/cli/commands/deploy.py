@@ -39,7 +39,11 @@ class _WithServeOptions(click.Command):
     "--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="The port on the host's 127.0.0.1."
 )
 @click.option(
-    "--folder", default=_FOLDER, show_default=True, metavar="DIR", help="The folder on the host, from its home folder."
+    "--folder",
+    default=_FOLDER,
+    show_default=True,
+    metavar="FOLDER",
+    help="The folder on the host, from its home folder.",
 )
 @click.option("--fresh", is_flag=True, help="Make a new environment instead of using the existing one.")
 @click.option(

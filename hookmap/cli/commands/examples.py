@@ -1,6 +1,7 @@
 """`hookmap examples`: the tokens at which features are largest, with their context."""
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -136,15 +137,14 @@ def _of_model(
     batches = typed_or_set(given, settings, "batch_size", "batch_tokens")
     model = choose_model(model, settings)
     refuse_unknown(() if named else points, layers, model, calls)
+    wanted = _wanted(given)
     hm = opened(model, given, quiet)
     with progress() as bars:
         bar = bars.add_task("texts", total=len(prompts))
         run = {**how, **batches, "calls": calls, "store": output, "resume": given["resume"]}
         run["progress"] = lambda state: bars.update(bar, completed=state.samples_done)
         of_points = None if named else points
-        return hm.examples(
-            prompts, of_points, layers, given["max_new_tokens"], features=numbers, **_wanted(given), **run
-        )
+        return hm.examples(prompts, of_points, layers, given["max_new_tokens"], features=numbers, **wanted, **run)
 
 
 def _of_store(
@@ -199,7 +199,7 @@ def _directions(vectors: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _context(text: str) -> tuple[int, int]:
     parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+    if len(parts) != 2 or not all(re.fullmatch("[0-9]{1,9}", part.strip()) for part in parts):
         raise click.BadParameter(f"{text!r}: write tokens before and after, such as 24,8", param_hint="--context")
     return int(parts[0]), int(parts[1])
 

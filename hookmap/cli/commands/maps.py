@@ -35,9 +35,7 @@ def command() -> None:
 
 @command.command()
 @click.argument("types", nargs=-1)
-@click.option(
-    "-o", "--output", metavar="DIR", type=click.Path(file_okay=False), help="Where to; without it, mappings/."
-)
+@click.option("-o", "--output", metavar="DIR", help="Where to; without it, mappings/.")
 @click.option("--table", metavar="FILE", type=click.Path(dir_okay=False), help="Write the table of all that is done.")
 @click.option("--models", is_flag=True, help="Instead, the maps of well-known models, into DIR/models.")
 @click.option("--resume", is_flag=True, help="Leave out what an earlier, killed run into DIR has done.")

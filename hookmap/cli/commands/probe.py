@@ -70,6 +70,7 @@ def command(
     from hookmap.cli.settings import chosen_tensors
 
     names, chosen = chosen_tensors({}, points, layers)
+    where = _span(positions) if how["pool"] == "each" else positions
     with working("importing torch and scikit-learn", quiet=as_json):
         from hookmap.analysis.probes.run import probe
     with progress() as bars:
@@ -78,7 +79,7 @@ def command(
             hookmap.open_store(folder),
             points=names,
             layers=chosen,
-            positions=_span(positions) if how["pool"] == "each" else positions,
+            positions=where,
             memory=int(memory * 10**9),
             progress=lambda done, total: bars.update(bar, completed=done, total=total),
             **how,
@@ -89,7 +90,7 @@ def command(
 def _span(text: str | None) -> slice | None:
     if text is None:
         return None
-    match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text.strip())
+    match = re.fullmatch(r"(-?[0-9]{1,18})?:(-?[0-9]{1,18})?", text.strip())
     if match is None:
         raise click.BadParameter(f"{text!r}: write a span such as -8:4 or -8: or :0", param_hint="--positions")
     return slice(*(None if part is None else int(part) for part in match.groups()))

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from hookmap.cli import model_options
-from hookmap.cli.options import amount, calls_option, count
+from hookmap.cli.options import amount, calls_option, check_folder, count
 
 _GIB = 2**30
 _AS_TYPED = ("host", "port", "queue", "batch_tokens", "connections", "max_new_tokens", "inline_bytes")
@@ -116,6 +116,8 @@ def command(
     chosen, of_layers = chosen_tensors(settings, points, layers, default="resid_post")
     of_calls = chosen_calls(settings, calls)
     serving = read_section(Serving, "serve", settings, given)
+    check_folder(serving.sessions, "--sessions")
+    check_folder(serving.vectors, "--vectors")
     loads = model_options.loads(given, settings)
     if serving.engine == "vllm":
         loads = {**(serving.vllm or {}), **on_vllm(loads), "eager": serving.eager}

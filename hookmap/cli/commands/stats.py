@@ -195,6 +195,8 @@ def _how(given: dict[str, Any]) -> dict[str, Any]:
 
 def _numbers(text: str) -> list[float]:
     try:
+        if not text.isascii() or "_" in text:
+            raise ValueError
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise click.BadParameter(f"{text!r}: write numbers such as -10,-1,0,1,10", param_hint="--edges") from error
