@@ -51,11 +51,13 @@ class Generating(Run):
         observers = [observer, *(() if editor is None else editor.observers)]
 
         def tell(columns: int, finished: list[bool]) -> None:
-            with contextlib.ExitStack() as aside:
-                for each in observers:
-                    each.sampled(columns, finished)
-                    aside.enter_context(each.aside())
-                self._show(columns - layout.width)
+            for each in observers:
+                each.sampled(columns, finished)
+            if self.progress is not None:
+                with contextlib.ExitStack() as aside:
+                    for each in observers:
+                        aside.enter_context(each.aside())
+                    self._show(columns - layout.width)
 
         finished = Finished(self.config, self.stop, self.tokenizer, tell, editor.stopped if editor else None)
         with self._turn():

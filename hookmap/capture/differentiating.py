@@ -14,7 +14,7 @@ from hookmap.capture.engines.collectors import Collector
 from hookmap.capture.engines.hooks import HooksEngine
 from hookmap.capture.engines.local_graph import LocalGraph
 from hookmap.capture.engines.model_lock import lock_of
-from hookmap.capture.engines.observation import Observer, of_logits
+from hookmap.capture.engines.observation import Observer
 from hookmap.capture.engines.pass_rows import BatchLayout, PassRows
 from hookmap.capture.engines.taps import Taps
 from hookmap.capture.overflow import RowNumber
@@ -59,7 +59,7 @@ class Differentiating(Harvesting):
         every = [observer, gradients, logits, *(() if editor is None else editor.observers)]
         all_logits = sum(each.reads_logits for each in every) > 1
         for each in every:
-            each.every_logit |= all_logits or any(of_logits(edit.selector) for edit in self.edits)
+            each.every_logit |= all_logits or any(edit.selector.is_logits for edit in self.edits)
         inputs = fed(self, prompts, layout, 0) | {"use_cache": False, **without_loss(self.engine.root)}
         assert isinstance(self.engine, HooksEngine)
         with differentiated(self.engine.module), self._turn(), torch.enable_grad():

@@ -156,7 +156,8 @@ class Hooked:
         run = run_of(request, engine, self.tokenizer, plan, chosen, generation, self.kinds)
         groups, why_apart = self._batches(request, run.why_no_pads)
         expected = self._estimate(request, groups)
-        manifest = manifest_of(request, run, self.map, self.name, plan, chosen["before"], featured)
+        of_model = self.map.architecture, self._document, self.name
+        manifest = manifest_of(request, run, *of_model, plan, chosen["before"], featured)
         if chosen["before"]:
             expected = expected.twice()
         return Prepared(run, groups, manifest, self.map, expected, why, why_apart, featured)
@@ -203,6 +204,11 @@ class Hooked:
     def why_no_pads(self) -> str | None:
         """Why prompts of different lengths must not share a batch of a generation; None where they may."""
         return self.pads.why_not(harvest=False)
+
+    @cached_property
+    def _document(self) -> dict[str, Any]:
+        """The map's, written once: every manifest takes a copy."""
+        return self.map.to_document()
 
     @cached_property
     def places(self) -> Places:

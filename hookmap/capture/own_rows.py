@@ -71,6 +71,9 @@ class OwnRows(Observer):
         except Exception as error:
             self.place.error = error
 
+    def _as_it_lies(self, number: int, term: Term) -> bool:
+        return False  # the tensor holds the rows of others
+
     def _arranged(self, tensor: torch.Tensor, term: Term, selector: Selector) -> torch.Tensor:
         found = tensor if term.bare else term.arrange(tensor, self.place.batch, self._batch.width or 0)
         return self.place.of(found) if found.shape[0] == self.place.batch else found

@@ -192,13 +192,14 @@ def _common(request: Request, engine: Engine, tokenizer: Any, progress: Any) -> 
 def manifest_of(
     request: Request,
     run: Run,
-    architecture_map: ArchitectureMap,
+    architecture: str,
+    document: Mapping[str, Any],
     name: str | None,
     plan: EditPlan | None,
     before: bool,
     featured: Featured | None = None,
 ) -> Manifest:
-    """The manifest of a run that has not begun. `name`: of the model, a hub id or a path."""
+    """The manifest of a run that has not begun. `document`: the map's; `name`: of the model, a hub id or a path."""
     settings: dict[str, Any] = {**run.settings, **request.batch_settings}
     if chosen := request.selection.settings():
         settings["kept"] = chosen
@@ -211,8 +212,8 @@ def manifest_of(
     return manifest_of_run(
         [selector.key for selector in request.selectors] if featured is None else featured.keys,
         model=name,
-        architecture=architecture_map.architecture,
-        architecture_map=architecture_map.to_document(),
+        architecture=architecture,
+        architecture_map=document,
         settings={**settings, **_of_model(run.engine), **_of_prompts(request.prompts)},
     )
 

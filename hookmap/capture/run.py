@@ -207,7 +207,7 @@ def running(engine: Engine, pattern: bool = False) -> Iterator[None]:
     module, lock = engine.module, lock_of(engine.module)
     if not pattern and not engine.exclusive:
         with lock.shared():
-            if not any(part.training for part in module.modules()):
+            if not any(part.training for _, part in modules.each_module(module)):
                 yield
                 return
     with lock.exclusive(), evaluating(module), contextlib.ExitStack() as eager:

@@ -36,6 +36,19 @@ def unwrap(source: Any) -> nn.Module:
     )
 
 
+def each_module(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `root.named_modules()`, and faster: no name passes through a generator for each level."""
+    left, seen = [("", root)], set[nn.Module]()
+    while left:
+        path, module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        inside = [(f"{path}.{name}" if path else name, part) for name, part in module._modules.items()]
+        left.extend((name, part) for name, part in reversed(inside) if part is not None)
+
+
 def model_inside(module: nn.Module) -> Any:
     """The transformers model: the module, or the first one in it; None where it holds none."""
     from transformers import PreTrainedModel

@@ -29,11 +29,11 @@ class Ending:
         self.reach = max((len(text.encode()) for text in stop), default=0) + 4
         """newest tokens that matter"""
 
-    def own(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def own(self, input_ids: torch.Tensor) -> list[bool]:
         """Which rows of token ids, [batch, columns], end with a stop string of the model, as transformers decides."""
         if self._own is None:
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        found: torch.Tensor = self._own(input_ids, None)
+            return [False] * len(input_ids)
+        found: list[bool] = self._own(input_ids, None).tolist()
         return found
 
     def at(self, newest: Sequence[int]) -> bool:
@@ -90,7 +90,7 @@ class Finished(StoppingCriteria):  # type: ignore[misc]  # transformers' base is
         if self._prompt is None:
             self._prompt = columns - 1
         newest = input_ids[:, max(self._prompt, columns - self._ending.reach) :].tolist()
-        own = self._ending.own(input_ids).tolist()
+        own = self._ending.own(input_ids)
         done = [
             its or self._stopped(number) or self._ending.at(row)
             for number, (its, row) in enumerate(zip(own, newest, strict=True))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hookmap.loading.modules import each_module
+
 VALUES = 64
 """the most numbers that are read of each tensor, evenly spaced"""
 
@@ -23,9 +25,8 @@ def weights_of(module: nn.Module) -> dict[str, Any] | None:
     for name, tensor in _saved(module):
         if tensor.is_meta:
             return None
-        flat = tensor.detach().flatten()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        values.setdefault(tensor.dtype, []).append(flat[:: max(1, -(-len(flat) // VALUES))].cpu())
+        values.setdefault(tensor.dtype, []).append(_some(tensor.detach()).cpu())
         count += 1
     for found in values.values():
         digest.update(torch.cat(found).view(torch.uint8).numpy().tobytes())
@@ -33,9 +34,24 @@ def weights_of(module: nn.Module) -> dict[str, Any] | None:
     return {"tensors": count, "dtypes": dtypes, "values_of_each": VALUES, "sha256": digest.hexdigest()}
 
 
+def _some(tensor: torch.Tensor) -> torch.Tensor:
+    """At most VALUES of its numbers, evenly spaced."""
+    size = tensor.numel()
+    step = max(1, -(-size // VALUES))
+    # One operation: every capture asks this of every weight.
+    if type(tensor) is torch.Tensor and tensor.is_contiguous():
+        return tensor.as_strided((-(-size // step),), (step,))
+    return tensor.flatten()[::step]
+
+
 def _saved(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters()
-    for path, part in module.named_modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if name not in part._non_persistent_buffers_set:
+    parts, seen = [*each_module(module)], set[nn.Parameter]()
+    for path, part in parts:
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                yield f"{path}.{name}" if path else name, parameter
+    for path, part in parts:
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
                 yield f"{path}.{name}", buffer

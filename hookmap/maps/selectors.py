@@ -44,6 +44,11 @@ class Selector:
         return named or any("key" in (term.axes or ()) for term in self.terms)
 
     @property
+    def is_logits(self) -> bool:
+        """Whether it is the logits, which a model may be told to compute for some tokens only."""
+        return "d_vocab" in PointName.of(self.point).definition.axes
+
+    @property
     def key(self) -> Key:
         """(point, layer), or (point, layer, call) of a layer that runs several times."""
         return key_of(self.point, self.layer, self.call)

@@ -90,6 +90,39 @@ def test_a_tensor_that_is_not_of_the_tokens_fed_is_refused(rows: int, width: int
     assert not run.rows
 
 
+def decoding() -> Run:
+    """A run that has read its prompts, and is fed one token of each row."""
+    run = Run()
+    run.feed(WIDTH)
+    run.show(WIDTH)
+    run.observer.sampled(WIDTH + 1, [False, False])
+    run.feed(1)
+    return run
+
+
+def test_each_token_that_is_generated_has_the_row_that_was_shown() -> None:
+    run = decoding()
+    with run.observer.aside():
+        run.watch((), {}, torch.full((2, 1, 5), 7.0))  # somebody else runs the model
+    run.show(1)
+    run.observer.sampled(WIDTH + 2, [True, True])
+    run.observer.finish(WIDTH + 2)
+    assert [(a.sample, a.start, a.tensor[:, 0].tolist()) for a in run.rows[2:]] == [(0, 4, [0]), (1, 3, [5])]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(2, 2), (1, 1), (4, 1)])
+def test_a_token_that_is_generated_has_a_tensor_of_one_column(rows: int, width: int) -> None:
+    with pytest.raises(CaptureError, match=r"expected a tensor of \[2, 1, \.\.\.\]"):
+        decoding().show(width, rows)
+
+
+def test_a_module_that_runs_twice_for_a_token_is_refused() -> None:
+    run = decoding()
+    run.show(1)
+    with pytest.raises(CaptureError, match="called more than once in forward pass 1"):
+        run.show(1)
+
+
 def test_a_module_that_runs_before_the_model_does_is_refused() -> None:
     with raises(CaptureError, "block.output was reached outside a forward pass"):
         Run().show(WIDTH)

@@ -12,10 +12,14 @@ from typing import Protocol
 
 import torch
 
-from hookmap.capture.engines.pass_rows import PassRows
+from hookmap.activations import Activation
+from hookmap.capture.engines.pass_rows import BatchLayout, PassRows
 from hookmap.capture.engines.transfer import Transfer
 from hookmap.capture.overflow import Cast, RowNumber
+from hookmap.capture.rows import DTYPES, NUMBERS, RowSelection
 from hookmap.errors import CaptureError
+from hookmap.maps.points import PointName
+from hookmap.maps.selectors import Selector
 
 BLOCK_BYTES = 2**18
 """of one selector's block; 56 tensors of a small model need some 14 MB"""
@@ -192,6 +196,33 @@ class PatternRows:
 
     def _to(self, row: int, first: int) -> Callable[[torch.Tensor], None]:
         return lambda host: self._deliver(row, first, host)
+
+
+def collector_of(
+    selector: Selector,
+    keys: int | None,
+    layout: BatchLayout,
+    selection: RowSelection,
+    transfer: Transfer,
+    write: Callable[[Activation], None],
+) -> Collector:
+    """What takes the rows of a selector, pass by pass, and hands them to `write` in order of position.
+
+    `keys`: the length of a row of attention weights.
+    """
+    samples, point, layer, run = layout.samples, selector.point, selector.layer, selector.call
+
+    def deliver(row: int, first: int, rows: torch.Tensor) -> None:
+        write(Activation(samples[row], point, layer, first, rows, run))
+
+    name = PointName.of(point)
+    dtype = None if selection.dtype is None or name.base in NUMBERS else DTYPES[selection.dtype]
+    if selector.has_keys:
+        pads = [layout.pads(row) for row in range(len(samples))]
+        absent = -math.inf if name.base == "attn_scores" else 0.0
+        return PatternRows(transfer, deliver, dtype, pads, keys or layout.width, absent)
+    kind = MeanRow if selection.mean else LastRow if selection.one_row else EveryRow
+    return kind(transfer, deliver, dtype)
 
 
 def by_position(weights: torch.Tensor, end: int, pads: int, keys: int, absent: float = 0.0) -> torch.Tensor:

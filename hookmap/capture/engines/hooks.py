@@ -144,11 +144,12 @@ class HooksEngine:
         """The model is called with these arguments; what it gets in their place. `generating`: see `logits_of_pass`."""
         if not observers[0].looks:
             return None
-        for each in (*observers, *(() if editor is None else (editor,))):
+        for each in observers:
             each.begin_pass(args, kwargs)
-        if generating is None:
-            return None
-        return args, {**kwargs, **logits_of_pass(self.root, generating, *observers)}, output
+        if editor is not None:
+            editor.begin_pass(args, kwargs)
+        logits = {} if generating is None else logits_of_pass(self.root, generating, *observers)
+        return (args, {**kwargs, **logits}, output) if logits else None
 
 
 def _calls_at(
@@ -280,7 +281,7 @@ def logits_of_pass(root: nn.Module, generating: bool, *observers: Observer) -> d
     It is passed to the model itself, whose `prepare_inputs_for_generation` may have set another value.
     """
     parameter = gen.logits_parameter(root)
-    if parameter is None:
+    if parameter is None or len(observers[0].columns) == 1:  # of one column there is nothing to leave out
         return {}
     scattered = "Tensor" in str(parameter.annotation)
     asked = {each.reads_logits: each.logits(generating, scattered) for each in observers}

@@ -5,7 +5,6 @@ wide as the tokens that were fed. Rows of padding and of finished samples are ne
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,14 +13,14 @@ from typing import Any, Literal
 import torch
 
 from hookmap.activations import Activation, call_of
-from hookmap.capture.engines.collectors import Collector, EveryRow, LastRow, MeanRow, PatternRows
+from hookmap.capture.engines.collectors import Collector, collector_of
 from hookmap.capture.engines.parameters import no_parameters
 from hookmap.capture.engines.pass_rows import BatchLayout, BatchRows, PassRows
 from hookmap.capture.engines.transfer import Transfer
 from hookmap.capture.overflow import Overflow, in_words
-from hookmap.capture.rows import DTYPES, NUMBERS, RowSelection
+from hookmap.capture.rows import DTYPES, RowSelection
 from hookmap.errors import CaptureError
-from hookmap.maps.points import PointName, is_place
+from hookmap.maps.points import is_place
 from hookmap.maps.selectors import Selector
 from hookmap.maps.terms import Term
 from hookmap.stores.ledger import tensor_name
@@ -75,6 +74,8 @@ class Observer:
         """of each selector, the last forward pass that showed it"""
         self._static = False
         """whether the running pass has a cache with places for tokens to come"""
+        self._one_each: tuple[int, int] | None = None
+        """[batch, 1] where the running pass reads one token of each row, is not the first, and every row is kept"""
         self._left = 0
         """selectors that the running pass has not shown yet"""
         self._logit_columns: Sequence[int] | None = None
@@ -106,7 +107,7 @@ class Observer:
     @cached_property
     def reads_logits(self) -> bool:
         """Whether logits are selected, which the model then computes for each row that is kept."""
-        return any(map(of_logits, self.selectors))
+        return any(selector.is_logits for selector in self.selectors)
 
     @property
     def generated(self) -> Sequence[int | None]:
@@ -141,6 +142,9 @@ class Observer:
         self._batch.begin_pass(args, kwargs)
         self._static = any(getattr(each, "is_compileable", False) is True for each in (*args, *kwargs.values()))
         self._left = len(self.selectors)
+        kept = self._batch.kept
+        if kept.whole and kept.new == self._batch.width == 1 and self._batch.passes and not self.selection.features:
+            self._one_each = (kept.batch, 1)
 
     def logits(self, generating: bool, scattered: bool) -> Sequence[int] | None:
         """The columns that the pass which has begun must compute logits of; None for all. Only these will be shown.
@@ -180,7 +184,29 @@ class Observer:
                 if term.call is None or term.call == call:
                     self._see(number, position, term, term.resolve(args, kwargs, output))
 
+        if len(targets) == 1 and self._as_it_lies(targets[0][0], targets[0][2]):
+            return self._in_few_steps(targets[0][0], targets[0][2], watch)
         return watch
+
+    def _as_it_lies(self, number: int, term: Term) -> bool:
+        """Whether a selector's tensor is a module's own, of which rows are taken and nothing else is done."""
+        return term.bare and term.call is None and len(self.selectors[number].terms) == 1
+
+    def _in_few_steps(self, number: int, term: Term, watch: Watch) -> Watch:
+        """`watch`, with a short way for the passes that a generation has most of: it is called for each token."""
+        batch, seen, take, resolve = self._batch, self._seen_in, self._collectors[number].take, term.resolve
+
+        def watch_a_step(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+            if self._one_each is not None and self._looks and seen[number] != batch.passes:
+                tensor = resolve(args, kwargs, output)
+                if tensor.shape[:2] == self._one_each and not tensor.requires_grad:
+                    seen[number] = batch.passes
+                    self._left -= 1
+                    take(batch.kept, tensor)
+                    return
+            watch(args, kwargs, output)
+
+        return watch_a_step
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -302,7 +328,7 @@ class Observer:
         kept, width, computed = self._batch.kept, self._batch.width or 0, self._logit_columns
         tensor = self._arranged(tensor, term, selector)
         if tensor.shape[0] != kept.batch or tensor.shape[1] != width:
-            if computed is not None and of_logits(selector) and tensor.shape[:2] == (kept.batch, len(computed)):
+            if computed is not None and selector.is_logits and tensor.shape[:2] == (kept.batch, len(computed)):
                 return tensor
             raise CaptureError(
                 f"{selector}: expected a tensor of [{kept.batch}, {width}, ...] "
@@ -350,6 +376,7 @@ class Observer:
             return
         running, width = self._batch.passes, self._batch.width
         self._batch.end_pass()
+        self._one_each = None
         if self._left:
             missing = [str(s) for number, s in enumerate(self.selectors) if self._seen_in[number] != running]
             raise CaptureError(
@@ -369,26 +396,4 @@ class Observer:
 
     def collector(self, selector: Selector, keys: int | None) -> Collector:
         """What takes the rows of a selector, pass by pass. `keys`: see `__init__`."""
-        name = PointName.of(selector.point)
-        dtype = None if self.selection.dtype is None or name.base in NUMBERS else DTYPES[self.selection.dtype]
-        deliver = self._deliver_of(selector)
-        if selector.has_keys:
-            pads = [self.layout.pads(row) for row in range(len(self.layout.samples))]
-            absent = -math.inf if name.base == "attn_scores" else 0.0
-            return PatternRows(self._transfer, deliver, dtype, pads, keys or self.layout.width, absent)
-        kind = MeanRow if self.selection.mean else LastRow if self.selection.one_row else EveryRow
-        return kind(self._transfer, deliver, dtype)
-
-    def _deliver_of(self, selector: Selector) -> Callable[[int, int, torch.Tensor], None]:
-        samples, write, point, layer = self.layout.samples, self._write, selector.point, selector.layer
-        run = selector.call
-
-        def deliver(row: int, first: int, rows: torch.Tensor) -> None:
-            write(Activation(samples[row], point, layer, first, rows, run))
-
-        return deliver
-
-
-def of_logits(selector: Selector) -> bool:
-    """Whether it selects the logits, which a model may be told to compute for some tokens only."""
-    return "d_vocab" in PointName.of(selector.point).definition.axes
+        return collector_of(selector, keys, self.layout, self.selection, self._transfer, self._write)

@@ -13,7 +13,7 @@ from torch import nn
 
 from hookmap.capture.engines.hooks import module_at
 from hookmap.capture.engines.nnsight_internals import calls_in, paths_in, stored_edits
-from hookmap.capture.engines.observation import Observer, Side, of_logits
+from hookmap.capture.engines.observation import Observer, Side
 from hookmap.capture.interventions.edits import Editor
 from hookmap.errors import CaptureError, InterventionError
 from hookmap.loading import generation as gen
@@ -43,7 +43,7 @@ class RemoteEngine:
         _refuse(editor)
         [finished] = inputs.pop("stopping_criteria")
         parameter = gen.logits_parameter(self.root)
-        if parameter is not None and any(map(of_logits, observer.selectors)):
+        if parameter is not None and observer.reads_logits:
             inputs[parameter.name] = 0  # transformers computes only the last logits of a prompt, unless told
         sequences, calls = self._run(observer, inputs, generate=True)
         fed, width = 0, inputs["input_ids"].shape[1]
@@ -61,7 +61,7 @@ class RemoteEngine:
         """See `Engine.forward`; the pass runs to its end."""
         _refuse(editor)
         parameter = gen.logits_parameter(self.root)
-        if parameter is not None and not any(map(of_logits, observer.selectors)):
+        if parameter is not None and not observer.reads_logits:
             inputs[parameter.name] = 1
         _, calls = self._run(observer, inputs, generate=False)
         for _ in _replay(calls, observer):

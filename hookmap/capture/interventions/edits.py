@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from hookmap.capture.engines.observation import Observer, of_logits
+from hookmap.capture.engines.observation import Observer
 from hookmap.capture.engines.pass_rows import token_ids
 from hookmap.capture.interventions.keys import fitted, on_keys
 from hookmap.capture.interventions.writable import BoundaryTensor, Cells, ModuleIO, mode_of
@@ -132,7 +132,7 @@ class Editor:
         readers = [each for each in (observer, self.watching) if each is not None and each.reads_logits]
         for each in (observer, *self.observers):
             each.every_logit |= len(readers) > 1 or any(
-                of_logits(edit.selector) or is_place(edit.selector.point) for edit in edits
+                edit.selector.is_logits or is_place(edit.selector.point) for edit in edits
             )
         self._means: dict[tuple[int, int], torch.Tensor] = {}
         self._tokens: list[list[int]] | None = None

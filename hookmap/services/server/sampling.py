@@ -24,7 +24,7 @@ class Sampler:
 
     def ends(self, choice: Choice, token: int) -> bool:
         """Whether a stop string of the model's own settings ends the choice with this token."""
-        return self._stops and bool(choice.ending.own(torch.tensor([[*choice.tokens, token]]))[0])
+        return self._stops and choice.ending.own(torch.tensor([[*choice.tokens, token]]))[0]
 
     @staticmethod
     def choose(

@@ -174,7 +174,7 @@ class _AfterStep(StoppingCriteria):  # type: ignore[misc]  # transformers' base 
         self._steps = 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
-        last = self._choices[0].ending.own(input_ids).tolist()  # jobs of one batch have the same settings
+        last = self._choices[0].ending.own(input_ids)  # jobs of one batch have the same settings
         self._run.after_step(self._choices, input_ids[:, -1].tolist(), last, self._finite.wrong, self._likely)
         if self._steps % _LOOK == 0:
             self._run.look()

@@ -19,6 +19,7 @@ from hookmap.errors import HookmapError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.points import PLACE_AXES, PointName
 from hookmap.maps.selectors import Selector
+from hookmap.maps.terms import Term
 from hookmap.model import HookedModel
 from hookmap.services.server.errors import bad
 from hookmap.services.server.requests import SummaryRequest
@@ -181,6 +182,9 @@ class Summarising(Observer):
                 f"summary: the lens of this prompt has {rows} cells, {MOST_ROWS} is the most; give fewer layers.",
                 f"{PARAM}.prompt",
             )
+
+    def _as_it_lies(self, number: int, term: Term) -> bool:
+        return number < self._first and super()._as_it_lies(number, term)
 
     def _keeps(self, number: int) -> bool:
         return number >= self._first or super()._keeps(number)
