@@ -6,11 +6,20 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from hookmap.errors import StoreError
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from hookmap.errors import HookmapError, StoreError
+from hookmap.frozen import Frozen
 from hookmap.stores.durable_files import write_all, write_whole, writing
 from hookmap.stores.location import local, reading
 from hookmap.stores.number_set import NumberSet
+from hookmap.strict_json import read_json
 
+METADATA = "hookmap"
+"""the entry of the file's metadata that holds the document"""
 SECONDS = 60.0
 """between two files of a run that goes on"""
 
@@ -31,17 +40,47 @@ R = TypeVar("R", bound=Result)
 
 
 class Kind(Generic[R]):
-    """How one kind of result is a file in a folder."""
+    """How one kind of result is a file in a folder: safetensors, whose metadata holds a document."""
 
     def __init__(
-        self, file: str, name: str, make: str, write: Callable[[R], bytes], read: Callable[[bytes, Any], R]
+        self,
+        file: str,
+        name: str,
+        make: str,
+        document: type[Frozen],
+        write: Callable[[R], tuple[Frozen, Mapping[str, torch.Tensor]]],
+        read: Callable[[Any, dict[str, torch.Tensor]], R],
     ) -> None:
-        """`name`: in words, plural. `make`: a command that makes one. `write`, `read`: its content; of its path."""
-        self.file, self.name, self.make, self._write, self._read = file, name, make, write, read
+        """`name`: in words, plural. `make`: a command that makes one. `write`, `read`: a `document` and tensors of it.
+
+        `read` may raise what a document or tensors that do not fit lead to.
+        """
+        self.file, self.name, self.make, self._document, self._write, self._read = (
+            file, name, make, document, write, read,
+        )  # fmt: skip
+
+    def to_bytes(self, result: R) -> bytes:
+        """The file's content."""
+        document, tensors = self._write(result)
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        return bytes(save(plain, {METADATA: document.model_dump_json()}))
+
+    def from_bytes(self, data: bytes, where: Any = "this file") -> R:
+        """The result of a file's content. Raises StoreError that says what is wrong."""
+        try:
+            size = int.from_bytes(data[:8], "little")
+            header = read_json(data[8 : 8 + size]) if size <= len(data) else {}
+            text = (header.get("__metadata__") or {}).get(METADATA, "{}")
+            return self._read(self._document.model_validate_json(text), load(data))
+        except ValidationError as error:
+            problems = "\n".join(f"  - {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()[:5])
+            raise StoreError(f"{where} holds no {self.name}, or is broken:\n{problems}") from error
+        except (SafetensorError, AttributeError, LookupError, ValueError, TypeError, HookmapError) as error:
+            raise StoreError(f"{where} is broken: {error}. Copy it again, or make it anew: {self.make}") from error
 
     def save(self, result: R, folder: str | os.PathLike[str]) -> Path:
         """Write the folder's file, whole or not at all; the folder is made. Raises StoreError."""
-        path, data = local(folder) / self.file, self._write(result)
+        path, data = local(folder) / self.file, self.to_bytes(result)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda file: write_all(file, data))
@@ -57,7 +96,7 @@ class Kind(Generic[R]):
             )
         with reading(path):
             data = path.read_bytes()
-        return self._read(data, path)
+        return self.from_bytes(data, path)
 
     def refuse_used(self, folder: str | os.PathLike[str]) -> None:
         """Raises StoreError where the folder holds some already, or is a file."""

@@ -19,6 +19,11 @@ class NumberSet(MutableSet[int]):
         self._starts: list[int] = found[np.concatenate([[0], breaks + 1])].tolist() if len(found) else []
         self._stops: list[int] = (found[np.concatenate([breaks, [-1]])] + 1).tolist() if len(found) else []
 
+    @classmethod
+    def of_ranges(cls, ranges: Iterable[tuple[int, int]]) -> "NumberSet":
+        """What `ranges` gives, as a set again."""
+        return cls([number for first, last in ranges for number in range(first, last + 1)])
+
     def __contains__(self, number: object) -> bool:
         if not isinstance(number, int):
             return False

@@ -15,9 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from hookmap.activations import Activation, Key, Sample, call_of
 from hookmap.analysis.dictionaries.dictionary import About, Dictionary
@@ -38,7 +35,6 @@ from hookmap.stores.location import local
 from hookmap.stores.manifest import versions
 from hookmap.stores.number_set import NumberSet
 from hookmap.stores.reader import CaptureStore
-from hookmap.strict_json import read_json
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
@@ -116,7 +112,7 @@ class _Document(Frozen):
     complete: bool
 
 
-def _to_bytes(training: Training) -> bytes:
+def _written(training: Training) -> tuple[_Document, dict[str, torch.Tensor]]:
     document = _Document(
         learning=asdict(training.learning),
         about=asdict(training.about),
@@ -128,31 +124,21 @@ def _to_bytes(training: Training) -> bytes:
         complete=training.complete,
     )
     state = {} if training.trainer is None else training.trainer.state
-    tensors = {name: each.detach().cpu().contiguous().clone() for name, each in state.items()}
-    return bytes(save(tensors, {"hookmap": document.model_dump_json()}))
+    return document, {name: each.clone() for name, each in state.items()}
 
 
-def _from_bytes(data: bytes, where: Any) -> Training:
-    try:
-        size = int.from_bytes(data[:8], "little")
-        header = read_json(data[8 : 8 + size]) if size <= len(data) else {}
-        document = _Document.model_validate_json((header.get("__metadata__") or {}).get("hookmap", "{}"))
-        learning, state = Learning(**document.learning), load(data)
-        trainer = Trainer(learning, state=state) if state else None
-        samples = NumberSet([n for first, last in document.samples for n in range(first, last + 1)])
-        told = [Progressed(**each) for each in document.log]  # type: ignore[arg-type]
-        return Training(
-            learning, About(**document.about), document.source, trainer, told, document.passes, samples,
-            document.batches, document.complete,
-        )  # fmt: skip
-    except ValidationError as error:
-        raise StoreError(f"{where} is no training, or broken: {error.errors()[0]['msg']}.") from error
-    except (SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
-        raise StoreError(f"{where} is broken: {error}. Begin again in another folder: -o DIR") from error
+def _read(document: _Document, state: dict[str, torch.Tensor]) -> Training:
+    learning = Learning(**document.learning)
+    trainer = Trainer(learning, state=state) if state else None
+    told = [Progressed(**each) for each in document.log]  # type: ignore[arg-type]
+    return Training(
+        learning, About(**document.about), document.source, trainer, told, document.passes,
+        NumberSet.of_ranges(document.samples), document.batches, document.complete,
+    )  # fmt: skip
 
 
 TRAINING = KeptKind(
-    "training.safetensors", "trainings of dictionaries", "hookmap dictionary train", _to_bytes, _from_bytes
+    "training.safetensors", "trainings of dictionaries", "hookmap dictionary train", _Document, _written, _read
 )
 
 

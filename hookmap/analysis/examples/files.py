@@ -4,20 +4,16 @@ import os
 from typing import Any, Final, Literal
 
 import torch
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from pydantic import Field
 
 from hookmap.activations import call_of, key_of
 from hookmap.analysis.examples.best import Best
 from hookmap.analysis.examples.features import Features
 from hookmap.analysis.examples.result import Examples, Settings, TensorExamples
 from hookmap.analysis.kept import Kind
-from hookmap.errors import StoreError
 from hookmap.frozen import Frozen
 from hookmap.stores.ledger import tensor_name
 from hookmap.stores.number_set import NumberSet
-from hookmap.strict_json import read_json
 
 FORMAT: Final = "hookmap-examples"
 DIRECTION = "direction/"
@@ -45,8 +41,7 @@ class _Document(Frozen):
     texts: dict[int, str] = Field(description="the text of each token id in the examples")
 
 
-def to_bytes(examples: Examples) -> bytes:
-    """The file's content."""
+def _written(examples: Examples) -> tuple[_Document, dict[str, torch.Tensor]]:
     tensors: dict[str, torch.Tensor] = {}
     told, ids = [], set[int]()
     for key in examples.keys:
@@ -56,11 +51,11 @@ def to_bytes(examples: Examples) -> bytes:
             told.append(_Tensor(**named, tokens=None))
             continue
         told.append(_Tensor(**named, tokens=held.tokens, not_finite=held.not_finite))
-        tensors[f"{tensor_name(key)}/positive"] = held.positive.cpu()
+        tensors[f"{tensor_name(key)}/positive"] = held.positive
         for kind, best in (("top", held.top), ("random", held.random)):
             ids.update(torch.unique(best.tensors["tokens"]).tolist())
             for name, value in best.tensors.items():
-                tensors[f"{tensor_name(key)}/{kind}/{name}"] = value.cpu().contiguous()
+                tensors[f"{tensor_name(key)}/{kind}/{name}"] = value
     tensors |= {f"{DIRECTION}{name}": value for name, value in examples.features.directions.items()}
     document = _Document(
         complete=examples.complete,
@@ -71,28 +66,14 @@ def to_bytes(examples: Examples) -> bytes:
         about=examples.about,
         texts={token: examples.text(token) for token in sorted(ids) if token >= 0},
     )
-    return bytes(save(tensors, {"hookmap": document.model_dump_json()}))
-
-
-def from_bytes(data: bytes, where: Any = "these examples") -> Examples:
-    """The examples of a file's content. Raises StoreError that says what is wrong."""
-    try:
-        size = int.from_bytes(data[:8], "little")
-        header = read_json(data[8 : 8 + size]) if size <= len(data) else {}
-        document = _Document.model_validate_json((header.get("__metadata__") or {}).get("hookmap", "{}"))
-        return _read(document, load(data))
-    except ValidationError as error:
-        problems = "\n".join(f"  - {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()[:5])
-        raise StoreError(f"{where} are no examples, or broken:\n{problems}") from error
-    except (SafetensorError, AttributeError, KeyError, ValueError, TypeError, IndexError) as error:
-        raise StoreError(f"{where} are broken: {error}. Copy them again, or make them anew.") from error
+    return document, tensors
 
 
 def _read(document: _Document, tensors: dict[str, torch.Tensor]) -> Examples:
     numbers = document.features["numbers"]
     directions = {name.removeprefix(DIRECTION): v for name, v in tensors.items() if name.startswith(DIRECTION)}
     features = Features(document.features["kind"], None if numbers is None else tuple(numbers), directions)
-    samples = NumberSet([n for first, last in document.samples for n in range(first, last + 1)])
+    samples = NumberSet.of_ranges(document.samples)
     keys = tuple(key_of(each.point, each.layer, each.call) for each in document.tensors)
     texts = document.texts
     found = Examples(features, Settings(**document.settings), keys, document.about, samples, document.complete)
@@ -116,8 +97,9 @@ EXAMPLES = Kind(
     "examples.safetensors",
     "examples",
     "hookmap examples MODEL --points mlp_post --layers 8 --prompts FILE",
-    to_bytes,
-    from_bytes,
+    _Document,
+    _written,
+    _read,
 )
 
 

@@ -7,19 +7,15 @@ import os
 from typing import Any, Final, Literal
 
 import torch
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from pydantic import Field
 
 from hookmap.activations import Key, call_of, key_of
 from hookmap.analysis.kept import Kind
 from hookmap.analysis.reductions.statistics import Statistics, Sums, TensorSums
 from hookmap.analysis.reductions.wanted import KINDS, wanted
-from hookmap.errors import SelectionError, StoreError
 from hookmap.frozen import Frozen
 from hookmap.stores.ledger import tensor_name
 from hookmap.stores.number_set import NumberSet
-from hookmap.strict_json import read_json
 
 FORMAT: Final = "hookmap-statistics"
 
@@ -54,8 +50,7 @@ class _Document(Frozen):
     about: dict[str, Any]
 
 
-def to_bytes(statistics: Statistics) -> bytes:
-    """The file's content."""
+def _written(statistics: Statistics) -> tuple[_Document, dict[str, torch.Tensor]]:
     tensors: dict[str, torch.Tensor] = {}
     told = []
     for key in statistics.keys:
@@ -68,7 +63,7 @@ def to_bytes(statistics: Statistics) -> bytes:
         for by, sums in held.sums.items():
             for (view, kind), each in sums.items():
                 for name, value in each.state().items():
-                    tensors["/".join((tensor_name(key), by, view, kind, name))] = value.detach().cpu().contiguous()
+                    tensors["/".join((tensor_name(key), by, view, kind, name))] = value
     for layer, direction in statistics.wanted.directions.items():
         tensors[f"direction/{'all' if layer is None else layer}"] = direction
     document = _Document(
@@ -79,21 +74,7 @@ def to_bytes(statistics: Statistics) -> bytes:
         samples=tuple(statistics.samples.ranges()),
         about=statistics.about,
     )
-    return bytes(save(tensors, {"hookmap": document.model_dump_json()}))
-
-
-def from_bytes(data: bytes, where: Any = "these statistics") -> Statistics:
-    """The statistics of a file's content. Raises StoreError that says what is wrong."""
-    try:
-        size = int.from_bytes(data[:8], "little")
-        header = read_json(data[8 : 8 + size]) if size <= len(data) else {}
-        document = _Document.model_validate_json((header.get("__metadata__") or {}).get("hookmap", "{}"))
-        return _read(document, load(data))
-    except ValidationError as error:
-        problems = "\n".join(f"  - {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()[:5])
-        raise StoreError(f"{where} are no statistics, or broken:\n{problems}") from error
-    except (SafetensorError, AttributeError, KeyError, ValueError, IndexError, SelectionError) as error:
-        raise StoreError(f"{where} are broken: {error}. Copy them again, or make them anew.") from error
+    return document, tensors
 
 
 def _read(document: _Document, tensors: dict[str, torch.Tensor]) -> Statistics:
@@ -108,7 +89,7 @@ def _read(document: _Document, tensors: dict[str, torch.Tensor]) -> Statistics:
         document.edges,
         (directions.get(None) if None in directions else directions) if directions else None,
     )
-    samples = NumberSet([n for first, last in document.samples for n in range(first, last + 1)])
+    samples = NumberSet.of_ranges(document.samples)
     keys = tuple(tensor.key for tensor in document.tensors)
     found = Statistics(chosen, keys, document.about, samples, document.complete, document.groups)
     for tensor in document.tensors:
@@ -128,8 +109,9 @@ STATISTICS = Kind(
     "statistics.safetensors",
     "statistics",
     "hookmap stats MODEL --points resid_post --prompts FILE",
-    to_bytes,
-    from_bytes,
+    _Document,
+    _written,
+    _read,
 )
 
 

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from hookmap.analysis.dictionaries.packing import to_bytes
 from hookmap.analysis.kept import Kept
-from hookmap.analysis.reductions.files import STATISTICS, from_bytes
+from hookmap.analysis.reductions.files import STATISTICS
 from hookmap.analysis.reductions.run import groupings, reduce
 from hookmap.analysis.reductions.statistics import Statistics
 from hookmap.analysis.reductions.wanted import DEFAULT, Wanted, wanted
@@ -153,11 +153,11 @@ class RayModel:
         with self._alone():
             plan: Reducing = self._pool.call("the plan", "begin", self._pool.put(prompts), named, chosen)
             say_apart(plan.apart)
-            kept = Kept(from_bytes(plan.statistics), STATISTICS, how["store"], bool(how["resume"]))
+            kept = Kept(STATISTICS.from_bytes(plan.statistics), STATISTICS, how["store"], bool(how["resume"]))
             results = self._pool.each(self._parts(plan, named, chosen, kept.result.samples.copy()))
             with contextlib.closing(results):
                 for _, data in results:
-                    kept.result.absorb(from_bytes(data))
+                    kept.result.absorb(STATISTICS.from_bytes(data))
                     kept.now_and_then()
                     if how["progress"] is not None:
                         how["progress"](Progress(len(kept.result.samples), len(plan.prompts), 0, 0))

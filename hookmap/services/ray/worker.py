@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hookmap.analysis.dictionaries.packing import from_bytes
-from hookmap.analysis.reductions.files import to_bytes
+from hookmap.analysis.reductions.files import STATISTICS
 from hookmap.analysis.reductions.run import begun, into
 from hookmap.analysis.reductions.wanted import Wanted
 from hookmap.capture.estimate import Estimate
@@ -145,7 +145,7 @@ class Worker:
     def begin(self, prompts: Any, options: Mapping[str, Any], reducing: Wanted) -> Reducing:
         """Validate and plan statistics without summing up. Raises what `HookedModel.reduce` does."""
         prepared = self._prepare(prompts, options)
-        data = to_bytes(begun(prepared, reducing))
+        data = STATISTICS.to_bytes(begun(prepared, reducing))
         return Reducing(tuple(prepared.run.prompts), prepared.groups, data, prepared.apart)
 
     def reduce(
@@ -163,7 +163,7 @@ class Worker:
         prepared = replace(self._prepared[1], groups=tuple(map(tuple, batches)))
         statistics = begun(prepared, reducing)
         into(prepared, statistics, finished=finished)
-        return to_bytes(statistics)
+        return STATISTICS.to_bytes(statistics)
 
     def _prepare(self, prompts: Any, options: Mapping[str, Any]) -> Prepared:
         """A capture that is planned; its dictionaries come as bytes."""

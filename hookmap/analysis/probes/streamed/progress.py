@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from hookmap.activations import Key
 from hookmap.analysis.kept import Kind
@@ -18,7 +15,6 @@ from hookmap.analysis.probes.streamed.trial import Trial
 from hookmap.errors import StoreError
 from hookmap.frozen import Frozen
 from hookmap.stores.number_set import NumberSet
-from hookmap.strict_json import read_json
 
 FORMAT: Final = "hookmap-probe-training"
 
@@ -62,7 +58,7 @@ class _Document(Frozen):
     complete: bool
 
 
-def _to_bytes(progress: Progress) -> bytes:
+def _written(progress: Progress) -> tuple[_Document, dict[str, torch.Tensor]]:
     document = _Document(
         source=dict(progress.source),
         passes=progress.passes,
@@ -70,21 +66,12 @@ def _to_bytes(progress: Progress) -> bytes:
         complete=progress.complete,
     )
     state = progress.state if progress.trial is None else progress.trial.state()
-    tensors = {name: each.detach().cpu().contiguous().clone() for name, each in state.items()}
-    return bytes(save(tensors, {"hookmap": document.model_dump_json()}))
+    return document, {name: each.clone() for name, each in state.items()}
 
 
-def _from_bytes(data: bytes, where: Any) -> Progress:
-    try:
-        size = int.from_bytes(data[:8], "little")
-        header = read_json(data[8 : 8 + size]) if size <= len(data) else {}
-        document = _Document.model_validate_json((header.get("__metadata__") or {}).get("hookmap", "{}"))
-        samples = NumberSet([n for first, last in document.samples for n in range(first, last + 1)])
-        return Progress(document.source, None, document.passes, samples, document.complete, load(data))
-    except ValidationError as error:
-        raise StoreError(f"{where} is no training of probes, or broken: {error.errors()[0]['msg']}.") from error
-    except (SafetensorError, AttributeError, KeyError, ValueError, TypeError) as error:
-        raise StoreError(f"{where} is broken: {error}. Begin again in another folder: -o DIR") from error
+def _read(document: _Document, state: dict[str, torch.Tensor]) -> Progress:
+    samples = NumberSet.of_ranges(document.samples)
+    return Progress(document.source, None, document.passes, samples, document.complete, state)
 
 
-PROGRESS = Kind("training.safetensors", "trainings of probes", "hookmap train-probe", _to_bytes, _from_bytes)
+PROGRESS = Kind("training.safetensors", "trainings of probes", "hookmap train-probe", _Document, _written, _read)
