@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hookmap.analysis.dictionaries.evaluating import evaluate
 from hookmap.analysis.dictionaries.loading import as_dictionary, load_dictionary
 from hookmap.analysis.dictionaries.saving import save_dictionary
 from hookmap.cli.main import main
-from hookmap.errors import SelectionError, StoreError
+from hookmap.errors import CaptureError, SelectionError, StoreError
 
 D, F = 32, 48
 HOOK = {"model_name": "tiny", "hook_name": "blocks.1.hook_resid_post", "prepend_bos": False, "context_size": 16}
@@ -315,10 +316,15 @@ def test_a_transcoder_writes_what_it_read_before() -> None:
         torch.testing.assert_close(run.read(sample.sample, "mlp_out", 1), found.reconstruct(rows), atol=1e-5, rtol=1e-5)
 
 
-def test_an_evaluation_is_saebenchs_formulas(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("skip", "trained"), [(0, 1), (1, 1), (None, 2)])
+def test_an_evaluation_is_saebenchs_formulas(skip: int | None, trained: int) -> None:
+    """The first tokens of each text are kept as they are, on request, or where they were left out of the training."""
     hm, found = opened("llama"), made()
-    own = evaluate(hm, RAGGED, found)
-    rows = torch.cat(hm.capture(RAGGED, "resid_post", 1, 0)["resid_post", 1])
+    found = replace(found, about=replace(found.about, skip=trained))
+    own = evaluate(hm, RAGGED, found, skip=skip)
+    first = trained if skip is None else skip
+    rows = torch.cat([each[first:] for each in hm.capture(RAGGED, "resid_post", 1, 0)["resid_post", 1]])
+    assert own.skip == first
     features, wrote = found.encode(rows), found.reconstruct(rows)
     assert own.tokens == len(rows)
     assert own.l0 == pytest.approx(float((features != 0).float().sum(1).mean()))
@@ -332,15 +338,22 @@ def test_an_evaluation_is_saebenchs_formulas(caplog: pytest.LogCaptureFixture) -
 
     def loss(write: Any) -> float:
         each = [cross_entropy(hooked(hm, 1, write, t)[:-1], torch.tensor(t[1:]), reduction="none") for t in RAGGED]
-        return float(torch.cat(each).mean())
+        return float(torch.cat([losses[first:] for losses in each]).mean())
 
-    clean, spliced, ablated = loss(lambda r: r), loss(found.reconstruct), loss(torch.zeros_like)
+    def splice(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rows[..., :first, :], found.reconstruct(rows[..., first:, :])], dim=-2)
+
+    clean, spliced, ablated = loss(lambda r: r), loss(splice), loss(torch.zeros_like)
     assert own.ce_loss_without_sae == pytest.approx(clean, rel=1e-4)
     assert own.ce_loss_with_sae == pytest.approx(spliced, rel=1e-4)
     assert own.ce_loss_with_ablation == pytest.approx(ablated, rel=1e-4)
     assert own.ce_loss_score == pytest.approx((ablated - spliced) / (ablated - clean), rel=1e-3)
     with raises(SelectionError, "reads rows of 32", "got"):
         evaluate(hm, RAGGED, made("mlp_post"))
+    with raises(SelectionError, "a text of 102 tokens"):
+        evaluate(hm, RAGGED, found, skip=100)
+    with raises(CaptureError, "skip", "-1"):
+        evaluate(hm, RAGGED, found, skip=-1)
 
 
 def test_another_model_and_another_beginning_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

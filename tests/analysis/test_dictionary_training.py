@@ -70,14 +70,15 @@ def test_it_streams_from_the_model_and_leaves_its_files(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "sae").iterdir()} == {"cfg.json", "sae_weights.safetensors"}
     read = load_dictionary(tmp_path / "sae")
     assert same(read, made.dictionary) and read.reads == ("resid_post", 1) and (read.features, read.k) == (20, 3)
-    assert read.about.context == max(map(len, TEXTS))
+    assert read.about.context == max(map(len, TEXTS)) and read.about.skip == 1
+    assert evaluate(hm, RAGGED, read).skip == 1
     with raises(StoreError, "already holds a dictionary"):
         hm.train_dictionary(TEXTS, "resid_post", 1, store=tmp_path / "sae", **SMALL)
     again = hm.train_dictionary(TEXTS, "resid_post", 1, **SMALL)
     assert same(again.dictionary, made.dictionary)
     heads = hm.train_dictionary(TEXTS, "z", 1, **SMALL).dictionary
     assert heads.d_in == hm.map.d_model
-    own = evaluate(hm, RAGGED, read)
+    own = evaluate(hm, RAGGED, read, skip=0)
     assert own.l0 <= 3 and own.tokens == sum(map(len, RAGGED))
 
 

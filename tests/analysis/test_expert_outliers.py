@@ -11,6 +11,8 @@ from support.opened import RAGGED, opened
 from support.raises import raises
 from support.tiny_tokenizer import WORDS, tiny_tokenizer
 
+import hookmap
+from hookmap.analysis import charts
 from hookmap.analysis.expert_outliers import _of_rows
 from hookmap.cli.main import main
 from hookmap.errors import SelectionError
@@ -45,6 +47,23 @@ def test_each_experts_writes_are_those_of_the_rows() -> None:
         assert own.as_json()[best]["expert"] == best
         with raises(SelectionError, "feature 99999"):
             own.of(99999)
+
+
+def test_a_planted_expert_is_found_and_drawn() -> None:
+    """One expert of one layer writes large numbers to one feature: table, picture and outlier features say which."""
+    model = plain_hooks.build("mixtral")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[2, 5] *= 1e5
+    hm = hookmap.open(model, tokenizer=tiny_tokenizer())
+    texts = [[(7 * n + 3 * m) % 90 + 1 for m in range(12)] for n in range(12)]
+    found = hm.expert_outliers(texts)
+    (expert, size), (_, next_size) = found[1].of(5, top=2)
+    assert expert == 2 and size > 1000 * next_size and 0 < float(found[1].share[2]) < 1
+    assert all(float(own.largest.max()) < size / 1000 for layer, own in found.items() if layer < 1)
+    best = max(charts.expert_outliers(found).to_dict()["data"]["values"], key=lambda row: row["value"])
+    assert (best["layer"], best["expert"], best["feature"]) == ("1", 2, 5)
+    features = hm.outliers(texts).features
+    assert features[0].feature == 5 and features[0].massive
 
 
 def test_a_dense_model_has_none() -> None:

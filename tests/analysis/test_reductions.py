@@ -21,6 +21,7 @@ from support.tiny_tokenizer import WORDS, tiny_tokenizer
 
 import hookmap
 from hookmap.activations import Activation, Sample
+from hookmap.analysis.reductions.accumulators import Batch, Extrema, Moments
 from hookmap.analysis.reductions.files import STATISTICS, open_statistics
 from hookmap.analysis.reductions.reducer import Reducer
 from hookmap.analysis.reductions.run import merged, reduce_store
@@ -411,3 +412,33 @@ def test_the_command(tmp_path: Path) -> None:
     assert CliRunner().invoke(main, ["stats", "--points", "resid_post"]).exit_code == 2
     wrong = CliRunner().invoke(main, [*run, "--reductions", "meen"])
     assert wrong.exit_code == 1 and "'meen'" in wrong.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("groups", [1, 5])
+def test_a_batch_is_summed_up_a_few_rows_at_a_time(
+    dtype: torch.dtype, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64 whatever the rows are in, and as exactly as at once: the mean is far from 0."""
+    monkeypatch.setattr("hookmap.analysis.reductions.accumulators._CACHED", 64)
+    draw = torch.Generator().manual_seed(3)
+    rows = (torch.randn(101, 7, generator=draw) + torch.tensor([0, 1, 10, 100, 1000, -500, 3])).to(dtype)
+    member = torch.arange(101) % groups
+    batch = Batch(rows, groups, member)
+    found = {
+        name: value.numpy()
+        for each in (Moments.of(batch, 4), Extrema.of(batch, None))
+        for name, value in each.tensors.items()
+    }
+    for group in range(groups):
+        own = rows[member == group].double().numpy()
+        apart = own - own.mean(0)
+        assert found["count"][group] == len(own)
+        np.testing.assert_allclose(found["mean"][group], own.mean(0), rtol=1e-14)
+        for power, name in ((2, "m2"), (3, "m3"), (4, "m4")):
+            expected = (apart**power).sum(0)
+            np.testing.assert_allclose(
+                found[name][group], expected, rtol=1e-11, atol=1e-13 * (np.abs(apart) ** power).sum()
+            )
+        np.testing.assert_array_equal(found["min"][group], own.min(0))
+        np.testing.assert_array_equal(found["max"][group], own.max(0))

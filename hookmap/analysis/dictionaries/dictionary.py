@@ -35,6 +35,8 @@ class About:
     """whether its texts began with the token that begins a sequence"""
     context: int | None = None
     """tokens of its texts"""
+    skip: int = 0
+    """tokens at the start of each text that it was not trained on"""
     program: str = ""
     """whose files they are"""
     kind: str = ""

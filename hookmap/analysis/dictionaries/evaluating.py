@@ -15,6 +15,7 @@ from hookmap.analysis.gathering import Gathering
 from hookmap.analysis.metrics import losses
 from hookmap.capture.interventions.documents import Ablate
 from hookmap.errors import SelectionError
+from hookmap.loading.generation import check_count
 from hookmap.stores.ledger import tensor_name
 from hookmap.stores.number_set import NumberSet
 
@@ -26,7 +27,11 @@ log = logging.getLogger("hookmap")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """SAEBench's core metrics, under its names. Rows are of all tokens, losses of all tokens but the first."""
+    """SAEBench's core metrics, under its names. Rows are of all tokens, losses of all tokens but the first.
+
+    With `skip`, as SAEBench does with special tokens on request (exclude_special_tokens_from_reconstruction): the first
+    tokens of each text keep their rows, and neither these nor the losses of what they predict are counted.
+    """
 
     ce_loss_score: float
     """loss recovered: (with ablation − with the dictionary) / (with ablation − without); 1 is all of it"""
@@ -51,6 +56,8 @@ class Evaluation:
     frac_alive: float
     """share of the features that are active at some token; the others are dead in these texts"""
     tokens: int
+    skip: int = 0
+    """tokens at the start of each text that keep their rows"""
 
     @property
     def dead(self) -> float:
@@ -61,26 +68,33 @@ class Evaluation:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
-def evaluate(hm: Hooked, texts: Any, dictionary: Dictionary, **options: Any) -> Evaluation:
+def evaluate(hm: Hooked, texts: Any, dictionary: Dictionary, *, skip: int | None = None, **options: Any) -> Evaluation:
     """Evaluate a dictionary on texts, by SAEBench's core metrics. options: as of `HookedModel.loss`.
 
+    skip: tokens at the start of each text that keep their rows, and are not counted; unless given, those that the
+    dictionary's files say it was not trained on (`about.skip`). 0 splices every token.
     Warns where the dictionary was made for another model, or for texts that begin otherwise. Raises SelectionError
     where it does not fit the model.
     """
+    skip = dictionary.about.skip if skip is None else skip
+    check_count("skip", skip, least=0)
     prepared = _prepared(hm, texts, dictionary, options)
+    if all(len(prompt.token_ids) < skip + 2 for prompt in prepared.run.prompts):
+        raise SelectionError(f"no evaluation: expected a text of {skip + 2} tokens or more, skip={skip} is left out.")
     say_what_differs(hm, dictionary, prepared.run.prompts)
-    sink = _Measuring(dictionary, tuple(s.key for s in prepared.run.selectors), len(prepared.run.prompts))
+    sink = _Measuring(dictionary, tuple(s.key for s in prepared.run.selectors), skip)
     prepared.into(sink)
     found = sink.measured()
     point, layer = dictionary.writes[:2]
     zero = Ablate(point=point, layers="all" if layer is None else (layer,), to="zero")
+    where = {"positions": f"{skip}:"} if skip else {}
     clean, spliced, ablated = (
-        float(torch.cat(losses(hm, texts, edits, **options)).double().mean())
-        for edits in ((), dictionary.splice(), [zero])
+        float(torch.cat([each[skip:] for each in losses(hm, texts, edits, **options)]).double().mean())
+        for edits in ((), dictionary.splice(**where), [zero])
     )
     lost = ablated - clean
     score = (ablated - spliced) / lost if lost else float("nan")
-    return Evaluation(score, clean, spliced, ablated, **found)
+    return Evaluation(score, clean, spliced, ablated, **found, skip=skip)
 
 
 def say_what_differs(hm: Hooked, dictionary: Dictionary, prompts: Any) -> None:
@@ -121,14 +135,14 @@ def _prepared(hm: Hooked, texts: Any, dictionary: Dictionary, options: Mapping[s
 class _Measuring(Gathering):
     """Sums of what a dictionary makes of rows, in float64."""
 
-    def __init__(self, dictionary: Dictionary, keys: tuple[Key, ...], samples: int) -> None:
+    def __init__(self, dictionary: Dictionary, keys: tuple[Key, ...], skip: int) -> None:
         if {dictionary.reads, dictionary.writes} != {*keys}:
             raise SelectionError(
                 f"the dictionary is of {tensor_name(dictionary.reads)}, and the model has there "
                 f"{', '.join(map(tensor_name, keys))}."
             )
         super().__init__(keys, NumberSet(), None, lambda: None)
-        self._given = self._dictionary = dictionary
+        self._given, self._dictionary, self._skip = dictionary, dictionary, skip
         self._batch: dict[Key, torch.Tensor] = {}
         self._sums: dict[str, float] = dict.fromkeys(("error", "cossim", "ratio", "l0", "l1"), 0.0)
         self._mean: torch.Tensor | None = None
@@ -137,7 +151,8 @@ class _Measuring(Gathering):
         self._active = torch.zeros(dictionary.features, dtype=torch.bool)
 
     def take(self, key: Key, rows: torch.Tensor, pieces: list[Activation]) -> None:
-        self._batch[key] = rows.flatten(1)
+        places = torch.cat([torch.arange(piece.start, piece.start + len(piece.tensor)) for piece in pieces])
+        self._batch[key] = rows.flatten(1)[(places >= self._skip).to(rows.device)]
 
     def forget(self) -> None:
         self._batch = {}
@@ -145,6 +160,9 @@ class _Measuring(Gathering):
     @torch.no_grad()
     def commit(self, samples: Mapping[int, Sample]) -> None:
         read, written = (self._batch[key] for key in (self._given.reads, self._given.writes))
+        if not len(read):
+            self.forget()
+            return
         self._dictionary = self._dictionary.to(read.device)
         features = self._dictionary.encode(read)
         made, rows = self._dictionary.decode(features, read).double().cpu(), written.double().cpu()

@@ -64,6 +64,7 @@ def saelens(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Diction
         meta.get("model_name") or meta.get("model"),
         meta.get("prepend_bos"),
         meta.get("context_size"),
+        _skipped(meta.get("seqpos_slice")),
         "SAELens" if "d_sae" in config else "plain",
         kind,
     )
@@ -100,6 +101,12 @@ def saelens(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Diction
         f"architecture {kind!r} is not known here: expected standard, gated, topk, batchtopk, jumprelu, "
         "matryoshka_batchtopk, or a transcoder of these."
     )
+
+
+def _skipped(seqpos: Any) -> int:
+    """First tokens of a text that a slice of positions leaves out; counted from the end, or none: 0."""
+    first = seqpos[0] if isinstance(seqpos, list) and len(seqpos) > 1 else None
+    return first if isinstance(first, int) and not isinstance(first, bool) and first > 0 else 0
 
 
 def _threshold(weights: _Weights) -> Tensor:

@@ -44,6 +44,7 @@ def _config(found: Dictionary) -> dict[str, Any]:
         "hook_name": None if about.point is None else _hook(about.point, about.layer),
         "prepend_bos": about.prepend_bos,
         "context_size": about.context,
+        "seqpos_slice": [about.skip, None],
     }
     config: dict[str, Any] = {
         "architecture": kind,

@@ -261,6 +261,7 @@ def _of_model(
         model=hm.name,
         prepend_bos=None if bos is None else all(prompt.token_ids[:1] == (bos,) for prompt in prompts),
         context=max(len(prompt.token_ids) for prompt in prompts),
+        skip=asked.skip,
         program="hookmap",
         kind=asked.kind,
     )
@@ -355,7 +356,9 @@ def _of_store(store: Store, point: str, layer: int | None, asked: _Asked) -> tup
     rows = sum(sum(place >= asked.skip for place in sample.row_positions) for sample in store.samples)
     width = store.manifest.specs[key].shape if key in store.manifest.specs else (0,)
     context = max((len(sample.token_ids) for sample in store.samples), default=None)
-    about = About(*key[:2], model=store.manifest.model, context=context, program="hookmap", kind=asked.kind)
+    about = About(
+        *key[:2], model=store.manifest.model, context=context, skip=asked.skip, program="hookmap", kind=asked.kind
+    )
     source = {**_source(key, asked), "settings": store.manifest.settings, "samples": len(store)}
     training = Training(asked.learning(rows, int(torch.Size(width).numel())), about, source)
 

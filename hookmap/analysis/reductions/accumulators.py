@@ -5,13 +5,15 @@ batches change nothing but the rounding in float64. (Chan et al. 1983 and Pébay
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 
 Tensor = torch.Tensor
+_CACHED = 2**17
+"""float64 numbers that a processor holds near: 1 MB"""
 
 
 @dataclass(frozen=True)
@@ -19,16 +21,37 @@ class Batch:
     """Rows of one tensor, all finite, and the group that each belongs to."""
 
     rows: Tensor
-    """float64 [n, d]"""
+    """[n, d], in the dtype that they come in"""
     groups: int
     member: Tensor
     """int64 [n]: the group of each row, from 0 on; each group has a row"""
 
-    def sums(self, values: Tensor) -> Tensor:
-        """The sums of [n, …] over the rows of each group, [groups, …]."""
-        if self.groups == 1:
-            return values.sum(0, keepdim=True)
-        return values.new_zeros(self.groups, *values.shape[1:]).index_add_(0, self.member, values)
+    @property
+    def wide(self) -> Tensor:
+        """The rows in float64."""
+        return self.rows.double()
+
+    def sums(self, of: Callable[[Tensor], list[Tensor]], about: Tensor | None = None) -> list[Tensor]:
+        """The sums over the rows of each group, float64 [groups, d] each, of what `of` gives for some rows [n, d].
+
+        about: [groups, d], subtracted first. On a processor a few rows at a time are float64, so that they stay in its
+        cache.
+        """
+        rows, whole = self.rows, self.rows.device.type != "cpu"
+        size = max(1, len(rows) if whole else _CACHED // max(1, rows.shape[1]))
+        found: list[Tensor] = []
+        for part, member in zip(torch.split(rows, size), torch.split(self.member, size), strict=True):
+            wide = part.double()
+            if about is not None:
+                wide = wide - (about if self.groups == 1 else about.index_select(0, member))
+            for place, values in enumerate(of(wide)):
+                if place == len(found):
+                    found.append(values.new_zeros(self.groups, values.shape[1]))
+                if self.groups == 1:
+                    found[place] += values.sum(0)
+                else:
+                    found[place].index_add_(0, member, values)
+        return found
 
     def counts(self) -> Tensor:
         """Rows of each group, float64 [groups]."""
@@ -135,15 +158,10 @@ class Moments(Sums):
         count = batch.counts()
         found = {"count": count}
         if parameter >= 1:
-            found["mean"] = batch.sums(batch.rows) / count[:, None]
+            found["mean"] = batch.sums(lambda rows: [rows])[0] / count[:, None]
         if parameter >= 2:
-            apart = batch.rows - (found["mean"] if batch.groups == 1 else found["mean"][batch.member])
-            square = apart * apart
-            found["m2"] = batch.sums(square)
-        if parameter >= 3:
-            found["m3"] = batch.sums(square * apart)
-        if parameter >= 4:
-            found["m4"] = batch.sums(square * square)
+            powers = batch.sums(lambda apart: _powers(apart, parameter), found["mean"])
+            found |= dict(zip(("m2", "m3", "m4"), powers, strict=False))
         return cls(found)
 
     @staticmethod
@@ -174,6 +192,11 @@ class Moments(Sums):
         return found
 
 
+def _powers(apart: Tensor, most: int) -> list[Tensor]:
+    square = apart * apart
+    return [square, square * apart, square * square][: most - 1]
+
+
 class Extrema(Sums):
     """The least and the greatest value of each feature."""
 
@@ -183,14 +206,14 @@ class Extrema(Sums):
     @classmethod
     def of(cls, batch: Batch, parameter: Any) -> Self:
         if batch.groups == 1:
-            least, greatest = torch.aminmax(batch.rows, dim=0, keepdim=True)
-            return cls({"min": least, "max": greatest})
+            least, greatest = batch.rows.amin(0, keepdim=True), batch.rows.amax(0, keepdim=True)
+            return cls({"min": least.double(), "max": greatest.double()})
         member = batch.member[:, None].expand_as(batch.rows)
         empty = batch.rows.new_empty(batch.groups, batch.rows.shape[1])
         least, greatest = (
             empty.scatter_reduce(0, member, batch.rows, how, include_self=False) for how in ("amin", "amax")
         )
-        return cls({"min": least, "max": greatest})
+        return cls({"min": least.double(), "max": greatest.double()})
 
     @staticmethod
     def merged(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -206,10 +229,10 @@ class Covariance(Sums):
     @classmethod
     def of(cls, batch: Batch, parameter: Any) -> Self:
         count = batch.counts()
-        mean = batch.sums(batch.rows) / count[:, None]
+        mean, wide = batch.sums(lambda rows: [rows])[0] / count[:, None], batch.wide
         products = []
         for group in range(batch.groups):
-            rows = batch.rows if batch.groups == 1 else batch.rows[batch.member == group]
+            rows = wide if batch.groups == 1 else wide[batch.member == group]
             apart = rows - mean[group]
             products.append(apart.T @ apart)
         return cls({"count": count, "mean": mean, "products": torch.stack(products)})
@@ -238,10 +261,10 @@ class Histogram(Sums):
 
     @classmethod
     def of(cls, batch: Batch, parameter: Any) -> Self:
-        edges = torch.tensor(parameter, dtype=torch.float64, device=batch.rows.device)
-        bins = torch.bucketize(batch.rows, edges, right=True)  # 0: below the first edge; len(edges): above the last
-        bins -= (batch.rows == edges[-1]).long()
-        width, size = batch.rows.shape[1], len(parameter) + 1
+        rows, edges = batch.wide, torch.tensor(parameter, dtype=torch.float64, device=batch.rows.device)
+        bins = torch.bucketize(rows, edges, right=True)  # 0: below the first edge; len(edges): above the last
+        bins -= (rows == edges[-1]).long()
+        width, size = rows.shape[1], len(parameter) + 1
         cells = (batch.member[:, None] * width + torch.arange(width, device=bins.device)) * size + bins
         counts = torch.bincount(cells.flatten(), minlength=batch.groups * width * size)
         return cls({"counts": counts.view(batch.groups, width, size)})

@@ -78,15 +78,15 @@ class Reducer(Gathering):
         if not len(rows):
             return
         groups = dict(self._groups_of(pieces, rows.device))
-        wide = rows.flatten(1)
-        wide = wide.cpu().double() if wide.device.type == "mps" else wide.double()
-        if not bool(wide.sum().isfinite()):
-            wide, groups = self._without_broken(key, pieces, wide, groups)
-            if not len(wide):
+        flat = rows.flatten(1)
+        flat = flat.cpu() if flat.device.type == "mps" else flat  # which has no float64
+        if not bool(flat.sum(dtype=torch.float64 if flat.dtype == torch.float64 else torch.float32).isfinite()):
+            flat, groups = self._without_broken(key, pieces, flat, groups)
+            if not len(flat):
                 return
         wanted = self.statistics.wanted
-        text = groups.pop(TEXT).member.to(wide.device)
-        views = {view: wanted.of_rows(view, wide, key[1], text) for view, _ in wanted.accumulators}
+        text = groups.pop(TEXT).member.to(flat.device)
+        views = {view: wanted.of_rows(view, flat, key[1], text) for view, _ in wanted.accumulators}
         for by, (slots, member) in groups.items():
             batches = {view: Batch(each, len(slots), member.to(each.device)) for view, each in views.items()}
             sums = {

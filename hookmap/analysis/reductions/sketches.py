@@ -37,7 +37,7 @@ class Quantiles(Accumulator):
         for group in range(batch.groups):
             own = rows if batch.groups == 1 else rows[member == group]
             found[group] = sketch = library().vector_of_kll_floats_sketches(SIZE, rows.shape[1])
-            sketch.update(np.ascontiguousarray(own.numpy(), dtype=np.float32))
+            sketch.update(np.ascontiguousarray(own.float().numpy()))
         return cls(found, rows.shape[1])
 
     @property

@@ -79,12 +79,12 @@ class Wanted:
         if view == VALUE:
             return rows
         if view == OUTLIER:
-            return torch.ge(rows.abs(), MAGNITUDE).double()
+            return torch.ge(rows.abs(), MAGNITUDE)
         if view == MASSIVE:
-            size = rows.abs()
+            size = rows.double().abs()
             medians = torch.stack([size[text == each].median() for each in range(int(text.max()) + 1)])
-            return torch.logical_and(size >= MASSIVE_RATIO * medians[text][:, None], size > MASSIVE_MAGNITUDE).double()
-        norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            return torch.logical_and(size >= MASSIVE_RATIO * medians[text][:, None], size > MASSIVE_MAGNITUDE)
+        norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
         if view == NORM:
             return norms
         direction = self.directions[None if None in self.directions else layer].to(rows.device)
@@ -92,7 +92,7 @@ class Wanted:
             raise SelectionError(
                 f"direction: expected {rows.shape[1]} numbers, the width of a row here, got {len(direction)}."
             )
-        found: torch.Tensor = (rows @ direction)[:, None] / (norms * direction.norm()).clamp(min=1e-300)
+        found: torch.Tensor = (rows.double() @ direction)[:, None] / (norms * direction.norm()).clamp(min=1e-300)
         return found
 
     def as_json(self) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def show(dictionary: str, folder: str, point: str | None, layer: int | None, as_
 @click.argument("model", required=False)
 @_WHERE
 @prompt_options
+@count("--skip-first", "Tokens at the start of each text that keep their rows.  [default: as trained]", least=0)
 @count("--batch-size", "How many texts run together.")
 @count("--batch-tokens", "How many tokens are read at once.  [default: 4096]")
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON on stdout, and no table.")
@@ -65,6 +66,7 @@ def evaluate(
     folder: str,
     point: str | None,
     layer: int | None,
+    skip_first: int | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -88,7 +90,7 @@ def evaluate(
     hm = opened(model, given, quiet=as_json)
     from hookmap.analysis.dictionaries.evaluating import evaluate as evaluated
 
-    metrics = evaluated(hm, prompts, found, **batches, **how)
+    metrics = evaluated(hm, prompts, found, skip=skip_first, **batches, **how)
     if as_json:
         click.echo(json.dumps({**_facts(found), **metrics.as_json()}))
         return
@@ -108,7 +110,8 @@ def evaluate(
     ):
         rows.add_row(name, value)
     screen.print(rows)
-    screen.print(f"[dim]{metrics.tokens} tokens[/]")
+    but = f", without the first {metrics.skip} of each text" if metrics.skip else ""
+    screen.print(f"[dim]{metrics.tokens} tokens{but}[/]")
 
 
 @command.command()
@@ -201,4 +204,5 @@ def _facts(found: "Dictionary") -> dict[str, Any]:
         "model": about.model,
         "prepend_bos": about.prepend_bos,
         "context": about.context,
+        "skip": about.skip,
     }
