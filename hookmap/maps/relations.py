@@ -13,8 +13,8 @@ streams mixed.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from hookmap.maps.points import PointName
@@ -79,10 +79,6 @@ class Relation:
         """Every point that is named, on both sides."""
         return {self.total, *(name for term in self.terms for name in term.points())}
 
-    def substitute(self, known: Mapping[str, tuple[Term, ...]]) -> Relation:
-        """The same relation, with each of these names on the right side replaced by a sum."""
-        return replace(self, terms=tuple(_substituted(self.terms, known)))
-
     def can_be_checked(self, known: Collection[str]) -> bool:
         """Whether each name is a known point. For what a branch adds, the branch's bare output suffices in a sum."""
         added = {term.name for term in self.terms if self.form == "sum" and not term.of} - {self.total}
@@ -101,15 +97,6 @@ def raw(point: str) -> str:
 
 def _text(terms: tuple[Term, ...]) -> str:
     return " + ".join(map(str, terms))
-
-
-def _substituted(terms: tuple[Term, ...], known: Mapping[str, tuple[Term, ...]]) -> Iterator[Term]:
-    for term in terms:
-        if term.of:
-            yield replace(term, of=tuple(_substituted(term.of, known)))
-        else:
-            for new in known.get(term.name, (Term(1.0, term.name),)):
-                yield replace(new, factor=term.factor * new.factor, weight=term.weight or new.weight)
 
 
 def _sum(text: str) -> tuple[Term, ...] | None:
