@@ -5,7 +5,8 @@
 Needs vLLM. Each server is a process of its own; they take turns, and each turn starts with the next one. Printed are
 tokens per second of all requests and of plain ones alone, and the time to the first token of a short request: idle,
 beside a long one that writes its answer, and beside one whose prompt is being read. Plain requests of a server with
-taps must cost what those of vLLM alone do.
+taps must cost what those of vLLM alone do. `--piece N` starts all servers with vLLM's own long_prefill_token_threshold,
+the tokens of one prompt that a step reads at most: a short request then waits for a piece of a long one, not for all.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +38,24 @@ BESIDE = ("writing", "being read", "captured and writing", "captured and being r
 """what a long request does while a short one waits for its first token"""
 
 
+KINDS = ("hookmap", "taps", "vllm")
+
+
 def prompt(length: int, number: int) -> list[int]:
-    """Token ids that begin differently for each number, so that no cache helps."""
+    """Token ids that begin differently for each number below 20,000, so that no cache helps."""
     return [100 + (number * 7919 + at * 31) % 20_000 for at in range(length)]
 
 
 @contextlib.contextmanager
-def serving(kind: str, model: str, folder: Path, port: int) -> Iterator[str]:
+def serving(kind: str, model: str, folder: Path, port: int, piece: int | None) -> Iterator[str]:
     """A running server of this kind; its address."""
-    common = ["--max-model-len=2048", "--max-num-seqs=16"]
+    settings = {"max_model_len": 2048, "max_num_seqs": 16} | ({"long_prefill_token_threshold": piece} if piece else {})
+    common = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     taps = json.dumps({"hookmap": {**TAPS, "serving": {"sessions": str(folder / kind)}}})
     commands = {
         "hookmap": ["-m", "hookmap", "serve", model, "--engine=vllm", f"--sessions={folder / kind}",
-                    f"--vllm=taps={json.dumps(POINTS['points'])}", "--vllm=max_model_len=2048",
-                    "--vllm=max_num_seqs=16"],
+                    f"--vllm=taps={json.dumps(POINTS['points'])}",
+                    *(f"--vllm={name}={value}" for name, value in settings.items())],
         "taps": ["-m", "vllm.entrypoints.openai.api_server", "--model", model, *common, "--additional-config", taps],
         "vllm": ["-m", "vllm.entrypoints.openai.api_server", "--model", model, *common],
     }  # fmt: skip
@@ -121,25 +127,30 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--times", type=int, default=5, help="first tokens of each kind, whose median counts")
+    parser.add_argument("--piece", type=int, help="tokens of one prompt that a step reads at most")
+    parser.add_argument("--only", choices=KINDS, action="append")
     given = parser.parse_args()
     print(json.dumps(describe()), flush=True)
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        kinds = ("hookmap", "taps", "vllm")
         for turn in range(given.turns):
-            for kind in (*kinds[turn % 3 :], *kinds[: turn % 3]):
-                with serving(kind, given.model, Path(folder), 8500 + turn * 3 + kinds.index(kind)) as url:
-                    throughput(url, 16, 0, 10**6)  # warm
-                    figures = {"plain tokens/s": throughput(url, given.requests, 0, 0)}
-                    if kind != "vllm":
-                        figures["half captured tokens/s"] = throughput(url, given.requests, 1, 10**4)
+            for kind in given.only or (*KINDS[turn % 3 :], *KINDS[: turn % 3]):
+                port = 8500 + turn * 3 + KINDS.index(kind)
+                with serving(kind, given.model, Path(folder), port, given.piece) as url:
+                    throughput(url, 16, 0, 19_000)  # warm
+                    figures = dict[str, float]()
+                    if given.requests:
+                        figures["plain tokens/s"] = throughput(url, given.requests, 0, 0)
+                    if given.requests and kind != "vllm":
+                        figures["half captured tokens/s"] = throughput(url, given.requests, 1, 10_000)
+                    fresh = count(15_000, 10)  # prompts that no cache has: one that is cached is not read
                     for beside in (None, *BESIDE[: 2 if kind == "vllm" else 4]):
-                        times = [first_token(url, 10**5 + 10 * n, beside) for n in range(given.times)]
+                        times = [first_token(url, next(fresh), beside) for _ in range(given.times)]
                         name = "idle" if beside is None else f"beside a long one, {beside}"
                         figures[f"first token, {name}, s"] = statistics.median(times)
                 for name, value in figures.items():
                     found.setdefault(f"{kind}: {name}", []).append(value)
-                print(json.dumps({"turn": turn, "server": kind, **figures}), flush=True)
+                print(json.dumps({"turn": turn, "server": kind, "piece": given.piece, **figures}), flush=True)
     print(json.dumps({name: statistics.median(values) for name, values in found.items()}, indent=2))
 
 

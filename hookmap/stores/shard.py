@@ -12,8 +12,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,6 +44,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SHARD_FOLDER = "shards"
 ALIGN = 8
+_ALONE = 2**14
+"""bytes of a piece that is written by itself: copying it would cost more than a call of the system"""
 HEADER_LIMIT = 100_000_000
 """bytes; the safetensors package refuses longer headers too"""
 
@@ -107,9 +110,7 @@ def write_shard(path: Path, shard: int, blocks: Sequence[Block]) -> ShardInfo:
 
     def write(file: BinaryIO) -> ShardInfo:
         digest, size = hashlib.sha256(), 0
-        parts: list[bytes | Block] = [header, *blocks]
-        for data in parts:
-            view = bytes_of(data.pieces) if isinstance(data, Block) else memoryview(data)
+        for view in chain([memoryview(header)], *(views_of(block.pieces) for block in blocks)):
             write_all(file, view)
             digest.update(view)
             size += len(view)
@@ -129,6 +130,12 @@ def encode_header(blocks: Sequence[Block], metadata: Mapping[str, str] | None = 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGN)
     return len(text).to_bytes(8, "little") + text
+
+
+def views_of(pieces: Sequence[torch.Tensor]) -> Iterator[memoryview]:
+    """The bytes of rows that come in pieces: large ones as they are, small ones joined."""
+    joined = len(pieces) > 1 and min(piece.nbytes for piece in pieces) < _ALONE
+    yield from (bytes_of(some) for some in ([pieces] if joined else [[piece] for piece in pieces]))
 
 
 def bytes_of(pieces: Sequence[torch.Tensor]) -> memoryview:

@@ -13,6 +13,8 @@ from hookmap.stores.ledger import tensor_name
 
 _FIRST = 256
 """slots of a new slab; it doubles when it is full"""
+_BLOCK = 256
+"""rows that are summed at once: where they are summed stays in the processor's cache"""
 
 
 class Chosen:
@@ -52,6 +54,22 @@ def _as_bytes(rows: torch.Tensor) -> npt.NDArray[Any]:
     return flat.view(f"V{flat.shape[1]}")[:, 0]
 
 
+def sum_of(shares: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Their sum, each added to those before it."""
+    total, *others = shares
+    for each in others:
+        total = total + each
+    return total
+
+
+def _alike(shares: Sequence[torch.Tensor]) -> bool:
+    """Whether they are on the host, and of one form."""
+    first = shares[0]
+    return first.device.type == "cpu" and all(
+        each.shape == first.shape and each.dtype == first.dtype for each in shares[1:]
+    )
+
+
 class Slabs:
     """For each point, one tensor [slots, ...] on the host. It is as large as the requests that ran together were."""
 
@@ -59,26 +77,57 @@ class Slabs:
         self.slabs: dict[Key, torch.Tensor] = {}
         self._rows: dict[Key, npt.NDArray[Any]] = {}
         """of each slab, its rows as so many bytes: NumPy copies each at once, in a third of PyTorch's time"""
+        self._scratch: dict[tuple[torch.dtype, torch.Size], tuple[torch.Tensor, npt.NDArray[Any]]] = {}
+        """where rows of a form are summed, and their bytes"""
 
-    def put(self, key: Key, slots: Chosen, rows: torch.Tensor) -> None:
-        """Keep a copy of `rows`, [n, ...], in these slots."""
+    def put(self, key: Key, slots: Chosen, shares: Sequence[torch.Tensor]) -> None:
+        """Keep the sum of `shares`, each [n, ...], in these slots."""
+        if not _alike(shares):
+            shares = [sum_of(shares).to("cpu")]
+        rows = self._room(key, slots.needed, shares[0])
+        count = len(shares[0])
+        if count <= _BLOCK:
+            rows[slots.numbers] = self._sum(shares)
+            return
+        for start in range(0, count, _BLOCK):
+            stop = start + _BLOCK
+            rows[slots.numbers[start:stop]] = self._sum([each[start:stop] for each in shares])
+
+    def _room(self, key: Key, needed: int, like: torch.Tensor) -> npt.NDArray[Any]:
+        """The point's rows as bytes, at least so many. Raises CaptureError for rows of another form."""
         slab = self.slabs.get(key)
-        if slab is None or len(slab) < slots.needed:
-            size = max(_FIRST, slots.needed, 2 * len(slab) if slab is not None else 0)
-            grown = torch.empty(size, *rows.shape[1:], dtype=rows.dtype)
+        if slab is None or len(slab) < needed:
+            size = max(_FIRST, needed, 2 * len(slab) if slab is not None else 0)
+            grown = torch.empty(size, *like.shape[1:], dtype=like.dtype)
             if slab is not None:
                 grown[: len(slab)] = slab
             slab = self.slabs[key] = grown
             self._rows[key] = _as_bytes(grown)
-        if slab.shape[1:] != rows.shape[1:] or slab.dtype != rows.dtype:
-            raise CaptureError(f"{tensor_name(key)}: rows of {list(rows.shape[1:])} follow {list(slab.shape[1:])}.")
-        self._rows[key][slots.numbers] = _as_bytes(rows.to("cpu").contiguous())
+        if slab.shape[1:] != like.shape[1:] or slab.dtype != like.dtype:
+            raise CaptureError(f"{tensor_name(key)}: rows of {list(like.shape[1:])} follow {list(slab.shape[1:])}.")
+        return self._rows[key]
 
-    def get(self, key: Key, slots: Sequence[int]) -> torch.Tensor:
+    def _sum(self, shares: Sequence[torch.Tensor]) -> npt.NDArray[Any]:
+        """The sum of these rows as bytes, until the next call: memory that is new each time would cost more than it."""
+        first, *others = shares
+        if not others:
+            return _as_bytes(first.contiguous())
+        form = (first.dtype, first.shape[1:])
+        if form not in self._scratch:
+            scratch = torch.empty(_BLOCK, *first.shape[1:], dtype=first.dtype)
+            self._scratch[form] = scratch, _as_bytes(scratch)
+        scratch, as_bytes = self._scratch[form]
+        total = scratch[: len(first)]
+        for each in others:
+            torch.add(first, each, out=total)
+            first = total
+        return as_bytes[: len(total)]
+
+    def get(self, key: Key, slots: Chosen) -> torch.Tensor:
         """A copy of the rows in these slots. Raises KeyError where the point has never been seen."""
         slab = self.slabs[key]
-        rows = torch.from_numpy(self._rows[key][np.array(slots, dtype=np.intp)].view(np.uint8))
-        return rows.view(slab.dtype).reshape(len(slots), *slab.shape[1:])
+        rows = torch.from_numpy(self._rows[key][slots.numbers].view(np.uint8))
+        return rows.view(slab.dtype).reshape(len(slots.numbers), *slab.shape[1:])
 
     @property
     def nbytes(self) -> int:

@@ -61,6 +61,8 @@ class Step:
     involved: dict[str, Captured] = field(default_factory=dict)
     kept: dict[frozenset[Key], tuple[list[int], list[int]]] = field(default_factory=dict)
     """points -> the rows of the step that are kept, and their slots"""
+    groups: dict[Key, tuple[frozenset[Key], ...]] = field(default_factory=dict)
+    """of each point that is kept, its sets in `kept`"""
     cells: dict[Key, dict[tuple[bool, int, int], tuple[WorkerEdit, Cells]]] = field(default_factory=dict)
     """point -> (whether it comes last, plan, number of the edit) -> the edit, and what it writes"""
     indices: dict[tuple[frozenset[Key], ...], tuple[torch.Tensor | slice, Chosen]] = field(default_factory=dict)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-HELD_BYTES = 2**23
+HELD_BYTES = 2**24
 HELD_SECONDS = 1.0
 """finished samples go to the sink together once they are so large or so old: a group costs the disk a few files"""
 TAKEN_AT_ONCE = 8

@@ -17,7 +17,7 @@ from hookmap.errors import CaptureError, HookmapError, InterventionError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import select
 from hookmap.stores.ledger import tensor_name
-from hookmap.vllm.buffer import Chosen, Slabs, Slots
+from hookmap.vllm.buffer import Chosen, Slabs, Slots, sum_of
 from hookmap.vllm.captured import Captured, Cells, Step
 from hookmap.vllm.plans import WorkerEdit, WorkerPlan
 from hookmap.vllm.rows import Segment, StepRows
@@ -56,6 +56,7 @@ class Session:
         """requests that ask for nothing"""
         self._step: Step | None = None
         self._keys_of: dict[str, frozenset[Key]] = {}
+        self._kept_last: tuple[tuple[frozenset[Key], ...], dict[Key, tuple[frozenset[Key], ...]]] = ((), {})
         self._untaken_bytes = untaken_bytes
 
     def begin(self, segments: Iterable[Segment]) -> list[Segment]:
@@ -73,6 +74,7 @@ class Session:
             step.segments[segment.request] = segment
             step.involved[segment.request] = request
         step.cells = {key: dict(sorted(mine.items(), key=lambda item: item[0])) for key, mine in step.cells.items()}
+        step.groups = self._groups(tuple(step.kept))
         self._step = step if step.involved else None
         self._taps.wake((*step.kept, tuple(step.cells)) if step.involved else ())
         return list(step.segments.values())
@@ -92,15 +94,14 @@ class Session:
         step = self._step
         if step is None:
             return
-        for write in boundary.writes:
+        for write in boundary.writes if step.cells else ():
             for edit, cells in step.cells.get(write.key, {}).values():
                 try:
                     self._write(step, write, edit, cells, tensors)
                 except _FAILURES as error:
                     _fail(cells.requests or step.involved.values(), error)
         for read in boundary.reads:
-            groups = tuple(keys for keys in step.kept if read.key in keys)
-            if groups:
+            if groups := step.groups.get(read.key):
                 try:
                     self._read(step, read, groups, tensors)
                 except _FAILURES as error:
@@ -144,9 +145,9 @@ class Session:
         positions, slots = request.positions[:count], request.slots[:count]
         if request.selection.positions == "last":
             positions, slots = positions[-1:], slots[-1:]
-        rows = {}
+        rows, chosen = {}, Chosen(slots)
         for key in request.keys:
-            found = self.slabs.get(key, slots)
+            found = self.slabs.get(key, chosen)
             if request.selection.mean and len(found):
                 found = found.float().mean(0, keepdim=True).to(found.dtype)
             rows[key] = found
@@ -164,6 +165,15 @@ class Session:
             return found
         own = [name for name in self.requests if name.partition("_")[2].rpartition("-")[0] == request]
         return sorted(own, key=lambda name: int(name.partition("_")[0]))
+
+    def _groups(self, kept: tuple[frozenset[Key], ...]) -> dict[Key, tuple[frozenset[Key], ...]]:
+        """Of each point, the sets of points that it is in. Most steps keep what the one before them kept."""
+        if kept != self._kept_last[0]:
+            self._kept_last = (
+                kept,
+                {key: tuple(keys for keys in kept if key in keys) for key in frozenset().union(*kept)},
+            )
+        return self._kept_last[1]
 
     def _request(self, name: str) -> Captured | None:
         if (known := self.requests.get(name)) is not None:
@@ -324,7 +334,7 @@ class Session:
                 )
 
     def _value(self, write: Write, tensors: Tensors, rows: torch.Tensor) -> torch.Tensor:
-        return _sum([self._share(part, tensors, rows) for part in write.parts])
+        return sum_of([self._share(part, tensors, rows) for part in write.parts])
 
     def _read(self, step: Step, read: Read, groups: tuple[frozenset[Key], ...], tensors: Tensors) -> None:
         if read in step.seen:
@@ -339,7 +349,7 @@ class Session:
             if len(parts) < self._taps.terms[read.key]:
                 return
             found = [parts[number] for number in sorted(parts)]
-        self.slabs.put(read.key, slots, _sum(found))
+        self.slabs.put(read.key, slots, found)
         step.done.add(read.key)
 
     def _share(self, part: Part, tensors: Tensors, rows: torch.Tensor | slice) -> torch.Tensor:
@@ -358,13 +368,6 @@ class Session:
             where = slice(rows[0], rows[-1] + 1) if whole else torch.tensor(rows, dtype=torch.long, device=device)
             step.indices[groups] = where, Chosen(slots)
         return step.indices[groups]
-
-
-def _sum(terms: list[torch.Tensor]) -> torch.Tensor:
-    total = terms[0]
-    for each in terms[1:]:
-        total = total + each
-    return total
 
 
 _FAILURES = (HookmapError, RuntimeError, LookupError, TypeError, ValueError)

@@ -20,6 +20,7 @@ from hookmap.errors import CaptureError, HookmapError, SelectionError
 from hookmap.loading.weights import weights_of
 from hookmap.maps.selectors import select
 from hookmap.stores.ledger import tensor_name
+from hookmap.vllm.buffer import Chosen
 from hookmap.vllm.discover import discover
 from hookmap.vllm.draws import prepare
 from hookmap.vllm.places import ModelPlaces, Place
@@ -160,7 +161,7 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
         if held is None or position not in held.positions:
             return b""
         slot = held.slots[held.positions.index(position)]
-        packed: bytes = save({tensor_name(key): self._session.slabs.get(key, [slot]) for key in held.keys})
+        packed: bytes = save({tensor_name(key): self._session.slabs.get(key, Chosen([slot])) for key in held.keys})
         return packed
 
     def hookmap_drop(self, requests: Sequence[str]) -> None:

@@ -61,8 +61,8 @@ def test_the_self_test_sees_rows_of_other_tokens(on_vllm: Any, monkeypatch: pyte
     session = worker_of(on_vllm)._session
     put = session.slabs.put
 
-    def moved(key: Any, slots: Any, rows: torch.Tensor) -> None:
-        put(key, slots, rows.roll(1, 0))
+    def moved(key: Any, slots: Any, shares: list[torch.Tensor]) -> None:
+        put(key, slots, [each.roll(1, 0) for each in shares])
 
     monkeypatch.setattr(session.slabs, "put", moved)
     with pytest.raises(CaptureError, match="are others while tokens are generated"):
