@@ -5,8 +5,9 @@
 Needs vLLM. Each server is a process of its own; they take turns, and each turn starts with the next one. Printed are
 tokens per second of all requests and of plain ones alone, and the time to the first token of a short request: idle,
 beside a long one that writes its answer, and beside one whose prompt is being read. Plain requests of a server with
-taps must cost what those of vLLM alone do. `--piece N` starts all servers with vLLM's own long_prefill_token_threshold,
-the tokens of one prompt that a step reads at most: a short request then waits for a piece of a long one, not for all.
+taps must cost what those of vLLM alone do. `--piece N` starts all servers with steps of at most 2 N tokens
+(max_num_batched_tokens), N of one prompt where there are others (long_prefill_token_threshold): a short request then
+waits for a piece of a long one, and not for all of it. Each figure goes to stderr as it is found.
 """
 
 import argparse
@@ -49,7 +50,9 @@ def prompt(length: int, number: int) -> list[int]:
 @contextlib.contextmanager
 def serving(kind: str, model: str, folder: Path, port: int, piece: int | None) -> Iterator[str]:
     """A running server of this kind; its address."""
-    settings = {"max_model_len": 2048, "max_num_seqs": 16} | ({"long_prefill_token_threshold": piece} if piece else {})
+    settings = {"max_model_len": 2048, "max_num_seqs": 16}
+    if piece:
+        settings |= {"max_num_batched_tokens": 2 * piece, "long_prefill_token_threshold": piece}
     common = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     taps = json.dumps({"hookmap": {**TAPS, "serving": {"sessions": str(folder / kind)}}})
     commands = {
@@ -120,6 +123,27 @@ def first_token(url: str, number: int, beside: str | None) -> float:
     return found
 
 
+def figures_of(url: str, kind: str, given: argparse.Namespace) -> dict[str, float]:
+    """Of one server: tokens per second, and seconds to the first token."""
+    figures = dict[str, float]()
+
+    def note(name: str, value: float) -> None:
+        figures[name] = value
+        print(kind, name, value, file=sys.stderr, flush=True)
+
+    throughput(url, 16, 0, 19_000)  # warm
+    if given.requests:
+        note("plain tokens/s", throughput(url, given.requests, 0, 0))
+    if given.requests and kind != "vllm":
+        note("half captured tokens/s", throughput(url, given.requests, 1, 10_000))
+    fresh = count(15_000, 10)  # prompts that no cache has: one that is cached is not read
+    for beside in (None, *BESIDE[: 2 if kind == "vllm" else 4]):
+        times = [first_token(url, next(fresh), beside) for _ in range(given.times)]
+        name = "idle" if beside is None else f"beside a long one, {beside}"
+        note(f"first token, {name}, s", statistics.median(times))
+    return figures
+
+
 def main() -> None:
     """Measure, and print one JSON document for each turn and one at the end."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -131,23 +155,14 @@ def main() -> None:
     parser.add_argument("--only", choices=KINDS, action="append")
     given = parser.parse_args()
     print(json.dumps(describe()), flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # the servers end, too
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(given.turns):
             for kind in given.only or (*KINDS[turn % 3 :], *KINDS[: turn % 3]):
                 port = 8500 + turn * 3 + KINDS.index(kind)
                 with serving(kind, given.model, Path(folder), port, given.piece) as url:
-                    throughput(url, 16, 0, 19_000)  # warm
-                    figures = dict[str, float]()
-                    if given.requests:
-                        figures["plain tokens/s"] = throughput(url, given.requests, 0, 0)
-                    if given.requests and kind != "vllm":
-                        figures["half captured tokens/s"] = throughput(url, given.requests, 1, 10_000)
-                    fresh = count(15_000, 10)  # prompts that no cache has: one that is cached is not read
-                    for beside in (None, *BESIDE[: 2 if kind == "vllm" else 4]):
-                        times = [first_token(url, next(fresh), beside) for _ in range(given.times)]
-                        name = "idle" if beside is None else f"beside a long one, {beside}"
-                        figures[f"first token, {name}, s"] = statistics.median(times)
+                    figures = figures_of(url, kind, given)
                 for name, value in figures.items():
                     found.setdefault(f"{kind}: {name}", []).append(value)
                 print(json.dumps({"turn": turn, "server": kind, "piece": given.piece, **figures}), flush=True)

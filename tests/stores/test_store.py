@@ -1,5 +1,6 @@
 """Both stores keep every row as it was, and the folder's format is what its page says."""
 
+import hashlib
 import json
 import math
 import random
@@ -29,6 +30,7 @@ from hookmap.stores.interface import Store
 from hookmap.stores.manifest import manifest_of_run
 from hookmap.stores.memory import MemoryStore
 from hookmap.stores.reader import CaptureStore
+from hookmap.stores.shard import Block, write_shard
 
 FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None  # hundreds of small captures, each with its fsyncs
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8)
@@ -602,3 +604,16 @@ def test_both_sinks_are_sinks() -> None:
     def typed(sink: Sink) -> None: ...
 
     typed(MemoryStore(SMALL.keys))
+
+
+def test_pieces_of_any_size_make_the_file_that_the_whole_makes(tmp_path: Path) -> None:
+    whole = torch.randn(300, 64).bfloat16()
+    sums = set()
+    for number, sizes in enumerate([[300], [128, 172], [1, 128, 171], [128, 129, 43], [1] * 300]):
+        path = tmp_path / f"{number}.safetensors"
+        info = write_shard(path, 0, [Block("resid_pre.0", 300, whole.split(sizes)), Block("z.1", 2, [whole[:2]])])
+        with safe_open(path, "pt") as file:
+            assert same(file.get_tensor("resid_pre.0"), whole) and same(file.get_tensor("z.1"), whole[:2])
+        assert info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() and info.bytes == path.stat().st_size
+        sums.add(info.sha256)
+    assert len(sums) == 1
