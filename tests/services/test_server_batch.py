@@ -82,7 +82,7 @@ def together(
 
 
 def decoding(seen: list[tuple[int, int]]) -> list[int]:
-    """The rows of the passes that decode; prompts are read one by one."""
+    """The rows of the passes that decode."""
     return [rows for rows, width in seen if width == 1]
 
 
@@ -141,7 +141,7 @@ def test_each_gets_what_it_gets_alone_streamed_or_whole(served: Served, caplog: 
     found, seen = together(served, [lambda n=n: ways[n](served, **asked(n)) for n in range(4)])
     assert decoding(seen)[0] == 4, "one batch"
     assert len(decoding(seen)) == max(usage["completion_tokens"] for _, usage in alone) - 1
-    assert len(seen) - len(decoding(seen)) == 4, "each prompt is read by itself"
+    assert [rows for rows, width in seen if width > 1] == [2, 2], "those of much the same length in one pass"
     for one, other in zip(found, alone, strict=True):
         same(one, other)
     assert sum("in a batch of 4 requests" in record.getMessage() for record in caplog.records) == 4
@@ -273,7 +273,7 @@ def test_memory_that_runs_out_halves_the_batch_and_nothing_is_lost(served: Serve
 
     def refuse(rows: int, width: int) -> None:
         passes.append(rows)
-        if rows > 2 and len(passes) > 8:
+        if rows > 2 and len(passes) > 6:
             raise torch.OutOfMemoryError("CUDA out of memory (forced by a test)")
 
     passes: list[int] = []
@@ -281,7 +281,7 @@ def test_memory_that_runs_out_halves_the_batch_and_nothing_is_lost(served: Serve
     ways = [whole, streamed, streamed, whole]
     found, seen = together(served, [lambda n=n: ways[n](served, **asked(n)) for n in range(4)], refuse)
     rows = decoding(seen)
-    refused = rows.index(2)
+    refused = next(place for place, count in enumerate(rows) if count < 4)
     assert rows[:refused] == [4] * refused and refused >= 4 and max(rows[refused:]) == 2
     for one, other in zip(found, alone, strict=True):
         same(one, other)

@@ -9,7 +9,7 @@ pytest.importorskip("fastapi")
 from transformers import GenerationConfig
 
 from hookmap.loading.prompts import Prompt
-from hookmap.services.server.batch_limits import BatchLimits
+from hookmap.services.server.batch_limits import BatchLimits, read_together
 from hookmap.services.server.jobs import Job
 
 LIMITS = BatchLimits(rows=4, tokens=100, columns=20, padded=20)
@@ -51,3 +51,8 @@ def test_the_choices_of_a_prompt_are_never_separated() -> None:
 def test_prompts_of_a_request_with_a_seed_run_one_after_another() -> None:
     seeded = job(5, 5, choices=2, seed=1)
     assert [[number for _, number in batch] for batch in LIMITS.batches([seeded])] == [[0, 1], [2, 3]]
+
+
+def test_prompts_of_much_the_same_length_are_read_in_one_pass() -> None:
+    assert read_together([40, 500, 20, 510, 41, 8]) == [[0, 2, 4], [1, 3], [5]]
+    assert read_together([]) == []

@@ -42,12 +42,13 @@ def test_rows_that_come_and_go_have_the_logits_of_their_text() -> None:
     draw, waiting, seen = torch.Generator().manual_seed(2), list(range(len(told))), 0
     while waiting or rows:
         while waiting and len(rows) < int(torch.randint(1, 9, (1,), generator=draw)):
-            number = waiting.pop()
-            length = len(told[number]) - 12
-            logits, read = batch.read(told[number][:length], 1)
-            torch.testing.assert_close(logits[0], expected[number][length - 1], atol=2e-4, rtol=1e-4)
-            batch.join(read, 1, length)
-            rows.append([number, length])
+            coming = [waiting.pop() for _ in range(min(len(waiting), int(torch.randint(1, 4, (1,), generator=draw))))]
+            lengths = [len(told[number]) - 12 for number in coming]
+            logits, read = batch.read([told[number][:length] for number, length in zip(coming, lengths, strict=True)])
+            for got, number, length in zip(logits, coming, lengths, strict=True):
+                torch.testing.assert_close(got, expected[number][length - 1], atol=2e-4, rtol=1e-4)
+            batch.join(read, lengths)
+            rows += [[number, length] for number, length in zip(coming, lengths, strict=True)]
         logits = batch.step([told[number][place] for number, place in rows])
         for got, row in zip(logits, rows, strict=True):
             torch.testing.assert_close(got, expected[row[0]][row[1]], atol=2e-4, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import resource
 import shutil
 import signal
@@ -185,3 +186,49 @@ def test_two_servers_a_folder_that_shrinks_and_1300_idle_sockets(tmp_path: Path)
         lines = server.log.read_text().splitlines()
         said = [line for line in lines if "no connection is accepted" in line]
         assert len(said) in (1, 2) and len(lines) < 1000, "one line a minute where no file is left"
+
+
+HELPERS = """
+import sys, threading, time
+from pathlib import Path
+import psutil, torch
+from support.served import NAME, serving
+from hookmap.demo import MODEL_PATH
+from hookmap.services.server.models import Models
+from hookmap.services.server.settings import Settings
+
+def helpers():
+    return psutil.Process().num_threads() - threading.active_count()
+
+root, before = Path(sys.argv[1]), helpers()
+with serving(root, Models(Settings(root=root)).open(str(MODEL_PATH))) as served:
+    long = {"prompt": "Tom has 3 apples. " * 40, "max_tokens": 3}
+    edit = [{"do": "ablate", "point": "mlp_out", "layers": [2], "to": "mean"}]
+    kept = [{"points": ["resid_mid"], "return": way} for way in ("store", "inline")]
+    alone = {"points": ["pattern"], "layers": [3], "return": "inline"}
+    for record in (None, *kept, alone, {"return": "none", "interventions": edit}):
+        answer = served.post("/v1/completions", **long, **({"hookmap": record} if record else {}))
+        assert answer.status_code == 200, answer.text
+        if record and record["return"] == "store":
+            tensor = answer.json()["activations_meta"]["tensors"][0]
+            assert served.get(tensor["where"]).status_code == 200
+    served.idle()
+    time.sleep(1)  # a thread of OpenMP outlives its master by some moments
+    print(helpers() - before, torch.get_num_threads())
+"""
+
+
+def test_one_thread_computes_all_others_end_with_what_they_computed(tmp_path: Path) -> None:
+    """OpenMP's threads, those that Python does not know: more than there are cores wait for each other asleep."""
+    own = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    found = subprocess.run(
+        [sys.executable, "-c", HELPERS, tmp_path / "sessions"],
+        env={**os.environ, **own, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    more, threads = map(int, found.stdout.split())
+    assert threads == 2 and more == 1, "the helper of the thread of the batch, and no other"

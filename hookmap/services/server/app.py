@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -34,6 +35,7 @@ from hookmap.services.server.guard import Guard
 from hookmap.services.server.jobs import Job
 from hookmap.services.server.metrics import Metrics
 from hookmap.services.server.models import Loaded, Models
+from hookmap.services.server.passing import in_passing
 from hookmap.services.server.ranges import DOCUMENTED as RANGED
 from hookmap.services.server.ranges import ranged
 from hookmap.services.server.recording import described, tokens_of
@@ -268,7 +270,8 @@ def _sessions(app: FastAPI, models: Models, sessions: Sessions) -> None:
     ) -> Response:
         """Rows of one tensor, those of the tokens start to stop - 1, as safetensors; HTTP ranges are understood."""
         tokens = None if start is None and stop is None else slice(start, stop)
-        return await asyncio.to_thread(_download, sessions, id, (point, layer, call), choice, tokens, request.headers)
+        read = partial(_download, sessions, id, (point, layer, call), choice, tokens, request.headers)
+        return await asyncio.to_thread(in_passing, read)
 
 
 def _described(sessions: Sessions, id: str, tokenizer_of: Callable[[str | None], Any]) -> dict[str, Any]:
@@ -345,7 +348,7 @@ def _interventions(app: FastAPI, models: Models, sessions: Sessions) -> None:
         """Those of every request to this model that brings none of its own; an empty list takes them away."""
         loaded = models.get(asked.model)
         found = read(asked.interventions, loaded.hm, sessions, models.functions)
-        await asyncio.to_thread(planned, loaded.hm, found, (), 0)
+        await asyncio.to_thread(in_passing, partial(planned, loaded.hm, found, (), 0))
         models.interventions[loaded.name] = asked.interventions
         return told(loaded)
 

@@ -7,6 +7,8 @@ from hookmap.services.server.jobs import Job
 
 Row = tuple[Job, int]
 """a job and the number of its row"""
+_PADS = 32
+"""pads before a prompt that cost less than a pass of its own for it"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,17 @@ class BatchLimits:
         if len(rows) > self.rows or (columns > self.padded and len(set(lengths)) > 1):
             return False
         return len(rows) * columns <= self.tokens and (self.columns is None or columns <= self.columns)
+
+
+def read_together(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of the prompts that each pass reads: those of much the same length, the first that came first."""
+    passes = list[list[int]]()
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if passes and lengths[passes[-1][0]] - lengths[number] <= _PADS:
+            passes[-1].append(number)
+        else:
+            passes.append([number])
+    return sorted(map(sorted, passes))
 
 
 def _rows(job: Job) -> list[Row]:

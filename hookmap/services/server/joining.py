@@ -66,18 +66,19 @@ def tried(hm: HookedModel) -> str | None:
 
     for number, text in enumerate(texts):  # one by itself: what rounding does
         batch, length = RowBatch(root), len(text) - fed
-        logits, read = batch.read(text[:length], 1)
+        logits, read = batch.read([text[:length]])
         compare(logits, [(number, length - 1)], alone)
-        batch.join(read, 1, length)
+        batch.join(read, [length])
         for place in range(length, len(text)):
             compare(batch.step([text[place]]), [(number, place)], alone)
     batch, rows = RowBatch(root), list[list[int]]()  # (text, its next place)
-    order = [1, 2, 0] if len(texts) > 2 else list(range(len(texts)))
-    for number in order:
-        length = len(texts[number]) - fed
-        _, read = batch.read(texts[number][:length], 1)
-        batch.join(read, 1, length)
-        rows.append([number, length])
+    # One joins, then two that are read together.
+    for numbers in ([1], [2, 0]) if len(texts) > 2 else ([number] for number in range(len(texts))):
+        lengths = [len(texts[number]) - fed for number in numbers]
+        logits, read = batch.read([texts[number][:length] for number, length in zip(numbers, lengths, strict=True)])
+        compare(logits, [(number, length - 1) for number, length in zip(numbers, lengths, strict=True)], joined)
+        batch.join(read, lengths)
+        rows += [[number, length] for number, length in zip(numbers, lengths, strict=True)]
         for _ in range(fed - 1):
             going = [row for row in rows if row[1] < len(texts[row[0]])]
             for row in [row for row in rows if row not in going]:

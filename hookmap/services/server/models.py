@@ -24,6 +24,7 @@ from hookmap.services.server.encoding import Encoding
 from hookmap.services.server.errors import ApiError, missing
 from hookmap.services.server.jobs import Queue
 from hookmap.services.server.joining import why_no_joins
+from hookmap.services.server.passing import in_passing
 from hookmap.services.server.scheduler import Scheduler
 from hookmap.services.server.settings import Settings
 from hookmap.services.server.vllm_scheduler import VllmScheduler
@@ -97,7 +98,7 @@ class Models:
         """Open a model as the settings say. Raises ModelError."""
         if self._settings.engine == "vllm":
             return open_on_vllm(source, shared=True, functions=self.functions, **self._settings.loads)
-        return open_model(source, **self._settings.loads)
+        return in_passing(lambda: open_model(source, **self._settings.loads))
 
     def _on_vllm(self, name: str, hm: VllmModel) -> Queue:
         log.info("%s: requests join vLLM's batches, up to %d", name, hm.engine_of_vllm.in_flight)
@@ -108,9 +109,8 @@ class Models:
         padded, joins = 0, False
         if batch > 1:
             log.info("%s: trying whether prompts may share a batch", name)
-            why = hm.why_no_pads
+            why, alone = in_passing(lambda: (hm.why_no_pads, why_no_joins(hm)))
             padded = 0 if why else whole_batch_limit(hm.root.config) or sys.maxsize
-            alone = why_no_joins(hm)
             joins = alone is None
             how = "join the batch that runs" if joins else f"share batches that wait together, for {alone}"
             log.info("%s: requests %s%s", name, how, f"; of one length: {why}" if why else "")

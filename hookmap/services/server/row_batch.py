@@ -1,7 +1,7 @@
 """Rows that are decoded together, each of its own length. One may join or leave between any two steps.
 
-A prompt is read by itself, without pads. Its keys and values then stand at the right end of the batch's: columns before
-a row's first token are hidden by the attention mask, as those of a batch that is padded on the left.
+Prompts that are read together are padded on the left. Their keys and values then stand at the right end of the batch's:
+columns before a row's first token are hidden by the attention mask, too.
 """
 
 import inspect
@@ -124,22 +124,23 @@ class RowBatch:
         """Of the longest row."""
         return max(self.lengths, default=0)
 
-    def read(self, tokens: Sequence[int], rows: int) -> tuple[torch.Tensor, DynamicCache]:
-        """Read a prompt, in so many equal rows. Returns the last logits, [rows, d_vocab], and what `join` takes."""
-        cache = fresh_cache(self._root)
-        ids = torch.tensor([list(tokens)] * rows, device=self._root.get_input_embeddings().weight.device)
-        positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(rows, -1)
-        return self._pass(ids, torch.ones_like(ids), positions, cache), cache
+    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, DynamicCache]:
+        """Read prompts in one pass, a row each. Returns the last logits, [rows, d_vocab], and what `join` takes."""
+        cache, width = fresh_cache(self._root), max(map(len, prompts))
+        device = self._root.get_input_embeddings().weight.device
+        ids = torch.tensor([[0] * (width - len(tokens)) + list(tokens) for tokens in prompts], device=device)
+        pads = torch.tensor([[width - len(tokens)] for tokens in prompts], device=device)
+        positions = torch.arange(width, device=device) - pads
+        return self._pass(ids, (positions >= 0).long(), positions.clamp(min=0), cache), cache
 
-    def join(self, read: DynamicCache, rows: int, length: int) -> list[int]:
-        """Add the rows that were read. Returns their numbers in the batch."""
+    def join(self, read: DynamicCache, lengths: Sequence[int]) -> None:
+        """Add the rows that were read. `lengths`: tokens of each prompt."""
         if self._cache is None:
             self._cache = fresh_cache(self._root)
             self._cache.layers = [RowsLayer() for _ in read.layers]
         for layer, own in zip(self._cache.layers, read.layers, strict=True):
             layer.join(own.keys, own.values)
-        self.lengths += [length] * rows
-        return list(range(len(self.lengths) - rows, len(self.lengths)))
+        self.lengths += lengths
 
     def leave(self, row: int) -> int:
         """Take a row out. Returns the number of the row that now has its number: the last one."""

@@ -1,23 +1,26 @@
 """The batch of one model that runs: requests join it between two steps, and leave when they have ended.
 
-A request is taken apart into its prompts. The choices of a prompt are read together, without pads, and then decoded
-beside the rows of all others. Each has its own settings, limit, stop strings, captures and interventions.
+A request is taken apart into its prompts. Those that wait are read together where their lengths are much the same, one
+whose activations are read or written by itself, without pads. Then all are decoded together. Each has its own settings,
+limit, stop strings, captures and interventions.
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from hookmap.capture.run import running
 from hookmap.loading.memory import MemoryUse
 from hookmap.model import HookedModel
-from hookmap.services.server.batch_limits import BatchLimits
+from hookmap.services.server.batch_limits import BatchLimits, read_together
 from hookmap.services.server.errors import ApiError, cancelled, failed, is_out_of_memory
 from hookmap.services.server.jobs import Event, Job, Result
+from hookmap.services.server.passing import in_passing
 from hookmap.services.server.row_batch import RowBatch
 from hookmap.services.server.sampling import Sampler
 from hookmap.services.server.shared_run import Choice, choices_of
@@ -26,6 +29,8 @@ from hookmap.services.server.watched_part import WatchedPart
 from hookmap.services.server.watched_run import Gathered, WatchedRun, fault, watched
 
 log = logging.getLogger("hookmap.server")
+_READ_AT_ONCE = 1024
+"""tokens of prompts that are read between two steps of the rows that run; the last prompt may exceed it"""
 _LOOK = 64
 """steps between looks at the memory in use"""
 Ended = Callable[[Job, Event, int], None]
@@ -60,6 +65,11 @@ class Part:
         """Tokens that a row of it may come to."""
         return max(len(choice.tokens) + choice.left for choice in self.choices)
 
+    @property
+    def read(self) -> int:
+        """Tokens of a row that are read when it joins."""
+        return len(self.choices[0].tokens)
+
 
 class RunningBatch:
     """One thread calls it. What goes wrong with a job ends that job."""
@@ -74,7 +84,7 @@ class RunningBatch:
         self._guests: list[Guest] = []
         self._steps = 0
         self._most: int | None = None
-        """rows that fit into memory, once more did not; until the batch is empty"""
+        """rows that fit into memory, once more did not; until nothing runs"""
         self._finishing = ThreadPoolExecutor(1, thread_name_prefix="ending")
         """closes sessions, while the batch goes on"""
 
@@ -84,12 +94,12 @@ class RunningBatch:
         return not self._guests
 
     def has_room(self, job: Job) -> bool:
-        """Whether its first rows may join now."""
+        """Whether its first rows may join beside all that run and wait in here."""
         columns = max(len(prompt.token_ids) for prompt in job.prompts) + job.max_new_tokens
-        return not self._waiting and self._holds(job.choices, columns)
+        return self._holds(job.choices, columns, self._waiting)
 
     def begin(self, job: Job, memory: MemoryUse) -> None:
-        """Take a job in: read its prompts, as many as fit, and send their first tokens."""
+        """Take a job in. Its prompts are read at the next step."""
         guest = Guest(job, memory)
         self._guests.append(guest)
         for each in self._guests:
@@ -105,10 +115,9 @@ class RunningBatch:
             self._waiting += guest.parts
         except BaseException as error:
             self._leave(guest, failed(error, [job.id]))
-        self._fill()
 
     def step(self) -> None:
-        """Give each row its next token."""
+        """Let those join that wait and fit, which sends their first tokens; then give each row its next token."""
         for guest in [guest for guest in self._guests if guest.job.cancelled.is_set()]:
             self._leave(guest, cancelled())
         self._fill()
@@ -133,39 +142,56 @@ class RunningBatch:
 
     def _fill(self) -> None:
         """Let those join that wait in here and fit."""
-        while self._waiting and self._holds(len(self._waiting[0].choices), self._waiting[0].columns):
-            self._join(self._waiting.popleft())
+        coming, tokens = list[Part](), 0
+        while self._waiting and tokens < _READ_AT_ONCE:
+            first = self._waiting[0]
+            if not self._holds(len(first.choices), first.columns, coming):
+                break
+            coming.append(self._waiting.popleft())
+            tokens += first.read * len(first.choices)
+        plain = [part for part in coming if part.guest.run is None]
+        together = read_together([part.read for part in plain])
+        for parts in (*([plain[n] for n in numbers] for numbers in together), *([p] for p in coming if p not in plain)):
+            self._join(parts)
 
-    def _holds(self, rows: int, columns: int) -> bool:
-        if not self._places:
+    def _holds(self, rows: int, columns: int, beside: Collection[Part]) -> bool:
+        """Whether so many rows may run with those that run already, and with these parts."""
+        if not self._places and not beside:
             return True
-        if self._most is not None and len(self._places) + rows > self._most:
+        rows += len(self._places) + sum(len(part.choices) for part in beside)
+        if self._most is not None and rows > self._most:
             return False
-        longest = max(columns, *(part.columns for part, _ in self._places))
-        return self._limits.hold(len(self._places) + rows, longest)
+        others = (*(part for part, _ in self._places), *beside)
+        return self._limits.hold(rows, max(columns, *(part.columns for part in others)))
 
-    def _join(self, part: Part) -> None:
-        """Read the prompt of a part, and send its first tokens."""
-        guest, tokens = part.guest, part.choices[0].tokens
+    def _join(self, parts: Sequence[Part]) -> None:
+        """Read the prompts of parts in one pass, and send their first tokens. One that is watched is alone."""
+        parts = [part for part in parts if not part.ended]  # another of the same guest may have failed
+        if not parts:
+            return
+        part, places = parts[0], [(part, choice) for part in parts for choice in part.choices]
+        lengths = [len(choice.tokens) for _, choice in places]
         try:
-            if guest.run is not None:
-                assert guest.sink is not None
-                part.watched = WatchedPart(guest.run, [choice.number for choice in part.choices], guest.sink)
-                part.watched.stand(len(part.choices), range(len(part.choices)))
+            if part.guest.run is not None:
+                assert part.guest.sink is not None
+                part.watched = WatchedPart(part.guest.run, [each.number for each in part.choices], part.guest.sink)
+                part.watched.stand(len(places), range(len(places)))
             with running(self._hm.hooks), WatchedPart.looking([part.watched]):
-                logits, read = self._rows.read(tokens, len(part.choices))
-            places = [(part, choice) for choice in part.choices]
+                logits, read = self._rows.read([choice.tokens for _, choice in places])
             self._after(logits, places)
         except Exception as error:
-            if is_out_of_memory(error) and self._places and part.watched is None:
+            if len(parts) > 1:  # they are too many, or one of them is at fault
+                for each in parts:
+                    self._join([each])
+            elif is_out_of_memory(error) and self._places and part.watched is None:
                 self._most = len(self._places)  # it is read when others have left
                 self._waiting.appendleft(part)
-                failed(error, [guest.job.id], again=True)
+                failed(error, [part.guest.job.id], again=True)
             else:
-                self._leave(guest, failed(error, [guest.job.id]))
+                self._leave(part.guest, failed(error, [part.guest.job.id]))
             return
-        if not part.ended and guest in self._guests:
-            self._rows.join(read, len(part.choices), len(tokens))
+        if any(not part.ended for part in parts):
+            self._rows.join(read, lengths)
             self._places += places
             self._drop_ended()
 
@@ -243,14 +269,14 @@ class RunningBatch:
                 self._rows.leave(row)
                 self._places[row] = self._places[-1]
                 self._places.pop()
-        if not self._places:
-            self._most = None
 
     def _leave(self, guest: Guest, event: Result | ApiError) -> None:
         """A guest has ended: it is answered, once its session is closed."""
         if guest not in self._guests:
             return
         self._guests.remove(guest)
+        if not self._guests:
+            self._most = None
         for part in guest.parts:
             part.ended = True
             if part.watched is not None:
@@ -261,7 +287,7 @@ class RunningBatch:
         if recorder is None:
             self._ended(guest.job, event, guest.together)
         else:
-            self._finishing.submit(self._close_session, guest, event)
+            self._finishing.submit(in_passing, partial(self._close_session, guest, event))
 
     def _close_session(self, guest: Guest, event: Result | ApiError) -> None:
         job, recorder = guest.job, guest.job.recorder

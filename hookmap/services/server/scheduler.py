@@ -7,6 +7,7 @@ or a batch has one row, there is one thread: plain requests that wait together t
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -18,12 +19,10 @@ from hookmap.services.server.errors import cancelled, failed
 from hookmap.services.server.job_queue import JobQueue
 from hookmap.services.server.jobs import Event, Job
 from hookmap.services.server.joining import why_alone
+from hookmap.services.server.passing import in_passing
 from hookmap.services.server.running_batch import RunningBatch
 from hookmap.services.server.shared_run import SharedRun
 from hookmap.services.server.watched_run import run_watched
-
-_READ_AT_ONCE = 1024
-"""tokens of prompts that are read between two steps of the rows that run; the last prompt may exceed it"""
 
 
 class Scheduler(JobQueue):
@@ -65,13 +64,11 @@ class Scheduler(JobQueue):
         try:
             while self._waits(batch):
                 try:
-                    read = 0
-                    while read < _READ_AT_ONCE and (job := self._joining(batch)) is not None:
+                    while (job := self._joining(batch)) is not None:
                         memory = _memory_use(device_of(self._hm.hooks))
                         begun[job] = time.perf_counter(), memory
                         self._begin(job)
                         batch.begin(job, memory)
-                        read += sum(len(prompt.token_ids) for prompt in job.prompts)
                     batch.step()
                 except BaseException as error:  # nothing of one request ends this thread
                     batch.fail(error)
@@ -94,7 +91,7 @@ class Scheduler(JobQueue):
 
     def _run_others(self) -> None:
         while jobs := self._next():
-            self._run(jobs)
+            in_passing(partial(self._run, jobs))
             del jobs  # or their tensors would stay in memory until the next ones come
 
     def _next(self) -> list[Job]:
