@@ -39,6 +39,7 @@ def by_hand(question: str) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_its_path_in_a_checkout_names_it_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = "hookmap/demo/model"

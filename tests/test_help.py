@@ -76,6 +76,7 @@ def results() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_result_says_what_it_is_in_a_few_lines() -> None:
     long = {name: repr(value) for name, value in results().items() if len(repr(value)) > SCREEN}
     assert not long, {name: f"{len(text)}: {text[:300]}" for name, text in long.items()}

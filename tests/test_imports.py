@@ -44,6 +44,7 @@ def test_the_tests_above_can_fail() -> None:
     assert "torch" in heavy_after("import hookmap; hookmap.discover")
 
 
+@pytest.mark.slow
 def test_help_answers_well_under_a_second() -> None:
     def once() -> float:
         start = os.times()

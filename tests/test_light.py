@@ -16,6 +16,7 @@ from hookmap import light
 from hookmap.demo import MODEL_PATH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["Qwen3ForCausalLM", str(MODEL_PATH)])
 def test_it_answers_where_torch_transformers_and_nnsight_are_not_installed(source: str) -> None:
     done = without_heavy(source)
@@ -39,6 +40,7 @@ def test_its_shipped_maps_are_those_of_hookmap() -> None:
     assert "GPT2LMHeadModel" in light.architectures()
 
 
+@pytest.mark.slow
 def test_a_map_file_is_read_whole_and_a_folder_at_its_size(tmp_path: Path) -> None:
     exact = hookmap.discover(MODEL_PATH)
     exact.save(tmp_path / "map.json")

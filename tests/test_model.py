@@ -38,6 +38,7 @@ def captured(hm: Any) -> torch.Tensor:
     return hm.capture([[5, 17, 3]], ["resid_mid"], [1], max_new_tokens=4)["resid_mid", 1]
 
 
+@pytest.mark.slow
 def test_a_local_folder_opens_in_the_checkpoints_dtype(folder: Path) -> None:
     for x in (folder, str(folder)):
         hm = hookmap.open(x, device="cpu")
@@ -47,6 +48,7 @@ def test_a_local_folder_opens_in_the_checkpoints_dtype(folder: Path) -> None:
     assert captured(hookmap.open(folder, device="cpu", dtype=torch.float32)).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_nnsight_models_and_modules_share_one_copy_of_the_weights() -> None:
     import nnsight
 
@@ -89,6 +91,7 @@ def test_the_stored_edits_of_an_nnsight_model_apply() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_truthful_map_is_kept_and_a_file_of_it_too(tmp_path: Path) -> None:
     model = plain_hooks.build("llama")
     found = hookmap.discover(model)
@@ -97,6 +100,7 @@ def test_a_truthful_map_is_kept_and_a_file_of_it_too(tmp_path: Path) -> None:
         assert hookmap.open(model, map=given).map.kinds == found.kinds
 
 
+@pytest.mark.slow
 def test_a_map_of_another_size_of_the_architecture_serves() -> None:
     config = plain_hooks.FAMILIES["llama"].config()
     config.num_hidden_layers, config.hidden_size, config.head_dim = 5, 48, 12
@@ -220,6 +224,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
         hookmap.open(tmp_path, device="cpu")
 
 
+@pytest.mark.slow
 def test_weights_that_the_model_has_no_place_for_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """transformers says it in a log that is silent here; a Llama of Qwen3's weights would compute anything."""
     model = plain_hooks.build("qwen3")
@@ -338,6 +343,7 @@ def test_help_shows_the_parameters_of_each_method(name: str) -> None:
     assert "options" not in shown and "chat" in shown
 
 
+@pytest.mark.slow
 def test_every_result_fits_a_line() -> None:
     hm = opened("llama")
     results = (

@@ -9,6 +9,7 @@ import torch
 
 from hookmap.analysis.edge_scores import Node
 from hookmap.errors import SelectionError
+from hookmap.wording import did_you_mean, sentence
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ def of_edges(
     kept = torch.zeros_like(exists)
     for writer, reader in edges:
         if writer not in rows or reader not in columns or not exists[rows[writer], columns[reader]]:
-            raise SelectionError(f"there is no edge from {writer} to {reader}.")
+            near = did_you_mean(writer, rows) if writer not in rows else did_you_mean(reader, columns)
+            raise SelectionError(
+                f"there is no edge from {writer} to {reader}: an edge leads from an earlier node to a later one."
+                + (sentence(near) if writer not in rows or reader not in columns else "")
+            )
         kept[rows[writer], columns[reader]] = True
     return Circuit(nodes, kept, exists)

@@ -231,7 +231,7 @@ def _rows_of_tokens(values: Values, layers: LayerList, seq: int) -> Rows:
                 return "last" if op.args[2] else "first"
     raise DiscoveryError(
         f"the blocks {layers.path} have {layers.seq} positions for {seq} tokens, and nothing behind them says which "
-        "are the tokens': expected a slice of the stream."
+        "of them belong to the tokens: expected a slice of the stream."
     )
 
 

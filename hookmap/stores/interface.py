@@ -244,7 +244,9 @@ class Store(ABC):
         if (point, layer) in self.keys:
             if call in (None, 0, -1):
                 return point, layer
-            raise SelectionError(f"{point}{_of_layer(layer)} has no call {call}: it is there once in a forward pass.")
+            raise SelectionError(
+                f"{point}{_of_layer(layer)} has no call {call}: the layer runs once in a forward pass. Leave call out."
+            )
         held = [key[2] for key in self.keys if len(key) == 3 and key[:2] == (point, layer)]
         if not held or layer is None:
             return None

@@ -56,6 +56,7 @@ def test_nodes_are_the_gradient_times_the_difference(name: str, noising: bool) -
     assert "correlation with true patching" in repr(found) and len(found.check.names) == 4
 
 
+@pytest.mark.slow
 def test_true_patches_are_those_of_plain_hooks() -> None:
     model, hm = wide("llama")
     found = hm.attribution_patch(PAIRS, points=["z"], check=12, seed=3)
@@ -78,6 +79,7 @@ def test_true_patches_are_those_of_plain_hooks() -> None:
                 near(true, difference(model, pair["corrupted"], pair) - before, name, 1e-3)
 
 
+@pytest.mark.slow
 def test_with_steps_the_gradient_is_the_mean_along_the_path() -> None:
     model, hm = wide("llama")
     found = hm.attribution_patch(PAIRS, points=["z"], layers=[1], steps=3, check=4)
@@ -93,6 +95,7 @@ def test_with_steps_the_gradient_is_the_mean_along_the_path() -> None:
         near(found["z", 1][number], ((there - here).unflatten(-1, (-1, 8)) * mean / 3).sum(-1), number)
 
 
+@pytest.mark.slow
 def test_along_the_path_the_embedding_s_scores_sum_to_the_metric_s_difference() -> None:
     """Integrated gradients are complete."""
     hm = wide("gpt2")[1]
@@ -101,6 +104,7 @@ def test_along_the_path_the_embedding_s_scores_sum_to_the_metric_s_difference() 
         near(own.sum(), found.source[number] - found.base[number], number, 5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_an_edge_is_what_moving_the_stream_of_one_reader_does(name: str) -> None:
     """Central differences of the metric, where the stream moves along what the writer adds, for this reader alone."""
@@ -128,6 +132,7 @@ def test_an_edge_is_what_moving_the_stream_of_one_reader_does(name: str) -> None
             near(found[writer, reader][0], (ends[0] - ends[1]) / (2 * step), (writer, reader), 2e-3, 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("name", EACH)
 def test_edges_out_of_a_node_sum_to_its_own_score(name: str, steps: int) -> None:
@@ -156,6 +161,7 @@ def test_edges_into_a_node_sum_to_what_the_whole_stream_does_there(name: str) ->
         near(found.scores[0, :, column].nansum(), (ends[0] - ends[1]) / (2 * step), reader, 2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_true_edges_are_those_of_plain_hooks(name: str) -> None:
     hm, pair = wide(name)[1], PAIRS[0]

@@ -70,6 +70,7 @@ def test_faithfulness_is_0_without_edges_and_1_with_all() -> None:
     assert found.circuits[0].edges() == [] and len(found.circuits[1].edges()) == scores.edges
 
 
+@pytest.mark.slow
 def test_cpr_and_cmd_are_areas_by_trapezoids() -> None:
     hm = wide("gpt2")[1]
     scores = hm.edge_attribution(PAIRS, check=4, steps=2)
@@ -92,6 +93,7 @@ def test_cpr_and_cmd_are_areas_by_trapezoids() -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_cannot_be_run_apart_is_refused_with_the_reason() -> None:
     hm = wide("gemma2")[1]
     scores = hm.edge_attribution(PAIRS, check=4)

@@ -283,6 +283,7 @@ def hooked(hm: Any, layer: int, write: Any, tokens: list[int]) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.slow
 def test_what_is_spliced_in_is_what_a_plain_hook_writes() -> None:
     hm, found = opened("llama"), made()
     for tokens in RAGGED:
@@ -395,6 +396,7 @@ def test_its_features_have_examples_and_statistics() -> None:
         np.testing.assert_allclose(top, above.numpy(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 def test_the_command(tmp_path: Path) -> None:
     plain_hooks.build("llama").save_pretrained(tmp_path / "m")

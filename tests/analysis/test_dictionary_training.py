@@ -61,6 +61,7 @@ def test_known_directions_are_found(kind: Any) -> None:
     assert float(((DIRECTIONS @ drawn.T).max(1).values > 0.9).float().mean()) < 0.2
 
 
+@pytest.mark.slow
 def test_it_streams_from_the_model_and_leaves_its_files(tmp_path: Path) -> None:
     hm = opened("gpt2")
     told: list[Any] = []
@@ -82,6 +83,7 @@ def test_it_streams_from_the_model_and_leaves_its_files(tmp_path: Path) -> None:
     assert own.l0 <= 3 and own.tokens == sum(map(len, RAGGED))
 
 
+@pytest.mark.slow
 def test_a_training_that_stopped_goes_on(tmp_path: Path) -> None:
     hm = opened("gpt2")
 
@@ -200,6 +202,7 @@ def test_rows_that_are_not_finite_are_left_out(caplog: pytest.LogCaptureFixture)
     assert training.trainer.seen == 62
 
 
+@pytest.mark.slow
 def test_the_demo_models_dictionary_explains_it() -> None:
     assert sum(path.stat().st_size for path in DICTIONARY_PATH.iterdir()) < 300_000
     sae = load_dictionary(DICTIONARY_PATH)

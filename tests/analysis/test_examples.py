@@ -46,6 +46,7 @@ def places(run: Any, key: Key, skip: int) -> tuple[np.ndarray, list[tuple[int, i
     return np.stack(rows), where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new", [0, 4])
 @pytest.mark.parametrize("how", [{"batch_size": 1}, {"batch_size": 7}])
 def test_the_largest_values_are_those_of_a_sort(new: int, how: dict[str, Any]) -> None:
@@ -81,6 +82,7 @@ def test_random_examples_do_not_depend_on_the_cut_and_are_not_the_largest() -> N
     assert values == sorted(values, reverse=True) and len(values) == 5
 
 
+@pytest.mark.slow
 def test_only_values_above_0_where_that_is_asked() -> None:
     hm = opened("llama")
     found = hm.examples(TEXTS, layers=[1], k=400, random=400, positive=True, skip=0)
@@ -261,10 +263,11 @@ def test_a_capture_has_the_examples_of_its_run(tmp_path: Path) -> None:
     ):
         with raises(SelectionError, *words):
             hm.examples(hookmap.open_store(tmp_path / folder), **more)
-    with raises(SelectionError, "nothing to look for"):
+    with raises(SelectionError, "no finished sample", "--resume"):
         hm.examples(MemoryStore([("mlp_post", 0)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [2**22, 64])
 def test_stored_features_of_a_dictionary_have_examples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
@@ -319,6 +322,7 @@ def test_choices_of_a_router_have_examples() -> None:
         hm.examples(TEXTS, choices=True, norms=True)
 
 
+@pytest.mark.slow
 def test_quantile_samples_are_numpys_and_random_ones_are_even() -> None:
     hm = opened("llama")
     found = hm.examples(TEXTS, layers=[1], k=1, random=11, features=[0, 5])
@@ -345,6 +349,7 @@ def test_an_empty_feature_has_no_examples() -> None:
     assert (best.tensors["score"] == NOTHING).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 def test_the_command_and_its_page(tmp_path: Path) -> None:
     plain_hooks.build("llama").save_pretrained(tmp_path / "m")

@@ -80,6 +80,7 @@ def test_tokens_that_are_not_finite_are_left_out() -> None:
     assert nothing.tokens == 0 and nothing.as_json() == [] and nothing.share.tolist() == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 def test_the_command_tells_of_experts(tmp_path: Path) -> None:
     plain_hooks.build("mixtral").save_pretrained(tmp_path / "m")

@@ -73,6 +73,7 @@ def near(found: torch.Tensor, expected: torch.Tensor, what: Any = "") -> None:
     assert error < 1e-5, (what, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_gradients_at_every_point_are_those_of_autograd_by_hand(name: str) -> None:
     hm, family = opened(name), FAMILIES[name]
@@ -260,6 +261,7 @@ def test_memory_is_said_before_and_is_what_autograd_keeps() -> None:
         check_room(GradientEstimate(10**15, 0, "embed"), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_narrow_dtypes_say_that_they_round() -> None:
     hm = hookmap.open(plain_hooks.build("llama", torch.bfloat16))
     found = hm.gradients(RAGGED, difference_at, "resid_post", [0])

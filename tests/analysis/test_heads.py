@@ -76,6 +76,7 @@ def test_random_tokens_differ_and_come_twice_behind_what_begins_a_text() -> None
         torch.testing.assert_close(alone[kind][0], expected)
 
 
+@pytest.mark.slow
 def test_layers_without_attention_say_why() -> None:
     found = opened("jamba").head_scores(TEXTS)
     assert found.missing and sorted([*found.layers, *found.missing]) == [0, 1, 2]

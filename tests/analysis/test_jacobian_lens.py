@@ -35,6 +35,7 @@ def by_hand(hm: Any, tokens: list[int], layer: int) -> torch.Tensor:
     return torch.stack([whole[list(valid), :, t].sum(0) for t in valid]).mean(0)
 
 
+@pytest.mark.slow
 def test_it_is_the_mean_jacobian(tmp_path: Path) -> None:
     hm = opened("gpt2")
     done: list[tuple[int, int]] = []

@@ -39,6 +39,7 @@ def logits_of(hm: HookedModel, tokens: list[int]) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_the_lens_at_the_last_layer_is_the_models_own_logits_to_the_bit(name: str) -> None:
     hm = opened(name)
@@ -62,6 +63,7 @@ def test_the_parts_of_an_attribution_sum_to_the_logit(name: str) -> None:
     assert single.parts[0] == "resid_pre[0]" and single.parts[-1] == BIAS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2", "mamba", "cohere", "gpt2"])
 def test_in_half_precision_the_sum_holds_to_the_precision_of_the_model(name: str) -> None:
     hm = opened(name, torch.bfloat16)
@@ -181,6 +183,7 @@ def test_a_capture_that_does_not_hold_what_a_lens_reads_is_refused(
         hm.lens(run, **arguments)
 
 
+@pytest.mark.slow
 def test_logits_that_are_no_chain_of_steps_are_refused_with_the_operation() -> None:
     import transformers as tf
 
@@ -195,6 +198,7 @@ def test_logits_that_are_no_chain_of_steps_are_refused_with_the_operation() -> N
         hm.lens(TOKENS)
 
 
+@pytest.mark.slow
 def test_a_head_that_mixes_positions_is_refused_by_the_proof() -> None:
     class Mixing(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -358,6 +362,7 @@ def test_an_attribution_is_of_one_prompt() -> None:
         opened("llama").attribute([TOKENS, TOKENS])
 
 
+@pytest.mark.slow
 def test_factors_and_caps_are_read_from_the_dataflow_with_their_numbers() -> None:
     import transformers as tf
 
@@ -381,6 +386,7 @@ def test_a_head_that_computes_more_inside_is_one_step() -> None:
     assert torch.allclose(hm.lens(TOKENS).kl[-1], torch.zeros(6), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_final_norm_that_the_map_does_not_name_is_known_by_what_it_does() -> None:
     hm, twin = opened("llama"), opened("llama")  # what is read of a model is kept with its module: two of them
     other = HookedModel(twin.model, None, twin.map.model_copy(update={"final_norm_path": None}))

@@ -23,6 +23,7 @@ def answers(hm: HookedModel) -> dict[str, Finding]:
     return {finding.about: finding for finding in check_model(hm, TEXTS, max_new_tokens=4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", pytest.param("falcon_7b", marks=pytest.mark.slow)])
 def test_a_right_model_passes_and_every_question_is_answered(name: str) -> None:
     found = answers(opened(name))
@@ -32,6 +33,7 @@ def test_a_right_model_passes_and_every_question_is_answered(name: str) -> None:
     assert not any("not answered" in each.found for each in found.values())
 
 
+@pytest.mark.slow
 def test_bfloat16_is_told_as_numbers_that_are_rounding() -> None:
     found = answers(hookmap.open(plain_hooks.build("llama").to(torch.bfloat16)))
     assert 1e-3 < found["dtype"].figures["distance"] < 0.2 and found["dtype"].state == "note"
@@ -39,6 +41,7 @@ def test_bfloat16_is_told_as_numbers_that_are_rounding() -> None:
     assert found["cache"].figures["distance"] < 2 * found["dtype"].figures["distance"]
 
 
+@pytest.mark.slow
 def test_a_wrong_map_is_found_out(tmp_path: Path) -> None:
     hm = hookmap.open(plain_hooks.build("llama"))
     hm.map.save(tmp_path / "map.json")

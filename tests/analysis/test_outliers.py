@@ -90,6 +90,7 @@ def test_a_model_with_one_large_feature() -> None:
     assert found.features[0].sink == pytest.approx(first)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 def test_the_command(tmp_path: Path) -> None:
     model = plain_hooks.build("llama")

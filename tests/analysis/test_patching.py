@@ -31,6 +31,7 @@ def asked(second: int, answer: str = "") -> str:
     return demo().encode(question, True)[0].text + answer
 
 
+@pytest.mark.slow
 def test_a_sweep_is_its_patches_one_by_one() -> None:
     hm = hookmap.open(plain_hooks.build("llama"))
     shown: list[tuple[int, int]] = []
@@ -53,6 +54,7 @@ def test_a_sweep_is_its_patches_one_by_one() -> None:
     torch.testing.assert_close(effect[2, 4], torch.tensor(1.0), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_sweep_keeps_the_order_of_positions_and_refuses_those_that_are_not_there() -> None:
     hm = hookmap.open(plain_hooks.build("llama"))
     found, whole = (sweep(hm, CLEAN, CORRUPTED, 7, 9, positions=where) for where in ([3, -3], "all"))
@@ -62,6 +64,7 @@ def test_a_sweep_keeps_the_order_of_positions_and_refuses_those_that_are_not_the
         sweep(hm, CLEAN, CORRUPTED, 7, 9, positions=[0, 5])
 
 
+@pytest.mark.slow
 def test_a_sweep_of_some_heads_is_their_patches_and_heads_that_are_none_are_refused() -> None:
     hm = hookmap.open(plain_hooks.build("llama"))
     found = sweep(hm, CLEAN, CORRUPTED, 7, 9, point="z", layers=1, positions=[4, 2], heads=[2, 0])
@@ -97,6 +100,7 @@ def test_the_second_operand_moves_to_the_answer_in_layer_8() -> None:
     assert likely.clean > 0.95 and likely.corrupted < 0.05 and likely.effect.values[0, 0] > 0.95
 
 
+@pytest.mark.slow
 def test_a_patched_operand_changes_what_is_generated() -> None:
     """The corrupted prompt answers the clean question where the operand's place is patched before it is read."""
     patch = {
@@ -110,6 +114,7 @@ def test_a_patched_operand_changes_what_is_generated() -> None:
     assert demo().generate(asked(5), late, None, 12).texts[0].startswith("Tom has 3+5=")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_swept_is_refused() -> None:
     hm = hookmap.open(plain_hooks.build("opt"))
     for clean, corrupted, options, message in (
@@ -142,6 +147,7 @@ def test_a_sweep_is_saved_and_read_again(tmp_path: Path) -> None:
         Grid(torch.zeros(2, 2), (0,), (0, 1), ("a", "b"), "m", "resid_pre")
 
 
+@pytest.mark.slow
 def test_a_vector_of_contrast_pairs_steers_by_its_file(tmp_path: Path) -> None:
     made = demo().steering_vector([asked(4)], [asked(9)], layers=[4, 8])
     made.save(tmp_path / "v.safetensors")

@@ -33,6 +33,7 @@ def opened(family: str) -> HookedModel:
     return hookmap.open(plain_hooks.build(family))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("through", [True, False])
 @pytest.mark.parametrize("to", RECEIVERS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -58,6 +59,7 @@ def test_a_path_is_the_published_definition_by_plain_hooks(family: str, to: str,
                     assert got == pytest.approx(want, abs=2e-4), (sender, to, through, number)
 
 
+@pytest.mark.slow
 def test_paths_add_up_to_the_whole_where_nothing_else_carries_it() -> None:
     """From the last attention, held MLPs leave the direct path; through its MLP it is the whole patch."""
     hm = opened("llama")

@@ -52,6 +52,7 @@ def rows_of(store: MemoryStore, number: int) -> torch.Tensor:
     return store.read(number, *KEY).double()
 
 
+@pytest.mark.slow
 def test_the_sink_hides_the_label_is_told_and_left_out(store: MemoryStore, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "hookmap"):
         hidden = probe(store, "odd", pool="mean").report
@@ -118,6 +119,7 @@ def test_of_a_mean_nothing_is_left_out() -> None:
         probe(store, "odd", pool="mean", positions="1:", folds=3)
 
 
+@pytest.mark.slow
 def test_the_command_takes_positions_for_every_pool(store: MemoryStore, tmp_path: Path) -> None:
     write_store(store, tmp_path / "run", manifest_of_run([KEY]))
     typed = ["probe", str(tmp_path / "run"), "--label", "odd", "--pool", "mean", "--json", "--positions"]
@@ -127,6 +129,7 @@ def test_the_command_takes_positions_for_every_pool(store: MemoryStore, tmp_path
     assert wrong.exit_code == 1 and "positions 'first': expected" in wrong.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["last", "mean", "each"])
 def test_sparse_rows_are_probed_as_dense_ones(pool: str, tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)

@@ -99,6 +99,7 @@ def test_no_question_is_on_both_sides_of_a_split() -> None:
     assert len(set(folds)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["logistic", "ridge", "mean_difference"])
 def test_a_planted_direction_is_found_where_it_is(method: str) -> None:
     found = probe(planted(), method=method)
@@ -117,6 +118,7 @@ def test_a_planted_direction_is_found_where_it_is(method: str) -> None:
     assert float(torch.nn.functional.cosine_similarity(direction, truth, 0)) > 0.8
 
 
+@pytest.mark.slow
 def test_points_may_name_layers_of_their_own() -> None:
     keys = [(place.point, place.layer) for place in probe(planted(), points={"resid_post": [7]}).report.places]
     assert keys == [("resid_post", 7)]
@@ -124,6 +126,7 @@ def test_points_may_name_layers_of_their_own() -> None:
         probe(planted(), points={"resid_post": [7]}, layers=[3])
 
 
+@pytest.mark.slow
 def test_random_labels_report_chance() -> None:
     """200 samples without structure: the AUROC's standard deviation is about 0.041. The seeds are fixed; with others
     a distance over 0.15 comes by chance in about one of 4,000 runs."""
@@ -133,6 +136,7 @@ def test_random_labels_report_chance() -> None:
     assert abs(found.report.chosen.shuffled - 0.5) < 0.05 and found.report.chosen.p > 0.01
 
 
+@pytest.mark.slow
 def test_what_only_names_the_question_is_not_found() -> None:
     """Ten samples of each question share a random vector and a random label. A split by samples would find AUROC 1;
     by questions there are 40 of them, the standard deviation is 0.09, and 0.25 from chance is one run in 200."""
@@ -256,6 +260,7 @@ def test_shuffled_labels_stay_together_within_a_question_and_in_their_fold() -> 
         assert (np.bincount(folds, mixed) == np.bincount(folds, labels)).all() and (mixed != labels).any()
 
 
+@pytest.mark.slow
 def test_each_position_is_probed_and_it_is_found_from_where_it_is_written() -> None:
     found = probe(planted(), pool="each", positions=slice(-3, 1), method="mean_difference")
     by = {(p.layer, p.position): p.auroc for p in found.report.places}
@@ -323,6 +328,7 @@ def test_the_logprob_control_is_that_of_the_answers_tokens() -> None:
     assert logprob(store, sample) == pytest.approx(by_hand, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_matrix_however_large_the_capture(tmp_path: Path) -> None:
     """24 MB on disk; a pooled matrix has 60 kB. What numpy and the reader hold at once is counted."""
     from hookmap.analysis.probes.pooling import matrices
@@ -352,6 +358,7 @@ def test_memory_is_that_of_one_matrix_however_large_the_capture(tmp_path: Path) 
         next(matrices(store, keys[0], range(30), "mean", [None], 6 * 512 * 4 * 2))
 
 
+@pytest.mark.slow
 def test_probes_are_saved_as_they_are_and_steer(tmp_path: Path) -> None:
     found = probe(planted())
     written = {path.name for path in found.save(tmp_path / "probes")}
@@ -384,6 +391,7 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(main, ["probe", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_the_command_writes_report_pictures_and_probes(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("altair")
     done = run(folder, "--method", "mean_difference", "-o", tmp_path / "out")
@@ -394,6 +402,7 @@ def test_the_command_writes_report_pictures_and_probes(folder: Path, tmp_path: P
     assert each.exit_code == 0 and (tmp_path / "each" / "auroc-resid_post.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_table_beside_the_capture_gives_labels(folder: Path, tmp_path: Path) -> None:
     table = tmp_path / "more.jsonl"
     table.write_text("".join(json.dumps({"id": f"s{n}", "even": n // 2 % 2 == 0}) + "\n" for n in range(100)), "utf-8")
@@ -402,6 +411,7 @@ def test_a_table_beside_the_capture_gives_labels(folder: Path, tmp_path: Path) -
     assert (found["samples"], found["left_out"]) == (100, 20) and found["chosen"]["auroc"] > 0.99
 
 
+@pytest.mark.slow
 def test_numbers_of_a_csv_file_are_texts_and_count_as_numbers(folder: Path, tmp_path: Path) -> None:
     table = tmp_path / "more.csv"
     table.write_text("id,left\n" + "".join(f"s{n},{1.5 if n // 2 % 2 == 0 else -1}\n" for n in range(100)), "utf-8")

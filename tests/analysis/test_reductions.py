@@ -106,6 +106,7 @@ def test_no_texts_are_told() -> None:
         reduce_store(store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new", [0, 5])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_each_number_is_numpys(new: int, batch_size: int) -> None:
@@ -152,6 +153,7 @@ def test_the_rows_are_those_that_a_capture_would_keep(how: dict[str, Any], new: 
     torch.testing.assert_close(found["resid_mid", 1]["max"], rows.amax(0))
 
 
+@pytest.mark.slow
 def test_edits_are_in_the_rows_and_narrow_dtypes_are_summed_up_wide() -> None:
     hm = hookmap.open(plain_hooks.build("llama", torch.bfloat16), tokenizer=tiny_tokenizer())
     edits = [{"do": "scale", "point": "resid_post", "layers": [1], "factor": 3.0}]
@@ -370,6 +372,7 @@ def test_memory_is_flat_in_the_number_of_tokens() -> None:
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 def test_the_command(tmp_path: Path) -> None:
     plain_hooks.build("llama").save_pretrained(tmp_path / "m")

@@ -42,6 +42,7 @@ def test_scores_are_those_by_hand(name: str) -> None:
     assert product.gap is None and len(product.tokens[0]) == len(RAGGED[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_integrated_gradients_are_the_integral_by_hand_and_complete(name: str) -> None:
     model, hm = wide(name)
@@ -67,6 +68,7 @@ def test_what_is_not_complete_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "give more steps" in caplog.text
 
 
+@pytest.mark.slow
 def test_any_point_of_one_layer_can_be_asked() -> None:
     hm = wide("llama")[1]
     found = hm.saliency(RAGGED, METRIC, "gradient_x_activation", point="z", layer=1)

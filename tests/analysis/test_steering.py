@@ -202,6 +202,7 @@ def test_steering_by_a_vector_adds_it(tmp_path: Path) -> None:
         assert torch.allclose(after - before, (strength * made[1]).expand_as(before), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_commands_make_convert_and_show(tmp_path: Path) -> None:
     pairs, made, other = (tmp_path / name for name in ("pairs.jsonl", "v.safetensors", "v.gguf"))
     pairs.write_text("\n".join(json.dumps({"positive": f"{n}+1=", "negative": f"{n}-1="}) for n in range(3)))

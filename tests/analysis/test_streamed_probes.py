@@ -99,6 +99,7 @@ def test_least_squares_go_to_the_normal_equations() -> None:
     np.testing.assert_allclose(rows @ weights[:, 0] + bias, x @ solved, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_sparse_rows_are_learnt_like_dense_ones_and_stay_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(2)
     dense = (draw.random((200, 40)) * (draw.random((200, 40)) < 0.1)).astype(np.float32)
@@ -116,6 +117,7 @@ def test_sparse_rows_are_learnt_like_dense_ones_and_stay_sparse(monkeypatch: pyt
     np.testing.assert_allclose(own - own.mean(1, keepdims=True), x @ model.coef_.T + model.intercept_, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_classes_are_found_where_they_are_written(tmp_path: Path) -> None:
     linear = pytest.importorskip("sklearn.linear_model")
     store = planted()
@@ -159,6 +161,7 @@ def test_classes_are_found_where_they_are_written(tmp_path: Path) -> None:
         again.vector("resid_post")
 
 
+@pytest.mark.slow
 def test_numbers_are_found_in_their_own_unit() -> None:
     store = planted()
     found = train_probe(None, store, "size", kind="regression", **LONG)
@@ -181,6 +184,7 @@ def test_numbers_are_found_in_their_own_unit() -> None:
     assert seven.score == pytest.approx(best, abs=0.02)
 
 
+@pytest.mark.slow
 def test_labels_of_tokens_and_their_control_task() -> None:
     """The parity of a token's id is the token's: what a probe finds of it, the tokens alone tell as well."""
     report: Any = train_probe(None, planted(), "odd", skip=0, **LONG).report
@@ -286,6 +290,7 @@ def test_features_of_a_dictionary_stay_sparse(pool: str, tmp_path: Path, monkeyp
         assert found.probes.weights["features", 1].shape == (300, 3) and found.report.places[0].score is not None
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_finite_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     store = planted()
     targets = read_targets(store.samples, "colour")
@@ -462,6 +467,7 @@ def test_a_killed_training_goes_on_to_the_same_probes(tmp_path: Path) -> None:
             hm.train_probe(TEXTS, "a", **SHORT, store=tmp_path / "broken", resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 def test_the_command(tmp_path: Path) -> None:
     write_store(planted(), tmp_path / "run", manifest_of_run(KEYS, model="tiny"))

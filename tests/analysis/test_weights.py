@@ -39,6 +39,7 @@ def test_the_heads_outputs_times_w_o_are_the_attention_s_output(name: str) -> No
         close(biased(found, w), run.read(0, "mixer_out_raw", layer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre_norm", [False, True], ids=["bart", "pegasus"])
 def test_the_weights_of_cross_attention_are_its_own(pre_norm: bool) -> None:
     config = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 16, "encoder_attention_heads": 2}

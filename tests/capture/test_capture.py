@@ -102,6 +102,7 @@ def test_a_batch_shows_what_each_prompt_alone_shows(name: str) -> None:
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["granite", "opt", "gemma2", "falcon_7b", "qwen3_moe"])
 def test_bfloat16_stays_bfloat16_and_sums_round_as_the_model_rounds(name: str) -> None:
     hm = hookmap.open(plain_hooks.build(name, torch.bfloat16))
@@ -111,6 +112,7 @@ def test_bfloat16_stays_bfloat16_and_sums_round_as_the_model_rounds(name: str) -
     same(run, reference, name, RAGGED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["opt", "granite", "llama", "gpt2", "olmo2", "gemma3"])
 def test_the_sums_of_the_map_hold_bit_for_bit(name: str) -> None:
     """In bfloat16 a sum that is rounded elsewhere than the model rounds shows."""
@@ -142,6 +144,7 @@ def test_without_a_cache_each_row_is_kept_once() -> None:
             torch.testing.assert_close(run.read(number, *key), cached.read(number, *key), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_logits_of_every_position() -> None:
     """transformers computes the prompt's last logits only; asked for, all are there, and the tokens stay the same."""
     for name in ("qwen3", "gemma2", "bloom"):

@@ -93,6 +93,7 @@ def test_a_given_seed_repeats_and_none_draws_on(hm: HookedModel) -> None:
     assert tokens(None) != tokens(None)  # equal by chance: below 1 in 10^6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["hooks", "nnsight"])
 def test_what_a_sample_draws_does_not_depend_on_the_batch(engine: Any) -> None:
     """Tokens of 12 draws of temperature 1.7; with a generator of the batch, most were others at each size."""
@@ -147,6 +148,7 @@ def test_a_progress_callback_may_run_the_model(engine: Any, step: int, inner: li
         assert torch.equal(got["resid_pre", 1], expected["resid_pre", 1])
 
 
+@pytest.mark.slow
 def test_threads_on_the_same_weights_do_not_mix() -> None:
     """Two wrappers over one module, four threads: without a lock nnsight mixes them in silence."""
     model = plain_hooks.build("gpt2")
@@ -198,6 +200,7 @@ def test_a_run_that_ends_while_another_passes_its_hooks_does_not_disturb_it() ->
     assert torch.equal(found["resid_pre", 0], expected["resid_pre", 0])
 
 
+@pytest.mark.slow
 def test_threads_share_no_seed_and_no_training_flag() -> None:
     """torch's generators and a module's training flags are every thread's: with these, most runs come out wrong."""
     models = [plain_hooks.build("gpt2").train(), plain_hooks.build("llama")]
@@ -477,6 +480,7 @@ def test_a_setting_that_looks_back_at_tokens_sees_no_pads() -> None:
             assert together.tokens[number] == tuple(alone[0].tolist())
 
 
+@pytest.mark.slow
 def test_families_have_distinct_numbers() -> None:
     """The reference itself can tell a wrong tensor. What a branch reads may be the bare stream, or both branches'."""
     for name, family in FAMILIES.items():

@@ -32,6 +32,7 @@ def _given(name: str, prompt: Any) -> Any:
     return {"input_features": prompt} if DECODERS[name].features else prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["hooks", "nnsight"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_rows_of_the_decoder_are_those_of_a_plain_generate(name: str, engine: Any) -> None:
@@ -73,6 +74,7 @@ def test_the_branches_sum_to_the_stream_and_a_harvest_gives_the_first_rows(name:
             torch.testing.assert_close(pre + attn + cross + mlp, post, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_prompts_of_different_lengths_share_a_batch_where_pads_change_nothing(name: str) -> None:
     hm = hookmap.open(build(DECODERS[name]))
@@ -89,6 +91,7 @@ def test_prompts_of_different_lengths_share_a_batch_where_pads_change_nothing(na
             )
 
 
+@pytest.mark.slow
 def test_sounds_of_one_size_share_a_batch() -> None:
     model = build(DECODERS["whisper"])
     hm = hookmap.open(model)
@@ -102,6 +105,7 @@ def test_sounds_of_one_size_share_a_batch() -> None:
     torch.testing.assert_close(run.read(0, "cross_attn_out", 1), expected["cross_attn_out", 1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_decoder_may_be_given_its_first_tokens() -> None:
     model = build(DECODERS["t5"])
     hm = hookmap.open(model, tokenizer=tiny_tokenizer())
@@ -123,6 +127,7 @@ def test_the_decoder_may_be_given_its_first_tokens() -> None:
     assert list(sample.token_ids) == [2, *said] and sample.prompt == "one"
 
 
+@pytest.mark.slow
 def test_what_is_no_prompt_of_an_encoder_decoder_is_refused_with_what_is_expected() -> None:
     hm = hookmap.open(build(DECODERS["whisper"]), tokenizer=tiny_tokenizer())
     with raises(TokenizerError, "encoder of WhisperForConditionalGeneration reads no text but input_feat"):
@@ -139,6 +144,7 @@ def test_what_is_no_prompt_of_an_encoder_decoder_is_refused_with_what_is_expecte
         hm.capture("a", "resid_post", max_new_tokens=1)
 
 
+@pytest.mark.slow
 def test_a_folder_holds_what_both_sides_read_and_resumes(tmp_path: Path) -> None:
     hm = hookmap.open(build(DECODERS["bart"]), tokenizer=tiny_tokenizer())
     run = hm.capture(["one two", "three"], "cross_attn_out", max_new_tokens=3, store=tmp_path / "run")
@@ -153,6 +159,7 @@ def test_a_folder_holds_what_both_sides_read_and_resumes(tmp_path: Path) -> None
         hm.capture(["one two", "four"], "cross_attn_out", max_new_tokens=3, store=tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
 def test_interventions_write_to_the_decoder(name: str) -> None:
     reading, model = DECODERS[name], build(DECODERS[name])
@@ -176,6 +183,7 @@ def test_interventions_write_to_the_decoder(name: str) -> None:
     assert not torch.equal(plain.read(0, "resid_post", 1), run.read(0, "resid_post", 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "marian", "whisper"])
 def test_the_lens_of_the_last_layer_is_the_model_itself(name: str) -> None:
     model = build(DECODERS[name])
@@ -186,6 +194,7 @@ def test_the_lens_of_the_last_layer_is_the_model_itself(name: str) -> None:
     assert found.layers == (0, 1) and float(found.kl[-1].abs().max()) < 1e-5 < float(found.kl[0].min())
 
 
+@pytest.mark.slow
 def test_a_patch_takes_the_rows_of_a_decoder_that_began_with_something() -> None:
     hm = hookmap.open(build(DECODERS["t5"]), tokenizer=tiny_tokenizer())
     clean, other = ({"prompt": text, "decoder_text": "two and"} for text in ("one", "three four"))
@@ -203,6 +212,7 @@ _LAST_NORM = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _LAST_NORM)
 def test_an_attribution_is_what_each_branch_gives_through_the_last_norm(name: str) -> None:
     """By hand: the norm's statistic is held, and the unembedding is a product. Cross-attention is a part of its own."""
@@ -238,6 +248,7 @@ def test_an_attribution_of_a_stream_that_is_normed_itself_is_refused(name: str) 
         hookmap.open(build(DECODERS[name])).attribute([5, 6, 7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["jsonl", "csv", "columns", "dataset"])
 def test_files_of_prompts_have_a_column_of_what_the_decoder_begins_with(form: str, tmp_path: Path) -> None:
     hm = hookmap.open(build(DECODERS["t5"]), tokenizer=tiny_tokenizer())
@@ -264,6 +275,7 @@ def test_files_of_prompts_have_a_column_of_what_the_decoder_begins_with(form: st
     torch.testing.assert_close(run.read(0, "resid_post", 1), in_python.read(0, "resid_post", 1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_decoders_column_is_no_label_and_is_refused_by_name_where_it_is_wrong(tmp_path: Path) -> None:
     rows = [{"prompt": "one", "decoder_text": "two", "of": 3}]
     (record,) = hookmap.load_prompts(rows, labels="all")

@@ -32,6 +32,7 @@ def test_the_engines_are_bit_identical(name: str, new: int) -> None:
             assert torch.equal(runs[0].read(number, *key), runs[1].read(number, *key)), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "mamba", "falcon_7b"])
 def test_many_tokens_cross_the_blocks_in_which_rows_are_gathered(name: str) -> None:
     """70 steps are two blocks of 32 and a part; rows of the batch end inside the first and the second."""
@@ -163,6 +164,7 @@ def test_a_gpu_shows_what_plain_hooks_see_there(new: int) -> None:
             assert torch.equal(alone.read(0, point, 1), reference.point(family, point, 1)[0].cpu())
 
 
+@pytest.mark.slow
 def test_the_estimate_counts_what_one_pass_brings_at_once() -> None:
     """A stream of many short texts holds little of them; one long text comes whole."""
     hm = opened("llama")

@@ -47,6 +47,7 @@ def test_they_are_what_each_chosen_expert_computes_while_generating(name: str, i
         torch.testing.assert_close(run.read(row, "expert_out", 1), out[pads:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUSED)
 def test_weighted_and_summed_they_are_what_the_mlp_gives(name: str) -> None:
     hm = opened(name)
@@ -87,6 +88,7 @@ def test_experts_that_all_tokens_go_through_are_told_apart() -> None:
         torch.testing.assert_close(run.read(row, "expert_post", 1), post.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_experts_in_a_module_of_their_own_some_without_a_token_are_found() -> None:
     """JetMoE sorts its tokens in one module, and multiplies them in another, also those of experts that have none."""
     hm = opened("jetmoe")
@@ -111,6 +113,7 @@ def test_nothing_else_of_the_run_changes() -> None:
         assert torch.equal(plain.read(row, "resid_post", 1), beside.read(row, "resid_post", 1))
 
 
+@pytest.mark.slow
 def test_nnsights_engine_shows_the_same() -> None:
     model = experts_by_hand.build("deepseek_v3")
     hm = hookmap.open(model, tokenizer=tiny_tokenizer())
@@ -160,6 +163,7 @@ def test_the_document_is_read_back_and_a_term_says_where_it_is() -> None:
     assert str(result) == "attn_result[1] = model.layers.1.self_attn.o_proj.input[0] @ weight.T"
 
 
+@pytest.mark.slow
 def test_experts_whose_weights_no_module_shows_are_proved() -> None:
     checks = verify(experts_by_hand.build("jetmoe")).checks
     assert all(check.passed for check in checks), [check for check in checks if not check.passed]

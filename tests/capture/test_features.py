@@ -229,6 +229,7 @@ def test_a_dictionary_is_sent_to_workers_as_it_is(relu: Dictionary) -> None:
         assert torch.equal(again.reconstruct(rows), each.reconstruct(rows))
 
 
+@pytest.mark.slow
 def test_the_command_keeps_features(tmp_path: Path) -> None:
     save_dictionary(dictionary(64, layer=8), tmp_path / "sae")
     made = ["capture", "--points", "features", "--dictionary", str(tmp_path / "sae"), "--prompt", "Tom has 3 apples."]

@@ -125,6 +125,7 @@ def test_a_probe_names_the_sample_and_the_position(tmp_path: Path, pool: str) ->
         probe(hookmap.open_store(tmp_path / "probed"), "right", pool=pool)
 
 
+@pytest.mark.slow
 def test_a_sweep_within_its_noise_is_refused_and_cells_within_it_are_flagged() -> None:
     """In bfloat16 two prompts whose answers are alike differ by rounding only."""
     model = plain_hooks.build("llama").to(torch.bfloat16)

@@ -24,6 +24,7 @@ def by_position(rows: Rows, at: Any) -> Rows:
     return rows * (1 + torch.tensor(at.positions, dtype=rows.dtype)).unsqueeze(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_what_a_function_gives_is_written_as_hand_written_hooks_write_it(name: str) -> None:
     for point in single(name):

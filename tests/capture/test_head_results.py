@@ -88,6 +88,7 @@ def test_they_are_proved(name: str) -> None:
     assert ("latents" in {check.name for check in checks}) == (name == "deepseek_v3")
 
 
+@pytest.mark.slow
 def test_writing_latents_and_shared_experts_is_proved() -> None:
     hm = hookmap.open(experts_by_hand.build("deepseek_v3"), tokenizer=tiny_tokenizer())
     for selector in hm.map.selectors(["q_latent", "k_latent", "shared_expert_out"], [1]):

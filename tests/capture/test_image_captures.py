@@ -67,6 +67,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(main, arguments)
 
 
+@pytest.mark.slow
 def test_a_store_says_which_tokens_are_of_which_image(hm: Any, data: Path, tmp_path: Path) -> None:
     prompts = hookmap.load_prompts(data)
     made = hm.capture(prompts, "resid_post", max_new_tokens=NEW, store=tmp_path / "run")
@@ -86,6 +87,7 @@ def test_a_store_says_which_tokens_are_of_which_image(hm: Any, data: Path, tmp_p
     assert told["pictures"] == (cat,) and len(told["image_positions"]) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["all", "1:40"])
 def test_exports_say_which_rows_are_of_images(hm: Any, data: Path, tmp_path: Path, positions: str) -> None:
     """Read with NumPy, torch, datasets and json; held against the ids of the tokens."""

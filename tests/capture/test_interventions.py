@@ -27,6 +27,7 @@ UNIT = VECTOR / VECTOR.norm()
 SOURCE = [60, 61, 62, 63]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_a_steer_is_what_hand_written_hooks_do_on_every_point(name: str) -> None:
     hm = opened(name)
@@ -91,6 +92,7 @@ KINDS: dict[str, tuple[dict[str, Any], Change]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_every_kind_of_intervention_is_what_hand_written_hooks_do(name: str) -> None:
     points = single(name)
@@ -545,6 +547,7 @@ def test_a_source_whose_rows_are_of_another_width_is_refused(tmp_path: Path) -> 
         opened("llama").generate([[7, 8, 9]], [{**patch, "source": source}], None, 1)
 
 
+@pytest.mark.slow
 def test_what_the_models_numbers_cannot_hold_is_refused_and_never_written() -> None:
     hm = hookmap.open(plain_hooks.build("llama", dtype=torch.float16), tokenizer=tiny_tokenizer())
     at, ones = {"point": "resid_post", "layers": 1}, [1.0] * D

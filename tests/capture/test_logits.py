@@ -63,6 +63,7 @@ def expected(made: Any, ids: list[int], positions: Any, features: Any) -> torch.
     return found if features is None else found[:, features]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "falcon_h1", "bamba", "renamed"])
 @pytest.mark.parametrize("new", [0, 3])
 @pytest.mark.parametrize("engine", ["hooks", "nnsight"])

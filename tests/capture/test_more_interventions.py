@@ -150,6 +150,7 @@ def test_what_does_not_fit_is_refused() -> None:
 # Views
 
 
+@pytest.mark.slow
 def test_a_view_runs_everything_with_its_interventions() -> None:
     hm = opened("llama")
     first = {"do": "scale", "factor": 2.0, "point": "mlp_out", "layers": 1}

@@ -59,6 +59,7 @@ def test_a_model_that_hides_pads_in_eager_attention_may_be_padded() -> None:
     assert [pads.why_not(harvest=harvest, pattern=True) for harvest in (False, True)] == [None, None]
 
 
+@pytest.mark.slow
 def test_a_model_that_looks_at_pads_is_found() -> None:
     hm = tiny("llama")
 
@@ -83,6 +84,7 @@ def test_a_model_that_counts_pads_as_positions_is_found() -> None:
     assert "pads change its rows" in str(hm.why_no_pads)
 
 
+@pytest.mark.slow
 def test_a_small_fault_is_found_below_the_rounding_of_a_narrow_dtype() -> None:
     hm = tiny("llama", torch.bfloat16)
 
@@ -114,6 +116,7 @@ def test_where_pads_change_rows_a_prompt_has_the_rows_that_it_has_alone(
         torch.testing.assert_close(run.read(number, "logits"), logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new", [0, 3])
 def test_attention_that_chooses_keys_runs_lengths_apart(new: int) -> None:
     """Of equal scores it takes those that stand first, and pads move them: DeepSeek-V3.2's, with few layers."""
@@ -132,6 +135,7 @@ def test_attention_that_chooses_keys_runs_lengths_apart(new: int) -> None:
         assert torch.equal(run.read(number, "resid_post", 3), alone.read(0, "resid_post", 3))
 
 
+@pytest.mark.slow
 def test_the_estimate_counts_the_batches_that_run() -> None:
     apart, together = (tiny(kind).estimate(PROMPTS, "resid_post", max_new_tokens=2) for kind in ("roformer", "llama"))
     assert (apart.forward_passes, together.forward_passes) == (6, 2)
@@ -146,6 +150,7 @@ def test_prompts_of_one_length_are_not_held_up_by_a_proof() -> None:
     assert len(seen) == 1 + len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_the_proof_leaves_the_model_and_the_generators_as_they_were() -> None:
     hm = tiny("llama", torch.bfloat16, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
                max_position_embeddings=64)  # fmt: skip

@@ -97,6 +97,7 @@ def test_scores_are_those_of_rotated_queries_and_keys_by_hand(name: str) -> None
         np.testing.assert_allclose(weights[..., :count], powers / powers.sum(-1, keepdims=True), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_eager_attention_is_on_while_such_a_point_is_read_and_put_back() -> None:
     model = plain_hooks.build("llama")
     hm = hookmap.open(model, tokenizer=tiny_tokenizer())

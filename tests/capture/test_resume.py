@@ -37,6 +37,7 @@ def same(one: CaptureStore, other: CaptureStore) -> bool:
 SAMPLED = {"do_sample": True, "seed": 4, "temperature": 2.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [{}, SAMPLED, {"max_new_tokens": 0, "batch_size": None}], ids=["greedy", "drawn", "read"]
 )
@@ -107,6 +108,7 @@ def test_a_run_over_other_things_is_refused_by_name(tmp_path: Path, name: str) -
     assert tree(tmp_path / "c") == before
 
 
+@pytest.mark.slow
 def test_the_same_run_goes_on(tmp_path: Path) -> None:
     hm = fresh()
     hm.capture(records("a", 1), **WISH, store=tmp_path / "whole")
@@ -116,6 +118,7 @@ def test_the_same_run_goes_on(tmp_path: Path) -> None:
     assert {**one, "manifest.json": b""} == {**other, "manifest.json": b""}
 
 
+@pytest.mark.slow
 def test_edits_stored_in_an_nnsight_model_are_held_against_the_folder(tmp_path: Path) -> None:
     import nnsight
 
@@ -136,6 +139,7 @@ def test_edits_stored_in_an_nnsight_model_are_held_against_the_folder(tmp_path: 
     assert all(torch.equal(done.read(5, *key), whole.read(5, *key)) for key in whole.keys)
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_of_the_weights_and_of_nothing_else() -> None:
     hm, again = fresh(), fresh()
     first = weights_of(hm.root)

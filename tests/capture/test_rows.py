@@ -117,6 +117,7 @@ def test_the_mean_over_positions(hm: HookedModel, whole: tuple[int, Capture], po
                 run.steps(number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "new"), [(100, 0), (2, 100)])
 def test_a_mean_in_bfloat16_is_summed_in_float32(tokens: int, new: int) -> None:
     hm = hookmap.open(plain_hooks.build("llama", torch.bfloat16))
@@ -229,6 +230,7 @@ def _pieces(run: Capture) -> list[torch.Tensor]:
     return [piece for pieces in run.store._pieces.values() for piece in pieces]
 
 
+@pytest.mark.slow
 def test_numbers_of_experts_stay_whole_numbers() -> None:
     hm = hookmap.open(plain_hooks.build("qwen3_moe"))
     whole = hm.capture(RAGGED, ["router_indices"], [1], max_new_tokens=4)

@@ -84,6 +84,7 @@ def test_the_gate_of_a_mixer_without_a_norm_is_half_of_its_projection() -> None:
     torch.testing.assert_close(run.read(0, "mixer_gate", 1).flatten(1), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _CONFIGS)
 def test_they_are_proved(name: str) -> None:
     checks = verify(opened(name).model).checks

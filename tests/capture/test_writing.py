@@ -34,6 +34,7 @@ def reason(proofs: Proofs, found: ArchitectureMap, point: str, layer: int = 0) -
     return proofs.of(found.selectors([point], [layer])[0]).reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH_STRUCTURE)
 def test_every_point_is_proved_save_what_the_model_has_used_already(name: str) -> None:
     hm = opened(name)
@@ -44,6 +45,7 @@ def test_every_point_is_proved_save_what_the_model_has_used_already(name: str) -
     assert {point for point in hm.map.model_points if reason(hm.proofs, hm.map, point)} <= ALWAYS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "qwen3_moe"])
 def test_the_proofs_hold_in_half_precision(name: str, dtype: torch.dtype) -> None:

@@ -60,6 +60,7 @@ def test_show_says_each_value_and_where_it_came_from(tmp_path: Path, monkeypatch
     assert table.stdout == "" and "HOOKMAP_SEED" in table.stderr
 
 
+@pytest.mark.slow
 def test_what_is_typed_is_stronger_than_a_variable_and_that_than_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("hookmap.yaml").write_text("points: embed\nmax_new_tokens: 0\nevery: 2\nmean: true\nfeatures: [5]\n")
     monkeypatch.setenv("HOOKMAP_POSITIONS", "0,1,2")
@@ -77,6 +78,7 @@ def test_the_numbers_of_a_file_are_those_that_are_written() -> None:
     assert "seed: expected a whole number, found '010'" in run("config", "show").stderr
 
 
+@pytest.mark.slow
 def test_sampling_of_the_file_counts_where_something_is_drawn() -> None:
     Path("hookmap.yaml").write_text("points: embed\ntemperature: 0.5\ntop_k: 3\nseed: 7\nmax_new_tokens: 2\n")
     generation = captured().manifest.settings
@@ -172,6 +174,7 @@ def test_the_help_of_an_option_names_the_default_of_its_setting() -> None:
                 assert f"[default: {field.default}]" in help_of[key]
 
 
+@pytest.mark.slow
 def test_an_evaluation_opens_its_model_as_the_settings_say() -> None:
     pytest.importorskip("inspect_ai", reason='pip install "hookmap[eval]"')
     Path("hookmap.yaml").write_text("device: nowhere\n")
@@ -179,6 +182,7 @@ def test_an_evaluation_opens_its_model_as_the_settings_say() -> None:
     assert done.exit_code == 1 and "nowhere" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_an_evaluation_takes_its_section_and_what_is_kept_and_drawn_of_the_settings() -> None:
     pytest.importorskip("inspect_ai", reason='pip install "hookmap[eval]"')

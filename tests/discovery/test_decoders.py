@@ -20,6 +20,7 @@ _BART: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 def test_the_decoder_is_mapped_with_three_branches(name: str) -> None:
     model = build(DECODERS[name])

@@ -211,6 +211,7 @@ def test_a_loaded_model_is_left_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", ("eager", "batched_mm", "deepgemm", "sonicmoe"))
 def test_experts_that_a_library_computes_are_read_as_pytorch_computes_them(experts: str) -> None:
     """Neither library is here: transformers' own forward raises with them."""

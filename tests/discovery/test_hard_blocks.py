@@ -129,6 +129,7 @@ class _NoSecondNorm(LlamaDecoderLayer):
         return hidden_states + self.mlp(normed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_middle_that_no_module_sees_is_the_sum_that_the_block_computes(dtype: torch.dtype) -> None:
     model: Any = plain_hooks.build("llama", dtype)

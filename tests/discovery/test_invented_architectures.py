@@ -16,6 +16,7 @@ from hookmap.discovery.discover import discover
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
+@pytest.mark.slow
 def test_the_plain_ladder_is_read() -> None:
     found = check(Ladder())
     assert (found.layers_path, found.num_layers) == ("rungs.{i}", DEPTH)

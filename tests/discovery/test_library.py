@@ -59,12 +59,14 @@ def test_the_readme_model_has_a_map_without_a_network(monkeypatch: pytest.Monkey
     assert (found.architecture, found.num_layers, found.d_model) == ("Qwen3ForCausalLM", 28, 1024)
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_from_the_dataflow_and_no_file_is_asked(tmp_path: Path) -> None:
     """Also where the config differs from the shipped map's in more than sizes."""
     folder = folder_with(tmp_path, {**QWEN3, "parallel_residual": True})
     assert load_map(folder) == load_map(str(folder)) == hookmap.discover(folder)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_asked_for_is_read_from_its_published_shape(caplog: pytest.LogCaptureFixture) -> None:
     """What is in the file is not the answer: the installed transformers is."""
     shipped = load(mappings_folder() / "models" / "openai-community--gpt2.json")
@@ -92,6 +94,7 @@ def test_where_only_a_file_can_answer_and_it_is_not_proved_here_it_says_so(
     assert "hookmap discover MODEL" in said and "hookmap maps check gpt2" in said
 
 
+@pytest.mark.slow
 @given(st.integers(1, 200), st.integers(1, 9000))
 def test_a_resized_map_has_the_same_points_on_every_layer(layers: int, width: int) -> None:
     small = parse(uniform(layers=4))

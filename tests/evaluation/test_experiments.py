@@ -31,7 +31,7 @@ from hookmap.evaluation.experiments.report import compared
 from hookmap.evaluation.experiments.separation import geometry, probed
 from hookmap.evaluation.gsm8k.answers import SCORERS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("collected")]
 
 PREFIXES = [{"name": "neutral", "text": "Here."}, {"name": "again", "text": "Here."}, {"name": "sad", "text": "Sad."}]
 SMALL: dict[str, Any] = {

@@ -16,7 +16,7 @@ from support.served import demo, serving
 
 import hookmap
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("collected")]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

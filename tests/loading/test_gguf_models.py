@@ -53,6 +53,7 @@ def test_a_gguf_file_is_opened_with_its_own_weights(kind: str, model: Any, tmp_p
     assert hm.map.model_id == str(path)
 
 
+@pytest.mark.slow
 def test_its_weights_are_said_to_be_dequantised(model: Any, tmp_path: Path, caplog: Any) -> None:
     path = tmp_path / "model.gguf"
     gguf_file.write(model, path)
@@ -62,6 +63,7 @@ def test_its_weights_are_said_to_be_dequantised(model: Any, tmp_path: Path, capl
     assert hm.capture([{"role": "user", "content": "the"}], points="embed", max_new_tokens=0).texts
 
 
+@pytest.mark.slow
 def test_discover_and_capture_take_a_gguf_file(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     gguf_file.write(model, path)
@@ -110,6 +112,7 @@ def test_a_tokenizer_beside_the_file_is_the_models(model: Any, tmp_path: Path) -
     assert hm.tokenizer.chat_template == own.chat_template
 
 
+@pytest.mark.slow
 def test_its_config_is_read_once(model: Any, tmp_path: Path) -> None:
     """Of a large file it takes seconds. What is counted is how often the file is opened."""
     path = tmp_path / "model.gguf"

@@ -346,6 +346,7 @@ def test_positions_of_two_axes_and_patches_of_images_given_as_fields(name: str, 
             assert torch.allclose(run.read(number, "resid_post", layer), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_pillow_or_torchvision_the_command_to_type_is_told(
     llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -362,6 +362,7 @@ def test_how_a_template_is_filled_can_be_typed_and_stand_in_the_file(own_folder:
         assert done.exit_code in (1, 2) and told in done.stderr and not Path("none").exists(), done.output
 
 
+@pytest.mark.slow
 def test_a_picture_in_a_file_of_messages_is_refused(own_folder: None) -> None:
     Path("p.jsonl").write_text(json.dumps([part("image", image="x.png")]) + "\n")
     done = run("capture", "--points", "embed", "--prompts", "p.jsonl", "-o", "none")

@@ -32,6 +32,7 @@ def test_the_evidence_names_additions_branches_and_readers() -> None:
         assert part in text, part
 
 
+@pytest.mark.slow
 def test_a_hybrid_is_explained_kind_by_kind() -> None:
     text = explain(hookmap.discover(plain_hooks.FAMILIES["jamba"].config()))
     assert "layers 0, 2: recurrent+dense" in text and "layer 1: attention+moe" in text
@@ -51,6 +52,7 @@ def test_the_commands_explain_and_draw(tmp_path: Path) -> None:
     assert nowhere.exit_code == 1 and "--svg FILE" in nowhere.stderr
 
 
+@pytest.mark.slow
 def test_kinds_that_differ_in_a_constant_alone_are_told_in_few_lines(tmp_path: Path) -> None:
     """BEAM multiplies what layer i's attention adds by (2 i + 2) ** -0.5, what its MLP adds by (2 i + 3) ** -0.5."""
 
@@ -144,6 +146,7 @@ def test_a_renamed_point_gives_the_tensor_of_its_selector() -> None:
     torch.testing.assert_close(middle, seen[0])
 
 
+@pytest.mark.slow
 def test_what_no_module_gives_whole_has_no_name() -> None:
     for name, absent in (("opt", "resid_mid"), ("granite", "mixer_out"), ("gpt2", "q"), ("llama", "resid_pre")):
         names = [

@@ -108,7 +108,11 @@ def _only(like: Any, found: Any) -> Any:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(mappings_folder().rglob("*.json")), ids=lambda path: path.stem)
+_FILES = sorted(mappings_folder().rglob("*.json"))
+_QUICK = [pytest.param(path, marks=pytest.mark.slow if number % 10 else ()) for number, path in enumerate(_FILES)]
+
+
+@pytest.mark.parametrize("path", _QUICK, ids=lambda path: path.stem)
 def test_every_shipped_file_is_as_its_map_is_written(path: Path) -> None:
     if ".schema" not in path.name:
         text = path.read_text(encoding="utf-8")
@@ -198,6 +202,7 @@ def test_a_second_name_with_a_reason_or_a_tensor_of_its_own_stays_so() -> None:
 # The grammar ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(
     st.text(max_size=12)
     | st.sampled_from(["", "input", "a.input", "2 * a", "{a} * b", "'x'", L, ".", ".mlp", ".my m"]),
@@ -286,6 +291,7 @@ def test_numbered_names_are_written_as_one() -> None:
     assert parse(parse(old).to_document()) == parse(old)
 
 
+@pytest.mark.slow
 @given(json_data)
 def test_every_list_is_unfolded(data: Any) -> None:
     assert json.dumps(unfolded(folded(data))) == json.dumps(data)

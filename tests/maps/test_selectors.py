@@ -59,6 +59,7 @@ def test_any_points_and_layers_in_any_order_come_out_in_forward_order(points: li
     assert len(selectors) == len(wanted), "each tensor once, however often it was named"
 
 
+@pytest.mark.slow
 @given(points_on_every_layer, any_layers, st.randoms())
 def test_the_order_in_which_things_are_asked_for_changes_nothing(
     points: list[str], layers: list[int], random: Any
@@ -67,6 +68,7 @@ def test_the_order_in_which_things_are_asked_for_changes_nothing(
     assert select(MAP, *shuffled) == select(MAP, points, layers)
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(list(POINTS)), min_size=1), st.lists(st.integers(-9, 9), min_size=1))
 def test_a_selection_is_whole_or_an_error_never_a_part(points: list[str], layers: list[int]) -> None:
     try:

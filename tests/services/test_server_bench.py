@@ -29,6 +29,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, directions: dict[int, torch
         yield found
 
 
+@pytest.mark.slow
 def test_vectors_of_the_folder_are_offered_as_numbers(served: Served, directions: dict[int, torch.Tensor]) -> None:
     (told,) = served.get("/v1/vectors").json()["data"]
     assert (told["name"], told["point"], told["layers"], told["width"]) == ("glad one", "resid_post", [3, 8], 64)
@@ -37,6 +38,7 @@ def test_vectors_of_the_folder_are_offered_as_numbers(served: Served, directions
         assert torch.equal(torch.tensor(one["vector"]), direction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "status"),
     [

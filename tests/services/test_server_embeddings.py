@@ -57,6 +57,7 @@ def test_points_of_the_whole_model_and_of_heads_are_vectors_too(served: Served) 
     np.testing.assert_allclose(heads, run["q", 3][0].mean(0).flatten(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_texts_come_in_their_order(served: Served) -> None:
     texts = [f"{number} and {number}" for number in range(20)]
     data = served.post("/v1/embeddings", input=texts, layer=0).json()["data"]

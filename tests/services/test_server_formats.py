@@ -44,6 +44,7 @@ def fits(text: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_answer_fits_the_schema(served: Served) -> None:
     whole = served.chat(**LONG).json()["choices"][0]
     fits(whole["message"]["content"])
@@ -56,6 +57,7 @@ def test_every_answer_fits_the_schema(served: Served) -> None:
     assert len({fits(choice["message"]["content"])["answer"] for choice in drawn}) > 1
 
 
+@pytest.mark.slow
 def test_of_two_texts_the_likelier_one_comes(served: Served) -> None:
     """Greedy takes the likeliest of the tokens that fit: the model's own logits say which."""
     for words in (["yes", "no"], ["4", "7"], ["a", "z"]):
@@ -68,6 +70,7 @@ def test_of_two_texts_the_likelier_one_comes(served: Served) -> None:
         assert text == words[int(logits[first].argmax())]
 
 
+@pytest.mark.slow
 def test_json_object_is_any_object(served: Served) -> None:
     answer = served.chat(response_format={"type": "json_object"}, max_tokens=60).json()["choices"][0]
     text = answer["message"]["content"]
@@ -76,6 +79,7 @@ def test_json_object_is_any_object(served: Served) -> None:
     assert served.chat(response_format={"type": "text"}).json()["choices"] == served.chat().json()["choices"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [False, True], ids=["plain", "ablated"])
 def test_captures_and_interventions_are_right(served: Served, changed: bool) -> None:
     record: dict[str, Any] = {"points": ["resid_post"], "layers": [8], "return": "inline"}
@@ -156,6 +160,7 @@ def test_without_the_library_it_is_refused_with_the_command(served: Served, monk
     assert not ScoreChanges(), "nothing runs for a request without"
 
 
+@pytest.mark.slow
 def test_openai_s_client_parses_into_a_model(served: Served, client: Any) -> None:
     from pydantic import BaseModel
 

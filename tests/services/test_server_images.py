@@ -46,6 +46,7 @@ def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield found
 
 
+@pytest.mark.slow
 def test_the_answer_and_the_rows_are_those_of_generate_with_pixels(served: Served, folder: Path) -> None:
     messages = asked("to be", uri(image(0)), uri(image(1, 30, 12)), "or not")
     answer = served.chat(
@@ -71,6 +72,7 @@ def test_the_answer_and_the_rows_are_those_of_generate_with_pixels(served: Serve
     assert torch.allclose(store.read(0, "resid_post", 1), seen[0].reshape(-1, 32)[marks], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_plain_request_with_an_image_shares_no_batch_and_streams(served: Served) -> None:
     messages = asked(uri(image(0), "JPEG"), "to be")
     whole = served.chat(messages=messages, max_tokens=4).json()["choices"][0]["message"]["content"]

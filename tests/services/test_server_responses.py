@@ -35,6 +35,7 @@ def events(served: Served, **body: Any) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_text_is_that_of_chat(served: Served, client: Any) -> None:
     chat = served.chat(max_tokens=60).json()
     answer = client.responses.create(**ASKED, max_output_tokens=60)
@@ -49,6 +50,7 @@ def test_the_text_is_that_of_chat(served: Served, client: Any) -> None:
     Response.model_validate(answer.to_dict())
 
 
+@pytest.mark.slow
 def test_a_stream_says_the_same_in_events(served: Served, client: Any) -> None:
     whole = client.responses.create(**ASKED, max_output_tokens=60)
     told = events(served, max_output_tokens=60)
@@ -63,6 +65,7 @@ def test_a_stream_says_the_same_in_events(served: Served, client: Any) -> None:
         assert stream.get_final_response().output_text == whole.output_text
 
 
+@pytest.mark.slow
 def test_a_text_that_was_cut_off_says_so(served: Served, client: Any) -> None:
     answer = client.responses.create(**ASKED, max_output_tokens=3)
     assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
@@ -91,6 +94,7 @@ def test_items_and_instructions_are_the_messages_of_chat(served: Served) -> None
     assert answer["usage"]["input_tokens"] == chat["usage"]["prompt_tokens"]
 
 
+@pytest.mark.slow
 def test_logprobs_are_those_of_chat(served: Served, client: Any) -> None:
     chat = served.chat(max_tokens=4, logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
     include = ["message.output_text.logprobs"]
@@ -101,6 +105,7 @@ def test_logprobs_are_those_of_chat(served: Served, client: Any) -> None:
     assert [each for event in streamed for each in event.get("logprobs", ()) if event["type"].endswith("delta")] == chat
 
 
+@pytest.mark.slow
 def test_activations_are_those_of_capture(served: Served, client: Any) -> None:
     record = {"points": ["resid_mid"], "layers": [8], "return": "inline"}
     run = demo().capture([MESSAGES], points="resid_mid", layers=8, max_new_tokens=4)

@@ -20,6 +20,7 @@ from hookmap.services.server.sessions import Sessions
 RECORD = {"points": ["resid_mid"], "layers": [3]}
 
 
+@pytest.mark.slow
 def test_sessions_are_found_by_label_and_metadata_also_by_the_next_server(tmp_path: Path) -> None:
     with serving(tmp_path) as served:
         ids = []
@@ -77,6 +78,7 @@ def test_half_a_surrogate_pair_is_no_label(served: Served) -> None:
         assert answer.status_code == 400, answer.text
 
 
+@pytest.mark.slow
 def test_a_sessions_text_is_what_was_answered_and_its_tokens_are_all(served: Served) -> None:
     text = served.chat(max_tokens=30).json()["choices"][0]["message"]["content"]
     stop = text[8:10]
@@ -158,6 +160,7 @@ def test_no_room_is_told_while_others_run(tmp_path: Path) -> None:
                 hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(("how", "why"), [("gone", "No such file"), ("full", "File too large")])
 def test_an_answer_whose_session_is_lost_on_the_way_is_whole(tmp_path: Path, streams: bool, how: str, why: str) -> None:
@@ -202,6 +205,7 @@ def test_an_answer_whose_session_is_lost_on_the_way_is_whole(tmp_path: Path, str
         assert served.chat(max_tokens=1, hookmap=RECORD).json()["session_id"] is not None
 
 
+@pytest.mark.slow
 def test_rows_that_come_after_the_disk_refused_some_are_let_go(tmp_path: Path) -> None:
     """The first text of a request is refused when it is written; those behind it are answered all the same."""
     body = {"prompt": ["a b", "c d", "e f"], "max_tokens": 8, "temperature": 0}

@@ -33,6 +33,7 @@ ALONE = {"hookmap": {"points": ["logits"], "return": "inline"}}
 """such a request joins no batch"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, ALONE], ids=["joined", "alone"])
 def test_penalties_and_biases_change_the_scores_as_openai_documents_it(served: Served, more: dict[str, Any]) -> None:
     def change(scores: torch.Tensor, new: list[int]) -> None:
@@ -48,6 +49,7 @@ def test_penalties_and_biases_change_the_scores_as_openai_documents_it(served: S
     assert found == expected != tokens(served, max_tokens=24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, ALONE], ids=["joined", "alone"])
 def test_the_end_comes_neither_too_early_nor_where_it_is_ignored(served: Served, more: dict[str, Any]) -> None:
     eos, plain = demo().tokenizer.eos_token_id, tokens(served, max_tokens=60)

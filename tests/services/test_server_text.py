@@ -77,6 +77,7 @@ def test_the_pieces_of_any_tokens_are_their_text_half_characters_and_special_tok
     holds()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bytes", "byte-level", "metaspace"])
 def test_text_ends_before_the_stop_string_wherever_tokens_cut_it(kind: str) -> None:
     tok = tokenizer(kind)

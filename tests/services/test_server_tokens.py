@@ -72,6 +72,7 @@ def test_chat_logprobs_have_the_bytes_of_half_characters(client: OpenAI, bias: A
         assert len(set(tops)) == 5, "different tokens have different bytes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("echo", [False, True])
 def test_completions_name_each_token_once_and_where_it_stands(served: Served, bias: Any, echo: bool) -> None:
     prompt = "aß"
@@ -92,6 +93,7 @@ def test_completions_name_each_token_once_and_where_it_stands(served: Served, bi
         assert len(tops) in (9, 10), "none takes the place of another"
 
 
+@pytest.mark.slow
 def test_token_ids_are_told_as_vllm_tells_them(served: Served, client: OpenAI) -> None:
     run = served.hm.capture([MESSAGES], ["embed"], max_new_tokens=6)
     ids, count = list(run.tokens[0]), run.samples[0].prompt_tokens
@@ -111,6 +113,7 @@ def test_token_ids_are_told_as_vllm_tells_them(served: Served, client: OpenAI) -
     assert "token_ids" not in plain, "only who asks gets them"
 
 
+@pytest.mark.slow
 def test_rows_can_be_aligned_without_a_tokenizer(served: Served) -> None:
     record = {"points": ["resid_mid"], "layers": [3], "positions": "generated"}
     inline = served.chat(hookmap={**record, "return": "inline"}).json()["activations_meta"]["samples"][0]

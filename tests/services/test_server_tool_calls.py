@@ -32,6 +32,7 @@ def read(text: str, cuts: list[int], reads: bool = True) -> tuple[str, list[tupl
     return "".join(sent) + rest, [(call.name, json.loads(call.arguments)) for call in calls], sent
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 1000), max_size=20))
 def test_two_calls_in_any_pieces(cuts: list[int]) -> None:
     text, calls, _ = read(TWO, cuts)

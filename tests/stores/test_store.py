@@ -278,6 +278,7 @@ def written(run: Run, path: Path) -> CaptureStore:
 class TestTheFolder:
     """The format, held against the safetensors package, the json module and the kernel."""
 
+    @pytest.mark.slow
     @given(run=runs())
     @settings(max_examples=40)
     def test_the_safetensors_package_reads_the_same_rows(self, run: Run) -> None:
@@ -561,6 +562,7 @@ class TestDamage:
             [store.read(number, "resid_mid", 1) for number in range(3)]
         assert store.verify()
 
+    @pytest.mark.slow
     def test_verify_finds_every_changed_byte(self, tmp_path: Path) -> None:
         written(SMALL, tmp_path / "c")
         chance = random.Random(0)

@@ -55,6 +55,7 @@ def one_by_one(data: bytes) -> tuple[list[int], list[int], int, int, int]:
 GROUPS = st.lists(st.lists(st.integers(0, 10**17), min_size=1, max_size=5), max_size=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(GROUPS, st.integers(0, 3000), st.integers(1, 700), st.data())
 def test_a_scan_finds_what_reading_line_by_line_finds(

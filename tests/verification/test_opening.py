@@ -45,6 +45,7 @@ def test_a_right_map_is_opened_and_the_log_says_what_it_took(caplog: pytest.LogC
     assert "The map of Unheard passed the cheap checks in" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_model_that_discovery_misreads_is_refused_with_what_fails() -> None:
     with raises(hookmap.DiscoveryError, "hookmap misreads Unheard", "sum: resid_post =", "check=False"):
         hookmap.open(misread(unheard()))
@@ -59,6 +60,7 @@ class Silent(LlamaForCausalLM):
         return super().forward(input_ids, attention_mask, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_model_that_records_no_hidden_states_is_held_against_the_rest() -> None:
     torch.manual_seed(1)
     silent = plain_hooks.redrawn(Silent(plain_hooks.FAMILIES["llama"].config()))
@@ -80,6 +82,7 @@ def test_a_map_that_names_what_is_not_there_is_refused(place: dict[str, object])
         hold(moved, model, given=True)
 
 
+@pytest.mark.slow
 def test_nothing_of_the_model_is_changed() -> None:
     model = unheard().to(torch.bfloat16).train()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}

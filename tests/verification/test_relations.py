@@ -134,6 +134,7 @@ def test_a_relation_that_holds_passes_and_one_that_does_not_fails(form: str) -> 
         assert not _held(relation, kind, {**made.values, name: made.random(*value.shape)}), f"another {name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "relation", "false"),
     [
@@ -157,6 +158,7 @@ def test_a_map_with_a_false_relation_fails(family: str, relation: str, false: st
     assert [line for line in failed if line.startswith(false)], failed
 
 
+@pytest.mark.slow
 def test_a_norm_within_a_norm_is_checked() -> None:
     """X-MOD: its adapter adds to a norm of the stream, and the sum is normed again."""
     from transformers import XmodConfig, XmodForCausalLM

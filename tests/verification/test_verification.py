@@ -27,6 +27,7 @@ def _failed(verification: Verification) -> set[str]:
     return {check.name for check in verification.checks if not check.passed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH_FAMILY)
 def test_a_right_map_passes(name: str) -> None:
     model = plain_hooks.build(name)
@@ -38,6 +39,7 @@ def test_a_right_map_passes(name: str) -> None:
     assert ("final_norm" in names) == ("final_norm" in result.architecture_map.points)
 
 
+@pytest.mark.slow
 def test_a_model_in_bfloat16_is_verified_without_its_rounding() -> None:
     """Rounding hid a wrong tensor of a percent, and large activations of a trained model made a right map fail."""
     model = plain_hooks.build("llama").to(torch.bfloat16)
@@ -121,6 +123,7 @@ def test_heads_of_another_size_fail() -> None:
     assert "inside" in _failed(verify(model, architecture_map=ArchitectureMap.model_validate(document)))
 
 
+@pytest.mark.slow
 def test_a_wrong_order_fails() -> None:
     model = plain_hooks.build("llama")
     document = discover(model).model_dump()
@@ -133,11 +136,13 @@ def test_a_map_of_another_architecture_is_refused() -> None:
         verify(plain_hooks.build("qwen3"), architecture_map=discover(plain_hooks.FAMILIES["llama"].config()))
 
 
+@pytest.mark.slow
 def test_a_config_is_verified_as_a_narrow_copy() -> None:
     result = verify(plain_hooks.FAMILIES["deepseek_v3"].config())
     assert result.passed and "narrow" in result.on
 
 
+@pytest.mark.slow
 def test_the_weights_are_as_they_were() -> None:
     model = plain_hooks.build("mixtral")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -81,7 +81,10 @@ def examples(
     run = prepared.run
     numbers = {s.point: None for s in run.selectors if PointName.of(s.point).base in NUMBERS or s.has_keys}
     if numbers and not choices:
-        raise SelectionError(f"{', '.join(numbers)}: a row of it has no features to look for.")
+        raise SelectionError(
+            f"{', '.join(numbers)}: its rows hold numbers of experts or a weight for each token, and no features. "
+            "Choose a point such as mlp_post or resid_post, or choices=True (--choices) for what routers choose."
+        )
     say_apart(prepared.apart)
     about: dict[str, Any] = {"model": prepared.manifest.model, "architecture": prepared.manifest.architecture}
     about |= {"settings": prepared.manifest.settings, "versions": versions()}

@@ -26,9 +26,12 @@ def examples_of_store(
     """The examples that a run over the same texts would have given. Raises SelectionError and StoreError."""
     keys = held(source, points, layers)
     if wrong := without_features(key[0] for key in keys):
-        raise SelectionError(f"{', '.join(wrong)}: a row of it has no features to look for.")
+        raise SelectionError(
+            f"{', '.join(wrong)}: its rows hold numbers of experts or a weight for each token, and no features. "
+            "Choose a point such as mlp_post or resid_post, or choices=True (--choices) for what routers choose."
+        )
     if not len(source):
-        raise SelectionError("this capture has no finished samples: there is nothing to look for.")
+        raise SelectionError("this capture has no finished sample. Finish it first: hookmap capture … --resume -o DIR")
     if some := next((sample for sample in source.samples if sample.positions is not None), None):
         raise SelectionError(
             f"sample {some.sample} of this capture lacks rows of some of its tokens, and examples show what stands "

@@ -72,7 +72,9 @@ def begun(prepared: Prepared, chosen: Wanted) -> Statistics:
     keys = prepared.manifest.keys
     refuse(keys, chosen, (p.labels for p in prepared.run.prompts))
     if wide := dict.fromkeys(s.point for s in prepared.run.selectors if s.has_keys):
-        raise SelectionError(f"{', '.join(wide)}: a row is as wide as its text: no statistics of it.")
+        raise SelectionError(
+            f"{', '.join(wide)}: its rows are as wide as their text, so that there is nothing to average. Leave it out."
+        )
     manifest = prepared.manifest
     about = {"model": manifest.model, "architecture": manifest.architecture, "settings": manifest.settings}
     return Statistics(chosen, keys, {**about, "versions": versions()})
@@ -81,10 +83,14 @@ def begun(prepared: Prepared, chosen: Wanted) -> Statistics:
 def refuse(keys: Iterable[Key], chosen: Wanted, labels: Iterable[Mapping[str, Any] | None]) -> None:
     """Raises SelectionError for points without numbers to sum up, and labels that no sample has."""
     if numbers := dict.fromkeys(key[0] for key in keys if PointName.of(key[0]).base in NUMBERS):
-        raise SelectionError(f"{', '.join(numbers)} are numbers of experts: there are no statistics of them.")
+        raise SelectionError(
+            f"{', '.join(numbers)}: numbers of experts have no mean. Take router_logits, or leave it out."
+        )
     features = any(PointName.of(key[0]).base == FEATURES for key in keys)
     if features and (meant := [name for name in ("outlier", "massive", "covariance") if name in chosen.reductions]):
-        raise SelectionError(f"{', '.join(meant)}: not of a dictionary's features. Choose other reductions.")
+        raise SelectionError(
+            f"{', '.join(meant)}: cannot be computed of a dictionary's features. Choose other reductions, such as mean."
+        )
     names = [by.removeprefix(LABEL) for by in chosen.by if by.startswith(LABEL)]
     if names:
         held = {name: value for each in labels for name, value in (each or {}).items()}

@@ -45,7 +45,10 @@ class LocalGraph:
         if term.heads is None:
             view = term.arrange(whole, *self._taps.shape)
             if view.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
-                raise CaptureError(f"{term} lies in memory in a way that its heads cannot be told apart.")
+                raise CaptureError(
+                    f"{term}: its heads cannot be told apart, since the model keeps their numbers in another order. "
+                    "Ask for another point of this branch: hookmap show MODEL lists them."
+                )
             view[:] = values.reshape(view.shape)
             return whole
         places = torch.arange(whole.shape[-1], device=whole.device).expand(1, 1, -1)

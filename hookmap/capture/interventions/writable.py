@@ -94,7 +94,10 @@ class BoundaryTensor:
             whole = tensor.clone(memory_format=torch.contiguous_format)
             view = self._view(bare, whole, shape)
         if view is None or (self.mode == "in place" and whole is not tensor):
-            raise InterventionError(f"{what}: {bare} lies in memory in a way that cannot be written.")
+            raise InterventionError(
+                f"{what}: no view of {bare} can be written, since the model keeps its numbers in another order. "
+                "Write to a point before or after it: hookmap show MODEL lists them."
+            )
         if tuple(view.shape[:2]) != shape:
             raise InterventionError(
                 f"{what}: expected a tensor of [{shape[0]}, {shape[1]}, ...] (batch, tokens fed), got "
