@@ -137,7 +137,7 @@ def figures_of(url: str, kind: str, given: argparse.Namespace) -> dict[str, floa
     if given.requests and kind != "vllm":
         note("half captured tokens/s", throughput(url, given.requests, 1, 10_000))
     fresh = count(15_000, 10)  # prompts that no cache has: one that is cached is not read
-    for beside in (None, *BESIDE[: 2 if kind == "vllm" else 4]):
+    for beside in (None, *BESIDE[: 2 if kind == "vllm" else 4]) if given.times else ():
         times = [first_token(url, next(fresh), beside) for _ in range(given.times)]
         name = "idle" if beside is None else f"beside a long one, {beside}"
         note(f"first token, {name}, s", statistics.median(times))

@@ -78,11 +78,10 @@ def install() -> None:
 
 def _shutting_down(shutdown: Callable[..., None]) -> Callable[..., None]:
     """Requests that run end with the engine: vLLM 0.32 leaves them waiting, and its server waits for them."""
+    from vllm.v1.engine.exceptions import EngineDeadError  # not in `shut_down`: Python may be ending then
 
     @functools.wraps(shutdown)
     def shut_down(self: Any, *args: Any, **kwargs: Any) -> None:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         shutdown(self, *args, **kwargs)
         handler = getattr(self, "output_handler", None)
         if handler is not None and NAME in (self.vllm_config.additional_config or {}):

@@ -85,7 +85,7 @@ class Slabs:
         if not _alike(shares):
             shares = [sum_of(shares).to("cpu")]
         rows = self._room(key, slots.needed, shares[0])
-        count = len(shares[0])
+        count = shares[0].shape[0]  # `len` of a tensor is Python, and slow
         if count <= _BLOCK:
             rows[slots.numbers] = self._sum(shares)
             return
@@ -96,11 +96,11 @@ class Slabs:
     def _room(self, key: Key, needed: int, like: torch.Tensor) -> npt.NDArray[Any]:
         """The point's rows as bytes, at least so many. Raises CaptureError for rows of another form."""
         slab = self.slabs.get(key)
-        if slab is None or len(slab) < needed:
-            size = max(_FIRST, needed, 2 * len(slab) if slab is not None else 0)
-            grown = torch.empty(size, *like.shape[1:], dtype=like.dtype)
+        held = 0 if slab is None else slab.shape[0]
+        if slab is None or held < needed:
+            grown = torch.empty(max(_FIRST, needed, 2 * held), *like.shape[1:], dtype=like.dtype)
             if slab is not None:
-                grown[: len(slab)] = slab
+                grown[:held] = slab
             slab = self.slabs[key] = grown
             self._rows[key] = _as_bytes(grown)
         if slab.shape[1:] != like.shape[1:] or slab.dtype != like.dtype:
@@ -117,11 +117,12 @@ class Slabs:
             scratch = torch.empty(_BLOCK, *first.shape[1:], dtype=first.dtype)
             self._scratch[form] = scratch, _as_bytes(scratch)
         scratch, as_bytes = self._scratch[form]
-        total = scratch[: len(first)]
+        count = first.shape[0]
+        total = scratch[:count]
         for each in others:
             torch.add(first, each, out=total)
             first = total
-        return as_bytes[: len(total)]
+        return as_bytes[:count]
 
     def get(self, key: Key, slots: Chosen) -> torch.Tensor:
         """A copy of the rows in these slots. Raises KeyError where the point has never been seen."""

@@ -330,7 +330,8 @@ class Session:
                 request.means[id(edit)] = self._value(write, tensors, rows).float().mean(0)
             elif id(edit) not in request.means:
                 request.fail(
-                    f"{IN_PIECES}, and its mean is asked for: give a larger max_num_batched_tokens, or a vector."
+                    f"{IN_PIECES}, and its mean is asked for: give a larger max_num_batched_tokens and no "
+                    "long_prefill_token_threshold, or a vector."
                 )
 
     def _value(self, write: Write, tensors: Tensors, rows: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ SIZES = {
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 96, "block_size": 32}
 SCARCE: dict[str, Any] = {
     "max_num_batched_tokens": 24, "max_num_seqs": 8, "num_gpu_blocks_override": 10, "enable_prefix_caching": True,
+    "long_prefill_token_threshold": 13,
 }  # fmt: skip
 """prompts are read in pieces, and the cache is too small for eight requests of 40 tokens: some are preempted"""
 POINTS = ("resid_pre", "resid_mid", "resid_post", "mixer_out", "mlp_out")
