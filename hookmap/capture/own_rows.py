@@ -46,6 +46,10 @@ class OwnRows(Observer):
 
     place: Place
 
+    @property
+    def _own_rows(self) -> Callable[[torch.Tensor], torch.Tensor]:  # type: ignore[override]
+        return self.place.of
+
     def look(self, so: bool) -> None:
         """Whether passes from now on are of these rows."""
         self._looks = so
@@ -53,7 +57,11 @@ class OwnRows(Observer):
     def begin_pass(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """See `Observer.begin_pass`."""
         if self.looks and self.place.error is None:
-            self._guarded(lambda: super(OwnRows, self).begin_pass(*self.place.own(args, kwargs)))
+            try:
+                super().begin_pass(*self.place.own(args, kwargs))
+                self._one_each = self._one_each and (self.place.batch, 1)
+            except Exception as error:
+                self.place.error = error
 
     def watcher(self, module: str, side: Side, of: Callable[[Selector], bool] | None = None) -> Watch:
         """See `Observer.watcher`."""
@@ -61,18 +69,12 @@ class OwnRows(Observer):
 
         def own(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
             if self.looks and self.place.error is None:
-                self._guarded(lambda: watch(args, kwargs, output))
+                try:
+                    watch(args, kwargs, output)
+                except Exception as error:
+                    self.place.error = error
 
         return own
-
-    def _guarded(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:
-            self.place.error = error
-
-    def _as_it_lies(self, number: int, term: Term) -> bool:
-        return False  # the tensor holds the rows of others
 
     def _arranged(self, tensor: torch.Tensor, term: Term, selector: Selector) -> torch.Tensor:
         found = tensor if term.bare else term.arrange(tensor, self.place.batch, self._batch.width or 0)

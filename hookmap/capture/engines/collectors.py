@@ -23,7 +23,9 @@ from hookmap.maps.selectors import Selector
 
 BLOCK_BYTES = 2**18
 """of one selector's block; 56 tensors of a small model need some 14 MB"""
-BLOCK_PASSES = 32
+BLOCK_PASSES = 64
+_PAGES = sum(getattr(mmap, name, 0) for name in ("MAP_PRIVATE", "MAP_ANONYMOUS", "MAP_POPULATE"))
+"""pages of a block are the process's own, and there at once: a fault for each costs more than the block"""
 
 Deliver = Callable[[int, int, torch.Tensor], None]
 """(row of the batch, number of the first row within its sample, rows [n, ...] on the host)"""
@@ -251,7 +253,7 @@ def _new_block(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     size = math.prod(shape) * dtype.itemsize
     if device.type == "cpu" and hasattr(mmap, "MAP_ANONYMOUS") and size:
         with contextlib.suppress(OSError):  # the system has no more mappings to give
-            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            pages = mmap.mmap(-1, size, flags=_PAGES)
             return torch.frombuffer(pages, dtype=dtype)[: math.prod(shape)].view(shape)
     return torch.empty(shape, dtype=dtype, device=device)
 

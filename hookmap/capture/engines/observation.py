@@ -39,6 +39,8 @@ class Observer:
 
     with_graph = False
     """whether autograd's graph is kept of what is taken, where the model runs with one"""
+    _own_rows: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """takes the rows of this observer from a tensor of one column, where the pass has others, too"""
 
     def __init__(
         self,
@@ -64,8 +66,7 @@ class Observer:
         self.every_logit = any(is_place(selector.point) for selector in self.selectors)
         """whether somebody else reads or writes logits too, so that all of them are computed"""
         self._batch = BatchRows(layout, self.selection, matching)
-        self._write = write
-        self._looks = True
+        self._write, self._looks = write, True
         self._transfer = Transfer(rows_stay)
         self._collectors = [self.collector(selector, keys) for selector in self.selectors]
         self._feature_indices: dict[tuple[int, torch.device], torch.Tensor | None] = {}
@@ -75,7 +76,7 @@ class Observer:
         self._static = False
         """whether the running pass has a cache with places for tokens to come"""
         self._one_each: tuple[int, int] | None = None
-        """[batch, 1] where the running pass reads one token of each row, is not the first, and every row is kept"""
+        """[batch, 1] of what a pass shows that `decodes`; else None"""
         self._left = 0
         """selectors that the running pass has not shown yet"""
         self._logit_columns: Sequence[int] | None = None
@@ -142,9 +143,8 @@ class Observer:
         self._batch.begin_pass(args, kwargs)
         self._static = any(getattr(each, "is_compileable", False) is True for each in (*args, *kwargs.values()))
         self._left = len(self.selectors)
-        kept = self._batch.kept
-        if kept.whole and kept.new == self._batch.width == 1 and self._batch.passes and not self.selection.features:
-            self._one_each = (kept.batch, 1)
+        if self._batch.decodes and not self.selection.features:
+            self._one_each = (self._batch.kept.batch, 1)
 
     def logits(self, generating: bool, scattered: bool) -> Sequence[int] | None:
         """The columns that the pass which has begun must compute logits of; None for all. Only these will be shown.
@@ -194,15 +194,16 @@ class Observer:
 
     def _in_few_steps(self, number: int, term: Term, watch: Watch) -> Watch:
         """`watch`, with a short way for the passes that a generation has most of: it is called for each token."""
-        batch, seen, take, resolve = self._batch, self._seen_in, self._collectors[number].take, term.resolve
+        batch, seen, take, own = self._batch, self._seen_in, self._collectors[number].take, self._own_rows
+        first = term.side == "input" and term.index is None and term.heads is None
 
         def watch_a_step(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
             if self._one_each is not None and self._looks and seen[number] != batch.passes:
-                tensor = resolve(args, kwargs, output)
+                tensor = args[0] if first and args else term.resolve(args, kwargs, output)
                 if tensor.shape[:2] == self._one_each and not tensor.requires_grad:
                     seen[number] = batch.passes
                     self._left -= 1
-                    take(batch.kept, tensor)
+                    take(batch.kept, tensor if own is None else own(tensor))
                     return
             watch(args, kwargs, output)
 

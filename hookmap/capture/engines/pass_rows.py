@@ -123,6 +123,11 @@ class BatchRows:
         return (self.width or 0) - self.kept.new
 
     @property
+    def decodes(self) -> bool:
+        """Whether the running pass reads one token of each row, is not the first, and every row is kept."""
+        return self.width == self.kept.new == 1 and self.kept.whole and self.passes > 0
+
+    @property
     def counts(self) -> list[int]:
         """How many positions of each row of the batch are kept so far."""
         return [len(positions) for positions in self._positions]
