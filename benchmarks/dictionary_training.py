@@ -1,11 +1,9 @@
-"""Tokens per second of training a dictionary: from the live model, and of the trainer alone beside SAELens's.
+"""Rows per second of training a dictionary, beside SAELens's trainer.
 
     python benchmarks/dictionary_training.py MODEL [--layer 15] [--rows 20000] [--threads N]
-    nice -n 10 python benchmarks/dictionary_training.py MODEL --recipe --threads 1 [--passes 2]
 
 The trainers learn the same rows, of the same sizes, one after the other in turn; the median of the rounds is told.
-SAELens's runs where it is installed (pip install sae-lens). `--recipe` trains on paragraphs of docs/ but the last 50,
-and evaluates on those.
+SAELens's runs where it is installed (pip install sae-lens).
 """
 
 import argparse
@@ -19,11 +17,7 @@ import torch
 from machine import describe
 
 import hookmap
-from hookmap.analysis.dictionaries.evaluating import evaluate
 from hookmap.analysis.dictionaries.trainer import Learning, Trainer
-
-HELD_OUT = 50
-"""texts of the recipe"""
 
 
 def ours(rows: torch.Tensor, features: int, k: int, batch: int) -> float:
@@ -66,9 +60,6 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--recipe", action="store_true", help="train on all texts, and evaluate")
-    parser.add_argument("--texts", type=int, help="of the recipe: no more than these")
-    parser.add_argument("--passes", type=int, default=2, help="of the recipe")
     parser.add_argument("--threads", type=int, help="of torch")
     given = parser.parse_args()
     if given.threads:
@@ -78,17 +69,6 @@ def main() -> None:
     texts = [part for page in pages for part in page.read_text().split("\n\n") if len(part) > 200]
     print(describe())
     sizes = (given.features, given.k, given.batch)
-    if given.recipe:
-        learnt, tested = texts[:-HELD_OUT][: given.texts], texts[-HELD_OUT:][: given.texts]
-        how = {"features": given.features, "k": given.k, "batch_rows": given.batch, "passes": given.passes}
-        begun, used = time.perf_counter(), time.process_time()
-        made = hm.train_dictionary(learnt, "resid_post", given.layer, tell=print, **how)
-        spent, used = time.perf_counter() - begun, time.process_time() - used
-        print(f"live: {len(learnt)} texts, {how}, {torch.get_num_threads()} threads")
-        rows = made.learning.rows
-        print(f"{rows} rows in {spent:.0f} s ({used:.0f} s of processor), {rows / spent:.0f} rows/s")
-        print(f"evaluated on {len(tested)} other texts:", evaluate(hm, tested, made.dictionary).as_json())
-        return
     found: list[torch.Tensor] = []
     for text in texts:  # as many texts as give so many rows
         found.append(

@@ -80,7 +80,8 @@ def evaluate(hm: Hooked, texts: Any, dictionary: Dictionary, *, skip: int | None
     check_count("skip", skip, least=0)
     prepared = _prepared(hm, texts, dictionary, options)
     if all(len(prompt.token_ids) < skip + 2 for prompt in prepared.run.prompts):
-        raise SelectionError(f"no evaluation: expected a text of {skip + 2} tokens or more, skip={skip} is left out.")
+        but = f", of which the first {skip} are left out" if skip else ""
+        raise SelectionError(f"no evaluation: expected a text of {skip + 2} tokens or more{but}.")
     say_what_differs(hm, dictionary, prepared.run.prompts)
     sink = _Measuring(dictionary, tuple(s.key for s in prepared.run.selectors), skip)
     prepared.into(sink)
