@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe
 
 FEW, AT, NEW = [7, 15, 23], 15, 16
 PROMPT = torch.arange(1000, 1032)[None]
@@ -35,6 +36,14 @@ PACKAGES = {"hookmap": "hookmap", "transformer_lens": "transformer-lens", "nnter
             "interp_engine": "interp-engine"}  # fmt: skip
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- made by benchmarks/beside.py: do not edit -->\n", "<!-- end -->\n"
+SECTION = f"""## A real model, beside other libraries
+
+`python benchmarks/beside.py MODEL --peer NAME=PYTHON … --write`: SmolLM2-135M-Instruct, float32, one thread. Each
+figure is processor time over that of the model without a library, doing the same in the same process and round;
+medians. A dash: the library does not offer it.
+
+{BEGIN}{END}
+"""
 
 
 def plain(folder: str) -> Any:
@@ -232,18 +241,11 @@ LIBRARIES: dict[str, Callable[[str], Ways]] = {
 }  # fmt: skip
 
 
-def ours() -> str:
-    """Of the checkout, whatever an environment has installed."""
-    from hookmap import __version__
-
-    return __version__
-
-
 def serve(name: str, folder: str) -> None:
     """Runs the ways that it reads, one a line, and answers with the seconds of each, or with why there are none."""
     torch.set_num_threads(1)
     ways = {**bare(plain(folder)), **LIBRARIES[name](folder)}
-    print("ready", ours() if name == "hookmap" else version(PACKAGES[name]), flush=True)
+    print("ready", sys.modules["hookmap"].__version__ if name == "hookmap" else version(PACKAGES[name]), flush=True)
     for line in sys.stdin:
         way = ways.get(line.strip())
         begun = time.process_time()
@@ -316,7 +318,12 @@ def main() -> None:
     print(table)
     if given.write:
         text = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(re.sub(f"(?<={re.escape(BEGIN)}).*(?={END})", f"\n{table}\n", text, flags=re.DOTALL), "utf-8")
+        if BEGIN not in text:
+            text = text.replace("## nnbench\n", SECTION + "## nnbench\n")
+        PAGE.write_text(
+            re.sub(f"(?<={re.escape(BEGIN)}).*(?={END})", f"\n{describe()}\n\n{table}\n", text, flags=re.DOTALL),
+            "utf-8",
+        )
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from pathlib import Path
 
 def describe() -> str:
     """Date, processor, cores and the versions that matter."""
-    names = ("hookmap", "nnsight", "torch", "transformers")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    from hookmap import __version__  # of this checkout, and a peer's environment has none
+
+    names = ("nnsight", "torch", "transformers")
+    versions = ", ".join((f"hookmap {__version__}", *(f"{name} {version(name)}" for name in names)))
     return f"{date.today()}, {_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
 
 
