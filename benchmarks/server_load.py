@@ -7,7 +7,8 @@
 
 Load: tokens per second of plain and of captured requests (3 layers x 2 points, stored) over those of `generate` on 16
 prompts of one length, and processor time for each token, which other work on the machine changes less; the time to the
-first token of a short request, idle, beside one of 400 tokens, and beside eight callers with 4 MB each every second.
+first token of a short request, idle, beside one of 400 tokens, and beside eight callers with 4 MB each, once a second
+and without a pause.
 Alone: how many greedy answers under load differ from those of `--deterministic`, and what that costs; `--from 50`
 asks the second half. Prompts are pieces of this repository's pages.
 """
@@ -111,9 +112,10 @@ class Asked:
             long.result()
         return found
 
-    def beside_megabytes(self) -> float:
-        """The same beside eight callers who send 4 MB each, once a second, from a process of their own."""
-        flood = multiprocessing.get_context("spawn").Process(target=_flood, args=(str(self.client.base_url), 20.0))
+    def beside_megabytes(self, pause: float) -> float:
+        """The same beside eight callers who send 4 MB each, so many seconds apart, from a process of their own."""
+        given = str(self.client.base_url), 20.0, pause
+        flood = multiprocessing.get_context("spawn").Process(target=_flood, args=given)
         flood.start()
         try:
             time.sleep(4)  # it imports first
@@ -123,7 +125,7 @@ class Asked:
             flood.join()
 
 
-def _flood(url: str, seconds: float) -> None:
+def _flood(url: str, seconds: float, pause: float) -> None:
     ends = time.perf_counter() + seconds
     body = json.dumps({"prompt": "x " * (2 * 10**6 - 1000), "max_tokens": 1}).encode()
 
@@ -132,7 +134,7 @@ def _flood(url: str, seconds: float) -> None:
             while time.perf_counter() < ends:
                 answer = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
                 assert answer.status_code == 400, answer.text
-                time.sleep(1)
+                time.sleep(pause)
 
     with ThreadPoolExecutor(8) as people:
         list(people.map(send, range(8)))
@@ -171,7 +173,8 @@ def loaded(asked: Asked, model: Any, requests: int) -> dict[str, float]:
         "generate again": lambda: batch(model, asked.prompts),
         "first token, idle": lambda: (statistics.median(asked.first_token() for _ in range(9)),),
         "first token, beside 400 tokens": lambda: (asked.beside_long(),),
-        "first token, beside 8 x 4 MB": lambda: (asked.beside_megabytes(),),
+        "first token, beside 8 x 4 MB": lambda: (asked.beside_megabytes(1.0),),
+        "first token, beside 8 x 4 MB without a pause": lambda: (asked.beside_megabytes(0.0),),
     }
     found = dict[str, float]()
     for name, way in ways.items():
@@ -285,11 +288,12 @@ def main() -> None:
 def report(middle: dict[str, float]) -> None:
     """What was asked, as ratios."""
     print(json.dumps({name: round(value, 4) for name, value in middle.items()}, indent=2))
-    generate, of_generate, plain, of_plain, kept, of_kept, again, of_again, idle, late, busy = middle.values()
+    generate, of_generate, plain, of_plain, kept, of_kept, again, of_again, idle, late, busy, full = middle.values()
     generate, of_generate = (generate + again) / 2, (of_generate + of_again) / 2
     print(f"plain over generate {plain / generate:.2f}, by processor time {of_generate / of_plain:.2f}; captured over "
-          f"plain {kept / plain:.2f}, by processor time {of_plain / of_kept:.2f}; first token over idle: beside 400 "
-          f"tokens {late / idle:.2f}, beside 8 x 4 MB {busy / idle:.2f}")  # fmt: skip
+          f"plain {kept / plain:.2f}, by processor time {of_plain / of_kept:.2f}; first token over idle: beside "
+          f"400 tokens {late / idle:.2f}, beside 8 x 4 MB {busy / idle:.2f}, and those without a pause "
+          f"{full / idle:.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 import threading
@@ -187,3 +188,29 @@ def test_others_are_served_between_large_bodies(tmp_path: Path) -> None:
 
     asyncio.run(all_at_once())
     assert "parsed parsed" not in " ".join(order)
+
+
+def test_large_bodies_without_a_pause_take_a_tenth_of_the_loop(tmp_path: Path) -> None:
+    """Six that each take 10 ms of the processor to parse."""
+    begun = list[float]()
+
+    async def parse(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        begun.append(time.perf_counter())
+        end = time.thread_time() + 0.01
+        while time.thread_time() < end:
+            pass
+
+    async def body() -> Any:
+        return {"type": "http.request", "body": bytes(2**20), "more_body": False}
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    async def all_at_once() -> None:
+        guard = Guard(parse, Settings(root=tmp_path), lambda *_: None)
+        scope = {"type": "http", "path": "/v1/completions", "method": "POST", "headers": [(b"host", b"localhost")]}
+        await asyncio.gather(*(guard({**scope}, body, send) for _ in range(6)))
+
+    asyncio.run(all_at_once())
+    assert min(later - earlier for earlier, later in itertools.pairwise(begun)) >= 0.1

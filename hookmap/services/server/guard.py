@@ -22,6 +22,8 @@ _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _ADMIN = ("/models/load", "/models/unload")
 _LARGE = 2**18
 """bytes of a body that takes milliseconds of the event loop to parse"""
+_REST = 10
+"""times as long as such a body took, the next one waits: sent without a pause, they leave the loop to others"""
 
 
 class Guard:
@@ -49,7 +51,7 @@ class Guard:
             if seen > _LARGE and not message.get("more_body"):
                 # Its end is parsed as soon as it is handed on: one at a time, so that others' requests come between.
                 await self._turn.acquire()
-                asyncio.get_running_loop().call_soon(self._turn.release)
+                asyncio.get_running_loop().call_soon(self._parsed, time.thread_time())
             return message
 
         async def named(message: Message) -> None:
@@ -67,6 +69,10 @@ class Guard:
             await self._app(scope, counted, named)
         finally:
             self._done(scope, status, time.perf_counter() - start)
+
+    def _parsed(self, since: float) -> None:
+        """A large body was, which began at this processor time."""
+        asyncio.get_running_loop().call_later(_REST * (time.thread_time() - since), self._turn.release)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Raises ApiError for a wrong host, a wrong key and a body that is too large."""
