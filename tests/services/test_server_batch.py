@@ -188,7 +188,7 @@ def test_rows_that_are_drawn_are_drawn_from_their_own_distribution(served: Serve
 def test_each_has_settings_captures_and_interventions_of_its_own(served: Served, body: dict[str, Any]) -> None:
     alone = [whole(served, **asked(0)), whole(served, **asked(1, **body))]
     found, seen = together(served, [lambda: whole(served, **asked(0)), lambda: whole(served, **asked(1, **body))])
-    assert decoding(seen)[0] == 2
+    assert max(decoding(seen)) == 2, "a session may open some steps later"
     for one, other in zip(found, alone, strict=True):
         same(one, other)
 

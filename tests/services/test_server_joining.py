@@ -185,6 +185,28 @@ def test_the_first_token_of_a_short_request_does_not_wait_for_a_long_one(served:
         hook.remove()
 
 
+def test_a_session_that_opens_slowly_keeps_no_other_waiting(served: Served) -> None:
+    begin, opens, free = served.sessions.begin, threading.Event(), threading.Event()
+
+    def slow(*given: Any) -> Any:
+        opens.set()
+        assert free.wait(60)
+        return begin(*given)
+
+    served.sessions.begin = slow  # type: ignore[method-assign]
+    try:
+        with ThreadPoolExecutor(2) as people:
+            kept = people.submit(served.chat, max_tokens=2, store_activations=True)
+            assert opens.wait(60)
+            assert people.submit(served.chat, max_tokens=2).result(30).status_code == 200
+            assert not kept.done()
+            free.set()
+            assert kept.result().json()["session_id"] is not None
+    finally:
+        free.set()
+        del served.sessions.begin
+
+
 def test_what_goes_wrong_with_one_request_is_told_to_that_one(served: Served) -> None:
     """Scores that are no numbers in the middle of an answer; the others of the batch go on."""
     late = {"do": "scale", "point": "resid_post", "layers": [8], "factor": 3e38, "steps": [3]}

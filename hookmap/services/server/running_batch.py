@@ -8,12 +8,13 @@ limit, stop strings, captures and interventions.
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
+from hookmap.activations import Sink
 from hookmap.capture.run import running
 from hookmap.loading.memory import MemoryUse
 from hookmap.model import HookedModel
@@ -31,6 +32,8 @@ from hookmap.services.server.watched_run import Gathered, WatchedRun, fault, wat
 log = logging.getLogger("hookmap.server")
 _READ_AT_ONCE = 1024
 """tokens of prompts that are read between two steps of the rows that run; the last prompt may exceed it"""
+_OPENS = 0.01
+"""seconds to wait for a session to open where nothing else runs, before a look at who else has come"""
 _LOOK = 64
 """steps between looks at the memory in use"""
 Ended = Callable[[Job, Event, int], None]
@@ -46,8 +49,15 @@ class Guest:
     parts: "list[Part]" = field(default_factory=list)
     run: WatchedRun | None = None
     """of one that reads or writes activations"""
+    opening: "Future[Sink] | None" = None
+    """of one whose rows are kept: the session, which the disk may not have ready yet"""
     sink: Gathered | None = None
     together: int = 1
+
+    @property
+    def opens(self) -> bool:
+        """Whether its session is not ready yet."""
+        return self.opening is not None and not self.opening.done()
 
 
 @dataclass(eq=False)
@@ -86,7 +96,7 @@ class RunningBatch:
         self._most: int | None = None
         """rows that fit into memory, once more did not; until nothing runs"""
         self._finishing = ThreadPoolExecutor(1, thread_name_prefix="ending")
-        """closes sessions, while the batch goes on"""
+        """opens and closes sessions, while the batch goes on"""
 
     @property
     def idle(self) -> bool:
@@ -107,7 +117,8 @@ class RunningBatch:
         try:
             if not job.plain:
                 guest.run = watched(self._hm, job, memory)
-                guest.sink = Gathered(job.recorder.begin() if job.recorder else None)
+                if job.recorder:
+                    guest.opening = self._finishing.submit(in_passing, job.recorder.begin)
             choices = choices_of(job, self._hm)
             for first in range(0, len(choices), job.choices):
                 own = choices[first : first + job.choices]
@@ -142,13 +153,16 @@ class RunningBatch:
 
     def _fill(self) -> None:
         """Let those join that wait in here and fit."""
+        if not self._places and all(part.guest.opens for part in self._waiting):
+            opening = [part.guest.opening for part in self._waiting if part.guest.opening]
+            wait(opening, timeout=_OPENS, return_when=FIRST_COMPLETED)
         coming, tokens = list[Part](), 0
-        while self._waiting and tokens < _READ_AT_ONCE:
-            first = self._waiting[0]
-            if not self._holds(len(first.choices), first.columns, coming):
+        for part in [part for part in self._waiting if not part.guest.opens]:
+            if tokens >= _READ_AT_ONCE or not self._holds(len(part.choices), part.columns, coming):
                 break
-            coming.append(self._waiting.popleft())
-            tokens += first.read * len(first.choices)
+            self._waiting.remove(part)
+            coming.append(part)
+            tokens += part.read * len(part.choices)
         plain = [part for part in coming if part.guest.run is None]
         together = read_together([part.read for part in plain])
         for parts in (*([plain[n] for n in numbers] for numbers in together), *([p] for p in coming if p not in plain)):
@@ -173,7 +187,8 @@ class RunningBatch:
         lengths = [len(choice.tokens) for _, choice in places]
         try:
             if part.guest.run is not None:
-                assert part.guest.sink is not None
+                if part.guest.sink is None:
+                    part.guest.sink = Gathered(part.guest.opening.result() if part.guest.opening else None)
                 part.watched = WatchedPart(part.guest.run, [each.number for each in part.choices], part.guest.sink)
                 part.watched.stand(len(places), range(len(places)))
             with running(self._hm.hooks), WatchedPart.looking([part.watched]):
