@@ -103,6 +103,8 @@ class Ledger:
 def some(types: list[str], programs: list[str], folder: Path, ledger: Ledger) -> None:
     """Makes, asks and judges these; their checkpoints are then removed."""
     checkpoints = folder / "checkpoints"
+    if not checkpoints.exists():  # answers of a run that was stopped are of its weights
+        forget(programs, folder)
     made = []
     for name, error in pooled(make, [(each, checkpoints / each) for each in types]):
         if error is None:
@@ -114,6 +116,11 @@ def some(types: list[str], programs: list[str], folder: Path, ledger: Ledger) ->
     for name, line in pooled(judge, [(each, folder, programs) for each in sorted(made)]):
         ledger.add({"type": name, **line})
     shutil.rmtree(checkpoints, ignore_errors=True)
+    forget(programs, folder)
+
+
+def forget(programs: list[str], folder: Path) -> None:
+    """Removes what the programs answered."""
     for program in programs:
         shutil.rmtree(folder / program, ignore_errors=True)
 
