@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from support.hub_server import Hub, hub_on_this_machine
 from support.raises import raises
 
@@ -84,6 +85,23 @@ def test_what_is_pushed_comes_back_the_same(hub: Hub, tmp_path: Path) -> None:
     assert json.loads(hub.files["me/map"]["map.json"]) == light.load_map("Qwen3ForCausalLM").to_document()
     assert b"/home/me" not in hub.files["me/vector"]["sub/dir/README.md"]
     assert hub.tokens == {"Bearer hf_ours"}
+
+
+@pytest.mark.slow
+def test_of_a_cross_layer_transcoder_one_layer_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    held = hub.files["me/clt"] = {}
+    for layer in range(3):
+        encoder = {
+            f"W_enc_{layer}": torch.ones(8, 4),
+            f"b_enc_{layer}": torch.zeros(8),
+            f"b_dec_{layer}": torch.ones(4),
+        }
+        held[f"W_enc_{layer}.safetensors"] = save(encoder)
+        held[f"W_dec_{layer}.safetensors"] = save({f"W_dec_{layer}": torch.ones(8, 3 - layer, 4)})
+    done = talk(hub, tmp_path, "import hookmap\nprint(hookmap.load_dictionary('me/clt', layer=1))")
+    assert done.stdout == "<Dictionary of resid_mid.1 -> mlp_out.1: 8 features, cross_layer_transcoder>\n", done.stderr
+    fetched = {each.rpartition("/")[2] for each in hub.asked if each.startswith("GET") and each.endswith("tensors")}
+    assert fetched == {"W_enc_1.safetensors", "W_dec_1.safetensors"}
 
 
 KEY = ("resid_post", 3)

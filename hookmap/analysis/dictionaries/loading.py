@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hookmap.analysis.dictionaries import formats
+from hookmap.analysis.dictionaries import cross_layer, formats
 from hookmap.analysis.dictionaries.dictionary import About, Dictionary
 from hookmap.errors import SelectionError, StoreError
 from hookmap.loading.hub import explain, quiet, reachable
+from hookmap.loading.yaml_file import read_yaml
 from hookmap.maps.points import parse_point
 from hookmap.stores.torch_files import read_torch_file
 from hookmap.strict_json import read_json
@@ -22,9 +24,14 @@ from hookmap.strict_json import read_json
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 """SAELens's"""
 CONFIG_PLAIN, PICKLED, GEMMA_SCOPE = "config.json", "ae.pt", "params.npz"
+CROSS_LAYER = "config.yaml"
+ENCODER, DECODER = "W_enc_{}.safetensors", "W_dec_{}.safetensors"
+"""circuit-tracer's cross-layer transcoders, for each layer"""
+MOST_LAYERS = 512
 _KNOWN = (
     f"{CONFIG} with {WEIGHTS} (SAELens), {CONFIG_PLAIN} with {PICKLED} (dictionary_learning), {CONFIG_PLAIN} with one "
-    f"safetensors file, or {GEMMA_SCOPE} (Gemma Scope)"
+    f"safetensors file, {GEMMA_SCOPE} (Gemma Scope), or {ENCODER.format('N')} with {DECODER.format('N')} "
+    "(a cross-layer transcoder of circuit-tracer)"
 )
 
 
@@ -37,20 +44,20 @@ def load_dictionary(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Dictionary:
-    """A sparse autoencoder or transcoder, of SAELens, dictionary_learning, Gemma Scope or plain files.
+    """A sparse autoencoder or transcoder, of SAELens, dictionary_learning, Gemma Scope, circuit-tracer or plain files.
 
     source: a folder, or a hub id, of which `folder` is the folder in it. point, layer: where it was trained, in place
     of what its files say. dtype: of the weights, float32 unless given. A `.pt` file is read by torch's weights-only
     unpickler: what holds more than tensors is refused, and runs nothing.
     Raises StoreError where the files are missing or broken, SelectionError where they are no dictionary known here.
     """
-    path = _fetched(source, folder, revision)
+    path = _fetched(source, folder, revision, layer)
     try:
-        found = _read(path)
+        found = _read(path, layer)
     except SelectionError as error:
         raise SelectionError(f"{path}: {error}") from error
     found = found.to(dtype=torch.float32 if dtype is None else dtype)
-    if point is None and layer is None:
+    if point is None and (layer is None or isinstance(found, cross_layer.CrossLayer)):
         return found
     named = parse_point(point if point is not None else found.about.point or "")
     if isinstance(named, str):
@@ -59,8 +66,10 @@ def load_dictionary(
     return replace(found, about=replace(found.about, point=named.point, layer=at))
 
 
-def _read(path: Path) -> Dictionary:
+def _read(path: Path, layer: int | None) -> Dictionary:
     there = {file.name for file in path.iterdir() if file.is_file()}
+    if any(fnmatch(name, ENCODER.format("*")) for name in there):
+        return _cross_layer(path, there, layer)
     plain = sorted(name for name in there if name.endswith(".safetensors"))
     if CONFIG in there and WEIGHTS in there:
         return formats.saelens(_config(path / CONFIG), _safetensors(path / WEIGHTS))
@@ -76,7 +85,23 @@ def _read(path: Path) -> Dictionary:
     raise StoreError(f"{path} holds no dictionary: expected {_KNOWN}, found {found}.")
 
 
-def _fetched(source: str | os.PathLike[str], folder: str, revision: str | None) -> Path:
+def _cross_layer(path: Path, there: set[str], layer: int | None) -> Dictionary:
+    """The features of one layer. Raises StoreError and SelectionError."""
+    if layer is None:
+        raise SelectionError("a cross-layer transcoder has features of each layer: say of which, layer=N (--layer N).")
+    files = [form.format(layer) for form in (ENCODER, DECODER)]
+    if missing := [name for name in files if name not in there]:
+        raise StoreError(f"{path} has no {' and no '.join(missing)}: give a layer whose files are there.")
+    try:
+        config = read_yaml(path / CROSS_LAYER) if CROSS_LAYER in there else {}
+    except ValueError as error:
+        raise StoreError(f"{path / CROSS_LAYER} is broken: {error}. Copy it again.") from error
+    if not isinstance(config, dict):
+        raise StoreError(f"{path / CROSS_LAYER} is broken: expected names and values, found a {type(config).__name__}.")
+    return cross_layer.cross_layer(config, {**_safetensors(path / files[0]), **_safetensors(path / files[1])}, layer)
+
+
+def _fetched(source: str | os.PathLike[str], folder: str, revision: str | None, layer: int | None) -> Path:
     """The folder on this machine. Raises StoreError."""
     path = Path(source)
     if path.is_dir():
@@ -89,17 +114,22 @@ def _fetched(source: str | os.PathLike[str], folder: str, revision: str | None) 
         raise StoreError(f"{source} {what}: expected a folder that holds {_KNOWN}, or a hub id, owner/name.")
     import huggingface_hub
 
-    patterns = [
-        f"{folder}/{name}" if folder else name for name in (CONFIG, CONFIG_PLAIN, "*.safetensors", PICKLED, GEMMA_SCOPE)
-    ]
+    names = (CONFIG, CONFIG_PLAIN, CROSS_LAYER, "*.safetensors", PICKLED, GEMMA_SCOPE)
+    patterns = [f"{folder}/{name}" if folder else name for name in names]
+    # A cross-layer transcoder may have a terabyte of other layers.
+    others = [f"*{form.format(n)}" for form in (ENCODER, DECODER) for n in range(MOST_LAYERS) if n != layer]
     try:
         with quiet():
             root = huggingface_hub.snapshot_download(
-                os.fspath(source), revision=revision, allow_patterns=patterns, local_files_only=not reachable()
+                os.fspath(source),
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=others,
+                local_files_only=not reachable(),
             )
     except Exception as error:  # the hub's client has errors of several libraries
         raise StoreError(f"cannot load the dictionary {source}: {explain(error, os.fspath(source))}") from error
-    return _fetched(root, folder, None)
+    return _fetched(root, folder, None, layer)
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -18,8 +18,8 @@ def to_bytes(found: Any) -> bytes:
     """Raises SelectionError for an object of another library, which would have to be pickled."""
     if type(found) is not Dictionary:
         raise SelectionError(
-            f"dictionaries: a {type(found).__name__} cannot be sent to workers. Load its files with "
-            "hookmap.load_dictionary, or hookmap.open the model."
+            f"dictionaries: a {type(found).__name__} cannot be sent to workers, which make a plain dictionary of "
+            "what they get. Load its files with hookmap.load_dictionary, or hookmap.open the model here."
         )
     told = {**{name: getattr(found, name) for name in _PLAIN}, "about": asdict(found.about)}
     tensors = {name: each.detach().cpu().contiguous().clone() for name, each in found.tensors().items()}

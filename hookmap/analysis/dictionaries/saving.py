@@ -11,7 +11,7 @@ from safetensors.torch import save
 from hookmap.analysis.dictionaries.dictionary import Dictionary
 from hookmap.analysis.dictionaries.formats import place_of_hook
 from hookmap.analysis.dictionaries.loading import CONFIG, WEIGHTS
-from hookmap.errors import StoreError
+from hookmap.errors import SelectionError, StoreError
 from hookmap.stores.durable_files import write_all, write_whole, writing
 
 _KINDS = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "threshold": "jumprelu", "gated": "gated"}
@@ -21,8 +21,15 @@ _SAELENS = "6.0.0"
 
 
 def save_dictionary(found: Dictionary, folder: str | os.PathLike[str]) -> Path:
-    """Write a dictionary so that `load_dictionary` and SAELens read it. Raises StoreError for a folder that has one."""
+    """Write a dictionary so that `load_dictionary` and SAELens read it.
+
+    Raises StoreError for a folder that has one, SelectionError for what these files cannot hold.
+    """
     path = Path(folder)
+    if type(found) is not Dictionary:
+        raise SelectionError(
+            f"a {type(found).__name__} is more than SAELens's files hold: keep the files that it was loaded from."
+        )
     if (path / CONFIG).exists():
         raise StoreError(f"{path} already holds a dictionary. Write to another folder: -o DIR")
     text, data = json.dumps(_config(found), indent=2) + "\n", bytes(save(_weights(found)))
