@@ -25,7 +25,8 @@ _WHERE = option_group(
 def command() -> None:
     """Read, evaluate and train sparse autoencoders.
 
-    DICTIONARY is a folder or a hub id: of SAELens, dictionary_learning, Gemma Scope, circuit-tracer, or plain safetensors.
+    DICTIONARY is a folder or a hub id: of SAELens, dictionary_learning, Gemma Scope, circuit-tracer, or plain
+    safetensors.
     """
 
 
