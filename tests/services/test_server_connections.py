@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.raises import raises
 from support.served import Served, demo, serving
 
 from hookmap.services.server.encoding import LONG, Encoding
+from hookmap.services.server.errors import ApiError
 from hookmap.services.server.guard import Guard
 from hookmap.services.server.settings import Settings
 
@@ -135,6 +137,20 @@ def test_long_prompts_of_many_leave_a_short_request_alone(tmp_path: Path) -> Non
     assert {each.status_code for each in answers} == {400}
     assert {each.json()["error"]["code"] for each in answers} == {"context_length_exceeded"}
     assert beside < 2 * idle + 0.5, (idle, beside)
+
+
+def test_what_can_never_fit_is_refused_before_it_is_read() -> None:
+    tokenizer, read = demo().tokenizer, list[int]()
+    most = 16 * max(map(len, tokenizer.get_vocab()))
+
+    async def ask(characters: int) -> None:
+        encoding = Encoding(tokenizer, 16)
+        await encoding.run(characters, lambda _: read.append(characters), "prompt")
+
+    asyncio.run(ask(most))
+    with raises(ApiError, "16 tokens", f"at most {most} characters", f"your prompt has {most + 1}"):
+        asyncio.run(ask(most + 1))
+    assert read == [most]
 
 
 def test_a_long_text_that_may_fit_is_read_beside_short_ones_by_another_tokenizer() -> None:
