@@ -43,10 +43,10 @@ NEEDS = {
 NOT_RUN = {
     "asks another machine": 6,
     "installs packages": 7,
-    "takes minutes": 8,
+    "takes minutes": 9,
     "another program": 1,
     "needs the real model": 29,
-    "needs vLLM": 6,
+    "needs vLLM": 7,
 }
 
 

@@ -10,9 +10,7 @@ from typing import Any, Final, Literal
 
 from pydantic import (
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -37,6 +35,10 @@ SHARD_BYTES = 16 * 2**20
 
 # What a run under another version of a library may change in its map without being another run.
 _PASSING = frozenset({"config", "transformers_version", "hookmap_version", "discovered_by", "proofs"})
+
+
+_USUAL = (("call", None), ("sparse", False))
+"""what a tensor is where its entry does not say"""
 
 
 class TensorSpec(Frozen):
@@ -65,11 +67,6 @@ class TensorSpec(Frozen):
     @property
     def key(self) -> Key:
         return key_of(self.point, self.layer, self.call)
-
-    @model_serializer(mode="wrap")
-    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        usual = {"call": None, "sparse": False}
-        return {key: value for key, value in handler(self).items() if key not in usual or value != usual[key]}
 
     @property
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -208,7 +205,10 @@ def manifest_of_run(
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest, whole or not at all. Raises OSError."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
+    plain = manifest.model_dump(mode="json")
+    # Not as a serializer of pydantic's, which makes another error of an interrupt.
+    plain["tensors"] = [{k: v for k, v in each.items() if (k, v) not in _USUAL} for each in plain["tensors"]]
+    text = json.dumps(plain, indent=2) + "\n"
     write_whole(folder / MANIFEST, lambda file: write_all(file, text.encode("ascii")))
 
 

@@ -227,5 +227,5 @@ def test_the_command_refuses_a_folder_that_holds_something_else(inspect_ai: Any,
     done = CliRunner().invoke(main, ["eval", "gsm8k", "demo", "-o", str(tmp_path / "mine.txt")])
     assert done.exit_code == 2 and "mine.txt is a file: expected a folder" in done.stderr
     done = CliRunner().invoke(main, ["eval", "gsm8k", "demo", "-o", str(tmp_path / "mine.txt" / "out")])
-    assert done.exit_code == 1 and "cannot write" in done.stderr and "foresaw" not in done.stderr
+    assert done.exit_code == 2 and "is a file" in done.stderr and "foresaw" not in done.stderr
     assert (tmp_path / "mine.txt").read_text("utf-8") == "mine"
