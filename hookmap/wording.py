@@ -26,6 +26,16 @@ def in_call(call: int | None) -> str:
     return "" if call is None else f", call {call}"
 
 
+def is_number(text: str) -> bool:
+    """Whether it is a number of up to nine ASCII digits, and nothing else."""
+    return re.fullmatch("[0-9]{1,9}", text) is not None
+
+
+def is_ascii_numeral(text: str) -> bool:
+    """Whether `int` and `float` read nothing in it that they take beside ASCII numerals: full-width digits, `1_0`."""
+    return text.isascii() and "_" not in text
+
+
 def whole_number(text: str) -> int:
     """A number of up to 18 ASCII digits. Raises ValueError for what `int` reads beside: full-width digits, `1_0`."""
     if not re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip()):

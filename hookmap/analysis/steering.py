@@ -11,7 +11,6 @@ positive texts. Two methods:
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from hookmap.maps.points import parse_point
 from hookmap.maps.selectors import Selector
 from hookmap.placeholders import is_pointer, pointers_told, why_no_file
 from hookmap.stores.durable_files import writing
+from hookmap.wording import is_number
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
@@ -135,7 +135,7 @@ def load_vector(path: str | Path) -> SteeringVector:
     directions = {}
     for name, tensor in tensors.items():
         point, _, layer = name.rpartition(".")
-        if point != about.point or not re.fullmatch("[0-9]{1,9}", layer) or not tensor.is_floating_point():
+        if point != about.point or not is_number(layer) or not tensor.is_floating_point():
             raise StoreError(
                 f"{path}: expected tensors {about.point}.LAYER of floats, found {name} of {tensor.dtype}. "
                 "Make the vector again."

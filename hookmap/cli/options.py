@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from hookmap.wording import is_ascii_numeral
+
 
 class FiniteRange(click.FloatRange):
     """`click.FloatRange` that refuses nan, which every comparison lets through, and infinity."""
@@ -46,7 +48,7 @@ def in_ascii(number: "click.ParamType[Any]") -> "click.ParamType[Any]":
 def _converted(
     number: "click.ParamType[Any]", value: Any, param: click.Parameter | None, ctx: click.Context | None
 ) -> Any:
-    if isinstance(value, str) and (not value.isascii() or "_" in value):
+    if isinstance(value, str) and not is_ascii_numeral(value):
         number.fail(f"{value!r} is no number: write it in the digits 0 to 9.", param, ctx)
     return number.convert(value, param, ctx)
 

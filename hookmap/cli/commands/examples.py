@@ -1,7 +1,6 @@
 """`hookmap examples`: the tokens at which features are largest, with their context."""
 
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +9,7 @@ from hookmap.cli.chat_options import chat_options, templating
 from hookmap.cli.model_options import loading, opened
 from hookmap.cli.options import calls_option, count
 from hookmap.cli.prompts_file import chosen_prompts, prompt_options
+from hookmap.wording import is_number
 
 if TYPE_CHECKING:
     from hookmap.activations import Key
@@ -199,7 +199,7 @@ def _directions(vectors: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _context(text: str) -> tuple[int, int]:
     parts = text.split(",")
-    if len(parts) != 2 or not all(re.fullmatch("[0-9]{1,9}", part.strip()) for part in parts):
+    if len(parts) != 2 or not all(is_number(part.strip()) for part in parts):
         raise click.BadParameter(f"{text!r}: write tokens before and after, such as 24,8", param_hint="--context")
     return int(parts[0]), int(parts[1])
 

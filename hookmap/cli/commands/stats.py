@@ -13,6 +13,7 @@ from hookmap.cli.options import calls_option, count, option_group
 from hookmap.cli.prompts_file import chosen_prompts, prompt_options
 from hookmap.cli.row_options import row_options, row_selection
 from hookmap.cli.sampling_options import sampling, sampling_options
+from hookmap.wording import is_ascii_numeral
 
 if TYPE_CHECKING:
     from hookmap.analysis.reductions.statistics import Statistics, Summary
@@ -195,7 +196,7 @@ def _how(given: dict[str, Any]) -> dict[str, Any]:
 
 def _numbers(text: str) -> list[float]:
     try:
-        if not text.isascii() or "_" in text:
+        if not is_ascii_numeral(text):
             raise ValueError
         return [float(part) for part in text.split(",")]
     except ValueError as error:
