@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,9 +28,10 @@ from hookmap.capture.engines.hooks import register
 from hookmap.errors import SelectionError, StoreError
 from hookmap.loading.hub import explain, quiet, reachable
 from hookmap.maps.selectors import Selector, layers_of
-from hookmap.stores.durable_files import write_all, write_whole, writing
+from hookmap.stores.durable_files import write_file, writing
 from hookmap.stores.location import local
 from hookmap.stores.torch_files import read_torch_file
+from hookmap.wording import is_number
 
 if TYPE_CHECKING:
     from hookmap.capture.hooked import Hooked
@@ -83,7 +83,7 @@ class JacobianLens:
         named = {f"J.{layer}": each.detach().cpu().contiguous() for layer, each in self.matrices.items()}
         data = bytes(save(named, {_METADATA: told}))
         with writing(local(path)):
-            write_whole(local(path), lambda file: write_all(file, data))
+            write_file(local(path), data)
         return Path(path)
 
     def __repr__(self) -> str:
@@ -112,7 +112,7 @@ def load_jacobian_lens(source: str | os.PathLike[str], file: str | None = None) 
 
 
 def _is_layer(name: Any) -> bool:
-    return re.fullmatch("[0-9]{1,9}", str(name)) is not None
+    return is_number(str(name))
 
 
 def _fetched(source: str | os.PathLike[str], file: str) -> Path:

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 
 from hookmap.errors import HookmapError, StoreError
 from hookmap.frozen import Frozen
-from hookmap.stores.durable_files import write_all, write_whole, writing
+from hookmap.stores.durable_files import write_file, writing
 from hookmap.stores.location import local, reading
 from hookmap.stores.number_set import NumberSet
 from hookmap.strict_json import read_json
@@ -55,9 +55,8 @@ class Kind(Generic[R]):
 
         `read` may raise what a document or tensors that do not fit lead to.
         """
-        self.file, self.name, self.make, self._document, self._write, self._read = (
-            file, name, make, document, write, read,
-        )  # fmt: skip
+        self.file, self.name, self.make = file, name, make
+        self._document, self._write, self._read = document, write, read
 
     def to_bytes(self, result: R) -> bytes:
         """The file's content."""
@@ -83,7 +82,7 @@ class Kind(Generic[R]):
         path, data = local(folder) / self.file, self.to_bytes(result)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda file: write_all(file, data))
+            write_file(path, data)
         return path
 
     def open(self, folder: str | os.PathLike[str]) -> R:

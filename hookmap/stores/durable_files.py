@@ -59,6 +59,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Result]) -> Result:
     return result
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Make `data` the content of a file, as `write_whole` does."""
+    write_whole(path, lambda file: write_all(file, data))
+
+
 def write_all(file: BinaryIO, data: "bytes | memoryview") -> None:
     """Write all of `data` to an unbuffered file: one system call may take only a part."""
     view = memoryview(data)

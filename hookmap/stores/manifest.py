@@ -18,7 +18,7 @@ from hookmap.activations import Key, call_of, key_of
 from hookmap.errors import MapError, StoreError
 from hookmap.frozen import Frozen
 from hookmap.maps.points import FEATURES, PointName
-from hookmap.stores.durable_files import write_all, write_whole
+from hookmap.stores.durable_files import write_file
 from hookmap.stores.ledger import RowSpec, tensor_name
 from hookmap.stores.location import Location, RemotePath, local, reading
 from hookmap.stores.shard import DTYPES, NAMES
@@ -209,7 +209,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     # Not as a serializer of pydantic's, which makes another error of an interrupt.
     plain["tensors"] = [{k: v for k, v in each.items() if (k, v) not in _USUAL} for each in plain["tensors"]]
     text = json.dumps(plain, indent=2) + "\n"
-    write_whole(folder / MANIFEST, lambda file: write_all(file, text.encode("ascii")))
+    write_file(folder / MANIFEST, text.encode("ascii"))
 
 
 def read_manifest(folder: Location) -> Manifest:

@@ -12,7 +12,7 @@ from hookmap.analysis.dictionaries.dictionary import Dictionary
 from hookmap.analysis.dictionaries.formats import place_of_hook
 from hookmap.analysis.dictionaries.loading import CONFIG, WEIGHTS
 from hookmap.errors import SelectionError, StoreError
-from hookmap.stores.durable_files import write_all, write_whole, writing
+from hookmap.stores.durable_files import write_file, writing
 
 _KINDS = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "threshold": "jumprelu", "gated": "gated"}
 
@@ -35,8 +35,8 @@ def save_dictionary(found: Dictionary, folder: str | os.PathLike[str]) -> Path:
     text, data = json.dumps(_config(found), indent=2) + "\n", bytes(save(_weights(found)))
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        write_whole(path / WEIGHTS, lambda file: write_all(file, data))
-        write_whole(path / CONFIG, lambda file: write_all(file, text.encode()))
+        write_file(path / WEIGHTS, data)
+        write_file(path / CONFIG, text.encode())
     return path
 
 

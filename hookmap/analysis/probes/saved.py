@@ -14,7 +14,7 @@ from hookmap.analysis import steering
 from hookmap.errors import SelectionError, StoreError
 from hookmap.frozen import Frozen
 from hookmap.placeholders import is_pointer, pointers_told
-from hookmap.stores.durable_files import write_all, write_whole, writing
+from hookmap.stores.durable_files import write_file, writing
 from hookmap.stores.ledger import tensor_name
 
 _METADATA = "hookmap.probes"
@@ -93,7 +93,7 @@ class Probes:
         keys = json.dumps([list(key) for key in self.weights])
         data = save(tensors, {_METADATA: self.about.model_dump_json(), "keys": keys})
         with writing(path):
-            write_whole(Path(path), lambda file: write_all(file, data))
+            write_file(Path(path), data)
         return Path(path)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from hookmap.analysis.intervals import proportion_interval
 from hookmap.evaluation.gsm8k.answers import SCORERS
 from hookmap.evaluation.gsm8k.gathering import Taken, gather, is_gathered
-from hookmap.stores.durable_files import write_all, write_whole, writing
+from hookmap.stores.durable_files import write_file, writing
 
 SUMMARY, DATASET, SAMPLES, TRAJECTORIES = "summary.json", "dataset.jsonl", "samples", "trajectories"
 ACTIVATIONS, BATCHES, LOGS = "activations", "batches", "inspect"
@@ -179,4 +179,4 @@ def lines(rows: Any) -> str:
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises StoreError."""
     with writing(path):
-        write_whole(path, lambda file: write_all(file, text.encode("utf-8")))
+        write_file(path, text.encode("utf-8"))

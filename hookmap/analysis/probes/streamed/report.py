@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from hookmap.analysis.probes.report import REPORT
 from hookmap.frozen import Frozen
 
 
@@ -76,15 +77,12 @@ class StreamReport(Frozen):
     places: tuple[Place, ...]
 
 
-REPORT, PROBES = "report.json", "probes.safetensors"
-
-
 def save_report(report: StreamReport, folder: Path) -> Path:
     """Write report.json. Raises StoreError."""
-    from hookmap.stores.durable_files import write_all, write_whole, writing
+    from hookmap.stores.durable_files import write_file, writing
 
     path, data = folder / REPORT, report.model_dump_json(indent=2).encode() + b"\n"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: write_all(file, data))
+        write_file(path, data)
     return path

@@ -15,11 +15,12 @@ import torch
 from hookmap.activations import Key, Sample
 from hookmap.analysis.gathering import refuse_other_rows
 from hookmap.analysis.kept import Kept
+from hookmap.analysis.probes.report import PROBES, REPORT
 from hookmap.analysis.probes.saved import About, Probes
 from hookmap.analysis.probes.streamed.learner import Learning
 from hookmap.analysis.probes.streamed.progress import PROGRESS, Progress
 from hookmap.analysis.probes.streamed.reading import Buffers, Reading, Takes
-from hookmap.analysis.probes.streamed.report import PROBES, REPORT, StreamReport, save_report
+from hookmap.analysis.probes.streamed.report import StreamReport, save_report
 from hookmap.analysis.probes.streamed.targets import (
     CHOICE,
     KINDS,
