@@ -1,18 +1,18 @@
-"""What `hookmap probe` and `hookmap train-probe` both do with a report: save it, print it, name its places."""
+"""What `hookmap probe` and `hookmap train-probe` both do with a report: print it, name its places."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 
-def tell(found: Any, output: str | None, as_json: bool, show: Callable[[Any], None]) -> None:
-    """Save `found` to the folder `output`, where there is one; then its report as JSON, or as `show` prints it."""
-    written = found.save(output) if output else []
+def tell(report: Any, written: Sequence[Path], output: str | None, as_json: bool, show: Callable[[Any], None]) -> None:
+    """A report as JSON, or as `show` prints it, with the files that it was `written` to, in the folder `output`."""
     if as_json:
-        click.echo(found.report.model_dump_json(indent=2))
+        click.echo(report.model_dump_json(indent=2))
         return
-    show(found.report)
+    show(report)
     for path in written:
         click.echo(f"wrote {path}", err=True)
     if output:

@@ -84,7 +84,7 @@ def command(
             progress=lambda done, total: bars.update(bar, completed=done, total=total),
             **how,
         )
-    tell(found, output, as_json, _show)
+    tell(found.report, found.save(output) if output else [], output, as_json, _show)
 
 
 def _span(text: str | None) -> slice | None:

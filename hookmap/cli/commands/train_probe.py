@@ -1,5 +1,6 @@
 """`hookmap train-probe`: linear probes of classes and numbers, learnt from rows that are not kept."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -80,7 +81,10 @@ def command(
     if (prompts is None) == (store is None):
         raise click.UsageError("on what? Give texts (--prompts FILE) or a capture (--store DIR)")
     found = _of_store(store, given, asked) if store else _of_model(model, prompts, how, as_json, given, asked)
-    tell(found, output, as_json, _show)
+    from hookmap.analysis.probes.report import PROBES, REPORT
+
+    written = [Path(output) / name for name in (REPORT, PROBES)] if output else []
+    tell(found.report, written, output, as_json, _show)
 
 
 def _of_store(store: str, given: dict[str, Any], asked: dict[str, Any]) -> "StreamedProbes":

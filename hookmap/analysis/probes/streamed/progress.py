@@ -26,7 +26,7 @@ class Progress:
     source: Mapping[str, Any]
     """what a run has to have in common with it to go on with it, as plain data"""
     trial: Trial | None = None
-    """None of one that was read from a file, until `restore`"""
+    """None of one that was read from a file, until `go_on`"""
     passes: int = 0
     """finished ones over the texts to learn from; then one over those that are scored"""
     samples: NumberSet = field(default_factory=NumberSet)
