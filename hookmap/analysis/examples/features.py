@@ -1,6 +1,6 @@
 """What examples are looked for of: features of a point, directions in its space, norms of heads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,15 @@ from hookmap.errors import SelectionError
 from hookmap.stores.ledger import tensor_name
 
 NEURONS, NORMS, DIRECTIONS, DICTIONARY = "neurons", "norms", "directions", "dictionary"
+
+
+def refuse_featureless(points: Iterable[str]) -> None:
+    """Raises SelectionError that names these points, whose rows have no features; nothing where there are none."""
+    if named := ", ".join(dict.fromkeys(points)):
+        raise SelectionError(
+            f"{named}: its rows hold numbers of experts or a weight for each token, and no features. "
+            "Choose a point such as mlp_post or resid_post, or choices=True (--choices) for what routers choose."
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hookmap.analysis.dictionaries.loading import as_dictionary
 from hookmap.analysis.examples.choices import INDICES, WEIGHTS, Choices, keys_of_choices
 from hookmap.analysis.examples.collecting import Collector
-from hookmap.analysis.examples.features import features_of
+from hookmap.analysis.examples.features import features_of, refuse_featureless
 from hookmap.analysis.examples.files import EXAMPLES
 from hookmap.analysis.examples.result import Examples, Settings
 from hookmap.analysis.examples.stored import examples_of_store
@@ -79,12 +79,8 @@ def examples(
     refuse_other_rows(options, "examples look at every row")
     prepared = hm.prepare(prompts, points, layers, max_new_tokens, **options)
     run = prepared.run
-    numbers = {s.point: None for s in run.selectors if PointName.of(s.point).base in NUMBERS or s.has_keys}
-    if numbers and not choices:
-        raise SelectionError(
-            f"{', '.join(numbers)}: its rows hold numbers of experts or a weight for each token, and no features. "
-            "Choose a point such as mlp_post or resid_post, or choices=True (--choices) for what routers choose."
-        )
+    if not choices:
+        refuse_featureless(s.point for s in run.selectors if PointName.of(s.point).base in NUMBERS or s.has_keys)
     say_apart(prepared.apart)
     about: dict[str, Any] = {"model": prepared.manifest.model, "architecture": prepared.manifest.architecture}
     about |= {"settings": prepared.manifest.settings, "versions": versions()}

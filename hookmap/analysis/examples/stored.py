@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hookmap.analysis.examples.collecting import Collector
-from hookmap.analysis.examples.features import Features
+from hookmap.analysis.examples.features import Features, refuse_featureless
 from hookmap.analysis.examples.result import Examples, Settings
 from hookmap.analysis.reductions.run import held, replay
 from hookmap.capture.options import Layers, Points
@@ -25,11 +25,7 @@ def examples_of_store(
 ) -> Examples:
     """The examples that a run over the same texts would have given. Raises SelectionError and StoreError."""
     keys = held(source, points, layers)
-    if wrong := without_features(key[0] for key in keys):
-        raise SelectionError(
-            f"{', '.join(wrong)}: its rows hold numbers of experts or a weight for each token, and no features. "
-            "Choose a point such as mlp_post or resid_post, or choices=True (--choices) for what routers choose."
-        )
+    refuse_featureless(without_features(key[0] for key in keys))
     if not len(source):
         raise SelectionError("this capture has no finished sample. Finish it first: hookmap capture … --resume -o DIR")
     if some := next((sample for sample in source.samples if sample.positions is not None), None):
