@@ -135,7 +135,7 @@ def test_what_one_layer_alone_cannot_do_is_refused(tmp_path: Path) -> None:
         lambda: found.ablate([1], error=False),
         lambda: evaluate(hm, RAGGED, found),
     ):
-        with raises(SelectionError, "one layer of a cross layer transcoder reconstructs nothing", ".written(features)"):
+        with raises(SelectionError, "one layer of a cross-layer transcoder reconstructs nothing", ".written(features)"):
             call()
     with raises(SelectionError, "a CrossLayer is more than SAELens's files hold"):
         save_dictionary(found, tmp_path / "saved")

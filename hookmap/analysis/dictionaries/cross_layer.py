@@ -3,15 +3,15 @@
 Files of circuit-tracer: `config.yaml`, and for each layer N `W_enc_N.safetensors` and `W_dec_N.safetensors`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from hookmap.analysis.dictionaries.dictionary import About, Dictionary
 from hookmap.analysis.dictionaries.formats import place_of_hook
-from hookmap.analysis.dictionaries.writing import Change
+from hookmap.analysis.dictionaries.writing import Change, Rewriting
 from hookmap.capture.interventions.documents import Function
 from hookmap.capture.interventions.functions import At, apply, watch
 from hookmap.errors import SelectionError
@@ -20,6 +20,10 @@ Tensor = torch.Tensor
 KIND = "cross_layer_transcoder"
 READS, WRITES = "hook_resid_mid", "hook_mlp_out"
 """circuit-tracer's, where the config does not say"""
+_NO_DECODING = (
+    "one layer of a cross-layer transcoder reconstructs nothing: an MLP's output is the sum of what the features of "
+    "its own and of all earlier layers write. This layer's share: .written(features)."
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,60 +35,46 @@ class CrossLayer(Dictionary):
     the error: at each layer that features write to they add what the change of the features does.
     """
 
-    further: Tensor | None = None
+    further: Tensor = field(default_factory=lambda: torch.empty(0))
     """[features, layers, d_out]: what features write to the layers after their own, in order"""
 
     def tensors(self) -> dict[str, Tensor]:
-        return super().tensors() | ({} if self.further is None else {"further": self.further})
+        return super().tensors() | {"further": self.further}
 
     def written(self, features: Tensor) -> Tensor:
         """[…, features] -> […, layers, d_out]: this layer's share of the reconstruction of each layer from it on."""
-        later = self.decoder.unsqueeze(1) if self.further is None else self._every()
-        return torch.einsum("...f,fld->...ld", features.to(self.decoder.dtype), later)
+        own = features.to(self.decoder.dtype)
+        return torch.cat([(own @ self.decoder).unsqueeze(-2), torch.einsum("...f,fld->...ld", own, self.further)], -2)
 
     def decode(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
-        raise SelectionError(
-            f"one layer of a {KIND.replace('_', ' ')} reconstructs nothing: an MLP's output is the sum of what the "
-            "features of its own and of all earlier layers write. This layer's share: .written(features)."
-        )
+        raise SelectionError(_NO_DECODING)
 
     def edit(self, change: Change, *, error: bool = True, **where: Any) -> list[Function]:
         """See `Writing.edit`: one that reads, and one for each layer that the features write to."""
         if not error:
-            self.decode(torch.empty(0))
-        run = _Run(self, change)
+            raise SelectionError(_NO_DECODING)
+        run = _Shares(self, change, error)
         (point, layer), (out, first) = self.reads[:2], self.writes[:2]
         if layer is None or first is None:
             raise SelectionError("the transcoder's layer is not known: load_dictionary(…, layer=N).")
-        layers = range(first, first + self._every().shape[1])
-        return [watch(run.read, point, layer, **where), *(apply(run.at(n - first), out, n, **where) for n in layers)]
-
-    def _every(self) -> Tensor:
-        own = self.decoder.unsqueeze(1)
-        return own if self.further is None else torch.cat([own, self.further], dim=1)
+        layers = range(first, first + 1 + self.further.shape[1])
+        return [watch(run.read, point, layer, **where), *(apply(run.to(n - first), out, n, **where) for n in layers)]
 
 
-class _Run:
-    """Adds what a change of the features writes, in the pass that reads them."""
-
-    def __init__(self, transcoder: CrossLayer, change: Change) -> None:
-        self._transcoder, self._change = transcoder, change
-        self._held: dict[int, tuple[tuple[int, ...], Tensor]] = {}
-        """by sample: positions, and what the change writes to each layer, [n, layers, d_out]"""
+class _Shares(Rewriting):
+    """Adds what a change of the features writes to each layer, in the pass that reads them."""
 
     def read(self, rows: Tensor, at: At) -> None:
-        transcoder = self._transcoder.to(rows.device)
+        transcoder = self._on(rows.device)
         features = transcoder.encode(rows.flatten(1))
-        self._held[at.sample] = (at.positions, transcoder.written(self._change(features) - features))
+        super().read(transcoder.written(self._change(features) - features), at)
 
-    def at(self, place: int) -> Any:
+    def to(self, place: int) -> Callable[[Tensor, At], Tensor]:
+        """What writes to the layer that comes so many after the one that is read."""
+
         def write(rows: Tensor, at: At) -> Tensor:
-            positions, written = self._held.get(at.sample, ((), rows))
-            if positions != at.positions:
-                raise SelectionError(
-                    "the transcoder's point was not read in this pass: its layer is behind what it writes."
-                )
-            return (rows + written[:, place].view(rows.shape).to(rows)).to(rows.dtype)
+            written = self._was_read(at, again=True)
+            return rows + written[:, place].view(rows.shape).to(rows)
 
         return write
 

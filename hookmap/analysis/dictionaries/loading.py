@@ -28,6 +28,7 @@ CROSS_LAYER = "config.yaml"
 ENCODER, DECODER = "W_enc_{}.safetensors", "W_dec_{}.safetensors"
 """circuit-tracer's cross-layer transcoders, for each layer"""
 MOST_LAYERS = 512
+"""of a transcoder whose other layers are not fetched"""
 _KNOWN = (
     f"{CONFIG} with {WEIGHTS} (SAELens), {CONFIG_PLAIN} with {PICKLED} (dictionary_learning), {CONFIG_PLAIN} with one "
     f"safetensors file, {GEMMA_SCOPE} (Gemma Scope), or {ENCODER.format('N')} with {DECODER.format('N')} "

@@ -68,7 +68,7 @@ class Writing:
         error: keep what the dictionary does not reconstruct: then unchanged features write nothing. Of a transcoder,
         whose features are read elsewhere, two interventions. Raises SelectionError, InterventionError.
         """
-        run = _Run(self, change, error)
+        run = Rewriting(self, change, error)
         (point, layer), out = self.reads[:2], self.writes
         if out == self.reads:
             return [apply(run.write, point, _layers(layer), **where)]
@@ -94,12 +94,12 @@ class Writing:
         return self.edit(changed, error=error, **where)
 
 
-class _Run:
+class Rewriting:
     """Writes rows of one sample after another; of a transcoder, after it has read them."""
 
     def __init__(self, dictionary: Writing, change: Change, error: bool) -> None:
         self._dictionary, self._change, self._error = dictionary, change, error
-        self._there: dict[torch.device, Writing] = {}
+        self._there: dict[torch.device, Any] = {}
         self._read: dict[int, tuple[tuple[int, ...], Tensor]] = {}
         """by sample: positions and rows"""
 
@@ -107,20 +107,28 @@ class _Run:
         self._read[at.sample] = (at.positions, rows)
 
     def write(self, rows: Tensor, at: At) -> Tensor:
-        source = rows
-        if self._dictionary.reads != self._dictionary.writes:
-            positions, source = self._read.pop(at.sample, ((), rows))
-            if positions != at.positions:
-                raise SelectionError(
-                    "the transcoder's point was not read in this pass: its layer is behind what it writes."
-                )
-        dictionary = self._there.setdefault(rows.device, self._dictionary.to(rows.device))
-        flat = source.flatten(1)
+        source = rows if self._dictionary.reads == self._dictionary.writes else self._was_read(at)
+        dictionary, flat = self._on(rows.device), source.flatten(1)
         features = dictionary.encode(flat)
-        new = dictionary.decode(self._change(features), flat)
+        new: Tensor = dictionary.decode(self._change(features), flat)
         if self._error:
             new = rows.flatten(1).to(new.dtype) + (new - dictionary.decode(features, flat))
         return new.view(rows.shape).to(rows.dtype)
+
+    def _was_read(self, at: At, again: bool = False) -> Tensor:
+        """What `read` kept of these tokens. `again`: somebody else asks for it, too. Raises SelectionError."""
+        positions, found = self._read.get(at.sample, ((), None)) if again else self._read.pop(at.sample, ((), None))
+        if found is None or positions != at.positions:
+            raise SelectionError(
+                "the transcoder's point was not read in this pass: its layer is behind what it writes."
+            )
+        return found
+
+    def _on(self, device: torch.device) -> Any:
+        """The dictionary where the rows are."""
+        if device not in self._there:
+            self._there[device] = self._dictionary.to(device)
+        return self._there[device]
 
 
 def _layers(layer: int | None) -> Any:
