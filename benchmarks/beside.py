@@ -211,10 +211,12 @@ def interp_engine(folder: str) -> Ways:
     from interp_engine import load_model
     from interp_engine.capture import capture, capture_generation
     from interp_engine.steer import SteerSpec, generate_stream, steer
+    from transformers import AutoConfig
 
     model = load_model(folder, backend="eager", device="cpu", dtype="float32", requires_grad=True)
-    blocks = range(30)
-    spec = [SteerSpec(torch.ones(576), AT)]
+    config = AutoConfig.from_pretrained(folder)
+    blocks = range(config.num_hidden_layers)
+    spec = [SteerSpec(torch.ones(config.hidden_size), AT)]
 
     def steering() -> Any:
         with steer(model, spec):
