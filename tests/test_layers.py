@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "hookmap"
-LEAVES = frozenset(
-    "errors deprecation activations extras frozen html placeholders strict_json wording _version demo".split()
-)
+LEAVES = frozenset("errors deprecation activations documents extras frozen placeholders wording _version demo".split())
 ORDER = (
     "maps", "light", "datasets", "loading", "stores", "discovery", "verification", "sweep", "capture", "analysis",
     "metrics", "model", "vllm", "services", "evaluation", "cli",

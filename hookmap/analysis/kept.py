@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from hookmap.documents import read_json
 from hookmap.errors import HookmapError, StoreError
 from hookmap.frozen import Frozen
 from hookmap.stores.durable_files import write_file, writing
 from hookmap.stores.location import local, reading
 from hookmap.stores.number_set import NumberSet
-from hookmap.strict_json import read_json
 
 METADATA = "hookmap"
 """the entry of the file's metadata that holds the document"""

@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from hookmap.documents import read_json
 from hookmap.errors import DataError
 from hookmap.extras import needed
 from hookmap.placeholders import is_pointer, pointers_told
-from hookmap.strict_json import read_json
 
 FORMATS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
 _NEEDS_DATASETS = 'a Hugging Face data set needs the datasets library: pip install "hookmap[data]"'

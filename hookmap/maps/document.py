@@ -7,8 +7,7 @@ size of an architecture. It knows nothing of torch.
 from pathlib import Path
 from typing import Any
 
-from hookmap import html
-from hookmap.maps import nnsight_names, selectors
+from hookmap.maps import html, nnsight_names, selectors
 from hookmap.maps.contents import MapContents
 from hookmap.maps.describe import layer_ranges, places
 from hookmap.maps.json_text import json_text

@@ -12,9 +12,9 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 import torch
 
-from hookmap import html
 from hookmap.activations import Activation, Key, Sample, Sink, call_of, key_of
 from hookmap.errors import SelectionError
+from hookmap.maps import html
 from hookmap.maps.points import PointName, axes_of, parse_point
 from hookmap.stores.joining import Rows, call_and_tokens, flat_rows, join, layers_meant, stacked
 from hookmap.stores.sparse import compact

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from hookmap.activations import Key, call_of, key_of
+from hookmap.documents import read_json
 from hookmap.errors import MapError, StoreError
 from hookmap.frozen import Frozen
 from hookmap.maps.points import FEATURES, PointName
@@ -23,7 +24,6 @@ from hookmap.stores.ledger import RowSpec, tensor_name
 from hookmap.stores.location import Location, RemotePath, local, reading
 from hookmap.stores.shard import DTYPES, NAMES
 from hookmap.stores.sparse import INDEX_DTYPE, INDICES, OFFSET_DTYPE, OFFSETS, VALUES
-from hookmap.strict_json import read_json
 
 MANIFEST = "manifest.json"
 FORMAT: Final = "hookmap-capture"

@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+from hookmap.documents import read_json
 from hookmap.errors import StoreError
 from hookmap.stores.durable_files import write_all, write_whole
 from hookmap.stores.location import Location, reading
-from hookmap.strict_json import read_json
 
 DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,

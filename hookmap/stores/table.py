@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from hookmap.activations import Sample
+from hookmap.documents import read_json
 from hookmap.errors import StoreError
 from hookmap.stores.location import Location, reading
 from hookmap.stores.shard import ShardInfo
 from hookmap.stores.table_index import Committed, Vector, blocks, broken_line, left_of, scan
-from hookmap.strict_json import read_json
 
 SAMPLES = "samples.jsonl"
 SHARDS = "shards.jsonl"

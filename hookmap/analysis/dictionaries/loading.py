@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from hookmap.analysis.dictionaries import cross_layer, formats
 from hookmap.analysis.dictionaries.dictionary import About, Dictionary
+from hookmap.documents import read_json
 from hookmap.errors import SelectionError, StoreError
 from hookmap.loading.hub import explain, quiet, reachable
 from hookmap.loading.yaml_file import read_yaml
 from hookmap.maps.points import parse_point
 from hookmap.stores.torch_files import read_torch_file
-from hookmap.strict_json import read_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 """SAELens's"""

@@ -7,8 +7,8 @@ from typing import Any
 from safetensors.torch import load, save
 
 from hookmap.analysis.dictionaries.dictionary import About, Dictionary
+from hookmap.documents import read_json
 from hookmap.errors import SelectionError
-from hookmap.strict_json import read_json
 
 _PLAIN = ("activation", "k", "normalisation", "by_norms")
 _GATE = "gate."
