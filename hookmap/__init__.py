@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hookmap._version import __version__
-from hookmap.deprecation import HookmapDeprecationWarning
 from hookmap.errors import (
     CaptureError,
     DataError,
     DeployError,
     DiscoveryError,
+    HookmapDeprecationWarning,
     HookmapError,
     InterventionError,
     MapError,

@@ -1,7 +1,15 @@
-"""JSON as the parts of a capture are written: what `json` would read in silence as something else is refused."""
+"""What every document of hookmap is, and JSON where what `json` would read in silence as something else is refused."""
 
 import json
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Frozen(BaseModel):
+    """A document, or a part of one: immutable, and without fields that it does not name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def read_json(text: "str | bytes") -> Any:

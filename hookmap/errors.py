@@ -15,7 +15,11 @@
     └── DeployError                 a host is not reached, or no server comes up there
 
 Every message says what, where, what was expected and what was found, and ends with the next thing to type.
+Below the tree stands the one warning: what is retired goes on working for a while, and says what takes its place.
 """
+
+import sys
+import warnings
 
 
 class HookmapError(Exception):
@@ -68,3 +72,23 @@ class StoreError(HookmapError):
 
 class DeployError(HookmapError):
     """A host is not reached, something is missing there, or no server comes up; the host's words are in it."""
+
+
+class HookmapDeprecationWarning(FutureWarning):
+    """A later version of hookmap will not have this; the message names that version and what to write instead.
+
+    A FutureWarning, and no DeprecationWarning: Python shows the latter only where the main script itself is concerned.
+    `warnings.simplefilter("error", hookmap.HookmapDeprecationWarning)` makes it an error.
+    """
+
+
+def deprecated(what: str, instead: str, gone_in: str) -> None:
+    """Warn, at the line outside hookmap that asked for it.
+
+    what: as the user wrote it; instead: what to write in its place; gone_in: the version that will not have it.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "hookmap":
+        frame, level = frame.f_back, level + 1
+    message = f"{what} will be gone in hookmap {gone_in}. Write {instead} instead."
+    warnings.warn(message, HookmapDeprecationWarning, stacklevel=level)

@@ -13,7 +13,7 @@ from support.raises import raises
 
 import hookmap
 from hookmap.activations import Activation, Sample
-from hookmap.deprecation import deprecated
+from hookmap.errors import deprecated
 from hookmap.stores.memory import MemoryStore
 
 KEY = ("resid_mid", 0)
@@ -46,7 +46,7 @@ def test_tokens_given_twice_are_refused() -> None:
 
 def test_it_is_seen_without_asking_also_in_a_module_of_the_user(tmp_path: Path) -> None:
     """Python hides a DeprecationWarning there."""
-    (tmp_path / "theirs.py").write_text("from hookmap.deprecation import deprecated\ndeprecated('old', 'new', '9.9')\n")
+    (tmp_path / "theirs.py").write_text("from hookmap.errors import deprecated\ndeprecated('old', 'new', '9.9')\n")
     done = subprocess.run([sys.executable, "-c", "import theirs"], cwd=tmp_path, capture_output=True, text=True)
     assert "theirs.py:2: HookmapDeprecationWarning: old will be gone in hookmap 9.9. Write new instead." in done.stderr
 

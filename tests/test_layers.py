@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "hookmap"
-LEAVES = frozenset("errors deprecation activations documents extras frozen placeholders wording _version demo".split())
+LEAVES = frozenset("errors activations documents extras placeholders wording _version demo".split())
 ORDER = (
     "maps", "light", "datasets", "loading", "stores", "discovery", "verification", "sweep", "capture", "analysis",
     "metrics", "model", "vllm", "services", "evaluation", "cli",
@@ -16,6 +16,8 @@ ORDER = (
 """what each room may know: the rooms before it, and the leaves"""
 LONGEST = 400
 """lines of a file"""
+AT_THE_ROOT = 12
+"""files: what everybody knows, and the public modules"""
 
 
 def modules(package: Path) -> dict[str, Path]:
@@ -101,6 +103,10 @@ def test_verification_knows_discovery_in_one_place() -> None:
 def test_every_module_has_a_room() -> None:
     rooms = {name.split(".")[1] for name in modules(PACKAGE) if "." in name}
     assert rooms <= {*LEAVES, *ORDER, "__main__"}
+
+
+def test_the_root_holds_a_dozen_files() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= AT_THE_ROOT
 
 
 def test_no_file_is_longer_than_a_reader_follows() -> None:

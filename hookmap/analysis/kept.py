@@ -11,9 +11,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from hookmap.documents import read_json
+from hookmap.documents import Frozen, read_json
 from hookmap.errors import HookmapError, StoreError
-from hookmap.frozen import Frozen
 from hookmap.stores.durable_files import write_file, writing
 from hookmap.stores.location import local, reading
 from hookmap.stores.number_set import NumberSet

@@ -22,8 +22,8 @@ from pydantic import Field, ValidationError
 
 from hookmap.capture.finiteness import not_finite
 from hookmap.capture.options import TemplateOptions, of_kind
+from hookmap.documents import Frozen
 from hookmap.errors import SelectionError, StoreError
-from hookmap.frozen import Frozen
 from hookmap.loading.prompts import is_one
 from hookmap.maps.calls import listed
 from hookmap.maps.describe import layers_text

@@ -5,8 +5,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from hookmap.documents import Frozen
 from hookmap.errors import SelectionError
-from hookmap.frozen import Frozen
 from hookmap.maps.layer_order import layers_of, pairs_of
 from hookmap.maps.points import POINTS, PointName
 from hookmap.maps.templates import BlockKind, PointTemplate, at_name

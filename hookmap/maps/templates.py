@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from hookmap.frozen import Frozen
+from hookmap.documents import Frozen
 from hookmap.maps.grammar import operation_text
 from hookmap.maps.points import why_absent
 from hookmap.maps.relations import Relation

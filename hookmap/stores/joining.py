@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hookmap.activations import Key, call_of
-from hookmap.deprecation import deprecated
-from hookmap.errors import SelectionError
+from hookmap.errors import SelectionError, deprecated
 from hookmap.maps.points import PointName, parse_point
 from hookmap.stores import sparse
 from hookmap.wording import counted

@@ -15,9 +15,8 @@ from pydantic import (
 )
 
 from hookmap.activations import Key, call_of, key_of
-from hookmap.documents import read_json
+from hookmap.documents import Frozen, read_json
 from hookmap.errors import MapError, StoreError
-from hookmap.frozen import Frozen
 from hookmap.maps.points import FEATURES, PointName
 from hookmap.stores.durable_files import write_file
 from hookmap.stores.ledger import RowSpec, tensor_name

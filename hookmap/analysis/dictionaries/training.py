@@ -26,8 +26,8 @@ from hookmap.analysis.kept import Kept
 from hookmap.analysis.kept import Kind as KeptKind
 from hookmap.capture.prepare import Prepared, say_apart
 from hookmap.capture.rows import NUMBERS
+from hookmap.documents import Frozen
 from hookmap.errors import SelectionError, StoreError
-from hookmap.frozen import Frozen
 from hookmap.maps.points import FEATURES, PointName
 from hookmap.stores.interface import Store
 from hookmap.stores.ledger import tensor_name

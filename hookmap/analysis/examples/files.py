@@ -11,7 +11,7 @@ from hookmap.analysis.examples.best import Best
 from hookmap.analysis.examples.features import Features
 from hookmap.analysis.examples.result import Examples, Settings, TensorExamples
 from hookmap.analysis.kept import Kind
-from hookmap.frozen import Frozen
+from hookmap.documents import Frozen
 from hookmap.stores.ledger import tensor_name
 from hookmap.stores.number_set import NumberSet
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from hookmap.analysis.probes.pooling import FAR
+from hookmap.documents import Frozen
 from hookmap.errors import CaptureError
-from hookmap.frozen import Frozen
 from hookmap.stores.durable_files import writing
 from hookmap.wording import in_call
 

@@ -11,8 +11,8 @@ from pydantic import Field, ValidationError
 
 from hookmap.activations import Key, call_of, key_of
 from hookmap.analysis import steering
+from hookmap.documents import Frozen
 from hookmap.errors import SelectionError, StoreError
-from hookmap.frozen import Frozen
 from hookmap.placeholders import is_pointer, pointers_told
 from hookmap.stores.durable_files import write_file, writing
 from hookmap.stores.ledger import tensor_name

@@ -13,7 +13,7 @@ from hookmap.activations import Key, call_of, key_of
 from hookmap.analysis.kept import Kind
 from hookmap.analysis.reductions.statistics import Statistics, Sums, TensorSums
 from hookmap.analysis.reductions.wanted import KINDS, wanted
-from hookmap.frozen import Frozen
+from hookmap.documents import Frozen
 from hookmap.stores.ledger import tensor_name
 from hookmap.stores.number_set import NumberSet
 

@@ -24,8 +24,8 @@ from pydantic import (
 from hookmap.capture.interventions.digests import digest_of
 from hookmap.capture.interventions.importable import named
 from hookmap.datasets.messages import relative_to
+from hookmap.documents import Frozen
 from hookmap.errors import InterventionError
-from hookmap.frozen import Frozen
 from hookmap.loading.pictures import image_sources, sha256_of
 from hookmap.loading.yaml_file import read_yaml
 

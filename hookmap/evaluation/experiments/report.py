@@ -10,12 +10,12 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from hookmap.analysis.probes.report import Report as ProbeReport
+from hookmap.documents import Frozen
 from hookmap.evaluation.experiments.comparing import compare, holm, interval
 from hookmap.evaluation.experiments.document import Experiment
 from hookmap.evaluation.experiments.rewards import NAMES, TOTAL
 from hookmap.evaluation.experiments.separation import Geometry, geometry, probed
 from hookmap.evaluation.gsm8k.results import ACTIVATIONS, truncation_warning, write
-from hookmap.frozen import Frozen
 from hookmap.stores import open_store
 
 PROBES = "probes"

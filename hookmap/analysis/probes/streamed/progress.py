@@ -12,8 +12,8 @@ import torch
 from hookmap.activations import Key
 from hookmap.analysis.kept import Kind
 from hookmap.analysis.probes.streamed.trial import Trial
+from hookmap.documents import Frozen
 from hookmap.errors import StoreError
-from hookmap.frozen import Frozen
 from hookmap.stores.number_set import NumberSet
 
 FORMAT: Final = "hookmap-probe-training"

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from hookmap.analysis.probes.report import REPORT
-from hookmap.frozen import Frozen
+from hookmap.documents import Frozen
 
 
 class Place(Frozen):
