@@ -12,12 +12,12 @@ from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.templates import BlockKind
 
 _STYLE = (
-    "text{font:13px system-ui,sans-serif;fill:#1f2933}.point{font-weight:600;fill:#0b5cad}"
-    ".path{font:11px ui-monospace,monospace;fill:#616e7c}.stream{stroke:#0b5cad;stroke-width:5}"
+    "text{font:15px system-ui,sans-serif;fill:#1f2933}.point{font-weight:600;fill:#0b5cad}"
+    ".path{font:13px ui-monospace,monospace;fill:#616e7c}.stream{stroke:#0b5cad;stroke-width:5}"
     ".wire{stroke:#52606d;stroke-width:1.6;fill:none}.box{fill:#f5f7fa;stroke:#52606d;stroke-width:1.4}"
     ".norm{fill:#fdf3d8;stroke:#b7791f;stroke-width:1.4}.dot{fill:#0b5cad}.sum{fill:#fff;stroke:#0b5cad;stroke-width:2.4}"
 )
-_BRANCH, _SPAN, _END, _RISE = 590, 360, 150, 130
+_SPAN, _BEGIN, _END, _RISE, _TOP = 330, 140, 130, 100, 110
 
 
 def block_svg(architecture_map: ArchitectureMap, *kinds: BlockKind) -> str:
@@ -38,21 +38,22 @@ class _Drawing:
         parallel = self.kind.branch_order == "parallel"
         columns = 1 if parallel else max(1, len(roles))
         norm_on_stream = any("norm(" in relation for relation in self.kind.relations)
-        pitch = _BRANCH + (110 if norm_on_stream else 0)
-        width = 2 * _END + columns * pitch + 40
-        self.line = 90 + _RISE + 40
-        height = self.line + (_RISE + 110 if parallel else 110)
+        pitch = _SPAN + (170 if norm_on_stream else 80)
+        width = _BEGIN + columns * pitch + _END
+        self.line = _TOP + _RISE
+        sums = max(len(point.terms) for name, point in self.kind.points.items() if name.startswith("resid"))
+        height = self.line + 45 + 16 * sums + (36 if norm_on_stream else 0) + (_RISE + 10 if parallel else 0)
         self._element("line", x1=40, y1=self.line, x2=width - 40, y2=self.line, cls="stream")
         layers = f"{sum(len(kind.layers) for kind in self.kinds)} of {self.map.num_layers} layers"
         layers += f" · runs {self.kind.calls} times" if self.kind.calls > 1 else ""
         self._text(40, 28, f"{self.map.architecture} · {self.kind.block_class} · {self.kind.name} · {layers}", "")
         self._stream_point("resid_pre", 60)
         for number, role in enumerate(roles):
-            start = _END + (0 if parallel else number * pitch)
+            start = _BEGIN + (0 if parallel else number * pitch)
             self._branch(role, start, below=parallel and role == "mlp")
             if not parallel:
                 self._after_sum(start, number, number == len(roles) - 1, norm_on_stream)
-        self._stream_point("resid_post", width - 110)
+        self._stream_point("resid_post", width - _END + 20)
         return self._document(width, height)
 
     def _branch(self, role: str, start: int, below: bool) -> None:
@@ -71,13 +72,13 @@ class _Drawing:
             boxes.append((after, "norm" if after == "norm" else "box"))
         place = start + 22
         for label, cls in boxes:
-            size = 150 if (label, cls) == core else 62
+            size = 120 if (label, cls) == core else 62
             self._element("rect", x=place, y=level - 19, width=size, height=38, rx=7, cls=cls)
             self._text(place + size / 2, level + 5, label, "", "middle")
             if (label, cls) == core:
                 self._branch_point(f"{role}_in", place - 6, level, place - 26, level + (40 if below else -50))
             place += size + 26
-        self._branch_point(f"{role}_out", end, level, end + 12, level + (-32 if below else 40))
+        self._branch_point(f"{role}_out", end, level, end - 14, level + (-42 if below else 42), "end")
         self._element("circle", cx=end, cy=self.line, r=12, cls="sum")
         self._text(end, self.line + 5, "+", "", "middle")
 
@@ -123,19 +124,20 @@ class _Drawing:
         self._element("circle", cx=x, cy=self.line, r=6, cls="dot")
         self._label(name, x - 20, self.line + drop)
 
-    def _branch_point(self, name: str, x: float, y: float, label_x: float, label_y: float) -> None:
+    def _branch_point(
+        self, name: str, x: float, y: float, label_x: float, label_y: float, anchor: str = "start"
+    ) -> None:
         if name in self.kind.points:
             self._element("circle", cx=x, cy=y, r=5, cls="dot")
-            self._label(name, label_x, label_y)
+            self._label(name, label_x, label_y, anchor)
 
-    def _label(self, name: str, x: float, y: float) -> None:
-        self._text(x, y, name, "point")
-        terms = self.kind.points[name].terms
-        for number, term in enumerate(terms):
+    def _label(self, name: str, x: float, y: float, anchor: str = "start") -> None:
+        self._text(x, y, name, "point", anchor)
+        for number, term in enumerate(self.kind.points[name].terms):
             path = term.module.removeprefix(self.map.layers_path).lstrip(".") or "block"
             scale = f"{factor}·" if (factor := self._factor(name, number)) else ""
             sign = "+ " if number else ""
-            self._text(x, y + 15 + 13 * number, f"{sign}{scale}{path}.{term.side}", "path")
+            self._text(x, y + 17 + 16 * number, f"{sign}{scale}{path}.{term.side}", "path", anchor)
 
     def _text(self, x: float, y: float, text: str, cls: str, anchor: str = "start") -> None:
         element = self._element("text", x=x, y=y, cls=cls, **{"text-anchor": anchor})
