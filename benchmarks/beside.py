@@ -1,10 +1,13 @@
-"""What capturing, harvesting, steering and gradients cost on a real model, beside other libraries, in one run.
+"""What capturing, steering, harvesting, gradients, sweeps and dictionaries cost beside other libraries, in one run.
 
-    python benchmarks/beside.py MODEL --peer transformer_lens=PYTHON --peer nnterp=PYTHON --peer interp_engine=PYTHON
+    python benchmarks/beside.py MODEL … [--qwen] --peer transformer_lens=PYTHON --peer nnterp=PYTHON \\
+        --peer interp_engine=PYTHON --peer torchlens=PYTHON --peer sae_lens=PYTHON [--rounds 3] [--write]
 
-MODEL is a folder. Each library runs in a process of its own, a peer's with its environment's Python, float32, one
-thread; the ways take turns. A figure is the median over rounds of processor time over that of the model itself, without
-the library, doing the same in the same process and round. `--write` puts the table into docs/benchmarks.md.
+MODEL is a folder; `--qwen` adds a full-size Qwen3-0.6B with random weights, made in a temporary folder. Each library
+does its own best (benchmarks/ways) in a process of its own, a peer's with its environment's Python, float32,
+one thread. A figure is the median over rounds of processor time over that of the model itself, without a library,
+doing the same in the same process and round. What each library finds is held against plain hooks, to 10⁻³ of the
+largest number: a figure of another answer is not shown. `--write` puts the tables into docs/benchmarks.md.
 """
 
 import argparse
@@ -12,273 +15,209 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from machine import describe
+from ways import LIBRARIES, PACKAGES, Work
+from ways.by_hand import bare
+from ways.work import dictionary_weights, plain
 
-FEW, AT, NEW = [7, 15, 23], 15, 16
-PROMPT = torch.arange(1000, 1032)[None]
-BATCH = torch.arange(2000, 2512).reshape(4, 128)
-Ways = dict[str, Callable[[], Any]]
 WAYS = {
-    "capture": f"`resid_post` of {len(FEW)} layers while generating {NEW} tokens",
-    "steering": f"a vector added at one layer while generating {NEW} tokens",
-    "harvest": "`resid_post` of all layers, 4 texts of 128 tokens, one pass",
+    "capture": "`resid_post` of 3 layers while generating 16 tokens",
+    "steering": "a vector added at one layer while generating 16 tokens",
+    "harvest": "`resid_post` of all layers, 4 texts of 64 tokens, one pass",
     "gradients": "of a logit by `resid_post` of all layers, 32 tokens",
+    "sweep": "`resid_pre` of 6 layers patched at each of 8 tokens",
+    "sweep, its own": "the same by a function that the library has for it",
+    "features": "4,608 of a dictionary at one layer, 4 texts of 64 tokens",
 }
-OVER = {"capture": "generate", "steering": "generate", "harvest": "forward", "gradients": "backward"}
-PACKAGES = {"hookmap": "hookmap", "transformer_lens": "transformer-lens", "nnterp": "nnterp", "nnsight": "nnsight",
-            "interp_engine": "interp-engine"}  # fmt: skip
+OVER = {
+    "capture": "generate", "steering": "generate", "harvest": "forward", "gradients": "backward", "sweep": "passes",
+    "sweep, its own": "passes", "features": "forward",
+}  # fmt: skip
+FEATURES = 4608
+CLOSE = 1e-3
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- made by benchmarks/beside.py: do not edit -->\n", "<!-- end -->\n"
-SECTION = f"""## A real model, beside other libraries
-
-`python benchmarks/beside.py MODEL --peer NAME=PYTHON … --write`: SmolLM2-135M-Instruct, float32, one thread. Each
-figure is processor time over that of the model without a library, doing the same in the same process and round;
-medians. A dash: the library does not offer it.
-
-{BEGIN}{END}
-"""
 
 
-def plain(folder: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-
-
-def generated(model: Any) -> Any:
-    return model.generate(PROMPT, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
-
-
-def bare(model: Any) -> Ways:
-    """The same without a library; the backward pass goes to what the first block reads."""
-
-    def backward() -> torch.Tensor:
-        given = model.get_input_embeddings()(PROMPT).requires_grad_()
-        logit = model(inputs_embeds=given).logits[0, -1, 5]
-        return torch.autograd.grad(logit, given)[0]
-
-    return {
-        "generate": lambda: generated(model),
-        "forward": lambda: model(BATCH, use_cache=False),
-        "backward": backward,
-    }
-
-
-def hookmap(folder: str) -> Ways:
-    import hookmap
-
-    hm = hookmap.open(plain(folder))
-    vector = torch.ones(hm.map.d_model)
-    steer = hookmap.apply(lambda rows, at: rows + vector, point="resid_post", layers=AT)
-    ids = PROMPT.tolist()
-    return {
-        "capture": lambda: hm.capture(ids, "resid_post", FEW, NEW),
-        "steering": lambda: hm.generate(ids, [steer], max_new_tokens=NEW),
-        "harvest": lambda: hm.capture(BATCH.tolist(), "resid_post", "all", 0),
-        "gradients": lambda: hm.gradients(ids, lambda logits, at: logits[..., -1, 5], points="resid_post"),
-    }
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--qwen", action="store_true", help="a full-size Qwen3-0.6B with random weights, too")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", default="/".join(OVER), help="these alone, with slashes between")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.serve:
+        return serve(*given.serve)
+    own = dict.fromkeys(("plain hooks", "hookmap", "nnsight"), sys.executable)
+    pythons = own | dict(each.split("=") for each in given.peer)
+    with tempfile.TemporaryDirectory() as scratch:
+        models = {Path(folder).name: folder for folder in given.models}
+        if given.qwen:
+            models["Qwen3-0.6B, random weights"] = qwen(Path(scratch) / "qwen")
+        tables = [
+            table(name, measured(folder, pythons, given.ways.split("/"), given.rounds, Path(scratch) / str(number)))
+            for number, (name, folder) in enumerate(models.items())
+        ]
+    text = "\n".join(tables)
+    print(text)
+    if given.write:
+        page = PAGE.read_text(encoding="utf-8")
+        made = f"\n{describe()}\n\n{text}\n"
+        PAGE.write_text(re.sub(f"(?<={re.escape(BEGIN)}).*(?={END})", lambda _: made, page, flags=re.DOTALL), "utf-8")
 
 
-def nnsight(folder: str) -> Ways:
-    """Its own `NNsight` over the model: saved outputs, an output that is written, gradients of saved outputs."""
-    import nnsight
+def qwen(folder: Path) -> str:
+    """A checkpoint of Qwen3-0.6B's shape, with a tokenizer of numbered words: libraries want one."""
+    from narrow import build
+    from peer import tokenizer
 
-    model = plain(folder)
-    tree = nnsight.NNsight(model)
-    blocks = range(len(model.model.layers))
-    vector = torch.ones(model.config.hidden_size)
-
-    def capture() -> Any:
-        with tree.trace(None, fn=lambda _: generated(model)) as tracer:
-            rows = nnsight.save([])
-            for _ in tracer.iter[:]:
-                for layer in FEW:
-                    rows.append(tree.model.layers[layer].output.clone())
-        assert len(rows) == NEW * len(FEW)
-
-    def steering() -> Any:
-        with tree.trace(None, fn=lambda _: generated(model)) as tracer:
-            for _ in tracer.iter[:]:
-                tree.model.layers[AT].output = tree.model.layers[AT].output + vector
-
-    def harvest() -> Any:
-        with torch.no_grad(), tree.trace(BATCH, use_cache=False):
-            rows = nnsight.save([])
-            for layer in blocks:
-                rows.append(tree.model.layers[layer].output.clone())
-        assert len(rows) == len(blocks)
-
-    def gradients() -> Any:
-        with tree.trace(PROMPT):
-            first = tree.model.layers[0].input
-            first.requires_grad_(True)
-            rows = nnsight.save([])
-            for layer in blocks:
-                rows.append(tree.model.layers[layer].output)
-            logit = tree.output.logits[0, -1, 5].save()
-        assert len(torch.autograd.grad(logit, rows)) == len(blocks)
-
-    return {"capture": capture, "steering": steering, "harvest": harvest, "gradients": gradients}
+    model = build("full")
+    model.save_pretrained(folder)
+    tokenizer(model.config.vocab_size).save_pretrained(folder)
+    return str(folder)
 
 
-def nnterp(folder: str) -> Ways:
-    """Its standardised names, in nnsight's traces."""
-    import nnsight
-    from nnterp import StandardizedTransformer
-
-    model = StandardizedTransformer(folder, dtype=torch.float32, device_map="cpu")
-    model._model.requires_grad_(False)
-    blocks = range(model.num_layers)
-    vector = torch.ones(model.hidden_size)
-    how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-
-    def capture() -> Any:
-        with model.generate(PROMPT, **how) as tracer:
-            rows = nnsight.save([])
-            for _ in tracer.iter[:]:
-                for layer in FEW:
-                    rows.append(model.layers_output[layer].clone())
-        assert len(rows) == NEW * len(FEW)
-
-    def steering() -> Any:
-        with model.generate(PROMPT, **how) as tracer:
-            for _ in tracer.iter[:]:
-                model.layers_output[AT] = model.layers_output[AT] + vector
-
-    def harvest() -> Any:
-        with torch.no_grad(), model.trace(BATCH):
-            rows = nnsight.save([])
-            for layer in blocks:
-                rows.append(model.layers_output[layer].clone())
-        assert len(rows) == len(blocks)
-
-    def gradients() -> Any:
-        with model.trace(PROMPT):
-            model.layers_input[0].requires_grad_(True)
-            rows = nnsight.save([])
-            for layer in blocks:
-                rows.append(model.layers_output[layer])
-            logit = model.logits[0, -1, 5].save()
-        assert len(torch.autograd.grad(logit, rows)) == len(blocks)
-
-    return {"capture": capture, "steering": steering, "harvest": harvest, "gradients": gradients}
-
-
-def transformer_lens(folder: str) -> Ways:
-    """The bridge: `generate(return_cache=True)`, hooks, `run_with_cache`."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    bridge = TransformerBridge.boot_transformers(folder, device="cpu", dtype=torch.float32)
-    for parameter in bridge.parameters():
-        parameter.requires_grad_(False)
-    names = [f"blocks.{layer}.hook_resid_post" for layer in range(bridge.cfg.n_layers)]
-    few, vector = [names[layer] for layer in FEW], torch.ones(bridge.cfg.d_model)
-    how = {"max_new_tokens": NEW, "do_sample": False, "stop_at_eos": False, "verbose": False, "return_type": "tokens"}
-
-    def capture() -> Any:
-        cache = bridge.generate(PROMPT, return_cache=True, names_filter=few, **how)[1]
-        assert all(name in cache for name in few)
-
-    def steering() -> Any:
-        with bridge.hooks(fwd_hooks=[(names[AT], lambda rows, hook: rows + vector)]):
-            bridge.generate(PROMPT, **how)
-
-    def harvest() -> Any:
-        with torch.no_grad():
-            cache = bridge.run_with_cache(BATCH, names_filter=names)[1]
-        assert all(name in cache for name in names)
-
-    def gradients() -> Any:
-        rows = []
-        begin = ("blocks.0.hook_resid_pre", lambda given, hook: given.detach().requires_grad_())
-        keep = [(name, lambda given, hook: rows.append(given)) for name in names]
-        with bridge.hooks(fwd_hooks=[begin, *keep]):
-            logit = bridge(PROMPT)[0, -1, 5]
-        assert len(torch.autograd.grad(logit, rows)) == len(names)
-
-    return {"capture": capture, "steering": steering, "harvest": harvest, "gradients": gradients}
-
-
-def interp_engine(folder: str) -> Ways:
-    """Its eager engine. `capture_generation` generates, and then runs one pass over all tokens."""
-    from interp_engine import load_model
-    from interp_engine.capture import capture, capture_generation
-    from interp_engine.steer import SteerSpec, generate_stream, steer
+def a_dictionary(folder: str, into: Path) -> Work:
+    """What is asked of a model, with a dictionary of random directions, each active on some 1 % of its tokens."""
     from transformers import AutoConfig
 
-    model = load_model(folder, backend="eager", device="cpu", dtype="float32", requires_grad=True)
-    config = AutoConfig.from_pretrained(folder)
-    blocks = range(config.num_hidden_layers)
-    spec = [SteerSpec(torch.ones(config.hidden_size), AT)]
+    from hookmap.analysis.dictionaries.dictionary import About, Dictionary
+    from hookmap.analysis.dictionaries.saving import save_dictionary
 
-    def steering() -> Any:
-        with steer(model, spec):
-            steps = list(generate_stream(model, PROMPT[0], max_tokens=NEW, temperature=0.0, stop_at_eos=False))
-        assert len(steps) == NEW
-
-    def gradients() -> Any:
-        names = [("resid_post", n) for n in blocks]
-        cache = capture(model, PROMPT, names, detach=False)
-        found = torch.autograd.grad(cache.output.logits[0, -1, 5], [cache.get(*name) for name in names])
-        assert len(found) == len(names)
-
-    return {
-        "gradients": gradients,
-        "capture": lambda: capture_generation(model, PROMPT, [f"resid_post.{n}" for n in FEW], max_tokens=NEW),
-        "steering": steering,
-        "harvest": lambda: capture(model, BATCH, [("resid_post", n) for n in blocks]),
-    }
+    work = Work(folder, AutoConfig.from_pretrained(folder).num_hidden_layers, str(into / "dictionary"))
+    model = plain(folder)
+    with torch.no_grad():
+        rows = model.model(work.batch, use_cache=False, output_hidden_states=True).hidden_states[work.at + 1]
+    width = rows.shape[-1]
+    torch.manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(FEATURES, width), dim=1)
+    bias = -torch.quantile(rows.reshape(-1, width) @ vectors.T, 0.99, dim=0)
+    save_dictionary(
+        Dictionary(vectors.T.contiguous(), vectors, bias, torch.zeros(width), about=About("resid_post", work.at)),
+        work.dictionary,
+    )
+    assert {"W_enc", "b_enc"} <= dictionary_weights(work).keys()
+    return work
 
 
-LIBRARIES: dict[str, Callable[[str], Ways]] = {
-    "hookmap": hookmap, "nnsight": nnsight, "transformer_lens": transformer_lens, "nnterp": nnterp,
-    "interp_engine": interp_engine,
-}  # fmt: skip
+def measured(
+    folder: str, pythons: dict[str, str], ways: list[str], rounds: int, into: Path
+) -> dict[str, tuple[str, dict[str, str]]]:
+    """Library -> its version, and its figure by way."""
+    into.mkdir()
+    work = a_dictionary(folder, into)
+    found: dict[str, tuple[str, dict[str, str]]] = {}
+    for name, python in pythons.items():  # one after the other: two copies of the model each
+        library = Library(name, python, work, into)
+        ratios: dict[str, list[float]] = {}
+        states: dict[str, str] = {}
+        for number in range(rounds + 1):  # the first warms up, and its answers are looked at
+            bases = {base: library.seconds(base) for base in dict.fromkeys(OVER[way] for way in ways)}
+            for way in ways:
+                if way in states:
+                    continue
+                took = library.seconds(way)
+                if isinstance(took, str):
+                    states[way] = took
+                elif number == 0 and (why := differs(into, name, way)):
+                    states[way] = why
+                elif number:
+                    ratios.setdefault(way, []).append(took / float(bases[OVER[way]]))
+        figures = {way: f"{statistics.median(each):.2f}" for way, each in ratios.items()}
+        found[name] = (library.version, {way: states.get(way) or figures[way] for way in ways})
+        library.end()
+        print(f"{Path(folder).name} {name} {library.version}: {found[name][1]}", file=sys.stderr, flush=True)
+    return found
 
 
-def serve(name: str, folder: str) -> None:
+def differs(into: Path, name: str, way: str) -> str:
+    """Why an answer is not that of plain hooks; nothing where it is."""
+    expected, got = (
+        torch.load(into / f"{who} {one}.pt").float()
+        for who, one in (("plain hooks", way.partition(",")[0]), (name, way))
+    )
+    if expected.shape != got.shape:
+        return f"another answer: {list(got.shape)}, expected {list(expected.shape)}"
+    far = float((expected - got).abs().max() / expected.abs().max())
+    return "" if far <= CLOSE else f"another answer: {far:.1e} of the largest number"
+
+
+def table(name: str, found: dict[str, tuple[str, dict[str, str]]]) -> str:
+    heads = [one if one == "plain hooks" else f"{PACKAGES[one]} {version}" for one, (version, _) in found.items()]
+    ways = list(next(iter(found.values()))[1])
+    rows = [
+        f"| {way}: {WAYS[way]} | {OVER[way]} | " + " | ".join(figures[way] for _, figures in found.values()) + " |"
+        for way in ways
+    ]
+    return "\n".join(
+        [f"{name}:", "", f"| | over | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads), *rows, ""]
+    )
+
+
+def serve(name: str, folder: str, dictionary: str, into: str) -> None:
     """Runs the ways that it reads, one a line, and answers with the seconds of each, or with why there are none."""
+    from transformers import AutoConfig
+
     torch.set_num_threads(1)
-    ways = {**bare(plain(folder)), **LIBRARIES[name](folder)}
+    work = Work(folder, AutoConfig.from_pretrained(folder).num_hidden_layers, dictionary)
+    ways, alone = LIBRARIES[name](work), bare(work, plain(folder))
     print("ready", sys.modules["hookmap"].__version__ if name == "hookmap" else version(PACKAGES[name]), flush=True)
     for line in sys.stdin:
-        way = ways.get(line.strip())
+        way = line.strip()
         begun = time.process_time()
         try:
-            if way is None:
-                raise NotImplementedError("not offered")
-            way()
-            print(f"took {time.process_time() - begun}", flush=True)
+            if way in alone:
+                alone[way]()
+                print(f"took {time.process_time() - begun}", flush=True)
+                continue
+            if way not in ways:
+                print("state –", flush=True)
+                continue
+            answer = ways[way]()
+            took = time.process_time() - begun
+            file = Path(into) / f"{name} {way}.pt"
+            if not file.exists():
+                torch.save(answer().detach().clone(), file)
+            print(f"took {took}", flush=True)
         except Exception as error:
-            print("failed", type(error).__name__, " ".join(str(error).split())[:300], flush=True)
+            print(f"{name} {way}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print("state error:", type(error).__name__, flush=True)
 
 
 class Library:
     """A library's process."""
 
-    def __init__(self, name: str, python: str, folder: str) -> None:
+    def __init__(self, name: str, python: str, work: Work, into: Path) -> None:
         self.name = name
         self._process = subprocess.Popen(
-            [python, __file__, folder, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, __file__, "--serve", name, work.folder, work.dictionary, str(into)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.version = self._answer("ready").split()[1]
 
-    def seconds(self, way: str) -> float | None:
+    def seconds(self, way: str) -> float | str:
+        """Of processor time; or what stands in place of a figure."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{way}\n")
         self._process.stdin.flush()
-        answer = self._answer("took", "failed")
-        if answer.startswith("failed"):
-            print(f"{self.name} {way}: {answer}", file=sys.stderr)
-            return None
-        return float(answer.split()[1])
+        word, _, rest = self._answer("took", "state").strip().partition(" ")
+        return float(rest) if word == "took" else rest
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
     def _answer(self, *words: str) -> str:
         assert self._process.stdout is not None
@@ -286,46 +225,6 @@ class Library:
             if line.startswith(words):
                 return line
         raise RuntimeError(f"{self.name} has ended")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--serve", choices=LIBRARIES, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.serve:
-        return serve(given.serve, given.model)
-    pythons = {"hookmap": sys.executable, "nnsight": sys.executable} | dict(each.split("=") for each in given.peer)
-    libraries = [Library(name, python, given.model) for name, python in pythons.items()]
-    ratios: dict[tuple[str, str], list[float]] = {}
-    for number in range(given.rounds + 1):  # the first one warms up
-        for library in libraries:
-            bases = {base: library.seconds(base) for base in dict.fromkeys(OVER.values())}
-            for way, base in OVER.items():
-                took, alone = library.seconds(way), bases[base]
-                if number and took is not None and alone is not None:
-                    ratios.setdefault((library.name, way), []).append(took / alone)
-    lines = [
-        "| | over | " + " | ".join(f"{PACKAGES[each.name]} {each.version}" for each in libraries) + " |",
-        "|---|---|" + "---|" * len(libraries),
-    ]
-    for way, what in WAYS.items():
-        found = (ratios.get((each.name, way)) for each in libraries)
-        cells = ("–" if one is None else f"{statistics.median(one):.2f}" for one in found)
-        lines.append(f"| {way}: {what} | {OVER[way]} | {' | '.join(cells)} |")
-    table = "\n".join(lines) + "\n"
-    print(table)
-    if given.write:
-        text = PAGE.read_text(encoding="utf-8")
-        if BEGIN not in text:
-            text = text.replace("## nnbench\n", SECTION + "## nnbench\n")
-        PAGE.write_text(
-            re.sub(f"(?<={re.escape(BEGIN)}).*(?={END})", f"\n{describe()}\n\n{table}\n", text, flags=re.DOTALL),
-            "utf-8",
-        )
 
 
 if __name__ == "__main__":
