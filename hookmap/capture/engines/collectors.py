@@ -1,12 +1,6 @@
-"""What happens to one selector's tensor on each forward pass: its rows are copied, summed, or only the last is held.
+"""What happens to one selector's tensor on each forward pass: its rows are copied, summed, or only the last is held."""
 
-Decoding brings one column per pass. Its rows go to a block that is allocated once for many passes and delivered whole,
-so that a pass costs one copy.
-"""
-
-import contextlib
 import math
-import mmap
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -14,18 +8,13 @@ import torch
 
 from hookmap.activations import Activation
 from hookmap.capture.engines.pass_rows import BatchLayout, PassRows
+from hookmap.capture.engines.step_rows import BLOCK_BYTES, Shown, StepRows, new_block
 from hookmap.capture.engines.transfer import Transfer
 from hookmap.capture.overflow import Cast, RowNumber
 from hookmap.capture.rows import DTYPES, NUMBERS, RowSelection
 from hookmap.errors import CaptureError
 from hookmap.maps.points import PointName
 from hookmap.maps.selectors import Selector
-
-BLOCK_BYTES = 2**18
-"""of one selector's block; 56 tensors of a small model need some 14 MB"""
-BLOCK_PASSES = 64
-_PAGES = sum(getattr(mmap, name, 0) for name in ("MAP_PRIVATE", "MAP_ANONYMOUS", "MAP_POPULATE"))
-"""pages of a block are the process's own, and there at once: a fault for each costs more than the block"""
 
 Deliver = Callable[[int, int, torch.Tensor], None]
 """(row of the batch, number of the first row within its sample, rows [n, ...] on the host)"""
@@ -50,35 +39,37 @@ class Collector(Protocol):
 class EveryRow:
     """Delivers each kept row."""
 
-    def __init__(self, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None) -> None:
-        self._transfer, self._deliver, self._cast = transfer, deliver, Cast(dtype)
+    waits = False
+
+    def __init__(
+        self, selector: Selector, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None, steps: StepRows
+    ) -> None:
+        self.selector = selector
+        self._transfer, self._deliver, self._cast, self._steps = transfer, deliver, Cast(dtype), steps
         self.lost = self._cast.lost
-        self._block: torch.Tensor | None = None
-        self._columns: Sequence[torch.Tensor] = ()
-        """the block's columns, [batch, 1, ...] each: made once, since a view costs as much as the copy into it"""
-        self._passes: list[PassRows] = []
 
     def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
-        if rows.new > 1:
-            self._flush()
+        if self.waits and rows.new == 1:
+            self._steps.shown.append(Shown(self, rows, tensor, tensor._version))
+        elif rows.new == 1 and tensor.nbytes <= BLOCK_BYTES // 2:
+            self._steps.add(self, rows, tensor)
+        else:
+            self._steps.flush()
             gathered = self._cast(rows.gather(tensor), rows.numbers)
             self._transfer.send(gathered, lambda host: self._arrived(rows, host))
-            return
-        if self._block is None:
-            size = tensor.shape[0] * tensor[0, 0].numel() * tensor.dtype.itemsize
-            passes = max(1, min(BLOCK_PASSES, BLOCK_BYTES // max(1, size)))
-            self._block = _new_block((tensor.shape[0], passes, *tensor.shape[2:]), tensor.dtype, tensor.device)
-            self._columns = self._block.unsqueeze(2).unbind(1)
-        self._columns[len(self._passes)].copy_(tensor)
-        self._passes.append(rows)
-        if len(self._passes) == len(self._columns):
-            self._flush()
 
     def nothing(self, tensor: torch.Tensor) -> torch.Tensor:
         return _nothing(tensor.shape[2:], self._cast.dtype or tensor.dtype)
 
     def finish(self, counts: Sequence[int]) -> None:
-        self._flush()
+        self._steps.flush()
+
+    def steps(self, passes: Sequence[PassRows], block: torch.Tensor) -> None:
+        """See `Taker`."""
+        own = new_block(tuple(block.shape), self._cast.dtype or block.dtype, block.device)
+        if self._cast(block, lambda: _numbers(passes, len(block)), lead=2, out=own) is block:
+            own.copy_(block)
+        self._transfer.send(own, lambda host: self._steps_arrived(passes, host))
 
     def _arrived(self, rows: PassRows, host: torch.Tensor) -> None:
         start = 0
@@ -87,17 +78,7 @@ class EveryRow:
                 self._deliver(row, rows.first[row], host[start : start + len(kept)])
                 start += len(kept)
 
-    def _flush(self) -> None:
-        if self._block is None:
-            return
-        passes, block = self._passes, self._block[:, : len(self._passes)]
-        self._block, self._columns, self._passes = None, (), []
-        if self._cast.dtype is not None:
-            out = _new_block(tuple(block.shape), self._cast.dtype, block.device)
-            block = self._cast(block, lambda: _numbers(passes, len(block)), lead=2, out=out)
-        self._transfer.send(block, lambda host: self._block_arrived(passes, host))
-
-    def _block_arrived(self, passes: Sequence[PassRows], host: torch.Tensor) -> None:
+    def _steps_arrived(self, passes: Sequence[PassRows], host: torch.Tensor) -> None:
         for row in range(host.shape[0]):
             kept = [number for number, rows in enumerate(passes) if rows.columns[row]]
             if kept:
@@ -206,6 +187,7 @@ def collector_of(
     layout: BatchLayout,
     selection: RowSelection,
     transfer: Transfer,
+    steps: StepRows,
     write: Callable[[Activation], None],
 ) -> Collector:
     """What takes the rows of a selector, pass by pass, and hands them to `write` in order of position.
@@ -223,8 +205,11 @@ def collector_of(
         pads = [layout.pads(row) for row in range(len(samples))]
         absent = -math.inf if name.base == "attn_scores" else 0.0
         return PatternRows(transfer, deliver, dtype, pads, keys or layout.width, absent)
-    kind = MeanRow if selection.mean else LastRow if selection.one_row else EveryRow
-    return kind(transfer, deliver, dtype)
+    if selection.mean:
+        return MeanRow(transfer, deliver, dtype)
+    if selection.one_row:
+        return LastRow(transfer, deliver, dtype)
+    return EveryRow(selector, transfer, deliver, dtype, steps)
 
 
 def by_position(weights: torch.Tensor, end: int, pads: int, keys: int, absent: float = 0.0) -> torch.Tensor:
@@ -243,19 +228,6 @@ def by_position(weights: torch.Tensor, end: int, pads: int, keys: int, absent: f
     placed = weights.new_full((*weights.shape[:-1], keys), absent)
     placed[..., max(0, first) : max(0, first) + seen.shape[-1]] = seen
     return placed
-
-
-def _new_block(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory that is returned to the system with the block.
-
-    Heap memory would not be: the cache of keys and values grows around the blocks and leaves holes where they were.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if device.type == "cpu" and hasattr(mmap, "MAP_ANONYMOUS") and size:
-        with contextlib.suppress(OSError):  # the system has no more mappings to give
-            pages = mmap.mmap(-1, size, flags=_PAGES)
-            return torch.frombuffer(pages, dtype=dtype)[: math.prod(shape)].view(shape)
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _numbers(passes: Sequence[PassRows], batch: int) -> list[RowNumber | None]:

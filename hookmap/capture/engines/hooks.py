@@ -110,6 +110,7 @@ class HooksEngine:
         observers = (observer, *(() if editor is None else editor.observers), *also)
         for each in observers:
             each.parameter_at = parameters_of(self.module)
+        observer.steps.may_wait = editor is None and taps is None and generating is True
         with contextlib.ExitStack() as hooks:
             hooks.callback(register(self.root, "input", partial(self._begin, observers, editor, generating)))
             edited = (*(() if editor is None else editor.boundaries), *(() if taps is None else taps.boundaries))

@@ -16,6 +16,7 @@ from hookmap.activations import Activation, call_of
 from hookmap.capture.engines.collectors import Collector, collector_of
 from hookmap.capture.engines.parameters import no_parameters
 from hookmap.capture.engines.pass_rows import BatchLayout, BatchRows, PassRows
+from hookmap.capture.engines.step_rows import StepRows
 from hookmap.capture.engines.transfer import Transfer
 from hookmap.capture.overflow import Overflow, in_words
 from hookmap.capture.rows import DTYPES, RowSelection
@@ -52,10 +53,7 @@ class Observer:
         matching: frozenset[int] = frozenset(),
         rows_stay: bool = False,
     ) -> None:
-        """`keys`: the length of a row of attention weights, zeros after the keys that a query sees.
-
-        `rows_stay`: activations are on the device that they were made on; else on the host.
-        """
+        """`keys`: of a row of attention weights, those not seen are 0. `rows_stay`: on their device, not the host."""
         self.selectors = tuple(selectors)
         self.layout = layout
         self.selection = selection or RowSelection()
@@ -67,7 +65,7 @@ class Observer:
         """whether somebody else reads or writes logits too, so that all of them are computed"""
         self._batch = BatchRows(layout, self.selection, matching)
         self._write, self._looks = write, True
-        self._transfer = Transfer(rows_stay)
+        self._transfer, self.steps = Transfer(rows_stay), StepRows()
         self._collectors = [self.collector(selector, keys) for selector in self.selectors]
         self._feature_indices: dict[tuple[int, torch.device], torch.Tensor | None] = {}
         """(width of a row, device) -> the features that are kept; None for all"""
@@ -204,6 +202,8 @@ class Observer:
                     seen[number] = batch.passes
                     self._left -= 1
                     take(batch.kept, tensor if own is None else own(tensor))
+                    if not self._left:
+                        self.steps.end()
                     return
             watch(args, kwargs, output)
 
@@ -290,6 +290,8 @@ class Observer:
             self._take(number, tensor)
         elif number not in self._no_rows:
             self._no_rows[number] = self._collectors[number].nothing(self._features(tensor))
+        if not self._left:
+            self.steps.end()
 
     def _sum(self, terms: Sequence[Term], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The sum in the order of the terms and in the tensors' own dtype: as the model adds them."""
@@ -308,12 +310,10 @@ class Observer:
 
     def _take(self, number: int, tensor: torch.Tensor) -> None:
         """A selector is complete; `tensor`: [batch, new, ...], the model's own."""
-        collector = self._collectors[number]
-        if self.selection.features is not None:
-            tensor = self._features(tensor)
+        tensor = self._features(tensor)
         if number not in self._no_rows:
-            self._no_rows[number] = collector.nothing(tensor)
-        collector.take(self._batch.kept if self._logit_columns is None else self._rows_in(tensor), tensor)
+            self._no_rows[number] = self._collectors[number].nothing(tensor)
+        self._collectors[number].take(self._rows_in(tensor), tensor)
 
     def _rows_in(self, tensor: torch.Tensor) -> PassRows:
         """The rows of this tensor that are kept: a tensor of logits may lack columns that nobody needs."""
@@ -397,4 +397,4 @@ class Observer:
 
     def collector(self, selector: Selector, keys: int | None) -> Collector:
         """What takes the rows of a selector, pass by pass. `keys`: see `__init__`."""
-        return collector_of(selector, keys, self.layout, self.selection, self._transfer, self._write)
+        return collector_of(selector, keys, self.layout, self.selection, self._transfer, self.steps, self._write)
