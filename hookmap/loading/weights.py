@@ -26,10 +26,13 @@ def weights_of(module: nn.Module) -> dict[str, Any] | None:
         if tensor.is_meta:
             return None
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        values.setdefault(tensor.dtype, []).append(_some(tensor.detach()).cpu())
+        values.setdefault(tensor.dtype, []).append(_some(tensor.detach()))
         count += 1
     for found in values.values():
-        digest.update(torch.cat(found).view(torch.uint8).numpy().tobytes())
+        # Joined where they are: a copy to the host for each would wait for the device each time.
+        together = len({each.device for each in found}) == 1
+        joined = torch.cat(found if together else [each.cpu() for each in found])
+        digest.update(joined.cpu().view(torch.uint8).numpy().tobytes())
     dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in values)
     return {"tensors": count, "dtypes": dtypes, "values_of_each": VALUES, "sha256": digest.hexdigest()}
 

@@ -89,7 +89,7 @@ def test_what_nothing_writes_over_waits() -> None:
     for value in range(3):
         run.step(column(value), column(value + 10.0))
     run.steps.flush()
-    assert [taker.waits for taker in run.takers] == [True, True]
+    assert run.steps.waiting == set(run.takers)
     assert [rows[:, 0].tolist() for rows in run.rows] == [[0, 1, 2], [10, 11, 12]]
 
 
@@ -103,7 +103,7 @@ def test_what_a_pass_writes_over_never_waits(write: Write) -> None:
     for value in range(1, 4):
         run.step(column(value), column(value), between=write)
     run.steps.flush()
-    assert [taker.waits for taker in run.takers] == [False, False]
+    assert not run.steps.waiting
     assert [rows[:, 0].tolist() for rows in run.rows] == [[1, 2, 3], [1, 2, 3]]
 
 
@@ -112,7 +112,7 @@ def test_nothing_waits_where_something_may_write_and_where_nothing_counts_writes
     edited.step(column(1), column(2))
     with torch.inference_mode():
         uncounted.step(column(1), column(2))
-    assert not any(taker.waits for run in (edited, uncounted) for taker in run.takers)
+    assert not edited.steps.waiting and not uncounted.steps.waiting
 
 
 def test_tensors_of_several_widths_and_dtypes_keep_their_own() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from hookmap.activations import Activation
 from hookmap.capture.engines.pass_rows import BatchLayout, PassRows
-from hookmap.capture.engines.step_rows import BLOCK_BYTES, Shown, StepRows, new_block
+from hookmap.capture.engines.step_rows import BLOCK_BYTES, StepRows, new_block
 from hookmap.capture.engines.transfer import Transfer
 from hookmap.capture.overflow import Cast, RowNumber
 from hookmap.capture.rows import DTYPES, NUMBERS, RowSelection
@@ -39,8 +39,6 @@ class Collector(Protocol):
 class EveryRow:
     """Delivers each kept row."""
 
-    waits = False
-
     def __init__(
         self, selector: Selector, transfer: Transfer, deliver: Deliver, dtype: torch.dtype | None, steps: StepRows
     ) -> None:
@@ -49,9 +47,7 @@ class EveryRow:
         self.lost = self._cast.lost
 
     def take(self, rows: PassRows, tensor: torch.Tensor) -> None:
-        if self.waits and rows.new == 1:
-            self._steps.shown.append(Shown(self, rows, tensor, tensor._version))
-        elif rows.new == 1 and tensor.nbytes <= BLOCK_BYTES // 2:
+        if rows.new == 1 and tensor.nbytes <= BLOCK_BYTES // 2:
             self._steps.add(self, rows, tensor)
         else:
             self._steps.flush()

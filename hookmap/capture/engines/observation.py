@@ -15,7 +15,7 @@ import torch
 from hookmap.activations import Activation, call_of
 from hookmap.capture.engines.collectors import Collector, collector_of
 from hookmap.capture.engines.parameters import no_parameters
-from hookmap.capture.engines.pass_rows import BatchLayout, BatchRows, PassRows
+from hookmap.capture.engines.pass_rows import BatchLayout, BatchRows, KeptFeatures, PassRows
 from hookmap.capture.engines.step_rows import StepRows
 from hookmap.capture.engines.transfer import Transfer
 from hookmap.capture.overflow import Overflow, in_words
@@ -67,8 +67,7 @@ class Observer:
         self._write, self._looks = write, True
         self._transfer, self.steps = Transfer(rows_stay), StepRows()
         self._collectors = [self.collector(selector, keys) for selector in self.selectors]
-        self._feature_indices: dict[tuple[int, torch.device], torch.Tensor | None] = {}
-        """(width of a row, device) -> the features that are kept; None for all"""
+        self._features = KeptFeatures(self.selection)
         self._seen_in: list[int] = [-1] * len(self.selectors)
         """of each selector, the last forward pass that showed it"""
         self._static = False
@@ -192,18 +191,25 @@ class Observer:
 
     def _in_few_steps(self, number: int, term: Term, watch: Watch) -> Watch:
         """`watch`, with a short way for the passes that a generation has most of: it is called for each token."""
-        batch, seen, take, own = self._batch, self._seen_in, self._collectors[number].take, self._own_rows
+        batch, seen, own, steps = self._batch, self._seen_in, self._own_rows, self.steps
         first = term.side == "input" and term.index is None and term.heads is None
+        collector: Any = self._collectors[number]
 
         def watch_a_step(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
             if self._one_each is not None and self._looks and seen[number] != batch.passes:
                 tensor = args[0] if first and args else term.resolve(args, kwargs, output)
-                if tensor.shape[:2] == self._one_each and not tensor.requires_grad:
+                waits = collector in steps.waiting  # what waits is held against its shape at the end of the pass
+                if (waits or tensor.shape[:2] == self._one_each) and not tensor.requires_grad:
                     seen[number] = batch.passes
                     self._left -= 1
-                    take(batch.kept, tensor if own is None else own(tensor))
+                    if own is not None:
+                        tensor = own(tensor)
+                    if waits:
+                        steps.shown.append((collector, batch.kept, tensor, tensor._version))
+                    else:
+                        collector.take(batch.kept, tensor)
                     if not self._left:
-                        self.steps.end()
+                        steps.end()
                     return
             watch(args, kwargs, output)
 
@@ -359,17 +365,6 @@ class Observer:
                 f"{selector}: {held} positions after {fed} tokens: this cache has places for tokens to come, and which "
                 "position is which token cannot be told. Generate without cache_implementation."
             )
-
-    def _features(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The features of a tensor that are kept."""
-        if self.selection.features is None:
-            return tensor
-        key = (tensor.shape[-1], tensor.device)
-        if key not in self._feature_indices:
-            columns = self.selection.columns(tensor.shape[-1])
-            self._feature_indices[key] = None if columns is None else torch.tensor(columns, device=tensor.device)
-        indices = self._feature_indices[key]
-        return tensor if indices is None else tensor.index_select(-1, indices)
 
     def _end_pass(self) -> None:
         """Raises CaptureError where the running pass did not show every selector."""

@@ -88,6 +88,25 @@ class PassRows:
         return self._indices[device]
 
 
+class KeptFeatures:
+    """Gives the features of a tensor that a selection keeps: entries of its last axis."""
+
+    def __init__(self, selection: RowSelection) -> None:
+        self._selection = selection
+        self._indices: dict[tuple[int, torch.device], torch.Tensor | None] = {}
+        """(width of a row, device) -> the features; None for all"""
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._selection.features is None:
+            return tensor
+        key = (tensor.shape[-1], tensor.device)
+        if key not in self._indices:
+            columns = self._selection.columns(tensor.shape[-1])
+            self._indices[key] = None if columns is None else torch.tensor(columns, device=tensor.device)
+        indices = self._indices[key]
+        return tensor if indices is None else tensor.index_select(-1, indices)
+
+
 class BatchRows:
     """Follows the tokens of one batch from one forward pass to the next."""
 

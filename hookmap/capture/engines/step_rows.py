@@ -9,7 +9,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -28,22 +28,14 @@ class Taker(Protocol):
     """Gets the rows of one selector back."""
 
     selector: Selector
-    waits: bool
-    """whether its tensor is copied when the pass has shown all; else at once"""
 
     def steps(self, passes: Sequence[PassRows], block: torch.Tensor) -> None:
         """`block`: [batch, passes, ...], which is written over afterwards; `passes`: which rows of each are kept."""
 
 
-class Shown(NamedTuple):
-    """One tensor of the running pass."""
-
-    taker: Taker
-    rows: PassRows
-    tensor: torch.Tensor
-    """[batch, 1, ...], the model's own where its taker waits, else a copy"""
-    version: int
-    """autograd's count of the writes to it"""
+Shown = tuple[Taker, PassRows, torch.Tensor, int]
+"""a tensor of the running pass, [batch, 1, ...]: the model's own where it waits, else a copy; and how often it was
+written to, as autograd counts it, or -1"""
 
 
 class StepRows:
@@ -53,8 +45,10 @@ class StepRows:
     """whether nothing of hookmap writes in this run"""
 
     def __init__(self) -> None:
+        self.waiting: set[Taker] = set()
+        """those whose tensor is copied when the pass has shown all"""
         self.shown: list[Shown] = []
-        """of the running pass; a taker that waits adds to it"""
+        """of the running pass"""
         self._tried: list[tuple[Shown, torch.Tensor]] = []
         """on its first pass, a tensor and its copy"""
         self._known: set[Taker] = set()
@@ -64,21 +58,26 @@ class StepRows:
         """of the groups, in the order in which a pass shows them"""
 
     def add(self, taker: Taker, rows: PassRows, tensor: torch.Tensor) -> None:
-        """Copy the one column of a pass now."""
+        """The one column of a pass. It is copied now where its taker does not wait."""
+        if taker in self.waiting:
+            self.shown.append((taker, rows, tensor, tensor._version))
+            return
         copy = tensor.clone()
         if self.may_wait and taker not in self._known:
             self._known.add(taker)
-            if not tensor.is_inference():  # it has no count of writes
-                self._tried.append((Shown(taker, rows, tensor, tensor._version), copy))
-        self.shown.append(Shown(taker, rows, copy, copy._version if not copy.is_inference() else 0))
+            if not tensor.is_inference():  # autograd does not count the writes to it
+                self._tried.append(((taker, rows, tensor, tensor._version), copy))
+        self.shown.append((taker, rows, copy, -1))
 
     def end(self) -> None:
-        """The pass has shown all. Raises CaptureError where what waited was written over."""
+        """The pass has shown all. Raises CaptureError where what waited was written over, or is of another shape."""
         if not self.shown:
             return
         shown, self.shown = self.shown, []
-        self._check(shown)
-        if [each.taker for each in shown] != self._takers or not all(group.fits(shown) for group in self._groups):
+        if self.waiting:
+            self._check(shown)
+        self._judge()
+        if [taker for taker, *_ in shown] != self._takers or not all(group.fits(shown) for group in self._groups):
             self.flush()
             self._regroup(shown)
         for group in self._groups:
@@ -90,31 +89,41 @@ class StepRows:
             group.flush()
 
     def _check(self, shown: Sequence[Shown]) -> None:
-        for each, copy in self._tried:
-            each.taker.waits = each.tensor._version == each.version and torch.equal(each.tensor, copy)
-        self._tried.clear()
-        changed = [each.taker.selector for each in shown if each.taker.waits and each.tensor._version != each.version]
-        if changed:
+        """Raises CaptureError where a tensor that waited was written over."""
+        written = [taker for taker, _, tensor, version in shown if version >= 0 and tensor._version != version]
+        if changed := [str(taker.selector) for taker in written]:
             raise CaptureError(
-                f"{', '.join(map(str, changed))}: written over later in a forward pass, and not in the first ones: "
+                f"{', '.join(changed)}: written over later in a forward pass, and not in the first ones: "
                 'by a hook of yours? The copy came too late. engine="nnsight" (--engine nnsight) copies at once.'
             )
 
+    def _judge(self) -> None:
+        """Whose tensors may wait, of those that were tried in this pass."""
+        for (taker, _, tensor, version), copy in self._tried:
+            if tensor._version == version and torch.equal(tensor, copy):
+                self.waiting.add(taker)
+        self._tried.clear()
+
     def _regroup(self, shown: Sequence[Shown]) -> None:
         numbers: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
-        for number, each in enumerate(shown):
-            numbers.setdefault((each.tensor.shape, each.tensor.dtype, each.tensor.device), []).append(number)
+        for number, (taker, rows, tensor, _) in enumerate(shown):
+            if tensor.shape[:2] != (rows.batch, 1):
+                raise CaptureError(
+                    f"{taker.selector}: expected a tensor of [{rows.batch}, 1, ...] (batch, tokens fed), "
+                    f"got {list(tensor.shape)}, and another shape before."
+                )
+            numbers.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(number)
         self._groups = [_Group(alike, shown) for alike in numbers.values()]
-        self._takers = [each.taker for each in shown]
+        self._takers = [taker for taker, *_ in shown]
 
 
 class _Group:
     """Tensors of one shape, dtype and device, in a block [passes, tensors, batch, 1, ...]."""
 
     def __init__(self, numbers: Sequence[int], shown: Sequence[Shown]) -> None:
-        first = shown[numbers[0]].tensor
+        first = shown[numbers[0]][2]
         self._numbers = numbers
-        self._takers = [shown[number].taker for number in numbers]
+        self._takers = [shown[number][0] for number in numbers]
         self._like = (first.shape, first.dtype, first.device)
         passes = max(1, min(BLOCK_PASSES, BLOCK_BYTES // max(1, first.nbytes)))
         self._block = new_block((passes, len(numbers), *first.shape), first.dtype, first.device)
@@ -124,12 +133,12 @@ class _Group:
 
     def fits(self, shown: Sequence[Shown]) -> bool:
         shape, dtype, device = self._like
-        tensors = [shown[number].tensor for number in self._numbers]
+        tensors = [shown[number][2] for number in self._numbers]
         return all(t.shape == shape and t.dtype is dtype and t.device == device for t in tensors)
 
     def take(self, shown: Sequence[Shown]) -> None:
-        torch.stack([shown[number].tensor for number in self._numbers], out=self._places[len(self._passes)])
-        self._passes.append(shown[self._numbers[0]].rows)
+        torch.stack([shown[number][2] for number in self._numbers], out=self._places[len(self._passes)])
+        self._passes.append(shown[self._numbers[0]][1])
         if len(self._passes) == len(self._places):
             self.flush()
 
