@@ -73,7 +73,10 @@ class Bench:
         hm.capture(
             self.prompts, POINTS, layers, self.new, engine=engine, store=store, batch_size=self.batch  # type: ignore[arg-type]
         )  # fmt: skip
-        if store:
+
+    def tidy(self) -> None:
+        """Remove what was captured; not timed."""
+        for store in self.folder.iterdir():
             shutil.rmtree(store)
 
     @property
@@ -174,6 +177,7 @@ def main() -> None:
             begun = timed(given.device)
             run()
             seconds[name].append(timed(given.device) - begun)
+            bench.tidy()
             ratios[name].append(seconds[name][-1] / seconds["plain generate"][-1])
         for name, peer in peers.items():
             base = peer.run("plain")
