@@ -156,7 +156,7 @@ class Hooked:
         run = run_of(request, engine, self.tokenizer, plan, chosen, generation, self.kinds)
         groups, why_apart = self._batches(request, run.why_no_pads)
         expected = self._estimate(request, groups)
-        of_model = self.map.architecture, self._document, self.name
+        of_model = self.map.architecture, self.document, self.name
         manifest = manifest_of(request, run, *of_model, plan, chosen["before"], featured)
         if chosen["before"]:
             expected = expected.twice()
@@ -206,8 +206,8 @@ class Hooked:
         return self.pads.why_not(harvest=False)
 
     @cached_property
-    def _document(self) -> dict[str, Any]:
-        """The map's, written once: every manifest takes a copy."""
+    def document(self) -> dict[str, Any]:
+        """The map as plain JSON data, written once: every manifest takes a copy."""
         return self.map.to_document()
 
     @cached_property

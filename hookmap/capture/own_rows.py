@@ -1,11 +1,11 @@
 """Watching and writing some rows of a batch that others share: each request sees its own, as if it ran alone.
 
-A prompt is read by itself; then the newest token of each row is fed. So a pass of the batch has the columns that a pass
-of the request alone would have, and only the rows are others.
+A pass reads prompts, which pads precede, or the newest token of each row. So what a request sees of it are some rows of
+the batch, and their last columns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +23,20 @@ class Place:
 
     batch: int = 0
     """rows of the batch"""
-    rows: list[int] = field(default_factory=list)
+    rows: Sequence[int] = ()
     """for each row of the request, its number there"""
+    pads: int = 0
+    """columns of the running pass before those of the request"""
     error: BaseException | None = None
     """the first error of the hooks of this request, which the others do not hear of"""
+    _index: tuple[slice | list[int], ...] = ()
+
+    def stand(self, batch: int, rows: Sequence[int], pads: int) -> None:
+        """Where they are in the pass that comes."""
+        self.batch, self.rows, self.pads = batch, rows, pads
+        follow = list(rows) == list(range(rows[0], rows[0] + len(rows)))
+        own = slice(rows[0], rows[0] + len(rows)) if follow else list(rows)
+        self._index = (own, slice(pads, None)) if pads else (own,)
 
     def own(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         """Arguments of the model with the tokens of these rows alone."""
@@ -34,11 +44,8 @@ class Place:
         return (), {"input_ids": self.of(ids)}
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """These rows of a tensor [batch, ...]: a view, where they follow each other."""
-        first, count = self.rows[0], len(self.rows)
-        if self.rows == list(range(first, first + count)):
-            return tensor[first : first + count]
-        return tensor[self.rows]
+        """What these rows have of a tensor [batch, columns, ...]: a view, where they follow each other."""
+        return tensor[self._index]
 
 
 class OwnRows(Observer):
@@ -77,7 +84,8 @@ class OwnRows(Observer):
         return own
 
     def _arranged(self, tensor: torch.Tensor, term: Term, selector: Selector) -> torch.Tensor:
-        found = tensor if term.bare else term.arrange(tensor, self.place.batch, self._batch.width or 0)
+        width = self.place.pads + (self._batch.width or 0)
+        found = tensor if term.bare else term.arrange(tensor, self.place.batch, width)
         return self.place.of(found) if found.shape[0] == self.place.batch else found
 
 
@@ -105,7 +113,7 @@ class OwnEditor(Editor):
             return given
 
     def _shape(self) -> tuple[int, int]:
-        return self.place.batch, super()._shape()[1]
+        return self.place.batch, self.place.pads + super()._shape()[1]
 
     def _placed(self, cells: Cells) -> Cells:
-        return [self.place.rows[row] for row in cells[0]], cells[1]
+        return [self.place.rows[row] for row in cells[0]], [self.place.pads + column for column in cells[1]]

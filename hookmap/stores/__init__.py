@@ -3,7 +3,8 @@
     interface.py   what every store answers: samples, texts, tokens, read, [point, layer], norms
     ledger.py      what every sink checks: rows in order, one dtype and shape per tensor, nothing missing at the end
     memory.py      a store and sink in memory
-    folder.py      writes a capture folder; reader.py reads one; integrity.py checks one
+    folder.py      writes a capture folder step by step; whole_writer.py one that is complete or none
+    reader.py      reads a capture folder; integrity.py checks one
     background.py  the same from a thread; dataset.py gives rows in random order
     copying.py     repairs and merges captures; export.py and importing.py know other programs' layouts
     location.py    a folder here, or one that fsspec reaches

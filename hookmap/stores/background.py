@@ -16,6 +16,7 @@ from hookmap.stores.closing import Closing
 
 if TYPE_CHECKING:
     from hookmap.stores.folder import FolderWriter
+    from hookmap.stores.whole_writer import WholeWriter
 
 IN_FLIGHT = 16 * 2**20
 """bytes of rows that may wait for the disk"""
@@ -43,7 +44,7 @@ class _End(NamedTuple):
 
 
 class BackgroundWriter(Closing):
-    """A sink around a FolderWriter, which it owns from then on. Use it in a `with` statement, from one thread.
+    """A sink around another writer, which it owns from then on. Use it in a `with` statement, from one thread.
 
     An error of the writer is raised at the caller's next call and at each later one, or at the end of the `with`
     statement. Leaving the statement by an exception still writes what was handed over: a finished sample stays
@@ -54,7 +55,7 @@ class BackgroundWriter(Closing):
     # shut, only what C makes atomic: a queue, a reference to a mark, and a bell, which is a lock that the thread opens.
     # The end of the thread is also signalled: Python 3.11 reports a thread as dead after an interrupted `join`.
 
-    def __init__(self, writer: "FolderWriter", in_flight: int = IN_FLIGHT) -> None:
+    def __init__(self, writer: "FolderWriter | WholeWriter", in_flight: int = IN_FLIGHT) -> None:
         """`in_flight`: bytes of rows that may wait; a piece that is larger waits alone."""
         self._writer = writer
         self._in_flight = in_flight
@@ -108,9 +109,9 @@ class BackgroundWriter(Closing):
         self._tell()
 
     def close(self, finished: bool) -> None:
-        """Write what waits and close the FolderWriter. Only the first call decides how.
+        """Write what waits and close the writer. Only the first call decides how.
 
-        With `finished`, raises as `FolderWriter.close` and `write` do.
+        With `finished`, raises as the writer's `close` and `write` do.
         """
         if not self._closed:
             self._give()  # there may be no room: an interrupt while waiting for it would leave the thread without end

@@ -64,7 +64,14 @@ def write_file(path: Path, data: bytes) -> None:
     write_whole(path, lambda file: write_all(file, data))
 
 
-def write_all(file: BinaryIO, data: "bytes | memoryview") -> None:
+def write_durably(path: Path, data: "bytes | bytearray") -> None:
+    """Write a file that nobody reads yet. Its name is durable once that of a later `write_whole` in its folder is."""
+    with open(path, "wb", buffering=0) as file:
+        write_all(file, data)
+        os.fsync(file.fileno())
+
+
+def write_all(file: BinaryIO, data: "bytes | bytearray | memoryview") -> None:
     """Write all of `data` to an unbuffered file: one system call may take only a part."""
     view = memoryview(data)
     while view:

@@ -9,7 +9,6 @@ where an undisturbed run stood when that group was written.
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from hookmap.stores.ledger import Ledger
 from hookmap.stores.manifest import MANIFEST, Counts, Manifest, read_manifest, write_manifest
 from hookmap.stores.number_set import NumberSet
 from hookmap.stores.shard import SHARD_FOLDER, is_shard, sha256_of, shard_name
-from hookmap.stores.table import SAMPLES, SHARDS, Entry, altered_line, encode_group, encode_shards, read_shards
+from hookmap.stores.table import SAMPLES, SHARDS, altered_line, read_shards
 from hookmap.stores.table_index import Committed, scan
 from hookmap.stores.write_access import cannot_write, lock, refuse_used
 
@@ -145,8 +144,8 @@ class FolderWriter(GroupWriter, Closing):
         """
         if self._closed:
             return
-        if finished and (left := sorted({*self._ledger.open, *(s.sample for s in self._pending)})):
-            raise StoreError(f"{self.folder} cannot be closed as finished: samples {left} are not.")
+        if finished:
+            self._refuse_unfinished()
         self._closed = True
         try:
             self._recover()
@@ -170,18 +169,14 @@ class FolderWriter(GroupWriter, Closing):
 
     def _commit(self, group: Group) -> None:
         """Make the samples of the group finished: its shards are there, under their final names."""
-        first = self._committed.shards
+        samples, shards = group.lines(self._committed.shards)
         with self._writing():
             if self.manifest.specs != self._ledger.specs:
                 self.manifest = self.manifest.with_specs(self._ledger.specs)
                 write_manifest(self.folder, self.manifest)
-            if group.shards:
-                self._shards.append(encode_shards([replace(info, shard=first + info.shard) for info in group.shards]))
-            entries = [
-                Entry(entry.sample, tuple(span._replace(shard=first + span.shard) for span in entry.spans))
-                for entry in group.entries
-            ]
-            self._samples.append(encode_group(entries, first + len(group.shards)))
+            if shards:
+                self._shards.append(shards)
+            self._samples.append(samples)
             self._committed = scan(self.folder / SAMPLES, self._committed)
             self._forget()
 

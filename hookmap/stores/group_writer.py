@@ -7,15 +7,16 @@ and its group is adopted later (`FolderWriter.adopt`).
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
 from hookmap.activations import Activation, Key, Sample
+from hookmap.errors import StoreError
 from hookmap.stores.buffer import Buffer
 from hookmap.stores.ledger import Ledger, RowSpec
 from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, write_shard
-from hookmap.stores.table import Entry, Span
+from hookmap.stores.table import Entry, Span, encode_group, encode_shards
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,15 @@ class Group:
     files: tuple[str, ...]
     """the shards' names"""
     specs: dict[Key, RowSpec]
+
+    def lines(self, first: int) -> tuple[bytes, bytes]:
+        """Its lines in the tables of samples and of shards, in a folder that has `first` shards before it."""
+        entries = [
+            Entry(entry.sample, tuple(span._replace(shard=first + span.shard) for span in entry.spans))
+            for entry in self.entries
+        ]
+        shards = [replace(info, shard=first + info.shard) for info in self.shards]
+        return encode_group(entries, first + len(shards)), encode_shards(shards)
 
 
 class GroupWriter(ABC):
@@ -71,6 +81,11 @@ class GroupWriter(ABC):
         self._ledger.abandon()
         self._ledger.finished -= {sample.sample for sample in self._pending}
         self._forget()
+
+    def _refuse_unfinished(self) -> None:
+        """Raises StoreError where a sample lacks rows, or waits for another of its group."""
+        if left := sorted({*self._ledger.open, *(sample.sample for sample in self._pending)}):
+            raise StoreError(f"{self.folder} cannot be closed as finished: samples {left} are not.")
 
     def _group(self) -> Group:
         if self._buffer:

@@ -16,6 +16,7 @@ import torch
 from openai import OpenAI
 from support.served import NAME, Served, demo, serving
 
+import hookmap
 from hookmap.loading.generation import settings
 from hookmap.loading.prompts import Prompt
 from hookmap.services.server.jobs import Job
@@ -302,6 +303,37 @@ def test_drawn_rows_that_are_halved_draw_on(served: Served) -> None:
     assert {rows for rows, _ in seen} == {4, 2, 1}
     assert (found[0], found[1]) == (choices, usage)
     assert len({choice["message"]["content"] for choice in choices}) == 4
+
+
+def test_prompts_that_do_not_fit_together_are_read_one_by_one_and_their_rows_kept_once(served: Served) -> None:
+    """Memory runs out in a late layer: rows of an earlier one have been seen by then."""
+    record = {"points": ["resid_mid"], "layers": [2], "return": "store"}
+    bodies = [asked(number, hookmap=record) for number in range(4)]
+    refused: list[tuple[int, int]] = []
+
+    def refuse(_: Any, args: Any) -> None:
+        rows, width = args[0].shape[:2]
+        if rows > 1 and width > 1:
+            refused.append((rows, width))
+            raise torch.OutOfMemoryError("CUDA out of memory (forced by a test)")
+
+    alone = [whole(served, **asked(number)) for number in range(4)]
+    hook = demo().model.get_submodule("model.layers.10").register_forward_pre_hook(refuse)
+    try:
+        asks = [lambda body=body: served.post("/v1/chat/completions", **body).json() for body in bodies]
+        found, seen = together(served, asks)
+    finally:
+        hook.remove()
+    assert refused and max(decoding(seen)) == 4
+    for number, answer in enumerate(found):
+        same((answer["choices"], answer["usage"]), alone[number])
+        store = hookmap.open_store(served.root / answer["session_id"])
+        run = demo().capture(
+            [bodies[number]["messages"]], ["resid_mid"], [2], max_new_tokens=bodies[number]["max_tokens"]
+        )
+        own = store.read(0, "resid_mid", 2)
+        assert len(own) == answer["usage"]["total_tokens"] - 1
+        torch.testing.assert_close(own, run.read(0, "resid_mid", 2)[: len(own)], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["plain", "kept"])

@@ -124,6 +124,23 @@ def test_a_full_disk_lets_the_oldest_go_and_refuses_what_would_never_fit(tmp_pat
     sessions.close()
 
 
+def test_many_sessions_make_the_next_one_no_slower(tmp_path: Path) -> None:
+    """The disk was asked once for each of them."""
+    asked = list[Path]()
+
+    def free(root: Path) -> int:
+        asked.append(root)
+        return 10**9
+
+    sessions = Sessions(tmp_path, total_bytes=10**9, max_age=60, free=free)
+    for _ in range(30):
+        made(sessions, 1)
+    asked.clear()
+    made(sessions, 1)
+    assert 1 <= len(asked) <= 3
+    sessions.close()
+
+
 def test_no_room_is_told_before_anything_runs(tmp_path: Path) -> None:
     with serving(tmp_path, free=lambda folder: 5000) as served:
         passes: list[int] = []

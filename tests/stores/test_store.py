@@ -31,6 +31,7 @@ from hookmap.stores.manifest import manifest_of_run
 from hookmap.stores.memory import MemoryStore
 from hookmap.stores.reader import CaptureStore
 from hookmap.stores.shard import Block, write_shard
+from hookmap.stores.whole_writer import WholeWriter
 
 FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None  # hundreds of small captures, each with its fsyncs
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8)
@@ -85,17 +86,32 @@ class Folder:
         return open_store(self.path)
 
 
+class Whole:
+    """A run in a folder that is a capture at the end only."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.path = folder / "capture"
+        self.sink = WholeWriter(self.path, run.manifest)
+
+    def store(self) -> Store:
+        self.sink.abandon()
+        self.sink.close(finished=True)
+        return open_store(self.path)
+
+
+Place = Memory | Folder | Whole
+
 SMALL = Run(resid(), [[(0, 3, 7), (1, 5, 6)], [(2, 2, 30)]])
 
 
-@pytest.mark.parametrize("place", [Memory, Folder])
+@pytest.mark.parametrize("place", [Memory, Folder, Whole])
 class TestEveryStore:
     """What a store promises, whatever is behind it."""
 
     @given(run=runs())
     @settings(max_examples=60)
     @pytest.mark.slow
-    def test_every_row_comes_back_as_it_was(self, place: Callable[[Run, Path], Memory | Folder], run: Run) -> None:
+    def test_every_row_comes_back_as_it_was(self, place: Callable[[Run, Path], Place], run: Run) -> None:
         with tempfile.TemporaryDirectory(dir=FAST) as folder:
             made = place(run, Path(folder))
             run.write(made.sink)
@@ -110,7 +126,7 @@ class TestEveryStore:
     @given(data=st.data())
     @settings(max_examples=60)
     def test_any_tokens_are_those_that_indexing_gives(
-        self, place: Callable[[Run, Path], Memory | Folder], data: st.DataObject
+        self, place: Callable[[Run, Path], Place], data: st.DataObject
     ) -> None:
         with tempfile.TemporaryDirectory(dir=FAST) as folder:
             made = place(SMALL, Path(folder))
@@ -125,7 +141,7 @@ class TestEveryStore:
             backwards = range(29, data.draw(st.integers(-1, 29)), -3)
             assert same(store.read(2, "resid_mid", 1, tokens=backwards), rows[list(backwards)])
 
-    def test_samples_of_one_length_are_one_tensor(self, place: type[Memory | Folder], tmp_path: Path) -> None:
+    def test_samples_of_one_length_are_one_tensor(self, place: type[Place], tmp_path: Path) -> None:
         run = Run(resid(), [[(1, 2, 9), (0, 5, 9)]])
         made = place(run, tmp_path)
         run.write(made.sink)
@@ -133,14 +149,14 @@ class TestEveryStore:
         assert isinstance(found, torch.Tensor)
         assert same(found, torch.stack([run.rows(0, ("resid_mid", 1)), run.rows(1, ("resid_mid", 1))]))
 
-    def test_samples_of_several_lengths_are_a_list(self, place: type[Memory | Folder], tmp_path: Path) -> None:
+    def test_samples_of_several_lengths_are_a_list(self, place: type[Place], tmp_path: Path) -> None:
         made = place(SMALL, tmp_path)
         SMALL.write(made.sink)
         found = made.store()["blocks.1.hook_resid_mid"]
         assert isinstance(found, list)
         assert all(same(part, SMALL.rows(number, ("resid_mid", 1))) for number, part in enumerate(found))
 
-    def test_texts_tokens_points_and_layers(self, place: type[Memory | Folder], tmp_path: Path) -> None:
+    def test_texts_tokens_points_and_layers(self, place: type[Place], tmp_path: Path) -> None:
         made = place(SMALL, tmp_path)
         SMALL.write(made.sink)
         store = made.store()
@@ -148,7 +164,7 @@ class TestEveryStore:
         assert store.tokens == [SMALL.samples[number].token_ids for number in range(3)]
         assert store.points == ("resid_pre", "resid_mid") and store.layers == (0, 1)
 
-    def test_an_open_sample_cannot_be_read(self, place: type[Memory | Folder], tmp_path: Path) -> None:
+    def test_an_open_sample_cannot_be_read(self, place: type[Place], tmp_path: Path) -> None:
         made = place(SMALL, tmp_path)
         made.sink.write(Activation(0, "resid_pre", 0, 0, torch.zeros(2, 16)))
         store = made.store()
@@ -156,15 +172,13 @@ class TestEveryStore:
         with raises(SelectionError, "sample 0", "no finished samples"):
             store.read(0, "resid_pre", 0)
 
-    def test_norms_are_the_mean_length_of_rows(self, place: type[Memory | Folder], tmp_path: Path) -> None:
+    def test_norms_are_the_mean_length_of_rows(self, place: type[Place], tmp_path: Path) -> None:
         made = place(SMALL, tmp_path)
         SMALL.write(made.sink)
         rows = torch.cat([SMALL.rows(number, ("resid_pre", 0)) for number in range(3)]).double()
         assert made.store().norms("resid_pre", 0) == pytest.approx((rows**2).sum(1).sqrt().mean().item(), rel=1e-6)
 
-    def test_one_long_row_and_rows_that_are_not_finite_are_told(
-        self, place: type[Memory | Folder], tmp_path: Path
-    ) -> None:
+    def test_one_long_row_and_rows_that_are_not_finite_are_told(self, place: type[Place], tmp_path: Path) -> None:
         made = place(SMALL, tmp_path)
         rows = {key: torch.ones(5, 16) for key in SMALL.keys}
         rows["resid_mid", 1][0] = 100
@@ -179,7 +193,7 @@ class TestEveryStore:
         assert found.share == pytest.approx(400 / 408)
         assert math.isnan(store.norms("resid_mid", 1)) and store.row_norms("resid_mid", 0).not_finite == 0
 
-    def test_a_row_of_large_numbers_has_a_norm(self, place: type[Memory | Folder], tmp_path: Path) -> None:
+    def test_a_row_of_large_numbers_has_a_norm(self, place: type[Place], tmp_path: Path) -> None:
         """Their squares are beyond float32."""
         made = place(SMALL, tmp_path)
         for point, layer in SMALL.keys:
@@ -187,14 +201,14 @@ class TestEveryStore:
         made.sink.finish(Sample(0, "a", "b", (1, 2), 1, 1))
         assert made.store().norms("resid_pre", 0) == pytest.approx(4e30)
 
-    def test_what_is_read_is_the_callers_own(self, place: type[Memory | Folder], tmp_path: Path) -> None:
+    def test_what_is_read_is_the_callers_own(self, place: type[Place], tmp_path: Path) -> None:
         made = place(SMALL, tmp_path)
         SMALL.write(made.sink)
         store = made.store()
         store.read(0, "resid_pre", 0).zero_()
         assert same(store.read(0, "resid_pre", 0), SMALL.rows(0, ("resid_pre", 0)))
 
-    def test_a_sample_may_have_no_rows(self, place: type[Memory | Folder], tmp_path: Path) -> None:
+    def test_a_sample_may_have_no_rows(self, place: type[Place], tmp_path: Path) -> None:
         made = place(SMALL, tmp_path)
         made.sink.finish(Sample(0, "", "", (1,), 1, 0))
         SMALL.write(made.sink, skip=frozenset({0, 1}))
@@ -216,7 +230,7 @@ class TestEveryStore:
         ],
     )
     def test_rows_that_do_not_fit_are_refused(
-        self, place: type[Memory | Folder], tmp_path: Path, write: Activation, message: str
+        self, place: type[Place], tmp_path: Path, write: Activation, message: str
     ) -> None:
         made = place(SMALL, tmp_path)
         made.sink.write(Activation(0, "resid_pre", 0, 0, torch.zeros(2, 16)))
@@ -224,7 +238,7 @@ class TestEveryStore:
             made.sink.write(write)
         made.store()
 
-    def test_a_sample_with_missing_rows_is_refused(self, place: type[Memory | Folder], tmp_path: Path) -> None:
+    def test_a_sample_with_missing_rows_is_refused(self, place: type[Place], tmp_path: Path) -> None:
         made = place(SMALL, tmp_path)
         for key in SMALL.keys[:-1]:
             made.sink.write(Activation(0, *key, 0, torch.zeros(2, 16)))
@@ -232,7 +246,7 @@ class TestEveryStore:
             made.sink.finish(Sample(0, "", "", (1, 2, 3), 1, 2))
         made.store()
 
-    def test_nothing_comes_after_the_end_of_a_sample(self, place: type[Memory | Folder], tmp_path: Path) -> None:
+    def test_nothing_comes_after_the_end_of_a_sample(self, place: type[Place], tmp_path: Path) -> None:
         made = place(SMALL, tmp_path)
         SMALL.write(made.sink)
         with raises(CaptureError, "sample 0 is finished and gets rows"):
@@ -260,7 +274,7 @@ class TestEveryStore:
         ],
     )
     def test_what_is_not_there_is_refused_with_what_is(
-        self, place: type[Memory | Folder], tmp_path: Path, ask: Callable[[Store], object], message: str
+        self, place: type[Place], tmp_path: Path, ask: Callable[[Store], object], message: str
     ) -> None:
         made = place(SMALL, tmp_path)
         SMALL.write(made.sink)

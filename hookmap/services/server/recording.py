@@ -26,11 +26,11 @@ from hookmap.services.server.sessions import Session, Sessions, about_of
 from hookmap.services.server.settings import Settings
 from hookmap.stores import open_store
 from hookmap.stores.background import BackgroundWriter
-from hookmap.stores.folder import FolderWriter
 from hookmap.stores.interface import Store
 from hookmap.stores.ledger import tensor_name
 from hookmap.stores.manifest import manifest_of_run
 from hookmap.stores.memory import MemoryStore
+from hookmap.stores.whole_writer import WholeWriter
 from hookmap.vllm.model import VllmModel
 
 log = logging.getLogger("hookmap.server")
@@ -137,11 +137,11 @@ class SessionRecorder:
             [selector.key for selector in self.selectors],
             model=self._model,
             architecture=self._hm.map.architecture,
-            architecture_map=self._hm.map.to_document(),
+            architecture_map=self._hm.document,
             settings={**self._settings, **({"kept": chosen} if (chosen := self.selection.settings()) else {})},
         )
         self._session, self._folder = self._sessions.begin(self._model, self._plan.bytes, about_of(manifest))
-        self._writer = BackgroundWriter(FolderWriter.create(self._folder, manifest))
+        self._writer = BackgroundWriter(WholeWriter(self._folder, manifest))
         return _Forgiving(self._writer, self._fail)
 
     def end(self, samples: Sequence[Sample], lost: Mapping[str, int]) -> dict[str, Any]:

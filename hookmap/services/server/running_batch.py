@@ -1,8 +1,7 @@
 """The batch of one model that runs: requests join it between two steps, and leave when they have ended.
 
-A request is taken apart into its prompts. Those that wait are read together where their lengths are much the same, one
-whose activations are read or written by itself, without pads. Then all are decoded together. Each has its own settings,
-limit, stop strings, captures and interventions.
+A request is taken apart into its prompts. Those that wait are read together where their lengths are much the same. Then
+all are decoded together. Each has its own settings, limit, stop strings, captures and interventions.
 """
 
 import logging
@@ -34,6 +33,8 @@ _READ_AT_ONCE = 1024
 """tokens of prompts that are read between two steps of the rows that run; the last prompt may exceed it"""
 _OPENS = 0.01
 """seconds to wait for a session to open where nothing else runs, before a look at who else has come"""
+_SESSIONS = 4
+"""that are opened or closed at once: each waits for the disk"""
 _LOOK = 64
 """steps between looks at the memory in use"""
 Ended = Callable[[Job, Event, int], None]
@@ -80,6 +81,22 @@ class Part:
         """Tokens of a row that are read when it joins."""
         return len(self.choices[0].tokens)
 
+    def watch(self, batch: int, rows: Sequence[int], columns: int) -> None:
+        """Before its first pass, in which its rows are these. Raises what the opening of its session raised."""
+        guest = self.guest
+        if guest.run is None:
+            return
+        if guest.sink is None:
+            guest.sink = Gathered(guest.opening.result() if guest.opening else None)
+        self.watched = WatchedPart(guest.run, [choice.number for choice in self.choices], guest.sink)
+        self.watched.stand(batch, rows, columns - self.read)
+
+    def unwatch(self) -> None:
+        """Its first pass failed."""
+        if self.watched is not None:
+            self.watched.close()
+        self.watched = None
+
 
 class RunningBatch:
     """One thread calls it. What goes wrong with a job ends that job."""
@@ -95,7 +112,7 @@ class RunningBatch:
         self._steps = 0
         self._most: int | None = None
         """rows that fit into memory, once more did not; until nothing runs"""
-        self._finishing = ThreadPoolExecutor(1, thread_name_prefix="ending")
+        self._finishing = ThreadPoolExecutor(_SESSIONS, thread_name_prefix="ending")
         """opens and closes sessions, while the batch goes on"""
 
     @property
@@ -163,10 +180,8 @@ class RunningBatch:
             self._waiting.remove(part)
             coming.append(part)
             tokens += part.read * len(part.choices)
-        plain = [part for part in coming if part.guest.run is None]
-        together = read_together([part.read for part in plain])
-        for parts in (*([plain[n] for n in numbers] for numbers in together), *([p] for p in coming if p not in plain)):
-            self._join(parts)
+        for numbers in read_together([part.read for part in coming]):
+            self._join([coming[number] for number in numbers])
 
     def _holds(self, rows: int, columns: int, beside: Collection[Part]) -> bool:
         """Whether so many rows may run with those that run already, and with these parts."""
@@ -179,31 +194,30 @@ class RunningBatch:
         return self._limits.hold(rows, max(columns, *(part.columns for part in others)))
 
     def _join(self, parts: Sequence[Part]) -> None:
-        """Read the prompts of parts in one pass, and send their first tokens. One that is watched is alone."""
+        """Read the prompts of parts in one pass, and send their first tokens."""
         parts = [part for part in parts if not part.ended]  # another of the same guest may have failed
         if not parts:
             return
-        part, places = parts[0], [(part, choice) for part in parts for choice in part.choices]
+        places = [(part, choice) for part in parts for choice in part.choices]
         lengths = [len(choice.tokens) for _, choice in places]
         try:
-            if part.guest.run is not None:
-                if part.guest.sink is None:
-                    part.guest.sink = Gathered(part.guest.opening.result() if part.guest.opening else None)
-                part.watched = WatchedPart(part.guest.run, [each.number for each in part.choices], part.guest.sink)
-                part.watched.stand(len(places), range(len(places)))
-            with running(self._hm.hooks), WatchedPart.looking([part.watched]):
+            for part in parts:
+                part.watch(len(places), [row for row, (own, _) in enumerate(places) if own is part], max(lengths))
+            with running(self._hm.hooks), WatchedPart.looking([part.watched for part in parts]):
                 logits, read = self._rows.read([choice.tokens for _, choice in places])
             self._after(logits, places)
         except Exception as error:
+            for part in parts:
+                part.unwatch()
             if len(parts) > 1:  # they are too many, or one of them is at fault
-                for each in parts:
-                    self._join([each])
-            elif is_out_of_memory(error) and self._places and part.watched is None:
+                for part in parts:
+                    self._join([part])
+            elif is_out_of_memory(error) and self._places:
                 self._most = len(self._places)  # it is read when others have left
-                self._waiting.appendleft(part)
-                failed(error, [part.guest.job.id], again=True)
+                self._waiting.appendleft(parts[0])
+                failed(error, [parts[0].guest.job.id], again=True)
             else:
-                self._leave(part.guest, failed(error, [part.guest.job.id]))
+                self._leave(parts[0].guest, failed(error, [parts[0].guest.job.id]))
             return
         if any(not part.ended for part in parts):
             self._rows.join(read, lengths)
@@ -307,6 +321,8 @@ class RunningBatch:
     def _close_session(self, guest: Guest, event: Result | ApiError) -> None:
         job, recorder = guest.job, guest.job.recorder
         assert recorder is not None
+        if guest.opening is not None:
+            wait([guest.opening])  # one that has left may be here before its session is open
         try:
             if isinstance(event, Result):
                 assert guest.sink is not None and guest.run is not None

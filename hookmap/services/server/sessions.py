@@ -209,8 +209,9 @@ class Sessions:
                 used = sum(each.bytes for each in self._sessions.values())
                 full = coming > 0 and self._unwritten() + coming > self._free(self._root)
                 many = self._most is not None and len(self._sessions) + (coming > 0) > self._most
-                if old or (goes and (many or full or used + coming > self._total)):
-                    self._remove(session)
+                if not old and not (goes and (many or full or used + coming > self._total)):
+                    break  # all others are newer, and the room is the same for them
+                self._remove(session)
 
     def _unwritten(self) -> int:
         """The most that running sessions may still take."""

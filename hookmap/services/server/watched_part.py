@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from hookmap.activations import Sink
+from hookmap.activations import Activation, Sample, Sink
 from hookmap.capture.batches import layout_of
 from hookmap.capture.own_rows import OwnEditor, Place
 from hookmap.capture.run import running
@@ -14,14 +14,37 @@ from hookmap.services.server.tokens import Token
 from hookmap.services.server.watched_run import WatchedRun
 
 
+class AfterPass:
+    """A sink before another one. It hands rows on when their pass is over: one that fails may be run again."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink, self._held = sink, list[Activation]()
+
+    def write(self, activation: Activation) -> None:
+        self._held.append(activation)
+
+    def finish(self, sample: Sample) -> None:
+        self.hand_on()
+        self._sink.finish(sample)
+
+    def abandon(self) -> None:
+        """See Sink."""
+
+    def hand_on(self) -> None:
+        """The pass is over."""
+        held, self._held = self._held, []
+        for activation in held:
+            self._sink.write(activation)
+
+
 class WatchedPart:
     """The choices of one prompt, from their first pass to their last."""
 
     def __init__(self, run: WatchedRun, numbers: Sequence[int], sink: Sink) -> None:
-        """`numbers`: of the choices in the run. `sink`: where the rows go."""
-        self._run, self._sink, self._place = run, sink, Place()
+        """`numbers`: of the choices in the run. `sink`: where the rows go, once a pass is over."""
+        self._run, self._sink, self._place = run, AfterPass(sink), Place()
         layout = layout_of(numbers, [run.prompts[number] for number in numbers])
-        self._observer = run.own_rows(layout, sink, self._place)
+        self._observer = run.own_rows(layout, self._sink, self._place)
         self._editor: OwnEditor | None = None
         if run.edits:
             self._editor = OwnEditor(run.edits, self._observer)
@@ -42,14 +65,15 @@ class WatchedPart:
             for part in watched:
                 part._observer.look(False)
 
-    def stand(self, batch: int, rows: Iterable[int]) -> None:
-        """Its rows are these of a batch of so many."""
-        self._place.batch, self._place.rows = batch, list(rows)
+    def stand(self, batch: int, rows: Sequence[int], pads: int = 0) -> None:
+        """Its rows are these of a batch of so many, and so many columns of the pass that comes stand before them."""
+        self._place.stand(batch, rows, pads)
 
     def stepped(self, choices: Sequence[Choice], tokens: list[Token]) -> list[Token]:
         """The choices have their newest tokens. Returns those with their figures. Raises what went wrong."""
         if self._place.error is not None:
             raise self._place.error
+        self._sink.hand_on()
         observer, width = self._observer, self._observer.layout.width
         columns = width + max(len(choice.new) for choice in choices)
         observer.sampled(columns, [choice.ended for choice in choices])
