@@ -224,8 +224,9 @@ class Judge:
         if role != point:
             return Verdict(WRONG if role in "qkv" else UNJUDGED, f"turning its sign acts as {role}")
         every = self._heads()
-        expected = list(range(every - every // heads, every)) if every and heads and every % heads == 0 else changed
-        if heads > 1 and changed and changed != expected:
+        # Heads share one of these side by side, or every n-th of them does.
+        shared = [list(range(every - every // heads, every)), list(range(heads - 1, every, heads))]
+        if heads > 1 and changed and every % heads == 0 and changed not in shared:
             return Verdict(WRONG, f"its last head acts on heads {changed} of {every}")
         return RIGHT
 

@@ -6,13 +6,13 @@ name of any module: the list of blocks is the one whose entries hand the stream 
 adds (or one of two that together are); the mixer is the branch that moves information between positions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
-from watched import SUM, Call, Run, close, is_linear
+from watched import SUM, Call, Change, Run, close, is_linear
 
 MOST = 60
 """the most tensors among which a sum of two is looked for"""
@@ -50,8 +50,9 @@ class Reference:
         self.model, self.tokens = model, tokens
         self.run = Run(model, tokens)
         self.logits = self.run.output.logits.float()
+        self._told = self.run.output.get("hidden_states") or self.run.output.get("decoder_hidden_states") or ()
         self.list, self.as_recorded = self._blocks()
-        self.layers = {n: self._layer(f"{self.list}.{n}") for n in self._chosen()}
+        self.layers = {n: self._of_tokens(self._layer(f"{self.list}.{n}")) for n in self._chosen()}
 
     def _chosen(self) -> list[int]:
         """The first and the last layer of each make: made of the same classes of modules."""
@@ -60,19 +61,65 @@ class Reference:
 
     def _blocks(self) -> tuple[str, bool]:
         """The path of the list of blocks, and whether transformers' `hidden_states` are what each of them reads."""
-        told = self.run.output.get("hidden_states") or self.run.output.get("decoder_hidden_states") or ()
         scores: dict[str, tuple[int, bool]] = {}
         for path, module in self.model.named_modules():
             blocks = len(module) if isinstance(module, nn.ModuleList) else 0
             calls = [call for n in range(blocks) if (call := self.run.once(f"{path}.{n}")) is not None]
-            if not calls or len(calls) < blocks:
+            if not calls or len(calls) < blocks or self._rows(calls[0].given[0]) is None:
                 continue
             handed = sum(close(b.given[0], a.gives[0]) for a, b in pairwise(calls))
-            same = sum(close(a.given[0], state) for a, state in zip(calls, told, strict=False))
-            if handed + same:
+            told = [self._narrowed(call.given[0]) for call in calls]
+            same = sum(close(a, state) for a, state in zip(told, self._told, strict=False))
+            if handed + same and self._reaches_logits(f"{path}.{blocks - 1}"):
                 scores[path] = (same + handed, same == len(calls))
         best = max(scores, key=lambda path: scores[path][0], default="")
         return best, best != "" and scores[best][1]
+
+    def _rows(self, stream: torch.Tensor) -> slice | None:
+        """The positions of a stream that are those of the tokens: a model may add positions of its own.
+
+        Then they are those that transformers records. None where the stream has other positions than the tokens.
+        """
+        n = len(self.tokens)
+        if n in stream.shape:
+            return slice(None)
+        for start in range(max(0, stream.shape[1] - n + 1) if stream.ndim == 3 else 0):
+            if any(close(stream[:, start : start + n], state) for state in self._told):
+                return slice(start, start + n)
+        return None
+
+    def _narrowed(self, tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+        """The tokens' rows of a tensor; `like`: the stream whose positions it has, itself where that is not given."""
+        stream = tensor if like is None else like
+        rows = self._rows(stream) or slice(None)
+        return tensor[:, rows] if tensor.shape[:2] == stream.shape[:2] else tensor
+
+    def _of_tokens(self, layer: Layer) -> Layer:
+        """The layer with the tokens' rows alone, where the stream has positions of its own."""
+        if layer.pre.ndim < 3 or layer.pre.shape[1] == len(self.tokens) or layer.pre.shape != layer.post.shape:
+            return layer
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            return self._narrowed(tensor, layer.pre)
+
+        def branch(whole: Branch | None) -> Branch | None:
+            return whole and replace(whole, adds=own(whole.adds), raw=tuple(map(own, whole.raw)))
+
+        mid, heads = layer.mid, layer.heads
+        return replace(
+            layer,
+            pre=own(layer.pre),
+            post=own(layer.post),
+            mixer=branch(layer.mixer),
+            mlp=branch(layer.mlp),
+            mid=None if mid is None else own(mid),
+            heads=heads and (heads[0], own(heads[1]), own(heads[2])),
+        )
+
+    def _reaches_logits(self, path: str) -> bool:
+        """Whether the logits depend on what the module reads."""
+        run = Run(self.model, self.tokens, {(path, "input"): lambda rows: rows * 1.5 + rows.abs().mean()})
+        return not close(run.output.logits.float(), self.logits, 1e-6)
 
     def _layer(self, path: str) -> Layer:
         call = self.run.once(path)
@@ -127,6 +174,8 @@ class Reference:
             rows = [each.gives[0].reshape(layer.pre.shape)[:, 1:] for each in (call, again) if each is not None]
             moved[path, scale] = len(rows) == 2 and not close(rows[1], rows[0], 1e-6)
         mixer = next((each for each, moves in moved.items() if moves), None)
+        if mixer is not None and len(moved) == 1 and not self._mixes(layer, mixer[0], change):
+            mixer = None  # what it reads was mixed elsewhere, and does not go into this sum
         if mixer is not None:
             layer.mixer = self._branch(*mixer, layer.path)
         rest = [each for each in moved if each != mixer]
@@ -138,6 +187,15 @@ class Reference:
         reading = [path for path, call in inside.items() if call.given and close(call.given[0], middle)]
         if reading:
             layer.mid, layer.mid_at = middle, (reading[0], "input")
+
+    def _mixes(self, layer: Layer, path: str, change: Change) -> bool:
+        """Whether the part of the layer that holds a branch moves information between positions itself."""
+        child = ".".join(path.split(".")[: len(layer.path.split(".")) + 1])
+        call = self.run.once(child)
+        if call is None or not call.given or call.given[0].shape != layer.pre.shape:
+            return True  # it cannot be asked alone
+        again = Run(self.model, self.tokens, {(child, "input"): change}).once(child)
+        return again is None or not close(again.gives[0][:, 1:], call.gives[0][:, 1:], 1e-6)
 
     def _branch(self, path: str, scale: float, layer: str) -> Branch:
         call = self.run.once(path)
