@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*")
     parser.add_argument("--qwen", action="store_true", help="a full-size Qwen3-0.6B with random weights, too")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: only hold the answers against plain hooks")
     parser.add_argument("--ways", default="/".join(OVER), help="these alone, with slashes between")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
@@ -117,26 +117,36 @@ def measured(
     work = a_dictionary(folder, into)
     found: dict[str, tuple[str, dict[str, str]]] = {}
     for name, python in pythons.items():  # one after the other: two copies of the model each
-        library = Library(name, python, work, into)
-        ratios: dict[str, list[float]] = {}
-        states: dict[str, str] = {}
-        for number in range(rounds + 1):  # the first warms up, and its answers are looked at
-            bases = {base: library.seconds(base) for base in dict.fromkeys(OVER[way] for way in ways)}
-            for way in ways:
-                if way in states:
-                    continue
-                took = library.seconds(way)
-                if isinstance(took, str):
-                    states[way] = took
-                elif number == 0 and (why := differs(into, name, way)):
-                    states[way] = why
-                elif number:
-                    ratios.setdefault(way, []).append(took / float(bases[OVER[way]]))
-        figures = {way: f"{statistics.median(each):.2f}" for way, each in ratios.items()}
-        found[name] = (library.version, {way: states.get(way) or figures[way] for way in ways})
-        library.end()
-        print(f"{Path(folder).name} {name} {library.version}: {found[name][1]}", file=sys.stderr, flush=True)
+        library = None
+        try:
+            library = Library(name, python, work, into)
+            said = figures(library, ways, rounds, into)
+        except RuntimeError as error:
+            said = dict.fromkeys(ways, f"error: {error}")
+        found[name] = (library.version if library else "", said)
+        print(f"{Path(folder).name} {name}: {said}", file=sys.stderr, flush=True)
     return found
+
+
+def figures(library: "Library", ways: list[str], rounds: int, into: Path) -> dict[str, str]:
+    """Way -> its figure, or the state that stands in its place."""
+    ratios: dict[str, list[float]] = {}
+    states: dict[str, str] = {}
+    for number in range(rounds + 1):  # the first warms up, and its answers are looked at
+        needed = dict.fromkeys(OVER[way] for way in ways) if rounds else ()
+        bases = {base: library.seconds(base) for base in needed}
+        for way in (one for one in ways if one not in states):
+            took = library.seconds(way)
+            if isinstance(took, str):
+                states[way] = took
+            elif number == 0 and (why := differs(into, library.name, way)):
+                states[way] = why
+            elif number:
+                ratios.setdefault(way, []).append(took / float(bases[OVER[way]]))
+    library.end()
+    return {
+        way: states.get(way) or (f"{statistics.median(ratios[way]):.2f}" if way in ratios else "right") for way in ways
+    }
 
 
 def differs(into: Path, name: str, way: str) -> str:
@@ -152,7 +162,9 @@ def differs(into: Path, name: str, way: str) -> str:
 
 
 def table(name: str, found: dict[str, tuple[str, dict[str, str]]]) -> str:
-    heads = [one if one == "plain hooks" else f"{PACKAGES[one]} {version}" for one, (version, _) in found.items()]
+    heads = [
+        one if one == "plain hooks" else f"{PACKAGES[one]} {version}".strip() for one, (version, _) in found.items()
+    ]
     ways = list(next(iter(found.values()))[1])
     rows = [
         f"| {way}: {WAYS[way]} | {OVER[way]} | " + " | ".join(figures[way] for _, figures in found.values()) + " |"
