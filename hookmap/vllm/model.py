@@ -183,8 +183,10 @@ def open_on_vllm(
         module = without_weights(source, config, running, loads)
         opened = VllmModel(engine(module), tokenizer, source, why_none)
         self_test(opened, opened.engine_of_vllm)
-    except BaseException:
+    except BaseException as error:
         close()
+        if isinstance(error, Exception) and not isinstance(error, HookmapError):
+            raise ModelError(f"vLLM opens {source!r} and does not run it: {type(error).__name__}: {error}") from error
         raise
     return opened
 
@@ -220,7 +222,12 @@ def _llm(
 ) -> Any:
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # read when the engine's config is made
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
 
+    if current_platform.is_cpu():
+        # What vLLM 0.32 saves of a whole compiled model it fails to load there ("no attribute 'finalize_loading'"), and
+        # compiles all of it again. Without it PyTorch's own cache is read, at less than half of the time.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     register()
     if taps is not None and not isinstance(taps, Mapping):
         taps = dict.fromkeys([taps] if isinstance(taps, str) else taps, "all")

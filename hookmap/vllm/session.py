@@ -5,7 +5,6 @@ rows are asked for. Rows are taken in the order of their positions, each once: w
 is known already, and what is not computed at all (a cached prefix) is an error.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -127,16 +126,12 @@ class Session:
 
         Raises CaptureError where rows are missing, and what went wrong while it ran.
         """
-        request = self.requests.pop(name, None)
+        request = self._forget(name)
         if request is None:
             raise CaptureError(
                 f"vLLM's worker knows no request {name!r}: it has not run, its rows were taken, or nobody took them "
                 f"and others came: {self._untaken_bytes} bytes are kept (additional_config hookmap.untaken_bytes)."
             )
-        self._slots.give_back(request.slots)
-        for edit in request.plan.edits if request.plan else ():
-            if edit.pairs is not None and request.spec.edits is not None:
-                edit.pairs.pop(request.spec.edits.sample, None)
         if request.failed is not None:
             raise CaptureError(request.failed)
         if request.next < tokens:
@@ -154,9 +149,17 @@ class Session:
         return positions, rows
 
     def drop(self, name: str) -> None:
-        """Forget a request that was aborted."""
-        with contextlib.suppress(CaptureError):
-            self.take(name, 0)
+        """Forget a request that was aborted; its points need not have been seen."""
+        self._forget(name)
+
+    def _forget(self, name: str) -> Captured | None:
+        request = self.requests.pop(name, None)
+        if request is not None:
+            self._slots.give_back(request.slots)
+            for edit in request.plan.edits if request.plan else ():
+                if edit.pairs is not None and request.spec.edits is not None:
+                    edit.pairs.pop(request.spec.edits.sample, None)
+        return request
 
     def names(self, request: str) -> list[str]:
         """vLLM's own ids of the request that was added under this name, in order; several for n > 1."""

@@ -53,3 +53,27 @@ def test_compiled_code_captures_and_writes(checkpoint: Path) -> None:
         [sys.executable, "-c", SCRIPT, str(checkpoint)], cwd=tests, capture_output=True, text=True, timeout=900
     )
     assert run.stdout.rstrip().endswith("all right"), run.stdout[-2000:] + run.stderr[-4000:]
+
+
+START = """
+import sys
+import hookmap
+from support.on_vllm import SETTINGS
+
+with hookmap.open_on_vllm(sys.argv[1], taps={"resid_post": "all"}, **SETTINGS):
+    from torch._dynamo.utils import counters
+    print("hits", counters["inductor"]["fxgraph_cache_hit"], "misses", counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+def test_a_second_start_reads_the_code_that_the_first_one_compiled(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    command = [sys.executable, "-c", START, str(checkpoint)]
+    runs = [
+        subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=900)
+        for _ in range(2)
+    ]
+    said = [run.stdout.splitlines()[-1:] for run in runs]
+    assert said == [["hits 0 misses 1"], ["hits 1 misses 0"]], runs[1].stderr[-3000:]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from support.on_vllm import SETTINGS
 
-from hookmap.errors import CaptureError
+import hookmap
+from hookmap.errors import CaptureError, ModelError
 from hookmap.vllm import opening as testing
 from hookmap.vllm.plugin import WORKER, register
 from hookmap.vllm.rows import RunnerV1, Segment, check_positions, rows_of
@@ -99,6 +100,15 @@ def test_ways_to_run_whose_rows_are_no_samples_are_refused() -> None:
         _refuse_unserved(config(None, 2))
     with pytest.raises(CaptureError, match="data_parallel_size=2"):
         _refuse_unserved(config(None, 1, 2))
+
+
+@pytest.mark.slow
+def test_a_model_that_vllm_loads_and_does_not_run_is_refused_with_its_reason(tmp_path: Path) -> None:
+    from support import vllm_families
+
+    folder = vllm_families.save("qwen3_next", tmp_path / "model")
+    with pytest.raises(ModelError, match="does not run it: AssertionError: CPU GDN attention requires BF16"):
+        hookmap.open_on_vllm(folder, eager=True, **SETTINGS)
 
 
 def worker_of(model: Any) -> Any:

@@ -151,6 +151,16 @@ def test_boundaries_of_what_nobody_asks_for_are_passed_by(checkpoint: Path) -> N
     assert shown == ["block"]
 
 
+def test_a_request_is_dropped_before_its_points_were_seen(checkpoint: Path) -> None:
+    """A model that fails in its first step leaves such requests: the client must be told why, and not of them."""
+    worker = Worker(checkpoint, a=ALL, b=ALL)
+    worker.session.begin([Segment("a", 0, 3, 0)])
+    worker.session.drop("a")
+    assert worker.session.requests == {}
+    worker.step(("b", 0, 3))
+    assert worker.taken("b", 3) == ([0, 1, 2], [0, 1, 2])
+
+
 def test_slots_of_requests_that_have_ended_are_used_again(checkpoint: Path) -> None:
     names = [f"r{number}" for number in range(50)]
     worker = Worker(checkpoint, **dict.fromkeys(names, ALL))

@@ -1,5 +1,6 @@
 """Interventions on other families than Llama: in float32 the tokens and rows that they give on transformers."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ FAMILIES = ("qwen3", "gemma2", "gpt2", "olmo2", "exaone4")
 vLLM's own without a norm before a branch"""
 BARE = ("olmo2", "exaone4")
 """their branches read the stream itself"""
+RUN_IN_FLOAT32 = tuple(name for name in vllm_families.FAMILIES if name != "qwen3_next")
 ASKED = [[1, 4, 9, 77, 31], [2, 5, 8, 200, 11, 13, 90, 54], [3] * 30]
 NEW = 6
 WATCHED = ["resid_pre", "resid_mid", "mixer_out", "mlp_out", "resid_post"]
@@ -47,6 +49,10 @@ EDITS: dict[str, list[dict[str, Any]]] = {
     "v": [{"do": "steer", "point": "v", "layers": [2], "vector": numbers(3, 32), "strength": 2}],
     "skip": [{"do": "skip", "what": "block", "layers": [1]}],
 }
+
+
+def scaled(point: str) -> list[dict[str, Any]]:
+    return [{"do": "scale", "point": point, "layers": [1], "factor": -0.4}]
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +100,53 @@ def test_edits_are_those_of_the_hooks_engine(expected: Any, family: str) -> None
                     far = max(far, float((wanted[: len(plain)] - plain).abs().max()))
             assert (far > 0.05) == (name != "none"), name
     cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def by_points(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Of each family that vLLM runs in float32, by the hooks engine: one layer of each point that it writes, scaled."""
+    from transformers import AutoModelForCausalLM
+
+    found = {}
+    for family in RUN_IN_FLOAT32:
+        folder = vllm_families.save(family, tmp_path_factory.mktemp(family) / family)
+        tiny_tokenizer().save_pretrained(folder)
+        own = hookmap.open(
+            AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager"), check=False
+        )
+        watched, runs = [point for point in WATCHED if point in own.map.points], dict[str, Any]()
+        for point in own.map.points:
+            with contextlib.suppress(InterventionError):  # it is not written there
+                runs[point] = own.generate(ASKED, scaled(point), {"points": watched}, max_new_tokens=NEW, batch_size=1)
+        found[family] = folder, runs
+    return found
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("family", RUN_IN_FLOAT32)
+def test_each_point_is_written_as_the_hooks_engine_writes_it(by_points: Any, family: str) -> None:
+    """Above all where two points are one tensor: what a branch without a norm reads, and the stream."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    folder, runs = by_points[family]
+    settings = {**SETTINGS, **SCARCE, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 24}
+    written = 0
+    with vllm_families.repaired(family), hookmap.open_on_vllm(folder, eager=True, **settings) as model:
+        for point, run in runs.items():
+            if point not in model.map.points:
+                continue
+            watched = [name for name in WATCHED if name in model.map.points and name in {key[0] for key in run.keys}]
+            if family in BARE and point == "mlp_in":
+                with pytest.raises(InterventionError, match=r"the same tensor as resid_mid\.1"):
+                    model.generate(ASKED, scaled(point), max_new_tokens=2)
+                continue
+            found = model.generate(ASKED, scaled(point), {"points": watched}, max_new_tokens=NEW)
+            assert found.tokens == run.tokens, point
+            for key in found.keys:
+                for sample in range(len(ASKED)):
+                    wanted = run.store.read(sample, *key)
+                    off = (found.store.read(sample, *key) - wanted).norm(dim=-1)
+                    assert float((off / wanted.norm(dim=-1).clamp_min(1e-3)).max()) < 1e-4, (point, key, sample)
+            written += 1
+    cleanup_dist_env_and_memory()
+    assert written >= 9
