@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from support import vllm_families
+from support.on_vllm import SETTINGS, prompts
+from support.tiny_tokenizer import tiny_tokenizer
 
+import hookmap
+from hookmap.errors import InterventionError
 from hookmap.vllm.discover import discover
 
 REFUSED = {"attn_result", "mlp_pre", "mlp_pre_linear", "mixer_norm_scale", "mlp_norm_scale", "final_norm_scale"}
@@ -46,3 +50,28 @@ def test_the_parts_of_two_ranks_are_what_transformers_has(tmp_path: Path, monkey
         distances[key] = vllm_families.distance(rows, expected[key])
     assert {key: far for key, far in distances.items() if not far < 1e-5} == {}
     assert {key[0]: places[key].parts for key in places if places[key].parts > 1} == SPLIT
+
+
+@pytest.mark.slow
+def test_a_capture_on_two_ranks_is_whole_and_its_stream_is_written_on_both(tmp_path: Path) -> None:
+    folder = vllm_families.save("llama", tmp_path / "llama")
+    tiny_tokenizer().save_pretrained(folder)
+    expected = vllm_families.by_transformers(folder)
+    ids, asked = vllm_families.token_ids().tolist(), prompts(3, 9)
+    steer = {"do": "steer", "point": "resid_mid", "layers": [1], "vector": [0.5] * 64, "strength": 4}
+    own = hookmap.open(folder, dtype="float32", check=False)
+    steered = own.generate(asked, steer, {"points": "resid_post"}, max_new_tokens=6, batch_size=1)
+    plain = own.generate(asked, max_new_tokens=6, batch_size=1)
+    with hookmap.open_on_vllm(
+        folder, eager=True, tensor_parallel_size=2, distributed_executor_backend="mp", **SETTINGS
+    ) as model:
+        run = model.capture([ids], ["resid_mid", "resid_post", *SPLIT, "k"], max_new_tokens=0)
+        distances = {key: vllm_families.distance(run.read(0, *key), expected[key]) for key in run.keys}
+        assert {key: far for key, far in distances.items() if not far < 1e-5} == {}
+        found = model.generate(asked, steer, {"points": "resid_post"}, max_new_tokens=6)
+        assert found.tokens == steered.tokens != plain.tokens
+        for key in found.keys:
+            for sample in range(len(asked)):
+                assert vllm_families.distance(found.store.read(sample, *key), steered.store.read(sample, *key)) < 1e-4
+        with pytest.raises(InterventionError, match="each rank of tensor parallelism holds a part of it"):
+            model.generate(asked, {"do": "scale", "point": "z", "layers": [1], "factor": 2.0}, max_new_tokens=1)

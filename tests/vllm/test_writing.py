@@ -11,7 +11,7 @@ from support.on_vllm import SCARCE, SETTINGS
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
-from hookmap.errors import InterventionError
+from hookmap.errors import HookmapError, InterventionError
 
 FAMILIES = ("qwen3", "gemma2", "gpt2", "olmo2", "exaone4")
 """with norms of heads; in a sandwich of norms; with one projection for q, k and v and biases; transformers' modules;
@@ -116,7 +116,7 @@ def by_points(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
         )
         watched, runs = [point for point in WATCHED if point in own.map.points], dict[str, Any]()
         for point in own.map.points:
-            with contextlib.suppress(InterventionError):  # it is not written there
+            with contextlib.suppress(HookmapError):  # it is not there, or not written
                 runs[point] = own.generate(ASKED, scaled(point), {"points": watched}, max_new_tokens=NEW, batch_size=1)
         found[family] = folder, runs
     return found
