@@ -27,12 +27,15 @@ def test_it_answers_where_torch_transformers_and_nnsight_are_not_installed(sourc
     ], done.stderr
 
 
-def test_a_command_without_what_it_needs_says_how_to_install_it() -> None:
-    code = "import sys; sys.modules['click'] = None; import runpy; runpy.run_module('hookmap', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
+@pytest.mark.parametrize(("missing", "words"), [("click", ["--version"]), ("torch", ["show", "Qwen3ForCausalLM"])])
+def test_a_command_without_what_it_needs_says_how_to_install_it(missing: str, words: list[str]) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; import runpy; runpy.run_module('hookmap', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: ") and "click" in done.stderr and "pip install hookmap" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and missing in done.stderr and "pip install hookmap" in done.stderr
+    assert "Traceback" not in done.stderr and "foresaw" not in done.stderr
 
 
 def test_that_test_can_fail() -> None:

@@ -70,6 +70,11 @@ class _Commands(click.Group):
             ctx.exit(130)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click knows what to do with its own, and ends quietly where nobody reads stdout any more
+        except ModuleNotFoundError as error:
+            if (error.name or "hookmap").partition(".")[0] == "hookmap":
+                raise
+            told = f"{ctx.invoked_subcommand} needs {error.name}, which is not installed here."
+            _fail(ctx, f"{told} Install all that hookmap needs: pip install hookmap", error)
         except PermissionError as error:
             _fail(ctx, f"no permission: {error.filename or error}", error)
         except Exception as error:
