@@ -165,11 +165,13 @@ def batch(model: Any, prompts: Prompts, size: int = 16) -> tuple[float, float]:
 
 
 def loaded(asked: Asked, model: Any, requests: int) -> dict[str, float]:
-    """One round; `generate` before and after. Each figure is told as it is found."""
+    """One round; each way before and after the others of its kind. Each figure is told as it is found."""
     ways: dict[str, Callable[[], tuple[float, ...]]] = {
         "generate, 16 at once": lambda: batch(model, asked.prompts),
         "plain": lambda: asked.load(range(requests))[:2],
         "captured": lambda: asked.load(range(requests), hookmap=CAPTURED)[:2],
+        "captured again": lambda: asked.load(range(requests), hookmap=CAPTURED)[:2],
+        "plain again": lambda: asked.load(range(requests))[:2],
         "generate again": lambda: batch(model, asked.prompts),
         "first token, idle": lambda: (statistics.median(asked.first_token() for _ in range(9)),),
         "first token, beside 400 tokens": lambda: (asked.beside_long(),),
@@ -277,6 +279,7 @@ def main() -> None:
     else:
         with hookmap() as asked:
             asked.load(range(16))
+            asked.load(range(16), hookmap=CAPTURED)
             model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
             batch(model, prompts)
             rounds = []
@@ -288,8 +291,11 @@ def main() -> None:
 def report(middle: dict[str, float]) -> None:
     """What was asked, as ratios."""
     print(json.dumps({name: round(value, 4) for name, value in middle.items()}, indent=2))
-    generate, of_generate, plain, of_plain, kept, of_kept, again, of_again, idle, late, busy, full = middle.values()
-    generate, of_generate = (generate + again) / 2, (of_generate + of_again) / 2
+    ways = ("generate, 16 at once", "generate again"), ("plain", "plain again"), ("captured", "captured again")
+    units = "tokens/s", "processor ms/token"
+    means = [statistics.fmean(middle[f"{name}, {unit}"] for name in names) for names in ways for unit in units]
+    generate, of_generate, plain, of_plain, kept, of_kept = means
+    idle, late, busy, full = (value for name, value in middle.items() if name.startswith("first token"))
     print(f"plain over generate {plain / generate:.2f}, by processor time {of_generate / of_plain:.2f}; captured over "
           f"plain {kept / plain:.2f}, by processor time {of_plain / of_kept:.2f}; first token over idle: beside "
           f"400 tokens {late / idle:.2f}, beside 8 x 4 MB {busy / idle:.2f}, and those without a pause "

@@ -46,6 +46,10 @@ def watched(before: Callable[[int, int], None]) -> Iterator[list[tuple[int, int]
         hook.remove()
 
 
+def hooks_on(model: torch.nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+
+
 def until(so: Callable[[], Any]) -> None:
     end = time.monotonic() + 120
     while not so():
@@ -317,7 +321,7 @@ def test_prompts_that_do_not_fit_together_are_read_one_by_one_and_their_rows_kep
             refused.append((rows, width))
             raise torch.OutOfMemoryError("CUDA out of memory (forced by a test)")
 
-    alone = [whole(served, **asked(number)) for number in range(4)]
+    alone, before = [whole(served, **asked(number)) for number in range(4)], hooks_on(demo().model)
     hook = demo().model.get_submodule("model.layers.10").register_forward_pre_hook(refuse)
     try:
         asks = [lambda body=body: served.post("/v1/chat/completions", **body).json() for body in bodies]
@@ -325,6 +329,7 @@ def test_prompts_that_do_not_fit_together_are_read_one_by_one_and_their_rows_kep
     finally:
         hook.remove()
     assert refused and max(decoding(seen)) == 4
+    assert hooks_on(demo().model) == before, "those of the pass that failed are gone too"
     for number, answer in enumerate(found):
         same((answer["choices"], answer["usage"]), alone[number])
         store = hookmap.open_store(served.root / answer["session_id"])
