@@ -3,7 +3,8 @@
     python benchmarks/server_load.py ~/.cache/hookmap/SmolLM2-135M-Instruct            load, some 4 minutes
     python benchmarks/server_load.py ~/.cache/hookmap/SmolLM2-135M-Instruct --alone    beside --deterministic
     python benchmarks/server_load.py ~/.cache/hookmap/SmolLM2-135M-Instruct --requests 32 \\
-        --peer "vllm serve {model} --dtype {dtype}"                                    beside other servers
+        --peer "transformers serve {model} --dtype {dtype} --device cpu" \\
+        "python -m vllm.entrypoints.openai.api_server --model {model} --dtype {dtype}" beside other servers
 
 Load: tokens per second of plain and of captured requests (3 layers x 2 points, stored) over those of `generate` on 16
 prompts of one length, and processor time for each token, which other work on the machine changes less; the time to the
