@@ -23,7 +23,6 @@ import torch
 from hookmap.documents import read_json
 from hookmap.errors import StoreError
 from hookmap.stores.durable_files import write_all, write_whole
-from hookmap.stores.hashing import Sha256Beside
 from hookmap.stores.location import Location, reading
 
 DTYPES: dict[str, torch.dtype] = {
@@ -106,20 +105,18 @@ def is_shard(name: str) -> bool:
 
 
 def write_shard(path: Path, shard: int, blocks: Sequence[Block]) -> ShardInfo:
-    """Write one shard to `path`, whole or not at all; needs memory for a few more of its tensors. Raises OSError."""
+    """Write one shard to `path`, whole or not at all; needs memory for one more of its tensors. Raises OSError."""
     header = encode_header(blocks, {"format": "pt"})
 
-    def write(file: BinaryIO) -> int:
-        size = 0
+    def write(file: BinaryIO) -> ShardInfo:
+        digest, size = hashlib.sha256(), 0
         for view in chain([memoryview(header)], *(views_of(block.pieces) for block in blocks)):
-            digest.update(view)
             write_all(file, view)
+            digest.update(view)
             size += len(view)
-        return size
+        return ShardInfo(shard, size, digest.hexdigest())
 
-    with Sha256Beside() as digest:
-        size = write_whole(path, write)
-    return ShardInfo(shard, size, digest.hexdigest())
+    return write_whole(path, write)
 
 
 def encode_header(blocks: Sequence[Block], metadata: Mapping[str, str] | None = None) -> bytes:
