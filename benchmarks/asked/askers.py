@@ -39,17 +39,22 @@ class Said:
     def save(self, path: Path) -> None:
         from safetensors.torch import save_file
 
-        save_file(self.tensors, path.with_suffix(".safetensors"))
+        save_file(self.tensors, _beside(path, ".safetensors"))
         document = {"refused": self.refused, "failed": self.failed}
-        path.with_suffix(".json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+        _beside(path, ".json").write_text(json.dumps(document, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Said":
         from safetensors.torch import load_file
 
-        document = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        tensors = path.with_suffix(".safetensors")
+        document = json.loads(_beside(path, ".json").read_text(encoding="utf-8"))
+        tensors = _beside(path, ".safetensors")
         return cls(load_file(tensors) if tensors.exists() else {}, document["refused"], document["failed"])
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """Of a model type with a dot in its name, too."""
+    return path.with_name(path.name + ending)
 
 
 def in_a_line(error: Exception) -> str:
@@ -278,7 +283,11 @@ def nnsight(folder: Path, asked: Asked, said: Said) -> None:
             own = f"E_{name}" if name in ("input", "inputs", "output") else name  # its name of a module called so
             module = module[int(name)] if name.isdecimal() else getattr(module, own)
         with model.trace(input_ids=asked.ids, use_cache=False):
-            out = (module.input if side == "input" else module.output).save()
+            if side == "input":
+                args, kwargs = module.inputs
+                out = (args[0] if args else kwargs.get("hidden_states", module.input)).save()
+            else:
+                out = module.output.save()
         return (out[0] if isinstance(out, tuple) else out) * factor
 
     def logits() -> Any:

@@ -51,7 +51,10 @@ def _one(reference: Reference, said: Said, point: str, layer: int | None) -> Ver
             return _held(tensor, reference.logits, "transformers' logits")
         if not torch.isfinite(tensor).all() and point != "attn_scores":
             return Verdict(WRONG, "numbers that are not finite")
-        return Judge(reference, said, layer).of(point, tensor)
+        # A model may have positions of its own: both their rows and the tokens' rows alone are an answer.
+        both = reference.layers, reference.whole
+        ways = [Judge(reference, said, layers, layer).of(point, tensor) for layers in both]
+        return next((verdict for verdict in ways if verdict.state == SUPPORTED), ways[0])
     if key in said.failed:
         return Verdict(ERROR, said.failed[key])
     return Verdict(UNAVAILABLE, said.refused.get(key, "it has no name for it"))
@@ -79,9 +82,9 @@ def in_order(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 class Judge:
     """One layer's tensors."""
 
-    def __init__(self, reference: Reference, said: Said, number: int) -> None:
+    def __init__(self, reference: Reference, said: Said, layers: dict[int, Layer], number: int) -> None:
         self.reference, self.said, self.number = reference, said, number
-        self.layer: Layer = reference.layers[number]
+        self.layer = layers[number]
 
     def of(self, point: str, tensor: torch.Tensor) -> Verdict:
         ways: dict[str, Callable[[torch.Tensor], Verdict]] = {

@@ -52,7 +52,9 @@ class Reference:
         self.logits = self.run.output.logits.float()
         self._told = self.run.output.get("hidden_states") or self.run.output.get("decoder_hidden_states") or ()
         self.list, self.as_recorded = self._blocks()
-        self.layers = {n: self._of_tokens(self._layer(f"{self.list}.{n}")) for n in self._chosen()}
+        self.whole = {n: self._layer(f"{self.list}.{n}") for n in self._chosen()}
+        """with the positions of a model's own"""
+        self.layers = {n: self._of_tokens(layer) for n, layer in self.whole.items()}
 
     def _chosen(self) -> list[int]:
         """The first and the last layer of each make: made of the same classes of modules."""
