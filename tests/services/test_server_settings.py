@@ -7,6 +7,7 @@ import pytest
 import torch
 from openai import OpenAI
 from support.served import MESSAGES, NAME, Served, demo
+from tokenizers.processors import TemplateProcessing
 
 from hookmap.loading.prompts import encode
 
@@ -50,17 +51,36 @@ def test_penalties_and_biases_change_the_scores_as_openai_documents_it(served: S
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("frequency", "presence"), [(2.0, 0.0), (0.0, 2.0)])
+def test_one_penalty_counts_and_the_other_does_not(served: Served, frequency: float, presence: float) -> None:
+    """A token that is wanted again and again is given up where its penalty grows."""
+
+    def change(scores: torch.Tensor, new: list[int]) -> None:
+        scores[97] += 20.0
+        for token, count in Counter(new).items():
+            scores[token] -= frequency * count + presence
+
+    expected = greedy(change, 12, (demo().tokenizer.eos_token_id,))
+    assert (expected.count(97) == 12) == (frequency == 0)
+    body = {"frequency_penalty": frequency, "presence_penalty": presence, "logit_bias": {"97": 20.0}}
+    assert tokens(served, max_tokens=12, **body) == expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, ALONE], ids=["joined", "alone"])
 def test_the_end_comes_neither_too_early_nor_where_it_is_ignored(served: Served, more: dict[str, Any]) -> None:
     eos, plain = demo().tokenizer.eos_token_id, tokens(served, max_tokens=60)
     assert plain[-1] == eos and len(plain) < 60
 
-    def later(scores: torch.Tensor, new: list[int]) -> None:
-        if len(new) < len(plain) + 3:
-            scores[eos] = -torch.inf
+    # The end is token number len(plain), so one of these lets it come there.
+    for least in (len(plain) - 1, len(plain), len(plain) + 3):
 
-    least = len(plain) + 3
-    assert tokens(served, max_tokens=80, min_tokens=least, **more) == greedy(later, 80, (eos,))
+        def later(scores: torch.Tensor, new: list[int], least: int = least) -> None:
+            if len(new) < least:
+                scores[eos] = -torch.inf
+
+        found = tokens(served, max_tokens=80, min_tokens=least, **more)
+        assert found == greedy(later, 80, (eos,)) and (found == plain) == (least < len(plain))
     going_on = tokens(served, max_tokens=60, ignore_eos=True, **more)
     assert len(going_on) == 60 and going_on == greedy(lambda scores, new: None, 60, ())
     stop = plain[4]
@@ -132,6 +152,20 @@ def test_texts_and_messages_are_tokenized_as_vllm_does_it(served: Served) -> Non
         assert served.post("/tokenize", **body).status_code == 400, body
     assert served.post("/detokenize", tokens=[259]).status_code == 400
     assert served.post("/tokenize", prompt="x" * 10**6).json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_tokens_that_a_tokenizer_adds_are_left_out_where_that_is_asked(served: Served) -> None:
+    tokenizer = served.hm.tokenizer
+    backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token
+    before, ids = backend.post_processor, tokenizer("Tom")["input_ids"]
+    backend.post_processor = TemplateProcessing(
+        single=f"{eos} $A", pair=f"{eos} $A $B", special_tokens=[(eos, tokenizer.eos_token_id)]
+    )
+    try:
+        for more, expected in (({}, [tokenizer.eos_token_id, *ids]), ({"add_special_tokens": False}, ids)):
+            assert served.post("/tokenize", prompt="Tom", **more).json()["tokens"] == expected
+    finally:
+        backend.post_processor = before
 
 
 def test_an_intervention_of_no_kind_lists_the_kinds_one_line_for_each_problem(served: Served) -> None:
