@@ -1,5 +1,7 @@
 """What cannot be served is refused by name, when the model is opened or before."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +10,7 @@ import pytest
 import torch
 from support.on_vllm import SETTINGS
 
-import hookmap
-from hookmap.errors import CaptureError, ModelError
+from hookmap.errors import CaptureError
 from hookmap.vllm import opening as testing
 from hookmap.vllm.plugin import WORKER, register
 from hookmap.vllm.rows import RunnerV1, Segment, check_positions, rows_of
@@ -107,8 +108,12 @@ def test_a_model_that_vllm_loads_and_does_not_run_is_refused_with_its_reason(tmp
     from support import vllm_families
 
     folder = vllm_families.save("qwen3_next", tmp_path / "model")
-    with pytest.raises(ModelError, match="does not run it: AssertionError: CPU GDN attention requires BF16"):
-        hookmap.open_on_vllm(folder, eager=True, **SETTINGS)
+    # In a process of its own: vLLM keeps the parallel groups of a model that was opened before.
+    code = f"import hookmap; hookmap.open_on_vllm({str(folder)!r}, eager=True, **{SETTINGS!r})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    told = run.stderr.strip().splitlines()[-1]
+    assert "hookmap.errors.ModelError: vLLM opens" in told
+    assert "does not run it: AssertionError: CPU GDN attention requires BF16" in told
 
 
 def worker_of(model: Any) -> Any:
