@@ -55,19 +55,23 @@ def scaled(point: str) -> list[dict[str, Any]]:
     return [{"do": "scale", "point": point, "layers": [1], "factor": -0.4}]
 
 
+def by_hooks(family: str, folders: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A checkpoint of this family, and the model as the hooks engine reads it."""
+    from transformers import AutoModelForCausalLM
+
+    folder = vllm_families.save(family, folders.mktemp(family) / family)
+    tiny_tokenizer().save_pretrained(folder)
+    # Other kinds of attention in transformers leave out the cap on Gemma 2's scores.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
+    return folder, hookmap.open(model, check=False)
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
     """By the hooks engine: transformers loads no model in a process where vLLM runs one of its models."""
-    from transformers import AutoModelForCausalLM
-
     found = {}
     for family in FAMILIES:
-        folder = vllm_families.save(family, tmp_path_factory.mktemp(family) / family)
-        tiny_tokenizer().save_pretrained(folder)
-        # Other kinds of attention in transformers leave out the cap on Gemma 2's scores.
-        own = hookmap.open(
-            AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager"), check=False
-        )
+        folder, own = by_hooks(family, tmp_path_factory)
         runs = {
             name: own.generate(ASKED, edits, {"points": WATCHED}, max_new_tokens=NEW, batch_size=1)
             for name, edits in {"none": [], **EDITS}.items()
@@ -105,15 +109,9 @@ def test_edits_are_those_of_the_hooks_engine(expected: Any, family: str) -> None
 @pytest.fixture(scope="module")
 def by_points(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Of each family that vLLM runs in float32, by the hooks engine: one layer of each point that it writes, scaled."""
-    from transformers import AutoModelForCausalLM
-
     found = {}
     for family in RUN_IN_FLOAT32:
-        folder = vllm_families.save(family, tmp_path_factory.mktemp(family) / family)
-        tiny_tokenizer().save_pretrained(folder)
-        own = hookmap.open(
-            AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager"), check=False
-        )
+        folder, own = by_hooks(family, tmp_path_factory)
         watched, runs = [point for point in WATCHED if point in own.map.points], dict[str, Any]()
         for point in own.map.points:
             with contextlib.suppress(HookmapError):  # it is not there, or not written
