@@ -148,7 +148,7 @@ def make_vllm(versions: dict[str, str]) -> list[str]:
         run(*pip, "install", "-qq", "-c", file, package, *BUILD_BACKEND, *TOOLS)
         if not has_gpu:
             run(*pip, "uninstall", "-qq", "-y", *WITH_CUDA)
-        run(*pip, "install", "-qq", "-c", file, "--no-build-isolation", "--editable", f"{ROOT}[server]")
+        run(*pip, "install", "-qq", "-c", file, "--no-build-isolation", "--editable", f"{ROOT}[scale,server]")
     (venv / ".ready").touch()
     return pip
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import hookmap
-from hookmap.cli.model_options import chosen
+from hookmap.cli.model_options import chosen, fields_of
 from hookmap.cli.options import FiniteRange, amount, count, option_group
 
 if TYPE_CHECKING:
@@ -16,15 +16,24 @@ if TYPE_CHECKING:
     from hookmap.vllm.model import VllmModel
 
 clustered = option_group(
-    count("--workers", "With --engine ray.  [default: 1]"),
+    count("--workers", "Processes on Ray; with --engine vllm, each has vLLM.  [default: 1; vllm: none, it runs here]"),
     click.option(
         "--address", metavar="ADDRESS", help="Of a running Ray cluster, or auto; of an nnsight server, or local."
     ),
     click.option("--cpus-per-worker", type=FiniteRange(min=0, min_open=True), metavar="C", help="[default: 1]"),
     amount("--gpus-per-worker", "G", "[default: 1 where there are]", least=0),
     click.option("--eager", is_flag=True, default=None, help="With --engine vllm: compile nothing; it starts sooner."),
+    click.option(
+        "--vllm",
+        metavar="FIELD=VALUE",
+        multiple=True,
+        callback=lambda context, option, given: fields_of(given),
+        help="With --engine vllm: an argument of vLLM's LLM, such as max_model_len=4096; may be given several times.",
+    ),
 )
 """where a run elsewhere is; `cluster_of` reads them"""
+_ON_RAY = ("workers", "address", "cpus_per_worker", "gpus_per_worker")
+"""of Ray's workers, whatever runs the model there"""
 
 
 def cluster_of(engine: str, given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -32,9 +41,9 @@ def cluster_of(engine: str, given: dict[str, Any], settings: dict[str, Any]) -> 
 
     An option that the engine has no use for is wrong usage; such a setting is ignored.
     """
-    names = ("workers", "address", "cpus_per_worker", "gpus_per_worker", "eager")
+    names = (*_ON_RAY, "eager", "vllm")
     found = {name: value for name in names if (value := given.pop(name)) is not None}
-    of_engines = {"ray": names[:-1], "remote": ("address",), "vllm": ("eager",)}
+    of_engines = {"ray": _ON_RAY, "remote": ("address",), "vllm": names}
     taken = of_engines.get(engine, ())
     if wrong := [name for name in found if name not in taken]:
         needed = {name: " or ".join(each for each, takes in of_engines.items() if name in takes) for name in wrong}
@@ -77,7 +86,10 @@ def opened_elsewhere(
         with working("connecting to Ray"):
             return until.enter_context(hookmap.open_on_ray(model, **cluster, **options))
     if engine == "vllm":
-        options = on_vllm(options)
+        options = {**on_vllm(options), **(cluster.pop("vllm", None) or {})}
+        if any(name in cluster for name in _ON_RAY):
+            with working("connecting to Ray"):
+                return until.enter_context(hookmap.open_on_ray(model, engine="vllm", **cluster, **options))
         with working(f"starting vLLM with {model}"):
             return until.enter_context(hookmap.open_on_vllm(model, **cluster, **options))
     here = {name: options.pop(name) for name in ("map", "tokenizer")}

@@ -177,7 +177,7 @@ class Settings(Section):
     engine: Literal["auto", "hooks", "nnsight", "ray", "remote", "vllm"] = Field(
         "auto", description="what watches the model"
     )
-    workers: Count = Field(1, description="with engine ray")
+    workers: Count = Field(1, description="processes, with engine ray or vllm")
     address: Text | None = Field(None, description="of a Ray cluster, or auto; of an nnsight server, or local")
     temperature: Annotated[float, Field(ge=0)] | None = Field(None, description="sample at it; else greedy, as is 0")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="the likeliest tokens of this mass")

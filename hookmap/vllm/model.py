@@ -68,6 +68,10 @@ class VllmModel(HookedModel):
         prepared = super().prepare(prompts, *selection, **options)
         if prepared.run.watches:
             raise InterventionError("hookmap.watch: no function sees the values of vLLM's workers. Capture the point.")
+        if any(prompt.inputs is not None for prompt in prepared.run.prompts):
+            raise CaptureError("prompts with images do not run on vLLM here: open the model with hookmap.open.")
+        if prepared.run.prompts:
+            prepared.run.parameters(0)  # type: ignore[attr-defined]  # raises for settings that vLLM does not have
         self.engine_of_vllm.refuse_untapped([selector.key for selector in prepared.run.selectors])
         self.engine_of_vllm.refuse_untapped([edit.selector.key for edit in prepared.run.edits])
         return prepared

@@ -56,9 +56,7 @@ class _OnVllm(_Base):
         self.batch(waiting, sink)
 
     def batch(self, numbers: Sequence[int], sink: Sink) -> None:
-        """See `Run.batch`."""
-        if any(self.prompts[number].inputs is not None for number in numbers):
-            raise CaptureError("prompts with images do not run on vLLM here: open the model with hookmap.open.")
+        """See `Run.batch`. A deque may get more numbers in `going_on`."""
         with self.engine.lock:
             Serving(self, sink).serve(numbers)
 
@@ -146,11 +144,15 @@ class Serving:
         self._averages = any(isinstance(edit.operation, Averaged) for edit in run.edits)
 
     def serve(self, numbers: Sequence[int]) -> None:
-        """Run these prompts, and hand their rows to the sink. Raises CaptureError."""
+        """Run these prompts, and hand their rows to the sink. A deque may get more while they run.
+
+        Raises CaptureError.
+        """
+        waiting = numbers if isinstance(numbers, deque) else deque(numbers)
         if self._run.edits:
             self._engine.plan(self.name, self._run.edits)
         try:
-            self._serve(deque(numbers), self._engine.in_flight)
+            self._serve(waiting, self._engine.in_flight)
             self._serve(deque(self._alone), 1)
             self.flush()
         except BaseException:

@@ -354,8 +354,8 @@ def test_layers_that_are_none_are_wrong_usage(text: str) -> None:
         (("lens", "--prompt", ""), "--prompt is empty"),
         (("attribute", "--prompt", ""), "--prompt is empty"),
         (("saliency", "--prompt", "", "--target", "a"), "--prompt is empty"),
-        (("capture", "--points", "embed", "--address", "auto"), "--address needs --engine ray or remote"),
-        (("capture", "--points", "embed", "--eager", "--workers", "2"), "--workers needs --engine ray, --eager needs"),
+        (("capture", "--points", "embed", "--address", "auto"), "--address needs --engine ray or remote or vllm"),
+        (("capture", "--points", "embed", "--workers", "2", "--eager"), "needs --engine ray or vllm, --eager needs"),
     ],
 )
 def test_wrong_usage_exits_2_and_says_what_is_right(args: tuple[str, ...], message: str) -> None:

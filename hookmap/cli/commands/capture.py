@@ -47,7 +47,7 @@ _ENGINE = option_group(
         "--engine",
         type=click.Choice(["auto", "hooks", "nnsight", "ray", "remote", "vllm"]),
         help="What watches the model; ray: many processes that each hold it; remote: nnsight's server; vllm: "
-        "a serving engine that runs it.  "
+        "a serving engine that runs it, with --workers in each of Ray's.  "
         "[default: auto]",
     ),
     clustered,

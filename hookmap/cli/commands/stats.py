@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hookmap.cli.chat_options import chat_options, templating
-from hookmap.cli.cluster_options import cluster_of, clustered, opened_elsewhere
+from hookmap.cli.cluster_options import cluster_of, clustered, opened_elsewhere, taps_of
 from hookmap.cli.model_options import loading, opened
 from hookmap.cli.options import calls_option, count, option_group
 from hookmap.cli.prompts_file import chosen_prompts, prompt_options
@@ -59,7 +59,9 @@ _FROM = option_group(
 @row_options
 @click.option("--intervene", metavar="FILE", help="Apply the interventions in this JSON or YAML file.")
 @click.option(
-    "--engine", type=click.Choice(["auto", "hooks", "nnsight", "ray"]), help="What watches the model.  [default: auto]"
+    "--engine",
+    type=click.Choice(["auto", "hooks", "nnsight", "ray", "vllm"]),
+    help="What watches the model.  [default: auto]",
 )
 @clustered
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout, and no table.")
@@ -156,6 +158,8 @@ def _of_model(model: str | None, output: str | None, quiet: bool, given: dict[st
         from hookmap.capture.interventions.documents import load_interventions
 
         run["interventions"] = load_interventions(file)
+    if cluster is not None and engine == "vllm":
+        cluster |= taps_of(points, layers, run.get("interventions", ()))
     wanted = _how(given)
     model = choose_model(model, settings)
     refuse_unknown(points, layers, model, calls)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 from uuid import uuid4
 
 from hookmap.analysis.dictionaries.packing import to_bytes
@@ -25,7 +25,8 @@ from hookmap.analysis.reductions.run import groupings, reduce
 from hookmap.analysis.reductions.statistics import Statistics
 from hookmap.analysis.reductions.wanted import DEFAULT, Wanted, wanted
 from hookmap.capture.estimate import Estimate, check_room
-from hookmap.capture.interventions.documents import read_interventions, refuse_functions
+from hookmap.capture.hooked import Hooked
+from hookmap.capture.interventions.documents import read_interventions
 from hookmap.capture.options import CaptureOptions, EstimateOptions, Layers, Points, Progress, TemplateOptions, takes
 from hookmap.capture.prepare import say_apart
 from hookmap.capture.result import Capture
@@ -37,12 +38,14 @@ from hookmap.loading.checkpoints import load_tokenizer
 from hookmap.loading.generation import check_count
 from hookmap.loading.prompts import Prompt, encode, records
 from hookmap.maps.document import ArchitectureMap
-from hookmap.services.ray.pool import Pool, Task
+from hookmap.services.ray.functions import sent
+from hookmap.services.ray.pool import TOGETHER, Pool, Task
 from hookmap.services.ray.worker import BatchResult, CapturePlan, Reducing, RunningCapture
 from hookmap.stores import open_store
 from hookmap.stores.folder import FolderWriter
 from hookmap.stores.memory import MemoryStore
 from hookmap.stores.shard import SHARD_FOLDER
+from hookmap.wording import counted
 
 PART_BATCHES = 64
 """batches whose sums a worker sends together, at most"""
@@ -51,12 +54,12 @@ PART_BATCHES = 64
 class RayModel:
     """A model held by many workers, made by `hookmap.open_on_ray`. `close` it, or use it in a `with` statement."""
 
-    def __init__(self, source: str, workers: int, opening: dict[str, Any], **cluster: Any) -> None:
-        """See `open_on_ray`."""
+    def __init__(self, source: str, workers: int, vllm: bool, opening: dict[str, Any], **cluster: Any) -> None:
+        """See `open_on_ray`. `vllm`: whether vLLM runs the models."""
         self.name = source
         self.workers = workers
-        self._opening = opening
-        self._pool = Pool(source, opening, workers, **cluster)
+        self._vllm, self._opening = vllm, opening
+        self._pool = Pool(source, opening, workers, vllm, **cluster)
         self._lock, self._capturing = threading.RLock(), False
 
     @cached_property
@@ -82,7 +85,7 @@ class RayModel:
 
     def engine(self, name: str = "auto") -> tuple[str, str]:
         """See `HookedModel.engine`."""
-        return "ray", f"{self.workers} workers" if self.workers > 1 else "1 worker"
+        return "ray", counted(self.workers, "worker") + (" with vLLM" if self._vllm else "")
 
     @takes(EstimateOptions)
     def estimate(
@@ -94,7 +97,7 @@ class RayModel:
         **options: Unpack[EstimateOptions],
     ) -> Estimate:
         """See `HookedModel.estimate`."""
-        named = _named(points, layers, max_new_tokens, options)
+        named = self._named(points, layers, max_new_tokens, options)
         prompts = records(prompts, named.pop("prompt_column", None))
         with self._alone():
             found: Estimate = self._pool.call("the estimate", "estimate", prompts, named)
@@ -115,7 +118,7 @@ class RayModel:
         after another. Raises what `HookedModel.capture` does, and CaptureError where every worker that tries a batch
         dies, or Ray is shut down.
         """
-        named = _named(points, layers, max_new_tokens, options)
+        named = self._named(points, layers, max_new_tokens, options)
         store, resume, progress = (named.pop(name, None) for name in ("store", "resume", "progress"))
         prompts = records(prompts, named.pop("prompt_column", None))
         if named.get("before"):
@@ -135,6 +138,18 @@ class RayModel:
             made.store.write_to(held)
             return Capture(held, made.selectors, made.map, made.manifest)
 
+    @takes(CaptureOptions)
+    def generate(
+        self,
+        prompts: Any,
+        interventions: Any = (),
+        capture: Mapping[str, Any] | None = None,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> Capture:
+        """See `HookedModel.generate`."""
+        return Hooked.generate(self, prompts, interventions, capture, max_new_tokens, **options)  # type: ignore[arg-type]
+
     @takes(CaptureOptions, reduce)
     def reduce(
         self,
@@ -148,7 +163,7 @@ class RayModel:
         """See `HookedModel.reduce`. Each worker sums up some batches; the driver merges, and writes the folder."""
         how = {name: options.pop(name, None) for name in ("by", "edges", "direction", "store", "resume", "progress")}
         chosen = wanted(reductions, groupings(how["by"], options), how["edges"], how["direction"])
-        named = _named(points, layers, max_new_tokens, options)
+        named = self._named(points, layers, max_new_tokens, options)
         prompts = records(prompts, named.pop("prompt_column", None))
         with self._alone():
             plan: Reducing = self._pool.call("the plan", "begin", self._pool.put(prompts), named, chosen)
@@ -163,11 +178,22 @@ class RayModel:
                         how["progress"](Progress(len(kept.result.samples), len(plan.prompts), 0, 0))
         return kept.end(len(plan.prompts))
 
+    def _named(self, points: Points, layers: Layers, max_new_tokens: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `HookedModel.capture` by their names, for workers. Files are read here, on the driver."""
+        named = {"points": points, "layers": layers, "max_new_tokens": max_new_tokens, **options}
+        if given := named.get("dictionaries"):
+            each = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+            named["dictionaries"] = tuple(map(to_bytes, each))
+        if "interventions" in named:
+            named["interventions"] = sent(read_interventions(named["interventions"]), self._opening["functions"])
+        return named
+
     def _parts(self, plan: Reducing, options: dict[str, Any], chosen: Wanted, finished: Set[int]) -> Iterator[Task]:
         """The batches with samples that are not finished, several to a task: each sends its sums."""
         encoded, id = self._pool.put(plan.prompts), uuid4().hex
         left = [batch for batch in plan.batches if any(number not in finished for number in batch)]
-        size = max(1, min(PART_BATCHES, len(left) // (4 * self.workers)))
+        most = max(PART_BATCHES, self._pool.opened[0].in_flight or 0)
+        size = max(1, min(most, len(left) // (4 * self.workers)))
         for start in range(0, len(left), size):
             part = left[start : start + size]
             held = frozenset(number for batch in part for number in batch if number in finished)
@@ -229,7 +255,11 @@ class RayModel:
             raise StoreError(f"cannot write to {folder}: {error.strerror}. Write to another folder: -o DIR") from error
         options = {name: value for name, value in options.items() if name != "num_return_sequences"}  # are in the plan
         encoded, capture = self._pool.put(plan.prompts), RunningCapture(uuid4().hex, options, str(folder), mark)
-        for batch in plan.batches:
+        batches, in_flight = plan.batches, self._pool.opened[0].in_flight
+        if in_flight is not None:
+            numbers = [number for batch in batches for number in batch if number not in finished]
+            batches = shared_out(numbers, self.workers, in_flight)
+        for batch in batches:
             if left := [number for number in batch if number not in finished]:
                 yield Task(f"the batch of samples {left[0]} to {left[-1]}", "run", (capture, encoded, batch, left))
 
@@ -276,19 +306,24 @@ def open_on_ray(
     x: "str | os.PathLike[str]",
     *,
     workers: int = 1,
+    engine: Literal["hooks", "vllm"] = "hooks",
     address: str | None = None,
     cpus_per_worker: float = 1,
     gpus_per_worker: float | None = None,
     map: ArchitectureMap | str | os.PathLike[str] | None = None,
+    functions: Iterable[str] = (),
     **opening: Any,
 ) -> RayModel:
     """A model held by `workers` processes on a Ray cluster, to capture from as from one.
 
-    x: a hub id, or a folder that every machine sees, by its absolute path. address: of a running cluster ("auto": of
-    this machine's), or None for one of its own on this machine. cpus_per_worker: also the threads of each.
+    x: a hub id, or a folder that every machine sees, by its absolute path. engine: what runs the model in each worker,
+    "hooks" as `hookmap.open` has it, or "vllm". address: of a running cluster ("auto": of this machine's), or None for
+    one of its own on this machine. cpus_per_worker: also the threads of each.
     gpus_per_worker: one unless given, where the cluster has GPUs; with several, device="auto" spreads the model over
-    them (accelerate).
-    opening: as `hookmap.open` takes it. Raises CaptureError where Ray is missing or the cluster is too small.
+    them (accelerate), or tensor_parallel_size does on vLLM. functions: names, "package.module:function", that workers
+    may import for `hookmap.apply`.
+    opening: as `hookmap.open` takes it, or `hookmap.open_on_vllm`. Raises CaptureError where Ray is missing or the
+    cluster is too small.
     """
     if not isinstance(x, str | os.PathLike):
         raise ModelError(
@@ -298,22 +333,30 @@ def open_on_ray(
     for name, each in (("cpus_per_worker", cpus_per_worker), ("gpus_per_worker", gpus_per_worker)):
         if each is not None and not (isinstance(each, int | float) and 0 <= each < math.inf):
             raise CaptureError(f"{name}: expected a number, at least 0, got {each!r}.")
-    opening["map"] = given_map(map)
+    if engine not in ("hooks", "vllm"):
+        raise CaptureError(f'engine: expected "hooks" or "vllm", got {engine!r}.')
+    if engine == "vllm":
+        _refuse_unserved(map, opening)
+    else:
+        opening["map"] = given_map(map)
+    opening["functions"] = (functions,) if isinstance(functions, str) else tuple(functions)
     cluster = {"address": address, "cpus": cpus_per_worker, "gpus": gpus_per_worker}
-    return RayModel(os.fspath(x), workers, opening, **cluster)
+    return RayModel(os.fspath(x), workers, engine == "vllm", opening, **cluster)
 
 
-def _named(points: Points, layers: Layers, max_new_tokens: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `HookedModel.capture` by their names. A file of interventions is read here, on the driver."""
-    named = {"points": points, "layers": layers, "max_new_tokens": max_new_tokens, **options}
-    if given := named.get("dictionaries"):
-        each = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
-        named["dictionaries"] = tuple(map(to_bytes, each))
-    if "interventions" in named:
-        named["interventions"] = read_interventions(named["interventions"])
-        refuse_functions(
-            named["interventions"],
-            "the workers are other processes, and a function would have to be pickled to reach them, which hookmap "
-            "does not do. hookmap.open the model here.",
-        )
-    return named
+def _refuse_unserved(map: Any, opening: Mapping[str, Any]) -> None:
+    """Raises CaptureError for what a worker with vLLM does not take."""
+    if map is not None:
+        raise CaptureError('map: engine="vllm" finds the map of vLLM\'s own modules. Leave it out.')
+    if opening.get("shared"):
+        raise CaptureError("shared: the workers are asked one after another. Leave it out.")
+
+
+def shared_out(numbers: Sequence[int], workers: int, in_flight: int) -> tuple[tuple[int, ...], ...]:
+    """Prompts in batches for workers that run `in_flight` of them together, and have TOGETHER batches at once.
+
+    A worker has twice as many prompts as it runs, so that one that ends is followed at once; where there are not so
+    many, each has its share.
+    """
+    size = max(1, min(-(-2 * in_flight // TOGETHER), -(-len(numbers) // (workers * TOGETHER))))
+    return tuple(tuple(numbers[start : start + size]) for start in range(0, len(numbers), size))

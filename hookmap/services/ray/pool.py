@@ -1,16 +1,17 @@
-"""Workers on Ray. A task goes to an idle worker; a worker that dies is replaced, and its task runs again."""
+"""Workers on Ray. A task goes to an idle worker; a worker that dies is replaced, and its tasks run again."""
 
 import contextlib
 import logging
 import os
 import socket
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hookmap.errors import CaptureError, HookmapError
 from hookmap.extras import needed
+from hookmap.services.ray.vllm_worker import VllmWorker
 from hookmap.services.ray.worker import Opened, Worker
 
 log = logging.getLogger("hookmap")
@@ -19,6 +20,8 @@ ATTEMPTS = 3
 """workers that may die of one task, or before they have loaded the model"""
 REACHED = 10.0
 """seconds in which a cluster's port has to answer"""
+TOGETHER = 8
+"""tasks that a worker with vLLM has at once: their requests share its batches"""
 WAITING = 30.0
 """seconds without news after which the log says what is waited for"""
 
@@ -44,23 +47,30 @@ class Pool:
         source: str,
         opening: Mapping[str, Any],
         workers: int,
+        vllm: bool = False,
         address: str | None = None,
         cpus: float = 1,
         gpus: float | None = None,
     ) -> None:
-        """`cpus`, `gpus`: of each worker. Raises CaptureError where Ray is missing or the cluster is too small."""
+        """`vllm`: whether vLLM runs the models; `cpus`, `gpus`: of each worker.
+
+        Raises CaptureError where Ray is missing or the cluster is too small.
+        """
         self._ray, self._own_cluster = connected(address, workers, cpus)
-        gpus = float(bool(self._ray.cluster_resources().get("GPU"))) if gpus is None else gpus
+        ranks = int(opening.get("tensor_parallel_size") or 1) if vllm else 1
+        gpus = float(ranks * bool(self._ray.cluster_resources().get("GPU"))) if gpus is None else gpus
         self._check_room(workers, cpus, gpus)
+        self._at_once = TOGETHER if vllm else 1
         self._actor = self._ray.remote(_Actor).options(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD"
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD", max_concurrency=self._at_once
         )
-        self._actor_arguments = (source, dict(opening), os.getcwd())
+        self._actor_arguments = (VllmWorker if vllm else Worker, source, dict(opening), os.getcwd())
         self.deaths: list[str] = []
         """why workers died"""
         self.opened: list[Opened] = []
         self._failed_starts = 0
-        self._idle: list[Any] = []
+        self._workers: list[Any] = []
+        """the workers that have loaded the model"""
         self._starting: dict[Any, Any] = {}
         self._running: dict[Any, tuple[Any, Task | None]] = {}
         """by reference: the worker, and its task; None where nobody waits for the task any more"""
@@ -86,20 +96,19 @@ class Pool:
 
     def close(self) -> None:
         """End the workers, and the cluster if it was started here."""
-        for actor in [*self._idle, *self._starting.values(), *(actor for actor, _ in self._running.values())]:
+        for actor in [*self._workers, *self._starting.values()]:
             self._kill(actor)
-        self._idle, self._starting, self._running = [], {}, {}
+        self._workers, self._starting, self._running = [], {}, {}
         if self._own_cluster:
             self._ray.shutdown()
 
     def _each(self, coming: Iterator[Task]) -> Iterator[tuple[Task, Any]]:
         again = deque[Task]()
         while True:
-            while self._idle and (task := again.popleft() if again else next(coming, None)):
-                actor = self._idle.pop()
+            while (actor := self._idle()) and (task := again.popleft() if again else next(coming, None)):
                 self._running[self._ask(actor.call.remote, task.method, *task.arguments)] = (actor, task)
             busy = any(task for _, task in self._running.values())
-            if not busy and (self._idle or not (again or _more(coming, again))):
+            if not busy and (self._idle() or not (again or _more(coming, again))):
                 return
             self._check_left()
             done, _ = self._ask(self._ray.wait, [*self._running, *self._starting], timeout=WAITING)
@@ -117,7 +126,8 @@ class Pool:
         try:
             found = self._result(reference)
         except _WorkerDied as died:
-            self._replace(actor, str(died))
+            if any(each is actor for each in self._workers):  # once for all of its tasks
+                self._replace(actor, str(died))
             if task is not None:
                 task.deaths.append(str(died))
                 if len(task.deaths) == ATTEMPTS:
@@ -125,13 +135,17 @@ class Pool:
                 again.append(task)
             return
         except HookmapError:
-            self._idle.append(actor)
             if task is not None:
                 raise
             return
-        self._idle.append(actor)
         if task is not None:
             yield task, found
+
+    def _idle(self) -> Any:
+        """The worker with the fewest tasks; None where each has as many as it takes."""
+        tasks = Counter(id(actor) for actor, _ in self._running.values())
+        fewest = min(self._workers, key=lambda actor: tasks[id(actor)], default=None)
+        return None if fewest is None or tasks[id(fewest)] >= self._at_once else fewest
 
     def _ask(self, ask: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call Ray. Raises CaptureError where it is gone: it was shut down, here or on another thread."""
@@ -167,11 +181,12 @@ class Pool:
         self._failed_starts = 0
         self.opened.append(opened)
         self._check_alike(opened)
-        self._idle.append(actor)
+        self._workers.append(actor)
 
     def _replace(self, actor: Any, why: str) -> None:
         log.warning("a worker died and is replaced: %s", why)
         self.deaths.append(why)
+        self._workers = [each for each in self._workers if each is not actor]
         self._kill(actor)
         self._start()
 
@@ -195,7 +210,7 @@ class Pool:
 
     def _check_left(self) -> None:
         """Raises CaptureError where no worker is left: waiting for one would never end."""
-        if not (self._idle or self._starting or self._running):
+        if not (self._workers or self._starting):
             raise CaptureError("no worker is left: they were closed, or could not start. Open the model on Ray again.")
 
     def _check_room(self, workers: int, cpus: float, gpus: float) -> None:
@@ -229,17 +244,17 @@ class _WorkerDied(Exception):
 
 
 class _Actor:
-    """A `Worker`, as Ray calls it."""
+    """A worker, as Ray calls it; one with vLLM, in several threads."""
 
-    def __init__(self, source: str, opening: Mapping[str, Any], folder: str) -> None:
+    def __init__(self, kind: type[Worker], source: str, opening: Mapping[str, Any], folder: str) -> None:
         """`folder`: the driver's working directory, for relative paths; a machine without it stays in its own."""
         with contextlib.suppress(OSError):
             os.chdir(folder)
-        self._worker = Worker(source, opening)
+        self._worker = kind(source, opening)
         self._fetched: tuple[Any, Any] = (None, None)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._worker, method)(*(self._value(argument) for argument in arguments))
+        return self._worker.call(method, *(self._value(argument) for argument in arguments))
 
     def _value(self, argument: Any) -> Any:
         """The value of a reference in a list; the last one is kept."""
@@ -247,9 +262,10 @@ class _Actor:
 
         if not (isinstance(argument, list) and len(argument) == 1 and isinstance(argument[0], ray.ObjectRef)):
             return argument
-        if self._fetched[0] != argument[0]:
-            self._fetched = (argument[0], ray.get(argument[0]))
-        return self._fetched[1]
+        fetched = self._fetched
+        if fetched[0] != argument[0]:
+            fetched = self._fetched = (argument[0], ray.get(argument[0]))
+        return fetched[1]
 
 
 def connected(address: str | None, workers: int, cpus: float) -> tuple[Any, bool]:

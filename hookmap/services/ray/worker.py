@@ -18,6 +18,7 @@ from hookmap.loading.prompts import Prompt
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import Selector
 from hookmap.model import HookedModel, open
+from hookmap.services.ray.functions import taken
 from hookmap.stores.before_interventions import Lacking
 from hookmap.stores.group_writer import Group, PartWriter
 from hookmap.stores.manifest import Manifest, versions
@@ -30,6 +31,8 @@ class Opened:
     machine: str
     versions: Mapping[str, str]
     """of the libraries that the numbers depend on"""
+    in_flight: int | None = None
+    """prompts that its vLLM runs together, whichever they are; None where the plan's batches are what runs together"""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,18 @@ class RunningCapture:
     folder: str
     mark: str
     """a file in the folder: a worker that finds it sees the driver's disk"""
+
+    def check_folder(self) -> None:
+        """Raises StoreError where the folder is not on a disk that the driver sees, too."""
+        if not (Path(self.folder) / self.mark).exists():
+            raise StoreError(
+                f"{self.folder} is not the capture's folder on {socket.gethostname()}: a worker writes its shards "
+                "there itself. Write to a disk that all machines share: -o DIR"
+            )
+
+    def writer(self, manifest: Manifest) -> PartWriter:
+        """What writes a worker's shards to the folder."""
+        return PartWriter(Path(self.folder), manifest.keys, manifest.shard_tokens, manifest.shard_bytes)
 
 
 @dataclass(frozen=True)
@@ -89,11 +104,17 @@ class Worker:
     """One model, and the capture that it has prepared last."""
 
     def __init__(self, source: str, opening: Mapping[str, Any]) -> None:
-        """`source`: a hub id or a folder. `opening`: the other arguments of `hookmap.open`. Loads nothing yet."""
-        self._source, self._opening = source, opening
+        """`source`: a hub id or a folder. `opening`: the other arguments of `hookmap.open`, and `functions`: the names
+        of those that interventions may be. Loads nothing yet."""
+        self._source, self._opening = source, dict(opening)
+        self._functions: Sequence[str] = self._opening.pop("functions", ())
         self._model: HookedModel | None = None
         self._prepared: tuple[str, Prepared] | None = None
         """the capture's id, and the capture"""
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Run the method of this name."""
+        return getattr(self, method)(*arguments)
 
     def open(self) -> Opened:
         """Load the model. Raises what `hookmap.open` does."""
@@ -126,18 +147,11 @@ class Worker:
         `prompts`: all of the capture; `batch` and `wanted` are numbers among them. Raises what `plan` does, and
         StoreError where the folder is not on a shared disk.
         """
-        folder = Path(capture.folder)
-        if not (folder / capture.mark).exists():
-            raise StoreError(
-                f"{folder} is not the capture's folder on {socket.gethostname()}: a worker writes its shards there "
-                "itself. Write to a disk that all machines share: -o DIR"
-            )
-        if self._prepared is None or self._prepared[0] != capture.id:
-            self._prepared = capture.id, self._prepare(tuple(prompts), capture.options)
-        run, manifest = self._prepared[1].run, self._prepared[1].manifest
-        writer = PartWriter(folder, manifest.keys, manifest.shard_tokens, manifest.shard_bytes)
+        capture.check_folder()
+        prepared = self.prepared(capture.id, capture.options, prompts)
+        run, writer = prepared.run, capture.writer(prepared.manifest)
         told, lost = len(run.halved), run.lost.copy()
-        run.together(batch, Lacking(self._prepared[1].of_rows(writer), {*batch} - {*wanted}))
+        run.together(batch, Lacking(prepared.of_rows(writer), {*batch} - {*wanted}))
         run.memory.look()
         memory = max(run.memory.peak, used())
         return BatchResult(tuple(writer.groups), tuple(run.halved[told:]), memory, dict(run.lost - lost))
@@ -158,17 +172,22 @@ class Worker:
         finished: Set[int],
     ) -> bytes:
         """The sums of some batches, as the content of a file; those of `finished` samples are left out."""
-        if self._prepared is None or self._prepared[0] != id:
-            self._prepared = id, self._prepare(tuple(prompts), options)
-        prepared = replace(self._prepared[1], groups=tuple(map(tuple, batches)))
+        prepared = replace(self.prepared(id, options, prompts), groups=tuple(map(tuple, batches)))
         statistics = begun(prepared, reducing)
         into(prepared, statistics, finished=finished)
         return STATISTICS.to_bytes(statistics)
 
+    def prepared(self, id: str, options: Mapping[str, Any], prompts: Sequence[Prompt]) -> Prepared:
+        """The capture of this id, which is prepared once. Raises what `plan` does."""
+        if self._prepared is None or self._prepared[0] != id:
+            self._prepared = id, self._prepare(tuple(prompts), options)
+        return self._prepared[1]
+
     def _prepare(self, prompts: Any, options: Mapping[str, Any]) -> Prepared:
-        """A capture that is planned; its dictionaries come as bytes."""
-        packed = options.get("dictionaries") or ()
-        more = {"dictionaries": tuple(map(from_bytes, packed))} if packed else {}
+        """A capture that is planned; its dictionaries come as bytes, and functions by name."""
+        packed, edits = options.get("dictionaries") or (), options.get("interventions") or ()
+        more: dict[str, Any] = {"dictionaries": tuple(map(from_bytes, packed))} if packed else {}
+        more |= {"interventions": taken(edits, self._functions)} if edits else {}
         return self._hooked.prepare(prompts, **{**options, **more})
 
     @property

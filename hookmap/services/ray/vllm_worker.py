@@ -1,0 +1,137 @@
+"""A worker whose model vLLM runs: the batches that it is given share vLLM's own, and each is told when it has ended.
+
+One thread has the engine, as vLLM asks for it; the threads in which Ray calls the worker wait for it.
+"""
+
+import os
+import socket
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from hookmap.activations import Activation, Sample
+from hookmap.capture.prepare import Prepared
+from hookmap.loading.memory import used
+from hookmap.loading.prompts import Prompt
+from hookmap.services.ray.worker import BatchResult, Opened, RunningCapture, Worker
+from hookmap.stores.group_writer import PartWriter
+from hookmap.stores.manifest import versions
+from hookmap.vllm.model import open_on_vllm
+
+
+@dataclass(eq=False)
+class Batch:
+    """Prompts that were given together, and become finished together."""
+
+    capture: RunningCapture
+    prompts: Sequence[Prompt]
+    """all of the capture"""
+    numbers: Sequence[int]
+    ended: Future[BatchResult] = field(default_factory=Future)
+
+
+class VllmWorker(Worker):
+    """One model on vLLM. Several threads may call it."""
+
+    def __init__(self, source: str, opening: Mapping[str, Any]) -> None:
+        """`opening`: the other arguments of `hookmap.open_on_vllm`. Loads nothing yet."""
+        super().__init__(source, opening)
+        self._thread = ThreadPoolExecutor(1, "vLLM")
+        self._coming = deque[Batch]()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Run the method of this name when the engine is free; a batch, beside those that run."""
+        if method != "run":
+            return self._thread.submit(super().call, method, *arguments).result()
+        capture, prompts, _, wanted = arguments
+        coming = Batch(capture, prompts, wanted)
+        self._coming.append(coming)
+        self._thread.submit(self._serve)
+        return coming.ended.result()
+
+    def open(self) -> Opened:
+        """Load the model. Raises what `hookmap.open_on_vllm` does."""
+        # Ray has given this process its cores and GPUs: vLLM would bind the threads of workers that are beside each
+        # other to the same cores. An engine in a process of its own would outlive a worker that is killed.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        self._model = model = open_on_vllm(
+            self._source, functions=self._functions, **{"processes": False, **self._opening}
+        )
+        engine = model.engine_of_vllm
+        return Opened(socket.gethostname(), {**versions(), "vllm": engine.version}, engine.in_flight)
+
+    def _serve(self) -> None:
+        """Run the batches that have come, and those that come meanwhile."""
+        while self._coming:
+            first = self._coming[0]
+            try:
+                first.capture.check_folder()
+                prepared = self.prepared(first.capture.id, first.capture.options, first.prompts)
+            except BaseException as error:
+                self._coming.popleft().ended.set_exception(error)
+            else:
+                Serving(prepared, self._coming).run()
+
+
+class Serving:
+    """The batches of one capture, as they run. It is the sink of their rows."""
+
+    def __init__(self, prepared: Prepared, coming: "deque[Batch]") -> None:
+        self._prepared, self._coming, self._capture = prepared, coming, coming[0].capture
+        self._waiting = deque[int]()
+        self._batches: dict[int, Batch] = {}
+        """by the numbers of their prompts"""
+        self._writers: dict[int, PartWriter] = {}
+        self._samples: dict[Batch, list[Sample]] = {}
+        self._told = Counter[str](prepared.run.lost)
+
+    def run(self) -> None:
+        """Run the batches that have come for this capture, and those that come before the last one has ended."""
+        run = self._prepared.run
+        run.going_on = self._join  # type: ignore[attr-defined]  # called after each step
+        try:
+            self._join()
+            while self._waiting:
+                run.batch(self._waiting, self._prepared.of_rows(self))
+        except BaseException as error:
+            for batch in self._samples:
+                batch.ended.set_exception(error)
+
+    def _join(self) -> None:
+        while self._coming and self._coming[0].capture.id == self._capture.id:
+            batch = self._coming.popleft()
+            self._samples[batch] = []
+            writer = self._capture.writer(self._prepared.manifest)
+            self._batches |= dict.fromkeys(batch.numbers, batch)
+            self._writers |= dict.fromkeys(batch.numbers, writer)
+            self._waiting.extend(batch.numbers)
+
+    def write(self, activation: Activation) -> None:
+        """See `Sink`."""
+        self._writers[activation.sample].write(activation)
+
+    def finish(self, sample: Sample) -> None:
+        """See `Sink`. The samples of a batch become one group, when the last one has its rows."""
+        batch, writer = self._batches[sample.sample], self._writers[sample.sample]
+        samples = self._samples[batch]
+        samples.append(sample)
+        if len(samples) < len(batch.numbers):
+            return
+        for each in samples:
+            writer.finish(each)
+            del self._batches[each.sample], self._writers[each.sample]
+        del self._samples[batch]
+        batch.ended.set_result(self._result(writer))
+
+    def abandon(self) -> None:
+        """See `Sink`."""
+        for writer in self._writers.values():
+            writer.abandon()
+
+    def _result(self, writer: PartWriter) -> BatchResult:
+        run = self._prepared.run
+        lost, self._told = run.lost - self._told, run.lost.copy()
+        run.memory.look()
+        return BatchResult(tuple(writer.groups), (), max(run.memory.peak, used()), dict(lost))
