@@ -2,7 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -41,31 +43,56 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Result]) -> Result:
-    """Let `write` fill a temporary file; make it durable; give it its name; make the name durable.
-
-    On any exception the temporary file is removed, and what was at `path` before is untouched.
-    """
+def write_draft(path: Path, views: Iterable["bytes | bytearray | memoryview"]) -> None:
+    """Write all of these, one after the other, to the temporary file of `path`, which an exception removes."""
     draft = temporary(path)
     try:
         with open(draft, "wb", buffering=0) as file:
-            result = write(file)
+            for view in views:
+                write_all(file, view)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def put_in_place(path: Path) -> None:
+    """Make the temporary file of `path` durable and give it its name, which is durable once its folder is.
+
+    An exception removes the temporary file; what was at `path` before is untouched.
+    """
+    draft = temporary(path)
+    try:
+        with open(draft, "rb+", buffering=0) as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
-    return result
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Make `data` the content of a file, as `write_whole` does."""
-    write_whole(path, lambda file: write_all(file, data))
+    """Make `data` the content of a file, whole or not at all, and durable."""
+    write_draft(path, [data])
+    put_in_place(path)
+    sync_folder(path.parent)
+
+
+def beside(work: Callable[[], Result]) -> "Future[Result]":
+    """Do this in a thread of its own, while the caller goes on."""
+    done = Future[Result]()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="beside a writer", daemon=True).start()
+    return done
 
 
 def write_durably(path: Path, data: "bytes | bytearray") -> None:
-    """Write a file that nobody reads yet. Its name is durable once that of a later `write_whole` in its folder is."""
+    """Write a file that nobody reads yet. Its name is durable once that of a later `write_file` in its folder is."""
     with open(path, "wb", buffering=0) as file:
         write_all(file, data)
         os.fsync(file.fileno())

@@ -167,6 +167,10 @@ class FolderWriter(GroupWriter, Closing):
         with self._writing():
             super()._cut()
 
+    def _group(self) -> Group:
+        with self._writing():
+            return super()._group()
+
     def _commit(self, group: Group) -> None:
         """Make the samples of the group finished: its shards are there, under their final names."""
         samples, shards = group.lines(self._committed.shards)
@@ -190,11 +194,12 @@ class FolderWriter(GroupWriter, Closing):
             sizes[shard_name(info.shard)] = info.bytes
         self._shards.cut(end)
         found = {}
-        for file in os.scandir(self.folder / SHARD_FOLDER):
-            if file.name in sizes:
-                found[file.name] = file.stat().st_size
-            elif is_temporary(file.name) or is_shard(file.name):
-                os.unlink(file)
+        with os.scandir(self.folder / SHARD_FOLDER) as files:
+            for file in files:
+                if file.name in sizes:
+                    found[file.name] = file.stat().st_size
+                elif is_temporary(file.name) or is_shard(file.name):
+                    os.unlink(file)
         sync_folder(self.folder / SHARD_FOLDER)
         temporary(self.folder / MANIFEST).unlink(missing_ok=True)
         if wrong := [name for name, size in sizes.items() if found.get(name) != size]:

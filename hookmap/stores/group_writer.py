@@ -7,6 +7,7 @@ and its group is adopted later (`FolderWriter.adopt`).
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -14,8 +15,9 @@ from uuid import uuid4
 from hookmap.activations import Activation, Key, Sample
 from hookmap.errors import StoreError
 from hookmap.stores.buffer import Buffer
+from hookmap.stores.durable_files import sync_folder
 from hookmap.stores.ledger import Ledger, RowSpec
-from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, write_shard
+from hookmap.stores.shard import SHARD_FOLDER, ShardInfo, WrittenShard, write_shard
 from hookmap.stores.table import Entry, Span, encode_group, encode_shards
 
 
@@ -47,6 +49,7 @@ class GroupWriter(ABC):
         self.folder = folder
         self._ledger = ledger
         self._shard_tokens, self._shard_bytes = shard_tokens, shard_bytes
+        self._new: list[WrittenShard] = []
         self._forget()
 
     @abstractmethod
@@ -90,23 +93,30 @@ class GroupWriter(ABC):
     def _group(self) -> Group:
         if self._buffer:
             self._cut()
+        shards = tuple(written.info(shard) for shard, written in enumerate(self._new))
+        if shards:
+            sync_folder(self.folder / SHARD_FOLDER)
         samples = sorted(self._pending, key=lambda sample: sample.sample)
         entries = tuple(Entry(sample, tuple(self._spans.get(sample.sample, ()))) for sample in samples)
-        return Group(entries, tuple(self._new), tuple(map(self._name, range(len(self._new)))), dict(self._ledger.specs))
+        return Group(entries, shards, tuple(map(self._name, range(len(shards)))), dict(self._ledger.specs))
 
     def _cut(self) -> None:
-        """Write the buffer as one shard."""
+        """Write the buffer as one shard. The rows of the one before it, and no others, may wait for their checksum."""
+        if self._new:
+            self._new[-1].checksum.result()
+        if len(self._new) > 1:
+            self._new[-2].placed.result()
         shard = len(self._new)
-        info = write_shard(self.folder / SHARD_FOLDER / self._name(shard), shard, self._buffer.blocks())
+        self._new.append(write_shard(self.folder / SHARD_FOLDER / self._name(shard), self._buffer.blocks()))
         for sample, spans in self._buffer.spans(shard).items():
             self._spans.setdefault(sample, []).extend(spans)
-        self._new.append(info)
         self._buffer.clear()
 
     def _forget(self) -> None:
+        wait([written.placed for written in self._new])  # or one would get its name after all
+        self._new = []
         self._pending: list[Sample] = []
         self._spans: dict[int, list[Span]] = {}
-        self._new: list[ShardInfo] = []
         self._buffer = Buffer(self._ledger.keys, self._shard_tokens, self._shard_bytes)
 
 

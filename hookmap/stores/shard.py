@@ -13,16 +13,17 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from hookmap.documents import read_json
 from hookmap.errors import StoreError
-from hookmap.stores.durable_files import write_all, write_whole
+from hookmap.stores.durable_files import beside, put_in_place, write_draft
 from hookmap.stores.location import Location, reading
 
 DTYPES: dict[str, torch.dtype] = {
@@ -77,6 +78,20 @@ class ShardInfo:
 
 
 @dataclass(frozen=True)
+class WrittenShard:
+    """A shard that has been given to the system. It counts once its checksum is there and it is durable."""
+
+    bytes: int
+    checksum: "Future[str]"
+    placed: "Future[None]"
+
+    def info(self, shard: int) -> ShardInfo:
+        """Its line as number `shard`, once it is durable, but for its name in the folder. Raises OSError."""
+        self.placed.result()
+        return ShardInfo(shard, self.bytes, self.checksum.result())
+
+
+@dataclass(frozen=True)
 class Stored:
     """One tensor in a shard, as the header describes it."""
 
@@ -104,19 +119,24 @@ def is_shard(name: str) -> bool:
     return name.endswith(".safetensors") and name.removesuffix(".safetensors").isdecimal()
 
 
-def write_shard(path: Path, shard: int, blocks: Sequence[Block]) -> ShardInfo:
-    """Write one shard to `path`, whole or not at all; needs memory for one more of its tensors. Raises OSError."""
+def write_shard(path: Path, blocks: Sequence[Block]) -> WrittenShard:
+    """Write one shard, whole or not at all. Its checksum is made, and it becomes durable, while the caller goes on.
+
+    What comes in small pieces is copied, all of the shard at most; no row may change before the checksum is there.
+    Raises OSError.
+    """
     header = encode_header(blocks, {"format": "pt"})
+    views = [memoryview(header), *chain.from_iterable(views_of(block.pieces) for block in blocks)]
+    checksum = beside(lambda: _sha256(views))
+    write_draft(path, views)
+    return WrittenShard(sum(map(len, views)), checksum, beside(lambda: put_in_place(path)))
 
-    def write(file: BinaryIO) -> ShardInfo:
-        digest, size = hashlib.sha256(), 0
-        for view in chain([memoryview(header)], *(views_of(block.pieces) for block in blocks)):
-            write_all(file, view)
-            digest.update(view)
-            size += len(view)
-        return ShardInfo(shard, size, digest.hexdigest())
 
-    return write_whole(path, write)
+def _sha256(views: Sequence[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for view in views:
+        digest.update(view)
+    return digest.hexdigest()
 
 
 def encode_header(blocks: Sequence[Block], metadata: Mapping[str, str] | None = None) -> bytes:

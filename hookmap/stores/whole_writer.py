@@ -59,10 +59,11 @@ class WholeWriter(GroupWriter, Closing):
     def abandon(self) -> None:
         """Forget the rows of samples that are not finished, on disk too. Raises StoreError."""
         self._refuse_closed()
-        with self._writing():
-            for shard in range(len(self._new)):
-                (self.folder / SHARD_FOLDER / self._name(shard)).unlink()
+        shards = len(self._new)
         super().abandon()
+        with self._writing():
+            for shard in range(shards):
+                (self.folder / SHARD_FOLDER / self._name(shard)).unlink(missing_ok=True)
 
     def note(self, run: Mapping[str, Any]) -> None:
         """See FolderWriter's `note`."""

@@ -24,6 +24,9 @@ class Chosen:
         self.numbers = np.array(numbers, dtype=np.intp)
         self.needed = max(numbers, default=-1) + 1
         """how many slots there must be"""
+        first = self.needed - len(numbers)
+        self.side_by_side = slice(first, self.needed) if list(numbers) == list(range(first, self.needed)) else None
+        """where they follow each other"""
 
 
 class Slots:
@@ -46,6 +49,8 @@ class Slots:
     def give_back(self, numbers: Sequence[int]) -> None:
         """Nobody needs these any more."""
         self._free.extend(numbers)
+        if len(self._free) == self._next:  # nobody has any: the next ones follow each other again
+            self._free, self._next = [], 0
 
 
 def _as_bytes(rows: torch.Tensor) -> npt.NDArray[Any]:
@@ -85,6 +90,11 @@ class Slabs:
         if not _alike(shares):
             shares = [sum_of(shares).to("cpu")]
         rows = self._room(key, slots.needed, shares[0])
+        if slots.side_by_side is not None and len(shares) > 1:
+            total, first = self.slabs[key][slots.side_by_side], shares[0]
+            for each in shares[1:]:
+                first = torch.add(first, each, out=total)
+            return
         count = shares[0].shape[0]  # `len` of a tensor is Python, and slow
         if count <= _BLOCK:
             rows[slots.numbers] = self._sum(shares)

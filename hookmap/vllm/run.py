@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-HELD_BYTES = 2**24
+HELD_BYTES = 2**26
 HELD_SECONDS = 1.0
 """finished samples go to the sink together once they are so large or so old: a group costs the disk a few files"""
-TAKEN_AT_ONCE = 8
+TAKEN_AT_ONCE = 2
 """requests whose rows are asked for together: the disk writes those of some while others are taken"""
 _SERVED = frozenset(
     "do_sample temperature top_k top_p min_p repetition_penalty min_new_tokens eos_token_id stop_strings".split()

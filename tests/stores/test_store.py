@@ -627,9 +627,8 @@ def test_pieces_of_any_size_make_the_file_that_the_whole_makes(tmp_path: Path) -
     sums = set()
     for number, sizes in enumerate([[300], [128, 172], [1, 128, 171], [128, 129, 43], [1] * 300]):
         path = tmp_path / f"{number}.safetensors"
-        info = write_shard(
-            path, 0, [Block("resid_pre.0", 300, torch.split(whole, sizes)), Block("z.1", 2, [whole[:2]])]
-        )
+        blocks = [Block("resid_pre.0", 300, torch.split(whole, sizes)), Block("z.1", 2, [whole[:2]])]
+        info = write_shard(path, blocks).info(0)
         with safe_open(path, "pt") as file:
             assert same(file.get_tensor("resid_pre.0"), whole) and same(file.get_tensor("z.1"), whole[:2])
         assert info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest() and info.bytes == path.stat().st_size

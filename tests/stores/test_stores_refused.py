@@ -266,3 +266,22 @@ def test_what_stands_where_a_file_should_is_told(capture: Path, tmp_path: Path, 
         every_row(capture)
     with pytest.raises(HookmapError):
         FolderWriter.resume(capture, RUN.manifest)
+
+
+@pytest.mark.parametrize("shard", [1, 2, 3])
+def test_a_shard_that_cannot_get_its_name_finishes_no_sample(tmp_path: Path, shard: int) -> None:
+    """Shards get their names beside the writing: whichever of a group fails, the group does."""
+    folder = tmp_path / "c"
+    run = Run(resid(), [[(0, 3, 7)], [(1, 5, 6), (2, 2, 30)]], shard_tokens=12)
+    with (
+        raises(StoreError, "cannot write to", "1 finished sample"),
+        FolderWriter.create(folder, run.manifest) as writer,
+    ):
+        replace(run, batches=run.batches[:1]).write(writer)
+        (folder / "shards" / f"{shard:06d}.safetensors").mkdir()
+        replace(run, batches=run.batches[1:]).write(writer)
+    (folder / "shards" / f"{shard:06d}.safetensors").rmdir()
+    assert len(open_store(folder)) == 1
+    write_or_resume(folder, run)
+    write_or_resume(tmp_path / "undisturbed", run)
+    assert tree(folder / "shards") == tree(tmp_path / "undisturbed" / "shards")
