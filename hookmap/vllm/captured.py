@@ -57,6 +57,8 @@ class Cells:
 class Step:
     """What the requests of one step keep and write, and what of it has been seen."""
 
+    tokens: int | None = None
+    """how many the model is fed"""
     segments: dict[str, Segment] = field(default_factory=dict)
     involved: dict[str, Captured] = field(default_factory=dict)
     kept: dict[frozenset[Key], tuple[list[int], list[int]]] = field(default_factory=dict)

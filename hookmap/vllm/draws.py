@@ -3,11 +3,10 @@
 Generators of a CPU have none, and vLLM 0.32 dies of it. This one is taken back to its state before the step.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-
-from hookmap.vllm.rows import Segment
 
 
 class CpuGenerator(torch.Generator):
@@ -24,16 +23,18 @@ class CpuGenerator(torch.Generator):
         return self.set_state(self.before)
 
 
-def prepare(runner: Any, segments: list[Segment]) -> None:
-    """Before a step: generators of requests whose prompt ends later can be taken back."""
+def prepare(runner: Any, ends: Mapping[str, int]) -> None:
+    """Before a step of a V1 runner: generators of requests whose prompt ends later can be taken back.
+
+    `ends`: of each request, which of its tokens is the first behind this step's.
+    """
     batch = runner.input_batch
-    for segment in segments:
-        request = runner.requests[segment.request]
-        end = segment.position + segment.stop - segment.first
+    for name, end in ends.items():
+        request = runner.requests[name]
         if request.generator is None or end >= request.num_tokens:
             continue
         if not isinstance(request.generator, CpuGenerator):
             own = CpuGenerator()
             own.set_state(request.generator.get_state())
-            request.generator = batch.generators[batch.req_id_to_index[segment.request]] = own
+            request.generator = batch.generators[batch.req_id_to_index[name]] = own
         request.generator.before = request.generator.get_state()

@@ -4,13 +4,14 @@ vLLM runs the tokens of many requests as one list: prompts or pieces of them, si
 tokens that it has run before. A runner's adapter says which rows are which request's, and from which position on.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from hookmap.errors import CaptureError
+from hookmap.vllm.draws import prepare
 
 SUPPORTED = ("0.32",)
 """versions of vLLM whose runner the adapters were written and tested for"""
@@ -32,6 +33,15 @@ class Segment(NamedTuple):
 class StepRows(Protocol):
     """What the capture needs of a runner."""
 
+    name: ClassVar[str]
+    """of the runner, as vLLM says it"""
+
+    def watch(self, begin: Callable[[torch.Tensor | None], None], end: Callable[[], None]) -> None:
+        """Call `begin` before each step of requests, with the positions that the model is fed, and `end` behind it.
+
+        Steps of no request, by which vLLM measures memory or compiles, may be shown without segments.
+        """
+
     def segments(self) -> list[Segment]:
         """The rows of the step that is about to run, ascending."""
 
@@ -51,15 +61,26 @@ class StepRows(Protocol):
 class RunnerV1:
     """`vllm.v1.worker.gpu_model_runner.GPUModelRunner` and its subclasses."""
 
+    name: ClassVar[str] = "V1"
+
     def __init__(self, runner: Any) -> None:
         """Raises CaptureError where the runner lacks what is read here."""
-        needed = ("query_start_loc", "input_batch", "requests", "_model_forward", "model")
-        if lacking := [name for name in needed if not hasattr(runner, name)]:
-            raise CaptureError(
-                f"{type(runner).__module__}.{type(runner).__name__} has no {', '.join(lacking)}: the rows of its steps "
-                f"cannot be told. Expected vLLM {' or '.join(SUPPORTED)}."
-            )
+        _hold(runner, "query_start_loc", "input_batch", "requests", "_model_forward", "model")
         self._runner = runner
+
+    def watch(self, begin: Callable[[torch.Tensor | None], None], end: Callable[[], None]) -> None:
+        """See `StepRows`."""
+        runner, forward = self._runner, self._runner._model_forward
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if runner.device.type == "cpu" and runner.input_batch.generators:
+                prepare(runner, {each.request: each.position + each.stop - each.first for each in self.segments()})
+            begin(kwargs.get("positions"))
+            output = forward(*args, **kwargs)
+            end()
+            return output
+
+        runner._model_forward = watched
 
     def segments(self) -> list[Segment]:
         """See `StepRows`."""
@@ -90,6 +111,97 @@ class RunnerV1:
         return request in self._runner.requests
 
 
+class _Request(NamedTuple):
+    """What a V2 runner is told of a request, and does not keep."""
+
+    arguments: Mapping[str, Any] | None
+    prompt_tokens: int
+
+
+class RunnerV2:
+    """`vllm.v1.worker.gpu.model_runner.GPUModelRunner` and its subclasses.
+
+    It sorts its requests anew for each step, and forgets those that are preempted: they come back as new ones.
+    """
+
+    name: ClassVar[str] = "V2"
+
+    def __init__(self, runner: Any) -> None:
+        """Raises CaptureError where the runner lacks what is read here."""
+        _hold(runner, "execute_model", "model_state", "model")
+        if (new := runner.model_state.num_new_sampled_tokens_per_step) != 1:
+            raise CaptureError(
+                f"{type(runner.model).__name__} draws tokens in blocks, {new} new ones in a step, and some of them "
+                "again: their rows are no sample's."
+            )
+        self._runner = runner
+        self._batch: Any = None
+        self._requests: dict[str, _Request] = {}
+
+    def watch(self, begin: Callable[[torch.Tensor | None], None], end: Callable[[], None]) -> None:
+        """See `StepRows`."""
+        runner, state = self._runner, self._runner.model_state
+        execute, prepare_inputs = runner.execute_model, state.prepare_inputs
+
+        def prepared(batch: Any, states: Any) -> Any:
+            inputs = prepare_inputs(batch, states)
+            if batch.req_ids[0] in self._requests:  # and not vLLM's own, of a step without requests
+                self._batch = batch
+                begin(inputs.get("positions", batch.positions))
+            return inputs
+
+        def executed(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            for name in scheduled.finished_req_ids:
+                self._requests.pop(name, None)
+            for new in scheduled.scheduled_new_reqs:
+                parameters = new.sampling_params
+                arguments = None if parameters is None else parameters.extra_args
+                self._requests[new.req_id] = _Request(arguments, new.prompt_len)
+            output = execute(scheduled, *args, **kwargs)
+            end()
+            return output
+
+        runner.execute_model, state.prepare_inputs = executed, prepared
+
+    def segments(self) -> list[Segment]:
+        """See `StepRows`."""
+        batch = self._batch
+        starts = batch.query_start_loc_np[: len(batch.req_ids) + 1].tolist()
+        return [*map(Segment, batch.req_ids, starts, starts[1:], batch.num_computed_tokens_np.tolist())]
+
+    def arguments(self, request: str) -> Mapping[str, Any] | None:
+        """See `StepRows`."""
+        return self._requests[request].arguments
+
+    def prompt_tokens(self, request: str) -> int:
+        """See `StepRows`."""
+        return self._requests[request].prompt_tokens
+
+    def token_ids(self, segment: Segment) -> list[int]:
+        """See `StepRows`."""
+        found: list[int] = self._batch.input_ids[segment.first : segment.stop].tolist()
+        return found
+
+    def known(self, request: str) -> bool:
+        """See `StepRows`."""
+        return request in self._requests
+
+
+_RUNNERS: dict[str, type[RunnerV1 | RunnerV2]] = {
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": RunnerV1,
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner": RunnerV2,
+}
+
+
+def _hold(runner: Any, *needed: str) -> None:
+    """Raises CaptureError where a runner has not all of these."""
+    if lacking := [name for name in needed if not hasattr(runner, name)]:
+        raise CaptureError(
+            f"{type(runner).__module__}.{type(runner).__name__} has no {', '.join(lacking)}: the rows of its steps "
+            f"cannot be told. Expected vLLM {' or '.join(SUPPORTED)}."
+        )
+
+
 def rows_of(runner: Any, version: str) -> StepRows:
     """The adapter for a worker's runner. Raises CaptureError for one that no adapter is known for."""
     kind = type(runner)
@@ -99,8 +211,8 @@ def rows_of(runner: Any, version: str) -> StepRows:
             f"Install one of those: pip install 'vllm=={SUPPORTED[-1]}.*'"
         )
     names = [f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__]
-    if "vllm.v1.worker.gpu_model_runner.GPUModelRunner" in names:
-        return RunnerV1(runner)
+    if (adapter := next((_RUNNERS[name] for name in names if name in _RUNNERS), None)) is not None:
+        return adapter(runner)
     raise CaptureError(
         f"{names[0]} is a model runner that hookmap does not read rows of. Run vLLM with its V1 runner: "
         "VLLM_USE_V2_MODEL_RUNNER=0"

@@ -58,9 +58,12 @@ class Session:
         self._kept_last: tuple[tuple[frozenset[Key], ...], dict[Key, tuple[frozenset[Key], ...]]] = ((), {})
         self._untaken_bytes = untaken_bytes
 
-    def begin(self, segments: Iterable[Segment]) -> list[Segment]:
-        """A step of these rows is about to run. Returns those of requests that ask for something."""
-        step = Step()
+    def begin(self, segments: Iterable[Segment], tokens: int | None = None) -> list[Segment]:
+        """A step of these rows is about to run. Returns those of requests that ask for something.
+
+        `tokens`: how many the model is fed, where that is known; each tensor must have as many rows.
+        """
+        step = Step(tokens)
         for segment in segments:
             request = self._request(segment.request)
             if request is None or request.failed is not None:
@@ -92,6 +95,10 @@ class Session:
         """The model passes a boundary: write, then read."""
         step = self._step
         if step is None:
+            return
+        if step.tokens is not None and (found := boundary.count(tensors)) != step.tokens:
+            told = f"{boundary.module} has {found} rows in a step of {step.tokens} tokens: whose they are is not known."
+            _fail(step.involved.values(), CaptureError(told))
             return
         for write in boundary.writes if step.cells else ():
             for edit, cells in step.cells.get(write.key, {}).values():

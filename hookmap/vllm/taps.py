@@ -89,6 +89,10 @@ class Boundary:
     replaced: set[int] = field(default_factory=set)
     """tensors in whose place others are passed on, where something is written; others are written where they are"""
 
+    def count(self, tensors: Tensors) -> int:
+        """Rows of the first tensor."""
+        return tensors[0].shape[0 if self.terms[0].flat else 1]
+
     def part(self, term: Term) -> Part:
         """The term with the number of its tensor, which is added where it is new."""
         bare = next((n for n, known in enumerate(self.terms) if known.index == term.index), len(self.terms))

@@ -22,7 +22,6 @@ from hookmap.maps.selectors import select
 from hookmap.stores.ledger import tensor_name
 from hookmap.vllm.buffer import Chosen
 from hookmap.vllm.discover import discover
-from hookmap.vllm.draws import prepare
 from hookmap.vllm.places import ModelPlaces, Place
 from hookmap.vllm.plans import Functions, from_wire
 from hookmap.vllm.plugin import DEFAULT_TAPS
@@ -45,6 +44,7 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
     """vLLM's own worker of this platform, with hookmap's methods beside its own."""
 
     _found: ModelPlaces
+    _rows: StepRows
     _session: Session
     _taps: Taps
 
@@ -61,7 +61,7 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
         _refuse_unserved(self.vllm_config)
         runner = self.model_runner
         model = runner.get_model()
-        rows = rows_of(runner, vllm_version)
+        rows = self._rows = rows_of(runner, vllm_version)
         compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
         self._found = discover(self.vllm_config)
         self._taps = Taps(model, self._found, compiled)
@@ -73,7 +73,7 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
         most = self.vllm_config.additional_config[NAME]["untaken_bytes"]
         self._session = Session(rows, found, self._taps, self._tap, parameters_of(model), most)
         self._taps.handler = self._session
-        _watch(runner, rows, self._session)
+        _watch(rows, self._session)
 
     def _tap(self, keys: Any) -> None:
         if lacking := sorted(tensor_name(key) for key in set(keys) - self._taps.tapped):
@@ -105,7 +105,7 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
                 "tapped": [list(key) for key in self._taps.tapped] if self._taps.compiled else None,
                 "weights": weights_of(self.model_runner.get_model()),
                 "vllm": vllm_version,
-                "runner": type(self.model_runner).__name__,
+                "runner": f"model runner {self._rows.name} ({type(self.model_runner).__name__})",
                 "process": os.getpid(),
                 "functions": self._functions,
                 "batch": [self.scheduler_config.max_num_seqs, self.scheduler_config.max_num_batched_tokens],
@@ -193,6 +193,20 @@ def _refuse_unserved(config: Any) -> None:
             f"data_parallel_size={engines}: a request's rows are in one of the engines, and captures ask the first. "
             "Run a capture for each part of the prompts, in folders of their own, and join these: hookmap store merge."
         )
+    pieces = {
+        "prefill_context_parallel_size": (
+            config.parallel_config.prefill_context_parallel_size > 1,
+            "each process has a part of a prompt's tokens",
+        ),
+        "enable_dbo, ubatch_size": (config.parallel_config.use_ubatching, "the halves of a step run side by side"),
+        "kv_sharing_fast_prefill": (
+            config.cache_config.kv_sharing_fast_prefill,
+            "the last layers compute the last token of a prompt alone",
+        ),
+    }
+    for name, (used, why) in pieces.items():
+        if used:
+            raise CaptureError(f"{name}: {why}, and captures read whole steps. Leave it out.")
 
 
 def _shared(place: Place) -> str | None:
@@ -200,27 +214,20 @@ def _shared(place: Place) -> str | None:
     return None if place.parts == 1 else "each rank of tensor parallelism holds a part of it"
 
 
-def _watch(runner: Any, rows: StepRows, session: Session) -> None:
-    """Wrap the runner's forward pass, so that the session knows of each step."""
-    forward, checked = runner._model_forward, 0
+def _watch(rows: StepRows, session: Session) -> None:
+    """Let the session know of each step."""
+    checked = 0
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def begin(positions: torch.Tensor | None) -> None:
         nonlocal checked
-        every = rows.segments()
-        if runner.device.type == "cpu" and runner.input_batch.generators:
-            prepare(runner, every)
-        segments = session.begin(every)
-        if not segments:
-            return forward(*args, **kwargs)
-        positions = kwargs.get("positions")
-        if positions is not None and (positions.device.type == "cpu" or checked < CHECKED_STEPS):
+        segments = session.begin(rows.segments(), None if positions is None else positions.shape[-1])
+        if not segments or positions is None:
+            return
+        if positions.device.type == "cpu" or checked < CHECKED_STEPS:
             checked += 1
             try:
                 check_positions(segments, positions)
             except CaptureError as error:
                 session.fail(str(error))
-        output = forward(*args, **kwargs)
-        session.end()
-        return output
 
-    runner._model_forward = watched
+    rows.watch(begin, session.end)

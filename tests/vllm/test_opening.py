@@ -1,5 +1,6 @@
 """What cannot be served is refused by name, when the model is opened or before."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from support.on_vllm import SETTINGS
 from hookmap.errors import CaptureError
 from hookmap.vllm import opening as testing
 from hookmap.vllm.plugin import WORKER, register
-from hookmap.vllm.rows import RunnerV1, Segment, check_positions, rows_of
+from hookmap.vllm.rows import RunnerV1, RunnerV2, Segment, check_positions, rows_of
 
 
 class OtherRunner:
@@ -31,6 +32,19 @@ def test_another_runner_is_refused_by_name() -> None:
         rows_of(OtherRunner(), "0.32.0+cpu")
     with pytest.raises(CaptureError, match="has no query_start_loc, input_batch, requests, _model_forward, model"):
         RunnerV1(OtherRunner())
+    with pytest.raises(CaptureError, match="has no execute_model, model_state, model"):
+        RunnerV2(OtherRunner())
+    diffusing = SimpleNamespace(
+        execute_model=None, model=OtherRunner(), model_state=SimpleNamespace(num_new_sampled_tokens_per_step=0)
+    )
+    with pytest.raises(CaptureError, match="OtherRunner draws tokens in blocks, 0 new ones in a step"):
+        RunnerV2(diffusing)
+
+
+def test_the_runner_is_the_one_that_is_asked_for(on_vllm: Any) -> None:
+    asked = {"0": "V1", "1": "V2"}[os.environ["VLLM_USE_V2_MODEL_RUNNER"]]
+    _, said = on_vllm.engine("vllm")
+    assert said.startswith(f"vLLM 0.32.0, model runner {asked} (")
 
 
 def test_positions_that_differ_are_an_error() -> None:
@@ -46,16 +60,28 @@ def test_positions_that_differ_are_an_error() -> None:
 def test_positions_that_differ_fail_the_requests_and_not_the_engine(
     on_vllm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = RunnerV1.segments
+    rows = worker_of(on_vllm)._session._rows
+    own = rows.segments
 
-    def shifted(self: RunnerV1) -> list[Segment]:
-        return [Segment(s.request, s.first, s.stop, s.position + 1) if s.position else s for s in own(self)]
+    def shifted() -> list[Segment]:
+        return [Segment(s.request, s.first, s.stop, s.position - 1) if s.position else s for s in own()]
 
-    monkeypatch.setattr(RunnerV1, "segments", shifted)
-    with pytest.raises(CaptureError, match=r"not those that its runner tells of|were not computed"):
+    monkeypatch.setattr(rows, "segments", shifted)
+    with pytest.raises(CaptureError, match="not those that its runner tells of"):
         on_vllm.capture([[1, 2, 3]], "resid_post", max_new_tokens=3)
     monkeypatch.undo()
     assert on_vllm.capture([[1, 2, 3]], "resid_post", max_new_tokens=3).samples[0].rows == 5
+
+
+def test_a_tap_that_a_step_does_not_reach_fails_the_requests_and_not_the_engine(on_vllm: Any) -> None:
+    on_vllm.capture([[1, 2, 3]], "mlp_out", [1], max_new_tokens=2)
+    layer = worker_of(on_vllm).model_runner.get_model().get_submodule("model.layers.1.mlp")
+    hooks = dict(layer._forward_hooks)
+    layer._forward_hooks.clear()
+    with pytest.raises(CaptureError, match=r"a step of vLLM did not reach mlp_out\.1"):
+        on_vllm.capture([[1, 2, 3]], "mlp_out", [1], max_new_tokens=2)
+    layer._forward_hooks.update(hooks)
+    assert on_vllm.capture([[1, 2, 3]], "mlp_out", [1], max_new_tokens=2).samples[0].rows == 4
 
 
 def test_the_self_test_sees_rows_of_other_tokens(on_vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +116,13 @@ def test_the_plugin_does_nothing_unless_asked(checkpoint: Path) -> None:
 def test_ways_to_run_whose_rows_are_no_samples_are_refused() -> None:
     from hookmap.vllm.worker import _refuse_unserved
 
-    def config(speculative: Any, stages: int, engines: int = 1) -> Any:
-        parallel = SimpleNamespace(pipeline_parallel_size=stages, data_parallel_size=engines)
-        return SimpleNamespace(speculative_config=speculative, parallel_config=parallel)
+    def config(speculative: Any, stages: int, engines: int = 1, **others: Any) -> Any:
+        parallel = {"prefill_context_parallel_size": 1, "use_ubatching": False, **others}
+        return SimpleNamespace(
+            speculative_config=speculative,
+            parallel_config=SimpleNamespace(pipeline_parallel_size=stages, data_parallel_size=engines, **parallel),
+            cache_config=SimpleNamespace(kv_sharing_fast_prefill=others.get("fast", False)),
+        )
 
     _refuse_unserved(config(None, 1))
     with pytest.raises(CaptureError, match="speculative decoding"):
@@ -101,6 +131,13 @@ def test_ways_to_run_whose_rows_are_no_samples_are_refused() -> None:
         _refuse_unserved(config(None, 2))
     with pytest.raises(CaptureError, match="data_parallel_size=2"):
         _refuse_unserved(config(None, 1, 2))
+    for other, said in (
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size: each process"),
+        ({"use_ubatching": True}, "enable_dbo, ubatch_size: the halves"),
+        ({"fast": True}, "kv_sharing_fast_prefill: the last layers"),
+    ):
+        with pytest.raises(CaptureError, match=said):
+            _refuse_unserved(config(None, 1, **other))
 
 
 @pytest.mark.slow

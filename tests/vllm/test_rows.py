@@ -49,6 +49,27 @@ def test_preempted_requests_have_every_row_once(on_vllm: Any, plain: Plain) -> N
     held_against(plain, run)
 
 
+def test_a_request_that_is_preempted_has_not_ended(on_vllm: Any) -> None:
+    from vllm import SamplingParams
+
+    from hookmap.vllm.spec import RequestSpec
+
+    engine, before = on_vllm.engine_of_vllm, preemptions(on_vllm)
+    session = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker._session
+    names = [f"pushed out {number}" for number in range(8)]
+    for name, ids in zip(names, prompts(8, 12, seed=1), strict=True):
+        parameters = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+        engine.add(name, ids, parameters, RequestSpec(points={"resid_post": [0]}))
+    while preemptions(on_vllm) == before:
+        engine.step()
+    held = list(session.requests)
+    assert len(held) == 8
+    assert all(map(session._rows.known, held))  # the worker may forget what has ended
+    engine.drop(names)
+    on_vllm.generate([[1, 2]], max_new_tokens=1)  # in the next step the runner is told of those that have ended
+    assert session.requests == {} and not any(map(session._rows.known, held))
+
+
 def test_a_prefix_in_the_cache_is_computed_for_captured_requests(on_vllm: Any, plain: Plain) -> None:
     asked = prompts(3, 40, seed=2, shared=36)
     on_vllm.generate(asked, max_new_tokens=2)

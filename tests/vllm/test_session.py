@@ -71,7 +71,7 @@ class Worker:
             self.rows.now.append(Segment(request, first, first + count, position))
             values += range(position, position + count)
             first += count
-        self.session.begin(self.rows.now)
+        self.session.begin(self.rows.now, first)
         for _ in range(calls):
             rows = torch.tensor(values, dtype=torch.float32)[:, None].repeat(1, 4)
             self.model.block(rows)
@@ -119,6 +119,18 @@ def test_rows_that_were_never_computed_are_an_error(checkpoint: Path) -> None:
         worker.taken("short", 4)
     with pytest.raises(CaptureError, match="knows no request 'short'"):
         worker.taken("short", 3)
+
+
+def test_a_tensor_of_other_rows_than_the_steps_tokens_is_an_error(checkpoint: Path) -> None:
+    worker = Worker(checkpoint, short=ALL, fine=ALL)
+    worker.rows.now = [Segment("short", 0, 3, 0)]
+    worker.session.begin(worker.rows.now, 3)
+    worker.model.block(torch.ones(1, 4))  # as layers do that compute a prompt's last token alone
+    worker.session.end()
+    worker.step(("fine", 0, 3))
+    with pytest.raises(CaptureError, match="block has 1 rows in a step of 3 tokens"):
+        worker.taken("short", 3)
+    assert worker.taken("fine", 3) == ([0, 1, 2], [0, 1, 2])
 
 
 def test_a_module_that_is_skipped_or_runs_twice_is_an_error(checkpoint: Path) -> None:
