@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from hookmap.services.ray.model import RayModel
     from hookmap.vllm.model import VllmModel
 
+vllm_option = click.option(
+    "--vllm",
+    metavar="FIELD=VALUE",
+    multiple=True,
+    callback=lambda context, option, given: fields_of(given),
+    help="With --engine vllm: an argument of vLLM's LLM, such as max_model_len=4096; may be given several times.",
+)
+
 clustered = option_group(
     count("--workers", "Processes on Ray; with --engine vllm, each has vLLM.  [default: 1; vllm: none, it runs here]"),
     click.option(
@@ -23,13 +31,7 @@ clustered = option_group(
     click.option("--cpus-per-worker", type=FiniteRange(min=0, min_open=True), metavar="C", help="[default: 1]"),
     amount("--gpus-per-worker", "G", "[default: 1 where there are]", least=0),
     click.option("--eager", is_flag=True, default=None, help="With --engine vllm: compile nothing; it starts sooner."),
-    click.option(
-        "--vllm",
-        metavar="FIELD=VALUE",
-        multiple=True,
-        callback=lambda context, option, given: fields_of(given),
-        help="With --engine vllm: an argument of vLLM's LLM, such as max_model_len=4096; may be given several times.",
-    ),
+    vllm_option,
 )
 """where a run elsewhere is; `cluster_of` reads them"""
 _ON_RAY = ("workers", "address", "cpus_per_worker", "gpus_per_worker")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from hookmap.cli import model_options
+from hookmap.cli.cluster_options import vllm_option
 from hookmap.cli.options import amount, calls_option, check_folder, count
 
 _GIB = 2**30
@@ -55,13 +56,7 @@ def _key(_: click.Context, __: click.Parameter, value: str | None) -> str | None
     default=None,
     help="With --engine vllm: compile nothing, and keep every point.  [default: False]",
 )
-@click.option(
-    "--vllm",
-    metavar="FIELD=VALUE",
-    multiple=True,
-    callback=lambda context, option, given: model_options.fields_of(given),
-    help="With --engine vllm: an argument of vLLM's LLM, such as max_model_len=4096; may be given several times.",
-)
+@vllm_option
 @click.option("--sessions", metavar="DIR", help="The folder of the sessions.  [default: sessions]")
 @click.option("--vectors", metavar="DIR", help="A folder of steering vectors (hookmap vector) to offer to clients.")
 @amount(
