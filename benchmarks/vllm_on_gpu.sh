@@ -11,7 +11,8 @@ out=vllm-on-gpu
 mkdir -p "$out"
 nvidia-smi > "$out/machine.txt"
 
-# 1. Rows, tokens and edits are transformers' under chunks, cached prefixes and preemption; kills; both servers.
+# 1. Rows, tokens and edits are transformers' under chunks, cached prefixes and preemption; kills; both servers. With two
+#    GPUs also tensor, pipeline and data parallel; with one these are skipped, and tests.txt says so.
 #    The same with V2, vLLM's default there, as every test's model runner: `make test-vllm` runs a part of them on it.
 make test-vllm 2>&1 | tee "$out/tests.txt"
 VLLM_USE_V2_MODEL_RUNNER=1 make test-vllm 2>&1 | tee "$out/tests-v2.txt"

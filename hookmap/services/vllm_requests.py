@@ -113,6 +113,13 @@ class Asked:
                 mine.clear()
             mine.extend(each.token_ids)
 
+    @property
+    def engine(self) -> SharedEngine:
+        """Where it runs."""
+        engine = self._served.hm.engine_of_vllm
+        assert isinstance(engine, SharedEngine)
+        return engine
+
     def taking(self, name: str) -> tuple[Any, ...]:
         """Arguments of `hookmap_take`."""
         counts = [len(p.token_ids) + max(0, len(self._new.get(i, ())) - 1) for i, p in enumerate(self._prompts)]

@@ -10,10 +10,10 @@ import functools
 import importlib
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
-from hookmap.errors import HookmapError
+from hookmap.errors import CaptureError, HookmapError
 from hookmap.vllm.spec import NAME
 
 SERVED = (
@@ -45,6 +45,11 @@ def register() -> None:
     @functools.wraps(made)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if UsageContext.OPENAI_API_SERVER in (*args, *kwargs.values()):
+            if NAME in (self.additional_config or {}) and (count := getattr(self, "_api_process_count", 1)) > 1:
+                raise CaptureError(
+                    f"--api-server-count {count}: one process counts and deletes the sessions, which all of them would "
+                    "write. vLLM starts as many as engines unless told: add --api-server-count 1."
+                )
             install()
         return made(self, *args, **kwargs)
 
@@ -186,16 +191,18 @@ async def _captured(
     except HookmapError as error:
         raise VLLMValidationError(_SEE.sub("", str(error)), parameter=asked.field) from error
     name = f"{name}-{mark}"  # a client may give two requests one id
+    where = asked.engine.chosen(name, kwargs.get("data_parallel_rank"))
     try:
-        async for output in plain(llm, prompt, parameters, name, **kwargs):
+        async for output in plain(llm, prompt, parameters, name, **{**kwargs, **where}):
             asked.note(output)
             if output.finished:
                 try:
-                    asked.end(await _answers(llm, "hookmap_take", *asked.taking(name)))
+                    asked.end(await _answered(llm, asked.engine.of(name, "hookmap_take", *asked.taking(name))))
                 except HookmapError as error:
                     raise VLLMValidationError(str(error), parameter=asked.field) from error
             yield output
     finally:
+        asked.engine.left(where)
         _LEFT.add(task := asyncio.ensure_future(_forget(llm, name, asked)))
         task.add_done_callback(_LEFT.discard)
 
@@ -210,16 +217,17 @@ async def _forget(llm: Any, name: str, asked: Any) -> None:
     with contextlib.suppress(EngineDeadError):  # nothing is left to forget
         if not asked.ended:
             await llm.abort(name)
-            await _answers(llm, "hookmap_drop", [name])
+            await _answered(llm, asked.engine.of(name, "hookmap_drop", [name]))
         if asked.plan is not None:
-            await _answers(llm, "hookmap_forget", asked.plan)
+            await _answered(llm, asked.engine.everywhere("hookmap_forget", asked.plan))
+    asked.engine.forget([name])
 
 
-async def _answers(llm: Any, method: str, *arguments: Any) -> Any:
+async def _answered(llm: Any, answers: Coroutine[Any, Any, Any]) -> Any:
     """What the workers answer. Raises EngineDeadError where the engine has ended: vLLM itself waits for ever then."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    asking = asyncio.ensure_future(llm.collective_rpc(method, args=arguments))
+    asking = asyncio.ensure_future(answers)
     try:
         while not (await asyncio.wait({asking}, timeout=LOOK))[0]:
             if llm.engine_core.resources.engine_dead:

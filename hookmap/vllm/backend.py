@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hookmap.errors import DiscoveryError, HookmapError
+from hookmap.errors import CaptureError, DiscoveryError, HookmapError
 from hookmap.vllm.discover import discover
 from hookmap.vllm.places import ModelPlaces
 
@@ -28,10 +28,12 @@ def choose(config_of: Callable[[Implementation], Any]) -> Backend:
     """As vLLM runs the model by itself where its map can be read; else on the transformers back end.
 
     `config_of`: the vLLM config for each value of vLLM's option `model_impl`. Builds no weights. Raises DiscoveryError
-    where neither can be read, with both reasons.
+    where neither can be read, with both reasons, and CaptureError for settings that hookmap does not serve.
     """
     try:
         return Backend("auto", _places("auto", config_of))
+    except CaptureError:  # a setting that is not served, whatever modules run
+        raise
     except HookmapError as error:
         first = error
     why = f"its modules in vLLM cannot be read: {first}"

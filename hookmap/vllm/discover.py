@@ -6,6 +6,7 @@ twin -> a pass as it is -> a pass with one stream -> its map -> the same values 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hookmap.discovery import aten
 from hookmap.discovery.dataflow import Dataflow, Operation, record
 from hookmap.discovery.discover import assemble
 from hookmap.discovery.values import Values
+from hookmap.maps.document import ArchitectureMap
 from hookmap.vllm.pairs import join, pairs
 from hookmap.vllm.places import ModelPlaces
 from hookmap.vllm.plain_parts import PlainScans
@@ -55,7 +57,15 @@ def _places(vllm_config: Any, ranks: int) -> ModelPlaces:
     of = "transformers' modules inside vLLM" if is_of_transformers(model) else "vLLM's own modules"
     seen = assemble(model, joined.flow, _SEQ, settings, vllm_config.model_config.model, _HOW.format(of))
     update = {"lm_head_path": _lm_head(values), "architecture": vllm_config.model_config.architectures[0]}
-    return translated(seen.model_copy(update=update), joined, values, batch=is_of_transformers(model))
+    places = translated(seen.model_copy(update=update), joined, values, batch=is_of_transformers(model))
+    return replace(places, early=_early(places.map, values))
+
+
+def _early(found: ArchitectureMap, values: Values) -> frozenset[str]:
+    """The modules that run before the first layer does."""
+    blocks = {found.at_layer(found.layers_path, layer) for layer in range(found.num_layers)}
+    first = min(call.enter for call in values.flow.calls if call.path in blocks)
+    return frozenset(call.path for call in values.flow.calls if call.exit < first)
 
 
 def _lm_head(values: Values) -> str | None:

@@ -19,10 +19,11 @@ from hookmap.errors import CaptureError, InterventionError, SelectionError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import parse
 from hookmap.stores.ledger import tensor_name
-from hookmap.vllm.alive import wake_when_dead
+from hookmap.vllm.alive import has_failed, wake_when_dead
 from hookmap.vllm.places import Place
 from hookmap.vllm.plans import Functions, to_wire
 from hookmap.vllm.spec import NAME, RequestSpec
+from hookmap.vllm.stages import Taken, joined, weights_of_all
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,6 @@ class Ended:
     name: str
     tokens: tuple[int, ...]
     """what it generated"""
-
-
-Taken = tuple[str | None, list[int], dict[str, torch.Tensor]]
-"""what went wrong, the positions kept, and rows by the names of tensors"""
 
 
 def asked_of(rows: Mapping[str, Sequence[int]]) -> str:
@@ -48,6 +45,8 @@ class VllmEngine:
 
     name = "vllm"
     exclusive = True
+    engines = 1
+    """of data parallel; each has the whole model, and some of the requests"""
 
     def __init__(self, llm: Any, module: nn.Module) -> None:
         """`module`: the model as transformers has it, without weights: its config and generation settings."""
@@ -57,22 +56,32 @@ class VllmEngine:
         self._closed = self._watched()
         self._packed = self._in_processes()
         """whether the workers are in other processes"""
-        said, *others = map(json.loads, self._each("hookmap_describe"))
-        if "error" in said:
-            kind, message = said["error"]
+        described = [[*map(json.loads, workers)] for workers in self._everywhere("hookmap_describe")]
+        if wrong := [each["error"] for workers in described for each in workers if "error" in each]:
+            kind, message = wrong[0]
             raise getattr(errors, kind, CaptureError)(message)
+        workers = described[0]
+        said = workers[0]
+        stages = sorted({each["stage"] for each in workers})
+        self._stages = [[n for n, each in enumerate(workers) if each["stage"] == stage] for stage in stages]
+        """the workers of one engine by the stages of the pipeline, each in the order of its ranks"""
         self.map: ArchitectureMap = parse(said["map"])
         self.why_not_written: dict[Key, str | None] = {key_of(*key): why for key, why, _, _ in said["places"]}
         self._shared = {tensor_name(key_of(*key)): Place((), parts=p, copies=c) for key, _, p, c in said["places"]}
         """how the ranks of tensor parallelism share each point"""
-        self.tapped: frozenset[Key] | None = None if said["tapped"] is None else frozenset(map(_key, said["tapped"]))
+        self._split = frozenset.intersection(*(frozenset(map(_key, each["elsewhere"])) for each in workers))
+        """points that no stage of the pipeline has as a whole"""
+        tapped = None if said["tapped"] is None else [_key(key) for each in workers for key in each["tapped"]]
+        self.tapped: frozenset[Key] | None = None if tapped is None else frozenset(tapped)
         """points that the compiled model can capture; None: all of them"""
-        self.weights: dict[str, Any] = said["weights"]
+        self.weights = weights_of_all([workers[ranks[0]]["weights"] for ranks in self._stages])
         self.version: str = said["vllm"]
         self.runner_name: str = said["runner"]
-        self.in_flight, self.step_tokens = said["batch"]
-        """requests that run together, and tokens of a step, at most"""
-        handed = not others and not self._packed and said["process"] == os.getpid()
+        together, self.step_tokens = said["batch"]
+        """tokens of a step, at most"""
+        self.in_flight: int = together * self.engines
+        """requests that run together, at most"""
+        handed = len(workers) == self.engines == 1 and not self._packed and said["process"] == os.getpid()
         self.functions = Functions(frozenset(said["functions"]), handed)
         self.longest: int = self._config().model_config.max_model_len
 
@@ -81,19 +90,28 @@ class VllmEngine:
         return self
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """The answer of the first worker; all do it. Raises CaptureError where vLLM's engine has died."""
-        return self._each(method, *arguments)[0]
+        """The first answer that says something; all workers do it. Raises CaptureError where an engine has died."""
+        answers = [answer for workers in self._everywhere(method, *arguments) for answer in workers]
+        return next((answer for answer in answers if answer), answers[0])
+
+    def _everywhere(self, method: str, *arguments: Any) -> list[list[Any]]:
+        """The answers of all workers of each engine."""
+        return [self._each(method, *arguments)]
 
     def _each(self, method: str, *arguments: Any) -> list[Any]:
+        """The answers of all workers of the first engine."""
         with self._alive():
             found: list[Any] = self._llm.collective_rpc(method, args=arguments)
         return found
 
+    def _of(self, request: str, method: str, *arguments: Any) -> list[Any]:
+        """The answers of all workers of the engine that has this request."""
+        return self._each(method, *arguments)
+
     def plan(self, name: str, edits: Sequence[Edit]) -> None:
         """Give workers the interventions of a run, which requests name. Raises InterventionError."""
-        wrong = [why for why in self._each("hookmap_plan", name, *to_wire(edits, self.functions)) if why is not None]
-        if wrong:
-            raise InterventionError(wrong[0])
+        if (why := self.call("hookmap_plan", name, *to_wire(edits, self.functions))) is not None:
+            raise InterventionError(why)
 
     def add(self, name: str, tokens: Sequence[int], parameters: Any, spec: RequestSpec) -> None:
         """Put a request in the queue. Raises CaptureError where vLLM refuses it."""
@@ -119,16 +137,22 @@ class VllmEngine:
         )
 
     def taken(self, of_ranks: Sequence[Any]) -> list[Taken]:
-        """What workers have answered to `hookmap_take`, with the parts of all ranks joined."""
+        """What the workers of one engine have answered to `hookmap_take`, with the parts of all joined."""
         read: Any = load if self._packed else dict
-        found = []
-        for ranks in zip(*of_ranks, strict=True):
-            error = next((error for error, _, _ in ranks if error is not None), None)
-            parts = [read(rows) if rows else {} for _, _, rows in ranks]
-            rows = (
-                {} if error else {name: self._shared[name].whole([each[name] for each in parts]) for name in parts[0]}
-            )
-            found.append((error, ranks[0][1], rows))
+        return [
+            joined([[answers[n] for n in ranks] for ranks in self._stages], self._shared, read)
+            for answers in zip(*of_ranks, strict=True)
+        ]
+
+    def row(self, request: str, position: int) -> dict[str, torch.Tensor]:
+        """What is kept of one token of a request that runs, by the names of tensors; nothing where none is."""
+        answers = self._of(request, "hookmap_row", request, position)
+        held = [(None, [position], rows) for rows in answers]
+        return joined([[held[n] for n in ranks] for ranks in self._stages], self._shared, load)[2]
+
+    def unembed(self, rows: bytes) -> bytes:
+        """See `HookmapWorker.hookmap_unembed`."""
+        found: bytes = next(answer for answer in self._each("hookmap_unembed", rows) if answer)
         return found
 
     def drop(self, names: Sequence[str]) -> None:
@@ -139,7 +163,12 @@ class VllmEngine:
             self.call("hookmap_drop", list(names))
 
     def refuse_untapped(self, keys: Sequence[Key]) -> None:
-        """Raises SelectionError for points that the compiled model was not given taps for."""
+        """Raises SelectionError for points that no worker has, and that the compiled model was not given taps for."""
+        if split := [tensor_name(key) for key in keys if key in self._split]:
+            raise SelectionError(
+                f"{', '.join(split)}: a sum of tensors that are in different stages of the pipeline. Open the model "
+                "with pipeline_parallel_size=1; tensor_parallel_size shares it in another way."
+            )
         if self.tapped is not None and (lacking := [tensor_name(key) for key in keys if key not in self.tapped]):
             raise SelectionError(
                 f"{', '.join(lacking[:8])}{', …' if len(lacking) > 8 else ''}: this model was compiled without taps "
@@ -153,8 +182,11 @@ class VllmEngine:
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
-        with alive(self._closed):
+        with alive(self._closed, self._has_failed):
             yield
+
+    def _has_failed(self) -> bool:
+        return has_failed(self._llm.llm_engine.engine_core)
 
     def _watched(self) -> threading.Event:
         return wake_when_dead(self._llm.llm_engine.engine_core)
@@ -167,13 +199,15 @@ class VllmEngine:
 
 
 @contextmanager
-def alive(closed: threading.Event) -> Iterator[None]:
+def alive(closed: threading.Event, has_failed: Callable[[], bool]) -> Iterator[None]:
     """Inside, an engine that has died is a CaptureError, and nobody needs to watch it any more."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
         yield
-    except EngineDeadError as error:
+    except Exception as error:
+        if not isinstance(error, EngineDeadError) and not has_failed():
+            raise
         closed.set()
         raise CaptureError(
             "vLLM's engine has died, and the requests that ran with it. Open the model again; a capture in a "

@@ -153,7 +153,8 @@ def open_on_vllm(
     {point: layers}; the residual stream and the branches' outputs of all layers unless given. eager: nothing is
     compiled, and every point of the map can be captured. dtype: "auto" is the checkpoint's own. processes: whether
     vLLM's engine runs in processes of its own; as VLLM_ENABLE_V1_MULTIPROCESSING says unless given. shared: several
-    threads may run it at once, in the same batches; the engine is in processes of its own then. functions: names,
+    threads may run it at once, in the same batches; the engine is in processes of its own then, as the engines of
+    data_parallel_size are. functions: names,
     "package.module:function", that workers in processes of their own may import for `hookmap.apply`.
     settings: any argument of vLLM's `LLM`, such as max_model_len, max_num_seqs or tensor_parallel_size.
 
@@ -174,7 +175,12 @@ def open_on_vllm(
             why_none = str(error)
     settings |= {"dtype": _dtype_name(dtype), **loads}
     engine: Callable[[nn.Module], VllmEngine]
-    if shared:
+    if (several := int(settings.get("data_parallel_size") or 1) > 1) and processes is False:
+        raise CaptureError(
+            f"data_parallel_size={settings['data_parallel_size']}: its engines are in processes of their own, and "
+            "processes=False asks for none. Leave processes out; on Ray, give more workers instead."
+        )
+    if shared or several:
         loop = new_loop()
         llm = _llm(source, taps, eager, functions, True, settings, partial(in_loop, loop))
         close, engine = llm.shutdown, partial(SharedEngine, llm, loop)

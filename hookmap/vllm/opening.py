@@ -1,5 +1,7 @@
 """What a model on vLLM must show when it is opened: rows of a prompt and of new tokens, told from each other."""
 
+from itertools import product
+
 import torch
 
 from hookmap.errors import CaptureError
@@ -27,12 +29,12 @@ def self_test(model: HookedModel, engine: VllmEngine) -> None:
     if not points:
         return
     size = model.map.d_vocab or _TOKENS
-    generated = model.capture([[(1 + 37 * n) % size for n in range(_TOKENS)]], points, max_new_tokens=_NEW)
-    [sample] = generated.samples
-    read = model.capture([list(sample.token_ids[:-1])], points, max_new_tokens=0)
-    for key in generated.keys:
-        made, again = (run.read(0, key[0], key[1]).float() for run in (generated, read))
-        near = _NEAR.get(generated.read(0, key[0], key[1]).dtype, 0.25)
+    prompts = [[(1 + 37 * n) % size for n in range(_TOKENS)]] * engine.engines  # one for each
+    generated = model.capture(prompts, points, max_new_tokens=_NEW)
+    read = model.capture([list(sample.token_ids[:-1]) for sample in generated.samples], points, max_new_tokens=0)
+    for key, sample in product(generated.keys, range(engine.engines)):
+        made, again = (run.read(sample, key[0], key[1]).float() for run in (generated, read))
+        near = _NEAR.get(generated.read(sample, key[0], key[1]).dtype, 0.25)
         off = float(((made - again).norm(dim=-1) / again.norm(dim=-1).clamp_min(1e-30)).max())
         if not off <= near:
             raise CaptureError(
@@ -40,7 +42,7 @@ def self_test(model: HookedModel, engine: VllmEngine) -> None:
                 f"generated than when they are read, by {off:.2g} of their size. Open the model with hookmap.open."
             )
         after = ("resid_pre", key[1] + 1) if key[0] == "resid_post" and key[1] is not None else None
-        if after in generated.keys and not torch.equal(generated.read(0, *after).float(), made):
+        if after in generated.keys and not torch.equal(generated.read(sample, *after).float(), made):
             raise CaptureError(f"{tensor_name(key)} is not what enters the next layer: the map is another model's.")
 
 

@@ -46,3 +46,5 @@ class ModelPlaces:
     map: ArchitectureMap
     places: Mapping[Key, Place]
     """(point, layer) -> place, of every point that the map has; the layer is None for points of the whole model"""
+    early: frozenset[str] = frozenset()
+    """modules outside the layers that run before the first of them"""

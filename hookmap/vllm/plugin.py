@@ -72,10 +72,41 @@ def register() -> None:
             self.async_scheduling = False  # tokens of a step would not be known when it begins
             if not current_platform.is_cpu():  # a graph that is replayed calls no Python
                 self.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        return made(self, *args, **kwargs)
+        config = made(self, *args, **kwargs)
+        if NAME in (self.additional_config or {}):
+            refuse_unserved(config)
+        return config
 
     create_engine_config._hookmap = True  # type: ignore[attr-defined]
     EngineArgs.create_engine_config = create_engine_config
+
+
+def refuse_unserved(config: Any) -> None:
+    """Raises CaptureError for ways to run whose rows are not the tokens', or that were never seen to run."""
+    parallel = config.parallel_config
+    if config.speculative_config is not None:
+        raise CaptureError("speculative decoding takes tokens back, whose rows are no sample's: leave it out.")
+    pieces = {
+        "prefill_context_parallel_size": (
+            parallel.prefill_context_parallel_size > 1,
+            "each process has a part of a prompt's tokens",
+        ),
+        "enable_dbo, ubatch_size": (parallel.use_ubatching, "the halves of a step run side by side"),
+        "kv_sharing_fast_prefill": (
+            config.cache_config.kv_sharing_fast_prefill,
+            "the last layers compute the last token of a prompt alone",
+        ),
+    }
+    for name, (used, why) in pieces.items():
+        if used:
+            raise CaptureError(f"{name}: {why}, and captures read whole steps. Leave it out.")
+    if (engines := parallel.data_parallel_size) > 1 and config.model_config.is_moe:
+        raise CaptureError(
+            f"data_parallel_size={engines}: the engines of a model with experts run in step and exchange tokens, "
+            "which vLLM 0.32 does not do on a CPU, and which was not tried elsewhere. Share the model by "
+            "tensor_parallel_size or pipeline_parallel_size; or run a capture for each part of the prompts, in folders "
+            "of their own, and join these: hookmap store merge."
+        )
 
 
 def settings_of(additional: Any) -> EngineSettings:

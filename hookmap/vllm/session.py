@@ -40,10 +40,12 @@ class Session:
         tap: Callable[[Iterable[Key]], None],
         parameter_at: Callable[[str], torch.Tensor],
         untaken_bytes: int = 2**32,
+        elsewhere: frozenset[Key] = frozenset(),
     ) -> None:
         """`taps`: of the worker's model. `tap`: makes points seen, or raises.
 
         `untaken_bytes`: the most that is kept of requests that have ended and whose rows nobody has taken.
+        `elsewhere`: points that other stages of a pipeline keep and write.
         """
         self._rows, self._map, self._taps = rows, architecture_map, taps
         self._tap, self._parameter_at = tap, parameter_at
@@ -56,7 +58,7 @@ class Session:
         self._step: Step | None = None
         self._keys_of: dict[str, frozenset[Key]] = {}
         self._kept_last: tuple[tuple[frozenset[Key], ...], dict[Key, tuple[frozenset[Key], ...]]] = ((), {})
-        self._untaken_bytes = untaken_bytes
+        self._untaken_bytes, self._elsewhere = untaken_bytes, elsewhere
 
     def begin(self, segments: Iterable[Segment], tokens: int | None = None) -> list[Segment]:
         """A step of these rows is about to run. Returns those of requests that ask for something.
@@ -228,13 +230,13 @@ class Session:
             kept -= size
 
     def _keys(self, spec: RequestSpec) -> frozenset[Key]:
-        """Of what a request names; one object for equal requests. Raises SelectionError."""
+        """Of what a request names, those of this worker; one object for equal requests. Raises SelectionError."""
         if not spec.points:
             return frozenset()
         named = repr(sorted(spec.points.items()))
         if named not in self._keys_of:
             points = {name: "all" if layers is None else layers for name, layers in spec.points.items()}
-            self._keys_of[named] = frozenset(s.key for s in select(self._map, points))
+            self._keys_of[named] = frozenset(s.key for s in select(self._map, points)) - self._elsewhere
         return self._keys_of[named]
 
     def _plan(self, spec: RequestSpec) -> WorkerPlan:
@@ -242,7 +244,7 @@ class Session:
         plan = self.plans.get(spec.edits.plan)
         if plan is None:
             raise InterventionError(f"no plan {spec.edits.plan!r} of interventions was given to vLLM's worker.")
-        keys = {edit.key for edit in plan.edits}
+        keys = {edit.key for edit in plan.edits} - self._elsewhere
         if refused := sorted(tensor_name(key) for key in keys - self._taps.written):
             raise InterventionError(f"{', '.join(refused)} cannot be written on vLLM.")
         self._tap(keys)
@@ -287,6 +289,8 @@ class Session:
         same: dict[Any, list[tuple[int, TokenAt]]] = {}
         """the edits of one intervention on several layers choose the same tokens"""
         for number, edit in enumerate(request.plan.edits):
+            if edit.key in self._elsewhere:
+                continue
             key = number if edit.pairs is not None else edit.tokens
             if key not in same:
                 same[key] = [

@@ -22,7 +22,7 @@ def sharded(whole: ModelPlaces, rank: ModelPlaces, ranks: int) -> ModelPlaces:
         if rest or ranks % parts:
             raise DiscoveryError(f"{key[0]} has {place.width} features, and one of {ranks} ranks {own.width} of them.")
         places[key] = replace(own, parts=parts, copies=ranks // parts)
-    return ModelPlaces(whole.map, places)
+    return replace(whole, places=places)
 
 
 def _boundaries(place: Place) -> list[str]:

@@ -1,17 +1,21 @@
-"""vLLM's `AsyncLLM`, which serves the requests of many runs at once: each run has a channel, and may have a thread."""
+"""vLLM's `AsyncLLM`, which serves the requests of many runs at once: each run has a channel, and may have a thread.
+
+With data parallel it has several engines. A request is in one of them, which hookmap chooses, and so are its rows.
+"""
 
 import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from hookmap.errors import CaptureError
-from hookmap.vllm.engine import Ended, VllmEngine, prepared
-from hookmap.vllm.spec import RequestSpec
+from hookmap.vllm.engine import Ended, VllmEngine, asked_of, prepared
+from hookmap.vllm.spec import NAME, RequestSpec
+from hookmap.vllm.stages import Taken
 
 LOOK = 0.2
 """seconds after which a run that waits for its requests looks whether it is to go on"""
@@ -46,6 +50,12 @@ class SharedEngine(VllmEngine):
     def __init__(self, llm: Any, loop: asyncio.AbstractEventLoop, module: nn.Module) -> None:
         """`loop`: where the outputs of `llm` are read."""
         self._loop = loop
+        self.engines = len(llm.engine_core.core_engines)
+        self._running, self._given = [0] * self.engines, [0] * self.engines
+        """requests that run in each engine, and that were ever given to it"""
+        self._engine_of: dict[str, int] = {}
+        """of requests that ask for something, until their rows are taken or dropped"""
+        self._choosing = threading.Lock()
         super().__init__(llm, module)
         self.lock = contextlib.nullcontext()  # type: ignore[assignment]  # each run has a channel
 
@@ -58,15 +68,47 @@ class SharedEngine(VllmEngine):
 
         generate = type(self._llm).generate
         generate = getattr(generate, "plain", generate)  # a server's is for its clients
+        where = self.chosen(name)
 
         async def run() -> None:
             try:
-                async for output in generate(self._llm, prompt, parameters, name):
+                async for output in generate(self._llm, prompt, parameters, name, **where):
                     arrived(name, output)
             except Exception as error:  # told to the run
                 arrived(name, error)
+            finally:
+                self.left(where)
+                if NAME not in (parameters.extra_args or {}):
+                    self.forget([name])
 
         asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+    def chosen(self, name: str, wanted: int | None = None) -> dict[str, int]:
+        """Choose the engine of a request: the one that has fewest, or the one that its client wants.
+
+        Returns what tells vLLM of it; nothing where there is one engine, or where the client wants one that is not
+        there, which vLLM refuses. `left` follows when the request has ended, `forget` when its rows were asked for.
+        """
+        if self.engines == 1 or wanted not in (None, *range(self.engines)):
+            return {}
+        with self._choosing:
+            fewest = min(zip(self._running, self._given, range(self.engines), strict=True))[2]
+            engine = fewest if wanted is None else wanted
+            self._running[engine] += 1
+            self._given[engine] += 1
+            self._engine_of[name] = engine
+        return {"data_parallel_rank": engine}
+
+    def left(self, where: Mapping[str, int]) -> None:
+        """A request has ended. `where`: what `chosen` gave."""
+        with self._choosing:
+            for engine in where.values():
+                self._running[engine] -= 1
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Nobody asks for the rows of these requests any more."""
+        for name in names:
+            self._engine_of.pop(name, None)
 
     def drop(self, names: Sequence[str]) -> None:
         """See `VllmEngine.drop`."""
@@ -74,14 +116,59 @@ class SharedEngine(VllmEngine):
             with self._alive():
                 self.result(self._llm.abort(list(names)))
             self.call("hookmap_drop", list(names))
+            self.forget(names)
+
+    def take(self, wanted: Sequence[tuple[str, int]]) -> list[Taken]:
+        """See `VllmEngine.take`."""
+        of_engines: dict[int, dict[str, list[int]]] = {}
+        for name, tokens in wanted:
+            of_engines.setdefault(self._engine_of.get(name, 0), {})[name] = [tokens]
+
+        async def ask() -> list[list[Any]]:
+            asked = ((engine, asked_of(mine)) for engine, mine in of_engines.items())
+            return await asyncio.gather(*(self._answers(n, "hookmap_take", mine, self._packed) for n, mine in asked))
+
+        with self._alive():
+            answers = self.result(ask())
+        found: dict[str, Taken] = {}
+        for mine, of_ranks in zip(of_engines.values(), answers, strict=True):
+            found |= zip(mine, self.taken(of_ranks), strict=True)
+        self.forget([name for name, _ in wanted])
+        return [found[name] for name, _ in wanted]
 
     def close(self) -> None:
         """See `VllmEngine.close`."""
         self._llm.shutdown()
 
+    def _everywhere(self, method: str, *arguments: Any) -> list[list[Any]]:
+        with self._alive():
+            found: list[list[Any]] = self.result(self.everywhere(method, *arguments))
+        return found
+
     def _each(self, method: str, *arguments: Any) -> list[Any]:
         with self._alive():
-            found: list[Any] = self.result(self._llm.collective_rpc(method, args=arguments))
+            found: list[Any] = self.result(self._answers(0, method, *arguments))
+        return found
+
+    def _of(self, request: str, method: str, *arguments: Any) -> list[Any]:
+        with self._alive():
+            found: list[Any] = self.result(self.of(request, method, *arguments))
+        return found
+
+    async def everywhere(self, method: str, *arguments: Any) -> list[list[Any]]:
+        """The answers of all workers of each engine."""
+        return await asyncio.gather(*(self._answers(engine, method, *arguments) for engine in range(self.engines)))
+
+    async def of(self, request: str, method: str, *arguments: Any) -> list[Any]:
+        """The answers of all workers of the engine that has this request."""
+        return await self._answers(self._engine_of.get(request, 0), method, *arguments)
+
+    async def _answers(self, engine: int, method: str, *arguments: Any) -> list[Any]:
+        """Those of one engine: vLLM's `collective_rpc` asks all, and gives the answers of the first."""
+        client = self._llm.engine_core
+        found: list[Any] = await client._call_utility_async(
+            "collective_rpc", method, None, arguments, None, engine=client.core_engines[engine]
+        )
         return found
 
     def result(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -101,6 +188,9 @@ class SharedEngine(VllmEngine):
 
     def _watched(self) -> threading.Event:
         return threading.Event()  # `look` is enough
+
+    def _has_failed(self) -> bool:
+        return False  # no worker is in this process
 
     def _in_processes(self) -> bool:
         return True

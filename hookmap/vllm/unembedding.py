@@ -39,7 +39,5 @@ class VllmUnembedding:
         return logits.reshape(*x.shape[:2], logits.shape[-1])
 
     def _computed(self, stream: torch.Tensor) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = load(
-            self._engine.call("hookmap_unembed", save({"stream": stream.contiguous()}))
-        )
+        found: dict[str, torch.Tensor] = load(self._engine.unembed(save({"stream": stream.contiguous()})))
         return found

@@ -6,6 +6,7 @@ Arguments and results are plain JSON data and bytes, so that they pass between p
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from hookmap.vllm.plugin import DEFAULT_TAPS
 from hookmap.vllm.rows import StepRows, check_positions, rows_of
 from hookmap.vllm.session import Session
 from hookmap.vllm.spec import NAME
+from hookmap.vllm.stages import Stage, make_room_for_what_comes_in
 from hookmap.vllm.taps import Taps
 
 if current_platform.is_cpu():
@@ -46,6 +48,8 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
     _found: ModelPlaces
     _rows: StepRows
     _session: Session
+    _stage: Stage
+    _elsewhere: frozenset[Key]
     _taps: Taps
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -58,20 +62,23 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
             self._problem = error
 
     def _attach(self) -> None:
-        _refuse_unserved(self.vllm_config)
         runner = self.model_runner
         model = runner.get_model()
         rows = self._rows = rows_of(runner, vllm_version)
         compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
         self._found = discover(self.vllm_config)
-        self._taps = Taps(model, self._found, compiled)
         found = self._found.map
+        self._stage = Stage.of(model, found)
+        elsewhere = self._elsewhere = self._stage.elsewhere(self._found)
+        here = {key: place for key, place in self._found.places.items() if key not in elsewhere}
+        self._taps = Taps(model, replace(self._found, places=here), compiled)
+        make_room_for_what_comes_in(runner)
         if compiled:
             asked = self.vllm_config.additional_config[NAME]["taps"]
             points = asked or {name: "all" for name in DEFAULT_TAPS if name in found.points}
-            self._taps.tap({selector.key for selector in select(found, points)})
+            self._taps.tap({selector.key for selector in select(found, points)} - elsewhere)
         most = self.vllm_config.additional_config[NAME]["untaken_bytes"]
-        self._session = Session(rows, found, self._taps, self._tap, parameters_of(model), most)
+        self._session = Session(rows, found, self._taps, self._tap, parameters_of(model), most, elsewhere)
         self._taps.handler = self._session
         _watch(rows, self._session)
 
@@ -103,6 +110,8 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
                     for key, place in places.items()
                 ],
                 "tapped": [list(key) for key in self._taps.tapped] if self._taps.compiled else None,
+                "stage": self._stage.number,
+                "elsewhere": [list(key) for key in self._elsewhere],
                 "weights": weights_of(self.model_runner.get_model()),
                 "vllm": vllm_version,
                 "runner": f"model runner {self._rows.name} ({type(self.model_runner).__name__})",
@@ -140,8 +149,11 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
     def hookmap_unembed(self, rows: bytes) -> bytes:
         """From rows of the last layer's stream: the final norm's, and the logits of these; safetensors in and out.
 
-        Raises SelectionError where the final norm is not one module's output.
+        b"" in a stage of a pipeline that does not have them. Raises SelectionError where the final norm is not one
+        module's output.
         """
+        if FINAL_NORM in self._elsewhere:
+            return b""
         terms = self._found.places[FINAL_NORM].terms if FINAL_NORM in self._found.places else ()
         if len(terms) != 1 or terms[0].side != "output":
             raise SelectionError("no lens: the final norm of this model is not the output of one module.")
@@ -177,36 +189,6 @@ class HookmapWorker(_Base):  # type: ignore[misc]  # vLLM is not typed
             return [str(error), [], b"" if packed else {}]
         named = {tensor_name(key): tensor for key, tensor in rows.items()}
         return [None, positions, save(named) if packed else named]
-
-
-def _refuse_unserved(config: Any) -> None:
-    """Raises CaptureError for ways to run in which rows would be others than the tokens'."""
-    if config.speculative_config is not None:
-        raise CaptureError("speculative decoding takes tokens back, whose rows are no sample's: leave it out.")
-    if (stages := config.parallel_config.pipeline_parallel_size) > 1:
-        raise CaptureError(
-            f"pipeline_parallel_size={stages}: each stage has a part of the layers, and captures read one process. "
-            "Share the model by tensor_parallel_size."
-        )
-    if (engines := config.parallel_config.data_parallel_size) > 1:
-        raise CaptureError(
-            f"data_parallel_size={engines}: a request's rows are in one of the engines, and captures ask the first. "
-            "Run a capture for each part of the prompts, in folders of their own, and join these: hookmap store merge."
-        )
-    pieces = {
-        "prefill_context_parallel_size": (
-            config.parallel_config.prefill_context_parallel_size > 1,
-            "each process has a part of a prompt's tokens",
-        ),
-        "enable_dbo, ubatch_size": (config.parallel_config.use_ubatching, "the halves of a step run side by side"),
-        "kv_sharing_fast_prefill": (
-            config.cache_config.kv_sharing_fast_prefill,
-            "the last layers compute the last token of a prompt alone",
-        ),
-    }
-    for name, (used, why) in pieces.items():
-        if used:
-            raise CaptureError(f"{name}: {why}, and captures read whole steps. Leave it out.")
 
 
 def _shared(place: Place) -> str | None:

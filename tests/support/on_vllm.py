@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from support import plain_hooks
 from support.tiny_tokenizer import tiny_tokenizer
@@ -18,6 +19,7 @@ SCARCE: dict[str, Any] = {
     "long_prefill_token_threshold": 13,
 }  # fmt: skip
 """prompts are read in pieces, and the cache is too small for eight requests of 40 tokens: some are preempted"""
+TWO_PROCESSES = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two workers of vLLM need two GPUs")
 POINTS = ("resid_pre", "resid_mid", "resid_post", "mixer_out", "mlp_out")
 LAYERS = plain_hooks.LAYERS
 FAMILY = plain_hooks.FAMILIES["llama"]

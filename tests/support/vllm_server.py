@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ class Server:
     """whether it is hookmap's own"""
     headers: dict[str, str] = field(default_factory=dict)
 
-    def post(self, path: str, **body: Any) -> httpx.Response:
+    def post(self, path: str, headers: Mapping[str, str] | None = None, **body: Any) -> httpx.Response:
         given = {"model": MODEL, "temperature": 0, **body}
-        return httpx.post(self.url + path, json=given, headers=self.headers, timeout=300)
+        return httpx.post(self.url + path, json=given, headers={**self.headers, **(headers or {})}, timeout=300)
 
     def complete(self, prompt: list[int], **more: Any) -> httpx.Response:
         if not self.hookmaps:
@@ -61,13 +61,13 @@ def hookmaps(checkpoint: Path, folder: Path, key: str, *more: str) -> Iterator[S
 
 
 @contextlib.contextmanager
-def vllms(checkpoint: Path, folder: Path, hookmap: dict[str, Any] | None) -> Iterator[Server]:
+def vllms(checkpoint: Path, folder: Path, hookmap: dict[str, Any] | None, *more: str) -> Iterator[Server]:
     """vLLM's own server. `hookmap`: its `additional_config` for the plugin; None: not switched on."""
     given = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items() if name != "enable_prefix_caching"]
-    more = [f"--served-model-name={MODEL}", "--enforce-eager", "--enable-prefix-caching"]
+    own = [f"--served-model-name={MODEL}", "--enforce-eager", "--enable-prefix-caching"]
     if hookmap is not None:
-        more.append(f"--additional-config={json.dumps({'hookmap': hookmap})}")
-    command = ["-m", "vllm.entrypoints.openai.api_server", f"--model={checkpoint}", *given, *more]
+        own.append(f"--additional-config={json.dumps({'hookmap': hookmap})}")
+    command = ["-m", "vllm.entrypoints.openai.api_server", f"--model={checkpoint}", *given, *own, *more]
     with _running(command, folder, False, {}) as server:
         yield server
 

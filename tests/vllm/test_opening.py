@@ -11,9 +11,10 @@ import pytest
 import torch
 from support.on_vllm import SETTINGS
 
+import hookmap
 from hookmap.errors import CaptureError
 from hookmap.vllm import opening as testing
-from hookmap.vllm.plugin import WORKER, register
+from hookmap.vllm.plugin import WORKER, refuse_unserved, register
 from hookmap.vllm.rows import RunnerV1, RunnerV2, Segment, check_positions, rows_of
 
 
@@ -114,30 +115,37 @@ def test_the_plugin_does_nothing_unless_asked(checkpoint: Path) -> None:
 
 
 def test_ways_to_run_whose_rows_are_no_samples_are_refused() -> None:
-    from hookmap.vllm.worker import _refuse_unserved
-
-    def config(speculative: Any, stages: int, engines: int = 1, **others: Any) -> Any:
+    def config(speculative: Any = None, engines: int = 1, experts: bool = False, **others: Any) -> Any:
         parallel = {"prefill_context_parallel_size": 1, "use_ubatching": False, **others}
         return SimpleNamespace(
             speculative_config=speculative,
-            parallel_config=SimpleNamespace(pipeline_parallel_size=stages, data_parallel_size=engines, **parallel),
+            parallel_config=SimpleNamespace(data_parallel_size=engines, **parallel),
             cache_config=SimpleNamespace(kv_sharing_fast_prefill=others.get("fast", False)),
+            model_config=SimpleNamespace(is_moe=experts),
         )
 
-    _refuse_unserved(config(None, 1))
-    with pytest.raises(CaptureError, match="speculative decoding"):
-        _refuse_unserved(config(object(), 1))
-    with pytest.raises(CaptureError, match="pipeline_parallel_size=2"):
-        _refuse_unserved(config(None, 2))
-    with pytest.raises(CaptureError, match="data_parallel_size=2"):
-        _refuse_unserved(config(None, 1, 2))
+    refuse_unserved(config(engines=2))
+    refuse_unserved(config(experts=True))
     for other, said in (
+        ({"speculative": object()}, "speculative decoding"),
         ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size: each process"),
         ({"use_ubatching": True}, "enable_dbo, ubatch_size: the halves"),
         ({"fast": True}, "kv_sharing_fast_prefill: the last layers"),
+        ({"engines": 2, "experts": True}, "data_parallel_size=2: .*experts .*hookmap store merge"),
     ):
         with pytest.raises(CaptureError, match=said):
-            _refuse_unserved(config(None, 1, **other))
+            refuse_unserved(config(**other))
+
+
+@pytest.mark.slow
+def test_data_parallel_of_experts_is_refused_before_an_engine_starts(tmp_path: Path) -> None:
+    from support import vllm_families
+
+    folder = vllm_families.save("mixtral", tmp_path / "mixtral")
+    with pytest.raises(CaptureError, match="data_parallel_size=2: the engines of a model with experts"):
+        hookmap.open_on_vllm(folder, eager=True, data_parallel_size=2, **SETTINGS)
+    with pytest.raises(CaptureError, match=r"data_parallel_size=2: .*Leave processes out"):
+        hookmap.open_on_vllm(folder, eager=True, data_parallel_size=2, processes=False, **SETTINGS)
 
 
 @pytest.mark.slow

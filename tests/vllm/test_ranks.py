@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from support import vllm_families
-from support.on_vllm import SETTINGS, prompts
+from support.on_vllm import SETTINGS, TWO_PROCESSES, prompts
 from support.tiny_tokenizer import tiny_tokenizer
 
 import hookmap
@@ -19,6 +19,7 @@ SPLIT = {"q": 2, "q_rot": 2, "z": 2, "mlp_post": 2}
 
 
 @pytest.mark.slow
+@TWO_PROCESSES
 def test_the_parts_of_two_ranks_are_what_transformers_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm import LLM, SamplingParams
 
@@ -53,6 +54,7 @@ def test_the_parts_of_two_ranks_are_what_transformers_has(tmp_path: Path, monkey
 
 
 @pytest.mark.slow
+@TWO_PROCESSES
 def test_a_capture_on_two_ranks_is_whole_and_its_stream_is_written_on_both(tmp_path: Path) -> None:
     folder = vllm_families.save("llama", tmp_path / "llama")
     tiny_tokenizer().save_pretrained(folder)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 
 from hookmap.analysis.unembedding import Unembeds
 from hookmap.capture.rows import RowSelection
@@ -141,7 +140,7 @@ class ServedRun(VllmGenerating):
         assert self.summary is not None
         position = len(self.prompts[number].token_ids) + self._told[number] - 1
         self._told[number] += 1
-        kept: dict[str, torch.Tensor] = load(self.engine.call("hookmap_row", name, position) or save({}))
+        kept = self.engine.row(name, position)
         if missing := [tensor_name(each.key) for each in self.summary.selectors if tensor_name(each.key) not in kept]:
             raise CaptureError(f"vLLM's worker has no row of token {position}: {', '.join(missing)}.")
         rows = torch.cat([kept[tensor_name(each.key)] for each in self.summary.selectors])
