@@ -96,11 +96,20 @@ class Pool:
 
     def close(self) -> None:
         """End the workers, and the cluster if it was started here."""
+        self._take_errors()
         for actor in [*self._workers, *self._starting.values()]:
             self._kill(actor)
         self._workers, self._starting, self._running = [], {}, {}
         if self._own_cluster:
             self._ray.shutdown()
+
+    def _take_errors(self) -> None:
+        """Of tasks that nobody waits for: Ray prints those that are never asked for."""
+        with contextlib.suppress(Exception):  # Ray may be gone
+            done, _ = self._ask(self._ray.wait, [*self._running], num_returns=len(self._running), timeout=0)
+            for reference in done:
+                with contextlib.suppress(Exception):
+                    self._ask(self._ray.get, reference)
 
     def _each(self, coming: Iterator[Task]) -> Iterator[tuple[Task, Any]]:
         again = deque[Task]()

@@ -3,10 +3,12 @@
 One thread has the engine, as vLLM asks for it; the threads in which Ray calls the worker wait for it.
 """
 
+import logging
 import os
 import socket
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +21,11 @@ from hookmap.services.ray.worker import BatchResult, Opened, RunningCapture, Wor
 from hookmap.stores.group_writer import PartWriter
 from hookmap.stores.manifest import versions
 from hookmap.vllm.model import open_on_vllm
+
+log = logging.getLogger("hookmap")
+
+LOOK = 1.0
+"""seconds between two looks whether the driver still waits for a capture"""
 
 
 @dataclass(eq=False)
@@ -44,7 +51,7 @@ class VllmWorker(Worker):
     def call(self, method: str, *arguments: Any) -> Any:
         """Run the method of this name when the engine is free; a batch, beside those that run."""
         if method != "run":
-            return self._thread.submit(super().call, method, *arguments).result()
+            return self._thread.submit(self._alone, super().call, method, *arguments).result()
         capture, prompts, _, wanted = arguments
         coming = Batch(capture, prompts, wanted)
         self._coming.append(coming)
@@ -53,14 +60,20 @@ class VllmWorker(Worker):
 
     def open(self) -> Opened:
         """Load the model. Raises what `hookmap.open_on_vllm` does."""
-        # Ray has given this process its cores and GPUs: vLLM would bind the threads of workers that are beside each
-        # other to the same cores. An engine in a process of its own would outlive a worker that is killed.
+        # In processes of its own, vLLM binds threads to cores: to the same ones in each of several workers.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self._model = model = open_on_vllm(
             self._source, functions=self._functions, **{"processes": False, **self._opening}
         )
         engine = model.engine_of_vllm
         return Opened(socket.gethostname(), {**versions(), "vllm": engine.version}, engine.in_flight)
+
+    def _alone(self, called: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return called(*arguments)
+        except Exception:
+            self._end_where_dead()
+            raise
 
     def _serve(self) -> None:
         """Run the batches that have come, and those that come meanwhile."""
@@ -70,34 +83,61 @@ class VllmWorker(Worker):
                 first.capture.check_folder()
                 prepared = self.prepared(first.capture.id, first.capture.options, first.prompts)
             except BaseException as error:
+                self._end_where_dead()
                 self._coming.popleft().ended.set_exception(error)
-            else:
-                Serving(prepared, self._coming).run()
+                continue
+            serving = Serving(prepared, first.capture, self._coming)
+            try:
+                serving.run()
+            except BaseException as error:
+                self._end_where_dead()
+                serving.fail(error)
+
+    def _end_where_dead(self) -> None:
+        """End this process where vLLM's engine, or one of its ranks, has died: the driver replaces it."""
+        if self._model is None:
+            return
+        try:
+            self._model.engine_of_vllm.call("hookmap_drop", [])  # type: ignore[attr-defined]
+        except Exception:
+            log.exception("vLLM's engine has died, and this worker with it")
+            os._exit(1)
 
 
 class Serving:
     """The batches of one capture, as they run. It is the sink of their rows."""
 
-    def __init__(self, prepared: Prepared, coming: "deque[Batch]") -> None:
-        self._prepared, self._coming, self._capture = prepared, coming, coming[0].capture
+    def __init__(self, prepared: Prepared, capture: RunningCapture, coming: "deque[Batch]") -> None:
+        self._prepared, self._capture, self._coming = prepared, capture, coming
+        self._told = prepared.run.lost.copy()
+        self._looked = time.monotonic()
         self._waiting = deque[int]()
         self._batches: dict[int, Batch] = {}
         """by the numbers of their prompts"""
         self._writers: dict[int, PartWriter] = {}
         self._samples: dict[Batch, list[Sample]] = {}
-        self._told = Counter[str](prepared.run.lost)
 
     def run(self) -> None:
-        """Run the batches that have come for this capture, and those that come before the last one has ended."""
+        """Run the batches that have come for this capture, and those that come before the last one has ended.
+
+        Raises what a run does, and StoreError where the driver has left the folder meanwhile.
+        """
         run = self._prepared.run
-        run.going_on = self._join  # type: ignore[attr-defined]  # called after each step
-        try:
-            self._join()
-            while self._waiting:
-                run.batch(self._waiting, self._prepared.of_rows(self))
-        except BaseException as error:
-            for batch in self._samples:
-                batch.ended.set_exception(error)
+        run.going_on = self._go_on  # type: ignore[attr-defined]  # called after each step
+        self._join()
+        while self._waiting:
+            run.batch(self._waiting, self._prepared.of_rows(self))
+
+    def fail(self, error: BaseException) -> None:
+        """The batches that run have failed."""
+        for batch in self._samples:
+            batch.ended.set_exception(error)
+
+    def _go_on(self) -> None:
+        if time.monotonic() - self._looked > LOOK:
+            self._looked = time.monotonic()
+            self._capture.check_folder()
+        self._join()
 
     def _join(self) -> None:
         while self._coming and self._coming[0].capture.id == self._capture.id:
