@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hookmap.errors import CaptureError, DiscoveryError, HookmapError
+from hookmap.errors import DiscoveryError, HookmapError
 from hookmap.vllm.discover import discover
 from hookmap.vllm.places import ModelPlaces
 
@@ -28,17 +28,16 @@ def choose(config_of: Callable[[Implementation], Any]) -> Backend:
     """As vLLM runs the model by itself where its map can be read; else on the transformers back end.
 
     `config_of`: the vLLM config for each value of vLLM's option `model_impl`. Builds no weights. Raises DiscoveryError
-    where neither can be read, with both reasons, and CaptureError for settings that hookmap does not serve.
+    where neither can be read, with both reasons, and what `config_of` raises for settings that are refused.
     """
+    own = config_of("auto")
     try:
-        return Backend("auto", _places("auto", config_of))
-    except CaptureError:  # a setting that is not served, whatever modules run
-        raise
+        return Backend("auto", _places(lambda: own))
     except HookmapError as error:
         first = error
     why = f"its modules in vLLM cannot be read: {first}"
     try:
-        return Backend("transformers", _places("transformers", config_of), why)
+        return Backend("transformers", _places(lambda: config_of("transformers")), why)
     except HookmapError as error:
         raise DiscoveryError(
             f"neither of vLLM's ways to run this model can be read.\nIts own modules: {first}\n"
@@ -47,9 +46,9 @@ def choose(config_of: Callable[[Implementation], Any]) -> Backend:
         ) from error
 
 
-def _places(model_impl: Implementation, config_of: Callable[[Implementation], Any]) -> ModelPlaces:
+def _places(config: Callable[[], Any]) -> ModelPlaces:
     try:
-        return discover(config_of(model_impl))
+        return discover(config())
     except HookmapError:
         raise
     except Exception as error:  # what vLLM raises where it cannot build or run a model has no common type

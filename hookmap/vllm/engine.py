@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from safetensors.torch import load
@@ -53,9 +54,13 @@ class VllmEngine:
         self.module = self.root = self.runner = module
         self.lock = threading.Lock()
         self._llm = llm
+        self._ended: str | None = None
+        """why it does not run any more"""
         self._closed = self._watched()
         self._packed = self._in_processes()
         """whether the workers are in other processes"""
+        if not self._packed:
+            _HERE.add(self)
         described = [[*map(json.loads, workers)] for workers in self._everywhere("hookmap_describe")]
         if wrong := [each["error"] for workers in described for each in workers if "error" in each]:
             kind, message = wrong[0]
@@ -176,12 +181,17 @@ class VllmEngine:
             )
 
     def close(self) -> None:
-        """End the engine and its workers."""
+        """End the engine and its workers; where they are in this process, those of all other models, too."""
         self._closed.set()
+        ended = [self] if self._packed else [*_HERE]
+        for engine in ended:
+            engine._ended = "it was closed" if engine is self else "vLLM ended it with another one in this process"
         self._llm.llm_engine.engine_core.shutdown()
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
+        if self._ended is not None:
+            raise CaptureError(f"this model does not run any more: {self._ended}. Open it again.")
         with alive(self._closed, self._has_failed):
             yield
 
@@ -196,6 +206,10 @@ class VllmEngine:
 
     def _config(self) -> Any:
         return self._llm.llm_engine.vllm_config
+
+
+_HERE: WeakSet[VllmEngine] = WeakSet()
+"""engines in this process, which share vLLM's groups of processes"""
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`hookmap.open_on_vllm`: a model that vLLM runs, with the captures and interventions of `hookmap.open`."""
 
+import multiprocessing.process
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -113,6 +114,12 @@ class VllmModel(HookedModel):
         return f"<VllmModel {self.map.architecture}, {self.map.num_layers} layers, d_model {self.map.d_model}>"
 
 
+IN_A_SCRIPT = (
+    "vLLM's engine runs in a process of its own, which reads the script again from its beginning. Open the model under "
+    '`if __name__ == "__main__":`, or with processes=False.'
+)
+
+
 class _Places:
     """Which points of a model on vLLM may be written; the shape of their rows is that of a first token's."""
 
@@ -162,6 +169,10 @@ def open_on_vllm(
     dataflow of vLLM's modules is not understood, and CaptureError for a version of vLLM that is not known.
     """
     _refuse_without_vllm()
+    if getattr(multiprocessing.process.current_process(), "_inheriting", False):  # it is only being read
+        raise ModelError(IN_A_SCRIPT)
+    if shared and processes is False:
+        raise ModelError("shared=True: vLLM's engine is in processes of its own then. Leave processes=False out.")
     source = str(bundled(os.fspath(model)))
     loads = dict[str, Any](trust_remote_code=trust_remote_code, revision=revision)
     config = configs.load_config(source, **loads)
@@ -239,13 +250,16 @@ def _llm(
         # compiles all of it again. Without it PyTorch's own cache is read, at less than half of the time.
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     register()
-    if taps is not None and not isinstance(taps, Mapping):
-        taps = dict.fromkeys([taps] if isinstance(taps, str) else taps, "all")
-    named = [functions] if isinstance(functions, str) else list(functions)
-    own = {"taps": None if eager or taps is None else dict(taps), "functions": named}
-    additional = {**(settings.pop("additional_config", None) or {}), NAME: own}
     settings = {name: value for name, value in settings.items() if value is not None}
-    settings |= {"enforce_eager": eager, "additional_config": additional}
+    eager = eager or bool(settings.pop("enforce_eager", False))
+    additional = settings.pop("additional_config", {})
+    if not isinstance(additional, Mapping) or NAME in additional:
+        raise ModelError(
+            f"additional_config: expected a mapping without {NAME!r}, whose place taps= and functions= take here, got "
+            f"{additional!r}."
+        )
+    own = {"taps": None if eager else _taps(taps), "functions": _names("functions", functions)}
+    settings |= {"enforce_eager": eager, "additional_config": {**additional, NAME: own}}
     try:
         if "model_impl" not in settings:
             chosen = choose(lambda impl: EngineArgs(source, model_impl=impl, **settings).create_engine_config())
@@ -257,7 +271,24 @@ def _llm(
     except HookmapError:
         raise
     except Exception as error:
-        raise ModelError(f"vLLM does not open {source!r}: {type(error).__name__}: {error}") from error
+        told = f"vLLM does not open {source!r}: {type(error).__name__}: {error}"
+        if "initialization failed" in told:  # vLLM's words where a process of its own has ended; that has said why
+            told += f"\nIn a script: {IN_A_SCRIPT}"
+        raise ModelError(told) from error
+
+
+def _taps(given: Any) -> dict[str, Any] | None:
+    if given is None or isinstance(given, Mapping):
+        return None if given is None else dict(given)
+    return dict.fromkeys(_names("taps", given), "all")
+
+
+def _names(option: str, given: Any) -> list[str]:
+    """One name, or several. Raises ModelError."""
+    names = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    if wrong := [each for each in names if not isinstance(each, str)]:
+        raise ModelError(f"{option}: expected names, got {wrong[0]!r}.")
+    return names
 
 
 @contextmanager

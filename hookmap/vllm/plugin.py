@@ -5,9 +5,9 @@ It is asked for by vLLM's own `additional_config={"hookmap": {...}}`, on the com
 
 import functools
 import os
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from hookmap.errors import CaptureError
 from hookmap.vllm.spec import NAME
@@ -30,12 +30,19 @@ class ServingSettings(BaseModel):
     inline_bytes: int = Field(default=16 * 2**20, ge=1, description="of activations that an answer may carry")
 
 
+Layers = Annotated[
+    Literal["all"] | list[int],
+    BeforeValidator(lambda given: [given] if isinstance(given, int) and not isinstance(given, bool) else given),
+]
+"""the layers of a point: "all", one, or several"""
+
+
 class EngineSettings(BaseModel):
     """What `additional_config["hookmap"]` may say."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    taps: dict[str, str | list[int]] | None = Field(
+    taps: dict[str, Layers] | None = Field(
         default=None,
         description="points that a compiled model can capture and write, with their layers; the stream and what the "
         "branches add, of all layers, unless given",

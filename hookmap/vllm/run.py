@@ -75,11 +75,15 @@ class VllmGenerating(_OnVllm, Generating):
     """Generates after each prompt."""
 
     def parameters(self, number: int) -> Any:
-        """See `_OnVllm.parameters`. Raises CaptureError for settings that vLLM does not have."""
+        """See `_OnVllm.parameters`. Raises CaptureError for settings that vLLM does not have, or refuses."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
 
         seed = None if self.seed is None else (self.seed * 1_000_003 + number) % 2**63
-        return SamplingParams(**self._settings, seed=seed if self.config.do_sample else None)
+        try:
+            return SamplingParams(**self._settings, seed=seed if self.config.do_sample else None)
+        except (ValueError, VLLMValidationError) as error:
+            raise CaptureError(f"vLLM refuses these settings: {error}") from error
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -95,13 +99,13 @@ class VllmGenerating(_OnVllm, Generating):
             *([config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or ()),
         ]
         if config.do_sample:
-            given = {"temperature": config.temperature, "top_k": config.top_k or 0, "top_p": config.top_p or 1.0}
-            given["min_p"] = config.min_p or 0.0
+            unset = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+            given = {name: _or(getattr(config, name), default) for name, default in unset.items()}
         return dict(
             {"temperature": 0.0, **given},
             max_tokens=self.max_new_tokens,
             min_tokens=config.min_new_tokens or 0,
-            repetition_penalty=config.repetition_penalty or 1.0,
+            repetition_penalty=_or(config.repetition_penalty, 1.0),
             stop=stops,
             stop_token_ids=list(gen.end_tokens(config)),
             ignore_eos=True,
@@ -293,6 +297,11 @@ class Serving:
 def _as_given(selection: Any) -> Any:
     """The positions of a selection as a user gives them."""
     return selection.settings().get("positions", "all")
+
+
+def _or(value: Any, default: float) -> Any:
+    """The value; the default for None, and not for 0."""
+    return default if value is None else value
 
 
 def _final() -> Any:

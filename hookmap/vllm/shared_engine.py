@@ -33,7 +33,7 @@ def in_loop(loop: asyncio.AbstractEventLoop, source: str, settings: dict[str, An
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(source, disable_log_stats=True, **settings))
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(source, **{"disable_log_stats": True, **settings}))
 
     async def begin() -> None:
         llm._run_output_handler()
@@ -138,6 +138,7 @@ class SharedEngine(VllmEngine):
 
     def close(self) -> None:
         """See `VllmEngine.close`."""
+        self._ended = "it was closed"
         self._llm.shutdown()
 
     def _everywhere(self, method: str, *arguments: Any) -> list[list[Any]]:
@@ -224,9 +225,11 @@ class Channel:
             return []
         if isinstance(output, Exception):
             with self._engine._alive():
+                from vllm.exceptions import VLLMValidationError
+
                 try:
                     raise output
-                except ValueError as error:
+                except (ValueError, VLLMValidationError) as error:
                     raise CaptureError(f"vLLM refuses this request: {error}") from error
         if name not in self._tokens:  # it was dropped
             return []

@@ -356,6 +356,7 @@ def test_layers_that_are_none_are_wrong_usage(text: str) -> None:
         (("saliency", "--prompt", "", "--target", "a"), "--prompt is empty"),
         (("capture", "--points", "embed", "--address", "auto"), "--address needs --engine ray or remote or vllm"),
         (("capture", "--points", "embed", "--workers", "2", "--eager"), "needs --engine ray or vllm, --eager needs"),
+        (("serve", "m", "--engine", "vllm", "--vllm", "dtype=float32"), "--vllm dtype: give --dtype"),
     ],
 )
 def test_wrong_usage_exits_2_and_says_what_is_right(args: tuple[str, ...], message: str) -> None:

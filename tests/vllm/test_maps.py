@@ -192,11 +192,15 @@ def test_what_its_own_modules_do_not_show_is_looked_for_in_those_of_transformers
 
 
 def test_what_neither_shows_is_refused_with_both_reasons(llama: Path) -> None:
-    def nothing(implementation: str) -> Any:
-        raise ValueError(f"no {implementation}")
+    class Unreadable:
+        def __init__(self, implementation: str) -> None:
+            self.implementation = implementation
+
+        def __getattr__(self, name: str) -> Any:
+            raise ValueError(f"no {self.implementation}")
 
     with pytest.raises(DiscoveryError, match="no auto") as refused:
-        choose(nothing)
+        choose(Unreadable)
     assert "no transformers" in str(refused.value)
 
 

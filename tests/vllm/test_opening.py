@@ -12,9 +12,9 @@ import torch
 from support.on_vllm import SETTINGS
 
 import hookmap
-from hookmap.errors import CaptureError
+from hookmap.errors import CaptureError, HookmapError
 from hookmap.vllm import opening as testing
-from hookmap.vllm.plugin import WORKER, refuse_unserved, register
+from hookmap.vllm.plugin import WORKER, refuse_unserved, register, settings_of
 from hookmap.vllm.rows import RunnerV1, RunnerV2, Segment, check_positions, rows_of
 
 
@@ -114,6 +114,31 @@ def test_the_plugin_does_nothing_unless_asked(checkpoint: Path) -> None:
         wrong.create_engine_config()
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"nonsense": 1}, r"vLLM does not open .*: TypeError: .*unexpected keyword argument 'nonsense'"),
+        ({"max_model_len": "many"}, r"(?s)vLLM does not open .*max_model_len.*valid integer"),
+        ({"taps": 5}, "taps: expected names, got 5"),
+        ({"taps": {"resid_post": 1.5}}, "taps.resid_post"),
+        ({"functions": [5]}, "functions: expected names, got 5"),
+        ({"additional_config": {"hookmap": {}}}, "additional_config: expected a mapping without 'hookmap'"),
+        ({"additional_config": "hookmap"}, "additional_config: expected a mapping without 'hookmap'"),
+        ({"worker_cls": "mine.Worker"}, "worker_cls='mine.Worker': hookmap brings a worker"),
+        ({"shared": True, "processes": False}, "shared=True: vLLM's engine is in processes of its own"),
+    ],
+)
+def test_settings_are_refused_with_their_own_reason(checkpoint: Path, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(HookmapError, match=said) as refused:
+        hookmap.open_on_vllm(checkpoint, **{**SETTINGS, **settings})
+    assert "can be read" not in str(refused.value)
+
+
+def test_layers_of_taps_are_a_number_or_several(checkpoint: Path) -> None:
+    read = settings_of({"hookmap": {"taps": {"resid_post": 1, "resid_mid": [0, 2], "mlp_out": "all"}}})
+    assert read.taps == {"resid_post": [1], "resid_mid": [0, 2], "mlp_out": "all"}
+
+
 def test_ways_to_run_whose_rows_are_no_samples_are_refused() -> None:
     def config(speculative: Any = None, engines: int = 1, experts: bool = False, **others: Any) -> Any:
         parallel = {"prefill_context_parallel_size": 1, "use_ubatching": False, **others}
@@ -159,6 +184,19 @@ def test_a_model_that_vllm_loads_and_does_not_run_is_refused_with_its_reason(tmp
     told = run.stderr.strip().splitlines()[-1]
     assert "hookmap.errors.ModelError: vLLM opens" in told
     assert "does not run it: AssertionError: CPU GDN attention requires BF16" in told
+
+
+@pytest.mark.slow
+def test_a_script_that_opens_a_model_at_its_top_is_told_how(checkpoint: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"import hookmap\nhookmap.open_on_vllm({str(checkpoint)!r}, eager=True, **{SETTINGS!r})\n")
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=environment)
+    said = [line for line in run.stderr.splitlines() if "__name__" in line]
+    assert len(said) == 2 and said[0].startswith(
+        "hookmap.errors.ModelError: vLLM's engine runs in a process of its own"
+    )
+    assert run.stderr.rstrip().endswith(said[1])
 
 
 def worker_of(model: Any) -> Any:

@@ -266,6 +266,29 @@ def test_what_is_not_there_is_refused_before_anything_runs(on_vllm: Any) -> None
         on_vllm.capture([[1] * 96], "resid_post", max_new_tokens=2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temperature": -1.0}, "temperature must be non-negative"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"top_k": -3}, "top_k must be 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be greater than zero"),
+        ({"min_new_tokens": 5}, "min_tokens must be less than or equal to max_tokens=2"),
+    ],
+)
+def test_settings_that_vllm_refuses_are_told(on_vllm: Any, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(CaptureError, match=f"vLLM refuses these settings: {said}"):
+        on_vllm.capture([[1, 2]], "resid_post", max_new_tokens=2, do_sample=True, **settings)
+
+
+def test_sampling_needs_no_other_setting(on_vllm: Any) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True, "seed": 5}
+    bare, told = (
+        on_vllm.capture(prompts(3, 5), "resid_post", [0], **options, **more) for more in ({}, {"temperature": 1.0})
+    )
+    assert bare.tokens == told.tokens
+
+
 def test_sampling_with_a_seed_is_repeatable(on_vllm: Any) -> None:
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.3, "seed": 5}
     one, two = (on_vllm.capture(prompts(3, 5), "resid_post", [LAYERS - 1], **options) for _ in range(2))

@@ -100,7 +100,7 @@ def command(
 
     Try a running server with `hookmap smoke URL`. Every field and route: docs/server.md
     """
-    from hookmap.cli.cluster_options import on_vllm
+    from hookmap.cli.cluster_options import fields_for_vllm, on_vllm
     from hookmap.cli.configuration import Serving, read_section
     from hookmap.cli.console import working
     from hookmap.cli.settings import choose_model, chosen_calls, chosen_tensors, load_settings, refuse_unknown
@@ -115,7 +115,7 @@ def command(
     check_folder(serving.vectors, "--vectors")
     loads = model_options.loads(given, settings)
     if serving.engine == "vllm":
-        loads = {**(serving.vllm or {}), **on_vllm(loads), "eager": serving.eager}
+        loads = {**fields_for_vllm(serving.vllm), **on_vllm(loads), "eager": serving.eager}
     elif serving.eager or serving.vllm:
         raise click.UsageError("--eager and --vllm need --engine vllm")
     if serving.deterministic and serving.engine == "vllm":
