@@ -80,15 +80,18 @@ def on_vllm(options: dict[str, Any]) -> dict[str, Any]:
 _NOT_THERE = {
     "model": "give MODEL", "tokenizer": "give --tokenizer", "dtype": "give --dtype",
     "trust_remote_code": "give --trust-remote-code", "eager": "give --eager", "enforce_eager": "give --eager",
-    "taps": "give --points and --layers", "functions": "give --function", "shared": "leave it out",
-    "processes": "set VLLM_ENABLE_V1_MULTIPROCESSING",
+    "shared": "leave it out", "processes": "set VLLM_ENABLE_V1_MULTIPROCESSING",
 }  # fmt: skip
 """arguments that `--vllm` does not take"""
 
 
-def fields_for_vllm(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The arguments of vLLM's `LLM` that `--vllm`, or the settings, give. Raises click.UsageError."""
-    if wrong := [f"{name}: {_NOT_THERE[name]}" for name in given or {} if name in _NOT_THERE]:
+def fields_for_vllm(given: Mapping[str, Any] | None, **others: str) -> dict[str, Any]:
+    """The arguments of vLLM's `LLM` that `--vllm`, or the settings, give. Raises click.UsageError.
+
+    `others`: arguments that this command does not take either, and what to do instead.
+    """
+    instead = _NOT_THERE | others
+    if wrong := [f"{name}: {instead[name]}" for name in given or {} if name in instead]:
         raise click.UsageError(f"--vllm {', '.join(wrong)}")
     return dict(given or {})
 
@@ -104,7 +107,8 @@ def opened_elsewhere(
         with working("connecting to Ray"):
             return until.enter_context(hookmap.open_on_ray(model, **cluster, **options))
     if engine == "vllm":
-        options = {**on_vllm(options), **fields_for_vllm(cluster.pop("vllm", None))}
+        instead = {"taps": "give --points and --layers", "functions": "a file's interventions have none"}
+        options = {**on_vllm(options), **fields_for_vllm(cluster.pop("vllm", None), **instead)}
         if any(name in cluster for name in _ON_RAY):
             with working("connecting to Ray"):
                 return until.enter_context(hookmap.open_on_ray(model, engine="vllm", **cluster, **options))

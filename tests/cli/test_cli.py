@@ -357,6 +357,11 @@ def test_layers_that_are_none_are_wrong_usage(text: str) -> None:
         (("capture", "--points", "embed", "--address", "auto"), "--address needs --engine ray or remote or vllm"),
         (("capture", "--points", "embed", "--workers", "2", "--eager"), "needs --engine ray or vllm, --eager needs"),
         (("serve", "m", "--engine", "vllm", "--vllm", "dtype=float32"), "--vllm dtype: give --dtype"),
+        (
+            ("serve", "m", "--engine=vllm", '--vllm=taps={"z": [1]}', "--vllm=shared=true"),
+            "Error: --vllm shared: leave it",
+        ),
+        (("capture", "m", "--engine=vllm", "--points=z", "--vllm=taps=1"), "--vllm taps: give --points and --layers"),
     ],
 )
 def test_wrong_usage_exits_2_and_says_what_is_right(args: tuple[str, ...], message: str) -> None:

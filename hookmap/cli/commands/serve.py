@@ -115,7 +115,7 @@ def command(
     check_folder(serving.vectors, "--vectors")
     loads = model_options.loads(given, settings)
     if serving.engine == "vllm":
-        loads = {**fields_for_vllm(serving.vllm), **on_vllm(loads), "eager": serving.eager}
+        loads = {**fields_for_vllm(serving.vllm, functions="give --function"), **on_vllm(loads), "eager": serving.eager}
     elif serving.eager or serving.vllm:
         raise click.UsageError("--eager and --vllm need --engine vllm")
     if serving.deterministic and serving.engine == "vllm":
