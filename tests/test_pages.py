@@ -46,7 +46,7 @@ NOT_RUN = {
     "takes minutes": 9,
     "another program": 1,
     "needs the real model": 29,
-    "needs vLLM": 7,
+    "needs vLLM": 10,
 }
 
 

@@ -1,5 +1,6 @@
 """Options of commands that can run on Ray, on an nnsight server or on vLLM, and the opening of a model there."""
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,7 @@ def opened_elsewhere(
         with working("connecting to Ray"):
             return until.enter_context(hookmap.open_on_ray(model, **cluster, **options))
     if engine == "vllm":
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # what a command gives goes to stdout
         instead = {"taps": "give --points and --layers", "functions": "a file's interventions have none"}
         options = {**on_vllm(options), **fields_for_vllm(cluster.pop("vllm", None), **instead)}
         if any(name in cluster for name in _ON_RAY):

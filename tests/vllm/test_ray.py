@@ -177,6 +177,7 @@ def test_what_vllm_or_ray_does_not_serve_is_refused_before_anything_runs(
     for options, text in (
         ({"map": "LlamaForCausalLM"}, "map"),
         ({"shared": True}, "shared"),
+        ({"data_parallel_size": 2}, "data_parallel_size"),
         ({"engine": "sglang"}, "sglang"),
     ):
         with raises(CaptureError, text):

@@ -1,6 +1,7 @@
 """Captures on vLLM in folders: the same format, resumed where they were interrupted, and safe against a kill."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from support.on_vllm import POINTS, Plain, held_against, prompts
 
@@ -18,8 +20,6 @@ from hookmap.errors import StoreError
 
 
 def test_a_folder_holds_what_memory_does(on_vllm: Any, tmp_path: Path) -> None:
-    import torch
-
     asked = prompts(5, 9)
     held = on_vllm.capture(asked, ["resid_post"], max_new_tokens=4)
     run = on_vllm.capture(asked, ["resid_post"], max_new_tokens=4, store=tmp_path / "run")
@@ -133,3 +133,20 @@ def test_the_command_line_captures_on_vllm(checkpoint: Path, plain: Plain, tmp_p
         main, ["capture", str(checkpoint), "--eager", "--points", "resid_post", "--prompt", "to"]
     )
     assert wrong.exit_code == 2 and "--eager needs --engine vllm" in wrong.output
+
+
+def test_the_command_line_sums_up_on_vllm(checkpoint: Path, plain: Plain) -> None:
+    from hookmap.cli.main import main
+
+    made = CliRunner().invoke(
+        main,
+        ["stats", str(checkpoint), "--engine", "vllm", "--eager", "--points", "resid_post", "--layers", "1", "--dtype",
+         "float32", "--prompt", "to be or not", "--reductions", "mean", "--by", "position", "--json"],
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    [ids] = [prompt.token_ids for prompt in hookmap.open(checkpoint, check=False).encode("to be or not")]
+    [tensor] = json.loads(made.stdout)["tensors"]
+    rows = plain.rows(ids)["resid_post", 1]
+    for position, group in enumerate(tensor["by"]["position"]):
+        torch.testing.assert_close(torch.tensor(group["mean"]), rows[position], rtol=1e-4, atol=1e-4)
+    assert len(tensor["by"]["position"]) == len(ids) > 2

@@ -320,7 +320,7 @@ def open_on_ray(
     "hooks" as `hookmap.open` has it, or "vllm". address: of a running cluster ("auto": of this machine's), or None for
     one of its own on this machine. cpus_per_worker: also the threads of each.
     gpus_per_worker: one unless given, where the cluster has GPUs; with several, device="auto" spreads the model over
-    them (accelerate), or tensor_parallel_size does on vLLM. functions: names, "package.module:function", that workers
+    them (accelerate), or on vLLM tensor_parallel_size does. functions: names, "package.module:function", that workers
     may import for `hookmap.apply`.
     opening: as `hookmap.open` takes it, or `hookmap.open_on_vllm`. Raises CaptureError where Ray is missing or the
     cluster is too small.
@@ -350,6 +350,8 @@ def _refuse_unserved(map: Any, opening: Mapping[str, Any]) -> None:
         raise CaptureError('map: engine="vllm" finds the map of vLLM\'s own modules. Leave it out.')
     if opening.get("shared"):
         raise CaptureError("shared: the workers are asked one after another. Leave it out.")
+    if (engines := opening.get("data_parallel_size") or 1) != 1:
+        raise CaptureError(f"data_parallel_size={engines}: each worker has one engine. Give more workers instead.")
 
 
 def shared_out(numbers: Sequence[int], workers: int, in_flight: int) -> tuple[tuple[int, ...], ...]:

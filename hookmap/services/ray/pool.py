@@ -7,6 +7,7 @@ import socket
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from hookmap.errors import CaptureError, HookmapError
@@ -57,8 +58,8 @@ class Pool:
         Raises CaptureError where Ray is missing or the cluster is too small.
         """
         self._ray, self._own_cluster = connected(address, workers, cpus)
-        ranks = int(opening.get("tensor_parallel_size") or 1) if vllm else 1
-        gpus = float(ranks * bool(self._ray.cluster_resources().get("GPU"))) if gpus is None else gpus
+        ranks = [int(opening.get(f"{kind}_parallel_size") or 1) for kind in ("tensor", "pipeline")] if vllm else [1]
+        gpus = float(prod(ranks) * bool(self._ray.cluster_resources().get("GPU"))) if gpus is None else gpus
         self._check_room(workers, cpus, gpus)
         self._at_once = TOGETHER if vllm else 1
         self._actor = self._ray.remote(_Actor).options(
