@@ -199,7 +199,8 @@ class FolderWriter(GroupWriter, Closing):
                 if file.name in sizes:
                     found[file.name] = file.stat().st_size
                 elif is_temporary(file.name) or is_shard(file.name):
-                    os.unlink(file)
+                    with contextlib.suppress(FileNotFoundError):  # a worker that nobody waits for has just renamed it
+                        os.unlink(file)
         sync_folder(self.folder / SHARD_FOLDER)
         temporary(self.folder / MANIFEST).unlink(missing_ok=True)
         if wrong := [name for name, size in sizes.items() if found.get(name) != size]:

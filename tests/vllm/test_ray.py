@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -244,48 +243,48 @@ def test_a_killed_driver_leaves_what_was_finished_and_others_go_on(
         hm.capture(prompts(200, 9), POINTS, progress=stop, **how)
     assert len(half) < seen[0] == len(hookmap.open_store(folder)) < 200
     run = on_vllm.capture(prompts(200, 9), POINTS, **how)
-    assert len(run.samples) == 200 and run.store.verify() == []
+    assert len(run.samples) == 200
+    assert [each for each in run.store.verify() if "left over" not in str(each)] == []  # of batches that hm left
     held_against(plain, run)
 
 
-def test_the_command_line_gives_workers_vllm_and_a_dead_engine_is_replaced(
+def test_a_dead_engine_in_a_process_of_its_own_is_replaced(
     cluster: None, checkpoint: Path, plain: Plain, tmp_path: Path
 ) -> None:
-    from hookmap.cli.main import main
-
-    (tmp_path / "texts.txt").write_text("to be or not\n" * 200)
-    table = tmp_path / "run" / "samples.jsonl"
     bound: list[set[int]] = []
 
     def kill_engine() -> None:
-        until = time.monotonic() + 240
-        while not (table.exists() and table.stat().st_size) and time.monotonic() < until:
-            time.sleep(0.01)
         below = psutil.Process().children(recursive=True)
         of_vllm = {name: each for each in below if (name := "".join(each.cmdline())).startswith("VLLM::")}
         threads = [int(thread) for each in of_vllm.values() for thread in os.listdir(f"/proc/{each.pid}/task")]
         bound.extend(cores for thread in threads if (cores := os.sched_getaffinity(thread)) != os.sched_getaffinity(0))
         of_vllm["VLLM::EngineCore"].kill()
 
-    with ThreadPoolExecutor(1) as thread:
-        killed = thread.submit(kill_engine)
-        made = CliRunner().invoke(
-            main,
-            ["capture", str(checkpoint), "--engine", "vllm", "--workers", "1", "--eager", "--vllm", "processes=true",
-             "--vllm", "max_num_seqs=4", "--vllm", "max_model_len=96", "--points", "resid_post@2,mlp_out@0",
-             "--dtype", "float32", "--prompts", str(tmp_path / "texts.txt"), "--max-new-tokens", "40",
-             "-o", str(tmp_path / "run")],
-        )  # fmt: skip
-        killed.result()
-    assert made.exit_code == 0, made.output
+    settings = {**SETTINGS, "processes": True, "max_num_seqs": 4}
+    asked = prompts(200, 9)
+    with hookmap.open_on_ray(checkpoint, engine="vllm", eager=True, **settings) as own:
+        run = own.capture(asked, POINTS, max_new_tokens=20, store=tmp_path / "run", progress=once(kill_engine))
     assert bound == []  # the threads of another worker's engine would be bound to the same cores
-    assert "engine: ray (1 worker with vLLM)" in made.stderr
+    assert len(run.manifest.runs[-1]["lost"]) == 1 and run.store.verify() == []
+    assert [sample.sample for sample in run.samples] == list(range(len(asked)))
+    held_against(plain, run)
+
+
+def test_the_command_line_gives_workers_vllm(cluster: None, checkpoint: Path, plain: Plain, tmp_path: Path) -> None:
+    from hookmap.cli.main import main
+
+    made = CliRunner().invoke(
+        main,
+        ["capture", str(checkpoint), "--engine", "vllm", "--workers", "1", "--eager", "--vllm", "max_model_len=64",
+         "--points", "resid_post@2,mlp_out@0", "--dtype", "float32", "--prompt", "to be or not",
+         "--max-new-tokens", "4", "-o", str(tmp_path / "run")],
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert "engine: ray (1 worker with vLLM)" in made.stderr and made.stdout == f"{tmp_path / 'run'}\n"
     store = hookmap.open_store(tmp_path / "run")
     assert store.keys == (("mlp_out", 0), ("resid_post", 2)) and store.manifest.settings["engine"] == "vllm"
-    assert len(store) == 200 and store.verify() == [] and len(store.manifest.runs[-1]["lost"]) == 1
-    ids = store.samples[0].token_ids
-    assert {sample.token_ids for sample in store.samples} == {ids}
-    assert ids == plain.generated(list(ids[: store.samples[0].prompt_tokens]), 40)
+    [sample] = store.samples
+    assert sample.token_ids == plain.generated(list(sample.token_ids[: sample.prompt_tokens]), 4)
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,8 @@ class VllmWorker(Worker):
         """Load the model. Raises what `hookmap.open_on_vllm` does."""
         # In processes of its own, vLLM binds threads to cores: to the same ones in each of several workers.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        self._model = model = open_on_vllm(
-            self._source, functions=self._functions, **{"processes": False, **self._opening}
-        )
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # rows of an engine here cross no other process
+        self._model = model = open_on_vllm(self._source, functions=self._functions, **self._opening)
         engine = model.engine_of_vllm
         return Opened(socket.gethostname(), {**versions(), "vllm": engine.version}, engine.in_flight)
 
