@@ -130,6 +130,12 @@ def test_nonsense_is_refused(server: Server, field: Any, told: list[str]) -> Non
     assert "hookmap show" not in answer.text
 
 
+def test_settings_that_vllm_refuses_are_the_clients_mistake(server: Server) -> None:
+    answer = server.complete(prompts(1, 20)[0], temperature=3, hookmap={"points": ["resid_post"]})
+    assert answer.status_code == 400
+    assert "temperature must be in [0, 2], got 3.0" in answer.json()["error"]["message"]
+
+
 def test_openais_client(server: Server, plain: Plain) -> None:
     from openai import BadRequestError, OpenAI
 

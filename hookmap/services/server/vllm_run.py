@@ -102,10 +102,13 @@ class ServedRun(VllmGenerating):
     """tokens of each row that were told"""
 
     def parameters(self, number: int) -> Any:
-        """See `VllmGenerating.parameters`."""
+        """See `VllmGenerating.parameters`. Raises ApiError for settings that vLLM refuses, as a temperature of 3."""
         from vllm.sampling_params import RequestOutputKind
 
-        found = super().parameters(number)
+        try:
+            found = super().parameters(number)
+        except CaptureError as error:
+            raise bad(str(error)) from error
         found.output_kind = RequestOutputKind.DELTA
         found.logprobs = self.top_logprobs
         found.prompt_logprobs = self.prompt_logprobs
