@@ -137,7 +137,15 @@ class SharedEngine(VllmEngine):
         return [found[name] for name, _ in wanted]
 
     def close(self) -> None:
-        """See `VllmEngine.close`."""
+        """See `VllmEngine.close`. Requests that run end with an error."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        def end() -> None:  # vLLM itself logs a traceback
+            self._llm.output_handler.cancel()
+            self._llm.output_processor.propagate_error(EngineDeadError())
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(end)
         self._ended = "it was closed"
         self._llm.shutdown()
 

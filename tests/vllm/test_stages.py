@@ -162,28 +162,6 @@ def test_a_lens_is_that_of_the_hooks_engine(staged: Any, checkpoint: Path) -> No
     torch.testing.assert_close(found.top_probabilities, expected.top_probabilities, rtol=1e-3, atol=1e-5)
 
 
-def test_a_killed_stage_is_an_error_and_what_was_finished_is_right(staged: Any, plain: Plain, tmp_path: Path) -> None:
-    """The last of the file: the engine has died."""
-    engine = staged.engine_of_vllm
-    last = told(engine._each("hookmap_describe")[1])["process"]
-    steps, step = 0, engine.step
-
-    def stepping() -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 60:
-            os.kill(last, signal.SIGKILL)
-        return step()
-
-    engine.step = stepping
-    with pytest.raises(CaptureError, match="vLLM's engine has died"):
-        staged.capture(prompts(40, 12), POINTS, max_new_tokens=12, store=tmp_path / "run")
-    store = hookmap.open_store(tmp_path / "run")
-    assert not store.manifest.finished and 1 <= len(store) < 40
-    assert list(store.verify()) == []
-    held_against(plain, store)
-
-
 def test_which_points_are_in_which_stage(checkpoint: Path) -> None:
     found = hookmap.discover(checkpoint)
     layers = [found.at_layer(found.layers_path, layer) for layer in range(3)]
@@ -225,3 +203,25 @@ def test_weights_of_several_stages_are_told_from_those_of_others() -> None:
     both = weights_of_all([one, other])
     assert both is not None and (both["tensors"], both["dtypes"]) == (5, ["a", "b"])
     assert both != weights_of_all([other, one]) and weights_of_all([one]) == one and weights_of_all([one, None]) is None
+
+
+def test_a_killed_stage_is_an_error_and_what_was_finished_is_right(staged: Any, plain: Plain, tmp_path: Path) -> None:
+    """The last of the file: the engine has died."""
+    engine = staged.engine_of_vllm
+    last = told(engine._each("hookmap_describe")[1])["process"]
+    steps, step = 0, engine.step
+
+    def stepping() -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 60:
+            os.kill(last, signal.SIGKILL)
+        return step()
+
+    engine.step = stepping
+    with pytest.raises(CaptureError, match="vLLM's engine has died"):
+        staged.capture(prompts(40, 12), POINTS, max_new_tokens=12, store=tmp_path / "run")
+    store = hookmap.open_store(tmp_path / "run")
+    assert not store.manifest.finished and 1 <= len(store) < 40
+    assert list(store.verify()) == []
+    held_against(plain, store)
