@@ -114,10 +114,8 @@ class VllmModel(HookedModel):
         return f"<VllmModel {self.map.architecture}, {self.map.num_layers} layers, d_model {self.map.d_model}>"
 
 
-IN_A_SCRIPT = (
-    "vLLM's engine runs in a process of its own, which reads the script again from its beginning. Open the model under "
-    '`if __name__ == "__main__":`, or with processes=False.'
-)
+_GUARD = 'open the model under `if __name__ == "__main__":`, or with processes=False.'
+IN_A_SCRIPT = f"vLLM's engine runs in a process of its own, which reads the script again from its beginning: {_GUARD}"
 
 
 class _Places:
@@ -273,7 +271,7 @@ def _llm(
     except Exception as error:
         told = f"vLLM does not open {source!r}: {type(error).__name__}: {error}"
         if "initialization failed" in told:  # vLLM's words where a process of its own has ended; that has said why
-            told += f"\nIn a script: {IN_A_SCRIPT}"
+            told += f"\nIts own reason is above. Where it has read a script again: {_GUARD}"
         raise ModelError(told) from error
 
 
