@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -97,7 +97,7 @@ class RayModel:
         **options: Unpack[EstimateOptions],
     ) -> Estimate:
         """See `HookedModel.estimate`."""
-        named = self._named(points, layers, max_new_tokens, options)
+        named = _named(points, layers, max_new_tokens, options, self._opening["functions"])
         prompts = records(prompts, named.pop("prompt_column", None))
         with self._alone():
             found: Estimate = self._pool.call("the estimate", "estimate", prompts, named)
@@ -118,7 +118,7 @@ class RayModel:
         after another. Raises what `HookedModel.capture` does, and CaptureError where every worker that tries a batch
         dies, or Ray is shut down.
         """
-        named = self._named(points, layers, max_new_tokens, options)
+        named = _named(points, layers, max_new_tokens, options, self._opening["functions"])
         store, resume, progress = (named.pop(name, None) for name in ("store", "resume", "progress"))
         prompts = records(prompts, named.pop("prompt_column", None))
         if named.get("before"):
@@ -163,7 +163,7 @@ class RayModel:
         """See `HookedModel.reduce`. Each worker sums up some batches; the driver merges, and writes the folder."""
         how = {name: options.pop(name, None) for name in ("by", "edges", "direction", "store", "resume", "progress")}
         chosen = wanted(reductions, groupings(how["by"], options), how["edges"], how["direction"])
-        named = self._named(points, layers, max_new_tokens, options)
+        named = _named(points, layers, max_new_tokens, options, self._opening["functions"])
         prompts = records(prompts, named.pop("prompt_column", None))
         with self._alone():
             plan: Reducing = self._pool.call("the plan", "begin", self._pool.put(prompts), named, chosen)
@@ -177,16 +177,6 @@ class RayModel:
                     if how["progress"] is not None:
                         how["progress"](Progress(len(kept.result.samples), len(plan.prompts), 0, 0))
         return kept.end(len(plan.prompts))
-
-    def _named(self, points: Points, layers: Layers, max_new_tokens: int, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of `HookedModel.capture` by their names, for workers. Files are read here, on the driver."""
-        named = {"points": points, "layers": layers, "max_new_tokens": max_new_tokens, **options}
-        if given := named.get("dictionaries"):
-            each = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
-            named["dictionaries"] = tuple(map(to_bytes, each))
-        if "interventions" in named:
-            named["interventions"] = sent(read_interventions(named["interventions"]), self._opening["functions"])
-        return named
 
     def _parts(self, plan: Reducing, options: dict[str, Any], chosen: Wanted, finished: Set[int]) -> Iterator[Task]:
         """The batches with samples that are not finished, several to a task: each sends its sums."""
@@ -362,3 +352,19 @@ def shared_out(numbers: Sequence[int], workers: int, in_flight: int) -> tuple[tu
     """
     size = max(1, min(-(-2 * in_flight // TOGETHER), -(-len(numbers) // (workers * TOGETHER))))
     return tuple(tuple(numbers[start : start + size]) for start in range(0, len(numbers), size))
+
+
+def _named(
+    points: Points, layers: Layers, max_new_tokens: int, options: Mapping[str, Any], functions: Collection[str] = ()
+) -> dict[str, Any]:
+    """The arguments of `HookedModel.capture` by their names, for workers. Files are read here, on the driver.
+
+    `functions`: names of those that workers import.
+    """
+    named = {"points": points, "layers": layers, "max_new_tokens": max_new_tokens, **options}
+    if given := named.get("dictionaries"):
+        each = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+        named["dictionaries"] = tuple(map(to_bytes, each))
+    if "interventions" in named:
+        named["interventions"] = sent(read_interventions(named["interventions"]), functions)
+    return named
