@@ -1,6 +1,7 @@
 """Rows of the requests that run, each in a slot of its own until its request ends. Knows no vLLM."""
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,13 @@ _BLOCK = 256
 """rows that are summed at once: where they are summed stays in the processor's cache"""
 
 
+def side_by_side(numbers: Sequence[int]) -> slice | None:
+    """From where to where they are; None where they do not follow each other, and where there are none."""
+    if not numbers or list(numbers) != list(range(numbers[0], numbers[0] + len(numbers))):
+        return None
+    return slice(numbers[0], numbers[-1] + 1)
+
+
 class Chosen:
     """Some slots, in the order of the rows that are for them."""
 
@@ -24,9 +32,12 @@ class Chosen:
         self.numbers = np.array(numbers, dtype=np.intp)
         self.needed = max(numbers, default=-1) + 1
         """how many slots there must be"""
-        first = self.needed - len(numbers)
-        self.side_by_side = slice(first, self.needed) if list(numbers) == list(range(first, self.needed)) else None
-        """where they follow each other"""
+        self._given = numbers
+
+    @cached_property
+    def side_by_side(self) -> slice | None:
+        """See the function; asked only where rows are kept."""
+        return side_by_side(self._given)
 
 
 class Slots:
@@ -67,6 +78,13 @@ def sum_of(shares: Sequence[torch.Tensor]) -> torch.Tensor:
     return total
 
 
+def _add(shares: Sequence[torch.Tensor], total: torch.Tensor) -> None:
+    """Write their sum, as `sum_of` makes it, into `total`; there are several."""
+    first, *others = shares
+    for each in others:
+        first = torch.add(first, each, out=total)
+
+
 def _alike(shares: Sequence[torch.Tensor]) -> bool:
     """Whether they are on the host, and of one form."""
     first = shares[0]
@@ -91,9 +109,7 @@ class Slabs:
             shares = [sum_of(shares).to("cpu")]
         rows = self._room(key, slots.needed, shares[0])
         if slots.side_by_side is not None and len(shares) > 1:
-            total, first = self.slabs[key][slots.side_by_side], shares[0]
-            for each in shares[1:]:
-                first = torch.add(first, each, out=total)
+            _add(shares, self.slabs[key][slots.side_by_side])
             return
         count = shares[0].shape[0]  # `len` of a tensor is Python, and slow
         if count <= _BLOCK:
@@ -119,8 +135,8 @@ class Slabs:
 
     def _sum(self, shares: Sequence[torch.Tensor]) -> npt.NDArray[Any]:
         """The sum of these rows as bytes, until the next call: memory that is new each time would cost more than it."""
-        first, *others = shares
-        if not others:
+        first = shares[0]
+        if len(shares) == 1:
             return _as_bytes(first.contiguous())
         form = (first.dtype, first.shape[1:])
         if form not in self._scratch:
@@ -128,10 +144,7 @@ class Slabs:
             self._scratch[form] = scratch, _as_bytes(scratch)
         scratch, as_bytes = self._scratch[form]
         count = first.shape[0]
-        total = scratch[:count]
-        for each in others:
-            torch.add(first, each, out=total)
-            first = total
+        _add(shares, scratch[:count])
         return as_bytes[:count]
 
     def get(self, key: Key, slots: Chosen) -> torch.Tensor:

@@ -16,7 +16,7 @@ from hookmap.errors import CaptureError, HookmapError, InterventionError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.selectors import select
 from hookmap.stores.ledger import tensor_name
-from hookmap.vllm.buffer import Chosen, Slabs, Slots, sum_of
+from hookmap.vllm.buffer import Chosen, Slabs, Slots, side_by_side, sum_of
 from hookmap.vllm.captured import Captured, Cells, Step
 from hookmap.vllm.plans import WorkerEdit, WorkerPlan
 from hookmap.vllm.rows import Segment, StepRows
@@ -379,8 +379,7 @@ class Session:
         if groups not in step.indices:
             rows = [row for keys in groups for row in step.kept[keys][0]]
             slots = [slot for keys in groups for slot in step.kept[keys][1]]
-            whole = bool(rows) and rows == list(range(rows[0], rows[0] + len(rows)))
-            where = slice(rows[0], rows[-1] + 1) if whole else torch.tensor(rows, dtype=torch.long, device=device)
+            where = side_by_side(rows) or torch.tensor(rows, dtype=torch.long, device=device)
             step.indices[groups] = where, Chosen(slots)
         return step.indices[groups]
 
