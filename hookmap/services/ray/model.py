@@ -138,17 +138,7 @@ class RayModel:
             made.store.write_to(held)
             return Capture(held, made.selectors, made.map, made.manifest)
 
-    @takes(CaptureOptions)
-    def generate(
-        self,
-        prompts: Any,
-        interventions: Any = (),
-        capture: Mapping[str, Any] | None = None,
-        max_new_tokens: int = 64,
-        **options: Any,
-    ) -> Capture:
-        """See `HookedModel.generate`."""
-        return Hooked.generate(self, prompts, interventions, capture, max_new_tokens, **options)  # type: ignore[arg-type]
+    generate = Hooked.generate
 
     @takes(CaptureOptions, reduce)
     def reduce(
