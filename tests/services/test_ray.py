@@ -7,15 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from support.raises import raises
+from support.ray_workers import once, workers
 
 import hookmap
 from hookmap.demo import DICTIONARY_PATH, MODEL_PATH
@@ -80,25 +80,6 @@ def assert_nothing_torn(folder: Path, shards: int) -> None:
     for name in names:
         load_file(folder / "shards" / name)
     assert json.loads((folder / "manifest.json").read_text())["finished"] is True
-
-
-def workers() -> list[psutil.Process]:
-    """The processes of this test's workers."""
-    mine = {process.pid for process in psutil.Process().children(recursive=True)}
-    running = psutil.process_iter(["name"])  # leaves out what ends while it looks
-    return [each for each in running if each.pid in mine and (each.info["name"] or "").startswith("ray::_Actor")]
-
-
-def once(act: Callable[[], None]) -> Callable[[Any], None]:
-    """Called with each step of a run, acts at the first."""
-    done: list[bool] = []
-
-    def show(progress: Any) -> None:
-        if not done:
-            done.append(True)
-            act()
-
-    return show
 
 
 def test_two_workers_make_what_one_machine_makes(hm: Any, alone: hookmap.Capture, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import on_vllm as support
 from support import vllm_server
+from support.killed_on_vllm import held_against_until_it_dies
 from support.on_vllm import POINTS, Plain, held_against, prompts
 
 import hookmap
@@ -175,9 +176,4 @@ def test_a_killed_engine_is_an_error_and_what_was_finished_is_right(spread: Any,
         return own
 
     engine.channel = watched
-    with pytest.raises(CaptureError, match="vLLM's engine has died"):
-        spread.capture(prompts(60, 12), POINTS, max_new_tokens=20, store=tmp_path / "run")
-    store = hookmap.open_store(tmp_path / "run")
-    assert not store.manifest.finished and 1 <= len(store) < 60
-    assert list(store.verify()) == []
-    held_against(plain, store)
+    held_against_until_it_dies(plain, spread, prompts(60, 12), tmp_path / "run", max_new_tokens=20)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from support import own_functions
 from support.on_vllm import POINTS, SCARCE, SETTINGS, Plain, held_against, prompts
 from support.raises import raises
+from support.ray_workers import once, workers
 from support.vllm_edits import EDITS, asked
 
 import hookmap
@@ -57,25 +58,6 @@ def assert_same(found: Any, expected: Any) -> None:
     for key in expected.keys:
         for sample in range(len(expected.samples)):
             torch.testing.assert_close(found.read(sample, *key), expected.read(sample, *key), rtol=1e-5, atol=1e-5)
-
-
-def workers() -> list[psutil.Process]:
-    """The processes of this test's workers."""
-    mine = {process.pid for process in psutil.Process().children(recursive=True)}
-    running = psutil.process_iter(["name"])  # leaves out what ends while it looks
-    return [each for each in running if each.pid in mine and (each.info["name"] or "").startswith("ray::_Actor")]
-
-
-def once(act: Callable[[], Any]) -> Callable[[Any], None]:
-    """Called with each step of a run, acts at the first."""
-    done: list[bool] = []
-
-    def show(progress: Any) -> None:
-        if not done:
-            done.append(True)
-            act()
-
-    return show
 
 
 def test_two_workers_give_the_rows_of_plain_hooks_and_the_folder_of_one_engine(

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from support import on_vllm as support
+from support.killed_on_vllm import held_against_until_it_dies
 from support.on_vllm import POINTS, Plain, held_against, prompts
 
 import hookmap
 from hookmap.activations import Key
-from hookmap.errors import CaptureError, SelectionError
+from hookmap.errors import SelectionError
 from hookmap.maps.terms import Term
 from hookmap.vllm.places import ModelPlaces, Place
 from hookmap.vllm.spec import PlannedEdits, RequestSpec, RowsKept
@@ -219,9 +220,4 @@ def test_a_killed_stage_is_an_error_and_what_was_finished_is_right(staged: Any, 
         return step()
 
     engine.step = stepping
-    with pytest.raises(CaptureError, match="vLLM's engine has died"):
-        staged.capture(prompts(40, 12), POINTS, max_new_tokens=12, store=tmp_path / "run")
-    store = hookmap.open_store(tmp_path / "run")
-    assert not store.manifest.finished and 1 <= len(store) < 40
-    assert list(store.verify()) == []
-    held_against(plain, store)
+    held_against_until_it_dies(plain, staged, prompts(40, 12), tmp_path / "run", max_new_tokens=12)
