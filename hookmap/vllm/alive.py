@@ -21,12 +21,6 @@ def wake_when_dead(core: Any) -> threading.Event:
     return closed
 
 
-def has_failed(core: Any) -> bool:
-    """Whether a worker of an engine in this process has died: whatever asks for it then gives errors of many types."""
-    executor = getattr(getattr(core, "engine_core", None), "model_executor", None)
-    return bool(getattr(executor, "is_failed", False))
-
-
 def _watch(client: "weakref.ref[Any]", closed: threading.Event) -> None:
     from vllm.v1.engine.exceptions import EngineDeadError
 

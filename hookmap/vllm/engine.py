@@ -20,11 +20,14 @@ from hookmap.errors import CaptureError, InterventionError, SelectionError
 from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import parse
 from hookmap.stores.ledger import tensor_name
-from hookmap.vllm.alive import has_failed, wake_when_dead
+from hookmap.vllm.alive import wake_when_dead
 from hookmap.vllm.places import Place
 from hookmap.vllm.plans import Functions, to_wire
 from hookmap.vllm.spec import NAME, RequestSpec
 from hookmap.vllm.stages import Taken, joined, weights_of_all
+
+HEALTH = "check_health"
+"""a method of vLLM's workers that does nothing: one that has died does not answer"""
 
 
 @dataclass(frozen=True)
@@ -190,13 +193,28 @@ class VllmEngine:
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
+        """Inside, an engine that has died is a CaptureError."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         if self._ended is not None:
             raise CaptureError(f"this model does not run any more: {self._ended}. Open it again.")
-        with alive(self._closed, self._has_failed):
+        try:
             yield
+        except Exception as error:
+            if not isinstance(error, EngineDeadError) and self._answers_health():
+                raise
+            raise CaptureError(
+                "vLLM's engine has died, and the requests that ran with it. Open the model again; a capture in a "
+                "folder goes on with resume=True."
+            ) from error
 
-    def _has_failed(self) -> bool:
-        return has_failed(self._llm.llm_engine.engine_core)
+    def _answers_health(self) -> bool:
+        """Whether all workers still answer. Where one has died, what asked for it got an error of any type."""
+        try:
+            self._llm.collective_rpc(HEALTH)
+        except Exception:  # EngineDeadError, or the executor's RuntimeError
+            return False
+        return True
 
     def _watched(self) -> threading.Event:
         return wake_when_dead(self._llm.llm_engine.engine_core)
@@ -210,23 +228,6 @@ class VllmEngine:
 
 _HERE: WeakSet[VllmEngine] = WeakSet()
 """engines in this process, which share vLLM's groups of processes"""
-
-
-@contextmanager
-def alive(closed: threading.Event, has_failed: Callable[[], bool]) -> Iterator[None]:
-    """Inside, an engine that has died is a CaptureError, and nobody needs to watch it any more."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, EngineDeadError) and not has_failed():
-            raise
-        closed.set()
-        raise CaptureError(
-            "vLLM's engine has died, and the requests that ran with it. Open the model again; a capture in a "
-            "folder goes on with resume=True."
-        ) from error
 
 
 def prepared(tokens: Sequence[int], parameters: Any, spec: RequestSpec) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from hookmap.errors import CaptureError
-from hookmap.vllm.engine import Ended, VllmEngine, asked_of, prepared
+from hookmap.vllm.engine import HEALTH, Ended, VllmEngine, asked_of, prepared
 from hookmap.vllm.spec import NAME, RequestSpec
 from hookmap.vllm.stages import Taken
 
@@ -173,20 +173,39 @@ class SharedEngine(VllmEngine):
         return await self._answers(self._engine_of.get(request, 0), method, *arguments)
 
     async def _answers(self, engine: int, method: str, *arguments: Any) -> list[Any]:
-        """Those of one engine: vLLM's `collective_rpc` asks all, and gives the answers of the first."""
+        """Those of one engine: vLLM's `collective_rpc` asks all, and gives the answers of the first.
+
+        Raises EngineDeadError where a worker has died: vLLM itself gives an error of any type, if it was at work.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         client = self._llm.engine_core
-        found: list[Any] = await client._call_utility_async(
-            "collective_rpc", method, None, arguments, None, engine=client.core_engines[engine]
-        )
-        return found
+
+        async def ask(method: str, *arguments: Any) -> list[Any]:
+            found: list[Any] = await client._call_utility_async(
+                "collective_rpc", method, None, arguments, None, engine=client.core_engines[engine]
+            )
+            return found
+
+        try:
+            return await ask(method, *arguments)
+        except Exception as error:
+            try:
+                await ask(HEALTH)
+            except Exception:
+                raise EngineDeadError from error
+            raise
 
     def result(self, work: Coroutine[Any, Any, Any]) -> Any:
         """What this gives in the loop. Raises EngineDeadError, which vLLM does not where it waits for an answer."""
         found = asyncio.run_coroutine_threadsafe(work, self._loop)
-        while True:
-            with contextlib.suppress(TimeoutError):
-                return found.result(LOOK)
-            self.look()
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    return found.result(LOOK)
+                self.look()
+        finally:
+            found.cancel()  # nothing, where it is done
 
     def look(self) -> None:
         """Raises EngineDeadError where the engine has died."""
@@ -198,8 +217,8 @@ class SharedEngine(VllmEngine):
     def _watched(self) -> threading.Event:
         return threading.Event()  # `look` is enough
 
-    def _has_failed(self) -> bool:
-        return False  # no worker is in this process
+    def _answers_health(self) -> bool:
+        return True  # `_answers` has asked
 
     def _in_processes(self) -> bool:
         return True

@@ -1,5 +1,9 @@
 """A model that does not run any more says so, and says why."""
 
+import json
+import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,3 +22,19 @@ def test_a_model_that_was_closed_is_refused_and_so_are_those_that_vllm_ends_with
         second.capture([[1, 2]], "resid_post", max_new_tokens=1)
     with pytest.raises(CaptureError, match=r"vLLM ended it with another one in this process\. Open it again"):
         first.capture([[1, 2]], "resid_post", max_new_tokens=1)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_worker_that_is_killed_while_it_is_asked_is_an_engine_that_has_died(checkpoint: Path, shared: bool) -> None:
+    """vLLM itself says only that this one call was cancelled."""
+    how = {"processes": True, "shared": shared, "distributed_executor_backend": "mp"}
+    with hookmap.open_on_vllm(checkpoint, eager=True, **how, **SETTINGS) as model:
+        engine = model.engine_of_vllm
+        worker = json.loads(engine.call("hookmap_describe"))["process"]
+        os.kill(worker, signal.SIGSTOP)  # it takes no answer any more: the call waits for one
+        kill = threading.Timer(1, os.kill, (worker, signal.SIGKILL))
+        kill.start()
+        for _ in range(2):
+            with pytest.raises(CaptureError, match="vLLM's engine has died"):
+                engine.call("hookmap_describe")
+        kill.join()
