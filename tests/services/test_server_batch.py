@@ -18,8 +18,11 @@ from support.served import NAME, Served, demo, serving
 
 import hookmap
 from hookmap.loading.generation import settings
+from hookmap.loading.memory import MemoryUse
 from hookmap.loading.prompts import Prompt
+from hookmap.services.server.batch_limits import BatchLimits
 from hookmap.services.server.jobs import Job
+from hookmap.services.server.running_batch import RunningBatch
 
 pytestmark = pytest.mark.slow
 
@@ -191,8 +194,9 @@ def test_rows_that_are_drawn_are_drawn_from_their_own_distribution(served: Serve
     ids="seed temperature penalty capture intervention summary".split(),
 )
 def test_each_has_settings_captures_and_interventions_of_its_own(served: Served, body: dict[str, Any]) -> None:
-    alone = [whole(served, **asked(0)), whole(served, **asked(1, **body))]
-    found, seen = together(served, [lambda: whole(served, **asked(0)), lambda: whole(served, **asked(1, **body))])
+    asks = [lambda: whole(served, **asked(0, max_tokens=60)), lambda: whole(served, **asked(1, **body))]
+    alone = [ask() for ask in asks]
+    found, seen = together(served, asks)
     assert max(decoding(seen)) == 2, "a session may open some steps later"
     for one, other in zip(found, alone, strict=True):
         same(one, other)
@@ -321,11 +325,15 @@ def test_prompts_that_do_not_fit_together_are_read_one_by_one_and_their_rows_kep
             refused.append((rows, width))
             raise torch.OutOfMemoryError("CUDA out of memory (forced by a test)")
 
+    def open_all(rows: int, width: int) -> None:
+        until(lambda: len(served.sessions.all()) == len(older) + 4)
+
     alone, before = [whole(served, **asked(number)) for number in range(4)], hooks_on(demo().model)
+    older = served.sessions.all()
     hook = demo().model.get_submodule("model.layers.10").register_forward_pre_hook(refuse)
     try:
         asks = [lambda body=body: served.post("/v1/chat/completions", **body).json() for body in bodies]
-        found, seen = together(served, asks)
+        found, seen = together(served, asks, open_all)
     finally:
         hook.remove()
     assert refused and max(decoding(seen)) == 4
@@ -370,3 +378,24 @@ def test_what_breaks_before_a_batch_runs_is_told_and_the_next_request_runs(tmp_p
         assert told.get(timeout=120).status == 500
         assert served.chat(max_tokens=1).status_code == 200
         assert scheduler.running == 0
+
+
+def test_one_that_breaks_when_its_first_token_is_chosen_does_not_touch_those_that_are_read_with_it(
+    tmp_path: Path,
+) -> None:
+    """The other was given its first token before: it is not read once more, with that token behind its prompt."""
+    hm, ended, told = demo(), dict[str, Any](), list[Any]()
+    batch = RunningBatch(
+        hm, BatchLimits(rows=8, tokens=2_000), lambda job, event, together: ended.update({job.id: event})
+    )
+    config = settings(hm.root.generation_config, None, max_new_tokens=3, do_sample=False, options={})
+    for name, top in (("right", 1), ("broken", -1)):
+        job = Job(name, (Prompt("", (5, 6, 7)),), 1, config, 3, stop=(), seed=None, top_logprobs=top, emit=told.append)
+        batch.begin(job, MemoryUse())
+    while not batch.idle:
+        batch.step()
+    batch.close()
+    assert ended["broken"].status == 500
+    expected = hm.root.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)[0, 3:].tolist()
+    assert ended["right"].new == (tuple(expected),)
+    assert [token.id for tokens in told for token in tokens] == expected

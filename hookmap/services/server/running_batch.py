@@ -258,14 +258,13 @@ class RunningBatch:
         for row, (part, choice) in enumerate(places):
             if choice.ended or part.ended:
                 continue
-            choice.add(chosen[row], part.sampler.ends(choice, chosen[row]))
-            count = part.guest.job.top_logprobs
-            token = Token(choice.number, chosen[row])
-            if count is not None:
-                own = logits[row].log_softmax(-1)
-                best = own.topk(min(count, len(own)))
-                likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-                token = replace(token, logprob=float(own[chosen[row]]), top=likeliest)
+            try:
+                token = _token(choice.number, chosen[row], logits[row], part.guest.job.top_logprobs)
+                ends = part.sampler.ends(choice, chosen[row])
+            except Exception as error:
+                self._leave(part.guest, failed(error, [part.guest.job.id]))
+                continue
+            choice.add(chosen[row], ends)
             told.setdefault(part, []).append(token)
         for part in dict.fromkeys(part for part, _ in places):
             self._tell(part, told.get(part, []))
@@ -352,3 +351,13 @@ class RunningBatch:
             part.guest.parts = [own for own in part.guest.parts if own is not part] + each
             again += [own for own in each if not own.ended]
         self._waiting.extendleft(reversed(again))
+
+
+def _token(choice: int, chosen: int, logits: torch.Tensor, top: int | None) -> Token:
+    """The newest token of a choice. `logits`: [vocabulary]; `top`: how many of the likeliest are told, if any."""
+    if top is None:
+        return Token(choice, chosen)
+    own = logits.log_softmax(-1)
+    best = own.topk(min(top, len(own)))
+    likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Token(choice, chosen, logprob=float(own[chosen]), top=likeliest)
