@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from transformers import GenerationConfig
 
 from hookmap.capture.interventions.documents import Intervention, fingerprint
-from hookmap.capture.rows import RowSelection
+from hookmap.capture.options import RowOptions, options_of
+from hookmap.capture.rows import RowSelection, row_selection
 from hookmap.errors import CaptureError, HookmapError
 from hookmap.loading import configs
 from hookmap.loading.checkpoints import load_tokenizer
@@ -202,8 +203,10 @@ def admitted(llm: Any, loop: asyncio.AbstractEventLoop, request: Any, field: tup
     except HookmapError as error:
         problems.append(f"{name}.interventions: {error}")
     try:
-        # of one token: what depends on the prompt is told when it is known
-        kept = plan(Sampling.model_validate({"hookmap": recording}), served.hm, served.settings, [Prompt("", (0,))], 1)
+        row_selection(**recording.model_dump(include=set(options_of(RowOptions))))
+        # all positions of one token: what depends on the prompt is told when it is known
+        early = recording.model_copy(update={"positions": "all"})
+        kept = plan(Sampling.model_validate({"hookmap": early}), served.hm, served.settings, [Prompt("", (0,))], 1)
         served.hm.engine_of_vllm.refuse_untapped([selector.key for selector in kept.selectors] if kept else [])
     except HookmapError as error:
         problems.append(f"{name}: {error}")

@@ -25,6 +25,8 @@ REFUSING = (
     ("vllm.entrypoints.openai.chat_completion.batch_serving", "OpenAIServingChatBatch", "create_batch_chat_completion"),
     ("vllm.entrypoints.openai.responses.serving", "OpenAIServingResponses", "create_responses"),
     ("vllm.entrypoints.anthropic.serving", "AnthropicServingMessages", "create_messages"),
+    ("vllm.entrypoints.generate.generative_scoring.serving", "ServingGenerativeScoring", "create_generative_scoring"),
+    ("vllm.entrypoints.generate.structured_decisions.serving", "ServingStructuredDecisions", "create_decision"),
 )
 """those that must not ignore it"""
 LOOK = 0.2
@@ -97,15 +99,18 @@ def _shutting_down(shutdown: Callable[..., None]) -> Callable[..., None]:
 
 
 def field_of(request: Any) -> tuple[str, Any] | None:
-    """The client's field, with what it holds; None where there is none. Raises ApiError for two of them."""
+    """The client's field, with what it holds; None where there is none, or null. Raises ApiError for two of them."""
     from hookmap.services.server.errors import bad
 
     own, vllms = (getattr(request, "model_extra", None) or {}), (getattr(request, "vllm_xargs", None) or {})
-    if NAME in own and NAME in vllms:
+    if own.get("store_activations"):
+        told = f"store_activations: a field of hookmap's own server; here {NAME}: {{}} keeps the stream of all layers."
+        raise bad(told, "store_activations")
+    if own.get(NAME) is not None and vllms.get(NAME) is not None:
         raise bad(f"{NAME} and vllm_xargs.{NAME}: give one of them.", NAME)
-    if NAME in own:
+    if own.get(NAME) is not None:
         return NAME, own[NAME]
-    return (f"vllm_xargs.{NAME}", vllms[NAME]) if NAME in vllms else None
+    return (f"vllm_xargs.{NAME}", vllms[NAME]) if vllms.get(NAME) is not None else None
 
 
 def _answering(create: Callable[..., Any]) -> Callable[..., Any]:
