@@ -55,13 +55,19 @@ def cluster_of(engine: str, given: dict[str, Any], settings: dict[str, Any]) -> 
     return {name: settings[name] for name in taken if name in settings} | found if taken else None
 
 
-def taps_of(points: Any, layers: Any, interventions: Any) -> dict[str, Any]:
+def taps_of(points: Any, layers: Any, interventions: Any, dictionaries: Any = ()) -> dict[str, Any]:
     """What a capture on vLLM compiles taps for: the points that it names; where it names all, nothing is compiled."""
     if points == "all":
         return {"eager": True}
+    if dictionaries:
+        from hookmap.capture.features import without_features
+
+        points = without_features(points)
     named = dict(points) if isinstance(points, Mapping) else dict.fromkeys(points, layers)
+    beside = [(each.point, each.layers) for each in interventions]
+    beside += [(point, "all" if layer is None else layer) for point, layer, *_ in (each.reads for each in dictionaries)]
     taps: dict[str, Any] = {}
-    for name, own in [*named.items(), *((each.point, each.layers) for each in interventions)]:
+    for name, own in [*named.items(), *beside]:
         both = [each for each in (taps.get(name, ()), own) if each != ()]
         taps[name] = "all" if "all" in both else sorted({n for each in both for n in _listed(each)})
     return {"taps": taps}
@@ -75,6 +81,8 @@ def on_vllm(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `hookmap.open` that `hookmap.open_on_vllm` has, too. Raises click.UsageError for others."""
     if named := [name for name in ("map", "device", "config") if options[name] is not None]:
         raise click.UsageError(f"vLLM chooses {', '.join(named)}: leave them out with --engine vllm")
+    if not options["check"]:
+        raise click.UsageError("--no-check: a model on vLLM is always tested when it is opened; leave it out")
     return {name: options[name] for name in ("tokenizer", "dtype", "trust_remote_code")}
 
 

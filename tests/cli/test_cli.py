@@ -362,6 +362,8 @@ def test_layers_that_are_none_are_wrong_usage(text: str) -> None:
             "Error: --vllm shared: leave it",
         ),
         (("capture", "m", "--engine=vllm", "--points=z", "--vllm=taps=1"), "--vllm taps: give --points and --layers"),
+        (("capture", "m", "--engine=vllm", "--points=z", "--no-check"), "--no-check: a model on vLLM is always tested"),
+        (("serve", "m", "--engine=vllm", "--batch=1"), "--batch: vLLM makes the batches; give --vllm max_num_seqs=N"),
     ],
 )
 def test_wrong_usage_exits_2_and_says_what_is_right(args: tuple[str, ...], message: str) -> None:

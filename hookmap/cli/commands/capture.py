@@ -116,7 +116,7 @@ def command(model: str | None, output: str | None, resume: bool, **given: Any) -
     folder = _folder(output, resume)
     _check_folder(folder, resume)
     if cluster is not None and engine == "vllm":
-        cluster |= taps_of(points, layers, written.get("interventions", ()))
+        cluster |= taps_of(points, layers, written.get("interventions", ()), written.get("dictionaries", ()))
     model = choose_model(model, settings)
     from hookmap.capture.features import without_features
 

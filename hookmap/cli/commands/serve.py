@@ -11,6 +11,8 @@ from hookmap.cli.cluster_options import vllm_option
 from hookmap.cli.options import amount, calls_option, check_folder, count
 
 _GIB = 2**30
+_VLLMS = {"batch": "max_num_seqs", "batch_tokens": "max_num_batched_tokens"}
+"""options of batches that vLLM makes, by its own names"""
 _AS_TYPED = ("host", "port", "queue", "batch_tokens", "connections", "max_new_tokens", "inline_bytes")
 
 
@@ -115,7 +117,11 @@ def command(
     check_folder(serving.vectors, "--vectors")
     loads = model_options.loads(given, settings)
     if serving.engine == "vllm":
-        loads = {**fields_for_vllm(serving.vllm, functions="give --function"), **on_vllm(loads), "eager": serving.eager}
+        if named := [name for name in _VLLMS if name in serving.model_fields_set]:
+            typed, fields = (f"--{name.replace('_', '-')}" for name in named), (f"{_VLLMS[name]}=N" for name in named)
+            raise click.UsageError(f"{', '.join(typed)}: vLLM makes the batches; give --vllm {', '.join(fields)}")
+        instead = {"functions": "give --function", "served_model_name": "give --served-model-name"}
+        loads = {**fields_for_vllm(serving.vllm, **instead), **on_vllm(loads), "eager": serving.eager}
     elif serving.eager or serving.vllm:
         raise click.UsageError("--eager and --vllm need --engine vllm")
     if serving.deterministic and serving.engine == "vllm":
