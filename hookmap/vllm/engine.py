@@ -91,7 +91,10 @@ class VllmEngine:
         """requests that run together, at most"""
         handed = len(workers) == self.engines == 1 and not self._packed and said["process"] == os.getpid()
         self.functions = Functions(frozenset(said["functions"]), handed)
-        self.longest: int = self._config().model_config.max_model_len
+        model = self._config().model_config
+        self.longest: int = model.max_model_len
+        self.reads_text: bool = not model.skip_tokenizer_init
+        """whether it has a tokenizer, and finds stop strings"""
 
     def channel(self, told: Callable[[str, Any], None]) -> "VllmEngine":
         """Where one run adds its requests. `told`: called with each output, where the engine tells of them."""

@@ -4,6 +4,7 @@ import multiprocessing.process
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -30,7 +31,8 @@ from hookmap.vllm.backend import choose
 from hookmap.vllm.engine import VllmEngine
 from hookmap.vllm.opening import self_test
 from hookmap.vllm.plugin import register
-from hookmap.vllm.run import VllmGenerating, VllmHarvesting
+from hookmap.vllm.reading import same_tokenizer
+from hookmap.vllm.run import VllmGenerating, VllmHarvesting, refuse_longer
 from hookmap.vllm.shared_engine import SharedEngine, in_loop, new_loop
 from hookmap.vllm.spec import NAME
 from hookmap.vllm.twin import config_of_twin
@@ -71,11 +73,16 @@ class VllmModel(HookedModel):
             raise InterventionError("hookmap.watch: no function sees the values of vLLM's workers. Capture the point.")
         if any(prompt.inputs is not None for prompt in prepared.run.prompts):
             raise CaptureError("prompts with images do not run on vLLM here: open the model with hookmap.open.")
-        if prepared.run.prompts:
-            prepared.run.parameters(0)  # type: ignore[attr-defined]  # raises for settings that vLLM does not have
-        self.engine_of_vllm.refuse_untapped([selector.key for selector in prepared.run.selectors])
-        self.engine_of_vllm.refuse_untapped([edit.selector.key for edit in prepared.run.edits])
-        return prepared
+        run: Any = prepared.run
+        if run.prompts:
+            run.parameters(0)  # raises for settings that vLLM does not have
+        refuse_longer(run.prompts, run.max_new_tokens, self.engine_of_vllm.longest)
+        self.engine_of_vllm.refuse_untapped([selector.key for selector in run.selectors])
+        self.engine_of_vllm.refuse_untapped([edit.selector.key for edit in run.edits])
+        run.at_once, run.tokens_at_once = options.get("batch_size"), options.get("batch_tokens")
+        settings = prepared.manifest.settings
+        said = {name: options.get(name) for name in ("batch_size", "batch_tokens") if name in settings}
+        return replace(prepared, manifest=prepared.manifest.model_copy(update={"settings": {**settings, **said}}))
 
     def _engine_of(self, name: str) -> tuple[Engine, str]:
         if name not in ("auto", "vllm"):
@@ -108,7 +115,10 @@ class VllmModel(HookedModel):
     def _refused(self, *_: Any, **__: Any) -> Any:
         raise ModelError(f"{self.name} runs on vLLM, and this needs the model's own modules: hookmap.open(...).")
 
-    attribute = sweep = gradients = estimate_gradients = measure = loss = _refused
+    attribute = sweep = gradients = estimate_gradients = measure = loss = saliency = weights = _refused
+    attribution_patch = edge_attribution = faithfulness = circuit_curve = _refused
+    fit_jacobian_lens = stack_head_results = _refused
+    why_no_pads = None  # nothing is padded
 
     def __repr__(self) -> str:
         return f"<VllmModel {self.map.architecture}, {self.map.num_layers} layers, d_model {self.map.d_model}>"
@@ -174,7 +184,7 @@ def open_on_vllm(
     source = str(bundled(os.fspath(model)))
     loads = dict[str, Any](trust_remote_code=trust_remote_code, revision=revision)
     config = configs.load_config(source, **loads)
-    why_none = NO_TOKENIZER
+    why_none, given = NO_TOKENIZER, tokenizer
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(os.fspath(tokenizer), **loads)
     elif tokenizer is None:
@@ -189,15 +199,17 @@ def open_on_vllm(
             f"data_parallel_size={settings['data_parallel_size']}: its engines are in processes of their own, and "
             "processes=False asks for none. Leave processes out; on Ray, give more workers instead."
         )
-    if shared or several:
-        loop = new_loop()
-        llm = _llm(source, taps, eager, functions, True, settings, partial(in_loop, loop))
-        close, engine = llm.shutdown, partial(SharedEngine, llm, loop)
-        running = llm.vllm_config
-    else:
-        llm = _llm(source, taps, eager, functions, processes, settings, _in_this_thread)
-        close, engine = llm.llm_engine.engine_core.shutdown, partial(VllmEngine, llm)
-        running = llm.llm_engine.vllm_config
+    with same_tokenizer(given, tokenizer, config) as reading:
+        settings = reading | settings
+        if shared or several:
+            loop = new_loop()
+            llm = _llm(source, taps, eager, functions, True, settings, partial(in_loop, loop))
+            close, engine = llm.shutdown, partial(SharedEngine, llm, loop)
+            running = llm.vllm_config
+        else:
+            llm = _llm(source, taps, eager, functions, processes, settings, _in_this_thread)
+            close, engine = llm.llm_engine.engine_core.shutdown, partial(VllmEngine, llm)
+            running = llm.llm_engine.vllm_config
     try:
         module = without_weights(source, config, running, loads)
         opened = VllmModel(engine(module), tokenizer, source, why_none)
@@ -208,6 +220,15 @@ def open_on_vllm(
             raise ModelError(f"vLLM opens {source!r} and does not run it: {type(error).__name__}: {error}") from error
         raise
     return opened
+
+
+_OWN = "each request has all its settings from hookmap, its own over those of the model's generation_config.json"
+_OF_REQUESTS = {
+    "generation_config": _OWN, "override_generation_config": _OWN,
+    "enable_lora": "no request here names an adapter; `vllm serve` takes one as the model of a request",
+}  # fmt: skip
+"""arguments of vLLM's `LLM` that would do nothing here, and why"""
+_UNSET: tuple[Any, ...] = (None, False, "auto", {})
 
 
 def _refuse_without_vllm() -> None:
@@ -249,6 +270,8 @@ def _llm(
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     register()
     settings = {name: value for name, value in settings.items() if value is not None}
+    if wrong := [f"{name}: {why}" for name, why in _OF_REQUESTS.items() if settings.get(name) not in _UNSET]:
+        raise ModelError(f"{'; '.join(wrong)}. Leave it out.")
     eager = eager or bool(settings.pop("enforce_eager", False))
     additional = settings.pop("additional_config", {})
     if not isinstance(additional, Mapping) or NAME in additional:

@@ -28,6 +28,10 @@ def self_test(model: HookedModel, engine: VllmEngine) -> None:
     }
     if not points:
         return
+    if engine.longest < _TOKENS + _NEW:
+        raise CaptureError(
+            f"max_model_len={engine.longest}: expected at least {_TOKENS + _NEW}, which a model must run when it opens."
+        )
     size = model.map.d_vocab or _TOKENS
     prompts = [[(1 + 37 * n) % size for n in range(_TOKENS)]] * engine.engines  # one for each
     generated = model.capture(prompts, points, max_new_tokens=_NEW)

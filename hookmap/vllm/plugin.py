@@ -76,7 +76,8 @@ def register() -> None:
             self.worker_cls = WORKER
             os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # read when the config is made, below
             self.additional_config = {**self.additional_config, NAME: settings.model_dump()}
-            self.async_scheduling = False  # tokens of a step would not be known when it begins
+            refuse_changed(self, current_platform.is_cpu())
+            self.async_scheduling = False
             if not current_platform.is_cpu():  # a graph that is replayed calls no Python
                 self.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         config = made(self, *args, **kwargs)
@@ -88,9 +89,31 @@ def register() -> None:
     EngineArgs.create_engine_config = create_engine_config
 
 
+def refuse_changed(arguments: Any, on_cpu: bool) -> None:
+    """Raises CaptureError for what a user asks of vLLM and hookmap switches off. `arguments`: an EngineArgs."""
+    if arguments.async_scheduling:
+        raise CaptureError(
+            "async_scheduling: a step would begin before the tokens of the last one are known, and captures know whose "
+            "each row is when it begins. Leave it out; it is off."
+        )
+    graphs = arguments.compilation_config.cudagraph_mode
+    asked = {
+        "cudagraph_mode": graphs is not None and graphs.name != "NONE",
+        "cudagraph_capture_sizes": arguments.cudagraph_capture_sizes is not None,
+        "max_cudagraph_capture_size": arguments.max_cudagraph_capture_size is not None,
+    }
+    if not on_cpu and (named := [name for name, given in asked.items() if given]):
+        raise CaptureError(f"{', '.join(named)}: a replayed graph runs no tap, so graphs are off. Leave it out.")
+
+
 def refuse_unserved(config: Any) -> None:
     """Raises CaptureError for ways to run whose rows are not the tokens', or that were never seen to run."""
     parallel = config.parallel_config
+    if config.model_config.runner_type != "generate":
+        raise CaptureError(
+            f"runner={config.model_config.runner_type!r}: captures run on models that generate. Leave runner "
+            "and convert out, or open the model with hookmap.open."
+        )
     if config.speculative_config is not None:
         raise CaptureError("speculative decoding takes tokens back, whose rows are no sample's: leave it out.")
     pieces = {

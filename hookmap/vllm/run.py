@@ -15,10 +15,10 @@ from hookmap.capture.batches import Generating, Harvesting
 from hookmap.capture.interventions.operations import Averaged
 from hookmap.capture.overflow import Cast, Overflow, in_words
 from hookmap.capture.rows import DTYPES, NUMBERS, ids_of
-from hookmap.capture.run import Run, log
-from hookmap.errors import CaptureError
+from hookmap.capture.run import Run, log, vocabulary_of
+from hookmap.errors import CaptureError, InterventionError
 from hookmap.loading import generation as gen
-from hookmap.loading.prompts import decode
+from hookmap.loading.prompts import Prompt, decode
 from hookmap.maps.points import PointName
 from hookmap.stores.ledger import tensor_name
 from hookmap.vllm.engine import Ended, VllmEngine
@@ -45,6 +45,10 @@ class _OnVllm(_Base):
     """What both kinds of run share. `batch` is a list of requests; there are no batches otherwise."""
 
     engine: VllmEngine  # type: ignore[assignment]
+    at_once: int | None = None
+    """prompts that run together, at most; None: as many as vLLM lets run"""
+    tokens_at_once: int | None = None
+    """of prompts that are read together, at most, where nothing is generated; one that is longer runs alone"""
 
     def all(self, groups: Sequence[Sequence[int]], sink: Sink, finished: Set[int] = frozenset()) -> None:
         """See `Run.all`. Requests run in the order of the prompts, as many together as vLLM lets run."""
@@ -76,12 +80,13 @@ class VllmGenerating(_OnVllm, Generating):
 
     def parameters(self, number: int) -> Any:
         """See `_OnVllm.parameters`. Raises CaptureError for settings that vLLM does not have, or refuses."""
-        from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
+
+        from hookmap.vllm.parameters import OwnParameters
 
         seed = None if self.seed is None else (self.seed * 1_000_003 + number) % 2**63
         try:
-            return SamplingParams(**self._settings, seed=seed if self.config.do_sample else None)
+            return OwnParameters(**self._settings, seed=seed if self.config.do_sample else None)
         except (ValueError, VLLMValidationError) as error:
             raise CaptureError(f"vLLM refuses these settings: {error}") from error
 
@@ -94,12 +99,24 @@ class VllmGenerating(_OnVllm, Generating):
                 f"{', '.join(sorted(_SERVED))}; for others open the model with hookmap.open."
             )
         config, given = self.config, dict[str, Any]()
+        vocabulary = vocabulary_of(self.engine)  # type: ignore[arg-type]  # an engine of vLLM's
         stops = [
             *self.stop,
             *([config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or ()),
         ]
+        if stops and not self.engine.reads_text:
+            raise CaptureError(
+                f"stop={stops!r}: vLLM has no tokenizer to find strings with. Open the model with tokenizer=, and "
+                "without skip_tokenizer_init."
+            )
+        if stops and config.min_new_tokens:
+            raise CaptureError(
+                f"min_new_tokens={config.min_new_tokens}: vLLM would look for stop strings behind so many tokens alone."
+                " Leave it or stop out, or open the model with hookmap.open."
+            )
         if config.do_sample:
-            unset = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+            # what transformers takes where neither the model nor the caller says
+            unset = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
             given = {name: _or(getattr(config, name), default) for name, default in unset.items()}
         return dict(
             {"temperature": 0.0, **given},
@@ -107,7 +124,7 @@ class VllmGenerating(_OnVllm, Generating):
             min_tokens=config.min_new_tokens or 0,
             repetition_penalty=_or(config.repetition_penalty, 1.0),
             stop=stops,
-            stop_token_ids=list(gen.end_tokens(config)),
+            stop_token_ids=[end for end in gen.end_tokens(config) if 0 <= end < vocabulary],
             ignore_eos=True,
             detokenize=bool(stops),
             skip_special_tokens=False,
@@ -121,9 +138,26 @@ class VllmHarvesting(_OnVllm, Harvesting):
 
     def parameters(self, number: int) -> Any:
         """See `_OnVllm.parameters`."""
-        from vllm import SamplingParams
+        from hookmap.vllm.parameters import OwnParameters
 
-        return SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True, output_kind=_final())
+        return OwnParameters(temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True, output_kind=_final())
+
+
+def refuse_longer(prompts: Sequence[Prompt], new: int, longest: int) -> None:
+    """Raises CaptureError for prompts that vLLM would refuse, or whose answers it would cut without a word.
+
+    `new`: tokens to generate. `longest`: vLLM's max_model_len, which counts one more than what is only read.
+    """
+    most = longest - max(1, new)
+    if not (over := [number for number, prompt in enumerate(prompts) if len(prompt.token_ids) > most]):
+        return
+    which = f"prompt {over[0]} is" if len(over) == 1 else f"prompt {over[0]} and {len(over) - 1} more are"
+    asked = f"tokens and max_new_tokens={new}" if new else "tokens and the one that vLLM generates after what it reads"
+    raise CaptureError(
+        f"{which} too long: {len(prompts[over[0]].token_ids)} {asked} do not fit into "
+        f"max_model_len={longest}. Shorten the prompt{', give a smaller max_new_tokens' if new else ''}, or open the "
+        "model with a larger max_model_len."
+    )
 
 
 class Serving:
@@ -156,7 +190,7 @@ class Serving:
         if self._run.edits:
             self._engine.plan(self.name, self._run.edits)
         try:
-            self._serve(waiting, self._engine.in_flight)
+            self._serve(waiting, min(self._engine.in_flight, self._run.at_once or self._engine.in_flight))
             self._serve(deque(self._alone), 1)
             self.flush()
         except BaseException:
@@ -169,7 +203,7 @@ class Serving:
 
     def _serve(self, waiting: deque[int], at_once: int) -> None:
         while waiting or self._running:
-            while waiting and len(self._running) < at_once:
+            while waiting and len(self._running) < at_once and self._fits(waiting[0]):
                 self._add(waiting.popleft())
             if ended := self._engine.step():
                 self._end(ended, last=at_once == 1)
@@ -177,6 +211,14 @@ class Serving:
             self._run.going_on()
             if self._held and time.monotonic() - self._held_since > HELD_SECONDS:
                 self.flush()
+
+    def _fits(self, number: int) -> bool:
+        """Whether this prompt may be read beside those that run."""
+        most: int | None = self._run.tokens_at_once
+        tokens = (len(self._run.prompts[each].token_ids) for each in (number, *self._running.values()))
+        if most is None or not self._running or not isinstance(self._run, Harvesting):
+            return True
+        return sum(tokens) <= most
 
     def _add(self, number: int) -> None:
         run, prompt, name = self._run, self._run.prompts[number], f"{self.name}.{number}"
@@ -218,7 +260,8 @@ class Serving:
                 self._alone.append(number)
                 continue
             if error is not None:
-                raise CaptureError(f"sample {number}: {error}")
+                kind = InterventionError if error.startswith(IN_PIECES) else CaptureError
+                raise kind(f"sample {number}: {error}")
             self.hold(number, new[each.name], positions, rows)
 
     def hold(self, number: int, new: Sequence[int], positions: list[int], rows: dict[str, torch.Tensor]) -> None:

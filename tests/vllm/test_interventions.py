@@ -90,9 +90,9 @@ def test_preempted_requests_are_edited_again(on_vllm: Any, own: Any) -> None:
 
 def test_a_mean_over_a_prompt_that_is_read_in_pieces_is_refused(on_vllm: Any) -> None:
     long = prompts(1, 40, seed=3)
-    with pytest.raises(CaptureError, match="sample 0: vLLM read the prompt in pieces, and its mean is asked for"):
+    with pytest.raises(InterventionError, match="sample 0: vLLM read the prompt in pieces, and its mean is asked for"):
         on_vllm.generate(long, EDITS["mean of a branch"], max_new_tokens=2)
-    with pytest.raises(CaptureError, match="sample 0: vLLM read the prompt in pieces: the two tokens of a swap"):
+    with pytest.raises(InterventionError, match="sample 0: vLLM read the prompt in pieces: the two tokens of a swap"):
         on_vllm.generate(long, [{**EDITS["swap"][0], "positions": [1, 30]}], max_new_tokens=2)
 
 

@@ -125,6 +125,11 @@ def test_the_plugin_does_nothing_unless_asked(checkpoint: Path) -> None:
         ({"additional_config": {"hookmap": {}}}, "additional_config: expected a mapping without 'hookmap'"),
         ({"additional_config": "hookmap"}, "additional_config: expected a mapping without 'hookmap'"),
         ({"worker_cls": "mine.Worker"}, "worker_cls='mine.Worker': hookmap brings a worker"),
+        ({"async_scheduling": True}, "async_scheduling: a step would begin before"),
+        ({"override_generation_config": {"top_k": 1}}, "override_generation_config: each request has all its settings"),
+        ({"enable_lora": True}, "enable_lora: no request here names an adapter"),
+        ({"runner": "pooling"}, "runner='pooling': captures run on models that generate"),
+        ({"max_model_len": 4, "eager": True}, "max_model_len=4: expected at least 8"),
         ({"shared": True, "processes": False}, "shared=True: vLLM's engine is in processes of its own"),
     ],
 )
@@ -146,7 +151,7 @@ def test_ways_to_run_whose_rows_are_no_samples_are_refused() -> None:
             speculative_config=speculative,
             parallel_config=SimpleNamespace(data_parallel_size=engines, **parallel),
             cache_config=SimpleNamespace(kv_sharing_fast_prefill=others.get("fast", False)),
-            model_config=SimpleNamespace(is_moe=experts),
+            model_config=SimpleNamespace(is_moe=experts, runner_type="generate"),
         )
 
     refuse_unserved(config(engines=2))

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load
 from support import vllm_server
-from support.on_vllm import Plain, held_against, prompts
+from support.on_vllm import SETTINGS, Plain, held_against, prompts
 from support.own_functions import BROKEN, TURNED
+from support.tiny_tokenizer import tiny_tokenizer
 from support.vllm_server import Server
 
 import hookmap
@@ -130,6 +131,29 @@ def test_nonsense_is_refused(server: Server, field: Any, told: list[str]) -> Non
     assert "hookmap show" not in answer.text
 
 
+def test_positions_are_those_of_the_requests_own_prompt(server: Server) -> None:
+    [prompt] = prompts(1, 20)
+    wanted = {"points": ["resid_post"], "layers": [1], "return": "inline"}
+    for positions, rows in (([5, 19, 21], [5, 19, 21]), ([-3], [17])):
+        answer = server.complete(prompt, hookmap={**wanted, "positions": positions})
+        assert answer.json()["activations_meta"]["samples"][0]["positions"] == rows
+    words = tiny_tokenizer().decode(prompt[4:6])
+    for wrong, said in (([500], "the longest prompt has 20 tokens"), (f"text={words}", "a text of several tokens is")):
+        answer = server.complete(prompt, hookmap={**wanted, "positions": wrong})
+        assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text
+
+
+def test_no_field_is_a_request_without_it(server: Server) -> None:
+    answer = server.complete(prompts(1, 20)[0], hookmap=None)
+    assert answer.status_code == 200 and "activations_meta" not in answer.json()
+
+
+def test_what_a_request_is_too_long_for_is_the_clients_mistake(server: Server) -> None:
+    mean = [{"do": "ablate", "to": "mean", "point": "mlp_out", "layers": [1]}]
+    answer = server.complete(prompts(1, 60)[0], hookmap={"points": ["resid_post"], "interventions": mean})
+    assert answer.status_code == 400 and "vLLM read the prompt in pieces" in answer.text
+
+
 def test_settings_that_vllm_refuses_are_the_clients_mistake(server: Server) -> None:
     answer = server.complete(prompts(1, 20)[0], temperature=3, hookmap={"points": ["resid_post"]})
     assert answer.status_code == 400
@@ -178,12 +202,30 @@ def test_vllms_own_way_of_further_arguments(vllms: Server, plain: Plain) -> None
 def test_vllms_other_routes_and_limits(vllms: Server) -> None:
     [prompt] = prompts(1, 20, seed=9)
     assert vllms.post("/v1/responses", input="w1", hookmap={"points": ["resid_mid"]}).status_code == 400
+    scored: dict[str, Any] = {"query": "w1", "items": ["w2"], "label_token_ids": [5, 6]}
+    assert vllms.post("/generative_scoring", **scored).status_code == 200
+    assert vllms.post("/generative_scoring", **scored, hookmap={"points": ["resid_mid"]}).status_code == 400
+    own = vllms.complete(prompt, store_activations=True)
+    assert own.status_code == 400 and "a field of hookmap's own server" in own.text
     everything = vllms.complete(prompt, max_tokens=60, hookmap={"points": ["mlp_post", "resid_pre", "resid_post"]})
     assert everything.status_code == 400 and "100000 bytes" in everything.text
     for _ in range(22):
         answer = vllms.complete(prompt, max_tokens=1, hookmap={"points": ["resid_mid"], "layers": [0]})
     assert len([each for each in vllms.sessions.iterdir() if each.name.startswith("act-")]) == 20
     assert hookmap.open_store(vllms.sessions / answer.json()["session_id"]).manifest.finished
+
+
+def test_settings_that_would_mean_something_else_on_vllm_are_refused(hookmaps: Server) -> None:
+    [full] = prompts(1, SETTINGS["max_model_len"])
+    for more, said in (
+        ({"echo": True, "max_tokens": 0}, "the one that vLLM generates after what it reads do not fit"),
+        ({"max_tokens": 1}, "maximum context length is 96 tokens"),
+    ):
+        answer = hookmaps.complete(full, **more)
+        assert answer.status_code == 400 and said in answer.text
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+    answer = hookmaps.complete(full[:9], min_tokens=5, stop="w1")
+    assert answer.status_code == 400 and "vLLM would look for stop strings behind them alone" in answer.text
 
 
 def test_a_key_is_needed(hookmaps: Server) -> None:

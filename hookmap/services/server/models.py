@@ -169,9 +169,10 @@ def name_of(source: str) -> str:
 
 def context_of(hm: HookedModel) -> int | None:
     """The most tokens that the model takes; None: no limit is known."""
+    if isinstance(hm, VllmModel):
+        return hm.engine_of_vllm.longest
     config: Any = hm.root.config
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     told = getattr(hm.tokenizer, "model_max_length", None)
-    served = hm.engine_of_vllm.longest if isinstance(hm, VllmModel) else None
-    limits = [limit for limit in (most, told, served) if isinstance(limit, int) and 0 < limit < 10**9]
+    limits = [limit for limit in (most, told) if isinstance(limit, int) and 0 < limit < 10**9]
     return min(limits, default=None)

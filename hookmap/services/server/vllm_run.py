@@ -9,7 +9,7 @@ import torch
 
 from hookmap.analysis.unembedding import Unembeds
 from hookmap.capture.rows import RowSelection
-from hookmap.errors import CaptureError
+from hookmap.errors import CaptureError, InterventionError, SelectionError
 from hookmap.loading.memory import MemoryUse
 from hookmap.services.server.editing import planned
 from hookmap.services.server.errors import bad, cancelled
@@ -20,7 +20,7 @@ from hookmap.services.server.tokens import Token
 from hookmap.services.server.watched_run import Gathered
 from hookmap.stores.ledger import tensor_name
 from hookmap.vllm.model import VllmModel
-from hookmap.vllm.run import VllmGenerating
+from hookmap.vllm.run import VllmGenerating, refuse_longer
 
 
 def run_on_vllm(hm: VllmModel, job: Job) -> Result:
@@ -48,7 +48,6 @@ def run_on_vllm(hm: VllmModel, job: Job) -> Result:
         prompt_logprobs=job.prompt_logprobs,
         changes=job.changes,
         reads_only=job.reads_only,
-        vocabulary=hm.vocabulary,
     )
     if job.interventions:
         run.edits = planned(hm, job.interventions, job.prompts, job.max_new_tokens).edits
@@ -59,9 +58,11 @@ def run_on_vllm(hm: VllmModel, job: Job) -> Result:
         samples = sorted(sink.samples, key=lambda sample: sample.sample)
         new = tuple(sample.token_ids[sample.prompt_tokens :] for sample in samples)
         return Result(new, recorder.end(samples, run.lost) if recorder else None)
-    except BaseException:
+    except BaseException as error:
         if recorder:
             recorder.drop()
+        if isinstance(error, InterventionError | SelectionError):  # of what was asked, which only the worker knows
+            raise bad(str(error), "hookmap", type(error).__name__) from error
         raise
 
 
@@ -73,8 +74,14 @@ def check(hm: VllmModel, job: Job) -> None:
         raise bad("summary: on vLLM, figures are of generated tokens; leave prompt out.", f"{PARAM}.prompt")
     if job.changes.grammar is not None:
         raise bad("response_format: not on vLLM here; serve with --engine hooks.", "response_format")
+    if job.changes.least and job.stop:
+        raise bad("min_tokens: vLLM would look for stop strings behind them alone; leave it or stop out.", "min_tokens")
     if any(prompt.inputs is not None for prompt in job.prompts):
         raise bad("images do not run on vLLM here: serve with --engine hooks.", "messages")
+    try:
+        refuse_longer(job.prompts, 0 if job.reads_only else job.max_new_tokens, hm.engine_of_vllm.longest)
+    except CaptureError as error:
+        raise bad(str(error), "prompt", "context_length_exceeded") from error
     try:
         asks = job.recorder or job.summary
         hm.engine_of_vllm.refuse_untapped([selector.key for selector in asks.selectors] if asks else [])
@@ -96,7 +103,6 @@ class ServedRun(VllmGenerating):
     changes: ScoreChanges = field(default_factory=ScoreChanges)
     reads_only: bool = False
     """whether the prompt is only read: one token is generated, and neither sent nor recorded"""
-    vocabulary: int = 0
     _echoed: set[int] = field(default_factory=set)
     _told: Counter[int] = field(default_factory=Counter)
     """tokens of each row that were told"""
@@ -115,8 +121,6 @@ class ServedRun(VllmGenerating):
         found.presence_penalty, found.frequency_penalty = self.changes.presence, self.changes.frequency
         found.logit_bias = dict(self.changes.bias) or None
         found.min_tokens = self.changes.least
-        found.stop_token_ids = [token for token in found.stop_token_ids or () if token < self.vocabulary]
-        found._all_stop_token_ids = set(found.stop_token_ids)  # it was made of those
         if self.prompt_logprobs is not None:
             found.skip_reading_prefix_cache = True
         return found
