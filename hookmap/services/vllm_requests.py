@@ -54,12 +54,14 @@ class _NoSessions:
 class Asked:
     """One request, from its check until its answer."""
 
-    def __init__(self, served: Served, field: str, recording: Recording, changes: tuple[Intervention, ...]) -> None:
-        """`field`: what the client calls its field."""
+    def __init__(
+        self, served: Served, field: str, recording: Recording, changes: tuple[Intervention, ...], model: str
+    ) -> None:
+        """`field`: what the client calls its field. `model`: what it calls the model, or an adapter of it."""
         self.mark = secrets.token_hex(16)
         self.field, self.plan = field, None if not changes else f"{NAME}-{self.mark}"
         self.begun = self.ended = False
-        self._served, self._recording, self._changes = served, recording, changes
+        self._served, self._recording, self._changes, self._model = served, recording, changes, model
         self._new: dict[int, list[int]] = {}
         self._taken: list[tuple[str | None, list[int], dict[str, Any]]] = []
 
@@ -163,7 +165,7 @@ class Asked:
         if self._recording.label:
             told[SERVED] = {"label": self._recording.label}
         assert self._served.sessions is not None
-        return SessionRecorder(kept, self._served.sessions, self._served.hm, self._served.name, told)
+        return SessionRecorder(kept, self._served.sessions, self._served.hm, self._model, told)
 
 
 MARKED: dict[str, Asked] = {}
@@ -212,7 +214,7 @@ def admitted(llm: Any, loop: asyncio.AbstractEventLoop, request: Any, field: tup
         problems.append(f"{name}: {error}")
     if problems:
         raise bad("; ".join(problems), name)
-    return Asked(served, name, recording, changes)
+    return Asked(served, name, recording, changes, getattr(request, "model", None) or served.name)
 
 
 def _opened(llm: Any, loop: asyncio.AbstractEventLoop) -> Served:

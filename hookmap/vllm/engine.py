@@ -91,10 +91,15 @@ class VllmEngine:
         """requests that run together, at most"""
         handed = len(workers) == self.engines == 1 and not self._packed and said["process"] == os.getpid()
         self.functions = Functions(frozenset(said["functions"]), handed)
-        model = self._config().model_config
+        model, cache = self._config().model_config, self._config().cache_config
         self.longest: int = model.max_model_len
         self.reads_text: bool = not model.skip_tokenizer_init
         """whether it has a tokenizer, and finds stop strings"""
+        decides = {name: getattr(cache, name) for name in ("mamba_cache_dtype", "mamba_ssm_cache_dtype")}
+        decides |= {"kv_cache_dtype": cache.cache_dtype, "disable_sliding_window": model.disable_sliding_window}
+        decides["logits_processors"] = [str(each) for each in model.logits_processors or ()]
+        self.settings = {name: value for name, value in decides.items() if value not in ("auto", "float32", False, [])}
+        """of vLLM's, those that change the model's numbers, and neither its weights nor its config"""
 
     def channel(self, told: Callable[[str, Any], None]) -> "VllmEngine":
         """Where one run adds its requests. `told`: called with each output, where the engine tells of them."""

@@ -82,7 +82,8 @@ class VllmModel(HookedModel):
         run.at_once, run.tokens_at_once = options.get("batch_size"), options.get("batch_tokens")
         settings = prepared.manifest.settings
         said = {name: options.get(name) for name in ("batch_size", "batch_tokens") if name in settings}
-        return replace(prepared, manifest=prepared.manifest.model_copy(update={"settings": {**settings, **said}}))
+        own = {"vllm": self.engine_of_vllm.settings} if self.engine_of_vllm.settings else {}
+        return replace(prepared, manifest=prepared.manifest.model_copy(update={"settings": settings | said | own}))
 
     def _engine_of(self, name: str) -> tuple[Engine, str]:
         if name not in ("auto", "vllm"):

@@ -116,6 +116,11 @@ def refuse_unserved(config: Any) -> None:
         )
     if config.speculative_config is not None:
         raise CaptureError("speculative decoding takes tokens back, whose rows are no sample's: leave it out.")
+    if config.kv_transfer_config is not None:
+        raise CaptureError(
+            "kv_transfer_config, kv_offloading_size: what keeps keys and values outside of the engine may know "
+            "requests by their tokens alone, and give what an edited one has computed to others. Leave it out."
+        )
     pieces = {
         "prefill_context_parallel_size": (
             parallel.prefill_context_parallel_size > 1,

@@ -149,6 +149,7 @@ def test_ways_to_run_whose_rows_are_no_samples_are_refused() -> None:
         parallel = {"prefill_context_parallel_size": 1, "use_ubatching": False, **others}
         return SimpleNamespace(
             speculative_config=speculative,
+            kv_transfer_config=others.get("transfer"),
             parallel_config=SimpleNamespace(data_parallel_size=engines, **parallel),
             cache_config=SimpleNamespace(kv_sharing_fast_prefill=others.get("fast", False)),
             model_config=SimpleNamespace(is_moe=experts, runner_type="generate"),
@@ -160,6 +161,7 @@ def test_ways_to_run_whose_rows_are_no_samples_are_refused() -> None:
         ({"speculative": object()}, "speculative decoding"),
         ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size: each process"),
         ({"use_ubatching": True}, "enable_dbo, ubatch_size: the halves"),
+        ({"transfer": object()}, "kv_transfer_config, .*: what keeps keys and values outside"),
         ({"fast": True}, "kv_sharing_fast_prefill: the last layers"),
         ({"engines": 2, "experts": True}, "data_parallel_size=2: .*experts .*hookmap store merge"),
     ):

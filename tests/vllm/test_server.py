@@ -28,6 +28,7 @@ NEW = 12
 VECTOR = (torch.randn(64, generator=torch.Generator().manual_seed(1)) * 2).tolist()
 EDIT = {"do": "steer", "point": "resid_post", "layers": [1], "vector": VECTOR, "strength": 3}
 KEY = "sesame"
+SECOND = "another-name"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,8 @@ def hookmaps(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def vllms(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("vllm") / "sessions"
     serving = {"sessions": str(folder), "max_sessions": 20, "request_bytes": 100_000, "inline_bytes": 20_000}
-    with vllm_server.vllms(checkpoint, folder, {"serving": serving, "functions": [TURNED]}) as server:
+    names = ("--served-model-name", vllm_server.MODEL, SECOND)
+    with vllm_server.vllms(checkpoint, folder, {"serving": serving, "functions": [TURNED]}, *names) as server:
         yield server
 
 
@@ -197,6 +199,12 @@ def test_vllms_own_way_of_further_arguments(vllms: Server, plain: Plain) -> None
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "vllm_xargs.hookmap")
     both = vllms.complete(prompt, vllm_xargs={"hookmap": "{}"}, hookmap={})
     assert both.status_code == 400
+
+
+def test_a_session_says_which_model_was_asked_for(vllms: Server) -> None:
+    for name in (vllm_server.MODEL, SECOND):  # or an adapter
+        answer = vllms.complete(prompts(1, 20)[0], model=name, max_tokens=1, hookmap={"points": ["resid_mid"]}).json()
+        assert hookmap.open_store(vllms.sessions / answer["session_id"]).manifest.model == name
 
 
 def test_vllms_other_routes_and_limits(vllms: Server) -> None:

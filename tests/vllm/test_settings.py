@@ -10,7 +10,7 @@ from support.tiny_tokenizer import tiny_tokenizer
 from vllm.engine.arg_utils import EngineArgs
 
 import hookmap
-from hookmap.errors import CaptureError, ModelError
+from hookmap.errors import CaptureError, ModelError, StoreError
 from hookmap.vllm.plugin import refuse_changed
 
 LONGEST = SETTINGS["max_model_len"]
@@ -106,6 +106,16 @@ def test_stop_strings_are_found_with_the_tokenizer_that_was_given(checkpoint: Pa
         assert len(hm.generate([prompt], max_new_tokens=8).tokens[0]) == 18
         with pytest.raises(CaptureError, match="vLLM has no tokenizer to find strings with"):
             hm.generate([prompt], max_new_tokens=8, stop=stop)
+
+
+def test_a_run_goes_on_with_the_same_cache(checkpoint: Path, tmp_path: Path) -> None:
+    def captured(resume: bool = False, **settings: Any) -> Any:
+        with hookmap.open_on_vllm(checkpoint, eager=True, **SETTINGS, **settings) as hm:
+            return hm.capture(prompts(1, 8), "resid_post", [0], max_new_tokens=2, store=tmp_path / "run", resume=resume)
+
+    assert "vllm" not in captured().manifest.settings
+    with pytest.raises(StoreError, match=r'settings.vllm: the capture has .*, this run has {"kv_cache_dtype": "fp8"}'):
+        captured(resume=True, kv_cache_dtype="fp8")
 
 
 def test_graphs_that_are_switched_off_are_not_asked_for(checkpoint: Path) -> None:
