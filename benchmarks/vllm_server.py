@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -48,8 +49,11 @@ def prompt(length: int, number: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def serving(kind: str, model: str, folder: Path, port: int, piece: int | None) -> Iterator[str]:
-    """A running server of this kind; its address."""
+def serving(kind: str, model: str, folder: Path, port: int, piece: int | None) -> Iterator[httpx.Client]:
+    """A client of a running server of this kind.
+
+    It is one for all requests, as that of OpenAI is: opening one takes 25 ms of the processor, for its certificates.
+    """
     settings = {"max_model_len": 2048, "max_num_seqs": 16}
     if piece:
         settings |= {"max_num_batched_tokens": 2 * piece, "long_prefill_token_threshold": piece}
@@ -73,7 +77,9 @@ def serving(kind: str, model: str, folder: Path, port: int, piece: int | None) -
                 if httpx.get(f"{url}/health").status_code == 200:
                     break
             time.sleep(0.5)
-        yield url
+        limits = httpx.Limits(keepalive_expiry=2)  # before the servers end an idle connection, at 5 s
+        with httpx.Client(base_url=url, timeout=600, limits=limits) as client:
+            yield client
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -83,14 +89,13 @@ def serving(kind: str, model: str, folder: Path, port: int, piece: int | None) -
 
 
 def ask(
-    url: str, size: tuple[int, int], number: int, captured: bool, began: threading.Event | None = None
+    client: httpx.Client, size: tuple[int, int], number: int, captured: bool, began: threading.Event | None = None
 ) -> tuple[int, float]:
     """Tokens that came, and seconds to the first of them. `began` is set when that has come."""
-    name = httpx.get(f"{url}/v1/models", timeout=600).json()["data"][0]["id"]
-    body: dict[str, Any] = {"model": name, "prompt": prompt(size[0], number), "max_tokens": size[1], "temperature": 0}
+    body: dict[str, Any] = {"prompt": prompt(size[0], number), "max_tokens": size[1], "temperature": 0}
     body |= {"stream": True, "stream_options": {"include_usage": True}, **({"hookmap": POINTS} if captured else {})}
     start, first, tokens = time.perf_counter(), 0.0, 0
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=600) as answer:
+    with client.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.status_code == 200, answer.read()
         for line in answer.iter_lines():
             if line.startswith("data: {"):
@@ -102,28 +107,37 @@ def ask(
     return tokens, first
 
 
-def throughput(url: str, requests: int, share: int, first: int) -> float:
+def throughput(client: httpx.Client, requests: int, share: int, first: int) -> float:
     """Tokens per second of so many requests, 16 in flight. `share`: of two, how many are captured."""
+
+    def one(n: int) -> int:
+        return ask(client, LENGTHS[n % 4], first + n, (n // 4) % 2 < share)[0]
+
     start = time.perf_counter()
     with ThreadPoolExecutor(16) as together:
-        found = list(together.map(lambda n: ask(url, LENGTHS[n % 4], first + n, (n // 4) % 2 < share), range(requests)))
-    return sum(tokens for tokens, _ in found) / (time.perf_counter() - start)
+        tokens = sum(together.map(one, range(requests)))
+    return tokens / (time.perf_counter() - start)
 
 
-def first_token(url: str, number: int, beside: str | None) -> float:
-    """Seconds to the first token of a short request, alone or beside a long one."""
+def first_token(client: httpx.Client, number: int, beside: str | None, moment: float) -> float:
+    """Seconds to the first token of a short request, alone or beside a long one.
+
+    `moment`: seconds that the long one has been writing, or read, when the short one is sent.
+    """
     with ThreadPoolExecutor(1) as together:
         if beside is not None:
             began = threading.Event()
-            long = together.submit(ask, url, LONG, number + 1, beside.startswith("captured"), began)
-            began.wait(600) if beside.endswith("writing") else time.sleep(0.1)
-        found = ask(url, SHORT, number, False)[1]
+            long = together.submit(ask, client, LONG, number + 1, beside.startswith("captured"), began)
+            if beside.endswith("writing"):
+                began.wait(600)
+            time.sleep(moment)
+        found = ask(client, SHORT, number, False)[1]
         if beside is not None:
             long.result()
     return found
 
 
-def figures_of(url: str, kind: str, given: argparse.Namespace) -> dict[str, float]:
+def figures_of(client: httpx.Client, kind: str, given: argparse.Namespace) -> dict[str, float]:
     """Of one server: tokens per second, and seconds to the first token."""
     figures = dict[str, float]()
 
@@ -131,16 +145,22 @@ def figures_of(url: str, kind: str, given: argparse.Namespace) -> dict[str, floa
         figures[name] = value
         print(kind, name, value, file=sys.stderr, flush=True)
 
-    throughput(url, 16, 0, 19_000)  # warm
+    throughput(client, 16, 0, 19_000)  # warm
     if given.requests:
-        note("plain tokens/s", throughput(url, given.requests, 0, 0))
+        note("plain tokens/s", throughput(client, given.requests, 0, 0))
     if given.requests and kind != "vllm":
-        note("half captured tokens/s", throughput(url, given.requests, 1, 10_000))
+        note("half captured tokens/s", throughput(client, given.requests, 1, 10_000))
     fresh = count(15_000, 10)  # prompts that no cache has: one that is cached is not read
-    for beside in (None, *BESIDE[: 2 if kind == "vllm" else 4]) if given.times else ():
-        times = [first_token(url, next(fresh), beside) for _ in range(given.times)]
+    moments = random.Random(0)  # a step runs then that is anywhere between its begin and its end
+    times = {beside: list[float]() for beside in (None, *BESIDE[: 2 if kind == "vllm" else 4])}
+    for _ in range(given.times):
+        for beside, found in times.items():
+            found.append(first_token(client, next(fresh), beside, moments.uniform(0.1, 0.2)))
+    for beside, found in times.items() if given.times else ():
         name = "idle" if beside is None else f"beside a long one, {beside}"
-        note(f"first token, {name}, s", statistics.median(times))
+        note(f"first token, {name}, s", statistics.median(found))
+        if beside is not None:
+            note(f"of idle, {beside}", statistics.median(found) / statistics.median(times[None]))
     return figures
 
 
@@ -150,7 +170,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--times", type=int, default=5, help="first tokens of each kind, whose median counts")
+    parser.add_argument("--times", type=int, default=9, help="first tokens of each kind, whose median counts")
     parser.add_argument("--piece", type=int, help="tokens of one prompt that a step reads at most")
     parser.add_argument("--only", choices=KINDS, action="append")
     given = parser.parse_args()
@@ -161,8 +181,8 @@ def main() -> None:
         for turn in range(given.turns):
             for kind in given.only or (*KINDS[turn % 3 :], *KINDS[: turn % 3]):
                 port = 8500 + turn * 3 + KINDS.index(kind)
-                with serving(kind, given.model, Path(folder), port, given.piece) as url:
-                    figures = figures_of(url, kind, given)
+                with serving(kind, given.model, Path(folder), port, given.piece) as client:
+                    figures = figures_of(client, kind, given)
                 for name, value in figures.items():
                     found.setdefault(f"{kind}: {name}", []).append(value)
                 print(json.dumps({"turn": turn, "server": kind, "piece": given.piece, **figures}), flush=True)
