@@ -34,7 +34,7 @@ SECOND = "another-name"
 @pytest.fixture(scope="module")
 def hookmaps(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     sessions = tmp_path_factory.mktemp("own") / "sessions"
-    with vllm_server.hookmaps(checkpoint, sessions, KEY, f"--function={TURNED}") as server:
+    with vllm_server.hookmaps(checkpoint, sessions, KEY, f"--function={TURNED}", "--vllm=max_logprobs=5") as server:
         yield server
 
 
@@ -232,6 +232,8 @@ def test_settings_that_would_mean_something_else_on_vllm_are_refused(hookmaps: S
         answer = hookmaps.complete(full, **more)
         assert answer.status_code == 400 and said in answer.text
         assert answer.json()["error"]["code"] == "context_length_exceeded"
+    answer = hookmaps.complete(full[:9], logprobs=6)
+    assert answer.status_code == 400 and "Requested sample logprobs of 6" in answer.text
     answer = hookmaps.complete(full[:9], min_tokens=5, stop="w1")
     assert answer.status_code == 400 and "vLLM would look for stop strings behind them alone" in answer.text
 

@@ -25,6 +25,8 @@ from hookmap.vllm.run import VllmGenerating, refuse_longer
 
 def run_on_vllm(hm: VllmModel, job: Job) -> Result:
     """Run a job beside those that run. Raises ApiError, and CaptureError where vLLM's engine fails."""
+    from vllm.exceptions import VLLMValidationError
+
     recorder = job.recorder
     check(hm, job)
     run = ServedRun(
@@ -63,6 +65,8 @@ def run_on_vllm(hm: VllmModel, job: Job) -> Result:
             recorder.drop()
         if isinstance(error, InterventionError | SelectionError):  # of what was asked, which only the worker knows
             raise bad(str(error), "hookmap", type(error).__name__) from error
+        if isinstance(error, CaptureError) and isinstance(error.__cause__, ValueError | VLLMValidationError):
+            raise bad(str(error)) from error  # vLLM refuses the request
         raise
 
 
