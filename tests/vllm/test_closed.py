@@ -4,13 +4,17 @@ import json
 import os
 import signal
 import threading
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
 from support.on_vllm import SETTINGS
 
 import hookmap
-from hookmap.errors import CaptureError
+from hookmap.errors import CaptureError, SelectionError
+from hookmap.services.server.models import Models
+from hookmap.services.server.run import load_first
+from hookmap.services.server.settings import Settings
 
 
 def test_a_model_that_was_closed_is_refused_and_so_are_those_that_vllm_ends_with_it(checkpoint: Path) -> None:
@@ -38,3 +42,12 @@ def test_a_worker_that_is_killed_while_it_is_asked_is_an_engine_that_has_died(ch
             with pytest.raises(CaptureError, match="vLLM's engine has died"):
                 engine.call("hookmap_describe")
         kill.join()
+
+
+def test_a_server_that_does_not_start_ends_its_engine(checkpoint: Path, tmp_path: Path) -> None:
+    settings = Settings(tmp_path, engine="vllm", points=("pattern",), loads={"eager": True, **SETTINGS})
+    with pytest.raises(SelectionError, match="have no pattern"):
+        load_first(Models(settings), str(checkpoint), settings, None)
+    for each in active_children():
+        each.join(60)
+        assert not each.is_alive()

@@ -11,6 +11,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 import hookmap
 from hookmap.errors import CaptureError, ModelError, StoreError
+from hookmap.services.server.run import check_points
+from hookmap.services.server.settings import Settings
 from hookmap.vllm.plugin import refuse_changed
 
 LONGEST = SETTINGS["max_model_len"]
@@ -92,6 +94,16 @@ def test_stop_strings_before_the_least_tokens_are_refused(on_vllm: Any) -> None:
 def test_what_needs_the_models_own_modules_says_so(on_vllm: Any, method: str) -> None:
     with pytest.raises(ModelError, match=r"runs on vLLM, and this needs the model's own modules: hookmap.open"):
         getattr(on_vllm, method)("z", 0)
+
+
+def test_a_server_says_that_its_own_points_were_not_compiled(
+    on_vllm: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(on_vllm.engine_of_vllm, "tapped", frozenset({("z", 1)}))
+    check_points(on_vllm, Settings(Path(), points=("z",), layers=(1,)))
+    assert not caplog.messages
+    check_points(on_vllm, Settings(Path()))
+    assert "requests that name no points are refused, unless they keep none: resid_post.0" in caplog.text
 
 
 def test_stop_strings_are_found_with_the_tokenizer_that_was_given(checkpoint: Path, tmp_path: Path) -> None:

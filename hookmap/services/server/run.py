@@ -8,12 +8,16 @@ import time
 import uvicorn
 from fastapi import FastAPI
 
-from hookmap.errors import HookmapError
+from hookmap.errors import HookmapError, SelectionError
+from hookmap.model import HookedModel
 from hookmap.services.server.app import make_app
 from hookmap.services.server.connections import timed
 from hookmap.services.server.models import Models
 from hookmap.services.server.sessions import Sessions
 from hookmap.services.server.settings import Settings
+from hookmap.vllm.model import VllmModel
+
+log = logging.getLogger("hookmap.server")
 
 
 def serve(source: str | None, settings: Settings, name: str | None = None) -> None:
@@ -27,11 +31,31 @@ def serve(source: str | None, settings: Settings, name: str | None = None) -> No
     sessions = Sessions(settings.root, settings.total_bytes, settings.max_age)
     models = Models(settings)
     if source is not None:
-        hm = models.open(source)
-        hm.map.selectors(settings.points, settings.layers, settings.calls)  # wrong names are told now
-        models.add(models.called(source, name), hm)
+        load_first(models, source, settings, name)
     config = config_of(make_app(settings, models, sessions), settings)
     uvicorn.Server(config).run()
+
+
+def load_first(models: Models, source: str, settings: Settings, name: str | None) -> None:
+    """Open the model that the server starts with. One that it cannot serve is closed again. See `serve`."""
+    hm = models.open(source)
+    try:
+        check_points(hm, settings)
+        models.add(models.called(source, name), hm)
+    except BaseException:
+        if isinstance(hm, VllmModel):
+            hm.close()
+        raise
+
+
+def check_points(hm: HookedModel, settings: Settings) -> None:
+    """Raises SelectionError where the model has not the server's own points. Warns where vLLM compiled it without."""
+    selectors = hm.map.selectors(settings.points, settings.layers, settings.calls)
+    if isinstance(hm, VllmModel):
+        try:
+            hm.engine_of_vllm.refuse_untapped([selector.key for selector in selectors])
+        except SelectionError as error:
+            log.warning("requests that name no points are refused, unless they keep none: %s", error)
 
 
 def config_of(app: FastAPI, settings: Settings) -> uvicorn.Config:
