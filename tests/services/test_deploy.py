@@ -25,7 +25,8 @@ import httpx
 import psutil
 import pytest
 from packaging.requirements import Requirement
-from support.loopback import Loopback, free_port, loopback
+from support.loopback import Loopback, loopback
+from support.ports import free_port
 from support.raises import raises
 
 import hookmap

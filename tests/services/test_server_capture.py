@@ -376,7 +376,7 @@ def test_smoke_says_that_a_download_is_cut_off(served: Served) -> None:
         def do_GET(self) -> None:
             length = int(self.headers.get("Content-Length", 0))
             body, kind = self.rfile.read(length), {"Content-Type": "application/json"}
-            answer = httpx.request(self.command, served.url + self.path, content=body, headers=kind)
+            answer = httpx.request(self.command, served.url + self.path, content=body, headers=kind, timeout=240)
             told = answer.content[:4] if "/tensors" in self.path else answer.content
             self.send_response(answer.status_code)
             self.send_header("Content-Length", str(len(told)))
@@ -505,12 +505,16 @@ def test_interventions_are_those_of_capture_in_a_request_and_as_defaults(tmp_pat
             refused_put = httpx.put(f"{served.url}/v1/interventions", json=body, headers=served.headers, timeout=240)
             assert refused_put.status_code == 400, "it would make every later request fail"
             assert served.get("/v1/interventions").json()["data"] == []
-        put = httpx.put(f"{served.url}/v1/interventions", json={"interventions": [steer]}, headers=served.headers)
+        put = httpx.put(
+            f"{served.url}/v1/interventions", json={"interventions": [steer]}, headers=served.headers, timeout=240
+        )
         assert put.json() == served.get("/v1/interventions").json()
         assert put.json()["data"][0]["strength"] == 2.0
         same(served.chat(**asked, hookmap=record).json(), run)
         same(served.chat(**asked, hookmap={**record, "interventions": []}).json(), plain)
-        put = httpx.put(f"{served.url}/v1/interventions", json={"interventions": [patch]}, headers=served.headers)
+        put = httpx.put(
+            f"{served.url}/v1/interventions", json={"interventions": [patch]}, headers=served.headers, timeout=240
+        )
         assert (put.status_code, served.chat(**asked).status_code) == (200, 200)
         served.sessions.delete(session)
         gone = served.chat(**asked)

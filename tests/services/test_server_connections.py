@@ -86,20 +86,24 @@ def test_silent_connections_make_room_for_those_that_ask(tmp_path: Path) -> None
 
 
 def test_where_all_connections_are_busy_a_new_one_is_told_so(tmp_path: Path) -> None:
-    body: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True}
-    with serving(tmp_path, connections=2) as served, ThreadPoolExecutor(2) as people:
-        busy = [people.submit(served.chat, **body) for _ in range(2)]
-        end = time.monotonic() + 60
-        while served.models.all[0].scheduler.running < 2:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        with contextlib.closing(connected(served)) as third:
-            answer = received(third)
-        assert (
-            answer.startswith(b"HTTP/1.1 503")
-            and json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]["code"] == "busy"
-        )
-        assert [each.result().status_code for each in busy] == [200, 200]
+    free = threading.Event()
+    hook = demo().model.register_forward_pre_hook(lambda *_: (free.wait(240), None)[1])
+    try:
+        with serving(tmp_path, connections=2) as served, ThreadPoolExecutor(2) as people:
+            scheduler, end = served.models.all[0].scheduler, time.monotonic() + 120
+            busy = [people.submit(served.chat, max_tokens=1) for _ in range(2)]
+            while scheduler.running + scheduler.waiting < 2:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            with contextlib.closing(connected(served)) as third:
+                answer = received(third)
+            assert answer.startswith(b"HTTP/1.1 503")
+            assert json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]["code"] == "busy"
+            free.set()
+            assert [each.result().status_code for each in busy] == [200, 200]
+    finally:
+        free.set()
+        hook.remove()
 
 
 def test_who_reads_nothing_holds_up_nobody(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ def test_a_function_that_is_allowed_is_called_and_no_other_is_imported(tmp_path:
         assert ask({"do": "apply", "fn": TURNED}).status_code == ask({**APPLIED, "nonsense": 1}).status_code == 400
 
         served.headers = {"Authorization": "Bearer k"}
-        put = httpx.put(f"{served.url}/v1/interventions", json={"interventions": [APPLIED]}, headers=served.headers)
+        put = httpx.put(
+            f"{served.url}/v1/interventions", json={"interventions": [APPLIED]}, headers=served.headers, timeout=240
+        )
         assert put.json()["data"][0]["fn"] == TURNED
         assert served.chat(max_tokens=16).json()["choices"][0]["message"]["content"] == expected.texts[0]
 

@@ -7,7 +7,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 import safetensors.torch
 import torch
@@ -160,28 +159,29 @@ def test_captures_and_interventions_beside_others_are_those_of_a_run_alone(serve
 
 
 def test_the_first_token_of_a_short_request_does_not_wait_for_a_long_one(served: Served) -> None:
-    hook = demo().model.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    scheduler, answered, late = served.models.get(NAME).scheduler, threading.Event(), list[bool]()
+    passes = 0
+
+    def wait_for_the_short_one(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+        while passes == 5 and scheduler.running + scheduler.waiting < 2 and not answered.is_set():
+            time.sleep(0.005)
+        if passes == 100:
+            late.append(not answered.wait(60))
+
     body = {"messages": [{"role": "user", "content": "1+1?"}], "temperature": 5.0, "seed": 0, "max_tokens": 200}
-    body |= {"ignore_eos": True, "return_token_ids": True}
-    begun = threading.Event()
-
-    def long() -> int:
-        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json={**body, "stream": True}) as answer:
-            tokens = 0
-            for line in answer.iter_lines():
-                tokens += '"token_ids"' in line
-                if tokens > 3:
-                    begun.set()
-        return tokens
-
+    hook = demo().model.register_forward_pre_hook(wait_for_the_short_one)
     try:
         with ThreadPoolExecutor(1) as people:
-            other = people.submit(long)
-            assert begun.wait(60)
+            long = people.submit(served.chat, **body, ignore_eos=True)
+            while passes < 5:
+                time.sleep(0.005)
             assert served.chat(max_tokens=3).status_code == 200
-            assert not other.done(), "the short one was answered while the long one ran"
-            assert other.result() > 200
+            answered.set()
+            assert long.result().json()["usage"]["completion_tokens"] == 200 and late == [False]
     finally:
+        answered.set()
         hook.remove()
 
 

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ import pytest
 import safetensors.torch
 import torch
 from support.plain_hooks import hooks_on
+from support.ports import free_port
 from support.served import MESSAGES, Served, demo, serving
 
 import hookmap
@@ -74,18 +74,24 @@ async def send(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[str, di
     return text, chunks[-1].get("activations_meta") or {}
 
 
-async def leave(client: httpx.AsyncClient, streams: bool) -> None:
-    """Ask for a long answer and go away: before the first token, or in the middle."""
+async def leave(client: httpx.AsyncClient, served: Served, streams: bool) -> None:
+    """Ask for a long answer and go away in its middle; of a stream, as soon as something comes."""
     body = {"messages": MESSAGES, "max_tokens": 900, "temperature": 5.0, "stream": streams, "store_activations": True}
     body["seed"] = 0  # with which 377 tokens come
-    try:
-        async with client.stream(
-            "POST", "/v1/chat/completions", json=body, timeout=0.2 if not streams else 60
-        ) as answer:
+    before = {session.id for session in served.sessions.all()}
+
+    async def ask() -> None:
+        async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             async for _ in answer.aiter_lines():
                 return
-    except httpx.TimeoutException:
-        pass
+
+    asking = asyncio.create_task(ask())
+    if not streams:
+        while {session.id for session in served.sessions.all()} == before and not asking.done():  # it does not run
+            await asyncio.sleep(0.01)
+        asking.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asking
 
 
 @contextlib.contextmanager
@@ -115,7 +121,7 @@ async def mixed(served: Served, count: int, in_flight: int) -> dict[int, Any]:
                 answer = await client.post("/v1/chat/completions", json={**body, "store_activations": True})
                 assert (answer.status_code, answer.json()["error"]["code"]) == (503, "out_of_memory")
             elif number % 10 == 7:
-                await leave(client, streams=number % 20 == 7)
+                await leave(client, served, streams=number % 20 == 7)
             else:
                 answers[number] = await send(client, asked(number))
 
@@ -174,8 +180,8 @@ def test_two_hundred_requests_and_memory_is_back_where_it_was(tmp_path: Path) ->
 @pytest.mark.parametrize("streams", [True, False], ids=["streamed", "whole"])
 def test_who_leaves_ends_the_run(served: Served, streams: bool, caplog: pytest.LogCaptureFixture) -> None:
     async def go() -> None:
-        async with httpx.AsyncClient(base_url=served.url) as client:
-            await leave(client, streams)
+        async with httpx.AsyncClient(base_url=served.url, timeout=120) as client:
+            await leave(client, served, streams)
 
     caplog.set_level(logging.INFO, "hookmap.server")
     before = {session.id for session in served.sessions.all()}
@@ -244,9 +250,7 @@ def test_who_still_waits_when_a_model_is_unloaded_is_told_so(tmp_path: Path, str
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM")
 def test_sigterm_lets_the_running_answer_end(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "hookmap.cli", "serve", "--port", str(port), "--sessions", str(tmp_path / "s")]
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen([*command, "--device", "cpu"], stdout=log, stderr=log, cwd=tmp_path)

@@ -47,7 +47,7 @@ def page(browser: Any) -> Iterator[Any]:
     context.on("request", lambda request: asked.append(request.url))
     found.on("pageerror", lambda error: wrong.append(str(error)))
     found.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-    found.set_default_timeout(30_000)
+    found.set_default_timeout(120_000)
     yield found
     own = re.match(r"http://[^/]+/", found.url)
     context.close()
@@ -449,7 +449,7 @@ def test_stop_ends_the_answer_and_the_run_and_leaves_no_session(page: Any, serve
     assert page.text_content("#error") == "" and page.is_disabled("#stop")
     listed = set(page.locator("#sessions code").all_inner_texts())
     assert listed <= before, "no session that is about to go"
-    for _ in range(100):
+    for _ in range(600):
         if (left := {each.id for each in served.sessions.all()}) == before:
             break
         time.sleep(0.1)

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support.ports import free_port
 from support.served import MESSAGES
 
 import hookmap
@@ -26,6 +27,8 @@ pytest.importorskip("fastapi", reason='pip install "hookmap[server]"')
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
 
 RECORD = {"points": ["resid_mid"], "layers": [8]}
+LONG = 400
+"""tokens of an answer that still runs when others have begun, and a signal has come"""
 FILES = 1024
 """that each server may have open: what systems give by default"""
 
@@ -55,8 +58,7 @@ def command(root: Path, port: int) -> list[str]:
 @contextlib.contextmanager
 def started(root: Path, *more: str) -> Iterator[Started]:
     """A server on this folder of sessions, when it answers. `more`: options."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     log = root.parent / f"log-{port}"
     limited = ["/bin/sh", "-c", f'ulimit -n {FILES}; exec "$@"', "sh"]
     with log.open("wb") as errors:
@@ -80,14 +82,8 @@ def started(root: Path, *more: str) -> Iterator[Started]:
 
 def stream(server: Started, number: int) -> tuple[bool, list[str]]:
     """A long recorded answer: whether it came to an end, and what came of it."""
-    body = {
-        "messages": MESSAGES,
-        "max_tokens": 60,
-        "temperature": 5.0,
-        "seed": number,
-        "stream": True,
-        "hookmap": RECORD,
-    }
+    body = {"messages": MESSAGES, "max_tokens": LONG, "ignore_eos": True, "temperature": 5.0, "seed": number}
+    body |= {"stream": True, "hookmap": RECORD}
     lines: list[str] = []
     try:
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=240) as answer:
@@ -114,7 +110,7 @@ def test_what_was_finished_outlives_kill_9_and_sigterm_lets_all_that_runs_end(tm
         server.process.kill()
         assert not any(each.result()[0] for each in running)
     assert len(list(root.glob("act-*"))) > 1, "it was killed in the middle"
-    with started(root) as server, ThreadPoolExecutor(4) as people:
+    with started(root, "--drain", "240") as server, ThreadPoolExecutor(4) as people:
         (session,) = server.sessions()
         assert (session["id"], session["status"], session["metadata"]) == (kept, "finished", {"of": "before"})
         assert [folder.name for folder in root.glob("act-*")] == [kept], "nothing is left of the others"
@@ -177,6 +173,7 @@ def test_two_servers_a_folder_that_shrinks_and_1300_idle_sockets(tmp_path: Path)
             pytest.skip(f"this process may open {hard} files only")
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
         host, _, port = server.url.removeprefix("http://").partition(":")
+        since = time.monotonic()
         with contextlib.ExitStack() as held:
             held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
             for _ in range(1300):
@@ -185,7 +182,8 @@ def test_two_servers_a_folder_that_shrinks_and_1300_idle_sockets(tmp_path: Path)
             assert server.post().status_code == 200
         lines = server.log.read_text().splitlines()
         said = [line for line in lines if "no connection is accepted" in line]
-        assert len(said) in (1, 2) and len(lines) < 1000, "one line a minute where no file is left"
+        minutes = 1 + (time.monotonic() - since) / 60
+        assert 1 <= len(said) <= 1 + minutes and len(lines) < 1000, "one line a minute where no file is left"
 
 
 HELPERS = """
@@ -213,7 +211,9 @@ with serving(root, Models(Settings(root=root)).open(str(MODEL_PATH))) as served:
             tensor = answer.json()["activations_meta"]["tensors"][0]
             assert served.get(tensor["where"]).status_code == 200
     served.idle()
-    time.sleep(1)  # a thread of OpenMP outlives its master by some moments
+    end = time.monotonic() + 60
+    while helpers() - before > 1 and time.monotonic() < end:  # a thread of OpenMP outlives its master by some moments
+        time.sleep(0.05)
     print(helpers() - before, torch.get_num_threads())
 """
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from support.ports import free_port
 
 from hookmap.cli.main import main
 
@@ -54,12 +55,6 @@ class Loopback:
 
     def run(self, *args: str) -> Result:
         return CliRunner().invoke(main, ["deploy", *args], env={"HOOKMAP_SSH": self.ssh})
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from typing import Any
 
 import click
 from click.testing import CliRunner
+from support.ports import free_port
 
 from hookmap.cli.main import main
 
@@ -124,9 +125,7 @@ class Session:
 
     def __init__(self, name: str, page: str, *, real: bool = False) -> None:
         """real: of the blocks that need the real model, and no others."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.name, self.blocks = name, blocks(re.sub(r"(:|port )8000", rf"\g<1>{self.port}", page))
         if real:
             self.blocks = list(of_the_real_model(self.blocks))

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 from support import on_vllm
-from support.loopback import free_port
+from support.ports import free_port
 
 SIZES = {**on_vllm.SETTINGS, **on_vllm.SCARCE}
 MODEL = "tiny"

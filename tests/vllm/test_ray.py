@@ -193,16 +193,18 @@ def test_a_killed_driver_leaves_what_was_finished_and_others_go_on(
     hm: Any, on_vllm: Any, checkpoint: Path, plain: Plain, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(checkpoint), str(folder)], cwd=Path(__file__).parent.parent,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    log = tmp_path / "log"
+    with log.open("w") as said:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(checkpoint), str(folder)], cwd=Path(__file__).parent.parent,
+            stdout=subprocess.DEVNULL, stderr=said, start_new_session=True,
+        )  # fmt: skip
     started = psutil.Process(driver.pid)
     below: list[psutil.Process] = []
     try:
         until = time.monotonic() + 240
         while not (folder / "samples.jsonl").exists() or (folder / "samples.jsonl").read_text().count("\n") < 12:
-            assert driver.poll() is None and time.monotonic() < until, driver.stderr and driver.stderr.read()[-3000:]
+            assert driver.poll() is None and time.monotonic() < until, log.read_text(errors="replace")[-3000:]
             time.sleep(0.02)
         below = started.children(recursive=True)
     finally:
@@ -238,8 +240,10 @@ def test_a_dead_engine_in_a_process_of_its_own_is_replaced(
     def kill_engine() -> None:
         below = psutil.Process().children(recursive=True)
         of_vllm = {name: each for each in below if (name := "".join(each.cmdline())).startswith("VLLM::")}
-        threads = [int(thread) for each in of_vllm.values() for thread in os.listdir(f"/proc/{each.pid}/task")]
-        bound.extend(cores for thread in threads if (cores := os.sched_getaffinity(thread)) != os.sched_getaffinity(0))
+        for thread in [int(each) for process in of_vllm.values() for each in os.listdir(f"/proc/{process.pid}/task")]:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                if (cores := os.sched_getaffinity(thread)) != os.sched_getaffinity(0):
+                    bound.append(cores)
         of_vllm["VLLM::EngineCore"].kill()
 
     settings = {**SETTINGS, "processes": True, "max_num_seqs": 4}
