@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from safetensors.torch import load
@@ -21,6 +20,7 @@ from hookmap.maps.document import ArchitectureMap
 from hookmap.maps.parsing import parse
 from hookmap.stores.ledger import tensor_name
 from hookmap.vllm.alive import wake_when_dead
+from hookmap.vllm.in_process import end, runs_here
 from hookmap.vllm.places import Place
 from hookmap.vllm.plans import Functions, to_wire
 from hookmap.vllm.spec import NAME, RequestSpec
@@ -62,8 +62,6 @@ class VllmEngine:
         self._closed = self._watched()
         self._packed = self._in_processes()
         """whether the workers are in other processes"""
-        if not self._packed:
-            _HERE.add(self)
         described = [[*map(json.loads, workers)] for workers in self._everywhere("hookmap_describe")]
         if wrong := [each["error"] for workers in described for each in workers if "error" in each]:
             kind, message = wrong[0]
@@ -192,12 +190,10 @@ class VllmEngine:
             )
 
     def close(self) -> None:
-        """End the engine and its workers; where they are in this process, those of all other models, too."""
+        """End the engine and its workers."""
         self._closed.set()
-        ended = [self] if self._packed else [*_HERE]
-        for engine in ended:
-            engine._ended = "it was closed" if engine is self else "vLLM ended it with another one in this process"
-        self._llm.llm_engine.engine_core.shutdown()
+        self._ended = "it was closed"
+        end(self._llm.llm_engine.engine_core)
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
@@ -228,14 +224,10 @@ class VllmEngine:
         return wake_when_dead(self._llm.llm_engine.engine_core)
 
     def _in_processes(self) -> bool:
-        return not hasattr(self._llm.llm_engine.engine_core, "engine_core")
+        return not runs_here(self._llm.llm_engine.engine_core)
 
     def _config(self) -> Any:
         return self._llm.llm_engine.vllm_config
-
-
-_HERE: WeakSet[VllmEngine] = WeakSet()
-"""engines in this process, which share vLLM's groups of processes"""
 
 
 def prepared(tokens: Sequence[int], parameters: Any, spec: RequestSpec) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from hookmap.maps.selectors import Selector
 from hookmap.model import HookedModel
 from hookmap.vllm.backend import choose
 from hookmap.vllm.engine import VllmEngine
+from hookmap.vllm.in_process import end, opening, share_groups
 from hookmap.vllm.opening import self_test
 from hookmap.vllm.plugin import register
 from hookmap.vllm.reading import same_tokenizer
@@ -209,7 +210,7 @@ def open_on_vllm(
             running = llm.vllm_config
         else:
             llm = _llm(source, taps, eager, functions, processes, settings, _in_this_thread)
-            close, engine = llm.llm_engine.engine_core.shutdown, partial(VllmEngine, llm)
+            close, engine = partial(end, llm.llm_engine.engine_core), partial(VllmEngine, llm)
             running = llm.llm_engine.vllm_config
     try:
         module = without_weights(source, config, running, loads)
@@ -249,7 +250,10 @@ def _refuse_without_vllm() -> None:
 def _in_this_thread(source: str, settings: dict[str, Any]) -> Any:
     from vllm import LLM
 
-    return LLM(source, **settings)
+    with opening():
+        llm = LLM(source, **settings)
+        share_groups(llm.llm_engine.engine_core)
+    return llm
 
 
 def _llm(

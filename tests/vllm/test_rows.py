@@ -288,7 +288,7 @@ def test_sampling_needs_no_other_setting(on_vllm: Any) -> None:
 
 
 def test_sampling_with_a_seed_is_repeatable(on_vllm: Any) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.3, "seed": 5}
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.3, "top_k": 0, "seed": 5}
     one, two = (on_vllm.capture(prompts(3, 5), "resid_post", [LAYERS - 1], **options) for _ in range(2))
     other = on_vllm.capture(prompts(3, 5), "resid_post", [LAYERS - 1], **{**options, "seed": 6})
     assert one.tokens == two.tokens != other.tokens
@@ -309,7 +309,7 @@ def test_memory_is_that_of_the_requests_that_run_together(on_vllm: Any) -> None:
 
 
 def test_a_seeds_draws_do_not_depend_on_how_a_prompt_is_cut(on_vllm: Any) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.3, "seed": 5}
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.3, "top_k": 0, "seed": 5}
     [own] = prompts(1, 13, seed=12)
     # Of 24 tokens a step, 4 are left beside the one prompt, and all that it needs beside the other.
     beside = [on_vllm.capture([first, own], "resid_post", [0], **options) for first in prompts(1, 20) + prompts(1, 3)]

@@ -21,6 +21,8 @@ def test_what_holds_on_v1_holds_on_v2() -> None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [interpreted, os.environ.get("PYTHONPATH")]))
         environment["TRITON_INTERPRET"] = "1"
     left_out = "a_model_that_vllm_loads or a_second_start"  # of no runner's doing
+    if not torch.cuda.is_available():
+        left_out += " or sampling_needs_no_other_setting"  # Triton 3.9 does not interpret vLLM's kernel of top-k
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-W", "default", "-n", "0", "-q", "-k", f"not ({left_out})", *FILES],
         cwd=HERE, env=environment, capture_output=True, text=True, timeout=900,
