@@ -177,9 +177,10 @@ def test_the_help_of_an_option_names_the_default_of_its_setting() -> None:
 @pytest.mark.slow
 def test_an_evaluation_opens_its_model_as_the_settings_say() -> None:
     pytest.importorskip("inspect_ai", reason='pip install "hookmap[eval]"')
-    Path("hookmap.yaml").write_text("device: nowhere\n")
+    Path("hookmap.yaml").write_text("device: nowhere\nengine: vllm\n")
     done = run("eval", "gsm8k", "--samples", "1", "-o", "results")
     assert done.exit_code == 1 and "nowhere" in done.stderr
+    assert "note: an evaluation runs on hooks; engine: vllm is for captures" in done.stderr
 
 
 @pytest.mark.slow

@@ -96,6 +96,8 @@ def gsm8k(
     if chat_template_kwargs is not None:
         template = read_kwargs(chat_template_kwargs)
     engine = engine or settings.get("engine", "hooks")
+    if engine not in ("auto", "hooks", "ray"):
+        click.echo(f"note: an evaluation runs on hooks; engine: {engine} is for captures", err=True)
     cluster = cluster_options.cluster_of("ray" if engine == "ray" else "hooks", given, settings)
     opening = typed_or_set({"map": given.pop("map_"), **given}, settings, "map", *given)
     if template:
