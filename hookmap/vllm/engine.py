@@ -57,8 +57,6 @@ class VllmEngine:
         self.module = self.root = self.runner = module
         self.lock = threading.Lock()
         self._llm = llm
-        self._ended: str | None = None
-        """why it does not run any more"""
         self._closed = self._watched()
         self._packed = self._in_processes()
         """whether the workers are in other processes"""
@@ -192,7 +190,6 @@ class VllmEngine:
     def close(self) -> None:
         """End the engine and its workers."""
         self._closed.set()
-        self._ended = "it was closed"
         end(self._llm.llm_engine.engine_core)
 
     @contextmanager
@@ -200,8 +197,8 @@ class VllmEngine:
         """Inside, an engine that has died is a CaptureError."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        if self._ended is not None:
-            raise CaptureError(f"this model does not run any more: {self._ended}. Open it again.")
+        if self._closed.is_set():
+            raise CaptureError("this model does not run any more: it was closed. Open it again.")
         try:
             yield
         except Exception as error:

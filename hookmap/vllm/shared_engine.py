@@ -146,7 +146,7 @@ class SharedEngine(VllmEngine):
 
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             self._loop.call_soon_threadsafe(end)
-        self._ended = "it was closed"
+        self._closed.set()
         self._llm.shutdown()
 
     def _everywhere(self, method: str, *arguments: Any) -> list[list[Any]]:
